@@ -1,0 +1,7 @@
+"""Train neural networks as if every matrix product ran on analog resistive crossbars."""
+
+from gpuxbar import ops, spec
+from gpuxbar.spec import CrossbarSpec
+
+__version__ = "0.1.0"
+__all__ = ["CrossbarSpec", "__version__", "ops", "spec"]

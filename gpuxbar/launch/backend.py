@@ -1,0 +1,44 @@
+"""Which of the three backends an array runs on, and why."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import numpy as np
+
+from gpuxbar.launch import host
+
+__all__ = ["Backend", "backend", "explain", "is_cupy"]
+
+Backend = Literal["cuda", "host", "reference"]
+
+
+def is_cupy(array: Any) -> bool:
+    """Whether an array is CuPy's, without importing CuPy."""
+    return type(array).__module__.split(".")[0] == "cupy"
+
+
+def backend(array: Any) -> Backend:
+    """The backend that serves an array: CuPy -> cuda; NumPy -> host, or reference without a compiler.
+
+    The environment variable GPUXBAR_BACKEND=reference sends NumPy arrays to the reference.
+    """
+    if is_cupy(array):
+        return "cuda"
+    if not isinstance(array, np.ndarray):
+        raise TypeError(
+            f"gpuxbar: `array` must be a NumPy or CuPy array, got {type(array).__name__}; convert it first"
+        )
+    if os.environ.get("GPUXBAR_BACKEND") == "reference":
+        return "reference"
+    return "host" if host.library() is not None else "reference"
+
+
+def explain() -> tuple[Backend, str]:
+    """The backend of NumPy arrays and CPU tensors, and the reason."""
+    if os.environ.get("GPUXBAR_BACKEND") == "reference":
+        return "reference", "GPUXBAR_BACKEND=reference is set"
+    if host.library() is None:
+        return "reference", "no C++ compiler was found"
+    return "host", f"host kernels built with {host.compiler()}"

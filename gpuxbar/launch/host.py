@@ -1,0 +1,105 @@
+"""The host backend's shared library: `kernels/host/*.cpp`, built on first use with the system compiler.
+
+The cache key covers sources, headers, flags and compiler, so an edited header never runs stale code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from gpuxbar.launch.sources import cache_dir, kernel_dir
+
+__all__ = ["build", "compiler", "host_call", "library"]
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-Wno-unknown-pragmas",
+    "-Wno-ignored-attributes",
+    "-Wno-psabi",
+)
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: `$CXX`, else g++, else clang++; None without one."""
+    candidates = [os.environ.get("CXX"), "g++", "clang++"]
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None (one warning) where there is no compiler: the reference then serves."""
+    cxx = compiler()
+    if cxx is None:
+        warnings.warn(
+            "gpuxbar found no C++ compiler: NumPy and CPU tensors run on the slow float64 reference; "
+            "install g++ or set CXX",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return ctypes.CDLL(str(build(cxx)))
+
+
+def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
+    """Compile the host kernels unless a build of the same sources, flags, compiler and CPU is cached."""
+    root = kernel_dir()
+    sources = sorted((root / "host").glob("*.cpp"))
+    headers = sorted((root / "include" / "gpuxbar").glob("*.cuh"))
+    version = subprocess.run(
+        [cxx, "-march=native", "-Q", "--help=target", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    key = hashlib.sha256("\0".join([version, *flags]).encode())
+    for path in (*sources, *headers):
+        key.update(path.name.encode() + b"\0" + path.read_bytes())
+    target = cache_dir() / f"host-{key.hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        command = [cxx, *flags, f"-I{root / 'include'}", *map(str, sources), "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"host kernels: {cxx} failed with status {done.returncode}; "
+                f"set CXX to a C++17 compiler with OpenMP\n{done.stderr}"
+            )
+        os.replace(built, target)
+    return target
+
+
+def host_call(lib: ctypes.CDLL, name: str, *args: object) -> None:
+    """Call a host kernel: arrays go as pointers, None as a null pointer, integers as int64, floats as double."""
+    converted: list[object] = []
+    for arg in args:
+        if arg is None:
+            converted.append(ctypes.c_void_p(None))
+        elif isinstance(arg, np.ndarray):
+            converted.append(ctypes.c_void_p(arg.ctypes.data))
+        elif isinstance(arg, float):
+            converted.append(ctypes.c_double(arg))
+        else:
+            converted.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
+    function = lib[name]
+    function.restype = None
+    function(*converted)

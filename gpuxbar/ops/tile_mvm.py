@@ -1,0 +1,290 @@
+"""Reading a stack of tiles: drive the lines, sum the currents, digitise per tile, shift and add."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from gpuxbar import reference
+from gpuxbar.launch import backend, library
+from gpuxbar.ops.checks import check_array, scalar_array
+from gpuxbar.reference.tile_mvm import ConvGeometry
+
+__all__ = ["tile_mvm"]
+
+OP = "tile_mvm"
+
+
+def tile_mvm(
+    v: Any,
+    g: Any,
+    *,
+    tile_rows: int | None = None,
+    tile_cols: int | None = None,
+    transposed: bool = False,
+    groups: int = 1,
+    v_lsb: float = 1.0,
+    stream_bits: int = 0,
+    streams: int = 1,
+    phases: int = 1,
+    slice_scale: Any = None,
+    adc_bits: int | None = None,
+    adc_signed: bool = True,
+    adc_lsb: Any = None,
+    adc_gain: Any = None,
+    adc_offset: Any = None,
+    read_noise: Any = 0.0,
+    noise_var: Any = None,
+    generator: str = "exact",
+    seed: int = 0,
+    step: Any = 0,
+    row_offset: int = 0,
+    row_scale: Any = None,
+    col_scale: Any = None,
+    bias: Any = None,
+    conv: ConvGeometry | None = None,
+    want_gate: bool = False,
+) -> Any:
+    """Read every tile of an array: drive the wordlines, sum on the bitlines, digitise, shift and add.
+
+    i[p, s, t, b, o] = sum_{r in tile t} v[p, b, r] g[s, r, o] + noise
+    code             = clip(round((i gain + offset) / adc_lsb))
+    y[b, o]          = row_scale[b] col_scale[o] sum_{p, s} 2**(p stream_bits) slice_scale[s] adc_lsb sum_t code
+                       + bias[o]
+
+    Args:
+        v: What drives the lines: float32 [B, I] in units of `v_lsb` (so in V by default), or int16 DAC codes.
+            With `conv` the images [N, channels, height, width] of a convolution (or, `transposed`, the
+            gradient of its output).
+        g: Conductance, float32 [I, O] or [S, I, O], S. `groups` stacked arrays share the first axis.
+        tile_rows: Wordlines of a tile; None: all. Counts when the wordlines are driven.
+        tile_cols: Bitlines of a tile; None: all. Counts when `transposed` drives the bitlines.
+        transposed: Read the same array backwards: v [B, O] on the bitlines, result [B, I].
+        groups: Independent arrays side by side (grouped convolution).
+        v_lsb: Voltage of one unit of `v`, V.
+        stream_bits, streams, phases: Bits of a code driven at a time, number of such streams, and 2 to drive
+            positive and negative codes one after the other; 0 bits drive the whole value at once.
+        slice_scale: Digital weight of each plane, float32 [S]; 1 by default.
+        adc_bits: ADC resolution, 1 to 16; None: currents are summed as they are. Signed codes span
+            +-(2**(adc_bits - 1) - 1), unsigned ones 0 .. 2**adc_bits - 1.
+        adc_signed: Whether currents can be negative; needs 2 bits.
+        adc_lsb: Current of one ADC step, A, above 0: a number or float32 [outputs].
+        adc_gain, adc_offset: Gain, and offset in A, of every converter, float32 [S, tiles, outputs].
+        read_noise: Standard deviation of the current of one conversion, A.
+        noise_var: Added variance per squared volt, float32 shape of `g`, A**2/V**2.
+        generator: "exact" or "fast" normals.
+        seed, step: Same pair, same noise; `step` is an integer or an int64 array of one element.
+        row_offset: Index of the first row, so that parts of a batch draw what the whole would.
+        row_scale: Factor of each row (or run of rows), float32 [B'], B a multiple of B'.
+        col_scale, bias: Factor of, and value added to, each output, float32 [outputs].
+        conv: Shape of the convolution whose patches are read; no patch matrix is made on the CPU.
+        want_gate: Also return the share of each output's conversions (by digital weight) inside the ADC range.
+
+    Returns:
+        float32 [B, O], A unless scaled; transposed: [B, I]; with `conv` the images. With `want_gate`, (y, gate).
+
+    Raises:
+        TypeError: An array has another dtype.
+        ValueError: Shapes disagree, an array is not contiguous, or a setting is out of range.
+
+    Source:
+        Shafiee et al., ISAAC, ISCA 2016.
+    """
+    check_array(OP, "v", v, ("float32", "int16"), 2 if conv is None else 4)
+    check_array(OP, "g", g, "float32", (2, 3))
+    if g.ndim == 2:
+        g = g[None]
+        noise_var = None if noise_var is None else noise_var[None]
+    bits = 0 if adc_bits is None else adc_bits
+    _check_adc(adc_bits, adc_signed, adc_lsb)
+    if generator not in ("exact", "fast"):
+        raise ValueError(f"{OP}: `generator` must be 'exact' or 'fast', got {generator!r}; choose one")
+    for name, size in (("tile_rows", tile_rows), ("tile_cols", tile_cols)):
+        if size is not None and size < 1:
+            raise ValueError(f"{OP}: `{name}` must be at least 1, got {size}; None reads the whole line")
+    if stream_bits and v.dtype.name != "int16":
+        raise TypeError(
+            f"{OP}: `v` must be int16 codes with stream_bits={stream_bits}, got {v.dtype.name}; quantise it with dac_quantize"
+        )
+    planes, rows, cols = g.shape
+    if rows % groups:
+        raise ValueError(
+            f"{OP}: `groups` must divide the {rows} rows of `g`, got {groups}; stack equal arrays"
+        )
+    inputs = rows // groups
+    drive, sense = (cols, inputs) if transposed else (inputs, cols)
+    _check_drive(v, conv, groups, drive, transposed)
+    outputs = groups * sense
+    batch = v.shape[0] * (1 if conv is None else conv.pixels)
+    tile = (tile_cols if transposed else tile_rows) or max(drive, 1)
+    tiles = -(-drive // tile)
+    vectors = {
+        "col_scale": (col_scale, (outputs,)),
+        "bias": (bias, (outputs,)),
+        "slice_scale": (slice_scale, (planes,)),
+    }
+    vectors |= {
+        "adc_gain": (adc_gain, (planes, tiles, outputs)),
+        "adc_offset": (adc_offset, (planes, tiles, outputs)),
+    }
+    vectors |= {"noise_var": (noise_var, g.shape)}
+    for name, (array, shape) in vectors.items():
+        if array is None:
+            continue
+        check_array(OP, name, array, "float32", len(shape))
+        if array.shape != shape:
+            raise ValueError(
+                f"{OP}: `{name}` must have shape {shape}, got {tuple(array.shape)}; see the axes of `g`"
+            )
+    settings = {
+        "groups": groups, "tile": tile, "transposed": transposed, "v_lsb": v_lsb, "stream_bits": stream_bits,
+        "streams": streams, "phases": phases, "slice_scale": slice_scale, "adc_bits": bits,
+        "adc_signed": adc_signed, "adc_lsb": adc_lsb, "adc_gain": adc_gain, "adc_offset": adc_offset,
+        "read_noise": read_noise, "noise_var": noise_var, "generator": generator, "seed": seed, "step": step,
+        "row_offset": row_offset, "row_scale": row_scale, "col_scale": col_scale, "bias": bias, "conv": conv,
+        "want_gate": want_gate,
+    }  # fmt: skip
+    where = backend(v)
+    if where == "cuda":
+        from gpuxbar.ops.cuda_tile_mvm import tile_mvm_cuda
+
+        return tile_mvm_cuda(v, g, **settings)
+    for name, count, allowed in (
+        ("adc_lsb", np.size(adc_lsb) if bits else 1, (1, outputs)),
+        ("row_scale", 1 if row_scale is None else np.size(row_scale), None),
+    ):
+        if (
+            count == 0
+            or (allowed is not None and count not in allowed)
+            or (allowed is None and batch % count)
+        ):
+            rule = f"1 or {outputs} values" if allowed else f"a length that divides the {batch} rows"
+            raise ValueError(f"{OP}: `{name}` must have {rule}, got {count}; see the axes of the result")
+    if where == "reference":
+        out = reference.tile_mvm(v, g, **{**settings, "step": int(np.asarray(step).reshape(-1)[0])})
+        return tuple(a.astype(np.float32) for a in out) if want_gate else out.astype(np.float32)
+    return _host(v, g, batch, inputs, outputs, settings)
+
+
+def _check_adc(bits: int | None, signed: bool, lsb: Any) -> None:
+    if bits is None:
+        return
+    if not 1 <= bits <= 16:
+        raise ValueError(f"{OP}: `adc_bits` must be 1 to 16, got {bits}; None switches the ADC off")
+    if signed and bits == 1:
+        raise ValueError(
+            f"{OP}: `adc_bits` must be 2 to 16 for signed currents, got 1; set adc_signed=False or add a bit"
+        )
+    if lsb is None:
+        raise ValueError(
+            f"{OP}: `adc_lsb` must be given with adc_bits={bits}, got None; it is the current of one step, A"
+        )
+    if isinstance(lsb, (int, float)) and not (lsb > 0 and np.isfinite(lsb)):
+        raise ValueError(
+            f"{OP}: `adc_lsb` must be above 0 A, got {lsb:g} A; use the full-scale current over the largest code"
+        )
+
+
+def _check_drive(v: Any, conv: ConvGeometry | None, groups: int, drive: int, transposed: bool) -> None:
+    side = "columns" if transposed else "rows"
+    if conv is None:
+        want: tuple[int, ...] = (v.shape[0], groups * drive)
+    elif transposed:
+        want = (v.shape[0], groups * drive, *conv.out)
+    else:
+        if conv.inputs != drive:
+            raise ValueError(
+                f"{OP}: `conv` must have {drive} inputs a group, the {side} of `g`, got {conv.inputs}; check its kernel and channels"
+            )
+        want = (v.shape[0], groups * conv.channels, conv.height, conv.width)
+    if tuple(v.shape) != want:
+        raise ValueError(
+            f"{OP}: `v` must have shape {want} to drive the {side} of `g`, got {tuple(v.shape)}; check the axes"
+        )
+
+
+class _Conv(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ["channels", "height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "out_h", "out_w"]
+    ]
+
+
+class _Params(ctypes.Structure):
+    """Twin of `struct TileMvm` in kernels/host/tile_mvm.cpp."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_void_p)
+            for name in ["v", "g", "noise_var", "slice_scale", "adc_lsb", "adc_gain", "adc_offset", "read_noise", "step", "row_scale", "col_scale", "bias", "y", "gate", "conv"]
+        ]
+        + [
+            (name, ctypes.c_int64)
+            for name in ["batch", "groups", "inputs", "cols", "planes", "tile", "rows_per_scale", "row_offset", "is_code", "transposed", "stream_bits", "streams", "phases", "adc_bits", "adc_signed", "adc_per_column", "fast"]
+        ]
+        + [("seed", ctypes.c_uint64), ("v_lsb", ctypes.c_double)]
+    )  # fmt: skip
+
+
+def _host(v: np.ndarray, g: np.ndarray, batch: int, inputs: int, outputs: int, s: dict[str, Any]) -> Any:
+    conv: ConvGeometry | None = s["conv"]
+    if conv is None:
+        shape: tuple[int, ...] = (batch, outputs)
+    elif s["transposed"]:
+        shape = (v.shape[0], s["groups"] * conv.channels, conv.height, conv.width)
+    else:
+        shape = (v.shape[0], outputs, *conv.out)
+    y = np.empty(shape, dtype=np.float32)
+    gate = np.empty(shape, dtype=np.float32) if s["want_gate"] else None
+    planes, _, cols = g.shape
+    arrays = {
+        "v": v,
+        "g": g,
+        "noise_var": s["noise_var"],
+        "slice_scale": np.ones(planes, np.float32) if s["slice_scale"] is None else s["slice_scale"],
+        "adc_lsb": scalar_array(np, s["adc_lsb"] if s["adc_bits"] else 1.0),
+        "adc_gain": s["adc_gain"],
+        "adc_offset": s["adc_offset"],
+        "read_noise": scalar_array(np, s["read_noise"]),
+        "step": scalar_array(np, s["step"], "int64"),
+        "row_scale": None if s["row_scale"] is None else scalar_array(np, s["row_scale"]),
+        "col_scale": s["col_scale"],
+        "bias": s["bias"],
+        "y": y,
+        "gate": gate,
+    }
+    params = _Params(**{name: None if a is None else a.ctypes.data for name, a in arrays.items()})
+    if conv is not None:
+        geometry = _Conv(
+            conv.channels,
+            conv.height,
+            conv.width,
+            *conv.kernel,
+            *conv.stride,
+            *conv.padding,
+            *conv.dilation,
+            *conv.out,
+        )
+        params.conv = ctypes.cast(ctypes.pointer(geometry), ctypes.c_void_p)
+    params.batch, params.groups, params.inputs, params.cols, params.planes = (
+        batch,
+        s["groups"],
+        inputs,
+        cols,
+        planes,
+    )
+    params.tile = s["tile"]
+    params.rows_per_scale = 1 if arrays["row_scale"] is None else batch // max(1, arrays["row_scale"].size)
+    params.row_offset = s["row_offset"]
+    params.is_code = int(v.dtype == np.int16)
+    params.transposed = int(s["transposed"])
+    params.stream_bits, params.streams, params.phases = s["stream_bits"], s["streams"], s["phases"]
+    params.adc_bits, params.adc_signed = s["adc_bits"], int(s["adc_signed"])
+    params.adc_per_column = int(arrays["adc_lsb"].size > 1)
+    params.fast = int(s["generator"] == "fast")
+    params.seed, params.v_lsb = s["seed"] & 0xFFFFFFFFFFFFFFFF, s["v_lsb"]
+    if batch and y.size:
+        library().gpuxbar_tile_mvm(ctypes.byref(params))
+    return y if gate is None else (y, gate)

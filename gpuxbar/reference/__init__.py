@@ -1,0 +1,17 @@
+"""The equations in NumPy float64: oracle of the other backends, and fallback without a compiler."""
+
+from gpuxbar.reference.dac_quantize import dac_quantize
+from gpuxbar.reference.random import Purpose, normals, philox, uniforms
+from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
+
+__all__ = [
+    "ConvGeometry",
+    "Purpose",
+    "dac_quantize",
+    "fold",
+    "normals",
+    "philox",
+    "tile_mvm",
+    "unfold",
+    "uniforms",
+]

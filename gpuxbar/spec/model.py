@@ -1,0 +1,377 @@
+"""The description of a crossbar layer: frozen, validated, serialisable, in SI units.
+
+Every default is ideal: an untouched `CrossbarSpec()` computes what `torch.nn` computes, on tiles.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "ADC",
+    "DAC",
+    "Agarwal",
+    "Backward",
+    "CrossbarSpec",
+    "Device",
+    "Mapping",
+    "NeuroSim",
+    "Programming",
+    "ReadNoise",
+    "SoftBounds",
+    "Tile",
+    "UpdateLaw",
+]
+
+
+class Part(BaseModel):
+    """A frozen group of settings; an unknown key is answered with the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest_key(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"{cls.__name__}: unknown key `{key}`; {hint}")
+        return data
+
+
+class Tile(Part):
+    """One physical array: `rows` wordlines by `cols` bitlines; larger layers take several."""
+
+    rows: int = Field(128, ge=1, le=65536)
+    cols: int = Field(128, ge=1, le=65536)
+
+
+class Device(Part):
+    """A cell's conductance window, S, and its number of programmable levels (`None`: continuous)."""
+
+    g_min: float = Field(1e-6, ge=0)
+    g_max: float = Field(10e-6, gt=0)
+    levels: int | None = Field(None, ge=2, le=65536)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Device:
+        if not self.g_min < self.g_max:
+            raise ValueError(
+                f"Device: `g_min` must be below `g_max`, got {self.g_min:g} S and {self.g_max:g} S; "
+                "swap them or widen the window"
+            )
+        return self
+
+
+class Mapping(Part):
+    """How a signed weight becomes conductances.
+
+    `scheme`: "differential" (two arrays, a conversion each, subtracted digitally), "subtracted" (two devices
+    whose currents are subtracted before one conversion), "offset" (one array around the middle conductance
+    and a reference column per column tile, subtracted digitally).
+    `slices`, `slice_bits`: the weight magnitude spread over `slices` devices of `slice_bits` each, joined by
+    shift-and-add; one slice with `slice_bits=None` is an unsliced, continuous weight.
+    `scale`: one weight scale per "tensor", or per output "column".
+    """
+
+    scheme: Literal["differential", "subtracted", "offset"] = "differential"
+    slices: int = Field(1, ge=1, le=32)
+    slice_bits: int | None = Field(None, ge=1, le=8)
+    scale: Literal["tensor", "column"] = "tensor"
+
+    @model_validator(mode="after")
+    def _sliced(self) -> Mapping:
+        if self.slices > 1 and self.slice_bits is None:
+            raise ValueError(
+                f"Mapping: `slice_bits` must be set for {self.slices} slices, got None; "
+                "give the bits of one device, for instance 2"
+            )
+        if self.slices > 1 and self.scheme == "offset":
+            raise ValueError(
+                "Mapping: `scheme` must be differential or subtracted for sliced weights, got offset; "
+                "choose one of these or slices=1"
+            )
+        if self.slices * (self.slice_bits or 1) > 32:
+            raise ValueError(
+                f"Mapping: slices * slice_bits must be at most 32, got {self.slices} * {self.slice_bits}; "
+                "a float32 weight holds no more"
+            )
+        return self
+
+
+class DAC(Part):
+    """Digital input to wordline voltage.
+
+    `bits`: resolution with the sign bit if `signed` (`None`: no quantisation). `stream_bits`: magnitude bits
+    driven at a time (`None`: all at once); every stream is a read of its own, joined by shift-and-add.
+    `polarity`: signed inputs driven as one "bipolar" voltage or in "two_phase" (positive, then negative).
+    `range`: the digital value of the largest code: "sample" (abs-max of each row of a linear layer, each
+    image of a convolution), "tensor" (abs-max of the call), "ema" (running mean of abs-max over training
+    calls, factor `momentum`), "fixed" (`max`). `v_read`: voltage of the largest digit, V.
+    """
+
+    bits: int | None = Field(None, ge=1, le=8)
+    stream_bits: int | None = Field(None, ge=1, le=8)
+    signed: bool = True
+    polarity: Literal["bipolar", "two_phase"] = "bipolar"
+    range: Literal["sample", "tensor", "ema", "fixed"] = "tensor"
+    max: float | None = Field(None, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    v_read: float = Field(0.2, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DAC:
+        if self.signed and self.bits == 1:
+            raise ValueError(
+                "DAC: `bits` must be 2 to 8 for signed inputs, got 1; one bit holds no sign: "
+                "set signed=False, or bits=2 with stream_bits=1"
+            )
+        if self.stream_bits is not None and self.bits is None:
+            raise ValueError(
+                f"DAC: `bits` must be set with `stream_bits`, got None; streams of {self.stream_bits} bits "
+                "cut a quantised code"
+            )
+        if (self.range == "fixed") != (self.max is not None):
+            raise ValueError(
+                f"DAC: `max` goes with range='fixed' and only with it, got range={self.range!r} and "
+                f"max={self.max}; set both or neither"
+            )
+        return self
+
+    @property
+    def code_max(self) -> int:
+        """Largest code; 0 when nothing is quantised."""
+        if self.bits is None:
+            return 0
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def streams(self) -> int:
+        """Number of bit streams of one phase."""
+        if self.bits is None or self.stream_bits is None:
+            return 1
+        return -(-self.code_max.bit_length() // self.stream_bits)
+
+    @property
+    def phases(self) -> int:
+        return 2 if self.polarity == "two_phase" and self.signed else 1
+
+
+class ADC(Part):
+    """Bitline current to code, once per tile, plane, stream and column.
+
+    `bits`: resolution (`None`: no conversion). `range`: the current of the largest code: "calibrated" (the
+    `percentile` of partial sums seen by `gpuxbar.calibrate`), "fixed" (`i_max`, A), "worst_case" (every cell
+    of a line at `g_max`, every input at `v_read`). `per`: one range per "layer" or per output "column".
+    `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; both drawn
+    once per converter.
+    """
+
+    bits: int | None = Field(None, ge=1, le=16)
+    range: Literal["calibrated", "fixed", "worst_case"] = "calibrated"
+    i_max: float | None = Field(None, gt=0)
+    percentile: float = Field(99.99, gt=0, le=100)
+    per: Literal["layer", "column"] = "layer"
+    gain_std: float = Field(0.0, ge=0)
+    offset_std: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ADC:
+        if (self.range == "fixed") != (self.i_max is not None):
+            raise ValueError(
+                f"ADC: `i_max` goes with range='fixed' and only with it, got range={self.range!r} and "
+                f"i_max={self.i_max}; set both or neither"
+            )
+        if self.bits is None and (self.gain_std or self.offset_std):
+            raise ValueError(
+                f"ADC: `bits` must be set with converter errors, got None with gain_std={self.gain_std:g} and "
+                f"offset_std={self.offset_std:g}; set the resolution"
+            )
+        return self
+
+
+class ReadNoise(Part):
+    """Gaussian noise of the bitline current, redrawn every conversion.
+
+    Standard deviation sqrt(sigma**2 + sum_r v_r**2 s(g_r)), with s(g) = (sigma_g (g / g_max)**exponent)**2.
+    `sigma`: A. `sigma_g`: conductance fluctuation of a cell at `g_max`, S; exponent 0.5 is the square-root
+    law of PCM reads, 1 a constant relative fluctuation.
+    """
+
+    sigma: float = Field(0.0, ge=0)
+    sigma_g: float = Field(0.0, ge=0)
+    exponent: float = Field(0.5, ge=0, le=4)
+
+
+class Programming(Part):
+    """What a write-verify leaves: drawn once per weight version, the spread and stuck cells once per device.
+
+    `write_noise`: standard deviation of the conductance, S. `device_spread`: relative standard deviation
+    between devices. `stuck_at_g_min`, `stuck_at_g_max`: rates of stuck cells.
+    """
+
+    write_noise: float = Field(0.0, ge=0)
+    device_spread: float = Field(0.0, ge=0)
+    stuck_at_g_min: float = Field(0.0, ge=0, le=1)
+    stuck_at_g_max: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _rates(self) -> Programming:
+        if self.stuck_at_g_min + self.stuck_at_g_max > 1:
+            raise ValueError(
+                "Programming: stuck_at_g_min + stuck_at_g_max must be at most 1, got "
+                f"{self.stuck_at_g_min:g} + {self.stuck_at_g_max:g}; they are shares of the cells"
+            )
+        return self
+
+
+class Agarwal(Part):
+    """Asymmetric non-linear update with write noise (the laws of TxSim and CrossSim).
+
+    With range = g_max - g_min and G1 = range / (1 - exp(-nu)):
+    dG > 0:  dG' = (G1 + g_min - g) (1 - exp(-nu dG / range))
+    dG < 0:  dG' = (g_max - G1 - g) (1 - exp(+nu dG / range))
+    g <- clip(g + dG' + gamma sqrt(|dG'| range) z),  noise only where dG is not 0.
+
+    `gamma` is the plain multiplier of the formula. The literature also quotes it in percent: a "gamma of 5"
+    read as percent is gamma=0.05 here; read raw it is gamma=5, sixteen percent of the range for an update of
+    a thousandth of it.
+    `spread`: device-to-device relative standard deviation of nu. `cycle`: relative standard deviation of
+    every update.
+    Source: Agarwal et al., IJCNN 2016; Roy et al., TxSim, IEEE TVLSI 2021.
+    """
+
+    law: Literal["agarwal"] = "agarwal"
+    nu: float = Field(0.0, ge=0, le=20)
+    gamma: float = Field(0.0, ge=0)
+    spread: float = Field(0.0, ge=0)
+    cycle: float = Field(0.0, ge=0)
+
+
+class NeuroSim(Part):
+    """Exponential LTP and LTD staircases of NeuroSim.
+
+    With n signed pulses, B = range / (1 - exp(-levels / A)), A = A_norm(non-linearity) levels:
+    P0 = -A ln(1 - (g - g_min) / B),  g' = B (1 - exp(-(P0 + n) / A)) + g_min, with the sign of A from the
+    label and the LTD branch mirrored. n = dG / range * levels, rounded if `integer_pulses`.
+    `nonlinearity_ltp`, `nonlinearity_ltd`: NeuroSim's labels, -9 to 9 (0: linear). `spread`: device-to-device
+    standard deviation of the labels. `cycle`: standard deviation per pulse as a share of the range, growing
+    with sqrt(|n|).
+    Source: Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021.
+    """
+
+    law: Literal["neurosim"] = "neurosim"
+    nonlinearity_ltp: float = Field(0.0, ge=-9, le=9)
+    nonlinearity_ltd: float = Field(0.0, ge=-9, le=9)
+    levels: int = Field(97, ge=2, le=65536)
+    integer_pulses: bool = False
+    spread: float = Field(0.0, ge=0)
+    cycle: float = Field(0.0, ge=0)
+
+
+class SoftBounds(Part):
+    """Steps that shrink towards the bounds: n = |dG| / step pulses in one closed form.
+
+    dG > 0:  g' = g_max - (g_max - g) exp(-up |dG| / range)
+    dG < 0:  g' = g_min + (g - g_min) exp(-down |dG| / range)
+    `up`, `down`: step of potentiation and depression at mid-range relative to the ideal one, times 2 at the
+    far bound; 1 each is a symmetric device. `spread`: device-to-device relative standard deviation of both.
+    `cycle`: relative standard deviation of one pulse; `pulses`: pulses over the range, so that the noise of
+    an update is cycle * sqrt(|n|) / n of it.
+    Source: Fusi and Abbott, Nature Neuroscience 2007; Rasch et al., aihwkit, AICAS 2021.
+    """
+
+    law: Literal["soft_bounds"] = "soft_bounds"
+    up: float = Field(1.0, gt=0)
+    down: float = Field(1.0, gt=0)
+    pulses: int = Field(1000, ge=1)
+    spread: float = Field(0.0, ge=0)
+    cycle: float = Field(0.0, ge=0)
+
+
+UpdateLaw = Annotated[Agarwal | NeuroSim | SoftBounds, Field(discriminator="law")]
+
+
+class Backward(Part):
+    """The transposed read that carries gradients back.
+
+    `mode`: "analog" (the same array read backwards, with converters of its own) or "ideal" (the exact product
+    with the programmed conductances). `dac`, `adc`: settings of that read; `None`: those of the forward read
+    (inputs signed, since gradients are).
+    """
+
+    mode: Literal["analog", "ideal"] = "analog"
+    dac: DAC | None = None
+    adc: ADC | None = None
+
+
+class CrossbarSpec(Part):
+    """Everything about a layer on crossbars. Defaults are ideal.
+
+    `seed`: of every random number; two layers of a model never share draws. `generator`: "exact" or "fast"
+    normals (kernels/README.md, "Random numbers"). `update`: the device's own law, used by
+    `gpuxbar.optim.InSituSGD`; needs unsliced pairs.
+    """
+
+    tile: Tile = Tile()
+    device: Device = Device()
+    mapping: Mapping = Mapping()
+    dac: DAC = DAC()
+    adc: ADC = ADC()
+    read_noise: ReadNoise = ReadNoise()
+    programming: Programming = Programming()
+    backward: Backward = Backward()
+    update: UpdateLaw | None = None
+    seed: int = Field(0, ge=0, lt=2**63)
+    generator: Literal["exact", "fast"] = "exact"
+
+    @model_validator(mode="after")
+    def _updatable(self) -> CrossbarSpec:
+        if self.update is not None and (self.mapping.slices > 1 or self.mapping.scheme == "offset"):
+            raise ValueError(
+                "CrossbarSpec: `update` must go with unsliced pairs, got "
+                f"scheme={self.mapping.scheme!r} with {self.mapping.slices} slices; "
+                "use mapping.scheme='differential' or 'subtracted' and slices=1, or update=None"
+            )
+        if (
+            self.mapping.slice_bits is not None
+            and self.device.levels is not None
+            and self.device.levels != 2**self.mapping.slice_bits
+        ):
+            raise ValueError(
+                f"CrossbarSpec: `device.levels` must be 2**slice_bits = {2**self.mapping.slice_bits} for "
+                f"sliced weights, got {self.device.levels}; leave it None"
+            )
+        return self
+
+    def with_overrides(self, overrides: dict[str, Any]) -> CrossbarSpec:
+        """A copy with a nested dictionary laid over it: `{"adc": {"bits": 6}}`; validated anew."""
+        return CrossbarSpec.model_validate(_merged(self.model_dump(), overrides))
+
+    @property
+    def backward_dac(self) -> DAC:
+        """DAC of the transposed read; derived from the forward one when not given."""
+        if self.backward.dac is not None:
+            return self.backward.dac
+        bits = None if self.dac.bits is None else max(self.dac.bits, 2)
+        dynamic = "tensor" if self.dac.range in ("fixed", "ema") else self.dac.range
+        return self.dac.model_copy(update={"signed": True, "bits": bits, "range": dynamic, "max": None})
+
+    @property
+    def backward_adc(self) -> ADC:
+        return self.backward.adc or self.adc
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        # a new update law replaces the old one: their keys differ
+        nested = isinstance(value, dict) and isinstance(old, dict) and key != "update"
+        out[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
+    return out

@@ -1,0 +1,28 @@
+// converter: the digital-to-analog and analog-to-digital conversions at the edges of a tile.
+//
+// Source: Shafiee et al., ISAAC, ISCA 2016 (bit streams, shift-and-add). Rounding is half to even.
+#pragma once
+#include "gpuxbar/portable.cuh"
+
+namespace gpuxbar {
+
+// Code of a value in units of one DAC step, clipped to [code_min, code_max].
+GPUXBAR_FN float dac_code(float value, float inverse_lsb, float code_min, float code_max) {
+  return round_even(min(max(value * inverse_lsb, code_min), code_max));
+}
+
+// What a DAC drives in one stream: `stream_bits` magnitude bits of the code, from bit `shift` upwards.
+// phase 0 drives signed digits (bipolar), phase +1 the positive codes only, phase -1 the negated negative ones.
+GPUXBAR_FN float stream_digit(i32 code, int shift, u32 mask, int phase) {
+  const i32 magnitude = code < 0 ? -code : code;
+  const i32 digit = (i32)(((u32)magnitude >> shift) & mask);
+  if (phase == 0) return (float)(code < 0 ? -digit : digit);
+  return (float)(phase > 0 ? (code > 0 ? digit : 0) : (code < 0 ? digit : 0));
+}
+
+// Code of a current in units of one ADC step (noise, gain and offset already in it).
+GPUXBAR_FN float adc_code(float steps, float code_min, float code_max) {
+  return round_even(min(max(steps, code_min), code_max));
+}
+
+}  // namespace gpuxbar

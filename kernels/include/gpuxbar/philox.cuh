@@ -1,0 +1,50 @@
+// Philox4x32: the counter-based generator behind every random number of the library.
+//
+// A draw is a pure function of (seed, purpose, slot, row, column group, step): no state, so a result does not
+// depend on launch shape, thread count, chunking or device, and backward can recompute what forward drew.
+//
+//   key     = 64-bit seed
+//   counter = { column group, row, purpose << 24 | slot, step }
+//
+// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+#pragma once
+#include "gpuxbar/portable.cuh"
+
+namespace gpuxbar {
+
+// What a draw is for; the Python twin is gpuxbar/reference/random.py (a test compares them).
+enum Purpose : u32 {
+  READ = 1,               // read noise of a forward read; slot: conversion (stream, plane, tile)
+  READ_TRANSPOSED = 2,    // read noise of a transposed read
+  WRITE = 3,              // write noise of programming; slot: plane
+  DEVICE_SPREAD = 4,      // device-to-device spread of programming; slot: plane
+  STUCK = 5,              // stuck cells; slot: plane
+  ADC_GAIN = 6,           // gain error of a converter; slot: conversion
+  ADC_OFFSET = 7,         // offset error of a converter; slot: conversion
+  CYCLE = 16,             // cycle-to-cycle noise of an update; slot: plane
+  UPDATE_SPREAD_UP = 17,  // device-to-device spread of the potentiation parameter
+  UPDATE_SPREAD_DOWN = 18,  // device-to-device spread of the depression parameter
+};
+
+struct Counter {
+  u32 x, y, z, w;
+};
+
+GPUXBAR_FN Counter counter(u32 group, u32 row, u32 purpose, u32 slot, u32 step) {
+  return Counter{group, row, purpose << 24 | slot, step};
+}
+
+template <int ROUNDS>
+GPUXBAR_FN Counter philox(Counter c, u32 key_lo, u32 key_hi) {
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    const u64 p0 = (u64)0xD2511F53u * c.x;
+    const u64 p1 = (u64)0xCD9E8D57u * c.z;
+    c = Counter{(u32)(p1 >> 32) ^ c.y ^ key_lo, (u32)p1, (u32)(p0 >> 32) ^ c.w ^ key_hi, (u32)p0};
+    key_lo += 0x9E3779B9u;
+    key_hi += 0xBB67AE85u;
+  }
+  return c;
+}
+
+}  // namespace gpuxbar

@@ -1,0 +1,256 @@
+"""tile_mvm: the host kernel against the float64 oracle, the oracle against closed forms, and the messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpuxbar import ops, reference
+from gpuxbar.launch import library
+from gpuxbar.ops import ConvGeometry
+
+SEED = 2**40 + 12345  # above 2**32 on purpose
+G_MAX = 10e-6  # S
+
+
+def case(batch, rows, cols, planes=1, groups=1, codes=True, seed=1):
+    rng = np.random.default_rng(seed)
+    g = rng.uniform(-G_MAX, G_MAX, (planes, groups * rows, cols)).astype(np.float32)
+    if codes:
+        return rng.integers(-127, 128, (batch, groups * rows)).astype(np.int16), g
+    return rng.uniform(-0.2, 0.2, (batch, groups * rows)).astype(np.float32), g
+
+
+def assert_matches(y, expected, lsb, weight=1.0, share=2e-3):
+    """Equal within float32 error but for codes on a rounding edge: one step each, rare."""
+    off = np.abs(y - expected)
+    close = off <= 1e-5 * np.abs(expected).max() + 1e-12
+    assert (off[~close] <= 1.01 * weight * lsb).all(), off.max() / lsb
+    assert (~close).mean() <= share
+
+
+SHAPES = [
+    pytest.param((1, 1, 1, None), id="one-cell"),
+    pytest.param((7, 37, 11, 16), id="prime"),
+    pytest.param((53, 129, 70, 64), id="short-last-tile"),
+    pytest.param((100, 64, 33, 64), id="one-tile"),
+]
+MODES = {
+    "plain": {},
+    "adc": {"adc_bits": 8},
+    "noise": {"adc_bits": 8, "read_noise": 2e-6},
+    "fast": {"adc_bits": 6, "read_noise": 2e-6, "generator": "fast"},
+    "ideal-noise": {"read_noise": 2e-6},
+    "variance": {"adc_bits": 8, "read_noise": 1e-6, "noise_var": True},
+    "errors": {"adc_bits": 8, "errors": True},
+    "streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4},
+    "two-phase": {"adc_bits": 8, "stream_bits": 7, "streams": 1, "phases": 2, "read_noise": 1e-6},
+}
+
+
+def settings(mode, shape, g, groups, transposed):
+    batch, rows, cols, tile = shape
+    rng = np.random.default_rng(3)
+    s = dict(
+        MODES[mode], v_lsb=0.2 / 127, groups=groups, transposed=transposed, seed=SEED, step=7, row_offset=5
+    )
+    drive, sense = (cols, rows) if transposed else (rows, cols)
+    length = tile or drive
+    if s.pop("errors", None):
+        size = (g.shape[0], -(-drive // length), groups * sense)
+        s["adc_gain"] = rng.normal(1, 0.05, size).astype(np.float32)
+        s["adc_offset"] = rng.normal(0, 1e-6, size).astype(np.float32)
+    if s.get("noise_var"):
+        s["noise_var"] = np.abs(g) * np.float32(1e-6)
+    if "adc_bits" in s:
+        s["adc_lsb"] = 0.1 * G_MAX * 0.2 * np.sqrt(min(length, drive)) / 8
+    return s, length
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_host_matches_oracle(shape, mode, groups, transposed):
+    batch, rows, cols, tile = shape
+    codes, g = case(batch, rows, cols, planes=2, groups=groups)
+    if transposed:
+        codes = np.random.default_rng(2).integers(-127, 128, (batch, groups * cols)).astype(np.int16)
+    s, length = settings(mode, shape, g, groups, transposed)
+    s["slice_scale"] = np.array([1.0, -4.0], np.float32)
+    expected, gate = reference.tile_mvm(codes, g, tile=length, want_gate=True, **s)
+    y, host_gate = ops.tile_mvm(codes, g, tile_rows=length, tile_cols=length, want_gate=True, **s)
+    weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
+    assert_matches(y, expected, s.get("adc_lsb", 0.0), weight)
+    assert (np.abs(host_gate - gate) > 1e-5).mean() < 2e-3
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((2, 3), (2, 1), (0, 2), (1, 2)),
+        ((1, 1), (3, 2), (0, 0), (1, 1)),
+        ((5, 2), (2, 3), (3, 1), (2, 1)),
+    ],
+)
+def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, transposed):
+    conv = ConvGeometry(3, 11, 13, kernel, stride, padding, dilation)
+    rng = np.random.default_rng(0)
+    g = rng.uniform(-G_MAX, G_MAX, (2, groups * conv.inputs, 7)).astype(np.float32)
+    shape = (5, groups * 7, *conv.out) if transposed else (5, groups * 3, 11, 13)
+    codes = rng.integers(-127, 128, shape).astype(np.int16)
+    s = {
+        "groups": groups, "transposed": transposed, "conv": conv, "v_lsb": 0.2 / 127, "adc_bits": 8,
+        "adc_lsb": 1e-7, "read_noise": 1e-7, "seed": SEED, "step": 3, "want_gate": not transposed,
+        "row_scale": np.linspace(1, 2, 5).astype(np.float32), "bias": None if transposed else np.arange(groups * 7, dtype=np.float32) * 1e-6,
+    }  # fmt: skip
+    y = ops.tile_mvm(codes, g, tile_rows=4, tile_cols=4, **s)
+    expected = reference.tile_mvm(codes, g, tile=4, **s)
+    if not transposed:
+        assert (np.abs(y[1] - expected[1]) > 1e-5).mean() < 2e-3
+        y, expected = y[0], expected[0]
+    assert_matches(y, expected, 1e-7, weight=2 * 3, share=2e-2)
+
+
+def test_unfold_is_the_convolution_of_torch():
+    import torch
+
+    conv = ConvGeometry(2, 9, 8, (3, 2), (2, 1), (1, 1), (1, 2))
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(4, 2, 9, 8)), rng.normal(size=(5, 2, 3, 2))
+    expected = torch.nn.functional.conv2d(
+        torch.from_numpy(x), torch.from_numpy(w), None, (2, 1), (1, 1), (1, 2)
+    )
+    y = (reference.unfold(x, conv) @ w.reshape(5, -1).T).reshape(4, conv.pixels, 5).transpose(0, 2, 1)
+    np.testing.assert_allclose(y.reshape(4, 5, *conv.out), expected.numpy(), rtol=1e-12, atol=1e-12)
+    back = rng.normal(size=(4 * conv.pixels, conv.inputs))
+    assert np.vdot(reference.fold(back, 4, conv), x) == pytest.approx(
+        np.vdot(back, reference.unfold(x, conv))
+    )
+
+
+def test_one_cell_is_ohms_law():
+    y = ops.tile_mvm(np.array([[0.2]], np.float32), np.array([[5e-6]], np.float32))
+    assert y[0, 0] == pytest.approx(1e-6, rel=1e-6)
+
+
+def test_one_bit_adc_is_a_comparator_with_noise():
+    """E[code] = Phi((i - lsb / 2) / sigma) for one unsigned bit."""
+    from math import erf, sqrt
+
+    v = np.full((20000, 1), 0.2, np.float32)
+    g = np.full((1, 64), 3e-6, np.float32)
+    y = ops.tile_mvm(v, g, adc_bits=1, adc_signed=False, adc_lsb=1e-6, read_noise=2e-7, seed=4)
+    expected = 0.5 * (1 + erf((0.6e-6 - 0.5e-6) / 2e-7 / sqrt(2)))
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1e-6)}
+    assert (y > 0).mean() == pytest.approx(expected, abs=4 * 0.5 / sqrt(y.size))
+
+
+@pytest.mark.parametrize("generator", ["exact", "fast"])
+def test_noise_statistics(generator):
+    """Mean, variance, tails and independence of 2.6e6 read noises, within four standard errors."""
+    from math import sqrt
+
+    y = ops.tile_mvm(
+        np.zeros((20000, 4), np.float32),
+        np.zeros((4, 130), np.float32),
+        read_noise=1.0,
+        seed=SEED,
+        generator=generator,
+    )
+    n = y.size
+    assert abs(y.mean()) < 4 / sqrt(n)
+    assert abs(y.var() - 1) < 4 * sqrt(2 / n)
+    assert abs((y**4).mean() - 3) < 4 * sqrt(96 / n)
+    for threshold, share in ((2, 4.550e-2), (3, 2.700e-3), (4, 6.33e-5)):
+        assert abs((np.abs(y) > threshold).mean() - share) < 4 * sqrt(share / n)
+    for other in (np.roll(y, 1, 0), np.roll(y, 1, 1), np.roll(y, 4, 1)):
+        assert abs((y * other).mean()) < 4 / sqrt(n)
+        assert abs(((y**2 - 1) * (other**2 - 1)).mean()) < 4 * 2 / sqrt(n)
+
+
+def test_collapsed_noise_has_the_variance_of_the_tiles():
+    v, g = case(4000, 256, 32, codes=False)
+    tiled = ops.tile_mvm(v, g, tile_rows=64, read_noise=1e-6, seed=1)
+    collapsed = ops.tile_mvm(v, g, read_noise=2e-6, seed=2)
+    clean = ops.tile_mvm(v, g)
+    n = clean.size
+    assert np.std(tiled - clean) == pytest.approx(2e-6, rel=4 * np.sqrt(0.5 / n))
+    assert np.std(collapsed - clean) == pytest.approx(2e-6, rel=4 * np.sqrt(0.5 / n))
+
+
+def test_same_bits_for_any_chunk_of_the_batch():
+    codes, g = case(101, 70, 37)
+    s = {"tile_rows": 32, "adc_bits": 8, "adc_lsb": 1e-7, "read_noise": 1e-7, "v_lsb": 1e-3, "seed": SEED}
+    whole = ops.tile_mvm(codes, g, **s)
+    parts = [ops.tile_mvm(codes[i : i + 13], g, row_offset=i, **s) for i in range(0, 101, 13)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_steps_seeds_and_directions_draw_apart():
+    v, g = np.zeros((4, 8), np.float32), np.zeros((8, 8), np.float32)
+    draw = lambda **s: ops.tile_mvm(v, g, read_noise=1.0, **s)  # noqa: E731
+    base = draw(seed=1, step=1)
+    np.testing.assert_array_equal(base, draw(seed=1, step=np.array([1])))
+    for other in (draw(seed=2, step=1), draw(seed=1, step=2), draw(seed=1, step=1, transposed=True)):
+        assert not np.isclose(base, other).any()
+
+
+def test_empty_batch():
+    assert ops.tile_mvm(np.empty((0, 3), np.float32), np.empty((3, 2), np.float32)).shape == (0, 2)
+
+
+def test_dac_codes_match_oracle():
+    x = np.random.default_rng(0).normal(size=(7, 33)).astype(np.float32)
+    for lsb in (np.array([0.02], np.float32), np.linspace(0.01, 0.05, 7).astype(np.float32)):
+        for signed in (True, False):
+            codes = ops.dac_quantize(x, lsb=lsb, code_max=127, signed=signed)
+            expected = reference.dac_quantize(x, lsb=lsb, code_max=127, signed=signed)
+            steps = x / lsb[:, None]
+            on_edge = np.abs(steps - np.floor(steps) - 0.5) < 1e-4
+            assert ((codes == expected) | on_edge).all()
+    assert codes.min() == 0
+
+
+GOOD = {"v": np.zeros((2, 3), np.float32), "g": np.zeros((3, 4), np.float32)}
+BAD = {
+    "dtype": (
+        {"v": np.zeros((2, 3))},
+        TypeError,
+        "tile_mvm: `v` must be an array of float32 or int16, got float64",
+    ),
+    "axes": ({"v": np.zeros(3, np.float32)}, ValueError, "`v` must have 2 axes, got 1"),
+    "stride": ({"g": np.zeros((4, 3), np.float32).T}, ValueError, "`g` must be C-contiguous"),
+    "shape": ({"v": np.zeros((2, 4), np.float32)}, ValueError, r"`v` must have shape \(2, 3\)"),
+    "bits": ({"adc_bits": 17, "adc_lsb": 1.0}, ValueError, "`adc_bits` must be 1 to 16, got 17"),
+    "sign": ({"adc_bits": 1, "adc_lsb": 1.0}, ValueError, "2 to 16 for signed currents, got 1"),
+    "no-lsb": ({"adc_bits": 8}, ValueError, "`adc_lsb` must be given with adc_bits=8"),
+    "lsb": ({"adc_bits": 8, "adc_lsb": 0.0}, ValueError, "`adc_lsb` must be above 0 A, got 0 A"),
+    "tile": ({"tile_rows": 0}, ValueError, "`tile_rows` must be at least 1, got 0"),
+    "groups": ({"groups": 2}, ValueError, "`groups` must divide the 3 rows"),
+    "bias": ({"bias": np.zeros(3, np.float32)}, ValueError, r"`bias` must have shape \(4,\), got \(3,\)"),
+    "generator": ({"generator": "quick"}, ValueError, "`generator` must be 'exact' or 'fast', got 'quick'"),
+    "list": ({"v": [[1.0]]}, TypeError, "got list"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_says_what_and_how(name):
+    change, error, text = BAD[name]
+    with pytest.raises(error, match=text):
+        ops.tile_mvm(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_dac_refuses_what_is_not_finite(value):
+    x = np.zeros((3, 5), np.float32)
+    x[1, 2] = value
+    with pytest.raises(ValueError, match="`x` must be finite, got 1 NaN or infinite"):
+        ops.dac_quantize(x, lsb=0.1, code_max=127)
+
+
+def test_the_host_kernel_is_what_was_tested():
+    assert library() is not None
