@@ -208,7 +208,21 @@ def _check_drive(v: Any, conv: ConvGeometry | None, groups: int, drive: int, tra
 class _Conv(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ["channels", "height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "out_h", "out_w"]
+        for name in [
+            "channels",
+            "height",
+            "width",
+            "kernel_h",
+            "kernel_w",
+            "stride_h",
+            "stride_w",
+            "pad_h",
+            "pad_w",
+            "dilation_h",
+            "dilation_w",
+            "out_h",
+            "out_w",
+        ]
     ]
 
 

@@ -1,6 +1,7 @@
 """The equations in NumPy float64: oracle of the other backends, and fallback without a compiler."""
 
 from gpuxbar.reference.dac_quantize import dac_quantize
+from gpuxbar.reference.program import program
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
 
@@ -11,6 +12,7 @@ __all__ = [
     "fold",
     "normals",
     "philox",
+    "program",
     "tile_mvm",
     "unfold",
     "uniforms",

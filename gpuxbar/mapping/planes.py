@@ -1,0 +1,40 @@
+"""The conductance planes of a weight: w = w_max * unit * sum_s slice_scale[s] g[s]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpuxbar.spec import CrossbarSpec
+
+__all__ = ["Planes"]
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Digital weights of the planes of a mapping.
+
+    Attributes:
+        slice_scale: Weight of each plane: positive slices (least significant first), then negative ones.
+        unit: Weight, relative to the largest, of one siemens in a plane of scale 1; 1/S.
+        merge: "none" keeps the two arrays of a pair, "subtract" joins them into one plane a slice, "all" joins
+            every plane into one.
+    """
+
+    slice_scale: tuple[float, ...]
+    unit: float
+    merge: str
+
+    @classmethod
+    def of(cls, spec: CrossbarSpec, *, collapse: bool) -> Planes:
+        mapping, device = spec.mapping, spec.device
+        base = 2 ** (mapping.slice_bits or 0)
+        slices = [float(base**k) for k in range(mapping.slices)]
+        # the digits of a sliced weight run to base - 1 each, so that all of them at g_max make weight 1
+        unit = 1.0 / (device.g_max - device.g_min)
+        if mapping.slice_bits is not None:
+            unit *= (base - 1) / (base**mapping.slices - 1)
+        if collapse:
+            return cls((1.0,), unit, "all")
+        if mapping.scheme == "subtracted":
+            return cls(tuple(slices), unit, "subtract")
+        return cls((*slices, *(-s for s in slices)), unit, "none")

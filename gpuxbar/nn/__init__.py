@@ -1,0 +1,7 @@
+"""Layers on crossbars, conversion of models, calibration of converters."""
+
+from gpuxbar.nn.calibrate import calibrate
+from gpuxbar.nn.convert import Report, convert
+from gpuxbar.nn.layers import AnalogConv2d, AnalogLinear
+
+__all__ = ["AnalogConv2d", "AnalogLinear", "Report", "calibrate", "convert"]
