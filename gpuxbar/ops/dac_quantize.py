@@ -35,18 +35,16 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
     """
     check_array("dac_quantize", "x", x, "float32", range(1, 8))
     if not 1 <= code_max <= 32767:
-        raise ValueError(
-            f"dac_quantize: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes"
-        )
+        raise ValueError("dac_quantize: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes")
     where = backend(x)
     if where == "cuda":
-        from gpuxbar.ops.cuda_tile_mvm import dac_quantize_cuda
-
-        return dac_quantize_cuda(x, lsb=lsb, code_max=code_max, signed=signed)
+        raise NotImplementedError(
+            "dac_quantize: CuPy arrays have no kernels in this version; pass NumPy arrays"
+        )
     lsb = scalar_array(np, lsb)
     if lsb.size not in (1, len(x)):
         raise ValueError(
-            f"dac_quantize: `lsb` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
+            "dac_quantize: `lsb` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
         )
     if where == "reference":
         if not np.isfinite(x).all():
@@ -76,5 +74,5 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
 
 def _not_finite(count: int) -> ValueError:
     return ValueError(
-        f"dac_quantize: `x` must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
+        "dac_quantize: `x` must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
     )

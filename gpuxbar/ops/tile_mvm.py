@@ -148,9 +148,7 @@ def tile_mvm(
     }  # fmt: skip
     where = backend(v)
     if where == "cuda":
-        from gpuxbar.ops.cuda_tile_mvm import tile_mvm_cuda
-
-        return tile_mvm_cuda(v, g, **settings)
+        raise NotImplementedError(f"{OP}: CuPy arrays have no kernels in this version; pass NumPy arrays")
     for name, count, allowed in (
         ("adc_lsb", np.size(adc_lsb) if bits else 1, (1, outputs)),
         ("row_scale", 1 if row_scale is None else np.size(row_scale), None),

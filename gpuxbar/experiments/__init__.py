@@ -1,0 +1,5 @@
+"""The main job: a network trained ideally and on crossbars, recorded and resumable."""
+
+from gpuxbar.experiments.train import Run, train
+
+__all__ = ["Run", "train"]
