@@ -74,5 +74,5 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
 
 def _not_finite(count: int) -> ValueError:
     return ValueError(
-        "dac_quantize: `x` must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
+        f"dac_quantize: `x` must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
     )
