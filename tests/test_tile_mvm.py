@@ -254,3 +254,11 @@ def test_dac_refuses_what_is_not_finite(value):
 
 def test_the_host_kernel_is_what_was_tested():
     assert library() is not None
+
+
+def test_dac_messages_hold_the_values():
+    x = np.zeros((3, 5), np.float32)
+    with pytest.raises(ValueError, match="must be 1 to 32767, got 0"):
+        ops.dac_quantize(x, lsb=0.1, code_max=0)
+    with pytest.raises(ValueError, match="must have 1 or 3 values, got 2"):
+        ops.dac_quantize(x, lsb=[0.1, 0.2], code_max=127)

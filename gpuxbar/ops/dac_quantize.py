@@ -35,7 +35,7 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
     """
     check_array("dac_quantize", "x", x, "float32", range(1, 8))
     if not 1 <= code_max <= 32767:
-        raise ValueError("dac_quantize: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes")
+        raise ValueError(f"dac_quantize: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes")
     where = backend(x)
     if where == "cuda":
         raise NotImplementedError(
@@ -44,7 +44,7 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
     lsb = scalar_array(np, lsb)
     if lsb.size not in (1, len(x)):
         raise ValueError(
-            "dac_quantize: `lsb` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
+            f"dac_quantize: `lsb` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
         )
     if where == "reference":
         if not np.isfinite(x).all():
