@@ -35,7 +35,9 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
     """
     check_array("dac_quantize", "x", x, "float32", range(1, 8))
     if not 1 <= code_max <= 32767:
-        raise ValueError(f"dac_quantize: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes")
+        raise ValueError(
+            f"dac_quantize: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes"
+        )
     where = backend(x)
     if where == "cuda":
         raise NotImplementedError(
