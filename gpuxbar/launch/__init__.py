@@ -1,6 +1,24 @@
 """Compiling, finding and calling kernels; the only layer below the ops that touches a compiler or CuPy."""
 
 from gpuxbar.launch.backend import Backend, backend, explain, is_cupy
-from gpuxbar.launch.host import host_call, library
+from gpuxbar.launch.device import CudaDevice, Device, cuda_device
+from gpuxbar.launch.host import host_call, library, set_threads
+from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar
 
-__all__ = ["Backend", "backend", "explain", "host_call", "is_cupy", "library"]
+__all__ = [
+    "Backend",
+    "CudaDevice",
+    "Device",
+    "In",
+    "InOut",
+    "Kernel",
+    "Out",
+    "Scalar",
+    "backend",
+    "cuda_device",
+    "explain",
+    "host_call",
+    "is_cupy",
+    "library",
+    "set_threads",
+]

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpuxbar.launch.sources import cache_dir, kernel_dir
 
-__all__ = ["build", "compiler", "host_call", "library"]
+__all__ = ["build", "compiler", "host_call", "library", "set_threads"]
 
 FLAGS = (
     "-std=c++17",
@@ -103,3 +103,10 @@ def host_call(lib: ctypes.CDLL, name: str, *args: object) -> None:
     function = lib[name]
     function.restype = None
     function(*converted)
+
+
+def set_threads(count: int) -> None:
+    """Threads of the host kernels called from this thread; results do not depend on it."""
+    lib = library()
+    if lib is not None:
+        lib.omp_set_num_threads(ctypes.c_int(count))

@@ -7,13 +7,21 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import backend, host_call, library
+from gpuxbar.launch import Device, In, Kernel, Out, Scalar, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array, scalar_array
 
-__all__ = ["dac_quantize"]
+__all__ = ["KERNEL", "dac_quantize"]
+
+KERNEL = Kernel(
+    "dac_quantize.cu",
+    x=In("float32"), lsb=In("float32", "L"), codes=Out("int16"), code_min=Scalar("float32"), code_max=Scalar("float32"),
+    per_row=Scalar("int64"), lsb_count=Scalar("int64"), size=Scalar("int64"),
+)  # fmt: skip
 
 
-def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any:
+def dac_quantize(
+    x: Any, *, lsb: Any, code_max: int, signed: bool = True, device: Device | None = None
+) -> Any:
     """Round digital values to DAC codes.
 
     code = clip(round(x / lsb), -code_max if signed else 0, code_max), half to even.
@@ -23,6 +31,7 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
         lsb: Value of one code, above 0: a number, or float32 [n], one per leading index.
         code_max: Largest code, 1 to 32767.
         signed: Whether negative codes exist.
+        device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
         Codes, int16, shape of `x`.
@@ -38,16 +47,11 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
         raise ValueError(
             f"dac_quantize: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes"
         )
-    where = backend(x)
+    where = "cuda" if device is not None else backend(x)
     if where == "cuda":
-        raise NotImplementedError(
-            "dac_quantize: CuPy arrays have no kernels in this version; pass NumPy arrays"
-        )
+        return _cuda(device or cuda_device(), x, lsb, code_max, signed)
     lsb = scalar_array(np, lsb)
-    if lsb.size not in (1, len(x)):
-        raise ValueError(
-            f"dac_quantize: `lsb` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
-        )
+    _check_count(lsb, x)
     if where == "reference":
         if not np.isfinite(x).all():
             raise _not_finite(int((~np.isfinite(x)).sum()))
@@ -72,6 +76,28 @@ def dac_quantize(x: Any, *, lsb: Any, code_max: int, signed: bool = True) -> Any
         if bad[0]:
             raise _not_finite(int(bad[0]))
     return codes
+
+
+def _cuda(device: Device, x: Any, lsb: Any, code_max: int, signed: bool) -> Any:
+    if isinstance(lsb, (int, float)):
+        value, lsb = lsb, device.empty((1,), "float32")
+        lsb.fill(value)
+    _check_count(lsb, x)
+    codes = device.empty(x.shape, "int16")
+    if x.size:
+        device.launch(
+            KERNEL, (min(-(-x.size // 1024), 65536),), (256,),
+            {"x": x, "lsb": lsb, "codes": codes, "code_min": -code_max if signed else 0, "code_max": code_max,
+             "per_row": x.size // len(x), "lsb_count": lsb.size, "size": x.size},
+        )  # fmt: skip
+    return codes
+
+
+def _check_count(lsb: Any, x: Any) -> None:
+    if lsb.size not in (1, len(x)):
+        raise ValueError(
+            f"dac_quantize: `lsb` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
+        )
 
 
 def _not_finite(count: int) -> ValueError:

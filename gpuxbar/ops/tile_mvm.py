@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import backend, library
+from gpuxbar.launch import Device, backend, cuda_device, library
 from gpuxbar.ops.checks import check_array, scalar_array
+from gpuxbar.ops.tile_mvm_cuda import tile_mvm_cuda
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = ["tile_mvm"]
@@ -46,6 +47,9 @@ def tile_mvm(
     bias: Any = None,
     conv: ConvGeometry | None = None,
     want_gate: bool = False,
+    precision: str = "fp32",
+    g_range: float | None = None,
+    device: Device | None = None,
 ) -> Any:
     """Read every tile of an array: drive the wordlines, sum on the bitlines, digitise, shift and add.
 
@@ -81,6 +85,10 @@ def tile_mvm(
         col_scale, bias: Factor of, and value added to, each output, float32 [outputs].
         conv: Shape of the convolution whose patches are read; no patch matrix is made on the CPU.
         want_gate: Also return the share of each output's conversions (by digital weight) inside the ADC range.
+        precision: Arithmetic of the tile products on a GPU: "fp32", "tf32", "fp16" or "fp16x2" (conductances as
+            a high and a low half, 22 bits; codes up to 2048 are exact). On the CPU every product is float32.
+        g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
+        device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
         float32 [B, O], A unless scaled; transposed: [B, I]; with `conv` the images. With `want_gate`, (y, gate).
@@ -146,9 +154,13 @@ def tile_mvm(
         "row_offset": row_offset, "row_scale": row_scale, "col_scale": col_scale, "bias": bias, "conv": conv,
         "want_gate": want_gate,
     }  # fmt: skip
-    where = backend(v)
-    if where == "cuda":
-        raise NotImplementedError(f"{OP}: CuPy arrays have no kernels in this version; pass NumPy arrays")
+    if conv is not None and transposed and (want_gate or bias is not None):
+        raise ValueError(
+            f"{OP}: `want_gate` and `bias` must not be given with a transposed convolution, whose results are sums of "
+            "patches; add the bias to the result"
+        )
+    _check_precision(precision, g_range, v)
+    where = "cuda" if device is not None else backend(v)
     for name, count, allowed in (
         ("adc_lsb", np.size(adc_lsb) if bits else 1, (1, outputs)),
         ("row_scale", 1 if row_scale is None else np.size(row_scale), None),
@@ -160,6 +172,9 @@ def tile_mvm(
         ):
             rule = f"1 or {outputs} values" if allowed else f"a length that divides the {batch} rows"
             raise ValueError(f"{OP}: `{name}` must have {rule}, got {count}; see the axes of the result")
+    if where == "cuda":
+        more = {"precision": precision, "g_range": g_range}
+        return tile_mvm_cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
     if where == "reference":
         out = reference.tile_mvm(v, g, **{**settings, "step": int(np.asarray(step).reshape(-1)[0])})
         return tuple(a.astype(np.float32) for a in out) if want_gate else out.astype(np.float32)
@@ -182,6 +197,24 @@ def _check_adc(bits: int | None, signed: bool, lsb: Any) -> None:
     if isinstance(lsb, (int, float)) and not (lsb > 0 and np.isfinite(lsb)):
         raise ValueError(
             f"{OP}: `adc_lsb` must be above 0 A, got {lsb:g} A; use the full-scale current over the largest code"
+        )
+
+
+def _check_precision(precision: str, g_range: float | None, v: Any) -> None:
+    known = ("fp32", "tf32", "fp16", "fp16x2")
+    if precision not in known:
+        raise ValueError(
+            f"{OP}: `precision` must be one of {', '.join(known)}, got {precision!r}; choose one"
+        )
+    if not precision.startswith("fp16"):
+        return
+    if g_range is None or not g_range > 0:
+        raise ValueError(
+            f"{OP}: `g_range` must be above 0 S with precision={precision!r}, got {g_range}; give the largest conductance"
+        )
+    if v.dtype.name != "int16":
+        raise TypeError(
+            f"{OP}: `v` must be int16 codes with precision={precision!r}, got {v.dtype.name}; quantise it with dac_quantize"
         )
 
 

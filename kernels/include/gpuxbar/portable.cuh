@@ -33,6 +33,16 @@ GPUXBAR_FN u32 float_bits(float x) { return __float_as_uint(x); }
 GPUXBAR_FN float bits_float(u32 x) { return __uint_as_float(x); }
 GPUXBAR_FN float exp(float x) { return expf(x); }
 GPUXBAR_FN float log(float x) { return logf(x); }
+GPUXBAR_FN u16 half_bits(float x) {  // nearest fp16, half to even
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+}
+GPUXBAR_FN float half_value(u16 h) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+}
 // Special-function unit: absolute error about 2^-22 of log2, relative 2^-22 of the root.
 GPUXBAR_FN float sqrt_fast(float x) {
   float y;
@@ -64,6 +74,19 @@ GPUXBAR_FN float bits_float(u32 u) {
 }
 GPUXBAR_FN float exp(float x) { return __builtin_expf(x); }
 GPUXBAR_FN float log(float x) { return __builtin_logf(x); }
+#if defined(__FLT16_MAX__)
+GPUXBAR_FN u16 half_bits(float x) {
+  const _Float16 h = (_Float16)x;
+  u16 bits;
+  __builtin_memcpy(&bits, &h, sizeof bits);
+  return bits;
+}
+GPUXBAR_FN float half_value(u16 bits) {
+  _Float16 h;
+  __builtin_memcpy(&h, &bits, sizeof h);
+  return (float)h;
+}
+#endif
 GPUXBAR_FN float sqrt_fast(float x) { return __builtin_sqrtf(x); }
 // log2 of a positive normal number: exponent from the bits, mantissa in [sqrt(1/2), sqrt(2)) by the
 // atanh series 2/ln2 (s + s^3/3 + s^5/5 + s^7/7 + s^9/9), s = (m - 1)/(m + 1). Branch-free, so that a host

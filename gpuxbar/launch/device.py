@@ -1,0 +1,120 @@
+"""The CUDA device as the ops see it: memory, kernel launches and batched products, through CuPy.
+
+Everything runs on CuPy's current device and stream; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpuxbar.launch.cubin import cubin
+from gpuxbar.launch.kernel import Kernel
+
+__all__ = ["CudaDevice", "Device", "Precision", "cuda_device"]
+
+# Arithmetic of a product: (operand dtype, cuBLAS compute type)
+Precision = {
+    "fp32": ("float32", 68),
+    "tf32": ("float32", 77),
+    "fp16": ("float16", 68),
+    "fp16x2": ("float16", 68),
+}
+_CUDA_TYPE = {"float32": 0, "float16": 2}
+
+
+class Device(Protocol):
+    """What an op needs of a device; tests drive the same ops over a CPU build of the kernels.
+
+    `workspace`: bytes that the partial sums of one call may take; larger batches go in chunks.
+    """
+
+    workspace: int
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """An uninitialised C-contiguous array."""
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        values: Mapping[str, Any],
+        macros: Mapping[str, int] | None = None,
+    ) -> None:
+        """Check the arguments and run a kernel compiled with these macros."""  # fmt: skip
+
+    def matmul(
+        self,
+        a: Any,
+        b: Any,
+        c: Any,
+        shape: tuple[int, int, int, int],
+        strides: tuple[int, int, int],
+        lds: tuple[int, int, int],
+        alpha: float,
+        beta: float,
+        precision: str,
+    ) -> None:
+        """c[q] = alpha a[q] b[q] + beta c[q]; shape (batch, m, n, k), row-major with leading dimensions `lds`."""  # fmt: skip
+
+
+class CudaDevice:
+    """CuPy's current device. `empty` may allocate elsewhere (from PyTorch), viewed as CuPy arrays."""
+
+    def __init__(self, empty: Callable[[tuple[int, ...], str], Any] | None = None, workspace: int = 64 << 20):
+        import cupy
+
+        self._cupy = cupy
+        self.workspace = workspace
+        self.empty = empty or cupy.empty
+        major_minor = cupy.cuda.Device().compute_capability
+        self.arch = f"sm_{major_minor}"
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], values: Mapping[str, Any],
+        macros: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        arguments = kernel.bind(values)
+        if 0 in grid:  # CuPy would round an empty grid up to one block
+            return
+        function = _function(kernel.file, kernel.name, self.arch, tuple(sorted((macros or {}).items())),
+                             self._cupy.cuda.runtime.getDevice())  # fmt: skip
+        function(grid, block, tuple(np.uintp(0) if a is None else a for a in arguments))
+
+    def matmul(
+        self, a: Any, b: Any, c: Any, shape: tuple[int, int, int, int], strides: tuple[int, int, int],
+        lds: tuple[int, int, int], alpha: float, beta: float, precision: str,
+    ) -> None:  # fmt: skip
+        from cupy.cuda import cublas, device
+
+        batch, m, n, k = shape
+        if 0 in shape[:3]:
+            return
+        dtype, compute = Precision[precision]
+        kind = _CUDA_TYPE[dtype]
+        factors = np.array([alpha, beta], np.float32)
+        # row-major c = a b is column-major c^T = b^T a^T
+        cublas.gemmStridedBatchedEx(
+            device.get_cublas_handle(), 0, 0, n, m, k, factors.ctypes.data,
+            b.data.ptr, kind, lds[1], strides[1], a.data.ptr, kind, lds[0], strides[0], factors.ctypes.data + 4,
+            c.data.ptr, 0, lds[2], strides[2], batch, compute, -1,
+        )  # fmt: skip
+
+
+@cache
+def _function(file: str, name: str, arch: str, macros: tuple[tuple[str, int], ...], ordinal: int) -> Any:
+    """A loaded kernel; a module belongs to one device, hence `ordinal`."""
+    import cupy
+
+    del ordinal
+    path, _ = cubin(file, arch, dict(macros))
+    return cupy.RawModule(path=str(path)).get_function(name)
+
+
+def cuda_device() -> CudaDevice:
+    """The device that serves CuPy arrays."""
+    return CudaDevice()

@@ -1,0 +1,93 @@
+"""Declared kernel signatures: order, dtype, axes and access of every argument, checked before any launch.
+
+A raw kernel checks nothing: a Python float goes as a double, a transposed view is read as it lies, a missing
+argument is read from whatever lies there. `Kernel.bind` makes each of these an error that names the argument;
+a test compares every declaration with the text of its `.cu` file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Array", "In", "InOut", "Kernel", "Out", "Scalar"]
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array argument: dtypes the macros choose among, named axes, whether it may be absent (null)."""
+
+    dtype: str
+    axes: str = ""
+    optional: bool = False
+    written: bool = False
+
+
+def In(dtype: str, axes: str = "", optional: bool = False) -> Array:
+    """A C-contiguous array that is only read."""
+    return Array(dtype, axes, optional)
+
+
+def Out(dtype: str, axes: str = "", optional: bool = False) -> Array:
+    """A C-contiguous array that is written."""
+    return Array(dtype, axes, optional, written=True)
+
+
+InOut = Out
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number passed by value, cast to the declared dtype."""
+
+    dtype: str
+
+
+class Kernel:
+    """One `extern "C"` kernel of `kernels/<file>`, named as the file unless `name` says otherwise."""
+
+    def __init__(self, file: str, *, name: str | None = None, **arguments: Array | Scalar):
+        self.file, self.name = file, name or file.removesuffix(".cu")
+        self.arguments: Mapping[str, Array | Scalar] = arguments
+
+    def bind(self, values: Mapping[str, Any]) -> list[Any]:
+        """The arguments in order: arrays, None for a null pointer, NumPy scalars; checked against the declaration."""
+        if values.keys() != self.arguments.keys():
+            missing, unknown = self.arguments.keys() - values.keys(), values.keys() - self.arguments.keys()
+            raise TypeError(
+                f"{self.name}: arguments must be those declared, missing {sorted(missing)}, unknown {sorted(unknown)}"
+            )
+        sizes: dict[str, tuple[int, str]] = {}
+        return [self._bound(name, values[name], sizes) for name in self.arguments]
+
+    def _bound(self, name: str, value: Any, sizes: dict[str, tuple[int, str]]) -> Any:
+        declared = self.arguments[name]
+        if isinstance(declared, Scalar):
+            return np.dtype(declared.dtype).type(value)
+        if value is None:
+            if not declared.optional:
+                raise TypeError(f"{self.name}: `{name}` must be an array of {declared.dtype}, got None")
+            return None
+        if value.dtype.name not in declared.dtype.split("|"):
+            raise TypeError(
+                f"{self.name}: `{name}` must be an array of {declared.dtype}, got {value.dtype.name}; convert it first"
+            )
+        if not value.flags.c_contiguous:
+            raise ValueError(
+                f"{self.name}: `{name}` must be C-contiguous, got strides {tuple(value.strides)}; pass a contiguous copy"
+            )
+        axes = declared.axes.split()
+        if axes and len(axes) != value.ndim:
+            raise ValueError(
+                f"{self.name}: `{name}` must have axes [{declared.axes}], got shape {tuple(value.shape)}"
+            )
+        for axis, size in zip(axes, value.shape, strict=False):
+            known, owner = sizes.setdefault(axis, (size, name))
+            if known != size:
+                raise ValueError(
+                    f"{self.name}: axis {axis} of `{name}` must be {known} as in `{owner}`, got {size}"
+                )
+        return value

@@ -1,0 +1,255 @@
+"""`tile_mvm` on a CUDA device: pack, batched tile products by cuBLAS, and one kernel that converts and adds.
+
+All tiles, groups, planes and passes of a chunk of rows are one batched product: the tiles of a group are its batch,
+the passes are more rows of its left operand, the planes more columns of its right one. So the launches of a call do
+not grow with tiles, planes or passes; only the rows are cut, so that the partial sums stay within the workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import floor, log2
+from typing import Any
+
+from gpuxbar.launch import Device, In, Kernel, Out, Scalar
+from gpuxbar.launch.device import Precision
+from gpuxbar.reference.random import Purpose
+
+__all__ = ["KERNELS", "tile_mvm_cuda"]
+
+_INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
+_PLACES = ("height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
+           "dilation_h", "dilation_w", "out_h", "out_w")  # fmt: skip
+
+PACK_INPUTS = Kernel(
+    "pack_inputs.cu",
+    v=In("int16|float32"), a=Out("float32|float16", "P M G T K"), squares=Out("float32", "P M G T K", optional=True),
+    row0=_LONG, rows=_INT, groups=_INT, drive=_INT, tiles=_INT, tile=_INT, k=_INT, stream_bits=_INT, streams=_INT,
+    phases=_INT, channels=_INT, **dict.fromkeys(_PLACES, _INT),
+)  # fmt: skip
+PACK_CONDUCTANCE = Kernel(
+    "pack_conductance.cu",
+    g=In("float32", "S I O"), b=Out("float32|float16", "Q K N"), low=Out("float16", "Q K N", optional=True),
+    scale=_FLOAT, planes=_INT, groups=_INT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT, ld=_INT,
+)  # fmt: skip
+ADC_ACCUMULATE = Kernel(
+    "adc_accumulate.cu",
+    psum=In("float32", "Q M N"), variance=In("float32", "Q M N", optional=True),
+    slice_scale=In("float32", "S", optional=True), adc_lsb=In("float32", "L", optional=True),
+    adc_gain=In("float32", "S T C", optional=True), adc_offset=In("float32", "S T C", optional=True),
+    read_noise=In("float32", "one", optional=True), step=In("int64", "one", optional=True),
+    row_scale=In("float32", "R", optional=True), col_scale=In("float32", "C", optional=True),
+    bias=In("float32", "C", optional=True), y=Out("float32"), gate=Out("float32", optional=True),
+    adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG,
+    noise_row0=_LONG, rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, ld=_INT, streams=_INT, phases=_INT,
+    stream_bits=_INT, adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT,
+    purpose=Scalar("uint32"),
+)  # fmt: skip
+FOLD = Kernel(
+    "fold.cu",
+    patches=In("float32"),
+    images=Out("float32"),
+    planes=_INT,
+    **dict.fromkeys(_PLACES, _INT),
+    size=_LONG,
+)
+KERNELS = (PACK_INPUTS, PACK_CONDUCTANCE, ADC_ACCUMULATE, FOLD)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one call; the driven lines of a tile are padded to `k`, the columns of all planes to `ld`."""
+
+    groups: int
+    drive: int
+    sense: int
+    planes: int
+    tile: int
+    passes: int
+    rows: int
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.drive // self.tile)
+
+    @property
+    def k(self) -> int:
+        return -(-self.tile // 8) * 8
+
+    @property
+    def ld(self) -> int:
+        return -(-self.planes * self.sense // 8) * 8
+
+    @property
+    def batch(self) -> int:
+        return self.groups * self.tiles
+
+
+def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any]) -> Any:
+    """`ops.tile_mvm` on checked arguments; `s` are its settings, `rows` its batch (times pixels)."""
+    planes, _, cols = g.shape
+    transposed, conv = s["transposed"], s["conv"]
+    drive, sense = (cols, inputs) if transposed else (inputs, cols)
+    tile = min(s["tile"], max(drive, 1))
+    shape = Shape(s["groups"], drive, sense, planes, tile, s["streams"] * s["phases"], rows)
+    outputs = shape.groups * sense
+    operand = _right_operand(device, g, shape, inputs, cols, s)
+    per_row = 4 * shape.passes * shape.batch * (shape.ld + shape.k) * (2 if s["noise_var"] is not None else 1)
+    if conv is not None and transposed:
+        return _folded(device, v, operand, shape, per_row, s)
+
+    y = device.empty((rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
+    gate = device.empty(y.shape, "float32") if s["want_gate"] else None
+    for row0, count in _chunks(rows, device.workspace // max(per_row, 1), 32):
+        psum, variance = _partial_sums(device, v, operand, shape, row0, count, s)
+        _accumulate(device, psum, variance, y, gate, shape, row0, row0, count, s)
+    return y if gate is None else (y, gate)
+
+
+def _folded(
+    device: Device, v: Any, operand: RightOperand, shape: Shape, per_row: int, s: dict[str, Any]
+) -> Any:
+    """The transposed read of a convolution: patches of whole images at a time, folded into images."""
+    conv, outputs = s["conv"], shape.groups * shape.sense
+    planes = shape.groups * conv.channels
+    images = device.empty((v.shape[0], planes, conv.height, conv.width), "float32")
+    affordable = device.workspace // max(per_row + 4 * outputs, 1)
+    for row0, count in _chunks(shape.rows, affordable, conv.pixels):
+        psum, variance = _partial_sums(device, v, operand, shape, row0, count, s)
+        patches = device.empty((count, outputs), "float32")
+        _accumulate(device, psum, variance, patches, None, shape, row0, 0, count, s)
+        part = images[row0 // conv.pixels : (row0 + count) // conv.pixels]
+        device.launch(
+            FOLD, (min(-(-part.size // 256), 65536),), (256,),
+            {"patches": patches, "images": part, "planes": planes, **_places(conv), "size": part.size},
+        )  # fmt: skip
+    return images
+
+
+def _chunks(rows: int, affordable: int, unit: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of chunks that are affordable, in whole units where a unit is (or must be) affordable."""
+    size = max(affordable // unit * unit, unit if unit != 32 else max(1, min(affordable, unit)))
+    for row0 in range(0, rows, size):
+        yield row0, min(size, rows - row0)
+
+
+@dataclass(frozen=True)
+class RightOperand:
+    """Packed conductances (fp16: times `scale`, high and low part) and noise variances."""
+
+    high: Any
+    low: Any
+    variance: Any
+    scale: float
+
+
+def _right_operand(
+    device: Device, g: Any, shape: Shape, inputs: int, cols: int, s: dict[str, Any]
+) -> RightOperand:
+    dtype, _ = Precision[s["precision"]]
+    # the largest conductance lands in [2^13, 2^14): far from overflow, and 28 binary orders above the smallest half
+    scale = 2.0 ** (13 - floor(log2(s["g_range"]))) if dtype == "float16" else 1.0
+    size = (shape.batch, shape.k, shape.ld)
+
+    def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
+        out = device.empty(size, dtype)
+        macros = {"HALF": int(dtype == "float16"), "TRANSPOSED": int(s["transposed"])}
+        device.launch(
+            PACK_CONDUCTANCE, (-(-shape.ld // 32), -(-shape.k // 32), shape.batch), (256,),
+            {"g": source, "b": out, "low": low, "scale": scale, "planes": shape.planes, "groups": shape.groups,
+             "inputs": inputs, "cols": cols, "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "ld": shape.ld},
+            macros,
+        )  # fmt: skip
+        return out
+
+    low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
+    variance = None if s["noise_var"] is None else pack(s["noise_var"], "float32", None, 1.0)
+    return RightOperand(pack(g, dtype, low, scale), low, variance, scale)
+
+
+def _partial_sums(
+    device: Device, v: Any, operand: RightOperand, shape: Shape, row0: int, rows: int, s: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The currents (and noise variances) of every conversion of some rows, [G T, P rows, ld]."""
+    dtype, _ = Precision[s["precision"]]
+    conv = s["conv"]
+    size = (shape.passes, rows, shape.groups, shape.tiles, shape.k)
+    a = device.empty(size, dtype)
+    squares = None if operand.variance is None else device.empty(size, "float32")
+    places = dict.fromkeys(_PLACES, 1) if conv is None else _places(conv)
+    device.launch(
+        PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-rows // 32)), (256,),
+        {"v": v, "a": a, "squares": squares, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
+         "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": s["stream_bits"],
+         "streams": s["streams"], "phases": s["phases"], "channels": 1 if conv is None else conv.channels, **places},
+        {"CODES": int(v.dtype.name == "int16"), "HALF": int(dtype == "float16"),
+         "CONV": 0 if conv is None else 2 if s["transposed"] else 1},
+    )  # fmt: skip
+
+    def product(a: Any, b: Any, c: Any, alpha: float, beta: float, precision: str) -> None:
+        m = shape.passes * rows
+        device.matmul(
+            a, b, c, (shape.batch, m, shape.ld, shape.k), (shape.k, shape.k * shape.ld, m * shape.ld),
+            (shape.batch * shape.k, shape.ld, shape.ld), alpha, beta, precision,
+        )  # fmt: skip
+
+    sums = (shape.batch, shape.passes * rows, shape.ld)
+    psum = device.empty(sums, "float32")
+    volts = s["v_lsb"] / operand.scale
+    product(a, operand.high, psum, volts, 0.0, s["precision"])
+    if operand.low is not None:
+        product(a, operand.low, psum, volts, 1.0, s["precision"])
+    if operand.variance is None:
+        return psum, None
+    variance = device.empty(sums, "float32")
+    product(squares, operand.variance, variance, s["v_lsb"] ** 2, 0.0, "fp32")
+    return psum, variance
+
+
+def _accumulate(
+    device: Device, psum: Any, variance: Any, y: Any, gate: Any, shape: Shape, row0: int, y_row0: int, rows: int,
+    s: dict[str, Any],
+) -> None:  # fmt: skip
+    bits, signed = s["adc_bits"], s["adc_signed"]
+    code_max = 0 if not bits else 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    noisy = variance is not None or not _is_zero(s["read_noise"])
+    noise = 0 if not noisy else 2 if s["generator"] == "fast" else 1
+    width = 8 if noise == 2 else 4
+    outputs = shape.groups * shape.sense
+    images = s["conv"] is not None and not s["transposed"]
+    lsb, lsb_value = _split(s["adc_lsb"] if bits else 1.0)
+    sigma, sigma_value = _split(s["read_noise"])
+    step, step_value = _split(s["step"])
+    row_scale = s["row_scale"]
+    device.launch(
+        ADC_ACCUMULATE, (-(-outputs // (8 * width)), -(-rows // 32)), (256,),
+        {"psum": psum, "variance": variance, "slice_scale": s["slice_scale"], "adc_lsb": lsb, "adc_gain": s["adc_gain"],
+         "adc_offset": s["adc_offset"], "read_noise": sigma, "step": step, "row_scale": row_scale,
+         "col_scale": s["col_scale"], "bias": s["bias"],
+         "y": y, "gate": gate, "adc_lsb_value": lsb_value, "read_noise_value": sigma_value,
+         "step_value": step_value, "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF, "row0": row0, "y_row0": y_row0,
+         "noise_row0": s["row_offset"] + row0, "rows": rows, "groups": shape.groups, "sense": shape.sense,
+         "tiles": shape.tiles, "planes": shape.planes, "ld": shape.ld, "streams": s["streams"], "phases": s["phases"],
+         "stream_bits": s["stream_bits"], "adc_per_column": int(lsb is not None and lsb.size > 1),
+         "code_min": -code_max if signed else 0, "code_max": code_max,
+         "rows_per_scale": 1 if row_scale is None else shape.rows // row_scale.size, "pixels": 1 if s["conv"] is None else s["conv"].pixels,
+         "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},
+        {"NOISE": noise, "VARIANCE": int(variance is not None), "ADC": int(bits > 0), "GATE": int(gate is not None),
+         "IMAGES": int(images), "VECTOR": int(shape.sense % width == 0)},
+    )  # fmt: skip
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a setting is the plain number 0; an array on the device is not looked at."""
+    return isinstance(value, (int, float)) and value == 0
+
+
+def _split(value: Any) -> tuple[Any, Any]:
+    """(array, 0) of a value in device memory, (None, number) of a plain one."""
+    return (None, value) if isinstance(value, (int, float)) else (value, 0)
+
+
+def _places(conv: Any) -> dict[str, int]:
+    values = (conv.height, conv.width, *conv.kernel, *conv.stride, *conv.padding, *conv.dilation, *conv.out)
+    return dict(zip(_PLACES, values, strict=True))

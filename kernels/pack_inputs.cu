@@ -1,0 +1,104 @@
+// pack_inputs: driven values of some rows -> the left operand of the tile products.
+//
+// Axes    P passes (streams x phases), M rows of this call, G groups, T tiles of K lines (the last padded
+// with 0):
+//         a [P, M, G, T, K]. The source is a matrix [rows, G, drive], the images of a convolution whose
+//         patches are the rows, or the images of its output gradient.
+// Launch  a 32 x 32 block of (row, line) each, 256 threads; grid (ceil(G T K / 32), ceil(M / 32)).
+// Macros  CODES source int16, else float32; HALF operand fp16 (digits exactly), else float32;
+//         CONV 0 matrix, 1 patches of [N, G * channels, height, width], 2 images [N, G * drive, out_h, out_w]
+// Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py (unfold, stream_digits)
+#include "gpuxbar/converter.cuh"
+
+#ifndef CODES
+#define CODES 1
+#endif
+#ifndef HALF
+#define HALF 0
+#endif
+#ifndef CONV
+#define CONV 0
+#endif
+
+namespace gpuxbar {
+
+#if CODES
+using Source = i16;
+#else
+using Source = float;
+#endif
+#if HALF
+using Operand = u16;
+GPUXBAR_FN u16 operand(float x) { return half_bits(x); }
+#else
+using Operand = float;
+GPUXBAR_FN float operand(float x) { return x; }
+#endif
+
+extern "C" __global__ void __launch_bounds__(256)
+    pack_inputs(const Source* __restrict__ v,  // the source, C-contiguous
+                Operand* __restrict__ a,       // [P, M, G, T, K]  digits (or values without a DAC)
+                float* __restrict__ squares,   // like a, or null: digits squared
+                i64 row0,                      // first row of this call
+                int rows, int groups, int drive, int tiles, int tile, int k, int stream_bits, int streams,
+                int phases, int channels, int height, int width, int kernel_h, int kernel_w, int stride_h,
+                int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int out_h, int out_w) {
+  __shared__ Source block[32][33];
+  const int lines = groups * tiles * k;
+  const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
+  const int line0 = blockIdx.x * 32, first = blockIdx.y * 32;
+
+  // A matrix is read along its lines, images along their pixels: both coalesce.
+  for (int i = y; i < 32; i += 8) {
+    const int line = line0 + (CONV ? i : x), row = first + (CONV ? x : i);
+    const int group = line / (tiles * k), at = line % (tiles * k);
+    const int d = at / k * tile + at % k;  // the driven line
+    Source value = 0;
+    if (line < lines && row < rows && at % k < tile && d < drive) {
+#if CONV == 0
+      value = v[(row0 + row) * groups * drive + (i64)group * drive + d];
+#else
+      const int pixels = out_h * out_w;
+      const i64 image = (row0 + row) / pixels;
+      const int pixel = (int)((row0 + row) % pixels);
+#if CONV == 1
+      const int channel = d / (kernel_h * kernel_w), ky = d / kernel_w % kernel_h, kx = d % kernel_w;
+      const int iy = pixel / out_w * stride_h + ky * dilation_h - pad_h;
+      const int ix = pixel % out_w * stride_w + kx * dilation_w - pad_w;
+      if (iy >= 0 && iy < height && ix >= 0 && ix < width)
+        value = v[(((image * groups + group) * channels + channel) * height + iy) * width + ix];
+#else
+      value = v[((image * groups + group) * drive + d) * pixels + pixel];
+#endif
+#endif
+    }
+    if (CONV)
+      block[x][i] = value;
+    else
+      block[i][x] = value;
+  }
+  __syncthreads();
+
+  const int line = line0 + x;
+  if (line >= lines) return;
+  for (int i = y; i < 32 && first + i < rows; i += 8) {
+    const Source value = block[i][x];
+    for (int pass = 0; pass < streams * phases; ++pass) {
+#if CODES
+      const int shift = pass % streams * stream_bits;
+      const float digit = stream_bits == 0 ? (float)value
+                                           : stream_digit(value, shift, (1u << stream_bits) - 1,
+                                                          phases == 1      ? 0
+                                                          : pass < streams ? 1
+                                                                           : -1);
+#else
+      const float digit = value;
+#endif
+      const i64 to = ((i64)pass * rows + first + i) * lines + line;
+      a[to] = operand(digit);
+      if (squares) squares[to] = digit * digit;
+    }
+  }
+}
+
+}  // namespace gpuxbar

@@ -1,0 +1,110 @@
+"""The CUDA kernels on the CPU: `ShimDevice` is a `launch.Device` over NumPy arrays and a C++ build of the `.cu` files."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from gpuxbar.launch.sources import cache_dir, kernel_dir
+
+HERE = Path(__file__).parent
+FLAGS = (
+    "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-march=native",
+    "-fvisibility=hidden", "-fno-gnu-unique", "-Wno-unknown-pragmas", "-Wno-attributes",
+)  # fmt: skip
+SANITIZE = (
+    "-fsanitize=address,bounds,alignment,shift,integer-divide-by-zero,signed-integer-overflow",
+    "-fno-sanitize-recover=all",
+    "-g",
+)
+FORWARD, REVERSE = 0, 1  # thread orders; above 1: seeds of random ones
+
+
+def build(file, name, macros, flags=()):
+    """Path of the shared library of one kernel file and set of macros."""
+    root = kernel_dir()
+    defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *defines]
+    text = f'#include "{HERE / "shim.hpp"}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
+    key = hashlib.sha256(repr((command, text)).encode())
+    for path in sorted([root / file, HERE / "shim.hpp", *(root / "include" / "gpuxbar").glob("*.cuh")]):
+        key.update(path.read_bytes())
+    target = cache_dir() / f"shim-{name}-{key.hexdigest()[:20]}.so"
+    if not target.exists():
+        source = target.with_suffix(f".{os.getpid()}.cpp")
+        source.write_text(text)
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # sanitizers are not for g++
+        scratch = target.with_suffix(f".{os.getpid()}.tmp")
+        done = subprocess.run(
+            [*command, f"-I{root / 'include'}", "-o", str(scratch), str(source)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        source.unlink()
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        os.replace(scratch, target)
+    return target
+
+
+class ShimDevice:
+    """Runs kernels on the CPU in a given thread order; products in float64. New memory is poisoned with NaN."""
+
+    def __init__(self, order=FORWARD, flags=(), workspace=1 << 26):
+        self.order, self.flags, self.workspace, self.launches = order, flags, workspace, []
+
+    def empty(self, shape, dtype):
+        array = np.empty(shape, dtype)
+        array.view(np.uint8).fill(0xFF)
+        return array
+
+    def launch(self, kernel, grid, block, values, macros=None):
+        arguments = kernel.bind(values)
+        self.launches.append(kernel.name)
+        if 0 in grid:
+            return
+        library = ctypes.CDLL(str(build(kernel.file, kernel.name, macros or {}, self.flags)))
+        signature = library[f"shim_sig_{kernel.name}"]
+        signature.restype = ctypes.c_char_p
+        wanted = signature().decode().rstrip(",").split(",")
+        assert len(wanted) == len(arguments), (kernel.name, len(wanted), len(arguments))
+        keep = []
+        for code, name, value in zip(wanted, kernel.arguments, arguments, strict=True):
+            got = value.dtype.kind + str(value.dtype.itemsize) if value is not None else ""
+            if code[0] == "*":
+                assert value is None or code[1:] == got.replace("f2", "u2"), (kernel.name, name, code, got)
+                keep.append(ctypes.c_void_p(None if value is None else value.ctypes.data))
+            else:
+                assert code == got, (kernel.name, name, code, got)
+                keep.append((ctypes.c_char * value.dtype.itemsize).from_buffer_copy(value.tobytes()))
+        pointers = (ctypes.c_void_p * len(keep))(*(ctypes.addressof(k) for k in keep))
+        sizes = [(ctypes.c_uint * 3)(*(*size, 1, 1)[:3]) for size in (grid, block)]
+        error = ctypes.create_string_buffer(512)
+        launch = library[f"shim_launch_{kernel.name}"]
+        if launch(
+            *sizes, ctypes.c_size_t(0), pointers, ctypes.c_uint64(self.order), error, ctypes.c_size_t(512)
+        ):
+            raise RuntimeError(f"{kernel.name}: {error.value.decode()}")
+
+    def matmul(self, a, b, c, shape, strides, lds, alpha, beta, precision):
+        batch, m, n, k = shape
+
+        def view(array, rows, cols, ld, stride):
+            item = array.itemsize
+            last = (batch - 1) * stride + (rows - 1) * ld + cols
+            assert 0 in (batch, rows, cols) or last <= array.size, "operand ends outside its array"
+            return np.lib.stride_tricks.as_strided(
+                array, (batch, rows, cols), (stride * item, ld * item, item)
+            )
+
+        left, right = view(a, m, k, lds[0], strides[0]), view(b, k, n, lds[1], strides[1])
+        out = view(c, m, n, lds[2], strides[2])
+        product = np.matmul(left.astype(np.float64), right.astype(np.float64))
+        out[...] = alpha * product + (beta * out if beta else 0.0)

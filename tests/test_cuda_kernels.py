@@ -1,0 +1,306 @@
+"""The CUDA kernels without a GPU: declarations, compilation for every architecture, and runs on the CPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_shim import FORWARD, REVERSE, ShimDevice
+from test_tile_mvm import G_MAX, MODES, SEED, SHAPES, assert_matches, case, settings
+
+from gpuxbar import ops, reference
+from gpuxbar.launch import In, Kernel, Out, Scalar
+from gpuxbar.launch.cubin import cubin, resources
+from gpuxbar.launch.kernel import Array
+from gpuxbar.launch.nvrtc import CompileError
+from gpuxbar.launch.sources import kernel_dir
+from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
+from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
+
+KERNELS = {k.file: k for k in (*TILE_MVM, DAC_QUANTIZE)}
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
+C_NAMES = {
+    "float32": "float", "float16": "u16", "int16": "i16", "int32": "int", "int64": "i64", "uint64": "u64",
+    "uint32": "u32", "float32|float16": "Operand", "int16|float32": "Source",
+}  # fmt: skip
+REGISTERS = Path(__file__).with_name("registers.tsv")
+VARIANTS = {
+    "adc_accumulate.cu": [
+        {"NOISE": noise, "VARIANCE": variance, "GATE": gate, "IMAGES": images, "VECTOR": vector}
+        for noise, variance, gate, images, vector in
+        [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
+    ],
+    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
+    "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
+}  # fmt: skip
+
+
+def test_every_kernel_file_is_declared():
+    assert {path.name for path in kernel_dir().glob("*.cu")} == set(KERNELS)
+
+
+@pytest.mark.parametrize("file", sorted(KERNELS))
+def test_declaration_is_the_parameter_list(file):
+    kernel = KERNELS[file]
+    text = re.sub(r"//[^\n]*", "", (kernel_dir() / file).read_text())
+    found = re.search(
+        rf'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*{kernel.name}\((.*?)\)\s*{{', text, re.S
+    )
+    assert found
+    parameters, kind = [], ""
+    for item in found.group(1).split(","):
+        words = item.replace("*", " * ").replace("__restrict__", "").split()
+        kind = " ".join(words[:-1]) or kind
+        parameters.append((words[-1], kind))
+    expected = []
+    for name, argument in kernel.arguments.items():
+        c_name = C_NAMES[argument.dtype]
+        if isinstance(argument, Array):
+            c_name = f"{'' if argument.written else 'const '}{c_name} *"
+            if argument.dtype == "float16":
+                c_name = c_name.replace("u16", "Operand")
+        expected.append((name, c_name))
+    assert parameters == expected
+
+
+def register_lines(arch):
+    """Registers and shared memory of every kernel and variant on an architecture; refuses spills and stacks."""
+    for file in sorted(KERNELS):
+        for macros in VARIANTS.get(file, [{}]):
+            path, log = cubin(file, arch, macros)
+            used = resources(log)[KERNELS[file].name]
+            assert path.read_bytes()[:4] == b"\x7fELF"
+            assert used.spills == 0, (file, arch, macros, used)
+            assert used.shared <= 48 * 1024
+            variant = " ".join(f"{k}={v}" for k, v in macros.items()) or "-"
+            yield f"{arch}\t{file}\t{variant}\t{used.registers}\t{used.shared}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_compile_to_the_recorded_registers(arch):
+    """Another count may be right: look at it, then record it with `python tests/test_cuda_kernels.py`."""
+    recorded = [line for line in REGISTERS.read_text().splitlines() if line.startswith(arch + "\t")]
+    assert list(register_lines(arch)) == recorded
+
+
+def test_a_header_change_is_a_new_build(tmp_path, monkeypatch):
+    import shutil
+
+    from gpuxbar.launch import cubin as module
+
+    root = tmp_path / "kernels"
+    shutil.copytree(kernel_dir(), root)
+    monkeypatch.setattr(module, "kernel_dir", lambda: root)
+    before, _ = cubin("fold.cu", "sm_90", {})
+    header = root / "include/gpuxbar/portable.cuh"
+    header.write_text(header.read_text() + "\n// changed\n")
+    assert cubin("fold.cu", "sm_90", {})[0] != before
+    header.write_text("not CUDA")
+    with pytest.raises(CompileError, match=r"fold\.cu"):
+        cubin("fold.cu", "sm_90", {})
+
+
+ORDERS = [FORWARD, REVERSE, 11, 12]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES[1:2])
+def test_pipeline_matches_oracle(shape, mode, groups, transposed):
+    batch, rows, cols, tile = shape
+    codes, g = case(batch, rows, cols, planes=2, groups=groups)
+    if transposed:
+        codes = np.random.default_rng(2).integers(-127, 128, (batch, groups * cols)).astype(np.int16)
+    s, length = settings(mode, shape, g, groups, transposed)
+    s["slice_scale"] = np.array([1.0, -4.0], np.float32)
+    expected, gate = reference.tile_mvm(codes, g, tile=length, want_gate=True, **s)
+    device = ShimDevice(order=ORDERS[(batch + groups) % 4])
+    y, shim_gate = ops.tile_mvm(
+        codes, g, tile_rows=length, tile_cols=length, want_gate=True, device=device, **s
+    )
+    weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
+    assert_matches(y, expected, s.get("adc_lsb", 0.0), weight)
+    assert (np.abs(shim_gate - gate) > 1e-5).mean() < 2e-3
+
+
+@pytest.mark.parametrize("generator", ["exact", "fast"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_wide_columns_in_every_thread_order(order, generator):
+    """Columns a multiple of 8: the 16-byte loads and stores."""
+    codes, g = case(70, 50, 88)
+    s = {
+        "v_lsb": 1e-3,
+        "adc_bits": 8,
+        "adc_lsb": 1e-7,
+        "read_noise": 3e-7,
+        "seed": SEED,
+        "generator": generator,
+    }
+    y = ops.tile_mvm(codes, g, tile_rows=24, device=ShimDevice(order), **s)
+    assert_matches(y, reference.tile_mvm(codes, g, tile=24, **s), 1e-7)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "fp16x2"])
+def test_precisions(precision):
+    codes, g = case(40, 60, 24)
+    expected = reference.tile_mvm(codes, g, tile=32, v_lsb=1e-3)
+    y = ops.tile_mvm(
+        codes, g, tile_rows=32, v_lsb=1e-3, precision=precision, g_range=G_MAX, device=ShimDevice()
+    )
+    bits = {"fp32": 24, "tf32": 24, "fp16": 11, "fp16x2": 22}[precision]  # the shim multiplies exactly
+    scale = (np.abs(codes.astype(np.float64)) @ np.abs(g[0])).max() * 1e-3
+    assert np.abs(y - expected).max() < 2.0**-bits * scale
+    if precision == "fp16":
+        assert np.abs(y - expected).max() > 2.0**-18 * scale
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 1), (0, 2), (1, 2)), ((5, 2), (2, 3), (3, 1), (2, 1))],
+)
+def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, transposed):
+    conv = ConvGeometry(3, 11, 13, kernel, stride, padding, dilation)
+    rng = np.random.default_rng(0)
+    g = rng.uniform(-G_MAX, G_MAX, (2, groups * conv.inputs, 7)).astype(np.float32)
+    shape = (5, groups * 7, *conv.out) if transposed else (5, groups * 3, 11, 13)
+    codes = rng.integers(-127, 128, shape).astype(np.int16)
+    s = {
+        "groups": groups, "transposed": transposed, "conv": conv, "v_lsb": 0.2 / 127, "adc_bits": 8,
+        "adc_lsb": 1e-7, "read_noise": 1e-7, "seed": SEED, "step": 3, "want_gate": not transposed,
+        "row_scale": np.linspace(1, 2, 5).astype(np.float32), "bias": None if transposed else np.arange(groups * 7, dtype=np.float32) * 1e-6,
+    }  # fmt: skip
+    device = ShimDevice(order=12, workspace=1 << 14)  # several chunks
+    y = ops.tile_mvm(codes, g, tile_rows=4, tile_cols=4, device=device, **s)
+    expected = reference.tile_mvm(codes, g, tile=4, **s)
+    assert device.launches.count("adc_accumulate") > 1
+    if not transposed:
+        assert (np.abs(y[1] - expected[1]) > 1e-5).mean() < 2e-3
+        y, expected = y[0], expected[0]
+    assert_matches(y, expected, 1e-7, weight=2 * 3, share=2e-2)
+
+
+def test_same_bits_for_any_chunk():
+    codes, g = case(101, 70, 36)
+    s = {"tile_rows": 32, "adc_bits": 8, "adc_lsb": 1e-7, "read_noise": 1e-7, "v_lsb": 1e-3, "seed": SEED}
+    whole = ops.tile_mvm(codes, g, device=ShimDevice(), **s)
+    for workspace in (1, 1 << 15):
+        np.testing.assert_array_equal(
+            whole, ops.tile_mvm(codes, g, device=ShimDevice(workspace=workspace), **s)
+        )
+
+
+def test_launches_do_not_grow_with_tiles():
+    counts = []
+    for tile in (64, 8):
+        device = ShimDevice()
+        codes, g = case(20, 64, 16, planes=4)
+        ops.tile_mvm(codes, g, tile_rows=tile, stream_bits=1, streams=7, device=device)
+        counts.append(len(device.launches))
+    assert counts[0] == counts[1] == 3
+
+
+def test_scalars_may_live_on_the_device():
+    codes, g = case(20, 30, 8)
+    s = {"tile_rows": 16, "adc_bits": 8, "v_lsb": 1e-3, "seed": 3, "device": ShimDevice()}
+    by_value = ops.tile_mvm(codes, g, adc_lsb=1e-7, read_noise=2e-7, step=5, **s)
+    arrays = {
+        "adc_lsb": np.full(1, 1e-7, np.float32),
+        "read_noise": np.full(1, 2e-7, np.float32),
+        "step": np.full(1, 5),
+    }
+    np.testing.assert_array_equal(by_value, ops.tile_mvm(codes, g, **arrays, **s))
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (8, 32), (1, 1), (3, 2, 5)])
+def test_dac_codes(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for lsb in (0.02, np.linspace(0.01, 0.05, len(x)).astype(np.float32)):
+        codes = ops.dac_quantize(x, lsb=lsb, code_max=127, device=ShimDevice())
+        np.testing.assert_array_equal(codes, ops.dac_quantize(x, lsb=lsb, code_max=127))
+
+
+def test_sanitizers_find_nothing(tmp_path):
+    """Every kernel under ASan and UBSan, in a process that preloads them; a seeded overrun is found."""
+    import os
+    import subprocess
+    import sys
+
+    script = tmp_path / "run.py"
+    script.write_text("""
+import numpy as np
+from cuda_shim import SANITIZE, ShimDevice
+from gpuxbar import ops
+from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.tile_mvm_cuda import FOLD
+device = ShimDevice(order=5, flags=SANITIZE, workspace=1 << 16)
+rng = np.random.default_rng(0)
+conv = ConvGeometry(3, 7, 5, (3, 2), (2, 1), (1, 1))
+x = rng.normal(size=(3, 3, 7, 5)).astype(np.float32)
+codes = ops.dac_quantize(x, lsb=0.02, code_max=127, device=device)
+g = rng.normal(size=(2, conv.inputs, 7)).astype(np.float32)
+s = dict(conv=conv, adc_bits=8, adc_lsb=1.0, read_noise=1.0, device=device, precision="fp16x2", g_range=4.0)
+ops.tile_mvm(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generator="fast", **s)
+back = rng.integers(-9, 9, (3, 7, *conv.out)).astype(np.int16)
+ops.tile_mvm(back, g, tile_cols=3, transposed=True, **s)
+ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)
+print("clean", sorted(set(device.launches)), flush=True)
+device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
+                                  "images": np.zeros(4, np.float32), "size": 5, "planes": 1})
+""")
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    here = os.path.dirname(__file__)
+    environment = {
+        **os.environ, "LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": f"{here}:{os.path.dirname(here)}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode != 0  # the last launch writes one element too many
+    assert "heap-buffer-overflow" in done.stderr
+    assert "fold.cu" in done.stderr
+    assert done.stdout.strip() == f"clean {sorted(k.name for k in KERNELS.values())}"
+
+
+EXAMPLE = Kernel("x.cu", a=In("float32", "N M"), b=Out("int16", "M"), n=Scalar("int32"))
+GOOD = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.int16), "n": 2}
+BAD = {
+    "missing": ({"n": None}, TypeError, r"missing \['n'\], unknown \['m'\]"),
+    "none": ({"a": None}, TypeError, "`a` must be an array of float32, got None"),
+    "dtype": ({"b": np.zeros(3)}, TypeError, "`b` must be an array of int16, got float64"),
+    "stride": ({"a": np.zeros((3, 2), np.float32).T}, ValueError, "`a` must be C-contiguous, got strides"),
+    "rank": ({"a": np.zeros(3, np.float32)}, ValueError, r"`a` must have axes \[N M\], got shape \(3,\)"),
+    "axis": ({"b": np.zeros(4, np.int16)}, ValueError, "axis M of `b` must be 3 as in `a`, got 4"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bind_names_the_argument(name):
+    change, error, text = BAD[name]
+    values = {**GOOD, **change}
+    if name == "missing":
+        del values["n"]
+        values["m"] = 1
+    with pytest.raises(error, match=text):
+        EXAMPLE.bind(values)
+
+
+def test_bind_casts_scalars():
+    assert EXAMPLE.bind(GOOD)[2].dtype == np.int32
+
+
+if __name__ == "__main__":
+    table = ["architecture\tkernel\tmacros\tregisters\tshared bytes"]
+    table += [line for arch in ARCHITECTURES for line in register_lines(arch)]
+    REGISTERS.write_text("\n".join(table) + "\n")
