@@ -1,8 +1,21 @@
 """Train neural networks as if every matrix product ran on analog resistive crossbars."""
 
-from gpuxbar import nn, ops, spec
+from gpuxbar import nn, ops, optim, spec
 from gpuxbar.nn import calibrate, convert
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, presets, save_spec
 
 __version__ = "0.1.0"
-__all__ = ["CrossbarSpec", "__version__", "calibrate", "convert", "nn", "ops", "spec"]
+__all__ = [
+    "CrossbarSpec",
+    "SpecError",
+    "__version__",
+    "calibrate",
+    "convert",
+    "load_spec",
+    "nn",
+    "ops",
+    "optim",
+    "presets",
+    "save_spec",
+    "spec",
+]

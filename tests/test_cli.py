@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from gpuxbar.cli import app
+from gpuxbar.spec import load_spec, presets
 
 run = CliRunner().invoke
+QUICK = ["--epochs", "1", "--batch", "512"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,18 +42,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(in_tmp):
                 "--name",
                 "part",
                 "--modes",
-                "hardware-aware",
+                "hardware-aware,in-situ",
                 *extra,
             ],
         )
         assert part.exit_code == 0, part.output
-    expected = [row for row in metrics(in_tmp / "runs/whole") if row[0] == "hardware-aware"]
-    assert metrics(in_tmp / "runs/part") == expected
+    expected = [row for row in metrics(in_tmp / "runs/whole") if row[0] != "ideal"]
+    assert len(expected) == 4
+    assert sorted(metrics(in_tmp / "runs/part")) == sorted(expected)
     for name in ("spec.yaml", "curves.png", "checkpoint.pt"):
         assert (in_tmp / "runs/whole" / name).stat().st_size > 0
     again = run(app, ["train", "--name", "whole"])
     assert again.exit_code == 2
     assert "use --resume or another --name" in again.output
+    slower = run(app, ["train", "--name", "part", "--resume", "--batch", "256", "--lr", "1e-3"])
+    assert slower.exit_code == 2
+    assert "`lr` must be that of the interrupted run" in slower.output
     (in_tmp / "runs/part/checkpoint.pt").write_bytes(b"not a checkpoint")
     corrupt = run(app, ["train", "--name", "part", "--resume"])
     assert corrupt.exit_code == 2
@@ -79,8 +87,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(in_tmp, monkeypatch):
     ("option", "text"),
     [
         ("adc.bit=6", "did you mean `bits`"),
-        ("adc.bits=17", "less than or equal to 16"),
+        ("adc.bits=17", "must be an integer from 1 to 16"),
+        ("adc.bits=[", "must be an integer from 1 to 16, or null, got '['"),
         ("device.g_min=1", "`g_min` must be below"),
+        ("adc.bits", "`--set` must be KEY=VALUE, got 'adc.bits'"),
+        ("adc.bits.x.y=1", "must be an integer from 1 to 16"),
     ],
 )
 def test_bad_settings_are_named_before_anything_is_written(option, text, in_tmp):
@@ -88,6 +99,63 @@ def test_bad_settings_are_named_before_anything_is_written(option, text, in_tmp)
     assert result.exit_code == 2
     assert text in result.output
     assert not (in_tmp / "runs").exists()
+
+
+def test_settings_that_belong_together_are_checked_together(in_tmp):
+    options = ["--set", "adc.range=fixed", "--set", "adc.i_max=1e-6", "--set", "update.law=agarwal"]
+    result = run(app, ["train", *QUICK, "--modes", "ideal", *options, "--set", "update.nu=0.5"])
+    assert result.exit_code == 0, result.output
+    spec = load_spec(in_tmp / "runs/digits/spec.yaml")
+    assert (spec.adc.i_max, spec.update.nu) == (1e-6, 0.5)
+
+
+def test_a_preset_or_a_file_gives_the_spec(in_tmp):
+    result = run(app, ["train", *QUICK, "--modes", "ideal", "--preset", "isaac", "--set", "adc.bits=6"])
+    assert result.exit_code == 0, result.output
+    saved = in_tmp / "runs/digits/spec.yaml"
+    assert load_spec(saved) == presets.isaac().with_overrides({"adc": {"bits": 6}})
+    again = run(app, ["train", *QUICK, "--modes", "ideal", "--spec", str(saved), "--name", "again"])
+    assert again.exit_code == 0, again.output
+    assert (in_tmp / "runs/again/spec.yaml").read_text() == saved.read_text()
+    both = run(app, ["train", "--spec", str(saved), "--preset", "demo", "--name", "both"])
+    assert both.exit_code == 2
+    assert "`--spec` and `--preset` must not go together" in both.output
+    unknown = run(app, ["train", "--preset", "isac", "--name", "unknown"])
+    assert "did you mean `isaac`?" in unknown.output
+    missing = run(app, ["train", "--spec", "runs/digits/spec.yml", "--name", "missing"])
+    assert missing.exit_code == 2
+    assert "did you mean `runs/digits/spec.yaml`?" in missing.output
+
+
+def test_mnist5k_trains_lenet5_and_is_resumed_on_the_same_data_only(in_tmp):
+    options = ["--modes", "ideal", "--batch", "32", "--threads", "1"]
+    result = run(app, ["train", *options, "--data", "mnist5k", "--epochs", "1"])
+    assert result.exit_code == 0, result.output
+    assert metrics(in_tmp / "runs/mnist5k")[-1][3] > 0.85
+    other = run(app, ["train", *options, "--data", "digits", "--name", "mnist5k", "--resume"])
+    assert other.exit_code == 2
+    assert "`data` must be that of the interrupted run" in other.output
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--data", "cifar"], "`name` must be one of digits, mnist5k, torchvision:<Name>, got 'cifar'"),
+        (["--device", "tpu"], "`device` must be cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_is_written(options, text, in_tmp):
+    result = run(app, ["train", *options])
+    assert result.exit_code == 2
+    assert text in result.output
+    assert not (in_tmp / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named(in_tmp):
+    result = run(app, ["train", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert "got cuda and no usable GPU; train on cpu" in result.output
 
 
 def test_unknown_mode():
@@ -99,4 +167,12 @@ def test_unknown_mode():
 def test_doctor_passes():
     result = run(app, ["doctor"])
     assert result.exit_code == 0
-    assert "passed" in result.output
+    for name in ("reference", "host"):
+        assert re.search(rf"self-test, {name} +│ passed, relative error \d", result.output), result.output
+
+
+def test_doctor_finds_a_broken_kernel(monkeypatch):
+    monkeypatch.setattr("gpuxbar.ops.tile_mvm", lambda v, g, **_: v @ g)
+    result = run(app, ["doctor"])
+    assert result.exit_code == 1
+    assert re.search(r"self-test, host +│ FAILED", result.output)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
 from gpuxbar.mapping.plan import Read, ReadPlan
@@ -50,13 +51,14 @@ def _drive(x: Tensor, lsb: Tensor, read: Read) -> Tensor:
 def _read(
     v: Tensor, g: Tensor, lsb: Tensor, adc_lsb: Tensor, step: Tensor, plan: ReadPlan, read: Read, **more: Any
 ) -> Any:
-    adc = {"adc_bits": read.adc_bits, "adc_lsb": _array(adc_lsb)} if read.adc_bits else {}
-    tile = "tile_cols" if more.get("transposed") else "tile_rows"
+    if read.adc_bits:
+        more |= {"adc_bits": read.adc_bits, "adc_lsb": _array(adc_lsb)}
+    more["tile_cols" if more.get("transposed") else "tile_rows"] = read.tile or None
     return ops.tile_mvm(
         _array(v), _array(g), groups=plan.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits,
         streams=read.streams, phases=read.phases, slice_scale=np.asarray(plan.slice_scale, np.float32),
         adc_signed=read.adc_signed, read_noise=read.noise, generator=plan.generator, seed=plan.seed,
-        step=_array(step), row_scale=_array(lsb / read.v_lsb), **{tile: read.tile or None}, **adc, **more,
+        step=_array(step), row_scale=_array(lsb / read.v_lsb), **more,
     )  # fmt: skip
 
 
@@ -160,9 +162,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     if ctx.needs_input_grad[1]:
         x = v.to(gated.dtype) * dac_lsb.reshape(-1, *[1] * (v.dim() - 1))
         if ctx.image:
-            grad_w = torch.nn.grad.conv2d_weight(
-                x, weight.shape, gated, way.stride, way.padding, way.dilation, way.groups
-            )
+            grad_w = conv2d_weight(x, weight.shape, gated, way.stride, way.padding, way.dilation, way.groups)
         else:
             grad_w = gated.t() @ x
     return grad_x, grad_w, None, None, grad_bias, None, None, None, None, None

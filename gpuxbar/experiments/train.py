@@ -1,4 +1,4 @@
-"""Train a small CNN ideally and hardware-aware on the same batches; record, plot, resume bit for bit."""
+"""Train a network ideally, hardware-aware and in situ on the same batches; record, plot, resume bit for bit."""
 
 from __future__ import annotations
 
@@ -11,131 +11,174 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
+from gpuxbar.experiments.data import Data, load_data
+from gpuxbar.experiments.networks import network
+from gpuxbar.launch import set_threads
 from gpuxbar.nn import calibrate, convert
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.optim import InSituSGD
+from gpuxbar.spec import CrossbarSpec, save_spec
 
-__all__ = ["Run", "load_digits", "train"]
+__all__ = ["Run", "train"]
 
-FORMAT = "gpuxbar-run-1"
+FORMAT = "gpuxbar-run-2"
+STYLES = {"ideal": "k--", "hardware-aware": "C0-o", "in-situ": "C1-s"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What to train and where to record it."""
+    """What to train, on what, and where to record it.
+
+    `modes`: among "ideal", "hardware-aware" and "in-situ"; None: all, in-situ only if the spec has an update law.
+    `lr`: of AdamW, for the first two modes; `in_situ_lr` and `momentum`: of InSituSGD.
+    `data`, `data_dir`, `download`: see `load_data`. `threads`: of the CPU; None leaves them as they are.
+    """
 
     folder: Path
     spec: CrossbarSpec
-    modes: tuple[str, ...] = ("ideal", "hardware-aware")
+    modes: tuple[str, ...] | None = None
     epochs: int = 10
     batch: int = 64
     lr: float = 3e-3
+    in_situ_lr: float = 0.05
+    momentum: float = 0.9
     seed: int = 0
     resume: bool = False
-
-
-def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 1,797 digits, 8 x 8, split 3 to 1: train images, test images, train and test classes."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    images = torch.from_numpy(data.images).float()[:, None] / 16
-    parts = train_test_split(images, data.target, test_size=0.25, random_state=0, stratify=data.target)
-    x, x_test, t, t_test = (torch.as_tensor(part) for part in parts)
-    return x, x_test, t, t_test
-
-
-def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
+    data: str = "digits"
+    data_dir: Path = Path("data")
+    download: bool = False
+    device: str = "cpu"
+    threads: int | None = None
 
 
 def train(run: Run) -> list[dict[str, Any]]:
     """Run or resume; returns one record per mode and epoch, as written to metrics.jsonl."""
-    known = ("ideal", "hardware-aware")
-    for mode in run.modes:
-        if mode not in known:
-            raise ValueError(
-                f"train: `modes` must be among {', '.join(known)}, got {mode!r}; choose from these"
-            )
-    saved = _open(run)
-    x, x_test, t, t_test = load_digits()
+    modes = _modes(run)
+    _check_device(run.device)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+        set_threads(run.threads)
+    data = load_data(run.data, run.data_dir, run.download)
+    saved = _open(run, data)
     records: list[dict[str, Any]] = saved["records"]
     with Progress() as progress:
-        for mode in run.modes:
+        for mode in modes:
             done = sum(record["mode"] == mode for record in records)
             bar = progress.add_task(mode, total=run.epochs, completed=done)
             if done >= run.epochs:
                 continue
             torch.manual_seed(run.seed)
-            model = network()
-            if mode == "hardware-aware":
+            model = network(data.shape, data.classes)[1].to(run.device)
+            if mode != "ideal":
                 model, _ = convert(model, run.spec)
-                calibrate(model, [x[:256]])
-            optimiser = torch.optim.AdamW(model.parameters(), lr=run.lr)
+            optimiser = _optimiser(run, mode, model)
             if done:
-                model.load_state_dict(saved["model"])
-                optimiser.load_state_dict(saved["optimiser"])
+                model.load_state_dict(saved["states"][mode]["model"])
+                optimiser.load_state_dict(saved["states"][mode]["optimiser"])
             for epoch in range(done, run.epochs):
                 started = time.perf_counter()
-                loss = _epoch(model, optimiser, x, t, run.batch, run.seed + epoch)
+                if mode != "ideal":  # converter ranges follow the weights
+                    calibrate(model, [data.sample(256, device=run.device)])
+                loss = _epoch(model, optimiser, data, run, epoch)
                 seconds = time.perf_counter() - started
-                accuracy = _accuracy(model, x_test, t_test)
+                accuracy = _accuracy(model, data, run.device)
                 records.append(
                     {"mode": mode, "epoch": epoch, "loss": loss, "accuracy": accuracy, "seconds": seconds}
                 )
-                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "records": records}
-                _write(run, {**saved, **state})
+                saved["states"][mode] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+                _write(run, saved)
                 progress.advance(bar)
     _plot(records, run.folder / "curves.png")
     return records
 
 
-def _epoch(model: nn.Module, optimiser: Any, x: Tensor, t: Tensor, batch: int, seed: int) -> float:
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    total = 0.0
+def _modes(run: Run) -> tuple[str, ...]:
+    can_update = run.spec.update is not None
+    if run.modes is None:
+        return tuple(STYLES) if can_update else ("ideal", "hardware-aware")
+    for mode in run.modes:
+        if mode not in STYLES:
+            raise ValueError(
+                f"train: `modes` must be among {', '.join(STYLES)}, got {mode!r}; choose from these"
+            )
+    if "in-situ" in run.modes and not can_update:
+        raise ValueError(
+            "train: `update` of the spec must be an update law for the mode in-situ, got null; for instance "
+            "--set update.law=agarwal"
+        )
+    return run.modes
+
+
+def _optimiser(run: Run, mode: str, model: nn.Module) -> torch.optim.Optimizer:
+    if mode == "in-situ":
+        return InSituSGD(model.parameters(), lr=run.in_situ_lr, momentum=run.momentum)
+    return torch.optim.AdamW(model.parameters(), lr=run.lr)
+
+
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"train: `device` must be cpu or cuda, got {device!r}; choose one")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train: `device` must be there, got cuda and no usable GPU; train on cpu")
+
+
+def _epoch(model: nn.Module, optimiser: Any, data: Data, run: Run, epoch: int) -> float:
+    """One pass over the training part in an order of its own; returns the mean loss."""
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(run.seed + epoch))
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
     model.train()
-    for part in order.split(batch):
+    for part in order.split(run.batch):
+        x, t = data.batch(part, device=run.device)
         optimiser.zero_grad()
-        loss = nn.functional.cross_entropy(model(x[part]), t[part])
+        loss = nn.functional.cross_entropy(model(x), t)
         loss.backward()
         optimiser.step()
-        total += loss.item() * len(part)
-    return total / len(x)
+        total += loss.detach() * len(part)
+    return total.item() / len(data.x)
 
 
-def _accuracy(model: nn.Module, x: Tensor, t: Tensor) -> float:
+def _accuracy(model: nn.Module, data: Data, device: str) -> float:
     model.eval()
+    right = 0
     with torch.no_grad():
-        return (model(x).argmax(1) == t).float().mean().item()
+        for start in range(0, len(data.x_test), 256):
+            x, t = data.batch(slice(start, start + 256), test=True, device=device)
+            right += int((model(x).argmax(1) == t).sum())
+    return right / len(data.x_test)
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    return {"spec": run.spec.model_dump(), "batch": run.batch, "lr": run.lr, "seed": run.seed}
+def _identity(run: Run, data: Data) -> dict[str, Any]:
+    return {
+        "spec": run.spec.model_dump(),
+        "data": data.identity(),
+        "network": network(data.shape, data.classes)[0],
+        "batch": run.batch,
+        "lr": run.lr,
+        "in_situ_lr": run.in_situ_lr,
+        "momentum": run.momentum,
+        "seed": run.seed,
+    }
 
 
-def _open(run: Run) -> dict[str, Any]:
+def _open(run: Run, data: Data) -> dict[str, Any]:
     """The state to start from: fresh, or what an interrupted run left."""
     path = run.folder / "checkpoint.pt"
-    fresh = {"format": FORMAT, "run": _identity(run), "records": []}
+    identity = _identity(run, data)
+    fresh = {"format": FORMAT, "run": identity, "records": [], "states": {}}
     if not run.resume:
         if run.folder.exists():
             raise ValueError(
                 f"train: `{run.folder}` must not exist yet, got a folder; use --resume or another --name"
             )
         run.folder.mkdir(parents=True)
-        (run.folder / "spec.yaml").write_text(yaml.safe_dump(run.spec.model_dump(), sort_keys=False))
+        save_spec(run.spec, run.folder / "spec.yaml")
         return fresh
     if not path.exists():
         raise ValueError(f"train: `{path}` must exist to resume, got none; start the run without --resume")
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
         raise ValueError(
             f"train: `{path}` must be a readable checkpoint, got a corrupt file; start anew"
@@ -144,8 +187,8 @@ def _open(run: Run) -> dict[str, Any]:
         raise ValueError(
             f"train: `{path}` must be a checkpoint of gpuxbar train, got another file; check --name"
         )
-    for key, value in _identity(run).items():
-        if saved["run"][key] != value:
+    for key, value in identity.items():
+        if saved["run"].get(key) != value:
             raise ValueError(
                 f"train: `{key}` must be that of the interrupted run, got another; repeat its settings"
             )
@@ -180,7 +223,7 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
     for axis, key, label in zip(
         figure.subplots(1, 2), ("loss", "accuracy"), ("training loss", "test accuracy"), strict=True
     ):
-        for mode, style in (("ideal", "k--"), ("hardware-aware", "C0-o")):
+        for mode, style in STYLES.items():
             points = [(r["epoch"] + 1, r[key]) for r in records if r["mode"] == mode]
             if points:
                 axis.plot(*zip(*points, strict=True), style, markersize=4, label=mode)

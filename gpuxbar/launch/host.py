@@ -62,7 +62,7 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
     """Compile the host kernels unless a build of the same sources, flags, compiler and CPU is cached."""
     root = kernel_dir()
     sources = sorted((root / "host").glob("*.cpp"))
-    headers = sorted((root / "include" / "gpuxbar").glob("*.cuh"))
+    headers = sorted([*(root / "host").glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")])
     version = subprocess.run(
         [cxx, "-march=native", "-Q", "--help=target", "--version"],
         capture_output=True,
@@ -88,7 +88,7 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
     return target
 
 
-def host_call(lib: ctypes.CDLL, name: str, *args: object) -> None:
+def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
     """Call a host kernel: arrays go as pointers, None as a null pointer, integers as int64, floats as double."""
     converted: list[object] = []
     for arg in args:
@@ -100,6 +100,7 @@ def host_call(lib: ctypes.CDLL, name: str, *args: object) -> None:
             converted.append(ctypes.c_double(arg))
         else:
             converted.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
+    assert lib is not None  # else `backend` had chosen the reference
     function = lib[name]
     function.restype = None
     function(*converted)

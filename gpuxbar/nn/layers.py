@@ -10,23 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpuxbar.bridge import analog_mvm
+from gpuxbar.bridge.analog_mvm import analog_mvm
 from gpuxbar.mapping import plan_reads
+from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.reference import program
 from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
 
-class AnalogLayer(nn.Module):
+class AnalogLayer(InSitu):
     """What both layers share: programming once per weight version, counters of the draws, converter ranges.
 
     Buffers `read_step` and `write_step` count reads and weight versions; with the spec's seed they fix every
     random number, so a checkpoint resumes bit for bit.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any  # Tensor or None, which nn.Linear and nn.Conv2d declare differently
     read_step: Tensor
     write_step: Tensor
     adc_lsb: Tensor
@@ -56,8 +57,9 @@ class AnalogLayer(nn.Module):
         self.register_buffer("adc_lsb", self._adc_lsb(spec.adc, self.plan.forward))
         self.register_buffer("back_adc_lsb", self._adc_lsb(spec.backward_adc, self.plan.backward))
         self.register_buffer("dac_max", torch.full((1,), spec.dac.max or 0.0))
+        self.setup_in_situ()
         self._programmed: tuple[Tensor, Tensor] | None = None
-        self._version: int | None = None
+        self._programmed_version: int | None = None
 
     def _adc_lsb(self, adc: Any, read: Any) -> Tensor:
         """Range of the converters, A a code; NaN until calibrated."""
@@ -70,14 +72,16 @@ class AnalogLayer(nn.Module):
         return torch.full((1,), full / code_max)
 
     def conductances(self) -> tuple[Tensor, Tensor]:
-        """(g, w_max) of the present weights; programmed once per weight version."""
+        """(g, w_max) of the present weights: programmed once per weight version, or trained in situ."""
+        if self.in_situ:
+            return self.cell_conductances()
         version = self.weight._version
-        if self._programmed is None or version != self._version:
+        if self._programmed is None or version != self._programmed_version:
             weight = self.weight.detach().reshape(self.groups_, self.outputs, self.inputs)
             per_row = weight.reshape(self.groups_ * self.outputs, -1).abs().amax(1)
             top = per_row if self.spec.mapping.scale == "column" else per_row.amax().expand_as(per_row)
             w_max = top.clamp_min(1e-30).contiguous()
-            if self._version is not None:
+            if self._programmed_version is not None:
                 self.write_step += 1
             settings, mapping, device = self.spec.programming, self.spec.mapping, self.spec.device
             g = program(
@@ -85,7 +89,7 @@ class AnalogLayer(nn.Module):
                 slice_bits=mapping.slice_bits, levels=device.levels, merge=self.planes.merge, seed=self.plan.seed,
                 step=int(self.write_step), **settings.model_dump(),
             )  # fmt: skip
-            self._programmed, self._version = (torch.from_numpy(g), w_max), version
+            self._programmed, self._programmed_version = (torch.from_numpy(g), w_max), version
         return self._programmed
 
     def _dac_lsb(self, x: Tensor) -> tuple[Tensor, Tensor]:

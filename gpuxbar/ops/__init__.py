@@ -1,7 +1,8 @@
 """Array operations on NumPy and CuPy arrays, one a module."""
 
 from gpuxbar.ops.dac_quantize import dac_quantize
+from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["ConvGeometry", "dac_quantize", "tile_mvm"]
+__all__ = ["ConvGeometry", "dac_quantize", "device_update", "tile_mvm"]

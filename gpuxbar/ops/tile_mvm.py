@@ -128,7 +128,7 @@ def tile_mvm(
     batch = v.shape[0] * (1 if conv is None else conv.pixels)
     tile = (tile_cols if transposed else tile_rows) or max(drive, 1)
     tiles = -(-drive // tile)
-    vectors = {
+    vectors: dict[str, tuple[Any, tuple[int, ...]]] = {
         "col_scale": (col_scale, (outputs,)),
         "bias": (bias, (outputs,)),
         "slice_scale": (slice_scale, (planes,)),
@@ -260,17 +260,18 @@ class _Conv(ctypes.Structure):
 class _Params(ctypes.Structure):
     """Twin of `struct TileMvm` in kernels/host/tile_mvm.cpp."""
 
-    _fields_ = (
-        [
+    _fields_ = [
+        *[
             (name, ctypes.c_void_p)
             for name in ["v", "g", "noise_var", "slice_scale", "adc_lsb", "adc_gain", "adc_offset", "read_noise", "step", "row_scale", "col_scale", "bias", "y", "gate", "conv"]
-        ]
-        + [
+        ],
+        *[
             (name, ctypes.c_int64)
             for name in ["batch", "groups", "inputs", "cols", "planes", "tile", "rows_per_scale", "row_offset", "is_code", "transposed", "stream_bits", "streams", "phases", "adc_bits", "adc_signed", "adc_per_column", "fast"]
-        ]
-        + [("seed", ctypes.c_uint64), ("v_lsb", ctypes.c_double)]
-    )  # fmt: skip
+        ],
+        ("seed", ctypes.c_uint64),
+        ("v_lsb", ctypes.c_double),
+    ]  # fmt: skip
 
 
 def _host(v: np.ndarray, g: np.ndarray, batch: int, inputs: int, outputs: int, s: dict[str, Any]) -> Any:
@@ -331,5 +332,7 @@ def _host(v: np.ndarray, g: np.ndarray, batch: int, inputs: int, outputs: int, s
     params.fast = int(s["generator"] == "fast")
     params.seed, params.v_lsb = s["seed"] & 0xFFFFFFFFFFFFFFFF, s["v_lsb"]
     if batch and y.size:
-        library().gpuxbar_tile_mvm(ctypes.byref(params))
+        lib = library()
+        assert lib is not None  # else `backend` had chosen the reference
+        lib.gpuxbar_tile_mvm(ctypes.byref(params))
     return y if gate is None else (y, gate)

@@ -21,12 +21,13 @@ __all__ = ["KERNELS", "tile_mvm_cuda"]
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _PLACES = ("height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
            "dilation_h", "dilation_w", "out_h", "out_w")  # fmt: skip
+_PLACE_ARGUMENTS: dict[str, Any] = dict.fromkeys(_PLACES, _INT)
 
 PACK_INPUTS = Kernel(
     "pack_inputs.cu",
     v=In("int16|float32"), a=Out("float32|float16", "P M G T K"), squares=Out("float32", "P M G T K", optional=True),
     row0=_LONG, rows=_INT, groups=_INT, drive=_INT, tiles=_INT, tile=_INT, k=_INT, stream_bits=_INT, streams=_INT,
-    phases=_INT, channels=_INT, **dict.fromkeys(_PLACES, _INT),
+    phases=_INT, channels=_INT, **_PLACE_ARGUMENTS,
 )  # fmt: skip
 PACK_CONDUCTANCE = Kernel(
     "pack_conductance.cu",
@@ -51,7 +52,7 @@ FOLD = Kernel(
     patches=In("float32"),
     images=Out("float32"),
     planes=_INT,
-    **dict.fromkeys(_PLACES, _INT),
+    **_PLACE_ARGUMENTS,
     size=_LONG,
 )
 KERNELS = (PACK_INPUTS, PACK_CONDUCTANCE, ADC_ACCUMULATE, FOLD)

@@ -6,6 +6,8 @@ digit of |w|), rounded to levels; then device spread, write noise, clipping at 0
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from gpuxbar.reference.random import Purpose, normals, uniforms
@@ -55,7 +57,7 @@ def program(
     for side, sign in enumerate((1.0, -1.0)):
         for k, share in enumerate(_shares(np.maximum(sign * w, 0.0), slices, slice_bits, levels)):
             g = g_min + share * (g_max - g_min)
-            where = {"slot": side * slices + k, "seed": seed}
+            where: dict[str, Any] = {"slot": side * slices + k, "seed": seed}
             if device_spread:
                 g = g * (1.0 + device_spread * normals(rows, n_out, purpose=Purpose.DEVICE_SPREAD, **where))
             if write_noise:

@@ -1,5 +1,8 @@
 """Frozen, validated descriptions of crossbar layers, in SI units."""
 
+from gpuxbar.spec import presets
+from gpuxbar.spec.errors import SpecError
+from gpuxbar.spec.io import load_spec, parse_value, save_spec
 from gpuxbar.spec.model import (
     ADC,
     DAC,
@@ -28,6 +31,11 @@ __all__ = [
     "Programming",
     "ReadNoise",
     "SoftBounds",
+    "SpecError",
     "Tile",
     "UpdateLaw",
+    "load_spec",
+    "parse_value",
+    "presets",
+    "save_spec",
 ]

@@ -5,10 +5,12 @@ Every default is ideal: an untouched `CrossbarSpec()` computes what `torch.nn` c
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from gpuxbar.spec.errors import one_line_a_setting
 
 __all__ = [
     "ADC",
@@ -28,20 +30,21 @@ __all__ = [
 
 
 class Part(BaseModel):
-    """A frozen group of settings; an unknown key is answered with the nearest known one."""
+    """A frozen group of settings; a wrong one raises a `SpecError` of one line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
-    @model_validator(mode="before")
+    def __init__(self, /, **settings: Any) -> None:
+        with one_line_a_setting(type(self)):
+            super().__init__(**settings)
+
+    # pydantic builds nested parts without this method, and so reports the whole path from the outermost one
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @classmethod
-    def _name_the_nearest_key(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(cls.model_fields)}"
-                    raise ValueError(f"{cls.__name__}: unknown key `{key}`; {hint}")
-        return data
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        with one_line_a_setting(cls):
+            return super().model_validate(obj, **options)
 
 
 class Tile(Part):
@@ -77,12 +80,14 @@ class Mapping(Part):
     `slices`, `slice_bits`: the weight magnitude spread over `slices` devices of `slice_bits` each, joined by
     shift-and-add; one slice with `slice_bits=None` is an unsliced, continuous weight.
     `scale`: one weight scale per "tensor", or per output "column".
+    `headroom`: in-situ training begins with a weight scale of this times the largest weight, and weights stay inside it.
     """
 
     scheme: Literal["differential", "subtracted", "offset"] = "differential"
     slices: int = Field(1, ge=1, le=32)
     slice_bits: int | None = Field(None, ge=1, le=8)
     scale: Literal["tensor", "column"] = "tensor"
+    headroom: float = Field(4.0, ge=1, le=1000)
 
     @model_validator(mode="after")
     def _sliced(self) -> Mapping:
@@ -238,11 +243,12 @@ class Agarwal(Part):
     dG < 0:  dG' = (g_max - G1 - g) (1 - exp(+nu dG / range))
     g <- clip(g + dG' + gamma sqrt(|dG'| range) z),  noise only where dG is not 0.
 
-    `gamma` is the plain multiplier of the formula. The literature also quotes it in percent: a "gamma of 5"
-    read as percent is gamma=0.05 here; read raw it is gamma=5, sixteen percent of the range for an update of
-    a thousandth of it.
-    `spread`: device-to-device relative standard deviation of nu. `cycle`: relative standard deviation of
-    every update.
+    Many small steps in one direction add up to one large step exactly, so pulses need no loop; nu = 0 is linear.
+    `nu`: asymmetric non-linearity. `gamma`: write noise, the plain multiplier of the formula. The literature also
+    quotes it in percent: a "gamma of 5" read as percent is gamma=0.05 here; read raw it is gamma=5, sixteen
+    percent of the range for an update of a thousandth of it.
+    `spread`: device-to-device relative standard deviation of nu, drawn for each direction. `cycle`: relative
+    standard deviation of dG', beside gamma's.
     Source: Agarwal et al., IJCNN 2016; Roy et al., TxSim, IEEE TVLSI 2021.
     """
 
@@ -256,12 +262,15 @@ class Agarwal(Part):
 class NeuroSim(Part):
     """Exponential LTP and LTD staircases of NeuroSim.
 
-    With n signed pulses, B = range / (1 - exp(-levels / A)), A = A_norm(non-linearity) levels:
-    P0 = -A ln(1 - (g - g_min) / B),  g' = B (1 - exp(-(P0 + n) / A)) + g_min, with the sign of A from the
-    label and the LTD branch mirrored. n = dG / range * levels, rounded if `integer_pulses`.
-    `nonlinearity_ltp`, `nonlinearity_ltd`: NeuroSim's labels, -9 to 9 (0: linear). `spread`: device-to-device
-    standard deviation of the labels. `cycle`: standard deviation per pulse as a share of the range, growing
-    with sqrt(|n|).
+    Potentiation by n = levels dG / range pulses (rounded if `integer_pulses`), with A = A_norm levels and
+    B = range / (1 - exp(-levels / A)):
+    P0 = -A ln(1 - (g - g_min) / B),  g' = g_min + B (1 - exp(-(P0 + n) / A)).
+    Depression is the mirror image, from g_max downwards. `levels` pulses from the far bound just span the window.
+    `nonlinearity_ltp`, `nonlinearity_ltd`: NeuroSim's labels, -9 to 9; the staircase deviates from a line by at most
+    label / 10.1 of the range, which fixes A_norm. A positive label makes the first steps from the far bound the
+    largest, in both directions (MLP+NeuroSim writes such an LTD label with a minus); 0 is linear.
+    `spread`: device-to-device standard deviation of the labels, drawn for each direction and kept within +-9.5.
+    `cycle`: standard deviation of one pulse as a share of the range, growing with sqrt(|n|).
     Source: Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021.
     """
 
@@ -275,14 +284,15 @@ class NeuroSim(Part):
 
 
 class SoftBounds(Part):
-    """Steps that shrink towards the bounds: n = |dG| / step pulses in one closed form.
+    """Steps that shrink linearly to 0 at the bound they lead to.
 
     dG > 0:  g' = g_max - (g_max - g) exp(-up |dG| / range)
     dG < 0:  g' = g_min + (g - g_min) exp(-down |dG| / range)
-    `up`, `down`: step of potentiation and depression at mid-range relative to the ideal one, times 2 at the
-    far bound; 1 each is a symmetric device. `spread`: device-to-device relative standard deviation of both.
-    `cycle`: relative standard deviation of one pulse; `pulses`: pulses over the range, so that the noise of
-    an update is cycle * sqrt(|n|) / n of it.
+    `up`: size of a small step at g_min relative to the wanted one; `down`: the same at g_max. Steps are half of that
+    in mid-range, so up = down = 2 is right there, and up and down steps are alike at up / (up + down) of the window.
+    `pulses`: pulses over the range, so a change takes n = pulses |dG| / range. `cycle`: relative standard deviation
+    of one pulse, so that of the change is cycle / sqrt(n).
+    `spread`: device-to-device relative standard deviation of `up` and of `down`, drawn for each.
     Source: Fusi and Abbott, Nature Neuroscience 2007; Rasch et al., aihwkit, AICAS 2021.
     """
 
@@ -370,8 +380,11 @@ class CrossbarSpec(Part):
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
-        old = out.get(key)
-        # a new update law replaces the old one: their keys differ
-        nested = isinstance(value, dict) and isinstance(old, dict) and key != "update"
-        out[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
+        old: Any = out.get(key)
+        # another update law replaces the old one: their keys differ
+        both = isinstance(value, dict) and isinstance(old, dict)
+        if both and value.get("law", old.get("law")) == old.get("law"):
+            out[key] = _merged(old, value)
+        else:
+            out[key] = value
     return out

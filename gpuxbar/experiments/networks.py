@@ -1,0 +1,78 @@
+"""The networks of the main job, chosen by the shape of an image."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["network"]
+
+
+def network(shape: tuple[int, int, int], classes: int) -> tuple[str, nn.Module]:
+    """Name and network for images of some channels, height and width.
+
+    8 x 8: two convolutions and two linear layers. 28 x 28: LeNet-5 (LeCun et al., Proc. IEEE 1998) with ReLU and
+    max-pooling. 32 x 32: ResNet-20 (He et al., CVPR 2016).
+    """
+    channels, *size = shape
+    if size == [8, 8]:
+        return "cnn", _cnn(channels, classes)
+    if size == [28, 28]:
+        return "lenet5", _lenet5(channels, classes)
+    if size == [32, 32]:
+        return "resnet20", ResNet(channels, classes, blocks=3)
+    raise ValueError(
+        f"network: images must be 8 x 8, 28 x 28 or 32 x 32, got {size[0]} x {size[1]}; choose other data, or "
+        "convert a network of yours with gpuxbar.convert"
+    )
+
+
+def _cnn(channels: int, classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, classes),
+    )  # fmt: skip
+
+
+def _lenet5(channels: int, classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes),
+    )  # fmt: skip
+
+
+class Block(nn.Module):
+    """Two convolutions around a shortcut; where the width grows, the shortcut is strided and zero-padded."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.stride = 1 if inputs == outputs else 2
+        self.grown = outputs - inputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        shortcut = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grown))
+        return (y + shortcut).relu()
+
+
+class ResNet(nn.Sequential):
+    """The residual network of 6 * blocks + 2 layers for 32 x 32 images."""
+
+    def __init__(self, channels: int, classes: int, blocks: int):
+        widths = [16] + [width for width in (16, 32, 64) for _ in range(blocks)]
+        super().__init__(
+            nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            *(Block(*pair) for pair in pairwise(widths)),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64, classes),
+        )

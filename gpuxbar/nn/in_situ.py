@@ -1,0 +1,177 @@
+"""In-situ training of a layer: conductances are the truth, the weight is what they read."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpuxbar.bridge.device_update import device_update
+from gpuxbar.mapping import Planes, ReadPlan
+from gpuxbar.reference import program
+from gpuxbar.spec import CrossbarSpec
+
+__all__ = ["InSitu", "layer_of"]
+
+
+class InSitu(nn.Module):
+    """The in-situ half of a crossbar layer.
+
+    Buffers, None until in-situ training begins, then part of the state dict:
+    `g_cells`: conductances of the positive and the negative devices, float32 [2, G * I, O], S.
+    `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max.
+    `update_step`: number of updates, int64 [1]; with the layer's seed it fixes the noise of an update.
+    """
+
+    weight: Tensor
+    spec: CrossbarSpec
+    plan: ReadPlan
+    planes: Planes
+    name: str
+    groups_: int
+    inputs: int
+    outputs: int
+    g_cells: Tensor | None
+    w_max: Tensor | None
+    update_step: Tensor | None
+
+    def setup_in_situ(self) -> None:
+        for name in ("g_cells", "w_max", "update_step"):
+            self.register_buffer(name, None)
+        self._read_version: int | None = None  # of the weight when it was last what the cells read
+
+    @property
+    def in_situ(self) -> bool:
+        return self.g_cells is not None
+
+    def require_law(self) -> None:
+        """Refuse to train in situ without an update law."""
+        if self.spec.update is None:
+            raise ValueError(
+                f"{self.name}: `spec.update` must be an update law to train in situ, got None; convert with "
+                'update={"law": "agarwal"}, or keep the layer digital by a rule'
+            )
+
+    def begin_in_situ(self) -> None:
+        """Program the present weights onto pairs once, and train the pairs from now on.
+
+        The two devices of a pair lie half of w / w_max of the window above and below its middle, so that both
+        have room both ways. `w_max` is the largest weight (of the layer, or of each column) times
+        `mapping.headroom`. The weight becomes what the array holds after write noise and stuck cells.
+        """
+        self.require_law()
+        weight = self.weight.detach().reshape(self.groups_, self.outputs, self.inputs).float()
+        rows = weight.abs().amax(2).reshape(-1)
+        top = rows.amax()
+        if not 0 < top < torch.inf:
+            raise ValueError(
+                f"{self.name}: `weight` must be finite and not all 0 to set the weight of a full pair, got a largest "
+                f"magnitude of {top:g}; initialise it"
+            )
+        # a column of zeros takes the layer's scale
+        rows = (
+            torch.where(rows > 0, rows, top) if self.spec.mapping.scale == "column" else top.expand_as(rows)
+        )
+        self.w_max = (self.spec.mapping.headroom * rows).contiguous()
+        share = (weight / self.w_max.reshape(self.groups_, -1, 1) + 1) / 2
+        # program() puts a positive weight on the first plane and a negative one on the second
+        up, down = (self._program(part) for part in (share, share - 1))
+        self.g_cells = torch.from_numpy(np.stack([up[0], down[1]])).to(self.weight.device)
+        self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+        self.update_cells(torch.zeros_like(self.weight))
+
+    def _program(self, share: Tensor) -> np.ndarray:
+        device = self.spec.device
+        return program(
+            share.cpu().numpy(), w_max=np.ones(1), g_min=device.g_min, g_max=device.g_max, levels=device.levels,
+            seed=self.plan.seed, **self.spec.programming.model_dump(),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def update_cells(self, change: Tensor) -> None:
+        """Move the cells by a wanted weight change, shape of `weight`; the weight becomes what they read."""
+        assert self.update_step is not None
+        read = self._moved(change)
+        self.update_step += 1
+        self.weight.copy_(read)
+        self._read_version = self.weight._version
+
+    def cell_conductances(self) -> tuple[Tensor, Tensor]:
+        """(g, w_max) as the read takes them: both planes, or their analog difference."""
+        assert self.g_cells is not None
+        assert self.w_max is not None
+        if not torch.compiler.is_compiling() and self.weight._version != self._read_version:
+            self._require_read_out()
+        merged = self.planes.merge != "none"
+        return self.g_cells[:1] - self.g_cells[1:] if merged else self.g_cells, self.w_max
+
+    def _require_read_out(self) -> None:
+        """Refuse a weight that something else than the cells has set, such as another optimiser."""
+        with torch.no_grad():
+            off = self.weight != self._moved(torch.zeros_like(self.weight))
+        if off.any():
+            raise ValueError(
+                f"{self.name}: `weight` must be what the cells read once trained in situ, got {int(off.sum())} other "
+                "values; update it by InSituSGD alone, or program it anew with begin_in_situ()"
+            )
+        self._read_version = self.weight._version
+
+    def _moved(self, change: Tensor) -> Tensor:
+        """The weight read out after a wanted change; a change of 0 moves nothing."""
+        assert self.g_cells is not None
+        assert self.w_max is not None
+        assert self.update_step is not None
+        dw = change.float().reshape(self.groups_, self.outputs, self.inputs).contiguous()
+        spec, seed = self.spec.model_dump_json(), self.plan.seed
+        return device_update(self.g_cells, dw, self.w_max, self.update_step, spec, seed).view_as(change)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self._own_weight()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._own_weight()
+
+    def _own_weight(self) -> None:
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            weight.analog = Owner(self)  # type: ignore[attr-defined]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        if self.g_cells is None and f"{prefix}g_cells" in state_dict:
+            device = self.weight.device
+            self.g_cells = torch.empty(2, self.groups_ * self.inputs, self.outputs, device=device)
+            self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
+            self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+class Owner:
+    """Weak link from a weight to its layer. A copied or pickled one is empty: the copied layer links its weight anew."""
+
+    def __init__(self, layer: InSitu | None = None):
+        self.layer = None if layer is None else weakref.ref(layer)
+
+    def __reduce__(self) -> Any:
+        return Owner, ()
+
+
+torch.serialization.add_safe_globals([Owner])
+
+
+def layer_of(parameter: Tensor) -> InSitu | None:
+    """The crossbar layer whose weight a parameter is; None for any other parameter."""
+    owner = getattr(parameter, "analog", None)
+    if owner is None:
+        return None
+    layer = None if owner.layer is None else owner.layer()
+    if layer is None:
+        raise ValueError(
+            f"InSituSGD: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "
+            "crossbar layer is gone; build the optimiser from model.parameters()"
+        )
+    return layer

@@ -1,0 +1,87 @@
+"""Specs as YAML files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gpuxbar.spec.errors import SpecError
+from gpuxbar.spec.model import CrossbarSpec
+
+__all__ = ["load_spec", "parse_value", "save_spec"]
+
+HEADER = "# gpuxbar CrossbarSpec; SI units (S, A, V)\n"
+
+
+def load_spec(path: str | Path) -> CrossbarSpec:
+    """Read a spec from a YAML file; keys left out keep their ideal defaults.
+
+    Args:
+        path: A file as `save_spec` writes it; a mapping of the keys of `CrossbarSpec`.
+
+    Raises:
+        SpecError: The file is missing, is not YAML, names a key twice, or holds a wrong setting. The text names
+            the file, the key, the rule and the nearest known key.
+    """
+    path = Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        if not isinstance(data, dict):
+            got = "nothing" if data is None else type(data).__name__
+            raise SpecError(
+                f"CrossbarSpec: the file must hold settings by name, got {got}; write {{}} for the ideal spec"
+            )
+        return CrossbarSpec.model_validate(data)
+    except FileNotFoundError:
+        known = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, known, n=1)
+        way_out = f"did you mean `{path.with_name(near[0])}`?" if near else "check the path"
+        raise SpecError(f"load_spec: `{path}` must be a file, got none; {way_out}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"load_spec: `{path}` must be a readable text file, got {error}; check it") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise SpecError(f"{path}{place}: must be YAML, got: {problem}; correct the line") from None
+    except SpecError as error:
+        raise SpecError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+
+
+def save_spec(spec: CrossbarSpec, path: str | Path) -> None:
+    """Write every setting of a spec, defaults included, so that `load_spec` gives an equal one."""
+    text = yaml.safe_dump(spec.model_dump(), sort_keys=False)
+    Path(path).write_text(HEADER + text, encoding="utf-8")
+
+
+def parse_value(text: str) -> Any:
+    """A setting from the text of a command line: "6", "1e-6", "null", "[1, 2]", "offset"."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML takes 1e-6 for text
+        except ValueError:
+            return value
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if repr(key) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` for the second time", key_node.start_mark
+                )
+            seen.add(repr(key))
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,134 @@
+"""Specs of published systems, and a mild one to start from.
+
+Each says which values its source gives and which are chosen here. Change one with
+`spec.with_overrides({"adc": {"bits": 6}})`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gpuxbar.spec.errors import SpecError, nearest
+from gpuxbar.spec.model import CrossbarSpec
+
+__all__ = ["PRESETS", "demo", "isaac", "preset", "txsim", "txsim_in_situ"]
+
+
+def demo() -> CrossbarSpec:
+    """8-bit converters and read noise of about one ADC step, on 128 x 128 tiles of subtracted pairs.
+
+    In situ the devices follow Agarwal's law with a non-linearity of 0.1, write noise of 2 % (see there) and of 10 % of
+    each change. Chosen to be mild: a small network trains on it to within a percent of the ideal one.
+    """
+    return CrossbarSpec.model_validate(
+        {
+            "mapping": {"scheme": "subtracted"},
+            "dac": {"bits": 8},
+            "adc": {"bits": 8, "percentile": 100},
+            "read_noise": {"sigma": 2e-8},
+            "update": {"law": "agarwal", "nu": 0.1, "gamma": 0.02, "cycle": 0.1},
+        }
+    )
+
+
+def txsim(tile: int = 64) -> CrossbarSpec:
+    """The read path of TxSim: bit-sliced weights, bit-streamed inputs, a conversion for every tile and slice.
+
+    From the paper: square tiles, 64 x 64 unless swept; Ag/Si ReRAM from 100 kOhm to 1 MOhm (1 to 10 uS);
+    positive and negative weights on arrays of their own; 2-bit devices; 1-bit DACs; 32-bit weights, so 16 slices.
+    Chosen here: 8-bit inputs, scaled by each sample (the paper keeps 32 digital bits; this library's DACs take up
+    to 8), driven as a positive and a negative phase; ADCs with a step of one `g_min`, of which every current is a
+    multiple, so that conversions are exact until noise, spread or fewer bits are asked for.
+    Not in it: the paper's wire, source and sink resistances and its process variation.
+
+    Args:
+        tile: Wordlines and bitlines of a tile, 2 to 1024.
+
+    Source: Roy et al., "TxSim: Modeling Training of Deep Neural Networks on Resistive Crossbar Systems",
+    IEEE TVLSI 2021.
+    """
+    array = _txsim_array(tile)
+    v_read, steps = 0.2, round(array["device"]["g_max"] / array["device"]["g_min"])
+    bits = (tile * steps).bit_length()
+    return CrossbarSpec.model_validate(
+        {
+            **array,
+            "mapping": {"scheme": "differential", "slices": 16, "slice_bits": 2},
+            "dac": {
+                "bits": 8,
+                "stream_bits": 1,
+                "polarity": "two_phase",
+                "range": "sample",
+                "v_read": v_read,
+            },
+            "adc": {
+                "bits": bits,
+                "range": "fixed",
+                "i_max": (2**bits - 1) * v_read * array["device"]["g_min"],
+            },
+        }
+    )
+
+
+def txsim_in_situ(tile: int = 64, nu: float = 0.1, gamma: float = 0.05) -> CrossbarSpec:
+    """The weight update of TxSim, asymmetric and noisy, on the devices and tiles of `txsim`.
+
+    From the paper: devices, tiles and the law with its factors `nu` and `gamma`; training bears nu up to 0.1
+    and gamma up to 5.
+    Chosen here: gamma read in percent (5 is 0.05), since the unit is not certain; one continuous pair of
+    devices a weight, since the law is not defined for a sliced one; exact converters.
+
+    Args:
+        tile: Wordlines and bitlines of a tile.
+        nu: Non-linearity of the update, 0 (linear) to 20.
+        gamma: Write noise as a plain multiplier, at least 0.
+
+    Source: Roy et al., IEEE TVLSI 2021; Agarwal et al., IJCNN 2016.
+    """
+    return CrossbarSpec.model_validate(
+        {**_txsim_array(tile), "update": {"law": "agarwal", "nu": nu, "gamma": gamma}}
+    )
+
+
+def isaac() -> CrossbarSpec:
+    """The tiles of ISAAC, for networks that will run on such an inference accelerator.
+
+    From the paper: 128 x 128 tiles, 2-bit devices, 8 of them a 16-bit weight, 1-bit DACs, 8-bit ADCs.
+    Chosen here: 8-bit inputs (the paper's have 16), driven as a positive and a negative phase; signed
+    weights on pairs of devices, where the paper adds a bias to the weights and halves the range of a column by
+    storing some inverted; the conductance window; an exact gradient, since the chip does not train.
+
+    Source: Shafiee et al., "ISAAC: A Convolutional Neural Network Accelerator with In-Situ Analog Arithmetic in
+    Crossbars", ISCA 2016.
+    """
+    return CrossbarSpec.model_validate(
+        {
+            "tile": {"rows": 128, "cols": 128},
+            "mapping": {"scheme": "differential", "slices": 8, "slice_bits": 2},
+            "dac": {"bits": 8, "stream_bits": 1, "polarity": "two_phase"},
+            "adc": {"bits": 8, "range": "worst_case"},
+            "backward": {"mode": "ideal"},
+        }
+    )
+
+
+PRESETS: dict[str, Callable[[], CrossbarSpec]] = {
+    "demo": demo,
+    "isaac": isaac,
+    "txsim": txsim,
+    "txsim-in-situ": txsim_in_situ,
+}
+
+
+def preset(name: str) -> CrossbarSpec:
+    """A preset by name, as the command line gives it."""
+    if name not in PRESETS:
+        raise SpecError(f"preset: `name` must be a preset, got {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name]()
+
+
+def _txsim_array(tile: int) -> dict[str, Any]:
+    if not 2 <= tile <= 1024:
+        raise SpecError(f"txsim: `tile` must be 2 to 1024 lines, got {tile}; the paper's default is 64")
+    return {"tile": {"rows": tile, "cols": tile}, "device": {"g_min": 1e-6, "g_max": 1e-5}}

@@ -1,0 +1,61 @@
+// programming: the conductance of one device after a weight was written to it.
+//
+// A weight w in [-1, 1] becomes shares of the conductance window: of |w| on its side of a pair, a digit of |w| on
+// each slice, or (1 + w) / 2 of a single device around the middle of the window. Levels round the share; the device's
+// spread, the noise of the write and stuck cells make it a conductance. Oracle: gpuxbar/reference/program.py.
+#pragma once
+#include "gpuxbar/normal.cuh"
+
+namespace gpuxbar {
+
+// How planes of pairs are joined; OFFSET is one device a weight.
+enum Merge : i64 { MERGE_NONE = 0, MERGE_SUBTRACT = 1, MERGE_ALL = 2, MERGE_OFFSET = 3 };
+
+// Mirrored field by field in gpuxbar/ops/program.py.
+struct Programming {
+  i64 groups, inputs, outputs;
+  i64 slices, slice_bits;  // slice_bits 0: one continuous slice
+  i64 merge;
+  i64 scale_count;         // values of w_max: 1 or groups * outputs
+  i64 step;
+  u64 seed;
+  float steps;             // steps between levels over |w| (offset: over 1 + w), 0: continuous
+  float g_min, g_max;      // S
+  float spread;            // relative standard deviation between devices
+  float write_noise;       // S
+  float stuck_low;         // a uniform below: stuck at g_min
+  float stuck_high;        // a uniform above: stuck at g_max
+};
+
+GPUXBAR_FN float clip_weight(float w) { return min(max(w, -1.0f), 1.0f); }
+
+// Nearest level of a share, of `steps` steps.
+GPUXBAR_FN float level_share(float share, float steps) { return round_even(share * steps) / steps; }
+
+// |w| / w_max as an integer of `top` = base^slices - 1, up to 2^32 - 1; adding 2^52 rounds half to even and leaves
+// the integer in the low word.
+GPUXBAR_FN u32 weight_code(float w, double inverse_w_max, double top) {
+  const double share = (double)abs(w) * inverse_w_max;
+  const double shifted = (share < 1.0 ? share : 1.0) * top + 4503599627370496.0;
+  u64 bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  return (u32)bits;
+}
+
+// Conductance left by a write, S: z_spread and z_write are standard normals, u uniform in (0, 1).
+GPUXBAR_FN float written(const Programming& p, float target, float z_spread, float z_write, float u) {
+  const float device = fma(target * p.spread, z_spread, target);
+  const float noisy = max(fma(p.write_noise, z_write, device), 0.0f);
+  const float low = u < p.stuck_low ? p.g_min : noisy;
+  return u > p.stuck_high ? p.g_max : low;
+}
+
+// A weight's term of its array's fingerprint: bits times an odd number of its place, mod 2^64. Terms add up in any
+// order, and a single changed weight always changes the sum.
+GPUXBAR_FN u64 fingerprint_term(u32 bits, u32 place) {
+  const u32 a = (place ^ place >> 16) * 0x7FEB352Du, low = (a ^ a >> 15) * 0x846CA68Bu;
+  const u32 high = (low ^ low >> 16) * 0x9E3779B9u;
+  return (u64)bits * (low | 1u) + ((u64)bits * high << 32);
+}
+
+}  // namespace gpuxbar

@@ -1,0 +1,199 @@
+"""device_update: the laws against their sources, the host kernel against the float64 oracle, and the messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpuxbar import ops, reference
+from gpuxbar.launch.host import set_threads
+from gpuxbar.reference.device_update import neurosim_rate, nonlinearity_label
+from gpuxbar.spec import Agarwal, NeuroSim, SoftBounds
+
+G_MIN, G_MAX = 1e-6, 10e-6  # S
+WINDOW = {"g_min": G_MIN, "g_max": G_MAX}
+SEED = 2**40 + 7
+LAWS = {
+    "linear": Agarwal(),
+    "agarwal": Agarwal(nu=2.0),
+    "agarwal-noise": Agarwal(nu=0.5, gamma=0.05, cycle=0.3),
+    "agarwal-spread": Agarwal(nu=1.0, spread=0.3, gamma=0.01),
+    "neurosim": NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=-4.88),
+    "neurosim-pulses": NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=1.46, levels=32, integer_pulses=True),
+    "neurosim-noise": NeuroSim(nonlinearity_ltp=2.4, cycle=0.01, spread=0.5),
+    "soft": SoftBounds(up=1.5, down=0.7),
+    "soft-noise": SoftBounds(pulses=200, cycle=0.3, spread=0.2),
+}
+
+
+def case(groups, outputs, inputs, seed=0, size=0.2):
+    rng = np.random.default_rng(seed)
+    g = rng.uniform(G_MIN, G_MAX, (2, groups * inputs, outputs)).astype(np.float32)
+    dw = rng.normal(0, size, (groups, outputs, inputs)).astype(np.float32)
+    dw[rng.random(dw.shape) < 0.2] = 0.0
+    w_max = rng.uniform(0.5, 2.0, groups * outputs).astype(np.float32)
+    return g, dw, w_max
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 37), (3, 71, 19), (2, 128, 33)])
+@pytest.mark.parametrize("name", LAWS)
+def test_host_matches_oracle(name, shape):
+    g, dw, w_max = case(*shape)
+    s = {"w_max": w_max, **WINDOW, "stuck_at_g_min": 0.05, "stuck_at_g_max": 0.03, "seed": SEED, "step": 9}
+    cells, weights = reference.device_update(g, dw, law=LAWS[name].model_dump(), **s)
+    new = g.copy()
+    read = ops.device_update(new, dw, law=LAWS[name], **s)
+    # float32 arithmetic of about ten operations; a spread label goes through a fit of 1e-4
+    atol = (1e-4 if name == "neurosim-noise" else 3e-6) * (G_MAX - G_MIN)
+    off = np.abs(new - cells) > atol
+    # a pulse count on a rounding edge may differ by one
+    assert off.mean() <= (2e-3 if name == "neurosim-pulses" else 0), np.abs(new - cells).max() / (
+        G_MAX - G_MIN
+    )
+    np.testing.assert_allclose(read[0].T[~off[0, : shape[2]]], weights[0].T[~off[0, : shape[2]]], atol=1e-1 if off.any() else 3e-4)  # fmt: skip
+    still = np.broadcast_to(dw.transpose(0, 2, 1).reshape(g.shape[1:]) == 0, g.shape)
+    np.testing.assert_array_equal(new[still], g[still])
+
+
+def drive(law, x, changes, **settings):
+    """x of one positive device after successive wanted changes (shares of the window)."""
+    g = np.full((2, 1, 1), G_MIN + x * (G_MAX - G_MIN), np.float32)
+    path = [x]
+    for step, change in enumerate(changes):
+        dw = np.full((1, 1, 1), 2 * change, np.float32)
+        ops.device_update(g, dw, law=law, w_max=np.ones(1, np.float32), **WINDOW, step=step, **settings)
+        path.append((g[0, 0, 0] - G_MIN) / (G_MAX - G_MIN))
+    return np.array(path)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.75, -2.4, 5.0])
+def test_neurosim_staircase_is_the_manuals(label):
+    """G(P) = B (1 - exp(-P / A)) up, and its mirror image down; A of opposite sign for a negative label."""
+    levels = 32
+    law = NeuroSim(nonlinearity_ltp=label, nonlinearity_ltd=label, levels=levels)
+    pulses = np.arange(levels + 1)
+    if label:
+        a = levels / float(neurosim_rate(label))
+        curve = -np.expm1(-pulses / a) / -np.expm1(-levels / a)
+    else:
+        curve = pulses / levels
+    up = drive(law, 0.0, [1 / levels] * levels)
+    np.testing.assert_allclose(up, curve, atol=2e-5)
+    np.testing.assert_allclose(drive(law, 1.0, [-1 / levels] * levels), 1 - curve, atol=2e-5)
+
+
+def test_neurosim_labels_are_the_published_table():
+    table = {0.01: 126.269, 0.5: 2.520, 1: 1.2517, 1.46: 0.8487, 1.75: 0.7021, 2.4: 0.4992, 4.88: 0.2003, 7: 0.0901, 9: 0.0228}  # fmt: skip
+    for label, a in table.items():
+        assert 1 / neurosim_rate(label) == pytest.approx(a, rel=2e-3)
+        assert nonlinearity_label(1 / neurosim_rate(label)) == pytest.approx(label, rel=1e-6)
+        assert neurosim_rate(-label) == -neurosim_rate(label)
+    assert neurosim_rate(0.0) == 0
+
+
+def test_agarwal_is_its_formula_and_composes():
+    nu, x, d = 1.3, 0.3, 0.25
+    g1 = 1 / (1 - np.exp(-nu))
+    up = drive(Agarwal(nu=nu), x, [d])[-1]
+    assert up == pytest.approx(x + (g1 - x) * (1 - np.exp(-nu * d)), abs=1e-6)
+    down = drive(Agarwal(nu=nu), x, [-d])[-1]
+    assert down == pytest.approx(x + (1 - g1 - x) * (1 - np.exp(-nu * d)), abs=1e-6)
+    assert drive(Agarwal(nu=nu), x, [d / 10] * 10)[-1] == pytest.approx(up, abs=3e-6)
+
+
+def test_soft_bounds_shrink_towards_the_bound():
+    path = drive(SoftBounds(up=2.0), 0.0, [0.1] * 30)
+    np.testing.assert_allclose(path, 1 - np.exp(-2.0 * 0.1 * np.arange(31)), atol=1e-5)
+
+
+def test_symmetry_point():
+    """Alternate up and down steps of an asymmetric device settle where both are equal: down x = up (1 - x)."""
+    path = drive(SoftBounds(up=1.0, down=3.0), 0.9, [0.01, -0.01] * 400)
+    assert path[-1] == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("law", "deviation"),
+    [
+        (Agarwal(gamma=0.05), 0.05 * np.sqrt(0.1)),
+        (Agarwal(cycle=0.3), 0.3 * 0.1),
+        (NeuroSim(levels=100, cycle=0.01), 0.01 * np.sqrt(10)),
+        (SoftBounds(pulses=100, cycle=0.3), (1 - np.exp(-0.1)) * 0.5 * 0.3 / np.sqrt(10)),
+    ],
+)
+def test_noise_of_an_update(law, deviation):
+    """Mean and standard deviation over 40,000 cells within four standard errors."""
+    n = 200
+    g = np.full((2, n, n), G_MIN + 0.5 * (G_MAX - G_MIN), np.float32)
+    quiet = g.copy()
+    dw = np.full((1, n, n), 0.2, np.float32)
+    s = {"w_max": np.ones(n, np.float32), **WINDOW, "seed": 3}
+    ops.device_update(g, dw, law=law, **s)
+    ops.device_update(quiet, dw, law=law.model_copy(update={"gamma": 0.0, "cycle": 0.0}), **s)
+    noise = (g - quiet)[0].astype(np.float64) / (G_MAX - G_MIN)
+    assert noise.mean() == pytest.approx(0, abs=4 * deviation / n)
+    assert noise.std() == pytest.approx(deviation, rel=4 / np.sqrt(2) / n)
+    assert abs(np.corrcoef(noise.ravel(), np.roll(noise, 1, 1).ravel())[0, 1]) < 4 / n
+    pair = (g - quiet)[1].astype(np.float64).ravel()
+    assert abs(np.corrcoef(noise.ravel(), pair)[0, 1]) < 4 / n
+
+
+def test_spread_is_of_the_device_and_noise_of_the_step():
+    g, dw, w_max = case(1, 20, 30)
+    outcome = {}
+    for name, law, step in (
+        ("spread-1", Agarwal(nu=1, spread=0.3), 1), ("spread-2", Agarwal(nu=1, spread=0.3), 2),
+        ("noise-1", Agarwal(gamma=0.1), 1), ("noise-2", Agarwal(gamma=0.1), 2),
+    ):  # fmt: skip
+        outcome[name] = g.copy()
+        ops.device_update(outcome[name], dw, law=law, w_max=w_max, **WINDOW, seed=1, step=step)
+    np.testing.assert_array_equal(outcome["spread-1"], outcome["spread-2"])
+    moved = dw[0].T != 0
+    assert (outcome["noise-1"] != outcome["noise-2"])[0][moved].mean() > 0.9
+
+
+def test_stuck_cells_are_those_of_programming():
+    g, dw, w_max = case(1, 40, 50)
+    rates = {"stuck_at_g_min": 0.1, "stuck_at_g_max": 0.2}
+    g = reference.program(np.zeros((1, 40, 50)), w_max=w_max, **WINDOW, **rates, seed=5)
+    before = g.copy()
+    dw[dw == 0] = 0.1
+    ops.device_update(g, dw, law=Agarwal(), w_max=w_max, **WINDOW, **rates, seed=5)
+    stuck_high = before == np.float32(G_MAX)
+    assert 0.1 < stuck_high.mean() < 0.3
+    np.testing.assert_array_equal(g[stuck_high], before[stuck_high])
+    assert (g == before).mean() == pytest.approx(0.3, abs=0.05 + 0.5)
+
+
+def test_results_stay_inside_the_window_and_do_not_depend_on_threads():
+    g, dw, w_max = case(2, 90, 65, size=3.0)
+    results = []
+    for threads in (1, 2):
+        set_threads(threads)
+        cells = g.copy()
+        weights = ops.device_update(cells, dw, law=Agarwal(nu=3, gamma=0.5), w_max=w_max, **WINDOW, seed=2)
+        results.append((cells, weights))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+    assert results[0][0].min() >= np.float32(G_MIN) * (1 - 1e-6)
+    assert results[0][0].max() <= np.float32(G_MAX) * (1 + 1e-6)
+
+
+GOOD = {"g": np.full((2, 3, 4), 5e-6, np.float32), "dw": np.zeros((1, 4, 3), np.float32), "w_max": np.ones(4, np.float32)}  # fmt: skip
+BAD = {
+    "dtype": ({"dw": np.zeros((1, 4, 3))}, TypeError, "`dw` must be an array of float32, got float64"),
+    "shape": ({"g": np.zeros((2, 4, 3), np.float32)}, ValueError, r"`g` must have shape \(2, 3, 4\)"),
+    "w_max": ({"w_max": np.ones(3, np.float32)}, ValueError, r"`w_max` must have shape \(4,\)"),
+    "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max, got 1e-06 S and 1e-07 S"),
+    "nan": ({"dw": np.full((1, 4, 3), np.nan, np.float32)}, ValueError, "`dw` must be finite, got 12 NaN"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_changes_nothing(name):
+    change, error, text = BAD[name]
+    values = {**GOOD, **WINDOW, **change}
+    before = values["g"].copy()
+    with pytest.raises(error, match=text):
+        ops.device_update(values.pop("g"), values.pop("dw"), law=Agarwal(nu=1), **values)
+    np.testing.assert_array_equal({**GOOD, **change}["g"], before)

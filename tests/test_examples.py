@@ -1,0 +1,67 @@
+"""Every example runs from an empty folder, prints its result and leaves its picture; the README's snippets run too."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+EXPECTED = {
+    "01_read_a_tile.py": ([], "read_a_tile.png", r"largest rounding error 0\.[45]\d* codes"),
+    "02_call_a_kernel.py": ([], "read_noise.png", r"same step, same noise: True; another step: False"),
+    "03_convert_and_train.py": (["1"], "convert_and_train.png", r"6 +Linear +analog +rule 6"),
+    "04_your_own_device_law.py": ([], "device_laws.png", r"linear +halfway up:  50% of the window; .* 0%"),
+    "05_calibrate_converters.py": (["1"], "calibrate_converters.png", r"(?m)^ +99\.9( +0\.\d{3}){6}$"),
+}
+
+
+def test_every_example_is_tried():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_example(name, tmp_path):
+    size, picture, text = EXPECTED[name]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "examples" / name, *size],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(text, done.stdout), done.stdout
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_snippets_of_the_readme():
+    torch.manual_seed(0)
+    layers = {
+        "layer1": nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20)),
+        "classifier": nn.Linear(20, 3),
+    }
+    names = {
+        "torch": torch,
+        "model": nn.Sequential(OrderedDict(layers)),
+        "loader": [torch.randn(8, 20)],
+        "v": np.full((5, 200), 0.2, np.float32),
+        "g": np.full((200, 7), 1e-6, np.float32),
+    }
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, names)
+    assert [row[2] for row in names["report"].rows] == ["analog", "analog", "digital"]
+    assert names["model"].layer1[0].spec.adc.bits == 6
+    # 200 cells of 0.2 V and 1 uS, in steps of 0.5 uA, noise far below one
+    np.testing.assert_allclose(names["i"], 4e-5, rtol=0, atol=2 * 5e-7)

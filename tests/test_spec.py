@@ -1,0 +1,240 @@
+"""Specs: files, presets, and one line a wrong setting."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import gpuxbar as gx
+from gpuxbar.spec import ADC, DAC, Agarwal, NeuroSim, SoftBounds, parse_value
+from gpuxbar.spec.presets import PRESETS, preset
+
+CHANGED = {
+    "tile": {"rows": 61, "cols": 67},
+    "device": {"g_min": 1.7e-9, "g_max": 3.3e-7},
+    "mapping": {"scheme": "subtracted", "scale": "column"},
+    "dac": {"bits": 6, "stream_bits": 2, "range": "fixed", "max": 1.5},
+    "adc": {"bits": 5, "range": "fixed", "i_max": 1e-20, "per": "column", "gain_std": 0.1},
+    "read_noise": {"sigma": 1.0 / 3.0, "sigma_g": 1e-300},
+    "programming": {"write_noise": 1e-8, "stuck_at_g_min": 0.01},
+    "backward": {"dac": {"bits": 3}, "adc": {"bits": 4}},
+    "seed": 2**63 - 1,
+    "generator": "fast",
+}
+
+
+@pytest.mark.parametrize("law", [None, Agarwal(nu=0.1), NeuroSim(levels=3), SoftBounds(down=1.2)])
+def test_a_saved_spec_is_loaded_bit_for_bit(tmp_path, law):
+    spec = gx.CrossbarSpec(**CHANGED, update=law)
+    gx.save_spec(spec, tmp_path / "spec.yaml")
+    assert gx.load_spec(tmp_path / "spec.yaml") == spec
+    assert gx.load_spec(str(tmp_path / "spec.yaml")) == spec
+
+
+def test_a_spec_survives_copies():
+    spec = gx.CrossbarSpec(**CHANGED)
+    assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
+    assert spec.with_overrides({"adc": {"bits": 6}}).adc.bits == 6
+    assert spec.adc.bits == 5
+
+
+def test_files_may_be_partial_and_write_numbers_as_people_do(tmp_path):
+    (tmp_path / "a.yaml").write_text("device: {g_max: 2e-5}\nread_noise:\n  sigma: 1E-6\n")
+    spec = gx.load_spec(tmp_path / "a.yaml")
+    assert spec == gx.CrossbarSpec(device={"g_max": 2e-5}, read_noise={"sigma": 1e-6})
+    (tmp_path / "b.yaml").write_text("{}")
+    assert gx.load_spec(tmp_path / "b.yaml") == gx.CrossbarSpec()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("6", 6), ("1e-6", 1e-6), ("null", None), ("true", True), ("offset", "offset"), ("nan", "nan")],
+)
+def test_values_of_a_command_line(text, value):
+    parsed = parse_value(text)
+    assert parsed == value or text == "nan"
+    assert type(parsed) is type(value) or text == "nan"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adc": {"bit": 6}}, "CrossbarSpec: `adc.bit` must be a known key; did you mean `bits`?"),
+        (
+            {"zzz": 1},
+            "CrossbarSpec: `zzz` must be a known key; known: tile, device, mapping, dac, adc, read_noise, "
+            "programming, backward, update, seed, generator",
+        ),
+        (
+            {"backward": {"adc": {"bits": 17}}},
+            "CrossbarSpec: `backward.adc.bits` must be an integer from 1 to 16, or null, got 17; "
+            "the default is null",
+        ),
+        (
+            {"tile": {"rows": 1.5}},
+            "CrossbarSpec: `tile.rows` must be an integer from 1 to 65536, got 1.5; the default is 128",
+        ),
+        (
+            {"dac": {"signed": "maybe"}},
+            "CrossbarSpec: `dac.signed` must be true or false, got 'maybe'; the default is true",
+        ),
+        (
+            {"dac": {"v_read": 0}},
+            "CrossbarSpec: `dac.v_read` must be a finite number above 0, got 0; the default is 0.2",
+        ),
+        (
+            {"adc": {"percentile": 101}},
+            "CrossbarSpec: `adc.percentile` must be a finite number above 0 and up to 100, got 101; "
+            "the default is 99.99",
+        ),
+        (
+            {"read_noise": {"sigma": float("nan")}},
+            "CrossbarSpec: `read_noise.sigma` must be a finite number of at least 0, got nan; the default is 0.0",
+        ),
+        (
+            {"mapping": {"scheme": "ofset"}},
+            "CrossbarSpec: `mapping.scheme` must be differential or subtracted or offset, got 'ofset'; "
+            "did you mean `offset`?",
+        ),
+        (
+            {"generator": 7},
+            "CrossbarSpec: `generator` must be exact or fast, got 7; choose one of these",
+        ),
+        (
+            {"device": {"g_min": 1}},
+            "CrossbarSpec: `device`: `g_min` must be below `g_max`, got 1 S and 1e-05 S; "
+            "swap them or widen the window",
+        ),
+        (
+            {"update": {"law": "agarwal"}, "mapping": {"slices": 2, "slice_bits": 2}},
+            "CrossbarSpec: `update` must go with unsliced pairs, got scheme='differential' with 2 slices; "
+            "use mapping.scheme='differential' or 'subtracted' and slices=1, or update=None",
+        ),
+        (
+            {"update": {"law": "agarwl"}},
+            "CrossbarSpec: `update.law` must be a known law, got 'agarwl'; did you mean `agarwal`?",
+        ),
+        (
+            {"update": {"nu": 1}},
+            "CrossbarSpec: `update` must name its law, got {'nu': 1}; add `law`: agarwal, neurosim, soft_bounds",
+        ),
+        (
+            {"update": {"law": "agarwal", "nuu": 1}},
+            "CrossbarSpec: `update.nuu` must be a known key; did you mean `nu`?",
+        ),
+        (
+            {"adc": 5},
+            "CrossbarSpec: `adc` must hold settings by name, got 5; known: bits, range, i_max, percentile, per, "
+            "gain_std, offset_std",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line(settings, message, tmp_path):
+    with pytest.raises(gx.SpecError) as caught:
+        gx.CrossbarSpec.model_validate(settings)
+    assert str(caught.value) == message
+    with pytest.raises(gx.SpecError) as caught:
+        gx.CrossbarSpec(**settings)
+    assert str(caught.value) == message
+    with pytest.raises(gx.SpecError) as caught:
+        gx.CrossbarSpec().with_overrides(settings)
+    assert str(caught.value) == message
+
+
+def test_every_wrong_setting_has_its_line_and_parts_speak_for_themselves():
+    with pytest.raises(gx.SpecError) as caught:
+        DAC(bits=99, v_read="x")
+    assert str(caught.value).splitlines() == [
+        "DAC: `bits` must be an integer from 1 to 8, or null, got 99; the default is null",
+        "DAC: `v_read` must be a finite number above 0, got 'x'; the default is 0.2",
+    ]
+    with pytest.raises(gx.SpecError, match=r"^ADC: `i_max` goes with range='fixed' and only with it"):
+        ADC(range="fixed")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adc: {bit: 6}", "bad.yaml: CrossbarSpec: `adc.bit` must be a known key; did you mean `bits`?"),
+        ("adc: [", "bad.yaml, line 1, column 7: must be YAML, got: "),
+        (
+            "seed: 1\ntile: {}\nseed: 2\n",
+            "bad.yaml, line 3, column 1: must be YAML, got: the key `seed` for the second time; correct the line",
+        ),
+        ("", "the file must hold settings by name, got nothing; write {} for the ideal spec"),
+        ("? [1]\n: 2", "must be YAML, got: found unhashable key"),
+        ("- 1", "the file must hold settings by name, got list;"),
+        ("tile: !!python/object:os.system {}", "must be YAML, got: could not determine a constructor"),
+    ],
+)
+def test_a_bad_file_is_named(text, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(gx.SpecError) as caught:
+        gx.load_spec(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_or_unreadable_file(tmp_path):
+    gx.save_spec(gx.CrossbarSpec(), tmp_path / "spec.yaml")
+    with pytest.raises(gx.SpecError) as caught:
+        gx.load_spec(tmp_path / "sepc.yaml")
+    assert str(caught.value) == (
+        f"load_spec: `{tmp_path / 'sepc.yaml'}` must be a file, got none; "
+        f"did you mean `{tmp_path / 'spec.yaml'}`?"
+    )
+    with pytest.raises(gx.SpecError, match=r"must be a readable text file, got .*directory"):
+        gx.load_spec(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(gx.SpecError, match="must be a readable text file, got 'utf-8'"):
+        gx.load_spec(tmp_path / "latin.yaml")
+    with pytest.raises(gx.SpecError, match=r"got none; check the path$"):
+        gx.load_spec(tmp_path / "no" / "where.yaml")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip(name, tmp_path):
+    spec = preset(name)
+    gx.save_spec(spec, tmp_path / "spec.yaml")
+    assert gx.load_spec(tmp_path / "spec.yaml") == spec
+
+
+def test_txsim_is_the_papers():
+    spec = gx.presets.txsim()
+    assert (spec.tile.rows, spec.tile.cols) == (64, 64)
+    assert (1 / spec.device.g_max, 1 / spec.device.g_min) == pytest.approx((100e3, 1e6))
+    assert spec.mapping.slices * spec.mapping.slice_bits == 32
+    assert (spec.dac.stream_bits, spec.mapping.scheme) == (1, "differential")
+    assert spec.adc.bits == 10
+    assert gx.presets.txsim(tile=32).adc.bits == 9
+    assert gx.presets.txsim_in_situ(nu=1.0).update == Agarwal(nu=1.0, gamma=0.05)
+    with pytest.raises(gx.SpecError, match="`tile` must be 2 to 1024 lines, got 1"):
+        gx.presets.txsim(tile=1)
+
+
+def test_conversions_of_txsim_are_exact():
+    """The 8-bit inputs are all that is left: a layer reads as the product of its quantised inputs and weights."""
+    spec = gx.presets.txsim(tile=7)
+    torch.manual_seed(0)
+    layer = gx.nn.AnalogLinear(17, 5, bias=False, spec=spec)
+    x = torch.randn(3, 17)
+    lsb = x.abs().amax(1, keepdim=True) / 127
+    expected = torch.round(x / lsb) * lsb @ layer.weight.T
+    # 32-bit weights: float32 rounding is all that remains
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_isaac_is_the_papers():
+    spec = gx.presets.isaac()
+    assert (spec.tile.rows, spec.tile.cols, spec.adc.bits) == (128, 128, 8)
+    assert (spec.mapping.slices, spec.mapping.slice_bits, spec.dac.stream_bits) == (8, 2, 1)
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(gx.SpecError, match="got 'txsimm'; did you mean `txsim`"):
+        preset("txsimm")
