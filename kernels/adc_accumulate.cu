@@ -1,16 +1,13 @@
-// adc_accumulate: partial sums of every tile -> noise, ADC, integer sum over tiles, shift-and-add over planes
-// and passes.
+// adc_accumulate: partial sums of every tile -> noise, ADC, integer sum over tiles, shift-and-add over planes and
+// passes.
 //
-// Axes    G groups, T tiles, P passes, M rows of this call, S planes; psum [G, T, P, M, ld], a plane's sensed
-// lines
-//         side by side; outputs are the G * sense lines. y is [rows, G * sense], or images [N, G * sense,
-//         pixels].
+// Axes    G groups, T tiles, P passes, M rows of this call, S planes; psum [G, T, P, M, ld], a plane's sensed lines side
+//         by side; outputs are the G * sense lines. y is [rows, G * sense], or images [N, G * sense, pixels].
 // Launch  32 rows by 8 column groups a block, 256 threads; grid (ceil(G sense / (8 WIDTH)), ceil(M / 32)).
-//         One thread owns its outputs: integer sums over tiles, a fixed order of passes and planes, the same
-//         bits on any launch and split of the rows.
+//         One thread owns its outputs: integer sums over tiles, a fixed order of passes and planes, the same bits on
+//         any launch and split of the rows.
 // Random  read noise of (row, column, conversion): normal.cuh; one counter a thread and conversion.
-// Macros  NOISE 0 none, 1 exact (4 columns a thread), 2 fast (8 columns); VARIANCE state-dependent part; ADC;
-// GATE;
+// Macros  NOISE 0 none, 1 exact (4 columns a thread), 2 fast (8 columns); VARIANCE state-dependent part; ADC; GATE;
 //         IMAGES y and gate in image layout; VECTOR sense is a multiple of WIDTH (16-byte loads)
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/converter.cuh"
@@ -82,8 +79,8 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
                    i64 y_row0,      // and in y
                    i64 noise_row0,  // and in the counters
                    int rows, int groups, int sense, int tiles, int planes, int ld, int streams, int phases,
-                   int stream_bits, int adc_per_column, float code_min, float code_max, int rows_per_scale,
-                   int pixels, u32 purpose) {
+                   int stream_bits, int adc_per_column, float code_min, float code_max, int rows_per_scale, int pixels,
+                   u32 purpose) {
   const int outputs = groups * sense;
   const int column = (blockIdx.x * 8 + (threadIdx.x & 7)) * WIDTH;
   const int row = blockIdx.y * 32 + (threadIdx.x >> 3);
@@ -101,8 +98,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
       const int c = column + j < outputs ? column + j : column;
-      if (!VECTOR || j == 0)
-        places.at[j] = (int)((c / sense) * tiles * tile_size + (i64)row * ld + c % sense);
+      if (!VECTOR || j == 0) places.at[j] = (int)((c / sense) * tiles * tile_size + (i64)row * ld + c % sense);
       lsb[j] = adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value;
       inverse[j] = 1.0f / lsb[j];
     }
@@ -211,8 +207,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #pragma unroll
     for (int j = 0; j < WIDTH; j += 4) {
       *(float4*)(y + to + j) = make_float4(total[j], total[j + 1], total[j + 2], total[j + 3]);
-      if (GATE)
-        *(float4*)(gate + to + j) = make_float4(inside[j], inside[j + 1], inside[j + 2], inside[j + 3]);
+      if (GATE) *(float4*)(gate + to + j) = make_float4(inside[j], inside[j + 1], inside[j + 2], inside[j + 3]);
     }
 #else
     for (int j = 0; j < count; ++j) {

@@ -1,8 +1,8 @@
 // dac_quantize: digital values to DAC codes.
 //
-// Axes    n leading indices with a step of their own or one for all, each of per_row values; C-contiguous [n,
-// per_row]. Launch  1-D grid-stride, four values a thread; the result does not depend on the launch. Wrapper
-// gpuxbar/ops/dac_quantize.py      Oracle gpuxbar/reference/dac_quantize.py
+// Axes    n leading indices with a step of their own or one for all, each of per_row values; C-contiguous [n, per_row].
+// Launch  1-D grid-stride, four values a thread; the result does not depend on the launch.
+// Wrapper gpuxbar/ops/dac_quantize.py      Oracle gpuxbar/reference/dac_quantize.py
 #include "gpuxbar/converter.cuh"
 
 namespace gpuxbar {

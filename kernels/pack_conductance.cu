@@ -1,11 +1,10 @@
 // pack_conductance: conductance planes -> the right operand of the tile products.
 //
-// Axes    G groups, T tiles of K driven lines (padded with 0), N = S planes times sensed lines (padded to ld
-// columns):
+// Axes    G groups, T tiles of K driven lines (padded with 0), N = S planes times sensed lines (padded to ld columns):
 //         b [G, T, K, ld]. Forwards the wordlines are driven, transposed the bitlines.
-// Launch  a 32 x 32 block of (driven line, column) each, 256 threads; grid (ceil(ld / 32), ceil(K / 32), G
-// T). Macros  HALF fp16 high part (and low part) of g * scale, else float32 g; TRANSPOSED Wrapper
-// gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py
+// Launch  a 32 x 32 block of (driven line, column) each, 256 threads; grid (ceil(ld / 32), ceil(K / 32), G T).
+// Macros  HALF fp16 high part (and low part) of g * scale, else float32 g; TRANSPOSED
+// Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/portable.cuh"
 
 #ifndef HALF

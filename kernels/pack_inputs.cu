@@ -1,7 +1,6 @@
 // pack_inputs: driven values of some rows -> the left operand of the tile products.
 //
-// Axes    P passes (streams x phases), M rows of this call, G groups, T tiles of K lines (the last padded
-// with 0):
+// Axes    P passes (streams x phases), M rows of this call, G groups, T tiles of K lines (the last padded with 0):
 //         a [P, M, G, T, K]. The source is a matrix [rows, G, drive], the images of a convolution whose
 //         patches are the rows, or the images of its output gradient.
 // Launch  a 32 x 32 block of (row, line) each, 256 threads; grid (ceil(G T K / 32), ceil(M / 32)).
@@ -40,9 +39,9 @@ extern "C" __global__ void __launch_bounds__(256)
                 Operand* __restrict__ a,       // [P, M, G, T, K]  digits (or values without a DAC)
                 float* __restrict__ squares,   // like a, or null: digits squared
                 i64 row0,                      // first row of this call
-                int rows, int groups, int drive, int tiles, int tile, int k, int stream_bits, int streams,
-                int phases, int channels, int height, int width, int kernel_h, int kernel_w, int stride_h,
-                int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int out_h, int out_w) {
+                int rows, int groups, int drive, int tiles, int tile, int k, int stream_bits, int streams, int phases,
+                int channels, int height, int width, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
+                int pad_w, int dilation_h, int dilation_w, int out_h, int out_w) {
   __shared__ Source block[32][33];
   const int lines = groups * tiles * k;
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;

@@ -15,10 +15,10 @@ using namespace gpuxbar;
 
 namespace {
 
-constexpr int ROWS = 48;   // driven vectors of a block
-constexpr int MICRO = 6;   // rows of the register tile
-constexpr int COLS = 16;   // bitlines of a panel
-constexpr int WIDE = 24;   // columns of noise drawn for a panel that does not start on a counter
+constexpr int ROWS = 48;         // driven vectors of a block
+constexpr int MICRO = 6;         // rows of the register tile
+constexpr int COLS = 16;         // bitlines of a panel
+constexpr int WIDE = 24;         // columns of noise drawn for a panel that does not start on a counter
 constexpr i64 PACKED = 1 << 20;  // floats of packed conductance held at a time
 
 typedef float Vec __attribute__((vector_size(32), aligned(4)));
@@ -32,21 +32,21 @@ struct Conv {
 
 // Mirrored field by field in gpuxbar/ops/tile_mvm.py.
 struct TileMvm {
-  const void* v;            // driven values, int16 codes or float32
-  const float* g;           // [planes, groups * inputs, cols] S
-  const float* noise_var;   // like g, or null: A^2/V^2
-  const float* slice_scale; // [planes]
-  const float* adc_lsb;     // [1] or [groups * sense] A
-  const float* adc_gain;    // [planes, tiles, groups * sense] or null
-  const float* adc_offset;  // [planes, tiles, groups * sense] or null, A
-  const float* read_noise;  // [1] A
-  const i64* step;          // [1]
-  const float* row_scale;   // [batch / rows_per_scale] or null
-  const float* col_scale;   // [groups * sense] or null
-  const float* bias;        // [groups * sense] or null
+  const void* v;             // driven values, int16 codes or float32
+  const float* g;            // [planes, groups * inputs, cols] S
+  const float* noise_var;    // like g, or null: A^2/V^2
+  const float* slice_scale;  // [planes]
+  const float* adc_lsb;      // [1] or [groups * sense] A
+  const float* adc_gain;     // [planes, tiles, groups * sense] or null
+  const float* adc_offset;   // [planes, tiles, groups * sense] or null, A
+  const float* read_noise;   // [1] A
+  const i64* step;           // [1]
+  const float* row_scale;    // [batch / rows_per_scale] or null
+  const float* col_scale;    // [groups * sense] or null
+  const float* bias;         // [groups * sense] or null
   float* y;
-  float* gate;              // like y, or null
-  const Conv* conv;         // or null
+  float* gate;       // like y, or null
+  const Conv* conv;  // or null
   i64 batch, groups, inputs, cols, planes, tile, rows_per_scale, row_offset;
   i64 is_code, transposed, stream_bits, streams, phases, adc_bits, adc_signed, adc_per_column, fast;
   u64 seed;
@@ -347,8 +347,7 @@ void store(const TileMvm& p, const Shape& s, i64 group, i64 n0, i64 row0, i64 ro
       const i64 image = (row0 + i) / pixels, pixel = (row0 + i) % pixels, run = std::min(rows - i, pixels - pixel);
       for (i64 j = 0; j < n; ++j) {
         const i64 at = (image * sensed + column + j) * pixels + pixel;
-        for (i64 r = 0; r < run; ++r)
-          p.y[at + r] = (first ? panel.bias[j] : p.y[at + r]) + w.sum[(i + r) * COLS + j];
+        for (i64 r = 0; r < run; ++r) p.y[at + r] = (first ? panel.bias[j] : p.y[at + r]) + w.sum[(i + r) * COLS + j];
         if (p.gate)
           for (i64 r = 0; r < run; ++r)
             p.gate[at + r] = (first ? 0.0f : p.gate[at + r]) + share * w.gate[(i + r) * COLS + j];
@@ -358,7 +357,8 @@ void store(const TileMvm& p, const Shape& s, i64 group, i64 n0, i64 row0, i64 ro
     return;
   }
   for (i64 j = 0; j < n; ++j) {
-    const i64 k = n0 + j, channel = k / (c.kernel_h * c.kernel_w), ky = k / c.kernel_w % c.kernel_h, kx = k % c.kernel_w;
+    const i64 k = n0 + j, channel = k / (c.kernel_h * c.kernel_w), ky = k / c.kernel_w % c.kernel_h,
+              kx = k % c.kernel_w;
     for (i64 i = 0; i < rows;) {  // runs of one output line fall on one input line
       const i64 image = (row0 + i) / pixels, pixel = (row0 + i) % pixels;
       const i64 oy = pixel / c.out_w, ox = pixel % c.out_w, run = std::min(rows - i, c.out_w - ox);
@@ -436,7 +436,9 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
                 const i64 column = group * s.sense + q * COLS;
                 for (i64 j = 0; j < COLS; ++j) {
                   const bool real = q * COLS + j < s.sense;
-                  panel.lsb[j] = !p.adc_bits ? 1.0f : p.adc_per_column ? (real ? p.adc_lsb[column + j] : 1.0f) : p.adc_lsb[0];
+                  panel.lsb[j] = !p.adc_bits        ? 1.0f
+                                 : p.adc_per_column ? (real ? p.adc_lsb[column + j] : 1.0f)
+                                                    : p.adc_lsb[0];
                   panel.inverse[j] = 1.0f / panel.lsb[j];
                   panel.scale[j] = p.col_scale && real ? p.col_scale[column + j] : 1.0f;
                   panel.bias[j] = p.bias && real ? p.bias[column + j] : 0.0f;

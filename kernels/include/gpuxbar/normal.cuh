@@ -23,9 +23,9 @@ GPUXBAR_FN Pair turn(u32 phase) {
   asm("sin.approx.f32 %0, %1;" : "=f"(p.b) : "f"(angle));
   return p;
 #else
-  const u32 quadrant = (phase + 0x20000000u) >> 30;                     // nearest multiple of a quarter turn
-  const i32 rest = (i32)(phase - (quadrant << 30));                     // in [-1/8, 1/8) turn
-  const float t = (float)rest * 1.4629180792671596e-9f;                 // rad
+  const u32 quadrant = (phase + 0x20000000u) >> 30;      // nearest multiple of a quarter turn
+  const i32 rest = (i32)(phase - (quadrant << 30));      // in [-1/8, 1/8) turn
+  const float t = (float)rest * 1.4629180792671596e-9f;  // rad
   const float t2 = t * t;
   float c = fma(t2, 2.4427048e-5f, -1.3887316e-3f);
   c = fma(c, t2, 4.1666646e-2f);
@@ -62,9 +62,7 @@ GPUXBAR_FN Pair normal_pair_fast(u32 word) {
 }
 
 // Uniform in (0, 1) from one word.
-GPUXBAR_FN float uniform(u32 word) {
-  return fma((float)(word >> 8), 5.9604644775390625e-8f, 2.98023223876953125e-8f);
-}
+GPUXBAR_FN float uniform(u32 word) { return fma((float)(word >> 8), 5.9604644775390625e-8f, 2.98023223876953125e-8f); }
 
 struct Normals4 {
   float z[4];

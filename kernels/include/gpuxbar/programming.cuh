@@ -16,15 +16,15 @@ struct Programming {
   i64 groups, inputs, outputs;
   i64 slices, slice_bits;  // slice_bits 0: one continuous slice
   i64 merge;
-  i64 scale_count;         // values of w_max: 1 or groups * outputs
+  i64 scale_count;  // values of w_max: 1 or groups * outputs
   i64 step;
   u64 seed;
-  float steps;             // steps between levels over |w| (offset: over 1 + w), 0: continuous
-  float g_min, g_max;      // S
-  float spread;            // relative standard deviation between devices
-  float write_noise;       // S
-  float stuck_low;         // a uniform below: stuck at g_min
-  float stuck_high;        // a uniform above: stuck at g_max
+  float steps;         // steps between levels over |w| (offset: over 1 + w), 0: continuous
+  float g_min, g_max;  // S
+  float spread;        // relative standard deviation between devices
+  float write_noise;   // S
+  float stuck_low;     // a uniform below: stuck at g_min
+  float stuck_high;    // a uniform above: stuck at g_max
 };
 
 GPUXBAR_FN float clip_weight(float w) { return min(max(w, -1.0f), 1.0f); }
