@@ -13,6 +13,7 @@ import numpy as np
 
 from gpuxbar.launch.cubin import cubin
 from gpuxbar.launch.kernel import Kernel
+from gpuxbar.launch.trace import span
 
 __all__ = ["CudaDevice", "Device", "Precision", "cuda_device"]
 
@@ -83,7 +84,8 @@ class CudaDevice:
             return
         function = _function(kernel.file, kernel.name, self.arch, tuple(sorted((macros or {}).items())),
                              self._cupy.cuda.runtime.getDevice())  # fmt: skip
-        function(grid, block, tuple(np.uintp(0) if a is None else a for a in arguments))
+        with span(kernel.name):
+            function(grid, block, tuple(np.uintp(0) if a is None else a for a in arguments))
 
     def matmul(
         self, a: Any, b: Any, c: Any, shape: tuple[int, int, int, int], strides: tuple[int, int, int],

@@ -5,13 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gpuxbar.bridge.device_update import device_update
+from gpuxbar.bridge.reprogram import program_pairs
 from gpuxbar.mapping import Planes, ReadPlan
-from gpuxbar.reference import program
 from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["InSitu", "layer_of"]
@@ -34,6 +33,7 @@ class InSitu(nn.Module):
     groups_: int
     inputs: int
     outputs: int
+    _static: tuple[str, str]  # the plan and the spec as JSON
     g_cells: Tensor | None
     w_max: Tensor | None
     update_step: Tensor | None
@@ -79,16 +79,12 @@ class InSitu(nn.Module):
         share = (weight / self.w_max.reshape(self.groups_, -1, 1) + 1) / 2
         # program() puts a positive weight on the first plane and a negative one on the second
         up, down = (self._program(part) for part in (share, share - 1))
-        self.g_cells = torch.from_numpy(np.stack([up[0], down[1]])).to(self.weight.device)
+        self.g_cells = torch.stack([up[0], down[1]])
         self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
         self.update_cells(torch.zeros_like(self.weight))
 
-    def _program(self, share: Tensor) -> np.ndarray:
-        device = self.spec.device
-        return program(
-            share.cpu().numpy(), w_max=np.ones(1), g_min=device.g_min, g_max=device.g_max, levels=device.levels,
-            seed=self.plan.seed, **self.spec.programming.model_dump(),
-        )  # fmt: skip
+    def _program(self, share: Tensor) -> Tensor:
+        return program_pairs(share.contiguous(), self._static[1], self.plan.seed)
 
     @torch.no_grad()
     def update_cells(self, change: Tensor) -> None:
@@ -99,14 +95,19 @@ class InSitu(nn.Module):
         self.weight.copy_(read)
         self._read_version = self.weight._version
 
-    def cell_conductances(self) -> tuple[Tensor, Tensor]:
-        """(g, w_max) as the read takes them: both planes, or their analog difference."""
+    def cell_conductances(self) -> tuple[list[Tensor], Tensor]:
+        """([g] or [g, noise variance], w_max) as the read takes them: both planes, or their analog difference."""
         assert self.g_cells is not None
         assert self.w_max is not None
         if not torch.compiler.is_compiling() and self.weight._version != self._read_version:
             self._require_read_out()
-        merged = self.planes.merge != "none"
-        return self.g_cells[:1] - self.g_cells[1:] if merged else self.g_cells, self.w_max
+        merged, noise = self.planes.merge != "none", self.spec.read_noise
+        cells = [self.g_cells[:1] - self.g_cells[1:] if merged else self.g_cells]
+        if noise.sigma_g:
+            share = self.g_cells / self.spec.device.g_max
+            variance = (noise.sigma_g * share**noise.exponent) ** 2
+            cells.append(variance.sum(0, keepdim=True) if merged else variance)
+        return cells, self.w_max
 
     def _require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""
@@ -125,7 +126,7 @@ class InSitu(nn.Module):
         assert self.w_max is not None
         assert self.update_step is not None
         dw = change.float().reshape(self.groups_, self.outputs, self.inputs).contiguous()
-        spec, seed = self.spec.model_dump_json(), self.plan.seed
+        spec, seed = self._static[1], self.plan.seed
         return device_update(self.g_cells, dw, self.w_max, self.update_step, spec, seed).view_as(change)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -79,7 +79,8 @@ class Mapping(Part):
     and a reference column per column tile, subtracted digitally).
     `slices`, `slice_bits`: the weight magnitude spread over `slices` devices of `slice_bits` each, joined by
     shift-and-add; one slice with `slice_bits=None` is an unsliced, continuous weight.
-    `scale`: one weight scale per "tensor", or per output "column".
+    `scale`: one weight scale per "tensor", or per output "column": its largest weight is a full pair. `w_max`: the
+    weight of a full pair instead; larger ones are clipped.
     `headroom`: in-situ training begins with a weight scale of this times the largest weight, and weights stay inside it.
     """
 
@@ -87,6 +88,7 @@ class Mapping(Part):
     slices: int = Field(1, ge=1, le=32)
     slice_bits: int | None = Field(None, ge=1, le=8)
     scale: Literal["tensor", "column"] = "tensor"
+    w_max: float | None = Field(None, gt=0)
     headroom: float = Field(4.0, ge=1, le=1000)
 
     @model_validator(mode="after")
@@ -324,7 +326,9 @@ class CrossbarSpec(Part):
     """Everything about a layer on crossbars. Defaults are ideal.
 
     `seed`: of every random number; two layers of a model never share draws. `generator`: "exact" or "fast"
-    normals (kernels/README.md, "Random numbers"). `update`: the device's own law, used by
+    normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
+    "fp16", or "fp16x2" (conductances as a high and a low half, 22 bits); half precisions need a DAC, whose codes they
+    hold exactly; on a CPU every product is float32. `update`: the device's own law, used by
     `gpuxbar.optim.InSituSGD`; needs unsliced pairs.
     """
 
@@ -339,6 +343,25 @@ class CrossbarSpec(Part):
     update: UpdateLaw | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     generator: Literal["exact", "fast"] = "exact"
+    precision: Literal["fp32", "tf32", "fp16", "fp16x2"] = "fp32"
+
+    @model_validator(mode="after")
+    def _precise(self) -> CrossbarSpec:
+        if self.precision.startswith("fp16") and (self.dac.bits is None or self.backward_dac.bits is None):
+            raise ValueError(
+                f"CrossbarSpec: `precision` must be fp32 or tf32 without a DAC in both directions, got {self.precision!r}; "
+                "half precision holds codes, not values: set dac.bits"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transposed(self) -> CrossbarSpec:
+        if self.backward_dac.range == "ema":
+            raise ValueError(
+                "CrossbarSpec: `backward.dac.range` must be sample, tensor or fixed, got 'ema'; gradients shrink as "
+                "training goes on: choose one of these"
+            )
+        return self
 
     @model_validator(mode="after")
     def _updatable(self) -> CrossbarSpec:
