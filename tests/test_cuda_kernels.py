@@ -18,9 +18,10 @@ from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
+from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 
-KERNELS = {k.file: k for k in (*TILE_MVM, DAC_QUANTIZE)}
+KERNELS = {k.file: k for k in (*TILE_MVM, DAC_QUANTIZE, DEVICE_UPDATE)}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 C_NAMES = {
     "float32": "float", "float16": "u16", "int16": "i16", "int32": "int", "int64": "i64", "uint64": "u64",
@@ -57,7 +58,7 @@ def test_declaration_is_the_parameter_list(file):
         parameters.append((words[-1], kind))
     expected = []
     for name, argument in kernel.arguments.items():
-        c_name = C_NAMES[argument.dtype]
+        c_name = C_NAMES.get(argument.dtype, argument.dtype)
         if isinstance(argument, Array):
             c_name = f"{'' if argument.written else 'const '}{c_name} *"
             if argument.dtype == "float16":
@@ -238,6 +239,7 @@ from cuda_shim import SANITIZE, ShimDevice
 from gpuxbar import ops
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_cuda import FOLD
+from gpuxbar.spec import Agarwal
 device = ShimDevice(order=5, flags=SANITIZE, workspace=1 << 16)
 rng = np.random.default_rng(0)
 conv = ConvGeometry(3, 7, 5, (3, 2), (2, 1), (1, 1))
@@ -249,6 +251,9 @@ ops.tile_mvm(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generat
 back = rng.integers(-9, 9, (3, 7, *conv.out)).astype(np.int16)
 ops.tile_mvm(back, g, tile_cols=3, transposed=True, **s)
 ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)
+cells, ones = np.abs(rng.normal(size=(2, 18, 7))).astype(np.float32), np.ones(7, np.float32)
+law = Agarwal(nu=1, gamma=0.1, spread=0.1)
+ops.device_update(cells, rng.normal(size=(1, 7, 18)).astype(np.float32), law=law, w_max=ones, g_min=0, g_max=1, device=device)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

@@ -3,7 +3,7 @@
 from gpuxbar.launch.backend import Backend, backend, explain, is_cupy
 from gpuxbar.launch.device import CudaDevice, Device, cuda_device
 from gpuxbar.launch.host import host_call, library, set_threads
-from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar
+from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar, Struct
 from gpuxbar.launch.trace import span
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Kernel",
     "Out",
     "Scalar",
+    "Struct",
     "backend",
     "cuda_device",
     "explain",
