@@ -72,7 +72,7 @@ def analog_mvm(
             along = [-1, *[1] * (y.dim() - 2)]
             y = _less_reference(y, way, transposed=False) * scale.view(along)
             y = y if bias is None else y + bias.detach().view(along)
-            gate = _own_lines(gate, way, transposed=False)[0] if want_gate else gate
+            gate = _own_lines(gate, way, transposed=False)[0].contiguous() if want_gate else gate
     return y, v, gate
 
 

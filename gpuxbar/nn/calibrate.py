@@ -45,7 +45,7 @@ def calibrate(
 
     def watch(layer: AnalogLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
         seen.setdefault((layer, False), []).append(_currents(layer, layer.plan.forward, args[0].detach()))
-        if y.requires_grad and layer.plan.backward.adc_bits:
+        if y.requires_grad:
             y.register_hook(
                 lambda grad: seen.setdefault((layer, True), []).append(_back_currents(layer, grad))
             )
@@ -57,12 +57,14 @@ def calibrate(
                 if index == batches:
                     break
                 x, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
+                followed = [p for p in model.parameters() if p.requires_grad]
+                if x.is_floating_point():  # so that gradients reach the layers of a frozen model too
+                    x = x.detach().requires_grad_()
+                    followed.append(x)
                 with torch.enable_grad():
                     y = model(x)
                     value = (y * _noise_like(y)).sum() if loss is None else loss(y, target)
-                parameters = [p for p in model.parameters() if p.requires_grad]
-                if parameters:
-                    torch.autograd.grad(value, parameters, allow_unused=True)
+                torch.autograd.grad(value, followed, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()

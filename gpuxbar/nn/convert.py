@@ -99,7 +99,7 @@ def convert(
             if any(fnmatchcase(name, pattern) for name in names):
                 used.add(pattern)
                 overrides, why = change, f"rule {pattern}"
-        macs = module.weight.numel() * positions.get(names[0], 1)
+        macs: int = module.weight.numel() * positions.get(names[0], 1)
         if overrides is None:
             rows.append(Row(label, kind.__name__, "digital", why, macs=macs))
             continue

@@ -77,7 +77,7 @@ class AnalogLayer(InSitu):
         self.register_buffer("cells", torch.zeros(shape, device=device), persistent=False)
         noise = torch.zeros(shape, device=device) if spec.read_noise.sigma_g else None
         self.register_buffer("cell_variance", noise, persistent=False)
-        self.register_buffer("full_pair", torch.zeros(len(self.weight), device=device), persistent=False)
+        self.register_buffer("full_pair", torch.zeros(sensed[0], device=device), persistent=False)
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self.look_at_ranges()
         self.setup_in_situ()
@@ -129,7 +129,7 @@ class AnalogLayer(InSitu):
             weight, cells, self.full_pair, self.written, self.write_step, self._static[1],
             self.planes.merge == "all", self.plan.seed,
         )  # fmt: skip
-        return cells, self.full_pair
+        return cells, self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
 
     def lines(self, cells: Tensor, transposed: bool) -> Tensor:
         """The cells that a read drives, [S, G * I, O]: without the other side's reference lines."""
