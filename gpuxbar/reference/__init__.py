@@ -2,7 +2,7 @@
 
 from gpuxbar.reference.dac_quantize import dac_quantize
 from gpuxbar.reference.device_update import device_update
-from gpuxbar.reference.program import program
+from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
 
@@ -11,10 +11,12 @@ __all__ = [
     "Purpose",
     "dac_quantize",
     "device_update",
+    "fingerprint",
     "fold",
     "normals",
     "philox",
     "program",
+    "reprogram",
     "tile_mvm",
     "unfold",
     "uniforms",

@@ -2,7 +2,8 @@
 //
 // A weight w in [-1, 1] becomes shares of the conductance window: of |w| on its side of a pair, a digit of |w| on
 // each slice, or (1 + w) / 2 of a single device around the middle of the window. Levels round the share; the device's
-// spread, the noise of the write and stuck cells make it a conductance. Oracle: gpuxbar/reference/program.py.
+// spread, the noise of the write and stuck cells make it a conductance, whose read noise follows from it.
+// Oracle: gpuxbar/reference/program.py.
 #pragma once
 #include "gpuxbar/normal.cuh"
 
@@ -25,6 +26,8 @@ struct Programming {
   float write_noise;   // S
   float stuck_low;     // a uniform below: stuck at g_min
   float stuck_high;    // a uniform above: stuck at g_max
+  float read_var;      // S^2, variance of a read of a device at g_max, per squared volt
+  float read_power;    // that variance grows with (g / g_max)^read_power
 };
 
 GPUXBAR_FN float clip_weight(float w) { return min(max(w, -1.0f), 1.0f); }
@@ -48,6 +51,20 @@ GPUXBAR_FN float written(const Programming& p, float target, float z_spread, flo
   const float noisy = max(fma(p.write_noise, z_write, device), 0.0f);
   const float low = u < p.stuck_low ? p.g_min : noisy;
   return u > p.stuck_high ? p.g_max : low;
+}
+
+// x^y for 0 <= x, with 0^0 = 1.
+GPUXBAR_FN float power(float x, float y) {
+  const float positive = exp(max(0.6931471806f * y * log2_fast(max(x, 1e-30f)), -87.0f));
+  return x > 0.0f || y == 0.0f ? positive : 0.0f;
+}
+
+// Variance of a device's read per squared volt, S^2.
+GPUXBAR_FN float read_variance(const Programming& p, float g) {
+  const float share = g / p.g_max;
+  return p.read_var * (p.read_power == 1.0f   ? share
+                       : p.read_power == 2.0f ? share * share
+                                              : power(share, p.read_power));
 }
 
 // A weight's term of its array's fingerprint: bits times an odd number of its place, mod 2^64. Terms add up in any
