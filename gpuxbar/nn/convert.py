@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.mapping import Planes
-from gpuxbar.nn.layers import AnalogConv2d, AnalogLayer, AnalogLinear
+from gpuxbar.nn.layers import AnalogConv2d, AnalogLinear
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
 
@@ -99,7 +99,8 @@ def convert(
             if any(fnmatchcase(name, pattern) for name in names):
                 used.add(pattern)
                 overrides, why = change, f"rule {pattern}"
-        macs: int = module.weight.numel() * positions.get(names[0], 1)
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
+        macs = module.weight.numel() * positions.get(names[0], 1)
         if overrides is None:
             rows.append(Row(label, kind.__name__, "digital", why, macs=macs))
             continue
@@ -141,7 +142,7 @@ def _positions(model: nn.Module, example: Tensor | None) -> dict[str, int]:
     return found
 
 
-def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv2d:
+def _analog(module: nn.Linear | nn.Conv2d, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv2d:
     layer: AnalogLinear | AnalogConv2d
     where: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
@@ -149,12 +150,10 @@ def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | 
             module.in_features, module.out_features, module.bias is not None, spec=spec, name=name, **where
         )
     else:
-        assert isinstance(module, nn.Conv2d)
         layer = AnalogConv2d(
             module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
             module.groups, module.bias is not None, module.padding_mode, spec=spec, name=name, **where,
         )  # fmt: skip
-    assert isinstance(layer, AnalogLayer)
     # the same Parameter objects, so that weights shared with other modules stay shared
     layer.weight, layer.bias = module.weight, module.bias
     layer.train(module.training)
