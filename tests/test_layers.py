@@ -81,18 +81,18 @@ def test_reads_draw_anew_and_versions_program_once():
     parts = {**NOISY, "programming": {"write_noise": 1e-7}}
     layer = AnalogLinear(64, 8, spec=spec(**{**parts, "adc": {"bits": 8, "range": "worst_case"}}))
     x = torch.randn(4, 64)
-    first, g = layer(x), layer.conductances()[0][0].clone()
+    first, g = layer(x), layer.conductances()[0].clone()
     assert not torch.equal(first, layer(x))
-    assert torch.equal(g, layer.conductances()[0][0])
+    assert torch.equal(g, layer.conductances()[0])
     with torch.no_grad():
         layer.weight.mul_(1.0)
-    assert torch.equal(g, layer.conductances()[0][0])  # same weights, same write
+    assert torch.equal(g, layer.conductances()[0])  # same weights, same write
     layer.rewrite()
-    assert not torch.equal(g, layer.conductances()[0][0])
+    assert not torch.equal(g, layer.conductances()[0])
     layer.write_step.zero_()
     with torch.no_grad():
         layer.weight[3, 5] *= 1 + 1e-6
-    again = layer.conductances()[0][0]
+    again = layer.conductances()[0]
     assert (again != g).float().mean() > 0.9
 
 
@@ -170,25 +170,25 @@ def test_opcheck(kind, scheme):
         layer, x = AnalogLinear(6, 3, spec=settings), torch.randn(2, 6)
     else:
         layer, x = AnalogConv2d(2, 3, 3, spec=settings), torch.randn(2, 2, 5, 4)
-    cells, w_max = layer.conductances()
-    converters = [layer.adc_lsb, layer.back_adc_lsb, layer.adc_gain, layer.adc_offset]
-    converters += [layer.back_adc_gain, layer.back_adc_offset]
+    g, noise_var, w_max = layer.conductances()
     step, plan = torch.zeros(1, dtype=torch.int64), layer.plan.dumps()
     lsb = torch.full((1,), 0.02)
     args = (
-        x.requires_grad_(), layer.weight, cells, w_max, layer.bias, lsb, converters, step, plan, True,
+        x.requires_grad_(), layer.weight, g, noise_var, w_max, layer.bias, lsb, layer.adc_lsb, layer.back_adc_lsb,
+        layer.adc_error, layer.back_adc_error, step, plan, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
-    back = (grad_y, layer.weight.detach(), cells, w_max, converters, step, image, plan)
+    weight = layer.weight.detach()
+    back = (grad_y, weight, g, noise_var, w_max, layer.back_adc_lsb, layer.back_adc_error, step, image, plan)
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
-    weight = layer.weight.detach().reshape(1, 3, -1)
+    weight = weight.reshape(1, 3, -1)
     if scheme == "subtracted":
         settings_json = layer.spec.model_dump_json()
         torch.library.opcheck(
             torch.ops.gpuxbar.reprogram.default,
-            (weight, cells, w_max, layer.written, layer.write_step, settings_json, False, 3),
+            (weight, g, noise_var, w_max, layer.written, layer.write_step, settings_json, False, 3),
         )
 
 

@@ -18,6 +18,7 @@ from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.operator import gradient, operator
 from gpuxbar.launch import Device, span
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
@@ -28,15 +29,29 @@ _plan = lru_cache(maxsize=4096)(ReadPlan.loads)
 TINY = 1e-30  # a range of 0 drives code 0 whatever its step
 
 
-@torch.library.custom_op("gpuxbar::analog_mvm", mutates_args=())
+def _read_shapes(x, weight, g, noise_var, w_max, bias, dac_lsb, *more):
+    plan, want_gate = more[-2:]
+    way = _plan(plan)
+    conv = _geometry(way, weight.shape, x.shape)
+    shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
+    y = x.new_empty(shape, dtype=torch.float32)
+    v = x.new_empty(x.shape, dtype=torch.int16 if way.forward.code_max else x.dtype)
+    return y, v, x.new_empty(shape if want_gate and way.forward.adc_bits else 0, dtype=torch.float32)
+
+
+@operator(_read_shapes)
 def analog_mvm(
     x: Tensor,
     weight: Tensor,
-    cells: list[Tensor],
+    g: Tensor,
+    noise_var: Tensor | None,
     w_max: Tensor,
     bias: Tensor | None,
     dac_lsb: Tensor,
-    converters: list[Tensor],
+    adc_lsb: Tensor,
+    back_adc_lsb: Tensor,
+    adc_error: Tensor | None,
+    back_adc_error: Tensor | None,
     step: Tensor,
     plan: str,
     want_gate: bool,
@@ -46,14 +61,13 @@ def analog_mvm(
     Args:
         x: Inputs inside the DAC range, float32 [B, G * I] or images [N, channels, height, width].
         weight: The layer's weight; receives the gradient, its values are not used.
-        cells: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping; then,
-            if noise depends on the state, its variances of the same shape, A**2/V**2. They stay as they are until
-            backward: only a change of `weight` changes them.
+        g: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping.
+        noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2, or None.
         w_max: Weight of a full pair, float32 [G * O].
         bias: Added digitally, float32 [G * O], or None.
         dac_lsb: Digital value of one DAC code, float32 [1] or [B or N].
-        converters: Current of one ADC step forwards and backwards, A, float32 [1] or one per sensed line; then, if
-            converters have errors, gain and offset forwards and gain and offset backwards, float32 [S, tiles, sensed].
+        adc_lsb, back_adc_lsb: Current of one ADC step forwards and backwards, A, float32 [1] or one per sensed line.
+        adc_error, back_adc_error: Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed], or None.
         step: Read counter, int64 [1]; same value, same noise.
         plan: `mapping.ReadPlan` as JSON.
         want_gate: Whether backward will follow; without, the gate is empty.
@@ -65,7 +79,7 @@ def analog_mvm(
     with on_device(x) as device, span(way.name):
         v = _drive(x, dac_lsb, read, device, f"{way.name}: `x`")
         y, gate = _read(
-            v, cells, dac_lsb, converters[0], converters[2:4], step, way, read, device, conv=conv, want_gate=want_gate,
+            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, way, read, device, conv=conv, want_gate=want_gate,
             col_scale=array(scale) if plain else None, bias=array(bias) if plain and bias is not None else None,
         )  # fmt: skip
         if not plain:
@@ -76,23 +90,20 @@ def analog_mvm(
     return y, v, gate
 
 
-@analog_mvm.register_fake
-def _(x, weight, cells, w_max, bias, dac_lsb, converters, step, plan, want_gate):
-    way = _plan(plan)
-    conv = _geometry(way, weight.shape, x.shape)
-    shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
-    y = x.new_empty(shape, dtype=torch.float32)
-    v = x.new_empty(x.shape, dtype=torch.int16 if way.forward.code_max else x.dtype)
-    return y, v, x.new_empty(shape if want_gate and way.forward.adc_bits else 0, dtype=torch.float32)
+def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan):
+    shape = tuple(image) or (grad_y.shape[0], _plan(plan).groups * _plan(plan).inputs)
+    return grad_y.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("gpuxbar::analog_mvm_transposed", mutates_args=())
+@operator(_transposed_shape)
 def analog_mvm_transposed(
     grad_y: Tensor,
     weight: Tensor,
-    cells: list[Tensor],
+    g: Tensor,
+    noise_var: Tensor | None,
     w_max: Tensor,
-    converters: list[Tensor],
+    adc_lsb: Tensor,
+    adc_error: Tensor | None,
     step: Tensor,
     image: list[int],
     plan: str,
@@ -113,7 +124,7 @@ def analog_mvm_transposed(
         if conv is not None and not plain:
             v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
         grad_x, _ = _read(
-            v, cells, lsb, converters[1], converters[4:6], step, way, read, device, transposed=True,
+            v, g, noise_var, lsb, adc_lsb, adc_error, step, way, read, device, transposed=True,
             conv=conv if plain else None,
         )  # fmt: skip
         if plain:
@@ -125,12 +136,6 @@ def analog_mvm_transposed(
         return functional.fold(
             patches, (conv.height, conv.width), conv.kernel, conv.dilation, conv.padding, conv.stride
         )
-
-
-@analog_mvm_transposed.register_fake
-def _(grad_y, weight, cells, w_max, converters, step, image, plan):
-    shape = tuple(image) or (grad_y.shape[0], _plan(plan).groups * _plan(plan).inputs)
-    return grad_y.new_empty(shape, dtype=torch.float32)
 
 
 def abs_max(x: Tensor, per_sample: bool) -> Tensor:
@@ -149,11 +154,13 @@ def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
 
 def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str) -> Tensor:
     """What the DAC drives: codes, or values relative to the largest without a DAC."""
-    if device is None and not torch.isfinite(torch.stack([*torch.aminmax(x), lsb.max()])).all():
-        count = int((~torch.isfinite(x)).sum())
-        raise ValueError(
-            f"{what} must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
-        )
+    if device is None:
+        extremes = [lsb] if read.code_max else [lsb, *torch.aminmax(x)]  # a DAC looks at every value itself
+        if not all(bool(torch.isfinite(value).all()) for value in extremes):
+            count = int((~torch.isfinite(x)).sum())
+            raise ValueError(
+                f"{what} must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
+            )
     if read.code_max:
         codes = ops.dac_quantize(
             array(x), lsb=array(lsb), code_max=read.code_max, signed=read.signed, device=device
@@ -163,18 +170,19 @@ def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str)
 
 
 def _read(
-    v: Tensor, cells: list[Tensor], lsb: Tensor, adc_lsb: Tensor, errors: list[Tensor], step: Tensor, way: ReadPlan,
-    read: Read, device: Device | None, *, transposed: bool = False, want_gate: bool = False, **more: Any,
+    v: Tensor, g: Tensor, noise_var: Tensor | None, lsb: Tensor, adc_lsb: Tensor, adc_error: Tensor | None,
+    step: Tensor, way: ReadPlan, read: Read, device: Device | None, *, transposed: bool = False,
+    want_gate: bool = False, **more: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, gate) in digital units along the driven side; the gate is empty unless wanted."""
-    planes = [array(driven_lines(part, way, transposed)) for part in cells]
+    variance = None if noise_var is None else array(driven_lines(noise_var, way, transposed))
     if read.adc_bits:
         more |= {"adc_bits": read.adc_bits, "adc_lsb": array(adc_lsb), "adc_signed": read.adc_signed}
-        if errors:
-            more |= {"adc_gain": array(errors[0]), "adc_offset": array(errors[1])}
+        if adc_error is not None:
+            more |= {"adc_gain": array(adc_error[0]), "adc_offset": array(adc_error[1])}
     more["tile_cols" if transposed else "tile_rows"] = read.tile or None
     found = ops.tile_mvm(
-        array(v), planes[0], noise_var=planes[1] if len(planes) > 1 else None, transposed=transposed,
+        array(v), array(driven_lines(g, way, transposed)), noise_var=variance, transposed=transposed,
         groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits, streams=read.streams, phases=read.phases,
         slice_scale=array(_slice_scale(way.slice_scale, v.device)), read_noise=read.noise, generator=way.generator,
         seed=way.seed, step=array(step), row_scale=array(lsb / read.v_lsb), want_gate=want_gate, device=device,
@@ -214,22 +222,18 @@ def _less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, cells, w_max, bias, dac_lsb, converters, step, plan, _ = inputs
+    x, weight, g, noise_var, w_max, bias, dac_lsb, _, adc_lsb, _, adc_error, step, plan, _ = inputs
     _, v, gate = output
-    ctx.save_for_backward(v, gate, weight, dac_lsb, step)
-    # Not through save_for_backward: programming marks the cells as changed even when it leaves them alone. A change
-    # of the weight, which alone changes them, is caught there.
-    ctx.cells, ctx.w_max, ctx.converters = cells, w_max, converters
+    # A change of the weight, which alone changes g and w_max, is caught here.
+    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step)
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple[Any, ...]:
-    nothing = [None] * 10
-    nothing[2], nothing[6] = [None] * len(ctx.cells), [None] * len(ctx.converters)  # type: ignore[call-overload]
     if grad_y is None:
-        return tuple(nothing)
-    v, gate, weight, dac_lsb, step = ctx.saved_tensors
+        return (None,) * 14
+    v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step = ctx.saved_tensors
     way = _plan(ctx.plan)
     grad_y = grad_y.float()
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
@@ -237,16 +241,16 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
         grad_x = analog_mvm_transposed(
-            gated, weight, ctx.cells, ctx.w_max, ctx.converters, step, ctx.image, ctx.plan
+            gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
         )
     if ctx.needs_input_grad[1]:
-        x = v.to(gated.dtype) * dac_lsb.reshape(-1, *[1] * (v.dim() - 1))
+        x = v.to(gated.dtype, copy=True).mul_(dac_lsb.reshape(-1, *[1] * (v.dim() - 1)))
         if ctx.image:
             grad_w = conv2d_weight(x, weight.shape, gated, way.stride, way.padding, way.dilation, way.groups)
         else:
             grad_w = gated.t() @ x
         grad_w = grad_w.to(weight.dtype)
-    return grad_x, grad_w, nothing[2], None, grad_bias, None, nothing[6], None, None, None
+    return grad_x, grad_w, None, None, None, grad_bias, *(None,) * 8
 
 
-analog_mvm.register_autograd(_backward, setup_context=_setup)
+gradient(analog_mvm, _backward, _setup)

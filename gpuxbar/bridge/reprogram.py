@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.operator import operator
 from gpuxbar.mapping import Planes
 from gpuxbar.spec import CrossbarSpec
 
@@ -18,10 +18,11 @@ __all__ = ["program_pairs", "reprogram"]
 _spec = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
 
 
-@torch.library.custom_op("gpuxbar::reprogram", mutates_args=("cells", "w_max", "state"))
+@operator(lambda *_: None, mutates_args=("g", "noise_var", "w_max", "state"))
 def reprogram(
     weight: Tensor,
-    cells: list[Tensor],
+    g: Tensor,
+    noise_var: Tensor | None,
     w_max: Tensor,
     state: Tensor,
     write_step: Tensor,
@@ -33,7 +34,8 @@ def reprogram(
 
     Args:
         weight: float32 [G, O, I].
-        cells: Conductances, float32 [S, G * I, O], S; with state-dependent noise also its variances, A**2/V**2.
+        g: Conductances, float32 [S, G * I, O], S.
+        noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2; None without such noise.
         w_max: Weight of a full pair, float32 [G * O]; set from the weights.
         state: What the cells hold, int64 [2]; zeros: nothing.
         write_step: Added to the fingerprint of the weights, which is the step of the write noise, int64 [1].
@@ -44,15 +46,10 @@ def reprogram(
     crossbar = _spec(spec)
     with on_device(weight) as device:
         ops.reprogram(
-            array(weight), array(cells[0]), array(w_max), array(state), array(cells[1]) if len(cells) > 1 else None,
+            array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
             write_step=array(write_step), seed=seed, device=device, **_settings(crossbar, collapse),
             scale=crossbar.mapping.scale, full_weight=crossbar.mapping.w_max,
         )  # fmt: skip
-
-
-@reprogram.register_fake
-def _(weight, cells, w_max, state, write_step, spec, collapse, seed):
-    return None
 
 
 def program_pairs(share: Tensor, spec: str, seed: int) -> Tensor:

@@ -138,8 +138,8 @@ def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
 
 
 def _partial_sums(layer: AnalogLayer, read: Read, rows: Tensor, transposed: bool) -> Tensor:
-    cells, w_max = layer.conductances()
-    g = layer.lines(cells[0], transposed)
+    g, _, w_max = layer.conductances()
+    g = layer.lines(g, transposed)
     planes, groups = len(g), layer.groups_
     if transposed:
         rows = rows * w_max * layer.plan.unit

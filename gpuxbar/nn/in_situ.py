@@ -95,19 +95,19 @@ class InSitu(nn.Module):
         self.weight.copy_(read)
         self._read_version = self.weight._version
 
-    def cell_conductances(self) -> tuple[list[Tensor], Tensor]:
-        """([g] or [g, noise variance], w_max) as the read takes them: both planes, or their analog difference."""
+    def cell_conductances(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(g, variance of state-dependent noise, w_max) as the read takes them: both planes, or their analog difference."""
         assert self.g_cells is not None
         assert self.w_max is not None
         if not torch.compiler.is_compiling() and self.weight._version != self._read_version:
             self._require_read_out()
         merged, noise = self.planes.merge != "none", self.spec.read_noise
-        cells = [self.g_cells[:1] - self.g_cells[1:] if merged else self.g_cells]
+        g = self.g_cells[:1] - self.g_cells[1:] if merged else self.g_cells
+        variance = None
         if noise.sigma_g:
-            share = self.g_cells / self.spec.device.g_max
-            variance = (noise.sigma_g * share**noise.exponent) ** 2
-            cells.append(variance.sum(0, keepdim=True) if merged else variance)
-        return cells, self.w_max
+            variance = (noise.sigma_g * (self.g_cells / self.spec.device.g_max) ** noise.exponent) ** 2
+            variance = variance.sum(0, keepdim=True) if merged else variance
+        return g, variance, self.w_max
 
     def _require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""

@@ -37,10 +37,8 @@ class AnalogLayer(InSitu):
     adc_lsb: Tensor
     back_adc_lsb: Tensor
     dac_max: Tensor
-    adc_gain: Tensor
-    adc_offset: Tensor
-    back_adc_gain: Tensor
-    back_adc_offset: Tensor
+    adc_error: Tensor | None
+    back_adc_error: Tensor | None
     cells: Tensor
     cell_variance: Tensor | None
     full_pair: Tensor
@@ -64,14 +62,14 @@ class AnalogLayer(InSitu):
             ("adc", spec.adc, spec.dac, self.plan.forward, self.inputs, sensed[0]),
             ("back_adc", spec.backward_adc, spec.backward_dac, self.plan.backward, self.outputs, sensed[1]),
         )
-        self._imperfect = any(adc.gain_std or adc.offset_std for _, adc, *_ in directions)
         for key, adc, dac, read, lines, size in directions:
             lsb = self._full_scale(adc, dac, read, lines, size if adc.per == "column" else 1)
             self.register_buffer(f"{key}_lsb", lsb.to(device))
-            if self._imperfect:
-                gain, offset = self._converter_errors(key, adc, read, lines, size)
-                self.register_buffer(f"{key}_gain", gain.to(device), persistent=False)
-                self.register_buffer(f"{key}_offset", offset.to(device), persistent=False)
+            if adc.gain_std or adc.offset_std:
+                error = self._converter_errors(key, adc, read, lines, size).to(device)
+                self.register_buffer(f"{key}_error", error, persistent=False)
+            else:
+                self.register_buffer(f"{key}_error", None)
         self.register_buffer("dac_max", torch.full((1,), spec.dac.max or 0.0, device=device))
         shape = (len(self.plan.slice_scale), sensed[1], self.outputs + extra_cols)
         self.register_buffer("cells", torch.zeros(shape, device=device), persistent=False)
@@ -95,10 +93,8 @@ class AnalogLayer(InSitu):
         full = adc.i_max or (float("nan") if adc.range == "calibrated" else worst)
         return torch.full((count,), full / read.adc_code_max)
 
-    def _converter_errors(
-        self, key: str, adc: ADC, read: Read, lines: int, sensed: int
-    ) -> tuple[Tensor, Tensor]:
-        """Gain, and offset in A, of every converter, float32 [S, tiles, sensed]; drawn once per seed."""
+    def _converter_errors(self, key: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
+        """Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed]; drawn once per seed."""
         planes, tiles = len(self.plan.slice_scale), -(-lines // (read.tile or lines))
         found = []
         for purpose in (Purpose.ADC_GAIN, Purpose.ADC_OFFSET):
@@ -106,7 +102,7 @@ class AnalogLayer(InSitu):
             rows = np.array([0 if key == "adc" else 1])
             z = [normals(rows, sensed, slot=slot, **where) for slot in range(planes * tiles)]
             found.append(torch.from_numpy(np.concatenate(z)).float().view(planes, tiles, sensed))
-        return 1 + adc.gain_std * found[0], adc.offset_std * found[1]
+        return torch.stack([1 + adc.gain_std * found[0], adc.offset_std * found[1]])
 
     def look_at_ranges(self) -> None:
         """Remember whether ADC ranges are set, so that reading them never waits for a GPU."""
@@ -116,20 +112,23 @@ class AnalogLayer(InSitu):
         """Write the present weights once more, with new write noise (not for layers trained in situ)."""
         self.write_step += 1
 
-    def conductances(self) -> tuple[list[Tensor], Tensor]:
-        """([cells] or [cells, variance], weight of a full pair), programmed if the weights changed, or trained in situ."""
+    def conductances(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(conductances, variance of state-dependent noise, weight of a full pair); programmed if the weights changed."""
         if self.in_situ:
             return self.cell_conductances()
-        cells = [self.cells] if self.cell_variance is None else [self.cells, self.cell_variance]
         weight = self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs)
         rows, cols = self.plan.reference_lines
         if rows:  # the reference lines are written like weights of 0
             weight = functional.pad(weight, (0, rows, 0, cols))
         reprogram(
-            weight, cells, self.full_pair, self.written, self.write_step, self._static[1],
+            weight, self.cells, self.cell_variance, self.full_pair, self.written, self.write_step, self._static[1],
             self.planes.merge == "all", self.plan.seed,
         )  # fmt: skip
-        return cells, self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
+        return (
+            self.cells,
+            self.cell_variance,
+            self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1),
+        )
 
     def lines(self, cells: Tensor, transposed: bool) -> Tensor:
         """The cells that a read drives, [S, G * I, O]: without the other side's reference lines."""
@@ -170,16 +169,13 @@ class AnalogLayer(InSitu):
                 f"{self.name}: the ADC range must be calibrated before use; call gpuxbar.calibrate(model, loader)"
             )
         x = x.float().contiguous()
-        cells, w_max = self.conductances()
+        g, noise_var, w_max = self.conductances()
         x, lsb = self._dac_lsb(x)
         self.read_step += 1
-        converters = [self.adc_lsb, self.back_adc_lsb]
-        if self._imperfect:
-            converters += [self.adc_gain, self.adc_offset, self.back_adc_gain, self.back_adc_offset]
         bias = None if self.bias is None else self.bias.float()
         return analog_mvm(
-            x, self.weight, cells, w_max, bias, lsb, converters, self.read_step.clone(), self._static[0],
-            torch.is_grad_enabled(),
+            x, self.weight, g, noise_var, w_max, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
+            self.back_adc_error, self.read_step.clone(), self._static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
