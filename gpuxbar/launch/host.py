@@ -101,7 +101,7 @@ def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
         else:
             converted.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
     assert lib is not None  # else `backend` had chosen the reference
-    function = lib[name]
+    function = getattr(lib, name)
     function.restype = None
     function(*converted)
 

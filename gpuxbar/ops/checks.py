@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 __all__ = ["check_array", "scalar_array"]
 
@@ -14,8 +17,8 @@ def check_array(
     """Refuse an array of another dtype or rank, or one that is not C-contiguous."""
     dtypes = (dtype,) if isinstance(dtype, str) else tuple(dtype)
     ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)
-    got = getattr(getattr(array, "dtype", None), "name", type(array).__name__)
-    if got not in dtypes:
+    if getattr(array, "dtype", _NO_DTYPE) not in _dtypes(dtypes):
+        got = getattr(getattr(array, "dtype", None), "name", type(array).__name__)
         raise TypeError(
             f"{op}: `{name}` must be an array of {' or '.join(dtypes)}, got {got}; convert it with .astype({dtypes[0]!r})"
         )
@@ -28,6 +31,14 @@ def check_array(
             f"{op}: `{name}` must be C-contiguous, got strides {tuple(array.strides)} for shape {tuple(array.shape)}; "
             "pass a contiguous copy (ascontiguousarray)"
         )
+
+
+_NO_DTYPE = np.dtype(object)  # not None, which NumPy takes for float64
+
+
+@lru_cache
+def _dtypes(names: tuple[str, ...]) -> tuple[np.dtype[Any], ...]:
+    return tuple(np.dtype(name) for name in names)
 
 
 def scalar_array(xp: Any, value: Any, dtype: str = "float32") -> Any:
