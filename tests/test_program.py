@@ -1,9 +1,10 @@
-"""program and reprogram: the host kernel against the float64 oracle, draws, fingerprints, and the messages."""
+"""program and reprogram: host and CUDA kernels against the float64 oracle, draws, fingerprints, and the messages."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from cuda_shim import FORWARD, REVERSE, ShimDevice
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -39,6 +40,7 @@ MAPPINGS = {
     "offset-levels": {"merge": "offset", "levels": 15},
     "offset-even": {"merge": "offset", "levels": 16},
 }
+ORDERS = [FORWARD, REVERSE, 11, 12]
 DEVICES = {"ideal": {}, "write": {"write_noise": 0.2e-6}, "all": NOISE}
 
 
@@ -69,6 +71,42 @@ def test_host_matches_oracle(shape, mapping, device, columns):
     weight, w_max = weights(shape, columns=columns)
     s = {"w_max": w_max, **WINDOW, **MAPPINGS[mapping], **DEVICES[device], "seed": SEED, "step": 2**33 + 9}
     assert_programmed(ops.program(weight, **s), reference.program(weight, **s), s)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_cuda_kernel_is_the_host_kernel(shape, mapping, order):
+    """In every thread order; the same headers, so the same bits but for contracted sums of joined planes."""
+    weight, w_max = weights(shape, columns=order != REVERSE)
+    s = {"w_max": w_max, **WINDOW, **MAPPINGS[mapping], **NOISE, "seed": SEED, "step": 2**33 + 9}
+    s |= {"sigma_g": 0.3e-6, "exponent": 0.7}
+    g, variance = ops.program(weight, device=ShimDevice(order), **s)
+    host_g, host_variance = ops.program(weight, **s)
+    np.testing.assert_allclose(g, host_g, rtol=3e-7, atol=1e-6 * RANGE)
+    np.testing.assert_allclose(variance, host_variance, rtol=1e-6)
+    assert_programmed(g, reference.program(weight, **s)[0], s)
+
+
+def test_cuda_step_may_live_on_the_device():
+    weight, w_max = weights((1, 37, 11))
+    s = {"w_max": w_max, **WINDOW, "write_noise": 1e-7, "seed": SEED, "device": ShimDevice()}
+    by_value = ops.program(weight, step=7, **s)
+    np.testing.assert_array_equal(by_value, ops.program(weight, step=np.full(1, 7), **s))
+    assert not np.array_equal(by_value, ops.program(weight, step=np.full(1, 8), **s))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mapping", ["pair", "slices-all", "offset-levels"])
+def test_cuda_weights_that_are_not_finite_poison_their_cells(mapping, value):
+    weight, w_max = weights((2, 9, 7))
+    weight[1, 5, 2] = value
+    s = {"w_max": w_max, **WINDOW, **MAPPINGS[mapping], **NOISE, "sigma_g": 1e-7}
+    for array in ops.program(weight, device=ShimDevice(), **s):
+        where = np.zeros(array.shape[1:], bool)
+        where[7 + 2, 5] = True
+        assert np.isnan(array[:, where]).all()
+        assert np.isfinite(array[:, ~where]).all()
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 0.7, 1.0, 2.0])
@@ -233,6 +271,7 @@ class Array:
         self.write_step = np.zeros(1, np.int64)
 
     def wrote(self, weight, **s):
+        """Call `reprogram`; whether it filled `g`, which is kept if not."""
         before = self.g.copy()
         self.g[...] = np.nan
         s = {**WINDOW, "write_noise": 1e-7, "seed": SEED, "write_step": self.write_step} | s
@@ -244,23 +283,26 @@ class Array:
         return False
 
 
-@pytest.fixture(params=["host", "reference"])
-def every_backend(request, monkeypatch):
+@pytest.fixture(params=["host", "reference", "cuda-forward", "cuda-random"])
+def device(request, monkeypatch):
+    """None for the CPU's backends; the CUDA kernels on the CPU."""
+    if request.param.startswith("cuda"):
+        return ShimDevice(FORWARD if request.param == "cuda-forward" else 11)
     monkeypatch.setenv("GPUXBAR_BACKEND", request.param)
+    return None
 
 
 @pytest.mark.parametrize("variance", [False, True])
 @pytest.mark.parametrize(
     ("scale", "full_weight"), [("tensor", None), ("column", None), ("tensor", 0.7), ("column", 0.7)]
 )
-@pytest.mark.usefixtures("every_backend")
-def test_reprogram_is_program_of_the_largest_weights(scale, full_weight, variance):
+def test_reprogram_is_program_of_the_largest_weights(scale, full_weight, variance, device):
     weight, _ = weights((3, 19, 41))
     weight[1, 3] = 0.0  # a column of zeros
     array = Array(weight.shape, variance=variance)
     array.write_step[0] = 3
     s = {**NOISE, **({"sigma_g": 1e-7} if variance else {})}
-    assert array.wrote(weight, scale=scale, full_weight=full_weight, **s)
+    assert array.wrote(weight, scale=scale, full_weight=full_weight, device=device, **s)
     top = np.abs(weight).max(axis=2).ravel() if scale == "column" else np.full(57, np.abs(weight).max())
     w_max = np.full(57, full_weight, np.float32) if full_weight else np.maximum(top, np.float32(1e-30))
     np.testing.assert_array_equal(array.w_max, w_max)
@@ -272,53 +314,77 @@ def test_reprogram_is_program_of_the_largest_weights(scale, full_weight, varianc
     np.testing.assert_array_equal(array.g, expected[0] if variance else expected)
 
 
-@pytest.mark.usefixtures("every_backend")
-def test_reprogram_writes_only_what_changed():
+def test_reprogram_writes_only_what_changed(device):
     weight, _ = weights((1, 37, 11))
     array = Array(weight.shape)
-    assert array.wrote(weight)
+    assert array.wrote(weight, device=device)
     first, state = array.g.copy(), array.state.copy()
-    assert not array.wrote(weight)
-    assert not array.wrote(weight.copy())
+    assert not array.wrote(weight, device=device)
+    assert not array.wrote(weight.copy(), device=device)
     np.testing.assert_array_equal(array.state, state)
     changed = weight.copy()
     changed[0, 36, 10] = np.nextafter(weight[0, 36, 10], np.float32(9))
-    assert array.wrote(changed)
+    assert array.wrote(changed, device=device)
     assert (array.g != first).mean() > 0.9  # other weights, other noise of the write
-    assert array.wrote(weight)  # back again: a pure function of the weights
+    assert array.wrote(weight, device=device)  # back again: a pure function of the weights
     np.testing.assert_array_equal(array.g, first)
     array.write_step += 1
-    assert array.wrote(weight)
+    assert array.wrote(weight, device=device)
     assert (array.g != first).mean() > 0.9
     array.state[...] = 0
-    assert array.wrote(weight)
+    assert array.wrote(weight, device=device)
 
 
-@pytest.mark.usefixtures("every_backend")
-def test_a_version_of_zero_is_never_taken_for_programmed():
+def test_a_version_of_zero_is_never_taken_for_programmed(device):
     """All weights 0 and write step 0 make version 0, which a fresh state also holds."""
     weight = np.zeros((1, 5, 3), np.float32)
     array = Array(weight.shape)
-    assert array.wrote(weight)
+    assert array.wrote(weight, device=device)
     np.testing.assert_array_equal(array.w_max, np.float32(1e-30))
-    assert array.wrote(weight)
+    assert array.wrote(weight, device=device)
     array.write_step[0] = 1
-    assert array.wrote(weight)
-    assert not array.wrote(weight)
+    assert array.wrote(weight, device=device)
+    assert not array.wrote(weight, device=device)
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 5), (2, 5, 0), (0, 3, 3)])
-@pytest.mark.usefixtures("every_backend")
-def test_reprogram_of_nothing(shape):
+def test_reprogram_of_nothing(shape, device):
     array = Array(shape)
-    array.wrote(np.zeros(shape, np.float32))
+    array.wrote(np.zeros(shape, np.float32), device=device)
     np.testing.assert_array_equal(array.w_max, np.full(shape[0] * shape[1], 1e-30, np.float32))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", [(3, 5, 9), (2, 17, 2500), (1, 300, 70)])
+def test_cuda_reprogram_in_every_order(shape, order):
+    """Many warps and blocks: the fingerprint and the largest weights are exact."""
+    weight, _ = weights(shape)
+    for scale in ("tensor", "column"):
+        array, host = Array(shape), Array(shape)
+        assert array.wrote(weight, scale=scale, device=ShimDevice(order))
+        assert host.wrote(weight, scale=scale)
+        for ours, theirs in ((array.state, host.state), (array.w_max, host.w_max), (array.g, host.g)):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_cuda_launches_do_not_depend_on_the_decision():
+    weight, _ = weights((1, 37, 11))
+    array, device = Array(weight.shape), ShimDevice()
+    assert array.wrote(weight, device=device)
+    first = list(device.launches)
+    assert not array.wrote(weight, device=device)
+    assert (
+        device.launches
+        == first * 2
+        == ["begin_fingerprint", "fingerprint", "program", "commit_fingerprint"] * 2
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("full_weight", [None, 1.0])
-@pytest.mark.usefixtures("every_backend")
-def test_weights_that_are_not_finite_change_nothing(value, full_weight):
+@pytest.mark.parametrize("backend", ["host", "reference"])
+def test_weights_that_are_not_finite_change_nothing(value, full_weight, backend, monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
     weight, _ = weights((2, 19, 7))
     array = Array(weight.shape)
     assert array.wrote(weight)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import Device, backend, host_call, library
+from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
 
 __all__ = ["program", "reprogram"]
 
@@ -90,7 +91,12 @@ def program(
     where = "cuda" if device is not None else backend(weight)
     shape = (_planes(settings), groups * inputs, outputs)
     if where == "cuda":
-        raise NotImplementedError("program: CuPy arrays have no kernel in this version; pass NumPy arrays")
+        device = device or cuda_device()
+        g, noise_var = (device.empty(shape, "float32") if wanted else None for wanted in (True, sigma_g))
+        number = isinstance(step, int)
+        values = _values(weight, w_max, settings, step if number else 0)
+        program_cuda(device, weight, w_max, g, noise_var, values, step=None if number else step)
+        return g if noise_var is None else (g, noise_var)
     if not (w_max > 0).all() or not np.isfinite(w_max).all():
         raise ValueError(
             f"{op}: `w_max` must be finite and above 0, got {w_max.min():g} to {w_max.max():g}; use the largest weight"
@@ -103,7 +109,7 @@ def program(
     noise_var = np.empty(shape, np.float32) if sigma_g else None
     if g.size:
         bad = np.zeros(1, np.int64)
-        _host("gpuxbar_program", _parameters(weight, w_max, settings, step), weight, w_max, g, noise_var, bad)
+        _host("gpuxbar_program", _values(weight, w_max, settings, step), weight, w_max, g, noise_var, bad)
         _require_finite(op, int(bad[0]))
     return g if noise_var is None else (g, noise_var)
 
@@ -197,7 +203,20 @@ def reprogram(
             )
     where = "cuda" if device is not None else backend(weight)
     if where == "cuda":
-        raise NotImplementedError("reprogram: CuPy arrays have no kernel in this version; pass NumPy arrays")
+        values = _values(weight, w_max, settings, 0)
+        reprogram_cuda(
+            device or cuda_device(),
+            weight,
+            g,
+            w_max,
+            state,
+            noise_var,
+            write_step,
+            values,
+            scale,
+            full_weight,
+        )
+        return
     if where == "reference":
         _require_finite(op, int((~np.isfinite(weight)).sum()))
         reference.reprogram(
@@ -207,7 +226,7 @@ def reprogram(
         return
     bad = np.zeros(1, np.int64)
     _host(
-        "gpuxbar_reprogram", _parameters(weight, w_max, settings, int(write_step[0])), weight, w_max, g, noise_var,
+        "gpuxbar_reprogram", _values(weight, w_max, settings, int(write_step[0])), weight, w_max, g, noise_var,
         state, int(scale == "column"), float(full_weight or 0.0), bad,
     )  # fmt: skip
     _require_finite(op, int(bad[0]))
@@ -289,12 +308,8 @@ def _values(weight: Any, w_max: Any, s: dict[str, Any], step: int) -> dict[str, 
     }  # fmt: skip
 
 
-def _parameters(weight: Any, w_max: Any, s: dict[str, Any], step: int) -> _Programming:
-    return _Programming(**_values(weight, w_max, s, step))
-
-
-def _host(name: str, parameters: _Programming, *args: Any) -> None:
-    host_call(library(), name, np.frombuffer(bytes(parameters), np.uint8), *args)
+def _host(name: str, values: dict[str, Any], *args: Any) -> None:
+    host_call(library(), name, np.frombuffer(bytes(_Programming(**values)), np.uint8), *args)
 
 
 def _require_finite(op: str, bad: int) -> None:

@@ -53,31 +53,16 @@ void plain_row(const Programming& p, const float* w, float* pos, float* neg) {
 }
 
 // Targets of slice k on one side of the pairs: w in units of w_max, code of all its slices.
-void target_row(const Programming& p, const float* w, const u32* code, i64 k, float sign, float* g) {
-  const float range = p.g_max - p.g_min, low = p.g_min;
+void target_row(const Programming& p, const float* w, const u32* code, i64 k, float side, float* g) {
   if (p.slice_bits) {
-    const u32 mask = (1u << p.slice_bits) - 1, shift = (u32)(k * p.slice_bits);
-    const float step = range / (float)mask;
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
-      const float digit = (float)(i32)(code[j] >> shift & mask);
-      g[j] = fma(sign * w[j] > 0.0f ? digit : 0.0f, step, low);
-    }
+    for (int j = 0; j < WIDE_ROW; ++j) g[j] = slice_target(p, w[j], code[j], k, side);
   } else if (p.merge == MERGE_OFFSET) {
-    const float half = 0.5f * p.steps;
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) g[j] = fma(fma(0.5f, w[j], 0.5f), range, low);
-    if (p.steps > 0.0f) {  // the middle level is w = 0; an even number of levels leaves the last one unused
-      const float middle = (float)(i64)half;
-#pragma omp simd
-      for (int j = 0; j < WIDE_ROW; ++j) g[j] = fma((middle + round_even(w[j] * middle)) / p.steps, range, low);
-    }
+    for (int j = 0; j < WIDE_ROW; ++j) g[j] = offset_target(p, w[j]);
   } else {
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
-      const float share = max(sign * w[j], 0.0f);
-      g[j] = fma(p.steps > 0.0f ? level_share(share, p.steps) : share, range, low);
-    }
+    for (int j = 0; j < WIDE_ROW; ++j) g[j] = pair_target(p, w[j], side);
   }
 }
 
