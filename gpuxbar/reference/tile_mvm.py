@@ -216,7 +216,7 @@ def tile_mvm(
             y = fold(y, n_images, conv)
         else:
             y, gate = (
-                a.reshape(n_images, conv.pixels, -1).transpose(0, 2, 1).reshape(n_images, -1, *conv.out)
+                np.ascontiguousarray(a.reshape(n_images, *conv.out, groups * sense).transpose(0, 3, 1, 2))
                 for a in (y, gate)
             )
     return (y, gate) if want_gate else y
