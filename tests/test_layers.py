@@ -170,11 +170,11 @@ def test_opcheck(kind, scheme):
         layer, x = AnalogLinear(6, 3, spec=settings), torch.randn(2, 6)
     else:
         layer, x = AnalogConv2d(2, 3, 3, spec=settings), torch.randn(2, 2, 5, 4)
-    g, noise_var, w_max = layer.conductances()
+    g, back_g, noise_var, w_max = layer.conductances()
     step, plan = torch.zeros(1, dtype=torch.int64), layer.plan.dumps()
     lsb = torch.full((1,), 0.02)
     args = (
-        x.requires_grad_(), layer.weight, g, noise_var, w_max, layer.bias, lsb, layer.adc_lsb, layer.back_adc_lsb,
+        x.requires_grad_(), layer.weight, g, back_g, noise_var, w_max, layer.bias, lsb, layer.adc_lsb, layer.back_adc_lsb,
         layer.adc_error, layer.back_adc_error, step, plan, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
@@ -188,7 +188,7 @@ def test_opcheck(kind, scheme):
         settings_json = layer.spec.model_dump_json()
         torch.library.opcheck(
             torch.ops.gpuxbar.reprogram.default,
-            (weight, g, noise_var, w_max, layer.written, layer.write_step, settings_json, False, 3),
+            (weight, g, noise_var, w_max, layer.written, layer.write_step, settings_json, "subtract", 3),
         )
 
 

@@ -29,7 +29,7 @@ _plan = lru_cache(maxsize=4096)(ReadPlan.loads)
 TINY = 1e-30  # a range of 0 drives code 0 whatever its step
 
 
-def _read_shapes(x, weight, g, noise_var, w_max, bias, dac_lsb, *more):
+def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
     plan, want_gate = more[-2:]
     way = _plan(plan)
     conv = _geometry(way, weight.shape, x.shape)
@@ -44,6 +44,7 @@ def analog_mvm(
     x: Tensor,
     weight: Tensor,
     g: Tensor,
+    back_g: Tensor | None,
     noise_var: Tensor | None,
     w_max: Tensor,
     bias: Tensor | None,
@@ -62,6 +63,7 @@ def analog_mvm(
         x: Inputs inside the DAC range, float32 [B, G * I] or images [N, channels, height, width].
         weight: The layer's weight; receives the gradient, its values are not used.
         g: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping.
+        back_g: The same where the transposed read sees another matrix, or None.
         noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2, or None.
         w_max: Weight of a full pair, float32 [G * O].
         bias: Added digitally, float32 [G * O], or None.
@@ -222,7 +224,8 @@ def _less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, g, noise_var, w_max, bias, dac_lsb, _, adc_lsb, _, adc_error, step, plan, _ = inputs
+    x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_lsb, _, adc_error, step, plan, _ = inputs
+    g = g if back_g is None else back_g
     _, v, gate = output
     # A change of the weight, which alone changes g and w_max, is caught here.
     ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step)
@@ -232,7 +235,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple[Any, ...]:
     if grad_y is None:
-        return (None,) * 14
+        return (None,) * 15
     v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step = ctx.saved_tensors
     way = _plan(ctx.plan)
     grad_y = grad_y.float()
@@ -250,7 +253,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
         else:
             grad_w = gated.t() @ x
         grad_w = grad_w.to(weight.dtype)
-    return grad_x, grad_w, None, None, None, grad_bias, *(None,) * 8
+    return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 8
 
 
 gradient(analog_mvm, _backward, _setup)

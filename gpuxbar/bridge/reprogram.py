@@ -10,7 +10,6 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.operator import operator
-from gpuxbar.mapping import Planes
 from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["program_pairs", "reprogram"]
@@ -27,7 +26,7 @@ def reprogram(
     state: Tensor,
     write_step: Tensor,
     spec: str,
-    collapse: bool,
+    merge: str,
     seed: int,
 ) -> None:
     """Program weights unless the cells hold them already.
@@ -40,28 +39,28 @@ def reprogram(
         state: What the cells hold, int64 [2]; zeros: nothing.
         write_step: Added to the fingerprint of the weights, which is the step of the write noise, int64 [1].
         spec: The layer's `CrossbarSpec` as JSON.
-        collapse: Whether the planes merge into one.
+        merge: How planes are joined; see `ops.program`.
         seed: The layer's seed.
     """
     crossbar = _spec(spec)
     with on_device(weight) as device:
         ops.reprogram(
             array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
-            write_step=array(write_step), seed=seed, device=device, **_settings(crossbar, collapse),
+            write_step=array(write_step), seed=seed, device=device, merge=merge, **_settings(crossbar),
             scale=crossbar.mapping.scale, full_weight=crossbar.mapping.w_max,
         )  # fmt: skip
 
 
 def program_pairs(share: Tensor, spec: str, seed: int) -> Tensor:
     """Unsliced pairs of shares of the window: float32 [G, O, I] in -1 .. 1 to conductances [2, G * I, O], S."""
-    settings = _settings(_spec(spec), collapse=False) | {"merge": "none", "sigma_g": 0.0}
+    settings = _settings(_spec(spec)) | {"merge": "none", "sigma_g": 0.0}
     with on_device(share) as device:
         return tensor(
             ops.program(array(share), w_max=array(share.new_ones(1)), seed=seed, device=device, **settings)
         )
 
 
-def _settings(spec: CrossbarSpec, collapse: bool) -> dict[str, Any]:
+def _settings(spec: CrossbarSpec) -> dict[str, Any]:
     """The settings of `ops.program` for a layer."""
     return {
         "g_min": spec.device.g_min,
@@ -69,7 +68,6 @@ def _settings(spec: CrossbarSpec, collapse: bool) -> dict[str, Any]:
         "levels": spec.device.levels,
         "slices": spec.mapping.slices,
         "slice_bits": spec.mapping.slice_bits,
-        "merge": Planes.of(spec, collapse=collapse).merge,
         "sigma_g": spec.read_noise.sigma_g,
         "exponent": spec.read_noise.exponent,
         **spec.programming.model_dump(),

@@ -64,8 +64,10 @@ def merged(planes: Tensor, merge: str, base: int, power: int = 1) -> Tensor:
     pairs = positive - negative if power == 1 else positive + negative
     if merge == "subtract":
         return pairs
-    weights = torch.tensor([float(base) ** (power * k) for k in range(len(pairs))], device=planes.device)
-    return torch.tensordot(weights, pairs, 1)[None]
+    total = pairs[:1].clone()
+    for k in range(1, len(pairs)):
+        total.add_(pairs[k], alpha=float(base) ** (power * k))
+    return total
 
 
 def _solve(blocks: Tensor, wires: Parasitics, swap: bool, device: Device | None) -> Tensor:

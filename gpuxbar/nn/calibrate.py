@@ -138,8 +138,9 @@ def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
 
 
 def _partial_sums(layer: AnalogLayer, read: Read, rows: Tensor, transposed: bool) -> Tensor:
-    g, _, w_max = layer.conductances()
-    g = layer.lines(g, transposed)
+    cells = layer.conductances()
+    g = cells.back_g if transposed and cells.back_g is not None else cells.g
+    g, w_max = layer.lines(g, transposed), cells.w_max
     planes, groups = len(g), layer.groups_
     if transposed:
         rows = rows * w_max * layer.plan.unit

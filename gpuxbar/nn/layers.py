@@ -15,6 +15,7 @@ from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.reprogram import reprogram
 from gpuxbar.mapping import plan_reads
 from gpuxbar.mapping.plan import Read, ReadPlan
+from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.reference import Purpose, normals
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
@@ -71,19 +72,22 @@ class AnalogLayer(InSitu):
             else:
                 self.register_buffer(f"{key}_error", None)
         self.register_buffer("dac_max", torch.full((1,), spec.dac.max or 0.0, device=device))
-        shape = (len(self.plan.slice_scale), sensed[1], self.outputs + extra_cols)
+        # wires act on every device, so planes are programmed apart and merged behind them
+        planes = 2 * spec.mapping.slices if spec.parasitics.active else len(self.plan.slice_scale)
+        shape = (planes, sensed[1], self.outputs + extra_cols)
         self.register_buffer("cells", torch.zeros(shape, device=device), persistent=False)
         noise = torch.zeros(shape, device=device) if spec.read_noise.sigma_g else None
         self.register_buffer("cell_variance", noise, persistent=False)
         self.register_buffer("full_pair", torch.zeros(sensed[0], device=device), persistent=False)
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self.look_at_ranges()
+        self.setup_wires((len(self.plan.slice_scale), *shape[1:]), device)
         self.setup_in_situ()
 
     def set_plan(self, plan: ReadPlan) -> None:
         """Read as planned here from now on."""
         self.plan = plan
-        self._static = (plan.dumps(), self.spec.model_dump_json())
+        self.static = (plan.dumps(), self.spec.model_dump_json())
 
     def _full_scale(self, adc: ADC, dac: DAC, read: Read, lines: int, count: int) -> Tensor:
         """Current of one ADC step, A; NaN until calibrated."""
@@ -112,23 +116,23 @@ class AnalogLayer(InSitu):
         """Write the present weights once more, with new write noise (not for layers trained in situ)."""
         self.write_step += 1
 
-    def conductances(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(conductances, variance of state-dependent noise, weight of a full pair); programmed if the weights changed."""
+    def conductances(self) -> Cells:
+        """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires."""
         if self.in_situ:
-            return self.cell_conductances()
+            return self.trained_cells()
         weight = self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs)
         rows, cols = self.plan.reference_lines
         if rows:  # the reference lines are written like weights of 0
             weight = functional.pad(weight, (0, rows, 0, cols))
+        merge = "none" if self.seen is not None else self.planes.merge
         reprogram(
-            weight, self.cells, self.cell_variance, self.full_pair, self.written, self.write_step, self._static[1],
-            self.planes.merge == "all", self.plan.seed,
+            weight, self.cells, self.cell_variance, self.full_pair, self.written, self.write_step, self.static[1],
+            merge, self.plan.seed,
         )  # fmt: skip
-        return (
-            self.cells,
-            self.cell_variance,
-            self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1),
-        )
+        w_max = self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
+        if self.seen is None:
+            return Cells(self.cells, None, self.cell_variance, w_max)
+        return self.through_wires(self.cells, self.cell_variance, w_max, self.written[:1])
 
     def lines(self, cells: Tensor, transposed: bool) -> Tensor:
         """The cells that a read drives, [S, G * I, O]: without the other side's reference lines."""
@@ -169,13 +173,13 @@ class AnalogLayer(InSitu):
                 f"{self.name}: the ADC range must be calibrated before use; call gpuxbar.calibrate(model, loader)"
             )
         x = x.float().contiguous()
-        g, noise_var, w_max = self.conductances()
+        cells = self.conductances()
         x, lsb = self._dac_lsb(x)
         self.read_step += 1
         bias = None if self.bias is None else self.bias.float()
         return analog_mvm(
-            x, self.weight, g, noise_var, w_max, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
-            self.back_adc_error, self.read_step.clone(), self._static[0], torch.is_grad_enabled(),
+            x, self.weight, *cells, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
+            self.back_adc_error, self.read_step.clone(), self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
