@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -19,11 +20,11 @@ def check_array(
     """Refuse an array of another dtype or rank, or one that is not C-contiguous."""
     dtypes = (dtype,) if isinstance(dtype, str) else tuple(dtype)
     ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)
-    kind = getattr(array, "dtype", None)
-    got = type(array).__name__ if kind is None else getattr(kind, "name", str(kind))
-    if not getattr(kind, "isnative", True):
-        got = f"byte-swapped {got}"
-    if got not in dtypes:
+    kind = getattr(array, "dtype", _NO_DTYPE)
+    if kind not in _dtypes(dtypes):  # a byte-swapped dtype is another one
+        got = type(array).__name__ if kind is _NO_DTYPE else getattr(kind, "name", str(kind))
+        if not getattr(kind, "isnative", True):
+            got = f"byte-swapped {got}"
         raise TypeError(
             f"{op}: `{name}` must be an array of {' or '.join(dtypes)}, got {got}; convert it with .astype({dtypes[0]!r})"
         )
@@ -36,6 +37,14 @@ def check_array(
             f"{op}: `{name}` must be C-contiguous, got strides {tuple(array.strides)} for shape {tuple(array.shape)}; "
             "pass a contiguous copy (ascontiguousarray)"
         )
+
+
+_NO_DTYPE = np.dtype(object)  # not None, which NumPy takes for float64
+
+
+@lru_cache
+def _dtypes(names: tuple[str, ...]) -> tuple[np.dtype[Any], ...]:
+    return tuple(np.dtype(name) for name in names)
 
 
 def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, zero: bool = False) -> None:
