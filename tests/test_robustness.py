@@ -323,12 +323,6 @@ def x():
     return torch.randn(5, 6)
 
 
-versions = pytest.mark.xfail(
-    strict=True, reason="weight versions are counted by autograd's, which is not enough"
-)
-
-
-@versions
 def test_a_checkpoint_between_a_step_and_its_read_resumes_bit_for_bit(x):
     layer = stepped(AnalogLinear(6, 4, spec=WRITTEN), x, 2)
     fresh = AnalogLinear(6, 4, spec=WRITTEN)
@@ -336,7 +330,6 @@ def test_a_checkpoint_between_a_step_and_its_read_resumes_bit_for_bit(x):
     np.testing.assert_array_equal(fresh(x).detach(), layer(x).detach())
 
 
-@versions
 def test_a_checkpoint_loads_alike_into_a_layer_that_was_read(x):
     layer = stepped(AnalogLinear(6, 4, spec=WRITTEN), x, 2)
     layer(x)
@@ -347,7 +340,6 @@ def test_a_checkpoint_loads_alike_into_a_layer_that_was_read(x):
         torch.testing.assert_close(other.conductances()[0], layer.conductances()[0], rtol=0, atol=0)
 
 
-@versions
 def test_weights_changed_behind_autograd_are_programmed(x):
     layer = AnalogLinear(6, 4, spec=gx.CrossbarSpec())
     layer(x)
@@ -356,7 +348,6 @@ def test_weights_changed_behind_autograd_are_programmed(x):
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="programming does not look at the weights")
 def test_weights_that_are_not_finite_are_refused(x):
     layer = AnalogLinear(6, 4, spec=WRITTEN)
     with torch.no_grad():
