@@ -2,6 +2,7 @@
 
 from gpuxbar.reference.dac_quantize import dac_quantize
 from gpuxbar.reference.device_update import device_update
+from gpuxbar.reference.laws import symmetry_point
 from gpuxbar.reference.program import program
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
@@ -15,6 +16,7 @@ __all__ = [
     "normals",
     "philox",
     "program",
+    "symmetry_point",
     "tile_mvm",
     "unfold",
     "uniforms",

@@ -3,31 +3,49 @@
 from gpuxbar.spec import presets
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.io import load_spec, parse_value, save_spec
+from gpuxbar.spec.laws import (
+    Agarwal,
+    AgarwalSymmetric,
+    ConstantStep,
+    ExponentialStep,
+    Ideal,
+    Law,
+    LinearStep,
+    NeuroSim,
+    PiecewiseStep,
+    PowerStep,
+    SoftBounds,
+    UpdateLaw,
+)
 from gpuxbar.spec.model import (
     ADC,
     DAC,
-    Agarwal,
     Backward,
     CrossbarSpec,
     Device,
     Mapping,
-    NeuroSim,
     Programming,
     ReadNoise,
-    SoftBounds,
     Tile,
-    UpdateLaw,
 )
 
 __all__ = [
     "ADC",
     "DAC",
     "Agarwal",
+    "AgarwalSymmetric",
     "Backward",
+    "ConstantStep",
     "CrossbarSpec",
     "Device",
+    "ExponentialStep",
+    "Ideal",
+    "Law",
+    "LinearStep",
     "Mapping",
     "NeuroSim",
+    "PiecewiseStep",
+    "PowerStep",
     "Programming",
     "ReadNoise",
     "SoftBounds",
