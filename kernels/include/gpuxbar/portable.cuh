@@ -6,8 +6,10 @@
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__) || defined(__CUSHIM__)
 #define GPUXBAR_FN __device__ __forceinline__
+#define GPUXBAR_METHOD GPUXBAR_FN
 #else
 #define GPUXBAR_FN static inline __attribute__((always_inline))
+#define GPUXBAR_METHOD inline __attribute__((always_inline))
 #endif
 
 namespace gpuxbar {
