@@ -369,7 +369,7 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
             device = ShimDevice(order=11)
 
             @contextmanager
-            def on_device(_, device=device):
+            def on_device(*_, device=device):
                 yield device
 
             for module in ("analog_mvm", "reprogram", "device_update"):
