@@ -116,8 +116,9 @@ def analog_mvm_transposed(
     with on_device(grad_y, f"{way.name} backward") as device:
         driven = grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
         if read.full:
-            driven = driven.clamp(-read.full, read.full)
-            lsb = driven.new_full((1,), read.full / max(read.code_max, 1))
+            full = read.full * way.unit * w_max.amax().reshape(1)
+            driven = driven.clamp(-full, full)
+            lsb = full / max(read.code_max, 1)
         else:
             lsb = abs_max(driven, read.per_sample) / max(read.code_max, 1)
         v = _drive(driven, lsb, read, device, f"{way.name}: the gradient of the output")
