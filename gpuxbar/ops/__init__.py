@@ -4,6 +4,7 @@ from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.effective_conductance import effective_conductance
 from gpuxbar.ops.program import program, reprogram
+from gpuxbar.ops.pulse_update import pulse_update
 from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
@@ -13,6 +14,7 @@ __all__ = [
     "device_update",
     "effective_conductance",
     "program",
+    "pulse_update",
     "reprogram",
     "tile_mvm",
 ]

@@ -6,6 +6,7 @@ from gpuxbar.reference.effective_conductance import METHODS, effective_conductan
 from gpuxbar.reference.laws import symmetry_point
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
 from gpuxbar.reference.program import fingerprint, program, reprogram
+from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
 
@@ -23,6 +24,8 @@ __all__ = [
     "normals",
     "philox",
     "program",
+    "pulse_trains",
+    "pulse_update",
     "reprogram",
     "symmetry_point",
     "tile_mvm",

@@ -32,6 +32,9 @@ class Purpose(IntEnum):
     UPDATE_SPREAD_LOW = 21
     UPDATE_SPREAD_HIGH = 22
     UPDATE_WRITE = 23
+    PULSE_INPUT = 32
+    PULSE_ERROR = 33
+    PULSE_CYCLE = 34
 
 
 def philox(counter: np.ndarray, seed: int, rounds: int = 10) -> np.ndarray:

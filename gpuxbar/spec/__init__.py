@@ -29,6 +29,7 @@ from gpuxbar.spec.model import (
     ReadNoise,
     Tile,
 )
+from gpuxbar.spec.pulses import PulseTrain, check_train
 
 __all__ = [
     "ADC",
@@ -49,11 +50,13 @@ __all__ = [
     "PiecewiseStep",
     "PowerStep",
     "Programming",
+    "PulseTrain",
     "ReadNoise",
     "SoftBounds",
     "SpecError",
     "Tile",
     "UpdateLaw",
+    "check_train",
     "load_spec",
     "parse_value",
     "presets",

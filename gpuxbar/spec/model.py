@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from gpuxbar.spec.laws import UpdateLaw
 from gpuxbar.spec.part import Part
+from gpuxbar.spec.pulses import PulseTrain, check_train
 
 __all__ = [
     "ADC",
@@ -284,7 +285,8 @@ class CrossbarSpec(Part):
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
     "fp16", or "fp16x2" (conductances as a high and a low half, 22 bits); half precisions need a DAC, whose codes they
     hold exactly; on a CPU every product is float32. `update`: the device's own law, used by
-    `gpuxbar.optim.InSituSGD`; needs unsliced pairs.
+    `gpuxbar.optim.InSituSGD`; needs unsliced pairs. `pulses`: how its steps are pulsed,
+    None: as one step of the wanted size.
     """
 
     tile: Tile = Tile()
@@ -297,6 +299,7 @@ class CrossbarSpec(Part):
     parasitics: Parasitics = Parasitics()
     backward: Backward = Backward()
     update: UpdateLaw | None = None
+    pulses: PulseTrain | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     generator: Literal["exact", "fast"] = "exact"
     precision: Literal["fp32", "tf32", "fp16", "fp16x2"] = "fp32"
@@ -345,6 +348,8 @@ class CrossbarSpec(Part):
                 f"CrossbarSpec: `device.levels` must be 2**slice_bits = {2**self.mapping.slice_bits} for "
                 f"sliced weights, got {self.device.levels}; leave it None"
             )
+        if self.pulses is not None:
+            check_train("CrossbarSpec", self.pulses, self.update)
         return self
 
     def with_overrides(self, overrides: dict[str, Any]) -> CrossbarSpec:

@@ -30,6 +30,10 @@ enum Purpose : u32 {
   UPDATE_SPREAD_LOW = 21,        // of the window's ends
   UPDATE_SPREAD_HIGH = 22,
   UPDATE_WRITE = 23,  // write noise of a touched cell; slot: plane
+  // pulse trains
+  PULSE_INPUT = 32,  // slots of a wordline; row: line, slot: sample
+  PULSE_ERROR = 33,  // slots of a bitline
+  PULSE_CYCLE = 34,  // noise of a sample's pulses; slot: 2 sample + plane
 };
 
 struct Counter {

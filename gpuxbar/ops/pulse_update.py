@@ -1,0 +1,165 @@
+"""The weight update of an array by pulse trains on its lines, and the weights read out."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from gpuxbar import reference
+from gpuxbar.launch import (
+    Device,
+    backend,
+    host_call,
+    library,
+)
+from gpuxbar.ops.checks import check_array, check_numbers
+from gpuxbar.ops.laws import Parameters, parameters, pulse_count
+from gpuxbar.spec import PulseTrain, UpdateLaw, check_train
+
+__all__ = ["KERNELS", "pulse_update"]
+
+OP = "pulse_update"
+SAMPLES = 2**23  # draws tell that many apart
+
+
+def pulse_update(
+    g: Any,
+    x: Any,
+    d: Any,
+    *,
+    rate: float,
+    train: PulseTrain,
+    law: UpdateLaw,
+    w_max: Any,
+    g_min: float,
+    g_max: float,
+    groups: int = 1,
+    stuck_at_g_min: float = 0.0,
+    stuck_at_g_max: float = 0.0,
+    seed: int = 0,
+    step: Any = 0,
+    device: Device | None = None,
+) -> Any:
+    """Pulse the lines of an array for a batch of inputs and errors, in place, and read the weights out.
+
+    Devices move by one pulse of their law for every coincidence of a wordline's and a bitline's train, sample by sample
+    or once for the batch (see `spec.PulseTrain`); weights so change by -rate d^T x in the mean, as long as devices are
+    in mid-window and no train is clipped. One pulse of a pair is 2 w_max / pulses of weight, of one side w_max / pulses.
+    Stuck cells never move; results are kept inside the device's window. The outer product of the batch is never formed.
+
+    Args:
+        g: Conductances of the positive and the negative devices, float32 [2, G * I, O], S; updated in place.
+        x: Inputs, float32 [B, G * I]; finite.
+        d: Errors, the gradient of the loss by the outputs, float32 [B, G * O]; finite.
+        rate: Learning rate, above 0.
+        train: The pulse trains.
+        law: An update law of the spec with pulses and without write noise.
+        w_max: Weight of a full pair, float32 [G * O], above 0.
+        g_min, g_max: Conductance window, S.
+        groups: Arrays side by side, G.
+        stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, the same cells as `program` draws for this seed.
+        seed, step: Device spread depends on the seed, trains and the noise of pulses on both; `step` is an integer or an
+            int64 array of one element.
+        device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
+
+    Returns:
+        Weights after the update, float32 [G, O, I]: w_max (g_pos - g_neg) / (g_max - g_min).
+
+    Raises:
+        TypeError: An array has another dtype.
+        ValueError: Shapes disagree, an array is not contiguous, the law and the trains do not go together, or a value is
+            not finite (checked on the CPU; on a GPU no value is read back); `g` is unchanged.
+
+    Source:
+        Gokmen and Vlasov, Frontiers in Neuroscience 2016.
+    """
+    check_train(OP, train, law)
+    check_array(OP, "g", g, "float32", 3)
+    for name, array, axes in (("x", x, 2), ("d", d, 2), ("w_max", w_max, 1)):
+        check_array(OP, name, array, "float32", axes)
+    check_numbers(OP, "rate", rate, "", "give the learning rate")
+    batch, rows, cols = len(x), x.shape[1], d.shape[1]
+    if groups < 1 or rows % groups or cols % groups:
+        raise ValueError(
+            f"{OP}: `groups` must divide the inputs and the outputs, got {groups} for {rows} inputs and {cols} outputs; "
+            "give the layer's groups"
+        )
+    inputs, outputs = rows // groups, cols // groups
+    for name, array, shape in (
+        ("g", g, (2, rows, outputs)), ("d", d, (batch, cols)), ("w_max", w_max, (cols,)),
+    ):  # fmt: skip
+        if tuple(array.shape) != shape:
+            raise ValueError(
+                f"{OP}: `{name}` must have shape {shape} for x {tuple(x.shape)} in {groups} groups, "
+                f"got {tuple(array.shape)}; check the axes"
+            )
+    if batch > SAMPLES:
+        raise ValueError(
+            f"{OP}: `x` must hold at most {SAMPLES} samples, got {batch}; split the batch into several steps"
+        )
+    if not 0 <= g_min < g_max:
+        raise ValueError(
+            f"{OP}: need 0 <= g_min < g_max, got {g_min:g} S and {g_max:g} S; widen or swap the window"
+        )
+    # wanted pulses for an input and an error of 1
+    scale = rate * pulse_count(law) / (2 if law.sides == "both" else 1) / w_max
+    update: dict[str, Any] = {
+        "law": parameters(law, g_min, g_max), "train": Train.of(train), "seed": seed, "g_min": g_min,
+        "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,
+        "inputs": inputs, "outputs": outputs,
+    }  # fmt: skip
+    where = "cuda" if device is not None else backend(g)
+    if where == "cuda":
+        raise NotImplementedError
+    step = int(np.asarray(step).reshape(-1)[0])
+    shape = (groups, outputs, inputs)
+    if where == "reference":
+        _require_finite(int((~np.isfinite(x)).sum()), int((~np.isfinite(d)).sum()))
+        cells, weights = reference.pulse_update(
+            g, x, d, rate=rate, train=train.model_dump(), law=law.model_dump(), w_max=w_max, g_min=g_min, g_max=g_max,
+            groups=groups, stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
+        )  # fmt: skip
+        g[...] = cells
+        return weights.astype(np.float32)
+    weights, bad = np.empty(shape, np.float32), np.zeros(2, np.int64)
+    if weights.size:
+        host_call(
+            library(), "gpuxbar_pulse_update", g, x, d, scale, scale.reshape(groups, outputs).min(1), weights, w_max,
+            np.empty(x.shape, np.uint32), np.empty(d.shape, np.uint32), np.empty((batch, groups), np.float32),
+            np.frombuffer(bytes(Update(batch=batch, step=step, **update)), np.uint8), train.mode == "aggregated", bad,
+        )  # fmt: skip
+    _require_finite(*bad.tolist())
+    return weights
+
+
+class Train(ctypes.Structure):
+    """Twin of `struct Train` in kernels/include/gpuxbar/pulses.cuh."""
+
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("length", "implicit", "update_management", "bound_management")
+    ]
+
+    @classmethod
+    def of(cls, train: PulseTrain) -> Train:
+        implicit = train.scheme == "deterministic_implicit"
+        return cls(train.length, implicit, train.update_management, train.bound_management)
+
+
+class Update(ctypes.Structure):
+    """Twin of `struct Update` in kernels/host/pulse_update.cpp."""
+
+    _fields_ = [
+        ("law", Parameters), ("train", Train),
+        *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
+    ]  # fmt: skip
+
+
+def _require_finite(inputs: int, errors: int) -> None:
+    for name, count in (("x", inputs), ("d", errors)):
+        if count:
+            raise ValueError(
+                f"{OP}: `{name}` must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
+            )

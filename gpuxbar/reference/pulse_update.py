@@ -1,0 +1,150 @@
+"""Pulse trains through the device law, in NumPy float64: the oracle of `ops.pulse_update`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpuxbar.reference.device_update import Cells, deviation
+from gpuxbar.reference.laws import moved
+from gpuxbar.reference.random import Purpose, normals, uniforms, words
+
+__all__ = ["pulse_trains", "pulse_update"]
+
+Array = np.ndarray
+
+
+def pulse_trains(
+    x: Array, e: Array, *, train: dict[str, Any], unit: float, groups: int = 1, seed: int = 0, step: int = 0
+) -> tuple[Array, Array, Array]:
+    """(signed slots of the inputs [B, G * I, 31] and of the errors [B, G * O, 31], lengths [B, G]).
+
+    Args:
+        x: Inputs, [B, G * I].
+        e: Wanted pulses of a pair for an input of 1, [B, G * O].
+        train: A dumped `PulseTrain`.
+        unit: e of an error of 1, for the largest step of each group, [G].
+        groups: G.
+        seed, step: Of the random numbers.
+    """
+    unit = np.broadcast_to(np.asarray(unit, np.float64), (groups,))
+    top_x, top_e = (np.abs(a).reshape(len(a), groups, -1).max(2, initial=0.0) for a in (x, e))
+    wanted = top_x * top_e
+    fires = wanted > 0
+    length = np.full(wanted.shape, train["length"])
+    if train["bound_management"]:
+        length = np.clip(np.ceil(wanted), 1, train["length"]).astype(np.int64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        clipped = top_e * np.minimum(1.0, length / wanted)
+        split = (
+            np.sqrt(clipped / top_x)
+            if train["update_management"]
+            else np.broadcast_to(np.sqrt(unit), wanted.shape)
+        )
+        per_x = np.where(fires, split / np.sqrt(length), 0.0)
+        per_e = np.where(fires, 1 / (split * np.sqrt(length)), 0.0)
+    slots = []
+    for values, per, purpose in ((x, per_x, Purpose.PULSE_INPUT), (e, per_e, Purpose.PULSE_ERROR)):
+        lines = values.shape[1] // groups if groups else 0
+        p = np.minimum(np.abs(values) * np.repeat(per, lines, 1), 1.0)
+        long = np.repeat(length, lines, 1)
+        if train["scheme"] == "deterministic_implicit":
+            fired = np.arange(31) < np.rint(p * long)[..., None]
+        else:
+            fired = _bernoulli(p, purpose, seed, step) & (np.arange(31) < long[..., None])
+        slots.append(np.sign(values)[..., None] * fired)
+    return slots[0], slots[1], np.where(fires, length, 1)
+
+
+def _bernoulli(p: Array, purpose: Purpose, seed: int, step: int) -> Array:
+    """31 slots of each probability, in 2^-24: slot s fires where a binary fraction of random bits is below it.
+
+    Bit 23 - k of the fraction is bit s of random word 23 - k, so the most significant bit is of the last word.
+    """
+    fired = np.empty((*p.shape, 31), bool)
+    at = np.arange(31, dtype=np.uint32)
+    for sample in range(len(p)):
+        random = words(np.arange(p.shape[1]), 6, purpose=purpose, slot=sample, step=step, seed=seed).reshape(
+            -1, 24
+        )
+        bits = random[:, :, None] >> at & 1  # [lines, 24, 31]
+        # a set bit of the chance fires where the random bit is 1: the complement is the fraction's digit
+        fraction = np.einsum("lks,k->ls", 1 - bits.astype(np.float64), 2.0 ** np.arange(-24, 0))
+        fired[sample] = fraction < np.rint(p[sample] * 2**24)[:, None] / 2**24
+    return fired
+
+
+def pulse_update(
+    g: Array,
+    x: Array,
+    d: Array,
+    *,
+    rate: float,
+    train: dict[str, Any],
+    law: dict[str, Any],
+    w_max: Array,
+    g_min: float,
+    g_max: float,
+    groups: int = 1,
+    stuck_at_g_min: float = 0.0,
+    stuck_at_g_max: float = 0.0,
+    seed: int = 0,
+    step: int = 0,
+) -> tuple[Array, Array]:
+    """(conductances [2, G * I, O], weights read out [G, O, I]); `law` and `train` are dumped specs."""
+    batch, n_in, n_out = len(x), x.shape[1] // groups, d.shape[1] // groups
+    span, pulses = g_max - g_min, law.get("pulses", law.get("levels"))
+    w_max = np.asarray(w_max, np.float64)
+    of_pulse = w_max * (2 if law["sides"] == "both" else 1) / pulses
+    unit = rate / of_pulse.reshape(groups, n_out).max(1)
+    x_slots, e_slots, length = pulse_trains(
+        np.asarray(x, np.float64), rate * np.asarray(d, np.float64) / of_pulse, train=train, unit=unit, groups=groups,
+        seed=seed, step=step,
+    )  # fmt: skip
+    x_slots = x_slots.reshape(batch, groups, n_in, 31)
+    e_slots = e_slots.reshape(batch, groups, n_out, 31)
+    if train["scheme"] == "deterministic_implicit":
+        product = np.einsum("bgi,bgo->bgio", x_slots.sum(3), e_slots.sum(3))
+        counts = -np.rint(product / length[:, :, None, None])
+    else:
+        counts = -np.einsum("bgis,bgos->bgio", x_slots, e_slots)
+    counts = counts.reshape(batch, groups * n_in, n_out)  # above 0: the weight rises
+    if train["mode"] == "aggregated":
+        bursts = [(np.maximum(counts, 0).sum(0), np.maximum(-counts, 0).sum(0))]
+    else:
+        bursts = [(np.maximum(c, 0), np.maximum(-c, 0)) for c in counts]
+    rows = np.arange(groups * n_in)
+    cells = np.array(g, np.float64)
+    for plane in range(2):
+        devices = Cells.draw(law, rows, n_out, plane, seed, -g_min / span)
+        u = uniforms(rows, n_out, purpose=Purpose.STUCK, slot=plane, seed=seed)
+        free = ~((u < stuck_at_g_min) | (u > 1.0 - stuck_at_g_max))
+        if plane and law["sides"] == "reference":
+            free[:] = False
+        share = (cells[plane] - g_min) / span
+        for sample, (raising, lowering) in enumerate(bursts):
+            up, down = (lowering, raising) if plane else (raising, lowering)
+            if law["sides"] == "one_sided":
+                down = np.zeros_like(down)
+            z = normals(
+                rows, n_out, purpose=Purpose.PULSE_CYCLE, slot=2 * sample + plane, step=step, seed=seed
+            )
+            new = _after(devices, share, up / pulses, down / pulses, z)
+            share = np.where(free & (up + down > 0), new, share)
+        cells[plane] = np.where(share != (cells[plane] - g_min) / span, g_min + span * share, cells[plane])
+    pair = (cells[0] - cells[1]) / span
+    weights = pair.reshape(groups, n_in, n_out).transpose(0, 2, 1) * w_max.reshape(groups, n_out, 1)
+    return cells, weights
+
+
+def _after(cells: Cells, x: Array, up: Array, down: Array, z: Array) -> Array:
+    """Shares after nominal changes both ways from where the device is, with one normal for the noise of all."""
+    width = cells.high - cells.low
+    y = np.clip((x - cells.low) / width, 0.0, 1.0)
+    to, variance = cells.low + width * y, np.zeros_like(x)
+    for change, gain, sign in ((up, cells.gain_up, 1.0), (down, cells.gain_down, -1.0)):
+        step = width * (moved(cells.law, y, sign * change * gain / width, cells.z_up, cells.z_down) - y)
+        to = to + step
+        variance = variance + np.where(change > 0, deviation(cells.law, np.abs(step), change, gain) ** 2, 0.0)
+    return np.clip(to + np.sqrt(variance) * z, cells.low, cells.high)

@@ -1,0 +1,279 @@
+// pulse_update on the CPU: pulse trains of a batch, their coincidences through the device law, and the weights read out.
+//
+// First the trains of every line and sample, then blocks of 64 wordlines by 64 bitlines: exact, chunks of samples in
+// sequence; aggregated, coincidences are counted over the batch and the devices move once. Every train and cell is a
+// function of its own place, so the bits do not depend on threads.
+// Meaning and oracle: gpuxbar/reference/pulse_update.py.
+#include <algorithm>
+
+#include "cells.hpp"
+#include "gpuxbar/pulses.cuh"
+
+using namespace gpuxbar;
+
+namespace {
+
+constexpr int LINES = 64;
+constexpr int CHUNK = 256;  // samples whose trains lie in the caches
+
+// Twin of `Update` in gpuxbar/ops/pulse_update.py.
+struct Update {
+  UpdateLaw law;
+  Train train;
+  i64 batch, groups, inputs, outputs, step;
+  u64 seed;
+  float g_min, range;  // S
+  float stuck_low, stuck_high;
+};
+
+struct Arrays {
+  float* g;            // [2, G * I, O] S
+  const float* x;      // [B, G * I]
+  const float* d;      // [B, G * O]
+  const float* scale;  // [G * O]     wanted pulses for an input and an error of 1
+  const float* unit;   // [G]         the least of them
+  float* w;            // [G, O, I]
+  const float* w_max;  // [G * O]
+  u32* inputs;         // [B, G * I]  trains
+  u32* errors;         // [B, G * O]
+  float* length;       // [B, G]
+};
+
+i64 count_not_finite(const float* values, i64 size) {
+  i64 count = 0;
+  for (i64 e = 0; e < size; ++e) count += (float_bits(values[e]) & 0x7F800000u) == 0x7F800000u;
+  return count;
+}
+
+float largest(const float* values, const float* scale, i64 size) {
+  float top = 0.0f;
+#pragma omp simd reduction(max : top)
+  for (i64 l = 0; l < size; ++l) top = std::max(top, abs(values[l]) * (scale ? scale[l] : 1.0f));
+  return top;
+}
+
+void fire(const Update& u, const Sample& sample, const float* values, const float* scale, float per, i64 first,
+          i64 size, u32 purpose, u32 b, u32* words) {
+#pragma omp simd
+  for (i64 l = 0; l < size; ++l) {
+    const float value = values[l] * (scale ? scale[l] : 1.0f);
+    words[l] = train_word(u.train, sample.length, abs(value) * per, value < 0.0f, (u32)(first + l), purpose, b,
+                          (u32)u.step, u.seed);
+  }
+}
+
+// The trains of one sample of one group.
+void fire_sample(const Update& u, const Arrays& a, i64 b, i64 group) {
+  const i64 x0 = group * u.inputs, d0 = group * u.outputs;
+  const float *x = a.x + b * u.groups * u.inputs + x0, *d = a.d + b * u.groups * u.outputs + d0, *scale = a.scale + d0;
+  const Sample sample =
+      sample_train(u.train, largest(x, nullptr, u.inputs), largest(d, scale, u.outputs), a.unit[group]);
+  a.length[b * u.groups + group] = (float)sample.length;
+  fire(u, sample, x, nullptr, sample.per_input, x0, u.inputs, PULSE_INPUT, (u32)b, a.inputs + (x - a.x));
+  fire(u, sample, d, scale, sample.per_error, d0, u.outputs, PULSE_ERROR, (u32)b, a.errors + (d - a.d));
+}
+
+// A row of devices with what they keep for all time, and where they are.
+struct Row {
+  alignas(64) float low[WIDE_ROW], width[WIDE_ROW], gain_up[WIDE_ROW], gain_down[WIDE_ROW], shape_up[WIDE_ROW],
+      shape_down[WIDE_ROW], free[WIDE_ROW];
+
+  Row(const Update& u, const Place& at) {
+    const Draws draws(u.law, at, u.seed);
+    draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) {
+      const Cell up = device_cell(u.law, draws.of(j), true), down = device_cell(u.law, draws.of(j), false);
+      low[j] = up.window.low, width[j] = up.window.width;
+      gain_up[j] = up.gain, gain_down[j] = down.gain;
+      shape_up[j] = up.direction.shape, shape_down[j] = down.direction.shape;
+    }
+  }
+
+  GPUXBAR_METHOD Cell of(const UpdateLaw& s, int j, bool rising) const {
+    return Cell{Window{low[j], width[j]}, rising ? gain_up[j] : gain_down[j],
+                Direction{rising ? shape_up[j] : shape_down[j], rising ? s.second_up : s.second_down,
+                          rising ? s.node_up : s.node_down}};
+  }
+};
+
+// Trains of a chunk of samples on the lines of a block, samples of a wordline and bitlines of a sample together.
+struct Trains {
+  alignas(64) u32 inputs[LINES][CHUNK], errors[CHUNK][WIDE_ROW];
+  float length[CHUNK];
+
+  void load(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, i64 b0, i64 samples) {
+    const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+    for (i64 b = 0; b < samples; ++b) {
+      const u32* from = a.inputs + ((b0 + b) * u.groups + group) * u.inputs + i0;
+      for (i64 i = 0; i < lines; ++i) inputs[i][b] = from[i];
+      const u32* error = a.errors + ((b0 + b) * u.groups + group) * u.outputs + o0;
+      std::copy(error, error + count, errors[b]);
+      std::fill(errors[b] + count, errors[b] + WIDE_ROW, 0u);
+      length[b] = a.length[(b0 + b) * u.groups + group];
+    }
+  }
+};
+
+// One sample's pulses on a row of devices of one plane.
+template <class L, bool IMPLICIT>
+void pulse_row(const Update& u, const Place& at, const Row& row, i64 sample, u32 input, const u32* errors, float length,
+               float* x) {
+  alignas(64) float z[WIDE_ROW] = {};
+  if (noisy(u.law))
+    draw_normals(Draw{PULSE_CYCLE, (u32)(2 * sample) + at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
+  const float each = 1.0f / u.law.pulses;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const bool raising = raises(input, errors[j]);
+    const float n = row.free[j] * (float)coincidences<IMPLICIT>(input, errors[j], length);
+    const Pulses pulses = device_pulses(u.law.sides, at.plane == 0, raising ? n : 0.0f, raising ? 0.0f : n);
+    const bool rising = pulses.up > 0.0f;
+    x[j] = moved<L>(u.law, row.of(u.law, j, rising), x[j], (pulses.up + pulses.down) * each, rising, z[j]);
+  }
+}
+
+template <bool IMPLICIT>
+bool any_coincidence(u32 input, const u32* errors, float length) {
+  u32 any = 0;
+#pragma omp simd reduction(| : any)
+  for (int j = 0; j < WIDE_ROW; ++j)
+    any |= IMPLICIT ? (u32)coincidences<true>(input, errors[j], length) : input & errors[j] & SLOTS;
+  return any != 0;
+}
+
+// Coincidences of a row over a chunk of samples, added to those that raise and to all.
+template <bool IMPLICIT>
+void count_row(const Trains& t, i64 line, i64 samples, i32* raising, i32* all) {
+  constexpr int PART = 32;  // bitlines whose counts stay in registers
+  for (int j0 = 0; j0 < WIDE_ROW; j0 += PART) {
+    alignas(64) i32 up[PART] = {}, both[PART] = {};
+    for (i64 b = 0; b < samples; ++b) {
+      const u32 input = t.inputs[line][b];
+      const u32* errors = t.errors[b] + j0;
+      const float length = t.length[b];
+#pragma omp simd
+      for (int j = 0; j < PART; ++j) {
+        const i32 n = coincidences<IMPLICIT>(input, errors[j], length);
+        both[j] += n;
+        up[j] += raises(input, errors[j]) ? n : 0;
+      }
+    }
+    for (int j = 0; j < PART; ++j) raising[j0 + j] += up[j], all[j0 + j] += both[j];
+  }
+}
+
+struct Block {
+  alignas(64) float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
+  i32 raising[LINES][WIDE_ROW], all[LINES][WIDE_ROW];
+};
+
+template <class L, bool IMPLICIT>
+void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
+  alignas(64) static thread_local Trains trains;
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0);
+  for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
+    const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
+    trains.load(u, a, group, i0, o0, b0, samples);
+    for (u32 plane = 0; plane < (u.law.sides == REFERENCE ? 1u : 2u); ++plane)
+      for (i64 i = 0; i < lines; ++i) {
+        const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
+        const Row row(u, at);
+        for (i64 b = 0; b < samples; ++b) {
+          const u32 input = trains.inputs[i][b];
+          if (any_coincidence<IMPLICIT>(input, trains.errors[b], trains.length[b]))
+            pulse_row<L, IMPLICIT>(u, at, row, b0 + b, input, trains.errors[b], trains.length[b], block.x[plane][i]);
+        }
+      }
+  }
+}
+
+template <class L, bool IMPLICIT>
+void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
+  alignas(64) static thread_local Trains trains;
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0);
+  for (i64 i = 0; i < lines; ++i) {
+    std::fill(block.raising[i], block.raising[i] + WIDE_ROW, 0);
+    std::fill(block.all[i], block.all[i] + WIDE_ROW, 0);
+  }
+  for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
+    const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
+    trains.load(u, a, group, i0, o0, b0, samples);
+    for (i64 i = 0; i < lines; ++i) count_row<IMPLICIT>(trains, i, samples, block.raising[i], block.all[i]);
+  }
+  for (u32 plane = 0; plane < 2; ++plane)
+    for (i64 i = 0; i < lines; ++i) {
+      const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
+      const Row row(u, at);
+      alignas(64) float z[WIDE_ROW] = {};
+      if (noisy(u.law)) draw_normals(Draw{PULSE_CYCLE, plane, (u32)u.step, u.seed}, at.row, at.col0, z);
+      const i32 *raising = block.raising[i], *all = block.all[i];
+      float* x = block.x[plane][i];
+#pragma omp simd
+      for (int j = 0; j < WIDE_ROW; ++j) {
+        const Pulses pulses = device_pulses(u.law.sides, plane == 0, row.free[j] * (float)raising[j],
+                                            row.free[j] * (float)(all[j] - raising[j]));
+        x[j] = after_pulses<L>(u.law, row.of(u.law, j, true), row.of(u.law, j, false), x[j], pulses, z[j]);
+      }
+    }
+}
+
+template <class L, bool IMPLICIT>
+void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0) {
+  static thread_local Block block;
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+  const float inverse_range = 1.0f / u.range;
+  const auto cells = [&](u32 plane, i64 i) {
+    return a.g + ((i64)plane * u.groups * u.inputs + group * u.inputs + i0 + i) * u.outputs + o0;
+  };
+  for (u32 plane = 0; plane < 2; ++plane)
+    for (i64 i = 0; i < lines; ++i) {
+      const float* from = cells(plane, i);
+      float *x = block.x[plane][i], *before = block.before[plane][i];
+      std::fill(x, x + WIDE_ROW, 0.0f);
+      for (i64 j = 0; j < count; ++j) before[j] = x[j] = (from[j] - u.g_min) * inverse_range;
+    }
+  if (aggregated)
+    pulse_at_once<L, IMPLICIT>(u, a, group, i0, o0, block);
+  else
+    pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, block);
+  for (u32 plane = 0; plane < 2; ++plane)
+    for (i64 i = 0; i < lines; ++i) {
+      float *to = cells(plane, i), *x = block.x[plane][i], *before = block.before[plane][i];
+      for (i64 j = 0; j < count; ++j) {
+        to[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : to[j];  // a cell that did not move keeps its bits
+        x[j] = plane ? fma(-to[j], inverse_range, block.x[0][i][j]) : to[j] * inverse_range;
+      }
+    }
+  for (i64 j = 0; j < count; ++j) {
+    const i64 output = group * u.outputs + o0 + j;
+    for (i64 i = 0; i < lines; ++i) a.w[output * u.inputs + i0 + i] = block.x[1][i][j] * a.w_max[output];
+  }
+}
+
+}  // namespace
+
+extern "C" void gpuxbar_pulse_update(float* g, const float* x, const float* d, const float* scale, const float* unit,
+                                     float* w, const float* w_max, u32* inputs, u32* errors, float* length,
+                                     const Update* update, i64 aggregated, i64* bad) {
+  const Update u = *update;
+  const Arrays a{g, x, d, scale, unit, w, w_max, inputs, errors, length};
+  bad[0] = count_not_finite(x, u.batch * u.groups * u.inputs);
+  bad[1] = count_not_finite(d, u.batch * u.groups * u.outputs);
+  if (bad[0] + bad[1]) return;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (i64 b = 0; b < u.batch; ++b)
+    for (i64 group = 0; group < u.groups; ++group) fire_sample(u, a, b, group);
+  const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
+  with_law(u.law.law, [&](auto law) {
+    using L = typename decltype(law)::Type;
+#pragma omp parallel for collapse(3) schedule(dynamic)
+    for (i64 group = 0; group < u.groups; ++group)
+      for (i64 rb = 0; rb < row_blocks; ++rb)
+        for (i64 cb = 0; cb < col_blocks; ++cb)
+          if (u.train.implicit)
+            update_block<L, true>(u, a, aggregated != 0, group, rb * LINES, cb * WIDE_ROW);
+          else
+            update_block<L, false>(u, a, aggregated != 0, group, rb * LINES, cb * WIDE_ROW);
+  });
+}

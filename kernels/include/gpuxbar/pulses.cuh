@@ -1,0 +1,113 @@
+// pulses: trains of voltage pulses on the lines of an array, and what their coincidences do to a device.
+//
+// A train is a word: bit 31 the sign of its line's value, bits 0 .. length - 1 its slots; or, where coincidences are
+// implied, the number of slots with a pulse. With e = rate d / step, the wanted number of pulses of a pair for an input
+// of 1, the probabilities of a pulse are |x| r / sqrt(length) and |e| / (r sqrt(length)), at most 1.
+//
+// Source: Gokmen and Vlasov, Frontiers in Neuroscience 2016; Rasch et al., aihwkit, AICAS 2021 (managements, implicit
+// pulses). Oracle: gpuxbar/reference/pulse_update.py.
+#pragma once
+#include "gpuxbar/update.cuh"
+
+namespace gpuxbar {
+
+constexpr u32 SLOTS = 0x7FFFFFFFu, NEGATIVE = 0x80000000u;
+
+// Twin of `Train` in gpuxbar/ops/pulse_update.py.
+struct Train {
+  i32 length, implicit, update_management, bound_management;
+};
+
+GPUXBAR_FN i32 popcount(u32 word) {
+#if defined(__CUDA_ARCH__)
+  return __popc(word);
+#else
+  return __builtin_popcount(word);
+#endif
+}
+
+// What all lines of one sample share: probability of a pulse for an input and for an error of 1.
+struct Sample {
+  i32 length;
+  float per_input, per_error;
+};
+
+// `unit`: e of an error of 1, for the largest step. Where inputs or errors are all 0, no pulse is fired.
+GPUXBAR_FN Sample sample_train(const Train& t, float max_input, float max_error, float unit) {
+  const float wanted = max_input * max_error;  // pulses of the device that moves most
+  if (!(wanted > 0.0f)) return Sample{1, 0.0f, 0.0f};
+  float length = (float)t.length;
+  if (t.bound_management) {
+    const float whole = (float)(i32)min(wanted, length);
+    length = min(whole + (whole < wanted ? 1.0f : 0.0f), length);
+  }
+  const float error = max_error * min(1.0f, length / wanted);  // clip errors rather than inputs
+  const float split = t.update_management ? sqrt_fast(error / max_input) : sqrt_fast(unit);
+  const float share = sqrt_fast(1.0f / length);
+  return Sample{(i32)length, share * split, share / split};
+}
+
+// Chances of a pulse in 2^24.
+GPUXBAR_FN u32 chance(float probability) { return (u32)round_even(min(probability, 1.0f) * 16777216.0f); }
+
+// Independent slots of a chance, from 24 random words in six counters; bits of the chance are added from the lowest up:
+// a set one gives every slot that its random bit chooses, an unset one keeps only those.
+GPUXBAR_FN u32 stochastic_slots(u32 chance, u32 line, u32 purpose, u32 sample, u32 step, u64 seed) {
+  u32 word = 0;
+#pragma unroll
+  for (u32 k = 0; k < 6; ++k) {
+    const Counter c = philox<10>(counter(k, line, purpose, sample, step), (u32)seed, (u32)(seed >> 32));
+    const u32 random[4] = {c.x, c.y, c.z, c.w};
+#pragma unroll
+    for (u32 q = 0; q < 4; ++q) {
+      const u32 set = 0u - (chance >> (4 * k + q) & 1u);
+      word = (word & random[q]) | (set & (word | random[q]));
+    }
+  }
+  return word | (0u - (chance >> 24));
+}
+
+// The train of one line.
+GPUXBAR_FN u32 train_word(const Train& t, i32 length, float probability, bool negative, u32 line, u32 purpose,
+                          u32 sample, u32 step, u64 seed) {
+  const u32 slots =
+      t.implicit ? (u32)round_even(min(probability, 1.0f) * (float)length)
+                 : stochastic_slots(chance(probability), line, purpose, sample, step, seed) & ((1u << length) - 1u);
+  return slots | (negative ? NEGATIVE : 0u);
+}
+
+// Pulses that a device gets of a wordline's and a bitline's train.
+template <bool IMPLICIT>
+GPUXBAR_FN i32 coincidences(u32 input, u32 error, float length) {
+  if (!IMPLICIT) return popcount(input & error & SLOTS);
+  return (i32)round_even((float)((input & SLOTS) * (error & SLOTS)) / length);
+}
+
+// Whether coincidences raise the weight: it moves by -x d.
+GPUXBAR_FN bool raises(u32 input, u32 error) { return ((input ^ error) & NEGATIVE) != 0; }
+
+struct Pulses {
+  float up, down;
+};
+
+// Pulses of one device of a pair, for those that raise and lower the weight.
+GPUXBAR_FN Pulses device_pulses(i32 sides, bool positive, float raising, float lowering) {
+  if (sides == REFERENCE && !positive) return Pulses{0.0f, 0.0f};
+  const float up = positive ? raising : lowering, down = positive ? lowering : raising;
+  return Pulses{up, sides == ONE_SIDED ? 0.0f : down};
+}
+
+// x after pulses both ways whose order does not matter.
+template <class L>
+GPUXBAR_FN float after_pulses(const UpdateLaw& s, const Cell& rising, const Cell& falling, float x,
+                              const Pulses& pulses, float z) {
+  const Window& window = rising.window;
+  const float y = share_of(window, x), each = 1.0f / s.pulses;
+  const Change up = change_of<L>(s, rising, y, pulses.up * each, true);
+  const Change down = change_of<L>(s, falling, y, pulses.down * each, false);
+  const float from = fma(y, window.width, window.low);
+  const float to = fma(sqrt_fast(up.variance + down.variance), z, from + (up.size - down.size));
+  return pulses.up + pulses.down > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
+}
+
+}  // namespace gpuxbar

@@ -1,0 +1,320 @@
+"""pulse_update: trains against theory, kernels against the float64 oracle, counted against sequential, the messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpuxbar import ops, reference
+from gpuxbar.launch.host import set_threads
+from gpuxbar.reference import pulse_trains
+from gpuxbar.spec import (
+    Agarwal,
+    AgarwalSymmetric,
+    ConstantStep,
+    CrossbarSpec,
+    ExponentialStep,
+    Ideal,
+    LinearStep,
+    NeuroSim,
+    PiecewiseStep,
+    PowerStep,
+    PulseTrain,
+    SoftBounds,
+    SpecError,
+)
+
+G_MIN, G_MAX = 1e-6, 10e-6  # S
+WINDOW = {"g_min": G_MIN, "g_max": G_MAX}
+SEED = 2**40 + 7
+TRAINS = {
+    "managed": PulseTrain(),
+    "plain": PulseTrain(length=10, update_management=False, bound_management=False),
+    "implicit": PulseTrain(scheme="deterministic_implicit"),
+    "implicit-plain": PulseTrain(length=7, scheme="deterministic_implicit", bound_management=False),
+    "counted": PulseTrain(mode="aggregated"),
+    "counted-implicit": PulseTrain(length=12, mode="aggregated", scheme="deterministic_implicit"),
+}
+CONSTANT = ConstantStep(pulses=200, cycle=0.3, step_spread=0.3, asymmetry=0.1, asymmetry_spread=0.1)
+LAWS = {
+    "constant": CONSTANT,
+    "constant-reference": ConstantStep(pulses=100, sides="reference", low_spread=0.1, high_spread=0.1),
+    "linear": LinearStep(slope_up=0.4, slope_down=-0.7, spread=0.1, cycle=0.5, cycle_of="nominal", pulses=150),
+    "soft": SoftBounds(pulses=200, cycle=0.3, spread=0.2),
+    "agarwal": Agarwal(nu=2.0, gamma=0.01, pulses=300),
+    "agarwal-one-sided": Agarwal(nu=2.0, spread=0.2, pulses=300, sides="one_sided"),
+    "symmetric": AgarwalSymmetric(alpha=3.0, gamma=0.02, pulses=300),
+    "neurosim": NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=-2.4, levels=64, cycle=0.005),
+    "exponential": ExponentialStep(pulses=200, spread=0.1, cycle=1.0),
+    "power": PowerStep(exponent_up=0.6, exponent_down=2.3, pulses=200, spread=0.1),
+    "piecewise": PiecewiseStep(up=(1.5, 1.2, 0.8), down=(0.2, 1.7), pulses=200, spread=0.1),
+}  # fmt: skip
+COUNTED = ("constant", "constant-reference", "agarwal-one-sided")
+
+
+def case(batch, groups, inputs, outputs, seed=0):
+    rng = np.random.default_rng(seed)
+    g = rng.uniform(G_MIN, G_MAX, (2, groups * inputs, outputs)).astype(np.float32)
+    x = np.maximum(rng.normal(0.3, 1, (batch, groups * inputs)), 0).astype(np.float32)
+    d = rng.normal(0, 0.1, (batch, groups * outputs)).astype(np.float32)
+    d[rng.random(d.shape) < 0.1] = 0
+    return g, x, d, rng.uniform(0.5, 2.0, groups * outputs).astype(np.float32)
+
+
+SHAPES = [(1, 1, 1, 1), (5, 2, 37, 71), (3, 1, 70, 36)]
+
+
+def assert_matches_oracle(law, train, shape, device=None):
+    batch, groups, *_ = shape
+    g, x, d, w_max = case(*shape)
+    s = {
+        "rate": 0.1, "w_max": w_max, "groups": groups, **WINDOW, "stuck_at_g_min": 0.05, "stuck_at_g_max": 0.03,
+        "seed": SEED, "step": 9,
+    }  # fmt: skip
+    cells, weights = reference.pulse_update(g, x, d, law=law.model_dump(), train=train.model_dump(), **s)
+    new = g.copy()
+    read = ops.pulse_update(new, x, d, law=law, train=train, device=device, **s)
+    # float32 arithmetic of about ten operations a sample; NeuroSim's labels go through a fit of 1e-5
+    atol = (1e-5 if law.law == "neurosim" else 3e-6) * (G_MAX - G_MIN)
+    np.testing.assert_allclose(new, cells, rtol=0, atol=atol)
+    np.testing.assert_allclose(read, weights, rtol=0, atol=2 * w_max.max() * atol / (G_MAX - G_MIN))
+    if g.size > 2:
+        assert (new != g).mean() > 0.1
+    if law.sides == "reference":
+        np.testing.assert_array_equal(new[1], g[1])
+
+
+PAIRS = [
+    (law, train) for law in LAWS for train in TRAINS if law in COUNTED or not train.startswith("counted")
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("law", "train"), PAIRS)
+def test_host_matches_oracle(law, train, shape):
+    assert_matches_oracle(LAWS[law], TRAINS[train], shape)
+
+
+def test_chunks_of_samples_follow_one_another():
+    assert_matches_oracle(LAWS["soft"], TRAINS["managed"], (300, 1, 3, 5))
+    assert_matches_oracle(LAWS["constant-reference"], TRAINS["counted"], (300, 1, 3, 5))
+
+
+def test_the_same_bits_on_any_number_of_threads():
+    g, x, d, w_max = case(20, 2, 90, 65)
+    for law, train in (("soft", "managed"), ("constant", "counted")):
+        results = []
+        for threads in (1, 2):
+            set_threads(threads)
+            cells = g.copy()
+            read = ops.pulse_update(
+                cells, x, d, rate=0.1, law=LAWS[law], train=TRAINS[train], w_max=w_max, groups=2, **WINDOW
+            )
+            results.append((cells, read))
+        np.testing.assert_array_equal(results[0][0], results[1][0])
+        np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+def many(train, x, e, repeats=400):
+    """Trains of one input and one error vector, drawn `repeats` times: slots [repeats, lines, 31] each."""
+    x, e = (np.tile(np.asarray(values, float), (repeats, 1)) for values in (x, e))
+    return pulse_trains(x, e, train=train.model_dump(), unit=0.25, seed=SEED)
+
+
+def test_update_management_gives_both_sides_the_same_probability():
+    """Of max|x| = 2 and max|e| = 3, 6 pulses are wanted: 6 slots, and sqrt(6 / 6) on both sides."""
+    x, e, length = many(PulseTrain(length=31), [2.0, -1.0], [3.0, 0.6])
+    assert (length == 6).all()
+    assert (x[:, 0].sum(1) == 6).all()
+    assert (e[:, 0].sum(1) == 6).all()
+    n = 400 * 6
+    for slots, p in ((-x[:, 1], 0.5), (e[:, 1], 0.2)):
+        assert slots.sum() / n == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / n))
+    x, e, length = many(PulseTrain(length=24, bound_management=False), [2.0, -1.0], [3.0, 0.6])
+    assert (length == 24).all()
+    for slots, p in ((x[:, 0], 0.5), (e[:, 0], 0.5), (-x[:, 1], 0.25), (e[:, 1], 0.1)):
+        assert slots.sum() / (24 * 400) == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / (24 * 400)))
+
+
+def test_without_update_management_the_probabilities_are_gokmens():
+    """|x| sqrt(rate / (step length)) and |d| the same; here rate / step = 0.25 and so e = 0.25 d."""
+    x, e, _ = many(
+        PulseTrain(length=16, update_management=False, bound_management=False), [2.0], [0.25 * 4.0]
+    )
+    for slots, p in ((x[:, 0], 2 * np.sqrt(0.25 / 16)), (e[:, 0], 4 * np.sqrt(0.25 / 16))):
+        assert slots.sum() / (16 * 400) == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / (16 * 400)))
+
+
+def test_a_train_too_short_clips_errors_not_inputs():
+    x, e, length = many(PulseTrain(length=10), [4.0, 2.0], [10.0, 2.5, 0.5])
+    assert (length == 10).all()
+    assert (x[:, 0].sum(1) == 10).all()
+    assert (e[:, 0].sum(1) == 10).all()
+    assert (e[:, 1].sum(1) == 10).all()
+    assert x[:, 1].sum() / 4000 == pytest.approx(0.5, abs=4 * np.sqrt(0.25 / 4000))
+    assert e[:, 2].sum() / 4000 == pytest.approx(0.2, abs=4 * np.sqrt(0.16 / 4000))
+
+
+def changes(train, x, d, *, rate=0.01, law=None, copies=4000, batch=1, seed=1):
+    """Weight changes of `copies` independent pairs in mid-window, in pulses; the same x and d for each sample."""
+    law = law or ConstantStep(pulses=1000)
+    # each pair is a group of its own: no two share a line
+    g = np.full((2, copies, 1), (G_MIN + G_MAX) / 2, np.float32)
+    xs, ds = (np.broadcast_to(np.float32(v), (batch, copies)).copy() for v in (x, d))
+    w = ops.pulse_update(
+        g, xs, ds, rate=rate, train=train, law=law, w_max=np.ones(copies, np.float32), groups=copies, **WINDOW, seed=seed
+    )  # fmt: skip
+    return w.ravel().astype(np.float64) * law.pulses / (2 if law.sides == "both" else 1)
+
+
+@pytest.mark.parametrize("train", [t for t in TRAINS if "implicit" not in t])
+def test_mean_and_variance_of_an_update(train):
+    """Counts are binomial: mean L p q = rate x d / step a sample, variance L p q (1 - p q)."""
+    train, x, d, batch = TRAINS[train], 0.7, -0.4, 3
+    wanted = 0.01 * 0.7 * 0.4 * 1000 / 2  # pulses a sample
+    length = np.ceil(wanted) if train.bound_management else train.length
+    n, variance = 4000, batch * wanted * (1 - wanted / length)
+    found = changes(train, x, d, batch=batch)
+    assert found.mean() == pytest.approx(batch * wanted, abs=4 * np.sqrt(variance / n))
+    assert found.var() == pytest.approx(variance, rel=5 * np.sqrt(3 / n))
+    assert np.abs(found - np.rint(found)).max() < 1e-2
+
+
+def test_implicit_coincidences_are_the_rounded_product():
+    train = PulseTrain(
+        length=20, scheme="deterministic_implicit", update_management=False, bound_management=False
+    )
+    # p = 0.8 sqrt(5 / 20) = 0.4 and q = 0.6 sqrt(5 / 20) = 0.3: 8 and 6 slots of 20, so 2.4 coincidences
+    np.testing.assert_allclose(changes(train, 0.8, -0.6, copies=3), 2, atol=1e-2)
+    np.testing.assert_allclose(changes(train, -0.8, -0.6, copies=3, batch=4), -8, atol=1e-2)
+
+
+def test_noise_of_a_pulse():
+    """Cycle noise of 50 %: its variance adds to that of the count, a quarter of the mean."""
+    wanted, n = 0.01 * 0.28 * 500, 20000
+    law = ConstantStep(pulses=1000, cycle=0.5, sides="reference")
+    train = PulseTrain(bound_management=False)
+    found = changes(train, 0.7, -0.2, law=law, copies=n)
+    wanted = 0.01 * 0.7 * 0.2 * 1000
+    variance = wanted * (1 - wanted / 31) + 0.25 * wanted
+    assert found.mean() == pytest.approx(wanted, abs=4 * np.sqrt(variance / n))
+    assert found.var() == pytest.approx(variance, rel=5 * np.sqrt(3 / n))
+
+
+def test_counted_is_the_sequence_without_noise():
+    """The same trains, counted: away from the bounds, constant steps add up to the same, and one-sided flows too."""
+    g, x, d, w_max = case(40, 1, 30, 50)
+    g[:] = np.random.default_rng(1).uniform(5e-6, 6e-6, g.shape)
+    for law in (
+        ConstantStep(pulses=1000, step_spread=0.3, asymmetry=0.2),
+        SoftBounds(pulses=1000, spread=0.2, sides="one_sided"),
+        PiecewiseStep(up=(1.5, 0.3), pulses=1000, sides="one_sided"),
+    ):
+        results = []
+        for mode in ("exact", "aggregated"):
+            cells = g.copy()
+            ops.pulse_update(
+                cells, x, d, rate=0.05, law=law, train=PulseTrain(mode=mode), w_max=w_max, **WINDOW, seed=SEED
+            )
+            results.append(cells)
+        assert np.abs(results[0] - g).max() > 0.01 * (G_MAX - G_MIN)
+        # float32 rounding of 40 conductances
+        np.testing.assert_allclose(results[0], results[1], rtol=0, atol=40 * 1e-7 * (G_MAX - G_MIN))
+
+
+@pytest.mark.parametrize("cycle_of", ["step", "nominal"])
+def test_counted_is_distributed_as_the_sequence_with_noise(cycle_of):
+    """Two-sample Kolmogorov-Smirnov of 4,000 pairs, independent draws."""
+    law = ConstantStep(pulses=1000, cycle=0.6, cycle_of=cycle_of, step_spread=0.3, asymmetry=0.2)
+    exact = changes(PulseTrain(), 0.7, -0.5, law=law, batch=4, seed=1)
+    counted = changes(PulseTrain(mode="aggregated"), 0.7, -0.5, law=law, batch=4, seed=2)
+    points = np.sort(np.concatenate([exact, counted]))
+    cdf = [np.searchsorted(np.sort(sample), points, "right") / sample.size for sample in (exact, counted)]
+    assert np.abs(cdf[0] - cdf[1]).max() < 1.95 * np.sqrt(2 / 4000)  # one in a thousand
+
+
+def test_soft_bounds_do_not_commute():
+    """Why counting is refused there: up then down is not down then up."""
+    law, train = SoftBounds(pulses=20, up=2.0, down=2.0, sides="reference"), PulseTrain(length=1)
+    ends = []
+    for signs in ((1, -1), (-1, 1)):
+        g = np.full((2, 1, 1), G_MIN + 0.4 * (G_MAX - G_MIN), np.float32)
+        x, d = np.ones((2, 1), np.float32), np.array(signs, np.float32)[:, None]
+        ops.pulse_update(g, x, d, rate=1.0, train=train, law=law, w_max=np.ones(1, np.float32), **WINDOW)
+        ends.append(float(g[0, 0, 0]))
+    assert abs(ends[0] - ends[1]) > 1e-3 * (G_MAX - G_MIN)
+
+
+@pytest.mark.parametrize("train", TRAINS)
+def test_zeros_fire_no_pulses(train):
+    g, x, d, w_max = case(4, 1, 20, 30)
+    before = g.copy()
+    s = {"rate": 10.0, "train": TRAINS[train], "law": CONSTANT, "w_max": w_max, **WINDOW}
+    for inputs, errors in ((x * 0, d), (x, d * 0)):
+        ops.pulse_update(g, inputs, errors, **s)
+        np.testing.assert_array_equal(g, before)
+    x[:, 3], d[:, 5] = 0, 0
+    ops.pulse_update(g, x, d, **s)
+    np.testing.assert_array_equal(g[:, 3], before[:, 3])
+    np.testing.assert_array_equal(g[:, :, 5], before[:, :, 5])
+    assert (g != before).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 4), (2, 1, 0, 4), (2, 1, 4, 0)])
+def test_nothing_to_pulse(shape):
+    g, x, d, w_max = case(*shape)
+    before = g.copy()
+    read = ops.pulse_update(g, x, d, rate=0.1, train=PulseTrain(), law=CONSTANT, w_max=w_max, **WINDOW)
+    assert read.shape == (1, shape[3], shape[2])
+    np.testing.assert_array_equal(g, before)
+    if read.size:
+        pair = (g[0] - g[1]) / (G_MAX - G_MIN)
+        np.testing.assert_allclose(read[0], pair.T * w_max[:, None], atol=1e-6)
+
+
+GOOD = {
+    "g": np.full((2, 3, 4), 5e-6, np.float32), "x": np.ones((2, 3), np.float32), "d": np.ones((2, 4), np.float32),
+    "rate": 0.1, "train": PulseTrain(), "law": CONSTANT, "w_max": np.ones(4, np.float32),
+}  # fmt: skip
+BAD = {
+    "dtype": ({"x": np.ones((2, 3))}, TypeError, "`x` must be an array of float32, got float64"),
+    "shape": ({"d": np.ones((3, 4), np.float32)}, ValueError, r"`d` must have shape \(2, 4\)"),
+    "groups": ({"groups": 2}, ValueError, "`groups` must divide the inputs and the outputs, got 2 for 3"),
+    "rate": ({"rate": 0.0}, ValueError, "`rate` must be above 0, got 0; give the learning rate"),
+    "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max, got 1e-06 S and 1e-07 S"),
+    "nan": ({"d": np.full((2, 4), np.nan, np.float32)}, ValueError, "`d` must be finite, got 8 NaN"),
+    "infinity": ({"x": np.full((2, 3), np.inf, np.float32)}, ValueError, "`x` must be finite, got 6 NaN or inf"),
+    "ideal": ({"law": Ideal()}, ValueError, "`law` must be one with pulses to follow a pulse train, got ideal"),
+    "write-noise": (
+        {"law": ConstantStep(write_noise=1e-7)}, ValueError, "`write_noise` must be 0 S with pulse trains, got 1e-07 S",
+    ),
+    "order": (
+        {"law": SoftBounds(), "train": PulseTrain(mode="aggregated")}, ValueError,
+        "`mode` must be exact for law='soft_bounds', whose steps depend on the order of pulses, got 'aggregated'",
+    ),
+    "order-noise": (
+        {"law": SoftBounds(cycle=0.1, sides="one_sided"), "train": PulseTrain(mode="aggregated")}, ValueError,
+        "sides='one_sided' without noise of the cycle",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_changes_nothing(name):
+    change, error, text = BAD[name]
+    values = {**GOOD, **WINDOW, **change}
+    before = values["g"].copy()
+    with pytest.raises(error, match=text):
+        ops.pulse_update(values.pop("g"), values.pop("x"), values.pop("d"), **values)
+    np.testing.assert_array_equal(GOOD["g"], before)
+
+
+def test_a_spec_refuses_trains_its_law_cannot_follow():
+    with pytest.raises(SpecError, match="`law` must be one with pulses to follow a pulse train, got none"):
+        CrossbarSpec(pulses={})
+    with pytest.raises(SpecError, match="`mode` must be exact for law='power_step'"):
+        CrossbarSpec(update={"law": "power_step"}, pulses={"mode": "aggregated"})
+    with pytest.raises(SpecError, match="length"):
+        PulseTrain(length=32)
+    spec = CrossbarSpec(update={"law": "soft_bounds"}, pulses={"length": 10})
+    assert CrossbarSpec.model_validate_json(spec.model_dump_json()) == spec
