@@ -21,10 +21,11 @@ from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
+from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_plan import pipeline
 
-KERNELS = {k.name: k for k in (*TILE_MVM, *FUSED, DAC_QUANTIZE, *PROGRAM, DEVICE_UPDATE)}
+KERNELS = {k.name: k for k in (*TILE_MVM, *FUSED, DAC_QUANTIZE, *PROGRAM, DEVICE_UPDATE, *PULSES)}
 FILES = sorted({k.file for k in KERNELS.values()})
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 C_NAMES = {
@@ -41,6 +42,10 @@ VARIANTS = {
     ],
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
     "device_update.cu": [{"LAW": law} for law in range(8)],
+    "pulse_update.cu": [
+        {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit}
+        for law, aggregated, implicit in [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), *((law, 0, 0) for law in range(1, 8))]
+    ],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
         {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "STREAMS": streams,

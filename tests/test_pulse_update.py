@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
+import torch
+from cuda_shim import FORWARD, REVERSE, ShimDevice
+from torch import nn
 
 from gpuxbar import ops, reference
 from gpuxbar.launch.host import set_threads
+from gpuxbar.nn import convert
+from gpuxbar.optim import InSituSGD
 from gpuxbar.reference import pulse_trains
 from gpuxbar.spec import (
     Agarwal,
@@ -85,7 +92,13 @@ def assert_matches_oracle(law, train, shape, device=None):
 
 
 PAIRS = [
-    (law, train) for law in LAWS for train in TRAINS if law in COUNTED or not train.startswith("counted")
+    *((law, train) for law in LAWS for train in ("managed", "plain")),
+    *((law, train) for law in COUNTED for train in TRAINS if train not in ("managed", "plain")),
+]
+# every law, every mode
+KERNEL_PAIRS = [
+    *((law, "managed") for law in LAWS),
+    *(("constant", train) for train in TRAINS if train != "managed"),
 ]
 
 
@@ -93,6 +106,35 @@ PAIRS = [
 @pytest.mark.parametrize(("law", "train"), PAIRS)
 def test_host_matches_oracle(law, train, shape):
     assert_matches_oracle(LAWS[law], TRAINS[train], shape)
+
+
+ORDERS = [FORWARD, REVERSE, 11, 12]
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize(("law", "train"), KERNEL_PAIRS)
+def test_kernel_matches_oracle(law, train, shape):
+    """The CUDA kernels on the CPU; every thread order in turn."""
+    device = ShimDevice(order=ORDERS[(len(law) + len(train) + shape[0]) % 4])
+    assert_matches_oracle(LAWS[law], TRAINS[train], shape, device)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("law", "train"), [("soft", "managed"), ("constant", "counted")])
+def test_kernel_gives_the_same_bits_in_every_thread_order(law, train, order):
+    g, x, d, w_max = case(35, 2, 45, 68)
+    results = []
+    for device in (ShimDevice(), ShimDevice(order, workspace=1)):
+        cells = g.copy()
+        step = np.full(1, 9) if device.order else 9  # by value, or from memory
+        read = ops.pulse_update(
+            cells, x, d, rate=0.1, law=LAWS[law], train=TRAINS[train], w_max=w_max, groups=2, **WINDOW, step=step,
+            device=device,
+        )  # fmt: skip
+        results.append((cells, read))
+        assert device.launches == ["pulse_trains", "pulse_update"]
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
 def test_chunks_of_samples_follow_one_another():
@@ -318,3 +360,99 @@ def test_a_spec_refuses_trains_its_law_cannot_follow():
         PulseTrain(length=32)
     spec = CrossbarSpec(update={"law": "soft_bounds"}, pulses={"length": 10})
     assert CrossbarSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def pulsed(layer, spec, name="layer"):
+    torch.manual_seed(0)
+    model, _ = convert(layer, spec)
+    return model, InSituSGD(model.parameters(), lr=0.05)
+
+
+PULSED = {"update": {"law": "constant_step", "pulses": 2000}, "pulses": {"length": 31}, "seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Linear(12, 7)), (6, 12)),
+        (lambda: nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)), (3, 4, 9, 8)),
+    ],
+    ids=["linear", "conv"],
+)
+def test_a_layer_is_pulsed_by_its_inputs_and_errors(layer, shape):
+    """Averaged over draws, the step is -lr times the gradient; no weight gradient is made."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    steps, n = [], 60
+    for seed in range(n):
+        torch.manual_seed(0)
+        plain = layer()
+        model, _ = convert(plain, CrossbarSpec(**PULSED | {"seed": seed}))
+        optimiser = InSituSGD(model.parameters(), lr=0.05)
+        before = model[0].weight.detach().clone()
+        model(x).square().mean().backward()
+        assert model[0].weight.grad is None
+        optimiser.step()
+        steps.append(model[0].weight.detach() - before)
+        assert model[0].streams.pairs == []
+    plain(x).square().mean().backward()
+    steps = torch.stack(steps)
+    error = (steps.mean(0) + 0.05 * plain[0].weight.grad) / (steps.std(0) / n**0.5 + 1e-6)
+    assert error.abs().max() < 5
+    assert (0.05 * plain[0].weight.grad / steps.std(0).mean() * n**0.5).abs().max() > 10
+
+
+def test_training_by_pulses_learns_and_resumes_bit_for_bit():
+    torch.manual_seed(0)
+    x = torch.randn(128, 10)
+    target = torch.tanh(x @ torch.randn(10, 3))
+
+    def built():
+        torch.manual_seed(1)
+        model, _ = convert(
+            nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 3)),
+            CrossbarSpec(
+                update={"law": "soft_bounds", "pulses": 2000, "cycle": 0.3, "up": 2.0, "down": 2.0}, pulses={}
+            ),
+        )
+        return model, InSituSGD(model.parameters(), lr=0.2)
+
+    def train(model, optimiser, steps):
+        for _ in range(steps):
+            optimiser.zero_grad()
+            loss = (model(x) - target).square().mean()
+            loss.backward()
+            optimiser.step()
+        return loss.item()
+
+    model, optimiser = built()
+    first = train(model, optimiser, 1)
+    assert train(model, optimiser, 60) < 0.4 * first
+    state = copy.deepcopy(model.state_dict())
+    again, other = built()
+    again.load_state_dict(state)
+    train(model, optimiser, 3)
+    train(again, other, 3)
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_streams_are_kept_until_a_step_and_forgotten_by_zero_grad():
+    model, optimiser = pulsed(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED))
+    for _ in range(2):
+        model(torch.ones(4, 3)).sum().backward()
+    assert len(model[0].streams.pairs) == 2
+    optimiser.zero_grad()
+    before = model[0].weight.detach().clone()
+    optimiser.step()
+    torch.testing.assert_close(model[0].weight.detach(), before, rtol=0, atol=0)
+    with torch.no_grad():
+        model(torch.ones(4, 3))
+    assert model[0].streams.pairs == []
+
+
+def test_momentum_is_refused_with_pulses():
+    model, _ = convert(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED))
+    with pytest.raises(
+        ValueError, match=r"`momentum` must be 0 for layers with pulse trains, got 0\.9 for 0"
+    ):
+        InSituSGD(model.parameters(), lr=0.1, momentum=0.9)

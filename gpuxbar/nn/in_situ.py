@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gpuxbar.bridge.device_update import device_update
+from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.reprogram import program_pairs
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
+from gpuxbar.nn.streams import Streams
 from gpuxbar.nn.wires import Wires
 
 __all__ = ["InSitu", "layer_of"]
@@ -38,11 +41,17 @@ class InSitu(Wires):
     def setup_in_situ(self) -> None:
         for name in ("g_cells", "w_max", "update_step"):
             self.register_buffer(name, None)
+        self.streams = Streams()
         self._read_version: int | None = None  # of the weight when it was last what the cells read
 
     @property
     def in_situ(self) -> bool:
         return self.g_cells is not None
+
+    @property
+    def pulsed(self) -> bool:
+        """Trained in situ by pulse trains: a backward pass keeps inputs and errors, and makes no weight gradient."""
+        return self.in_situ and self.spec.pulses is not None
 
     def require_law(self) -> None:
         """Refuse to train in situ without an update law."""
@@ -92,6 +101,39 @@ class InSitu(Wires):
         self.update_step += 1
         self.weight.copy_(read)
         self._read_version = self.weight._version
+
+    @torch.no_grad()
+    def update_pulses(self, rate: float) -> None:
+        """Pulse the cells for the inputs and errors since the last update; the weight becomes what they read."""
+        assert self.g_cells is not None
+        assert self.w_max is not None
+        assert self.update_step is not None
+        pairs = [self.as_lines(x, d) for x, d in self.streams.take()]
+        if not pairs:
+            return
+        x, d = (torch.cat(parts).float().contiguous() for parts in zip(*pairs, strict=True))
+        read = pulse_update(
+            self.g_cells,
+            x,
+            d,
+            self.w_max,
+            self.update_step,
+            rate,
+            self.groups_,
+            self.static[1],
+            self.plan.seed,
+        )
+        self.update_step += 1
+        self.weight.copy_(read.view_as(self.weight))
+        self._read_version = self.weight._version
+
+    def as_lines(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and errors as the lines of the array see them: [B, G * I] and [B, G * O]."""
+        if x.dim() == 2:
+            return x, d
+        way = self.plan
+        patches = functional.unfold(x, self.weight.shape[2:], way.dilation, way.padding, way.stride)
+        return patches.transpose(1, 2).flatten(0, 1), d.flatten(2).transpose(1, 2).flatten(0, 1)
 
     def trained_cells(self) -> Cells:
         """What reads find: both planes, or their analog difference, through the wires."""

@@ -177,10 +177,13 @@ class AnalogLayer(InSitu):
         x, lsb = self._dac_lsb(x)
         self.read_step += 1
         bias = None if self.bias is None else self.bias.float()
-        return analog_mvm(
-            x, self.weight, *cells, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
+        watched = self.pulsed and torch.is_grad_enabled()
+        weight = self.weight.detach() if watched else self.weight
+        y = analog_mvm(
+            x, weight, *cells, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
             self.back_adc_error, self.read_step.clone(), self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
+        return self.streams.watch(y, self.weight, x) if watched else y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *more)

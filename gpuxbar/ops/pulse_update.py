@@ -10,7 +10,14 @@ import numpy as np
 from gpuxbar import reference
 from gpuxbar.launch import (
     Device,
+    In,
+    InOut,
+    Kernel,
+    Out,
+    Scalar,
+    Struct,
     backend,
+    cuda_device,
     host_call,
     library,
 )
@@ -106,13 +113,13 @@ def pulse_update(
     # wanted pulses for an input and an error of 1
     scale = rate * pulse_count(law) / (2 if law.sides == "both" else 1) / w_max
     update: dict[str, Any] = {
-        "law": parameters(law, g_min, g_max), "train": Train.of(train), "seed": seed, "g_min": g_min,
+        "law": parameters(law, g_min, g_max), "seed": seed, "g_min": g_min,
         "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,
         "inputs": inputs, "outputs": outputs,
     }  # fmt: skip
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
-        raise NotImplementedError
+        return _cuda(device or cuda_device(), g, x, d, scale, w_max, train, law, step, update)
     step = int(np.asarray(step).reshape(-1)[0])
     shape = (groups, outputs, inputs)
     if where == "reference":
@@ -128,7 +135,7 @@ def pulse_update(
         host_call(
             library(), "gpuxbar_pulse_update", g, x, d, scale, scale.reshape(groups, outputs).min(1), weights, w_max,
             np.empty(x.shape, np.uint32), np.empty(d.shape, np.uint32), np.empty((batch, groups), np.float32),
-            np.frombuffer(bytes(Update(batch=batch, step=step, **update)), np.uint8), train.mode == "aggregated", bad,
+            np.frombuffer(bytes(Update(train=Train.of(train), batch=batch, step=step, **update)), np.uint8), train.mode == "aggregated", bad,
         )  # fmt: skip
     _require_finite(*bad.tolist())
     return weights
@@ -155,6 +162,54 @@ class Update(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
     ]  # fmt: skip
+
+
+def _cuda(
+    device: Device, g: Any, x: Any, d: Any, scale: Any, w_max: Any, train: PulseTrain, law: UpdateLaw, step: Any,
+    update: dict[str, Any],
+) -> Any:  # fmt: skip
+    batch, groups, inputs, outputs = len(x), update["groups"], update["inputs"], update["outputs"]
+    weights = device.empty((groups, outputs, inputs), "float32")
+    trains = {
+        "input_words": device.empty(x.shape, "uint32"), "error_words": device.empty(d.shape, "uint32"),
+        "length": device.empty((batch, groups), "float32"),
+    }  # fmt: skip
+    by_value = isinstance(step, int)
+    when = {"step": None if by_value else step.reshape(-1), "step_value": step if by_value else 0}
+    shape = {name: update[name] for name in ("seed", "groups", "inputs", "outputs")}
+    if not weights.size:
+        return weights
+    if batch:
+        unit = scale.reshape(groups, outputs).min(1)
+        device.launch(
+            PULSE_TRAINS, (batch, groups), (256,),
+            {"x": x, "d": d, "scale": scale, "unit": unit, "train": Train.of(train), **trains, **when, **shape}, {},
+        )  # fmt: skip
+    implicit, aggregated = train.scheme == "deterministic_implicit", train.mode == "aggregated"
+    device.launch(
+        PULSE_UPDATE, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
+        {"g": g, "w": weights, "w_max": w_max, "batch": batch, **trains, **when, **update},
+        {"LAW": update["law"].law, "AGGREGATED": int(aggregated), "IMPLIED": int(implicit)},
+    )  # fmt: skip
+    return weights
+
+
+PULSE_TRAINS = Kernel(
+    "pulse_trains.cu",
+    x=In("float32", "B X"), d=In("float32", "B D"), scale=In("float32", "D"), unit=In("float32", "G"),
+    step=In("int64", "one", optional=True), input_words=Out("uint32", "B X"), error_words=Out("uint32", "B D"),
+    length=Out("float32", "B G"), train=Struct("Train", Train), step_value=Scalar("int64"), seed=Scalar("uint64"),
+    groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
+)  # fmt: skip
+PULSE_UPDATE = Kernel(
+    "pulse_update.cu",
+    g=InOut("float32", "S X O"), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
+    w=Out("float32", "G O I"), w_max=In("float32", "D"), step=In("int64", "one", optional=True),
+    law=Struct("UpdateLaw", Parameters), step_value=Scalar("int64"), seed=Scalar("uint64"), g_min=Scalar("float32"),
+    range=Scalar("float32"), stuck_low=Scalar("float32"), stuck_high=Scalar("float32"), batch=Scalar("int32"),
+    groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
+)  # fmt: skip
+KERNELS = (PULSE_TRAINS, PULSE_UPDATE)
 
 
 def _require_finite(inputs: int, errors: int) -> None:

@@ -24,6 +24,9 @@ class InSituSGD(torch.optim.Optimizer):
     weights from then on: ADC ranges calibrated before leave room for `mapping.headroom`, ranges calibrated from time
     to time (each epoch, say) give better resolution.
 
+    A layer whose spec has `pulses` is pulsed for the inputs and errors of its backward passes since the last step; its
+    weight gets no gradient, and the loss must not be scaled. `zero_grad` of this optimiser forgets them.
+
     Args:
         params: Parameters or groups, as for any torch optimiser.
         lr: Learning rate, above 0.
@@ -51,6 +54,11 @@ class InSituSGD(torch.optim.Optimizer):
         layers = [layer for layer in map(layer_of, group["params"]) if layer is not None]
         for layer in layers:
             layer.require_law()
+            if layer.spec.pulses is not None and group["momentum"]:
+                raise ValueError(
+                    f"InSituSGD: `momentum` must be 0 for layers with pulse trains, got {group['momentum']} for {layer.name}; "
+                    "leave it out, or set pulses=None"
+                )
         for layer in layers:
             if not layer.in_situ:
                 layer.begin_in_situ()
@@ -64,14 +72,23 @@ class InSituSGD(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                layer = layer_of(parameter)
+                if layer is not None and layer.pulsed:
+                    layer.update_pulses(group["lr"])
+                elif parameter.grad is not None:
                     change = self._step_of(parameter, group["momentum"]) * -group["lr"]
-                    layer = layer_of(parameter)
                     if layer is None:
                         parameter += change
                     else:
                         layer.update_cells(change)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for layer in map(layer_of, group["params"]):
+                if layer is not None:
+                    layer.streams.take()
 
     def _step_of(self, parameter: Tensor, momentum: float) -> Tensor:
         assert parameter.grad is not None

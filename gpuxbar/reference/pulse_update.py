@@ -16,7 +16,14 @@ Array = np.ndarray
 
 
 def pulse_trains(
-    x: Array, e: Array, *, train: dict[str, Any], unit: float, groups: int = 1, seed: int = 0, step: int = 0
+    x: Array,
+    e: Array,
+    *,
+    train: dict[str, Any],
+    unit: Array | float,
+    groups: int = 1,
+    seed: int = 0,
+    step: int = 0,
 ) -> tuple[Array, Array, Array]:
     """(signed slots of the inputs [B, G * I, 31] and of the errors [B, G * O, 31], lengths [B, G]).
 
@@ -28,7 +35,7 @@ def pulse_trains(
         groups: G.
         seed, step: Of the random numbers.
     """
-    unit = np.broadcast_to(np.asarray(unit, np.float64), (groups,))
+    steps = np.broadcast_to(np.asarray(unit, np.float64), (groups,))
     top_x, top_e = (np.abs(a).reshape(len(a), groups, -1).max(2, initial=0.0) for a in (x, e))
     wanted = top_x * top_e
     fires = wanted > 0
@@ -40,7 +47,7 @@ def pulse_trains(
         split = (
             np.sqrt(clipped / top_x)
             if train["update_management"]
-            else np.broadcast_to(np.sqrt(unit), wanted.shape)
+            else np.broadcast_to(np.sqrt(steps), wanted.shape)
         )
         per_x = np.where(fires, split / np.sqrt(length), 0.0)
         per_e = np.where(fires, 1 / (split * np.sqrt(length)), 0.0)

@@ -65,4 +65,4 @@ def _constant(law: UpdateLaw) -> bool:
 
 
 def _noiseless(law: UpdateLaw) -> bool:
-    return not isinstance(law, Ideal) and law.cycle == 0 == getattr(law, "gamma", 0)
+    return getattr(law, "cycle", 1.0) == 0 == getattr(law, "gamma", 0.0)

@@ -45,20 +45,28 @@ i64 count_not_finite(const float* values, i64 size) {
   return count;
 }
 
-float largest(const float* values, const float* scale, i64 size) {
+template <class Value>
+float largest(i64 size, Value&& value) {
   float top = 0.0f;
 #pragma omp simd reduction(max : top)
-  for (i64 l = 0; l < size; ++l) top = std::max(top, abs(values[l]) * (scale ? scale[l] : 1.0f));
+  for (i64 l = 0; l < size; ++l) top = std::max(top, abs(value(l)));
   return top;
 }
 
-void fire(const Update& u, const Sample& sample, const float* values, const float* scale, float per, i64 first,
-          i64 size, u32 purpose, u32 b, u32* words) {
+template <class Value>
+void fire(const Update& u, const Sample& sample, i64 first, i64 size, Value&& value, float per, u32 purpose, u32 b,
+          u32* words) {
+  if (u.train.implicit) {
 #pragma omp simd
-  for (i64 l = 0; l < size; ++l) {
-    const float value = values[l] * (scale ? scale[l] : 1.0f);
-    words[l] = train_word(u.train, sample.length, abs(value) * per, value < 0.0f, (u32)(first + l), purpose, b,
-                          (u32)u.step, u.seed);
+    for (i64 l = 0; l < size; ++l) words[l] = signed_word(implied_slots(sample.length, abs(value(l)) * per), value(l));
+  } else {
+    const u32 slots = (1u << sample.length) - 1u;
+#pragma omp simd
+    for (i64 l = 0; l < size; ++l) {
+      const u32 line = (u32)(first + l);
+      const u32 word = stochastic_slots(chance(abs(value(l)) * per), line, purpose, b, (u32)u.step, u.seed);
+      words[l] = signed_word(word & slots, value(l));
+    }
   }
 }
 
@@ -66,40 +74,49 @@ void fire(const Update& u, const Sample& sample, const float* values, const floa
 void fire_sample(const Update& u, const Arrays& a, i64 b, i64 group) {
   const i64 x0 = group * u.inputs, d0 = group * u.outputs;
   const float *x = a.x + b * u.groups * u.inputs + x0, *d = a.d + b * u.groups * u.outputs + d0, *scale = a.scale + d0;
-  const Sample sample =
-      sample_train(u.train, largest(x, nullptr, u.inputs), largest(d, scale, u.outputs), a.unit[group]);
+  const auto input = [=](i64 l) { return x[l]; };
+  const auto error = [=](i64 l) { return d[l] * scale[l]; };
+  const Sample sample = sample_train(u.train, largest(u.inputs, input), largest(u.outputs, error), a.unit[group]);
   a.length[b * u.groups + group] = (float)sample.length;
-  fire(u, sample, x, nullptr, sample.per_input, x0, u.inputs, PULSE_INPUT, (u32)b, a.inputs + (x - a.x));
-  fire(u, sample, d, scale, sample.per_error, d0, u.outputs, PULSE_ERROR, (u32)b, a.errors + (d - a.d));
+  fire(u, sample, x0, u.inputs, input, sample.per_input, PULSE_INPUT, (u32)b, a.inputs + (x - a.x));
+  fire(u, sample, d0, u.outputs, error, sample.per_error, PULSE_ERROR, (u32)b, a.errors + (d - a.d));
 }
 
-// A row of devices with what they keep for all time, and where they are.
+// A row of devices with what they keep for all time.
 struct Row {
-  alignas(64) float low[WIDE_ROW], width[WIDE_ROW], gain_up[WIDE_ROW], gain_down[WIDE_ROW], shape_up[WIDE_ROW],
-      shape_down[WIDE_ROW], free[WIDE_ROW];
+  Draws draws;
+  alignas(64) float free[WIDE_ROW];
 
-  Row(const Update& u, const Place& at) {
-    const Draws draws(u.law, at, u.seed);
+  Row(const Update& u, const Place& at) : draws(u.law, at, u.seed) {
     draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
-#pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
-      const Cell up = device_cell(u.law, draws.of(j), true), down = device_cell(u.law, draws.of(j), false);
-      low[j] = up.window.low, width[j] = up.window.width;
-      gain_up[j] = up.gain, gain_down[j] = down.gain;
-      shape_up[j] = up.direction.shape, shape_down[j] = down.direction.shape;
-    }
-  }
-
-  GPUXBAR_METHOD Cell of(const UpdateLaw& s, int j, bool rising) const {
-    return Cell{Window{low[j], width[j]}, rising ? gain_up[j] : gain_down[j],
-                Direction{rising ? shape_up[j] : shape_down[j], rising ? s.second_up : s.second_down,
-                          rising ? s.node_up : s.node_down}};
   }
 };
 
+// Cell j of a row after pulses; a struct made in a simd loop itself would keep it from vectorising.
+template <class L>
+GPUXBAR_FN float one_way(const UpdateLaw& s, const Draws& z, int j, float x, float d, bool rising, float noise) {
+  return moved<L>(s, z.of(j), x, d, rising, noise);
+}
+
+template <class L>
+GPUXBAR_FN float both_ways(const UpdateLaw& s, const Draws& z, int j, float x, float ups, float downs, float noise) {
+  return after_pulses<L>(s, z.of(j), x, ups, downs, noise);
+}
+
+// Pulses of a row's devices, of one plane, for coincidences that raise the weight and all.
+void share_pulses(i32 sides, bool positive, const float* free, const i32* raise, const i32* all, float* ups,
+                  float* downs) {
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const float raising = free[j] * (float)raise[j], lowering = free[j] * (float)(all[j] - raise[j]);
+    ups[j] = pulses_up(sides, positive, raising, lowering);
+    downs[j] = pulses_down(sides, positive, raising, lowering);
+  }
+}
+
 // Trains of a chunk of samples on the lines of a block, samples of a wordline and bitlines of a sample together.
-struct Trains {
-  alignas(64) u32 inputs[LINES][CHUNK], errors[CHUNK][WIDE_ROW];
+struct alignas(64) Trains {
+  u32 inputs[LINES][CHUNK], errors[CHUNK][WIDE_ROW];
   float length[CHUNK];
 
   void load(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, i64 b0, i64 samples) {
@@ -115,36 +132,38 @@ struct Trains {
   }
 };
 
-// One sample's pulses on a row of devices of one plane.
-template <class L, bool IMPLICIT>
-void pulse_row(const Update& u, const Place& at, const Row& row, i64 sample, u32 input, const u32* errors, float length,
-               float* x) {
-  alignas(64) float z[WIDE_ROW] = {};
-  if (noisy(u.law))
-    draw_normals(Draw{PULSE_CYCLE, (u32)(2 * sample) + at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
-  const float each = 1.0f / u.law.pulses;
-#pragma omp simd
+// One sample's coincidences on a row of devices; false if there are none.
+template <bool IMPLICIT>
+bool coincide(u32 input, const u32* errors, float length, i32* raise, i32* all) {
+  i32 any = 0;
+#pragma omp simd reduction(| : any)
   for (int j = 0; j < WIDE_ROW; ++j) {
-    const bool raising = raises(input, errors[j]);
-    const float n = row.free[j] * (float)coincidences<IMPLICIT>(input, errors[j], length);
-    const Pulses pulses = device_pulses(u.law.sides, at.plane == 0, raising ? n : 0.0f, raising ? 0.0f : n);
-    const bool rising = pulses.up > 0.0f;
-    x[j] = moved<L>(u.law, row.of(u.law, j, rising), x[j], (pulses.up + pulses.down) * each, rising, z[j]);
+    all[j] = coincidences<IMPLICIT>(input, errors[j], length);
+    raise[j] = all[j] & raising(input, errors[j]);
+    any |= all[j];
   }
+  return any != 0;
 }
 
-template <bool IMPLICIT>
-bool any_coincidence(u32 input, const u32* errors, float length) {
-  u32 any = 0;
-#pragma omp simd reduction(| : any)
-  for (int j = 0; j < WIDE_ROW; ++j)
-    any |= IMPLICIT ? (u32)coincidences<true>(input, errors[j], length) : input & errors[j] & SLOTS;
-  return any != 0;
+// A row of devices of one plane after one sample.
+template <class L>
+void pulse_row(const Update& u, const Place& at, const Row& row, i64 sample, const i32* raise, const i32* all,
+               float* x) {
+  alignas(64) float z[WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW], d[WIDE_ROW];
+  if (noisy(u.law))
+    draw_normals(Draw{PULSE_CYCLE, (u32)(2 * sample) + at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
+  const UpdateLaw s = u.law;
+  const float each = 1.0f / s.pulses;
+  share_pulses(s.sides, at.plane == 0, row.free, raise, all, ups, downs);
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) d[j] = (ups[j] + downs[j]) * each;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) x[j] = one_way<L>(s, row.draws, j, x[j], d[j], ups[j] > 0.0f, z[j]);
 }
 
 // Coincidences of a row over a chunk of samples, added to those that raise and to all.
 template <bool IMPLICIT>
-void count_row(const Trains& t, i64 line, i64 samples, i32* raising, i32* all) {
+void count_row(const Trains& t, i64 line, i64 samples, i32* raise, i32* all) {
   constexpr int PART = 32;  // bitlines whose counts stay in registers
   for (int j0 = 0; j0 < WIDE_ROW; j0 += PART) {
     alignas(64) i32 up[PART] = {}, both[PART] = {};
@@ -156,21 +175,21 @@ void count_row(const Trains& t, i64 line, i64 samples, i32* raising, i32* all) {
       for (int j = 0; j < PART; ++j) {
         const i32 n = coincidences<IMPLICIT>(input, errors[j], length);
         both[j] += n;
-        up[j] += raises(input, errors[j]) ? n : 0;
+        up[j] += n & raising(input, errors[j]);
       }
     }
-    for (int j = 0; j < PART; ++j) raising[j0 + j] += up[j], all[j0 + j] += both[j];
+    for (int j = 0; j < PART; ++j) raise[j0 + j] += up[j], all[j0 + j] += both[j];
   }
 }
 
-struct Block {
-  alignas(64) float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
-  i32 raising[LINES][WIDE_ROW], all[LINES][WIDE_ROW];
+struct alignas(64) Block {
+  float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
+  i32 raise[LINES][WIDE_ROW], all[LINES][WIDE_ROW];
 };
 
 template <class L, bool IMPLICIT>
 void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
-  alignas(64) static thread_local Trains trains;
+  static thread_local Trains trains;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0);
   for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
     const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
@@ -179,10 +198,11 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
       for (i64 i = 0; i < lines; ++i) {
         const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
         const Row row(u, at);
+        alignas(64) i32 raise[WIDE_ROW], all[WIDE_ROW];
         for (i64 b = 0; b < samples; ++b) {
           const u32 input = trains.inputs[i][b];
-          if (any_coincidence<IMPLICIT>(input, trains.errors[b], trains.length[b]))
-            pulse_row<L, IMPLICIT>(u, at, row, b0 + b, input, trains.errors[b], trains.length[b], block.x[plane][i]);
+          if ((input & SLOTS) && coincide<IMPLICIT>(input, trains.errors[b], trains.length[b], raise, all))
+            pulse_row<L>(u, at, row, b0 + b, raise, all, block.x[plane][i]);
         }
       }
   }
@@ -190,31 +210,29 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
 
 template <class L, bool IMPLICIT>
 void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
-  alignas(64) static thread_local Trains trains;
+  static thread_local Trains trains;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0);
   for (i64 i = 0; i < lines; ++i) {
-    std::fill(block.raising[i], block.raising[i] + WIDE_ROW, 0);
+    std::fill(block.raise[i], block.raise[i] + WIDE_ROW, 0);
     std::fill(block.all[i], block.all[i] + WIDE_ROW, 0);
   }
   for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
     const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
     trains.load(u, a, group, i0, o0, b0, samples);
-    for (i64 i = 0; i < lines; ++i) count_row<IMPLICIT>(trains, i, samples, block.raising[i], block.all[i]);
+    for (i64 i = 0; i < lines; ++i) count_row<IMPLICIT>(trains, i, samples, block.raise[i], block.all[i]);
   }
-  for (u32 plane = 0; plane < 2; ++plane)
+  const UpdateLaw s = u.law;
+  for (u32 plane = 0; plane < (s.sides == REFERENCE ? 1u : 2u); ++plane)
     for (i64 i = 0; i < lines; ++i) {
       const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
       const Row row(u, at);
       alignas(64) float z[WIDE_ROW] = {};
       if (noisy(u.law)) draw_normals(Draw{PULSE_CYCLE, plane, (u32)u.step, u.seed}, at.row, at.col0, z);
-      const i32 *raising = block.raising[i], *all = block.all[i];
+      alignas(64) float ups[WIDE_ROW], downs[WIDE_ROW];
+      share_pulses(s.sides, plane == 0, row.free, block.raise[i], block.all[i], ups, downs);
       float* x = block.x[plane][i];
 #pragma omp simd
-      for (int j = 0; j < WIDE_ROW; ++j) {
-        const Pulses pulses = device_pulses(u.law.sides, plane == 0, row.free[j] * (float)raising[j],
-                                            row.free[j] * (float)(all[j] - raising[j]));
-        x[j] = after_pulses<L>(u.law, row.of(u.law, j, true), row.of(u.law, j, false), x[j], pulses, z[j]);
-      }
+      for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[j]);
     }
 }
 

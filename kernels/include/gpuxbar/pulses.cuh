@@ -48,7 +48,7 @@ GPUXBAR_FN Sample sample_train(const Train& t, float max_input, float max_error,
 }
 
 // Chances of a pulse in 2^24.
-GPUXBAR_FN u32 chance(float probability) { return (u32)round_even(min(probability, 1.0f) * 16777216.0f); }
+GPUXBAR_FN u32 chance(float probability) { return (u32)(i32)round_even(min(probability, 1.0f) * 16777216.0f); }
 
 // Independent slots of a chance, from 24 random words in six counters; bits of the chance are added from the lowest up:
 // a set one gives every slot that its random bit chooses, an unset one keeps only those.
@@ -67,14 +67,12 @@ GPUXBAR_FN u32 stochastic_slots(u32 chance, u32 line, u32 purpose, u32 sample, u
   return word | (0u - (chance >> 24));
 }
 
-// The train of one line.
-GPUXBAR_FN u32 train_word(const Train& t, i32 length, float probability, bool negative, u32 line, u32 purpose,
-                          u32 sample, u32 step, u64 seed) {
-  const u32 slots =
-      t.implicit ? (u32)round_even(min(probability, 1.0f) * (float)length)
-                 : stochastic_slots(chance(probability), line, purpose, sample, step, seed) & ((1u << length) - 1u);
-  return slots | (negative ? NEGATIVE : 0u);
+// Slots with a pulse, where only their number counts.
+GPUXBAR_FN u32 implied_slots(i32 length, float probability) {
+  return (u32)(i32)round_even(min(probability, 1.0f) * (float)length);
 }
+
+GPUXBAR_FN u32 signed_word(u32 slots, float value) { return slots | (float_bits(value) & NEGATIVE); }
 
 // Pulses that a device gets of a wordline's and a bitline's train.
 template <bool IMPLICIT>
@@ -83,31 +81,27 @@ GPUXBAR_FN i32 coincidences(u32 input, u32 error, float length) {
   return (i32)round_even((float)((input & SLOTS) * (error & SLOTS)) / length);
 }
 
-// Whether coincidences raise the weight: it moves by -x d.
-GPUXBAR_FN bool raises(u32 input, u32 error) { return ((input ^ error) & NEGATIVE) != 0; }
-
-struct Pulses {
-  float up, down;
-};
+// All bits where coincidences raise the weight, which moves by -x d; else none.
+GPUXBAR_FN i32 raising(u32 input, u32 error) { return (i32)(input ^ error) >> 31; }
 
 // Pulses of one device of a pair, for those that raise and lower the weight.
-GPUXBAR_FN Pulses device_pulses(i32 sides, bool positive, float raising, float lowering) {
-  if (sides == REFERENCE && !positive) return Pulses{0.0f, 0.0f};
-  const float up = positive ? raising : lowering, down = positive ? lowering : raising;
-  return Pulses{up, sides == ONE_SIDED ? 0.0f : down};
+GPUXBAR_FN float pulses_up(i32 sides, bool positive, float raise, float lower) {
+  return positive ? raise : sides == REFERENCE ? 0.0f : lower;
+}
+GPUXBAR_FN float pulses_down(i32 sides, bool positive, float raise, float lower) {
+  return sides == ONE_SIDED ? 0.0f : positive ? lower : sides == REFERENCE ? 0.0f : raise;
 }
 
 // x after pulses both ways whose order does not matter.
 template <class L>
-GPUXBAR_FN float after_pulses(const UpdateLaw& s, const Cell& rising, const Cell& falling, float x,
-                              const Pulses& pulses, float z) {
-  const Window& window = rising.window;
-  const float y = share_of(window, x), each = 1.0f / s.pulses;
-  const Change up = change_of<L>(s, rising, y, pulses.up * each, true);
-  const Change down = change_of<L>(s, falling, y, pulses.down * each, false);
-  const float from = fma(y, window.width, window.low);
-  const float to = fma(sqrt_fast(up.variance + down.variance), z, from + (up.size - down.size));
-  return pulses.up + pulses.down > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
+GPUXBAR_FN float after_pulses(const UpdateLaw& s, const Spreads& device, float x, float ups, float downs, float z) {
+  const Window window = device_window(s, device);
+  const float y = min(max((x - window.low) * (1.0f / window.width), 0.0f), 1.0f), each = 1.0f / s.pulses;
+  const Change up = change_of<L>(s, device, window.width, y, ups * each, true);
+  const Change down = change_of<L>(s, device, window.width, y, downs * each, false);
+  const float from = fma(y, window.width, window.low) + (up.size - down.size);
+  const float to = fma(sqrt_fast(up.variance + down.variance), z, from);
+  return ups + downs > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
 }
 
 }  // namespace gpuxbar

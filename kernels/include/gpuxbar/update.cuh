@@ -66,22 +66,6 @@ GPUXBAR_FN float pulsed(const UpdateLaw& s, float wanted) {
   return s.integer_pulses ? round_even(d * s.pulses) / s.pulses : d;
 }
 
-// One device: its window, and its step and law in one direction.
-struct Cell {
-  Window window;
-  float gain;
-  Direction direction;
-};
-
-GPUXBAR_FN Cell device_cell(const UpdateLaw& s, const Spreads& z, bool rising) {
-  return Cell{device_window(s, z), device_gain(s, z, rising), device_direction(s, z, rising)};
-}
-
-// Where a device is in its own window.
-GPUXBAR_FN float share_of(const Window& window, float x) {
-  return min(max((x - window.low) * (1.0f / window.width), 0.0f), 1.0f);
-}
-
 // A change and its variance, in shares of the nominal window.
 struct Change {
   float size, variance;
@@ -89,28 +73,23 @@ struct Change {
 
 // What a wanted change of size d does to a device at share y of its window.
 template <class L>
-GPUXBAR_FN Change change_of(const UpdateLaw& s, const Cell& cell, float y, float d, bool rising) {
-  const L law(cell.direction);
-  const float gain = cell.gain, n = d * s.pulses;
-  const float size = cell.window.width * law.change(rising ? y : 1.0f - y, d * gain * (1.0f / cell.window.width));
+GPUXBAR_FN Change change_of(const UpdateLaw& s, const Spreads& device, float width, float y, float d, bool rising) {
+  const L law(device_direction(s, device, rising));
+  const float gain = device_gain(s, device, rising), n = d * s.pulses;
+  const float size = width * law.change(rising ? y : 1.0f - y, d * gain * (1.0f / width));
   const float per_size = fma(size, s.cycle2 + s.pulse_cycle2 / max(n, 1e-30f), s.gamma2);
   return Change{size, fma(size, per_size, n * s.range_cycle2 * gain * gain)};
 }
 
 // x after a change of size d; z is the update's normal.
 template <class L>
-GPUXBAR_FN float moved(const UpdateLaw& s, const Cell& cell, float x, float d, bool rising, float z) {
-  const Window& window = cell.window;
-  const float y = share_of(window, x);
-  const Change change = change_of<L>(s, cell, y, d, rising);
-  const float from = fma(y, window.width, window.low);
-  const float to = fma(sqrt_fast(change.variance), z, from + (rising ? change.size : -change.size));
-  return d > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
-}
-
-template <class L>
 GPUXBAR_FN float moved(const UpdateLaw& s, const Spreads& device, float x, float d, bool rising, float z) {
-  return moved<L>(s, device_cell(s, device, rising), x, d, rising, z);
+  const Window window = device_window(s, device);
+  const float y = min(max((x - window.low) * (1.0f / window.width), 0.0f), 1.0f);
+  const Change change = change_of<L>(s, device, window.width, y, d, rising);
+  const float from = fma(y, window.width, window.low) + (rising ? change.size : -change.size);
+  const float to = fma(sqrt_fast(change.variance), z, from);
+  return d > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
 }
 
 }  // namespace gpuxbar

@@ -1,0 +1,59 @@
+"""The weight update of an array by pulse trains as a PyTorch operator; it changes the conductances in place."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from gpuxbar import ops
+from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.operator import operator
+from gpuxbar.spec import CrossbarSpec
+
+__all__ = ["pulse_update"]
+
+_spec = lru_cache(maxsize=1024)(TypeAdapter(CrossbarSpec).validate_json)
+
+
+def _shape(g, x, d, w_max, step, rate, groups, spec, seed):
+    return g.new_empty((groups, g.shape[2], g.shape[1] // groups))
+
+
+@operator(_shape, mutates_args=("g",))
+def pulse_update(
+    g: Tensor,
+    x: Tensor,
+    d: Tensor,
+    w_max: Tensor,
+    step: Tensor,
+    rate: float,
+    groups: int,
+    spec: str,
+    seed: int,
+) -> Tensor:
+    """Pulse pairs of devices for a batch of inputs and errors; returns the weights read out, [G, O, I].
+
+    Args:
+        g: Conductances of the positive and the negative devices, float32 [2, G * I, O], S; changed in place.
+        x: Inputs, float32 [B, G * I]; finite.
+        d: Gradient of the outputs, float32 [B, G * O]; finite.
+        w_max: Weight of a full pair, float32 [G * O].
+        step: Update counter, int64 [1]; same value, same trains and noise.
+        rate: Learning rate.
+        groups: Arrays side by side, G.
+        spec: The layer's `CrossbarSpec` as JSON, with an update law and pulse trains.
+        seed: The layer's seed.
+    """
+    crossbar = _spec(spec)
+    assert crossbar.update is not None
+    assert crossbar.pulses is not None
+    window, stuck = crossbar.device, crossbar.programming
+    with on_device(g, "pulses") as device:
+        weights = ops.pulse_update(
+            array(g), array(x), array(d), rate=rate, train=crossbar.pulses, law=crossbar.update, w_max=array(w_max),
+            g_min=window.g_min, g_max=window.g_max, groups=groups, stuck_at_g_min=stuck.stuck_at_g_min,
+            stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step), device=device,
+        )  # fmt: skip
+        return tensor(weights)

@@ -1,0 +1,189 @@
+// pulse_update: coincidences of pulse trains through the device law, in place, and the weights read out afterwards.
+//
+// Axes    B samples; G groups of I wordlines and O bitlines; two planes of devices: g [2, G * I, O].
+// Launch  256 threads: a block of 32 wordlines x 32 bitlines of both planes, four bitlines of a wordline a thread; grid
+//         (ceil(O / 32), ceil(I / 32), G). Trains of 32 samples at a time lie in shared memory; a cell takes the samples
+//         in order, in registers. The result does not depend on the launch.
+// Random  normals and uniforms of (plane, wordline, bitline, sample): see philox.cuh; `step` is read from memory where
+//         given.
+// Macros  LAW  the law (enum Law)    AGGREGATED  coincidences are counted over the batch, and cells move once
+//         IMPLIED  coincidences are the product of numbers of slots
+// Wrapper gpuxbar/ops/pulse_update.py      Oracle gpuxbar/reference/pulse_update.py
+#include "gpuxbar/pulses.cuh"
+
+namespace gpuxbar {
+
+#ifndef LAW
+#define LAW 0
+#endif
+#ifndef AGGREGATED
+#define AGGREGATED 0
+#endif
+#ifndef IMPLIED
+#define IMPLIED 0
+#endif
+
+constexpr int CHUNK = 32;  // samples
+
+// Normals of four neighbouring cells, zeros where their standard deviation is 0.
+GPUXBAR_FN Normals4 draw(float deviation, u32 purpose, u32 group, u32 row, u32 slot, u32 step, u64 seed) {
+  if (deviation == 0.0f) return Normals4{};
+  return normals4(counter(group, row, purpose, slot, step), (u32)seed, (u32)(seed >> 32));
+}
+
+// Trains of a chunk of samples on the lines of a block.
+struct Trains {
+  u32 input[CHUNK][32], error[CHUNK][32];
+  float length[CHUNK];
+};
+
+// Load the samples from b0 on; how many there are.
+GPUXBAR_FN int stage(Trains& trains, const u32* input_words, const u32* error_words, const float* length, int b0,
+                     int batch, int group, int groups, int i0, int inputs, int o0, int outputs) {
+  const int samples = batch - b0 < CHUNK ? batch - b0 : CHUNK;
+  __syncthreads();
+  for (int e = threadIdx.x; e < samples * 32; e += 256) {
+    const int b = e >> 5, l = e & 31;
+    const i64 at = (i64)(b0 + b) * groups + group;
+    trains.input[b][l] = i0 + l < inputs ? input_words[at * inputs + i0 + l] : 0u;
+    trains.error[b][l] = o0 + l < outputs ? error_words[at * outputs + o0 + l] : 0u;
+    if (l == 0) trains.length[b] = length[at];
+  }
+  __syncthreads();
+  return samples;
+}
+
+// Add one sample's coincidences on four cells to those that raise the weight and to all.
+GPUXBAR_FN void coincide(const Trains& trains, int b, int line, int quad, int raise[4], int all[4]) {
+  const u32 input = trains.input[b][line];
+  if ((input & SLOTS) == 0) return;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const u32 error = trains.error[b][quad + q];
+    const int n = coincidences<IMPLIED != 0>(input, error, trains.length[b]);
+    all[q] += n;
+    raise[q] += n & raising(input, error);
+  }
+}
+
+// Four neighbouring cells of one plane.
+struct Quad {
+  Spreads device[4];
+  float x[4], free[4];
+};
+
+GPUXBAR_FN void make(Quad& quad, const UpdateLaw& s, u32 group, u32 row, u32 plane, u64 seed, float stuck_low,
+                     float stuck_high) {
+  const Normals4 size = draw(s.step_spread, UPDATE_SPREAD_STEP, group, row, plane, 0, seed);
+  const Normals4 asymmetry = draw(s.asymmetry_spread, UPDATE_SPREAD_ASYMMETRY, group, row, plane, 0, seed);
+  const Normals4 low = draw(s.low_spread, UPDATE_SPREAD_LOW, group, row, plane, 0, seed);
+  const Normals4 high = draw(s.high_spread, UPDATE_SPREAD_HIGH, group, row, plane, 0, seed);
+  const Normals4 up = draw(s.spread_up, UPDATE_SPREAD_UP, group, row, plane, 0, seed);
+  const Normals4 down = draw(s.spread_down, UPDATE_SPREAD_DOWN, group, row, plane, 0, seed);
+  Counter words = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};
+  if (stuck_low + stuck_high > 0.0f)
+    words = philox<10>(counter(group, row, STUCK, plane, 0), (u32)seed, (u32)(seed >> 32));
+  const u32 word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const float u = uniform(word[q]);
+    quad.free[q] = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : 1.0f;
+    quad.device[q] = Spreads{size.z[q], asymmetry.z[q], low.z[q], high.z[q], up.z[q], down.z[q]};
+  }
+}
+
+// A plane's four cells after coincidences, of which `raise` raise the weight; `sample` chooses the noise.
+GPUXBAR_FN void pulse(Quad& quad, const UpdateLaw& s, const int raise[4], const int all[4], u32 group, u32 row,
+                      u32 plane, u32 sample, u32 step, u64 seed) {
+  const float noise = s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
+  const Normals4 z = draw(noise, PULSE_CYCLE, group, row, 2 * sample + plane, step, seed);
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const float raising = quad.free[q] * (float)raise[q], lowering = quad.free[q] * (float)(all[q] - raise[q]);
+    const float ups = pulses_up(s.sides, plane == 0, raising, lowering);
+    const float downs = pulses_down(s.sides, plane == 0, raising, lowering);
+#if AGGREGATED
+    quad.x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], quad.x[q], ups, downs, z.z[q]);
+#else
+    const float d = (ups + downs) * (1.0f / s.pulses);
+    quad.x[q] = moved<LawOf<LAW>>(s, quad.device[q], quad.x[q], d, ups > 0.0f, z.z[q]);
+#endif
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    pulse_update(float* __restrict__ g,                // [2, G * I, O] S
+                 const u32* __restrict__ input_words,  // [B, G * I]    trains
+                 const u32* __restrict__ error_words,  // [B, G * O]
+                 const float* __restrict__ length,     // [B, G]        slots of a train
+                 float* __restrict__ w,                // [G, O, I]     weight read out
+                 const float* __restrict__ w_max,      // [G * O]       weight of a full pair
+                 const i64* __restrict__ step,         // [1], or null: step_value
+                 UpdateLaw law, i64 step_value, u64 seed, float g_min,
+                 float range,  // g_max - g_min, S
+                 float stuck_low, float stuck_high, int batch, int groups, int inputs, int outputs) {
+  __shared__ Trains trains;
+  __shared__ float weight[32][33];  // [wordline][bitline]
+  const int group = blockIdx.z, i0 = blockIdx.y * 32, o0 = blockIdx.x * 32;
+  const int line = threadIdx.x >> 3, quad = 4 * (threadIdx.x & 7);
+  const bool inside = i0 + line < inputs && o0 + quad < outputs;
+  const int count = !inside ? 0 : outputs - o0 - quad < 4 ? outputs - o0 - quad : 4;
+  const u32 when = (u32)(step ? *step : step_value), columns = (u32)(o0 + quad) >> 2;
+  const i64 row = (i64)group * inputs + i0 + line;
+  const float inverse_range = 1.0f / range;
+  const bool still = law.sides == REFERENCE;  // the second plane
+  float pair[4] = {};
+#if AGGREGATED
+  int raise[4] = {}, all[4] = {};
+  for (int b0 = 0; b0 < batch; b0 += CHUNK) {
+    const int samples =
+        stage(trains, input_words, error_words, length, b0, batch, group, groups, i0, inputs, o0, outputs);
+    if (inside)
+      for (int b = 0; b < samples; ++b) coincide(trains, b, line, quad, raise, all);
+  }
+#endif
+#pragma unroll 1
+  for (u32 plane = 0; plane < 2; ++plane) {
+    const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
+    Quad cells;
+    float cell[4], was[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      cell[q] = q < count ? g[first + q] : g_min;
+      was[q] = cells.x[q] = (cell[q] - g_min) * inverse_range;
+    }
+    if (inside) make(cells, law, columns, (u32)row, plane, seed, stuck_low, stuck_high);
+#if AGGREGATED
+    if (inside && !(plane && still)) pulse(cells, law, raise, all, columns, (u32)row, plane, 0, when, seed);
+#else
+    for (int b0 = 0; b0 < (plane && still ? 0 : batch); b0 += CHUNK) {
+      const int samples =
+          stage(trains, input_words, error_words, length, b0, batch, group, groups, i0, inputs, o0, outputs);
+      if (!inside) continue;
+      for (int b = 0; b < samples; ++b) {
+        int raise[4] = {}, all[4] = {};
+        coincide(trains, b, line, quad, raise, all);
+        if (all[0] | all[1] | all[2] | all[3])
+          pulse(cells, law, raise, all, columns, (u32)row, plane, (u32)(b0 + b), when, seed);
+      }
+    }
+#endif
+    const float sign = plane ? -inverse_range : inverse_range;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      if (q < count && cells.x[q] != was[q])  // a cell that did not move keeps its bits
+        g[first + q] = cell[q] = fma(cells.x[q], range, g_min);
+      pair[q] = fma(cell[q], sign, pair[q]);
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < 4; ++q)
+    if (q < count) weight[line][quad + q] = pair[q] * w_max[(i64)group * outputs + o0 + quad + q];
+  __syncthreads();
+  for (int o = threadIdx.x >> 5; o < 32 && o0 + o < outputs; o += 8) {
+    const int i = threadIdx.x & 31;
+    if (i0 + i < inputs) w[((i64)group * outputs + o0 + o) * inputs + i0 + i] = weight[i][o];
+  }
+}
+
+}  // namespace gpuxbar
