@@ -24,9 +24,8 @@ GPUXBAR_FN float block_largest(float value, float* scratch) {
 GPUXBAR_FN u32 fired(const Train& train, i32 length, float value, float per, u32 line, u32 purpose, u32 sample,
                      u32 step, u64 seed) {
   const float probability = abs(value) * per;
-  const u32 slots =
-      train.implicit ? implied_slots(length, probability)
-                     : stochastic_slots(chance(probability), line, purpose, sample, step, seed) & ((1u << length) - 1u);
+  const u32 slots = train.implicit ? implied_slots(length, probability)
+                                   : stochastic_slots(chance(probability), length, line, purpose, sample, step, seed);
   return signed_word(slots, value);
 }
 

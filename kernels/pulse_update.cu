@@ -111,7 +111,7 @@ GPUXBAR_FN void pulse(Quad& quad, const UpdateLaw& s, const int raise[4], const 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     pulse_update(float* __restrict__ g,                // [2, G * I, O] S
                  const u32* __restrict__ input_words,  // [B, G * I]    trains
                  const u32* __restrict__ error_words,  // [B, G * O]
@@ -146,12 +146,8 @@ extern "C" __global__ void __launch_bounds__(256)
   for (u32 plane = 0; plane < 2; ++plane) {
     const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
     Quad cells;
-    float cell[4], was[4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      cell[q] = q < count ? g[first + q] : g_min;
-      was[q] = cells.x[q] = (cell[q] - g_min) * inverse_range;
-    }
+    for (int q = 0; q < 4; ++q) cells.x[q] = q < count ? (g[first + q] - g_min) * inverse_range : 0.0f;
     if (inside) make(cells, law, columns, (u32)row, plane, seed, stuck_low, stuck_high);
 #if AGGREGATED
     if (inside && !(plane && still)) pulse(cells, law, raise, all, columns, (u32)row, plane, 0, when, seed);
@@ -171,9 +167,10 @@ extern "C" __global__ void __launch_bounds__(256)
     const float sign = plane ? -inverse_range : inverse_range;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      if (q < count && cells.x[q] != was[q])  // a cell that did not move keeps its bits
-        g[first + q] = cell[q] = fma(cells.x[q], range, g_min);
-      pair[q] = fma(cell[q], sign, pair[q]);
+      float cell = q < count ? g[first + q] : g_min;                  // read anew: registers are scarce
+      if (q < count && cells.x[q] != (cell - g_min) * inverse_range)  // a cell that did not move keeps its bits
+        g[first + q] = cell = fma(cells.x[q], range, g_min);
+      pair[q] = fma(cell, sign, pair[q]);
     }
   }
 #pragma unroll

@@ -9,6 +9,10 @@
 #include "cells.hpp"
 #include "gpuxbar/pulses.cuh"
 
+#if defined(__AVX512VPOPCNTDQ__)
+#include <immintrin.h>
+#endif
+
 using namespace gpuxbar;
 
 namespace {
@@ -49,24 +53,33 @@ template <class Value>
 float largest(i64 size, Value&& value) {
   float top = 0.0f;
 #pragma omp simd reduction(max : top)
-  for (i64 l = 0; l < size; ++l) top = std::max(top, abs(value(l)));
+  for (i64 l = 0; l < size; ++l) top = std::max(top, gpuxbar::abs(value(l)));
   return top;
 }
 
 template <class Value>
 void fire(const Update& u, const Sample& sample, i64 first, i64 size, Value&& value, float per, u32 purpose, u32 b,
           u32* words) {
+  const u32 step = (u32)u.step;
+  const u64 seed = u.seed;
   if (u.train.implicit) {
 #pragma omp simd
-    for (i64 l = 0; l < size; ++l) words[l] = signed_word(implied_slots(sample.length, abs(value(l)) * per), value(l));
-  } else {
-    const u32 slots = (1u << sample.length) - 1u;
+    for (i64 l = 0; l < size; ++l)
+      words[l] = signed_word(implied_slots(sample.length, gpuxbar::abs(value(l)) * per), value(l));
+    return;
+  }
+  for (i64 l0 = 0; l0 < size; l0 += WIDE_ROW) {  // counter by counter, so that loops vectorise
+    const i64 count = std::min<i64>(WIDE_ROW, size - l0);
+    alignas(64) u32 odds[WIDE_ROW] = {}, word[WIDE_ROW] = {};
 #pragma omp simd
-    for (i64 l = 0; l < size; ++l) {
-      const u32 line = (u32)(first + l);
-      const u32 word = stochastic_slots(chance(abs(value(l)) * per), line, purpose, b, (u32)u.step, u.seed);
-      words[l] = signed_word(word & slots, value(l));
-    }
+    for (i64 l = 0; l < count; ++l) odds[l] = chance(gpuxbar::abs(value(l0 + l)) * per);
+    for (u32 k = 0; k < COUNTERS; ++k)
+#pragma omp simd
+      for (int l = 0; l < WIDE_ROW; ++l)
+        word[l] = add_bits(word[l], odds[l], k, (u32)(first + l0) + (u32)l, purpose, b, step, seed);
+#pragma omp simd
+    for (i64 l = 0; l < count; ++l)
+      words[l0 + l] = signed_word(cut_slots(word[l], odds[l], sample.length), value(l0 + l));
   }
 }
 
@@ -123,7 +136,7 @@ struct alignas(64) Trains {
     const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
     for (i64 b = 0; b < samples; ++b) {
       const u32* from = a.inputs + ((b0 + b) * u.groups + group) * u.inputs + i0;
-      for (i64 i = 0; i < lines; ++i) inputs[i][b] = from[i];
+      for (i64 i = 0; i < LINES; ++i) inputs[i][b] = i < lines ? from[i] : 0u;
       const u32* error = a.errors + ((b0 + b) * u.groups + group) * u.outputs + o0;
       std::copy(error, error + count, errors[b]);
       std::fill(errors[b] + count, errors[b] + WIDE_ROW, 0u);
@@ -161,30 +174,59 @@ void pulse_row(const Update& u, const Place& at, const Row& row, i64 sample, con
   for (int j = 0; j < WIDE_ROW; ++j) x[j] = one_way<L>(s, row.draws, j, x[j], d[j], ups[j] > 0.0f, z[j]);
 }
 
-// Coincidences of a row over a chunk of samples, added to those that raise and to all.
-template <bool IMPLICIT>
-void count_row(const Trains& t, i64 line, i64 samples, i32* raise, i32* all) {
-  constexpr int PART = 32;  // bitlines whose counts stay in registers
-  for (int j0 = 0; j0 < WIDE_ROW; j0 += PART) {
-    alignas(64) i32 up[PART] = {}, both[PART] = {};
-    for (i64 b = 0; b < samples; ++b) {
-      const u32 input = t.inputs[line][b];
-      const u32* errors = t.errors[b] + j0;
-      const float length = t.length[b];
-#pragma omp simd
-      for (int j = 0; j < PART; ++j) {
-        const i32 n = coincidences<IMPLICIT>(input, errors[j], length);
-        both[j] += n;
-        up[j] += n & raising(input, errors[j]);
+typedef i32 Ints __attribute__((vector_size(64)));
+
+inline Ints count_bits(Ints v) {
+#if defined(__AVX512VPOPCNTDQ__)
+  return (Ints)_mm512_popcnt_epi32((__m512i)v);
+#else
+  v -= v >> 1 & 0x55555555;  // of words whose sign is clear
+  v = (v & 0x33333333) + (v >> 2 & 0x33333333);
+  v = (v + (v >> 4)) & 0x0F0F0F0F;
+  return (v * 0x01010101) >> 24;
+#endif
+}
+
+constexpr int TILE = 4, WIDE = 16;  // wordlines and bitlines whose counts stay in registers, two vectors of them
+constexpr int PIECE = 64;           // samples whose trains lie in the first cache
+
+// Coincidences of a block over a piece of a chunk, added to those that raise the weight and to all.
+inline void count_tile(const Trains& t, i64 line, int j0, i64 begin, i64 end, i32 (*raise)[WIDE_ROW],
+                       i32 (*all)[WIDE_ROW]) {
+  Ints up[TILE][2] = {}, both[TILE][2] = {};
+  for (i64 b = begin; b < end; ++b) {
+    const Ints error[2] = {*(const Ints*)(t.errors[b] + j0), *(const Ints*)(t.errors[b] + j0 + WIDE)};
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; ++i) {
+      const i32 input = (i32)t.inputs[line + i][b];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const Ints n = count_bits(error[v] & (input & (i32)SLOTS));
+        both[i][v] += n;
+        up[i][v] += n & (error[v] ^ input) >> 31;
       }
     }
-    for (int j = 0; j < PART; ++j) raise[j0 + j] += up[j], all[j0 + j] += both[j];
   }
+  for (int i = 0; i < TILE; ++i)
+    for (int v = 0; v < 2; ++v) {
+      *(Ints*)(raise[line + i] + j0 + v * WIDE) += up[i][v];
+      *(Ints*)(all[line + i] + j0 + v * WIDE) += both[i][v];
+    }
+}
+
+inline void count_implied(const Trains& t, i64 lines, i64 samples, i32 (*raise)[WIDE_ROW], i32 (*all)[WIDE_ROW]) {
+  alignas(64) i32 up[WIDE_ROW], both[WIDE_ROW];
+  for (i64 i = 0; i < lines; ++i)
+    for (i64 b = 0; b < samples; ++b) {
+      coincide<true>(t.inputs[i][b], t.errors[b], t.length[b], up, both);
+#pragma omp simd
+      for (int j = 0; j < WIDE_ROW; ++j) raise[i][j] += up[j], all[i][j] += both[j];
+    }
 }
 
 struct alignas(64) Block {
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
-  i32 raise[LINES][WIDE_ROW], all[LINES][WIDE_ROW];
+  alignas(64) i32 raise[LINES][WIDE_ROW], all[LINES][WIDE_ROW];
 };
 
 template <class L, bool IMPLICIT>
@@ -212,14 +254,21 @@ template <class L, bool IMPLICIT>
 void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   static thread_local Trains trains;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0);
-  for (i64 i = 0; i < lines; ++i) {
+  for (i64 i = 0; i < LINES; ++i) {
     std::fill(block.raise[i], block.raise[i] + WIDE_ROW, 0);
     std::fill(block.all[i], block.all[i] + WIDE_ROW, 0);
   }
   for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
     const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
     trains.load(u, a, group, i0, o0, b0, samples);
-    for (i64 i = 0; i < lines; ++i) count_row<IMPLICIT>(trains, i, samples, block.raise[i], block.all[i]);
+    if (IMPLICIT) {
+      count_implied(trains, lines, samples, block.raise, block.all);
+      continue;
+    }
+    for (i64 begin = 0; begin < samples; begin += PIECE)
+      for (i64 i = 0; i < lines; i += TILE)
+        for (int j0 = 0; j0 < WIDE_ROW; j0 += 2 * WIDE)
+          count_tile(trains, i, j0, begin, std::min(begin + PIECE, samples), block.raise, block.all);
   }
   const UpdateLaw s = u.law;
   for (u32 plane = 0; plane < (s.sides == REFERENCE ? 1u : 2u); ++plane)
