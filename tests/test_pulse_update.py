@@ -71,11 +71,11 @@ def case(batch, groups, inputs, outputs, seed=0):
 SHAPES = [(1, 1, 1, 1), (5, 2, 37, 71), (3, 1, 70, 36)]
 
 
-def assert_matches_oracle(law, train, shape, device=None):
+def assert_matches_oracle(law, train, shape, device=None, rate=0.1):
     batch, groups, *_ = shape
     g, x, d, w_max = case(*shape)
     s = {
-        "rate": 0.1, "w_max": w_max, "groups": groups, **WINDOW, "stuck_at_g_min": 0.05, "stuck_at_g_max": 0.03,
+        "rate": rate, "w_max": w_max, "groups": groups, **WINDOW, "stuck_at_g_min": 0.05, "stuck_at_g_max": 0.03,
         "seed": SEED, "step": 9,
     }  # fmt: skip
     cells, weights = reference.pulse_update(g, x, d, law=law.model_dump(), train=train.model_dump(), **s)
@@ -135,6 +135,12 @@ def test_kernel_gives_the_same_bits_in_every_thread_order(law, train, order):
         assert device.launches == ["pulse_trains", "pulse_update"]
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "kernel"])
+def test_errors_are_clipped_as_in_the_oracle(device):
+    """Ten times more pulses wanted than a train of 31 holds."""
+    assert_matches_oracle(ConstantStep(pulses=2000), TRAINS["managed"], SHAPES[1], device, rate=2.0)
 
 
 def test_chunks_of_samples_follow_one_another():
