@@ -30,9 +30,14 @@ struct Draws {
     draw(s.spread_up, UPDATE_SPREAD_UP, up);
     draw(s.spread_down, UPDATE_SPREAD_DOWN, down);
   }
-
-  Spreads of(int j) const { return Spreads{step[j], asymmetry[j], low[j], high[j], up[j], down[j]}; }
 };
+
+// `moved` for cell j of a row; a struct made in a simd loop itself would keep it from vectorising.
+template <class L>
+GPUXBAR_FN float moved_cell(const UpdateLaw& s, const Draws& z, int j, float x, float d, bool rising, float noise) {
+  const Spreads device{z.step[j], z.asymmetry[j], z.low[j], z.high[j], z.up[j], z.down[j]};
+  return moved<L>(s, device, x, d, rising, noise);
+}
 
 static inline bool noisy(const UpdateLaw& s) { return s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2 > 0.0f; }
 
