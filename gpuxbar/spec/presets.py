@@ -78,6 +78,9 @@ def txsim_in_situ(tile: int = 64, nu: float = 0.1, gamma: float = 0.05) -> Cross
     and gamma up to 5.
     Chosen here: gamma read in percent (5 is 0.05), since the unit is not certain; one continuous pair of
     devices a weight, since the law is not defined for a sliced one; exact converters.
+    Whether nu = 1 fails, as the paper has it, depends on what a write adds up: such a pair decays with every write,
+    by nu / 2 of |dw| w / w_max, so it fails when every few samples are written, and learns when minibatches and
+    momentum cancel opposite changes before.
 
     Args:
         tile: Wordlines and bitlines of a tile.
