@@ -40,7 +40,7 @@ VARIANTS = {
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
-    "device_update.cu": [{"LAW": law} for law in range(8)],
+    "device_update.cu": [{"LAW": law} for law in range(9)],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
         {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "STREAMS": streams,
