@@ -72,7 +72,11 @@ class InSitu(Wires):
         rows = (
             torch.where(rows > 0, rows, top) if self.spec.mapping.scale == "column" else top.expand_as(rows)
         )
-        self.w_max = (self.spec.mapping.headroom * rows).contiguous()
+        self.start_cells(weight, self.spec.mapping.headroom * rows)
+
+    def start_cells(self, weight: Tensor, w_max: Tensor) -> None:
+        """Program weights [G, O, I] onto pairs; `w_max`, float32 [G * O]: weight of a full pair."""
+        self.w_max = w_max.contiguous()
         share = (weight / self.w_max.reshape(self.groups_, -1, 1) + 1) / 2
         # program() puts a positive weight on the first plane and a negative one on the second
         up, down = (self._program(part) for part in (share, share - 1))
@@ -113,7 +117,7 @@ class InSitu(Wires):
         if off.any():
             raise ValueError(
                 f"{self.name}: `weight` must be what the cells read once trained in situ, got {int(off.sum())} other "
-                "values; update it by InSituSGD alone, or program it anew with begin_in_situ()"
+                "values; update it by an in-situ optimiser alone, or program it anew with begin_in_situ()"
             )
         self._read_version = self.weight._version
 

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     UPDATE_SPREAD_LOW = 21
     UPDATE_SPREAD_HIGH = 22
     UPDATE_WRITE = 23
+    CHOPPER = 32
 
 
 def philox(counter: np.ndarray, seed: int, rounds: int = 10) -> np.ndarray:

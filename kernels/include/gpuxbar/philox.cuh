@@ -30,6 +30,7 @@ enum Purpose : u32 {
   UPDATE_SPREAD_LOW = 21,        // of the window's ends
   UPDATE_SPREAD_HIGH = 22,
   UPDATE_WRITE = 23,  // write noise of a touched cell; slot: plane
+  CHOPPER = 32,       // sign flips of a chopped transfer; row: wordline
 };
 
 struct Counter {
