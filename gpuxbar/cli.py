@@ -17,6 +17,7 @@ from rich.table import Table
 
 import gpuxbar
 from gpuxbar import ops, reference
+from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
 from gpuxbar.experiments import Run
 from gpuxbar.experiments import train as run_training
 from gpuxbar.launch import explain
@@ -69,7 +70,7 @@ def train(
             data_dir=data_dir, download=download, device=device, threads=threads,
         )  # fmt: skip
         records = run_training(run)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CompileError) as error:
         console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     table = Table("mode", "test accuracy", "seconds per epoch", title=str(run.folder))
@@ -103,7 +104,10 @@ def _settings(path: Path | None, name: str | None, overrides: list[str]) -> Cros
 @app.command()
 def doctor() -> None:
     """Print versions and backends, and test the read kernel of each; status 1 if one is wrong."""
-    where, why = explain()
+    try:
+        backend, errors = ": ".join(explain()), _self_test()
+    except CompileError as failure:
+        backend, errors = f"none, {failure}", {}
     table = Table("what", "is", title="gpuxbar doctor")
     for row in (
         ("gpuxbar", gpuxbar.__version__),
@@ -111,23 +115,23 @@ def doctor() -> None:
         ("numpy", np.__version__),
         ("torch", torch.__version__),
         ("cupy", _version("cupy-cuda13x", "cupy-cuda12x", "cupy")),
-        ("C++ compiler", compiler() or "none found: set CXX"),
+        ("C++ compiler", _compiler()),
         ("NVRTC", _nvrtc()),
         ("GPU", ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none found"),
         ("build cache", str(cache_dir())),
-        ("backend", f"{where}: {why}"),
+        ("backend of CPU tensors", escape(backend)),
+        ("backend of GPU tensors", "{}: {}".format(*explain_gpu())),
     ):
         table.add_row(*row)
-    errors = _self_test()
     for name, error in errors.items():
         outcome = f"{'passed' if error < 1e-5 else 'FAILED'}, relative error {error:.1e}"
         table.add_row(f"self-test, {name}", outcome)
     Console().print(table)
-    raise typer.Exit(0 if max(errors.values()) < 1e-5 else 1)
+    raise typer.Exit(0 if errors and max(errors.values()) < 1e-5 else 1)
 
 
 def _self_test() -> dict[str, float]:
-    """Largest relative error of a noisy read by each backend of NumPy arrays, in float64 terms."""
+    """Largest relative error of a noisy read by each backend at hand, in float64 terms."""
     rng = np.random.default_rng(0)
     v = rng.uniform(-0.2, 0.2, (64, 100)).astype(np.float32)
     g = rng.uniform(1e-6, 1e-5, (100, 40)).astype(np.float32)
@@ -136,6 +140,11 @@ def _self_test() -> dict[str, float]:
     found = {"reference": reference.tile_mvm(v, g[None], tile=32) - exact}
     if explain()[0] == "host":
         found["host"] = ops.tile_mvm(v, g, tile_rows=32, read_noise=1e-7, seed=1) - oracle
+    if explain_gpu()[0] == "cuda":
+        tensors = torch.from_numpy(v).cuda(), torch.from_numpy(g).cuda()
+        with on_device(tensors[0], "doctor") as device:
+            y = ops.tile_mvm(*map(array, tensors), tile_rows=32, read_noise=1e-7, seed=1, device=device)
+            found["cuda"] = tensor(y).cpu().numpy() - oracle
     return {name: float(np.abs(error).max() / np.abs(exact).max()) for name, error in found.items()}
 
 
@@ -144,6 +153,13 @@ def _version(*packages: str) -> str:
         with suppress(metadata.PackageNotFoundError):
             return f"{metadata.version(package)} ({package})"
     return "not installed"
+
+
+def _compiler() -> str:
+    try:
+        return compiler() or "none found: set CXX"
+    except CompileError:
+        return "not found, though CXX is set"
 
 
 def _nvrtc() -> str:

@@ -53,7 +53,9 @@ def test_snippets_of_the_readme():
     names = {
         "torch": torch,
         "model": nn.Sequential(OrderedDict(layers)),
-        "loader": [torch.randn(8, 20)],
+        "images": torch.randn(8, 20),
+        "loader": [(torch.randn(8, 20), torch.randint(3, (8,)))],
+        "loss": nn.functional.cross_entropy,
         "v": np.full((5, 200), 0.2, np.float32),
         "g": np.full((200, 7), 1e-6, np.float32),
     }
@@ -61,7 +63,7 @@ def test_snippets_of_the_readme():
     assert len(snippets) == 2
     for snippet in snippets:
         exec(snippet, names)
-    assert [row[2] for row in names["report"].rows] == ["analog", "analog", "digital"]
+    assert [row.runs for row in names["report"].rows] == ["analog", "analog", "digital"]
     assert names["model"].layer1[0].spec.adc.bits == 6
     # 200 cells of 0.2 V and 1 uS, in steps of 0.5 uA, noise far below one
     np.testing.assert_allclose(names["i"], 4e-5, rtol=0, atol=2 * 5e-7)

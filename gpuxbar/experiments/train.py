@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +61,9 @@ def train(run: Run) -> list[dict[str, Any]]:
         set_threads(run.threads)
     data = load_data(run.data, run.data_dir, run.download)
     saved = _open(run, data)
+    _write(
+        run, saved
+    )  # so that a first epoch can be interrupted, and the metrics are those of the checkpoint
     records: list[dict[str, Any]] = saved["records"]
     with Progress() as progress:
         for mode in modes:
@@ -80,7 +82,8 @@ def train(run: Run) -> list[dict[str, Any]]:
             for epoch in range(done, run.epochs):
                 started = time.perf_counter()
                 if mode != "ideal":  # converter ranges follow the weights
-                    calibrate(model, [data.sample(256, device=run.device)])
+                    sample = data.sample(256, device=run.device)
+                    calibrate(model, [sample], loss=nn.functional.cross_entropy)
                 loss = _epoch(model, optimiser, data, run, epoch)
                 seconds = time.perf_counter() - started
                 accuracy = _accuracy(model, data, run.device)
@@ -179,7 +182,7 @@ def _open(run: Run, data: Data) -> dict[str, Any]:
         raise ValueError(f"train: `{path}` must exist to resume, got none; start the run without --resume")
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+    except Exception as error:  # an arbitrary file can fail its reader in any way
         raise ValueError(
             f"train: `{path}` must be a readable checkpoint, got a corrupt file; start anew"
         ) from error

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import cache_dir, kernel_dir
 
 __all__ = ["build", "compiler", "host_call", "library", "set_threads"]
@@ -38,9 +39,15 @@ FLAGS = (
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler: `$CXX`, else g++, else clang++; None without one."""
-    candidates = [os.environ.get("CXX"), "g++", "clang++"]
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+    """Path of the C++ compiler: `$CXX` if set, else g++, else clang++; None without one."""
+    wanted = os.environ.get("CXX")
+    if wanted and shutil.which(wanted) is None:
+        raise CompileError(
+            f"host kernels: `CXX` must be the name or path of a C++ compiler, got {wanted!r}, which is not found; "
+            "unset it to use g++ or clang++"
+        )
+    candidates = (wanted,) if wanted else ("g++", "clang++")
+    return next((path for name in candidates if (path := shutil.which(name))), None)
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,13 +70,10 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
     root = kernel_dir()
     sources = sorted((root / "host").glob("*.cpp"))
     headers = sorted([*(root / "host").glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")])
-    version = subprocess.run(
-        [cxx, "-march=native", "-Q", "--help=target", "--version"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    key = hashlib.sha256("\0".join([version, *flags]).encode())
+    # the predefined macros name the compiler's version and every instruction set of this CPU that it would use
+    command = [cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    key = hashlib.sha256("\0".join([macros, *flags]).encode())
     for path in (*sources, *headers):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_dir() / f"host-{key.hexdigest()[:24]}.so"
@@ -80,7 +84,7 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
         command = [cxx, *flags, f"-I{root / 'include'}", *map(str, sources), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(
+            raise CompileError(
                 f"host kernels: {cxx} failed with status {done.returncode}; "
                 f"set CXX to a C++17 compiler with OpenMP\n{done.stderr}"
             )
@@ -101,7 +105,7 @@ def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
         else:
             converted.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
     assert lib is not None  # else `backend` had chosen the reference
-    function = lib[name]
+    function = getattr(lib, name)
     function.restype = None
     function(*converted)
 

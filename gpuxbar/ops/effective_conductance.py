@@ -1,0 +1,161 @@
+"""What resistive wires leave of the conductances of crossbar tiles."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from gpuxbar import reference
+from gpuxbar.launch import Device, backend, host_call, library
+from gpuxbar.ops.checks import check_array
+
+__all__ = ["Method", "effective_conductance"]
+
+OP = "effective_conductance"
+Method = Literal["none", "first_order", "ladder", "mean_field", "exact"]
+BLOCKS = 16  # side of the coarse tile of "mean_field"
+
+
+def effective_conductance(
+    g: Any,
+    *,
+    r_wordline: Any,
+    r_bitline: Any,
+    r_source: Any = 0.0,
+    r_sink: Any = 0.0,
+    method: Method = "exact",
+    shared_drivers: bool = False,
+    device: Device | None = None,
+) -> Any:
+    """The conductance matrix of every tile as its periphery sees it: i = v @ G_eff through all the wires.
+
+    Wordlines are driven at column 0 and bitlines sensed at row R - 1, on a virtual ground; the other ends are open.
+    Every cell is linear and every line is connected, so G_eff is exact for all inputs at once, amplitude- or
+    time-coded. It is 0 for a tile of open cells.
+
+    `method`, with its cost for an n x n tile:
+      "exact": block merge, 60 n^3 operations; float32 error about 1e-6.
+      "mean_field": the ladder, and the coupling between lines from a coarse tile of 16 x 16 cells; O(n^2).
+      "ladder": every line on its own, exact for one line; O(n^2).
+      "first_order": g (1 - drops of first order); useless once drops reach tens of percent; O(n^2).
+      "none": g.
+
+    Reading backwards (driving bitlines, sensing wordlines at the same ends): the matrix is the transpose of G_eff if
+    every line keeps its end resistance when its role changes. If driver and sense resistances move with the role
+    instead, it is the transpose of the G_eff computed with `r_source` and `r_sink` exchanged.
+
+    Args:
+        g: Conductance, float32 [..., R, C], S; 0 or above, finite.
+        r_wordline, r_bitline: Resistance of a wire segment between two cells, ohm; one, or one per line [R], [C].
+        r_source, r_sink: Total resistance before the first cell of a wordline and after the last cell of a bitline,
+            ohm, with the wire up to there; one, or one per line [R], [C]. Any resistance may be 0.
+        method: See above.
+        shared_drivers: Tiles along the axis before [R, C] are column tiles on the same physical drivers, so that
+            the currents of all flow through one `r_source` a wordline; "exact" only.
+        device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
+
+    Returns:
+        Effective conductance, float32, shape of `g`, S.
+
+    Raises:
+        TypeError: `g` is not float32.
+        ValueError: `g` or a resistance is negative or not finite (the message names the first such tile), `g` has
+            fewer axes or is not contiguous, or per-line resistances have another length. On a GPU the values of `g`
+            are not read back: a NaN stays in its tile.
+
+    Source:
+        Redheffer, J. Math. Phys. 41 (1962), for the merge; proofs in gpuxbar/reference/effective_conductance.py.
+    """
+    check_array(OP, "g", g, "float32", range(3 if shared_drivers else 2, 9))
+    if method not in reference.METHODS:
+        raise ValueError(
+            f"{OP}: `method` must be one of {', '.join(reference.METHODS)}, got {method!r}; choose one of them"
+        )
+    if shared_drivers and method != "exact":
+        raise ValueError(
+            f"{OP}: `method` must be 'exact' with shared_drivers=True, got {method!r}; "
+            "the approximations treat every tile on its own"
+        )
+    where = "cuda" if device is not None else backend(g)
+    if where == "cuda":
+        raise NotImplementedError(f"{OP}: CuPy arrays have no kernel in this version; pass NumPy arrays")
+    rows, cols = g.shape[-2:]
+    lines = {
+        "r_wordline": per_line(OP, "r_wordline", r_wordline, rows, "wordline"),
+        "r_bitline": per_line(OP, "r_bitline", r_bitline, cols, "bitline"),
+        "r_source": per_line(OP, "r_source", r_source, rows, "wordline"),
+        "r_sink": per_line(OP, "r_sink", r_sink, cols, "bitline"),
+    }
+    if not g.size:
+        return np.empty_like(g)
+    if where == "reference":
+        check_conductance(OP, g)
+        return reference.effective_conductance(
+            g, method=method, shared_drivers=shared_drivers, **lines
+        ).astype(np.float32)
+    if shared_drivers:
+        return _shared(g, lines)
+    return _host(g, lines, method, None)
+
+
+def _host(g: np.ndarray, lines: dict[str, np.ndarray], method: Method, admittance: np.ndarray | None) -> Any:
+    out = np.empty_like(g)
+    bad = np.zeros(2, np.int64)
+    rows, cols = g.shape[-2:]
+    host_call(
+        library(), "gpuxbar_effective_conductance", g, lines["r_wordline"], lines["r_bitline"], lines["r_source"],
+        lines["r_sink"], out, admittance, g.size // (rows * cols), rows, cols, reference.METHODS.index(method), BLOCKS, bad,
+    )  # fmt: skip
+    if bad[0] >= 0:
+        check_conductance(OP, g)
+    if bad[1] >= 0:
+        raise ValueError(
+            f"{OP}: the result must be finite, got NaN or infinity in tile {tile_name(g, int(bad[1]))}; "
+            "conductance times resistance overflows float32: check the units, S and ohm"
+        )
+    return out
+
+
+def _shared(g: np.ndarray, lines: dict[str, np.ndarray]) -> np.ndarray:
+    """(1 + r_source Y)^-1 G with Y the sum of the tiles' admittances at ideal drivers; see `reference.close`."""
+    rows = g.shape[-2]
+    admittance = np.empty((*g.shape[:-1], rows), np.float32)
+    bare = _host(g, {**lines, "r_source": np.zeros_like(lines["r_source"])}, "exact", admittance)
+    together = admittance.astype(np.float64).sum(-3, keepdims=True)
+    closing = np.linalg.inv(np.eye(rows) + lines["r_source"][:, None].astype(np.float64) * together)
+    return np.matmul(closing.astype(np.float32), bare)
+
+
+def per_line(op: str, name: str, value: Any, count: int, line: str) -> np.ndarray:
+    """A resistance for every line, float32 [count], from one number or one per line."""
+    resistance = np.asarray(value, np.float32)
+    if resistance.size not in (1, count) or resistance.ndim > 1:
+        raise ValueError(
+            f"{op}: `{name}` must have 1 or {count} values, got shape {resistance.shape}; give one, or one per {line}"
+        )
+    wrong = ~(np.isfinite(resistance) & (resistance >= 0))
+    if wrong.any():
+        raise ValueError(
+            f"{op}: `{name}` must be 0 or above and finite, got {resistance[wrong].flat[0]:g} ohm; "
+            "0 is an ideal conductor"
+        )
+    return np.ascontiguousarray(np.broadcast_to(resistance.reshape(-1), (count,)))
+
+
+def check_conductance(op: str, g: np.ndarray) -> None:
+    """Refuse negative or non-finite conductances, naming the first such cell."""
+    wrong = ~(np.isfinite(g) & (g >= 0))
+    if wrong.any():
+        rows, cols = g.shape[-2:]
+        first = int(wrong.argmax())
+        tile, row, col = first // (rows * cols), first // cols % rows, first % cols
+        raise ValueError(
+            f"{op}: `g` must be 0 or above and finite, got {g.flat[first]:g} S in tile {tile_name(g, tile)}, "
+            f"wordline {row}, bitline {col}; look at what programmed it"
+        )
+
+
+def tile_name(g: np.ndarray, tile: int) -> str:
+    """A tile of a stack [..., R, C] by its indices."""
+    return str(tuple(int(i) for i in np.unravel_index(tile, g.shape[:-2])) if g.ndim > 2 else 0)
