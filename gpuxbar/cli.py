@@ -17,6 +17,7 @@ from rich.table import Table
 
 import gpuxbar
 from gpuxbar import ops, reference
+from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
 from gpuxbar.experiments import Run
 from gpuxbar.experiments import train as run_training
 from gpuxbar.launch import explain
@@ -103,7 +104,6 @@ def _settings(path: Path | None, name: str | None, overrides: list[str]) -> Cros
 @app.command()
 def doctor() -> None:
     """Print versions and backends, and test the read kernel of each; status 1 if one is wrong."""
-    where, why = explain()
     table = Table("what", "is", title="gpuxbar doctor")
     for row in (
         ("gpuxbar", gpuxbar.__version__),
@@ -115,7 +115,8 @@ def doctor() -> None:
         ("NVRTC", _nvrtc()),
         ("GPU", ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none found"),
         ("build cache", str(cache_dir())),
-        ("backend", f"{where}: {why}"),
+        ("backend of CPU tensors", "{}: {}".format(*explain())),
+        ("backend of GPU tensors", "{}: {}".format(*explain_gpu())),
     ):
         table.add_row(*row)
     errors = _self_test()
@@ -127,7 +128,7 @@ def doctor() -> None:
 
 
 def _self_test() -> dict[str, float]:
-    """Largest relative error of a noisy read by each backend of NumPy arrays, in float64 terms."""
+    """Largest relative error of a noisy read by each backend at hand, in float64 terms."""
     rng = np.random.default_rng(0)
     v = rng.uniform(-0.2, 0.2, (64, 100)).astype(np.float32)
     g = rng.uniform(1e-6, 1e-5, (100, 40)).astype(np.float32)
@@ -136,6 +137,11 @@ def _self_test() -> dict[str, float]:
     found = {"reference": reference.tile_mvm(v, g[None], tile=32) - exact}
     if explain()[0] == "host":
         found["host"] = ops.tile_mvm(v, g, tile_rows=32, read_noise=1e-7, seed=1) - oracle
+    if explain_gpu()[0] == "cuda":
+        tensors = torch.from_numpy(v).cuda(), torch.from_numpy(g).cuda()
+        with on_device(tensors[0]) as device:
+            y = ops.tile_mvm(*map(array, tensors), tile_rows=32, read_noise=1e-7, seed=1, device=device)
+            found["cuda"] = tensor(y).cpu().numpy() - oracle
     return {name: float(np.abs(error).max() / np.abs(exact).max()) for name, error in found.items()}
 
 

@@ -18,9 +18,12 @@ from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
+from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
+from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 
-KERNELS = {k.file: k for k in (*TILE_MVM, DAC_QUANTIZE)}
+KERNELS = {k.name: k for k in (*TILE_MVM, DAC_QUANTIZE, *PROGRAM, DEVICE_UPDATE)}
+FILES = sorted({k.file for k in KERNELS.values()})
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 C_NAMES = {
     "float32": "float", "float16": "u16", "int16": "i16", "int32": "int", "int64": "i64", "uint64": "u64",
@@ -39,13 +42,13 @@ VARIANTS = {
 
 
 def test_every_kernel_file_is_declared():
-    assert {path.name for path in kernel_dir().glob("*.cu")} == set(KERNELS)
+    assert {path.name for path in kernel_dir().glob("*.cu")} == set(FILES)
 
 
-@pytest.mark.parametrize("file", sorted(KERNELS))
-def test_declaration_is_the_parameter_list(file):
-    kernel = KERNELS[file]
-    text = re.sub(r"//[^\n]*", "", (kernel_dir() / file).read_text())
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_declaration_is_the_parameter_list(name):
+    kernel = KERNELS[name]
+    text = re.sub(r"//[^\n]*", "", (kernel_dir() / kernel.file).read_text())
     found = re.search(
         rf'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*{kernel.name}\((.*?)\)\s*{{', text, re.S
     )
@@ -57,7 +60,7 @@ def test_declaration_is_the_parameter_list(file):
         parameters.append((words[-1], kind))
     expected = []
     for name, argument in kernel.arguments.items():
-        c_name = C_NAMES[argument.dtype]
+        c_name = C_NAMES.get(argument.dtype, argument.dtype)
         if isinstance(argument, Array):
             c_name = f"{'' if argument.written else 'const '}{c_name} *"
             if argument.dtype == "float16":
@@ -68,15 +71,15 @@ def test_declaration_is_the_parameter_list(file):
 
 def register_lines(arch):
     """Registers and shared memory of every kernel and variant on an architecture; refuses spills and stacks."""
-    for file in sorted(KERNELS):
-        for macros in VARIANTS.get(file, [{}]):
-            path, log = cubin(file, arch, macros)
-            used = resources(log)[KERNELS[file].name]
+    for name, kernel in sorted(KERNELS.items()):
+        for macros in VARIANTS.get(kernel.file, [{}]):
+            path, log = cubin(kernel.file, arch, macros)
+            used = resources(log)[name]
             assert path.read_bytes()[:4] == b"\x7fELF"
-            assert used.spills == 0, (file, arch, macros, used)
+            assert used.spills == 0, (name, arch, macros, used)
             assert used.shared <= 48 * 1024
             variant = " ".join(f"{k}={v}" for k, v in macros.items()) or "-"
-            yield f"{arch}\t{file}\t{variant}\t{used.registers}\t{used.shared}"
+            yield f"{arch}\t{name}\t{variant}\t{used.registers}\t{used.shared}"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -238,6 +241,7 @@ from cuda_shim import SANITIZE, ShimDevice
 from gpuxbar import ops
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_cuda import FOLD
+from gpuxbar.spec import Agarwal
 device = ShimDevice(order=5, flags=SANITIZE, workspace=1 << 16)
 rng = np.random.default_rng(0)
 conv = ConvGeometry(3, 7, 5, (3, 2), (2, 1), (1, 1))
@@ -249,6 +253,16 @@ ops.tile_mvm(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generat
 back = rng.integers(-9, 9, (3, 7, *conv.out)).astype(np.int16)
 ops.tile_mvm(back, g, tile_cols=3, transposed=True, **s)
 ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)
+cells, ones = np.abs(rng.normal(size=(2, 18, 7))).astype(np.float32), np.ones(7, np.float32)
+law = Agarwal(nu=1, gamma=0.1, spread=0.1)
+ops.device_update(cells, rng.normal(size=(1, 7, 18)).astype(np.float32), law=law, w_max=ones, g_min=0, g_max=1, device=device)
+weight = rng.normal(size=(3, 37, 11)).astype(np.float32)
+window = dict(g_min=1e-6, g_max=1e-5, device_spread=0.1, write_noise=1e-7, stuck_at_g_min=0.1, sigma_g=1e-7, device=device)
+planes, variance = np.empty((2, 6, 33, 37), np.float32)
+for scale in ("tensor", "column"):
+    ops.reprogram(weight, planes, np.empty(111, np.float32), np.zeros(2, np.int64), variance, scale=scale, slices=3,
+                  slice_bits=2, write_step=np.ones(1, np.int64), **window)
+ops.program(weight, w_max=np.ones(1, np.float32), merge="all", **window)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

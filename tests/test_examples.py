@@ -61,7 +61,7 @@ def test_snippets_of_the_readme():
     assert len(snippets) == 2
     for snippet in snippets:
         exec(snippet, names)
-    assert [row[2] for row in names["report"].rows] == ["analog", "analog", "digital"]
+    assert [row.runs for row in names["report"].rows] == ["analog", "analog", "digital"]
     assert names["model"].layer1[0].spec.adc.bits == 6
     # 200 cells of 0.2 V and 1 uS, in steps of 0.5 uA, noise far below one
     np.testing.assert_allclose(names["i"], 4e-5, rtol=0, atol=2 * 5e-7)

@@ -66,7 +66,7 @@ def test_values_of_a_command_line(text, value):
         (
             {"zzz": 1},
             "CrossbarSpec: `zzz` must be a known key; known: tile, device, mapping, dac, adc, read_noise, "
-            "programming, backward, update, seed, generator",
+            "programming, parasitics, backward, update, seed, generator, ...",
         ),
         (
             {"backward": {"adc": {"bits": 17}}},

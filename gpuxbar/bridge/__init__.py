@@ -1,5 +1,7 @@
 """PyTorch operators over the array operations; the only layer that knows both."""
 
 from gpuxbar.bridge.analog_mvm import analog_mvm
+from gpuxbar.bridge.device_update import device_update
+from gpuxbar.bridge.reprogram import reprogram
 
-__all__ = ["analog_mvm"]
+__all__ = ["analog_mvm", "device_update", "reprogram"]

@@ -1,9 +1,9 @@
 """The crossbar product as a PyTorch operator: non-ideal read forwards, non-ideal transposed read backwards.
 
-Gradient: the input's is the transposed read of the output's gradient; the weight's is the digital outer product
-of that gradient with the quantised input. Straight-through inside the ADC range: the output gradient is
-multiplied by the share (by digital weight) of the output's conversions inside the range, so it is zero where
-all of them clipped. Clipping of inputs is the caller's `clamp`.
+Gradient: the input's is the transposed read of the output's gradient; the weight's is the digital outer product of that
+gradient with the driven input. Straight-through inside the ADC range: the output gradient is multiplied by the share (by
+digital weight) of the output's conversions inside the range, so it is zero where all of them clipped. Clipping of inputs
+is the caller's `clamp`. Reference lines of an offset mapping count as constant.
 """
 
 from __future__ import annotations
@@ -11,161 +11,249 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
+from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.operator import gradient, operator
+from gpuxbar.launch import Device, span
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
 
-__all__ = ["analog_mvm"]
+__all__ = ["abs_max", "analog_mvm", "driven_lines"]
 
-_plan = lru_cache(maxsize=1024)(ReadPlan.loads)
-
-
-def _array(t: Tensor) -> np.ndarray:
-    if t.device.type != "cpu":
-        raise NotImplementedError(
-            f"gpuxbar: tensors must be on the CPU in this version, got {t.device}; call .cpu()"
-        )
-    return t.detach().contiguous().numpy()
+_plan = lru_cache(maxsize=4096)(ReadPlan.loads)
+TINY = 1e-30  # a range of 0 drives code 0 whatever its step
 
 
-def _geometry(plan: ReadPlan, weight: tuple[int, ...], image: tuple[int, ...]) -> ConvGeometry | None:
-    if len(weight) != 4:
-        return None
-    return ConvGeometry(
-        weight[1], image[2], image[3], (weight[2], weight[3]), plan.stride, plan.padding, plan.dilation
-    )
+def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
+    plan, want_gate = more[-2:]
+    way = _plan(plan)
+    conv = _geometry(way, weight.shape, x.shape)
+    shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
+    y = x.new_empty(shape, dtype=torch.float32)
+    v = x.new_empty(x.shape, dtype=torch.int16 if way.forward.code_max else x.dtype)
+    return y, v, x.new_empty(shape if want_gate and way.forward.adc_bits else 0, dtype=torch.float32)
 
 
-def _drive(x: Tensor, lsb: Tensor, read: Read) -> Tensor:
-    if read.code_max:
-        codes = ops.dac_quantize(_array(x), lsb=_array(lsb), code_max=read.code_max, signed=read.signed)
-        return torch.from_numpy(codes)
-    return x / lsb.reshape(-1, *[1] * (x.dim() - 1))
-
-
-def _read(
-    v: Tensor, g: Tensor, lsb: Tensor, adc_lsb: Tensor, step: Tensor, plan: ReadPlan, read: Read, **more: Any
-) -> Any:
-    if read.adc_bits:
-        more |= {"adc_bits": read.adc_bits, "adc_lsb": _array(adc_lsb)}
-    more["tile_cols" if more.get("transposed") else "tile_rows"] = read.tile or None
-    return ops.tile_mvm(
-        _array(v), _array(g), groups=plan.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits,
-        streams=read.streams, phases=read.phases, slice_scale=np.asarray(plan.slice_scale, np.float32),
-        adc_signed=read.adc_signed, read_noise=read.noise, generator=plan.generator, seed=plan.seed,
-        step=_array(step), row_scale=_array(lsb / read.v_lsb), **more,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("gpuxbar::analog_mvm", mutates_args=())
+@operator(_read_shapes)
 def analog_mvm(
     x: Tensor,
     weight: Tensor,
     g: Tensor,
+    back_g: Tensor | None,
+    noise_var: Tensor | None,
     w_max: Tensor,
     bias: Tensor | None,
     dac_lsb: Tensor,
     adc_lsb: Tensor,
     back_adc_lsb: Tensor,
+    adc_error: Tensor | None,
+    back_adc_error: Tensor | None,
     step: Tensor,
     plan: str,
+    want_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read a layer's tiles: y float32, with the driven codes and the ADC gate that backward needs.
 
     Args:
-        x: Inputs inside the DAC range, float32 [B, I] or images [N, channels, height, width].
+        x: Inputs inside the DAC range, float32 [B, G * I] or images [N, channels, height, width].
         weight: The layer's weight; receives the gradient, its values are not used.
-        g: Programmed conductances, float32 [S, G * I, O], S.
+        g: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping.
+        back_g: The same where the transposed read sees another matrix, or None.
+        noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2, or None.
         w_max: Weight of a full pair, float32 [G * O].
         bias: Added digitally, float32 [G * O], or None.
         dac_lsb: Digital value of one DAC code, float32 [1] or [B or N].
-        adc_lsb, back_adc_lsb: Current of one ADC step forwards and backwards, A, float32 [1] or per output.
+        adc_lsb, back_adc_lsb: Current of one ADC step forwards and backwards, A, float32 [1] or one per sensed line.
+        adc_error, back_adc_error: Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed], or None.
         step: Read counter, int64 [1]; same value, same noise.
         plan: `mapping.ReadPlan` as JSON.
+        want_gate: Whether backward will follow; without, the gate is empty.
     """
     way = _plan(plan)
-    v = _drive(x, dac_lsb, way.forward)
-    y, gate = _read(
-        v, g, dac_lsb, adc_lsb, step, way, way.forward, col_scale=_array(w_max * way.unit),
-        bias=None if bias is None else _array(bias), conv=_geometry(way, tuple(weight.shape), tuple(x.shape)), want_gate=True,
-    )  # fmt: skip
-    return torch.from_numpy(y), v, torch.from_numpy(gate)
+    read, want_gate = way.forward, want_gate and way.forward.adc_bits > 0
+    conv = _geometry(way, weight.shape, x.shape)
+    scale, plain = w_max * way.unit, way.reference == (0, 0)
+    with on_device(x) as device, span(way.name):
+        v = _drive(x, dac_lsb, read, device, f"{way.name}: `x`")
+        y, gate = _read(
+            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, way, read, device, conv=conv, want_gate=want_gate,
+            col_scale=array(scale) if plain else None, bias=array(bias) if plain and bias is not None else None,
+        )  # fmt: skip
+        if not plain:
+            along = [-1, *[1] * (y.dim() - 2)]
+            y = _less_reference(y, way, transposed=False) * scale.view(along)
+            y = y if bias is None else y + bias.detach().view(along)
+            gate = _own_lines(gate, way, transposed=False)[0].contiguous() if want_gate else gate
+    return y, v, gate
 
 
-@analog_mvm.register_fake
-def _(x, weight, g, w_max, bias, dac_lsb, adc_lsb, back_adc_lsb, step, plan):
-    way = _plan(plan)
-    conv = _geometry(way, tuple(weight.shape), tuple(x.shape))
-    shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
-    y = x.new_empty(shape, dtype=torch.float32)
-    return y, torch.empty_like(x, dtype=torch.int16 if way.forward.code_max else x.dtype), torch.empty_like(y)
+def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan):
+    shape = tuple(image) or (grad_y.shape[0], _plan(plan).groups * _plan(plan).inputs)
+    return grad_y.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("gpuxbar::analog_mvm_transposed", mutates_args=())
+@operator(_transposed_shape)
 def analog_mvm_transposed(
     grad_y: Tensor,
     weight: Tensor,
     g: Tensor,
+    noise_var: Tensor | None,
     w_max: Tensor,
     adc_lsb: Tensor,
+    adc_error: Tensor | None,
     step: Tensor,
     image: list[int],
     plan: str,
 ) -> Tensor:
-    """The same array read backwards: gradient of the input, [B, I] or images of shape `image`."""
+    """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
     way = _plan(plan)
-    driven = grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
     read = way.backward
-    lsb = _abs_max(driven) / max(read.code_max, 1)
-    conv = _geometry(way, tuple(weight.shape), tuple(image)) if image else None
-    return torch.from_numpy(
-        _read(_drive(driven, lsb, read), g, lsb, adc_lsb, step, way, read, transposed=True, conv=conv)
+    with on_device(grad_y) as device, span(f"{way.name} backward"):
+        driven = grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
+        if read.full:
+            driven = driven.clamp(-read.full, read.full)
+            lsb = driven.new_full((1,), read.full / max(read.code_max, 1))
+        else:
+            lsb = abs_max(driven, read.per_sample) / max(read.code_max, 1)
+        v = _drive(driven, lsb, read, device, f"{way.name}: the gradient of the output")
+        conv = _geometry(way, weight.shape, tuple(image)) if image else None
+        plain = way.reference == (0, 0)
+        if conv is not None and not plain:
+            v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
+        grad_x, _ = _read(
+            v, g, noise_var, lsb, adc_lsb, adc_error, step, way, read, device, transposed=True,
+            conv=conv if plain else None,
+        )  # fmt: skip
+        if plain:
+            return grad_x
+        grad_x = _less_reference(grad_x, way, transposed=True)
+        if conv is None:
+            return grad_x
+        patches = grad_x.unflatten(0, (image[0], -1)).transpose(1, 2)
+        return functional.fold(
+            patches, (conv.height, conv.width), conv.kernel, conv.dilation, conv.padding, conv.stride
+        )
+
+
+def abs_max(x: Tensor, per_sample: bool) -> Tensor:
+    """Largest magnitude, float32 [1] or one for each leading index; never 0."""
+    low, high = torch.aminmax(x.flatten(1), dim=1) if per_sample else torch.aminmax(x)
+    return torch.maximum(-low, high).clamp_min(TINY).reshape(-1)
+
+
+def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
+    if len(weight) != 4:
+        return None
+    return ConvGeometry(
+        weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation
     )
 
 
-@analog_mvm_transposed.register_fake
-def _(grad_y, weight, g, w_max, adc_lsb, step, image, plan):
-    way = _plan(plan)
-    shape = tuple(image) or (grad_y.shape[0], g.shape[1])
-    del way
-    return grad_y.new_empty(shape, dtype=torch.float32)
+def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str) -> Tensor:
+    """What the DAC drives: codes, or values relative to the largest without a DAC."""
+    if device is None:
+        extremes = [lsb] if read.code_max else [lsb, *torch.aminmax(x)]  # a DAC looks at every value itself
+        if not all(bool(torch.isfinite(value).all()) for value in extremes):
+            count = int((~torch.isfinite(x)).sum())
+            raise ValueError(
+                f"{what} must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
+            )
+    if read.code_max:
+        codes = ops.dac_quantize(
+            array(x), lsb=array(lsb), code_max=read.code_max, signed=read.signed, device=device
+        )
+        return tensor(codes)
+    return x / lsb.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _abs_max(x: Tensor) -> Tensor:
-    """Largest magnitude, float32 [1]; tiny instead of 0, so that a zero input drives code 0."""
-    return x.abs().amax().clamp_min(torch.finfo(torch.float32).tiny * 2**24).reshape(1)
+def _read(
+    v: Tensor, g: Tensor, noise_var: Tensor | None, lsb: Tensor, adc_lsb: Tensor, adc_error: Tensor | None,
+    step: Tensor, way: ReadPlan, read: Read, device: Device | None, *, transposed: bool = False,
+    want_gate: bool = False, **more: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, gate) in digital units along the driven side; the gate is empty unless wanted."""
+    variance = None if noise_var is None else array(driven_lines(noise_var, way, transposed))
+    if read.adc_bits:
+        more |= {"adc_bits": read.adc_bits, "adc_lsb": array(adc_lsb), "adc_signed": read.adc_signed}
+        if adc_error is not None:
+            more |= {"adc_gain": array(adc_error[0]), "adc_offset": array(adc_error[1])}
+    more["tile_cols" if transposed else "tile_rows"] = read.tile or None
+    found = ops.tile_mvm(
+        array(v), array(driven_lines(g, way, transposed)), noise_var=variance, transposed=transposed,
+        groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits, streams=read.streams, phases=read.phases,
+        slice_scale=array(_slice_scale(way.slice_scale, v.device)), read_noise=read.noise, generator=way.generator,
+        seed=way.seed, step=array(step), row_scale=array(lsb / read.v_lsb), want_gate=want_gate, device=device,
+        precision=way.precision if read.code_max else "fp32", g_range=way.g_range, **more,
+    )  # fmt: skip
+    y, gate = found if want_gate else (found, None)
+    return tensor(y), v.new_empty(0, dtype=torch.float32) if gate is None else tensor(gate)
+
+
+@lru_cache(maxsize=1024)
+def _slice_scale(scale: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(scale, dtype=torch.float32, device=device)
+
+
+def driven_lines(part: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
+    """The cells that a read drives: those of the other side's reference lines are left out."""
+    if way.reference == (0, 0):
+        return part
+    rows, cols = way.reference_lines
+    block = part.view(1, way.groups, way.inputs + rows, way.outputs + cols)
+    block = block[..., : way.outputs] if transposed else block[:, :, : way.inputs]
+    return block.reshape(1, -1, block.shape[-1])
+
+
+def _own_lines(y: Tensor, way: ReadPlan, transposed: bool) -> tuple[Tensor, Tensor]:
+    """The lines of weights [B, G * lines, ...] and the reference lines [B, G, references, ...] of what was sensed."""
+    lines = way.inputs if transposed else way.outputs
+    by_group = y.unflatten(1, (way.groups, -1))
+    return by_group[:, :, :lines].flatten(1, 2), by_group[:, :, lines:]
+
+
+def _less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
+    """Every sensed line less the reference line of its tile."""
+    own, reference = _own_lines(y, way, transposed)
+    lines, tile = (way.inputs, way.reference[0]) if transposed else (way.outputs, way.reference[1])
+    return own - reference.repeat_interleave(tile, 2)[:, :, :lines].flatten(1, 2)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, g, w_max, bias, dac_lsb, _, back_adc_lsb, step, plan = inputs
+    x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_lsb, _, adc_error, step, plan, _ = inputs
+    g = g if back_g is None else back_g
     _, v, gate = output
-    ctx.save_for_backward(v, gate, weight, g, w_max, dac_lsb, back_adc_lsb, step)
+    # A change of the weight, which alone changes g and w_max, is caught here.
+    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step)
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple[Any, ...]:
     if grad_y is None:
-        return (None,) * 10
-    v, gate, weight, g, w_max, dac_lsb, back_adc_lsb, step = ctx.saved_tensors
+        return (None,) * 15
+    v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step = ctx.saved_tensors
     way = _plan(ctx.plan)
+    grad_y = grad_y.float()
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
-    gated = (grad_y * gate).contiguous()
+    gated = (grad_y * gate if gate.numel() else grad_y).contiguous()
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
-        grad_x = analog_mvm_transposed(gated, weight, g, w_max, back_adc_lsb, step, ctx.image, ctx.plan)
+        grad_x = analog_mvm_transposed(
+            gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
+        )
     if ctx.needs_input_grad[1]:
-        x = v.to(gated.dtype) * dac_lsb.reshape(-1, *[1] * (v.dim() - 1))
+        x = v.to(gated.dtype, copy=True).mul_(dac_lsb.reshape(-1, *[1] * (v.dim() - 1)))
         if ctx.image:
             grad_w = conv2d_weight(x, weight.shape, gated, way.stride, way.padding, way.dilation, way.groups)
         else:
             grad_w = gated.t() @ x
-    return grad_x, grad_w, None, None, grad_bias, None, None, None, None, None
+        grad_w = grad_w.to(weight.dtype)
+    return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 8
 
 
-analog_mvm.register_autograd(_backward, setup_context=_setup)
+gradient(analog_mvm, _backward, _setup)

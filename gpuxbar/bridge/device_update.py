@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from gpuxbar import ops
-from gpuxbar.bridge.analog_mvm import _array
+from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.operator import operator
 from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["device_update"]
@@ -17,7 +18,7 @@ __all__ = ["device_update"]
 _spec = lru_cache(maxsize=1024)(TypeAdapter(CrossbarSpec).validate_json)
 
 
-@torch.library.custom_op("gpuxbar::device_update", mutates_args=("g",))
+@operator(lambda g, dw, *_: torch.empty_like(dw), mutates_args=("g",))
 def device_update(g: Tensor, dw: Tensor, w_max: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
     """Move pairs of devices by wanted weight changes through the device's law; returns the weights read out.
 
@@ -31,14 +32,11 @@ def device_update(g: Tensor, dw: Tensor, w_max: Tensor, step: Tensor, spec: str,
     """
     crossbar = _spec(spec)
     assert crossbar.update is not None
-    device, stuck = crossbar.device, crossbar.programming
-    weights = ops.device_update(
-        _array(g), _array(dw), law=crossbar.update, w_max=_array(w_max), g_min=device.g_min, g_max=device.g_max,
-        stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=_array(step),
-    )  # fmt: skip
-    return torch.from_numpy(weights)
-
-
-@device_update.register_fake
-def _(g, dw, w_max, step, spec, seed):
-    return torch.empty_like(dw)
+    window, stuck = crossbar.device, crossbar.programming
+    with on_device(g) as device:
+        weights = ops.device_update(
+            array(g), array(dw), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
+            stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),
+            device=device,
+        )  # fmt: skip
+        return tensor(weights)

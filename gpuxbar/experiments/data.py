@@ -57,10 +57,10 @@ class Data:
         images = (x[part].float() - self.mean) / self.std
         return images.to(device), t[part].to(device)
 
-    def sample(self, count: int, *, device: str = "cpu") -> Tensor:
-        """Some training images, always the same ones, to calibrate converters with."""
+    def sample(self, count: int, *, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """Some training images and their classes, always the same ones, to calibrate converters with."""
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
-        return self.batch(order[:count], device=device)[0]
+        return self.batch(order[:count], device=device)
 
     def identity(self) -> dict[str, Any]:
         """What tells this data from other data; a checkpoint is resumed on the same only."""

@@ -80,7 +80,8 @@ def train(run: Run) -> list[dict[str, Any]]:
             for epoch in range(done, run.epochs):
                 started = time.perf_counter()
                 if mode != "ideal":  # converter ranges follow the weights
-                    calibrate(model, [data.sample(256, device=run.device)])
+                    sample = data.sample(256, device=run.device)
+                    calibrate(model, [sample], loss=nn.functional.cross_entropy)
                 loss = _epoch(model, optimiser, data, run, epoch)
                 seconds = time.perf_counter() - started
                 accuracy = _accuracy(model, data, run.device)

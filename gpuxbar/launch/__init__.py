@@ -3,7 +3,8 @@
 from gpuxbar.launch.backend import Backend, backend, explain, is_cupy
 from gpuxbar.launch.device import CudaDevice, Device, cuda_device
 from gpuxbar.launch.host import host_call, library, set_threads
-from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar
+from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar, Struct
+from gpuxbar.launch.trace import span
 
 __all__ = [
     "Backend",
@@ -14,6 +15,7 @@ __all__ = [
     "Kernel",
     "Out",
     "Scalar",
+    "Struct",
     "backend",
     "cuda_device",
     "explain",
@@ -21,4 +23,5 @@ __all__ = [
     "is_cupy",
     "library",
     "set_threads",
+    "span",
 ]

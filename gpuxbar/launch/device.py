@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpuxbar.launch.cubin import cubin
+from gpuxbar.launch.cublas import gemm_strided_batched
 from gpuxbar.launch.kernel import Kernel
+from gpuxbar.launch.trace import span
 
 __all__ = ["CudaDevice", "Device", "Precision", "cuda_device"]
 
@@ -83,26 +85,25 @@ class CudaDevice:
             return
         function = _function(kernel.file, kernel.name, self.arch, tuple(sorted((macros or {}).items())),
                              self._cupy.cuda.runtime.getDevice())  # fmt: skip
-        function(grid, block, tuple(np.uintp(0) if a is None else a for a in arguments))
+        with span(kernel.name):
+            function(grid, block, tuple(np.uintp(0) if a is None else a for a in arguments))
 
     def matmul(
         self, a: Any, b: Any, c: Any, shape: tuple[int, int, int, int], strides: tuple[int, int, int],
         lds: tuple[int, int, int], alpha: float, beta: float, precision: str,
     ) -> None:  # fmt: skip
-        from cupy.cuda import cublas, device
+        from cupy.cuda import device, get_current_stream
 
-        batch, m, n, k = shape
         if 0 in shape[:3]:
             return
         dtype, compute = Precision[precision]
         kind = _CUDA_TYPE[dtype]
-        factors = np.array([alpha, beta], np.float32)
-        # row-major c = a b is column-major c^T = b^T a^T
-        cublas.gemmStridedBatchedEx(
-            device.get_cublas_handle(), 0, 0, n, m, k, factors.ctypes.data,
-            b.data.ptr, kind, lds[1], strides[1], a.data.ptr, kind, lds[0], strides[0], factors.ctypes.data + 4,
-            c.data.ptr, 0, lds[2], strides[2], batch, compute, -1,
-        )  # fmt: skip
+        left, right, out = (
+            (array.data.ptr, of, ld, stride)
+            for array, of, ld, stride in zip((a, b, c), (kind, kind, 0), lds, strides, strict=True)
+        )
+        handle, stream = device.get_cublas_handle(), get_current_stream().ptr
+        gemm_strided_batched(handle, stream, shape, left, right, out, alpha, beta, compute)
 
 
 @cache

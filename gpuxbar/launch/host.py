@@ -63,13 +63,10 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
     root = kernel_dir()
     sources = sorted((root / "host").glob("*.cpp"))
     headers = sorted([*(root / "host").glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")])
-    version = subprocess.run(
-        [cxx, "-march=native", "-Q", "--help=target", "--version"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    key = hashlib.sha256("\0".join([version, *flags]).encode())
+    # the predefined macros name the compiler's version and every instruction set of this CPU that it would use
+    command = [cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    key = hashlib.sha256("\0".join([macros, *flags]).encode())
     for path in (*sources, *headers):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_dir() / f"host-{key.hexdigest()[:24]}.so"
@@ -101,7 +98,7 @@ def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
         else:
             converted.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
     assert lib is not None  # else `backend` had chosen the reference
-    function = lib[name]
+    function = getattr(lib, name)
     function.restype = None
     function(*converted)
 

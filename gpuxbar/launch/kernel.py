@@ -7,13 +7,14 @@ a test compares every declaration with the text of its `.cu` file.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Array", "In", "InOut", "Kernel", "Out", "Scalar"]
+__all__ = ["Array", "In", "InOut", "Kernel", "Out", "Scalar", "Struct"]
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,24 @@ class Scalar:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Struct:
+    """A C struct passed by value: its name in C and its twin, an instance of which is the argument."""
+
+    dtype: str
+    twin: type[ctypes.Structure]
+
+
 class Kernel:
     """One `extern "C"` kernel of `kernels/<file>`, named as the file unless `name` says otherwise."""
 
-    def __init__(self, file: str, *, name: str | None = None, **arguments: Array | Scalar):
+    def __init__(self, file: str, *, name: str | None = None, **arguments: Array | Scalar | Struct):
         self.file, self.name = file, name or file.removesuffix(".cu")
-        self.arguments: Mapping[str, Array | Scalar] = arguments
+        self.arguments: Mapping[str, Array | Scalar | Struct] = arguments
 
     def bind(self, values: Mapping[str, Any]) -> list[Any]:
-        """The arguments in order: arrays, None for a null pointer, NumPy scalars; checked against the declaration."""
+        """The arguments in order: arrays, None for a null pointer, NumPy scalars, structs as
+        arrays of one element; checked against the declaration."""
         if values.keys() != self.arguments.keys():
             missing, unknown = self.arguments.keys() - values.keys(), values.keys() - self.arguments.keys()
             raise TypeError(
@@ -67,6 +77,12 @@ class Kernel:
         declared = self.arguments[name]
         if isinstance(declared, Scalar):
             return np.dtype(declared.dtype).type(value)
+        if isinstance(declared, Struct):
+            if not isinstance(value, declared.twin):
+                raise TypeError(
+                    f"{self.name}: `{name}` must be a {declared.twin.__name__}, got {type(value).__name__}"
+                )
+            return np.frombuffer(bytes(value), f"V{ctypes.sizeof(value)}")  # CuPy passes one element by value
         if value is None:
             if not declared.optional:
                 raise TypeError(f"{self.name}: `{name}` must be an array of {declared.dtype}, got None")

@@ -1,7 +1,9 @@
 """Everything static about reading a layer forwards and backwards, and which exact collapses it takes.
 
-Without an ADC a read is linear: planes, streams and tiles merge into one product, and their independent
-Gaussian noises into one draw of the summed variance. With one, every conversion is computed.
+Without an ADC a read is linear: planes, streams and tiles merge into one product, and their independent Gaussian noises
+into one draw of the summed variance. With one, every conversion is computed. Two things keep their place without an ADC:
+the streams of a read whose noise depends on what each of them drives, and the reference lines of an offset mapping,
+whose noise all outputs of a tile share.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class Read:
         code_max: Largest DAC code; 0: nothing is quantised.
         v_lsb: Voltage of one code (or of the largest input without a DAC), V.
         noise: Standard deviation of the current of one conversion, A.
+        per_sample: Whether each sample has a DAC range of its own.
+        full: Digital value of the largest code where the range is fixed; 0: it follows the data.
     """
 
     tile: int
@@ -37,23 +41,52 @@ class Read:
     adc_bits: int
     adc_signed: bool
     noise: float
+    per_sample: bool = False
+    full: float = 0.0
+
+    @property
+    def adc_code_max(self) -> int:
+        """Largest ADC code; 0 without an ADC."""
+        if not self.adc_bits:
+            return 0
+        return 2 ** (self.adc_bits - 1) - 1 if self.adc_signed else 2**self.adc_bits - 1
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """The static half of `bridge.analog_mvm`; JSON, so that a compiled graph sees a constant."""
+    """The static half of `bridge.analog_mvm`; JSON, so that a compiled graph sees a constant.
+
+    Attributes:
+        inputs, outputs: Wordlines and bitlines of one group, without reference lines.
+        precision, g_range: Arithmetic of the products on a GPU, and the largest magnitude of a cell, S.
+        reference: (rows, columns) of a tile with a reference line each way; (0, 0): no reference lines.
+        stride, padding, dilation: Of the convolution; unused by a linear layer.
+        why: Which collapses were taken, in words.
+    """
 
     forward: Read
     backward: Read
     groups: int
+    inputs: int
+    outputs: int
     unit: float
     slice_scale: tuple[float, ...]
     generator: str
     seed: int
+    name: str
+    precision: str = "fp32"
+    g_range: float = 0.0
+    reference: tuple[int, int] = (0, 0)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     why: tuple[str, ...] = ()
+
+    @property
+    def reference_lines(self) -> tuple[int, int]:
+        """Reference wordlines and bitlines of a group: one for every tile along the axis."""
+        rows, cols = self.reference
+        return (ceil(self.inputs / rows), ceil(self.outputs / cols)) if rows else (0, 0)
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -67,23 +100,31 @@ class ReadPlan:
 
 
 def plan_reads(
-    spec: CrossbarSpec, *, inputs: int, outputs: int, groups: int, seed: int
+    spec: CrossbarSpec, *, inputs: int, outputs: int, groups: int, seed: int, name: str = ""
 ) -> tuple[ReadPlan, Planes]:
     """Plan both directions of a layer with `inputs` wordlines and `outputs` bitlines a group."""
-    collapse = spec.adc.bits is None and spec.backward_adc.bits is None
-    planes = Planes.of(spec, collapse=collapse)
-    uncollapsed = Planes.of(spec, collapse=False)
+    linear = spec.adc.bits is None and spec.backward_adc.bits is None
+    planes = Planes.of(spec, collapse=linear)
     forward = _read(spec, spec.dac, spec.adc, spec.tile.rows)
     backward = _read(spec, spec.backward_dac, spec.backward_adc, spec.tile.cols)
-    if collapse:
-        forward = _merged(forward, spec.dac, uncollapsed, inputs)
-        backward = _merged(backward, spec.backward_dac, uncollapsed, outputs)
-        why = ("planes, streams and tiles merge: no ADC quantises in either direction",)
+    if linear:
+        uncollapsed = Planes.of(spec, collapse=False)
+        forward = _merged(forward, spec, uncollapsed, inputs)
+        backward = _merged(backward, spec, uncollapsed, outputs)
+        why = "tiles and planes merge: no ADC quantises in either direction"
+        if forward.streams > 1:
+            why += "; streams do not: the noise depends on what each drives"
+        if planes.merge == "offset":
+            why += "; reference lines do not: all outputs of a tile share their noise"
     else:
-        why = ("every plane, stream and tile is converted on its own: an ADC quantises",)
+        why = "every plane, stream and tile is converted on its own: an ADC quantises"
     if spec.backward.mode == "ideal":
         backward = Read(0, 0, True, 0, 1, 1, 1.0, 0, True, 0.0)
-    plan = ReadPlan(forward, backward, groups, planes.unit, planes.slice_scale, spec.generator, seed, why=why)
+    reference = (spec.tile.rows, spec.tile.cols) if planes.merge == "offset" else (0, 0)
+    plan = ReadPlan(
+        forward, backward, groups, inputs, outputs, planes.unit, planes.slice_scale, spec.generator, seed, name,
+        spec.precision, planes.largest(spec), reference=reference, why=(why,),
+    )  # fmt: skip
     return plan, planes
 
 
@@ -103,13 +144,19 @@ def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
         phases=dac.phases if bits else 1,
         v_lsb=dac.v_read / driven,
         adc_bits=adc.bits or 0,
-        adc_signed=not (one_sided and spec.mapping.scheme == "differential"),
+        adc_signed=not (one_sided and spec.mapping.scheme != "subtracted"),
         noise=spec.read_noise.sigma,
+        per_sample=dac.range == "sample",
+        full=dac.max or 0.0,
     )
 
 
-def _merged(read: Read, dac: DAC, planes: Planes, lines: int) -> Read:
-    streams = sum(4.0 ** (read.stream_bits * k) for k in range(read.streams)) * read.phases
-    slices = sum(s * s for s in planes.slice_scale)
-    noise = read.noise * sqrt(streams * slices * ceil(lines / read.tile))
-    return replace(read, tile=0, stream_bits=0, streams=1, phases=1, noise=noise)
+def _merged(read: Read, spec: CrossbarSpec, planes: Planes, lines: int) -> Read:
+    """The read as one product over all driven lines, with the summed variance of what it merges."""
+    slices = sum(s * s for s in planes.slice_scale) if planes.merge != "offset" else 1.0
+    noise = read.noise * sqrt(slices * ceil(lines / read.tile))
+    read = replace(read, tile=0, noise=noise)
+    if spec.read_noise.sigma_g and read.streams > 1:
+        return read
+    passes = sum(4.0 ** (read.stream_bits * k) for k in range(read.streams)) * read.phases
+    return replace(read, stream_bits=0, streams=1, phases=1, noise=noise * sqrt(passes))

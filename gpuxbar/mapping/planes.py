@@ -17,12 +17,21 @@ class Planes:
         slice_scale: Weight of each plane: positive slices (least significant first), then negative ones.
         unit: Weight, relative to the largest, of one siemens in a plane of scale 1; 1/S.
         merge: "none" keeps the two arrays of a pair, "subtract" joins them into one plane a slice, "all" joins
-            every plane into one.
+            every plane into one; "offset" is one array, with the weight 0 at the middle conductance.
     """
 
     slice_scale: tuple[float, ...]
     unit: float
     merge: str
+
+    def largest(self, spec: CrossbarSpec) -> float:
+        """Largest magnitude a plane is meant to hold, S; spread and write noise may exceed it a little."""
+        device, mapping = spec.device, spec.mapping
+        if self.merge in ("none", "offset"):
+            return device.g_max
+        base = 2.0 ** (mapping.slice_bits or 0)
+        weights = sum(base**k for k in range(mapping.slices)) if self.merge == "all" else 1.0
+        return weights * (device.g_max - device.g_min)
 
     @classmethod
     def of(cls, spec: CrossbarSpec, *, collapse: bool) -> Planes:
@@ -31,6 +40,8 @@ class Planes:
         slices = [float(base**k) for k in range(mapping.slices)]
         # the digits of a sliced weight run to base - 1 each, so that all of them at g_max make weight 1
         unit = 1.0 / (device.g_max - device.g_min)
+        if mapping.scheme == "offset":
+            return cls((1.0,), 2.0 * unit, "offset")
         if mapping.slice_bits is not None:
             unit *= (base - 1) / (base**mapping.slices - 1)
         if collapse:

@@ -1,78 +1,175 @@
-"""Setting ADC ranges from the partial sums that data makes."""
+"""Setting ADC ranges from the partial sums that data makes, forwards and backwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.bridge.analog_mvm import abs_max
+from gpuxbar.mapping.plan import Read
+from gpuxbar.nn.layers import AnalogConv2d, AnalogLayer
 
 __all__ = ["calibrate"]
 
+ROWS = 64  # rows of a batch that are looked at
 
-def calibrate(model: nn.Module, loader: Iterable[Any], batches: int = 4) -> None:
-    """Set every "calibrated" forward ADC range to the percentile of the partial sums of some batches.
 
-    Layers are run with an ideal product while their inputs are watched; up to 64 rows of a batch are looked at.
-    The transposed read starts from the forward range.
+def calibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    batches: int = 4,
+    loss: Callable[[Tensor, Any], Tensor] | None = None,
+) -> None:
+    """Set every "calibrated" ADC range to a percentile of the partial sums of some batches.
+
+    Layers run without ADCs while what drives them is watched; of a batch and layer up to 64 rows are looked at. The
+    range of the transposed read comes from gradients; DACs scale them to their own range, so that their size does not
+    matter, only their distribution over the lines of a tile.
 
     Args:
-        model: A converted model.
+        model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
         loader: Batches, or (batch, target) pairs.
         batches: How many of them to use, at least 1.
+        loss: Called as loss(output, target) for the gradients; None: a fixed random gradient of the output.
     """
-    seen: dict[AnalogLayer, list[Tensor]] = {}
+    layers = [m for m in model.modules() if isinstance(m, AnalogLayer) and _wanted(m)]
+    if not layers:
+        return
+    seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
 
-    def watch(layer: AnalogLayer, args: tuple[Tensor, ...]) -> None:
-        seen.setdefault(layer, []).append(_partial_sums(layer, args[0].detach()))
-
-    layers = [m for m in model.modules() if isinstance(m, AnalogLayer) and m.plan.forward.adc_bits]
-    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
-    saved = {layer: layer.adc_lsb.clone() for layer in layers}
-    was_training = model.training
-    try:
-        for layer in layers:  # a range that clips nothing while watching
-            read = layer.plan.forward
-            layer.adc_lsb.fill_(
-                layer.spec.dac.v_read * layer.spec.device.g_max * layer.inputs / (2**read.adc_bits / 2)
+    def watch(layer: AnalogLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
+        seen.setdefault((layer, False), []).append(_currents(layer, layer.plan.forward, args[0].detach()))
+        if y.requires_grad:
+            y.register_hook(
+                lambda grad: seen.setdefault((layer, True), []).append(_back_currents(layer, grad))
             )
-        model.eval()
-        with torch.no_grad():
+
+    with _without_adcs(model):
+        hooks = [layer.register_forward_hook(watch) for layer in layers]
+        try:
             for index, batch in enumerate(loader):
                 if index == batches:
                     break
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                x, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
+                followed = [p for p in model.parameters() if p.requires_grad]
+                if x.is_floating_point():  # so that gradients reach the layers of a frozen model too
+                    x = x.detach().requires_grad_()
+                    followed.append(x)
+                with torch.enable_grad():
+                    y = model(x)
+                    value = (y * _noise_like(y)).sum() if loss is None else loss(y, target)
+                torch.autograd.grad(value, followed, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    for (layer, backward), currents in seen.items():
+        adc = layer.spec.backward_adc if backward else layer.spec.adc
+        read = layer.plan.backward if backward else layer.plan.forward
+        if read.adc_bits and adc.range == "calibrated":
+            lsb = layer.back_adc_lsb if backward else layer.adc_lsb
+            lsb.copy_(_range(torch.cat(currents), adc.percentile, adc.per == "column") / read.adc_code_max)
+        layer.look_at_ranges()
+
+
+def _wanted(layer: AnalogLayer) -> bool:
+    reads = ((layer.plan.forward, layer.spec.adc), (layer.plan.backward, layer.spec.backward_adc))
+    return any(read.adc_bits and adc.range == "calibrated" for read, adc in reads)
+
+
+@contextmanager
+def _without_adcs(model: nn.Module) -> Any:
+    """Every layer read without ADCs; afterwards all buffers and modes are what they were."""
+    layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    plans = {layer: layer.plan for layer in layers}
+    model.eval()
+    try:
+        for layer in layers:
+            forward, backward = layer.plan.forward, layer.plan.backward
+            layer.set_plan(
+                replace(
+                    layer.plan, forward=replace(forward, adc_bits=0), backward=replace(backward, adc_bits=0)
+                )
+            )
+            layer.calibrated = True
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-        for layer, lsb in saved.items():
-            layer.adc_lsb.copy_(lsb)
-    for layer, sums in seen.items():
-        if layer.spec.adc.range == "calibrated":
-            read = layer.plan.forward
-            code_max = 2 ** (read.adc_bits - 1) - 1 if read.adc_signed else 2**read.adc_bits - 1
-            sample = torch.cat(sums)
-            rank = max(1, round(sample.numel() * layer.spec.adc.percentile / 100))
-            layer.adc_lsb.fill_(float(sample.kthvalue(rank).values) / code_max)
+        for layer, plan in plans.items():
+            layer.set_plan(plan)
+            layer.look_at_ranges()
+        for buffer, value in buffers.items():
+            buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
 
 
-def _partial_sums(layer: AnalogLayer, x: Tensor) -> Tensor:
-    """Magnitudes of the partial sums of a few rows, A, driven at full resolution."""
-    g, _ = layer.conductances()
-    if x.dim() == 4 and isinstance(layer, nn.Conv2d):
-        pad = layer.padding if isinstance(layer.padding, tuple) else 0
-        x = nn.functional.unfold(x[:16], layer.kernel_size, layer.dilation, pad, layer.stride)
+def _noise_like(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+
+
+def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
+    """Full-scale current, A, [1] or one per sensed line, of magnitudes [n, lines]."""
+    sample = currents if per_column else currents.reshape(-1, 1)
+    rank = max(1, round(len(sample) * percentile / 100))
+    return sample.kthvalue(rank, dim=0).values.clamp_min(1e-15)
+
+
+def _currents(layer: AnalogLayer, read: Read, x: Tensor) -> Tensor:
+    """Magnitudes of the partial sums of some rows of an input, A: [conversions * rows, sensed lines]."""
+    if isinstance(layer, AnalogConv2d):
+        x = layer.padded(x)[:16]
+        x = functional.unfold(x, layer.kernel_size, layer.dilation, layer.plan.padding, layer.stride)
         x = x.transpose(1, 2).flatten(0, 1)
-    x = x.reshape(-1, x.shape[-1])
-    x = x[torch.linspace(0, len(x) - 1, min(64, len(x))).long()]
-    volts = x / x.abs().amax().clamp_min(1e-30) * layer.spec.dac.v_read
-    tile, out = layer.plan.forward.tile or layer.inputs, []
-    for k in range(layer.groups_):
-        for start in range(0, layer.inputs, tile):
-            rows = slice(k * layer.inputs + start, k * layer.inputs + min(start + tile, layer.inputs))
-            out.append(torch.einsum("br,sro->sbo", volts[:, rows], g[:, rows]).abs().flatten())
+    return _partial_sums(layer, read, x.reshape(-1, x.shape[-1]), transposed=False)
+
+
+def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
+    """The same of a gradient of the output."""
+    if isinstance(layer, AnalogConv2d):
+        grad_y = grad_y.movedim(-3, -1)
+    return _partial_sums(layer, layer.plan.backward, grad_y.reshape(-1, grad_y.shape[-1]), transposed=True)
+
+
+def _partial_sums(layer: AnalogLayer, read: Read, rows: Tensor, transposed: bool) -> Tensor:
+    cells = layer.conductances()
+    g = cells.back_g if transposed and cells.back_g is not None else cells.g
+    g, w_max = layer.lines(g, transposed), cells.w_max
+    planes, groups = len(g), layer.groups_
+    if transposed:
+        rows = rows * w_max * layer.plan.unit
+    rows = rows[torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()].float()
+    volts = torch.stack(_passes(rows, read)) * read.v_lsb
+    by_group = g.view(planes, groups, -1, g.shape[-1])
+    if transposed:
+        by_group = by_group.transpose(2, 3)
+    driven = volts.unflatten(2, (groups, -1))
+    tile = read.tile or driven.shape[3]
+    out = []
+    for start in range(0, driven.shape[3], tile):
+        part = slice(start, start + tile)
+        current = torch.einsum("pbgr,sgro->psbgo", driven[..., part], by_group[:, :, part])
+        out.append(current.abs().flatten(0, 2).flatten(1))
     return torch.cat(out)
+
+
+def _passes(rows: Tensor, read: Read) -> list[Tensor]:
+    """What the DAC drives in every pass, in codes (or relative to the largest value without a DAC)."""
+    lsb = abs_max(rows, read.per_sample).view(-1, 1) / max(read.code_max, 1)
+    codes = rows / lsb
+    if read.code_max:
+        codes = codes.round().clamp(-read.code_max if read.signed else 0, read.code_max)
+    if not read.stream_bits:
+        return [codes]
+    magnitude = codes.abs().int()
+    mask = 2**read.stream_bits - 1
+    digits = [(magnitude >> (k * read.stream_bits) & mask).float() for k in range(read.streams)]
+    if read.phases == 1:
+        return [d * codes.sign() for d in digits]
+    return [d * (codes > 0) for d in digits] + [d * (codes < 0) for d in digits]

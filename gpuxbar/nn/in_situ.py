@@ -5,19 +5,19 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gpuxbar.bridge.device_update import device_update
-from gpuxbar.mapping import Planes, ReadPlan
-from gpuxbar.reference import program
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.bridge.reprogram import program_pairs
+from gpuxbar.mapping import ReadPlan
+from gpuxbar.nn.cells import Cells
+from gpuxbar.nn.wires import Wires
 
 __all__ = ["InSitu", "layer_of"]
 
 
-class InSitu(nn.Module):
+class InSitu(Wires):
     """The in-situ half of a crossbar layer.
 
     Buffers, None until in-situ training begins, then part of the state dict:
@@ -27,11 +27,8 @@ class InSitu(nn.Module):
     """
 
     weight: Tensor
-    spec: CrossbarSpec
     plan: ReadPlan
-    planes: Planes
     name: str
-    groups_: int
     inputs: int
     outputs: int
     g_cells: Tensor | None
@@ -79,16 +76,13 @@ class InSitu(nn.Module):
         share = (weight / self.w_max.reshape(self.groups_, -1, 1) + 1) / 2
         # program() puts a positive weight on the first plane and a negative one on the second
         up, down = (self._program(part) for part in (share, share - 1))
-        self.g_cells = torch.from_numpy(np.stack([up[0], down[1]])).to(self.weight.device)
+        self.g_cells = torch.stack([up[0], down[1]])
+        self.forget_wires()
         self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
         self.update_cells(torch.zeros_like(self.weight))
 
-    def _program(self, share: Tensor) -> np.ndarray:
-        device = self.spec.device
-        return program(
-            share.cpu().numpy(), w_max=np.ones(1), g_min=device.g_min, g_max=device.g_max, levels=device.levels,
-            seed=self.plan.seed, **self.spec.programming.model_dump(),
-        )  # fmt: skip
+    def _program(self, share: Tensor) -> Tensor:
+        return program_pairs(share.contiguous(), self.static[1], self.plan.seed)
 
     @torch.no_grad()
     def update_cells(self, change: Tensor) -> None:
@@ -99,14 +93,18 @@ class InSitu(nn.Module):
         self.weight.copy_(read)
         self._read_version = self.weight._version
 
-    def cell_conductances(self) -> tuple[Tensor, Tensor]:
-        """(g, w_max) as the read takes them: both planes, or their analog difference."""
+    def trained_cells(self) -> Cells:
+        """What reads find: both planes, or their analog difference, through the wires."""
         assert self.g_cells is not None
         assert self.w_max is not None
+        assert self.update_step is not None
         if not torch.compiler.is_compiling() and self.weight._version != self._read_version:
             self._require_read_out()
-        merged = self.planes.merge != "none"
-        return self.g_cells[:1] - self.g_cells[1:] if merged else self.g_cells, self.w_max
+        noise = self.spec.read_noise
+        variance = None
+        if noise.sigma_g:
+            variance = (noise.sigma_g * (self.g_cells / self.spec.device.g_max) ** noise.exponent) ** 2
+        return self.through_wires(self.g_cells, variance, self.w_max, self.update_step)
 
     def _require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""
@@ -125,7 +123,7 @@ class InSitu(nn.Module):
         assert self.w_max is not None
         assert self.update_step is not None
         dw = change.float().reshape(self.groups_, self.outputs, self.inputs).contiguous()
-        spec, seed = self.spec.model_dump_json(), self.plan.seed
+        spec, seed = self.static[1], self.plan.seed
         return device_update(self.g_cells, dw, self.w_max, self.update_step, spec, seed).view_as(change)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -148,6 +146,7 @@ class InSitu(nn.Module):
             self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
             self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
         super()._load_from_state_dict(state_dict, prefix, *more)
+        self.forget_wires()
 
 
 class Owner:

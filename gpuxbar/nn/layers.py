@@ -6,24 +6,29 @@ import zlib
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpuxbar.bridge.analog_mvm import analog_mvm
+from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
+from gpuxbar.bridge.reprogram import reprogram
 from gpuxbar.mapping import plan_reads
+from gpuxbar.mapping.plan import Read, ReadPlan
+from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.in_situ import InSitu
-from gpuxbar.reference import program
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.reference import Purpose, normals
+from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
 __all__ = ["AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
 
 class AnalogLayer(InSitu):
-    """What both layers share: programming once per weight version, counters of the draws, converter ranges.
+    """What both layers share: programming when the weights change, read counter, converter ranges.
 
-    Buffers `read_step` and `write_step` count reads and weight versions; with the spec's seed they fix every
-    random number, so a checkpoint resumes bit for bit.
+    Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
+    weights they fix every random number, so a checkpoint resumes bit for bit. `adc_lsb` and `back_adc_lsb` are the
+    currents of an ADC step forwards and backwards, A, NaN until calibrated; `dac_max` is the running DAC range.
     """
 
     weight: Tensor
@@ -33,102 +38,153 @@ class AnalogLayer(InSitu):
     adc_lsb: Tensor
     back_adc_lsb: Tensor
     dac_max: Tensor
+    adc_error: Tensor | None
+    back_adc_error: Tensor | None
+    cells: Tensor
+    cell_variance: Tensor | None
+    full_pair: Tensor
+    written: Tensor
 
-    def setup(self, spec: CrossbarSpec, name: str, groups: int) -> None:
-        """Plan the reads and make the counters; `name` separates the draws of one model's layers."""
-        if spec.mapping.scheme == "offset" or spec.read_noise.sigma_g or spec.adc.per == "column":
-            raise ValueError(
-                f"AnalogLayer: layer `{name}` must use a pair mapping, constant read noise and one ADC range per "
-                "layer, the settings of this version; change mapping.scheme, read_noise.sigma_g or adc.per"
-            )
-        if spec.adc.gain_std or spec.adc.offset_std:
-            raise ValueError(
-                f"AnalogLayer: layer `{name}` must have adc.gain_std and adc.offset_std 0 in this version; "
-                "ops.tile_mvm takes converter errors"
-            )
+    def setup(self, spec: CrossbarSpec, name: str, groups: int, **geometry: Any) -> None:
+        """Plan the reads and make the buffers; `name` separates the draws of one model's layers."""
         self.spec, self.name, self.groups_ = spec, name, groups
         self.inputs, self.outputs = self.weight[0].numel(), self.weight.shape[0] // groups
         seed = (spec.seed ^ zlib.crc32(name.encode()) << 31) & (2**63 - 1)
-        self.plan, self.planes = plan_reads(
-            spec, inputs=self.inputs, outputs=self.outputs, groups=groups, seed=seed
+        plan, self.planes = plan_reads(
+            spec, inputs=self.inputs, outputs=self.outputs, groups=groups, seed=seed, name=name
         )
+        self.set_plan(replace(plan, **geometry))
+        device = self.weight.device
         for counter in ("read_step", "write_step"):
-            self.register_buffer(counter, torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("adc_lsb", self._adc_lsb(spec.adc, self.plan.forward))
-        self.register_buffer("back_adc_lsb", self._adc_lsb(spec.backward_adc, self.plan.backward))
-        self.register_buffer("dac_max", torch.full((1,), spec.dac.max or 0.0))
-        self.setup_in_situ()
-        self._programmed: tuple[Tensor, Tensor] | None = None
-        self._programmed_version: int | None = None
-
-    def _adc_lsb(self, adc: Any, read: Any) -> Tensor:
-        """Range of the converters, A a code; NaN until calibrated."""
-        if not read.adc_bits:
-            return torch.ones(1)
-        code_max = 2 ** (read.adc_bits - 1) - 1 if read.adc_signed else 2**read.adc_bits - 1
-        full = {"fixed": adc.i_max, "calibrated": float("nan")}.get(
-            adc.range, self.spec.dac.v_read * self.spec.device.g_max * (read.tile or self.inputs)
+            self.register_buffer(counter, torch.zeros(1, dtype=torch.int64, device=device))
+        extra_rows, extra_cols = self.plan.reference_lines
+        sensed = (groups * (self.outputs + extra_cols), groups * (self.inputs + extra_rows))
+        directions = (
+            ("adc", spec.adc, spec.dac, self.plan.forward, self.inputs, sensed[0]),
+            ("back_adc", spec.backward_adc, spec.backward_dac, self.plan.backward, self.outputs, sensed[1]),
         )
-        return torch.full((1,), full / code_max)
+        for key, adc, dac, read, lines, size in directions:
+            lsb = self._full_scale(adc, dac, read, lines, size if adc.per == "column" else 1)
+            self.register_buffer(f"{key}_lsb", lsb.to(device))
+            if adc.gain_std or adc.offset_std:
+                error = self._converter_errors(key, adc, read, lines, size).to(device)
+                self.register_buffer(f"{key}_error", error, persistent=False)
+            else:
+                self.register_buffer(f"{key}_error", None)
+        self.register_buffer("dac_max", torch.full((1,), spec.dac.max or 0.0, device=device))
+        # wires act on every device, so planes are programmed apart and merged behind them
+        planes = 2 * spec.mapping.slices if spec.parasitics.active else len(self.plan.slice_scale)
+        shape = (planes, sensed[1], self.outputs + extra_cols)
+        self.register_buffer("cells", torch.zeros(shape, device=device), persistent=False)
+        noise = torch.zeros(shape, device=device) if spec.read_noise.sigma_g else None
+        self.register_buffer("cell_variance", noise, persistent=False)
+        self.register_buffer("full_pair", torch.zeros(sensed[0], device=device), persistent=False)
+        self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        self.look_at_ranges()
+        self.setup_wires((len(self.plan.slice_scale), *shape[1:]), device)
+        self.setup_in_situ()
 
-    def conductances(self) -> tuple[Tensor, Tensor]:
-        """(g, w_max) of the present weights: programmed once per weight version, or trained in situ."""
+    def set_plan(self, plan: ReadPlan) -> None:
+        """Read as planned here from now on."""
+        self.plan = plan
+        self.static = (plan.dumps(), self.spec.model_dump_json())
+
+    def _full_scale(self, adc: ADC, dac: DAC, read: Read, lines: int, count: int) -> Tensor:
+        """Current of one ADC step, A; NaN until calibrated."""
+        if not read.adc_bits:
+            return torch.ones(count)
+        worst = dac.v_read * self.spec.device.g_max * min(read.tile, lines)
+        full = adc.i_max or (float("nan") if adc.range == "calibrated" else worst)
+        return torch.full((count,), full / read.adc_code_max)
+
+    def _converter_errors(self, key: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
+        """Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed]; drawn once per seed."""
+        planes, tiles = len(self.plan.slice_scale), -(-lines // (read.tile or lines))
+        found = []
+        for purpose in (Purpose.ADC_GAIN, Purpose.ADC_OFFSET):
+            where: dict[str, Any] = {"purpose": purpose, "seed": self.plan.seed}
+            rows = np.array([0 if key == "adc" else 1])
+            z = [normals(rows, sensed, slot=slot, **where) for slot in range(planes * tiles)]
+            found.append(torch.from_numpy(np.concatenate(z)).float().view(planes, tiles, sensed))
+        return torch.stack([1 + adc.gain_std * found[0], adc.offset_std * found[1]])
+
+    def look_at_ranges(self) -> None:
+        """Remember whether ADC ranges are set, so that reading them never waits for a GPU."""
+        self.calibrated = not any(t.isnan().any() for t in (self.adc_lsb, self.back_adc_lsb))
+
+    def rewrite(self) -> None:
+        """Write the present weights once more, with new write noise (not for layers trained in situ)."""
+        self.write_step += 1
+
+    def conductances(self) -> Cells:
+        """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires."""
         if self.in_situ:
-            return self.cell_conductances()
-        version = self.weight._version
-        if self._programmed is None or version != self._programmed_version:
-            weight = self.weight.detach().reshape(self.groups_, self.outputs, self.inputs)
-            per_row = weight.reshape(self.groups_ * self.outputs, -1).abs().amax(1)
-            top = per_row if self.spec.mapping.scale == "column" else per_row.amax().expand_as(per_row)
-            w_max = top.clamp_min(1e-30).contiguous()
-            if self._programmed_version is not None:
-                self.write_step += 1
-            settings, mapping, device = self.spec.programming, self.spec.mapping, self.spec.device
-            g = program(
-                weight.numpy(), w_max=w_max.numpy(), g_min=device.g_min, g_max=device.g_max, slices=mapping.slices,
-                slice_bits=mapping.slice_bits, levels=device.levels, merge=self.planes.merge, seed=self.plan.seed,
-                step=int(self.write_step), **settings.model_dump(),
-            )  # fmt: skip
-            self._programmed, self._programmed_version = (torch.from_numpy(g), w_max), version
-        return self._programmed
+            return self.trained_cells()
+        weight = self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs)
+        rows, cols = self.plan.reference_lines
+        if rows:  # the reference lines are written like weights of 0
+            weight = functional.pad(weight, (0, rows, 0, cols))
+        merge = "none" if self.seen is not None else self.planes.merge
+        reprogram(
+            weight, self.cells, self.cell_variance, self.full_pair, self.written, self.write_step, self.static[1],
+            merge, self.plan.seed,
+        )  # fmt: skip
+        w_max = self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
+        if self.seen is None:
+            return Cells(self.cells, None, self.cell_variance, w_max)
+        return self.through_wires(self.cells, self.cell_variance, w_max, self.written[:1])
+
+    def lines(self, cells: Tensor, transposed: bool) -> Tensor:
+        """The cells that a read drives, [S, G * I, O]: without the other side's reference lines."""
+        return driven_lines(cells, self.plan, transposed)
+
+    def clip_rate(self) -> float:
+        """Share of the weights beyond `mapping.w_max`, or at the bounds of cells trained in situ."""
+        limit = self.w_max if self.in_situ else self.spec.mapping.w_max
+        if limit is None:
+            return 0.0
+        weight = self.weight.detach().reshape(self.groups_ * self.outputs, -1).abs()
+        bound = limit.view(-1, 1) * (1 - 1e-6) if isinstance(limit, Tensor) else limit
+        return (weight > bound).float().mean().item()
 
     def _dac_lsb(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input inside the DAC's range, and the value of one code, [1] or [len(x)]."""
         dac = self.spec.dac
-        magnitude = x.detach().abs()
-        if dac.range == "sample":
-            top = magnitude.flatten(1).amax(1)
-        elif dac.range == "tensor":
-            top = magnitude.amax().reshape(1)
+        if dac.range in ("sample", "tensor"):
+            top = abs_max(x.detach(), dac.range == "sample")
         else:
             if dac.range == "ema" and self.training:
-                old = torch.where(self.dac_max > 0, self.dac_max, magnitude.amax())
-                self.dac_max.copy_(dac.momentum * old + (1 - dac.momentum) * magnitude.amax())
-            top = self.dac_max.clone()
-            x = x.clamp(-top, top)
+                seen = abs_max(x.detach(), False)
+                old = torch.where(self.dac_max > 0, self.dac_max, seen)
+                self.dac_max.copy_(dac.momentum * old + (1 - dac.momentum) * seen)
+            top = self.dac_max.clamp_min(1e-30)
+            x = torch.minimum(torch.maximum(x, -top), top)
         if not dac.signed:
             x = x.clamp_min(0)
-        return x, top.clamp_min(1e-30) / max(dac.code_max, 1)
+        return x, top / max(dac.code_max, 1)
 
-    def read(self, x: Tensor, **geometry: Any) -> Tensor:
+    def read(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:
             raise ValueError(
                 f"{self.name}: `x` must hold at least one sample, got shape {tuple(x.shape)}; skip empty batches"
             )
-        if torch.isnan(self.adc_lsb).any():
+        if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use; call gpuxbar.calibrate(model, loader)"
             )
-        x = x.float()
-        g, w_max = self.conductances()
+        x = x.float().contiguous()
+        cells = self.conductances()
         x, lsb = self._dac_lsb(x)
         self.read_step += 1
-        back = torch.where(torch.isnan(self.back_adc_lsb), self.adc_lsb, self.back_adc_lsb)
-        plan = replace(self.plan, **geometry).dumps()
-        step = self.read_step.clone()
+        bias = None if self.bias is None else self.bias.float()
         return analog_mvm(
-            x.contiguous(), self.weight, g, w_max, self.bias, lsb, self.adc_lsb, back, step, plan
-        )[0]
+            x, self.weight, *cells, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
+            self.back_adc_error, self.read_step.clone(), self.static[0], torch.is_grad_enabled(),
+        )[0]  # fmt: skip
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        self.look_at_ranges()
 
 
 class AnalogLinear(nn.Linear, AnalogLayer):
@@ -139,11 +195,13 @@ class AnalogLinear(nn.Linear, AnalogLayer):
         in_features: int,
         out_features: int,
         bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
         *,
         spec: CrossbarSpec,
         name: str = "linear",
     ):
-        super().__init__(in_features, out_features, bias)
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.setup(spec, name, 1)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -156,17 +214,19 @@ class AnalogConv2d(nn.Conv2d, AnalogLayer):
 
     def __init__(self, *args: Any, spec: CrossbarSpec, name: str = "conv", **options: Any):
         super().__init__(*args, **options)
-        self.setup(spec, name, self.groups)
+        # what nn.Conv2d pads by name or by other than zeros is padded before the read
+        self._pads = isinstance(self.padding, str) or self.padding_mode != "zeros"
+        padding = (0, 0) if self._pads else self.padding
+        self.setup(spec, name, self.groups, stride=self.stride, padding=padding, dilation=self.dilation)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Images [N, channels, height, width] as the array reads them, but for padding with zeros."""
+        x = x if x.dim() == 4 else x[None]
+        if not self._pads:
+            return x
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, padding = input, self.padding
-        if self.padding_mode != "zeros":
-            x, padding = (
-                functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode),
-                (0, 0),
-            )
-        elif isinstance(padding, str):
-            x, padding = functional.pad(x, self._reversed_padding_repeated_twice), (0, 0)
-        batch = x if x.dim() == 4 else x[None]
-        y = self.read(batch, stride=self.stride, padding=padding, dilation=self.dilation)
-        return y if x.dim() == 4 else y[0]
+        y = self.read(self.padded(input))
+        return y if input.dim() == 4 else y[0]

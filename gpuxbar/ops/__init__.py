@@ -3,7 +3,16 @@
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.effective_conductance import effective_conductance
+from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["ConvGeometry", "dac_quantize", "device_update", "effective_conductance", "tile_mvm"]
+__all__ = [
+    "ConvGeometry",
+    "dac_quantize",
+    "device_update",
+    "effective_conductance",
+    "program",
+    "reprogram",
+    "tile_mvm",
+]

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import inf
 from typing import Any
 
-__all__ = ["check_array", "scalar_array"]
+import numpy as np
+
+from gpuxbar.launch import is_cupy
+
+__all__ = ["check_array", "check_numbers", "scalar_array"]
 
 
 def check_array(
@@ -14,8 +20,11 @@ def check_array(
     """Refuse an array of another dtype or rank, or one that is not C-contiguous."""
     dtypes = (dtype,) if isinstance(dtype, str) else tuple(dtype)
     ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)
-    got = getattr(getattr(array, "dtype", None), "name", type(array).__name__)
-    if got not in dtypes:
+    kind = getattr(array, "dtype", _NO_DTYPE)
+    if kind not in _dtypes(dtypes):  # a byte-swapped dtype is another one
+        got = type(array).__name__ if kind is _NO_DTYPE else getattr(kind, "name", str(kind))
+        if not getattr(kind, "isnative", True):
+            got = f"byte-swapped {got}"
         raise TypeError(
             f"{op}: `{name}` must be an array of {' or '.join(dtypes)}, got {got}; convert it with .astype({dtypes[0]!r})"
         )
@@ -28,6 +37,26 @@ def check_array(
             f"{op}: `{name}` must be C-contiguous, got strides {tuple(array.strides)} for shape {tuple(array.shape)}; "
             "pass a contiguous copy (ascontiguousarray)"
         )
+
+
+_NO_DTYPE = np.dtype(object)  # not None, which NumPy takes for float64
+
+
+@lru_cache
+def _dtypes(names: tuple[str, ...]) -> tuple[np.dtype[Any], ...]:
+    return tuple(np.dtype(name) for name in names)
+
+
+def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, zero: bool = False) -> None:
+    """Refuse numbers that are not finite and above 0 (or at least 0); values on a GPU are not read back."""
+    if is_cupy(value) or (isinstance(value, (int, float)) and 0 < value < inf):
+        return
+    values = np.asarray(value)
+    low = f"{'at least' if zero else 'above'} 0 {unit}".rstrip()
+    for rule, good in (("finite", np.isfinite(values)), (low, values >= 0 if zero else values > 0)):
+        if not good.all():
+            got = f"{values[~good].flat[0]:g} {unit}".rstrip()
+            raise ValueError(f"{op}: `{name}` must be {rule}, got {got}; {way_out}")
 
 
 def scalar_array(xp: Any, value: Any, dtype: str = "float32") -> Any:

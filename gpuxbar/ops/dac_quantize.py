@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, scalar_array
+from gpuxbar.ops.checks import check_array, check_numbers, scalar_array
 
 __all__ = ["KERNEL", "dac_quantize"]
 
@@ -39,8 +39,8 @@ def dac_quantize(
     Raises:
         TypeError: `x` is not float32.
         ValueError: `x` is not contiguous or holds NaN or infinity (checked on the CPU; on a GPU a NaN becomes
-            a code of the range, and no value is read back), `lsb` has another length, or `code_max` is out of
-            range.
+            a code of the range, and no value is read back), `lsb` has another length or is not above 0 (checked
+            alike), or `code_max` is out of range.
     """
     check_array("dac_quantize", "x", x, "float32", range(1, 8))
     if not 1 <= code_max <= 32767:
@@ -55,6 +55,7 @@ def dac_quantize(
     if where == "reference":
         if not np.isfinite(x).all():
             raise _not_finite(int((~np.isfinite(x)).sum()))
+        _check_lsb(lsb)
         return reference.dac_quantize(x, lsb=lsb, code_max=code_max, signed=signed)
     codes = np.empty(x.shape, dtype=np.int16)
     if x.size:
@@ -75,6 +76,7 @@ def dac_quantize(
         )
         if bad[0]:
             raise _not_finite(int(bad[0]))
+    _check_lsb(lsb)  # behind the values: a step taken from bad ones is bad itself
     return codes
 
 
@@ -98,6 +100,12 @@ def _check_count(lsb: Any, x: Any) -> None:
         raise ValueError(
             f"dac_quantize: `lsb` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
         )
+
+
+def _check_lsb(lsb: Any) -> None:
+    check_numbers(
+        "dac_quantize", "lsb", lsb, "", "it is the value of one code, the largest input over code_max"
+    )
 
 
 def _not_finite(count: int) -> ValueError:

@@ -8,12 +8,24 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import backend, host_call, library
+from gpuxbar.launch import (
+    Device,
+    In,
+    InOut,
+    Kernel,
+    Out,
+    Scalar,
+    Struct,
+    backend,
+    cuda_device,
+    host_call,
+    library,
+)
 from gpuxbar.ops.checks import check_array
 from gpuxbar.reference.device_update import neurosim_rate
 from gpuxbar.spec import Agarwal, NeuroSim, SoftBounds, UpdateLaw
 
-__all__ = ["device_update"]
+__all__ = ["KERNEL", "device_update"]
 
 OP = "device_update"
 
@@ -30,6 +42,7 @@ def device_update(
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
     step: Any = 0,
+    device: Device | None = None,
 ) -> Any:
     """Apply wanted weight changes to pairs of devices, in place, and read the weights out.
 
@@ -47,13 +60,15 @@ def device_update(
         stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, the same cells as `program` draws for this seed.
         seed, step: Device spread depends on the seed, the noise of an update on both; `step` is an integer or an
             int64 array of one element.
+        device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
         Weights after the update, float32 [G, O, I]: w_max (g_pos - g_neg) / (g_max - g_min).
 
     Raises:
         TypeError: An array has another dtype.
-        ValueError: Shapes disagree, an array is not contiguous, or `dw` holds NaN or infinity; `g` is unchanged.
+        ValueError: Shapes disagree, an array is not contiguous, or `dw` holds NaN or infinity (checked on the CPU; on a GPU
+            no value is read back, and such a change moves its cells to a bound); `g` is unchanged.
 
     Source:
         Agarwal et al., IJCNN 2016; Peng et al., IEEE TCAD 2021; Fusi and Abbott, Nature Neuroscience 2007.
@@ -74,13 +89,13 @@ def device_update(
         raise ValueError(
             f"{OP}: need 0 <= g_min < g_max, got {g_min:g} S and {g_max:g} S; widen or swap the window"
         )
-    where = backend(g)
-    if where == "cuda":
-        raise NotImplementedError(f"{OP}: CuPy arrays have no kernel in this version; pass NumPy arrays")
-    step = int(np.asarray(step).reshape(-1)[0])
     window: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "stuck_at_g_min": stuck_at_g_min, "stuck_at_g_max": stuck_at_g_max,
     }  # fmt: skip
+    where = "cuda" if device is not None else backend(g)
+    if where == "cuda":
+        return _cuda(device or cuda_device(), g, dw, law, w_max, step, seed, window)
+    step = int(np.asarray(step).reshape(-1)[0])
     if where == "reference":
         if not np.isfinite(dw).all():
             raise _not_finite(int((~np.isfinite(dw)).sum()))
@@ -141,6 +156,31 @@ def parameters(law: UpdateLaw) -> Parameters:
         pulse_cycle2=law.cycle**2,
         law=2,
     )
+
+
+def _cuda(
+    device: Device, g: Any, dw: Any, law: UpdateLaw, w_max: Any, step: Any, seed: int, window: dict[str, Any]
+) -> Any:
+    groups, outputs, inputs = dw.shape
+    weights = device.empty(dw.shape, "float32")
+    by_value = isinstance(step, int)
+    device.launch(
+        KERNEL, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
+        {"g": g, "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
+         "law": parameters(law), "step_value": step if by_value else 0, "seed": seed, "g_min": window["g_min"],
+         "range": window["g_max"] - window["g_min"], "stuck_low": window["stuck_at_g_min"],
+         "stuck_high": window["stuck_at_g_max"], "groups": groups, "inputs": inputs, "outputs": outputs},
+    )  # fmt: skip
+    return weights
+
+
+KERNEL = Kernel(
+    "device_update.cu",
+    g=InOut("float32", "S R O"), dw=In("float32", "G O I"), w=Out("float32", "G O I"), w_max=In("float32", "C"),
+    step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), step_value=Scalar("int64"),
+    seed=Scalar("uint64"), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
+    stuck_high=Scalar("float32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
+)  # fmt: skip
 
 
 def _not_finite(count: int) -> ValueError:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, library
-from gpuxbar.ops.checks import check_array, scalar_array
+from gpuxbar.ops.checks import check_array, check_numbers, scalar_array
 from gpuxbar.ops.tile_mvm_cuda import tile_mvm_cuda
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
@@ -59,7 +59,7 @@ def tile_mvm(
                        + bias[o]
 
     Args:
-        v: What drives the lines: float32 [B, I] in units of `v_lsb` (so in V by default), or int16 DAC codes.
+        v: What drives the lines: float32 [B, I] in units of `v_lsb` (so in V by default), finite; or int16 DAC codes.
             With `conv` the images [N, channels, height, width] of a convolution (or, `transposed`, the
             gradient of its output).
         g: Conductance, float32 [I, O] or [S, I, O], S. `groups` stacked arrays share the first axis.
@@ -95,16 +95,23 @@ def tile_mvm(
 
     Raises:
         TypeError: An array has another dtype.
-        ValueError: Shapes disagree, an array is not contiguous, or a setting is out of range.
+        ValueError: Shapes disagree, an array is not contiguous, a setting is out of range, or `v` holds NaN or
+            infinity (checked on the CPU, as the values of arrays of settings are; nothing is read back from a GPU).
 
     Source:
         Shafiee et al., ISAAC, ISCA 2016.
     """
     check_array(OP, "v", v, ("float32", "int16"), 2 if conv is None else 4)
     check_array(OP, "g", g, "float32", (2, 3))
+    if noise_var is not None:
+        check_array(OP, "noise_var", noise_var, "float32", g.ndim)
     if g.ndim == 2:
         g = g[None]
         noise_var = None if noise_var is None else noise_var[None]
+    if g.size == 0:
+        raise ValueError(
+            f"{OP}: `g` must hold at least one cell, got shape {tuple(g.shape)}; only a batch may be empty"
+        )
     bits = 0 if adc_bits is None else adc_bits
     _check_adc(adc_bits, adc_signed, adc_lsb)
     if generator not in ("exact", "fast"):
@@ -116,8 +123,10 @@ def tile_mvm(
         raise TypeError(
             f"{OP}: `v` must be int16 codes with stream_bits={stream_bits}, got {v.dtype.name}; quantise it with dac_quantize"
         )
+    _check_streams(stream_bits, streams, phases)
+    _check_scalars(v_lsb, read_noise, step)
     planes, rows, cols = g.shape
-    if rows % groups:
+    if groups < 1 or rows % groups:
         raise ValueError(
             f"{OP}: `groups` must divide the {rows} rows of `g`, got {groups}; stack equal arrays"
         )
@@ -172,6 +181,11 @@ def tile_mvm(
         ):
             rule = f"1 or {outputs} values" if allowed else f"a length that divides the {batch} rows"
             raise ValueError(f"{OP}: `{name}` must have {rule}, got {count}; see the axes of the result")
+    if where != "cuda" and v.dtype.name == "float32" and not np.isfinite(v).all():
+        raise ValueError(
+            f"{OP}: `v` must be finite, got {int((~np.isfinite(v)).sum())} NaN or infinite values; look for a "
+            "diverging loss or bad data"
+        )
     if where == "cuda":
         more = {"precision": precision, "g_range": g_range}
         return tile_mvm_cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
@@ -184,7 +198,7 @@ def tile_mvm(
 def _check_adc(bits: int | None, signed: bool, lsb: Any) -> None:
     if bits is None:
         return
-    if not 1 <= bits <= 16:
+    if not isinstance(bits, (int, np.integer)) or not 1 <= bits <= 16:
         raise ValueError(f"{OP}: `adc_bits` must be 1 to 16, got {bits}; None switches the ADC off")
     if signed and bits == 1:
         raise ValueError(
@@ -194,10 +208,32 @@ def _check_adc(bits: int | None, signed: bool, lsb: Any) -> None:
         raise ValueError(
             f"{OP}: `adc_lsb` must be given with adc_bits={bits}, got None; it is the current of one step, A"
         )
-    if isinstance(lsb, (int, float)) and not (lsb > 0 and np.isfinite(lsb)):
+    check_numbers(OP, "adc_lsb", lsb, "A", "use the full-scale current over the largest code")
+
+
+def _check_streams(bits: int, streams: int, phases: int) -> None:
+    if not 0 <= bits <= 15:
+        raise ValueError(f"{OP}: `stream_bits` must be 0 to 15, got {bits}; 0 drives the whole value at once")
+    if not 1 <= streams <= (-(-15 // bits) if bits else 1):
         raise ValueError(
-            f"{OP}: `adc_lsb` must be above 0 A, got {lsb:g} A; use the full-scale current over the largest code"
+            f"{OP}: `streams` must cover up to 15 bits of a code, got {streams} of {bits} bits; give 1 or more"
         )
+    if phases not in ((1, 2) if bits else (1,)):
+        raise ValueError(
+            f"{OP}: `phases` must be 1, or 2 with stream_bits, got {phases}; drive all bits at once by stream_bits=15"
+        )
+
+
+def _check_scalars(v_lsb: float, read_noise: Any, step: Any) -> None:
+    check_numbers(OP, "v_lsb", v_lsb, "V", "it is the voltage of one code")
+    check_numbers(OP, "read_noise", read_noise, "A", "it is a standard deviation", zero=True)
+    if np.size(read_noise) != 1:
+        raise ValueError(
+            f"{OP}: `read_noise` must be one value, got {np.size(read_noise)}; noise_var takes one for each cell"
+        )
+    kind = step.dtype.kind if hasattr(step, "dtype") else np.asarray(step).dtype.kind
+    if kind not in "iu" or np.size(step) != 1:
+        raise ValueError(f"{OP}: `step` must be one integer, got {step!r}; count the reads")
 
 
 def _check_precision(precision: str, g_range: float | None, v: Any) -> None:

@@ -4,7 +4,7 @@ from gpuxbar.reference.dac_quantize import dac_quantize
 from gpuxbar.reference.device_update import device_update
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
-from gpuxbar.reference.program import program
+from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
 
@@ -15,12 +15,14 @@ __all__ = [
     "dac_quantize",
     "device_update",
     "effective_conductance",
+    "fingerprint",
     "fold",
     "nodal_conductance",
     "node_voltages",
     "normals",
     "philox",
     "program",
+    "reprogram",
     "tile_mvm",
     "unfold",
     "uniforms",

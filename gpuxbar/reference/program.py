@@ -1,7 +1,8 @@
-"""Programming weights onto conductance planes, in NumPy float64.
+"""Programming weights onto conductance planes, in NumPy float64: the oracle of `ops.program` and `ops.reprogram`.
 
 w = clip(weight / w_max, -1, 1); a device's target is g_min + |w| (g_max - g_min) on its side of the pair (or a
-digit of |w|), rounded to levels; then device spread, write noise, clipping at 0 and stuck cells.
+digit of |w|, or (1 + w) / 2 of the window of a single device), rounded to levels; then device spread, write noise,
+clipping at 0 and stuck cells.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from gpuxbar.reference.random import Purpose, normals, uniforms
 
-__all__ = ["program"]
+__all__ = ["fingerprint", "program", "reprogram"]
 
 
 def program(
@@ -29,51 +30,97 @@ def program(
     device_spread: float = 0.0,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
+    sigma_g: float = 0.0,
+    exponent: float = 0.5,
     seed: int = 0,
     step: int = 0,
-) -> np.ndarray:
-    """Conductances float32 [S, G * I, O], S, of weights [G, O, I] on pairs of devices.
-
-    Args:
-        weight: Weights, float [G, O, I].
-        w_max: Weight of a full pair, float [1] or [G * O].
-        g_min, g_max: Conductance window, S.
-        slices, slice_bits: Devices of a magnitude and bits of each; `slice_bits=None` is continuous.
-        levels: Levels of an unsliced device; None: continuous.
-        merge: "none" [2 slices], "subtract" [slices] or "all" [1]; see `mapping.Planes`.
-        write_noise: Standard deviation of a write, S, redrawn with every `step`.
-        device_spread: Relative standard deviation between devices, drawn once per seed.
-        stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, drawn once per seed.
-    """
+) -> Any:
+    """See `gpuxbar.ops.program`; float64 throughout, rounded to float32 at the end."""
     n_groups, n_out, n_in = weight.shape
-    scale = np.broadcast_to(
-        np.asarray(w_max, np.float64).reshape(-1, 1), (n_groups * n_out if np.size(w_max) > 1 else 1, 1)
-    )
-    w = np.asarray(weight, np.float64)
-    w = np.clip(w / (scale.reshape(n_groups, n_out, 1) if np.size(w_max) > 1 else scale[0, 0]), -1.0, 1.0)
+    scale = np.asarray(w_max, np.float64)
+    scale = np.broadcast_to(scale.reshape(-1, 1, 1) if scale.size == 1 else scale.reshape(n_groups, n_out, 1), (n_groups, n_out, 1))  # fmt: skip
+    w = np.clip(np.asarray(weight, np.float64) / scale, -1.0, 1.0)
     w = w.transpose(0, 2, 1).reshape(n_groups * n_in, n_out)
     rows = np.arange(len(w))
+    if merge == "offset":
+        shares = [_offset_share(w, levels)]
+    else:
+        sides = [_shares(np.maximum(sign * w, 0.0), slices, slice_bits, levels) for sign in (1.0, -1.0)]
+        shares = [share for side in sides for share in side]
     planes = []
-    for side, sign in enumerate((1.0, -1.0)):
-        for k, share in enumerate(_shares(np.maximum(sign * w, 0.0), slices, slice_bits, levels)):
-            g = g_min + share * (g_max - g_min)
-            where: dict[str, Any] = {"slot": side * slices + k, "seed": seed}
-            if device_spread:
-                g = g * (1.0 + device_spread * normals(rows, n_out, purpose=Purpose.DEVICE_SPREAD, **where))
-            if write_noise:
-                g = g + write_noise * normals(rows, n_out, purpose=Purpose.WRITE, step=step, **where)
-            g = np.maximum(g, 0.0)
-            if stuck_at_g_min or stuck_at_g_max:
-                u = uniforms(rows, n_out, purpose=Purpose.STUCK, **where)
-                g = np.where(u < stuck_at_g_min, g_min, np.where(u > 1.0 - stuck_at_g_max, g_max, g))
-            planes.append(g)
-    g = np.stack(planes)
-    if merge != "none":
-        g = g[:slices] - g[slices:]
+    for slot, share in enumerate(shares):
+        g = g_min + share * (g_max - g_min)
+        where: dict[str, Any] = {"slot": slot, "seed": seed}
+        if device_spread:
+            g = g * (1.0 + device_spread * normals(rows, n_out, purpose=Purpose.DEVICE_SPREAD, **where))
+        if write_noise:
+            g = g + write_noise * normals(rows, n_out, purpose=Purpose.WRITE, step=step, **where)
+        g = np.maximum(g, 0.0)
+        if stuck_at_g_min or stuck_at_g_max:
+            u = uniforms(rows, n_out, purpose=Purpose.STUCK, **where)
+            g = np.where(u < stuck_at_g_min, g_min, np.where(u > 1.0 - stuck_at_g_max, g_max, g))
+        planes.append(g)
+    devices = np.stack(planes)
+    base = 2.0 ** (slice_bits or 0)
+    g = _merged(devices, merge, slices, base, -1.0)
+    if not sigma_g:
+        return g
+    variance = (sigma_g * (devices / g_max) ** exponent) ** 2
+    return g, _merged(variance, merge, slices, base**2, 1.0)
+
+
+def fingerprint(weight: np.ndarray) -> int:
+    """The 64-bit sum over all places e of bits(weight[e]) times an odd number of e; signed, like an int64."""
+    mask = np.uint64(0xFFFFFFFF)
+    bits = np.ascontiguousarray(weight, np.float32).ravel().view(np.uint32).astype(np.uint64)
+    place = np.arange(bits.size, dtype=np.uint64) & mask
+    place = (place ^ place >> np.uint64(16)) * np.uint64(0x7FEB352D) & mask
+    low = (place ^ place >> np.uint64(15)) * np.uint64(0x846CA68B) & mask
+    high = (low ^ low >> np.uint64(16)) * np.uint64(0x9E3779B9) & mask
+    factor = (low | np.uint64(1)) + (high << np.uint64(32))
+    total = int((bits * factor).sum(dtype=np.uint64)) if bits.size else 0
+    return total - 2**64 if total >= 2**63 else total
+
+
+def reprogram(
+    weight: np.ndarray,
+    g: np.ndarray,
+    w_max: np.ndarray,
+    state: np.ndarray,
+    noise_var: np.ndarray | None = None,
+    *,
+    write_step: int,
+    scale: str = "tensor",
+    full_weight: float | None = None,
+    **settings: Any,
+) -> None:
+    """See `gpuxbar.ops.reprogram`."""
+    total = (fingerprint(weight) + write_step) % 2**64
+    version = total - 2**64 if total >= 2**63 else total
+    if version != state[0] or version == 0:
+        magnitude = np.abs(weight).reshape(w_max.size, weight.shape[2])
+        if full_weight is not None:
+            w_max[...] = full_weight
+        elif scale == "column":
+            w_max[...] = np.maximum(magnitude.max(axis=1, initial=0.0), 1e-30)
+        else:
+            w_max[...] = max(magnitude.max(initial=0.0), 1e-30)
+        written = program(weight, w_max=w_max, step=total & 0xFFFFFFFF, **settings)
+        if noise_var is None:
+            g[...] = written
+        else:
+            g[...], noise_var[...] = written
+    state[...] = version
+
+
+def _merged(devices: np.ndarray, merge: str, slices: int, base: float, negative: float) -> np.ndarray:
+    """The stored planes, float32: the sides of a pair joined with weights 1 and `negative`, its slices with base**k."""
+    planes = devices
+    if merge in ("subtract", "all"):
+        planes = planes[:slices] + negative * planes[slices:]
     if merge == "all":
-        base = 2.0 ** (slice_bits or 0)
-        g = np.tensordot(base ** np.arange(slices), g, axes=1)[None]
-    return np.ascontiguousarray(g, dtype=np.float32)
+        planes = np.tensordot(base ** np.arange(slices), planes, axes=1)[None]
+    return np.ascontiguousarray(planes, dtype=np.float32)
 
 
 def _shares(
@@ -85,3 +132,11 @@ def _shares(
     base = 2**slice_bits
     code = np.rint(magnitude * (float(base) ** slices - 1)).astype(np.int64)
     return [(code // base**k % base) / (base - 1) for k in range(slices)]
+
+
+def _offset_share(w: np.ndarray, levels: int | None) -> np.ndarray:
+    """The share of the window of a single device; the middle level is w = 0, an even number leaves the last unused."""
+    if levels is None:
+        return (1.0 + w) / 2
+    middle = (levels - 1) // 2
+    return (middle + np.rint(w * middle)) / (levels - 1)

@@ -7,6 +7,7 @@ Ann. Math. Stat. 29 (1958).
 from __future__ import annotations
 
 from enum import IntEnum
+from math import prod
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def normals(
         phase_word = (w32 >> 16).astype(np.float64) * 2.0**-16
     radius = np.sqrt(-2.0 * np.log(radius_word))
     z = np.stack([radius * np.cos(2 * np.pi * phase_word), radius * np.sin(2 * np.pi * phase_word)], axis=-1)
-    return z.reshape(len(z), -1)[:, :n_cols]
+    return z.reshape(len(z), prod(z.shape[1:]))[:, :n_cols]
 
 
 def uniforms(
@@ -98,4 +99,4 @@ def uniforms(
     """Uniforms in (0, 1) of (row, column), float64 [len(rows), n_cols]: 24 bits of one word each."""
     w = words(rows, -(-n_cols // 4), purpose=purpose, slot=slot, step=step, seed=seed)
     u = ((w >> 8).astype(np.float64) + 0.5) * 2.0**-24
-    return u.reshape(len(u), -1)[:, :n_cols]
+    return u.reshape(len(u), prod(u.shape[1:]))[:, :n_cols]

@@ -32,6 +32,18 @@ class ConvGeometry:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
 
+    def __post_init__(self) -> None:
+        for name, low in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            if min(getattr(self, name)) < low:
+                raise ValueError(
+                    f"ConvGeometry: `{name}` must be at least {low}, got {getattr(self, name)}; see torch.nn.Conv2d"
+                )
+        if min(self.out) < 1:
+            raise ValueError(
+                f"ConvGeometry: `kernel` must fit into the padded image, got {self.kernel} for {self.height} x {self.width} "
+                f"with padding {self.padding} and dilation {self.dilation}; pad more or take a smaller kernel"
+            )
+
     @property
     def out(self) -> tuple[int, int]:
         """Output height and width."""
@@ -204,7 +216,7 @@ def tile_mvm(
             y = fold(y, n_images, conv)
         else:
             y, gate = (
-                a.reshape(n_images, conv.pixels, -1).transpose(0, 2, 1).reshape(n_images, -1, *conv.out)
+                np.ascontiguousarray(a.reshape(n_images, *conv.out, groups * sense).transpose(0, 3, 1, 2))
                 for a in (y, gate)
             )
     return (y, gate) if want_gate else y

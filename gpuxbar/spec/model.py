@@ -21,6 +21,7 @@ __all__ = [
     "Device",
     "Mapping",
     "NeuroSim",
+    "Parasitics",
     "Programming",
     "ReadNoise",
     "SoftBounds",
@@ -79,7 +80,8 @@ class Mapping(Part):
     and a reference column per column tile, subtracted digitally).
     `slices`, `slice_bits`: the weight magnitude spread over `slices` devices of `slice_bits` each, joined by
     shift-and-add; one slice with `slice_bits=None` is an unsliced, continuous weight.
-    `scale`: one weight scale per "tensor", or per output "column".
+    `scale`: one weight scale per "tensor", or per output "column": its largest weight is a full pair. `w_max`: the
+    weight of a full pair instead; larger ones are clipped.
     `headroom`: in-situ training begins with a weight scale of this times the largest weight, and weights stay inside it.
     """
 
@@ -87,6 +89,7 @@ class Mapping(Part):
     slices: int = Field(1, ge=1, le=32)
     slice_bits: int | None = Field(None, ge=1, le=8)
     scale: Literal["tensor", "column"] = "tensor"
+    w_max: float | None = Field(None, gt=0)
     headroom: float = Field(4.0, ge=1, le=1000)
 
     @model_validator(mode="after")
@@ -213,6 +216,54 @@ class ReadNoise(Part):
     exponent: float = Field(0.5, ge=0, le=4)
 
 
+class Parasitics(Part):
+    """Resistances of the wires of a tile, and how they are solved; 0 everywhere is ideal.
+
+    Wordlines are driven at their first column and bitlines sensed at their last row; the other ends are open.
+    `r_wordline`, `r_bitline`: of a wire segment between two cells, ohm. `r_source`: total before the first cell of a
+    wordline, driver and wire, ohm; `r_sink`: total after the last cell of a bitline, ohm.
+    `method`: "exact", or an approximation of `gpuxbar.ops.effective_conductance`.
+    `terminations`: what a transposed read finds at the ends. "line": every line keeps its resistance, so bitlines are
+    driven through `r_sink` and the array is exactly the transpose; "role": drivers keep `r_source` and sense amplifiers
+    `r_sink`, whichever lines they serve, and the array is solved once more. Must be chosen where the two differ.
+    `shared_drivers`: column tiles of a layer share the drivers of their wordlines, one `r_source` for all ("exact" only).
+    """
+
+    r_wordline: float = Field(0.0, ge=0)
+    r_bitline: float = Field(0.0, ge=0)
+    r_source: float = Field(0.0, ge=0)
+    r_sink: float = Field(0.0, ge=0)
+    method: Literal["none", "first_order", "ladder", "mean_field", "exact"] = "exact"
+    terminations: Literal["line", "role"] | None = None
+    shared_drivers: bool = False
+
+    @model_validator(mode="after")
+    def _chosen(self) -> Parasitics:
+        if self.r_source != self.r_sink and self.terminations is None:
+            raise ValueError(
+                f"Parasitics: `terminations` must be chosen where r_source and r_sink differ, got {self.r_source:g} and "
+                f"{self.r_sink:g} ohm; 'line' keeps each line's resistance in the transposed read, 'role' moves it with "
+                "the driver"
+            )
+        if self.shared_drivers and (self.method != "exact" or self.terminations == "role"):
+            raise ValueError(
+                "Parasitics: `shared_drivers` must go with method='exact' and terminations 'line', got "
+                f"{self.method!r} and {self.terminations!r}; choose these or shared_drivers=False"
+            )
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether any wire has a resistance that is solved for."""
+        ohms = (self.r_wordline, self.r_bitline, self.r_source, self.r_sink)
+        return self.method != "none" and any(ohms)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the transposed read sees another matrix than the transpose."""
+        return self.active and self.terminations == "role" and self.r_source != self.r_sink
+
+
 class Programming(Part):
     """What a write-verify leaves: drawn once per weight version, the spread and stuck cells once per device.
 
@@ -324,7 +375,9 @@ class CrossbarSpec(Part):
     """Everything about a layer on crossbars. Defaults are ideal.
 
     `seed`: of every random number; two layers of a model never share draws. `generator`: "exact" or "fast"
-    normals (kernels/README.md, "Random numbers"). `update`: the device's own law, used by
+    normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
+    "fp16", or "fp16x2" (conductances as a high and a low half, 22 bits); half precisions need a DAC, whose codes they
+    hold exactly; on a CPU every product is float32. `update`: the device's own law, used by
     `gpuxbar.optim.InSituSGD`; needs unsliced pairs.
     """
 
@@ -335,10 +388,39 @@ class CrossbarSpec(Part):
     adc: ADC = ADC()
     read_noise: ReadNoise = ReadNoise()
     programming: Programming = Programming()
+    parasitics: Parasitics = Parasitics()
     backward: Backward = Backward()
     update: UpdateLaw | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     generator: Literal["exact", "fast"] = "exact"
+    precision: Literal["fp32", "tf32", "fp16", "fp16x2"] = "fp32"
+
+    @model_validator(mode="after")
+    def _precise(self) -> CrossbarSpec:
+        if self.precision.startswith("fp16") and (self.dac.bits is None or self.backward_dac.bits is None):
+            raise ValueError(
+                f"CrossbarSpec: `precision` must be fp32 or tf32 without a DAC in both directions, got {self.precision!r}; "
+                "half precision holds codes, not values: set dac.bits"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _wired(self) -> CrossbarSpec:
+        if self.parasitics.active and self.mapping.scheme == "offset":
+            raise ValueError(
+                "CrossbarSpec: `mapping.scheme` must be differential or subtracted with parasitics, got 'offset'; the wires "
+                "of its reference lines are not modelled: choose one of these"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transposed(self) -> CrossbarSpec:
+        if self.backward_dac.range == "ema":
+            raise ValueError(
+                "CrossbarSpec: `backward.dac.range` must be sample, tensor or fixed, got 'ema'; gradients shrink as "
+                "training goes on: choose one of these"
+            )
+        return self
 
     @model_validator(mode="after")
     def _updatable(self) -> CrossbarSpec:

@@ -77,7 +77,7 @@ class ShimDevice:
         assert len(wanted) == len(arguments), (kernel.name, len(wanted), len(arguments))
         keep = []
         for code, name, value in zip(wanted, kernel.arguments, arguments, strict=True):
-            got = value.dtype.kind + str(value.dtype.itemsize) if value is not None else ""
+            got = value.dtype.kind.replace("V", "s") + str(value.dtype.itemsize) if value is not None else ""
             if code[0] == "*":
                 assert value is None or code[1:] == got.replace("f2", "u2"), (kernel.name, name, code, got)
                 keep.append(ctypes.c_void_p(None if value is None else value.ctypes.data))

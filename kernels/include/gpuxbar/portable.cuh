@@ -29,6 +29,7 @@ GPUXBAR_FN float max(float a, float b) { return fmaxf(a, b); }
 GPUXBAR_FN float abs(float x) { return fabsf(x); }
 GPUXBAR_FN u32 float_bits(float x) { return __float_as_uint(x); }
 GPUXBAR_FN float bits_float(u32 x) { return __uint_as_float(x); }
+GPUXBAR_FN u64 double_bits(double x) { return (u64)__double_as_longlong(x); }
 GPUXBAR_FN float exp(float x) { return expf(x); }
 GPUXBAR_FN u16 half_bits(float x) {  // nearest fp16, half to even
   u16 h;
@@ -68,6 +69,11 @@ GPUXBAR_FN float bits_float(u32 u) {
   float x;
   __builtin_memcpy(&x, &u, sizeof x);
   return x;
+}
+GPUXBAR_FN u64 double_bits(double x) {
+  u64 u;
+  __builtin_memcpy(&u, &x, sizeof u);
+  return u;
 }
 // 2^n 2^f with |f| <= 1/2 by a polynomial; branch-free, so that loops vectorise; relative error below 2e-7 for
 // |x| <= 87.

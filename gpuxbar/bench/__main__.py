@@ -1,0 +1,109 @@
+"""`python -m gpuxbar.bench`: parse, measure, print, record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from gpuxbar.bench.cases import CASES, Case, OracleMismatch
+from gpuxbar.bench.measure import measure
+from gpuxbar.bench.record import append, environment, rewrite_readme, rows_of
+
+ROOT = Path(__file__).parents[2]
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[CASE]...", help="What to measure; all if none is given.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each contender; as many as fit 4 s if not given.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="JSON-lines file to append to or, with --readme, to read.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Print the cases and stop.")] = False,
+    readme: Annotated[
+        bool, typer.Option("--readme", help="Rewrite the README's tables from the recorded rows.")
+    ] = False,
+    readme_file: Annotated[Path, typer.Option(help="The README to rewrite.")] = ROOT / "README.md",
+) -> None:
+    """Time the library against the ideal product and against plain PyTorch, after checking its results."""
+    console = Console()
+    try:
+        if list_:
+            for case in CASES:
+                console.print(f"{case.name:20} {case.size}", highlight=False, soft_wrap=True)
+        elif readme:
+            rewrite_readme(readme_file, rows_of(record or ROOT / "examples" / "results" / "cpu.jsonl"))
+        else:
+            _measure(console, _chosen(names or []), threads, rounds, record)
+    except (ValueError, OSError, OracleMismatch) as error:
+        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _chosen(names: list[str]) -> list[Case]:
+    known = {case.name: case for case in CASES}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"bench: `case` must be one of {', '.join(known)}, got {name!r}; see --list")
+    return [known[name] for name in names] or list(CASES)
+
+
+def _measure(
+    console: Console, cases: list[Case], threads: int, rounds: int | None, record: Path | None
+) -> None:
+    table = Table(
+        title=f"{threads} thread{'s' if threads > 1 else ''}; times of the unit in ms, ratios to it"
+    )
+    for head in ("case", "unit", "gpuxbar", "target", "plain torch", "extra MB", "error"):
+        table.add_column(head)
+    red = []
+    for case in cases:
+        try:
+            row = _with_bar(console, case, threads, rounds)
+        except OracleMismatch as error:
+            table.add_row(case.name, "[red]oracle disagrees: no number[/red]")
+            red.append(f"{case.name}: {error}")
+            continue
+        row |= environment(ROOT)
+        table.add_row(*_cells(row))
+        if record is not None:
+            append(record, row)
+    console.print(table)
+    if red:
+        raise OracleMismatch("; ".join(red))
+
+
+def _with_bar(console: Console, case: Case, threads: int, rounds: int | None) -> dict[str, Any]:
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(case.name, total=None)
+
+        def tick(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return measure(case, thread_count=threads, rounds=rounds, tick=tick)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    unit = next(iter(row["ms"].values()))
+    plain = row["ratio"].get("plain torch")
+    memory = row["extra_mb"].get("gpuxbar")
+    return (
+        row["case"], f"{unit[1]:.2f}", f"{row['ratio']['gpuxbar']:.2f}", f"{row['target']:g}",
+        "" if plain is None else f"{plain:.2f}", "" if memory is None else f"{memory:.1f}", f"{row['error']:.0e}",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    app()

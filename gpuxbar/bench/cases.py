@@ -1,0 +1,272 @@
+"""What is measured: each case names its contenders, and how the library's result is checked against the oracle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gpuxbar import ops, reference
+from gpuxbar.bench.plain import Tiles, on_tiles
+from gpuxbar.experiments.networks import network
+from gpuxbar.launch import set_threads
+from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
+from gpuxbar.ops import ConvGeometry
+from gpuxbar.spec import CrossbarSpec
+
+__all__ = ["CASES", "Case", "Contenders", "OracleMismatch", "threads"]
+
+TILE = 128
+V_READ, G_MAX = 0.2, 10e-6  # V, S
+NOISE = 0.3  # of an ADC step
+
+
+class OracleMismatch(Exception):
+    """A case's result is not the oracle's: no number of it counts."""
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """What is timed in turns, by name; the first is the unit of the ratios. `check`: largest error or mismatch."""
+
+    run: dict[str, Callable[[], object]]
+    check: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measured setting.
+
+    Attributes:
+        size: What one call works on.
+        target: Largest ratio of `gpuxbar` to the unit (a speed-up of two threads: the smallest).
+        memory_mb: Largest extra memory of one call, or None: not measured.
+    """
+
+    name: str
+    size: str
+    target: float
+    build: Callable[[], Contenders]
+    memory_mb: float | None = None
+    speedup: bool = False
+
+
+def linear(
+    batch: int = 256, inputs: int = 1024, outputs: int = 1024, *, transposed: bool = False, noise: float = NOISE,
+    generator: str = "exact",
+) -> Contenders:  # fmt: skip
+    """A product as `ops` computes it: DAC, tiles, noise, ADC; `transposed` drives the bitlines."""
+    rng = np.random.default_rng(0)
+    g = rng.uniform(-G_MAX, G_MAX, (inputs, outputs)).astype(np.float32)
+    x = rng.normal(size=(batch, outputs if transposed else inputs)).astype(np.float32)
+    top, w = 4.0, torch.from_numpy(g) if transposed else torch.from_numpy(g.T.copy())
+    settings = _settings(top, transposed=transposed, noise=noise, generator=generator)
+    per_volt = top / V_READ  # digital value of one ampere over one siemens
+    tiles = Tiles(TILE, top, settings["adc_lsb"] * per_volt, noise)
+
+    def ours() -> np.ndarray:
+        return ops.tile_mvm(ops.dac_quantize(x, lsb=top / 127, code_max=127), g, **settings)
+
+    def check() -> float:
+        codes = reference.dac_quantize(x, lsb=np.full(1, top / 127, np.float32), code_max=127, signed=True)
+        expected = reference.tile_mvm(codes, g[None], **_oracle(settings))
+        return _codes_error(ours(), expected, settings["adc_lsb"])
+
+    tx, w_t = torch.from_numpy(x), w.t()
+    run = {
+        "ideal": lambda: functional.linear(tx, w),
+        "gpuxbar": ours,
+        "plain torch": lambda: tiles.read(tx, w_t),
+    }
+    return Contenders(run, check)
+
+
+def conv(batch: int = 32, channels: int = 64, size: int = 32, outputs: int = 64) -> Contenders:
+    """A 3 x 3 convolution as `ops` computes it; the oracle looks at the first image."""
+    rng = np.random.default_rng(0)
+    geometry = ConvGeometry(channels, size, size, (3, 3), padding=(1, 1))
+    g = rng.uniform(-G_MAX, G_MAX, (geometry.inputs, outputs)).astype(np.float32)
+    x = rng.normal(size=(batch, channels, size, size)).astype(np.float32)
+    top = 4.0
+    settings = _settings(top, transposed=False, noise=NOISE, generator="exact") | {"conv": geometry}
+    layer = nn.Conv2d(channels, outputs, 3, padding=1, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.from_numpy(g.T.reshape(outputs, channels, 3, 3).copy()))
+    plain = on_tiles(layer, Tiles(TILE, top, settings["adc_lsb"] * top / V_READ, NOISE))
+
+    def ours() -> np.ndarray:
+        return ops.tile_mvm(ops.dac_quantize(x, lsb=top / 127, code_max=127), g, **settings)
+
+    def check() -> float:
+        codes = reference.dac_quantize(
+            x[:1], lsb=np.full(1, top / 127, np.float32), code_max=127, signed=True
+        )
+        expected = reference.tile_mvm(codes, g[None], **_oracle(settings))
+        return _codes_error(ours()[:1], expected, settings["adc_lsb"])
+
+    tx = torch.from_numpy(x)
+    return Contenders({"ideal": lambda: layer(tx), "gpuxbar": ours, "plain torch": lambda: plain(tx)}, check)
+
+
+def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
+    """Forward, backward and SGD of a network; reads non-ideal in both directions, the update digital."""
+    torch.manual_seed(0)
+    x, target = torch.randn(batch, *shape), torch.randint(10, (batch,))
+    _, ideal = network(shape, 10)
+    spec = CrossbarSpec.model_validate(
+        {
+            "tile": {"rows": TILE, "cols": TILE}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8},
+            "adc": {"bits": 8}, "read_noise": {"sigma": 1e-7},
+        }
+    )  # fmt: skip
+    analog, _ = convert(ideal, spec)
+    calibrate(analog, [x])
+    models = {"ideal": ideal, "gpuxbar": analog, "plain torch": on_tiles(ideal, Tiles(TILE, noise=NOISE))}
+    steps = {
+        name: partial(_step, m, torch.optim.SGD(m.parameters(), 0.01), x, target)
+        for name, m in models.items()
+    }
+    return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
+
+
+def scaling() -> Contenders:
+    """The noisy Linear product on one thread and on two."""
+    case = linear()
+
+    def on(count: int) -> object:
+        with threads(count):
+            return case.run["gpuxbar"]()
+
+    return Contenders({"one thread": lambda: on(1), "gpuxbar": lambda: on(2)}, case.check)
+
+
+LINEAR = "1024 x 1024, batch 256, 128 x 128 tiles, 8-bit DAC and ADC"
+CONV = "64 -> 64, 3 x 3, 32 x 32, batch 32, 128-row tiles, 8-bit DAC and ADC, noise"
+CASES = (
+    Case("linear", f"{LINEAR}, noise", 1.8, linear, memory_mb=8),
+    Case("linear-fast", f"{LINEAR}, noise of the fast generator", 1.8, partial(linear, generator="fast")),
+    Case("linear-clean", f"{LINEAR}, no noise", 1.25, partial(linear, noise=0.0)),
+    Case("linear-transposed", f"{LINEAR}, noise, driven backwards", 1.8, partial(linear, transposed=True)),
+    Case("conv", CONV, 3.0, conv, memory_mb=32),
+    Case("lenet5-step", "28 x 28, batch 64: training step", 2.2, partial(training_step, (1, 28, 28), 64)),
+    Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),
+    Case("linear-two-threads", f"{LINEAR}, noise: one thread's time over two's", 1.7, scaling, speedup=True),
+)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch and the host kernels on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    set_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        set_threads(before)
+
+
+def _settings(top: float, *, transposed: bool, noise: float, generator: str) -> dict[str, Any]:
+    """Of `ops.tile_mvm`: four standard deviations of a partial sum are the ADC's range."""
+    # inputs have variance 1 where `top` drives V_READ; conductances are uniform in +-G_MAX
+    deviation = np.sqrt(TILE / 3) * G_MAX * V_READ / top
+    lsb = float(4 * deviation / 127)
+    return {
+        "tile_rows": TILE, "tile_cols": TILE, "transposed": transposed, "v_lsb": V_READ / 127, "adc_bits": 8,
+        "adc_lsb": lsb, "read_noise": noise * lsb, "generator": generator, "seed": 2**40 + 1, "step": 3,
+    }  # fmt: skip
+
+
+def _oracle(settings: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in settings.items() if key not in ("tile_rows", "tile_cols")}
+    return rest | {"tile": TILE}
+
+
+def _codes_error(y: np.ndarray, expected: np.ndarray, step: float) -> float:
+    """Largest relative error, but for codes on a rounding edge: those may differ, by whole steps and rarely."""
+    top = np.abs(expected).max()
+    off = np.abs(y - expected)
+    flipped = off > 1e-5 * top
+    steps = off[flipped] / step
+    wrong = (np.abs(steps - np.rint(steps)) > 0.02) | (steps > 2.5)
+    if not np.isfinite(y).all() or wrong.any() or flipped.mean() > 2e-3:
+        raise OracleMismatch(
+            f"{flipped.sum()} of {off.size} results are off, {wrong.sum()} of them by more than two codes or by parts of one; "
+            f"the largest by {off.max() / top:.1e} of the range"
+        )
+    return float(off[~flipped].max() / top)
+
+
+def _step(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, target: Tensor) -> Tensor:
+    optimiser.zero_grad()
+    loss = functional.cross_entropy(model(x), target)
+    loss.backward()
+    optimiser.step()
+    return loss.detach()
+
+
+def _layers_error(model: nn.Module, step: Callable[[], object]) -> float:
+    """Each crossbar layer on two samples of a step, forwards and backwards, by the library and by the oracle."""
+    layers = [m for m in model.modules() if isinstance(m, (AnalogLinear, AnalogConv2d))]
+    seen: dict[nn.Module, dict[str, Tensor]] = {layer: {} for layer in layers}
+    rng = torch.Generator().manual_seed(0)
+
+    def nudged(values: Tensor) -> Tensor:  # what came out of converters sits on the edges of the next ones
+        return values.detach()[:2] * (1 + 0.01 * torch.rand(values[:2].shape, generator=rng))
+
+    def watch(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        seen[layer]["x"] = nudged(args[0])
+        y.register_hook(lambda grad: seen[layer].update(grad=nudged(grad)))
+
+    hooks = [layer.register_forward_hook(watch) for layer in layers]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return max(_layer_error(layer, **seen[layer]) for layer in layers)
+
+
+def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) -> float:
+    """Error that 98 % of a result's and the gradients' values stay below, relative to their root mean square.
+
+    The other 2 % are left to codes on a rounding edge and to what they carry into the gradients.
+    """
+
+    def results() -> tuple[Tensor, ...]:
+        layer.read_step.fill_(7)  # the same draws
+        driven = x.clone().requires_grad_()
+        y = layer(driven)
+        return (y.detach(), *torch.autograd.grad(y, (driven, layer.weight), grad))
+
+    found = results()
+    with _reference_backend():
+        oracle = results()
+    worst = max(
+        float((a - b).abs().flatten().quantile(0.98) / b.square().mean().sqrt())
+        for a, b in zip(found, oracle, strict=True)
+    )
+    if not worst < 2e-3:
+        raise OracleMismatch(
+            f"layer {layer.name}: 2 % of its values are off by {worst:.1e} of their root mean square or more; "
+            "2e-3 is allowed"
+        )
+    return worst
+
+
+@contextmanager
+def _reference_backend() -> Iterator[None]:
+    before = os.environ.get("GPUXBAR_BACKEND")
+    os.environ["GPUXBAR_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        del os.environ["GPUXBAR_BACKEND"]
+        if before is not None:
+            os.environ["GPUXBAR_BACKEND"] = before

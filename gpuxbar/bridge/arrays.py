@@ -1,0 +1,71 @@
+"""Tensors as the arrays of the ops, without a copy: NumPy on a CPU, CuPy on a GPU.
+
+PyTorch allocates, CuPy only views. Everything in `on_device` runs on PyTorch's device and current stream; autograd calls
+backward from threads of its own, so every operator enters it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpuxbar.launch import CudaDevice, Device
+
+__all__ = ["array", "explain_gpu", "on_device", "tensor"]
+
+
+@contextmanager
+def on_device(t: Tensor) -> Iterator[Device | None]:
+    """The device that the ops run on for a tensor; None is the CPU."""
+    if t.device.type == "cpu":
+        yield None
+        return
+    if t.device.type != "cuda":
+        raise NotImplementedError(
+            f"gpuxbar: tensors must be on the CPU or a CUDA device, got {t.device}; call .cpu() or .cuda()"
+        )
+    import cupy
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Any:
+        return cupy.from_dlpack(torch.empty(shape, dtype=getattr(torch, dtype), device=t.device))
+
+    with (
+        torch.cuda.device(t.device),
+        cupy.cuda.Device(t.device.index),
+        cupy.cuda.Stream.from_external(torch.cuda.current_stream()),
+    ):
+        yield CudaDevice(empty)
+
+
+def array(t: Tensor) -> Any:
+    """A view of a tensor; of a contiguous copy if it is not contiguous."""
+    t = t.detach().contiguous()
+    if t.device.type == "cpu":
+        return t.numpy()
+    import cupy
+
+    return cupy.from_dlpack(t)
+
+
+def explain_gpu() -> tuple[str, str]:
+    """The backend of CUDA tensors, "cuda" or "none", and the reason."""
+    if not torch.cuda.is_available():
+        return "none", "PyTorch finds no usable GPU"
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+    except ImportError:
+        return "none", "CuPy is not installed: pip install 'gpuxbar[cuda13]' or 'gpuxbar[cuda12]'"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return "none", f"CuPy cannot use the driver: {error}"
+    return "cuda", f"CuPy {cupy.__version__}, {count} GPU{'s' if count > 1 else ''}"
+
+
+def tensor(a: Any) -> Tensor:
+    """A view of an array."""
+    return torch.from_dlpack(a)

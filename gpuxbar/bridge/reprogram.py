@@ -1,0 +1,74 @@
+"""Programming a layer's weights onto its cells, when they have changed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from gpuxbar import ops
+from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.operator import operator
+from gpuxbar.spec import CrossbarSpec
+
+__all__ = ["program_pairs", "reprogram"]
+
+_spec = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
+
+
+@operator(lambda *_: None, mutates_args=("g", "noise_var", "w_max", "state"))
+def reprogram(
+    weight: Tensor,
+    g: Tensor,
+    noise_var: Tensor | None,
+    w_max: Tensor,
+    state: Tensor,
+    write_step: Tensor,
+    spec: str,
+    merge: str,
+    seed: int,
+) -> None:
+    """Program weights unless the cells hold them already.
+
+    Args:
+        weight: float32 [G, O, I].
+        g: Conductances, float32 [S, G * I, O], S.
+        noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2; None without such noise.
+        w_max: Weight of a full pair, float32 [G * O]; set from the weights.
+        state: What the cells hold, int64 [2]; zeros: nothing.
+        write_step: Added to the fingerprint of the weights, which is the step of the write noise, int64 [1].
+        spec: The layer's `CrossbarSpec` as JSON.
+        merge: How planes are joined; see `ops.program`.
+        seed: The layer's seed.
+    """
+    crossbar = _spec(spec)
+    with on_device(weight) as device:
+        ops.reprogram(
+            array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
+            write_step=array(write_step), seed=seed, device=device, merge=merge, **_settings(crossbar),
+            scale=crossbar.mapping.scale, full_weight=crossbar.mapping.w_max,
+        )  # fmt: skip
+
+
+def program_pairs(share: Tensor, spec: str, seed: int) -> Tensor:
+    """Unsliced pairs of shares of the window: float32 [G, O, I] in -1 .. 1 to conductances [2, G * I, O], S."""
+    settings = _settings(_spec(spec)) | {"merge": "none", "sigma_g": 0.0}
+    with on_device(share) as device:
+        return tensor(
+            ops.program(array(share), w_max=array(share.new_ones(1)), seed=seed, device=device, **settings)
+        )
+
+
+def _settings(spec: CrossbarSpec) -> dict[str, Any]:
+    """The settings of `ops.program` for a layer."""
+    return {
+        "g_min": spec.device.g_min,
+        "g_max": spec.device.g_max,
+        "levels": spec.device.levels,
+        "slices": spec.mapping.slices,
+        "slice_bits": spec.mapping.slice_bits,
+        "sigma_g": spec.read_noise.sigma_g,
+        "exponent": spec.read_noise.exponent,
+        **spec.programming.model_dump(),
+    }

@@ -1,0 +1,107 @@
+"""What the wires of its tiles leave of a layer's cells."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gpuxbar import ops
+from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.operator import operator
+from gpuxbar.launch import Device, span
+from gpuxbar.spec import CrossbarSpec, Parasitics
+
+__all__ = ["merged", "refresh_wires"]
+
+_spec = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
+
+
+@operator(lambda *_: None, mutates_args=("seen", "seen_back", "state"))
+def refresh_wires(
+    cells: Tensor,
+    seen: Tensor,
+    seen_back: Tensor | None,
+    state: Tensor,
+    key: Tensor,
+    groups: int,
+    merge: str,
+    spec: str,
+) -> None:
+    """Solve the wires of every tile, and merge the planes as the periphery does.
+
+    Args:
+        cells: Conductances of all devices, float32 [2 slices, G * I, O], S.
+        seen: What a forward read sees of them, float32 [S, G * I, O], S.
+        seen_back: What a transposed read sees where that is another matrix, shape of `seen`; None: the same.
+        state, key: What was solved and what the cells hold now, int64 [1]. On the CPU nothing is done if they agree;
+            on a GPU, where looking would wait for the device, wires are always solved.
+        groups: Arrays side by side along the wordlines.
+        merge: How planes join; see `mapping.Planes`.
+        spec: The layer's `CrossbarSpec` as JSON.
+    """
+    crossbar = _spec(spec)
+    wires = crossbar.parasitics
+    with on_device(cells) as device, span("wires"):
+        if device is None and torch.equal(state, key):
+            return
+        blocks = _tiles(cells.view(-1, cells.shape[1] // groups, cells.shape[2]), crossbar)
+        base = 2 ** (crossbar.mapping.slice_bits or 0)
+        for target, swap in ((seen, False), (seen_back, True)):
+            if target is not None:
+                effective = _untiled(_solve(blocks, wires, swap, device), cells, groups)
+                target.copy_(merged(effective, merge, base))
+        state.copy_(key)
+
+
+def merged(planes: Tensor, merge: str, base: int, power: int = 1) -> Tensor:
+    """Planes [2 slices, ...] joined: "none" keeps them; differences of pairs, or with `power` 2 sums of variances."""
+    if merge == "none":
+        return planes
+    positive, negative = planes.chunk(2)
+    pairs = positive - negative if power == 1 else positive + negative
+    if merge == "subtract":
+        return pairs
+    total = pairs[:1].clone()
+    for k in range(1, len(pairs)):
+        total.add_(pairs[k], alpha=float(base) ** (power * k))
+    return total
+
+
+def _solve(blocks: Tensor, wires: Parasitics, swap: bool, device: Device | None) -> Tensor:
+    source, sink = (wires.r_sink, wires.r_source) if swap else (wires.r_source, wires.r_sink)
+    solved = ops.effective_conductance(
+        array(blocks), r_wordline=wires.r_wordline, r_bitline=wires.r_bitline, r_source=source, r_sink=sink,
+        method=wires.method, shared_drivers=wires.shared_drivers, device=device,
+    )  # fmt: skip
+    return tensor(solved)
+
+
+def _shape(lines: int, outputs: int, spec: CrossbarSpec) -> tuple[int, int, int, int]:
+    """(row tiles, column tiles, rows, columns) of arrays [.., lines, outputs]."""
+    rows, cols = min(spec.tile.rows, lines), min(spec.tile.cols, outputs)
+    return -(-lines // rows), -(-outputs // cols), rows, cols
+
+
+def _tiles(arrays: Tensor, spec: CrossbarSpec) -> Tensor:
+    """Arrays [n, I, O] cut into tiles [n, T, U, R, C]; an edge tile is filled up with open cells where lines end."""
+    n, lines, outputs = arrays.shape
+    t, u, rows, cols = _shape(lines, outputs, spec)
+    arrays = functional.pad(arrays, (0, u * cols - outputs))
+    last = (t - 1) * rows  # bitlines end at the top, so the last row tile is filled up there
+    fill = arrays.new_zeros(n, t * rows - lines, u * cols)
+    arrays = torch.cat([arrays[:, :last], fill, arrays[:, last:]], 1)
+    return arrays.view(n, t, rows, u, cols).transpose(2, 3).contiguous()
+
+
+def _untiled(tiles: Tensor, like: Tensor, groups: int) -> Tensor:
+    """The inverse, as planes of the shape of `like`."""
+    n, t, u, rows, cols = tiles.shape
+    planes, wordlines, outputs = like.shape
+    lines = wordlines // groups
+    arrays = tiles.transpose(2, 3).reshape(n, t * rows, u * cols)[..., :outputs]
+    last = (t - 1) * rows
+    arrays = torch.cat([arrays[:, :last], arrays[:, last + t * rows - lines :]], 1)
+    return arrays.reshape(planes, wordlines, outputs)

@@ -1,0 +1,25 @@
+"""What a read finds in a layer's arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Cells"]
+
+
+class Cells(NamedTuple):
+    """Arrays of a layer as its reads see them, after programming (or in-situ training) and wires.
+
+    Attributes:
+        g: Conductances, float32 [S, G * I, O], S.
+        back_g: The same for a transposed read, where wires make it another matrix; None: `g`.
+        noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2, or None.
+        w_max: Weight of a full pair, float32 [G * O].
+    """
+
+    g: Tensor
+    back_g: Tensor | None
+    noise_var: Tensor | None
+    w_max: Tensor

@@ -1,0 +1,319 @@
+"""Programming weights onto conductance planes: once, or again whenever they have changed."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from gpuxbar import reference
+from gpuxbar.launch import Device, backend, cuda_device, host_call, library
+from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
+
+__all__ = ["program", "reprogram"]
+
+MERGES = ("none", "subtract", "all", "offset")  # in the order of `enum Merge` in programming.cuh
+
+
+def program(
+    weight: Any,
+    *,
+    w_max: Any,
+    g_min: float,
+    g_max: float,
+    slices: int = 1,
+    slice_bits: int | None = None,
+    levels: int | None = None,
+    merge: str = "none",
+    write_noise: float = 0.0,
+    device_spread: float = 0.0,
+    stuck_at_g_min: float = 0.0,
+    stuck_at_g_max: float = 0.0,
+    sigma_g: float = 0.0,
+    exponent: float = 0.5,
+    seed: int = 0,
+    step: Any = 0,
+    device: Device | None = None,
+) -> Any:
+    """Write weights to devices, and return the conductances that the writes leave.
+
+    w      = clip(weight / w_max, -1, 1)
+    target = g_min + share (g_max - g_min), with share = |w| on its side of a pair (0 on the other), a digit of |w|
+             over 2**slice_bits - 1, or (1 + w) / 2 of a single device; rounded to levels
+    g      = max(0, target (1 + device_spread z1) + write_noise z2), or g_min or g_max where stuck
+
+    Args:
+        weight: Weights, float32 [G, O, I]; finite.
+        w_max: Weight of a full pair, float32 [1] or [G * O], above 0; larger weights are clipped.
+        g_min, g_max: Conductance window, S.
+        slices, slice_bits: Devices of a magnitude and bits of each, 32 bits together; `slice_bits=None` is one
+            continuous slice.
+        levels: Levels of an unsliced device, at least 2; None: continuous. "offset" centres them: the middle one,
+            (levels - 1) // 2, is weight 0, and an even number leaves the last unused.
+        merge: Which planes are stored. "none": both sides of the pairs, [2 slices], positive ones first, least
+            significant slice first; "subtract": their difference, [slices]; "all": sum_k 2**(k slice_bits) of the
+            differences, [1]; "offset": a single device for each weight, around the middle of the window, [1].
+        write_noise: Standard deviation of a write, S, redrawn with every `step`.
+        device_spread: Relative standard deviation between devices, drawn once per seed.
+        stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, drawn once per seed.
+        sigma_g: Conductance fluctuation of a read of a device at `g_max`, S; see `spec.ReadNoise`.
+        exponent: Of its growth with g / g_max, 0 to 4.
+        seed, step: Same pair, same noise; `step` is an integer or an int64 array of one element.
+        device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
+
+    Returns:
+        Conductances, float32 [planes, G * I, O], S. With `sigma_g` also the variance of a read of each stored plane
+        per squared volt, of that shape, A**2/V**2: (sigma_g (g / g_max)**exponent)**2, summed over the devices of the
+        plane with the squares of their weights.
+
+    Raises:
+        TypeError: An array has another dtype.
+        ValueError: Shapes disagree, an array is not contiguous, a setting is out of range, or a weight is NaN or
+            infinite (checked on the CPU; on a GPU its conductances become NaN, and no value is read back).
+    """
+    op = "program"
+    check_array(op, "weight", weight, "float32", 3)
+    check_array(op, "w_max", w_max, "float32", 1)
+    groups, outputs, inputs = weight.shape
+    if w_max.size not in (1, groups * outputs):
+        raise ValueError(
+            f"{op}: `w_max` must have 1 or {groups * outputs} values, got {w_max.size}; give one, or one per output of "
+            "each group"
+        )
+    settings: dict[str, Any] = {
+        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "levels": levels, "merge": merge,
+        "write_noise": write_noise, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
+        "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
+    }  # fmt: skip
+    _check_settings(op, settings)
+    where = "cuda" if device is not None else backend(weight)
+    shape = (_planes(settings), groups * inputs, outputs)
+    if where == "cuda":
+        device = device or cuda_device()
+        g, noise_var = (device.empty(shape, "float32") if wanted else None for wanted in (True, sigma_g))
+        number = isinstance(step, int)
+        values = _values(weight, w_max, settings, step if number else 0)
+        program_cuda(device, weight, w_max, g, noise_var, values, step=None if number else step)
+        return g if noise_var is None else (g, noise_var)
+    if not (w_max > 0).all() or not np.isfinite(w_max).all():
+        raise ValueError(
+            f"{op}: `w_max` must be finite and above 0, got {w_max.min():g} to {w_max.max():g}; use the largest weight"
+        )
+    step = int(np.asarray(step).reshape(-1)[0])
+    if where == "reference":
+        _require_finite(op, int((~np.isfinite(weight)).sum()))
+        return reference.program(weight, w_max=w_max, step=step, **settings)
+    g = np.empty(shape, np.float32)
+    noise_var = np.empty(shape, np.float32) if sigma_g else None
+    if g.size:
+        bad = np.zeros(1, np.int64)
+        _host("gpuxbar_program", _values(weight, w_max, settings, step), weight, w_max, g, noise_var, bad)
+        _require_finite(op, int(bad[0]))
+    return g if noise_var is None else (g, noise_var)
+
+
+def reprogram(
+    weight: Any,
+    g: Any,
+    w_max: Any,
+    state: Any,
+    noise_var: Any = None,
+    *,
+    g_min: float,
+    g_max: float,
+    write_step: Any,
+    scale: str = "tensor",
+    full_weight: float | None = None,
+    slices: int = 1,
+    slice_bits: int | None = None,
+    levels: int | None = None,
+    merge: str = "none",
+    write_noise: float = 0.0,
+    device_spread: float = 0.0,
+    stuck_at_g_min: float = 0.0,
+    stuck_at_g_max: float = 0.0,
+    sigma_g: float = 0.0,
+    exponent: float = 0.5,
+    seed: int = 0,
+    device: Device | None = None,
+) -> None:
+    """Program weights again if they have changed, in place.
+
+    version = fingerprint(weight) + write_step, mod 2**64. Where it is not state[0], `w_max` is set, `g` (and
+    `noise_var`) become `program(weight, w_max, step=low 32 bits of version)`, and state[0] = version. So the
+    conductances are a function of weight, write step and seed alone, and nothing else needs to be kept for a resumed
+    run. The fingerprint is the sum over all places of the bits of a weight times an odd 64-bit number of its place:
+    any single changed weight changes it, two changes cancel with a probability of 2**-64.
+
+    Args:
+        weight: Weights, float32 [G, O, I]; finite.
+        g: Conductances, float32 [planes, G * I, O], S; see `program`.
+        w_max: Weight of a full pair of each output, float32 [G * O].
+        state: int64 [2]: the version that is programmed, and that of the last call. Zeros say that nothing is
+            programmed (a version of 0 is programmed in every call). It belongs to one `g` and one group of settings.
+        noise_var: Variance of a read, float32, shape of `g`, A**2/V**2; given with `sigma_g` and only with it.
+        write_step: int64 [1]; another value programs the same weights anew, with other write noise.
+        scale: "tensor": `w_max` is the largest weight; "column": the largest of each output. At least 1e-30.
+        full_weight: Sets `w_max` instead, above 0; larger weights are clipped.
+        g_min, ..., seed, device: See `program`.
+
+    Raises:
+        TypeError: An array has another dtype.
+        ValueError: Shapes disagree, an array is not contiguous, a setting is out of range, or a weight is NaN or
+            infinite (checked on the CPU, where nothing is written then; on a GPU its conductances and, unless
+            `full_weight` is given, its `w_max` become NaN or infinite, and no value is read back).
+    """
+    op = "reprogram"
+    check_array(op, "weight", weight, "float32", 3)
+    groups, outputs, inputs = weight.shape
+    settings: dict[str, Any] = {
+        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "levels": levels, "merge": merge,
+        "write_noise": write_noise, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
+        "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
+    }  # fmt: skip
+    _check_settings(op, settings)
+    if scale not in ("tensor", "column"):
+        raise ValueError(f"{op}: `scale` must be 'tensor' or 'column', got {scale!r}; choose one")
+    if full_weight is not None and not 0 < full_weight < float("inf"):
+        raise ValueError(
+            f"{op}: `full_weight` must be finite and above 0, got {full_weight:g}; None takes the largest weight"
+        )
+    if (noise_var is None) == bool(sigma_g):
+        raise ValueError(
+            f"{op}: `noise_var` must be given with sigma_g above 0 and only then, got sigma_g={sigma_g:g} S and "
+            f"{'none' if noise_var is None else 'an array'}; pass both or neither"
+        )
+    shape = (_planes(settings), groups * inputs, outputs)
+    for name, array, dtype, want in (
+        ("g", g, "float32", shape),
+        ("noise_var", noise_var, "float32", shape),
+        ("w_max", w_max, "float32", (groups * outputs,)),
+        ("state", state, "int64", (2,)),
+        ("write_step", write_step, "int64", (1,)),
+    ):
+        if array is None:
+            continue
+        check_array(op, name, array, dtype, len(want))
+        if tuple(array.shape) != want:
+            raise ValueError(
+                f"{op}: `{name}` must have shape {want} for weight {tuple(weight.shape)}, got {tuple(array.shape)}; "
+                "check the axes"
+            )
+    where = "cuda" if device is not None else backend(weight)
+    if where == "cuda":
+        values = _values(weight, w_max, settings, 0)
+        reprogram_cuda(
+            device or cuda_device(),
+            weight,
+            g,
+            w_max,
+            state,
+            noise_var,
+            write_step,
+            values,
+            scale,
+            full_weight,
+        )
+        return
+    if where == "reference":
+        _require_finite(op, int((~np.isfinite(weight)).sum()))
+        reference.reprogram(
+            weight, g, w_max, state, noise_var, write_step=int(write_step[0]), scale=scale, full_weight=full_weight,
+            **settings,
+        )  # fmt: skip
+        return
+    bad = np.zeros(1, np.int64)
+    _host(
+        "gpuxbar_reprogram", _values(weight, w_max, settings, int(write_step[0])), weight, w_max, g, noise_var,
+        state, int(scale == "column"), float(full_weight or 0.0), bad,
+    )  # fmt: skip
+    _require_finite(op, int(bad[0]))
+
+
+def _planes(settings: dict[str, Any]) -> int:
+    """Stored planes of a mapping."""
+    return {"none": 2 * settings["slices"], "subtract": settings["slices"], "all": 1, "offset": 1}[
+        settings["merge"]
+    ]
+
+
+def _check_settings(op: str, s: dict[str, Any]) -> None:
+    """Refuse settings out of range."""
+    if not 0 <= s["g_min"] < s["g_max"]:
+        raise ValueError(
+            f"{op}: need 0 <= g_min < g_max, got {s['g_min']:g} S and {s['g_max']:g} S; widen or swap the window"
+        )
+    if s["merge"] not in MERGES:
+        raise ValueError(f"{op}: `merge` must be one of {', '.join(MERGES)}, got {s['merge']!r}; choose one")
+    slices, bits, levels, offset = s["slices"], s["slice_bits"], s["levels"], s["merge"] == "offset"
+    if slices < 1 or (bits is None and slices > 1) or (bits is not None and not 1 <= bits <= 32 // slices):
+        raise ValueError(
+            f"{op}: `slices` must be at least 1 and `slice_bits` 1 to 32 // slices (None for one slice), got {slices} of "
+            f"{bits} bits; a float32 weight holds no more"
+        )
+    if offset and bits is not None:
+        raise ValueError(
+            f"{op}: `slice_bits` must be None with merge='offset', got {bits}; sliced weights need pairs"
+        )
+    if levels is not None and not (3 if offset else 2) <= levels <= 65536:
+        raise ValueError(
+            f"{op}: `levels` must be {3 if offset else 2} to 65536 with merge={s['merge']!r}, got {levels}; None is "
+            "continuous"
+        )
+    if levels is not None and bits is not None and levels != 2**bits:
+        raise ValueError(
+            f"{op}: `levels` must be 2**slice_bits = {2**bits} for sliced weights, got {levels}; leave it None"
+        )
+    for name, unit in (("write_noise", " S"), ("device_spread", ""), ("sigma_g", " S")):
+        if not 0 <= s[name] < float("inf"):
+            raise ValueError(f"{op}: `{name}` must be at least 0, got {s[name]:g}{unit}; 0 switches it off")
+    low, high = s["stuck_at_g_min"], s["stuck_at_g_max"]
+    if not (low >= 0 and high >= 0 and low + high <= 1):
+        raise ValueError(
+            f"{op}: `stuck_at_g_min` and `stuck_at_g_max` must be shares of the cells, together at most 1, got {low:g} "
+            f"and {high:g}; give rates from 0 to 1"
+        )
+    if not 0 <= s["exponent"] <= 4:
+        raise ValueError(
+            f"{op}: `exponent` must be 0 to 4, got {s['exponent']:g}; 0.5 is the square-root law, 1 a constant relative "
+            "fluctuation"
+        )
+
+
+class _Programming(ctypes.Structure):
+    """Twin of `struct Programming` in kernels/include/gpuxbar/programming.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (
+            "groups", "inputs", "outputs", "slices", "slice_bits", "merge", "scale_count", "step")),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_float) for name in (
+            "steps", "g_min", "g_max", "spread", "write_noise", "stuck_low", "stuck_high", "read_var", "read_power")),
+    ]  # fmt: skip
+
+
+def _values(weight: Any, w_max: Any, s: dict[str, Any], step: int) -> dict[str, Any]:
+    """The fields of `struct Programming`, by name."""
+    groups, outputs, inputs = weight.shape
+    return {
+        "groups": groups, "inputs": inputs, "outputs": outputs, "slices": s["slices"],
+        "slice_bits": s["slice_bits"] or 0, "merge": MERGES.index(s["merge"]), "scale_count": w_max.size, "step": step,
+        "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
+        "steps": 0 if s["levels"] is None or s["slice_bits"] else s["levels"] - 1, "g_min": s["g_min"],
+        "g_max": s["g_max"], "spread": s["device_spread"], "write_noise": s["write_noise"],
+        "stuck_low": s["stuck_at_g_min"], "stuck_high": 1.0 - s["stuck_at_g_max"], "read_var": s["sigma_g"] ** 2,
+        "read_power": 2.0 * s["exponent"],
+    }  # fmt: skip
+
+
+def _host(name: str, values: dict[str, Any], *args: Any) -> None:
+    host_call(library(), name, np.frombuffer(bytes(_Programming(**values)), np.uint8), *args)
+
+
+def _require_finite(op: str, bad: int) -> None:
+    if bad:
+        raise ValueError(
+            f"{op}: `weight` must be finite, got {bad} NaN or infinite values; look for a diverging loss or lower the rate"
+        )

@@ -1,0 +1,153 @@
+// lanes: the vector work of a block of ROWS driven vectors by COLS bitlines. Vectors run along the rows, so that
+// one Philox counter a lane makes the noise of neighbouring columns where it is needed, without a shuffle.
+#pragma once
+#include <algorithm>
+
+#include "gpuxbar/normal.cuh"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace gpuxbar {
+
+constexpr int ROWS = 48;  // driven vectors of a block
+constexpr int COLS = 16;  // bitlines of a panel; a multiple of the columns of a counter
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MICRO = 8;  // floats of a vector; columns of the register tile
+#else
+constexpr int LANES = 8, MICRO = 4;
+#endif
+constexpr int DEEP = 3;  // vectors of the register tile
+static_assert(ROWS % (DEEP * LANES) == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
+
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef u64 Wide __attribute__((vector_size(4 * LANES)));
+
+// A plane of a block: [COLS][ROWS].
+struct alignas(64) Plane {
+  float at[COLS * ROWS];
+};
+
+// c[j][i] = sum_k a[k][i] b[k][j] for V vectors of rows and MICRO columns.
+template <int V>
+inline void multiply(i64 length, const float* a, const float* b, float* c) {
+  Vec sum[V][MICRO] = {};
+  for (i64 k = 0; k < length; ++k, a += ROWS, b += COLS) {
+    Vec rows[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) rows[v] = *(const Vec*)(a + v * LANES);
+#pragma GCC unroll 8
+    for (int j = 0; j < MICRO; ++j) {
+      const Vec g = b[j] - Vec{};
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) sum[v][j] += rows[v] * g;
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < MICRO; ++j)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) *(Vec*)(c + j * ROWS + v * LANES) = sum[v][j];
+}
+
+// Columns begin .. end - 1 (whole register tiles around them) of a block of `rows` rows over `length` wordlines.
+inline void multiply_block(i64 rows, i64 begin, i64 end, i64 length, const float* a, const float* b, Plane& c) {
+  for (i64 i = 0; i < rows; i += DEEP * LANES)
+    for (i64 j = begin / MICRO * MICRO; j < end; j += MICRO) {
+      float* to = c.at + j * ROWS + i;
+      if (rows - i > 2 * LANES)
+        multiply<3>(length, a + i, b + j, to);
+      else if (rows - i > LANES)
+        multiply<2>(length, a + i, b + j, to);
+      else
+        multiply<1>(length, a + i, b + j, to);
+    }
+}
+
+// Product of the low halves of 64-bit lanes.
+inline Wide multiply_low(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+struct WideCounter {
+  Wide x, y, z, w;  // words in the low halves; the high halves hold anything
+};
+
+// philox.cuh's rounds on LANES / 2 counters.
+template <int ROUNDS>
+inline WideCounter philox_wide(WideCounter c, u32 key_lo, u32 key_hi) {
+  const Wide m0 = 0xD2511F53u + Wide{}, m1 = 0xCD9E8D57u + Wide{};
+#pragma GCC unroll 10
+  for (int round = 0; round < ROUNDS; ++round) {
+    const Wide p0 = multiply_low(c.x, m0), p1 = multiply_low(c.z, m1);
+    c = WideCounter{(p1 >> 32) ^ c.y ^ (u64)key_lo, p1, (p0 >> 32) ^ c.w ^ (u64)key_hi, p0};
+    key_lo += 0x9E3779B9u;
+    key_hi += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// What all draws of one conversion share.
+struct Draws {
+  u32 third, step, key_lo, key_hi;  // the counter's third word: purpose and slot
+};
+
+// words[q][i]: word q of the counter of `group` and row `row + i`, in whole vectors.
+template <int ROUNDS>
+inline void draw_words(const Draws& d, u32 group, u32 row, i64 rows, u32 (*words)[ROWS]) {
+  Wide steps;
+  for (int k = 0; k < LANES / 2; ++k) steps[k] = 2 * k;
+  for (i64 i = 0; i < rows; i += LANES) {  // even rows in one set of counters, odd rows in the other
+    const Wide even = steps + (u64)(u32)(row + i), group_ = group + Wide{}, third = d.third + Wide{};
+    const Wide step = d.step + Wide{};
+    const WideCounter a = philox_wide<ROUNDS>(WideCounter{group_, even, third, step}, d.key_lo, d.key_hi);
+    const WideCounter b = philox_wide<ROUNDS>(WideCounter{group_, even + 1, third, step}, d.key_lo, d.key_hi);
+    const Wide low = 0xFFFFFFFFu + Wide{};
+    *(Wide*)(words[0] + i) = (a.x & low) | b.x << 32;
+    *(Wide*)(words[1] + i) = (a.y & low) | b.y << 32;
+    *(Wide*)(words[2] + i) = (a.z & low) | b.z << 32;
+    *(Wide*)(words[3] + i) = (a.w & low) | b.w << 32;
+  }
+}
+
+// c[j][i] += deviation[j][i] z[j][i], or sigma z where `deviation` is null: standard normals z of columns
+// begin .. end - 1 (whole counters around them) of a panel that starts at column `column`.
+template <bool FAST>
+inline void add_noise(const Draws& d, u32 column, u32 row, i64 rows, i64 begin, i64 end, float sigma,
+                      const Plane* deviation, Plane& c) {
+  constexpr int EACH = FAST ? 8 : 4, PAIRS = EACH / 2;  // columns and pairs of a counter
+  alignas(64) u32 words[4][ROWS];
+  const i64 lanes = (rows + LANES - 1) / LANES * LANES;
+  for (i64 j = begin / EACH * EACH; j < end; j += EACH) {
+    draw_words<FAST ? 7 : 10>(d, (column + (u32)j) / EACH, row, rows, words);
+    for (int q = 0; q < PAIRS; ++q) {
+      float* first = c.at + (j + 2 * q) * ROWS;
+      const u32* radius_word = FAST ? words[q] : words[2 * q];
+      const u32* phase_word = FAST ? words[q] : words[2 * q + 1];
+      if (!deviation) {
+#pragma omp simd
+        for (i64 i = 0; i < lanes; ++i) {
+          const Pair z = FAST ? normal_pair_fast(radius_word[i]) : normal_pair(radius_word[i], phase_word[i]);
+          first[i] = fma(sigma, z.a, first[i]);
+          first[ROWS + i] = fma(sigma, z.b, first[ROWS + i]);
+        }
+      } else {
+        const float* spread = deviation->at + (j + 2 * q) * ROWS;
+#pragma omp simd
+        for (i64 i = 0; i < lanes; ++i) {
+          const Pair z = FAST ? normal_pair_fast(radius_word[i]) : normal_pair(radius_word[i], phase_word[i]);
+          first[i] = fma(spread[i], z.a, first[i]);
+          first[ROWS + i] = fma(spread[ROWS + i], z.b, first[ROWS + i]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace gpuxbar

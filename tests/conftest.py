@@ -1,0 +1,40 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuxbar.launch import CudaDevice
+
+
+@pytest.fixture
+def cuda_device():
+    """CuPy's current device, new arrays of which hold NaN; skips where there is no CuPy or no GPU."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
+    if not cupy.cuda.is_available():
+        pytest.skip("no NVIDIA GPU or driver was found")
+    return PoisonedDevice()
+
+
+class PoisonedDevice(CudaDevice):
+    """Fills new arrays with ones bits (NaN, -1), so that what a kernel does not write shows; `kept` of them live on."""
+
+    def __init__(self, workspace=64 << 20, keep=False):
+        import cupy
+
+        kept = []
+
+        def empty(shape, dtype):
+            array = cupy.empty(shape, dtype)
+            if array.nbytes:
+                array.data.memset_async(0xFF, array.nbytes)
+            if keep:
+                kept.append(array)
+            return array
+
+        super().__init__(empty, workspace)
+        self.kept = kept
+
+    def like(self, **settings):
+        """Another device of this kind with other settings."""
+        return type(self)(**settings)

@@ -1,0 +1,180 @@
+"""What must be refused, in words that name the argument, the rule, the value and the way out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gpuxbar as gx
+from gpuxbar import ops
+from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.ops import ConvGeometry
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def with_value(array, value):
+    array.flat[1] = value
+    return array
+
+
+CODES = {"v": zeros(2, 3, dtype=np.int16)}
+READS = {
+    "nan": ({"v": with_value(zeros(2, 3), np.nan)}, "`v` must be finite, got 1 NaN or infinite values; look"),
+    "inf": ({"v": with_value(zeros(2, 3), -np.inf)}, "`v` must be finite, got 1 NaN or infinite values; look"),
+    "no-rows": ({"v": zeros(2, 0), "g": zeros(0, 4)}, r"`g` must hold at least one cell, got shape \(1, 0, 4\)"),
+    "no-columns": ({"g": zeros(3, 0)}, r"`g` must hold at least one cell, got shape \(1, 3, 0\)"),
+    "no-planes": ({"g": zeros(0, 3, 4)}, r"`g` must hold at least one cell, got shape \(0, 3, 4\)"),
+    "no-bits": ({"adc_bits": 0, "adc_lsb": 1.0}, "`adc_bits` must be 1 to 16, got 0; None switches the ADC off"),
+    "half-bits": ({"adc_bits": 8.5, "adc_lsb": 1.0}, "`adc_bits` must be 1 to 16, got 8.5"),
+    "lsb-nan": ({"adc_bits": 8, "adc_lsb": float("nan")}, "`adc_lsb` must be finite, got nan A"),
+    "lsb-sign": ({"adc_bits": 8, "adc_lsb": with_value(zeros(4) + 1, -2)}, "`adc_lsb` must be above 0 A, got -2 A"),
+    "lsb-scalar": ({"adc_bits": 8, "adc_lsb": np.float32(0)}, "`adc_lsb` must be above 0 A, got 0 A; use the full"),
+    "lsb-count": ({"adc_bits": 8, "adc_lsb": zeros(3) + 1}, "`adc_lsb` must have 1 or 4 values, got 3"),
+    "sigma": ({"read_noise": -1e-9}, "`read_noise` must be at least 0 A, got -1e-09 A; it is a standard deviation"),
+    "sigma-nan": ({"read_noise": float("nan")}, "`read_noise` must be finite, got nan A"),
+    "sigmas": ({"read_noise": zeros(2) + 1}, "`read_noise` must be one value, got 2; noise_var takes one for each"),
+    "volts": ({"v_lsb": 0}, "`v_lsb` must be above 0 V, got 0 V"),
+    "step": ({"step": 1.5}, "`step` must be one integer, got 1.5; count the reads"),
+    "groups": ({"groups": 0}, "`groups` must divide the 3 rows of `g`, got 0"),
+    "variance-axes": ({"noise_var": zeros(1, 3, 4)}, "`noise_var` must have 2 axes, got 3"),
+    "variance-shape": ({"noise_var": zeros(4, 3)}, r"`noise_var` must have shape \(1, 3, 4\), got \(1, 4, 3\)"),
+    "row-scale": ({"row_scale": zeros(3)}, "`row_scale` must have a length that divides the 2 rows, got 3"),
+    "stream-bits": ({**CODES, "stream_bits": 16}, "`stream_bits` must be 0 to 15, got 16; 0 drives the whole value"),
+    "no-streams": ({**CODES, "stream_bits": 2, "streams": 0}, "`streams` must cover up to 15 bits of a code, got 0"),
+    "streams": ({**CODES, "stream_bits": 8, "streams": 3}, "`streams` must cover up to 15 bits of a code, got 3 of 8"),
+    "one-stream": ({**CODES, "streams": 2}, "`streams` must cover up to 15 bits of a code, got 2 of 0 bits"),
+    "phases": ({**CODES, "stream_bits": 7, "phases": 3}, "`phases` must be 1, or 2 with stream_bits, got 3"),
+    "one-phase": ({**CODES, "phases": 2}, "`phases` must be 1, or 2 with stream_bits, got 2"),
+}  # fmt: skip
+DTYPES = {
+    "int64": ({"v": zeros(2, 3, dtype=np.int64)}, "`v` must be an array of float32 or int16, got int64"),
+    "swapped": (
+        {"v": zeros(2, 3, dtype=">f4")},
+        "`v` must be an array of float32 or int16, got byte-swapped",
+    ),
+    "list": ({"noise_var": [1.0]}, "`noise_var` must be an array of float32, got list"),
+    "streams": ({"stream_bits": 2, "streams": 4}, "`v` must be int16 codes with stream_bits=2, got float32"),
+}
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+@pytest.mark.parametrize("name", READS)
+def test_reads(name, backend, monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    change, text = READS[name]
+    with pytest.raises(ValueError, match=f"^tile_mvm: {text}"):
+        ops.tile_mvm(**{"v": zeros(2, 3), "g": zeros(3, 4), **change})
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_types_of_reads(name):
+    change, text = DTYPES[name]
+    with pytest.raises(TypeError, match=f"^tile_mvm: {text}"):
+        ops.tile_mvm(**{"v": zeros(2, 3), "g": zeros(3, 4), **change})
+
+
+@pytest.mark.parametrize("name", ["v", "g", "noise_var", "adc_gain", "bias", "col_scale", "slice_scale"])
+def test_strided_arrays_are_refused_by_name(name):
+    """A raw kernel would read them as if they were contiguous."""
+    arrays = {
+        "v": zeros(2, 3), "g": zeros(2, 3, 4), "noise_var": zeros(2, 3, 4), "adc_gain": zeros(2, 1, 4), "bias": zeros(4),
+        "col_scale": zeros(4), "slice_scale": zeros(2),
+    }  # fmt: skip
+    ops.tile_mvm(**arrays, adc_bits=8, adc_lsb=1.0)
+    wide = np.repeat(arrays[name], 2, axis=-1)
+    arrays[name] = wide[..., ::2]
+    with pytest.raises(ValueError, match=f"^tile_mvm: `{name}` must be C-contiguous, got strides"):
+        ops.tile_mvm(**arrays, adc_bits=8, adc_lsb=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"kernel": (4, 2)}, r"`kernel` must fit into the padded image, got \(4, 2\) for 3 x 3 with padding \(0, 0\)"),
+        ({"kernel": (2, 2), "dilation": (1, 3)}, "`kernel` must fit into the padded image"),
+        ({"stride": (0, 1)}, r"`stride` must be at least 1, got \(0, 1\)"),
+        ({"padding": (0, -1)}, r"`padding` must be at least 0, got \(0, -1\)"),
+        ({"dilation": (0, 1)}, r"`dilation` must be at least 1, got \(0, 1\)"),
+    ],
+)  # fmt: skip
+def test_impossible_convolutions(change, text):
+    with pytest.raises(ValueError, match=f"^ConvGeometry: {text}"):
+        ConvGeometry(**{"channels": 1, "height": 3, "width": 3, "kernel": (2, 2), **change})
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+@pytest.mark.parametrize(
+    ("lsb", "text"),
+    [
+        (0.0, "`lsb` must be above 0, got 0; it is the value of one code"),
+        (-0.5, "`lsb` must be above 0, got -0.5"),
+        (float("inf"), "`lsb` must be finite, got inf"),
+        (with_value(zeros(3) + 1, np.nan), "`lsb` must be finite, got nan"),
+    ],
+)
+def test_steps_of_a_dac(lsb, text, backend, monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    with pytest.raises(ValueError, match=f"^dac_quantize: {text}"):
+        ops.dac_quantize(zeros(3, 2), lsb=lsb, code_max=7)
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+def test_empty_batches_are_empty(backend, monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    g = zeros(8, 4)
+    conv = ConvGeometry(2, 3, 3, (2, 2))
+    noisy = {"adc_bits": 8, "adc_lsb": 1.0, "read_noise": 1.0}
+    assert ops.tile_mvm(zeros(0, 8), g, row_scale=zeros(1), **noisy).shape == (0, 4)
+    assert ops.tile_mvm(zeros(0, 4), g, transposed=True, **noisy).shape == (0, 8)
+    assert ops.tile_mvm(zeros(0, 2, 3, 3), g, conv=conv, **noisy).shape == (0, 4, 2, 2)
+    assert ops.tile_mvm(zeros(0, 4, 2, 2), g, conv=conv, transposed=True, **noisy).shape == (0, 2, 3, 3)
+    assert [a.shape for a in ops.tile_mvm(zeros(0, 8), g, want_gate=True)] == [(0, 4), (0, 4)]
+    for shape in ((0, 3), (3, 0), (0,)):
+        assert ops.dac_quantize(zeros(*shape), lsb=1.0, code_max=7).shape == shape
+
+
+@pytest.mark.parametrize("dac", [None, 8], ids=["no-dac", "dac"])
+@pytest.mark.parametrize("adc", [{}, {"bits": 8, "range": "worst_case"}], ids=["no-adc", "adc"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_layer_refuses_inputs_and_gradients_that_are_not_finite(value, adc, dac):
+    """An ADC would make an ordinary code of them."""
+    layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec.model_validate({"dac": {"bits": dac}, "adc": adc}))
+    x = torch.ones(2, 4, requires_grad=True)
+    with pytest.raises(
+        ValueError, match=r"must be finite, got \d+ NaN or infinite values; look for a diverging"
+    ):
+        layer(x * torch.tensor([1.0, value, 1.0, 1.0]))
+    y = layer(x)
+    with pytest.raises(
+        ValueError, match=r"must be finite, got \d+ NaN or infinite values; look for a diverging"
+    ):
+        y.backward(torch.full_like(y, value))
+
+
+def test_layers_refuse_wrong_shapes_and_empty_batches():
+    linear, conv = AnalogLinear(4, 3, spec=gx.CrossbarSpec()), AnalogConv2d(2, 3, 3, spec=gx.CrossbarSpec())
+    for layer, x, text in (
+        (linear, torch.zeros(2, 5), r"must have shape \(2, 4\) to drive the rows of `g`, got \(2, 5\)"),
+        (conv, torch.zeros(1, 3, 5, 5), r"must have shape \(1, 2, 5, 5\) to drive .* got \(1, 3, 5, 5\)"),
+        (conv, torch.zeros(1, 2, 2, 2), r"`kernel` must fit into the padded image, got \(3, 3\) for 2 x 2"),
+        (linear, torch.zeros(0, 4), r"linear: `x` must hold at least one sample, got shape \(0, 4\)"),
+        (conv, torch.zeros(0, 2, 5, 5), r"conv: `x` must hold at least one sample, got shape \(0, 2, 5, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            layer(x)
+
+
+def test_layers_take_any_strides_and_float_types():
+    layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec())
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    for form in (x, x.t().contiguous().t(), torch.stack([x, x], 2)[..., 0], x.double()):
+        torch.testing.assert_close(layer(form), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x.half()), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer(x[0]), expected[0], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,160 @@
+"""The benchmark: what it records, that it refuses a wrong result, and the README's tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from gpuxbar import ops
+from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure
+from gpuxbar.bench.__main__ import app
+from gpuxbar.bench.measure import extra_memory
+from gpuxbar.bench.plain import Tiles, on_tiles
+from gpuxbar.bench.record import END, START, readme_tables, rewrite_readme, rows_of
+
+run = CliRunner().invoke
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "examples" / "results" / "cpu.jsonl"
+SMALL = {
+    "linear": partial(cases.linear, 13, 300, 37),
+    "linear-clean": partial(cases.linear, 13, 300, 37, noise=0.0),
+    "linear-transposed": partial(cases.linear, 13, 37, 300, transposed=True),
+    "linear-fast": partial(cases.linear, 13, 300, 37, generator="fast"),
+    "conv": partial(cases.conv, 2, 17, 9, 5),
+    "lenet5-step": partial(cases.training_step, (1, 28, 28), 3),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_kind_of_case_agrees_with_its_oracle_and_with_its_twins(name):
+    torch.manual_seed(0)
+    row = measure(Case(name, "small", 1.0, SMALL[name]), rounds=2)
+    assert 0 < row["error"] < 1e-3
+    assert set(row["ms"]) == {"ideal", "gpuxbar", "plain torch"}
+    assert all(low <= mid <= high for low, mid, high in row["ms"].values())
+    if name.endswith("step"):
+        return
+    # the contenders compute the same product: 8-bit converters and noise of a third of a step leave 2 %
+    contenders = SMALL[name]()
+    ideal = np.asarray(contenders.run["ideal"]())
+    for twin in ("gpuxbar", "plain torch"):
+        y = np.asarray(contenders.run[twin]())
+        scale = (y * ideal).sum() / (ideal * ideal).sum()  # volts of a digital one
+        assert np.std(y / scale - ideal) < 0.05 * np.std(ideal)
+
+
+def test_plain_layers_are_the_layers_of_torch_without_noise_on_fine_converters():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0))
+    x, y = torch.randn(4, 3, 9, 7, requires_grad=True), None
+    grads = []
+    for model in (layer, on_tiles(layer, Tiles(8))):
+        y = model(x)
+        grads.append((y.detach(), torch.autograd.grad(y.square().sum(), x)[0]))
+    for plain, exact in zip(grads[1], grads[0], strict=True):
+        assert (plain - exact).std() < 0.03 * exact.std()
+
+
+def test_a_wrong_result_is_refused_without_a_number(tmp_path, monkeypatch):
+    right = ops.tile_mvm
+    monkeypatch.setattr(ops, "tile_mvm", lambda v, g, **s: right(v, g, **s | {"step": s["step"] + 1}))
+    with pytest.raises(OracleMismatch, match="results are off"):
+        measure(Case("linear", "small", 1.0, SMALL["linear"]), rounds=1)
+    monkeypatch.setattr("gpuxbar.bench.__main__.CASES", (Case("linear", "small", 1.0, SMALL["linear"]),))
+    record = tmp_path / "rows.jsonl"
+    result = run(app, ["linear", "--rounds", "1", "--record", str(record)])
+    assert result.exit_code == 2
+    assert "oracle" in result.output
+    assert "results are off" in result.output
+    assert not record.exists()
+
+
+def test_a_wrong_layer_is_refused(monkeypatch):
+    contenders = SMALL["lenet5-step"]()
+    right = ops.tile_mvm
+    calls = []
+
+    def wrong(v, g, **s):  # alternates, so that library and oracle draw apart
+        calls.append(0)
+        return right(v, g, **s | {"seed": s["seed"] + len(calls)})
+
+    monkeypatch.setattr(ops, "tile_mvm", wrong)
+    with pytest.raises(OracleMismatch, match="2e-3 is allowed"):
+        contenders.check()
+
+
+def test_the_command_measures_and_records(tmp_path):
+    record = tmp_path / "results" / "rows.jsonl"
+    result = run(app, ["linear-clean", "--rounds", "2", "--record", str(record)])
+    assert result.exit_code == 0, result.output
+    (row,) = rows_of(record)
+    assert row["case"] == "linear-clean"
+    assert row["rounds"] == 2
+    assert row["ratio"]["gpuxbar"] > 0
+    assert row["error"] < 1e-6
+    assert {"cpu", "cores", "torch", "numpy", "gpuxbar", "commit", "date"} < set(row)
+    listed = run(app, ["--list"]).output
+    assert all(case.name in listed for case in CASES)
+    unknown = run(app, ["lineal"])
+    assert unknown.exit_code == 2
+    assert "`case` must be one of linear, " in unknown.output
+
+
+def test_the_two_thread_case_times_both():
+    assert sorted(cases.scaling().run) == ["gpuxbar", "one thread"]
+    row = measure(replace(CASES[-1], build=_two_speeds), rounds=3)
+    assert row["ratio"]["gpuxbar"] > 1  # a speed-up, not a ratio of times
+
+
+def _two_speeds():
+    from time import sleep
+
+    return cases.Contenders({"one thread": lambda: sleep(0.02), "gpuxbar": lambda: sleep(0.001)}, lambda: 0.0)
+
+
+def test_extra_memory_sees_what_a_call_touches():
+    linear = CASES[0]
+    mb = extra_memory(linear, "ideal")
+    if mb is None:
+        pytest.skip("needs Linux: /proc/self/clear_refs")
+    assert mb >= 1.0  # the result alone is 256 x 1024 floats
+
+
+def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
+    row = {
+        "case": "linear", "size": "8 x 8", "threads": 1, "ms": {"ideal": [1, 2, 3], "gpuxbar": [2, 3, 4]}, "target": 1.2,
+        "ratio": {"gpuxbar": 1.5, "plain torch": 3.0}, "error": 1e-7, "target_mb": 8, "extra_mb": {"ideal": 1.0, "gpuxbar": 2.0, "plain torch": 4.0},
+        "cpu": "a CPU", "cores": 2, "torch": "2", "numpy": "2", "gpuxbar": "0", "commit": "abc", "date": "2030-01-02T03:04:05",
+    }  # fmt: skip
+    better = row | {"ratio": {"gpuxbar": 1.1, "plain torch": 3.0}}
+    file, readme = tmp_path / "rows.jsonl", tmp_path / "README.md"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (better, row)))
+    readme.write_text(f"# head\n{START}\nold\n{END}\ntail\n")
+    result = run(app, ["--readme", "--record", str(file), "--readme-file", str(readme)])
+    assert result.exit_code == 0, result.output
+    text = readme.read_text()
+    assert "| linear: 8 x 8 | 2.0 | 1.50 (missed) | <= 1.2 | 3.00 | 1e-07 |" in text
+    assert "| linear | 1.0 | 2.0 | <= 8 | 4.0 |" in text
+    assert "not yet run on a GPU" in text
+    assert "a CPU, 2 cores; torch 2, numpy 2, gpuxbar 0 at abc, 2030-01-02." in text
+    assert text.startswith("# head")
+    assert text.endswith("tail\n")
+    assert "old" not in text
+    assert "(missed)" not in readme_tables([better])
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="must have the lines"):
+        rewrite_readme(readme, [row])
+    assert run(app, ["--readme", "--record", str(tmp_path / "none")]).exit_code == 2
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="an installed package has no recorded rows")
+def test_the_readme_holds_the_recorded_rows():
+    assert readme_tables(rows_of(RESULTS)) in (ROOT / "README.md").read_text()

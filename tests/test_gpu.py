@@ -1,0 +1,360 @@
+"""The ops on a GPU, through CuPy, against the float64 oracle; skipped without one, and never run on the CPU instead."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
+from test_program import SEED as WRITE_SEED
+from test_program import SHAPES as WEIGHT_SHAPES
+from test_tile_mvm import G_MAX, MODES, SEED, SHAPES, assert_matches, case, settings
+
+from gpuxbar import ops, reference
+from gpuxbar.ops import ConvGeometry
+
+pytestmark = pytest.mark.gpu
+
+REPEATS = 10
+
+
+def to_gpu(value):
+    """NumPy arrays as CuPy arrays on the current stream, anything else as it is."""
+    import cupy
+
+    return cupy.asarray(value) if isinstance(value, np.ndarray) else value
+
+
+def from_gpu(value):
+    """CuPy arrays (and tuples of them) as NumPy arrays; waits for the current stream."""
+    import cupy
+
+    return tuple(map(from_gpu, value)) if isinstance(value, tuple) else cupy.asnumpy(value)
+
+
+def run(device, op, *arrays, **settings):
+    """An op on the GPU, from NumPy arrays to NumPy arrays."""
+    arrays = [to_gpu(array) for array in arrays]
+    return from_gpu(op(*arrays, device=device, **{name: to_gpu(value) for name, value in settings.items()}))
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reads_match_oracle(cuda_device, shape, mode, groups, transposed):
+    batch, rows, cols, tile = shape
+    codes, g = case(batch, rows, cols, planes=2, groups=groups)
+    if transposed:
+        codes = np.random.default_rng(2).integers(-127, 128, (batch, groups * cols)).astype(np.int16)
+    s, length = settings(mode, shape, g, groups, transposed)
+    s["slice_scale"] = np.array([1.0, -4.0], np.float32)
+    expected, gate = reference.tile_mvm(codes, g, tile=length, want_gate=True, **s)
+    y, gpu_gate = run(
+        cuda_device, ops.tile_mvm, codes, g, tile_rows=length, tile_cols=length, want_gate=True, **s
+    )
+    weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
+    assert_matches(y, expected, s.get("adc_lsb", 0.0), weight)
+    assert (np.abs(gpu_gate - gate) > 1e-5).mean() < 2e-3
+
+
+def noisy_read(generator="exact"):
+    """A read of several tiles with 16-byte columns: (codes, g, settings)."""
+    codes, g = case(300, 200, 88)
+    s = {
+        "v_lsb": 1e-3,
+        "adc_bits": 8,
+        "adc_lsb": 1e-7,
+        "read_noise": 3e-7,
+        "seed": SEED,
+        "generator": generator,
+    }
+    return codes, g, s
+
+
+@pytest.mark.parametrize("generator", ["exact", "fast"])
+def test_a_read_repeats_bit_for_bit(cuda_device, generator):
+    """Ten times, in chunks of any workspace, on another stream."""
+    import cupy
+
+    codes, g, s = noisy_read(generator)
+    first = run(cuda_device, ops.tile_mvm, codes, g, tile_rows=64, **s)
+    assert_matches(first, reference.tile_mvm(codes, g, tile=64, **s), 1e-7)
+    for _ in range(REPEATS):
+        np.testing.assert_array_equal(run(cuda_device, ops.tile_mvm, codes, g, tile_rows=64, **s), first)
+    for workspace in (1 << 16, 1 << 18):
+        # cuBLAS may sum in another order for another number of rows: a code off by one on a rounding edge
+        part = run(cuda_device.like(workspace=workspace), ops.tile_mvm, codes, g, tile_rows=64, **s)
+        assert_matches(part, first, 1e-7)
+    with cupy.cuda.Stream(non_blocking=True):
+        np.testing.assert_array_equal(run(cuda_device, ops.tile_mvm, codes, g, tile_rows=64, **s), first)
+
+
+@pytest.mark.parametrize("workspace", [1 << 14, 1 << 16, 64 << 20])
+def test_noise_does_not_depend_on_the_workspace(cuda_device, workspace):
+    """Without inputs the currents are the noise alone, whatever order the products sum in."""
+    codes, g, s = noisy_read()
+    codes[...] = 0
+    whole = run(cuda_device, ops.tile_mvm, codes, g, tile_rows=64, **s)
+    assert np.abs(whole).max() > 0
+    part = run(cuda_device.like(workspace=workspace), ops.tile_mvm, codes, g, tile_rows=64, **s)
+    np.testing.assert_array_equal(part, whole)
+
+
+def test_scalars_may_live_on_the_device(cuda_device):
+    codes, g, s = noisy_read()
+    by_value = run(cuda_device, ops.tile_mvm, codes, g, step=5, **s)
+    arrays = {
+        "adc_lsb": np.full(1, 1e-7, np.float32),
+        "read_noise": np.full(1, 3e-7, np.float32),
+        "step": np.full(1, 5),
+    }
+    np.testing.assert_array_equal(run(cuda_device, ops.tile_mvm, codes, g, **{**s, **arrays}), by_value)
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("fp32", 20), ("tf32", 9), ("fp16", 10), ("fp16x2", 20)])
+def test_precisions(cuda_device, precision, bits):
+    """Codes are exact in every format; what is left are roundings of conductances and of float32 sums."""
+    codes, g = case(40, 60, 24)
+    expected = reference.tile_mvm(codes, g, tile=32, v_lsb=1e-3)
+    y = run(cuda_device, ops.tile_mvm, codes, g, tile_rows=32, v_lsb=1e-3, precision=precision, g_range=G_MAX)
+    scale = (np.abs(codes.astype(np.float64)) @ np.abs(g[0])).max() * 1e-3
+    assert np.abs(y - expected).max() < 2.0**-bits * scale
+    if precision == "fp16":
+        assert np.abs(y - expected).max() > 2.0**-18 * scale
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 1), (0, 2), (1, 2)), ((5, 2), (2, 3), (3, 1), (2, 1))],
+)
+def test_convolutions_match_oracle(cuda_device, kernel, stride, padding, dilation, groups, transposed):
+    conv = ConvGeometry(3, 11, 13, kernel, stride, padding, dilation)
+    rng = np.random.default_rng(0)
+    g = rng.uniform(-G_MAX, G_MAX, (2, groups * conv.inputs, 7)).astype(np.float32)
+    shape = (5, groups * 7, *conv.out) if transposed else (5, groups * 3, 11, 13)
+    codes = rng.integers(-127, 128, shape).astype(np.int16)
+    s = {
+        "groups": groups, "transposed": transposed, "conv": conv, "v_lsb": 0.2 / 127, "adc_bits": 8,
+        "adc_lsb": 1e-7, "read_noise": 1e-7, "seed": SEED, "step": 3, "want_gate": not transposed,
+        "row_scale": np.linspace(1, 2, 5).astype(np.float32), "bias": None if transposed else np.arange(groups * 7, dtype=np.float32) * 1e-6,
+    }  # fmt: skip
+    expected = reference.tile_mvm(codes, g, tile=4, **s)
+    for workspace in (1 << 14, 64 << 20):
+        device = cuda_device.like(workspace=workspace)
+        y = run(device, ops.tile_mvm, codes, g, tile_rows=4, tile_cols=4, **s)
+        if transposed:
+            assert_matches(y, expected, 1e-7, weight=2 * 3, share=2e-2)
+        else:
+            assert (np.abs(y[1] - expected[1]) > 1e-5).mean() < 2e-3
+            assert_matches(y[0], expected[0], 1e-7, weight=2 * 3, share=2e-2)
+
+
+def test_a_read_of_no_rows(cuda_device):
+    y = run(cuda_device, ops.tile_mvm, np.zeros((0, 12), np.float32), np.ones((12, 5), np.float32))
+    assert y.shape == (0, 5)
+
+
+# ---- converting
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (8, 32), (1, 1), (3, 2, 5), (0, 4), (4099, 1031)])
+def test_dac_codes_match_oracle(cuda_device, shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for lsb in (0.02, np.linspace(0.01, 0.05, len(x)).astype(np.float32)):
+        codes = run(cuda_device, ops.dac_quantize, x, lsb=lsb, code_max=127)
+        expected = reference.dac_quantize(x, lsb=np.asarray(lsb), code_max=127)
+        assert codes.dtype == np.int16
+        off = codes.astype(int) - expected
+        # x times 1 / lsb in float32 may fall to the other side of a rounding edge
+        assert np.abs(off).max(initial=0) <= 1
+        assert (off != 0).sum() <= 1e-4 * x.size
+
+
+# ---- programming
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("shape", WEIGHT_SHAPES)
+def test_programming_matches_oracle(cuda_device, shape, mapping, device):
+    weight, w_max = weights(shape)
+    s = {
+        "w_max": w_max,
+        **WINDOW,
+        **MAPPINGS[mapping],
+        **DEVICES[device],
+        "seed": WRITE_SEED,
+        "step": 2**33 + 9,
+    }
+    s |= {"sigma_g": 0.3e-6, "exponent": 0.7}
+    g, variance = run(cuda_device, ops.program, weight, **s)
+    expected, expected_variance = reference.program(weight, **s)
+    assert_programmed(g, expected, s)
+    if variance.size:
+        off = np.abs(variance - expected_variance)
+        assert (off > 1e-5 * expected_variance.max()).mean() <= 5e-3
+    again = run(cuda_device, ops.program, weight, **s)
+    np.testing.assert_array_equal(again[0], g)
+    np.testing.assert_array_equal(again[1], variance)
+
+
+def test_weights_that_are_not_finite_poison_their_cells(cuda_device):
+    weight, w_max = weights((2, 9, 7))
+    weight[1, 5, 2] = np.nan
+    g = run(cuda_device, ops.program, weight, w_max=w_max, **WINDOW)
+    where = np.zeros(g.shape[1:], bool)
+    where[7 + 2, 5] = True
+    assert np.isnan(g[:, where]).all()
+    assert np.isfinite(g[:, ~where]).all()
+
+
+class Layer:
+    """The arrays of a layer on the GPU."""
+
+    def __init__(self, weight):
+        import cupy
+
+        groups, outputs, inputs = weight.shape
+        self.weight = cupy.asarray(weight)
+        self.g = cupy.full((2, groups * inputs, outputs), np.nan, "float32")
+        self.w_max = cupy.full(groups * outputs, np.nan, "float32")
+        self.state, self.write_step = cupy.zeros(2, "int64"), cupy.zeros(1, "int64")
+
+    def reprogram(self, device, **s):
+        s = {**WINDOW, "write_noise": 1e-7, "seed": WRITE_SEED} | s
+        ops.reprogram(
+            self.weight, self.g, self.w_max, self.state, write_step=self.write_step, device=device, **s
+        )
+
+    def wrote(self, device, **s):
+        """Call `reprogram`; whether it filled `g`, which is kept if not."""
+        before = self.g.copy()
+        self.g.fill(np.nan)
+        self.reprogram(device, **s)
+        unwritten = np.isnan(from_gpu(self.g))
+        if not unwritten.any():
+            return True
+        assert unwritten.all()
+        self.g[...] = before
+        return False
+
+
+def assert_is_programmed(layer, weight, w_max, write_step=0):
+    """State and scale are exact, conductances those of the oracle."""
+    version = (reference.fingerprint(weight) + write_step) % 2**64
+    np.testing.assert_array_equal(from_gpu(layer.state).view(np.uint64), np.uint64(version))
+    np.testing.assert_array_equal(from_gpu(layer.w_max), w_max)
+    s = {"w_max": w_max, **WINDOW, "write_noise": 1e-7, "seed": WRITE_SEED, "step": version & 0xFFFFFFFF}
+    assert_programmed(from_gpu(layer.g), reference.program(weight, **s), s)
+
+
+@pytest.mark.parametrize("scale", ["tensor", "column"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 19, 71), (2, 17, 2500), (1, 1031, 509)])
+def test_reprogramming_follows_the_weights(cuda_device, shape, scale):
+    weight, _ = weights(shape)
+    layer = Layer(weight)
+
+    def largest(weight):
+        top = np.abs(weight).max(axis=2).ravel()
+        top = top if scale == "column" else np.full_like(top, top.max())
+        return np.maximum(top, np.float32(1e-30))
+
+    assert layer.wrote(cuda_device, scale=scale)
+    assert_is_programmed(layer, weight, largest(weight))
+    first = from_gpu(layer.g)
+    for _ in range(REPEATS):
+        assert not layer.wrote(cuda_device, scale=scale)
+    changed = weight.copy()
+    changed[-1, -1, -1] = np.nextafter(weight[-1, -1, -1], np.float32(9))
+    layer.weight[...] = to_gpu(changed)
+    assert layer.wrote(cuda_device, scale=scale)
+    assert_is_programmed(layer, changed, largest(changed))
+    layer.weight[...] = to_gpu(weight)
+    assert layer.wrote(cuda_device, scale=scale)
+    np.testing.assert_array_equal(from_gpu(layer.g), first)  # bit-equal: a function of the weights
+    layer.write_step += 1
+    assert layer.wrote(cuda_device, scale=scale)
+    assert_is_programmed(layer, weight, largest(weight), write_step=1)
+
+
+def test_a_full_weight_clips(cuda_device):
+    weight, _ = weights((2, 19, 33))
+    layer = Layer(weight)
+    assert layer.wrote(cuda_device, full_weight=0.25)
+    assert_is_programmed(layer, weight, np.full(38, 0.25, np.float32))
+
+
+# ---- CUDA graphs: a warm-up compiles and loads; what is allocated during the capture must live as long as the graph
+
+
+def test_a_captured_read_replays_with_fresh_noise(cuda_device):
+    import cupy
+
+    codes, g, s = noisy_read()
+    device = cuda_device.like(keep=True)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        v, planes, step = to_gpu(codes), to_gpu(g), cupy.zeros(1, "int64")
+
+        def read():
+            nonlocal step
+            step += 1
+            return ops.tile_mvm(v, planes, tile_rows=64, step=step, device=device, **s)
+
+        eager = [from_gpu(read()) for _ in range(3)]
+        step.fill(0)
+        stream.begin_capture()
+        y = read()
+        graph = stream.end_capture()
+        for expected in eager:
+            graph.launch()
+            np.testing.assert_array_equal(from_gpu(y), expected)
+    assert not np.array_equal(eager[0], eager[1])
+
+
+def test_a_captured_step_reprograms_what_changed(cuda_device):
+    """One graph: change the weights on the device, program them, read them."""
+    import cupy
+
+    weight, _ = weights((1, 40, 96))
+    codes, _ = case(32, 96, 1)
+    device = cuda_device.like(keep=True)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        layer, v, change = Layer(weight), to_gpu(codes), cupy.zeros(1, "float32")
+
+        def step():
+            layer.weight += change
+            layer.reprogram(device)
+            return ops.tile_mvm(v, layer.g, slice_scale=slice_scale, device=device)
+
+        slice_scale = to_gpu(np.array([1.0, -1.0], np.float32))
+        step()
+        stream.begin_capture()
+        y = step()
+        graph = stream.end_capture()
+        w = weight.copy()
+        for amount in (0.0, 0.5, 0.0, -0.25):
+            change.fill(amount)
+            layer.g.fill(np.nan)
+            graph.launch()
+            w += np.float32(amount)
+            if amount:
+                assert_is_programmed(layer, w, np.full(40, np.abs(w).max(), np.float32))
+                expected = reference.tile_mvm(codes, from_gpu(layer.g), slice_scale=[1.0, -1.0])
+                assert_matches(from_gpu(y), expected, 0.0)
+            else:
+                assert np.isnan(from_gpu(layer.g)).all()  # unchanged weights are not written again
+
+
+def test_layers_of_a_window_read_what_was_programmed(cuda_device):
+    """Program, then read every wordline alone: Ohm's law on each device."""
+    weight, w_max = weights((1, 13, 17))
+    g = run(cuda_device, ops.program, weight, w_max=w_max, **WINDOW)
+    y = run(cuda_device, ops.tile_mvm, np.eye(17, dtype=np.float32), g[:1])
+    np.testing.assert_allclose(y, G_MIN + np.clip((weight[0] / w_max[:, None]).T, 0, 1) * RANGE, rtol=1e-5)

@@ -1,0 +1,172 @@
+"""Layers whose tiles have wires: both reads against the oracle, tile by tile; training in situ; messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gpuxbar as gx
+from gpuxbar import reference
+from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.spec import SpecError
+
+OHMS = {"r_wordline": 5.0, "r_bitline": 8.0}
+TILE = {"rows": 16, "cols": 12}
+DEVICE = {"g_min": 1e-6, "g_max": 1e-4}
+
+
+def spec(**parts):
+    return gx.CrossbarSpec.model_validate({"tile": TILE, "device": DEVICE, **parts})
+
+
+def by_tile(g, swap=False, source=0.0, sink=0.0, method="exact"):
+    """The oracle: every tile solved on its own; lines of an edge tile end where the array ends."""
+    out = np.empty_like(g)
+    source, sink = (sink, source) if swap else (source, sink)
+    for r in range(0, g.shape[0], TILE["rows"]):
+        for c in range(0, g.shape[1], TILE["cols"]):
+            part = np.s_[r : r + TILE["rows"], c : c + TILE["cols"]]
+            out[part] = reference.effective_conductance(
+                g[part], **OHMS, r_source=source, r_sink=sink, method=method
+            )
+    return out
+
+
+def pairs(weight, w_max):
+    """Ideal conductances of the positive and negative devices, [2, I, O]."""
+    w = weight.detach().numpy().astype(np.float64).T / w_max
+    span = DEVICE["g_max"] - DEVICE["g_min"]
+    return DEVICE["g_min"] + np.stack([np.maximum(w, 0), np.maximum(-w, 0)]) * span
+
+
+@pytest.mark.parametrize("scheme", ["differential", "subtracted"])
+@pytest.mark.parametrize("ends", [(20.0, 20.0, None), (50.0, 10.0, "line"), (50.0, 10.0, "role")])
+@pytest.mark.parametrize("method", ["ladder", "exact"])
+def test_both_reads_see_the_wires(method, ends, scheme):
+    source, sink, terminations = ends
+    wires = {**OHMS, "r_source": source, "r_sink": sink, "terminations": terminations, "method": method}
+    torch.manual_seed(0)
+    layer = AnalogLinear(37, 29, bias=False, spec=spec(parasitics=wires, mapping={"scheme": scheme}))
+    w_max = layer.weight.detach().abs().max().item()
+    unit = w_max / (DEVICE["g_max"] - DEVICE["g_min"])
+    g = pairs(layer.weight, w_max)
+    seen = [by_tile(plane, source=source, sink=sink, method=method) for plane in g]
+    x = torch.randn(5, 37, requires_grad=True)
+    y = layer(x)
+    expected = x.detach().numpy() @ (seen[0] - seen[1]) * unit
+    np.testing.assert_allclose(y.detach(), expected, atol=2e-5 * np.abs(expected).max())
+    assert np.abs(expected - (x @ layer.weight.T).detach().numpy()).max() > 0.02 * np.abs(expected).max()
+
+    grad = torch.randn(5, 29)
+    y.backward(grad)
+    swap = terminations == "role"
+    back = [by_tile(plane, swap, source, sink, method) for plane in g]
+    expected = grad.numpy() @ (back[0] - back[1]).T * unit
+    np.testing.assert_allclose(x.grad, expected, atol=2e-5 * np.abs(expected).max())
+    wrong = grad.numpy() @ (seen[0] - seen[1]).T * unit
+    assert (np.abs(expected - wrong).max() > 1e-3 * np.abs(expected).max()) == swap
+
+
+def test_grouped_convolutions_and_slices():
+    """Groups have arrays, and so tiles, of their own; slices are solved before shift-and-add."""
+    wires = {**OHMS, "r_source": 10.0, "r_sink": 10.0}
+    slices = {"slices": 4, "slice_bits": 2, "scheme": "subtracted"}
+    torch.manual_seed(0)
+    layer = AnalogConv2d(4, 6, 3, groups=2, bias=False, spec=spec(parasitics=wires, mapping=slices))
+    plain = AnalogConv2d(4, 6, 3, groups=2, bias=False, spec=spec(mapping=slices))
+    plain.weight = layer.weight
+    seen, devices = layer.conductances().g, layer.cells
+    span = np.array([4.0**k for k in range(4)])
+    for group in range(2):
+        rows = np.s_[group * 18 : (group + 1) * 18]
+        solved = np.stack(
+            [by_tile(plane[rows].numpy().astype(np.float64), False, 10.0, 10.0) for plane in devices]
+        )
+        merged = np.tensordot(span, solved[:4] - solved[4:], 1)
+        np.testing.assert_allclose(seen[0, rows], merged, atol=2e-5 * np.abs(merged).max())
+    x = torch.randn(2, 4, 7, 7)
+    assert 0.01 < (layer(x) - plain(x)).norm() / plain(x).norm() < 0.5
+
+
+def test_wires_are_solved_once_for_a_weight_version(monkeypatch):
+    from gpuxbar import ops
+
+    solved, real = [], ops.effective_conductance
+    monkeypatch.setattr(ops, "effective_conductance", lambda *a, **k: solved.append(1) or real(*a, **k))
+    layer = AnalogLinear(20, 10, spec=spec(parasitics=OHMS))
+    x = torch.randn(3, 20)
+    layer(x), layer(x).sum().backward()
+    assert len(solved) == 1
+    with torch.no_grad():
+        layer.weight[0, 0] += 0.01
+    layer(x)
+    assert len(solved) == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_situ_training_sees_the_wires(compiled):
+    """Cells move, so what reads see moves; a loaded state is solved anew."""
+    torch.manual_seed(0)
+    law = {"law": "agarwal"}
+    model, _ = gx.convert(nn.Sequential(nn.Linear(20, 10)), spec(parasitics=OHMS, update=law))
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.5)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    x, t = torch.randn(30, 20), torch.randint(10, (30,))
+    losses, states = [], []
+    for _ in range(6):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(run(x), t)
+        loss.backward()
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        losses.append(loss.item())
+        optimiser.step()
+    assert losses[-1] < losses[0]
+    layer, w_max = model[0], model[0].w_max[0].item()
+    g = layer.g_cells.numpy().astype(np.float64)
+    seen = [by_tile(plane) for plane in g]
+    expected = x.numpy() @ (seen[0] - seen[1]) * w_max / (DEVICE["g_max"] - DEVICE["g_min"])
+    with torch.no_grad():
+        np.testing.assert_allclose(run(x) - layer.bias, expected, atol=5e-5 * np.abs(expected).max())
+    model.load_state_dict(states[1])
+    assert nn.functional.cross_entropy(run(x), t).item() == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (
+            {"parasitics": {"r_source": 5.0}},
+            "`parasitics`: `terminations` must be chosen where r_source and r_sink differ, got 5 and 0 ohm",
+        ),
+        (
+            {"parasitics": {"r_wordline": 1.0}, "mapping": {"scheme": "offset"}},
+            "`mapping.scheme` must be differential or subtracted with parasitics, got 'offset'",
+        ),
+        (
+            {"parasitics": {"shared_drivers": True, "method": "ladder"}},
+            "`shared_drivers` must go with method='exact'",
+        ),
+        ({"parasitics": {"r_bitline": -1.0}}, "`parasitics.r_bitline` must be a finite number of at least 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(parts, text):
+    with pytest.raises(SpecError) as error:
+        spec(**parts)
+    assert text in str(error.value)
+
+
+def test_column_tiles_can_share_their_drivers():
+    wires = {**OHMS, "r_source": 40.0, "r_sink": 40.0, "shared_drivers": True}
+    layer = AnalogLinear(16, 36, bias=False, spec=spec(parasitics=wires))
+    g = pairs(layer.weight, layer.weight.detach().abs().max().item())
+    ends = {"r_source": 40.0, "r_sink": 40.0}
+    solved = [
+        reference.effective_conductance(
+            np.stack(np.split(plane, 3, axis=1)), **OHMS, **ends, shared_drivers=True
+        )
+        for plane in g
+    ]
+    expected = np.concatenate(list(solved[0] - solved[1]), axis=1)
+    np.testing.assert_allclose(layer.conductances().g[0], expected, atol=2e-5 * np.abs(expected).max())
