@@ -27,7 +27,7 @@ from gpuxbar.reference.random import Purpose, round_keys
 __all__ = ["KERNELS", "fused_tile_mvm"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
-_KEYS = tuple(f"key{i}" for i in range(10))  # of the rounds of Philox
+_KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of the rounds of Philox
 
 PACK_SENSED = Kernel(
     "pack_sensed.cu",
@@ -44,7 +44,7 @@ FUSED_TILE_MVM = Kernel(
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
     words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
     gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, adc_lsb_value=_FLOAT,
-    read_noise_value=_FLOAT, step_value=_LONG, **dict.fromkeys(_KEYS, Scalar("uint64")), row0=_LONG, y_row0=_LONG,
+    read_noise_value=_FLOAT, step_value=_LONG, **_KEYS, row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
     adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT, purpose=Scalar("uint32"),
