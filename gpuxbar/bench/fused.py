@@ -23,6 +23,7 @@ from rich.table import Table
 from gpuxbar import ops, reference
 from gpuxbar.bench.cases import OracleMismatch
 from gpuxbar.bench.record import append, environment
+from gpuxbar.bridge.arrays import explain_gpu
 from gpuxbar.launch import CudaDevice, Device, Kernel
 from gpuxbar.ops.tile_mvm_plan import Case, Plan, plan_tile_mvm
 
@@ -264,17 +265,10 @@ def check(subject: Subject) -> dict[str, str]:
 
 def _gpu() -> Subject:
     """CuPy's current device; new memory holds NaN."""
-    try:
-        import cupy
-
-        count = cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # CuPy's own errors are not importable without it
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"bench: `device` must be an NVIDIA GPU, got none ({reason}); install gpuxbar[cuda] on a machine with one"
-        ) from error
-    if not count:
-        raise OSError("bench: `device` must be an NVIDIA GPU, got none; run on a machine with one")
+    kind, why = explain_gpu()
+    if kind != "cuda":
+        raise OSError(f"bench: `device` must be an NVIDIA GPU, got none ({why}); run on a machine with one")
+    import cupy
 
     def empty(shape: tuple[int, ...], dtype: str) -> Any:
         array = cupy.empty(shape, dtype)
