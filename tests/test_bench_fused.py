@@ -117,10 +117,12 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, monkeypatch):
     runtime = SimpleNamespace(getDeviceProperties=lambda number: {"name": b"Emulated"})
     cuda = SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(id=0))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr(fused, "CHECKS", {})
+    monkeypatch.setattr(fused, "CHECKS", {"light": lambda subject: "green"})
     monkeypatch.setattr(fused, "_ceilings", lambda: {"copy GB/s": 1.0})
     monkeypatch.setattr(fused, "_time", lambda read: {"fused": 2.0, "epilogue": 5.0, "whole call": 3.0})
     monkeypatch.setattr(fused, "_gpu", subject)
+    done = run(fused.app, ["--checks"])
+    assert (done.exit_code, done.output) == (0, "light: green\n")
     path = tmp_path / "rows.jsonl"
     done = run(fused.app, ["--record", str(path)])
     assert done.exit_code == 0, done.output
@@ -129,3 +131,16 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, monkeypatch):
     assert rows[0]["us"]["fused"] == 2.0
     assert rows[0]["gpu"] == "Emulated"
     assert {"commit", "date", "ceilings"} <= set(rows[0])
+
+
+def test_a_failed_check_leaves_no_number(tmp_path, monkeypatch):
+    def red(subject):
+        raise OracleMismatch("off by one")
+
+    monkeypatch.setattr(fused, "CHECKS", {"light": red})
+    monkeypatch.setattr(fused, "_gpu", subject)
+    path = tmp_path / "rows.jsonl"
+    done = run(fused.app, ["--record", str(path)])
+    assert done.exit_code == 2
+    assert "error light: off by one" in done.output
+    assert not path.exists()

@@ -2,7 +2,8 @@
 
 First the checks, against the float64 oracle and against cuBLAS + epilogue, on new memory that holds NaN; one that
 fails leaves no number. Then ceilings of the device, then reads as replays of CUDA graphs over inputs that do not fit
-its cache together. Not yet run on a GPU; the checks run on the CPU build of the kernels in the tests.
+its cache together. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks` (and memcheck, initcheck,
+synccheck) looks at the same small reads. Not yet run on a GPU; the checks run on the CPU build of the kernels in the tests.
 """
 
 from __future__ import annotations
@@ -353,21 +354,24 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     record: Annotated[Path | None, typer.Option(help="JSON-lines file to append the rows to.")] = None,
+    checks: Annotated[bool, typer.Option("--checks", help="Check only, as for compute-sanitizer.")] = False,
 ) -> None:
     """Prove and time the fused read on this machine's GPU."""
     console = Console()
     try:
-        _report(console, _gpu(), record)
+        subject = _gpu()
+        for name, found in check(subject).items():
+            console.print(f"{name}: {found}", highlight=False)
+        if not checks:
+            _report(console, subject.device, record)
     except (OSError, OracleMismatch) as error:
         console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
-def _report(console: Console, subject: Subject, record: Path | None) -> None:
+def _report(console: Console, device: Device, record: Path | None) -> None:
     import cupy
 
-    for name, found in check(subject).items():
-        console.print(f"{name}: {found}", highlight=False)
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     gpu, ceilings = properties["name"].decode(), _ceilings()
     limits = ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items())
@@ -385,7 +389,7 @@ def _report(console: Console, subject: Subject, record: Path | None) -> None:
         table.add_column(head)
     for read in READS:
         us = _time(read)
-        plan = read.plan(subject.device.arch, subject.device.multiprocessors)
+        plan = read.plan(device.arch, device.multiprocessors)
         table.add_row(
             read.name, read.size, f"{us['fused']:.0f}", "" if read.target_us is None else f"{read.target_us:g}",
             f"{us['epilogue']:.0f}", f"{us['epilogue'] / us['fused']:.2f}", f"{us['whole call']:.0f}", plan.strategy,
