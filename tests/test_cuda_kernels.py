@@ -19,12 +19,15 @@ from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
+from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_plan import pipeline
 
-KERNELS = {k.name: k for k in (*TILE_MVM, *FUSED, DAC_QUANTIZE, *PROGRAM, DEVICE_UPDATE)}
+KERNELS = {
+    k.name: k for k in (*TILE_MVM, *FUSED, DAC_QUANTIZE, *PROGRAM, DEVICE_UPDATE, *EFFECTIVE_CONDUCTANCE)
+}
 FILES = sorted({k.file for k in KERNELS.values()})
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 C_NAMES = {
@@ -40,7 +43,8 @@ VARIANTS = {
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
-    "device_update.cu": [{"LAW": law} for law in range(8)],
+    "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
+    "device_update.cu": [{"LAW": law} for law in range(9)],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
         {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "STREAMS": streams,
@@ -286,6 +290,9 @@ for scale in ("tensor", "column"):
     ops.reprogram(weight, planes, np.empty(111, np.float32), np.zeros(2, np.int64), variance, scale=scale, slices=3,
                   slice_bits=2, write_step=np.ones(1, np.int64), **window)
 ops.program(weight, w_max=np.ones(1, np.float32), merge="all", **window)
+wires = dict(r_wordline=2.0, r_bitline=3.0, r_source=ones[:1], r_sink=0.5, device=device)
+for method in ("ladder", "exact"):
+    ops.effective_conductance(np.full((2, 20, 11), 1e-4, np.float32), method=method, **wires)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

@@ -20,6 +20,7 @@ __all__ = ["STRATEGIES", "Case", "Plan", "Rates", "pipeline", "plan_tile_mvm", "
 
 STRATEGIES = ("auto", "collapsed", "fused", "epilogue")
 BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage: kernels/fused_tile_mvm.cu
+BLOCKS_N = (256, 128)  # columns of a block
 # Bytes of shared memory a block may take; architectures that are absent run the next lower one listed.
 SHARED = {
     "sm_80": 166912,
@@ -178,7 +179,7 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         return epilogue
     if obstacle:
         return replace(epilogue, why=(f"fused is impossible: {obstacle}", *epilogue.why))
-    shapes = [_fused(case, arch, multiprocessors, block_n) for block_n in (128, 256)]
+    shapes = [_fused(case, arch, multiprocessors, block_n) for block_n in BLOCKS_N]
     times = [(_fused_us(case, table, multiprocessors, plan), plan) for plan in shapes if plan is not None]
     best, fused = min(times, key=lambda pair: pair[0])
     why = (

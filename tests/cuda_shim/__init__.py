@@ -68,7 +68,8 @@ class ShimDevice:
     def __init__(
         self, order=FORWARD, flags=(), workspace=1 << 26, *, eager=False, arch="sm_90", multiprocessors=4
     ):
-        self.order, self.flags, self.workspace, self.launches = order, flags, workspace, []
+        self.order, self.flags, self.workspace = order, flags, workspace
+        self.launches, self.macros, self.grids = [], [], []
         self.eager, self.arch, self.multiprocessors = eager, arch, multiprocessors
 
     def empty(self, shape, dtype):
@@ -79,6 +80,8 @@ class ShimDevice:
     def launch(self, kernel, grid, block, values, macros=None, shared=0):
         arguments = kernel.bind(values)
         self.launches.append(kernel.name)
+        self.macros.append(macros or {})
+        self.grids.append(grid)
         if 0 in grid:
             return
         library = ctypes.CDLL(str(build(kernel.file, kernel.name, macros or {}, self.flags)))

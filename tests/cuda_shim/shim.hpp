@@ -1,8 +1,9 @@
 // shim: compile an unmodified CUDA kernel file with a C++17 compiler (x86-64) and run it on the CPU, for tests.
 //
 // One block runs on one OS thread; its CUDA threads are fibers that switch only at __syncthreads, __syncwarp and
-// warp collectives, in an order given to the launch (0 forward, 1 reverse, else the seed of a random order), so that
-// a missing barrier shows. A kernel that never blocks runs as a plain loop. Blocks run in parallel under OpenMP.
+// warp collectives, in an order given to the launch, so that a missing barrier shows: 0 forward and 1 reverse run each
+// warp as far as the next barrier before the others, a larger one seeds a random order with all warps abreast. A
+// kernel that never blocks runs as a plain loop. Blocks run in parallel under OpenMP.
 // Reported as errors: divergent barriers and warp operations (deadlock), lanes of one warp operation that disagree,
 // shuffles from a lane outside the mask, launch limits. Not modelled: races between blocks, memory ordering.
 #pragma once
@@ -110,7 +111,7 @@ struct Block {  // per OS thread, reused for every block it runs
   std::vector<Lane> lane; std::vector<int> perm; std::vector<char*> stacks; std::vector<char*> free_stacks;
   void* main_sp = nullptr; int nt = 0, next = 0, alive = 0; std::string err;
   void (*call)(void*) = nullptr; void* call_arg = nullptr;
-  size_t dyn_size = 0; bool eager = false;
+  size_t dyn_size = 0; bool eager = false, greedy = false;
 
   void fail(const std::string& why) { if (err.empty()) err = why; }
 
@@ -211,11 +212,26 @@ struct Block {  // per OS thread, reused for every block it runs
     const int nw = (nt + 31) / 32;
     while (alive > 0) {
       bool progress = false;
-      for (int i = 0; i < nt; ++i) {
-        const int t = perm[i];
-        if (lane[t].st == St::Run) { resume(t); progress = true; }
+      if (greedy) {
+        for (int k = 0; k < nw; ++k)
+          for (bool moved = true; moved;) {
+            const int w = perm[0] == 0 ? k : nw - 1 - k;
+            moved = false;
+            for (int i = 0; i < 32; ++i) {
+              const int t = 32 * w + (perm[0] == 0 ? i : 31 - i);
+              if (t < nt && lane[t].st == St::Run) { resume(t); moved = true; }
+            }
+            moved |= warp_try(w);
+            if (!err.empty()) return false;
+            progress |= moved;
+          }
+      } else {
+        for (int i = 0; i < nt; ++i) {
+          const int t = perm[i];
+          if (lane[t].st == St::Run) { resume(t); progress = true; }
+        }
+        for (int w = 0; w < nw; ++w) { progress |= warp_try(w); if (!err.empty()) return false; }
       }
-      for (int w = 0; w < nw; ++w) { progress |= warp_try(w); if (!err.empty()) return false; }
       if (progress || alive == 0) continue;
       int bar = 0, cnt = 0; uint64_t sum = 0; bool allp = true;
       for (auto& l : lane) if (l.st == St::Bar) { ++bar; sum += l.val != 0; allp &= l.val != 0; (void)cnt; }
@@ -379,7 +395,8 @@ inline int launch(void (*call)(void*), const unsigned* g, const unsigned* b, siz
 #pragma omp parallel if (nb > 1)
   {
     static thread_local Block blk;
-    blk.nt = nt; blk.dyn_size = smem; blk.eager = eager; blk.call = call; blk.call_arg = args; blk.perm.resize(nt);
+    blk.nt = nt; blk.dyn_size = smem; blk.eager = eager; blk.greedy = order <= 1;
+    blk.call = call; blk.call_arg = args; blk.perm.resize(nt);
     tls.blk = &blk; tls.gdim = {g[0], g[1], g[2]}; tls.bdim = {b[0], b[1], b[2]};
     for (int i = 0; i < nt; ++i) blk.perm[i] = order == 1 ? nt - 1 - i : i;
 #pragma omp for schedule(dynamic, 1)

@@ -26,6 +26,7 @@ struct UpdateLaw {
   float range_cycle2;                    //   and per pulse, for the nominal step
   float write_noise;                     // of what a touched cell shows, in shares of the window
   i32 law, lognormal, integer_pulses, sides;
+  float scatter[2][NODES * SCORES];  // of a measured law, up and down: what a pulse deviates by, in nominal steps
 };
 
 // Standard normals of one device, the same for all time.
@@ -66,17 +67,23 @@ GPUXBAR_FN float pulsed(const UpdateLaw& s, float wanted) {
   return s.integer_pulses ? round_even(d * s.pulses) / s.pulses : d;
 }
 
-// x after a change of size d; z is the update's normal.
+// x after a change of size d; z is the update's normal, `scatter` the law's table where the kernel keeps it.
 template <class L>
-GPUXBAR_FN float moved(const UpdateLaw& s, const Spreads& device, float x, float d, bool rising, float z) {
+GPUXBAR_FN float moved(const UpdateLaw& s, const Spreads& device, float x, float d, bool rising, float z,
+                       const float (*scatter)[NODES * SCORES]) {
   const Window window = device_window(s, device);
   const float inverse = 1.0f / window.width, y = min(max((x - window.low) * inverse, 0.0f), 1.0f);
   const L law(device_direction(s, device, rising));
   const float gain = device_gain(s, device, rising), n = d * s.pulses;
   const float size = window.width * law.change(rising ? y : 1.0f - y, d * gain * inverse);
-  const float per_size = fma(size, s.cycle2 + s.pulse_cycle2 / max(n, 1e-30f), s.gamma2);
-  const float deviation = sqrt_fast(fma(size, per_size, n * s.range_cycle2 * gain * gain));
-  const float to = fma(deviation, z, fma(y, window.width, window.low) + (rising ? size : -size));
+  float noise;
+  if constexpr (MEASURED<L>) {
+    noise = sqrt_fast(n) * gain / s.pulses * scattered(scatter[rising ? 0 : 1], y, z);
+  } else {
+    const float per_size = fma(size, s.cycle2 + s.pulse_cycle2 / max(n, 1e-30f), s.gamma2);
+    noise = sqrt_fast(fma(size, per_size, n * s.range_cycle2 * gain * gain)) * z;
+  }
+  const float to = noise + (fma(y, window.width, window.low) + (rising ? size : -size));
   return d > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
 }
 
