@@ -24,6 +24,7 @@ from gpuxbar.launch import explain
 from gpuxbar.launch.host import compiler
 from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
 from gpuxbar.launch.sources import cache_dir
+from gpuxbar.optim import OPTIMIZERS
 from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, parse_value
 from gpuxbar.spec.presets import PRESETS, preset
 
@@ -52,6 +53,7 @@ def train(
     lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate of AdamW.")] = 3e-3,
     in_situ_lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate in situ.")] = 0.05,
     momentum: Annotated[float, typer.Option(min=0, help="Momentum in situ, below 1.")] = 0.9,
+    optimizer: Annotated[str, typer.Option(help=f"Algorithm in situ: {', '.join(OPTIMIZERS)}.")] = "sgd",
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.")] = None,
@@ -66,7 +68,7 @@ def train(
         run = Run(
             folder=Path("runs") / (name or data.replace(":", "-")), spec=_settings(spec, preset_, set_ or []),
             modes=None if modes is None else tuple(modes.split(",")), epochs=epochs, batch=batch, lr=lr, in_situ_lr=in_situ_lr,
-            momentum=momentum, seed=seed, resume=resume, data=data,
+            momentum=momentum, optimizer=optimizer, seed=seed, resume=resume, data=data,
             data_dir=data_dir, download=download, device=device, threads=threads,
         )  # fmt: skip
         records = run_training(run)

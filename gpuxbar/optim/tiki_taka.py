@@ -36,7 +36,7 @@ POSITIVE = Rule("at least 1", lambda value: value >= 1, "1")
 FAST = {
     "lr": LR,
     "momentum": MOMENTUM,
-    "fast_lr": Rule("above 0 and at most 1", lambda value: 0 < value <= 1, "0.02"),
+    "fast_lr": Rule("above 0 and at most 1", lambda value: 0 < value <= 1, "0.1"),
     "transfer_every": POSITIVE,
     "lines": POSITIVE,
     "zero_shift": Rule("at least 0", lambda value: value >= 0, "100"),
@@ -131,7 +131,7 @@ class TikiTaka(InSituOptimizer):
         params: Any,
         lr: float,
         momentum: float = 0.0,
-        fast_lr: float = 0.02,
+        fast_lr: float = 0.1,
         transfer_every: int = 1,
         lines: int = 32,
         zero_shift: int = 0,
@@ -218,7 +218,8 @@ class ChoppedTikiTakaV2(TikiTakaV2):
 
     Args:
         params, lr, momentum, fast_lr, transfer_every, lines, zero_shift, max_pulses: As for `TikiTakaV2`.
-        flip: Probability of a flip, 0 to 0.5.
+        flip: Probability of a flip, 0 to 0.5. Between flips A must have time to forget what it holds with the old sign: the
+            smaller `fast_lr`, the rarer the flips.
 
     Source:
         Rasch et al., "Fast and robust analog in-memory deep neural network training", Nature Communications 2024.
@@ -226,10 +227,10 @@ class ChoppedTikiTakaV2(TikiTakaV2):
 
     rules: ClassVar[dict[str, Rule]] = {
         **BUFFERED,
-        "flip": Rule("0 to 0.5", lambda value: 0 <= value <= 0.5, "0.1"),
+        "flip": Rule("0 to 0.5", lambda value: 0 <= value <= 0.5, "0.02"),
     }
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, flip: float = 0.1, **settings: Any):
+    def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, flip: float = 0.02, **settings: Any):
         super().__init__(params, lr, momentum, flip=flip, **settings)
 
     def _transfer(
