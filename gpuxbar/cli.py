@@ -217,7 +217,7 @@ def _self_test() -> dict[str, float]:
         found["host"] = ops.tile_mvm(v, g, tile_rows=32, read_noise=1e-7, seed=1) - oracle
     if explain_gpu()[0] == "cuda":
         tensors = torch.from_numpy(v).cuda(), torch.from_numpy(g).cuda()
-        with on_device(tensors[0]) as device:
+        with on_device(tensors[0], "doctor") as device:
             y = ops.tile_mvm(*map(array, tensors), tile_rows=32, read_noise=1e-7, seed=1, device=device)
             found["cuda"] = tensor(y).cpu().numpy() - oracle
     return {name: float(np.abs(error).max() / np.abs(exact).max()) for name, error in found.items()}

@@ -53,7 +53,9 @@ def test_snippets_of_the_readme():
     names = {
         "torch": torch,
         "model": nn.Sequential(OrderedDict(layers)),
-        "loader": [torch.randn(8, 20)],
+        "images": torch.randn(8, 20),
+        "loader": [(torch.randn(8, 20), torch.randint(3, (8,)))],
+        "loss": nn.functional.cross_entropy,
         "v": np.full((5, 200), 0.2, np.float32),
         "g": np.full((200, 7), 1e-6, np.float32),
     }

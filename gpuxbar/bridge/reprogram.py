@@ -43,7 +43,7 @@ def reprogram(
         seed: The layer's seed.
     """
     crossbar = _spec(spec)
-    with on_device(weight) as device:
+    with on_device(weight, "program") as device:
         ops.reprogram(
             array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
             write_step=array(write_step), seed=seed, device=device, merge=merge, **_settings(crossbar),
@@ -57,7 +57,7 @@ def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
     `step`, int64 [1], fixes the write noise, with the seed.
     """
     settings = _settings(_spec(spec)) | {"merge": "none", "sigma_g": 0.0}
-    with on_device(share) as device:
+    with on_device(share, "program") as device:
         return tensor(
             ops.program(
                 array(share),

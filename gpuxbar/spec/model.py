@@ -269,7 +269,7 @@ class Backward(Part):
 
     `mode`: "analog" (the same array read backwards, with converters of its own) or "ideal" (the exact product
     with the programmed conductances). `dac`, `adc`: settings of that read; `None`: those of the forward read
-    (inputs signed, since gradients are).
+    (inputs signed, since gradients are). A fixed DAC range is that of the gradient of the output whose weights are largest.
     """
 
     mode: Literal["analog", "ideal"] = "analog"

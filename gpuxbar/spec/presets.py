@@ -40,7 +40,8 @@ def txsim(tile: int = 64) -> CrossbarSpec:
     Chosen here: 8-bit inputs, scaled by each sample (the paper keeps 32 digital bits; this library's DACs take up
     to 8), driven as a positive and a negative phase; ADCs with a step of one `g_min`, of which every current is a
     multiple, so that conversions are exact until noise, spread or fewer bits are asked for.
-    Not in it: the paper's wire, source and sink resistances and its process variation.
+    Not in it: the paper's wire, source and sink resistances and its process variation, whose values it does not give;
+    set them with `parasitics` and `programming`.
 
     Args:
         tile: Wordlines and bitlines of a tile, 2 to 1024.
