@@ -99,8 +99,11 @@ extern "C" __global__ void __launch_bounds__(256)
 #else
       const float digit = value;
 #endif
-      const i64 place = PANELS ? panel_place(first + i, line, lines) : (i64)(first + i) * lines + line;
-      const i64 to = (i64)pass * stored * lines + place;
+#if PANELS
+      const i64 to = (i64)pass * stored * lines + panel_place(first + i, line, lines);
+#else
+      const i64 to = ((i64)pass * rows + first + i) * lines + line;
+#endif
       a[to] = operand(digit);
       if (squares) squares[to] = digit * digit;
     }

@@ -59,8 +59,11 @@ extern "C" __global__ void __launch_bounds__(256)
   if (line >= lines) return;
   const int stored = PANELS ? (int)gridDim.y * 32 : sense;
   for (int i = y; i < 32 && n0 + i < stored; i += 8) {
-    const i64 place = PANELS ? panel_place(panel_row(n0 + i), line, lines) : (i64)(n0 + i) * lines + line;
-    const i64 to = (i64)blockIdx.z * stored * lines + place;
+#if PANELS
+    const i64 to = (i64)blockIdx.z * stored * lines + panel_place(panel_row(n0 + i), line, lines);
+#else
+    const i64 to = ((i64)blockIdx.z * sense + n0 + i) * lines + line;
+#endif
 #if BFLOAT
     b[to] = bfloat_bits(block[i][x]);
 #else

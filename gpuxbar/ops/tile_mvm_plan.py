@@ -193,9 +193,12 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     if obstacles["fused"] and obstacles["wgmma"]:
         return replace(epilogue, why=(f"fused is impossible: {obstacles['fused']}", *epilogue.why))
     times = {}
-    for name, shape in (("fused", _fused), ("wgmma", _wgmma)):
+    for name, shape, sizes in (
+        ("fused", _fused, (128, 256)),
+        ("wgmma", _wgmma, (256, 128)),
+    ):  # first of equals
         if not obstacles[name]:
-            plans = [shape(case, arch, multiprocessors, block_n) for block_n in (128, 256)]
+            plans = [shape(case, arch, multiprocessors, block_n) for block_n in sizes]
             timed = [
                 (_fused_us(case, table, multiprocessors, plan), plan) for plan in plans if plan is not None
             ]
