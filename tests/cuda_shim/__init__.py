@@ -31,12 +31,10 @@ def build(file, name, macros, flags=()):
     defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
     command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *defines]
     text = (
-        f'#include "{HERE / "tensor.hpp"}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
+        f'#include "{HERE / "hopper.hpp"}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
     )
     key = hashlib.sha256(repr((command, text)).encode())
-    for path in sorted(
-        [root / file, HERE / "shim.hpp", HERE / "tensor.hpp", *(root / "include" / "gpuxbar").glob("*.cuh")]
-    ):
+    for path in sorted([root / file, *HERE.glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")]):
         key.update(path.read_bytes())
     target = cache_dir() / f"shim-{name}-{key.hexdigest()[:20]}.so"
     if not target.exists():
