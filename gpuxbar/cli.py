@@ -70,7 +70,7 @@ def train(
             data_dir=data_dir, download=download, device=device, threads=threads,
         )  # fmt: skip
         records = run_training(run)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CompileError) as error:
         console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     table = Table("mode", "test accuracy", "seconds per epoch", title=str(run.folder))
@@ -104,6 +104,10 @@ def _settings(path: Path | None, name: str | None, overrides: list[str]) -> Cros
 @app.command()
 def doctor() -> None:
     """Print versions and backends, and test the read kernel of each; status 1 if one is wrong."""
+    try:
+        backend, errors = ": ".join(explain()), _self_test()
+    except CompileError as failure:
+        backend, errors = f"none, {failure}", {}
     table = Table("what", "is", title="gpuxbar doctor")
     for row in (
         ("gpuxbar", gpuxbar.__version__),
@@ -111,20 +115,19 @@ def doctor() -> None:
         ("numpy", np.__version__),
         ("torch", torch.__version__),
         ("cupy", _version("cupy-cuda13x", "cupy-cuda12x", "cupy")),
-        ("C++ compiler", compiler() or "none found: set CXX"),
+        ("C++ compiler", _compiler()),
         ("NVRTC", _nvrtc()),
         ("GPU", ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "none found"),
         ("build cache", str(cache_dir())),
-        ("backend of CPU tensors", "{}: {}".format(*explain())),
+        ("backend of CPU tensors", escape(backend)),
         ("backend of GPU tensors", "{}: {}".format(*explain_gpu())),
     ):
         table.add_row(*row)
-    errors = _self_test()
     for name, error in errors.items():
         outcome = f"{'passed' if error < 1e-5 else 'FAILED'}, relative error {error:.1e}"
         table.add_row(f"self-test, {name}", outcome)
     Console().print(table)
-    raise typer.Exit(0 if max(errors.values()) < 1e-5 else 1)
+    raise typer.Exit(0 if errors and max(errors.values()) < 1e-5 else 1)
 
 
 def _self_test() -> dict[str, float]:
@@ -139,7 +142,7 @@ def _self_test() -> dict[str, float]:
         found["host"] = ops.tile_mvm(v, g, tile_rows=32, read_noise=1e-7, seed=1) - oracle
     if explain_gpu()[0] == "cuda":
         tensors = torch.from_numpy(v).cuda(), torch.from_numpy(g).cuda()
-        with on_device(tensors[0]) as device:
+        with on_device(tensors[0], "doctor") as device:
             y = ops.tile_mvm(*map(array, tensors), tile_rows=32, read_noise=1e-7, seed=1, device=device)
             found["cuda"] = tensor(y).cpu().numpy() - oracle
     return {name: float(np.abs(error).max() / np.abs(exact).max()) for name, error in found.items()}
@@ -150,6 +153,13 @@ def _version(*packages: str) -> str:
         with suppress(metadata.PackageNotFoundError):
             return f"{metadata.version(package)} ({package})"
     return "not installed"
+
+
+def _compiler() -> str:
+    try:
+        return compiler() or "none found: set CXX"
+    except CompileError:
+        return "not found, though CXX is set"
 
 
 def _nvrtc() -> str:

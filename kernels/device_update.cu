@@ -5,39 +5,70 @@
 //         grid (ceil(O / 32), ceil(I / 32), G). Weights are transposed through shared memory, so that every access
 //         runs along its array. The result does not depend on the launch.
 // Random  normals and uniforms of (plane, wordline, bitline): see philox.cuh; `step` is read from memory where given.
+// Macros  LAW  the law (enum Law)
 // Wrapper gpuxbar/ops/device_update.py      Oracle gpuxbar/reference/device_update.py
 #include "gpuxbar/update.cuh"
 
 namespace gpuxbar {
 
-// Four cells of one wordline: shares of the window in, moved in place.
-GPUXBAR_FN void update_quad(const UpdateLaw& law, float x[4], const float wanted[4], u32 group, u32 row, u32 plane,
-                            u32 step, u32 key_lo, u32 key_hi, float stuck_low, float stuck_high) {
-  Normals4 up = {}, down = {}, noise = {};
-  if (law.spread > 0.0f) {
-    up = normals4(counter(group, row, UPDATE_SPREAD_UP, plane, 0), key_lo, key_hi);
-    down = normals4(counter(group, row, UPDATE_SPREAD_DOWN, plane, 0), key_lo, key_hi);
+#ifndef LAW
+#define LAW 0
+#endif
+
+// Normals of four neighbouring cells, zeros where their standard deviation is 0.
+GPUXBAR_FN Normals4 draw(float deviation, u32 purpose, u32 group, u32 row, u32 plane, u32 step, u64 seed) {
+  if (deviation == 0.0f) return Normals4{};
+  return normals4(counter(group, row, purpose, plane, step), (u32)seed, (u32)(seed >> 32));
+}
+
+GPUXBAR_FN void load(const float* from, float to[4], int count, bool whole, float otherwise) {
+  to[0] = to[1] = to[2] = to[3] = otherwise;
+  if (whole) {
+    const float4 v = *(const float4*)from;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+    for (int q = 0; q < count; ++q) to[q] = from[q];
   }
-  if (law.gamma2 + law.cycle2 + law.pulse_cycle2 + law.range_cycle2 > 0.0f)
-    noise = normals4(counter(group, row, CYCLE, plane, step), key_lo, key_hi);
+}
+
+GPUXBAR_FN void store(float* to, const float from[4], int count, bool whole) {
+  if (whole)
+    *(float4*)to = make_float4(from[0], from[1], from[2], from[3]);
+  else
+    for (int q = 0; q < count; ++q) to[q] = from[q];
+}
+
+// Four cells of one wordline: shares of the window in, moved in place, and what they show with write noise. False if
+// none is to move.
+GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], const float wanted[4], u32 group, u32 row,
+                            u32 plane, u32 step, u64 seed, float stuck_low, float stuck_high) {
+  if (wanted[0] == 0.0f && wanted[1] == 0.0f && wanted[2] == 0.0f && wanted[3] == 0.0f) return false;
+  const Normals4 size = draw(s.step_spread, UPDATE_SPREAD_STEP, group, row, plane, 0, seed);
+  const Normals4 asymmetry = draw(s.asymmetry_spread, UPDATE_SPREAD_ASYMMETRY, group, row, plane, 0, seed);
+  const Normals4 low = draw(s.low_spread, UPDATE_SPREAD_LOW, group, row, plane, 0, seed);
+  const Normals4 high = draw(s.high_spread, UPDATE_SPREAD_HIGH, group, row, plane, 0, seed);
+  const Normals4 up = draw(s.spread_up, UPDATE_SPREAD_UP, group, row, plane, 0, seed);
+  const Normals4 down = draw(s.spread_down, UPDATE_SPREAD_DOWN, group, row, plane, 0, seed);
+  const Normals4 z = draw(s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2, CYCLE, group, row, plane, step, seed);
+  const Normals4 write = draw(s.write_noise, UPDATE_WRITE, group, row, plane, step, seed);
   Counter words = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};
-  if (stuck_low + stuck_high > 0.0f) words = philox<10>(counter(group, row, STUCK, plane, 0), key_lo, key_hi);
+  if (stuck_low + stuck_high > 0.0f)
+    words = philox<10>(counter(group, row, STUCK, plane, 0), (u32)seed, (u32)(seed >> 32));
   const u32 word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    float rate_up = law.rate_up, rate_down = law.rate_down;
-    if (law.spread > 0.0f) {
-      rate_up = device_rate(law, law.rate_up, law.label_up, up.z[q]);
-      rate_down = device_rate(law, law.rate_down, law.label_down, down.z[q]);
-    }
     const float u = uniform(word[q]);
-    const bool stuck = u < stuck_low || u > 1.0f - stuck_high;
-    if (!stuck) x[q] = updated(law, x[q], wanted[q], rate_up, rate_down, noise.z[q]);
+    const float d = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : pulsed(s, wanted[q]);
+    const Spreads device = {size.z[q], asymmetry.z[q], low.z[q], high.z[q], up.z[q], down.z[q]};
+    x[q] = moved<LawOf<LAW>>(s, device, x[q], d, wanted[q] > 0.0f, z.z[q]);
+    if (d > 0.0f) shown[q] = max(fma(s.write_noise, write.z[q], x[q]), s.floor);
   }
+  return true;
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     device_update(float* __restrict__ g,            // [2, G * I, O] S
+                  float* __restrict__ hidden,       // like g, what devices with write noise hold; else null
                   const float* __restrict__ dw,     // [G, O, I]     wanted weight change
                   float* __restrict__ w,            // [G, O, I]     weight read out
                   const float* __restrict__ w_max,  // [G * O]       weight of a full pair
@@ -56,41 +87,45 @@ extern "C" __global__ void __launch_bounds__(256)
   const int line = threadIdx.x >> 3, quad = 4 * (threadIdx.x & 7);
   const int count = outputs - o0 - quad < 4 ? outputs - o0 - quad : 4;
   if (i0 + line < inputs && count > 0) {
-    const u32 when = (u32)(step ? *step : step_value), key_lo = (u32)seed, key_hi = (u32)(seed >> 32);
+    const u32 when = (u32)(step ? *step : step_value);
     const i64 row = (i64)group * inputs + i0 + line;
     const float inverse_range = 1.0f / range;
     float top[4], change[4], weight[4] = {};
     for (int q = 0; q < 4; ++q) {
       top[q] = q < count ? w_max[(i64)group * outputs + o0 + quad + q] : 1.0f;
-      change[q] = q < count ? block[line][quad + q] * (0.5f / top[q]) : 0.0f;
+      change[q] = q < count ? block[line][quad + q] * (1.0f / top[q]) : 0.0f;
     }
-    const bool whole = count == 4 && (outputs & 3) == 0 && ((u64)g & 15) == 0;
+    const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)hidden) & 15) == 0;
 #pragma unroll
     for (u32 plane = 0; plane < 2; ++plane) {
-      float* cells = g + ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
-      float before[4] = {g_min, g_min, g_min, g_min}, x[4], was[4], wanted[4];
-      if (whole) {
-        const float4 v = *(const float4*)cells;
-        before[0] = v.x, before[1] = v.y, before[2] = v.z, before[3] = v.w;
-      } else {
-        for (int q = 0; q < count; ++q) before[q] = cells[q];
-      }
-      const float sign = plane ? -1.0f : 1.0f;
+      const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
+      float cell[4], held[4], x[4], was[4], shown[4], wanted[4];
+      load(g + first, cell, count, whole, g_min);
+      if (hidden) load(hidden + first, held, count, whole, g_min);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        was[q] = x[q] = (before[q] - g_min) * inverse_range;
-        wanted[q] = sign * change[q];
+        if (!hidden) held[q] = cell[q];
+        was[q] = x[q] = (held[q] - g_min) * inverse_range;
+        shown[q] = (cell[q] - g_min) * inverse_range;
+        wanted[q] = device_share(law.sides, plane == 0, change[q]);
       }
-      update_quad(law, x, wanted, (u32)(o0 + quad) >> 2, (u32)row, plane, when, key_lo, key_hi, stuck_low, stuck_high);
+      const bool touched =
+          update_quad(law, x, shown, wanted, (u32)(o0 + quad) >> 2, (u32)row, plane, when, seed, stuck_low, stuck_high);
+      if (touched) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        if (x[q] != was[q]) before[q] = fma(x[q], range, g_min);  // a cell that did not move keeps its bits
-        weight[q] = fma(sign, before[q] * inverse_range, weight[q]);
+        for (int q = 0; q < 4; ++q) {
+          const float before = (cell[q] - g_min) * inverse_range;
+          if (x[q] != was[q]) held[q] = fma(x[q], range, g_min);  // a cell that did not move keeps its bits
+          if (!hidden)
+            cell[q] = held[q];
+          else if (shown[q] != before)
+            cell[q] = fma(shown[q], range, g_min);
+        }
+        store(g + first, cell, count, whole);
+        if (hidden) store(hidden + first, held, count, whole);
       }
-      if (whole)
-        *(float4*)cells = make_float4(before[0], before[1], before[2], before[3]);
-      else
-        for (int q = 0; q < count; ++q) cells[q] = before[q];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) weight[q] = plane ? fma(-cell[q], inverse_range, weight[q]) : cell[q] * inverse_range;
     }
     for (int q = 0; q < count; ++q) block[line][quad + q] = weight[q] * top[q];
   }

@@ -19,15 +19,18 @@ from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
+from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
+from gpuxbar.ops.tile_mvm_plan import pipeline
 
-KERNELS = {k.name: k for k in (*TILE_MVM, DAC_QUANTIZE, *PROGRAM, DEVICE_UPDATE)}
+KERNELS = {k.name: k for k in (*TILE_MVM, *FUSED, DAC_QUANTIZE, *PROGRAM, DEVICE_UPDATE)}
 FILES = sorted({k.file for k in KERNELS.values()})
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 C_NAMES = {
     "float32": "float", "float16": "u16", "int16": "i16", "int32": "int", "int64": "i64", "uint64": "u64",
     "uint32": "u32", "float32|float16": "Operand", "int16|float32": "Source",
+    "float16|int16": "Operand",
 }  # fmt: skip
 REGISTERS = Path(__file__).with_name("registers.tsv")
 VARIANTS = {
@@ -37,7 +40,15 @@ VARIANTS = {
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
+    "device_update.cu": [{"LAW": law} for law in range(8)],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
+    "fused_tile_mvm.cu": [
+        {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "STREAMS": streams,
+         "CONVERTERS": converters, "GATE": gate}
+        for block_n, terms, noise, variance, streams, converters, gate in
+        [(128, 1, 1, 0, 0, 0, 1), (128, 2, 2, 0, 1, 2, 1), (128, 2, 1, 1, 2, 1, 1), (256, 1, 0, 0, 0, 0, 0),
+         (256, 1, 1, 0, 0, 0, 0), (256, 1, 2, 0, 0, 0, 0), (256, 1, 1, 0, 2, 0, 0)]
+    ],
 }  # fmt: skip
 
 
@@ -69,10 +80,21 @@ def test_declaration_is_the_parameter_list(name):
     assert parameters == expected
 
 
+def variants(file, arch):
+    """The macros to compile a file with; the fused kernel as deep a pipeline as the architecture's memory holds."""
+    for macros in VARIANTS.get(file, [{}]):
+        if file != "fused_tile_mvm.cu":
+            yield macros
+        elif arch != "sm_90a" and (
+            stages := pipeline(arch, macros["BLOCK_N"], macros["TERMS"] + macros["VARIANCE"])
+        ):
+            yield {**macros, "STAGES": stages}
+
+
 def register_lines(arch):
     """Registers and shared memory of every kernel and variant on an architecture; refuses spills and stacks."""
     for name, kernel in sorted(KERNELS.items()):
-        for macros in VARIANTS.get(kernel.file, [{}]):
+        for macros in variants(kernel.file, arch):
             path, log = cubin(kernel.file, arch, macros)
             used = resources(log)[name]
             assert path.read_bytes()[:4] == b"\x7fELF"
@@ -249,7 +271,8 @@ x = rng.normal(size=(3, 3, 7, 5)).astype(np.float32)
 codes = ops.dac_quantize(x, lsb=0.02, code_max=127, device=device)
 g = rng.normal(size=(2, conv.inputs, 7)).astype(np.float32)
 s = dict(conv=conv, adc_bits=8, adc_lsb=1.0, read_noise=1.0, device=device, precision="fp16x2", g_range=4.0)
-ops.tile_mvm(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generator="fast", **s)
+for strategy in ("epilogue", "fused"):
+    ops.tile_mvm(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generator="fast", strategy=strategy, **s)
 back = rng.integers(-9, 9, (3, 7, *conv.out)).astype(np.int16)
 ops.tile_mvm(back, g, tile_cols=3, transposed=True, **s)
 ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)

@@ -312,6 +312,56 @@ def test_converter_errors_are_of_the_converter():
     assert not torch.equal(other(x), y)
 
 
+def test_converters_err_apart():
+    """Gains and offsets, forwards and backwards: no two are alike."""
+    adc = {"bits": 8, "range": "worst_case", "gain_std": 0.1, "offset_std": 1e-9}
+    layer = AnalogLinear(
+        400, 400, spec=spec(mapping={"scheme": "subtracted"}, tile={"rows": 512, "cols": 512}, adc=adc)
+    )
+    errors = torch.cat([layer.adc_error, layer.back_adc_error]).flatten(1)
+    apart = torch.corrcoef(errors) - torch.eye(4)
+    assert apart.abs().max() < 4 / 400**0.5
+    assert errors.std(1) == pytest.approx([0.1, 1e-9, 0.1, 1e-9], rel=0.2)
+
+
+def test_the_transposed_read_is_calibrated_by_what_drives_it():
+    """Gradients times the weights of full pairs, the largest of which drives v_read."""
+    torch.manual_seed(0)
+    parts = {"mapping": {"scheme": "subtracted", "scale": "column"}, "adc": {"bits": 8, "percentile": 100}}
+    layer = AnalogLinear(30, 6, bias=False, spec=spec(**parts))
+    with torch.no_grad():
+        layer.weight.mul_(torch.tensor([100.0, 1, 1, 1, 1, 1])[:, None])
+    grad = torch.randn(8, 6)
+    gx.calibrate(layer, [torch.randn(8, 30)], loss=lambda y, _: (y * grad).sum())
+    device, w_max = layer.spec.device, layer.weight.detach().abs().amax(1)
+    g = layer.weight.detach() / w_max[:, None] * (device.g_max - device.g_min)
+    driven = grad * w_max
+    currents = driven / driven.abs().max() * layer.spec.dac.v_read @ g
+    assert layer.back_adc_lsb.item() * 127 == pytest.approx(currents.abs().max().item(), rel=1e-5)
+
+
+def test_a_fixed_range_clips_gradients():
+    fixed = {"dac": {"bits": 8, "range": "fixed", "max": 0.5}}
+    layer = AnalogLinear(4, 3, spec=spec(mapping={"scheme": "subtracted", "w_max": 1.0}, backward=fixed))
+    x, grad = torch.randn(2, 4, requires_grad=True), torch.tensor([[9.0, -0.2, 0.1], [0.3, -7.0, 0.0]])
+    layer(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad.clamp(-0.5, 0.5) @ layer.weight, rtol=0.02, atol=0.005)
+
+
+def test_updates_draw_anew():
+    """The same change twice from the same seed: what the device adds is independent."""
+    law = {"law": "agarwal", "nu": 0.0, "gamma": 0.02}
+    layer = AnalogLinear(60, 50, spec=spec(update=law))
+    layer.begin_in_situ()
+    change, held, noise = torch.full_like(layer.weight, 0.02), layer.weight.detach().clone(), []
+    for _ in range(2):
+        with torch.no_grad():
+            layer.update_cells(change)
+        noise.append((layer.weight - held - change).detach().flatten())
+        held = layer.weight.detach().clone()
+    assert torch.corrcoef(torch.stack(noise))[0, 1].abs() < 4 / 3000**0.5
+
+
 @pytest.mark.parametrize("in_situ", [False, True])
 def test_compiled_models_have_no_graph_break(in_situ):
     model, _ = gx.convert(small_network(), spec(**NOISY, update={"law": "agarwal", "nu": 0.1}))
@@ -369,7 +419,7 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
             device = ShimDevice(order=11)
 
             @contextmanager
-            def on_device(_, device=device):
+            def on_device(*_, device=device):
                 yield device
 
             for module in ("analog_mvm", "reprogram", "device_update"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpuxbar import CrossbarSpec, ops, reference
+from gpuxbar import CrossbarSpec, ops
 from gpuxbar.launch import set_threads
 from gpuxbar.mapping import Planes, plan_reads
 from gpuxbar.nn import AnalogLinear
@@ -43,9 +43,8 @@ def state_dependent(seed=SEED, step=0):
 
 def programmed(seed=SEED, step=0, plane=0, **settings):
     """Conductances of one side of a pair after writing the smallest weight, over g_min, less 1."""
-    g = reference.program(
-        np.zeros((1, COLS, ROWS)), w_max=np.ones(1), **WINDOW, **settings, seed=seed, step=step
-    )
+    weight, w_max = np.zeros((1, COLS, ROWS), np.float32), np.ones(1, np.float32)
+    g = ops.program(weight, w_max=w_max, **WINDOW, **settings, seed=seed, step=step)
     return g[plane] / WINDOW["g_min"] - 1
 
 
@@ -352,14 +351,14 @@ def test_collapsed_reads_equal_those_of_every_conversion(name, noise):
     spec = CrossbarSpec.model_validate({"tile": {"rows": 9, "cols": 7}, "read_noise": {"sigma": noise}, **COLLAPSES[name]})  # fmt: skip
     fine = spec.with_overrides({"adc": {"bits": 16}})
     rng = np.random.default_rng(0)
-    weight = rng.uniform(-1, 1, (1, OUTPUTS, INPUTS))
+    weight = rng.uniform(-1, 1, (1, OUTPUTS, INPUTS)).astype(np.float32)
     results = {True: [], False: []}
     for collapse in (True, False):
         plan, planes = plan_reads(spec if collapse else fine, inputs=INPUTS, outputs=OUTPUTS, groups=1, seed=collapse)  # fmt: skip
         assert planes == Planes.of(spec, collapse=collapse)
         mapping = spec.mapping
-        g = reference.program(
-            weight, w_max=np.ones(1), **WINDOW, slices=mapping.slices, slice_bits=mapping.slice_bits, merge=planes.merge,
+        g = ops.program(
+            weight, w_max=np.ones(1, np.float32), **WINDOW, slices=mapping.slices, slice_bits=mapping.slice_bits, merge=planes.merge,
         )  # fmt: skip
         for way, transposed in ((plan.forward, False), (plan.backward, True)):
             x = np.random.default_rng(3).uniform(-1, 1, (1, OUTPUTS if transposed else INPUTS))

@@ -19,7 +19,7 @@ from torch.nn.grad import conv2d_weight
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.operator import gradient, operator
-from gpuxbar.launch import Device, span
+from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
 
@@ -78,7 +78,7 @@ def analog_mvm(
     read, want_gate = way.forward, want_gate and way.forward.adc_bits > 0
     conv = _geometry(way, weight.shape, x.shape)
     scale, plain = w_max * way.unit, way.reference == (0, 0)
-    with on_device(x) as device, span(way.name):
+    with on_device(x, way.name) as device:
         v = _drive(x, dac_lsb, read, device, f"{way.name}: `x`")
         y, gate = _read(
             v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, way, read, device, conv=conv, want_gate=want_gate,
@@ -113,11 +113,12 @@ def analog_mvm_transposed(
     """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
     way = _plan(plan)
     read = way.backward
-    with on_device(grad_y) as device, span(f"{way.name} backward"):
+    with on_device(grad_y, f"{way.name} backward") as device:
         driven = grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
         if read.full:
-            driven = driven.clamp(-read.full, read.full)
-            lsb = driven.new_full((1,), read.full / max(read.code_max, 1))
+            full = read.full * way.unit * w_max.amax().reshape(1)
+            driven = driven.clamp(-full, full)
+            lsb = full / max(read.code_max, 1)
         else:
             lsb = abs_max(driven, read.per_sample) / max(read.code_max, 1)
         v = _drive(driven, lsb, read, device, f"{way.name}: the gradient of the output")

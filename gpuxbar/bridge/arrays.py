@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpuxbar.launch import CudaDevice, Device
+from gpuxbar.launch import CudaDevice, Device, span
 
 __all__ = ["array", "explain_gpu", "on_device", "tensor"]
 
 
 @contextmanager
-def on_device(t: Tensor) -> Iterator[Device | None]:
-    """The device that the ops run on for a tensor; None is the CPU."""
+def on_device(t: Tensor, name: str) -> Iterator[Device | None]:
+    """The device that the ops run on for a tensor; None is the CPU. On a GPU, a profiler sees a span of that name."""
     if t.device.type == "cpu":
         yield None
         return
@@ -37,6 +37,7 @@ def on_device(t: Tensor) -> Iterator[Device | None]:
         torch.cuda.device(t.device),
         cupy.cuda.Device(t.device.index),
         cupy.cuda.Stream.from_external(torch.cuda.current_stream()),
+        span(name),
     ):
         yield CudaDevice(empty)
 

@@ -33,7 +33,7 @@ def device_update(g: Tensor, dw: Tensor, w_max: Tensor, step: Tensor, spec: str,
     crossbar = _spec(spec)
     assert crossbar.update is not None
     window, stuck = crossbar.device, crossbar.programming
-    with on_device(g) as device:
+    with on_device(g, "update") as device:
         weights = ops.device_update(
             array(g), array(dw), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
             stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),

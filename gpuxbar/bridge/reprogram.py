@@ -43,7 +43,7 @@ def reprogram(
         seed: The layer's seed.
     """
     crossbar = _spec(spec)
-    with on_device(weight) as device:
+    with on_device(weight, "program") as device:
         ops.reprogram(
             array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
             write_step=array(write_step), seed=seed, device=device, merge=merge, **_settings(crossbar),
@@ -54,7 +54,7 @@ def reprogram(
 def program_pairs(share: Tensor, spec: str, seed: int) -> Tensor:
     """Unsliced pairs of shares of the window: float32 [G, O, I] in -1 .. 1 to conductances [2, G * I, O], S."""
     settings = _settings(_spec(spec)) | {"merge": "none", "sigma_g": 0.0}
-    with on_device(share) as device:
+    with on_device(share, "program") as device:
         return tensor(
             ops.program(array(share), w_max=array(share.new_ones(1)), seed=seed, device=device, **settings)
         )

@@ -11,7 +11,7 @@ from torch.nn import functional
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.operator import operator
-from gpuxbar.launch import Device, span
+from gpuxbar.launch import Device
 from gpuxbar.spec import CrossbarSpec, Parasitics
 
 __all__ = ["merged", "refresh_wires"]
@@ -44,7 +44,7 @@ def refresh_wires(
     """
     crossbar = _spec(spec)
     wires = crossbar.parasitics
-    with on_device(cells) as device, span("wires"):
+    with on_device(cells, "wires") as device:
         if device is None and torch.equal(state, key):
             return
         blocks = _tiles(cells.view(-1, cells.shape[1] // groups, cells.shape[2]), crossbar)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +61,9 @@ def train(run: Run) -> list[dict[str, Any]]:
         set_threads(run.threads)
     data = load_data(run.data, run.data_dir, run.download)
     saved = _open(run, data)
+    _write(
+        run, saved
+    )  # so that a first epoch can be interrupted, and the metrics are those of the checkpoint
     records: list[dict[str, Any]] = saved["records"]
     with Progress() as progress:
         for mode in modes:
@@ -180,7 +182,7 @@ def _open(run: Run, data: Data) -> dict[str, Any]:
         raise ValueError(f"train: `{path}` must exist to resume, got none; start the run without --resume")
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+    except Exception as error:  # an arbitrary file can fail its reader in any way
         raise ValueError(
             f"train: `{path}` must be a readable checkpoint, got a corrupt file; start anew"
         ) from error

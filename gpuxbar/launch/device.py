@@ -32,9 +32,12 @@ class Device(Protocol):
     """What an op needs of a device; tests drive the same ops over a CPU build of the kernels.
 
     `workspace`: bytes that the partial sums of one call may take; larger batches go in chunks.
+    `arch`, `multiprocessors`: compute capability ("sm_90") and size, for choosing among kernels.
     """
 
     workspace: int
+    arch: str
+    multiprocessors: int
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """An uninitialised C-contiguous array."""
@@ -46,8 +49,9 @@ class Device(Protocol):
         block: tuple[int, ...],
         values: Mapping[str, Any],
         macros: Mapping[str, int] | None = None,
+        shared: int = 0,
     ) -> None:
-        """Check the arguments and run a kernel compiled with these macros."""  # fmt: skip
+        """Check the arguments and run a kernel compiled with these macros; `shared`: bytes of dynamic shared memory."""  # fmt: skip
 
     def matmul(
         self,
@@ -73,20 +77,25 @@ class CudaDevice:
         self._cupy = cupy
         self.workspace = workspace
         self.empty = empty or cupy.empty
-        major_minor = cupy.cuda.Device().compute_capability
-        self.arch = f"sm_{major_minor}"
+        device = cupy.cuda.Device()
+        self.arch = f"sm_{device.compute_capability}"
+        self.multiprocessors = device.attributes["MultiProcessorCount"]
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], values: Mapping[str, Any],
-        macros: Mapping[str, int] | None = None,
+        macros: Mapping[str, int] | None = None, shared: int = 0,
     ) -> None:  # fmt: skip
         arguments = kernel.bind(values)
         if 0 in grid:  # CuPy would round an empty grid up to one block
             return
         function = _function(kernel.file, kernel.name, self.arch, tuple(sorted((macros or {}).items())),
                              self._cupy.cuda.runtime.getDevice())  # fmt: skip
+        if shared > 48 << 10:  # more than a kernel gets unasked
+            function.max_dynamic_shared_size_bytes = shared
         with span(kernel.name):
-            function(grid, block, tuple(np.uintp(0) if a is None else a for a in arguments))
+            function(
+                grid, block, tuple(np.uintp(0) if a is None else a for a in arguments), shared_mem=shared
+            )
 
     def matmul(
         self, a: Any, b: Any, c: Any, shape: tuple[int, int, int, int], strides: tuple[int, int, int],

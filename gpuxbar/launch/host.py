@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import cache_dir, kernel_dir
 
 __all__ = ["build", "compiler", "host_call", "library", "set_threads"]
@@ -38,9 +39,15 @@ FLAGS = (
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler: `$CXX`, else g++, else clang++; None without one."""
-    candidates = [os.environ.get("CXX"), "g++", "clang++"]
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+    """Path of the C++ compiler: `$CXX` if set, else g++, else clang++; None without one."""
+    wanted = os.environ.get("CXX")
+    if wanted and shutil.which(wanted) is None:
+        raise CompileError(
+            f"host kernels: `CXX` must be the name or path of a C++ compiler, got {wanted!r}, which is not found; "
+            "unset it to use g++ or clang++"
+        )
+    candidates = (wanted,) if wanted else ("g++", "clang++")
+    return next((path for name in candidates if (path := shutil.which(name))), None)
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,7 +84,7 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
         command = [cxx, *flags, f"-I{root / 'include'}", *map(str, sources), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(
+            raise CompileError(
                 f"host kernels: {cxx} failed with status {done.returncode}; "
                 f"set CXX to a C++17 compiler with OpenMP\n{done.stderr}"
             )

@@ -15,7 +15,7 @@ __all__ = ["CompileError", "compile_cubin", "nvrtc_version"]
 
 
 class CompileError(RuntimeError):
-    """NVRTC refused a kernel; the text is its log."""
+    """A compiler is not there or refused a kernel; the text is its log."""
 
 
 def _library_path() -> str:

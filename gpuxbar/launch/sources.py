@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 import warnings
 from functools import lru_cache
@@ -32,6 +34,7 @@ def cache_dir() -> Path:
             return wanted
     except OSError as error:
         scratch = Path(tempfile.mkdtemp(prefix="gpuxbar-"))
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         warnings.warn(
             f"gpuxbar cannot write its build cache {wanted} ({error.strerror}); building in {scratch} for this "
             "process only: set GPUXBAR_CACHE to a writable folder",

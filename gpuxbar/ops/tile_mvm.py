@@ -10,7 +10,9 @@ import numpy as np
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, library
 from gpuxbar.ops.checks import check_array, check_numbers, scalar_array
-from gpuxbar.ops.tile_mvm_cuda import tile_mvm_cuda
+from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
+from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
+from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = ["tile_mvm"]
@@ -50,6 +52,7 @@ def tile_mvm(
     precision: str = "fp32",
     g_range: float | None = None,
     device: Device | None = None,
+    strategy: str = "auto",
 ) -> Any:
     """Read every tile of an array: drive the wordlines, sum on the bitlines, digitise, shift and add.
 
@@ -89,6 +92,7 @@ def tile_mvm(
             a high and a low half, 22 bits; codes up to 2048 are exact). On the CPU every product is float32.
         g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
+        strategy: On a GPU, "collapsed", "fused" or "epilogue" (see `ops.tile_mvm_plan`); "auto" takes the fastest.
 
     Returns:
         float32 [B, O], A unless scaled; transposed: [B, I]; with `conv` the images. With `want_gate`, (y, gate).
@@ -187,12 +191,31 @@ def tile_mvm(
             "diverging loss or bad data"
         )
     if where == "cuda":
-        more = {"precision": precision, "g_range": g_range}
-        return tile_mvm_cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
+        more = {"precision": precision, "g_range": g_range, "strategy": strategy}
+        return _cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
     if where == "reference":
         out = reference.tile_mvm(v, g, **{**settings, "step": int(np.asarray(step).reshape(-1)[0])})
         return tuple(a.astype(np.float32) for a in out) if want_gate else out.astype(np.float32)
     return _host(v, g, batch, inputs, outputs, settings)
+
+
+def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any]) -> Any:
+    """The read on a GPU, the way the planner chooses."""
+    planes, _, cols = g.shape
+    drive, sense = (cols, inputs) if s["transposed"] else (inputs, cols)
+    errors = s["adc_gain"] is not None or s["adc_offset"] is not None
+    case = Case(
+        rows, s["groups"], drive, sense, planes, s["tile"], s["streams"], s["phases"], s["stream_bits"],
+        adc_bits=s["adc_bits"], adc_signed=s["adc_signed"], noise=("none", "exact", "fast")[generator_of(s)],
+        variance=s["noise_var"] is not None, converters=2 if errors else int(np.size(s["adc_lsb"]) > 1),
+        gate=s["want_gate"], precision=s["precision"], codes=v.dtype.name == "int16",
+    )  # fmt: skip
+    plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
+    if plan.strategy == "fused":
+        return fused_tile_mvm(device, v, g, rows, inputs, s, plan)
+    if plan.strategy == "collapsed":
+        s = {**s, "tile": max(drive, 1)}
+    return tile_mvm_cuda(device, v, g, rows, inputs, s)
 
 
 def _check_adc(bits: int | None, signed: bool, lsb: Any) -> None:

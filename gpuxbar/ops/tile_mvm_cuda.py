@@ -7,7 +7,7 @@ not grow with tiles, planes or passes; only the rows are cut, so that the partia
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import floor, log2
 from typing import Any
@@ -16,7 +16,10 @@ from gpuxbar.launch import Device, In, Kernel, Out, Scalar
 from gpuxbar.launch.device import Precision
 from gpuxbar.reference.random import Purpose
 
-__all__ = ["KERNELS", "tile_mvm_cuda"]
+__all__ = [
+    "KERNELS", "Shape", "chunks", "code_range", "fold_patches", "generator_of", "pack_inputs", "split_value",
+    "tile_mvm_cuda",
+]  # fmt: skip
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _PLACES = ("height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
@@ -97,29 +100,30 @@ def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dic
     outputs = shape.groups * sense
     operand = _right_operand(device, g, shape, inputs, cols, s)
     per_row = 4 * shape.passes * shape.batch * (shape.ld + shape.k) * (2 if s["noise_var"] is not None else 1)
-    if conv is not None and transposed:
-        return _folded(device, v, operand, shape, per_row, s)
 
+    def read(y: Any, gate: Any, row0: int, y_row0: int, count: int) -> None:
+        psum, variance = _partial_sums(device, v, operand, shape, row0, count, s)
+        _accumulate(device, psum, variance, y, gate, shape, row0, y_row0, count, s)
+
+    if conv is not None and transposed:
+        return fold_patches(device, v, shape, device.workspace // max(per_row + 4 * outputs, 1), s, read)
     y = device.empty((rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
     gate = device.empty(y.shape, "float32") if s["want_gate"] else None
-    for row0, count in _chunks(rows, device.workspace // max(per_row, 1), 32):
-        psum, variance = _partial_sums(device, v, operand, shape, row0, count, s)
-        _accumulate(device, psum, variance, y, gate, shape, row0, row0, count, s)
+    for row0, count in chunks(rows, device.workspace // max(per_row, 1), 32):
+        read(y, gate, row0, row0, count)
     return y if gate is None else (y, gate)
 
 
-def _folded(
-    device: Device, v: Any, operand: RightOperand, shape: Shape, per_row: int, s: dict[str, Any]
+def fold_patches(
+    device: Device, v: Any, shape: Shape, affordable: int, s: dict[str, Any], read: Callable[..., None]
 ) -> Any:
     """The transposed read of a convolution: patches of whole images at a time, folded into images."""
     conv, outputs = s["conv"], shape.groups * shape.sense
     planes = shape.groups * conv.channels
     images = device.empty((v.shape[0], planes, conv.height, conv.width), "float32")
-    affordable = device.workspace // max(per_row + 4 * outputs, 1)
-    for row0, count in _chunks(shape.rows, affordable, conv.pixels):
-        psum, variance = _partial_sums(device, v, operand, shape, row0, count, s)
+    for row0, count in chunks(shape.rows, affordable, conv.pixels):
         patches = device.empty((count, outputs), "float32")
-        _accumulate(device, psum, variance, patches, None, shape, row0, 0, count, s)
+        read(patches, None, row0, 0, count)
         part = images[row0 // conv.pixels : (row0 + count) // conv.pixels]
         device.launch(
             FOLD, (min(-(-part.size // 256), 65536),), (256,),
@@ -128,7 +132,7 @@ def _folded(
     return images
 
 
-def _chunks(rows: int, affordable: int, unit: int) -> Iterator[tuple[int, int]]:
+def chunks(rows: int, affordable: int, unit: int) -> Iterator[tuple[int, int]]:
     """(first row, rows) of chunks that are affordable, in whole units where a unit is (or must be) affordable."""
     size = max(affordable // unit * unit, unit if unit != 32 else max(1, min(affordable, unit)))
     for row0 in range(0, rows, size):
@@ -174,19 +178,9 @@ def _partial_sums(
 ) -> tuple[Any, Any]:
     """The currents (and noise variances) of every conversion of some rows, [G T, P rows, ld]."""
     dtype, _ = Precision[s["precision"]]
-    conv = s["conv"]
     size = (shape.passes, rows, shape.groups, shape.tiles, shape.k)
-    a = device.empty(size, dtype)
     squares = None if operand.variance is None else device.empty(size, "float32")
-    places = dict.fromkeys(_PLACES, 1) if conv is None else _places(conv)
-    device.launch(
-        PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-rows // 32)), (256,),
-        {"v": v, "a": a, "squares": squares, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
-         "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": s["stream_bits"],
-         "streams": s["streams"], "phases": s["phases"], "channels": 1 if conv is None else conv.channels, **places},
-        {"CODES": int(v.dtype.name == "int16"), "HALF": int(dtype == "float16"),
-         "CONV": 0 if conv is None else 2 if s["transposed"] else 1},
-    )  # fmt: skip
+    a = pack_inputs(device, v, shape, row0, rows, s, dtype, digits=True, squares=squares)
 
     def product(a: Any, b: Any, c: Any, alpha: float, beta: float, precision: str) -> None:
         m = shape.passes * rows
@@ -208,20 +202,39 @@ def _partial_sums(
     return psum, variance
 
 
+def pack_inputs(
+    device: Device, v: Any, shape: Shape, row0: int, rows: int, s: dict[str, Any], dtype: str, *, digits: bool,
+    squares: Any = None,
+) -> Any:  # fmt: skip
+    """Driven values of some rows, [P, rows, G, T, K]: the digits of every pass, or (P = 1) the codes as they are."""
+    conv = s["conv"]
+    stream_bits, streams, phases = (s["stream_bits"], s["streams"], s["phases"]) if digits else (0, 1, 1)
+    a = device.empty((streams * phases, rows, shape.groups, shape.tiles, shape.k), dtype)
+    places = dict.fromkeys(_PLACES, 1) if conv is None else _places(conv)
+    device.launch(
+        PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-rows // 32)), (256,),
+        {"v": v, "a": a, "squares": squares, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
+         "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": stream_bits,
+         "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places},
+        {"CODES": int(v.dtype.name == "int16"), "HALF": int(dtype == "float16"),
+         "CONV": 0 if conv is None else 2 if s["transposed"] else 1},
+    )  # fmt: skip
+    return a
+
+
 def _accumulate(
     device: Device, psum: Any, variance: Any, y: Any, gate: Any, shape: Shape, row0: int, y_row0: int, rows: int,
     s: dict[str, Any],
 ) -> None:  # fmt: skip
-    bits, signed = s["adc_bits"], s["adc_signed"]
-    code_max = 0 if not bits else 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-    noisy = variance is not None or not _is_zero(s["read_noise"])
-    noise = 0 if not noisy else 2 if s["generator"] == "fast" else 1
+    bits = s["adc_bits"]
+    code_min, code_max = code_range(s)
+    noise = generator_of(s)
     width = 8 if noise == 2 else 4
     outputs = shape.groups * shape.sense
     images = s["conv"] is not None and not s["transposed"]
-    lsb, lsb_value = _split(s["adc_lsb"] if bits else 1.0)
-    sigma, sigma_value = _split(s["read_noise"])
-    step, step_value = _split(s["step"])
+    lsb, lsb_value = split_value(s["adc_lsb"] if bits else 1.0)
+    sigma, sigma_value = split_value(s["read_noise"])
+    step, step_value = split_value(s["step"])
     row_scale = s["row_scale"]
     device.launch(
         ADC_ACCUMULATE, (-(-outputs // (8 * width)), -(-rows // 32)), (256,),
@@ -233,7 +246,7 @@ def _accumulate(
          "noise_row0": s["row_offset"] + row0, "rows": rows, "groups": shape.groups, "sense": shape.sense,
          "tiles": shape.tiles, "planes": shape.planes, "ld": shape.ld, "streams": s["streams"], "phases": s["phases"],
          "stream_bits": s["stream_bits"], "adc_per_column": int(lsb is not None and lsb.size > 1),
-         "code_min": -code_max if signed else 0, "code_max": code_max,
+         "code_min": code_min, "code_max": code_max,
          "rows_per_scale": 1 if row_scale is None else shape.rows // row_scale.size, "pixels": 1 if s["conv"] is None else s["conv"].pixels,
          "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},
         {"NOISE": noise, "VARIANCE": int(variance is not None), "ADC": int(bits > 0), "GATE": int(gate is not None),
@@ -241,12 +254,26 @@ def _accumulate(
     )  # fmt: skip
 
 
+def code_range(s: dict[str, Any]) -> tuple[int, int]:
+    """Smallest and largest ADC code; (0, 0) without an ADC."""
+    bits = s["adc_bits"]
+    code_max = 0 if not bits else 2 ** (bits - 1) - 1 if s["adc_signed"] else 2**bits - 1
+    return -code_max if s["adc_signed"] else 0, code_max
+
+
+def generator_of(s: dict[str, Any]) -> int:
+    """The macro NOISE: 0 none, 1 exact, 2 fast."""
+    if s["noise_var"] is None and _is_zero(s["read_noise"]):
+        return 0
+    return 2 if s["generator"] == "fast" else 1
+
+
 def _is_zero(value: Any) -> bool:
     """Whether a setting is the plain number 0; an array on the device is not looked at."""
     return isinstance(value, (int, float)) and value == 0
 
 
-def _split(value: Any) -> tuple[Any, Any]:
+def split_value(value: Any) -> tuple[Any, Any]:
     """(array, 0) of a value in device memory, (None, number) of a plain one."""
     return (None, value) if isinstance(value, (int, float)) else (value, 0)
 

@@ -3,6 +3,7 @@
 from gpuxbar.reference.dac_quantize import dac_quantize
 from gpuxbar.reference.device_update import device_update
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
+from gpuxbar.reference.laws import symmetry_point
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
 from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
@@ -23,6 +24,7 @@ __all__ = [
     "philox",
     "program",
     "reprogram",
+    "symmetry_point",
     "tile_mvm",
     "unfold",
     "uniforms",

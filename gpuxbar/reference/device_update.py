@@ -1,37 +1,72 @@
-"""Wanted weight changes through the device law, in NumPy float64: the oracle of `ops.device_update`.
-
-Each law is written as its source has it, not in the shared form of the kernels; see `spec.Agarwal`,
-`spec.NeuroSim` and `spec.SoftBounds`.
-"""
+"""Wanted weight changes through the device law, in NumPy float64: the oracle of `ops.device_update`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gpuxbar.reference.laws import moved
 from gpuxbar.reference.random import Purpose, normals, uniforms
 
-__all__ = ["device_update", "neurosim_rate", "nonlinearity_label"]
+__all__ = ["Cells", "device_update"]
 
 
-def nonlinearity_label(a: np.ndarray) -> np.ndarray:
-    """NeuroSim's label of A_norm: 10.10153 times the largest deviation of the staircase from a line."""
-    a = np.asarray(a, np.float64)
-    full = -np.expm1(-1.0 / a)
-    x = -a * np.log(a * full)
-    return np.sqrt(2.0) / 0.14 * (-np.expm1(-x / a) / full - x)
+@dataclass(frozen=True)
+class Cells:
+    """One plane of devices: rows of them, their window in shares of the nominal one, their gains and parameters."""
+
+    law: dict[str, Any]
+    low: np.ndarray
+    high: np.ndarray
+    gain_up: np.ndarray
+    gain_down: np.ndarray
+    z_up: np.ndarray
+    z_down: np.ndarray
+
+    @classmethod
+    def draw(
+        cls, law: dict[str, Any], rows: np.ndarray, cols: int, plane: int, seed: int, floor: float
+    ) -> Cells:
+        """The devices of a seed; `floor` is the share of the window where the conductance is 0."""
+
+        def z(purpose: Purpose) -> np.ndarray:
+            return normals(rows, cols, purpose=purpose, slot=plane, seed=seed)
+
+        spread = law["step_spread"] * z(Purpose.UPDATE_SPREAD_STEP)
+        common = np.exp(spread) if law["lognormal_steps"] else 1 + spread
+        asymmetry = law["asymmetry"] + law["asymmetry_spread"] * z(Purpose.UPDATE_SPREAD_ASYMMETRY)
+        low = np.maximum(law["low_spread"] * z(Purpose.UPDATE_SPREAD_LOW), floor)
+        high = np.maximum(1 + law["high_spread"] * z(Purpose.UPDATE_SPREAD_HIGH), low + 0.01)
+        return cls(
+            law, low, high, np.abs(common + asymmetry), np.abs(common - asymmetry),
+            z(Purpose.UPDATE_SPREAD_UP), z(Purpose.UPDATE_SPREAD_DOWN),
+        )  # fmt: skip
+
+    def change(self, x: np.ndarray, wanted: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Shares of the nominal window after a wanted change, with noise z of the cycle."""
+        law, width = self.law, self.high - self.low
+        gain = np.where(wanted > 0, self.gain_up, self.gain_down)
+        y = np.clip((x - self.low) / width, 0.0, 1.0)
+        to = self.low + width * moved(law, y, wanted * gain / width, self.z_up, self.z_down)
+        size = np.abs(to - (self.low + width * y))
+        to = to + deviation(law, size, np.abs(wanted), gain) * z
+        return np.where(wanted != 0, np.clip(to, self.low, self.high), x)
 
 
-def neurosim_rate(label: np.ndarray | float) -> np.ndarray:
-    """1 / A_norm of labels in -9.5 .. 9.5, with the label's sign, by bisection; 0 for labels below 1e-5."""
-    label = np.asarray(label, np.float64)
-    low, high = np.full(label.shape, np.log(1e-6)), np.full(label.shape, np.log(100.0))
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = nonlinearity_label(np.exp(-middle)) < np.abs(label)
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return np.where(np.abs(label) < 1e-5, 0.0, np.sign(label) * np.exp((low + high) / 2))
+def deviation(law: dict[str, Any], size: np.ndarray, wanted: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Standard deviation of a change of `size`, where `wanted` was asked for; in shares of the window."""
+    if law["law"] == "ideal":
+        return np.zeros_like(size)
+    if law["law"] in ("agarwal", "agarwal_symmetric"):
+        return np.sqrt(law["gamma"] ** 2 * size + (law["cycle"] * size) ** 2)
+    pulses = wanted * law.get("pulses", law.get("levels"))
+    if law["law"] == "neurosim":
+        return law["cycle"] * gain * np.sqrt(pulses)
+    if law["cycle_of"] == "nominal":
+        return law["cycle"] * gain / law["pulses"] * np.sqrt(pulses)
+    return size * law["cycle"] / np.sqrt(np.maximum(pulses, 1e-30))
 
 
 def device_update(
@@ -42,76 +77,45 @@ def device_update(
     w_max: np.ndarray,
     g_min: float,
     g_max: float,
+    hidden: np.ndarray | None = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
     step: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(new conductances [2, G * I, O], weights read out [G, O, I]); `law` is the dumped spec of the law."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(conductances shown and held, [2, G * I, O] each, weights read out [G, O, I]); `law` is a dumped spec."""
     groups, n_out, n_in = dw.shape
     span = g_max - g_min
     per_output = np.asarray(w_max, np.float64).reshape(groups, n_out, 1)
-    wanted = (np.asarray(dw, np.float64) / per_output / 2).transpose(0, 2, 1).reshape(groups * n_in, n_out)
+    share = (np.asarray(dw, np.float64) / per_output).transpose(0, 2, 1).reshape(groups * n_in, n_out)
     rows = np.arange(groups * n_in)
-    new = []
-    for plane, sign in enumerate((1.0, -1.0)):
+    held = np.array(g if hidden is None else hidden, np.float64)
+    shown = np.array(g, np.float64)
+    for plane, own in enumerate((share, -share)):
+        wanted = np.clip(
+            {"both": own / 2, "reference": own * (plane == 0), "one_sided": np.maximum(own, 0.0)}[
+                law["sides"]
+            ],
+            -1.0,
+            1.0,
+        )
+        if law["integer_pulses"]:
+            pulses = law.get("pulses", law.get("levels"))
+            wanted = np.rint(wanted * pulses) / pulses
+        cells = Cells.draw(law, rows, n_out, plane, seed, -g_min / span)
         where: dict[str, Any] = {"slot": plane, "seed": seed}
-        before = (np.asarray(g[plane], np.float64) - g_min) / span
-        d = np.clip(sign * wanted, -1.0, 1.0)
-        spreads = [
-            normals(rows, n_out, purpose=purpose, **where)
-            for purpose in (Purpose.UPDATE_SPREAD_UP, Purpose.UPDATE_SPREAD_DOWN)
-        ]
-        z = normals(rows, n_out, purpose=Purpose.CYCLE, step=step, **where)
-        x = np.clip(LAWS[law["law"]](before, d, z, spreads, law), 0.0, 1.0)
         u = uniforms(rows, n_out, purpose=Purpose.STUCK, **where)
-        moves = (d != 0) & ~((u < stuck_at_g_min) | (u > 1.0 - stuck_at_g_max))
-        new.append(np.where(moves, g_min + x * span, np.asarray(g[plane], np.float64)))
-    pair = (new[0] - new[1]) / span
+        touched = (wanted != 0) & ~((u < stuck_at_g_min) | (u > 1.0 - stuck_at_g_max))
+        z = normals(rows, n_out, purpose=Purpose.CYCLE, step=step, **where)
+        to = g_min + span * cells.change((held[plane] - g_min) / span, wanted, z)
+        held[plane] = np.where(touched, to, held[plane])
+        if hidden is not None:
+            noise = law["write_noise"] * normals(
+                rows, n_out, purpose=Purpose.UPDATE_WRITE, step=step, **where
+            )
+            shown[plane] = np.where(touched, np.maximum(held[plane] + noise, 0.0), shown[plane])
+    if hidden is None:
+        shown = held
+    pair = (shown[0] - shown[1]) / span
     weights = pair.reshape(groups, n_in, n_out).transpose(0, 2, 1) * per_output
-    return np.stack(new), weights
-
-
-def _agarwal(x: np.ndarray, d: np.ndarray, z: np.ndarray, spreads: list[np.ndarray], law: dict[str, Any]):
-    nu_up, nu_down = (np.maximum(law["nu"] * (1 + law["spread"] * s), 1e-9) for s in spreads)
-    up = (1 / -np.expm1(-nu_up) - x) * -np.expm1(-nu_up * d)
-    down = (1 - 1 / -np.expm1(-nu_down) - x) * -np.expm1(nu_down * d)
-    change = np.where(d > 0, up, down)
-    return x + change + np.sqrt(law["gamma"] ** 2 * np.abs(change) + (law["cycle"] * change) ** 2) * z
-
-
-def _neurosim(x: np.ndarray, d: np.ndarray, z: np.ndarray, spreads: list[np.ndarray], law: dict[str, Any]):
-    levels = law["levels"]
-    pulses = d * levels
-    if law["integer_pulses"]:
-        pulses = np.rint(pulses)
-    labels = [
-        np.clip(law[key] + law["spread"] * s, -9.5, 9.5)
-        for key, s in zip(("nonlinearity_ltp", "nonlinearity_ltd"), spreads, strict=True)
-    ]
-    new = np.where(
-        d > 0, _staircase(x, pulses, labels[0], levels), 1 - _staircase(1 - x, -pulses, labels[1], levels)
-    )
-    return np.where(pulses != 0, new + law["cycle"] * np.sqrt(np.abs(pulses)) * z, x)
-
-
-def _staircase(x: np.ndarray, pulses: np.ndarray, label: np.ndarray, levels: int) -> np.ndarray:
-    """NeuroSim's LTP curve G(P) = B (1 - exp(-P / A)): find the pulse number of x, add pulses, evaluate."""
-    rate = neurosim_rate(label)
-    a = levels / np.where(rate == 0, 1.0, rate)
-    b = 1 / -np.expm1(-levels / a)
-    p0 = -a * np.log(np.maximum(1 - x / b, 1e-300))
-    return np.where(rate == 0, x + pulses / levels, b * -np.expm1(-(p0 + pulses) / a))
-
-
-def _soft_bounds(x: np.ndarray, d: np.ndarray, z: np.ndarray, spreads: list[np.ndarray], law: dict[str, Any]):
-    up, down = (
-        np.maximum(law[key] * (1 + law["spread"] * s), 0.0)
-        for key, s in zip(("up", "down"), spreads, strict=True)
-    )
-    new = np.where(d > 0, 1 - (1 - x) * np.exp(-up * np.abs(d)), x * np.exp(-down * np.abs(d)))
-    n = np.maximum(np.abs(d) * law["pulses"], 1e-30)
-    return new + np.abs(new - x) * law["cycle"] / np.sqrt(n) * z
-
-
-LAWS = {"agarwal": _agarwal, "neurosim": _neurosim, "soft_bounds": _soft_bounds}
+    return shown, held, weights

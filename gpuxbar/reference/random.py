@@ -27,6 +27,11 @@ class Purpose(IntEnum):
     CYCLE = 16
     UPDATE_SPREAD_UP = 17
     UPDATE_SPREAD_DOWN = 18
+    UPDATE_SPREAD_STEP = 19
+    UPDATE_SPREAD_ASYMMETRY = 20
+    UPDATE_SPREAD_LOW = 21
+    UPDATE_SPREAD_HIGH = 22
+    UPDATE_WRITE = 23
 
 
 def philox(counter: np.ndarray, seed: int, rounds: int = 10) -> np.ndarray:

@@ -5,47 +5,25 @@ Every default is ideal: an untouched `CrossbarSpec()` computes what `torch.nn` c
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from typing_extensions import Self
+from pydantic import Field, model_validator
 
-from gpuxbar.spec.errors import one_line_a_setting
+from gpuxbar.spec.laws import UpdateLaw
+from gpuxbar.spec.part import Part
 
 __all__ = [
     "ADC",
     "DAC",
-    "Agarwal",
     "Backward",
     "CrossbarSpec",
     "Device",
     "Mapping",
-    "NeuroSim",
     "Parasitics",
     "Programming",
     "ReadNoise",
-    "SoftBounds",
     "Tile",
-    "UpdateLaw",
 ]
-
-
-class Part(BaseModel):
-    """A frozen group of settings; a wrong one raises a `SpecError` of one line."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    def __init__(self, /, **settings: Any) -> None:
-        with one_line_a_setting(type(self)):
-            super().__init__(**settings)
-
-    # pydantic builds nested parts without this method, and so reports the whole path from the outermost one
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    @classmethod
-    def model_validate(cls, obj: Any, **options: Any) -> Self:
-        with one_line_a_setting(cls):
-            return super().model_validate(obj, **options)
 
 
 class Tile(Part):
@@ -286,84 +264,12 @@ class Programming(Part):
         return self
 
 
-class Agarwal(Part):
-    """Asymmetric non-linear update with write noise (the laws of TxSim and CrossSim).
-
-    With range = g_max - g_min and G1 = range / (1 - exp(-nu)):
-    dG > 0:  dG' = (G1 + g_min - g) (1 - exp(-nu dG / range))
-    dG < 0:  dG' = (g_max - G1 - g) (1 - exp(+nu dG / range))
-    g <- clip(g + dG' + gamma sqrt(|dG'| range) z),  noise only where dG is not 0.
-
-    Many small steps in one direction add up to one large step exactly, so pulses need no loop; nu = 0 is linear.
-    `nu`: asymmetric non-linearity. `gamma`: write noise, the plain multiplier of the formula. The literature also
-    quotes it in percent: a "gamma of 5" read as percent is gamma=0.05 here; read raw it is gamma=5, sixteen
-    percent of the range for an update of a thousandth of it.
-    `spread`: device-to-device relative standard deviation of nu, drawn for each direction. `cycle`: relative
-    standard deviation of dG', beside gamma's.
-    Source: Agarwal et al., IJCNN 2016; Roy et al., TxSim, IEEE TVLSI 2021.
-    """
-
-    law: Literal["agarwal"] = "agarwal"
-    nu: float = Field(0.0, ge=0, le=20)
-    gamma: float = Field(0.0, ge=0)
-    spread: float = Field(0.0, ge=0)
-    cycle: float = Field(0.0, ge=0)
-
-
-class NeuroSim(Part):
-    """Exponential LTP and LTD staircases of NeuroSim.
-
-    Potentiation by n = levels dG / range pulses (rounded if `integer_pulses`), with A = A_norm levels and
-    B = range / (1 - exp(-levels / A)):
-    P0 = -A ln(1 - (g - g_min) / B),  g' = g_min + B (1 - exp(-(P0 + n) / A)).
-    Depression is the mirror image, from g_max downwards. `levels` pulses from the far bound just span the window.
-    `nonlinearity_ltp`, `nonlinearity_ltd`: NeuroSim's labels, -9 to 9; the staircase deviates from a line by at most
-    label / 10.1 of the range, which fixes A_norm. A positive label makes the first steps from the far bound the
-    largest, in both directions (MLP+NeuroSim writes such an LTD label with a minus); 0 is linear.
-    `spread`: device-to-device standard deviation of the labels, drawn for each direction and kept within +-9.5.
-    `cycle`: standard deviation of one pulse as a share of the range, growing with sqrt(|n|).
-    Source: Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021.
-    """
-
-    law: Literal["neurosim"] = "neurosim"
-    nonlinearity_ltp: float = Field(0.0, ge=-9, le=9)
-    nonlinearity_ltd: float = Field(0.0, ge=-9, le=9)
-    levels: int = Field(97, ge=2, le=65536)
-    integer_pulses: bool = False
-    spread: float = Field(0.0, ge=0)
-    cycle: float = Field(0.0, ge=0)
-
-
-class SoftBounds(Part):
-    """Steps that shrink linearly to 0 at the bound they lead to.
-
-    dG > 0:  g' = g_max - (g_max - g) exp(-up |dG| / range)
-    dG < 0:  g' = g_min + (g - g_min) exp(-down |dG| / range)
-    `up`: size of a small step at g_min relative to the wanted one; `down`: the same at g_max. Steps are half of that
-    in mid-range, so up = down = 2 is right there, and up and down steps are alike at up / (up + down) of the window.
-    `pulses`: pulses over the range, so a change takes n = pulses |dG| / range. `cycle`: relative standard deviation
-    of one pulse, so that of the change is cycle / sqrt(n).
-    `spread`: device-to-device relative standard deviation of `up` and of `down`, drawn for each.
-    Source: Fusi and Abbott, Nature Neuroscience 2007; Rasch et al., aihwkit, AICAS 2021.
-    """
-
-    law: Literal["soft_bounds"] = "soft_bounds"
-    up: float = Field(1.0, gt=0)
-    down: float = Field(1.0, gt=0)
-    pulses: int = Field(1000, ge=1)
-    spread: float = Field(0.0, ge=0)
-    cycle: float = Field(0.0, ge=0)
-
-
-UpdateLaw = Annotated[Agarwal | NeuroSim | SoftBounds, Field(discriminator="law")]
-
-
 class Backward(Part):
     """The transposed read that carries gradients back.
 
     `mode`: "analog" (the same array read backwards, with converters of its own) or "ideal" (the exact product
     with the programmed conductances). `dac`, `adc`: settings of that read; `None`: those of the forward read
-    (inputs signed, since gradients are).
+    (inputs signed, since gradients are). A fixed DAC range is that of the gradient of the output whose weights are largest.
     """
 
     mode: Literal["analog", "ideal"] = "analog"

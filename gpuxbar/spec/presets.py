@@ -40,7 +40,8 @@ def txsim(tile: int = 64) -> CrossbarSpec:
     Chosen here: 8-bit inputs, scaled by each sample (the paper keeps 32 digital bits; this library's DACs take up
     to 8), driven as a positive and a negative phase; ADCs with a step of one `g_min`, of which every current is a
     multiple, so that conversions are exact until noise, spread or fewer bits are asked for.
-    Not in it: the paper's wire, source and sink resistances and its process variation.
+    Not in it: the paper's wire, source and sink resistances and its process variation, whose values it does not give;
+    set them with `parasitics` and `programming`.
 
     Args:
         tile: Wordlines and bitlines of a tile, 2 to 1024.
@@ -78,6 +79,9 @@ def txsim_in_situ(tile: int = 64, nu: float = 0.1, gamma: float = 0.05) -> Cross
     and gamma up to 5.
     Chosen here: gamma read in percent (5 is 0.05), since the unit is not certain; one continuous pair of
     devices a weight, since the law is not defined for a sliced one; exact converters.
+    Whether nu = 1 fails, as the paper has it, depends on what a write adds up: such a pair decays with every write,
+    by nu / 2 of |dw| w / w_max, so it fails when every few samples are written, and learns when minibatches and
+    momentum cancel opposite changes before.
 
     Args:
         tile: Wordlines and bitlines of a tile.

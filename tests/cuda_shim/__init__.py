@@ -30,9 +30,13 @@ def build(file, name, macros, flags=()):
     root = kernel_dir()
     defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
     command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *defines]
-    text = f'#include "{HERE / "shim.hpp"}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
+    text = (
+        f'#include "{HERE / "tensor.hpp"}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
+    )
     key = hashlib.sha256(repr((command, text)).encode())
-    for path in sorted([root / file, HERE / "shim.hpp", *(root / "include" / "gpuxbar").glob("*.cuh")]):
+    for path in sorted(
+        [root / file, HERE / "shim.hpp", HERE / "tensor.hpp", *(root / "include" / "gpuxbar").glob("*.cuh")]
+    ):
         key.update(path.read_bytes())
     target = cache_dir() / f"shim-{name}-{key.hexdigest()[:20]}.so"
     if not target.exists():
@@ -55,17 +59,24 @@ def build(file, name, macros, flags=()):
 
 
 class ShimDevice:
-    """Runs kernels on the CPU in a given thread order; products in float64. New memory is poisoned with NaN."""
+    """Runs kernels on the CPU in a given thread order; products in float64. New memory is poisoned with NaN.
 
-    def __init__(self, order=FORWARD, flags=(), workspace=1 << 26):
+    `eager`: asynchronous copies land at the earliest moment, else at the latest. `arch` and `multiprocessors` are
+    what the planner of `ops.tile_mvm` sees.
+    """
+
+    def __init__(
+        self, order=FORWARD, flags=(), workspace=1 << 26, *, eager=False, arch="sm_90", multiprocessors=4
+    ):
         self.order, self.flags, self.workspace, self.launches = order, flags, workspace, []
+        self.eager, self.arch, self.multiprocessors = eager, arch, multiprocessors
 
     def empty(self, shape, dtype):
         array = np.empty(shape, dtype)
         array.view(np.uint8).fill(0xFF)
         return array
 
-    def launch(self, kernel, grid, block, values, macros=None):
+    def launch(self, kernel, grid, block, values, macros=None, shared=0):
         arguments = kernel.bind(values)
         self.launches.append(kernel.name)
         if 0 in grid:
@@ -88,9 +99,8 @@ class ShimDevice:
         sizes = [(ctypes.c_uint * 3)(*(*size, 1, 1)[:3]) for size in (grid, block)]
         error = ctypes.create_string_buffer(512)
         launch = library[f"shim_launch_{kernel.name}"]
-        if launch(
-            *sizes, ctypes.c_size_t(0), pointers, ctypes.c_uint64(self.order), error, ctypes.c_size_t(512)
-        ):
+        order, eager = ctypes.c_uint64(self.order), ctypes.c_int(self.eager)
+        if launch(*sizes, ctypes.c_size_t(shared), pointers, order, eager, error, ctypes.c_size_t(512)):
             raise RuntimeError(f"{kernel.name}: {error.value.decode()}")
 
     def matmul(self, a, b, c, shape, strides, lds, alpha, beta, precision):

@@ -59,12 +59,15 @@ struct dim3 { unsigned x, y, z; constexpr dim3(unsigned a = 1, unsigned b = 1, u
 namespace shim {
 constexpr size_t kStack = 128 << 10, kMaxDynSmem = 227 << 10;
 enum class St : uint8_t { Run, Bar, Warp, Done };
-enum class Op : uint8_t { Sync, Shfl, Ballot, Add, Min, Max, And, Or, Match };
+enum class Op : uint8_t { Sync, Shfl, Ballot, Add, Min, Max, And, Or, Match, Call };
+struct Copy { unsigned to; unsigned char data[16]; };  // an asynchronous copy under way: see tensor.hpp
 
 struct Lane {  // one CUDA thread
   void* sp = nullptr;  // saved stack pointer of the fiber it blocked on
   St st = St::Done;
   Op op; uint32_t mask; uint64_t val, res; int src; int pred;
+  void (*call)(void**) = nullptr;  // of Op::Call
+  std::vector<Copy> open; std::vector<std::vector<Copy>> groups;
 };
 struct Block;  // forward
 struct Ctx { uint3 tid, bid, bdim, gdim; Lane* lane; int lin; Block* blk; };
@@ -107,7 +110,9 @@ struct Block {  // per OS thread, reused for every block it runs
   std::vector<Lane> lane; std::vector<int> perm; std::vector<char*> stacks; std::vector<char*> free_stacks;
   void* main_sp = nullptr; int nt = 0, next = 0, alive = 0; std::string err;
   void (*call)(void*) = nullptr; void* call_arg = nullptr;
-  unsigned char* dyn = nullptr;
+  size_t dyn_size = 0; bool eager = false;
+
+  void fail(const std::string& why) { if (err.empty()) err = why; }
 
   ~Block() { for (char* s : stacks) munmap(s - 4096, kStack + 4096); }
   char* stack() {
@@ -149,7 +154,7 @@ struct Block {  // per OS thread, reused for every block it runs
           Lane& o = lane[lo + j];
           if (o.st == St::Done) continue;
           if (o.st != St::Warp) all = false;
-          else if (o.mask != a.mask || o.op != a.op) { err = "warp op divergence: lanes of one mask wait in different warp ops or with different masks"; return false; }
+          else if (o.mask != a.mask || o.op != a.op || o.call != a.call) { err = "warp op divergence: lanes of one mask wait in different warp ops or with different masks"; return false; }
         }
       if (!all) continue;
       finish(lo, n, a.mask, a.op); any = true;
@@ -159,6 +164,14 @@ struct Block {  // per OS thread, reused for every block it runs
   void finish(int lo, int n, uint32_t mask, Op op) {
     uint64_t acc = op == Op::Min ? ~0ull : op == Op::And ? ~0ull : 0;
     auto part = [&](int j) { return j < n && (mask >> j & 1) && lane[lo + j].st == St::Warp; };
+    if (op == Op::Call) {
+      void* args[32];
+      for (int j = 0; j < 32; ++j) {
+        if (!part(j)) return fail("warp instruction without all 32 lanes");
+        args[j] = reinterpret_cast<void*>(lane[lo + j].val);
+      }
+      lane[lo].call(args);
+    }
     for (int j = 0; j < n; ++j) {
       if (!part(j)) continue;
       const uint64_t v = lane[lo + j].val;
@@ -210,7 +223,7 @@ struct Block {  // per OS thread, reused for every block it runs
       for (auto& l : lane) if (l.st == St::Bar) { l.res = sum; l.pred = allp; l.st = St::Run; }
       for (auto& l : lane) l.pred = l.st == St::Run ? l.pred : 0;
     }
-    return true;
+    return err.empty();
   }
 };
 
@@ -221,9 +234,13 @@ static inline void bar(int v, uint64_t* count, int* all) {
   m.pred = 0;
 }
 static inline uint64_t warp_op(Op op, uint32_t mask, uint64_t v, int src = 0) {
-  Lane& l = *tls.lane; l.op = op; l.mask = mask; l.val = v; l.src = src; l.pred = 0;
+  Lane& l = *tls.lane; l.op = op; l.mask = mask; l.val = v; l.src = src; l.pred = 0; l.call = nullptr;
   tls.blk->block_here(St::Warp);
   return tls.lane->res;
+}
+static inline void warp_call(void* arg, void (*call)(void**)) {  // the whole warp's arguments, once all have arrived
+  Lane& l = *tls.lane; l.op = Op::Call; l.mask = ~0u; l.val = reinterpret_cast<uint64_t>(arg); l.pred = 0; l.call = call;
+  tls.blk->block_here(St::Warp);
 }
 template <class T> inline uint64_t bits(T v) { static_assert(sizeof(T) <= 8, "shuffle of more than 8 bytes"); uint64_t r = 0; memcpy(&r, &v, sizeof v); return r; }
 template <class T> inline T unbits(uint64_t b) { T v; memcpy(static_cast<void*>(&v), &b, sizeof v); return v; }
@@ -352,7 +369,7 @@ template <auto K, class... A, size_t... I>
 void call_unpacked(void* p, std::index_sequence<I...>) { void** a = static_cast<void**>(p); K(*static_cast<std::remove_cv_t<A>*>(a[I])...); }
 template <auto K, class... A> void trampoline(void* p) { call_unpacked<K, A...>(p, std::index_sequence_for<A...>{}); }
 
-inline int launch(void (*call)(void*), const unsigned* g, const unsigned* b, size_t smem, void** args, uint64_t order, char* err, size_t nerr) {
+inline int launch(void (*call)(void*), const unsigned* g, const unsigned* b, size_t smem, void** args, uint64_t order, int eager, char* err, size_t nerr) {
   auto fail = [&](const std::string& m) { snprintf(err, nerr, "%s", m.c_str()); return 1; };
   const long long nb = (long long)g[0] * g[1] * g[2]; const int nt = int(b[0] * b[1] * b[2]);
   if (nb <= 0 || g[0] > 2147483647u || g[1] > 65535u || g[2] > 65535u) return fail("bad grid");
@@ -362,7 +379,7 @@ inline int launch(void (*call)(void*), const unsigned* g, const unsigned* b, siz
 #pragma omp parallel if (nb > 1)
   {
     static thread_local Block blk;
-    blk.nt = nt; blk.call = call; blk.call_arg = args; blk.perm.resize(nt);
+    blk.nt = nt; blk.dyn_size = smem; blk.eager = eager; blk.call = call; blk.call_arg = args; blk.perm.resize(nt);
     tls.blk = &blk; tls.gdim = {g[0], g[1], g[2]}; tls.bdim = {b[0], b[1], b[2]};
     for (int i = 0; i < nt; ++i) blk.perm[i] = order == 1 ? nt - 1 - i : i;
 #pragma omp for schedule(dynamic, 1)
@@ -387,12 +404,12 @@ inline int launch(void (*call)(void*), const unsigned* g, const unsigned* b, siz
   }
   return failed;
 }
-template <auto K, class... A> int launch_typed(void (*)(A...), const unsigned* g, const unsigned* b, size_t s, void** a, uint64_t o, char* e, size_t n) { return launch(&trampoline<K, A...>, g, b, s, a, o, e, n); }
+template <auto K, class... A> int launch_typed(void (*)(A...), const unsigned* g, const unsigned* b, size_t s, void** a, uint64_t o, int w, char* e, size_t n) { return launch(&trampoline<K, A...>, g, b, s, a, o, w, e, n); }
 }  // namespace shim
 
 // SHIM_EXPORT(symbol, expr): expr is the kernel or a template instantiation of it.
 #define SHIM_EXPORT(sym, ...)                                                                                        \
   extern "C" __attribute__((visibility("default")))                                                                    \
-  int shim_launch_##sym(const unsigned* g, const unsigned* b, size_t s, void** a, uint64_t o, char* e, size_t n) {         \
-    return shim::launch_typed<&__VA_ARGS__>(&__VA_ARGS__, g, b, s, a, o, e, n); }                                       \
+  int shim_launch_##sym(const unsigned* g, const unsigned* b, size_t s, void** a, uint64_t o, int w, char* e, size_t n) {  \
+    return shim::launch_typed<&__VA_ARGS__>(&__VA_ARGS__, g, b, s, a, o, w, e, n); }                                       \
   extern "C" __attribute__((visibility("default"))) const char* shim_sig_##sym() { static const std::string s = shim::signature(&__VA_ARGS__); return s.c_str(); }

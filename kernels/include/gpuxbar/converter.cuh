@@ -25,4 +25,11 @@ GPUXBAR_FN float adc_code(float steps, float code_min, float code_max) {
   return round_even(min(max(steps, code_min), code_max));
 }
 
+// The same code as an integer plus ADC_BIAS, without an instruction of the conversion pipe: 1.5 * 2^23 + code is a
+// float whose low bits are the code, and whose rounding is half to even.
+constexpr u32 ADC_BIAS = 0x4B400000u;
+GPUXBAR_FN u32 adc_code_biased(float steps, float code_min, float code_max) {
+  return float_bits(min(max(steps, code_min), code_max) + 12582912.0f);
+}
+
 }  // namespace gpuxbar

@@ -19,8 +19,8 @@ GPUXBAR_FN Pair turn(u32 phase) {
 #if defined(__CUDA_ARCH__)
   Pair p;
   const float angle = (float)(i32)phase * 1.4629180792671596e-9f;  // in [-pi, pi)
-  asm("cos.approx.f32 %0, %1;" : "=f"(p.a) : "f"(angle));
-  asm("sin.approx.f32 %0, %1;" : "=f"(p.b) : "f"(angle));
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(p.a) : "f"(angle));
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(p.b) : "f"(angle));
   return p;
 #else
   const u32 quadrant = (phase + 0x20000000u) >> 30;      // nearest multiple of a quarter turn
@@ -55,7 +55,8 @@ GPUXBAR_FN Pair normal_pair(u32 radius_word, u32 phase_word) {
 
 // Two normals from one word: the low half makes the radius, the high half the phase.
 GPUXBAR_FN Pair normal_pair_fast(u32 word) {
-  const float u = fma((float)(word & 0xFFFFu), 1.52587890625e-5f, 7.62939453125e-6f);
+  const float k = bits_float(0x4B000000u | (word & 0xFFFFu));          // 2^23 + radius, without a conversion
+  const float u = fma(k, 1.52587890625e-5f, -127.99999237060546875f);  // (radius + 1/2) / 2^16, exactly
   const float r = radius(u);
   const Pair p = turn(word & 0xFFFF0000u);
   return Pair{r * p.a, r * p.b};

@@ -14,16 +14,22 @@ namespace gpuxbar {
 
 // What a draw is for; the Python twin is gpuxbar/reference/random.py (a test compares them).
 enum Purpose : u32 {
-  READ = 1,                 // read noise of a forward read; slot: conversion (stream, plane, tile)
-  READ_TRANSPOSED = 2,      // read noise of a transposed read
-  WRITE = 3,                // write noise of programming; slot: plane
-  DEVICE_SPREAD = 4,        // device-to-device spread of programming; slot: plane
-  STUCK = 5,                // stuck cells; slot: plane
-  ADC_GAIN = 6,             // gain error of a converter; slot: conversion
-  ADC_OFFSET = 7,           // offset error of a converter; slot: conversion
-  CYCLE = 16,               // cycle-to-cycle noise of an update; slot: plane
-  UPDATE_SPREAD_UP = 17,    // device-to-device spread of the potentiation parameter
-  UPDATE_SPREAD_DOWN = 18,  // device-to-device spread of the depression parameter
+  READ = 1,             // read noise of a forward read; slot: conversion (stream, plane, tile)
+  READ_TRANSPOSED = 2,  // read noise of a transposed read
+  WRITE = 3,            // write noise of programming; slot: plane
+  DEVICE_SPREAD = 4,    // device-to-device spread of programming; slot: plane
+  STUCK = 5,            // stuck cells; slot: plane
+  ADC_GAIN = 6,         // gain error of a converter; slot: conversion
+  ADC_OFFSET = 7,       // offset error of a converter; slot: conversion
+  CYCLE = 16,           // cycle-to-cycle noise of an update; slot: plane
+  // device-to-device spread of an update; slot: plane
+  UPDATE_SPREAD_UP = 17,         // of the law's parameter upwards
+  UPDATE_SPREAD_DOWN = 18,       // and downwards
+  UPDATE_SPREAD_STEP = 19,       // of both steps
+  UPDATE_SPREAD_ASYMMETRY = 20,  // of their difference
+  UPDATE_SPREAD_LOW = 21,        // of the window's ends
+  UPDATE_SPREAD_HIGH = 22,
+  UPDATE_WRITE = 23,  // write noise of a touched cell; slot: plane
 };
 
 struct Counter {

@@ -1,84 +1,83 @@
 // update: how one cell answers a wanted change of its conductance.
 //
-// In shares of the window (x = (g - g_min) / range, d = |dG| / range) the three laws are one exponential approach,
-//
-//   up:    x' = x + (T - x) (1 - exp(-rate d))          down: the mirror image, 1 - x for x
-//
-// with T = 1 / (1 - exp(-rate)) for Agarwal and NeuroSim, so that d = 1 from the far end just spans the window and
-// rate -> 0 is linear, and T = 1 for soft bounds. NeuroSim's rate is 1 / A_norm of its non-linearity label.
-// The noise of an update adds variances: of the change itself, of its size, of its pulses.
-//
-// Source: Agarwal et al., IJCNN 2016; Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021; Fusi and Abbott, Nature
-// Neuroscience 2007. Oracle: gpuxbar/reference/device_update.py.
+// In shares of the nominal window, x = (g - g_min) / range, d = |dG| / range. A device has a window of its own, steps of
+// its own size each way, and a law (laws.cuh). The noise of an update adds variances: of the change itself, of its
+// size, of its pulses. Oracle: gpuxbar/reference/device_update.py.
 #pragma once
-#include "gpuxbar/normal.cuh"
+#include "gpuxbar/laws.cuh"
 
 namespace gpuxbar {
 
-enum Law : i32 { AGARWAL = 0, NEUROSIM = 1, SOFT_BOUNDS = 2 };
+enum Sides : i32 { BOTH = 0, REFERENCE = 1, ONE_SIDED = 2 };
 
-// Mirrored field by field in gpuxbar/ops/device_update.py.
+// Twin of `Parameters` in gpuxbar/ops/laws.py. Spreads are standard deviations between devices.
 struct UpdateLaw {
-  float rate_up, rate_down;    // of the exponential approach, for the whole window
-  float label_up, label_down;  // NeuroSim's non-linearity labels
-  float spread;                // device to device: relative for rates, absolute for labels
-  float pulses;                // pulses over the window
-  float gamma2;                // variance of the noise, in shares of the window squared: per change,
-  float cycle2;                //   per change squared,
-  float pulse_cycle2;          //   per change squared and pulse of it,
-  float range_cycle2;          //   and per pulse
-  i32 law;
-  i32 integer_pulses;
+  float shape_up, shape_down;    // parameters of the law, each way; mirrored downwards
+  float spread_up, spread_down;  // of shape
+  float second_up, second_down;
+  float node_up[NODES], node_down[NODES];
+  float pulses;                          // nominal pulses over the window
+  float step_spread;                     // relative, of both steps
+  float asymmetry, asymmetry_spread;     // up (1 + asymmetry), down (1 - asymmetry) of the nominal step
+  float low_spread, high_spread, floor;  // of the ends of the window; the share where g = 0
+  float gamma2;                          // variance of the noise, in shares of the window squared: per change,
+  float cycle2;                          //   per change squared,
+  float pulse_cycle2;                    //   per change squared and pulse of it,
+  float range_cycle2;                    //   and per pulse, for the nominal step
+  float write_noise;                     // of what a touched cell shows, in shares of the window
+  i32 law, lognormal, integer_pulses, sides;
 };
 
-// 1 - exp(-y), to float precision for small y too.
-GPUXBAR_FN float one_minus_exp(float y) {
-  float p = fma(y, 1.9841270e-4f, -1.3888889e-3f);
-  p = fma(p, y, 8.3333333e-3f);
-  p = fma(p, y, -4.1666667e-2f);
-  p = fma(p, y, 0.16666667f);
-  p = fma(p, y, -0.5f);
-  p = fma(p, y, 1.0f);
-  const float small = y * p;
-  const float large = 1.0f - exp(min(max(-y, -80.0f), 80.0f));
-  return abs(y) < 0.35f ? small : large;
+// Standard normals of one device, the same for all time.
+struct Spreads {
+  float step, asymmetry, low, high, up, down;
+};
+
+struct Window {
+  float low, width;
+};
+
+GPUXBAR_FN Window device_window(const UpdateLaw& s, const Spreads& z) {
+  const float low = max(s.low_spread * z.low, s.floor);
+  return Window{low, max(fma(s.high_spread, z.high, 1.0f) - low, 0.01f)};
 }
 
-// Rate of a NeuroSim label, -9.5 .. 9.5: inverts label = 10.10153 max_x[(1 - e^(-rate x)) / (1 - e^-rate) - x].
-// A fit in -ln(1 - y^2); relative error below 1e-4.
-GPUXBAR_FN float rate_of_label(float label) {
-  const float y = 0.098994905f * min(max(label, -9.5f), 9.5f);
-  const float t = -0.6931471806f * log2_fast(1.0f - y * y);
-  float q = fma(t, -5.67243968e-3f, 6.23919601e-2f);
-  q = fma(q, t, -2.81977694e-1f);
-  q = fma(q, t, 6.64242172e-1f);
-  q = fma(q, t, -8.26882139e-1f);
-  q = fma(q, t, 3.99391496e-1f);
-  q = fma(q, t, 2.07849876e-1f);
-  q = fma(q, t, 8.92310241e-1f);
-  return 8.0f * y * exp(q * t);
+// Step of a device over the nominal one.
+GPUXBAR_FN float device_gain(const UpdateLaw& s, const Spreads& z, bool rising) {
+  const float a = fma(s.asymmetry_spread, z.asymmetry, s.asymmetry), spread = s.step_spread * z.step;
+  const float common = s.lognormal ? exp(spread) : 1.0f + spread;
+  return abs(common + (rising ? a : -a));
 }
 
-// Rate of one device, given its standard normal spread.
-GPUXBAR_FN float device_rate(const UpdateLaw& law, float rate, float label, float z) {
-  if (law.law == NEUROSIM) return rate_of_label(fma(law.spread, z, label));
-  return max(rate * fma(law.spread, z, 1.0f), 0.0f);
+GPUXBAR_FN Direction device_direction(const UpdateLaw& s, const Spreads& z, bool rising) {
+  const float up = fma(s.spread_up, z.up, s.shape_up), down = fma(s.spread_down, z.down, s.shape_down);
+  return Direction{rising ? up : down, rising ? s.second_up : s.second_down, rising ? s.node_up : s.node_down};
 }
 
-// x after a wanted change `wanted` (signed, shares of the window, at most the window); z is the update's normal.
-GPUXBAR_FN float updated(const UpdateLaw& law, float x, float wanted, float rate_up, float rate_down, float z) {
-  const bool up = wanted > 0.0f;
-  float d = min(abs(wanted), 1.0f);
-  if (law.integer_pulses) d = round_even(d * law.pulses) / law.pulses;
-  const float rate = up ? rate_up : rate_down;
-  const float share = one_minus_exp(rate * d);
-  const float reach = law.law == SOFT_BOUNDS ? share : abs(rate) > 1e-6f ? share / one_minus_exp(rate) : d;
-  const float change = up ? fma(-x, share, reach) : fma(1.0f - x, share, -reach);
-  const float size = abs(change), n = d * law.pulses;
-  const float per_size = fma(size, law.cycle2 + law.pulse_cycle2 / max(n, 1e-30f), law.gamma2);
-  const float deviation = sqrt_fast(fma(size, per_size, n * law.range_cycle2));
-  const float moved = min(max(x + fma(deviation, z, change), 0.0f), 1.0f);
-  return d > 0.0f ? moved : x;
+// What a device of a pair is asked for, signed, when its weight is to change by `change` of w_max.
+GPUXBAR_FN float device_share(i32 sides, bool positive, float change) {
+  const float own = positive ? change : -change;
+  return sides == BOTH ? 0.5f * own : sides == ONE_SIDED ? max(own, 0.0f) : positive ? own : 0.0f;
+}
+
+// Size of a change that pulses can make: at most the window, in whole pulses where they are whole.
+GPUXBAR_FN float pulsed(const UpdateLaw& s, float wanted) {
+  const float d = min(abs(wanted), 1.0f);
+  return s.integer_pulses ? round_even(d * s.pulses) / s.pulses : d;
+}
+
+// x after a change of size d; z is the update's normal.
+template <class L>
+GPUXBAR_FN float moved(const UpdateLaw& s, const Spreads& device, float x, float d, bool rising, float z) {
+  const Window window = device_window(s, device);
+  const float inverse = 1.0f / window.width, y = min(max((x - window.low) * inverse, 0.0f), 1.0f);
+  const L law(device_direction(s, device, rising));
+  const float gain = device_gain(s, device, rising), n = d * s.pulses;
+  const float size = window.width * law.change(rising ? y : 1.0f - y, d * gain * inverse);
+  const float per_size = fma(size, s.cycle2 + s.pulse_cycle2 / max(n, 1e-30f), s.gamma2);
+  const float deviation = sqrt_fast(fma(size, per_size, n * s.range_cycle2 * gain * gain));
+  const float to = fma(deviation, z, fma(y, window.width, window.low) + (rising ? size : -size));
+  return d > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
 }
 
 }  // namespace gpuxbar

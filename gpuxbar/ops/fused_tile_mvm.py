@@ -1,0 +1,178 @@
+"""`tile_mvm` on a CUDA device in one kernel: tensor-core products with noise, conversion and integer sums in registers.
+
+Codes and conductances are packed once (fp16); passes are cut out of the codes inside the kernel, so neither passes
+nor partial sums are ever written. A block that sees all tiles of its only pass and plane writes results; else sums of
+codes are added up in memory, exactly, and `shift_add` ends the read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor, log2
+from typing import Any
+
+from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
+from gpuxbar.ops.tile_mvm_cuda import (
+    Shape,
+    chunks,
+    code_range,
+    fold_patches,
+    generator_of,
+    pack_inputs,
+    split_value,
+)
+from gpuxbar.ops.tile_mvm_plan import BLOCK_M, STEP, Plan, stage_bytes
+from gpuxbar.reference.random import Purpose
+
+__all__ = ["KERNELS", "fused_tile_mvm"]
+
+_INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
+
+PACK_SENSED = Kernel(
+    "pack_sensed.cu",
+    g=In("float32", "S I O"), b=Out("float16|int16", "S G N T K"), low=Out("float16", "S G N T K", optional=True),
+    scale=_FLOAT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT,
+)  # fmt: skip
+FUSED_TILE_MVM = Kernel(
+    "fused_tile_mvm.cu",
+    a=In("float16", "one M G T K"), b=In("float16", "S G N T K"), low=In("float16", "S G N T K", optional=True),
+    spread=In("int16", "S G N T K", optional=True), slice_scale=In("float32", "S", optional=True),
+    adc_lsb=In("float32", "L", optional=True), adc_gain=In("float32", "S T C", optional=True),
+    adc_offset=In("float32", "S T C", optional=True), read_noise=In("float32", "one", optional=True),
+    step=In("int64", "one", optional=True), row_scale=In("float32", "R", optional=True),
+    col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
+    words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
+    gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, adc_lsb_value=_FLOAT,
+    read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
+    rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
+    adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT, purpose=Scalar("uint32"),
+)  # fmt: skip
+SHIFT_ADD = Kernel(
+    "shift_add.cu",
+    words=In("int32", "P S M C"), slice_scale=In("float32", "S", optional=True),
+    adc_lsb=In("float32", "L", optional=True), row_scale=In("float32", "R", optional=True),
+    col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True), y=Out("float32"),
+    gate=Out("float32", optional=True), adc_lsb_value=_FLOAT, row0=_LONG, y_row0=_LONG, rows=_INT, outputs=_INT,
+    tiles=_INT, planes=_INT, streams=_INT, phases=_INT, stream_bits=_INT, adc_per_column=_INT, code_min=_FLOAT,
+    rows_per_scale=_INT, pixels=_INT,
+)  # fmt: skip
+KERNELS = (PACK_SENSED, FUSED_TILE_MVM, SHIFT_ADD)
+
+
+@dataclass(frozen=True)
+class Padded(Shape):
+    """Sizes of one call; the driven lines of a tile are padded to whole steps of the pipeline."""
+
+    @property
+    def k(self) -> int:
+        return -(-self.tile // STEP) * STEP
+
+
+@dataclass(frozen=True)
+class RightOperand:
+    """Packed conductances (times `scale`, high and low part) and noise variances (bf16)."""
+
+    high: Any
+    low: Any
+    spread: Any
+    scale: float
+
+
+def fused_tile_mvm(
+    device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any], plan: Plan
+) -> Any:
+    """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
+    planes, _, cols = g.shape
+    transposed, conv = s["transposed"], s["conv"]
+    drive, sense = (cols, inputs) if transposed else (inputs, cols)
+    passes = s["streams"] * s["phases"]
+    shape = Padded(s["groups"], drive, sense, planes, min(s["tile"], max(drive, 1)), passes, rows)
+    outputs = shape.groups * sense
+    operand = _right_operand(device, g, shape, inputs, cols, s)
+    by_words = plan.splits * passes * planes > 1
+    per_row = 2 * shape.batch * shape.k + (4 * passes * planes * outputs if by_words else 0)
+
+    def read(y: Any, gate: Any, row0: int, y_row0: int, count: int) -> None:
+        codes = pack_inputs(device, v, shape, row0, count, s, "float16", digits=False)
+        _read(device, codes, operand, y, gate, shape, row0, y_row0, count, by_words, s, plan)
+
+    if conv is not None and transposed:
+        return fold_patches(device, v, shape, device.workspace // max(per_row + 4 * outputs, 1), s, read)
+    y = device.empty((rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
+    gate = device.empty(y.shape, "float32") if s["want_gate"] else None
+    for row0, count in chunks(rows, max(device.workspace // max(per_row, 1), BLOCK_M), BLOCK_M):
+        read(y, gate, row0, row0, count)
+    return y if gate is None else (y, gate)
+
+
+def _right_operand(
+    device: Device, g: Any, shape: Padded, inputs: int, cols: int, s: dict[str, Any]
+) -> RightOperand:
+    # the largest conductance lands in [2^13, 2^14): far from overflow, and 28 binary orders above the smallest half
+    scale = 2.0 ** (13 - floor(log2(s["g_range"])))
+    size = (shape.planes, shape.groups, shape.sense, shape.tiles, shape.k)
+
+    def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
+        out = device.empty(size, dtype)
+        grid = (-(-shape.tiles * shape.k // 32), -(-shape.sense // 32), shape.planes * shape.groups)
+        device.launch(
+            PACK_SENSED, grid, (256,),
+            {"g": source, "b": out, "low": low, "scale": scale, "inputs": inputs, "cols": cols, "tiles": shape.tiles,
+             "tile": shape.tile, "k": shape.k},
+            {"BFLOAT": int(dtype == "int16"), "TRANSPOSED": int(s["transposed"])},
+        )  # fmt: skip
+        return out
+
+    low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
+    spread = None if s["noise_var"] is None else pack(s["noise_var"], "int16", None, 1.0)
+    return RightOperand(pack(g, "float16", low, scale), low, spread, scale)
+
+
+def _read(
+    device: Device, codes: Any, operand: RightOperand, y: Any, gate: Any, shape: Padded, row0: int, y_row0: int,
+    rows: int, by_words: bool, s: dict[str, Any], plan: Plan,
+) -> None:  # fmt: skip
+    outputs = shape.groups * shape.sense
+    code_min, code_max = code_range(s)
+    lsb, lsb_value = split_value(s["adc_lsb"])
+    sigma, sigma_value = split_value(s["read_noise"])
+    step, step_value = split_value(s["step"])
+    row_scale, conv = s["row_scale"], s["conv"]
+    noise = generator_of(s)
+    words = None
+    if by_words:
+        words = device.empty((shape.passes, shape.planes, rows, outputs), "int32")
+        if plan.splits > 1:
+            words.fill(0)
+    shared = {
+        "slice_scale": s["slice_scale"], "adc_lsb": lsb, "row_scale": row_scale, "col_scale": s["col_scale"],
+        "bias": s["bias"], "words": words, "adc_lsb_value": lsb_value, "row0": row0, "y_row0": y_row0, "rows": rows,
+        "tiles": shape.tiles, "planes": shape.planes, "streams": s["streams"], "stream_bits": s["stream_bits"],
+        "adc_per_column": int(lsb is not None and lsb.size > 1), "code_min": code_min,
+        "rows_per_scale": 1 if row_scale is None else shape.rows // row_scale.size,
+        "pixels": 0 if conv is None or s["transposed"] else conv.pixels,
+    }  # fmt: skip
+    converters = 2 if s["adc_gain"] is not None or s["adc_offset"] is not None else shared["adc_per_column"]
+    blocks = -(-rows // BLOCK_M) * -(-shape.sense // plan.block_n)
+    macros = {
+        "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2, "NOISE": noise,
+        "VARIANCE": int(operand.spread is not None), "STREAMS": 0 if not s["stream_bits"] else s["phases"],
+        "CONVERTERS": converters, "GATE": int(gate is not None),
+    }  # fmt: skip
+    stage = stage_bytes(plan.block_n, macros["TERMS"] + macros["VARIANCE"])
+    device.launch(
+        FUSED_TILE_MVM, (blocks, plan.splits, shape.passes * shape.planes * shape.groups), (256,),
+        {**shared, "a": codes, "b": operand.high, "low": operand.low, "spread": operand.spread,
+         "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"], "read_noise": sigma, "step": step,
+         "y": None if by_words else y, "gate": None if by_words else gate, "volts": s["v_lsb"] / operand.scale,
+         "volts_squared": s["v_lsb"] ** 2, "read_noise_value": sigma_value, "step_value": step_value,
+         "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF, "noise_row0": s["row_offset"] + row0, "groups": shape.groups,
+         "sense": shape.sense, "k": shape.k, "code_max": code_max,
+         "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},
+        macros, shared=plan.stages * stage,
+    )  # fmt: skip
+    if by_words:
+        device.launch(
+            SHIFT_ADD, (-(-outputs // 32), -(-rows // 32)), (256,),
+            {**shared, "y": y, "gate": gate, "outputs": outputs, "phases": s["phases"]}, {"GATE": macros["GATE"]},
+        )  # fmt: skip

@@ -1,0 +1,110 @@
+"""The settings of an update law as the kernels take them."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from gpuxbar.spec import (
+    Agarwal,
+    AgarwalSymmetric,
+    ConstantStep,
+    ExponentialStep,
+    Ideal,
+    LinearStep,
+    NeuroSim,
+    PiecewiseStep,
+    PowerStep,
+    SoftBounds,
+    UpdateLaw,
+)
+
+__all__ = ["LAWS", "Parameters", "parameters"]
+
+NODES = 9
+SIDES = {"both": 0, "reference": 1, "one_sided": 2}
+LAWS = {
+    ConstantStep: 0, Ideal: 0, LinearStep: 0, SoftBounds: 1, Agarwal: 2, AgarwalSymmetric: 3, NeuroSim: 4,
+    ExponentialStep: 5, PowerStep: 6, PiecewiseStep: 7,
+}  # fmt: skip
+
+
+class Parameters(ctypes.Structure):
+    """Twin of `struct UpdateLaw` in kernels/include/gpuxbar/update.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_float) for name in (
+            "shape_up", "shape_down", "spread_up", "spread_down", "second_up", "second_down")),
+        ("node_up", ctypes.c_float * NODES), ("node_down", ctypes.c_float * NODES),
+        *((name, ctypes.c_float) for name in (
+            "pulses", "step_spread", "asymmetry", "asymmetry_spread", "low_spread", "high_spread", "floor", "gamma2",
+            "cycle2", "pulse_cycle2", "range_cycle2", "write_noise")),
+        *((name, ctypes.c_int32) for name in ("law", "lognormal", "integer_pulses", "sides")),
+    ]  # fmt: skip
+
+
+def parameters(law: UpdateLaw, g_min: float, g_max: float) -> Parameters:
+    """What the kernels need of a law, for a window in S."""
+    span = g_max - g_min
+    common: dict[str, Any] = {
+        "pulses": pulse_count(law), "step_spread": law.step_spread, "asymmetry": law.asymmetry,
+        "asymmetry_spread": law.asymmetry_spread, "low_spread": law.low_spread, "high_spread": law.high_spread,
+        "floor": -g_min / span, "write_noise": law.write_noise / span, "law": LAWS[type(law)],
+        "lognormal": law.lognormal_steps, "integer_pulses": law.integer_pulses, "sides": SIDES[law.sides],
+    }  # fmt: skip
+    return Parameters(**common, **_noise(law), **_shape(law))
+
+
+def pulse_count(law: UpdateLaw) -> float:
+    """Nominal pulses over the window; 1 where a law has none, so that a change is one."""
+    if isinstance(law, Ideal):
+        return 1.0
+    return law.levels if isinstance(law, NeuroSim) else law.pulses
+
+
+def _noise(law: UpdateLaw) -> dict[str, float]:
+    if isinstance(law, Ideal):
+        return {}
+    if isinstance(law, Agarwal | AgarwalSymmetric):
+        return {"gamma2": law.gamma**2, "cycle2": law.cycle**2}
+    if isinstance(law, NeuroSim):
+        return {"range_cycle2": law.cycle**2}
+    if law.cycle_of == "nominal":
+        return {"range_cycle2": (law.cycle / law.pulses) ** 2}
+    return {"pulse_cycle2": law.cycle**2}
+
+
+def _shape(law: UpdateLaw) -> dict[str, Any]:
+    """The law's own parameters each way, in the mirrored form of laws.cuh, with the spread of the first."""
+    if isinstance(law, LinearStep):
+        return _ways(law.slope_up, law.slope_down, law.spread, law.spread)
+    if isinstance(law, SoftBounds):
+        return _ways(law.up, law.down, law.spread * law.up, law.spread * law.down)
+    if isinstance(law, Agarwal):
+        return _ways(law.nu, law.nu, law.spread * law.nu, law.spread * law.nu)
+    if isinstance(law, AgarwalSymmetric):
+        return _ways(law.alpha, law.alpha, law.spread * law.alpha, law.spread * law.alpha)
+    if isinstance(law, NeuroSim):
+        return _ways(law.nonlinearity_ltp, law.nonlinearity_ltd, law.spread, law.spread)
+    if isinstance(law, PowerStep):
+        return _ways(law.exponent_up, law.exponent_down, law.spread, law.spread)
+    if isinstance(law, ExponentialStep):
+        # rate z = rate (b -+ a) + 2 a rate v, with v = y upwards and 1 - y downwards
+        up = law.amplitude_up * np.exp(law.rate_up * (law.b - law.a))
+        down = law.amplitude_down * np.exp(-law.rate_down * (law.b + law.a))
+        rates = {"second_up": 2 * law.a * law.rate_up, "second_down": 2 * law.a * law.rate_down}
+        return {**_ways(up, down, law.spread * up, law.spread * down), **rates}
+    if isinstance(law, PiecewiseStep):
+        at = np.linspace(0, 1, NODES)
+        nodes = [np.interp(at, np.linspace(0, 1, len(values)), values) for values in (law.up, law.down[::-1])]
+        return {
+            **_ways(1.0, 1.0, law.spread, law.spread),
+            **{name: (ctypes.c_float * NODES)(*node) for name, node in zip(("node_up", "node_down"), nodes, strict=True)},
+        }  # fmt: skip
+    return {}
+
+
+def _ways(up: float, down: float, spread_up: float, spread_down: float) -> dict[str, Any]:
+    return {"shape_up": up, "shape_down": down, "spread_up": spread_up, "spread_down": spread_down}

@@ -1,0 +1,291 @@
+"""Which of three ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
+
+collapsed   nothing is converted per tile: planes and tiles merge into one product by cuBLAS
+fused       one kernel multiplies on tensor cores and converts in registers (kernels/fused_tile_mvm.cu)
+epilogue    cuBLAS writes the partial sums of every tile, one kernel converts them (kernels/adc_accumulate.cu)
+
+All three draw the same noise and add codes as integers, so they agree: in every bit where the partial sums are
+integers, else but for codes on a rounding edge. The choice rests on `tuning.tsv`; its rows say whether they are
+measured or estimated.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["STRATEGIES", "Case", "Plan", "Rates", "pipeline", "plan_tile_mvm", "rates", "stage_bytes"]
+
+STRATEGIES = ("auto", "collapsed", "fused", "epilogue")
+BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage: kernels/fused_tile_mvm.cu
+# Bytes of shared memory a block may take; architectures that are absent run the next lower one listed.
+SHARED = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+}
+STATIC_SHARED = 2048  # constants of a block, rounded up
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the choice depends on: sizes as in `ops.tile_mvm`, and which settings are in use.
+
+    Attributes:
+        noise: "none", "exact" or "fast".
+        variance: Whether the noise depends on the state (`noise_var`).
+        converters: 0 one LSB for all columns, 1 an LSB a column, 2 also gain or offset of every converter.
+        codes: Whether int16 codes drive the lines.
+    """
+
+    rows: int
+    groups: int
+    drive: int
+    sense: int
+    planes: int
+    tile: int
+    streams: int = 1
+    phases: int = 1
+    stream_bits: int = 0
+    adc_bits: int = 8
+    adc_signed: bool = True
+    noise: str = "none"
+    variance: bool = False
+    converters: int = 0
+    gate: bool = False
+    precision: str = "fp16"
+    codes: bool = True
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.drive // self.tile)
+
+    @property
+    def passes(self) -> int:
+        return self.streams * self.phases
+
+    @property
+    def terms(self) -> int:
+        """Products a partial sum takes."""
+        return 2 if self.precision == "fp16x2" else 1
+
+    @property
+    def code_max(self) -> int:
+        return 2 ** (self.adc_bits - 1) - 1 if self.adc_signed else 2**self.adc_bits - 1
+
+    @property
+    def fits_16_bits(self) -> bool:
+        """Whether every sum of codes does, so that two share a register."""
+        return self.tiles * self.code_max < (2**15 if self.adc_signed else 2**16)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """One row of `tuning.tsv`: what a GPU of an architecture sustains.
+
+    Attributes:
+        source: "measured" or "estimate".
+        memory_gbs: Device memory, GB/s.
+        cublas_tflops, mma_tflops: Half-precision products by cuBLAS, and by the fused kernel without conversions.
+        none_gs, exact_gs, fast_gs: Conversions of the fused kernel by generator, 1e9/s.
+        launch_us: One kernel launch.
+    """
+
+    architecture: str
+    source: str
+    memory_gbs: float
+    cublas_tflops: float
+    mma_tflops: float
+    none_gs: float
+    exact_gs: float
+    fast_gs: float
+    launch_us: float
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, Rates]:
+    with Path(__file__).with_name("tuning.tsv").open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    table = {}
+    for row in rows:
+        numbers = {key: float(value) for key, value in row.items() if key not in ("architecture", "source")}
+        table[row["architecture"]] = Rates(row["architecture"], row["source"], **numbers)
+    return table
+
+
+def _number(arch: str) -> int:
+    return int("".join(c for c in arch if c.isdigit()))
+
+
+def _at_or_below(arch: str, known: list[str]) -> str | None:
+    lower = [name for name in known if _number(name) <= _number(arch)]
+    return max(lower, key=_number, default=None)
+
+
+def rates(arch: str) -> Rates:
+    """The rates of an architecture, or of the next lower one in the table (the lowest for older ones)."""
+    table = _table()
+    return table[_at_or_below(arch, list(table)) or min(table, key=_number)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice with its reasons; `block_n`, `stages` and `splits` shape the fused kernel."""
+
+    strategy: str
+    why: tuple[str, ...]
+    block_n: int = 128
+    stages: int = 0
+    splits: int = 1
+
+    def explain(self) -> str:
+        """The choice and its reasons, a line each."""
+        return "\n".join([f"strategy: {self.strategy}", *(f"  {line}" for line in self.why)])
+
+
+def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "auto") -> Plan:
+    """The fastest way by the table, or the wanted one; raises where that is impossible.
+
+    Raises:
+        ValueError: `strategy` is unknown or cannot compute this case.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"tile_mvm: `strategy` must be one of {', '.join(STRATEGIES)}, got {strategy!r}; choose one"
+        )
+    per_output = case.tiles * case.planes * case.passes
+    merges = case.adc_bits == 0 and (case.noise == "none" or per_output == 1)
+    if strategy == "collapsed" and not merges:
+        reason = "an ADC converts every tile" if case.adc_bits else "every tile draws noise of its own"
+        raise ValueError(
+            f"tile_mvm: `strategy` must be possible, got 'collapsed' where {reason}; choose 'auto'"
+        )
+    obstacle = _obstacle(case, arch)
+    if strategy == "fused" and obstacle:
+        raise ValueError(
+            f"tile_mvm: `strategy` must be possible, got 'fused' where {obstacle}; choose 'auto'"
+        )
+    if merges and strategy in ("auto", "collapsed"):
+        return Plan("collapsed", ("no ADC quantises: planes and tiles merge into one product",))
+    table = rates(arch)
+    epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", _epilogue_us(case, table)),))
+    if strategy == "epilogue":
+        return epilogue
+    if obstacle:
+        return replace(epilogue, why=(f"fused is impossible: {obstacle}", *epilogue.why))
+    shapes = [_fused(case, arch, multiprocessors, block_n) for block_n in (128, 256)]
+    times = [(_fused_us(case, table, multiprocessors, plan), plan) for plan in shapes if plan is not None]
+    best, fused = min(times, key=lambda pair: pair[0])
+    why = (
+        _line("fused", best),
+        *epilogue.why,
+        f"rates of {table.architecture}: {table.source}",
+        f"fused: blocks of {BLOCK_M} x {fused.block_n}, {fused.stages} stages, tiles split {fused.splits} ways",
+    )
+    if strategy == "auto" and best > _epilogue_us(case, table):
+        return replace(epilogue, why=why)
+    return replace(fused, why=why)
+
+
+def _line(name: str, us: float) -> str:
+    return f"{name}: {us:.0f} us expected"
+
+
+def _obstacle(case: Case, arch: str) -> str | None:
+    """Why the fused kernel cannot compute a case; None if it can."""
+    lines = case.tiles * _padded(case)
+    if _at_or_below(arch, list(SHARED)) is None:
+        return f"{arch} has no mma.sync of 16-bit operands (sm_80 and later do)"
+    if not case.adc_bits:
+        return "nothing is converted (adc_bits=None)"
+    if not case.codes:
+        return "the lines are driven by floats, not int16 codes"
+    if case.precision not in ("fp16", "fp16x2"):
+        return f"precision={case.precision!r} (fp16 and fp16x2 run on tensor cores)"
+    if case.passes > 1 and not case.stream_bits:
+        return "several passes drive whole codes"
+    if case.streams * case.stream_bits > 10:
+        return f"streams * stream_bits = {case.streams * case.stream_bits} bits (10 fit an fp16 code)"
+    if case.noise != "none" and case.groups > 1 and case.sense % 8:
+        return (
+            f"the {case.sense} sensed lines of a group are no multiple of 8, so groups share noise counters"
+        )
+    if case.gate and not case.fits_16_bits:
+        return f"sums of {case.tiles} codes of {case.adc_bits} bits take more than 16 bits"
+    if case.planes * case.passes * case.groups > 65535 or case.groups * lines * BLOCK_M >= 2**32:
+        return "the operands are too large for its indices"
+    if case.planes * case.groups * case.sense * lines >= 2**32:
+        return "the operands are too large for its indices"
+    if _fused(case, arch, 1, 128) is None:
+        return f"its operands do not fit the shared memory of {arch}"
+    return None
+
+
+def _padded(case: Case) -> int:
+    """Driven lines of a tile as the fused kernel sees them."""
+    return -(-case.tile // STEP) * STEP
+
+
+def _blocks(case: Case, block_n: int) -> int:
+    outer = case.planes * case.passes * case.groups
+    return -(-case.rows // BLOCK_M) * -(-case.sense // block_n) * outer
+
+
+def _fused(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+    """The pipeline of one block size, or None if it does not fit."""
+    wide = case.terms == 1 and not (case.gate or case.variance or case.converters) and case.fits_16_bits
+    if block_n == 256 and not wide:  # its registers hold no more
+        return None
+    stages = pipeline(arch, block_n, case.terms + case.variance)
+    if stages is None:
+        return None
+    splits = max(1, min(case.tiles, multiprocessors // max(_blocks(case, block_n), 1)))
+    return Plan("fused", (), block_n, stages, splits)
+
+
+def stage_bytes(block_n: int, panels: int) -> int:
+    """Shared memory of one stage: a step of the left operand and of `panels` right ones."""
+    return 2 * STEP * (BLOCK_M + block_n * panels)
+
+
+def pipeline(arch: str, block_n: int, panels: int) -> int | None:
+    """Stages of the fused kernel's pipeline on an architecture, at most 4; None if too few fit."""
+    known = _at_or_below(arch, list(SHARED))
+    if known is None:
+        return None
+    stage = stage_bytes(block_n, panels)
+    stages = min(4, (SHARED[known] - STATIC_SHARED) // stage)
+    results = 4 * BLOCK_M * 132  # the block of results takes the place of the stages
+    return stages if stages >= 2 and stages * stage >= results else None
+
+
+def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> float:
+    """Products and conversions half overlap, in whole waves of one block a multiprocessor."""
+    blocks = _blocks(case, plan.block_n) * plan.splits
+    waves = -(-blocks // multiprocessors) * multiprocessors / max(blocks, 1)
+    outputs = _blocks(case, plan.block_n) * BLOCK_M * plan.block_n
+    product = 2e-6 * outputs * case.tiles * _padded(case) * (case.terms + case.variance) / table.mma_tflops
+    convert = 1e-3 * outputs * case.tiles / getattr(table, f"{case.noise}_gs")
+    words = 0 if case.planes * case.passes * plan.splits == 1 else 8 * outputs
+    moved = 4 * case.rows * case.groups * case.tiles * _padded(case) + words
+    launches = 3 + (words > 0) * 2
+    work = max(product, convert) + min(product, convert) / 2
+    return waves * work + 1e-3 * moved / table.memory_gbs + launches * table.launch_us
+
+
+def _epilogue_us(case: Case, table: Rates) -> float:
+    """Products, then the partial sums written and read, and the packed inputs too."""
+    rows, lines = case.rows * case.passes * case.groups, case.tiles * case.tile
+    slow = {"tf32": 2.0, "fp32": 12.0}.get(case.precision, 1.0)
+    product = 2e-6 * rows * lines * case.planes * case.sense * case.terms * slow / table.cublas_tflops
+    psums = 4 * rows * case.tiles * case.planes * case.sense * (2 * case.terms)
+    inputs = 2 * rows * lines * (4 if slow > 1 else 2)
+    if case.variance:
+        product += 2e-6 * rows * lines * case.planes * case.sense * 12.0 / table.cublas_tflops
+        psums *= 2
+    return product + 1e-3 * (psums + inputs) / table.memory_gbs + 4 * table.launch_us

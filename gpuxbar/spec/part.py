@@ -1,0 +1,30 @@
+"""What every group of settings is: frozen, strict about its keys, one line a wrong setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import Self
+
+from gpuxbar.spec.errors import one_line_a_setting
+
+__all__ = ["Part"]
+
+
+class Part(BaseModel):
+    """A frozen group of settings; a wrong one raises a `SpecError` of one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def __init__(self, /, **settings: Any) -> None:
+        with one_line_a_setting(type(self)):
+            super().__init__(**settings)
+
+    # pydantic builds nested parts without this method, and so reports the whole path from the outermost one
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        with one_line_a_setting(cls):
+            return super().model_validate(obj, **options)

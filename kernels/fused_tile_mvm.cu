@@ -1,0 +1,404 @@
+// fused_tile_mvm: tile products on tensor cores with the conversion inside: at the end of a tile the accumulators get
+// their noise, are digitised and added to integer sums in registers, so partial sums never leave the chip.
+//
+// Axes    G groups, T tiles of K driven lines (padded to a multiple of 64), S planes, N sensed lines, M rows of this
+//         call, P passes; a [M, G, T, K], b [S, G, N, T, K], words [P, S, M, G * N]; y and gate [rows, G * N],
+//         or images [N, G * N, pixels].
+// Launch  128 rows by BLOCK_N columns a block, 256 threads (8 warps of 64 x BLOCK_N / 4); grid (blocks, splits, P S G).
+//         Codes are integers: sums over tiles, and over splits of the tiles by atomics, have the same bits on any
+//         launch. Shared memory (dynamic): STAGES * stage_bytes + 4 BLOCK_N, stages filled by asynchronous copies.
+// Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
+// Macros  BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the pipeline; TERMS 1 fp16 conductances, 2 high
+//         and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16);
+//         STREAMS 0 whole codes, 1 signed digits, 2 two-phase digits (of codes below 1024); CONVERTERS 0 one LSB for all, 1 an LSB a
+//         column, 2 also gain and offset of every converter; GATE also counts the conversions inside the range, in the high half of each sum
+// Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
+#include "gpuxbar/converter.cuh"
+#include "gpuxbar/mma.cuh"
+#include "gpuxbar/normal.cuh"
+
+#ifndef BLOCK_N
+#define BLOCK_N 128
+#endif
+#ifndef STAGES
+#define STAGES 3
+#endif
+#ifndef TERMS
+#define TERMS 1
+#endif
+#ifndef NOISE
+#define NOISE 1
+#endif
+#ifndef VARIANCE
+#define VARIANCE 0
+#endif
+#ifndef STREAMS
+#define STREAMS 0
+#endif
+#ifndef CONVERTERS
+#define CONVERTERS 0
+#endif
+#ifndef GATE
+#define GATE 0
+#endif
+#define WIDTH (NOISE == 1 ? 4 : 8)
+#define PAIRED (BLOCK_N == 256)
+#if PAIRED && GATE
+#error "GATE needs the high half of the sums: BLOCK_N 128"
+#endif
+
+extern __shared__ __align__(1024) unsigned char gx_smem[];
+
+namespace gpuxbar {
+
+using Operand = u16;
+
+constexpr int BLOCK_M = 128, WARP_M = 64, WARP_N = BLOCK_N / 4;
+constexpr int ROW_PARTS = WARP_M / 16, COLUMN_PARTS = WARP_N / 8, GROUPS_OF_32 = WARP_N / 32;
+constexpr int PANELS = TERMS + VARIANCE;         // right operands of a stage
+constexpr int STEP = 64, STEP_BYTES = 2 * STEP;  // driven lines of a stage
+constexpr u32 A_BYTES = BLOCK_M * STEP_BYTES, B_BYTES = BLOCK_N * STEP_BYTES, STAGE_BYTES = A_BYTES + PANELS * B_BYTES;
+constexpr int BLOCK_LD = (PAIRED ? BLOCK_N / 2 : BLOCK_N) + 4;  // of the block of results
+static_assert(4 * BLOCK_M * BLOCK_LD <= STAGES * STAGE_BYTES, "the results lie where the stages lay");
+
+// Where a 16-byte chunk of a row lies in shared memory. The eight rows that one load_matrices reads together fall on
+// different banks: eight consecutive rows of a; of b the rows 8 q + e of a group of 32.
+GPUXBAR_FN u32 place_a(u32 row, u32 chunk) { return row * STEP_BYTES + ((chunk ^ (row & 7)) << 4); }
+GPUXBAR_FN u32 place_b(u32 row, u32 chunk) {
+  return row * STEP_BYTES + ((chunk ^ ((row >> 3 & 3) << 1 | (row & 1))) << 4);
+}
+
+// The part of the block that a warp multiplies, and where its lane's sums lie in the block: rows row() + 16 i and
+// row() + 16 i + 8, eight columns from column() + 32 part.
+struct Warp {
+  u32 lane, m, n;
+
+  GPUXBAR_FN Warp() {
+    const u32 thread = thread_index(), warp = thread >> 5;
+    lane = thread & 31, m = warp % 2 * WARP_M, n = warp / 2 * WARP_N;
+  }
+  GPUXBAR_FN u32 row() const { return m + (lane >> 2); }
+  GPUXBAR_FN u32 column() const { return n + 8 * (lane & 3); }
+};
+
+// What is the same for all threads of a block. It lies in shared memory and is read where it is used: registers are
+// for sums.
+struct Block {
+  int m0, n0, group, plane, pass, first_tile, last_tile, steps;
+  u32 a_line, b_line;  // where the first row and line lie in a and b
+  u32 column, slot;    // of the counters: of n0, and of tile 0
+  // volatile: read at each use, so as not to stay in registers
+  volatile u32 keep, flip;  // bits kept of 1024 + |code|; all ones: the positive codes drive
+  volatile u32 now;         // step
+  float sigma;              // A
+  float amperes;            // of a code 1 and conductance 1 in a and b, as driven
+  float volts_squared;
+  float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
+
+  // What the DAC drives of two codes in this pass, times 2^shift.
+  GPUXBAR_FN u32 digits(u32 codes) const {
+#if STREAMS == 0
+    return codes;
+#else
+    const u32 integers = add_halves(codes & 0x7FFF7FFFu, 0x64006400u);  // 1024 + |code|: the code in the low bits
+    const u32 digit = add_halves(integers & keep, 0xE400E400u);
+#if STREAMS == 1
+    return digit | (codes & 0x80008000u);
+#else
+    return digit & (negative_halves(codes) ^ flip);
+#endif
+#endif
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+    fused_tile_mvm(const Operand* __restrict__ a,          // [M, G, T, K]         codes, fp16
+                   const Operand* __restrict__ b,          // [S, G, N, T, K]      conductance times a power of 2, fp16
+                   const Operand* __restrict__ low,        // like b, or null: what fp16 leaves of it (TERMS 2)
+                   const i16* __restrict__ spread,         // like b, or null: noise variance, bf16  A^2/V^2 (VARIANCE)
+                   const float* __restrict__ slice_scale,  // [S] or null: 1
+                   const float* __restrict__ adc_lsb,      // [1] or [G * N], or null: adc_lsb_value   A
+                   const float* __restrict__ adc_gain,     // [S, T, G * N] or null (CONVERTERS 2)
+                   const float* __restrict__ adc_offset,   // [S, T, G * N] or null (CONVERTERS 2)           A
+                   const float* __restrict__ read_noise,   // [1] or null: read_noise_value            A
+                   const i64* __restrict__ step,           // [1] or null: step_value
+                   const float* __restrict__ row_scale,    // [all rows / rows_per_scale] or null
+                   const float* __restrict__ col_scale,    // [G * N] or null
+                   const float* __restrict__ bias,         // [G * N] or null
+                   int* __restrict__ words,                // sums of codes, for shift_add; or null: y, P = S = 1
+                   float* __restrict__ y,                  // or null
+                   float* __restrict__ gate,               // like y, or null (GATE)
+                   float volts,                            // of a code 1 and conductance 1 of a and b
+                   float volts_squared,                    // V^2 of a code
+                   float adc_lsb_value, float read_noise_value, i64 step_value, u64 seed,
+                   i64 row0,        // first row of this call, in the whole product
+                   i64 y_row0,      // and in y
+                   i64 noise_row0,  // and in the counters
+                   int rows, int groups, int sense, int tiles, int planes, int k, int streams, int stream_bits,
+                   int adc_per_column, float code_min, float code_max, int rows_per_scale,
+                   int pixels,  // of an image, for y and gate in image layout; or 0
+                   u32 purpose) {
+  __shared__ Block block;
+  const u32 stages = shared_address(gx_smem);
+  const int outputs = groups * sense;
+  const u32 b_row = tiles * k, a_row = groups * b_row;
+  if (thread_index() == 0) {
+    block.group = blockIdx.z % groups;
+    block.plane = blockIdx.z / groups % planes;
+    block.pass = blockIdx.z / groups / planes;
+    block.first_tile = (int)((i64)tiles * blockIdx.y / gridDim.y);
+    block.last_tile = (int)((i64)tiles * (blockIdx.y + 1) / gridDim.y);
+    block.steps = (block.last_tile - block.first_tile) * (k / STEP);
+    // Blocks walk down the columns eight row blocks at a time, so that what runs together shares operands in L2.
+    const int row_blocks = (rows + BLOCK_M - 1) / BLOCK_M, column_blocks = (sense + BLOCK_N - 1) / BLOCK_N;
+    const int band = blockIdx.x / (8 * column_blocks), inside = blockIdx.x % (8 * column_blocks);
+    const int high = row_blocks - 8 * band < 8 ? row_blocks - 8 * band : 8;
+    block.m0 = (8 * band + inside % high) * BLOCK_M;
+    block.n0 = inside / high * BLOCK_N;
+    block.a_line = block.m0 * a_row + block.group * b_row + block.first_tile * k;
+    block.b_line = ((block.plane * groups + block.group) * sense + block.n0) * b_row + block.first_tile * k;
+    block.column = block.group * sense + block.n0;
+    block.slot = (block.pass * planes + block.plane) * tiles;
+    const int shift = block.pass % streams * stream_bits;
+    const u32 bits = ((1u << stream_bits) - 1) << shift;
+    block.keep = 0x64006400u | bits << 16 | bits;
+    block.flip = block.pass < streams ? ~0u : 0u;
+    block.now = (u32)(step ? *step : step_value);
+    block.sigma = read_noise ? *read_noise : read_noise_value;
+    const float unit = STREAMS ? bits_float((127u - shift) << 23) : 1.0f;  // 2^-shift
+    block.amperes = volts * unit;
+    block.volts_squared = volts_squared * (unit * unit);
+  }
+  __syncthreads();
+  for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += 256) {
+    const int c = block.column + (block.n0 + j < sense ? j : 0);
+    block.inverse_lsb[j] = 1.0f / (adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value);
+  }
+
+  // Eight threads copy a row of 128 bytes, 32 rows at a time.
+  auto fill = [&](int stage, int at) {
+    const u32 thread = thread_index(), row = thread >> 3, chunk = thread & 7, line = at * STEP + 8 * chunk;
+    const u32 to = stages + stage * STAGE_BYTES;
+    const u32 a_from = block.a_line + row * a_row + line, b_from = block.b_line + row * b_row + line;
+    const int a_rows = rows - block.m0 - (int)row, b_rows = sense - block.n0 - (int)row;
+#pragma unroll
+    for (int i = 0; i < BLOCK_M; i += 32)
+      copy_async(to + place_a(row + i, chunk), a + (i < a_rows ? a_from + i * a_row : 0), i < a_rows);
+#pragma unroll
+    for (int i = 0; i < BLOCK_N; i += 32) {
+      const u32 from = i < b_rows ? b_from + i * b_row : 0, place = to + A_BYTES + place_b(row + i, chunk);
+      copy_async(place, b + from, i < b_rows);
+      if (TERMS == 2) copy_async(place + B_BYTES, low + from, i < b_rows);
+      if (VARIANCE) copy_async(place + TERMS * B_BYTES, spread + from, i < b_rows);
+    }
+  };
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; ++stage) {
+    if (stage < block.steps) fill(stage, stage);
+    copy_commit();
+  }
+
+  float sums[ROW_PARTS][COLUMN_PARTS][4];
+  float variances[VARIANCE ? ROW_PARTS : 1][VARIANCE ? COLUMN_PARTS : 1][4];
+  u32 codes[ROW_PARTS][COLUMN_PARTS][PAIRED ? 2 : 4];
+#pragma unroll
+  for (int i = 0; i < ROW_PARTS; ++i)
+#pragma unroll
+    for (int j = 0; j < COLUMN_PARTS; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[i][j][e] = 0.0f;
+        if (VARIANCE) variances[VARIANCE ? i : 0][VARIANCE ? j : 0][e] = 0.0f;
+        codes[i][j][PAIRED ? e / 2 : e] = 0;
+      }
+
+  int stage = 0, left = k / STEP, tile = block.first_tile;
+  for (int at = 0; at < block.steps; ++at) {
+    copy_wait<STAGES - 2>();
+    __syncthreads();  // this stage has landed for every warp, and every warp has left the stage filled next
+    if (at + STAGES - 1 < block.steps) fill(stage == 0 ? STAGES - 1 : stage - 1, at + STAGES - 1);
+    copy_commit();
+
+    // Column 8 j + 2 q + e of a group of 32 columns of the product is column 8 q + 2 j + e of b, so that a thread owns
+    // eight neighbours: one counter of fast normals, two of exact ones.
+    const Warp w;
+    const u32 row_a = w.m + (w.lane & 15), chunk_a = w.lane >> 4;
+    const u32 row_b = w.n + 8 * (w.lane >> 1 & 3) + (w.lane & 1) + 2 * (w.lane >> 4), chunk_b = w.lane >> 3 & 1;
+    const u32 from_a = stages + stage * STAGE_BYTES, from_b = from_a + A_BYTES;
+#pragma unroll
+    for (int part = 0; part < STEP / 16; ++part) {
+      u32 left_part[ROW_PARTS][4];
+#pragma unroll
+      for (int i = 0; i < ROW_PARTS; ++i) {
+        load_matrices(left_part[i], from_a + place_a(row_a + 16 * i, 2 * part + chunk_a));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) left_part[i][e] = block.digits(left_part[i][e]);
+      }
+#pragma unroll
+      for (int panel = 0; panel < PANELS; ++panel) {
+        const bool squared = VARIANCE && panel == TERMS;
+        if (squared)
+#pragma unroll
+          for (int i = 0; i < ROW_PARTS; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) left_part[i][e] = square_halves(left_part[i][e]);
+#pragma unroll
+        for (int j = 0; j < COLUMN_PARTS; j += 2) {
+          u32 right[4];  // of column parts j and j + 1
+          load_matrices(right,
+                        from_b + panel * B_BYTES + place_b(row_b + 32 * (j / 4) + 2 * (j % 4), 2 * part + chunk_b));
+#pragma unroll
+          for (int i = 0; i < ROW_PARTS; ++i)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (squared)
+                multiply_bfloat(variances[VARIANCE ? i : 0][VARIANCE ? j + e : 0], left_part[i], right[2 * e],
+                                right[2 * e + 1]);
+              else
+                multiply_half(sums[i][j + e], left_part[i], right[2 * e], right[2 * e + 1]);
+        }
+      }
+    }
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    if (--left) continue;
+
+    // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time
+    left = k / STEP;
+    const u32 row = (u32)noise_row0 + block.m0 + Warp().row(), column = Warp().column();
+    const float amperes = block.amperes;
+#if !CONVERTERS
+    const float inverse_lsb = block.inverse_lsb[0];
+#endif
+#if NOISE
+    const float sigma = block.sigma;
+    const u32 slot = block.slot + tile;
+#endif
+#pragma unroll
+    for (int part = 0; part < GROUPS_OF_32; ++part)
+#pragma unroll
+      for (int q = 0; q < 8; q += WIDTH) {
+        const int n = column + 32 * part + q;  // first column, in the block
+#if CONVERTERS
+        float gain[WIDTH], offset[WIDTH];
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) {
+          gain[e] = block.inverse_lsb[n + e], offset[e] = 0.0f;
+#if CONVERTERS == 2
+          const i64 converter = ((i64)block.plane * tiles + tile) * outputs + block.column + n + e;
+          const bool real = block.n0 + n + e < sense;
+          if (adc_offset && real) offset[e] = adc_offset[converter] * gain[e];
+          if (adc_gain && real) gain[e] *= adc_gain[converter];
+#endif
+        }
+#endif
+#pragma unroll
+        for (int i = 0; i < ROW_PARTS; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {  // rows r and r + 8 of a fragment
+#if NOISE
+            const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot, block.now);
+            const Counter words4 = philox<NOISE == 1 ? 10 : 7>(counts, (u32)seed, (u32)(seed >> 32));
+            const u32 random[4] = {words4.x, words4.y, words4.z, words4.w};
+#endif
+#pragma unroll
+            for (int e = 0; e < WIDTH; e += 2) {
+#if NOISE == 1
+              const Pair noise = normal_pair(random[e], random[e + 1]);
+#elif NOISE == 2
+              const Pair noise = normal_pair_fast(random[e / 2]);
+#endif
+              u32 code[2];
+#pragma unroll
+              for (int f = 0; f < 2; ++f) {
+                float& sum = sums[i][4 * part + (q + e) / 2][2 * h + f];
+                float current = sum * amperes;
+                sum = 0.0f;
+#if NOISE
+                float deviation = sigma;
+#if VARIANCE
+                float& variance = variances[i][4 * part + (q + e) / 2][2 * h + f];
+                deviation = sqrt_fast(fma(sigma, sigma, max(variance * block.volts_squared, 0.0f)));
+                variance = 0.0f;
+#endif
+                current = fma(deviation, f ? noise.b : noise.a, current);
+#endif
+#if CONVERTERS
+                const float steps = fma(current, gain[e + f], offset[e + f]);
+#else
+                const float steps = fma(current, inverse_lsb, 0.0f);
+#endif
+                code[f] = adc_code_biased(steps, code_min, code_max);
+#if GATE
+                if (min(max(steps, code_min), code_max) == steps) code[f] += 1u << 16;
+#endif
+              }
+              u32* const sum = codes[i][4 * part + (q + e) / 2];
+#if PAIRED
+              sum[h] += code[0] + (code[1] << 16);  // the bias leaves the high half by itself
+#else
+              sum[2 * h] += code[0];
+              sum[2 * h + 1] += code[1];
+#endif
+            }
+          }
+      }
+    ++tile;
+  }
+
+  // ---- results, through shared memory, so that a warp writes neighbours
+  __syncthreads();
+  u32* const results = (u32*)gx_smem;
+  const Warp w;
+#pragma unroll
+  for (int i = 0; i < ROW_PARTS; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int part = 0; part < GROUPS_OF_32; ++part) {
+        u32* const to = results + (w.row() + 16 * i + 8 * h) * BLOCK_LD + (w.column() + 32 * part) / (PAIRED ? 2 : 1);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const u32* const sum = codes[i][4 * part + j];
+#if PAIRED
+          to[j] = sum[h];
+#else
+          to[2 * j] = sum[2 * h], to[2 * j + 1] = sum[2 * h + 1];
+#endif
+        }
+      }
+  __syncthreads();
+  const u32 biases = (u32)(block.last_tile - block.first_tile) * ADC_BIAS;
+  const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
+  const float part_of_all = 1.0f / (share * (float)tiles);
+  for (int e = thread_index(); e < BLOCK_M * BLOCK_N; e += 256) {
+    const int i = pixels ? e % BLOCK_M : e / BLOCK_N, j = pixels ? e / BLOCK_M : e % BLOCK_N;
+    if (block.m0 + i >= rows || block.n0 + j >= sense) continue;
+    const u32 word = results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases;
+    const int c = block.column + j;
+    const i32 low_half = code_min < 0.0f ? (i32)(i16)word : (i32)(word & 0xFFFFu);
+    const u32 high_half = (word - (u32)low_half) >> 16;
+#if PAIRED
+    const i32 code = j % 2 == 0 ? low_half : code_min < 0.0f ? (i32)(i16)high_half : (i32)high_half;
+#else
+    const i32 code = GATE ? low_half : (i32)word;
+#endif
+    if (words) {
+      int* const to = words + (((i64)block.pass * planes + block.plane) * rows + block.m0 + i) * outputs + c;
+      const int value = PAIRED ? code : (int)word;
+      if (gridDim.y > 1)
+        atomicAdd(to, value);
+      else
+        *to = value;
+      continue;
+    }
+    const float lsb = adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value;
+    const float by_row = row_scale ? row_scale[(row0 + block.m0 + i) / rows_per_scale] : 1.0f;
+    const i64 r = y_row0 + block.m0 + i;
+    const i64 to = pixels ? (r / pixels * outputs + c) * pixels + r % pixels : r * outputs + c;
+    const float total = fma(weight * lsb, (float)code, 0.0f);
+    y[to] = total * (by_row * (col_scale ? col_scale[c] : 1.0f)) + (bias ? bias[c] : 0.0f);
+    if (GATE) gate[to] = share * (float)high_half * part_of_all;
+  }
+}
+
+}  // namespace gpuxbar

@@ -1,0 +1,65 @@
+// Rows of cells for the host kernels that write devices: their spreads, and the choice of the law.
+#pragma once
+#include <algorithm>
+#include <utility>
+
+#include "draw.hpp"
+#include "gpuxbar/update.cuh"
+
+namespace gpuxbar {
+
+// 64 cells of one plane: a wordline, from bitline col0.
+struct Place {
+  u32 plane, row;
+  i64 col0;
+};
+
+// The spreads of a row of devices; a parameter without spread draws nothing.
+struct Draws {
+  alignas(64) float step[WIDE_ROW] = {}, asymmetry[WIDE_ROW] = {}, low[WIDE_ROW] = {}, high[WIDE_ROW] = {},
+                    up[WIDE_ROW] = {}, down[WIDE_ROW] = {};
+
+  Draws(const UpdateLaw& s, const Place& at, u64 seed) {
+    const auto draw = [&](float spread, Purpose purpose, float* z) {
+      if (spread != 0.0f) draw_normals(Draw{purpose, at.plane, 0, seed}, at.row, at.col0, z);
+    };
+    draw(s.step_spread, UPDATE_SPREAD_STEP, step);
+    draw(s.asymmetry_spread, UPDATE_SPREAD_ASYMMETRY, asymmetry);
+    draw(s.low_spread, UPDATE_SPREAD_LOW, low);
+    draw(s.high_spread, UPDATE_SPREAD_HIGH, high);
+    draw(s.spread_up, UPDATE_SPREAD_UP, up);
+    draw(s.spread_down, UPDATE_SPREAD_DOWN, down);
+  }
+
+  Spreads of(int j) const { return Spreads{step[j], asymmetry[j], low[j], high[j], up[j], down[j]}; }
+};
+
+static inline bool noisy(const UpdateLaw& s) { return s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2 > 0.0f; }
+
+// 1 for cells that move, 0 for stuck ones.
+static inline void draw_free(float stuck_low, float stuck_high, const Place& at, u64 seed, float* free) {
+  if (stuck_low + stuck_high > 0.0f) {
+    draw_uniforms(Draw{STUCK, at.plane, 0, seed}, at.row, at.col0, free);
+    for (int j = 0; j < WIDE_ROW; ++j) free[j] = free[j] < stuck_low || free[j] > 1.0f - stuck_high ? 0.0f : 1.0f;
+  } else {
+    std::fill(free, free + WIDE_ROW, 1.0f);
+  }
+}
+
+template <int KIND>
+struct LawTag {
+  using Type = LawOf<KIND>;
+};
+
+// Call work with the tag of a law known at run time.
+template <int KIND = 0, class Work>
+void with_law(i32 law, Work&& work) {
+  if constexpr (KIND <= PIECEWISE_STEP) {
+    if (law == KIND)
+      work(LawTag<KIND>{});
+    else
+      with_law<KIND + 1>(law, std::forward<Work>(work));
+  }
+}
+
+}  // namespace gpuxbar

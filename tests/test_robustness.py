@@ -1,0 +1,356 @@
+"""Builds and runs under bad conditions: compilers, caches, disks, foreign checkpoints, and kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import gpuxbar as gx
+from gpuxbar.cli import app
+from gpuxbar.launch import host, sources
+from gpuxbar.launch.nvrtc import CompileError
+from gpuxbar.nn import AnalogLinear
+
+ROOT = Path(__file__).parent.parent
+
+
+def in_a_process(script, **environment):
+    """Run Python code in a process of its own; a variable given as None is unset."""
+    merged = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    kept = {key: value for key, value in merged.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=kept, check=False
+    )
+
+
+# Builds
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty build cache."""
+    monkeypatch.setenv("GPUXBAR_CACHE", str(tmp_path / "cache"))
+    sources.cache_dir.cache_clear()
+    yield tmp_path / "cache"
+    sources.cache_dir.cache_clear()
+
+
+@pytest.fixture
+def fake_compiler(tmp_path):
+    """A maker of compilers: shell scripts that find "$out", the file to be built."""
+
+    def make(name, body):
+        path = tmp_path / name
+        find_out = 'while [ "$1" != -o ]; do [ $# -gt 0 ] || exit 0; shift; done; out=$2\n'
+        path.write_text(f"#!/bin/sh\n{find_out}{body}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+def test_builds_at_once_leave_one_whole_library(cache, fake_compiler):
+    """Each builds aside and swaps its result in."""
+    cxx = fake_compiler("cxx", 'printf part > "$out"; sleep 0.3; printf whole > "$out"')
+    built = []
+    threads = [threading.Thread(target=lambda: built.append(host.build(cxx))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 4
+    assert len(set(built)) == 1
+    assert built[0].read_text() == "whole"
+    assert list(cache.iterdir()) == [built[0]]
+
+
+def test_an_interrupted_build_is_not_found_by_the_next(cache, fake_compiler):
+    flag = cache.parent / "interrupted"
+    cxx = fake_compiler("cxx", f'printf part > "$out"; [ -e {flag} ] || kill -9 $$; printf whole > "$out"')
+    with pytest.raises(CompileError, match=r"cxx failed with status -9; set CXX to a C\+\+17 compiler"):
+        host.build(cxx)
+    assert list(cache.iterdir()) == []
+    flag.touch()
+    assert host.build(cxx).read_text() == "whole"
+
+
+def test_a_build_is_found_again_by_sources_flags_and_compiler_only(cache, fake_compiler):
+    log = cache.parent / "log"
+    cxx = fake_compiler("cxx", f'echo built >> {log}; touch "$out"')
+    assert host.build(cxx) == host.build(cxx)
+    assert log.read_text() == "built\n"
+    assert host.build(cxx, (*host.FLAGS, "-DX")) != host.build(cxx)
+
+
+def test_a_failing_compiler_is_reported_with_its_words(cache, fake_compiler):
+    cxx = fake_compiler("cxx", "echo unknown flag -fopenmp >&2; exit 3")
+    with pytest.raises(CompileError) as caught:
+        host.build(cxx)
+    assert str(caught.value) == (
+        f"host kernels: {cxx} failed with status 3; set CXX to a C++17 compiler with OpenMP\nunknown flag -fopenmp\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["no-such-compiler", "g++ -O2"])
+def test_a_compiler_that_is_asked_for_and_not_there_is_not_replaced(name, monkeypatch):
+    monkeypatch.setenv("CXX", name)
+    with pytest.raises(CompileError, match="`CXX` must be the name or path of a C\\+\\+ compiler, got '"):
+        host.compiler()
+
+
+def test_the_commands_report_a_failing_compiler(tmp_path, monkeypatch):
+    def broken():
+        raise CompileError("host kernels: cxx failed with status 1")
+
+    monkeypatch.setattr(host, "library", broken)
+    monkeypatch.chdir(tmp_path)
+    doctor = CliRunner().invoke(app, ["doctor"])
+    assert doctor.exit_code == 1
+    assert "none, host kernels: cxx failed" in " ".join(doctor.output.split())
+    train = CliRunner().invoke(app, ["train", "--epochs", "1", "--modes", "hardware-aware"])
+    assert train.exit_code == 2
+    assert "error host kernels: cxx failed with status 1" in train.output
+
+
+def test_an_unwritable_cache_warns_once_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "file").touch()
+    script = "from gpuxbar.launch.sources import cache_dir; print(cache_dir(), cache_dir().is_dir())"
+    done = in_a_process(script, GPUXBAR_CACHE=str(tmp_path / "file" / "cache"), TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert f"gpuxbar cannot write its build cache {tmp_path / 'file' / 'cache'} (Not a directory); building in " in done.stderr  # fmt: skip
+    folder, there = done.stdout.split()
+    assert there == "True"
+    assert not Path(folder).exists()
+
+
+def test_without_a_compiler_the_reference_serves_after_one_warning(tmp_path):
+    script = (
+        "import warnings, numpy as np; warnings.simplefilter('always')\n"
+        "from gpuxbar import ops, launch\n"
+        "v, g = np.full((2, 3), 0.5, np.float32), np.ones((3, 4), np.float32)\n"
+        "launch.set_threads(1)\n"
+        "print(ops.tile_mvm(v, g).tolist() == ops.tile_mvm(v, g).tolist() == [[1.5] * 4] * 2, launch.backend(v))"
+    )
+    done = in_a_process(script, CXX=None, PATH="", GPUXBAR_CACHE=str(tmp_path))
+    assert done.stdout == "True reference\n", done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "gpuxbar found no C++ compiler" in done.stderr
+
+
+# Runs
+
+QUICK = ["--batch", "512", "--name", "a"]
+
+
+def train(*options):
+    return CliRunner().invoke(app, ["train", *QUICK, *options])
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["mode"], r["epoch"], r["loss"], r["accuracy"]) for r in rows]
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train("--epochs", "1", "--modes", "ideal").exit_code == 0
+    return folder / "runs" / "a"
+
+
+@pytest.fixture
+def run_folder(finished, in_tmp):
+    """A copy of the finished run, to go on from."""
+    folder = in_tmp / "runs" / "a"
+    folder.mkdir(parents=True)
+    for name in ("spec.yaml", "metrics.jsonl", "checkpoint.pt"):
+        (folder / name).write_bytes((finished / name).read_bytes())
+    return folder
+
+
+def save_other(content):
+    return lambda path: torch.save(content, path)
+
+
+FOREIGN = {
+    "empty": (lambda path: path.write_bytes(b""), "must be a readable checkpoint, got a corrupt file"),
+    "text": (lambda path: path.write_text("epoch 3"), "must be a readable checkpoint, got a corrupt file"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "got a corrupt file; start anew"),
+    "half": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "got a corrupt file"),
+    "flipped": (lambda path: path.write_bytes(path.read_bytes().replace(b"gpuxbar-run", b"gpuxbar-rum")), "must be a"),
+    "module": (save_other(nn.Linear(2, 2)), "must be a readable checkpoint, got a corrupt file"),
+    "tensor": (save_other(torch.zeros(3)), "must be a checkpoint of gpuxbar train, got another file"),
+    "weights": (save_other({"0.weight": torch.zeros(3)}), "must be a checkpoint of gpuxbar train, got another file"),
+    "older": (save_other({"format": "gpuxbar-run-1"}), "must be a checkpoint of gpuxbar train, got another file"),
+    "missing": (lambda path: path.unlink(), "must exist to resume, got none; start the run without --resume"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_or_broken_checkpoint_is_named(name, run_folder):
+    spoil, text = FOREIGN[name]
+    spoil(run_folder / "checkpoint.pt")
+    result = train("--epochs", "2", "--modes", "ideal", "--resume")
+    assert result.exit_code == 2, result.output
+    assert "error train: `runs/a/checkpoint.pt` must" in result.output
+    assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["--set", "adc.bits=6"], "spec"),
+        (["--preset", "isaac"], "spec"),
+        (["--seed", "1"], "seed"),
+        (["--momentum", "0.5"], "momentum"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(options, key, run_folder):
+    before = (run_folder / "checkpoint.pt").read_bytes()
+    result = train("--epochs", "2", "--modes", "ideal", "--resume", *options)
+    assert result.exit_code == 2
+    assert f"`{key}` must be that of the interrupted run, got another; repeat its settings" in result.output
+    assert (run_folder / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl"])
+def test_a_full_disk_leaves_what_can_be_resumed(name, run_folder):
+    """The file beside the old one leads to /dev/full, whose every write fails for want of space."""
+    (run_folder / f".{name}.part").symlink_to("/dev/full")
+    result = train("--epochs", "2", "--modes", "ideal", "--resume")
+    assert result.exit_code == 2
+    assert f"error train: cannot write runs/a/{name} (" in result.output
+    assert "the previous one is intact" in result.output
+    assert not (run_folder / f".{name}.part").is_symlink()
+    assert len(metrics(run_folder)) == 1
+    resumed = train("--epochs", "2", "--modes", "ideal", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert [row[1] for row in metrics(run_folder)] == [0, 1]
+
+
+NOISY = ["--epochs", "2", "--set", "programming.write_noise=2e-8", "--set", "programming.device_spread=0.05", "--set", "programming.stuck_at_g_min=0.01"]  # fmt: skip
+KILLED = """
+import os, signal, sys, torch
+from gpuxbar.optim import InSituSGD
+from gpuxbar.cli import app
+optimiser = {"adamw": torch.optim.AdamW, "in-situ": InSituSGD}[sys.argv[1]]
+step, taken = optimiser.step, []
+def counted(self, *more):
+    taken.append(0)
+    if len(taken) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *more)
+optimiser.step = counted
+app(sys.argv[2:])
+"""
+
+
+def test_a_run_interrupted_in_its_first_epoch_can_be_resumed(in_tmp, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    options = ["--epochs", "1", "--modes", "ideal"]
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("gpuxbar.experiments.train"), "_epoch", interrupt)
+        assert train(*options).exit_code != 0
+    assert train(*options, "--resume").exit_code == 0
+    assert len(metrics(in_tmp / "runs/a")) == 1
+
+
+@pytest.mark.parametrize(("mode", "optimiser"), [("hardware-aware", "adamw"), ("in-situ", "in-situ")])
+def test_a_killed_run_resumes_bit_for_bit(mode, optimiser, in_tmp):
+    """Three steps an epoch; killed in the second epoch. PyTorch's sums depend on its threads, hence one."""
+    options = ["train", *QUICK, *NOISY, "--modes", mode, "--threads", "1"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, optimiser, *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    runner = CliRunner()
+    resumed = runner.invoke(app, [*options, "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    whole = runner.invoke(app, [*options, "--name", "whole"])
+    assert whole.exit_code == 0, whole.output
+    assert metrics(in_tmp / "runs/a") == metrics(in_tmp / "runs/whole")
+    states = [
+        torch.load(in_tmp / "runs" / name / "checkpoint.pt", weights_only=True)["states"][mode]
+        for name in ("a", "whole")
+    ]
+    for part in ("model", "optimiser"):
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0, equal_nan=True)
+
+
+# Weight versions
+
+WRITTEN = gx.CrossbarSpec.model_validate({"programming": {"write_noise": 1e-7}})
+
+
+def stepped(layer, x, steps):
+    """Train a few steps; the last leaves a weight that nothing has read yet."""
+    opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(steps):
+        opt.zero_grad()
+        layer(x).square().sum().backward()
+        opt.step()
+    return layer
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(5, 6)
+
+
+def test_a_checkpoint_between_a_step_and_its_read_resumes_bit_for_bit(x):
+    layer = stepped(AnalogLinear(6, 4, spec=WRITTEN), x, 2)
+    fresh = AnalogLinear(6, 4, spec=WRITTEN)
+    fresh.load_state_dict(layer.state_dict())
+    np.testing.assert_array_equal(fresh(x).detach(), layer(x).detach())
+
+
+def test_a_checkpoint_loads_alike_into_a_layer_that_was_read(x):
+    layer = stepped(AnalogLinear(6, 4, spec=WRITTEN), x, 2)
+    layer(x)
+    used, fresh = (AnalogLinear(6, 4, spec=WRITTEN) for _ in range(2))
+    used(x)
+    for other in (used, fresh):
+        other.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(other.conductances()[0], layer.conductances()[0], rtol=0, atol=0)
+
+
+def test_weights_changed_behind_autograd_are_programmed(x):
+    layer = AnalogLinear(6, 4, spec=gx.CrossbarSpec())
+    layer(x)
+    layer.weight.data.mul_(-2.0)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_not_finite_are_refused(x):
+    layer = AnalogLinear(6, 4, spec=WRITTEN)
+    with torch.no_grad():
+        layer.weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"`weight` must be finite"):
+        layer(x)
