@@ -47,12 +47,22 @@ def reprogram(
         )  # fmt: skip
 
 
-def program_pairs(share: Tensor, spec: str, seed: int) -> Tensor:
-    """Unsliced pairs of shares of the window: float32 [G, O, I] in -1 .. 1 to conductances [2, G * I, O], S."""
+def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
+    """Unsliced pairs of shares of the window: float32 [G, O, I] in -1 .. 1 to conductances [2, G * I, O], S.
+
+    `step`, int64 [1], fixes the write noise, with the seed.
+    """
     settings = _settings(spec) | {"merge": "none", "sigma_g": 0.0}
     with on_device(share, "program") as device:
         return tensor(
-            ops.program(array(share), w_max=array(share.new_ones(1)), seed=seed, device=device, **settings)
+            ops.program(
+                array(share),
+                w_max=array(share.new_ones(1)),
+                step=array(step),
+                seed=seed,
+                device=device,
+                **settings,
+            )
         )
 
 

@@ -27,14 +27,13 @@ from gpuxbar.reference.random import Purpose, round_keys
 __all__ = ["KERNELS", "fused_tile_mvm"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
-_KEYS = tuple(f"key{i}" for i in range(10))  # of the rounds of Philox
+_KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of the rounds of Philox
 
 PACK_SENSED = Kernel(
     "pack_sensed.cu",
     g=In("float32", "S I O"), b=Out("float16|int16", "S G N T K"), low=Out("float16", "S G N T K", optional=True),
     scale=_FLOAT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT,
 )  # fmt: skip
-_KEY_ARGUMENTS: dict[str, Any] = dict.fromkeys(_KEYS, Scalar("uint64"))
 FUSED_TILE_MVM = Kernel(
     "fused_tile_mvm.cu",
     a=In("float16", "one M G T K"), b=In("float16", "S G N T K"), low=In("float16", "S G N T K", optional=True),
@@ -45,7 +44,7 @@ FUSED_TILE_MVM = Kernel(
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
     words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
     gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, adc_lsb_value=_FLOAT,
-    read_noise_value=_FLOAT, step_value=_LONG, **_KEY_ARGUMENTS, row0=_LONG, y_row0=_LONG,
+    read_noise_value=_FLOAT, step_value=_LONG, **_KEYS, row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
     adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT, purpose=Scalar("uint32"),
