@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from gpuxbar import ops
-from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure
+from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure, updates
 from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
@@ -49,6 +49,18 @@ def test_every_kind_of_case_agrees_with_its_oracle_and_with_its_twins(name):
         y = np.asarray(contenders.run[twin]())
         scale = (y * ideal).sum() / (ideal * ideal).sum()  # volts of a digital one
         assert np.std(y / scale - ideal) < 0.05 * np.std(ideal)
+
+
+@pytest.mark.parametrize("build", [updates.expected_update, updates.in_situ_step])
+def test_updates_agree_with_their_oracle(build, monkeypatch):
+    case = Case("update", "small", 1.0, partial(cases.update, build, 5, 70, 37))
+    row = measure(case, rounds=2)
+    assert row["error"] < 3e-6
+    assert set(row["ms"]) == {"ideal", "gpuxbar"}
+    right = ops.device_update
+    monkeypatch.setattr(ops, "device_update", lambda g, dw, **s: right(g, 2 * dw, **s))
+    with pytest.raises(OracleMismatch, match="cells are off by"):
+        measure(case, rounds=1)
 
 
 def test_plain_layers_are_the_layers_of_torch_without_noise_on_fine_converters():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar import ops, reference
+from gpuxbar.bench import updates
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import set_threads
@@ -115,6 +116,19 @@ def conv(batch: int = 32, channels: int = 64, size: int = 32, outputs: int = 64)
     return Contenders({"ideal": lambda: layer(tx), "gpuxbar": ours, "plain torch": lambda: plain(tx)}, check)
 
 
+def update(build: Callable[..., Any], *size: int) -> Contenders:
+    """A weight update of `bench.updates`, checked to float32 arithmetic of about ten operations."""
+    run, error = build(*size)
+
+    def check() -> float:
+        worst = float(error())
+        if not worst < 3e-6:
+            raise OracleMismatch(f"update: cells are off by {worst:.1e} of the window; 3e-6 is allowed")
+        return worst
+
+    return Contenders(run, check)
+
+
 def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
     """Forward, backward and SGD of a network; reads non-ideal in both directions, the update digital."""
     torch.manual_seed(0)
@@ -149,6 +163,7 @@ def scaling() -> Contenders:
 
 LINEAR = "1024 x 1024, batch 256, 128 x 128 tiles, 8-bit DAC and ADC"
 CONV = "64 -> 64, 3 x 3, 32 x 32, batch 32, 128-row tiles, 8-bit DAC and ADC, noise"
+UPDATE = "1024 x 1024, batch 256, soft bounds with every spread and cycle noise"
 CASES = (
     Case("linear", f"{LINEAR}, noise", 1.8, linear, memory_mb=8),
     Case("linear-fast", f"{LINEAR}, noise of the fast generator", 1.8, partial(linear, generator="fast")),
@@ -157,6 +172,13 @@ CASES = (
     Case("conv", CONV, 3.0, conv, memory_mb=32),
     Case("lenet5-step", "28 x 28, batch 64: training step", 2.2, partial(training_step, (1, 28, 28), 64)),
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),
+    Case("update", f"{UPDATE}: kernel", 2.0, partial(update, updates.expected_update)),
+    Case(
+        "update-step",
+        f"{UPDATE}: InSituSGD, with its outer product",
+        2.0,
+        partial(update, updates.in_situ_step),
+    ),
     Case("linear-two-threads", f"{LINEAR}, noise: one thread's time over two's", 1.7, scaling, speedup=True),
 )
 
