@@ -56,7 +56,7 @@ def solve_for_inputs(
         return out
     if backend(g) == "reference":
         return reference.solve_for_inputs(v, g, **wires).astype(np.float32)
-    batch, rows, cols = v.shape[-2], *g.shape[-2:]
+    batch, (rows, cols) = v.shape[-2], g.shape[-2:]
     bad = np.zeros(1, np.int64)
     host_call(
         library(), "gpuxbar_wire_currents", v, g, *wires.values(), out,
@@ -109,7 +109,7 @@ def solve_for_inputs_gradient(
     if backend(g) == "reference":
         exact = reference.solve_for_inputs_gradient(v, g, grad_i, **wires)
         return exact[0].astype(np.float32), exact[1].astype(np.float32)
-    batch, rows, cols = v.shape[-2], *g.shape[-2:]
+    batch, (rows, cols) = v.shape[-2], g.shape[-2:]
     bad = np.zeros(1, np.int64)
     host_call(
         library(), "gpuxbar_wire_currents_gradient", v, g, grad_i, *wires.values(), grad_v, grad_g,
