@@ -4,6 +4,7 @@ from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.effective_conductance import effective_conductance
 from gpuxbar.ops.program import program, reprogram
+from gpuxbar.ops.solve_for_inputs import solve_for_inputs, solve_for_inputs_gradient
 from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
@@ -14,5 +15,7 @@ __all__ = [
     "effective_conductance",
     "program",
     "reprogram",
+    "solve_for_inputs",
+    "solve_for_inputs_gradient",
     "tile_mvm",
 ]

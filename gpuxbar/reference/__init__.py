@@ -8,6 +8,7 @@ from gpuxbar.reference.nodal import nodal_conductance, node_voltages
 from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
+from gpuxbar.reference.wire_currents import solve_for_inputs, solve_for_inputs_gradient
 
 __all__ = [
     "METHODS",
@@ -24,6 +25,8 @@ __all__ = [
     "philox",
     "program",
     "reprogram",
+    "solve_for_inputs",
+    "solve_for_inputs_gradient",
     "symmetry_point",
     "tile_mvm",
     "unfold",
