@@ -41,7 +41,6 @@ class Tile:
                 f"{op}: `v` must be finite, got {v[~np.isfinite(v)].flat[0]:g} V; look at what computed it"
             )
         names = ("r_wordline", "r_bitline", "r_source", "r_sink")
-        lines = ((rows, "wordline"), (cols, "bitline")) * 2
-        for name, value, line in zip(names, resistances, lines, strict=True):
-            per_line(op, name, value, *line)
+        for name, value in zip(names, resistances, strict=True):
+            per_line(op, name, value, rows, cols)
         return cls(g, v, Wires.of(rows, cols, *resistances))

@@ -139,12 +139,8 @@ def _checked(
         )
     check_conductance(op, g)
     _check_finite(op, "v", v, "V")
-    return {
-        "r_wordline": per_line(op, "r_wordline", r_wordline, rows, "wordline"),
-        "r_bitline": per_line(op, "r_bitline", r_bitline, cols, "bitline"),
-        "r_source": per_line(op, "r_source", r_source, rows, "wordline"),
-        "r_sink": per_line(op, "r_sink", r_sink, cols, "bitline"),
-    }
+    given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
+    return {name: per_line(op, name, value, rows, cols) for name, value in given.items()}
 
 
 def _check_finite(op: str, name: str, x: np.ndarray, unit: str) -> None:
