@@ -74,6 +74,23 @@ struct Place {
   GPUXBAR_FN u32 column() const { return 8 * (thread & 3); }
 };
 
+// The low half of a word; codes below 0 are possible if code_min is.
+GPUXBAR_FN int low_half(u32 word, float code_min) { return code_min < 0.0f ? (i16)word : (int)(word & 0xFFFFu); }
+
+// Writes the first `real` of eight values, `stride` apart; by fours if they are neighbours and all or none are real.
+template <class Four, class T>
+GPUXBAR_FN void store(T* to, const T (&v)[8], int real, i64 stride, bool vector) {
+#pragma unroll
+  for (int q = 0; q < 8; q += 4)
+    if (vector) {
+      if (q < real) *(Four*)(to + q) = Four{v[q], v[q + 1], v[q + 2], v[q + 3]};
+    } else {
+#pragma unroll
+      for (int e = q; e < q + 4; ++e)
+        if (e < real) to[e * stride] = v[e];
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(384, 1)
     fused_tile_mvm_sm90(const Operand* __restrict__ a,    // [P, M, G, T, K]   digits, fp16
                         const Operand* __restrict__ b,    // [S, G, N, T, K]   conductance times a power of 2, fp16
@@ -192,7 +209,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       if (at != first && Place().lane() == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
     }
 
-    const float sigma = block.sigma, inverse_lsb = block.inverse_lsb[0];
+    const float inverse_lsb = block.inverse_lsb[0];
+#if NOISE
+    const float sigma = block.sigma;
+#endif
 
     // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time. The first half is
     // converted while the tensor cores multiply the second, and for the other warpgroup.
@@ -250,9 +270,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   // ---- results: a thread's eight neighbours fill a sector of memory
   const u32 biases = (u32)(block.last_tile - block.first_tile) * ADC_BIAS;
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f;
-#if GATE
-  const float share = abs(weight);
-#endif
+  const bool vector = sense % 4 == 0;
 #pragma unroll
   for (int half = 0; half < HALVES; ++half)
 #pragma unroll
@@ -260,42 +278,47 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       const int row = block.m0 + Place().row() + 8 * h;
       if (row >= rows) continue;
       const i64 r = y_row0 + row, image = pixels ? r / pixels * outputs * pixels + r % pixels : r * outputs;
-      const int stride = pixels ? pixels : 1;
       const float by_row = row_scale ? row_scale[(row0 + row) / rows_per_scale] : 1.0f;
 #pragma unroll
-      for (int part = 0; part < 4; ++part)
+      for (int part = 0; part < 4; ++part) {
+        const int column = Place().column() + 128 * half + 32 * part, c = block.column + column;
+        const int real = sense - block.n0 - column;  // columns that exist, from this one on
+        int word[8];                                 // sums of codes, under GATE with counts in the high half
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
-          const int column = Place().column() + 128 * half + 32 * part + q, c = block.column + column,
-                    j = 4 * part + q / 2;
-          if (block.n0 + column >= sense) continue;
+          const int j = 4 * part + q / 2;
 #if PAIRED
           const u32 both = codes[half][2 * j + h] - biases;
-          const i32 low_half = code_min < 0.0f ? (i32)(i16)both : (i32)(both & 0xFFFFu);
-          const u32 high_half = (both - (u32)low_half) >> 16;
-          const i32 code = q % 2 == 0 ? low_half : code_min < 0.0f ? (i32)(i16)high_half : (i32)high_half;
-          const int word = code;
+          const int first = low_half(both, code_min);
+          word[q] = q % 2 == 0 ? first : low_half((both - (u32)first) >> 16, code_min);
 #else
-          const int word = (int)(codes[half][4 * j + 2 * h + q % 2] - biases);
-          const i32 low_half = code_min < 0.0f ? (i32)(i16)word : (i32)(word & 0xFFFF);
-          const i32 code = GATE ? low_half : word;
-#endif
-          if (words) {
-            int* const to = words + (((i64)block.pass * planes + block.plane) * rows + row) * outputs + c;
-            if (gridDim.y > 1)
-              atomicAdd(to, word);
-            else
-              *to = word;
-            continue;
-          }
-          const float lsb = adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value;
-          const float total = fma(weight * lsb, (float)code, 0.0f);
-          const i64 to = image + (i64)c * stride;
-          y[to] = total * (by_row * (col_scale ? col_scale[c] : 1.0f)) + (bias ? bias[c] : 0.0f);
-#if !PAIRED && GATE
-          gate[to] = share * (float)((u32)(word - low_half) >> 16) * (1.0f / (share * (float)tiles));
+          word[q] = (int)(codes[half][4 * j + 2 * h + q % 2] - biases);
 #endif
         }
+        if (words) {
+          int* const to = words + (((i64)block.pass * planes + block.plane) * rows + row) * outputs + c;
+          if (gridDim.y == 1)
+            store<int4>(to, word, real, 1, vector);
+          else
+#pragma unroll
+            for (int q = 0; q < 8; ++q)
+              if (q < real) atomicAdd(to + q, word[q]);
+          continue;
+        }
+        const i64 stride = pixels ? pixels : 1, to = image + c * stride;
+        float value[8], inside[8];
+#pragma unroll
+        for (int q = 0; q < 8; ++q) {
+          const int at_column = q < real ? c + q : block.column;
+          const float lsb = adc_lsb ? adc_lsb[adc_per_column ? at_column : 0] : adc_lsb_value;
+          const int code = GATE ? low_half((u32)word[q], code_min) : word[q];
+          const float total = fma(weight * lsb, (float)code, 0.0f);
+          value[q] = total * (by_row * (col_scale ? col_scale[at_column] : 1.0f)) + (bias ? bias[at_column] : 0.0f);
+          inside[q] = (float)((u32)(word[q] - code) >> 16) * (1.0f / (float)tiles);
+        }
+        store<float4>(y + to, value, real, stride, vector && !pixels);
+        if (GATE) store<float4>(gate + to, inside, real, stride, vector && !pixels);
+      }
     }
 }
 

@@ -78,12 +78,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("eager", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize(("order", "eager"), [(FORWARD, True), (REVERSE, False), (11, False), (12, True)])
 @pytest.mark.parametrize(("mode", "shape", "block_n", "stages", "precision", "transposed"), CASES)
 def test_matches_oracle(plan, mode, shape, block_n, stages, precision, transposed, eager, order):
-    if (order + eager) % 2 == 0 and shape[0] * shape[2] > 2000:
-        pytest.skip("large cases take one moment of landing an order")
     batch, rows, cols, length = shape
     codes, g = case(batch, cols if transposed else rows, rows if transposed else cols)
     if transposed:
@@ -109,17 +106,17 @@ def test_matches_oracle(plan, mode, shape, block_n, stages, precision, transpose
 
 
 @pytest.mark.parametrize("generator", ["exact", "fast"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_every_way_of_a_read_gives_the_same_bits(plan, groups, generator):
+@pytest.mark.parametrize(("groups", "planes", "cols"), [(1, 1, 136), (1, 1, 131), (2, 2, 136)])
+def test_every_way_of_a_read_gives_the_same_bits(plan, groups, planes, cols, generator):
     """Integer conductances: partial sums are exact, so nothing is left to rounding."""
     rng = np.random.default_rng(5)
     codes = rng.integers(-127, 128, (70, groups * 200)).astype(np.int16)
-    g = rng.integers(-8, 9, (2, groups * 200, 136)).astype(np.float32)
+    g = rng.integers(-8, 9, (planes, groups * 200, cols)).astype(np.float32)
     s = {
-        "groups": groups, "tile_rows": 64, "v_lsb": 1.0, "adc_bits": 8, "adc_lsb": np.linspace(50, 60, groups * 136, dtype=np.float32),
+        "groups": groups, "tile_rows": 64, "v_lsb": 1.0, "adc_bits": 8, "adc_lsb": np.linspace(50, 60, groups * cols, dtype=np.float32),
         "read_noise": 30.0, "generator": generator, "seed": SEED, "step": 3, "want_gate": True, "g_range": 8.0,
-        "slice_scale": np.array([1.0, -4.0], np.float32),
-        "row_scale": np.linspace(1, 2, 70).astype(np.float32), "bias": np.arange(groups * 136, dtype=np.float32),
+        "slice_scale": np.array([1.0, -4.0], np.float32)[-planes:],
+        "row_scale": np.linspace(1, 2, 70).astype(np.float32), "bias": np.arange(groups * cols, dtype=np.float32),
     }  # fmt: skip
     wanted = read(codes, g, **s, strategy="epilogue")
     for splits in (1, 3):
@@ -197,7 +194,10 @@ def survives():
             try:
                 y = read(codes, g, ShimDevice(order, eager=eager), **s)
             except RuntimeError as error:
-                assert str(error).startswith("fused_tile_mvm_sm90: "), error  # what the CPU twins report
+                if not str(error).startswith(
+                    "fused_tile_mvm_sm90: "
+                ):  # not by the CPU twins: it did not build
+                    raise
                 return False
             if not np.array_equal(y, expected):
                 return False
