@@ -77,7 +77,7 @@ class InSitu(Wires):
         # program() puts a positive weight on the first plane and a negative one on the second
         up, down = (self._program(part) for part in (share, share - 1))
         self.g_cells = torch.stack([up[0], down[1]])
-        self.forget_wires()
+        self.restart_wires()
         self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
         self.update_cells(torch.zeros_like(self.weight))
 
