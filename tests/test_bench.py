@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from gpuxbar import ops
-from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure
+from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure, parasitics
 from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
@@ -106,6 +106,28 @@ def test_the_command_measures_and_records(tmp_path):
     unknown = run(app, ["lineal"])
     assert unknown.exit_code == 2
     assert "`case` must be one of linear, " in unknown.output
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (partial(parasitics.exact, 24, 3, 5e-6), {"sparse LU", "gpuxbar"}),
+        (partial(parasitics.exact, 24, 3, 5e-6, others=False), {"gpuxbar"}),
+        (partial(parasitics.approximate, "ladder", 24, 5), {"copy", "gpuxbar"}),
+        (partial(parasitics.approximate, "mean_field", 24, 5), {"copy", "gpuxbar"}),
+        (partial(parasitics.anchored, 24, 20), {"exact", "gpuxbar"}),
+    ],
+)
+def test_wires_agree_with_their_oracles(build, names, monkeypatch):
+    row = measure(Case("wires", "small", None, build, target_ms=1.0), rounds=2)
+    assert 0 < row["error"] < 1e-4
+    assert set(row["ms"]) - {"badcrossbar"} == names
+    right = ops.effective_conductance
+    monkeypatch.setattr(ops, "effective_conductance", lambda g, **s: right(g, **s) * np.float32(1.1))
+    contenders = build()
+    if "exact" not in names:  # the anchored op has its own name for it
+        with pytest.raises(OracleMismatch, match="are off by 1.0e-01 of the largest"):
+            contenders.check()
 
 
 def test_the_two_thread_case_times_both():

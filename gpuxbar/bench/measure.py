@@ -95,9 +95,9 @@ def _in_turns(
 def _percentiles(times: list[float]) -> list[float]:
     """20th, 50th and 80th percentile, ms."""
     if len(times) == 1:
-        return [round(times[0] * 1e3, 3)] * 3
+        return [round(times[0] * 1e3, 5)] * 3
     fifths = quantiles(times, n=10, method="inclusive")
-    return [round(fifths[i] * 1e3, 3) for i in (1, 4, 7)]
+    return [round(fifths[i] * 1e3, 5) for i in (1, 4, 7)]
 
 
 def extra_memory(case: Case, contender: str) -> float | None:

@@ -16,7 +16,7 @@ from gpuxbar.bench.cases import Case, Contenders, OracleMismatch
 __all__ = ["PARASITICS", "by_sparse_lu"]
 
 R_ON = 10e3  # ohm
-WIRES = {"r_wordline": 2.5, "r_bitline": 2.5, "r_source": 100.0, "r_sink": 100.0}  # ohm
+WIRES: dict[str, Any] = {"r_wordline": 2.5, "r_bitline": 2.5, "r_source": 100.0, "r_sink": 100.0}  # ohm
 
 
 def exact(size: int, count: int, bound: float, others: bool = True) -> Contenders:
