@@ -126,7 +126,7 @@ def test_wires_agree_with_their_oracles(build, names, monkeypatch):
     monkeypatch.setattr(ops, "effective_conductance", lambda g, **s: right(g, **s) * np.float32(1.1))
     contenders = build()
     if "exact" not in names:  # the anchored op has its own name for it
-        with pytest.raises(OracleMismatch, match="are off by 1.0e-01 of the largest"):
+        with pytest.raises(OracleMismatch, match=r"are off by 1\.0e-01 of the largest"):
             contenders.check()
 
 

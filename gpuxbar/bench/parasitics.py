@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,8 +30,7 @@ def exact(size: int, count: int, bound: float, others: bool = True) -> Contender
     if others:
         run["sparse LU"] = lambda: by_sparse_lu(g[0], **WIRES)
         if find_spec("badcrossbar") is not None:
-            import badcrossbar
-
+            badcrossbar = import_module("badcrossbar")
             inputs, ohms = np.eye(size), 1.0 / g[0].astype(np.float64)
             run["badcrossbar"] = lambda: badcrossbar.compute(
                 inputs, ohms, r_i=WIRES["r_wordline"], node_voltages=False, all_currents=False
@@ -44,7 +44,7 @@ def exact(size: int, count: int, bound: float, others: bool = True) -> Contender
     return Contenders(run, check, {"gpuxbar": count})
 
 
-def approximate(method: ops.Method, size: int = 128, count: int = 400) -> Contenders:
+def approximate(method: Literal["ladder", "mean_field"], size: int = 128, count: int = 400) -> Contenders:
     """An approximation against a copy of the tiles, both into new memory and on all threads."""
     g = tiles(count, size)
     copied = torch.from_numpy(g)
@@ -66,14 +66,17 @@ def anchored(size: int = 128, count: int = 100, drift: float = 1e-3) -> Contende
     moved = np.clip(g + drift / R_ON * np.random.default_rng(1).normal(size=g.shape), 0, 1 / R_ON)
     moved = moved.astype(np.float32)
     anchor = ops.Anchor.new(g.shape)
-    update = partial(ops.anchored_conductance, anchor=anchor, tolerance=1.0, **WIRES)
+
+    def update(g: np.ndarray) -> np.ndarray:
+        found: np.ndarray = ops.anchored_conductance(g, anchor, tolerance=1.0, **WIRES)
+        return found
+
     update(g)
     turns = [moved, g]
 
     def ours() -> np.ndarray:
         turns.reverse()
-        found: np.ndarray = update(turns[0])
-        return found
+        return update(turns[0])
 
     def check() -> float:
         found = ours()
