@@ -177,6 +177,41 @@ def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
     assert run(app, ["--readme", "--record", str(tmp_path / "none")]).exit_code == 2
 
 
+def test_tables_of_wires(tmp_path):
+    ms = {"sparse LU": [9, 10, 11], "gpuxbar": [1, 2, 3]}
+    row = {
+        "case": "wires-exact-64", "size": "4 tiles", "threads": 2, "ms": ms, "ratio": {"gpuxbar": 0.2}, "target": None,
+        "target_ms": 1.0, "error": 1e-7, "extra_mb": {}, "cpu": "a CPU", "cores": 2, "torch": "2", "numpy": "2",
+        "gpuxbar": "0", "commit": "abc", "date": "2030-01-02T03:04:05",
+    }  # fmt: skip
+    copied = {"copy": [0.1, 0.2, 0.3], "gpuxbar": [0.4, 0.5, 0.6]}
+    ladder = {
+        "case": "wires-ladder",
+        "ms": copied,
+        "ratio": {"gpuxbar": 2.5},
+        "target": 3.0,
+        "target_ms": None,
+    }
+    trained = {
+        "case": "wires-training: ladder", "trained": "ladder", "epochs": 3, "on_exact_wires": 0.9, "ms_a_step": 12.3,
+        "estimated_error": 0.01, "threads": 2,
+    }  # fmt: skip
+    readme = tmp_path / "README.md"
+    blocks = "".join(
+        f"<!-- gpuxbar.bench {kind}: generated, see `python -m gpuxbar.bench --readme` -->\nold\n"
+        f"<!-- /gpuxbar.bench {kind} -->\n"
+        for kind in ("wires", "wires-training")
+    )
+    readme.write_text(blocks)
+    rewrite_readme(readme, [row, row | ladder, trained])
+    text = readme.read_text()
+    assert "| wires-exact-64: 4 tiles | 2 (missed) | <= 1 ms | sparse LU 5 |  | 1e-07 |" in text
+    assert "| wires-ladder: 4 tiles | 0.5 | <= 3 of a copy | copy 0.4 |  | 1e-07 |" in text
+    assert "exact | not yet run on a GPU | <= 40 ms in all |" in text
+    assert "| ladder | 0.900 | 12 | 1e-02 |" in text
+    assert "old" not in text
+
+
 @pytest.mark.skipif(not RESULTS.exists(), reason="an installed package has no recorded rows")
 def test_the_readme_holds_the_recorded_rows():
     assert readme_tables(rows_of(RESULTS)) in (ROOT / "README.md").read_text()
