@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -31,6 +32,7 @@ def exact(size: int, count: int, bound: float, others: bool = True) -> Contender
         run["sparse LU"] = lambda: by_sparse_lu(g[0], **WIRES)
         if find_spec("badcrossbar") is not None:
             badcrossbar = import_module("badcrossbar")
+            logging.getLogger("badcrossbar").setLevel(logging.WARNING)  # it reports on every solution
             inputs, ohms = np.eye(size), 1.0 / g[0].astype(np.float64)
             run["badcrossbar"] = lambda: badcrossbar.compute(
                 inputs, ohms, r_i=WIRES["r_wordline"], node_voltages=False, all_currents=False
