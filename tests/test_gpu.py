@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from test_anchored_conductance import drifting
+from test_effective_conductance import WIRES, tiles, wires
 from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
 from test_program import SEED as WRITE_SEED
 from test_program import SHAPES as WEIGHT_SHAPES
@@ -414,3 +416,37 @@ def test_a_captured_training_step_trains_as_without_capture(cuda_device):
         replayed.append(loss.item())
     np.testing.assert_allclose(replayed, eager, rtol=1e-5)
     assert len(set(eager)) == len(eager)
+
+
+# ---- wires
+
+
+@pytest.mark.parametrize("method", ["none", "first_order", "ladder", "exact"])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (20, 37), (70, 30), (128, 128), (200, 256)])
+def test_wires_match_oracle(cuda_device, shape, method):
+    g, w = tiles(3, *shape), wires("lines", *shape)
+    found = run(cuda_device, ops.effective_conductance, g, method=method, **w)
+    expected = reference.effective_conductance(g, method=method, **w)
+    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def test_wires_do_not_depend_on_the_workspace_and_repeat(cuda_device, monkeypatch):
+    g = tiles(9, 70, 40)
+    first = run(cuda_device, ops.effective_conductance, g, **WIRES["strong"])
+    for _ in range(REPEATS):
+        np.testing.assert_array_equal(
+            first, run(cuda_device, ops.effective_conductance, g, **WIRES["strong"])
+        )
+    monkeypatch.setattr(cuda_device, "workspace", 1 << 20)
+    found = run(cuda_device, ops.effective_conductance, g, **WIRES["strong"])
+    np.testing.assert_allclose(found, first, rtol=0, atol=2e-6 * first.max())
+
+
+def test_anchored_wires_follow_the_host(cuda_device):
+    host, anchor = ops.Anchor.new((5, 20, 12)), ops.Anchor(*map(to_gpu, ops.Anchor.new((5, 20, 12))))
+    for g in drifting((5, 20, 12), 8):
+        settings = {"refresh_interval": 3, **WIRES["strong"]}
+        expected = ops.anchored_conductance(g, host, **settings)
+        found = from_gpu(ops.anchored_conductance(to_gpu(g), anchor, device=cuda_device, **settings))
+        np.testing.assert_allclose(found, expected, atol=2e-6 * expected.max())
+    np.testing.assert_array_equal(from_gpu(anchor.age), host.age)

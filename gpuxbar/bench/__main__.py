@@ -12,9 +12,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from gpuxbar.bench.cases import CASES, Case, OracleMismatch
+from gpuxbar.bench import CASES, Case, OracleMismatch, measure
 from gpuxbar.bench.fused import READS
-from gpuxbar.bench.measure import measure
 from gpuxbar.bench.record import append, environment, rewrite_readme, rows_of
 
 ROOT = Path(__file__).parents[2]
@@ -116,12 +115,18 @@ def _with_bar(console: Console, case: Case, threads: int, rounds: int | None) ->
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     unit = next(iter(row["ms"].values()))
-    plain = row["ratio"].get("plain torch")
+    ours, plain = (row["ratio"].get(name) for name in ("gpuxbar", "plain torch"))
     memory = row["extra_mb"].get("gpuxbar")
     return (
-        row["case"], f"{unit[1]:.2f}", f"{row['ratio']['gpuxbar']:.2f}", f"{row['target']:g}",
+        row["case"], f"{unit[1]:.2f}", "" if ours is None else f"{ours:.2f}", _target(row),
         "" if plain is None else f"{plain:.2f}", "" if memory is None else f"{memory:.1f}", f"{row['error']:.0e}",
     )  # fmt: skip
+
+
+def _target(row: dict[str, Any]) -> str:
+    if row["target_ms"] is not None:
+        return f"{row['target_ms']:g} ms: {row['ms']['gpuxbar'][1]:.2f}"
+    return "" if row["target"] is None else f"{row['target']:g}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,10 +36,14 @@ class OracleMismatch(Exception):
 
 @dataclass(frozen=True)
 class Contenders:
-    """What is timed in turns, by name; the first is the unit of the ratios. `check`: largest error or mismatch."""
+    """What is timed in turns, by name; the first is the unit of the ratios. `check`: largest error or mismatch.
+
+    `pieces`: how many pieces of work a call does, where times are to be of one.
+    """
 
     run: dict[str, Callable[[], object]]
     check: Callable[[], float]
+    pieces: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,18 @@ class Case:
 
     Attributes:
         size: What one call works on.
-        target: Largest ratio of `gpuxbar` to the unit (a speed-up of two threads: the smallest).
+        target: Largest ratio of `gpuxbar` to the unit (a speed-up of two threads: the smallest), or None.
         memory_mb: Largest extra memory of one call, or None: not measured.
+        target_ms: Largest time of `gpuxbar`, or None.
     """
 
     name: str
     size: str
-    target: float
+    target: float | None
     build: Callable[[], Contenders]
     memory_mb: float | None = None
     speedup: bool = False
+    target_ms: float | None = None
 
 
 def linear(

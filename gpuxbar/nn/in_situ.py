@@ -115,7 +115,7 @@ class InSitu(Wires):
             up, down = (self._program(part) for part in (share, share - 1))
             self.g_cells = torch.stack([up[0], down[1]])
         self.g_held = self.g_cells.clone() if self.spec.update.write_noise else None
-        self.forget_wires()
+        self.restart_wires()
         self.update_cells(torch.zeros_like(self.weight))
 
     def _program(self, share: Tensor) -> Tensor:

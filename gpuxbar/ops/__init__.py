@@ -1,5 +1,6 @@
 """Array operations on NumPy and CuPy arrays, one a module."""
 
+from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.effective_conductance import effective_conductance
@@ -9,7 +10,9 @@ from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = [
+    "Anchor",
     "ConvGeometry",
+    "anchored_conductance",
     "dac_quantize",
     "device_update",
     "effective_conductance",
