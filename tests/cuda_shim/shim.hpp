@@ -115,7 +115,7 @@ static inline void* make_fiber(char* stack, void (*fn)()) {
   return p;
 }
 
-struct Block {  // per OS thread, reused for every block it runs
+struct Block {  // of one OS thread, reused for every block it runs in a launch
   std::vector<Lane> lane; std::vector<int> perm; std::vector<char*> stacks; std::vector<char*> free_stacks;
   void* main_sp = nullptr; int nt = 0, next = 0, alive = 0; std::string err;
   void (*call)(void*) = nullptr; void* call_arg = nullptr;
@@ -415,7 +415,7 @@ inline int launch(void (*call)(void*), const unsigned* g, const unsigned* b, siz
   int failed = 0;
 #pragma omp parallel if (nb > 1)
   {
-    static thread_local Block blk;
+    Block blk;
     blk.nt = nt; blk.dyn_size = smem; blk.eager = eager; blk.greedy = order <= 1;
     blk.call = call; blk.call_arg = args; blk.perm.resize(nt);
     tls.blk = &blk; tls.gdim = {g[0], g[1], g[2]}; tls.bdim = {b[0], b[1], b[2]};
