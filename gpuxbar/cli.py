@@ -20,11 +20,15 @@ from gpuxbar import ops, reference
 from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
 from gpuxbar.experiments import Run
 from gpuxbar.experiments import train as run_training
+from gpuxbar.experiments.measured import fit_law, fit_table, plot_fit, read_pulses
+from gpuxbar.experiments.staircase import plot_staircase
 from gpuxbar.launch import explain
 from gpuxbar.launch.host import compiler
 from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
 from gpuxbar.launch.sources import cache_dir
-from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, parse_value
+from gpuxbar.optim import OPTIMIZERS
+from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, parse_value, save_spec
+from gpuxbar.spec.devices import DEVICES, published_device
 from gpuxbar.spec.presets import PRESETS, preset
 
 app = typer.Typer(add_completion=False, help="Train networks on simulated analog crossbars.")
@@ -52,6 +56,7 @@ def train(
     lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate of AdamW.")] = 3e-3,
     in_situ_lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate in situ.")] = 0.05,
     momentum: Annotated[float, typer.Option(min=0, help="Momentum in situ, below 1.")] = 0.9,
+    optimizer: Annotated[str, typer.Option(help=f"Algorithm in situ: {', '.join(OPTIMIZERS)}.")] = "sgd",
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.")] = None,
@@ -66,7 +71,7 @@ def train(
         run = Run(
             folder=Path("runs") / (name or data.replace(":", "-")), spec=_settings(spec, preset_, set_ or []),
             modes=None if modes is None else tuple(modes.split(",")), epochs=epochs, batch=batch, lr=lr, in_situ_lr=in_situ_lr,
-            momentum=momentum, seed=seed, resume=resume, data=data,
+            momentum=momentum, optimizer=optimizer, seed=seed, resume=resume, data=data,
             data_dir=data_dir, download=download, device=device, threads=threads,
         )  # fmt: skip
         records = run_training(run)
@@ -99,6 +104,78 @@ def _settings(path: Path | None, name: str | None, overrides: list[str]) -> Cros
             raise SpecError(f"train: `--set` must be KEY=VALUE, got {item!r}; for instance adc.bits=6")
         place[last] = parse_value(value)
     return settings.with_overrides(changes)
+
+
+@app.command()
+def devices(
+    name: Annotated[str | None, typer.Argument(help="A device; all are listed if none is given.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of its staircases.")] = None,
+    out: Annotated[Path | None, typer.Option(help="YAML of an otherwise ideal spec of it.")] = None,
+) -> None:
+    """List devices of the literature, or show one: its law, sources and staircase."""
+    console = Console()
+    if name is None:
+        table = Table("device", "law", "window (S)", "source", title="gpuxbar devices")
+        for each in (make() for make in DEVICES.values()):
+            table.add_row(
+                each.name, each.law.law, f"{each.window.g_min:.3g} to {each.window.g_max:.3g}", each.source
+            )
+        console.print(table)
+        return
+    try:
+        device = published_device(name)
+        if plot is not None:
+            plot_staircase(device.law, device.window, plot, title=name)
+        if out is not None:
+            save_spec(device.spec(), out)
+    except (ValueError, OSError) as error:
+        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    window = f"{device.window.g_min:g} to {device.window.g_max:g} S ({device.window_source})"
+    for what, is_ in (
+        ("source", device.source), ("window", window), ("valid", device.valid), ("law", repr(device.law)),
+    ):  # fmt: skip
+        console.print(f"[bold]{what}[/bold] {escape(is_)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def fit(
+    csv: Annotated[
+        Path, typer.Argument(help="Columns g_before [uS], dg [uS], direction, and device if several.")
+    ],
+    law: Annotated[str, typer.Option(help="table, or a parametric law such as soft_bounds.")] = "table",
+    bins: Annotated[int, typer.Option(help="Conductances of a table: 2, 3, 5 or 9.")] = 9,
+    g_min: Annotated[
+        float | None, typer.Option(help="Window, S; the smallest g_before if not given.")
+    ] = None,
+    g_max: Annotated[float | None, typer.Option(help="Window, S; the largest g_before if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="YAML of an otherwise ideal spec of it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the fit.")] = None,
+) -> None:
+    """Fit a device law to measured pulses, and judge it by pulses that were held out."""
+    console = Console()
+    try:
+        pulses = read_pulses(csv)
+        window: dict[str, Any] = {"g_min": g_min, "g_max": g_max}
+        found = fit_table(pulses, bins=bins, **window) if law == "table" else fit_law(pulses, law, **window)
+        if plot is not None:
+            plot_fit(found, plot)
+        if out is not None:
+            save_spec(CrossbarSpec(device=found.window, update=found.law), out)
+    except (ValueError, OSError) as error:
+        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    table = Table(
+        "hold-out", "pulses", "variance explained", "distance", "limit", title=f"{csv.name}: {found.law.law}"
+    )
+    for k, way in enumerate(("potentiation", "depression")):
+        count = int((found.held_out.rising == (k == 0)).sum())
+        table.add_row(
+            way, str(count), f"{found.explained[k]:.3f}", f"{found.distance[k]:.3f}", f"{found.limit[k]:.3f}"
+        )
+    console.print(table)
+    outcome = "passes" if found.passed else "fails"
+    console.print(f"the law's distribution {outcome} the hold-out check at 1 %", highlight=False)
 
 
 @app.command()

@@ -41,7 +41,8 @@ GPUXBAR_FN void store(float* to, const float from[4], int count, bool whole) {
 // Four cells of one wordline: shares of the window in, moved in place, and what they show with write noise. False if
 // none is to move.
 GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], const float wanted[4], u32 group, u32 row,
-                            u32 plane, u32 step, u64 seed, float stuck_low, float stuck_high) {
+                            u32 plane, u32 step, u64 seed, float stuck_low, float stuck_high,
+                            const float (*scatter)[NODES * SCORES]) {
   if (wanted[0] == 0.0f && wanted[1] == 0.0f && wanted[2] == 0.0f && wanted[3] == 0.0f) return false;
   const Normals4 size = draw(s.step_spread, UPDATE_SPREAD_STEP, group, row, plane, 0, seed);
   const Normals4 asymmetry = draw(s.asymmetry_spread, UPDATE_SPREAD_ASYMMETRY, group, row, plane, 0, seed);
@@ -49,7 +50,8 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], cons
   const Normals4 high = draw(s.high_spread, UPDATE_SPREAD_HIGH, group, row, plane, 0, seed);
   const Normals4 up = draw(s.spread_up, UPDATE_SPREAD_UP, group, row, plane, 0, seed);
   const Normals4 down = draw(s.spread_down, UPDATE_SPREAD_DOWN, group, row, plane, 0, seed);
-  const Normals4 z = draw(s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2, CYCLE, group, row, plane, step, seed);
+  const float noise = MEASURED<LawOf<LAW>> ? 1.0f : s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
+  const Normals4 z = draw(noise, CYCLE, group, row, plane, step, seed);
   const Normals4 write = draw(s.write_noise, UPDATE_WRITE, group, row, plane, step, seed);
   Counter words = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};
   if (stuck_low + stuck_high > 0.0f)
@@ -60,7 +62,7 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], cons
     const float u = uniform(word[q]);
     const float d = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : pulsed(s, wanted[q]);
     const Spreads device = {size.z[q], asymmetry.z[q], low.z[q], high.z[q], up.z[q], down.z[q]};
-    x[q] = moved<LawOf<LAW>>(s, device, x[q], d, wanted[q] > 0.0f, z.z[q]);
+    x[q] = moved<LawOf<LAW>>(s, device, x[q], d, wanted[q] > 0.0f, z.z[q], scatter);
     if (d > 0.0f) shown[q] = max(fma(s.write_noise, write.z[q], x[q]), s.floor);
   }
   return true;
@@ -77,6 +79,13 @@ extern "C" __global__ void __launch_bounds__(256)
                   float range,  // g_max - g_min, S
                   float stuck_low, float stuck_high, int groups, int inputs, int outputs) {
   __shared__ float block[32][33];  // [wordline][bitline]: wanted changes, then weights
+  const float (*scatter)[NODES * SCORES] = nullptr;
+  if constexpr (MEASURED<LawOf<LAW>>) {  // neighbouring cells look up different entries
+    __shared__ float table[2][NODES * SCORES];
+    for (int k = threadIdx.x; k < 2 * NODES * SCORES; k += 256)
+      table[k / (NODES * SCORES)][k % (NODES * SCORES)] = law.scatter[k / (NODES * SCORES)][k % (NODES * SCORES)];
+    scatter = table;
+  }
   const int group = blockIdx.z, i0 = blockIdx.y * 32, o0 = blockIdx.x * 32;
   for (int o = threadIdx.x >> 5; o < 32 && o0 + o < outputs; o += 8) {
     const int i = threadIdx.x & 31;
@@ -109,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(256)
         shown[q] = (cell[q] - g_min) * inverse_range;
         wanted[q] = device_share(law.sides, plane == 0, change[q]);
       }
-      const bool touched =
-          update_quad(law, x, shown, wanted, (u32)(o0 + quad) >> 2, (u32)row, plane, when, seed, stuck_low, stuck_high);
+      const bool touched = update_quad(law, x, shown, wanted, (u32)(o0 + quad) >> 2, (u32)row, plane, when, seed,
+                                       stuck_low, stuck_high, scatter);
       if (touched) {
 #pragma unroll
         for (int q = 0; q < 4; ++q) {

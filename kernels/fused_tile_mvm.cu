@@ -8,10 +8,11 @@
 //         Codes are integers: sums over tiles, and over splits of the tiles by atomics, have the same bits on any
 //         launch. Shared memory (dynamic): STAGES * stage_bytes + 4 BLOCK_N, stages filled by asynchronous copies.
 // Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
-// Macros  BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the pipeline; TERMS 1 fp16 conductances, 2 high
-//         and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16);
-//         STREAMS 0 whole codes, 1 signed digits, 2 two-phase digits (of codes below 1024); CONVERTERS 0 one LSB for all, 1 an LSB a
-//         column, 2 also gain and offset of every converter; GATE also counts the conversions inside the range, in the high half of each sum
+// Macros  BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the pipeline; TERMS 1 fp16 conductances,
+//         2 high and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16);
+//         STREAMS 0 whole codes, 1 signed digits, 2 two-phase digits (of codes below 1024); CONVERTERS 0 one LSB for
+//         all, 1 an LSB a column, 2 also gain and offset of every converter; GATE also counts the conversions inside
+//         the range, in the high half of each sum
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/converter.cuh"
 #include "gpuxbar/mma.cuh"
@@ -58,6 +59,7 @@ constexpr int ROW_PARTS = WARP_M / 16, COLUMN_PARTS = WARP_N / 8, GROUPS_OF_32 =
 constexpr int PANELS = TERMS + VARIANCE;         // right operands of a stage
 constexpr int STEP = 64, STEP_BYTES = 2 * STEP;  // driven lines of a stage
 constexpr u32 A_BYTES = BLOCK_M * STEP_BYTES, B_BYTES = BLOCK_N * STEP_BYTES, STAGE_BYTES = A_BYTES + PANELS * B_BYTES;
+constexpr int UNROLL = VARIANCE && STREAMS ? 1 : STEP / 16;     // unrolled further, this variant would spill
 constexpr int BLOCK_LD = (PAIRED ? BLOCK_N / 2 : BLOCK_N) + 4;  // of the block of results
 static_assert(4 * BLOCK_M * BLOCK_LD <= STAGES * STAGE_BYTES, "the results lie where the stages lay");
 
@@ -130,7 +132,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    float* __restrict__ gate,               // like y, or null (GATE)
                    float volts,                            // of a code 1 and conductance 1 of a and b
                    float volts_squared,                    // V^2 of a code
-                   float adc_lsb_value, float read_noise_value, i64 step_value, u64 seed,
+                   float adc_lsb_value, float read_noise_value, i64 step_value, u64 key0, u64 key1, u64 key2, u64 key3,
+                   u64 key4, u64 key5, u64 key6, u64 key7, u64 key8, u64 key9,
                    i64 row0,        // first row of this call, in the whole product
                    i64 y_row0,      // and in y
                    i64 noise_row0,  // and in the counters
@@ -225,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const u32 row_a = w.m + (w.lane & 15), chunk_a = w.lane >> 4;
     const u32 row_b = w.n + 8 * (w.lane >> 1 & 3) + (w.lane & 1) + 2 * (w.lane >> 4), chunk_b = w.lane >> 3 & 1;
     const u32 from_a = stages + stage * STAGE_BYTES, from_b = from_a + A_BYTES;
-#pragma unroll
+#pragma unroll UNROLL
     for (int part = 0; part < STEP / 16; ++part) {
       u32 left_part[ROW_PARTS][4];
 #pragma unroll
@@ -272,6 +275,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #if NOISE
     const float sigma = block.sigma;
     const u32 slot = block.slot + tile;
+    const u64 keys[10] = {key0, key1, key2, key3, key4, key5, key6, key7, key8, key9};
 #endif
 #pragma unroll
     for (int part = 0; part < GROUPS_OF_32; ++part)
@@ -297,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
           for (int h = 0; h < 2; ++h) {  // rows r and r + 8 of a fragment
 #if NOISE
             const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot, block.now);
-            const Counter words4 = philox<NOISE == 1 ? 10 : 7>(counts, (u32)seed, (u32)(seed >> 32));
+            const Counter words4 = philox<NOISE == 1 ? 10 : 7>(counts, keys);
             const u32 random[4] = {words4.x, words4.y, words4.z, words4.w};
 #endif
 #pragma unroll

@@ -5,15 +5,20 @@
 //         patches are the rows, or the images of its output gradient.
 // Launch  a 32 x 32 block of (row, line) each, 256 threads; grid (ceil(G T K / 32), ceil(M / 32)).
 // Macros  CODES source int16, else float32; HALF operand fp16 (digits exactly), else float32;
+//         PANELS a in panels of 128 x 64 (M padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         CONV 0 matrix, 1 patches of [N, G * channels, height, width], 2 images [N, G * drive, out_h, out_w]
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py (unfold, stream_digits)
 #include "gpuxbar/converter.cuh"
+#include "gpuxbar/panels.cuh"
 
 #ifndef CODES
 #define CODES 1
 #endif
 #ifndef HALF
 #define HALF 0
+#endif
+#ifndef PANELS
+#define PANELS 0
 #endif
 #ifndef CONV
 #define CONV 0
@@ -80,7 +85,8 @@ extern "C" __global__ void __launch_bounds__(256)
 
   const int line = line0 + x;
   if (line >= lines) return;
-  for (int i = y; i < 32 && first + i < rows; i += 8) {
+  const int stored = PANELS ? (int)gridDim.y * 32 : rows;
+  for (int i = y; i < 32 && first + i < stored; i += 8) {
     const Source value = block[i][x];
     for (int pass = 0; pass < streams * phases; ++pass) {
 #if CODES
@@ -93,7 +99,11 @@ extern "C" __global__ void __launch_bounds__(256)
 #else
       const float digit = value;
 #endif
+#if PANELS
+      const i64 to = (i64)pass * stored * lines + panel_place(first + i, line, lines);
+#else
       const i64 to = ((i64)pass * rows + first + i) * lines + line;
+#endif
       a[to] = operand(digit);
       if (squares) squares[to] = digit * digit;
     }

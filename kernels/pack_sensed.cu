@@ -3,12 +3,16 @@
 // Axes    S planes, G groups, N sensed lines, T tiles of K driven lines (padded with 0): b [S, G, N, T, K].
 //         Forwards the wordlines are driven, transposed the bitlines.
 // Launch  a 32 x 32 block of (sensed line, driven line) each, 256 threads; grid (ceil(T K / 32), ceil(N / 32), S G).
-// Macros  BFLOAT bf16 of g, else fp16 high part (and low part) of g * scale; TRANSPOSED
+// Macros  BFLOAT bf16 of g, else fp16 high part (and low part) of g * scale; TRANSPOSED;
+//         PANELS b in panels of 128 x 64 (N padded to 128, panels.cuh), for fused_tile_mvm_sm90
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
-#include "gpuxbar/portable.cuh"
+#include "gpuxbar/panels.cuh"
 
 #ifndef BFLOAT
 #define BFLOAT 0
+#endif
+#ifndef PANELS
+#define PANELS 0
 #endif
 #ifndef TRANSPOSED
 #define TRANSPOSED 0
@@ -53,8 +57,13 @@ extern "C" __global__ void __launch_bounds__(256)
 
   const int line = line0 + x;
   if (line >= lines) return;
-  for (int i = y; i < 32 && n0 + i < sense; i += 8) {
+  const int stored = PANELS ? (int)gridDim.y * 32 : sense;
+  for (int i = y; i < 32 && n0 + i < stored; i += 8) {
+#if PANELS
+    const i64 to = (i64)blockIdx.z * stored * lines + panel_place(panel_row(n0 + i), line, lines);
+#else
     const i64 to = ((i64)blockIdx.z * sense + n0 + i) * lines + line;
+#endif
 #if BFLOAT
     b[to] = bfloat_bits(block[i][x]);
 #else

@@ -106,7 +106,7 @@ GPUXBAR_FN void pulse(Quad& quad, const UpdateLaw& s, const int raise[4], const 
     quad.x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], quad.x[q], ups, downs, z.z[q]);
 #else
     const float d = (ups + downs) * (1.0f / s.pulses);
-    quad.x[q] = moved<LawOf<LAW>>(s, quad.device[q], quad.x[q], d, ups > 0.0f, z.z[q]);
+    quad.x[q] = moved<LawOf<LAW>>(s, quad.device[q], quad.x[q], d, ups > 0.0f, z.z[q], s.scatter);
 #endif
   }
 }

@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from gpuxbar import ops
-from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure
+from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure, parasitics, updates
 from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
@@ -49,6 +49,18 @@ def test_every_kind_of_case_agrees_with_its_oracle_and_with_its_twins(name):
         y = np.asarray(contenders.run[twin]())
         scale = (y * ideal).sum() / (ideal * ideal).sum()  # volts of a digital one
         assert np.std(y / scale - ideal) < 0.05 * np.std(ideal)
+
+
+@pytest.mark.parametrize("build", [updates.expected_update, updates.in_situ_step])
+def test_updates_agree_with_their_oracle(build, monkeypatch):
+    case = Case("update", "small", 1.0, partial(cases.update, build, 5, 70, 37))
+    row = measure(case, rounds=2)
+    assert row["error"] < 3e-6
+    assert set(row["ms"]) == {"ideal", "gpuxbar"}
+    right = ops.device_update
+    monkeypatch.setattr(ops, "device_update", lambda g, dw, **s: right(g, 2 * dw, **s))
+    with pytest.raises(OracleMismatch, match="cells are off by"):
+        measure(case, rounds=1)
 
 
 def test_plain_layers_are_the_layers_of_torch_without_noise_on_fine_converters():
@@ -108,9 +120,31 @@ def test_the_command_measures_and_records(tmp_path):
     assert "`case` must be one of linear, " in unknown.output
 
 
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (partial(parasitics.exact, 24, 3, 5e-6), {"sparse LU", "gpuxbar"}),
+        (partial(parasitics.exact, 24, 3, 5e-6, others=False), {"gpuxbar"}),
+        (partial(parasitics.approximate, "ladder", 24, 5), {"copy", "gpuxbar"}),
+        (partial(parasitics.approximate, "mean_field", 24, 5), {"copy", "gpuxbar"}),
+        (partial(parasitics.anchored, 24, 20), {"exact", "gpuxbar"}),
+    ],
+)
+def test_wires_agree_with_their_oracles(build, names, monkeypatch):
+    row = measure(Case("wires", "small", None, build, target_ms=1.0), rounds=2)
+    assert 0 < row["error"] < 1e-4
+    assert set(row["ms"]) - {"badcrossbar"} == names
+    right = ops.effective_conductance
+    monkeypatch.setattr(ops, "effective_conductance", lambda g, **s: right(g, **s) * np.float32(1.1))
+    contenders = build()
+    if "exact" not in names:  # the anchored op has its own name for it
+        with pytest.raises(OracleMismatch, match=r"are off by 1\.0e-01 of the largest"):
+            contenders.check()
+
+
 def test_the_two_thread_case_times_both():
     assert sorted(cases.scaling().run) == ["gpuxbar", "one thread"]
-    row = measure(replace(CASES[-1], build=_two_speeds), rounds=3)
+    row = measure(replace(next(c for c in CASES if c.speedup), build=_two_speeds), rounds=3)
     assert row["ratio"]["gpuxbar"] > 1  # a speed-up, not a ratio of times
 
 
@@ -153,6 +187,41 @@ def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
     with pytest.raises(ValueError, match="must have the lines"):
         rewrite_readme(readme, [row])
     assert run(app, ["--readme", "--record", str(tmp_path / "none")]).exit_code == 2
+
+
+def test_tables_of_wires(tmp_path):
+    ms = {"sparse LU": [9, 10, 11], "gpuxbar": [1, 2, 3]}
+    row = {
+        "case": "wires-exact-64", "size": "4 tiles", "threads": 2, "ms": ms, "ratio": {"gpuxbar": 0.2}, "target": None,
+        "target_ms": 1.0, "error": 1e-7, "extra_mb": {}, "cpu": "a CPU", "cores": 2, "torch": "2", "numpy": "2",
+        "gpuxbar": "0", "commit": "abc", "date": "2030-01-02T03:04:05",
+    }  # fmt: skip
+    copied = {"copy": [0.1, 0.2, 0.3], "gpuxbar": [0.4, 0.5, 0.6]}
+    ladder = {
+        "case": "wires-ladder",
+        "ms": copied,
+        "ratio": {"gpuxbar": 2.5},
+        "target": 3.0,
+        "target_ms": None,
+    }
+    trained = {
+        "case": "wires-training: ladder", "trained": "ladder", "epochs": 3, "on_exact_wires": 0.9, "ms_a_step": 12.3,
+        "estimated_error": 0.01, "threads": 2,
+    }  # fmt: skip
+    readme = tmp_path / "README.md"
+    blocks = "".join(
+        f"<!-- gpuxbar.bench {kind}: generated, see `python -m gpuxbar.bench --readme` -->\nold\n"
+        f"<!-- /gpuxbar.bench {kind} -->\n"
+        for kind in ("wires", "wires-training")
+    )
+    readme.write_text(blocks)
+    rewrite_readme(readme, [row, row | ladder, trained])
+    text = readme.read_text()
+    assert "| wires-exact-64: 4 tiles | 2 (missed) | <= 1 ms | sparse LU 5 |  | 1e-07 |" in text
+    assert "| wires-ladder: 4 tiles | 0.5 | <= 3 of a copy | copy 0.4 |  | 1e-07 |" in text
+    assert "exact | not yet run on a GPU | <= 40 ms in all |" in text
+    assert "| ladder | 0.900 | 12 | 1e-02 |" in text
+    assert "old" not in text
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="an installed package has no recorded rows")

@@ -176,3 +176,15 @@ def test_doctor_finds_a_broken_kernel(monkeypatch):
     result = run(app, ["doctor"])
     assert result.exit_code == 1
     assert re.search(r"self-test, host +│ FAILED", result.output)
+
+
+def test_in_situ_training_by_a_named_algorithm(in_tmp):
+    settings = ["train", "--preset", "txsim-in-situ", "--modes", "in-situ", *QUICK]
+    done = run(app, [*settings, "--name", "agad", "--optimizer", "agad"])
+    assert done.exit_code == 0, done.output
+    assert (
+        "parts" in torch.load("runs/agad/checkpoint.pt", weights_only=True)["states"]["in-situ"]["optimiser"]
+    )
+    wrong = run(app, [*settings, "--name", "wrong", "--optimizer", "agd"])
+    assert wrong.exit_code == 2
+    assert "train: `optimizer` must be an in-situ algorithm, got 'agd'; did you mean" in wrong.output

@@ -19,13 +19,27 @@ from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
+from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
+from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_plan import pipeline
 
-KERNELS = {k.name: k for k in (*TILE_MVM, *FUSED, DAC_QUANTIZE, *PROGRAM, DEVICE_UPDATE, *PULSES)}
+KERNELS = {
+    k.name: k
+    for k in (
+        *TILE_MVM,
+        *FUSED,
+        *WGMMA,
+        DAC_QUANTIZE,
+        *PROGRAM,
+        DEVICE_UPDATE,
+        *EFFECTIVE_CONDUCTANCE,
+        *PULSES,
+    )
+}
 FILES = sorted({k.file for k in KERNELS.values()})
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 C_NAMES = {
@@ -40,8 +54,16 @@ VARIANTS = {
         for noise, variance, gate, images, vector in
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
-    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
-    "device_update.cu": [{"LAW": law} for law in range(8)],
+    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
+    "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
+    "device_update.cu": [{"LAW": law} for law in range(9)],
+    "fused_tile_mvm_sm90.cu": [
+        {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": stages}
+        for block_n, terms, noise, converters, gate, stages in
+        [(128, 1, 1, 0, 1, 4), (128, 2, 2, 1, 1, 4), (256, 1, 0, 0, 0, 4), (256, 1, 1, 0, 0, 4), (256, 1, 2, 0, 0, 4),
+         (256, 2, 1, 0, 0, 2), (256, 2, 2, 0, 0, 2)]
+    ],
+    "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}],
     "pulse_update.cu": [
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit}
         for law, aggregated, implicit in [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), *((law, 0, 0) for law in range(1, 8))]
@@ -88,7 +110,10 @@ def test_declaration_is_the_parameter_list(name):
 def variants(file, arch):
     """The macros to compile a file with; the fused kernel as deep a pipeline as the architecture's memory holds."""
     for macros in VARIANTS.get(file, [{}]):
-        if file != "fused_tile_mvm.cu":
+        if file == "fused_tile_mvm_sm90.cu":
+            if arch == "sm_90a":
+                yield macros
+        elif file != "fused_tile_mvm.cu":
             yield macros
         elif arch != "sm_90a" and (
             stages := pipeline(arch, macros["BLOCK_N"], macros["TERMS"] + macros["VARIANCE"])
@@ -104,6 +129,7 @@ def register_lines(arch):
             used = resources(log)[name]
             assert path.read_bytes()[:4] == b"\x7fELF"
             assert used.spills == 0, (name, arch, macros, used)
+            assert "wgmma" not in log, log  # a warning that products run one after the other
             assert used.shared <= 48 * 1024
             variant = " ".join(f"{k}={v}" for k, v in macros.items()) or "-"
             yield f"{arch}\t{name}\t{variant}\t{used.registers}\t{used.shared}"
@@ -276,6 +302,7 @@ x = rng.normal(size=(3, 3, 7, 5)).astype(np.float32)
 codes = ops.dac_quantize(x, lsb=0.02, code_max=127, device=device)
 g = rng.normal(size=(2, conv.inputs, 7)).astype(np.float32)
 s = dict(conv=conv, adc_bits=8, adc_lsb=1.0, read_noise=1.0, device=device, precision="fp16x2", g_range=4.0)
+ops.tile_mvm(codes, g, tile_rows=5, strategy="wgmma", **s)
 for strategy in ("epilogue", "fused"):
     ops.tile_mvm(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generator="fast", strategy=strategy, **s)
 back = rng.integers(-9, 9, (3, 7, *conv.out)).astype(np.int16)
@@ -291,6 +318,9 @@ for scale in ("tensor", "column"):
     ops.reprogram(weight, planes, np.empty(111, np.float32), np.zeros(2, np.int64), variance, scale=scale, slices=3,
                   slice_bits=2, write_step=np.ones(1, np.int64), **window)
 ops.program(weight, w_max=np.ones(1, np.float32), merge="all", **window)
+wires = dict(r_wordline=2.0, r_bitline=3.0, r_source=ones[:1], r_sink=0.5, device=device)
+for method in ("ladder", "exact"):
+    ops.effective_conductance(np.full((2, 20, 11), 1e-4, np.float32), method=method, **wires)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

@@ -16,6 +16,7 @@ from gpuxbar.spec import (
     ExponentialStep,
     Ideal,
     LinearStep,
+    LookupTable,
     NeuroSim,
     PiecewiseStep,
     PowerStep,
@@ -25,6 +26,11 @@ from gpuxbar.spec import (
 G_MIN, G_MAX = 1e-6, 10e-6  # S
 WINDOW = {"g_min": G_MIN, "g_max": G_MAX}
 SEED = 2**40 + 7
+SCORES = np.linspace(-4, 4, 17)
+SCATTER = {
+    "scatter_up": tuple(tuple((s * SCORES + q * (SCORES**2 - 1)).tolist()) for s, q in ((0.5, 0.0), (0.9, 0.05), (0.4, 0.04))),
+    "scatter_down": tuple(tuple((s * SCORES).tolist()) for s in (0.2, 0.6)),
+}  # fmt: skip
 LAWS = {
     "linear": Agarwal(),
     "agarwal": Agarwal(nu=2.0),
@@ -48,6 +54,7 @@ LAWS = {
     "power": PowerStep(exponent_up=0.6, exponent_down=2.3, spread=0.2, cycle=0.3),
     "power-soft": PowerStep(),
     "piecewise": PiecewiseStep(up=(1.5, 1.2, 0.8, 0.9, 0.3), down=(0.2, 1.0, 1.7), spread=0.1, cycle=0.2),
+    "lookup": LookupTable(pulses=50, up=(1.5, 1.2, 0.3), down=(0.2, 1.7), spread=0.1, step_spread=0.1, **SCATTER),
     "piecewise-zero": PiecewiseStep(up=(2.0, 0.0), down=(0.0, 1.0, 1.0)),
 }  # fmt: skip
 # of the window; NeuroSim's labels go through a fit of 1e-5

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cuda_shim import FORWARD, REVERSE, ShimDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuxbar import ops, reference
 from gpuxbar.launch import set_threads
+from gpuxbar.ops.effective_conductance_cuda import invert
 from gpuxbar.reference.effective_conductance import ports
 from gpuxbar.reference.nodal import Wires
 
@@ -239,3 +241,47 @@ def test_bad_input_is_named(name, where, monkeypatch):
     values = {**GOOD, **change}
     with pytest.raises(kind, match=text):
         ops.effective_conductance(values.pop("g"), **values)
+
+
+@pytest.mark.parametrize("method", ["none", "first_order", "ladder", "exact"])
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((1, 1), FORWARD), ((16, 16), REVERSE), ((16, 20), 11), ((20, 16), 12), ((37, 50), FORWARD), ((12, 70), 13), ((70, 30), REVERSE)],
+)  # fmt: skip
+def test_cuda_kernels_match_oracle(shape, order, method):
+    g, w = tiles(3, *shape), wires("lines", *shape)
+    got = ops.effective_conductance(g, method=method, device=ShimDevice(order, workspace=1 << 19), **w)
+    expected = reference.effective_conductance(g, method=method, **w)
+    assert error(got, expected) < 5e-6
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_cuda_inverts_by_halves(size):
+    """1 + Z A with both positive semidefinite, as between two blocks."""
+    rng = np.random.default_rng(size)
+    z, a = ((x @ np.swapaxes(x, 1, 2)) / size for x in rng.normal(size=(2, 3, size, size)))
+    stride, ld = size * (size + 5) + 3, size + 5
+    m = np.full(3 * stride, np.nan, np.float32)
+    square = np.lib.stride_tricks.as_strided(m, (3, size, size), (4 * stride, 4 * ld, 4))
+    square[...] = z @ a
+    invert(ShimDevice(), m, size, ld, stride, 3, 0, diagonal=1.0)
+    expected = np.linalg.inv(np.eye(size) + z @ a)
+    assert error(square, expected) < 2e-6
+    assert np.isnan(m[size:ld]).all()
+
+
+def test_cuda_launches_do_not_grow_with_tiles():
+    counts = []
+    for count in (1, 5):
+        device = ShimDevice()
+        ops.effective_conductance(tiles(count, 33, 20), device=device, **WIRES["strong"])
+        counts.append(len(device.launches))
+    assert counts[0] == counts[1]
+    # leaf, output, three joints (of which two with a merge)
+    assert counts[0] == 2 + 3 + 2
+
+
+@pytest.mark.parametrize("what", [{"method": "mean_field"}, {"shared_drivers": True}])
+def test_what_has_no_cuda_kernel_says_so(what):
+    with pytest.raises(NotImplementedError, match="has no CUDA kernel; pass NumPy arrays"):
+        ops.effective_conductance(tiles(2, 3, 4), device=ShimDevice(), **WIRES["mild"], **what)

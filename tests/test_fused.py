@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
+import cuda_shim
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
-from test_tile_mvm import G_MAX, MODES, assert_matches, case, settings
+from test_tile_mvm import G_MAX, MODES, SEED, assert_matches, case, settings
 
 from gpuxbar import ops, reference
+from gpuxbar.launch.sources import kernel_dir
+from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm, rates
 
 SHAPES = [
     pytest.param((1, 1, 1, None), id="one-cell"),
@@ -41,3 +48,229 @@ def test_fused_matches_oracle(shape, mode, transposed):
     weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
     assert_matches(y, expected, s["adc_lsb"], weight)
     assert (np.abs(shim_gate - gate) > 1e-5).mean() < 2e-3
+
+
+def integers(batch, rows, cols, planes=1, groups=1):
+    """Codes, and conductances of 1 nS a level, so that every partial sum is an integer number of steps over 2^n."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-127, 128, (batch, groups * rows)).astype(np.int16)
+    levels = rng.integers(-15, 16, (planes, groups * rows, cols))
+    return codes, (levels * 2.0**-20).astype(np.float32)
+
+
+INTEGER = {
+    "v_lsb": 2.0**-10,
+    "adc_bits": 8,
+    "adc_lsb": 2.0**-23,
+    "g_range": 2.0**-16,
+    "seed": SEED,
+    "step": 3,
+}
+WAYS = {  # columns of the block that the planner takes, settings
+    "adc": (256, {}),
+    "exact": (256, {"read_noise": 2.0**-22}),
+    "exact-gate": (128, {"read_noise": 2.0**-22, "want_gate": True}),
+    "fast-split": (128, {"read_noise": 2.0**-22, "generator": "fast", "precision": "fp16x2"}),
+    "signed-streams": (256, {"stream_bits": 3, "streams": 3, "read_noise": 2.0**-22, "generator": "fast"}),
+    "two-phase-gate": (128, {"stream_bits": 7, "phases": 2, "adc_signed": False, "want_gate": True}),
+    "columns": (
+        128,
+        {"adc_lsb": np.exp2(-np.linspace(19, 23, 250)).astype(np.float32), "read_noise": 2.0**-22},
+    ),
+    "wide-codes": (128, {"adc_bits": 16, "adc_lsb": 2.0**-27}),
+}
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_is_the_epilogue_bit_for_bit(way, planes):
+    """Where partial sums are integers both ways round alike, draw alike and add alike."""
+    block_n, settings = WAYS[way]
+    codes, g = integers(150, 200, 250, planes)
+    s = {
+        "precision": "fp16", "tile_rows": 64, **INTEGER, **settings, "row_scale": np.linspace(1, 2, 150, dtype=np.float32),
+        "bias": np.arange(250, dtype=np.float32) * 2.0**-22, "col_scale": np.linspace(3, 4, 250, dtype=np.float32),
+        "slice_scale": np.array([0.5, -3.0], np.float32)[:planes],
+    }  # fmt: skip
+    one, other = ShimDevice(multiprocessors=1), ShimDevice()
+    mine = ops.tile_mvm(codes, g, device=one, strategy="fused", **s)
+    theirs = ops.tile_mvm(codes, g, device=other, strategy="epilogue", **s)
+    assert [macros["BLOCK_N"] for macros in one.macros if "BLOCK_N" in macros] == [block_n]
+    assert "adc_accumulate" in other.launches
+    np.testing.assert_array_equal(np.stack(mine), np.stack(theirs))
+    y = mine[0] if s.get("want_gate") else mine
+    assert np.unique(y).size > y.size / 4  # not all clipped, nor all zero
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["late", "early"])
+def test_same_bits_for_any_schedule(eager):
+    """Thread orders, block sizes, stages of the pipeline, splits of the tiles and chunks of the rows."""
+    codes, g = case(140, 330, 250)
+    s = {"tile_rows": 40, "adc_bits": 7, "adc_lsb": 2e-7, "v_lsb": 1e-3, "read_noise": 2e-7, "generator": "fast",
+         "seed": SEED, "precision": "fp16"}  # fmt: skip
+    results, shapes = [], []
+    for order, arch, multiprocessors, workspace in [
+        (FORWARD, "sm_90", 1, 1 << 26), (REVERSE, "sm_80", 9, 1 << 26), (11, "sm_86", 40, 1 << 26), (12, "sm_90", 8, 1),
+    ]:  # fmt: skip
+        device = ShimDevice(
+            order, eager=eager, arch=arch, multiprocessors=multiprocessors, workspace=workspace
+        )
+        results.append(fused(codes, g, device, **s))
+        launched = [(m, grid) for m, grid in zip(device.macros, device.grids, strict=True) if "STAGES" in m]
+        shapes += [(m["BLOCK_N"], m["STAGES"], grid[1]) for m, grid in launched]
+    assert len(set(shapes)) == 4, shapes
+    assert {128, 256} == {shape[0] for shape in shapes}
+    assert {1, 9} <= {shape[2] for shape in shapes}
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+    oracle = {key: value for key, value in s.items() if key not in ("precision", "tile_rows")}
+    assert_matches(results[0], reference.tile_mvm(codes, half(g), tile=40, **oracle), 2e-7)
+
+
+def half(g):
+    """What fp16 keeps of conductances."""
+    scale = np.float32(2.0**30)
+    return (g * scale).astype(np.float16).astype(np.float32) / scale
+
+
+@pytest.mark.parametrize("tile", [64, 100, 256, 512])
+def test_tile_lengths(tile):
+    codes, g = case(30, 1100, 40)
+    s = {"adc_bits": 8, "adc_lsb": 1e-6, "v_lsb": 1e-3}
+    y = fused(codes, g, tile_rows=tile, **s)
+    assert_matches(y, reference.tile_mvm(codes, g, tile=tile, **s), 1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_matches_oracle(groups, transposed):
+    conv = ConvGeometry(4, 11, 13, (2, 3), (2, 1), (0, 2), (1, 2))
+    rng = np.random.default_rng(0)
+    g = rng.uniform(-G_MAX, G_MAX, (2, groups * conv.inputs, 8)).astype(np.float32)
+    shape = (5, groups * 8, *conv.out) if transposed else (5, groups * 4, 11, 13)
+    codes = rng.integers(-127, 128, shape).astype(np.int16)
+    s = {
+        "groups": groups, "transposed": transposed, "conv": conv, "v_lsb": 0.2 / 127, "adc_bits": 8,
+        "adc_lsb": 1e-7, "read_noise": 1e-7, "seed": SEED, "step": 3, "want_gate": not transposed,
+        "row_scale": np.linspace(1, 2, 5).astype(np.float32),
+    }  # fmt: skip
+    expected = reference.tile_mvm(codes, g, tile=4, **s)
+    device = ShimDevice(order=12, workspace=1 << 14)  # several chunks
+    y = fused(codes, g, device, tile_rows=4, tile_cols=4, **s)
+    assert device.launches.count("fused_tile_mvm") > 1
+    if not transposed:
+        assert (np.abs(y[1] - expected[1]) > 1e-5).mean() < 2e-3
+        y, expected = y[0], expected[0]
+    assert_matches(y, expected, 1e-7, weight=2 * 3, share=2e-2)
+
+
+# What a test of layouts, pipelines and barriers must see: (text of fused_tile_mvm.cu, what to put in its place).
+MUTANTS = {
+    "none": ("copy_commit", "copy_commit"),
+    "wait-too-weak": ("copy_wait<STAGES - 2>()", "copy_wait<STAGES - 1>()"),
+    "no-wait": ("copy_wait<STAGES - 2>();", ""),
+    "no-barrier-before-the-stage": ("__syncthreads();  // this stage", "// this stage"),
+    "stage-freed-early": ("at + STAGES - 1 < block.steps) fill(stage == 0 ? STAGES - 1 : stage - 1", "at + STAGES - 1 < block.steps) fill(stage"),
+    "group-not-closed": ("STAGES - 1);\n    copy_commit();", "STAGES - 1);"),
+    "no-barrier-before-the-results": ("through shared memory, so that a warp writes neighbours\n  __syncthreads();", "\n"),
+    "no-barrier-after-the-results": ("  __syncthreads();\n  const u32 biases", "  const u32 biases"),
+    "no-barrier-after-the-constants": ("  }\n  __syncthreads();\n  for (int j", "  }\n  for (int j"),
+    "swizzle-of-a-not-of-the-row": ("(chunk ^ (row & 7))", "(chunk ^ (row >> 1 & 7))"),
+    "swizzle-of-b-as-of-a": ("((row >> 3 & 3) << 1 | (row & 1))", "(row & 7)"),
+    "rows-of-b-in-plain-order": ("8 * (w.lane >> 1 & 3) + (w.lane & 1)", "(w.lane & 7)"),
+    "sums-not-cleared": ("sum = 0.0f;", ""),
+    "one-tile-early": ("left = k / STEP, tile", "left = 1, tile"),
+    "row-of-noise": ("row + 16 * i + 8 * h, purpose", "row + 16 * i, purpose"),
+    "low-half-dropped": ("place + B_BYTES, low + from", "place + B_BYTES, b + from"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
+    """Red in at least one of early and late copies; the unchanged kernel is green in both."""
+    old, new = MUTANTS[name]
+    text = (kernel_dir() / "fused_tile_mvm.cu").read_text()
+    assert text.count(old) == 1 or name == "none"
+    mutant = tmp_path / "fused_tile_mvm.cu"
+    mutant.write_text(text.replace(old, new))
+    build = cuda_shim.build
+    monkeypatch.setattr(
+        cuda_shim, "build", lambda file, *rest: build(mutant if file == mutant.name else file, *rest)
+    )
+    codes, g = case(131, 300, 140)
+    s = {"adc_bits": 8, "adc_lsb": 2e-7, "v_lsb": 1e-3, "read_noise": 2e-7, "seed": SEED}
+    expected = reference.tile_mvm(codes, g, tile=100, **s)
+    found = []
+    for eager, order in ((False, FORWARD), (True, REVERSE)):
+        try:
+            y = fused(codes, g, ShimDevice(order, eager=eager), tile_rows=100, **s)
+            assert_matches(y, expected, 2e-7)
+        except (AssertionError, RuntimeError) as error:
+            found.append(str(error))
+    assert bool(found) == (name != "none"), f"{name}: {found}"
+
+
+BIG = Case(4096, 1, 4096, 4096, 1, 128, noise="fast")
+CHOICES = {
+    "fused-saves-the-partial-sums": (BIG, "sm_90", "fused", "fused: .* us expected\ncuBLAS"),
+    "no-adc": (replace(BIG, adc_bits=0, noise="none"), "sm_90", "collapsed", "no ADC quantises"),
+    "no-adc-noise-a-tile": (replace(BIG, adc_bits=0), "sm_90", "epilogue", r"nothing is converted \(adc_bits=None\)"),
+    "turing": (BIG, "sm_75", "epilogue", "sm_75 has no mma.sync of 16-bit operands"),
+    "floats": (replace(BIG, codes=False, precision="fp32"), "sm_90", "epilogue", "driven by floats"),
+    "fp32": (replace(BIG, precision="fp32"), "sm_90", "epilogue", "precision='fp32'"),
+    "sums": (replace(BIG, gate=True, adc_bits=12), "sm_90", "epilogue", "sums of 32 codes of 12 bits take more than 16 bits"),
+    "groups": (replace(BIG, groups=3, sense=7), "sm_90", "epilogue", "the 7 sensed lines of a group are no multiple of 8"),
+    "streams": (replace(BIG, streams=4, stream_bits=3), "sm_90", "epilogue", r"streams \* stream_bits = 12 bits"),
+    "indices": (replace(BIG, planes=512), "sm_90", "epilogue", "operands are too large"),
+    "memory": (replace(BIG, precision="fp16x2", variance=True), "sm_86", "epilogue", "do not fit the shared memory of sm_86"),
+    "little": (replace(BIG, rows=1, drive=128, sense=16), "sm_90", "fused", "tiles split 1 ways"),
+    "newer": (BIG, "sm_103", "fused", "rates of sm_100: estimate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_planner_says_why(name):
+    case, arch, strategy, reason = CHOICES[name]
+    plan = plan_tile_mvm(case, arch, 132)
+    assert plan.strategy == strategy, plan.explain()
+    assert plan.explain().startswith(f"strategy: {strategy}\n")
+    assert re.search(reason.replace("\n", r"\n\s*"), plan.explain()), plan.explain()
+    forced = "collapsed" if strategy == "collapsed" else "epilogue"
+    assert plan_tile_mvm(case, arch, 132, forced).strategy == forced
+    if strategy == "epilogue":
+        with pytest.raises(
+            ValueError, match=r"`strategy` must be possible, got 'fused' where .*; choose 'auto'"
+        ):
+            plan_tile_mvm(case, arch, 132, "fused")
+
+
+def test_the_choice_follows_the_table():
+    """A read whose partial sums are few is as well off with cuBLAS; every number is marked as estimate or measured."""
+    assert plan_tile_mvm(replace(BIG, tile=4096, rows=65536), "sm_90", 132).strategy == "epilogue"
+    assert {rates(arch).source for arch in ("sm_75", "sm_86", "sm_90a", "sm_120")} <= {"estimate", "measured"}
+    few = plan_tile_mvm(replace(BIG, rows=128, sense=256), "sm_90", 132, "fused")
+    assert few.splits == 32
+
+
+@pytest.mark.parametrize(
+    ("strategy", "text"),
+    [
+        ("wgmma", "`strategy` must be one of auto, collapsed, fused, epilogue, got 'wgmma'; choose one"),
+        ("collapsed", "`strategy` must be possible, got 'collapsed' where an ADC converts every tile; choose 'auto'"),
+    ],
+)  # fmt: skip
+def test_strategy_messages(strategy, text):
+    codes, g = case(2, 3, 4)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        fused(codes, g, adc_bits=8, adc_lsb=1e-7, strategy=strategy)
+
+
+def test_collapsed_is_one_product():
+    codes, g = case(20, 64, 16, planes=2)
+    device = ShimDevice()
+    y = ops.tile_mvm(codes, g, tile_rows=8, v_lsb=1e-3, device=device)
+    assert_matches(y, reference.tile_mvm(codes, g, tile=8, v_lsb=1e-3), 0.0)
+    assert "fused_tile_mvm" not in device.launches
+    many = ShimDevice()
+    other = ops.tile_mvm(codes, g, tile_rows=8, v_lsb=1e-3, device=many, strategy="epilogue")
+    np.testing.assert_allclose(y, other, rtol=1e-5, atol=1e-12)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from test_anchored_conductance import drifting
+from test_effective_conductance import WIRES, tiles, wires
 from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
 from test_program import SEED as WRITE_SEED
 from test_program import SHAPES as WEIGHT_SHAPES
@@ -358,3 +360,93 @@ def test_layers_of_a_window_read_what_was_programmed(cuda_device):
     g = run(cuda_device, ops.program, weight, w_max=w_max, **WINDOW)
     y = run(cuda_device, ops.tile_mvm, np.eye(17, dtype=np.float32), g[:1])
     np.testing.assert_allclose(y, G_MIN + np.clip((weight[0] / w_max[:, None]).T, 0, 1) * RANGE, rtol=1e-5)
+
+
+def training(where):
+    """A small converted network on a device: (its state by name, one training step that returns the loss)."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    import gpuxbar as gx
+
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 8, 9, 9), torch.randint(10, (16,))
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 49, 10))
+    settings = {
+        "tile": {"rows": 64, "cols": 64}, "dac": {"bits": 8}, "adc": {"bits": 8}, "read_noise": {"sigma": 1e-7},
+        "programming": {"write_noise": 1e-7},
+    }  # fmt: skip
+    model, _ = gx.convert(model, gx.CrossbarSpec.model_validate(settings))
+    gx.calibrate(model, [images])
+    model.to(where).train()
+    x, target = images.to(where), labels.to(where)
+    optimiser = torch.optim.SGD(model.parameters(), 0.05)
+
+    def step():
+        optimiser.zero_grad()
+        loss = functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return model.state_dict(), step
+
+
+def test_a_captured_training_step_trains_as_without_capture(cuda_device):
+    """Reads, transposed reads, the update and the reprogramming in one graph, with the noise of each step."""
+    import torch
+
+    state, step = training("cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+        before = {name: value.clone() for name, value in state.items()}
+        eager = [step().item() for _ in range(4)]
+        for name, value in before.items():
+            state[name].copy_(value)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        loss = step()
+    replayed = []
+    for _ in eager:
+        graph.replay()
+        replayed.append(loss.item())
+    np.testing.assert_allclose(replayed, eager, rtol=1e-5)
+    assert len(set(eager)) == len(eager)
+
+
+# ---- wires
+
+
+@pytest.mark.parametrize("method", ["none", "first_order", "ladder", "exact"])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (20, 37), (70, 30), (128, 128), (200, 256)])
+def test_wires_match_oracle(cuda_device, shape, method):
+    g, w = tiles(3, *shape), wires("lines", *shape)
+    found = run(cuda_device, ops.effective_conductance, g, method=method, **w)
+    expected = reference.effective_conductance(g, method=method, **w)
+    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def test_wires_do_not_depend_on_the_workspace_and_repeat(cuda_device, monkeypatch):
+    g = tiles(9, 70, 40)
+    first = run(cuda_device, ops.effective_conductance, g, **WIRES["strong"])
+    for _ in range(REPEATS):
+        np.testing.assert_array_equal(
+            first, run(cuda_device, ops.effective_conductance, g, **WIRES["strong"])
+        )
+    monkeypatch.setattr(cuda_device, "workspace", 1 << 20)
+    found = run(cuda_device, ops.effective_conductance, g, **WIRES["strong"])
+    np.testing.assert_allclose(found, first, rtol=0, atol=2e-6 * first.max())
+
+
+def test_anchored_wires_follow_the_host(cuda_device):
+    host, anchor = ops.Anchor.new((5, 20, 12)), ops.Anchor(*map(to_gpu, ops.Anchor.new((5, 20, 12))))
+    for g in drifting((5, 20, 12), 8):
+        settings = {"refresh_interval": 3, **WIRES["strong"]}
+        expected = ops.anchored_conductance(g, host, **settings)
+        found = from_gpu(ops.anchored_conductance(to_gpu(g), anchor, device=cuda_device, **settings))
+        np.testing.assert_allclose(found, expected, atol=2e-6 * expected.max())
+    np.testing.assert_array_equal(from_gpu(anchor.age), host.age)

@@ -120,7 +120,7 @@ def test_values_of_a_command_line(text, value):
         (
             {"update": {"nu": 1}},
             "CrossbarSpec: `update` must name its law, got {'nu': 1}; add `law`: agarwal, agarwal_symmetric, "
-            "constant_step, exponential_step, ideal, linear_step, neurosim, piecewise_step, power_step, soft_bounds",
+            "constant_step, exponential_step, ideal, linear_step, lookup_table, neurosim, piecewise_step, power_step, soft_bounds",
         ),
         (
             {"update": {"law": "agarwal", "nuu": 1}},

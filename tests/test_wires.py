@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,18 @@ def test_in_situ_training_sees_the_wires(compiled):
             "`mapping.scheme` must be differential or subtracted with parasitics, got 'offset'",
         ),
         (
+            {"parasitics": {"refresh_interval": 4}},
+            "`parasitics`: `anchor` must be ladder or mean_field with refresh_interval 4, got None",
+        ),
+        (
+            {"parasitics": {"anchor": "ladder", "method": "ladder"}},
+            "`anchor` must go with method='exact' and shared_drivers=False, got 'ladder' and False",
+        ),
+        (
+            {"parasitics": {"shared_drivers": True, "anchor": "ladder"}},
+            "`anchor` must go with method='exact' and shared_drivers=False, got 'exact' and True",
+        ),
+        (
             {"parasitics": {"shared_drivers": True, "method": "ladder"}},
             "`shared_drivers` must go with method='exact'",
         ),
@@ -170,3 +184,114 @@ def test_column_tiles_can_share_their_drivers():
     ]
     expected = np.concatenate(list(solved[0] - solved[1]), axis=1)
     np.testing.assert_allclose(layer.conductances().g[0], expected, atol=2e-5 * np.abs(expected).max())
+
+
+ANCHORED = {**OHMS, "r_source": 20.0, "r_sink": 10.0, "anchor": "ladder", "refresh_interval": 4}
+EVERY_UPDATE = {**ANCHORED, "anchor": None, "refresh_interval": 1}
+
+
+def small_network(wires, in_situ):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 10))
+    law = {"update": {"law": "agarwal"}, "mapping": {"scheme": "subtracted"}} if in_situ else {}
+    model, _ = gx.convert(layers, spec(parasitics=wires, read_noise={"sigma": 1e-7}, **law))
+    optimiser = gx.optim.InSituSGD if in_situ else torch.optim.SGD
+    return model, optimiser(model.parameters(), lr=0.05)
+
+
+def steps(model, optimiser, which):
+    errors = []
+    for step in which:
+        rng = torch.Generator().manual_seed(step)
+        x, t = torch.randn(30, 20, generator=rng), torch.randint(10, (30,), generator=rng)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), t).backward()
+        errors.append(max(model[0].wire_error(), model[2].wire_error()))
+        optimiser.step()
+    return errors
+
+
+def look(model):
+    """A read between two updates; it changes nothing but the count of reads."""
+    with torch.no_grad():
+        model(torch.zeros(1, 20))
+    for layer in (model[0], model[2]):
+        layer.read_step -= 1
+
+
+@pytest.mark.parametrize("in_situ", [False, True])
+@pytest.mark.parametrize("terminations", ["line", "role"])
+def test_an_anchored_run_resumes_bit_for_bit(terminations, in_situ):
+    wires = {**ANCHORED, "terminations": terminations}
+    whole, optimiser = small_network(wires, in_situ)
+    steps(whole, optimiser, range(3))
+    look(whole)
+    kept = {k: v.clone() for k, v in whole.state_dict().items()}
+    steps(whole, optimiser, range(3, 9))
+
+    resumed, optimiser = small_network(wires, in_situ)
+    steps(resumed, optimiser, [100])
+    resumed.load_state_dict(kept)
+    look(resumed)
+    steps(resumed, optimiser, range(3, 9))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_an_anchored_layer_stays_near_the_exact_one_and_says_how_near():
+    model, optimiser = small_network({**ANCHORED, "terminations": "role"}, False)
+    exact, _ = small_network({**EVERY_UPDATE, "terminations": "role"}, False)
+    errors = steps(model, optimiser, range(14))
+    assert errors[0] == 0
+    assert all(0 < e < 1e-2 for e in errors[1:])
+    ages = torch.cat([model[k].wire_age.flatten() for k in (0, 2)])
+    assert ages.max() < 4
+    for layer, twin in ((model[0], exact[0]), (model[2], exact[2])):
+        twin.weight = layer.weight
+        found, expected = layer.conductances(), twin.conductances()
+        for a, b in ((found.g, expected.g), (found.back_g, expected.back_g)):
+            off = ((a - b).norm() / b.norm()).item()
+            assert 0 < off < 20 * layer.wire_error()
+    assert errors[-1] < 3e-3
+    assert exact[0].wire_error() == 0
+
+
+def test_only_due_tiles_are_solved(monkeypatch):
+    """8 tiles of 2 arrays, one in 4 an update; a written-over layer is solved at once."""
+    anchored = import_module("gpuxbar.ops.anchored_conductance")
+    real, solved = anchored.effective_conductance, []
+
+    def count(g, method, **wires):
+        if method == "exact":
+            solved.append(len(g))
+        return real(g, method=method, **wires)
+
+    monkeypatch.setattr(anchored, "effective_conductance", count)
+    wires = {**OHMS, "anchor": "ladder", "refresh_interval": 4, "tolerance": 1.0}
+    layer = AnalogLinear(32, 24, spec=spec(parasitics=wires))
+    x = torch.randn(3, 32)
+    for _ in range(9):
+        layer(x), layer(x)
+        with torch.no_grad():
+            layer.weight *= 1 - 0.01 * torch.rand(layer.weight.shape)
+    assert solved == [8] + [2] * 8
+    with torch.no_grad():
+        layer.weight.normal_()
+    layer(x)
+    assert solved[-1] == 8
+
+
+def test_in_situ_training_begins_with_anchors_of_its_own():
+    model, _ = small_network({**ANCHORED, "terminations": "line"}, True)
+    layer, x = model[0], torch.randn(3, 20)
+    for _ in range(2):  # the second time, the number of updates is that of the first
+        with torch.no_grad():
+            model(x)
+            layer.weight.copy_(torch.randn(layer.weight.shape))
+        layer.begin_in_situ()
+        with torch.no_grad():
+            model(x)
+        assert layer.wire_error() == 0
+        g = layer.g_cells.numpy().astype(np.float64)
+        expected = np.subtract(*(by_tile(plane, source=20.0, sink=10.0) for plane in g))
+        np.testing.assert_allclose(layer.conductances().g[0], expected, atol=2e-5 * np.abs(expected).max())

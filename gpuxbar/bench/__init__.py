@@ -1,6 +1,6 @@
 """Speed and memory against the ideal product and against plain PyTorch: `python -m gpuxbar.bench --list`."""
 
-from gpuxbar.bench.cases import CASES, Case, Contenders, OracleMismatch
-from gpuxbar.bench.measure import measure
+from gpuxbar.bench.cases import Case, Contenders, OracleMismatch
+from gpuxbar.bench.measure import CASES, measure
 
 __all__ = ["CASES", "Case", "Contenders", "OracleMismatch", "measure"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from gpuxbar.bench.cases import CASES, Case, OracleMismatch
-from gpuxbar.bench.measure import measure
+from gpuxbar.bench import CASES, Case, OracleMismatch, measure
+from gpuxbar.bench.fused import READS
 from gpuxbar.bench.record import append, environment, rewrite_readme, rows_of
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,13 @@ def bench(
         Path | None, typer.Option(help="JSON-lines file to append to or, with --readme, to read.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the cases and stop.")] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARCHITECTURE", help="Say how reads would run on a GPU, such as sm_90, and why."
+        ),
+    ] = None,
+    multiprocessors: Annotated[int, typer.Option(min=1, help="Of the GPU of --explain.")] = 132,
     readme: Annotated[
         bool, typer.Option("--readme", help="Rewrite the README's tables from the recorded rows.")
     ] = False,
@@ -43,6 +51,8 @@ def bench(
         if list_:
             for case in CASES:
                 console.print(f"{case.name:20} {case.size}", highlight=False, soft_wrap=True)
+        elif explain is not None:
+            _explain(console, explain, multiprocessors)
         elif readme:
             rewrite_readme(readme_file, rows_of(record or ROOT / "examples" / "results" / "cpu.jsonl"))
         else:
@@ -50,6 +60,14 @@ def bench(
     except (ValueError, OSError, OracleMismatch) as error:
         console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+def _explain(console: Console, arch: str, multiprocessors: int) -> None:
+    if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
+        raise ValueError(f"bench: `explain` must name an architecture, got {arch!r}; give one such as sm_90")
+    for read in READS:
+        text = f"{read.name}: {read.size}, noise {read.noise}\n{read.plan(arch, multiprocessors).explain()}"
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _chosen(names: list[str]) -> list[Case]:
@@ -97,12 +115,18 @@ def _with_bar(console: Console, case: Case, threads: int, rounds: int | None) ->
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     unit = next(iter(row["ms"].values()))
-    plain = row["ratio"].get("plain torch")
+    ours, plain = (row["ratio"].get(name) for name in ("gpuxbar", "plain torch"))
     memory = row["extra_mb"].get("gpuxbar")
     return (
-        row["case"], f"{unit[1]:.2f}", f"{row['ratio']['gpuxbar']:.2f}", f"{row['target']:g}",
+        row["case"], f"{unit[1]:.2f}", "" if ours is None else f"{ours:.2f}", _target(row),
         "" if plain is None else f"{plain:.2f}", "" if memory is None else f"{memory:.1f}", f"{row['error']:.0e}",
     )  # fmt: skip
+
+
+def _target(row: dict[str, Any]) -> str:
+    if row["target_ms"] is not None:
+        return f"{row['target_ms']:g} ms: {row['ms']['gpuxbar'][1]:.2f}"
+    return "" if row["target"] is None else f"{row['target']:g}"
 
 
 if __name__ == "__main__":

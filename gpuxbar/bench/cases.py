@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar import ops, reference
+from gpuxbar.bench import updates
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import set_threads
@@ -35,10 +36,14 @@ class OracleMismatch(Exception):
 
 @dataclass(frozen=True)
 class Contenders:
-    """What is timed in turns, by name; the first is the unit of the ratios. `check`: largest error or mismatch."""
+    """What is timed in turns, by name; the first is the unit of the ratios. `check`: largest error or mismatch.
+
+    `pieces`: how many pieces of work a call does, where times are to be of one.
+    """
 
     run: dict[str, Callable[[], object]]
     check: Callable[[], float]
+    pieces: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,18 @@ class Case:
 
     Attributes:
         size: What one call works on.
-        target: Largest ratio of `gpuxbar` to the unit (a speed-up of two threads: the smallest).
+        target: Largest ratio of `gpuxbar` to the unit (a speed-up of two threads: the smallest), or None.
         memory_mb: Largest extra memory of one call, or None: not measured.
+        target_ms: Largest time of `gpuxbar`, or None.
     """
 
     name: str
     size: str
-    target: float
+    target: float | None
     build: Callable[[], Contenders]
     memory_mb: float | None = None
     speedup: bool = False
+    target_ms: float | None = None
 
 
 def linear(
@@ -115,6 +122,19 @@ def conv(batch: int = 32, channels: int = 64, size: int = 32, outputs: int = 64)
     return Contenders({"ideal": lambda: layer(tx), "gpuxbar": ours, "plain torch": lambda: plain(tx)}, check)
 
 
+def update(build: Callable[..., Any], *size: int) -> Contenders:
+    """A weight update of `bench.updates`, checked to float32 arithmetic of about ten operations."""
+    run, error = build(*size)
+
+    def check() -> float:
+        worst = float(error())
+        if not worst < 3e-6:
+            raise OracleMismatch(f"update: cells are off by {worst:.1e} of the window; 3e-6 is allowed")
+        return worst
+
+    return Contenders(run, check)
+
+
 def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
     """Forward, backward and SGD of a network; reads non-ideal in both directions, the update digital."""
     torch.manual_seed(0)
@@ -149,6 +169,7 @@ def scaling() -> Contenders:
 
 LINEAR = "1024 x 1024, batch 256, 128 x 128 tiles, 8-bit DAC and ADC"
 CONV = "64 -> 64, 3 x 3, 32 x 32, batch 32, 128-row tiles, 8-bit DAC and ADC, noise"
+UPDATE = "1024 x 1024, batch 256, soft bounds with every spread and cycle noise"
 CASES = (
     Case("linear", f"{LINEAR}, noise", 1.8, linear, memory_mb=8),
     Case("linear-fast", f"{LINEAR}, noise of the fast generator", 1.8, partial(linear, generator="fast")),
@@ -157,6 +178,13 @@ CASES = (
     Case("conv", CONV, 3.0, conv, memory_mb=32),
     Case("lenet5-step", "28 x 28, batch 64: training step", 2.2, partial(training_step, (1, 28, 28), 64)),
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),
+    Case("update", f"{UPDATE}: kernel", 2.0, partial(update, updates.expected_update)),
+    Case(
+        "update-step",
+        f"{UPDATE}: InSituSGD, with its outer product",
+        2.0,
+        partial(update, updates.in_situ_step),
+    ),
     Case("linear-two-threads", f"{LINEAR}, noise: one thread's time over two's", 1.7, scaling, speedup=True),
 )
 

@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 
-from gpuxbar.bench.cases import CASES, Case, Contenders, threads
+from gpuxbar.bench.cases import CASES as READS
+from gpuxbar.bench.cases import Case, Contenders, threads
+from gpuxbar.bench.parasitics import PARASITICS
 
-__all__ = ["extra_memory", "measure"]
+__all__ = ["CASES", "extra_memory", "measure"]
+
+CASES = (*READS, *PARASITICS)
 
 
 def measure(
@@ -61,7 +65,7 @@ def measure(
         "case": case.name, "size": case.size, "threads": thread_count, "rounds": total,
         "ms": {name: _percentiles(t) for name, t in times.items()},
         "ratio": {name: round(ratio, 3) for name, ratio in ratios.items()}, "target": case.target,
-        "extra_mb": memory, "target_mb": case.memory_mb, "error": error,
+        "target_ms": case.target_ms, "extra_mb": memory, "target_mb": case.memory_mb, "error": error,
     }  # fmt: skip
 
 
@@ -81,7 +85,7 @@ def _in_turns(
     try:
         for done in range(rounds):
             for name, run in contenders.run.items():
-                times[name].append(_time(run))
+                times[name].append(_time(run) / contenders.pieces.get(name, 1))
             tick(done + 1, rounds)
     finally:
         gc.enable()
@@ -91,9 +95,9 @@ def _in_turns(
 def _percentiles(times: list[float]) -> list[float]:
     """20th, 50th and 80th percentile, ms."""
     if len(times) == 1:
-        return [round(times[0] * 1e3, 3)] * 3
+        return [round(times[0] * 1e3, 5)] * 3
     fifths = quantiles(times, n=10, method="inclusive")
-    return [round(fifths[i] * 1e3, 3) for i in (1, 4, 7)]
+    return [round(fifths[i] * 1e3, 5) for i in (1, 4, 7)]
 
 
 def extra_memory(case: Case, contender: str) -> float | None:

@@ -15,7 +15,16 @@ import torch
 
 import gpuxbar
 
-__all__ = ["GPU_ROWS", "append", "environment", "readme_tables", "rewrite_readme", "rows_of"]
+__all__ = [
+    "GPU_ROWS",
+    "append",
+    "environment",
+    "readme_tables",
+    "rewrite_readme",
+    "rows_of",
+    "training_table",
+    "wires_table",
+]
 
 START, END = (
     "<!-- gpuxbar.bench: generated, see `python -m gpuxbar.bench --readme` -->",
@@ -27,6 +36,10 @@ GPU_ROWS = (
     ("noise and ADC behind the product", ">= 85 % of the copy bandwidth"),
     ("product with noise and ADC", "<= 1.2 ms"),
 )
+
+GPU_WIRES = (
+    ("exact", "<= 40 ms in all"), ("mean field", "<= 3 ms in all"), ("ladder", "<= 1 ms in all"),
+)  # fmt: skip
 
 
 def environment(root: Path) -> dict[str, Any]:
@@ -140,12 +153,73 @@ def _machines(rows: list[dict[str, Any]]) -> list[str]:
     return sorted(lines)
 
 
-def rewrite_readme(readme: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the tables of the rows between the markers of a README."""
-    text = readme.read_text()
-    if START not in text or END not in text:
-        raise ValueError(
-            f"bench: `--readme` must have the lines {START!r} and {END!r} in {readme}, got neither or one; add them"
+def wires_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of the rows about wires: milliseconds a tile, and how much longer the others take."""
+    out = [
+        "| case | gpuxbar, ms a tile | target | others, times as long | extra MB | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ms = row["ms"]["gpuxbar"][1]
+        # the ratio of a single contender to itself is not recorded
+        first, *_ = row["ms"]
+        others = {name: t[1] / ms for name, t in row["ms"].items() if name != "gpuxbar"}
+        text = ", ".join(f"{name} {ratio:.2g}" for name, ratio in others.items())
+        target, missed = "", False
+        if row["target_ms"] is not None:
+            target, missed = f"<= {row['target_ms']:g} ms", ms > row["target_ms"]
+        elif row["target"] is not None:
+            target, missed = f"<= {row['target']:g} of a {first}", row["ratio"]["gpuxbar"] > row["target"]
+        memory = row["extra_mb"].get("gpuxbar")
+        out.append(
+            f"| {row['case']}: {row['size']} | {ms:.3g}{' (missed)' * missed} | {target} | {text} "
+            f"| {'' if memory is None else f'{memory:.1f}'} | {row['error']:.0e} |"
         )
-    head, rest = text.split(START, 1)
-    readme.write_text(f"{head}{START}\n\n{readme_tables(rows)}\n\n{END}{rest.split(END, 1)[1]}")
+    out.extend(
+        f"| H200, 6000 tiles of 128 x 128: {what} | {NOT_RUN} | {target} | | | |"
+        for what, target in GPU_WIRES
+    )
+    return "\n".join([*out, "", *_machines(rows)])
+
+
+def training_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of the runs of examples/06_train_through_wires.py."""
+    out = [
+        "| trained with | accuracy on exact wires | ms a step | estimated error of a tile |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        out.append(
+            f"| {row['trained']} | {row['on_exact_wires']:.3f} | {row['ms_a_step']:.0f} | "
+            + (f"{row['estimated_error']:.0e} |" if row["estimated_error"] else "|")
+        )
+    epochs, threads = rows[0]["epochs"], rows[0]["threads"]
+    return "\n".join([*out, "", f"{epochs} epochs of digits on {threads} CPU threads, one run each."])
+
+
+def rewrite_readme(readme: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the tables of the rows between the markers of a README: each kind of rows has a place of its own."""
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("wires-training", "wires", "reads")}
+    for row in rows:
+        kinds[next(kind for kind in kinds if row["case"].startswith(kind) or kind == "reads")].append(row)
+    for kind, table, start, end in (
+        ("reads", readme_tables, START, END),
+        ("wires", wires_table, *_markers("wires")),
+        ("wires-training", training_table, *_markers("wires-training")),
+    ):
+        if kinds[kind]:
+            _put(readme, table(kinds[kind]), start, end)
+
+
+def _markers(kind: str) -> tuple[str, str]:
+    return START.replace("gpuxbar.bench:", f"gpuxbar.bench {kind}:"), END.replace("bench", f"bench {kind}")
+
+
+def _put(readme: Path, table: str, start: str, end: str) -> None:
+    text = readme.read_text()
+    if start not in text or end not in text:
+        raise ValueError(
+            f"bench: `--readme` must have the lines {start!r} and {end!r} in {readme}, got neither or one; add them"
+        )
+    head, rest = text.split(start, 1)
+    readme.write_text(f"{head}{start}\n\n{table}\n\n{end}{rest.split(end, 1)[1]}")

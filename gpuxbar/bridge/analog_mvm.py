@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -159,7 +160,7 @@ def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str)
     """What the DAC drives: codes, or values relative to the largest without a DAC."""
     if device is None:
         extremes = [lsb] if read.code_max else [lsb, *torch.aminmax(x)]  # a DAC looks at every value itself
-        if not all(bool(torch.isfinite(value).all()) for value in extremes):
+        if not all(np.isfinite(array(value)).all() for value in extremes):
             count = int((~torch.isfinite(x)).sum())
             raise ValueError(
                 f"{what} must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
@@ -187,7 +188,7 @@ def _read(
     found = ops.tile_mvm(
         array(v), array(driven_lines(g, way, transposed)), noise_var=variance, transposed=transposed,
         groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits, streams=read.streams, phases=read.phases,
-        slice_scale=array(_slice_scale(way.slice_scale, v.device)), read_noise=read.noise, generator=way.generator,
+        slice_scale=_slice_scale(way.slice_scale, v.device), read_noise=read.noise, generator=way.generator,
         seed=way.seed, step=array(step), row_scale=array(lsb / read.v_lsb), want_gate=want_gate, device=device,
         precision=way.precision if read.code_max else "fp32", g_range=way.g_range, **more,
     )  # fmt: skip
@@ -196,8 +197,8 @@ def _read(
 
 
 @lru_cache(maxsize=1024)
-def _slice_scale(scale: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(scale, dtype=torch.float32, device=device)
+def _slice_scale(scale: tuple[float, ...], device: torch.device) -> Any:
+    return array(torch.tensor(scale, dtype=torch.float32, device=device))
 
 
 def driven_lines(part: Tensor, way: ReadPlan, transposed: bool) -> Tensor:

@@ -44,7 +44,7 @@ def on_device(t: Tensor, name: str) -> Iterator[Device | None]:
 
 def array(t: Tensor) -> Any:
     """A view of a tensor; of a contiguous copy if it is not contiguous."""
-    t = t.detach().contiguous()
+    t = (t.detach() if t.requires_grad else t).contiguous()
     if t.device.type == "cpu":
         return t.numpy()
     import cupy

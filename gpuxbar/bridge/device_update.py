@@ -18,12 +18,15 @@ __all__ = ["device_update"]
 _spec = lru_cache(maxsize=1024)(TypeAdapter(CrossbarSpec).validate_json)
 
 
-@operator(lambda g, dw, *_: torch.empty_like(dw), mutates_args=("g",))
-def device_update(g: Tensor, dw: Tensor, w_max: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
+@operator(lambda g, hidden, dw, *_: torch.empty_like(dw), mutates_args=("g", "hidden"))
+def device_update(
+    g: Tensor, hidden: Tensor | None, dw: Tensor, w_max: Tensor, step: Tensor, spec: str, seed: int
+) -> Tensor:
     """Move pairs of devices by wanted weight changes through the device's law; returns the weights read out.
 
     Args:
         g: Conductances of the positive and the negative devices, float32 [2, G * I, O], S; changed in place.
+        hidden: What devices with write noise hold, where `g` is what they show: like `g`; None without write noise.
         dw: Wanted weight changes, float32 [G, O, I]; finite.
         w_max: Weight of a full pair, float32 [G * O].
         step: Update counter, int64 [1]; same value, same noise.
@@ -35,7 +38,7 @@ def device_update(g: Tensor, dw: Tensor, w_max: Tensor, step: Tensor, spec: str,
     window, stuck = crossbar.device, crossbar.programming
     with on_device(g, "update") as device:
         weights = ops.device_update(
-            array(g), array(dw), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
+            array(g), array(dw), hidden=None if hidden is None else array(hidden), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
             stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),
             device=device,
         )  # fmt: skip

@@ -41,5 +41,28 @@ def operator(
 
 
 def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give an operator its gradient; see `torch.library.register_autograd`."""
-    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=LIBRARY)
+    """Give an operator its gradient, from the same functions as `torch.library.register_autograd`.
+
+    That one reads the schema anew at every call, which costs more than a small layer.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = below(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    name = op._schema.name.split("::")[1]
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
+
+    def differentiable(*args: Any) -> Any:
+        wanted = torch.is_grad_enabled() and any(
+            isinstance(a, torch.Tensor) and a.requires_grad for a in args
+        )
+        return function.apply(*args) if wanted else below(*args)
+
+    LIBRARY.impl(name, differentiable, "Autograd")

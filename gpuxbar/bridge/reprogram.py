@@ -14,8 +14,6 @@ from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["program_pairs", "reprogram"]
 
-_spec = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
-
 
 @operator(lambda *_: None, mutates_args=("g", "noise_var", "w_max", "state"))
 def reprogram(
@@ -42,33 +40,50 @@ def reprogram(
         merge: How planes are joined; see `ops.program`.
         seed: The layer's seed.
     """
-    crossbar = _spec(spec)
     with on_device(weight, "program") as device:
         ops.reprogram(
             array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
-            write_step=array(write_step), seed=seed, device=device, merge=merge, **_settings(crossbar),
-            scale=crossbar.mapping.scale, full_weight=crossbar.mapping.w_max,
+            write_step=array(write_step), seed=seed, device=device, merge=merge, **_settings(spec), **_scale(spec),
         )  # fmt: skip
 
 
-def program_pairs(share: Tensor, spec: str, seed: int) -> Tensor:
-    """Unsliced pairs of shares of the window: float32 [G, O, I] in -1 .. 1 to conductances [2, G * I, O], S."""
-    settings = _settings(_spec(spec)) | {"merge": "none", "sigma_g": 0.0}
+def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
+    """Unsliced pairs of shares of the window: float32 [G, O, I] in -1 .. 1 to conductances [2, G * I, O], S.
+
+    `step`, int64 [1], fixes the write noise, with the seed.
+    """
+    settings = _settings(spec) | {"merge": "none", "sigma_g": 0.0}
     with on_device(share, "program") as device:
         return tensor(
-            ops.program(array(share), w_max=array(share.new_ones(1)), seed=seed, device=device, **settings)
+            ops.program(
+                array(share),
+                w_max=array(share.new_ones(1)),
+                step=array(step),
+                seed=seed,
+                device=device,
+                **settings,
+            )
         )
 
 
-def _settings(spec: CrossbarSpec) -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def _settings(spec: str) -> dict[str, Any]:
     """The settings of `ops.program` for a layer."""
+    crossbar = CrossbarSpec.model_validate_json(spec)
     return {
-        "g_min": spec.device.g_min,
-        "g_max": spec.device.g_max,
-        "levels": spec.device.levels,
-        "slices": spec.mapping.slices,
-        "slice_bits": spec.mapping.slice_bits,
-        "sigma_g": spec.read_noise.sigma_g,
-        "exponent": spec.read_noise.exponent,
-        **spec.programming.model_dump(),
+        "g_min": crossbar.device.g_min,
+        "g_max": crossbar.device.g_max,
+        "levels": crossbar.device.levels,
+        "slices": crossbar.mapping.slices,
+        "slice_bits": crossbar.mapping.slice_bits,
+        "sigma_g": crossbar.read_noise.sigma_g,
+        "exponent": crossbar.read_noise.exponent,
+        **crossbar.programming.model_dump(),
     }
+
+
+@lru_cache(maxsize=4096)
+def _scale(spec: str) -> dict[str, Any]:
+    """How `ops.reprogram` finds the weight of a full pair."""
+    mapping = CrossbarSpec.model_validate_json(spec).mapping
+    return {"scale": mapping.scale, "full_weight": mapping.w_max}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +15,42 @@ from gpuxbar.bridge.operator import operator
 from gpuxbar.launch import Device
 from gpuxbar.spec import CrossbarSpec, Parasitics
 
-__all__ = ["merged", "refresh_wires"]
+__all__ = ["merged", "refresh_wires", "tiles_shape"]
 
 _spec = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
 
 
-@operator(lambda *_: None, mutates_args=("seen", "seen_back", "state"))
+@operator(
+    lambda *_: None,
+    mutates_args=("seen", "seen_back", "state", "offset", "start", "age", "slope", "error", "anchored"),
+)
 def refresh_wires(
     cells: Tensor,
     seen: Tensor,
     seen_back: Tensor | None,
     state: Tensor,
     key: Tensor,
+    offset: Tensor | None,
+    start: Tensor | None,
+    age: Tensor | None,
+    slope: Tensor | None,
+    error: Tensor | None,
+    anchored: Tensor | None,
     groups: int,
     merge: str,
     spec: str,
 ) -> None:
-    """Solve the wires of every tile, and merge the planes as the periphery does.
+    """Solve the wires of every tile (or of those that are due), and merge the planes as the periphery does.
 
     Args:
         cells: Conductances of all devices, float32 [2 slices, G * I, O], S.
         seen: What a forward read sees of them, float32 [S, G * I, O], S.
         seen_back: What a transposed read sees where that is another matrix, shape of `seen`; None: the same.
         state, key: What was solved and what the cells hold now, int64 [1]. On the CPU nothing is done if they agree;
-            on a GPU, where looking would wait for the device, wires are always solved.
+            on a GPU, where looking would wait for the device, wires are always solved, unless there is an anchor.
+        offset, start, age, slope, error: `ops.Anchor` of the tiles [D, ..., R, C] and [D, tiles], D 1 for one matrix
+            and 2 if the transposed read sees another; None: no anchor.
+        anchored: State of the cells that the anchor was last updated to, int64 [1].
         groups: Arrays side by side along the wordlines.
         merge: How planes join; see `mapping.Planes`.
         spec: The layer's `CrossbarSpec` as JSON.
@@ -45,15 +58,23 @@ def refresh_wires(
     crossbar = _spec(spec)
     wires = crossbar.parasitics
     with on_device(cells, "wires") as device:
-        if device is None and torch.equal(state, key):
+        if (device is None or anchored is not None) and torch.equal(state, key):
             return
+        moved = anchored is not None and not torch.equal(anchored, key)
         blocks = _tiles(cells.view(-1, cells.shape[1] // groups, cells.shape[2]), crossbar)
         base = 2 ** (crossbar.mapping.slice_bits or 0)
-        for target, swap in ((seen, False), (seen_back, True)):
-            if target is not None:
-                effective = _untiled(_solve(blocks, wires, swap, device), cells, groups)
-                target.copy_(merged(effective, merge, base))
+        for swap, target in enumerate((seen, seen_back)):
+            if target is None:
+                continue
+            anchor = None
+            if offset is not None:
+                parts = (offset, start, age, slope, error)
+                anchor = ops.Anchor(*(array(part[swap]) for part in parts if part is not None))
+            effective = _untiled(_solve(blocks, wires, bool(swap), device, anchor, moved), cells, groups)
+            target.copy_(merged(effective, merge, base))
         state.copy_(key)
+        if anchored is not None:
+            anchored.copy_(key)
 
 
 def merged(planes: Tensor, merge: str, base: int, power: int = 1) -> Tensor:
@@ -70,12 +91,33 @@ def merged(planes: Tensor, merge: str, base: int, power: int = 1) -> Tensor:
     return total
 
 
-def _solve(blocks: Tensor, wires: Parasitics, swap: bool, device: Device | None) -> Tensor:
+def tiles_shape(cells: tuple[int, ...], groups: int, spec: CrossbarSpec) -> tuple[int, ...]:
+    """Shape of the tiles of cells [2 slices, G * I, O]: arrays, row tiles, column tiles, rows, columns."""
+    t, u, rows, cols = _shape(cells[1] // groups, cells[2], spec)
+    return cells[0] * groups, t, u, rows, cols
+
+
+def _solve(
+    blocks: Tensor,
+    wires: Parasitics,
+    swap: bool,
+    device: Device | None,
+    anchor: ops.Anchor | None,
+    moved: bool,
+) -> Tensor:
     source, sink = (wires.r_sink, wires.r_source) if swap else (wires.r_source, wires.r_sink)
-    solved = ops.effective_conductance(
-        array(blocks), r_wordline=wires.r_wordline, r_bitline=wires.r_bitline, r_source=source, r_sink=sink,
-        method=wires.method, shared_drivers=wires.shared_drivers, device=device,
-    )  # fmt: skip
+    ohms: dict[str, Any] = {
+        "r_wordline": wires.r_wordline, "r_bitline": wires.r_bitline, "r_source": source, "r_sink": sink,
+    }  # fmt: skip
+    if anchor is not None and wires.anchor is not None:
+        solved = ops.anchored_conductance(
+            array(blocks), anchor, **ohms, approximation=wires.anchor, refresh_interval=wires.refresh_interval,
+            tolerance=wires.tolerance, update=moved, device=device,
+        )  # fmt: skip
+    else:
+        solved = ops.effective_conductance(
+            array(blocks), **ohms, method=wires.method, shared_drivers=wires.shared_drivers, device=device
+        )
     return tensor(solved)
 
 

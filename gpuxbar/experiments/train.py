@@ -17,8 +17,9 @@ from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import set_threads
 from gpuxbar.nn import calibrate, convert
-from gpuxbar.optim import InSituSGD
+from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.spec import CrossbarSpec, save_spec
+from gpuxbar.spec.errors import nearest
 
 __all__ = ["Run", "train"]
 
@@ -31,7 +32,8 @@ class Run:
     """What to train, on what, and where to record it.
 
     `modes`: among "ideal", "hardware-aware" and "in-situ"; None: all, in-situ only if the spec has an update law.
-    `lr`: of AdamW, for the first two modes; `in_situ_lr` and `momentum`: of InSituSGD.
+    `lr`: of AdamW, for the first two modes; `in_situ_lr`, `momentum`: of the in-situ `optimizer`, a
+    name of `optim.build_optimizer`.
     `data`, `data_dir`, `download`: see `load_data`. `threads`: of the CPU; None leaves them as they are.
     """
 
@@ -43,6 +45,7 @@ class Run:
     lr: float = 3e-3
     in_situ_lr: float = 0.05
     momentum: float = 0.9
+    optimizer: str = "sgd"
     seed: int = 0
     resume: bool = False
     data: str = "digits"
@@ -98,6 +101,10 @@ def train(run: Run) -> list[dict[str, Any]]:
 
 
 def _modes(run: Run) -> tuple[str, ...]:
+    if run.optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"train: `optimizer` must be an in-situ algorithm, got {run.optimizer!r}; {nearest(run.optimizer, OPTIMIZERS)}"
+        )
     can_update = run.spec.update is not None
     if run.modes is None:
         return tuple(STYLES) if can_update else ("ideal", "hardware-aware")
@@ -116,7 +123,7 @@ def _modes(run: Run) -> tuple[str, ...]:
 
 def _optimiser(run: Run, mode: str, model: nn.Module) -> torch.optim.Optimizer:
     if mode == "in-situ":
-        return InSituSGD(model.parameters(), lr=run.in_situ_lr, momentum=run.momentum)
+        return build_optimizer(run.optimizer, model, lr=run.in_situ_lr, momentum=run.momentum)
     return torch.optim.AdamW(model.parameters(), lr=run.lr)
 
 
@@ -161,6 +168,7 @@ def _identity(run: Run, data: Data) -> dict[str, Any]:
         "lr": run.lr,
         "in_situ_lr": run.in_situ_lr,
         "momentum": run.momentum,
+        "optimizer": run.optimizer,
         "seed": run.seed,
     }
 

@@ -88,7 +88,7 @@ class CudaDevice:
         arguments = kernel.bind(values)
         if 0 in grid:  # CuPy would round an empty grid up to one block
             return
-        function = _function(kernel.file, kernel.name, self.arch, tuple(sorted((macros or {}).items())),
+        function = _function(kernel.file, kernel.name, kernel.arch or self.arch, tuple(sorted((macros or {}).items())),
                              self._cupy.cuda.runtime.getDevice())  # fmt: skip
         if shared > 48 << 10:  # more than a kernel gets unasked
             function.max_dynamic_shared_size_bytes = shared

@@ -56,10 +56,15 @@ class Struct:
 
 
 class Kernel:
-    """One `extern "C"` kernel of `kernels/<file>`, named as the file unless `name` says otherwise."""
+    """One `extern "C"` kernel of `kernels/<file>`, named as the file unless `name` says otherwise.
 
-    def __init__(self, file: str, *, name: str | None = None, **arguments: Array | Scalar | Struct):
-        self.file, self.name = file, name or file.removesuffix(".cu")
+    `arch`: the only architecture it is for, where that is not the device's own name ("sm_90a" for "sm_90").
+    """
+
+    def __init__(
+        self, file: str, *, name: str | None = None, arch: str | None = None, **arguments: Array | Scalar | Struct
+    ):  # fmt: skip
+        self.file, self.name, self.arch = file, name or file.removesuffix(".cu"), arch
         self.arguments: Mapping[str, Array | Scalar | Struct] = arguments
 
     def bind(self, values: Mapping[str, Any]) -> list[Any]:

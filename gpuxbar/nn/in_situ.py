@@ -25,6 +25,7 @@ class InSitu(Wires):
 
     Buffers, None until in-situ training begins, then part of the state dict:
     `g_cells`: conductances of the positive and the negative devices, float32 [2, G * I, O], S.
+    `g_held`: what devices of a law with write noise hold where `g_cells` is what they show; None without it.
     `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max.
     `update_step`: number of updates, int64 [1]; with the layer's seed it fixes the noise of an update.
     """
@@ -35,11 +36,12 @@ class InSitu(Wires):
     inputs: int
     outputs: int
     g_cells: Tensor | None
+    g_held: Tensor | None
     w_max: Tensor | None
     update_step: Tensor | None
 
     def setup_in_situ(self) -> None:
-        for name in ("g_cells", "w_max", "update_step"):
+        for name in ("g_cells", "g_held", "w_max", "update_step"):
             self.register_buffer(name, None)
         self.streams = Streams()
         self._read_version: int | None = None  # of the weight when it was last what the cells read
@@ -65,8 +67,9 @@ class InSitu(Wires):
         """Program the present weights onto pairs once, and train the pairs from now on.
 
         The two devices of a pair lie half of w / w_max of the window above and below its middle, so that both
-        have room both ways. `w_max` is the largest weight (of the layer, or of each column) times
-        `mapping.headroom`. The weight becomes what the array holds after write noise and stuck cells.
+        have room both ways; with a one-sided law one of them lies at its lower end, so that both have room upwards.
+        `w_max` is the largest weight (of the layer, or of each column) times `mapping.headroom`. The weight becomes
+        what the array holds after write noise and stuck cells.
         """
         self.require_law()
         weight = self.weight.detach().reshape(self.groups_, self.outputs, self.inputs).float()
@@ -81,17 +84,52 @@ class InSitu(Wires):
         rows = (
             torch.where(rows > 0, rows, top) if self.spec.mapping.scale == "column" else top.expand_as(rows)
         )
-        self.w_max = (self.spec.mapping.headroom * rows).contiguous()
-        share = (weight / self.w_max.reshape(self.groups_, -1, 1) + 1) / 2
-        # program() puts a positive weight on the first plane and a negative one on the second
-        up, down = (self._program(part) for part in (share, share - 1))
-        self.g_cells = torch.stack([up[0], down[1]])
-        self.forget_wires()
+        self.start_cells(weight, self.spec.mapping.headroom * rows)
+
+    def start_cells(self, weight: Tensor, w_max: Tensor) -> None:
+        """Program weights [G, O, I] onto pairs; `w_max`, float32 [G * O]: weight of a full pair."""
+        self.w_max = w_max.contiguous()
         self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+        self._write_pairs(weight / self.w_max.reshape(self.groups_, -1, 1))
+
+    def refresh(self) -> None:
+        """Write the present weights onto the pairs anew, as a one-sided law needs before its devices saturate.
+
+        Both devices of every pair are reset and programmed; write noise and spread of `spec.programming` apply.
+        """
+        if not self.in_situ:
+            raise ValueError(
+                f"{self.name}: `refresh` must follow begin_in_situ(), got a layer that is not trained in situ; build "
+                "InSituSGD first"
+            )
+        assert self.w_max is not None
+        weight = self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs)
+        self._write_pairs(weight / self.w_max.reshape(self.groups_, -1, 1))
+
+    def saturation(self) -> float:
+        """Largest share of the window that a device of the layer shows; `refresh` a one-sided pair as it nears 1."""
+        if self.g_cells is None:
+            return 0.0
+        window = self.spec.device
+        return ((self.g_cells.max() - window.g_min) / (window.g_max - window.g_min)).item()
+
+    def _write_pairs(self, w: Tensor) -> None:
+        """Program pairs with weights in shares of a full pair."""
+        assert self.spec.update is not None
+        if self.spec.update.sides == "one_sided":
+            self.g_cells = self._program(w)
+        else:
+            # program() puts a positive weight on the first plane and a negative one on the second
+            share = (w + 1) / 2
+            up, down = (self._program(part) for part in (share, share - 1))
+            self.g_cells = torch.stack([up[0], down[1]])
+        self.g_held = self.g_cells.clone() if self.spec.update.write_noise else None
+        self.restart_wires()
         self.update_cells(torch.zeros_like(self.weight))
 
     def _program(self, share: Tensor) -> Tensor:
-        return program_pairs(share.contiguous(), self.static[1], self.plan.seed)
+        assert self.update_step is not None
+        return program_pairs(share.contiguous(), self.update_step, self.static[1], self.plan.seed)
 
     @torch.no_grad()
     def update_cells(self, change: Tensor) -> None:
@@ -155,7 +193,7 @@ class InSitu(Wires):
         if off.any():
             raise ValueError(
                 f"{self.name}: `weight` must be what the cells read once trained in situ, got {int(off.sum())} other "
-                "values; update it by InSituSGD alone, or program it anew with begin_in_situ()"
+                "values; update it by an in-situ optimiser alone, or program it anew with begin_in_situ()"
             )
         self._read_version = self.weight._version
 
@@ -166,7 +204,9 @@ class InSitu(Wires):
         assert self.update_step is not None
         dw = change.float().reshape(self.groups_, self.outputs, self.inputs).contiguous()
         spec, seed = self.static[1], self.plan.seed
-        return device_update(self.g_cells, dw, self.w_max, self.update_step, spec, seed).view_as(change)
+        return device_update(self.g_cells, self.g_held, dw, self.w_max, self.update_step, spec, seed).view_as(
+            change
+        )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
@@ -185,6 +225,8 @@ class InSitu(Wires):
         if self.g_cells is None and f"{prefix}g_cells" in state_dict:
             device = self.weight.device
             self.g_cells = torch.empty(2, self.groups_ * self.inputs, self.outputs, device=device)
+            held = f"{prefix}g_held" in state_dict
+            self.g_held = torch.empty_like(self.g_cells) if held else None
             self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
             self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
         super()._load_from_state_dict(state_dict, prefix, *more)

@@ -81,7 +81,7 @@ class AnalogLayer(InSitu):
         self.register_buffer("full_pair", torch.zeros(sensed[0], device=device), persistent=False)
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self.look_at_ranges()
-        self.setup_wires((len(self.plan.slice_scale), *shape[1:]), device)
+        self.setup_wires(shape, len(self.plan.slice_scale), device)
         self.setup_in_situ()
 
     def set_plan(self, plan: ReadPlan) -> None:

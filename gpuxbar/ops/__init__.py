@@ -1,20 +1,26 @@
 """Array operations on NumPy and CuPy arrays, one a module."""
 
+from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.effective_conductance import effective_conductance
 from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
+from gpuxbar.ops.solve_for_inputs import solve_for_inputs, solve_for_inputs_gradient
 from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = [
+    "Anchor",
     "ConvGeometry",
+    "anchored_conductance",
     "dac_quantize",
     "device_update",
     "effective_conductance",
     "program",
     "pulse_update",
     "reprogram",
+    "solve_for_inputs",
+    "solve_for_inputs_gradient",
     "tile_mvm",
 ]

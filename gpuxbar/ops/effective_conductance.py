@@ -7,8 +7,9 @@ from typing import Any, Literal
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import Device, backend, host_call, library
+from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.effective_conductance_cuda import effective_conductance_cuda
 
 __all__ = ["Method", "effective_conductance"]
 
@@ -78,15 +79,11 @@ def effective_conductance(
             "the approximations treat every tile on its own"
         )
     where = "cuda" if device is not None else backend(g)
-    if where == "cuda":
-        raise NotImplementedError(f"{OP}: CuPy arrays have no kernel in this version; pass NumPy arrays")
     rows, cols = g.shape[-2:]
-    lines = {
-        "r_wordline": per_line(OP, "r_wordline", r_wordline, rows, "wordline"),
-        "r_bitline": per_line(OP, "r_bitline", r_bitline, cols, "bitline"),
-        "r_source": per_line(OP, "r_source", r_source, rows, "wordline"),
-        "r_sink": per_line(OP, "r_sink", r_sink, cols, "bitline"),
-    }
+    given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
+    if where == "cuda":
+        return _cuda(device or cuda_device(), g, given, method, shared_drivers)
+    lines = {name: per_line(OP, name, value, rows, cols) for name, value in given.items()}
     if not g.size:
         return np.empty_like(g)
     if where == "reference":
@@ -127,13 +124,46 @@ def _shared(g: np.ndarray, lines: dict[str, np.ndarray]) -> np.ndarray:
     return np.matmul(closing.astype(np.float32), bare)
 
 
-def per_line(op: str, name: str, value: Any, count: int, line: str) -> np.ndarray:
-    """A resistance for every line, float32 [count], from one number or one per line."""
-    resistance = np.asarray(value, np.float32)
-    if resistance.size not in (1, count) or resistance.ndim > 1:
-        raise ValueError(
-            f"{op}: `{name}` must have 1 or {count} values, got shape {resistance.shape}; give one, or one per {line}"
+def _cuda(device: Device, g: Any, given: dict[str, Any], method: Method, shared_drivers: bool) -> Any:
+    if method == "mean_field" or shared_drivers:
+        what = "method='mean_field'" if method == "mean_field" else "shared_drivers=True"
+        raise NotImplementedError(
+            f"{OP}: {what} has no CUDA kernel; pass NumPy arrays, or choose another method"
         )
+    rows, cols = g.shape[-2:]
+    lines: dict[str, Any] = {}
+    for name, value in given.items():
+        if hasattr(value, "shape") and value.ndim:  # on the device, and not read back
+            check_array(OP, name, value, "float32", 1)
+            _check_count(OP, name, value, rows, cols)
+            lines[name] = value
+        else:
+            lines[name] = float(per_line(OP, name, value, rows, cols)[:1].sum())
+    if method == "none" or not g.size:
+        out = device.empty(g.shape, "float32")
+        out[...] = g
+        return out
+    return effective_conductance_cuda(device, g.reshape(-1, rows, cols), lines, method).reshape(g.shape)
+
+
+_LINE = {"r_wordline": "wordline", "r_bitline": "bitline", "r_source": "wordline", "r_sink": "bitline"}
+
+
+def _check_count(op: str, name: str, value: Any, rows: int, cols: int) -> int:
+    """Lines that a resistance is given for; refuses another number of values than one or one per line."""
+    count = rows if _LINE[name] == "wordline" else cols
+    if value.size not in (1, count) or value.ndim > 1:
+        raise ValueError(
+            f"{op}: `{name}` must have 1 or {count} values, got shape {tuple(value.shape)}; "
+            f"give one, or one per {_LINE[name]}"
+        )
+    return count
+
+
+def per_line(op: str, name: str, value: Any, rows: int, cols: int) -> np.ndarray:
+    """A resistance for every line, float32 [R] or [C], from one number or one per line."""
+    resistance = np.asarray(value, np.float32)
+    count = _check_count(op, name, resistance, rows, cols)
     wrong = ~(np.isfinite(resistance) & (resistance >= 0))
     if wrong.any():
         raise ValueError(

@@ -22,11 +22,12 @@ from gpuxbar.ops.tile_mvm_cuda import (
     split_value,
 )
 from gpuxbar.ops.tile_mvm_plan import BLOCK_M, STEP, Plan, stage_bytes
-from gpuxbar.reference.random import Purpose
+from gpuxbar.reference.random import Purpose, round_keys
 
 __all__ = ["KERNELS", "fused_tile_mvm"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
+_KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of the rounds of Philox
 
 PACK_SENSED = Kernel(
     "pack_sensed.cu",
@@ -43,7 +44,8 @@ FUSED_TILE_MVM = Kernel(
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
     words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
     gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, adc_lsb_value=_FLOAT,
-    read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
+    read_noise_value=_FLOAT, step_value=_LONG, **_KEYS, row0=_LONG, y_row0=_LONG,
+    noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
     adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT, purpose=Scalar("uint32"),
 )  # fmt: skip
@@ -166,8 +168,8 @@ def _read(
          "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"], "read_noise": sigma, "step": step,
          "y": None if by_words else y, "gate": None if by_words else gate, "volts": s["v_lsb"] / operand.scale,
          "volts_squared": s["v_lsb"] ** 2, "read_noise_value": sigma_value, "step_value": step_value,
-         "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF, "noise_row0": s["row_offset"] + row0, "groups": shape.groups,
-         "sense": shape.sense, "k": shape.k, "code_max": code_max,
+         **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)), "noise_row0": s["row_offset"] + row0,
+         "groups": shape.groups, "sense": shape.sense, "k": shape.k, "code_max": code_max,
          "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},
         macros, shared=plan.stages * stage,
     )  # fmt: skip

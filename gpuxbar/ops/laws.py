@@ -14,6 +14,7 @@ from gpuxbar.spec import (
     ExponentialStep,
     Ideal,
     LinearStep,
+    LookupTable,
     NeuroSim,
     PiecewiseStep,
     PowerStep,
@@ -23,11 +24,11 @@ from gpuxbar.spec import (
 
 __all__ = ["LAWS", "Parameters", "parameters"]
 
-NODES = 9
+NODES, SCORES = 9, 17
 SIDES = {"both": 0, "reference": 1, "one_sided": 2}
 LAWS = {
     ConstantStep: 0, Ideal: 0, LinearStep: 0, SoftBounds: 1, Agarwal: 2, AgarwalSymmetric: 3, NeuroSim: 4,
-    ExponentialStep: 5, PowerStep: 6, PiecewiseStep: 7,
+    ExponentialStep: 5, PowerStep: 6, PiecewiseStep: 7, LookupTable: 8,
 }  # fmt: skip
 
 
@@ -42,6 +43,7 @@ class Parameters(ctypes.Structure):
             "pulses", "step_spread", "asymmetry", "asymmetry_spread", "low_spread", "high_spread", "floor", "gamma2",
             "cycle2", "pulse_cycle2", "range_cycle2", "write_noise")),
         *((name, ctypes.c_int32) for name in ("law", "lognormal", "integer_pulses", "sides")),
+        ("scatter", ctypes.c_float * SCORES * NODES * 2),
     ]  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def pulse_count(law: UpdateLaw) -> float:
 
 
 def _noise(law: UpdateLaw) -> dict[str, float]:
-    if isinstance(law, Ideal):
+    if isinstance(law, Ideal | LookupTable):
         return {}
     if isinstance(law, Agarwal | AgarwalSymmetric):
         return {"gamma2": law.gamma**2, "cycle2": law.cycle**2}
@@ -96,15 +98,28 @@ def _shape(law: UpdateLaw) -> dict[str, Any]:
         down = law.amplitude_down * np.exp(-law.rate_down * (law.b + law.a))
         rates = {"second_up": 2 * law.a * law.rate_up, "second_down": 2 * law.a * law.rate_down}
         return {**_ways(up, down, law.spread * up, law.spread * down), **rates}
-    if isinstance(law, PiecewiseStep):
+    if isinstance(law, PiecewiseStep | LookupTable):
         at = np.linspace(0, 1, NODES)
         nodes = [np.interp(at, np.linspace(0, 1, len(values)), values) for values in (law.up, law.down[::-1])]
+        measured = {"scatter": _scatter(law)} if isinstance(law, LookupTable) else {}
         return {
             **_ways(1.0, 1.0, law.spread, law.spread),
             **{name: (ctypes.c_float * NODES)(*node) for name, node in zip(("node_up", "node_down"), nodes, strict=True)},
+            **measured,
         }  # fmt: skip
     return {}
 
 
 def _ways(up: float, down: float, spread_up: float, spread_down: float) -> dict[str, Any]:
     return {"shape_up": up, "shape_down": down, "spread_up": spread_up, "spread_down": spread_down}
+
+
+def _scatter(law: LookupTable) -> Any:
+    """The measured scatter at the kernels' nodes, in order of conductance both ways; signed as the conductance is."""
+    at = np.linspace(0, 1, NODES)
+    tables = []
+    for rows in (law.scatter_up, law.scatter_down):
+        values = np.array(rows)
+        tables.append([np.interp(at, np.linspace(0, 1, len(values)), column) for column in values.T])
+    table = np.ascontiguousarray(np.array(tables).transpose(0, 2, 1), np.float32)
+    return (ctypes.c_float * SCORES * NODES * 2).from_buffer_copy(table.tobytes())

@@ -11,6 +11,7 @@ from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, library
 from gpuxbar.ops.checks import check_array, check_numbers, scalar_array
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
+from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
 from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
@@ -92,7 +93,7 @@ def tile_mvm(
             a high and a low half, 22 bits; codes up to 2048 are exact). On the CPU every product is float32.
         g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
-        strategy: On a GPU, "collapsed", "fused" or "epilogue" (see `ops.tile_mvm_plan`); "auto" takes the fastest.
+        strategy: On a GPU, "collapsed", "fused", "wgmma" or "epilogue" (see `ops.tile_mvm_plan`); "auto" takes the fastest.
 
     Returns:
         float32 [B, O], A unless scaled; transposed: [B, I]; with `conv` the images. With `want_gate`, (y, gate).
@@ -213,6 +214,8 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
     plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
     if plan.strategy == "fused":
         return fused_tile_mvm(device, v, g, rows, inputs, s, plan)
+    if plan.strategy == "wgmma":
+        return fused_tile_mvm_sm90(device, v, g, rows, inputs, s, plan)
     if plan.strategy == "collapsed":
         s = {**s, "tile": max(drive, 1)}
     return tile_mvm_cuda(device, v, g, rows, inputs, s)

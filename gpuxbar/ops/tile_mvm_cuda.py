@@ -17,7 +17,7 @@ from gpuxbar.launch.device import Precision
 from gpuxbar.reference.random import Purpose
 
 __all__ = [
-    "KERNELS", "Shape", "chunks", "code_range", "fold_patches", "generator_of", "pack_inputs", "split_value",
+    "KERNELS", "Shape", "chunks", "code_range", "conductance_scale", "fold_patches", "generator_of", "pack_inputs", "split_value",
     "tile_mvm_cuda",
 ]  # fmt: skip
 
@@ -153,8 +153,7 @@ def _right_operand(
     device: Device, g: Any, shape: Shape, inputs: int, cols: int, s: dict[str, Any]
 ) -> RightOperand:
     dtype, _ = Precision[s["precision"]]
-    # the largest conductance lands in [2^13, 2^14): far from overflow, and 28 binary orders above the smallest half
-    scale = 2.0 ** (13 - floor(log2(s["g_range"]))) if dtype == "float16" else 1.0
+    scale = conductance_scale(s["g_range"]) if dtype == "float16" else 1.0
     size = (shape.batch, shape.k, shape.ld)
 
     def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
@@ -171,6 +170,12 @@ def _right_operand(
     low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
     variance = None if s["noise_var"] is None else pack(s["noise_var"], "float32", None, 1.0)
     return RightOperand(pack(g, dtype, low, scale), low, variance, scale)
+
+
+def conductance_scale(g_range: float) -> float:
+    """The power of 2 that puts the largest conductance in [2^13, 2^14): far from overflow of fp16, and 28 binary orders
+    above its smallest number."""
+    return float(2.0 ** (13 - floor(log2(g_range))))
 
 
 def _partial_sums(
@@ -204,20 +209,24 @@ def _partial_sums(
 
 def pack_inputs(
     device: Device, v: Any, shape: Shape, row0: int, rows: int, s: dict[str, Any], dtype: str, *, digits: bool,
-    squares: Any = None,
+    squares: Any = None, panel_rows: int = 0,
 ) -> Any:  # fmt: skip
-    """Driven values of some rows, [P, rows, G, T, K]: the digits of every pass, or (P = 1) the codes as they are."""
+    """Driven values of some rows, [P, rows, G, T, K]: the digits of every pass, or (P = 1) the codes as they are.
+
+    `panel_rows`: above 0, in panels (kernels/include/gpuxbar/panels.cuh), rows padded to a multiple of it.
+    """
     conv = s["conv"]
     stream_bits, streams, phases = (s["stream_bits"], s["streams"], s["phases"]) if digits else (0, 1, 1)
-    a = device.empty((streams * phases, rows, shape.groups, shape.tiles, shape.k), dtype)
+    stored = -(-rows // panel_rows) * panel_rows if panel_rows else rows
+    a = device.empty((streams * phases, stored, shape.groups, shape.tiles, shape.k), dtype)
     places = dict.fromkeys(_PLACES, 1) if conv is None else _places(conv)
     device.launch(
-        PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-rows // 32)), (256,),
+        PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-stored // 32)), (256,),
         {"v": v, "a": a, "squares": squares, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
          "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": stream_bits,
          "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places},
         {"CODES": int(v.dtype.name == "int16"), "HALF": int(dtype == "float16"),
-         "CONV": 0 if conv is None else 2 if s["transposed"] else 1},
+         "CONV": 0 if conv is None else 2 if s["transposed"] else 1, "PANELS": int(panel_rows > 0)},
     )  # fmt: skip
     return a
 

@@ -1,10 +1,11 @@
-"""Which of three ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
+"""Which of four ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
 
 collapsed   nothing is converted per tile: planes and tiles merge into one product by cuBLAS
 fused       one kernel multiplies on tensor cores and converts in registers (kernels/fused_tile_mvm.cu)
+wgmma       the same on Hopper, by products of whole warpgroups (kernels/fused_tile_mvm_sm90.cu)
 epilogue    cuBLAS writes the partial sums of every tile, one kernel converts them (kernels/adc_accumulate.cu)
 
-All three draw the same noise and add codes as integers, so they agree: in every bit where the partial sums are
+All draw the same noise and add codes as integers, so they agree: in every bit where the partial sums are
 integers, else but for codes on a rounding edge. The choice rests on `tuning.tsv`; its rows say whether they are
 measured or estimated.
 """
@@ -16,10 +17,21 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["STRATEGIES", "Case", "Plan", "Rates", "pipeline", "plan_tile_mvm", "rates", "stage_bytes"]
+__all__ = [
+    "STRATEGIES",
+    "Case",
+    "Plan",
+    "Rates",
+    "pipeline",
+    "plan_tile_mvm",
+    "rates",
+    "stage_bytes",
+    "wgmma_bytes",
+]
 
-STRATEGIES = ("auto", "collapsed", "fused", "epilogue")
+STRATEGIES = ("auto", "collapsed", "fused", "wgmma", "epilogue")
 BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage: kernels/fused_tile_mvm.cu
+BLOCKS_N = (256, 128)  # columns of a block
 # Bytes of shared memory a block may take; architectures that are absent run the next lower one listed.
 SHARED = {
     "sm_80": 166912,
@@ -91,8 +103,9 @@ class Rates:
     Attributes:
         source: "measured" or "estimate".
         memory_gbs: Device memory, GB/s.
-        cublas_tflops, mma_tflops: Half-precision products by cuBLAS, and by the fused kernel without conversions.
-        none_gs, exact_gs, fast_gs: Conversions of the fused kernel by generator, 1e9/s.
+        cublas_tflops, mma_tflops, wgmma_tflops: Half-precision products by cuBLAS, and by the fused kernels without
+            conversions; 0 where there is no such instruction.
+        none_gs, exact_gs, fast_gs: Conversions of the fused kernels by generator, 1e9/s.
         launch_us: One kernel launch.
     """
 
@@ -101,6 +114,7 @@ class Rates:
     memory_gbs: float
     cublas_tflops: float
     mma_tflops: float
+    wgmma_tflops: float
     none_gs: float
     exact_gs: float
     fast_gs: float
@@ -135,7 +149,7 @@ def rates(arch: str) -> Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice with its reasons; `block_n`, `stages` and `splits` shape the fused kernel."""
+    """A choice with its reasons; `block_n`, `stages` and `splits` shape the fused kernels."""
 
     strategy: str
     why: tuple[str, ...]
@@ -165,31 +179,39 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         raise ValueError(
             f"tile_mvm: `strategy` must be possible, got 'collapsed' where {reason}; choose 'auto'"
         )
-    obstacle = _obstacle(case, arch)
-    if strategy == "fused" and obstacle:
+    obstacles = {"fused": _obstacle(case, arch), "wgmma": _wgmma_obstacle(case, arch)}
+    if obstacle := obstacles.get(strategy):
         raise ValueError(
-            f"tile_mvm: `strategy` must be possible, got 'fused' where {obstacle}; choose 'auto'"
+            f"tile_mvm: `strategy` must be possible, got {strategy!r} where {obstacle}; choose 'auto'"
         )
     if merges and strategy in ("auto", "collapsed"):
         return Plan("collapsed", ("no ADC quantises: planes and tiles merge into one product",))
     table = rates(arch)
-    epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", _epilogue_us(case, table)),))
+    epilogue_us = _epilogue_us(case, table)
+    epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", epilogue_us),))
     if strategy == "epilogue":
         return epilogue
-    if obstacle:
-        return replace(epilogue, why=(f"fused is impossible: {obstacle}", *epilogue.why))
-    shapes = [_fused(case, arch, multiprocessors, block_n) for block_n in (128, 256)]
-    times = [(_fused_us(case, table, multiprocessors, plan), plan) for plan in shapes if plan is not None]
-    best, fused = min(times, key=lambda pair: pair[0])
+    if obstacles["fused"] and obstacles["wgmma"]:
+        return replace(epilogue, why=(f"fused is impossible: {obstacles['fused']}", *epilogue.why))
+    times = {}
+    for name, shape in (("fused", _fused), ("wgmma", _wgmma)):  # first of equals
+        if not obstacles[name]:
+            plans = [shape(case, arch, multiprocessors, block_n) for block_n in BLOCKS_N]
+            timed = [
+                (_fused_us(case, table, multiprocessors, plan), plan) for plan in plans if plan is not None
+            ]
+            times[name] = min(timed, key=lambda pair: pair[0])
+    chosen = min(times, key=lambda name: times[name][0]) if strategy == "auto" else strategy
+    best, plan = times[chosen]
     why = (
-        _line("fused", best),
+        *(_line(name, us) for name, (us, _) in times.items()),
         *epilogue.why,
         f"rates of {table.architecture}: {table.source}",
-        f"fused: blocks of {BLOCK_M} x {fused.block_n}, {fused.stages} stages, tiles split {fused.splits} ways",
+        f"{chosen}: blocks of {BLOCK_M} x {plan.block_n}, {plan.stages} stages, tiles split {plan.splits} ways",
     )
-    if strategy == "auto" and best > _epilogue_us(case, table):
+    if strategy == "auto" and best > epilogue_us:
         return replace(epilogue, why=why)
-    return replace(fused, why=why)
+    return replace(plan, why=why)
 
 
 def _line(name: str, us: float) -> str:
@@ -226,6 +248,17 @@ def _obstacle(case: Case, arch: str) -> str | None:
     return None
 
 
+def _wgmma_obstacle(case: Case, arch: str) -> str | None:
+    """Why the Hopper kernel cannot compute a case; None if it can."""
+    if arch != "sm_90":
+        return f"{arch} has no wgmma (sm_90 does)"
+    if case.variance:
+        return "the noise depends on the state (noise_var)"
+    if case.converters > 1:
+        return "converters have a gain or offset of their own"
+    return _obstacle(case, arch)
+
+
 def _padded(case: Case) -> int:
     """Driven lines of a tile as the fused kernel sees them."""
     return -(-case.tile // STEP) * STEP
@@ -248,6 +281,21 @@ def _fused(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | 
     return Plan("fused", (), block_n, stages, splits)
 
 
+def _wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+    """The pipeline of one block size of the Hopper kernel, or None if its registers do not hold the sums."""
+    if block_n == 256 and (case.gate or case.converters or not case.fits_16_bits):
+        return None
+    free = SHARED[arch] - STATIC_SHARED
+    stages = next(count for count in (4, 3, 2) if wgmma_bytes(block_n, case.terms, count) <= free)
+    splits = max(1, min(case.tiles, multiprocessors // max(_blocks(case, block_n), 1)))
+    return Plan("wgmma", (), block_n, stages, splits)
+
+
+def wgmma_bytes(block_n: int, terms: int, stages: int) -> int:
+    """Shared memory of a block of the Hopper kernel: aligned stages of panels, two barriers each."""
+    return 1024 + stages * (2 * STEP * (BLOCK_M + block_n * terms) + 16)
+
+
 def stage_bytes(block_n: int, panels: int) -> int:
     """Shared memory of one stage: a step of the left operand and of `panels` right ones."""
     return 2 * STEP * (BLOCK_M + block_n * panels)
@@ -265,16 +313,18 @@ def pipeline(arch: str, block_n: int, panels: int) -> int | None:
 
 
 def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> float:
-    """Products and conversions half overlap, in whole waves of one block a multiprocessor."""
+    """Products and conversions overlap, half (fused) or all but a quarter (wgmma), in whole waves of one block a
+    multiprocessor."""
     blocks = _blocks(case, plan.block_n) * plan.splits
     waves = -(-blocks // multiprocessors) * multiprocessors / max(blocks, 1)
     outputs = _blocks(case, plan.block_n) * BLOCK_M * plan.block_n
-    product = 2e-6 * outputs * case.tiles * _padded(case) * (case.terms + case.variance) / table.mma_tflops
+    tflops, alone = (table.wgmma_tflops, 0.25) if plan.strategy == "wgmma" else (table.mma_tflops, 0.5)
+    product = 2e-6 * outputs * case.tiles * _padded(case) * (case.terms + case.variance) / tflops
     convert = 1e-3 * outputs * case.tiles / getattr(table, f"{case.noise}_gs")
     words = 0 if case.planes * case.passes * plan.splits == 1 else 8 * outputs
     moved = 4 * case.rows * case.groups * case.tiles * _padded(case) + words
     launches = 3 + (words > 0) * 2
-    work = max(product, convert) + min(product, convert) / 2
+    work = max(product, convert) + min(product, convert) * alone
     return waves * work + 1e-3 * moved / table.memory_gbs + launches * table.launch_us
 
 

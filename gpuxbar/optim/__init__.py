@@ -1,5 +1,17 @@
 """Optimisers that write to the devices themselves."""
 
+from gpuxbar.optim.build import OPTIMIZERS, build_optimizer
 from gpuxbar.optim.in_situ import InSituSGD
+from gpuxbar.optim.mixed_precision import MixedPrecision
+from gpuxbar.optim.tiki_taka import AGAD, ChoppedTikiTakaV2, TikiTaka, TikiTakaV2
 
-__all__ = ["InSituSGD"]
+__all__ = [
+    "AGAD",
+    "OPTIMIZERS",
+    "ChoppedTikiTakaV2",
+    "InSituSGD",
+    "MixedPrecision",
+    "TikiTaka",
+    "TikiTakaV2",
+    "build_optimizer",
+]

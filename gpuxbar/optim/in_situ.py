@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from gpuxbar.nn.in_situ import layer_of
+from gpuxbar.nn.in_situ import InSitu, layer_of
+from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
 
 __all__ = ["InSituSGD"]
 
 
-class InSituSGD(torch.optim.Optimizer):
+class InSituSGD(InSituOptimizer):
     """SGD whose steps of crossbar weights go through the device's law.
 
     A weight of a crossbar layer changes by what `spec.update` makes of the wanted change -lr * step, and is then
@@ -39,49 +39,24 @@ class InSituSGD(torch.optim.Optimizer):
         Agarwal et al., IJCNN 2016.
     """
 
+    rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
+
     def __init__(self, params: Any, lr: float, momentum: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        super().__init__(params, lr=lr, momentum=momentum)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if not group["lr"] > 0:
-            raise ValueError(f"InSituSGD: `lr` must be above 0, got {group['lr']}; try 0.05")
-        if not 0 <= group["momentum"] < 1:
+    def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
+        layer.require_law()
+        if layer.spec.pulses is not None and group["momentum"]:
             raise ValueError(
-                f"InSituSGD: `momentum` must be at least 0 and below 1, got {group['momentum']}; try 0.9"
+                f"InSituSGD: `momentum` must be 0 for layers with pulse trains, got {group['momentum']} for {layer.name}; "
+                "leave it out, or set pulses=None"
             )
-        layers = [layer for layer in map(layer_of, group["params"]) if layer is not None]
-        for layer in layers:
-            layer.require_law()
-            if layer.spec.pulses is not None and group["momentum"]:
-                raise ValueError(
-                    f"InSituSGD: `momentum` must be 0 for layers with pulse trains, got {group['momentum']} for {layer.name}; "
-                    "leave it out, or set pulses=None"
-                )
-        for layer in layers:
-            if not layer.in_situ:
-                layer.begin_in_situ()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns the loss of `closure`, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                layer = layer_of(parameter)
-                if layer is not None and layer.pulsed:
-                    layer.update_pulses(group["lr"])
-                elif parameter.grad is not None:
-                    change = self._step_of(parameter, group["momentum"]) * -group["lr"]
-                    if layer is None:
-                        parameter += change
-                    else:
-                        layer.update_cells(change)
-        return loss
+    def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
+        if layer.pulsed:
+            layer.update_pulses(group["lr"])
+        else:
+            layer.update_cells(-group["lr"] * self._velocity(weight, group["momentum"]))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -89,15 +64,3 @@ class InSituSGD(torch.optim.Optimizer):
             for layer in map(layer_of, group["params"]):
                 if layer is not None:
                     layer.streams.take()
-
-    def _step_of(self, parameter: Tensor, momentum: float) -> Tensor:
-        assert parameter.grad is not None
-        if not momentum:
-            return parameter.grad
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = parameter.grad.clone()
-        else:
-            state["momentum"].mul_(momentum).add_(parameter.grad)
-        velocity: Tensor = state["momentum"]
-        return velocity

@@ -9,6 +9,7 @@ from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
+from gpuxbar.reference.wire_currents import solve_for_inputs, solve_for_inputs_gradient
 
 __all__ = [
     "METHODS",
@@ -27,6 +28,8 @@ __all__ = [
     "pulse_trains",
     "pulse_update",
     "reprogram",
+    "solve_for_inputs",
+    "solve_for_inputs_gradient",
     "symmetry_point",
     "tile_mvm",
     "unfold",

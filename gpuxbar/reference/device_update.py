@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuxbar.reference.laws import moved
+from gpuxbar.reference.laws import moved, scattered
 from gpuxbar.reference.random import Purpose, normals, uniforms
 
 __all__ = ["Cells", "device_update"]
@@ -51,7 +51,12 @@ class Cells:
         y = np.clip((x - self.low) / width, 0.0, 1.0)
         to = self.low + width * moved(law, y, wanted * gain / width, self.z_up, self.z_down)
         size = np.abs(to - (self.low + width * y))
-        to = to + deviation(law, size, np.abs(wanted), gain) * z
+        if law["law"] == "lookup_table":
+            to = to + scattered(law, y, z, wanted > 0) * gain / law["pulses"] * np.sqrt(
+                np.abs(wanted) * law["pulses"]
+            )
+        else:
+            to = to + deviation(law, size, np.abs(wanted), gain) * z
         return np.where(wanted != 0, np.clip(to, self.low, self.high), x)
 
 

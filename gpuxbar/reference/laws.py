@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["moved", "neurosim_rate", "nonlinearity_label", "symmetry_point"]
+__all__ = ["moved", "neurosim_rate", "nonlinearity_label", "scattered", "symmetry_point"]
 
 Array = np.ndarray
 
@@ -50,6 +50,20 @@ def moved(
         up = LAWS[law["law"]](law, y, np.maximum(t, 0.0), np.asarray(z_up, np.float64), True)
         down = LAWS[law["law"]](law, y, np.maximum(-t, 0.0), np.asarray(z_down, np.float64), False)
     return np.where(t > 0, up, np.where(t < 0, down, y))
+
+
+def scattered(law: dict[str, Any], y: Array, z: Array, rising: Array) -> Array:
+    """What a pulse of a lookup table deviates by at shares y of the window, in nominal steps, for normals z."""
+    found = []
+    for rows in (law["scatter_down"], law["scatter_up"]):
+        table, scores = np.array(rows), np.linspace(-4.0, 4.0, len(rows[0]))
+        nodes = np.linspace(0.0, 1.0, len(table))
+        at_node = np.stack([np.interp(z, scores, row) for row in table])
+        hats = np.maximum(
+            0.0, 1 - np.abs(np.asarray(y)[None] - nodes.reshape(-1, *[1] * np.ndim(y))) * (len(table) - 1)
+        )
+        found.append((hats * at_node).sum(0))
+    return np.where(rising, found[1], found[0])
 
 
 def symmetry_point(law: dict[str, Any]) -> float:
@@ -152,6 +166,7 @@ LAWS: dict[str, Callable[[dict[str, Any], Array, Array, Array, bool], Array]] = 
     "exponential_step": _exponential_step,
     "ideal": _ideal,
     "linear_step": _linear_step,
+    "lookup_table": _piecewise_step,
     "neurosim": _neurosim,
     "piecewise_step": _piecewise_step,
     "power_step": _power_step,

@@ -11,7 +11,7 @@ from math import prod
 
 import numpy as np
 
-__all__ = ["Purpose", "normals", "philox", "uniforms"]
+__all__ = ["Purpose", "normals", "philox", "round_keys", "uniforms"]
 
 
 class Purpose(IntEnum):
@@ -32,17 +32,26 @@ class Purpose(IntEnum):
     UPDATE_SPREAD_LOW = 21
     UPDATE_SPREAD_HIGH = 22
     UPDATE_WRITE = 23
-    PULSE_INPUT = 32
-    PULSE_ERROR = 33
-    PULSE_CYCLE = 34
+    CHOPPER = 32
+    PULSE_INPUT = 33
+    PULSE_ERROR = 34
+    PULSE_CYCLE = 35
+
+
+def round_keys(seed: int, rounds: int = 10) -> list[int]:
+    """The key of every round of Philox4x32, high word << 32 | low word."""
+    return [
+        ((seed >> 32) + i * 0xBB67AE85 & 0xFFFFFFFF) << 32 | (seed + i * 0x9E3779B9 & 0xFFFFFFFF)
+        for i in range(rounds)
+    ]
 
 
 def philox(counter: np.ndarray, seed: int, rounds: int = 10) -> np.ndarray:
     """Philox4x32 of uint32 counters [..., 4] under a 64-bit seed; returns uint32 [..., 4]."""
     mask = np.uint64(0xFFFFFFFF)
     c0, c1, c2, c3 = (np.asarray(counter)[..., i].astype(np.uint64) for i in range(4))
-    key_lo, key_hi = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(rounds):
+    for key in round_keys(seed, rounds):
+        key_lo, key_hi = key & 0xFFFFFFFF, key >> 32
         p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         c0, c1, c2, c3 = (
             (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(key_lo),
@@ -50,7 +59,6 @@ def philox(counter: np.ndarray, seed: int, rounds: int = 10) -> np.ndarray:
             (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(key_hi),
             p0 & mask,
         )
-        key_lo, key_hi = (key_lo + 0x9E3779B9) & 0xFFFFFFFF, (key_hi + 0xBB67AE85) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 

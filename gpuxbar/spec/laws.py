@@ -25,6 +25,7 @@ __all__ = [
     "Ideal",
     "Law",
     "LinearStep",
+    "LookupTable",
     "NeuroSim",
     "PiecewiseStep",
     "PowerStep",
@@ -188,6 +189,49 @@ class PiecewiseStep(Stepping):
         return self
 
 
+class LookupTable(Law):
+    """A measured device: mean steps and their scatter, tabulated over the conductance.
+
+    Mean steps flow as `PiecewiseStep`; to that, n pulses add sqrt(n) times the scatter found where the device is. `gpuxbar.experiments.fit_table` makes one from a CSV of pulses.
+    `pulses`: nominal ones over the window. `up`, `down`: mean step at y = 0 .. 1 in nominal ones, positive.
+    `scatter_up`, `scatter_down`: a row for each of those places: what a pulse's change differs from its mean, in nominal
+    steps and signed as the conductance is, at the normal scores -4, -3.5 .. 4 (its quantiles at their probabilities).
+    A scatter with a mean of its own adds to the steps.
+    Source: Agarwal et al., IJCNN 2016 (tables of measured changes).
+    """
+
+    law: Literal["lookup_table"] = "lookup_table"
+    pulses: float = Field(1000.0, ge=1, le=1e7)
+    up: tuple[float, ...]
+    down: tuple[float, ...]
+    scatter_up: tuple[tuple[float, ...], ...]
+    scatter_down: tuple[tuple[float, ...], ...]
+    spread: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _tables(self) -> LookupTable:
+        for name, values, rows in (
+            ("up", self.up, self.scatter_up), ("down", self.down, self.scatter_down),
+        ):  # fmt: skip
+            if len(values) not in (2, 3, 5, 9) or not all(0 <= value <= 1000 for value in values):
+                raise ValueError(
+                    f"LookupTable: `{name}` must hold 2, 3, 5 or 9 mean steps of 0 to 1000 nominal ones, got "
+                    f"{list(values)}; fit with as many bins, and give depressing steps as positive"
+                )
+            if len(rows) != len(values) or any(len(row) != 17 for row in rows):
+                raise ValueError(
+                    f"LookupTable: `scatter_{name}` must hold {len(values)} rows of 17 values, one for each mean step, got "
+                    f"{len(rows)} of {sorted({len(row) for row in rows})}; give quantiles at the normal scores -4, -3.5 .. 4"
+                )
+            falling = [list(row) for row in rows if list(row) != sorted(row)]
+            if falling:
+                raise ValueError(
+                    f"LookupTable: `scatter_{name}` must not fall along a row, got {falling[0]}; "
+                    "these are quantiles: sort them"
+                )
+        return self
+
+
 class Agarwal(Law):
     """Asymmetric non-linear update with write noise (the laws of TxSim and CrossSim).
 
@@ -260,6 +304,7 @@ UpdateLaw = Annotated[
     | ExponentialStep
     | Ideal
     | LinearStep
+    | LookupTable
     | NeuroSim
     | PiecewiseStep
     | PowerStep

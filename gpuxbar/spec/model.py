@@ -206,6 +206,10 @@ class Parasitics(Part):
     driven through `r_sink` and the array is exactly the transpose; "role": drivers keep `r_source` and sense amplifiers
     `r_sink`, whichever lines they serve, and the array is solved once more. Must be chosen where the two differ.
     `shared_drivers`: column tiles of a layer share the drivers of their wordlines, one `r_source` for all ("exact" only).
+    `anchor`: between exact solutions, this approximation plus what it lacked at the last one; None: every tile is solved
+    whenever the weights change. `refresh_interval`: changes after which a tile is solved again, in turn; `tolerance`:
+    relative error of a tile that is let pass, as estimated, before it is solved earlier. A layer's `wire_error()` is
+    the largest estimate. On a GPU an anchor makes every read wait for the device once.
     """
 
     r_wordline: float = Field(0.0, ge=0)
@@ -215,6 +219,9 @@ class Parasitics(Part):
     method: Literal["none", "first_order", "ladder", "mean_field", "exact"] = "exact"
     terminations: Literal["line", "role"] | None = None
     shared_drivers: bool = False
+    anchor: Literal["ladder", "mean_field"] | None = None
+    refresh_interval: int = Field(1, ge=1)
+    tolerance: float = Field(1e-2, gt=0)
 
     @model_validator(mode="after")
     def _chosen(self) -> Parasitics:
@@ -228,6 +235,16 @@ class Parasitics(Part):
             raise ValueError(
                 "Parasitics: `shared_drivers` must go with method='exact' and terminations 'line', got "
                 f"{self.method!r} and {self.terminations!r}; choose these or shared_drivers=False"
+            )
+        if self.anchor is None and self.refresh_interval > 1:
+            raise ValueError(
+                f"Parasitics: `anchor` must be ladder or mean_field with refresh_interval {self.refresh_interval}, got "
+                "None; it carries a tile from one exact solution to the next"
+            )
+        if self.anchor is not None and (self.method != "exact" or self.shared_drivers):
+            raise ValueError(
+                "Parasitics: `anchor` must go with method='exact' and shared_drivers=False, got "
+                f"{self.method!r} and {self.shared_drivers}; choose these or anchor=None"
             )
         return self
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gpuxbar.spec.laws import ConstantStep, Ideal, LinearStep, UpdateLaw
+from gpuxbar.spec.laws import ConstantStep, Ideal, LinearStep, LookupTable, UpdateLaw
 from gpuxbar.spec.part import Part
 
 __all__ = ["PulseTrain", "check_train"]
@@ -45,6 +45,10 @@ def check_train(op: str, train: PulseTrain, law: UpdateLaw | None) -> None:
         raise ValueError(
             f"{op}: `law` must be one with pulses to follow a pulse train, got {'none' if law is None else 'ideal'}; "
             "use law='constant_step'"
+        )
+    if isinstance(law, LookupTable):
+        raise ValueError(
+            f"{op}: `law` must have a closed form to follow a pulse train, got 'lookup_table'; fit a law to the measurement"
         )
     if law.write_noise:
         raise ValueError(

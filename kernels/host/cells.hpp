@@ -30,11 +30,21 @@ struct Draws {
     draw(s.spread_up, UPDATE_SPREAD_UP, up);
     draw(s.spread_down, UPDATE_SPREAD_DOWN, down);
   }
-
-  Spreads of(int j) const { return Spreads{step[j], asymmetry[j], low[j], high[j], up[j], down[j]}; }
 };
 
-static inline bool noisy(const UpdateLaw& s) { return s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2 > 0.0f; }
+GPUXBAR_FN Spreads spreads(const Draws& z, int j) {
+  return Spreads{z.step[j], z.asymmetry[j], z.low[j], z.high[j], z.up[j], z.down[j]};
+}
+
+// `moved` for cell j of a row; a struct made in a simd loop itself would keep it from vectorising.
+template <class L>
+GPUXBAR_FN float moved_cell(const UpdateLaw& s, const Draws& z, int j, float x, float d, bool rising, float noise) {
+  return moved<L>(s, spreads(z, j), x, d, rising, noise, s.scatter);
+}
+
+static inline bool noisy(const UpdateLaw& s) {
+  return s.law == LOOKUP_TABLE || s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2 > 0.0f;
+}
 
 // 1 for cells that move, 0 for stuck ones.
 static inline void draw_free(float stuck_low, float stuck_high, const Place& at, u64 seed, float* free) {
@@ -54,7 +64,7 @@ struct LawTag {
 // Call work with the tag of a law known at run time.
 template <int KIND = 0, class Work>
 void with_law(i32 law, Work&& work) {
-  if constexpr (KIND <= PIECEWISE_STEP) {
+  if constexpr (KIND <= LOOKUP_TABLE) {
     if (law == KIND)
       work(LawTag<KIND>{});
     else

@@ -40,13 +40,26 @@ void move_row(const Update& u, const Place& at, const float* change, float* x, f
   if (noisy(u.law)) draw_normals(Draw{CYCLE, at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
   if (shown) draw_normals(Draw{UPDATE_WRITE, at.plane, (u32)u.step, u.seed}, at.row, at.col0, write);
   draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
+  const UpdateLaw s = u.law;
+  const bool positive = at.plane == 0;
+  alignas(64) float wanted[WIDE_ROW], d[WIDE_ROW];
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
-    const float wanted = device_share(u.law.sides, at.plane == 0, change[j]);
-    const float d = free[j] > 0.0f ? pulsed(u.law, wanted) : 0.0f;
-    x[j] = moved<L>(u.law, draws.of(j), x[j], d, wanted > 0.0f, z[j]);
-    if (shown) shown[j] = d > 0.0f ? max(fma(u.law.write_noise, write[j], x[j]), u.law.floor) : shown[j];
+    wanted[j] = device_share(s.sides, positive, change[j]);
+    d[j] = free[j] * pulsed(s, wanted[j]);
   }
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) x[j] = moved_cell<L>(s, draws, j, x[j], d[j], wanted[j] > 0.0f, z[j]);
+  if (shown)
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j)
+      shown[j] = d[j] > 0.0f ? max(fma(s.write_noise, write[j], x[j]), s.floor) : shown[j];
+}
+
+// A cell that did not move keeps its bits.
+void write_back(float* cells, const float* x, const float* before, float g_min, float range, i64 count) {
+#pragma omp simd
+  for (i64 j = 0; j < count; ++j) cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j];
 }
 
 template <class L>
@@ -70,16 +83,15 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
       for (i64 j = 0; j < count; ++j) before[j] = x[j] = (held[j] - u.g_min) * inverse_range;
       if (a.hidden)
         for (i64 j = 0; j < count; ++j) shown_before[j] = shown[j] = (cells[j] - u.g_min) * inverse_range;
-      move_row<L>(u, Place{plane, (u32)row, o0}, change[i], x, a.hidden ? shown : nullptr);
-      // a cell that did not move keeps its bits
-      for (i64 j = 0; j < count; ++j) held[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : held[j];
-      if (a.hidden)
-        for (i64 j = 0; j < count; ++j)
-          cells[j] = shown[j] != shown_before[j] ? fma(shown[j], u.range, u.g_min) : cells[j];
-      if (plane == 0)
-        for (i64 j = 0; j < count; ++j) weight[i][j] = cells[j] * inverse_range;
-      else
-        for (i64 j = 0; j < count; ++j) weight[i][j] = fma(-cells[j], inverse_range, weight[i][j]);
+      if (plane == 0 || u.law.sides != REFERENCE) {
+        move_row<L>(u, Place{plane, (u32)row, o0}, change[i], x, a.hidden ? shown : nullptr);
+        write_back(held, x, before, u.g_min, u.range, count);
+        if (a.hidden) write_back(cells, shown, shown_before, u.g_min, u.range, count);
+      }
+      const float sign = plane ? -inverse_range : inverse_range;
+      float* sum = weight[i];
+#pragma omp simd
+      for (i64 j = 0; j < count; ++j) sum[j] = fma(cells[j], sign, plane ? sum[j] : 0.0f);
     }
   }
   for (i64 j = 0; j < count; ++j)

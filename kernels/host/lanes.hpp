@@ -24,6 +24,14 @@ static_assert(ROWS % (DEEP * LANES) == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef u64 Wide __attribute__((vector_size(4 * LANES)));
 
+// The first `count` lanes; 0 in the others.
+inline Vec first_lanes(Vec v, i32 count) {
+  typedef i32 Index __attribute__((vector_size(4 * LANES)));
+  Index lane;
+  for (int k = 0; k < LANES; ++k) lane[k] = k;
+  return (Vec)((Index)v & (lane < count));
+}
+
 // A plane of a block: [COLS][ROWS].
 struct alignas(64) Plane {
   float at[COLS * ROWS];

@@ -38,6 +38,31 @@ struct Floats<8> {
   typedef float Vec __attribute__((vector_size(32), aligned(4)));
 };
 
+template <int STEP>
+inline void exchange(Lane* m) {
+  typedef int Index __attribute__((vector_size(4 * LANES)));
+  Index low, high;
+  for (int j = 0; j < LANES; ++j) {
+    low[j] = j & STEP ? LANES + j - STEP : j;
+    high[j] = j & STEP ? LANES + j : j + STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & STEP) continue;
+    const Lane a = m[i], b = m[i + STEP];
+    m[i] = __builtin_shuffle(a, b, low);
+    m[i + STEP] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// A square of 16 x 16 floats turned over its diagonal.
+inline void transpose(Lane* m) {
+  exchange<1>(m);
+  exchange<2>(m);
+  exchange<4>(m);
+  exchange<8>(m);
+}
+
 // ---------------------------------------------------------------- products
 
 // c[i][j] = c0[i][j] + sign * sum_k at[k][i] b[k][j] for ROWS x COLS results in registers; c0 may be null or c.
@@ -382,10 +407,10 @@ struct Builder {
     lanes.stack[0].top = 0;
     if (blocks.counting()) return out;
     for (i64 e0 = 0; e0 < SIZE; e0 += LANES) {
-      alignas(64) float square[LANES][LANES];
-      for (int e = 0; e < LANES; ++e) *(Lane*)square[e] = block.q[e0 + e];
-      for (int lane = 0; lane < LANES; ++lane)
-        for (int e = 0; e < LANES; ++e) out[lane * SIZE + e0 + e] = square[e][lane];
+      Lane square[LANES];
+      std::copy(block.q + e0, block.q + e0 + LANES, square);
+      transpose(square);
+      for (int lane = 0; lane < LANES; ++lane) std::memcpy(out + lane * SIZE + e0, square + lane, sizeof(Lane));
     }
     return out;
   }
@@ -449,65 +474,113 @@ struct Memory {
 
 // ---------------------------------------------------------------- lines on their own
 
-// Lines solved one by one, `COUNT` side by side: from the open end to the driven one, then back.
-// PERTURB: the relative drops of first order in the resistances, summed instead of multiplied.
-template <bool PERTURB>
-inline void step_in(int count, const float* g, const float* resistance, float* beyond, float* factor) {
-#pragma omp simd
-  for (int j = 0; j < count; ++j) {
-    beyond[j] += g[j];
-    factor[j] = PERTURB ? resistance[j] * beyond[j] : ladder_factor(resistance[j], beyond[j]);
-    if (!PERTURB) beyond[j] *= factor[j];
-  }
+// The first `count` of 16 floats, the others 0.
+inline Lane some(const float* from, i64 count) {
+  Lane x = {};
+  if (count >= LANES)
+    std::memcpy(&x, from, sizeof x);
+  else
+    std::memcpy(&x, from, sizeof(float) * count);
+  return x;
+}
+
+i64 ladder_work(i64 rows, i64 cols) {
+  return 3 * cols + (rows / LANES + 1) * cols + (cols / LANES + 1) * LANES * (LANES + 1);
 }
 
 // out = g times the shares of voltage and current that the tile's lines let through, each line on its own.
-template <bool PERTURB>
+// From the open end on, with 1 V there: the current grows by g u, the voltage by resistance times current; shares are
+// ratios to the voltage at the driven end. Every 16 cells are scaled anew, so that no line overflows.
 void ladder(const float* g, i64 rows, i64 cols, Lines lines, float* out, float* work) {
-  constexpr int SIDE = 32;
-  for (i64 c0 = 0; c0 < cols; c0 += SIDE) {  // bitlines, from the open end at the top to the sink and back
-    const int n = (int)std::min<i64>(SIDE, cols - c0);
-    float beyond[SIDE] = {}, reach[SIDE];
-    for (i64 r = 0; r < rows; ++r)
-      step_in<PERTURB>(n, g + r * cols + c0, (r + 1 < rows ? lines.bitline : lines.sink) + c0, beyond, work + r * SIDE);
-    for (int j = 0; j < n; ++j) reach[j] = 1.0f;
-    for (i64 r = rows - 1; r >= 0; --r)
-      for (int j = 0; j < n; ++j) {
-        reach[j] = PERTURB ? reach[j] - work[r * SIDE + j] : reach[j] * work[r * SIDE + j];
-        out[r * cols + c0 + j] = reach[j];
-      }
-  }
-  for (i64 r0 = 0; r0 < rows; r0 += SIDE) {  // wordlines, from the open end at the right to the source and back
-    const int n = (int)std::min<i64>(SIDE, rows - r0);
-    float beyond[SIDE] = {}, reach[SIDE];
-    for (i64 c0 = (cols - 1) / SIDE * SIDE; c0 >= 0; c0 -= SIDE) {
-      float turned[SIDE][SIDE] = {};
-      const int m = (int)std::min<i64>(SIDE, cols - c0);
-      for (int i = 0; i < n; ++i)
-        for (int j = 0; j < m; ++j) turned[j][i] = g[(r0 + i) * cols + c0 + j];
-      for (int j = m - 1; j >= 0; --j)
-        step_in<PERTURB>(n, turned[j], (c0 + j ? lines.wordline : lines.source) + r0, beyond, work + (c0 + j) * SIDE);
+  float* const voltage = work;                             // [cols] of the bitlines
+  float* const current = voltage + cols;                   // [cols]
+  float* const reach = current + cols;                     // [cols]
+  float* const scale = reach + cols;                       // [rows / 16, cols]: of 16 cells of a bitline
+  float* const along = scale + (rows / LANES + 1) * cols;  // [cols, 16]: voltages of 16 wordlines
+  float* const scale_along = along + (cols / LANES + 1) * LANES * LANES;
+  std::fill(voltage, voltage + cols, 1.0f);
+  std::fill(current, current + cols, 0.0f);
+  std::fill(reach, reach + cols, 1.0f);
+  for (i64 r = 0; r < rows; ++r) {  // bitlines, from the top
+    const float* const below = r + 1 < rows ? lines.bitline : lines.sink;
+    const float* const from = g + r * cols;
+    float* const to = out + r * cols;
+#pragma omp simd
+    for (i64 c = 0; c < cols; ++c) {
+      to[c] = voltage[c];
+      current[c] += from[c] * voltage[c];
+      voltage[c] += below[c] * current[c];
     }
-    for (int i = 0; i < n; ++i) reach[i] = PERTURB ? 0.0f : 1.0f;
-    for (i64 c0 = 0; c0 < cols; c0 += SIDE) {
-      float turned[SIDE][SIDE];
-      const int m = (int)std::min<i64>(SIDE, cols - c0);
-      for (int j = 0; j < m; ++j)
-        for (int i = 0; i < n; ++i) {
-          const float factor = work[(c0 + j) * SIDE + i];
-          reach[i] = PERTURB ? reach[i] + factor : reach[i] * factor;
-          turned[j][i] = reach[i];
-        }
-      for (int i = 0; i < n; ++i)
-        for (int j = 0; j < m; ++j) {
-          const i64 e = (r0 + i) * cols + c0 + j;
-          out[e] = g[e] * (PERTURB ? out[e] - turned[j][i] : out[e] * turned[j][i]);
-        }
+    if ((r + 1) % LANES && r + 1 < rows) continue;
+    float* const inverse = scale + r / LANES * cols;
+    for (i64 c = 0; c < cols; ++c) {
+      inverse[c] = 1.0f / voltage[c];
+      current[c] *= inverse[c];
+      voltage[c] = 1.0f;
+    }
+  }
+  for (i64 r0 = (rows - 1) / LANES * LANES; r0 >= 0; r0 -= LANES) {  // 16 wordlines at a time, from the right
+    const i64 n = std::min<i64>(LANES, rows - r0);
+    for (i64 c = 0; c < cols; ++c) reach[c] *= scale[r0 / LANES * cols + c];
+    const Lane left = some(lines.wordline + r0, n), source = some(lines.source + r0, n);
+    Lane amperes = {}, square[LANES];
+    for (i64 c0 = (cols - 1) / LANES * LANES; c0 >= 0; c0 -= LANES) {
+      for (int i = 0; i < LANES; ++i) square[i] = i < n ? some(g + (r0 + i) * cols + c0, cols - c0) : Lane{};
+      transpose(square);
+      Lane volts = Lane{} + 1.0f;
+      for (int j = LANES - 1; j >= 0; --j) {
+        std::memcpy(along + (c0 + j) * LANES, &volts, sizeof volts);
+        amperes += square[j] * volts;
+        volts += (c0 + j ? left : source) * amperes;
+      }
+      const Lane inverse = 1.0f / volts;
+      amperes *= inverse;
+      std::memcpy(scale_along + c0, &inverse, sizeof inverse);
+    }
+    Lane share = Lane{} + 1.0f;
+    for (i64 c0 = 0; c0 < cols; c0 += LANES) {
+      share *= some(scale_along + c0, LANES);
+      for (int j = 0; j < LANES; ++j) square[j] = share * some(along + (c0 + j) * LANES, LANES);
+      transpose(square);
+      const i64 m = std::min<i64>(LANES, cols - c0);
+      const Lane down = some(reach + c0, m);
+      for (int i = 0; i < n; ++i) {
+        const i64 e = (r0 + i) * cols + c0;
+        const Lane result = some(g + e, m) * some(out + e, m) * down * square[i];
+        std::memcpy(out + e, &result, sizeof(float) * m);
+      }
     }
   }
 }
 
-i64 ladder_work(i64 rows, i64 cols) { return 32 * std::max(rows, cols); }
+// out = g (1 - the drops of first order in the resistances).
+void first_order(const float* g, i64 rows, i64 cols, Lines lines, float* out, float* work) {
+  float* const beyond = work;
+  float* const drop = beyond + std::max(rows, cols);
+  std::fill(beyond, beyond + cols, 0.0f);
+  std::fill(drop, drop + cols, 0.0f);
+  for (i64 r = 0; r < rows; ++r)
+    for (i64 c = 0; c < cols; ++c) {
+      beyond[c] += g[r * cols + c];
+      out[r * cols + c] = beyond[c] * (r + 1 < rows ? lines.bitline[c] : lines.sink[c]);
+    }
+  for (i64 r = rows - 1; r >= 0; --r)
+    for (i64 c = 0; c < cols; ++c) {
+      drop[c] += out[r * cols + c];
+      out[r * cols + c] = drop[c];
+    }
+  for (i64 r = 0; r < rows; ++r) {
+    float total = 0.0f, along = 0.0f;
+    for (i64 c = cols - 1; c >= 0; --c) {
+      total += g[r * cols + c];
+      beyond[c] = total * (c ? lines.wordline[r] : lines.source[r]);
+    }
+    for (i64 c = 0; c < cols; ++c) {
+      along += beyond[c];
+      out[r * cols + c] = g[r * cols + c] * (1.0f - along - out[r * cols + c]);
+    }
+  }
+}
 
 // ---------------------------------------------------------------- lines and a coarse tile
 
@@ -578,7 +651,7 @@ struct Coarse {
       p_coarse[(i + pad) / k] += p[i];
     }
     for (i64 j = 0; j < fine_cols; ++j) q_coarse[j / k] += q[j];
-    ladder<false>(coarse, rows, cols, lines(), alone, across);
+    ladder(coarse, rows, cols, lines(), alone, across);
     builder.g = coarse;
     const Block<float> exact = builder.tile();
     for (i64 r = 0; r < rows; ++r)
@@ -604,12 +677,12 @@ struct Coarse {
 
 // ---------------------------------------------------------------- tiles
 
-bool finite(float x) { return (float_bits(x) & 0x7F800000u) != 0x7F800000u; }
-
-bool sound(const float* g, i64 count) {
-  i64 bad = 0;
-  for (i64 e = 0; e < count; ++e) bad += !(g[e] >= 0.0f && finite(g[e]));
-  return bad == 0;
+// Whether all numbers are finite, and (with `signs`) none negative; -0 counts as 0.
+bool sound(const float* x, i64 count, bool signs) {
+  const u32 mask = signs ? 0xFFFFFFFFu : 0x7FFFFFFFu;
+  u32 largest = 0;
+  for (i64 e = 0; e < count; ++e) largest = std::max(largest, float_bits(x[e] + 0.0f) & mask);
+  return largest < 0x7F800000u;
 }
 
 void note(i64* first, i64 tile) {
@@ -646,13 +719,13 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
     for (i64 tile = 0; tile < tiles; ++tile) {
       const float* const from = g + tile * rows * cols;
       float* const to = g_eff + tile * rows * cols;
-      if (!sound(from, rows * cols)) {
+      if (!sound(from, rows * cols, true)) {
         note(bad, tile);
         continue;
       }
       if (method == NONE) std::memcpy(to, from, sizeof(float) * rows * cols);
-      if (method == FIRST_ORDER) ladder<true>(from, rows, cols, lines, to, work);
-      if (method == LADDER || method == MEAN_FIELD) ladder<false>(from, rows, cols, lines, to, work);
+      if (method == FIRST_ORDER) first_order(from, rows, cols, lines, to, work);
+      if (method == LADDER || method == MEAN_FIELD) ladder(from, rows, cols, lines, to, work);
       if (method == MEAN_FIELD) coarse.add_coupling(from, to, builder, work);
       if (method == EXACT) {
         builder.g = from;
@@ -664,9 +737,7 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
             std::memcpy(admittance + (tile * rows + r) * rows, q.part(L, L) + (builder.pad + r) * q.ld + builder.pad,
                         sizeof(float) * rows);
       }
-      i64 lost = 0;
-      for (i64 e = 0; e < rows * cols; ++e) lost += !finite(to[e]);
-      if (lost) note(bad + 1, tile);
+      if (!sound(to, rows * cols, false)) note(bad + 1, tile);
     }
   }
 }

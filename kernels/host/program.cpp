@@ -17,16 +17,14 @@ constexpr int LINES = 16;
 constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
 constexpr u32 INFINITE = 0x7F800000u;    // bits of infinity; NaN is above
 
-bool is_ideal(const Programming& p) {
-  return p.spread == 0.0f && p.write_noise == 0.0f && p.stuck_low <= 0.0f && p.stuck_high >= 1.0f;
-}
+bool has_stuck(const Programming& p) { return p.stuck_low > 0.0f || p.stuck_high < 1.0f; }
 
 // What a write leaves of the targets of plane `slot`, in place.
-void write_row(const Programming& p, u32 slot, u32 row, i64 col0, float* g) {
+void write_row(const Programming p, u32 slot, u32 row, i64 col0, float* g) {
   alignas(64) float spread[WIDE_ROW] = {}, noise[WIDE_ROW] = {}, u[WIDE_ROW];
   if (p.spread > 0.0f) draw_normals(Draw{DEVICE_SPREAD, slot, 0, p.seed}, row, col0, spread);
   if (p.write_noise > 0.0f) draw_normals(Draw{WRITE, slot, (u32)p.step, p.seed}, row, col0, noise);
-  if (p.stuck_low > 0.0f || p.stuck_high < 1.0f)
+  if (has_stuck(p))
     draw_uniforms(Draw{STUCK, slot, 0, p.seed}, row, col0, u);
   else
     std::fill(u, u + WIDE_ROW, 0.5f);
@@ -34,80 +32,102 @@ void write_row(const Programming& p, u32 slot, u32 row, i64 col0, float* g) {
   for (int j = 0; j < WIDE_ROW; ++j) g[j] = written(p, g[j], spread[j], noise[j], u[j]);
 }
 
-// Conductances of one row without noise whose planes are the weight itself, its two sides, or an offset.
-void plain_row(const Programming& p, const float* w, float* pos, float* neg) {
-  const float range = p.g_max - p.g_min, low = p.g_min;
-  if (p.merge == MERGE_OFFSET) {
-#pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) pos[j] = fma(fma(0.5f, w[j], 0.5f), range, low);
-  } else if (p.merge == MERGE_NONE) {
-#pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
-      pos[j] = fma(max(w[j], 0.0f), range, low);
-      neg[j] = fma(max(-w[j], 0.0f), range, low);
-    }
-  } else {
-#pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) pos[j] = w[j] * range;
-  }
-}
-
-// Targets of slice k on one side of the pairs: w in units of w_max, code of all its slices.
-void target_row(const Programming& p, const float* w, const u32* code, i64 k, float side, float* g) {
+// Targets of slice k on one side of the pairs: w in units of w_max, `code` the bits of all its slices.
+void target_row(const Programming p, const float* w, const float* code, i64 k, float side, float* g) {
   if (p.slice_bits) {
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) g[j] = slice_target(p, w[j], code[j], k, side);
+    for (int j = 0; j < WIDE_ROW; ++j) g[j] = slice_target(p, w[j], float_bits(code[j]), k, side);
   } else if (p.merge == MERGE_OFFSET) {
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j) g[j] = offset_target(p, w[j]);
-  } else {
+  } else if (p.steps > 0.0f) {
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j) g[j] = pair_target(p, w[j], side);
+  } else {
+    Programming continuous = p;
+    continuous.steps = 0.0f;  // known to the compiler: no division
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) g[j] = pair_target(continuous, w[j], side);
   }
 }
 
 // Read noise of the devices of one row.
-void variance_row(const Programming& p, const float* g, float* variance) {
+void variance_row(const Programming p, const float* g, float* variance) {
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) variance[j] = read_variance(p, g[j]);
 }
 
-// Join the sides of slice k (pos + negative neg, times `weight` of the slice) as the mapping says, and store them.
+void store(const float* from, float* to, i64 count) {
+  if (count == WIDE_ROW)
+    std::copy(from, from + WIDE_ROW, to);
+  else
+    std::copy(from, from + count, to);
+}
+
+// Join the sides of slice k (pos + negative neg, times `weight` of the slice) as the mapping says, and store them; `sum`
+// is carried from slice to slice.
 void store_row(const Programming& p, i64 k, const float* pos, const float* neg, float negative, float weight,
                float* sum, float* out, i64 count) {
   const i64 plane = p.groups * p.inputs * p.outputs;
   if (p.merge == MERGE_OFFSET || p.merge == MERGE_NONE) {
-    std::copy(pos, pos + count, out + k * plane);
-    if (p.merge == MERGE_NONE) std::copy(neg, neg + count, out + (p.slices + k) * plane);
-  } else if (p.merge == MERGE_SUBTRACT) {
-    for (i64 j = 0; j < count; ++j) out[k * plane + j] = pos[j] + negative * neg[j];
-  } else {
+    store(pos, out + k * plane, count);
+    if (p.merge == MERGE_NONE) store(neg, out + (p.slices + k) * plane, count);
+    return;
+  }
+  const bool fresh = p.merge == MERGE_SUBTRACT || k == 0;
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) sum[j] = fma(weight, pos[j] + negative * neg[j], sum[j]);
-    if (k + 1 == p.slices) std::copy(sum, sum + count, out);
+  for (int j = 0; j < WIDE_ROW; ++j) sum[j] = fma(weight, pos[j] + negative * neg[j], fresh ? 0.0f : sum[j]);
+  if (p.merge == MERGE_SUBTRACT)
+    store(sum, out + k * plane, count);
+  else if (k + 1 == p.slices)
+    store(sum, out, count);
+}
+
+// Even elements first, odd ones after: the bits of an index rotate right by one.
+void deinterleave(const float* x, float* y) {
+  constexpr int HALF = LINES * WIDE_ROW / 2;
+#pragma omp simd
+  for (int n = 0; n < HALF; ++n) {
+    y[n] = x[2 * n];
+    y[n + HALF] = x[2 * n + 1];
   }
 }
 
-// Weights of 64 bitlines from o0 and up to 16 wordlines from i0, transposed, in units of w_max; 1 / w_max of each.
+// rows[bitline][wordline] to block[wordline][bitline]; `rows` is used up.
+void transpose(float* rows, float* block) {
+  static_assert(LINES == 16, "four rotations of an index");
+  deinterleave(rows, block);
+  deinterleave(block, rows);
+  deinterleave(rows, block);
+  deinterleave(block, rows);
+  std::copy(rows, rows + WIDE_ROW * LINES, block);
+}
+
+// Weights of up to 64 bitlines and 16 wordlines, transposed: in units of w_max, and the codes of sliced ones.
 void load_block(const Programming& p, const float* weight, const float* w_max, i64 output, i64 i0, i64 lines, i64 count,
-                float block[LINES][WIDE_ROW], double* inverse) {
-  if (count < WIDE_ROW) std::fill(&block[0][0], &block[0][0] + LINES * WIDE_ROW, 0.0f);
+                float* block, float* codes) {
+  const double top = (double)((1ull << (p.slices * p.slice_bits)) - 1);
+  alignas(64) float rows[WIDE_ROW * LINES] = {}, row_codes[WIDE_ROW * LINES] = {};
   for (i64 j = 0; j < count; ++j) {
-    inverse[j] = 1.0 / (double)w_max[p.scale_count > 1 ? output + j : 0];
+    const double inverse = 1.0 / (double)w_max[p.scale_count > 1 ? output + j : 0];
     const float* line = weight + (output + j) * p.inputs + i0;
-    const float by = (float)inverse[j];
-    if (lines == LINES)
-      for (int i = 0; i < LINES; ++i) block[i][j] = clip_weight(line[i] * by);
-    else
-      for (i64 i = 0; i < lines; ++i) block[i][j] = clip_weight(line[i] * by);
+    const float by = (float)inverse;
+    alignas(64) float whole[LINES] = {};  // a short line, padded
+    if (lines < LINES) line = std::copy(line, line + lines, whole) - lines;
+    float *row = rows + j * LINES, *row_code = row_codes + j * LINES;
+#pragma omp simd
+    for (int i = 0; i < LINES; ++i) row[i] = clip_weight(line[i] * by);
+    if (p.slice_bits)
+#pragma omp simd
+      for (int i = 0; i < LINES; ++i) row_code[i] = bits_float(weight_code(line[i], inverse, top));
   }
+  transpose(rows, block);
+  if (p.slice_bits) transpose(row_codes, codes);
 }
 
 // Every cell of finite weights.
 void program_cells(const Programming& p, const float* weight, const float* w_max, float* g, float* noise_var) {
-  const bool plain = is_ideal(p) && p.steps == 0.0f && p.slice_bits == 0 && !noise_var;
-  const bool pairs = p.merge != MERGE_OFFSET;
-  const double top = (double)((1ull << (p.slices * p.slice_bits)) - 1);
+  const bool pairs = p.merge != MERGE_OFFSET, ideal = p.spread == 0.0f && p.write_noise == 0.0f && !has_stuck(p);
   const i64 row_blocks = (p.inputs + LINES - 1) / LINES, col_blocks = (p.outputs + WIDE_ROW - 1) / WIDE_ROW;
 #pragma omp parallel for collapse(3) schedule(static) if (p.groups * p.inputs * p.outputs >= WORTH_A_THREAD)
   for (i64 group = 0; group < p.groups; ++group)
@@ -115,31 +135,20 @@ void program_cells(const Programming& p, const float* weight, const float* w_max
       for (i64 cb = 0; cb < col_blocks; ++cb) {
         const i64 i0 = rb * LINES, o0 = cb * WIDE_ROW, output = group * p.outputs + o0;
         const i64 lines = std::min<i64>(LINES, p.inputs - i0), count = std::min<i64>(WIDE_ROW, p.outputs - o0);
-        alignas(64) float block[LINES][WIDE_ROW];
-        double inverse[WIDE_ROW] = {};
-        load_block(p, weight, w_max, output, i0, lines, count, block, inverse);
+        alignas(64) float block[LINES * WIDE_ROW], pos[WIDE_ROW], neg[WIDE_ROW] = {}, sum[WIDE_ROW];
+        alignas(64) float var_pos[WIDE_ROW], var_neg[WIDE_ROW] = {}, var_sum[WIDE_ROW];
+        alignas(64) float codes[LINES * WIDE_ROW];
+        load_block(p, weight, w_max, output, i0, lines, count, block, codes);
         for (i64 i = 0; i < lines; ++i) {
           const i64 row = group * p.inputs + i0 + i, to = row * p.outputs + o0;
-          const float* w = block[i];
-          alignas(64) float pos[WIDE_ROW], neg[WIDE_ROW], var_pos[WIDE_ROW], var_neg[WIDE_ROW];
-          alignas(64) float sum[WIDE_ROW] = {}, var_sum[WIDE_ROW] = {};
-          if (plain) {
-            plain_row(p, w, pos, neg);
-            std::copy(pos, pos + count, g + to);
-            if (p.merge == MERGE_NONE) std::copy(neg, neg + count, g + to + p.groups * p.inputs * p.outputs);
-            continue;
-          }
-          alignas(64) u32 code[WIDE_ROW] = {};
-          if (p.slice_bits)
-            for (i64 j = 0; j < count; ++j)
-              code[j] = weight_code(weight[(output + j) * p.inputs + i0 + i], inverse[j], top);
+          const float *w = block + i * WIDE_ROW, *code = codes + i * WIDE_ROW;
           for (i64 k = 0; k < p.slices; ++k) {
-            const float by = (float)(1ull << (k * p.slice_bits));
+            const float by = p.merge == MERGE_ALL ? (float)(1ull << (k * p.slice_bits)) : 1.0f;
             target_row(p, w, code, k, 1.0f, pos);
-            write_row(p, (u32)k, (u32)row, o0, pos);
+            if (!ideal) write_row(p, (u32)k, (u32)row, o0, pos);
             if (pairs) {
               target_row(p, w, code, k, -1.0f, neg);
-              write_row(p, (u32)(p.slices + k), (u32)row, o0, neg);
+              if (!ideal) write_row(p, (u32)(p.slices + k), (u32)row, o0, neg);
             }
             store_row(p, k, pos, neg, -1.0f, by, sum, g + to, count);
             if (noise_var) {
@@ -163,7 +172,10 @@ i64 count_not_finite(const float* x, i64 count) {
 u32 largest_bits(const float* x, i64 count) {
   u32 top = 0;
 #pragma omp simd reduction(max : top)
-  for (i64 e = 0; e < count; ++e) top = std::max(top, float_bits(x[e]) & 0x7FFFFFFFu);
+  for (i64 e = 0; e < count; ++e) {
+    const u32 bits = float_bits(x[e]) & 0x7FFFFFFFu;
+    top = bits > top ? bits : top;
+  }
   return top;
 }
 

@@ -105,15 +105,10 @@ struct Row {
   }
 };
 
-// Cell j of a row after pulses; a struct made in a simd loop itself would keep it from vectorising.
-template <class L>
-GPUXBAR_FN float one_way(const UpdateLaw& s, const Draws& z, int j, float x, float d, bool rising, float noise) {
-  return moved<L>(s, z.of(j), x, d, rising, noise);
-}
-
+// `after_pulses` for cell j of a row, see moved_cell.
 template <class L>
 GPUXBAR_FN float both_ways(const UpdateLaw& s, const Draws& z, int j, float x, float ups, float downs, float noise) {
-  return after_pulses<L>(s, z.of(j), x, ups, downs, noise);
+  return after_pulses<L>(s, spreads(z, j), x, ups, downs, noise);
 }
 
 // Pulses of a row's devices, of one plane, for coincidences that raise the weight and all.
@@ -171,7 +166,7 @@ void pulse_row(const Update& u, const Place& at, const Row& row, i64 sample, con
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) d[j] = (ups[j] + downs[j]) * each;
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) x[j] = one_way<L>(s, row.draws, j, x[j], d[j], ups[j] > 0.0f, z[j]);
+  for (int j = 0; j < WIDE_ROW; ++j) x[j] = moved_cell<L>(s, row.draws, j, x[j], d[j], ups[j] > 0.0f, z[j]);
 }
 
 typedef i32 Ints __attribute__((vector_size(64)));

@@ -118,11 +118,19 @@ std::vector<Run> runs_of(const Conv& c, i64 row0, i64 rows) {
   return runs;
 }
 
-inline void copy(float* to, const float* from, i64 count, i64 stride) {
-  i64 i = 0;
-  if (stride == 1)
-    for (; i + LANES <= count; i += LANES) *(Vec*)(to + i) = *(const Vec*)(from + i);
-  for (; i < count; ++i) to[i] = from[i * stride];
+// Copies a short line: vectors of N floats, the last one over its predecessor; shorter ones by halves.
+template <int N = LANES>
+inline void copy(float* to, const float* from, i64 count) {
+  if constexpr (N > 2) {
+    typedef float Part __attribute__((vector_size(4 * N), aligned(4), may_alias));
+    if (count < N) return copy<N / 2>(to, from, count);
+    for (i64 i = 0; i < count; i += N) {
+      const i64 at = std::min(i, count - N);
+      *(Part*)(to + at) = *(const Part*)(from + at);
+    }
+  } else {
+    for (i64 i = 0; i < count; ++i) to[i] = from[i];
+  }
 }
 
 // a[k][i]: the voltage of wordline k for row `row0 + i` of a matrix.
@@ -140,25 +148,38 @@ void pack_matrix(const TileMvm& p, const Shape& s, const Driver& drive, i64 grou
   }
 }
 
-// The same of the patches of images: every line of a channel is driven once into `line`, zero-padded, and each tap of
-// the kernel copies its part.
-void pack_patches(const TileMvm& p, const Driver& drive, i64 group, const std::vector<Run>& runs, float* line,
-                  float* a) {
+// The same of the patches of images: the lines that the block's patches of an image touch are driven once into
+// `window`, zero-padded, [channels][lines][width], and each tap of the kernel copies its part.
+void pack_patches(const TileMvm& p, const Driver& drive, i64 group, const std::vector<Run>& runs,
+                  std::vector<float>& window, float* a) {
   const Conv& c = *p.conv;
-  for (const Run& run : runs) {
-    float* to = a + run.first;
-    for (i64 channel = 0; channel < c.channels; ++channel)
-      for (i64 ky = 0; ky < c.kernel_h; ++ky, to += c.kernel_w * ROWS) {
-        const i64 y = run.y * c.stride_h + ky * c.dilation_h - c.pad_h;
-        if (y < 0 || y >= c.height) {
-          for (i64 kx = 0; kx < c.kernel_w; ++kx) std::fill_n(to + kx * ROWS, run.count, 0.0f);
-          continue;
-        }
-        const i64 plane = (run.image * p.groups + group) * c.channels + channel;
-        drive(line + c.pad_w, (plane * c.height + y) * c.width, c.width, 1);
-        for (i64 kx = 0; kx < c.kernel_w; ++kx)
-          copy(to + kx * ROWS, line + run.x * c.stride_w + kx * c.dilation_w, run.count, c.stride_w);
+  const i64 width = c.width + 2 * c.pad_w;
+  for (auto begin = runs.begin(), end = begin; begin != runs.end(); begin = end) {
+    while (end != runs.end() && end->image == begin->image) ++end;
+    const i64 top = begin->y * c.stride_h;
+    const i64 lines = ((end - 1)->y - begin->y) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
+    window.assign(c.channels * lines * width, 0.0f);
+    for (i64 channel = 0; channel < c.channels; ++channel) {
+      const i64 image = (begin->image * p.groups + group) * c.channels + channel;
+      for (i64 line = 0; line < lines; ++line) {
+        const i64 y = top + line - c.pad_h;
+        if (y < 0 || y >= c.height) continue;
+        drive(window.data() + (channel * lines + line) * width + c.pad_w, (image * c.height + y) * c.width, c.width, 1);
       }
+    }
+    float* to = a;
+    for (i64 channel = 0; channel < c.channels; ++channel)
+      for (i64 ky = 0; ky < c.kernel_h; ++ky)
+        for (i64 kx = 0; kx < c.kernel_w; ++kx, to += ROWS) {
+          const float* tap = window.data() + (channel * lines + ky * c.dilation_h - top) * width + kx * c.dilation_w;
+          for (auto run = begin; run != end; ++run) {
+            const float* from = tap + run->y * c.stride_h * width + run->x * c.stride_w;
+            if (c.stride_w == 1)
+              copy(to + run->first, from, run->count);
+            else
+              for (i64 i = 0; i < run->count; ++i) to[run->first + i] = from[i * c.stride_w];
+          }
+        }
   }
 }
 
@@ -180,7 +201,7 @@ void pack_panel(const TileMvm& p, const Shape& s, const float* m, i64 plane, i64
   if (n < COLS) std::fill_n(b, s.drive * COLS, 0.0f);
   b += panel.begin;
   if (!p.transposed) {
-    for (i64 k = 0; k < s.drive; ++k) copy(b + k * COLS, base + k * p.cols + from, n, 1);
+    for (i64 k = 0; k < s.drive; ++k) copy(b + k * COLS, base + k * p.cols + from, n);
     return;
   }
   for (i64 k0 = 0; k0 < s.drive; k0 += COLS) {
@@ -277,27 +298,51 @@ void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const C
     }
 }
 
-// Adds column j of a block to the images that its patches come from.
-void fold(const TileMvm& p, i64 group, i64 k, const std::vector<Run>& runs, const float* sum) {
-  const Conv& c = *p.conv;
-  const i64 channel = k / (c.kernel_h * c.kernel_w), ky = k / c.kernel_w % c.kernel_h, kx = k % c.kernel_w;
-  for (const Run& run : runs) {
-    const i64 y = run.y * c.stride_h + ky * c.dilation_h - c.pad_h;
-    if (y < 0 || y >= c.height) continue;
-    float* line = p.y + (((run.image * p.groups + group) * c.channels + channel) * c.height + y) * c.width;
-    const i64 x = run.x * c.stride_w + kx * c.dilation_w - c.pad_w;
-    const i64 first = x < 0 ? (-x + c.stride_w - 1) / c.stride_w : 0;
-    const i64 last = x >= c.width ? 0 : std::min(run.count, (c.width - 1 - x) / c.stride_w + 1);
-    if (c.stride_w == 1)
-      for (i64 r = first; r < last; ++r) line[x + r] += sum[run.first + r];
-    else
-      for (i64 r = first; r < last; ++r) line[x + r * c.stride_w] += sum[run.first + r];
+// The images of a unit of work that patches fold back into: [images][channels][height][width], with their padding.
+struct Folded {
+  const Conv& c;
+  i64 height, width;
+  std::vector<float> at;
+  Folded(const Conv& c, i64 images)
+      : c(c),
+        height(c.height + 2 * c.pad_h),
+        width(c.width + 2 * c.pad_w),
+        at(images * c.channels * height * width + LANES) {}
+
+  // Adds column k of a block.
+  void add(i64 first_image, i64 k, const std::vector<Run>& runs, const float* sum) {
+    const i64 channel = k / (c.kernel_h * c.kernel_w), ky = k / c.kernel_w % c.kernel_h, kx = k % c.kernel_w;
+    for (const Run& run : runs) {
+      const i64 y =
+          ((run.image - first_image) * c.channels + channel) * height + run.y * c.stride_h + ky * c.dilation_h;
+      float* to = at.data() + y * width + run.x * c.stride_w + kx * c.dilation_w;
+      const float* from = sum + run.first;
+      i64 i = 0;
+      if (c.stride_w == 1) {
+        for (; i + LANES <= run.count; i += LANES) *(Vec*)(to + i) += *(const Vec*)(from + i);
+        if (i < run.count) *(Vec*)(to + i) += first_lanes(*(const Vec*)(from + i), (i32)(run.count - i));
+      } else {
+        for (; i < run.count; ++i) to[i * c.stride_w] += from[i];
+      }
+    }
   }
-}
+
+  // Adds the images, without their padding, to those of y, and forgets them.
+  void store(const TileMvm& p, i64 group, i64 first_image, i64 images) {
+    for (i64 plane = 0; plane < images * c.channels; ++plane) {
+      const i64 image = first_image + plane / c.channels, channel = group * c.channels + plane % c.channels;
+      float* __restrict__ to = p.y + (image * p.groups * c.channels + channel) * c.height * c.width;
+      const float* __restrict__ from = at.data() + (plane * height + c.pad_h) * width + c.pad_w;
+      for (i64 y = 0; y < c.height; ++y, to += c.width, from += width)
+        for (i64 x = 0; x < c.width; ++x) to[x] += from[x];
+    }
+    std::fill(at.begin(), at.end(), 0.0f);
+  }
+};
 
 // Adds a block's sums to y in its layout: rows of a matrix, images, or folded images.
 void store(const TileMvm& p, const Shape& s, i64 group, const Panel& panel, const Driven& d,
-           const std::vector<Run>& runs, bool first, float share, Block& w) {
+           const std::vector<Run>& runs, bool first, float share, Folded* folded, i64 first_image, Block& w) {
   const i64 sensed = p.groups * s.sense;
   for (i64 j = panel.begin; j < panel.end; ++j) {
     const i64 column = panel.column + j;
@@ -309,8 +354,8 @@ void store(const TileMvm& p, const Shape& s, i64 group, const Panel& panel, cons
     if (!p.conv) {
       if (first)
         for (i64 i = 0; i < ROWS; ++i) sum[i] += bias;
-    } else if (p.transposed) {
-      fold(p, group, panel.local + j, runs, sum);
+    } else if (folded) {
+      folded->add(first_image, panel.local + j, runs, sum);
     } else {
       const i64 pixels = p.conv->out_h * p.conv->out_w;
       for (i64 i = 0; i < d.rows;) {
@@ -368,8 +413,8 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
     float* a = voltages.get();
     float* a2 = p.noise_var ? a + block_size * s.passes : nullptr;
     std::unique_ptr<Block> work(new Block);
-    std::vector<float> line;
-    if (p.conv) line.resize(p.conv->width + 2 * p.conv->pad_w);
+    std::vector<float> window;
+    std::unique_ptr<Folded> folded(folds ? new Folded(*p.conv, unit_rows / pixels) : nullptr);
     for (i64 group = 0; group < p.groups; ++group) {
       const i64 panels = ((group + 1) * s.sense + COLS - 1) / COLS - group * s.sense / COLS;
       for (i64 panel0 = 0; panel0 < panels; panel0 += together)
@@ -405,7 +450,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
                 else if (p.transposed)
                   pack_pixels(p, s, drive, group, row0, rows, to);
                 else
-                  pack_patches(p, drive, group, runs, line.data(), to);
+                  pack_patches(p, drive, group, runs, window, to);
               }
               if (a2)
                 for (i64 e = 0; e < block_size * s.passes; ++e) a2[e] = a[e] * a[e];
@@ -422,9 +467,11 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
                   convert_panel(p, s, panel, adc, d, packed.get() + at, packed_var ? packed_var.get() + at : nullptr,
                                 plane, pass, weight, *work);
                 }
-                store(p, s, group, panel, Driven{nullptr, nullptr, row0, rows}, runs, plane == 0, share, *work);
+                store(p, s, group, panel, Driven{nullptr, nullptr, row0, rows}, runs, plane == 0, share, folded.get(),
+                      unit * unit_rows / pixels, *work);
               }
             }
+            if (folds) folded->store(p, group, unit * unit_rows / pixels, (unit_end - unit * unit_rows) / pixels);
           }
         }
     }

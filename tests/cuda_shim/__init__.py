@@ -31,12 +31,10 @@ def build(file, name, macros, flags=()):
     defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
     command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *defines]
     text = (
-        f'#include "{HERE / "tensor.hpp"}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
+        f'#include "{HERE / "hopper.hpp"}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
     )
     key = hashlib.sha256(repr((command, text)).encode())
-    for path in sorted(
-        [root / file, HERE / "shim.hpp", HERE / "tensor.hpp", *(root / "include" / "gpuxbar").glob("*.cuh")]
-    ):
+    for path in sorted([root / file, *HERE.glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")]):
         key.update(path.read_bytes())
     target = cache_dir() / f"shim-{name}-{key.hexdigest()[:20]}.so"
     if not target.exists():
@@ -68,7 +66,8 @@ class ShimDevice:
     def __init__(
         self, order=FORWARD, flags=(), workspace=1 << 26, *, eager=False, arch="sm_90", multiprocessors=4
     ):
-        self.order, self.flags, self.workspace, self.launches = order, flags, workspace, []
+        self.order, self.flags, self.workspace = order, flags, workspace
+        self.launches, self.macros, self.grids = [], [], []
         self.eager, self.arch, self.multiprocessors = eager, arch, multiprocessors
 
     def empty(self, shape, dtype):
@@ -79,6 +78,8 @@ class ShimDevice:
     def launch(self, kernel, grid, block, values, macros=None, shared=0):
         arguments = kernel.bind(values)
         self.launches.append(kernel.name)
+        self.macros.append(macros or {})
+        self.grids.append(grid)
         if 0 in grid:
             return
         library = ctypes.CDLL(str(build(kernel.file, kernel.name, macros or {}, self.flags)))

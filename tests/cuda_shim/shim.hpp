@@ -1,8 +1,9 @@
 // shim: compile an unmodified CUDA kernel file with a C++17 compiler (x86-64) and run it on the CPU, for tests.
 //
 // One block runs on one OS thread; its CUDA threads are fibers that switch only at __syncthreads, __syncwarp and
-// warp collectives, in an order given to the launch (0 forward, 1 reverse, else the seed of a random order), so that
-// a missing barrier shows. A kernel that never blocks runs as a plain loop. Blocks run in parallel under OpenMP.
+// warp collectives, in an order given to the launch, so that a missing barrier shows: 0 forward and 1 reverse run each
+// warp as far as the next barrier before the others, a larger one seeds a random order with all warps abreast. A
+// kernel that never blocks runs as a plain loop. Blocks run in parallel under OpenMP.
 // Reported as errors: divergent barriers and warp operations (deadlock), lanes of one warp operation that disagree,
 // shuffles from a lane outside the mask, launch limits. Not modelled: races between blocks, memory ordering.
 #pragma once
@@ -58,7 +59,7 @@ struct dim3 { unsigned x, y, z; constexpr dim3(unsigned a = 1, unsigned b = 1, u
 // fibers and the block scheduler
 namespace shim {
 constexpr size_t kStack = 128 << 10, kMaxDynSmem = 227 << 10;
-enum class St : uint8_t { Run, Bar, Warp, Done };
+enum class St : uint8_t { Run, Bar, Warp, Poll, Done };
 enum class Op : uint8_t { Sync, Shfl, Ballot, Add, Min, Max, And, Or, Match, Call };
 struct Copy { unsigned to; unsigned char data[16]; };  // an asynchronous copy under way: see tensor.hpp
 
@@ -67,9 +68,17 @@ struct Lane {  // one CUDA thread
   St st = St::Done;
   Op op; uint32_t mask; uint64_t val, res; int src; int pred;
   void (*call)(void**) = nullptr;  // of Op::Call
+  bool late = false;               // Op::Call that ends only when nothing else can go on
+  bool (*ready)(const Lane&);      // of St::Poll, of val and res
   std::vector<Copy> open; std::vector<std::vector<Copy>> groups;
 };
 struct Block;  // forward
+struct Hooks {  // of hopper.hpp, for each block: at its start, to let one event under way happen, at its end
+  void (*begin)() = [] {};
+  bool (*happen)() = [] { return false; };
+  void (*end)() = [] {};
+};
+static Hooks hooks;
 struct Ctx { uint3 tid, bid, bdim, gdim; Lane* lane; int lin; Block* blk; };
 static __thread Ctx tls;
 
@@ -106,11 +115,11 @@ static inline void* make_fiber(char* stack, void (*fn)()) {
   return p;
 }
 
-struct Block {  // per OS thread, reused for every block it runs
+struct Block {  // of one OS thread, reused for every block it runs in a launch
   std::vector<Lane> lane; std::vector<int> perm; std::vector<char*> stacks; std::vector<char*> free_stacks;
   void* main_sp = nullptr; int nt = 0, next = 0, alive = 0; std::string err;
   void (*call)(void*) = nullptr; void* call_arg = nullptr;
-  size_t dyn_size = 0; bool eager = false;
+  size_t dyn_size = 0; bool eager = false, greedy = false;
 
   void fail(const std::string& why) { if (err.empty()) err = why; }
 
@@ -143,11 +152,11 @@ struct Block {  // per OS thread, reused for every block it runs
     Lane& l = *tls.lane; l.st = s;
     shim_switch(&l.sp, main_sp);
   }
-  bool warp_try(int w) {  // complete any warp op of warp w whose participants have all arrived
+  bool warp_try(int w, bool late = false) {  // complete any warp op of warp w whose participants have all arrived
     const int lo = w * 32, n = std::min(32, nt - lo); bool any = false;
     for (int i = 0; i < n; ++i) {
       Lane& a = lane[lo + i];
-      if (a.st != St::Warp) continue;
+      if (a.st != St::Warp || (a.late && !late)) continue;
       bool all = true;
       for (int j = 0; j < n && all; ++j)
         if (a.mask >> j & 1) {
@@ -202,7 +211,7 @@ struct Block {  // per OS thread, reused for every block it runs
   void resume(int t) { enter(t); shim_switch(&main_sp, lane[t].sp); }
 
   bool run() {  // one block; false: err says why
-    err.clear(); lane.assign(nt, Lane()); next = 0; alive = nt;
+    err.clear(); lane.assign(nt, Lane()); next = 0; alive = nt; hooks.begin();
     free_stacks = stacks;
     while (next < nt) {  // start every thread (each fiber carries on with further ones until it blocks)
       void* f = make_fiber(stack(), &Block::body);
@@ -211,18 +220,42 @@ struct Block {  // per OS thread, reused for every block it runs
     const int nw = (nt + 31) / 32;
     while (alive > 0) {
       bool progress = false;
-      for (int i = 0; i < nt; ++i) {
-        const int t = perm[i];
-        if (lane[t].st == St::Run) { resume(t); progress = true; }
+      if (greedy) {
+        for (int k = 0; k < nw; ++k)
+          for (bool moved = true; moved;) {
+            const int w = perm[0] == 0 ? k : nw - 1 - k;
+            moved = false;
+            for (int i = 0; i < 32; ++i) {
+              const int t = 32 * w + (perm[0] == 0 ? i : 31 - i);
+              if (t >= nt) continue;
+              if (lane[t].st == St::Poll && lane[t].ready(lane[t])) lane[t].st = St::Run;
+              if (lane[t].st == St::Run) { resume(t); moved = true; }
+            }
+            moved |= warp_try(w);
+            if (!err.empty()) return false;
+            progress |= moved;
+          }
+      } else {
+        for (int i = 0; i < nt; ++i) {
+          const int t = perm[i];
+          if (lane[t].st == St::Poll && lane[t].ready(lane[t])) lane[t].st = St::Run;
+          if (lane[t].st == St::Run) { resume(t); progress = true; }
+        }
+        for (int w = 0; w < nw; ++w) { progress |= warp_try(w); if (!err.empty()) return false; }
       }
-      for (int w = 0; w < nw; ++w) { progress |= warp_try(w); if (!err.empty()) return false; }
       if (progress || alive == 0) continue;
       int bar = 0, cnt = 0; uint64_t sum = 0; bool allp = true;
       for (auto& l : lane) if (l.st == St::Bar) { ++bar; sum += l.val != 0; allp &= l.val != 0; (void)cnt; }
-      if (bar != alive) { err = "deadlock: " + std::to_string(bar) + " of " + std::to_string(alive) + " live threads are at a block barrier and the others wait for a warp op that cannot complete"; return false; }
+      if (bar != alive) {
+        for (int w = 0; w < nw; ++w) progress |= warp_try(w, true);
+        if (!err.empty()) return false;
+        if (progress || hooks.happen()) continue;
+      }
+      if (bar != alive) { err = "deadlock: " + std::to_string(bar) + " of " + std::to_string(alive) + " live threads are at a block barrier and the others wait for what cannot happen"; return false; }
       for (auto& l : lane) if (l.st == St::Bar) { l.res = sum; l.pred = allp; l.st = St::Run; }
       for (auto& l : lane) l.pred = l.st == St::Run ? l.pred : 0;
     }
+    hooks.end();
     return err.empty();
   }
 };
@@ -234,13 +267,17 @@ static inline void bar(int v, uint64_t* count, int* all) {
   m.pred = 0;
 }
 static inline uint64_t warp_op(Op op, uint32_t mask, uint64_t v, int src = 0) {
-  Lane& l = *tls.lane; l.op = op; l.mask = mask; l.val = v; l.src = src; l.pred = 0; l.call = nullptr;
+  Lane& l = *tls.lane; l.op = op; l.mask = mask; l.val = v; l.src = src; l.pred = 0; l.call = nullptr; l.late = false;
   tls.blk->block_here(St::Warp);
   return tls.lane->res;
 }
-static inline void warp_call(void* arg, void (*call)(void**)) {  // the whole warp's arguments, once all have arrived
-  Lane& l = *tls.lane; l.op = Op::Call; l.mask = ~0u; l.val = reinterpret_cast<uint64_t>(arg); l.pred = 0; l.call = call;
+static inline void warp_call(void* arg, void (*call)(void**), bool late = false) {  // the whole warp's arguments, once all have arrived
+  Lane& l = *tls.lane; l.op = Op::Call; l.mask = ~0u; l.val = reinterpret_cast<uint64_t>(arg); l.pred = 0; l.call = call; l.late = late;
   tls.blk->block_here(St::Warp);
+}
+static inline void wait_until(bool (*ready)(const Lane&), uint64_t val, uint64_t res) {
+  Lane& l = *tls.lane; l.val = val; l.res = res; l.ready = ready;
+  if (!ready(l)) tls.blk->block_here(St::Poll);
 }
 template <class T> inline uint64_t bits(T v) { static_assert(sizeof(T) <= 8, "shuffle of more than 8 bytes"); uint64_t r = 0; memcpy(&r, &v, sizeof v); return r; }
 template <class T> inline T unbits(uint64_t b) { T v; memcpy(static_cast<void*>(&v), &b, sizeof v); return v; }
@@ -378,8 +415,9 @@ inline int launch(void (*call)(void*), const unsigned* g, const unsigned* b, siz
   int failed = 0;
 #pragma omp parallel if (nb > 1)
   {
-    static thread_local Block blk;
-    blk.nt = nt; blk.dyn_size = smem; blk.eager = eager; blk.call = call; blk.call_arg = args; blk.perm.resize(nt);
+    Block blk;
+    blk.nt = nt; blk.dyn_size = smem; blk.eager = eager; blk.greedy = order <= 1;
+    blk.call = call; blk.call_arg = args; blk.perm.resize(nt);
     tls.blk = &blk; tls.gdim = {g[0], g[1], g[2]}; tls.bdim = {b[0], b[1], b[2]};
     for (int i = 0; i < nt; ++i) blk.perm[i] = order == 1 ? nt - 1 - i : i;
 #pragma omp for schedule(dynamic, 1)

@@ -57,7 +57,9 @@ inline void load_all(void** lanes) {
 
 struct Product { float* c; const uint32_t* a; uint32_t b[2]; };
 template <float (*VALUE)(unsigned)> inline void multiply_all(void** lanes) {
-  float a[16][16], b[16][8];
+  typedef double Row __attribute__((vector_size(64)));
+  double a[16][16];
+  Row b[16], sums[16] = {};
   for (int l = 0; l < 32; ++l) {
     const Product& p = *static_cast<Product*>(lanes[l]);
     const int row = l / 4, k = 2 * (l % 4);
@@ -66,12 +68,8 @@ template <float (*VALUE)(unsigned)> inline void multiply_all(void** lanes) {
       for (int q = 0; q < 2; ++q) b[k + 8 * q + e][row] = VALUE(p.b[q] >> 16 * e & 0xFFFF);
     }
   }
-  double sums[16][8];
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 8; ++j) {
-      sums[i][j] = 0;
-      for (int k = 0; k < 16; ++k) sums[i][j] += double(a[i][k]) * b[k][j];
-    }
+    for (int k = 0; k < 16; ++k) sums[i] += a[i][k] * b[k];
   for (int l = 0; l < 32; ++l)
     for (int e = 0; e < 4; ++e) {
       float& c = static_cast<Product*>(lanes[l])->c[e];

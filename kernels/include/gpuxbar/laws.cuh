@@ -22,9 +22,11 @@ enum Law : i32 {
   EXPONENTIAL_STEP = 5,
   POWER_STEP = 6,
   PIECEWISE_STEP = 7,
+  LOOKUP_TABLE = 8,
 };
 
-constexpr int NODES = 9;  // of a piecewise step, evenly spaced
+constexpr int NODES = 9;    // of a piecewise step, evenly spaced
+constexpr int SCORES = 17;  // normal scores of a measured scatter: -4, -3.5 .. 4
 
 // One direction of one device: `shape` is the parameter with a device's own spread, `second` the law's other one,
 // `node` the f of a piecewise step at v = 0, 1/8, .. 1.
@@ -167,6 +169,27 @@ struct PiecewiseStep {
   }
 };
 
+// A piecewise step whose noise is measured, not Gaussian
+struct LookupTable : PiecewiseStep {
+  GPUXBAR_METHOD explicit LookupTable(const Direction& d) : PiecewiseStep(d) {}
+};
+
+// Value of a table [NODES, SCORES] of a device at share y of its window whose normal is z: linear between entries.
+GPUXBAR_FN float scattered(const float* table, float y, float z) {
+  const float at = y * (NODES - 1), score = 2.0f * (min(max(z, -4.0f), 4.0f) + 4.0f);
+  const int node = min((int)at, NODES - 2), k = min((int)score, SCORES - 2);
+  const float* low = table + node * SCORES + k;
+  const float along = score - (float)k, between = at - (float)node;
+  const float first = fma(along, low[1] - low[0], low[0]);
+  const float second = fma(along, low[SCORES + 1] - low[SCORES], low[SCORES]);
+  return fma(between, second - first, first);
+}
+
+template <class L>
+constexpr bool MEASURED = false;
+template <>
+constexpr bool MEASURED<LookupTable> = true;
+
 template <int INDEX, class First, class... Rest>
 struct Pick : Pick<INDEX - 1, Rest...> {};
 template <class First, class... Rest>
@@ -175,6 +198,6 @@ struct Pick<0, First, Rest...> {
 };
 template <int KIND>
 using LawOf = typename Pick<KIND, LinearStep, SoftBounds, Agarwal, AgarwalSymmetric, NeuroSim, ExponentialStep,
-                            PowerStep, PiecewiseStep>::Type;
+                            PowerStep, PiecewiseStep, LookupTable>::Type;
 
 }  // namespace gpuxbar

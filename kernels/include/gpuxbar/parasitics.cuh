@@ -29,4 +29,52 @@ GPUXBAR_FN T ladder_factor(T resistance, T beyond) {
   return 1.0f / (1.0f + resistance * beyond);
 }
 
+// Blocks on a device are numbered so that neighbours in the number are merged next: the bits of column and row
+// alternate (column first, as long as there are both), rows counted from below.
+struct Leaf {
+  int row, col;  // from the top left
+};
+
+GPUXBAR_FN Leaf leaf_place(int number, int high_bits, int wide_bits) {
+  int row = 0, col = 0;
+  for (int bit = 0; bit < high_bits || bit < wide_bits; ++bit) {
+    if (bit < wide_bits) col |= (number & 1) << bit, number >>= 1;
+    if (bit < high_bits) row |= (number & 1) << bit, number >>= 1;
+  }
+  return Leaf{(1 << high_bits) - 1 - row, col};
+}
+
+struct Place {
+  int block, at;
+};
+
+// Where port `port` of a merged block of rows x cols cells lies in its parts. Ports are in the order left, right, top,
+// bottom with the side joined next last (`second`: of the two then joined), those of the parts with the side joined now
+// last: `along_rows`, left block 0 to right block 1, else lower 0 to upper 1.
+GPUXBAR_FN Place source_of(int port, int rows, int cols, bool next_along_rows, bool second, bool along_rows) {
+  const int joined = next_along_rows ? (second ? 0 : 1) : (second ? 3 : 2);  // side that is last
+  int side = 0, at = port;
+  for (int s = 0; s < 4; ++s) {  // sides in their order, but for the joined one
+    const int count = s < 2 ? rows : cols;
+    if (s == joined) continue;
+    if (at < count) {
+      side = s;
+      break;
+    }
+    at -= count;
+    side = joined;  // unless a later side holds it
+  }
+  const int part_rows = along_rows ? rows : rows / 2, part_cols = along_rows ? cols / 2 : cols;
+  if (along_rows) {
+    if (side == 0) return Place{0, at};  // left, of (left, top, bottom, right)
+    if (side == 1) return Place{1, at};  // right, of (right, top, bottom, left)
+    const int block = at >= part_cols;
+    return Place{block, part_rows + (side - 2) * part_cols + at - block * part_cols};
+  }
+  if (side == 3) return Place{0, 2 * part_rows + at};  // bottom, of (left, right, bottom, top)
+  if (side == 2) return Place{1, 2 * part_rows + at};  // top, of (left, right, top, bottom)
+  const int block = at < part_rows;                    // the upper rows come first
+  return Place{block, side * part_rows + (block ? at : at - part_rows)};
+}
+
 }  // namespace gpuxbar

@@ -30,10 +30,11 @@ enum Purpose : u32 {
   UPDATE_SPREAD_LOW = 21,        // of the window's ends
   UPDATE_SPREAD_HIGH = 22,
   UPDATE_WRITE = 23,  // write noise of a touched cell; slot: plane
+  CHOPPER = 32,       // sign flips of a chopped transfer; row: wordline
   // pulse trains
-  PULSE_INPUT = 32,  // slots of a wordline; row: line, slot: sample
-  PULSE_ERROR = 33,  // slots of a bitline
-  PULSE_CYCLE = 34,  // noise of a sample's pulses; slot: 2 sample + plane
+  PULSE_INPUT = 33,  // slots of a wordline; row: line, slot: sample
+  PULSE_ERROR = 34,  // slots of a bitline
+  PULSE_CYCLE = 35,  // noise of a sample's pulses; slot: 2 sample + plane
 };
 
 struct Counter {
@@ -44,16 +45,29 @@ GPUXBAR_FN Counter counter(u32 group, u32 row, u32 purpose, u32 slot, u32 step) 
   return Counter{group, row, purpose << 24 | slot, step};
 }
 
+GPUXBAR_FN Counter philox_round(Counter c, u32 key_lo, u32 key_hi) {
+  const u64 p0 = (u64)0xD2511F53u * c.x;
+  const u64 p1 = (u64)0xCD9E8D57u * c.z;
+  return Counter{(u32)(p1 >> 32) ^ c.y ^ key_lo, (u32)p1, (u32)(p0 >> 32) ^ c.w ^ key_hi, (u32)p0};
+}
+
 template <int ROUNDS>
 GPUXBAR_FN Counter philox(Counter c, u32 key_lo, u32 key_hi) {
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
-    const u64 p0 = (u64)0xD2511F53u * c.x;
-    const u64 p1 = (u64)0xCD9E8D57u * c.z;
-    c = Counter{(u32)(p1 >> 32) ^ c.y ^ key_lo, (u32)p1, (u32)(p0 >> 32) ^ c.w ^ key_hi, (u32)p0};
+    c = philox_round(c, key_lo, key_hi);
     key_lo += 0x9E3779B9u;
     key_hi += 0xBB67AE85u;
   }
+  return c;
+}
+
+// The same with the keys of all rounds (key_hi << 32 | key_lo) made once: as kernel parameters they are operands that
+// need neither instructions nor registers.
+template <int ROUNDS>
+GPUXBAR_FN Counter philox(Counter c, const u64* keys) {
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) c = philox_round(c, (u32)keys[round], (u32)(keys[round] >> 32));
   return c;
 }
 

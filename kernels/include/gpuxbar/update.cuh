@@ -26,6 +26,7 @@ struct UpdateLaw {
   float range_cycle2;                    //   and per pulse, for the nominal step
   float write_noise;                     // of what a touched cell shows, in shares of the window
   i32 law, lognormal, integer_pulses, sides;
+  float scatter[2][NODES * SCORES];  // of a measured law, up and down: what a pulse deviates by, in nominal steps
 };
 
 // Standard normals of one device, the same for all time.
@@ -81,14 +82,20 @@ GPUXBAR_FN Change change_of(const UpdateLaw& s, const Spreads& device, float wid
   return Change{size, fma(size, per_size, n * s.range_cycle2 * gain * gain)};
 }
 
-// x after a change of size d; z is the update's normal.
+// x after a change of size d; z is the update's normal, `scatter` the law's table where the kernel keeps it.
 template <class L>
-GPUXBAR_FN float moved(const UpdateLaw& s, const Spreads& device, float x, float d, bool rising, float z) {
+GPUXBAR_FN float moved(const UpdateLaw& s, const Spreads& device, float x, float d, bool rising, float z,
+                       const float (*scatter)[NODES * SCORES]) {
   const Window window = device_window(s, device);
   const float y = min(max((x - window.low) * (1.0f / window.width), 0.0f), 1.0f);
   const Change change = change_of<L>(s, device, window.width, y, d, rising);
-  const float from = fma(y, window.width, window.low) + (rising ? change.size : -change.size);
-  const float to = fma(sqrt_fast(change.variance), z, from);
+  float noise;
+  if constexpr (MEASURED<L>)
+    noise =
+        sqrt_fast(d * s.pulses) * device_gain(s, device, rising) / s.pulses * scattered(scatter[rising ? 0 : 1], y, z);
+  else
+    noise = sqrt_fast(change.variance) * z;
+  const float to = noise + (fma(y, window.width, window.low) + (rising ? change.size : -change.size));
   return d > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
 }
 

@@ -1,0 +1,404 @@
+"""`python -m gpuxbar.bench.fused`: proof and speed of the fused read on a GPU, in one table.
+
+First the checks, against the float64 oracle and against cuBLAS + epilogue, on new memory that holds NaN; one that
+fails leaves no number. Then ceilings of the device, then reads as replays of CUDA graphs over inputs that do not fit
+its cache together. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks` (and memcheck, initcheck,
+synccheck) looks at the same small reads. Not yet run on a GPU; the checks run on the CPU build of the kernels in the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gpuxbar import ops, reference
+from gpuxbar.bench.cases import OracleMismatch
+from gpuxbar.bench.record import append, environment
+from gpuxbar.bridge.arrays import explain_gpu
+from gpuxbar.launch import CudaDevice, Device, Kernel
+from gpuxbar.ops.tile_mvm_plan import Case, Plan, plan_tile_mvm
+
+__all__ = ["CHECKS", "READS", "Read", "Recorder", "Subject", "check"]
+
+ROOT = Path(__file__).parents[2]
+LSB, G_STEP = 2.0**-27, 2.0**-31  # A, S
+CACHE_BYTES = 128 << 20  # more than any L2 cache holds
+REPLAYS = 20
+PRODUCTS = ("fused_tile_mvm", "matmul", "adc_accumulate", "shift_add")
+
+
+@dataclass(frozen=True)
+class Read:
+    """A read to time; `target_us` is what the read itself, its operands packed, is to take at most on an H200."""
+
+    name: str
+    rows: int
+    inputs: int
+    outputs: int
+    tile: int = 128
+    noise: str = "fast"
+    precision: str = "fp16"
+    target_us: float | None = None
+
+    @property
+    def size(self) -> str:
+        return f"{self.rows} x {self.inputs} x {self.outputs}, {self.tile}-row tiles, {self.precision}"
+
+    def plan(self, arch: str, multiprocessors: int) -> Plan:
+        """What the planner chooses."""
+        case = Case(self.rows, 1, self.inputs, self.outputs, 1, self.tile, noise=self.noise,
+                    precision=self.precision)  # fmt: skip
+        return plan_tile_mvm(case, arch, multiprocessors)
+
+    def settings(self) -> dict[str, Any]:
+        """Of `ops.tile_mvm`."""
+        noise = {"read_noise": 0.0 if self.noise == "none" else LSB / 2, "generator": self.noise}
+        if self.noise == "none":
+            noise["generator"] = "exact"
+        return {**COMMON, **noise, "tile_rows": self.tile, "precision": self.precision}
+
+
+COMMON: dict[str, Any] = {
+    "v_lsb": 2.0**-10, "adc_bits": 8, "adc_lsb": LSB, "g_range": 2.0**-20, "seed": 2**40 + 1, "step": 3,
+}  # fmt: skip
+READS = (
+    Read("fast", 4096, 4096, 4096, target_us=430),
+    Read("exact", 4096, 4096, 4096, noise="exact", target_us=520),
+    Read("adc-only", 4096, 4096, 4096, 256, noise="none"),
+    Read("fast-64", 4096, 4096, 4096, 64),
+    Read("fast-512", 4096, 4096, 4096, 512),
+    Read("fast-two-halves", 4096, 4096, 4096, precision="fp16x2", target_us=620),
+    Read("transformer", 8192, 1024, 4096),
+    Read("small-batch", 128, 4096, 4096),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A device, and how arrays get there and back."""
+
+    device: Device
+    there: Callable[[np.ndarray], Any]
+    back: Callable[[Any], np.ndarray]
+
+    def read(self, codes: np.ndarray, g: np.ndarray, strategy: str = "fused", **s: Any) -> np.ndarray:
+        moved = {k: self.there(v) if isinstance(v, np.ndarray) else v for k, v in s.items()}
+        y = ops.tile_mvm(self.there(codes), self.there(g), device=self.device, strategy=strategy, **moved)
+        return self.back(y)
+
+
+@dataclass
+class Recorder:
+    """A device that keeps each step, so that it can run again alone, and each array, which a graph needs."""
+
+    inner: Device
+    steps: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
+    arrays: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.workspace, self.arch = self.inner.workspace, self.inner.arch
+        self.multiprocessors = self.inner.multiprocessors
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        self.arrays.append(self.inner.empty(shape, dtype))
+        return self.arrays[-1]
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], values: Mapping[str, Any],
+        macros: Mapping[str, int] | None = None, shared: int = 0,
+    ) -> None:  # fmt: skip
+        self._run(kernel.name, partial(self.inner.launch, kernel, grid, block, values, macros, shared))
+
+    def matmul(self, *operands: Any) -> None:
+        self._run("matmul", partial(self.inner.matmul, *operands))
+
+    def _run(self, name: str, step: Callable[[], None]) -> None:
+        self.steps.append((name, step))
+        step()
+
+    def replay(self) -> None:
+        """What multiplies and converts once more; operands stay as they were packed."""
+        for name, step in self.steps:
+            if name in PRODUCTS:
+                step()
+
+
+# ---- checks
+
+
+def _operands(rows: int, inputs: int, outputs: int, top: int = 2047) -> tuple[np.ndarray, np.ndarray]:
+    """Codes, and conductances that fp16 holds exactly."""
+    rng = np.random.default_rng(rows + inputs + outputs)
+    codes = rng.integers(-127, 128, (rows, inputs)).astype(np.int16)
+    return codes, (rng.integers(-top, top + 1, (1, inputs, outputs)) * G_STEP).astype(np.float32)
+
+
+ODD_SHAPES = ((1, 1, 1, 64), (3, 70, 9, 64), (131, 333, 257, 100), (257, 640, 130, 512))
+WAYS: dict[str, dict[str, Any]] = {
+    "adc": {},
+    "exact": {"read_noise": LSB / 3},
+    "fast": {"read_noise": LSB / 3, "generator": "fast"},
+    "two halves": {"precision": "fp16x2"},
+    "streams": {"stream_bits": 4, "streams": 2, "read_noise": LSB / 3},
+}
+
+
+def _matches_the_oracle(subject: Subject) -> str:
+    worst = 0.0
+    for rows, inputs, outputs, tile in ODD_SHAPES:
+        codes, g = _operands(rows, inputs, outputs)
+        for way, changes in WAYS.items():
+            s = {**COMMON, "precision": "fp16", **changes}
+            y = subject.read(codes, g, tile_rows=tile, **s)
+            oracle = {key: value for key, value in s.items() if key not in ("precision", "g_range")}
+            expected = reference.tile_mvm(codes, g, tile=tile, **oracle)
+            weight = 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
+            worst = max(worst, _edges(y, expected, weight, f"{way}, {rows} x {inputs} x {outputs}"))
+    return f"at most {worst:.1e} of the codes fell to the other side of a rounding edge"
+
+
+def _edges(y: np.ndarray, expected: np.ndarray, weight: int, name: str) -> float:
+    """Share of the results that differ: by one code, on a rounding edge."""
+    off = np.abs(y - expected) / LSB
+    differ = off > 0.01
+    parts = differ & ((np.abs(off - np.rint(off)) > 0.01) | (off > weight + 0.01))
+    if not np.isfinite(y).all() or parts.any() or differ.sum() > max(1, 2e-3 * y.size):
+        raise OracleMismatch(
+            f"{differ.sum()} of {y.size} results are off ({name}), {parts.sum()} of them by more than a code or by "
+            f"parts of one; the largest by {off.max():.2g} codes"
+        )
+    return float(differ.mean()) if y.size > 1000 else 0.0
+
+
+def _repeats(subject: Subject) -> str:
+    codes, g = _operands(131, 333, 257)
+    s = {**COMMON, **WAYS["exact"], "precision": "fp16", "tile_rows": 64}
+    _same_bits(subject.read(codes, g, **s), subject.read(codes, g, **s), "a second run")
+    return "same bits"
+
+
+def _equals_the_epilogue(subject: Subject) -> str:
+    """Where partial sums are integers, sums are exact in any order."""
+    codes, g = _operands(150, 320, 250, top=15)
+    for way, changes in WAYS.items():
+        s = {
+            **COMMON,
+            "precision": "fp16",
+            **changes,
+            "tile_rows": 64,
+            "g_range": 2.0**-27,
+            "adc_lsb": 2.0**-33,
+        }
+        if "read_noise" in s:
+            s["read_noise"] = 2.0**-33
+        y = subject.read(codes, g, **s)
+        _same_bits(y, subject.read(codes, g, "epilogue", **s), f"cuBLAS + epilogue ({way})")
+    return "same bits"
+
+
+def _same_bits(y: np.ndarray, other: np.ndarray, name: str) -> None:
+    off = np.count_nonzero(y != other)
+    if off or not np.isfinite(y).all() or np.unique(y).size < 8:
+        raise OracleMismatch(f"{off} of {y.size} results are not those of {name}")
+
+
+def _noise_is_normal(subject: Subject) -> str:
+    """Without inputs a read is its noise: five standard errors of mean, variance, kurtosis and neighbours."""
+    codes, g = np.zeros((512, 64), np.int16), np.zeros((1, 64, 256), np.float32)
+    sigma, worst = 20.0, 0.0  # steps
+    for generator in ("exact", "fast"):
+        s = {**COMMON, "adc_bits": 16, "read_noise": sigma * LSB, "generator": generator, "precision": "fp16"}
+        draws = [subject.read(codes, g, **{**s, "step": step}) / LSB for step in (3, 4)]
+        z = draws[0] / np.sqrt(sigma**2 + 1 / 12)
+        root = np.sqrt(z.size)
+        scores = {
+            "mean": z.mean() * root,
+            "variance": ((z**2).mean() - 1) * root / np.sqrt(2),
+            "kurtosis": ((z**4).mean() - 3) * root / np.sqrt(96),
+            "columns": (z[:, 1:] * z[:, :-1]).mean() * root,
+            "rows": (z[1:] * z[:-1]).mean() * root,
+            "steps": (z * draws[1] / sigma).mean() * root,
+        }
+        name = max(scores, key=lambda key: abs(scores[key]))
+        if not abs(scores[name]) < 5:
+            raise OracleMismatch(f"{generator} noise: its {name} lies {scores[name]:.1f} standard errors off")
+        worst = max(worst, abs(scores[name]))
+    return f"within {worst:.1f} standard errors"
+
+
+CHECKS: dict[str, Callable[[Subject], str]] = {
+    "matches the float64 oracle": _matches_the_oracle,
+    "two runs": _repeats,
+    "fused and cuBLAS + epilogue": _equals_the_epilogue,
+    "noise": _noise_is_normal,
+}
+
+
+def check(subject: Subject) -> dict[str, str]:
+    """What every check found.
+
+    Raises:
+        OracleMismatch: One failed; the message names all that did.
+    """
+    found, red = {}, []
+    for name, run in CHECKS.items():
+        try:
+            found[name] = run(subject)
+        except OracleMismatch as error:
+            red.append(f"{name}: {error}")
+    if red:
+        raise OracleMismatch("; ".join(red))
+    return found
+
+
+# ---- timing
+
+
+def _gpu() -> Subject:
+    """CuPy's current device; new memory holds NaN."""
+    kind, why = explain_gpu()
+    if kind != "cuda":
+        raise OSError(f"bench: `device` must be an NVIDIA GPU, got none ({why}); run on a machine with one")
+    import cupy
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Any:
+        array = cupy.empty(shape, dtype)
+        if array.nbytes:
+            array.data.memset_async(0xFF, array.nbytes)
+        return array
+
+    return Subject(CudaDevice(empty), cupy.asarray, cupy.asnumpy)
+
+
+def _replays_us(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time of one call, in a CUDA graph of all of them."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    with stream:
+        for call in calls:
+            call()
+        stream.begin_capture()
+        for call in calls:
+            call()
+        graph = stream.end_capture()
+        graph.launch(stream)
+        times = []
+        for _ in range(REPLAYS):
+            start.record(stream)
+            graph.launch(stream)
+            stop.record(stream)
+            stop.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(start, stop))
+    return 1e3 * median(times) / len(calls)
+
+
+def _ceilings() -> dict[str, float]:
+    """What the device sustains: a copy, GB/s, and a half-precision product by cuBLAS, TFLOP/s."""
+    import cupy
+
+    words = cupy.zeros(1 << 28, "int32")
+    half = words.size // 2
+    copy = _replays_us([lambda: words[half:].data.copy_from_device_async(words.data, 4 * half)])
+    n, device = 4096, CudaDevice()
+    a, c = cupy.zeros((4, n, n), "float16"), cupy.zeros((n, n), "float32")
+    shape, strides, lds = (1, n, n, n), (0, 0, 0), (n, n, n)
+    products = [
+        partial(device.matmul, a[i], a[i - 1], c, shape, strides, lds, 1.0, 0.0, "fp16") for i in range(4)
+    ]
+    return {"copy GB/s": 8e-3 * half / copy, "cuBLAS TFLOP/s": 2e-6 * n**3 / _replays_us(products)}
+
+
+def _time(read: Read) -> dict[str, float]:
+    """Microseconds of a read each way, with its operands packed, and of the whole fused call."""
+    import cupy
+
+    # every call packs operands of its own: together they do not fit the cache
+    packed = 2 * read.inputs * (read.rows + read.outputs)
+    count = max(2, -(-CACHE_BYTES // packed))
+    rng = np.random.default_rng(0)
+    inputs = [
+        cupy.asarray(rng.integers(-127, 128, (read.rows, read.inputs)).astype(np.int16)) for _ in range(count)
+    ]
+    g = cupy.asarray((rng.integers(-2047, 2048, (read.inputs, read.outputs)) * G_STEP).astype(np.float32))
+    times = {}
+    for strategy in ("fused", "epilogue"):
+        recorders = [Recorder(CudaDevice()) for _ in inputs]
+
+        def call(codes: Any, device: Device, strategy: str = strategy) -> Any:
+            return ops.tile_mvm(codes, g, device=device, strategy=strategy, **read.settings())
+
+        for codes, recorder in zip(inputs, recorders, strict=True):
+            call(codes, recorder)
+        times[strategy] = _replays_us([recorder.replay for recorder in recorders])
+        if strategy == "fused":
+            kept = Recorder(CudaDevice())
+            times["whole call"] = _replays_us([partial(call, codes, kept) for codes in inputs])
+    return times
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    record: Annotated[Path | None, typer.Option(help="JSON-lines file to append the rows to.")] = None,
+    checks: Annotated[bool, typer.Option("--checks", help="Check only, as for compute-sanitizer.")] = False,
+) -> None:
+    """Prove and time the fused read on this machine's GPU."""
+    console = Console()
+    try:
+        subject = _gpu()
+        for name, found in check(subject).items():
+            console.print(f"{name}: {found}", highlight=False)
+        if not checks:
+            _report(console, subject.device, record)
+    except (OSError, OracleMismatch) as error:
+        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _report(console: Console, device: Device, record: Path | None) -> None:
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    gpu, ceilings = properties["name"].decode(), _ceilings()
+    limits = ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items())
+    table = Table(title=f"{gpu}: {limits}; times in us")
+    for head in (
+        "read",
+        "size",
+        "fused",
+        "target (H200)",
+        "cuBLAS + epilogue",
+        "ratio",
+        "whole call",
+        "plan",
+    ):
+        table.add_column(head)
+    for read in READS:
+        us = _time(read)
+        plan = read.plan(device.arch, device.multiprocessors)
+        table.add_row(
+            read.name, read.size, f"{us['fused']:.0f}", "" if read.target_us is None else f"{read.target_us:g}",
+            f"{us['epilogue']:.0f}", f"{us['epilogue'] / us['fused']:.2f}", f"{us['whole call']:.0f}", plan.strategy,
+        )  # fmt: skip
+        if record is not None:
+            row = {"case": read.name, "size": read.size, "gpu": gpu, "us": us, "target_us": read.target_us}
+            append(record, row | {"ceilings": ceilings} | environment(ROOT))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()

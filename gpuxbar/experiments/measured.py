@@ -1,0 +1,396 @@
+"""Device laws from measurements: a CSV of single pulses to a lookup table or to a parametric law.
+
+The file has a line a pulse and a header. Columns, in any order, others are ignored:
+
+    g_before [uS]   conductance before the pulse; the unit in brackets is S, mS, uS or nS
+    dg [uS]         its change by the pulse, signed
+    direction       +1 potentiation, -1 depression
+    device          optional: a name, for the spread between devices
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from scipy.optimize import least_squares
+from scipy.special import ndtr
+
+from gpuxbar import reference
+from gpuxbar.spec import Device, LookupTable, UpdateLaw
+from gpuxbar.spec.errors import nearest
+
+__all__ = ["Fit", "Pulses", "fit_law", "fit_table", "plot_fit", "read_pulses"]
+
+LAW: TypeAdapter[UpdateLaw] = TypeAdapter(UpdateLaw)
+UNITS = {"S": 1.0, "mS": 1e-3, "uS": 1e-6, "nS": 1e-9}
+SCORES = np.linspace(-4.0, 4.0, 17)
+FEWEST = 20  # pulses of one direction in a bin
+HOLD_OUT = 0.2  # of the pulses
+
+
+@dataclass(frozen=True)
+class Pulses:
+    """Measured single pulses: conductance before and change, S; direction; index of the device."""
+
+    g_before: np.ndarray
+    dg: np.ndarray
+    rising: np.ndarray
+    device: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.dg)
+
+    def __getitem__(self, which: np.ndarray) -> Pulses:
+        return Pulses(self.g_before[which], self.dg[which], self.rising[which], self.device[which])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law fitted to measured pulses, and how well it foretells those that were held out.
+
+    Attributes:
+        explained: Share of the variance of held-out changes that the mean step explains, up and down.
+        distance: Kolmogorov-Smirnov distance of the held-out changes to the law's distribution, up and down.
+        limit: Distance that a right law exceeds in 1 % of cases, up and down.
+        rank: Place of each held-out change in the law's distribution, 0 to 1; evenly spread for a right law.
+    """
+
+    law: UpdateLaw
+    window: Device
+    held_out: Pulses
+    explained: tuple[float, float]
+    distance: tuple[float, float]
+    limit: tuple[float, float]
+    rank: np.ndarray
+
+    @property
+    def passed(self) -> bool:
+        return all(d <= limit for d, limit in zip(self.distance, self.limit, strict=True))
+
+
+def read_pulses(path: str | Path) -> Pulses:
+    """Read a CSV of single pulses; a wrong file raises a ValueError that names column, unit or line."""
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        header = [cell.strip() for cell in next(lines, [])]
+        columns = {name: _column(path, header, name) for name in ("g_before", "dg")}
+        if "direction" not in header:
+            raise ValueError(
+                f"read_pulses: `{path}` must have a column 'direction' (+1 or -1), got {header}; the sign of a noisy change "
+                "does not tell the pulse's"
+            )
+        direction, device = header.index("direction"), header.index("device") if "device" in header else None
+        found: dict[str, list[Any]] = {"g_before": [], "dg": [], "direction": [], "device": []}
+        for number, row in enumerate(lines, 2):
+            if not row:
+                continue
+            for name, (at, scale) in columns.items():
+                found[name].append(scale * _number(path, number, header[at], row, at))
+            way = _number(path, number, "direction", row, direction)
+            if way not in (1.0, -1.0):
+                raise ValueError(
+                    f"read_pulses: column 'direction' must be +1 or -1, got {way:g} in line {number} of {path}; split "
+                    "trains into single pulses"
+                )
+            found["direction"].append(way)
+            found["device"].append("" if device is None else row[device].strip())
+    if not found["dg"]:
+        raise ValueError(f"read_pulses: `{path}` must hold a line a pulse, got none; measure first")
+    names, index = np.unique(found["device"], return_inverse=True)
+    return Pulses(np.array(found["g_before"]), np.array(found["dg"]), np.array(found["direction"]) > 0, index)
+
+
+def _column(path: str | Path, header: list[str], name: str) -> tuple[int, float]:
+    """Place of a column and its unit in S."""
+    for at, title in enumerate(header):
+        head, bracket, unit = title.partition("[")
+        if head.strip() != name:
+            continue
+        unit = unit.rstrip("] ").strip()
+        if unit not in UNITS:
+            raise ValueError(
+                f"read_pulses: column '{name}' of {path} must name its unit, one of {', '.join(UNITS)}, got "
+                f"{unit or 'none'!r}; write '{name} [uS]'"
+            )
+        return at, UNITS[unit]
+    raise ValueError(
+        f"read_pulses: `{path}` must have a column '{name} [unit]', got {header}; rename the column, for instance "
+        f"'{name} [uS]'"
+    )
+
+
+def _number(path: str | Path, line: int, column: str, row: list[str], at: int) -> float:
+    text = row[at].strip() if at < len(row) else ""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise ValueError(
+            f"read_pulses: column '{column}' must hold finite numbers, got {text!r} in line {line} of {path}; remove or "
+            "mend the line"
+        )
+    return value
+
+
+def fit_table(
+    pulses: Pulses, *, bins: int = 9, g_min: float | None = None, g_max: float | None = None, seed: int = 0
+) -> Fit:
+    """Tabulate mean steps and scatter at `bins` conductances, evenly spaced over the window.
+
+    Means are the piecewise linear least squares through the pulses; scatter is the quantiles of what is left around
+    them; the spread between devices is what their mean steps differ by beyond the error of the mean. A fifth of the
+    pulses is held out and judged by the table made of the others.
+
+    Args:
+        pulses: Measured single pulses.
+        bins: 2, 3, 5 or 9.
+        g_min, g_max: Window, S; the extremes of `g_before` if None.
+        seed: Of the choice of the held-out pulses.
+    """
+    if bins not in (2, 3, 5, 9):
+        raise ValueError(f"fit_table: `bins` must be 2, 3, 5 or 9, got {bins}; choose one of these")
+    window, train, test = _prepared("fit_table", pulses, g_min, g_max, seed)
+    y, step = _shares(train, window)
+    _require_filled(train, y, window, bins)
+    means = {way: _means(y[train.rising == way], step[train.rising == way], bins) for way in (True, False)}
+    nominal = float(np.concatenate([means[True], -means[False]]).mean())
+    if not nominal > 0:
+        raise ValueError(
+            f"fit_table: column 'dg' must rise with direction +1 and fall with -1, got a mean step of {nominal:.3g} of the "
+            "window; check the sign of 'direction'"
+        )
+    flows = {way: np.maximum(means[way] if way else -means[way], 0.0) / nominal for way in (True, False)}
+    mean = _mean_step(flows, nominal, y, train.rising)
+    ratio, spread = _device_ratios(train, step, mean)
+    rest = (step - ratio[train.device] * mean) / (nominal * np.maximum(ratio[train.device], 1e-3))
+    scatter = {
+        way: _quantiles(y[train.rising == way], rest[train.rising == way], bins) for way in (True, False)
+    }
+    law = LookupTable(
+        pulses=1 / nominal, up=tuple(flows[True].tolist()), down=tuple(flows[False].tolist()),
+        scatter_up=scatter[True], scatter_down=scatter[False], step_spread=min(spread, 2.0),
+    )  # fmt: skip
+    return _judged(law, window, test, ratio)
+
+
+SHAPES: dict[str, dict[str, tuple[float, float, float]]] = {  # start, least and largest
+    "agarwal": {"nu": (1.0, 1e-3, 20.0)},
+    "agarwal_symmetric": {"alpha": (1.0, 1e-2, 20.0)},
+    "constant_step": {},
+    "linear_step": {"slope_up": (0.3, -1.0, 1.0), "slope_down": (0.3, -1.0, 1.0)},
+    "neurosim": {"nonlinearity_ltp": (1.0, -9.0, 9.0), "nonlinearity_ltd": (1.0, -9.0, 9.0)},
+    "power_step": {"exponent_up": (1.0, 0.0, 10.0), "exponent_down": (1.0, 0.0, 10.0)},
+    "soft_bounds": {},
+}
+
+
+def fit_law(
+    pulses: Pulses, law: str, *, g_min: float | None = None, g_max: float | None = None, seed: int = 0
+) -> Fit:
+    """Fit a parametric law by least squares to the same pulses, with its asymmetry, spread and cycle noise.
+
+    Args:
+        pulses: Measured single pulses.
+        law: "agarwal", "agarwal_symmetric", "constant_step", "linear_step", "neurosim", "power_step", "soft_bounds".
+        g_min, g_max, seed: As for `fit_table`.
+    """
+    if law not in SHAPES:
+        raise ValueError(
+            f"fit_law: `law` must be a law that can be fitted, got {law!r}; {nearest(law, SHAPES)}"
+        )
+    window, train, test = _prepared("fit_law", pulses, g_min, g_max, seed)
+    y, step = _shares(train, window)
+    size = float(np.where(train.rising, step, -step).mean())
+    if not size > 0:
+        raise ValueError(
+            f"fit_law: column 'dg' must rise with direction +1 and fall with -1, got a mean step of {size:.3g} of the "
+            "window; check the sign of 'direction'"
+        )
+    base, count = LAW.validate_python({"law": law}).model_dump(), "levels" if law == "neurosim" else "pulses"
+    shapes = SHAPES[law]
+    shown, way = np.unique(np.stack([np.rint(y * 200) / 200, train.rising]), axis=1, return_inverse=True)
+    weight = np.bincount(way.ravel())
+    target = np.bincount(way.ravel(), step) / weight
+
+    def settings(p: np.ndarray) -> dict[str, Any]:
+        pulse_count, asymmetry = 1 / (size * np.exp(p[0])), np.tanh(p[1])
+        found = (
+            base
+            | {count: pulse_count, "asymmetry": asymmetry}
+            | dict(zip(shapes, map(float, p[2:]), strict=True))
+        )
+        if law == "soft_bounds":  # its steps are half in mid-window
+            return found | {"up": 2.0, "down": 2.0}
+        return found
+
+    def predicted(found: dict[str, Any], at: np.ndarray, rising: np.ndarray) -> np.ndarray:
+        gain = np.where(rising, 1 + found["asymmetry"], -(1 - found["asymmetry"])) / found[count]
+        return reference.laws.moved(found, at, gain) - at
+
+    def off(p: np.ndarray) -> np.ndarray:
+        return np.sqrt(weight) * (predicted(settings(p), shown[0], shown[1] > 0) - target) / size
+
+    bounds = list(zip((-3.0, -3.0), (3.0, 3.0), strict=True)) + [
+        (low, high) for _, low, high in shapes.values()
+    ]
+    best = least_squares(
+        off, [0.0, 0.0, *(start for start, _, _ in shapes.values())], bounds=tuple(zip(*bounds, strict=True))
+    )
+    found = settings(best.x)
+    mean = predicted(found, y, train.rising)
+    ratio, spread = _device_ratios(train, step, mean)
+    rest = step - ratio[train.device] * mean
+    noise = float(np.mean(rest**2))
+    if law.startswith("agarwal"):
+        found["gamma"] = np.sqrt(noise / np.mean(np.abs(mean)))
+    elif law == "neurosim":
+        found["cycle"], found["levels"] = np.sqrt(noise), max(round(found["levels"]), 2)
+    else:
+        found["cycle"], found["cycle_of"] = np.sqrt(noise) * found["pulses"], "nominal"
+    found["step_spread"] = min(spread, 2.0)
+    return _judged(LAW.validate_python(found), window, test, ratio)
+
+
+def _prepared(
+    op: str, pulses: Pulses, g_min: float | None, g_max: float | None, seed: int
+) -> tuple[Device, Pulses, Pulses]:
+    """The window, the pulses to fit, and the held-out ones."""
+    low = float(pulses.g_before.min()) if g_min is None else g_min
+    high = float(pulses.g_before.max()) if g_max is None else g_max
+    if not 0 <= low < high:
+        raise ValueError(
+            f"{op}: column 'g_before' must span a window of conductances of at least 0, got {low:g} to {high:g} S; give g_min "
+            "and g_max"
+        )
+    outside = (pulses.g_before < low) | (pulses.g_before > high)
+    if outside.any():
+        raise ValueError(
+            f"{op}: column 'g_before' must lie in the window of {low:g} to {high:g} S, got {int(outside.sum())} pulses outside; "
+            "widen g_min and g_max or leave these out"
+        )
+    # of a stream of its own: a simulated measurement may use the plain seed
+    chosen = np.random.default_rng((seed, len(pulses))).random(len(pulses)) < HOLD_OUT
+    return Device(g_min=low, g_max=high), pulses[~chosen], pulses[chosen]
+
+
+def _shares(pulses: Pulses, window: Device) -> tuple[np.ndarray, np.ndarray]:
+    """Conductance before and change, in shares of the window."""
+    span = window.g_max - window.g_min
+    return (pulses.g_before - window.g_min) / span, pulses.dg / span
+
+
+def _require_filled(pulses: Pulses, y: np.ndarray, window: Device, bins: int) -> None:
+    nearest_node = np.rint(y * (bins - 1)).astype(int)
+    for way, name in ((True, "+1"), (False, "-1")):
+        count = np.bincount(nearest_node[pulses.rising == way], minlength=bins)
+        if count.min() < FEWEST:
+            k, span = int(count.argmin()), window.g_max - window.g_min
+            ends = [window.g_min + span * min(max((k + h) / (bins - 1), 0.0), 1.0) for h in (-0.5, 0.5)]
+            raise ValueError(
+                f"fit_table: bin {k + 1} of {bins} ({ends[0]:.4g} to {ends[1]:.4g} S) must hold at least {FEWEST} pulses of "
+                f"direction {name} to fit, got {count[k]}; measure there, take fewer bins or narrow g_min and g_max"
+            )
+
+
+def _hats(y: np.ndarray, bins: int) -> np.ndarray:
+    """Weights of the nodes at y, [len(y), bins]."""
+    return np.maximum(0.0, 1 - np.abs(y[:, None] * (bins - 1) - np.arange(bins)))
+
+
+def _means(y: np.ndarray, step: np.ndarray, bins: int) -> np.ndarray:
+    return np.linalg.lstsq(_hats(y, bins), step, rcond=None)[0]
+
+
+def _mean_step(
+    flows: dict[bool, np.ndarray], nominal: float, y: np.ndarray, rising: np.ndarray
+) -> np.ndarray:
+    at = {way: np.interp(y, np.linspace(0, 1, len(flow)), flow) for way, flow in flows.items()}
+    return nominal * np.where(rising, at[True], -at[False])
+
+
+def _device_ratios(pulses: Pulses, step: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float]:
+    """Step of each device over the mean device's, and their spread beyond the error of each."""
+    count = int(pulses.device.max()) + 1
+    if count < 3:
+        return np.ones(count), 0.0
+    weight = np.maximum(np.bincount(pulses.device, mean**2, count), 1e-30)
+    ratio = np.bincount(pulses.device, step * mean, count) / weight
+    rest = (step - ratio[pulses.device] * mean) * mean
+    error = np.bincount(pulses.device, rest**2, count) / weight**2
+    return ratio, float(np.sqrt(max(ratio.var(ddof=1) - error.mean(), 0.0)))
+
+
+def _quantiles(y: np.ndarray, rest: np.ndarray, bins: int) -> tuple[tuple[float, ...], ...]:
+    node = np.rint(y * (bins - 1)).astype(int)
+    return tuple(tuple(np.quantile(rest[node == k], ndtr(SCORES)).tolist()) for k in range(bins))
+
+
+def _judged(law: UpdateLaw, window: Device, test: Pulses, ratio: np.ndarray) -> Fit:
+    """How the law foretells held-out pulses: mean, and distribution by its probability integral transform."""
+    y, step = _shares(test, window)
+    gain = ratio[np.minimum(test.device, len(ratio) - 1)]
+    dumped = law.model_dump()
+    nominal = 1 / float(dumped["levels"] if dumped["law"] == "neurosim" else dumped["pulses"])
+    asymmetry = np.where(test.rising, law.asymmetry, -law.asymmetry)
+    change = gain * (1 + asymmetry) * nominal
+    mean = reference.laws.moved(dumped, y, np.where(test.rising, change, -change)) - y
+    rest = step - mean
+    if isinstance(law, LookupTable):
+        scale = np.maximum(gain, 1e-3) * nominal
+        grid = np.linspace(-4, 4, 161)
+        curve = np.stack([reference.laws.scattered(dumped, y, np.full_like(y, z), test.rising) for z in grid])
+        below = (curve < rest / scale).mean(0)
+        z = np.clip(below * 8 - 4, -4, 4)
+    elif "gamma" in dumped:
+        z = rest / np.maximum(dumped["gamma"] * np.sqrt(np.abs(mean)), 1e-30)
+    else:
+        z = rest / max(dumped["cycle"] * (1.0 if dumped["law"] == "neurosim" else nominal), 1e-30)
+    explained, distance, limit = [], [], []
+    for way in (True, False):
+        mine = test.rising == way
+        u, n = np.sort(ndtr(z[mine])), int(mine.sum())
+        explained.append(float(1 - rest[mine].var() / max(step[mine].var(), 1e-30)) if n else 0.0)
+        ranks = np.arange(n + 1) / max(n, 1)
+        distance.append(float(max((ranks[1:] - u).max(), (u - ranks[:-1]).max())) if n else 0.0)
+        limit.append(1.63 / np.sqrt(max(n, 1)))
+    return Fit(
+        law, window, test, (explained[0], explained[1]), (distance[0], distance[1]), (limit[0], limit[1]), ndtr(z)
+    )  # fmt: skip
+
+
+def plot_fit(fit: Fit, path: str | Path) -> None:
+    """Draw held-out changes over the law's mean, and their ranks in its distribution, to a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    up, down, ranks = figure.subplots(1, 3)
+    y, _ = _shares(fit.held_out, fit.window)
+    at = np.linspace(0, 1, 101)
+    g = fit.window.g_min + at * (fit.window.g_max - fit.window.g_min)
+    for axis, way, name in ((up, True, "potentiation"), (down, False, "depression")):
+        mine = fit.held_out.rising == way
+        axis.plot(
+            fit.held_out.g_before[mine] * 1e6, fit.held_out.dg[mine] * 1e9, ".", markersize=2, alpha=0.3
+        )
+        axis.plot(g * 1e6, _single_step(fit, at, way) * 1e9, color="black", label=fit.law.law)
+        axis.set(xlabel="conductance before (uS)", ylabel="change (nS)", title=name)
+        axis.legend()
+        ranks.hist(fit.rank[mine], bins=20, range=(0, 1), density=True, histtype="step", label=name)
+    ranks.axhline(1, color="black", linewidth=0.7)
+    ranks.set(xlabel="rank in the law's distribution", ylabel="density", title="hold-out")
+    ranks.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _single_step(fit: Fit, y: np.ndarray, rising: bool) -> np.ndarray:
+    """Mean change by one pulse, S."""
+    dumped = fit.law.model_dump()
+    nominal = 1 / float(dumped["levels"] if dumped["law"] == "neurosim" else dumped["pulses"])
+    t = nominal * (1 + fit.law.asymmetry if rising else fit.law.asymmetry - 1)
+    return (reference.laws.moved(dumped, y, np.full_like(y, t)) - y) * (fit.window.g_max - fit.window.g_min)

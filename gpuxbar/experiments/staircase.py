@@ -1,0 +1,64 @@
+"""Staircases: potentiation and then depression of devices by single pulses, computed and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuxbar import ops
+from gpuxbar.spec import Device, UpdateLaw
+from gpuxbar.spec.laws import NeuroSim
+
+__all__ = ["plot_staircase", "staircase"]
+
+
+def staircase(
+    law: UpdateLaw, window: Device, *, pulses: int | None = None, devices: int = 20, seed: int = 0
+) -> np.ndarray:
+    """Conductances shown by devices that start at g_min: `pulses` up, then as many down; [2 pulses + 1, devices], S.
+
+    `pulses`: as many as nominally span the window if None, 1000 for an ideal law; at most 2000.
+    """
+    nominal = float(law.levels if isinstance(law, NeuroSim) else getattr(law, "pulses", 1000.0))
+    count = min(round(nominal), 2000) if pulses is None else pulses
+    if not 1 <= count <= 100_000:
+        raise ValueError(f"staircase: `pulses` must be 1 to 100000, got {count}; draw fewer")
+    # where the window has more pulses than are drawn, each stands for several
+    change = max(1 / nominal, 1 / count)
+    up_and_down = law.model_copy(update={"sides": "reference"})
+    g = np.full((2, 1, devices), window.g_min, np.float32)
+    hidden = g.copy() if law.write_noise else None
+    path = [g[0, 0].copy()]
+    settings: dict[str, Any] = {
+        "law": up_and_down,
+        "hidden": hidden,
+        "w_max": np.ones(devices, np.float32),
+        "seed": seed,
+    }
+    for step in range(2 * count):
+        dw = np.full((1, devices, 1), change if step < count else -change, np.float32)
+        ops.device_update(g, dw, g_min=window.g_min, g_max=window.g_max, step=step, **settings)
+        path.append(g[0, 0].copy())
+    return np.array(path)
+
+
+def plot_staircase(
+    law: UpdateLaw, window: Device, path: str | Path, *, title: str = "", **settings: Any
+) -> None:
+    """Draw staircases of single devices, and of the nominal one without noise and spread, to a PNG."""
+    from matplotlib.figure import Figure
+
+    spreads = {name for name in type(law).model_fields if name.endswith("spread")}
+    quiet = dict.fromkeys(spreads | {"gamma", "cycle", "write_noise"} & type(law).model_fields.keys(), 0.0)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(staircase(law, window, **settings) * 1e6, color="tab:blue", alpha=0.25, linewidth=0.7)
+    if law.law != "lookup_table":  # its scatter is part of it
+        nominal = staircase(law.model_copy(update=quiet), window, **{**settings, "devices": 1})
+        axis.plot(nominal * 1e6, color="black", label="nominal device")
+        axis.legend(loc="upper right")
+    axis.set(xlabel="pulse (up, then down)", ylabel="conductance (uS)", title=title)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

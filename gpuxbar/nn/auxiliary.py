@@ -1,0 +1,89 @@
+"""A second array beside a layer's own, which in-situ algorithms write gradients to and read line by line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gpuxbar.nn.in_situ import InSitu
+from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.spec import CrossbarSpec
+
+__all__ = ["AuxiliaryArray", "pulse_weight"]
+
+WITHOUT_STEPS = 1000  # pulses over the window of a device whose law has no steps
+
+
+class AuxiliaryArray(AnalogLayer):
+    """Pairs of devices of a layer's spec, one for each of its weights; they start in mid-window, where they read 0.
+
+    Devices, wires and converters are those of the layer's spec, drawn from a seed of their own. A read drives one
+    wordline fully, so the range of the ADC, unless it is fixed, is the current of one cell at g_max.
+
+    Buffers beside those of a layer in situ: `reference`, float32 [G * O, I], subtracted from what is read.
+    """
+
+    reference: Tensor
+
+    def __init__(self, layer: AnalogLayer, part: str):
+        super().__init__()
+        assert layer.w_max is not None
+        self.weight = nn.Parameter(
+            torch.zeros(layer.groups_ * layer.outputs, layer.inputs, device=layer.weight.device),
+            requires_grad=False,
+        )
+        self.bias = None
+        self.setup(_line_read(layer.spec), f"{layer.name}.{part}", layer.groups_)
+        self.start_cells(
+            torch.zeros_like(self.weight).view(self.groups_, self.outputs, -1), layer.w_max.clone()
+        )
+        self.register_buffer("reference", torch.zeros_like(self.weight.detach()))
+
+    @torch.no_grad()
+    def shift_zero(self, pairs: int) -> None:
+        """Lead every device to its symmetry point by `pairs` of up and down trains, of 64, 16, 4 and 1 pulses each.
+
+        What the array reads there is its zero from now on.
+
+        Source: Kim et al., "Zero-shifting technique for deep neural network training on resistive cross-point arrays", 2019.
+        """
+        pulse = pulse_weight(self).expand(-1, -1, self.inputs).reshape(self.weight.shape)
+        for pulses in (64, 16, 4, 1):
+            for _ in range(pairs):
+                self.update_cells(pulses * pulse)
+                self.update_cells(-pulses * pulse)
+        self.reference.copy_(self.weight)
+
+    @torch.no_grad()
+    def read_lines(self, lines: Tensor) -> Tensor:
+        """Weights of some wordlines, read one after the other: int64 [n] to float32 [G, O, n].
+
+        The same wordline of every group is read at once.
+        """
+        count, device = len(lines), self.weight.device
+        x = torch.zeros(count, self.groups_, self.inputs, device=device)
+        x[torch.arange(count, device=device), :, lines] = 1
+        y = self.read(x.view(count, -1)).view(count, self.groups_, self.outputs).permute(1, 2, 0)
+        return y - self.reference.view(self.groups_, self.outputs, -1)[..., lines]
+
+
+def pulse_weight(layer: InSitu) -> Tensor:
+    """Weight change of one nominal pulse on a pair, float32 [G, O, 1]; a law without steps counts 1,000 to the window."""
+    assert layer.w_max is not None
+    law = layer.spec.update
+    pulses: float = getattr(law, "pulses", getattr(law, "levels", WITHOUT_STEPS))
+    sides = 2 if law is not None and law.sides == "both" else 1
+    return (layer.w_max * (sides / pulses)).view(layer.groups_, -1, 1)
+
+
+def _line_read(spec: CrossbarSpec) -> CrossbarSpec:
+    adc = spec.adc.model_dump()
+    if spec.adc.range != "fixed":
+        adc |= {"range": "fixed", "i_max": spec.dac.v_read * spec.device.g_max}
+    return spec.with_overrides(
+        {
+            "dac": {"range": "tensor", "max": None},
+            "adc": adc,
+            "backward": {"mode": "ideal", "dac": None, "adc": None},
+        }
+    )

@@ -1,0 +1,158 @@
+"""Effective conductances of tiles that drift slowly: exact now and then, corrected approximations between."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gpuxbar.launch import Device
+from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.effective_conductance import effective_conductance
+
+__all__ = ["Anchor", "Approximation", "anchored_conductance"]
+
+OP = "anchored_conductance"
+Approximation = Literal["ladder", "mean_field"]
+CHUNK = 256  # tiles solved or compared at a time
+FAR = 0.3  # relative drift beyond which no estimate is trusted
+LEAST = 1e-5  # below which an error is one of rounding
+TINY = np.float32(1e-30)  # S**2; far below the square of a conductance
+APPROXIMATIONS = ("ladder", "mean_field")
+
+
+class Anchor(NamedTuple):
+    """What is remembered of tiles between exact solutions; the caller keeps the arrays, T tiles in all.
+
+    Attributes:
+        offset: The exact solution less the approximation where a tile was last solved, float32 [..., R, C], S.
+        g: Conductances there, float32 [..., R, C], S.
+        age: Updates since, int32 [T]; negative: never solved.
+        slope: Relative error found at the last solution, per relative drift, float32 [T].
+        error: Estimated relative error now, float32 [T].
+    """
+
+    offset: Any
+    g: Any
+    age: Any
+    slope: Any
+    error: Any
+
+    @staticmethod
+    def new(shape: tuple[int, ...]) -> Anchor:
+        """For tiles [..., R, C] of which none is solved, on the CPU."""
+        tiles = int(np.prod(shape[:-2]))
+        return Anchor(
+            np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.full(tiles, -1, np.int32),
+            np.ones(tiles, np.float32), np.zeros(tiles, np.float32),
+        )  # fmt: skip
+
+
+def anchored_conductance(
+    g: Any,
+    anchor: Anchor,
+    *,
+    r_wordline: Any,
+    r_bitline: Any,
+    r_source: Any = 0.0,
+    r_sink: Any = 0.0,
+    approximation: Approximation = "ladder",
+    refresh_interval: int = 10,
+    tolerance: float = 1e-2,
+    update: bool = True,
+    device: Device | None = None,
+) -> Any:
+    """The effective conductances of tiles close to where they were last solved exactly.
+
+    G_eff = max(M(g) + (G_exact - M)(g_0), 0)
+
+    with M the approximation and g_0 the tile's conductances at its last exact solution; right after it G_eff is exact.
+    An update solves the tiles anew that are due: one in `refresh_interval` in turn, and those whose estimated error
+    passed `tolerance`. The estimate costs no solution of its own: where a tile is solved, the relative error before
+    (Frobenius norms) over the drift |g - g_0| / |g_0| is its slope, and slope times drift its error from then on.
+    A tile further than 30 % from g_0 is solved anew whatever its slope. A difference of two arrays has an error
+    3 to 10 times that of the tiles.
+
+    The arrays of `anchor` say all there is: kept with a checkpoint, they continue bit for bit.
+
+    Args:
+        g, r_wordline, r_bitline, r_source, r_sink, device: See `effective_conductance`.
+        anchor: Changed in place by an update.
+        approximation: M: "ladder" or "mean_field".
+        refresh_interval: Updates after which a tile is solved again, 1 or above.
+        tolerance: Relative error of a tile that is let pass, above 0.
+        update: Whether the tiles have moved; False only reads the anchor (every tile must have been solved).
+            On a GPU an update waits for the device, to learn which tiles are due.
+
+    Returns:
+        Effective conductance, float32, shape of `g`, S.
+
+    Raises:
+        TypeError, ValueError: As `effective_conductance`, and for settings or arrays of `anchor` that do not fit.
+    """
+    _check(g, anchor, approximation, refresh_interval, tolerance)
+    wires: dict[str, Any] = {
+        "r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink, "device": device,
+    }  # fmt: skip
+    found = effective_conductance(g, method=approximation, **wires)
+    if not g.size:
+        return found
+    tiles, out, offset, start = (a.reshape(-1, *g.shape[-2:]) for a in (g, found, anchor.offset, anchor.g))
+    drift = _over_chunks(lambda part: _distance(tiles[part], start[part]), len(tiles)) if update else None
+    if drift is not None:
+        anchor.error[...] = anchor.slope * drift
+        due = np.flatnonzero(
+            (anchor.age + 1 >= refresh_interval)
+            | (anchor.age < 0)
+            | (anchor.error > tolerance)
+            | (drift > FAR)
+        )
+        for first in range(0, len(due), CHUNK):
+            part = due[first : first + CHUNK]
+            exact = effective_conductance(tiles[part], method="exact", **wires)
+            before = np.maximum(out[part] + offset[part], 0.0)
+            moved = (anchor.age[part] >= 0) & (drift[part] > LEAST)
+            slope = _distance(before, exact) / np.maximum(drift[part], LEAST)
+            anchor.slope[part] = np.where(moved, slope, anchor.slope[part])
+            offset[part], start[part] = exact - out[part], tiles[part]
+            anchor.error[part] = 0.0
+            # at first all are solved at once; then 1 / refresh_interval of them at every update
+            anchor.age[part] = np.where(anchor.age[part] < 0, part % refresh_interval - 1, -1)
+        anchor.age[...] += 1
+    out += offset
+    np.maximum(out, 0.0, out=out)
+    return found
+
+
+def _over_chunks(measure: Any, count: int) -> Any:
+    return np.concatenate([measure(slice(first, first + CHUNK)) for first in range(0, count, CHUNK)])
+
+
+def _distance(a: Any, b: Any) -> Any:
+    """|a - b| / |b| of every tile, float32 [T]; 0 where both are 0."""
+    apart, size = (x.reshape(len(x), -1) for x in (a - b, b))
+    return np.sqrt(np.einsum("te,te->t", apart, apart) / np.maximum(np.einsum("te,te->t", size, size), TINY))
+
+
+def _check(g: Any, anchor: Anchor, approximation: str, refresh_interval: int, tolerance: float) -> None:
+    check_array(OP, "g", g, "float32", range(2, 9))
+    if approximation not in APPROXIMATIONS:
+        raise ValueError(
+            f"{OP}: `approximation` must be one of {', '.join(APPROXIMATIONS)}, got {approximation!r}; choose one of them"
+        )
+    if refresh_interval < 1:
+        raise ValueError(
+            f"{OP}: `refresh_interval` must be 1 or above, got {refresh_interval}; 1 solves every tile at every update"
+        )
+    if not 0 < tolerance < np.inf:
+        raise ValueError(
+            f"{OP}: `tolerance` must be above 0 and finite, got {tolerance:g}; it is a relative error"
+        )
+    tiles = int(np.prod(g.shape[:-2]))
+    for name, array in anchor._asdict().items():
+        shape = g.shape if name in ("offset", "g") else (tiles,)
+        check_array(OP, f"anchor.{name}", array, "int32" if name == "age" else "float32", len(shape))
+        if array.shape != shape:
+            raise ValueError(
+                f"{OP}: `anchor.{name}` must have shape {shape}, got {tuple(array.shape)}; make it with Anchor.new(g.shape)"
+            )

@@ -1,0 +1,221 @@
+"""`effective_conductance` on a CUDA device: leaves merged in shared memory, then level by level in batched products.
+
+Tiles are padded with open cells to powers of two, 16 cells at least, so that all blocks of a level are alike. A level is
+one batch over all its pairs of blocks and all tiles of a chunk; the number of launches depends on the tile's size only.
+Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
+
+__all__ = ["KERNELS", "effective_conductance_cuda", "invert"]
+
+_INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
+_LINES: dict[str, Any] = {
+    "r_wordline": In("float32", "R", optional=True), "r_bitline": In("float32", "C", optional=True),
+    "r_source": In("float32", "R", optional=True), "r_sink": In("float32", "C", optional=True),
+}  # fmt: skip
+_VALUES: dict[str, Any] = {
+    "wordline_value": _FLOAT, "bitline_value": _FLOAT, "source_value": _FLOAT, "sink_value": _FLOAT,
+}  # fmt: skip
+
+LADDER = Kernel(
+    "ladder.cu", g=In("float32", "T R C"), **_LINES, share=Out("float32", "T R C"), g_eff=Out("float32", "T R C"),
+    **_VALUES, rows=_INT, cols=_INT,
+)  # fmt: skip
+CONDUCTANCE_LEAF = Kernel(
+    "conductance_leaf.cu", g=In("float32", "T R C"), **_LINES, q=Out("float32"), **_VALUES, rows=_INT, cols=_INT,
+    high_bits=_INT, wide_bits=_INT,
+)  # fmt: skip
+GAUSS_JORDAN = Kernel(
+    "gauss_jordan.cu", m=InOut("float32"), size=_INT, ld=_INT, stride=_LONG, count=_LONG, diagonal=_FLOAT
+)
+CONDUCTANCE_MERGE = Kernel(
+    "conductance_merge.cu", q=In("float32"), cross=In("float32"), merged=Out("float32"), block_rows=_INT,
+    block_cols=_INT, along_rows=_INT, next_along_rows=_INT, size=_LONG,
+)  # fmt: skip
+CONDUCTANCE_OUT = Kernel(
+    "conductance_out.cu", direct=In("float32"), cross=In("float32", optional=True), g_eff=Out("float32"),
+    direct_stride=_LONG, direct_ld=_INT, along_rows=_INT, rows=_INT, cols=_INT, high=_INT, wide=_INT, size=_LONG,
+)  # fmt: skip
+KERNELS = (LADDER, CONDUCTANCE_LEAF, GAUSS_JORDAN, CONDUCTANCE_MERGE, CONDUCTANCE_OUT)
+
+LEAF = 16  # cells along the side of a leaf
+BASE = 32  # largest matrix inverted in shared memory
+
+
+def effective_conductance_cuda(device: Device, g: Any, lines: dict[str, Any], method: str) -> Any:
+    """`ops.effective_conductance` on tiles [T, R, C], checked; `lines` are numbers, or arrays on the device."""
+    out = device.empty(g.shape, "float32")
+    arrays = {name: None if isinstance(value, float) else value for name, value in lines.items()}
+    values = {
+        f"{name[2:]}_value": value if isinstance(value, float) else 0.0 for name, value in lines.items()
+    }
+    settings = {**arrays, **values, "rows": g.shape[1], "cols": g.shape[2]}
+    if method in ("ladder", "first_order"):
+        share = device.empty(g.shape, "float32")
+        device.launch(
+            LADDER, (len(g),), (256,), {"g": g, "share": share, "g_eff": out, **settings},
+            {"FIRST_ORDER": int(method == "first_order")},
+        )  # fmt: skip
+        return out
+    high_bits, wide_bits = (max(-(-count // LEAF) - 1, 0).bit_length() for count in g.shape[1:])
+    # blocks of two levels, and the products between them: below four times the leaves
+    per_tile = 4 * 4 * 4096 << (high_bits + wide_bits)
+    chunk = max(device.workspace // per_tile, 1)
+    for first in range(0, len(g), chunk):
+        _merge_tiles(
+            device, g[first : first + chunk], out[first : first + chunk], settings, high_bits, wide_bits
+        )
+    return out
+
+
+def _merge_tiles(
+    device: Device, g: Any, out: Any, settings: dict[str, Any], high_bits: int, wide_bits: int
+) -> None:
+    leaves = len(g) << (high_bits + wide_bits)
+    q = device.empty((leaves * 4096,), "float32")
+    device.launch(
+        CONDUCTANCE_LEAF, (leaves,), (256,),
+        {"g": g, "q": q, **settings, "high_bits": high_bits, "wide_bits": wide_bits},
+    )  # fmt: skip
+    ways = _ways(high_bits, wide_bits)
+    level = Level(device, q, leaves, LEAF, LEAF, along_rows=bool(ways and ways[0]))
+    for _, after in pairwise(ways):
+        level = level.merged(after)
+    direct, offset, stride, ld, cross = level.last() if ways else (level.q, 2 * LEAF, 4096, 4 * LEAF, None)
+    device.launch(
+        CONDUCTANCE_OUT, (min(-(-out.size // 256), 65536),), (256,),
+        {"direct": direct[offset:], "cross": cross, "g_eff": out, "direct_stride": stride, "direct_ld": ld,
+         "along_rows": int(level.along_rows), "rows": g.shape[1], "cols": g.shape[2], "high": LEAF << high_bits,
+         "wide": LEAF << wide_bits, "size": out.size},
+    )  # fmt: skip
+
+
+def _ways(high_bits: int, wide_bits: int) -> list[bool]:
+    """Of every merge above the leaves, whether it joins along the wordlines; see `leaf_place` in parasitics.cuh."""
+    ways = []
+    for bit in range(max(high_bits, wide_bits)):
+        ways += [True] * (bit < wide_bits) + [False] * (bit < high_bits)
+    return ways
+
+
+class Level:
+    """All blocks of rows x cols cells, about to be joined in pairs; each a matrix of its ports, the joined side last."""
+
+    def __init__(self, device: Device, q: Any, count: int, rows: int, cols: int, along_rows: bool):
+        self.device, self.q, self.count, self.rows, self.cols = device, q, count, rows, cols
+        self.along_rows = along_rows
+        self.ports = 2 * (rows + cols)
+        self.joined = rows if along_rows else cols
+        self.rest = self.ports - self.joined
+        self.pairs = count // 2
+        self.second = self.ports**2  # where the second block of the first pair begins
+
+    def at(self, block: int, row: int, col: int) -> int:
+        return block * self.second + row * self.ports + col
+
+    def product(
+        self, m: int, n: int, a: tuple[Any, int, int, int], b: tuple[Any, int, int, int],
+        c: tuple[Any, int, int, int], alpha: float = 1.0, beta: float = 0.0,
+    ) -> None:  # fmt: skip
+        """c = alpha a b + beta c for every pair; an operand is (array, offset, elements to the next pair, a row)."""
+        left, right, out = (array[offset:] for array, offset, _, _ in (a, b, c))
+        self.device.matmul(
+            left, right, out, (self.pairs, m, n, self.joined), (a[2], b[2], c[2]), (a[3], b[3], c[3]), alpha, beta, "fp32"
+        )  # fmt: skip
+
+    def block(self, block: int, row: int, col: int) -> tuple[Any, int, int, int]:
+        """A part of the first or second block of every pair, as an operand."""
+        return self.q, self.at(block, row, col), 2 * self.second, self.ports
+
+    def new(self, rows: int, cols: int) -> tuple[Any, int, int, int]:
+        return self.device.empty((self.pairs * rows * cols,), "float32"), 0, rows * cols, cols
+
+    def solved(self) -> tuple[Any, int, int, int]:
+        """F = (1 + Z A)^-1."""
+        k, e = self.joined, self.rest
+        f = self.new(k, k)
+        self.product(k, k, self.block(0, e, e), self.block(1, e, e), f, alpha=-1.0)
+        invert(self.device, f[0], k, k, k * k, self.pairs, 0, diagonal=1.0)
+        return f
+
+    def merged(self, next_along_rows: bool) -> Level:
+        k, e = self.joined, self.rest
+        f = self.solved()
+        x, y, w, fz, cross = self.new(k, e), self.new(k, e), self.new(k, e), self.new(k, k), self.new(e, e)
+        self.product(k, e, f, self.block(0, e, 0), x)
+        self.product(k, e, self.block(1, e, e), x, y)
+        self.product(k, k, f, self.block(0, e, e), fz, alpha=-1.0)
+        self.product(k, e, fz, self.block(1, e, 0), w)
+        self.product(e, e, self.block(1, 0, e), x, cross, alpha=-1.0)
+        self.product(e, e, self.block(0, 0, e), y, self.block(0, 0, 0), beta=1.0)
+        self.product(e, e, self.block(1, 0, e), w, self.block(1, 0, 0), alpha=-1.0, beta=1.0)
+        rows, cols = (self.rows, 2 * self.cols) if self.along_rows else (2 * self.rows, self.cols)
+        out = Level(
+            self.device, self.device.empty((self.pairs * 4 * (rows + cols) ** 2,), "float32"), self.pairs, rows, cols,
+            next_along_rows,
+        )  # fmt: skip
+        self.device.launch(
+            CONDUCTANCE_MERGE, (min(-(-out.q.size // 256), 65536),), (256,),
+            {"q": self.q, "cross": cross[0], "merged": out.q, "block_rows": self.rows, "block_cols": self.cols,
+             "along_rows": int(self.along_rows), "next_along_rows": int(next_along_rows), "size": out.q.size},
+        )  # fmt: skip
+        return out
+
+    def last(self) -> tuple[Any, int, int, int, Any]:
+        """The last merge, only between the tile's left and lower sides; the arguments of `conductance_out`."""
+        k, e, p, q = self.joined, self.rest, self.rows, self.cols
+        f = self.solved()
+        # sides of block 0: left, top, bottom | right, or left, right, bottom | top; of block 1 with right for left, top for bottom
+        bottom = p + q if self.along_rows else 2 * p
+        x, y = self.new(k, q), self.new(k, q)
+        self.product(k, q, f, self.block(0, e, bottom), x)
+        self.product(k, q, self.block(1, e, e), x, y)
+        self.product(p, q, self.block(0, 0, e), y, self.block(0, 0, bottom), beta=1.0)
+        if self.along_rows:
+            left, cross = self.new(k, p), self.new(q, p)
+            self.product(k, p, f, self.block(0, e, 0), left)
+            self.product(q, p, self.block(1, bottom, e), left, cross, alpha=-1.0)
+        else:
+            cross = self.new(p, q)
+            self.product(p, q, self.block(1, 0, e), x, cross, alpha=-1.0)
+        return self.q, self.at(0, 0, bottom), 2 * self.second, self.ports, cross[0]
+
+
+def invert(
+    device: Device, m: Any, size: int, ld: int, stride: int, count: int, at: int, diagonal: float
+) -> None:
+    """Inverses in place of `count` matrices m + diagonal, from element `at` on: by halves down to BASE."""
+    if size <= BASE:
+        device.launch(
+            GAUSS_JORDAN, (-(-count // 8),), (256,),
+            {"m": m[at:], "size": size, "ld": ld, "stride": stride, "count": count, "diagonal": diagonal},
+        )  # fmt: skip
+        return
+    half = size // 2
+    upper, lower = at + half, at + half * ld
+    corner = lower + half
+    t, u = (device.empty((count * half * half,), "float32") for _ in range(2))
+
+    def product(a: Any, b: Any, c: Any, alpha: float = 1.0, beta: float = 0.0) -> None:
+        """c = alpha a b + beta c; a number is a quarter of the matrices by its first element."""
+        (a, *of_a), (b, *of_b), (c, *of_c) = (
+            (m[x:], stride, ld) if isinstance(x, int) else (x, half * half, half) for x in (a, b, c)
+        )
+        strides, lds = zip(of_a, of_b, of_c, strict=True)
+        device.matmul(a, b, c, (count, half, half, half), strides, lds, alpha, beta, "fp32")
+
+    # [[a, b], [c, d]]: t = c a^-1, s = d - t b, u = a^-1 b; the inverse is [[a^-1 + u s^-1 t, -u s^-1], [-s^-1 t, s^-1]]
+    invert(device, m, half, ld, stride, count, at, diagonal)
+    product(lower, at, t)
+    product(at, upper, u)
+    product(t, upper, corner, alpha=-1.0, beta=1.0)
+    invert(device, m, half, ld, stride, count, corner, diagonal)
+    product(u, corner, upper, alpha=-1.0)
+    product(corner, t, lower, alpha=-1.0)
+    product(upper, t, at, alpha=-1.0, beta=1.0)

@@ -1,0 +1,159 @@
+"""Output currents of tiles with resistive wires for given inputs, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpuxbar import reference
+from gpuxbar.launch import backend, host_call, library
+from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.effective_conductance import check_conductance, per_line, tile_name
+
+__all__ = ["solve_for_inputs", "solve_for_inputs_gradient"]
+
+OP = "solve_for_inputs"
+ITERATIONS = 200
+
+
+def solve_for_inputs(
+    v: Any,
+    g: Any,
+    *,
+    r_wordline: Any,
+    r_bitline: Any,
+    r_source: Any = 0.0,
+    r_sink: Any = 0.0,
+    tolerance: float = 1e-6,
+) -> Any:
+    """Read tiles through their wires without forming `effective_conductance`: i = v @ G_eff for a few inputs.
+
+    Conjugate gradients on whole lines: an iteration costs about 26 operations a cell and input, and two to ten suffice.
+    On two cores and 128 x 128 tiles that is less than `effective_conductance` for fewer than about ten inputs a tile.
+
+    Args:
+        v: Wordline voltages, float32 [..., B, R], V.
+        g: Conductance, float32 [..., R, C], S; 0 or above.
+        r_wordline, r_bitline, r_source, r_sink: As in `effective_conductance`, ohm.
+        tolerance: Relative error, in the norm of the power, at which an input's iteration stops; 1e-7 to 0.1.
+
+    Returns:
+        Bitline currents, float32 [..., B, C], A.
+
+    Raises:
+        TypeError: An array is not float32.
+        ValueError: Shapes disagree, an array is not contiguous, or a value is out of its range.
+        ArithmeticError: The iteration did not converge.
+        NotImplementedError: Arrays on a GPU.
+
+    Source:
+        Hestenes and Stiefel, J. Res. NBS 49 (1952); proofs in gpuxbar/reference/wire_currents.py.
+    """
+    wires = _checked(OP, v, g, r_wordline, r_bitline, r_source, r_sink, tolerance)
+    out = np.zeros((*v.shape[:-1], g.shape[-1]), np.float32)
+    if not (v.size and g.size):
+        return out
+    if backend(g) == "reference":
+        return reference.solve_for_inputs(v, g, **wires).astype(np.float32)
+    batch, (rows, cols) = v.shape[-2], g.shape[-2:]
+    bad = np.zeros(1, np.int64)
+    host_call(
+        library(), "gpuxbar_wire_currents", v, g, *wires.values(), out,
+        g.size // (rows * cols), batch, rows, cols, float(tolerance), ITERATIONS, bad,
+    )  # fmt: skip
+    _converged(OP, g, tolerance, int(bad[0]))
+    return out
+
+
+def solve_for_inputs_gradient(
+    v: Any,
+    g: Any,
+    grad_i: Any,
+    *,
+    r_wordline: Any,
+    r_bitline: Any,
+    r_source: Any = 0.0,
+    r_sink: Any = 0.0,
+    tolerance: float = 1e-6,
+) -> tuple[Any, Any]:
+    """The true gradient of `solve_for_inputs` through the wires, by one more solution: that of the adjoint network.
+
+    With `v` the identity [..., R, R] and `grad_i` a gradient of G_eff [..., R, C], grad_g is its gradient in g.
+
+    Args:
+        v, g, r_wordline, r_bitline, r_source, r_sink, tolerance: As in `solve_for_inputs`.
+        grad_i: Gradient of the currents, float32 [..., B, C], in 1/A.
+
+    Returns:
+        grad_v, float32, shape of `v`, 1/V; grad_g, float32, shape of `g`, summed over the inputs, 1/S.
+
+    Raises:
+        As `solve_for_inputs`.
+
+    Source:
+        Director and Rohrer, IEEE Trans. Circuit Theory 16 (1969).
+    """
+    op = "solve_for_inputs_gradient"
+    wires = _checked(op, v, g, r_wordline, r_bitline, r_source, r_sink, tolerance)
+    check_array(op, "grad_i", grad_i, "float32", v.ndim)
+    expected = (*v.shape[:-1], g.shape[-1])
+    if grad_i.shape != expected:
+        raise ValueError(
+            f"{op}: `grad_i` must have the shape of the currents {expected}, got {grad_i.shape}; give every one a gradient"
+        )
+    _check_finite(op, "grad_i", grad_i, "1/A")
+    grad_v, grad_g = np.zeros_like(v), np.zeros_like(g)
+    if not (v.size and g.size):
+        return grad_v, grad_g
+    if backend(g) == "reference":
+        exact = reference.solve_for_inputs_gradient(v, g, grad_i, **wires)
+        return exact[0].astype(np.float32), exact[1].astype(np.float32)
+    batch, (rows, cols) = v.shape[-2], g.shape[-2:]
+    bad = np.zeros(1, np.int64)
+    host_call(
+        library(), "gpuxbar_wire_currents_gradient", v, g, grad_i, *wires.values(), grad_v, grad_g,
+        g.size // (rows * cols), batch, rows, cols, float(tolerance), ITERATIONS, bad,
+    )  # fmt: skip
+    _converged(op, g, tolerance, int(bad[0]))
+    return grad_v, grad_g
+
+
+def _checked(
+    op: str, v: Any, g: Any, r_wordline: Any, r_bitline: Any, r_source: Any, r_sink: Any, tolerance: float
+) -> dict[str, np.ndarray]:
+    """All arguments checked; the resistances of every line."""
+    check_array(op, "g", g, "float32", range(2, 9))
+    check_array(op, "v", v, "float32", g.ndim)
+    if backend(g) == "cuda":
+        raise NotImplementedError(f"{op}: CuPy arrays have no kernel in this version; pass NumPy arrays")
+    rows, cols = g.shape[-2:]
+    if v.shape[:-2] != g.shape[:-2] or v.shape[-1] != rows:
+        raise ValueError(
+            f"{op}: `v` must have the axes {[*g.shape[:-2], 'B', rows]} of the tiles, got shape {v.shape}; "
+            "give every tile its inputs"
+        )
+    if not 1e-7 <= tolerance <= 0.1:
+        raise ValueError(
+            f"{op}: `tolerance` must be from 1e-7 to 0.1, got {tolerance:g}; float32 allows no less"
+        )
+    check_conductance(op, g)
+    _check_finite(op, "v", v, "V")
+    given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
+    return {name: per_line(op, name, value, rows, cols) for name, value in given.items()}
+
+
+def _check_finite(op: str, name: str, x: np.ndarray, unit: str) -> None:
+    wrong = ~np.isfinite(x)
+    if wrong.any():
+        raise ValueError(
+            f"{op}: `{name}` must be finite, got {x[wrong].flat[0]:g} {unit}; look at what computed it"
+        )
+
+
+def _converged(op: str, g: np.ndarray, tolerance: float, tile: int) -> None:
+    if tile >= 0:
+        raise ArithmeticError(
+            f"{op}: `tolerance` must be reached in {ITERATIONS} iterations, got more than {tolerance:g} in tile "
+            f"{tile_name(g, tile)}; use a larger one, or `effective_conductance`"
+        )

@@ -1,0 +1,132 @@
+"""What the in-situ optimisers share: settings, digital parameters, arrays beside the layers' own, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gpuxbar.nn.in_situ import InSitu, layer_of
+from gpuxbar.nn.layers import AnalogLayer
+
+__all__ = ["LR", "MOMENTUM", "InSituOptimizer", "Rule"]
+
+
+class Rule(NamedTuple):
+    """What a setting must be, in words and as a test, and a value to try."""
+
+    text: str
+    holds: Callable[[Any], bool]
+    example: str
+
+
+LR = Rule("above 0", lambda value: value > 0, "0.05")
+MOMENTUM = Rule("at least 0 and below 1", lambda value: 0 <= value < 1, "0.9")
+
+
+class InSituOptimizer(torch.optim.Optimizer):
+    """An optimiser that writes crossbar weights through their devices, and others by SGD with momentum.
+
+    A subclass has `rules`, one a setting, and `_write`, which turns a gradient into writes of a layer's cells; what it
+    keeps for a layer beyond its cells is the module that `_begin` returns. The state dict holds these modules too:
+    with the model's it resumes a run bit for bit.
+
+    Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
+    scheduler: they end in one gradient and one rate at each step.
+    """
+
+    rules: ClassVar[dict[str, Rule]]
+
+    def __init__(self, params: Any, **settings: Any):
+        self.parts: dict[Tensor, nn.Module] = {}
+        super().__init__(params, settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for key, rule in self.rules.items():
+            if not rule.holds(group[key]):
+                raise ValueError(
+                    f"{type(self).__name__}: `{key}` must be {rule.text}, got {group[key]}; try {rule.example}"
+                )
+        layers = [layer for layer in map(layer_of, group["params"]) if layer is not None]
+        for layer in layers:
+            self._check(layer, group)
+        for layer in layers:
+            if not layer.in_situ:
+                layer.begin_in_situ()
+            assert isinstance(layer, AnalogLayer)
+            part = self._begin(layer, group)
+            if part is not None:
+                self.parts[layer.weight] = part
+
+    def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
+        """Refuse a layer that this algorithm cannot train, before any begins."""
+        layer.require_law()
+        if layer.spec.pulses is not None:
+            raise ValueError(
+                f"{type(self).__name__}: `spec.pulses` must be None, got a pulse train for {layer.name}; pulse trains are "
+                "InSituSGD's"
+            )
+
+    def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module | None:
+        """What is kept for a layer beside its cells."""
+        return None
+
+    def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
+        """Write a layer's cells after `weight.grad`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns the loss of `closure`, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                layer = layer_of(parameter)
+                if layer is not None and (layer.pulsed or parameter.grad is not None):
+                    assert isinstance(layer, AnalogLayer)
+                    self._write(layer, parameter, group)
+                elif parameter.grad is not None:
+                    parameter -= group["lr"] * self._velocity(parameter, group["momentum"])
+        return loss
+
+    def _velocity(self, parameter: Tensor, momentum: float) -> Tensor:
+        """momentum * velocity + gradient."""
+        assert parameter.grad is not None
+        if not momentum:
+            return parameter.grad
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = parameter.grad.clone()
+        else:
+            state["momentum"].mul_(momentum).add_(parameter.grad)
+        velocity: Tensor = state["momentum"]
+        return velocity
+
+    def _named_parts(self) -> dict[int, nn.Module]:
+        """Modules by the place of their weight among all parameters."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return {i: self.parts[parameter] for i, parameter in enumerate(parameters) if parameter in self.parts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with the state of `parts` under its own key."""
+        parts = {i: part.state_dict() for i, part in self._named_parts().items()}
+        return super().state_dict() | ({"parts": parts} if parts else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; the model's own state dict holds the layers' cells."""
+        saved, parts = state_dict.get("parts", {}), self._named_parts()
+        if saved.keys() != parts.keys():
+            raise ValueError(
+                f"{type(self).__name__}: `state_dict` must be of the same algorithm and layers, got arrays of parameters "
+                f"{sorted(saved)} where {sorted(parts)} have them; build the optimiser that was saved"
+            )
+        super().load_state_dict(state_dict)
+        for i, part in parts.items():
+            part.load_state_dict(saved[i])

@@ -1,0 +1,303 @@
+"""Tiki-Taka and its kin: gradients go to a fast array, whose lines are read and moved to the layer's own, slow one.
+
+The fast array A forgets: up and down steps of its devices are alike only at their symmetry points, and opposite
+writes lead them there. So it keeps the recent gradient and loses its noise, and the slow array C is written only where
+the gradient has a direction. What the algorithms differ in is the way from A to C, and what they need of A:
+
+    v1          C += lr v                               A at its symmetry point reads 0 (`zero_shift`)
+    v2          H += lr v, whole pulses of H to C       the same, less strictly
+    v2 chopped  the sign of A flips at random           offsets of A average out
+    AGAD        the sign of A flips regularly           offsets of A are measured before each flip and subtracted
+
+v is what A reads, in units of the gradient. A weight changes by its gradient times `fast_lr` of its range over the largest
+gradient of the layer (a running mean), and v is A's weight divided by the same, so `lr` is a rate in the sense of SGD, times
+the number of reads for which A remembers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpuxbar.nn.auxiliary import AuxiliaryArray, pulse_weight
+from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
+from gpuxbar.reference import Purpose, uniforms
+
+__all__ = ["AGAD", "ChoppedTikiTakaV2", "TikiTaka", "TikiTakaV2"]
+
+SCALE_MEMORY = 0.99  # of the running mean of the largest gradient
+TAIL = 5  # AGAD's offset is measured over about the last fifth of a period
+
+POSITIVE = Rule("at least 1", lambda value: value >= 1, "1")
+FAST = {
+    "lr": LR,
+    "momentum": MOMENTUM,
+    "fast_lr": Rule("above 0 and at most 1", lambda value: 0 < value <= 1, "0.1"),
+    "transfer_every": POSITIVE,
+    "lines": POSITIVE,
+    "zero_shift": Rule("at least 0", lambda value: value >= 0, "100"),
+}
+BUFFERED = {**FAST, "max_pulses": POSITIVE}
+
+
+class Fast(nn.Module):
+    """The fast array of a layer, and what its transfer keeps digitally; all of it is in the state dict.
+
+    Buffers: `scale`, running mean of the largest gradient, float32 [1]; `sign` that gradients are written with,
+    float32 [G, 1, I]; `waiting`, the buffer H in pulses, `offset`, what A read before its last flip, and `mean`, its
+    running mean since: float32 [G, O, I], empty where the algorithm has none.
+    Counters: `steps`, `transfers`, and `reads` of wordlines.
+    """
+
+    scale: Tensor
+    sign: Tensor
+    waiting: Tensor
+    offset: Tensor
+    mean: Tensor
+
+    def __init__(self, layer: AnalogLayer, zero_shift: int, buffers: tuple[str, ...]):
+        super().__init__()
+        self.array = AuxiliaryArray(layer, "fast")
+        if zero_shift:
+            self.array.shift_zero(zero_shift)
+        shape, device = (layer.groups_, layer.outputs, layer.inputs), layer.weight.device
+        self.register_buffer("scale", torch.zeros(1, device=device))
+        self.register_buffer("sign", torch.ones(layer.groups_, 1, layer.inputs, device=device))
+        for name in ("waiting", "offset", "mean"):
+            self.register_buffer(name, torch.zeros(shape if name in buffers else 0, device=device))
+        self.steps = self.transfers = self.reads = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": self.steps, "transfers": self.transfers, "reads": self.reads}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.steps, self.transfers, self.reads = (state[key] for key in ("steps", "transfers", "reads"))
+
+    def collect(self, grad: Tensor, fast_lr: float) -> None:
+        """Write a gradient [G, O, I] to the array."""
+        largest = grad.abs().amax().reshape(1)
+        mean = SCALE_MEMORY * self.scale + (1 - SCALE_MEMORY) * largest
+        scale = torch.where(self.scale > 0, mean, largest)
+        change = -grad * self.sign * self.unit(fast_lr, scale)
+        self.array.update_cells(change.view_as(self.array.weight))
+        self.scale.copy_(scale)
+        self.steps += 1
+
+    def read(self, count: int, fast_lr: float) -> tuple[Tensor, np.ndarray, Tensor]:
+        """The next lines, how often each was read before, and what they read in units of the gradient, [G, O, n]."""
+        inputs = self.array.inputs
+        places = self.reads + np.arange(min(count, inputs))
+        lines = torch.from_numpy(places % inputs).to(self.scale.device)
+        values = self.array.read_lines(lines) / self.unit(fast_lr, self.scale)
+        self.transfers += 1
+        self.reads += len(places)
+        return lines, places // inputs, values
+
+    def unit(self, fast_lr: float, scale: Tensor) -> Tensor:
+        """Change of a weight of the array for a gradient of 1, [G, O, 1]."""
+        assert self.array.w_max is not None
+        return fast_lr * self.array.w_max.view(self.array.groups_, -1, 1) / scale.clamp_min(1e-30)
+
+
+class TikiTaka(InSituOptimizer):
+    """Tiki-Taka, version 1: what a line of the fast array reads is written to the slow one.
+
+    A <- A - fast_lr grad (scaled);  every `transfer_every` steps, for the next `lines` wordlines:  C <- C + lr v
+
+    The network reads C alone. A must read 0 at its symmetry point: `zero_shift` leads it there and takes what it reads
+    for its zero. Digital parameters: as in `InSituSGD`; crossbar weights have no momentum, the fast array is one.
+
+    Args:
+        params, lr, momentum: As for `InSituSGD`.
+        fast_lr: Share of the range of A that the largest gradient of a layer moves a weight by.
+        transfer_every: Steps between transfers.
+        lines: Wordlines read at a transfer; all, where a layer has fewer. In hardware, about as many as samples are written.
+        zero_shift: Pairs of up and down trains that lead A to its symmetry points first; 0: none.
+
+    Source:
+        Gokmen and Haensch, "Algorithm for training neural networks on resistive device arrays", Frontiers in
+        Neuroscience 2020.
+    """
+
+    rules: ClassVar[dict[str, Rule]] = FAST
+    buffers: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.0,
+        fast_lr: float = 0.1,
+        transfer_every: int = 1,
+        lines: int = 32,
+        zero_shift: int = 0,
+        **more: Any,
+    ):
+        settings = {
+            "fast_lr": fast_lr,
+            "transfer_every": transfer_every,
+            "lines": lines,
+            "zero_shift": zero_shift,
+        }
+        super().__init__(params, lr=lr, momentum=momentum, **settings, **more)
+
+    def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module:
+        return Fast(layer, group["zero_shift"], self.buffers)
+
+    def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
+        fast = self.parts[weight]
+        assert isinstance(fast, Fast)
+        assert weight.grad is not None
+        change = torch.zeros(layer.groups_, layer.outputs, layer.inputs, device=weight.device)
+        fast.collect(weight.grad.float().reshape(change.shape), group["fast_lr"])
+        if fast.steps % group["transfer_every"] == 0:
+            lines, sweeps, values = fast.read(group["lines"], group["fast_lr"])
+            change[..., lines] = self._transfer(fast, lines, sweeps, values, pulse_weight(layer), group)
+            layer.update_cells(change.view_as(weight))
+
+    def _transfer(
+        self,
+        fast: Fast,
+        lines: Tensor,
+        sweeps: np.ndarray,
+        values: Tensor,
+        pulse: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        """Weight changes of the lines read."""
+        return group["lr"] * values
+
+
+class TikiTakaV2(TikiTaka):
+    """Tiki-Taka, version 2: what the fast array reads adds up in a digital buffer, which is written in whole pulses.
+
+    H <- H + lr v / pulse,  n = trunc(H) within +-max_pulses,  H <- H - n,  write n pulses to C
+
+    The buffer filters the noise of reads and the offset of A that is smaller than the gradient.
+
+    Args:
+        params, lr, momentum, fast_lr, transfer_every, lines, zero_shift: As for `TikiTaka`.
+        max_pulses: Most pulses of a transfer; 1 in the paper, which writes after every sample.
+
+    Source:
+        Gokmen, "Enabling training of neural networks on noisy hardware", Frontiers in Artificial Intelligence 2021.
+    """
+
+    rules: ClassVar[dict[str, Rule]] = BUFFERED
+    buffers: tuple[str, ...] = ("waiting",)
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.0, *, max_pulses: int = 31, **settings: Any
+    ):
+        super().__init__(params, lr, momentum, max_pulses=max_pulses, **settings)
+
+    def _transfer(
+        self,
+        fast: Fast,
+        lines: Tensor,
+        sweeps: np.ndarray,
+        values: Tensor,
+        pulse: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        waiting = fast.waiting[..., lines] + group["lr"] * values / pulse
+        pulses = waiting.trunc().clamp(-group["max_pulses"], group["max_pulses"])
+        fast.waiting[..., lines] = waiting - pulses
+        return pulses * pulse
+
+
+class ChoppedTikiTakaV2(TikiTakaV2):
+    """Tiki-Taka version 2 with choppers: gradients of a wordline are written to A and read with a sign that flips.
+
+    The sign flips with probability `flip` after each read of the line, so that the offset of A from its reference adds to
+    the buffer with either sign and averages out.
+
+    Args:
+        params, lr, momentum, fast_lr, transfer_every, lines, zero_shift, max_pulses: As for `TikiTakaV2`.
+        flip: Probability of a flip, 0 to 0.5. Between flips A must have time to forget what it holds with the old sign: the
+            smaller `fast_lr`, the rarer the flips.
+
+    Source:
+        Rasch et al., "Fast and robust analog in-memory deep neural network training", Nature Communications 2024.
+    """
+
+    rules: ClassVar[dict[str, Rule]] = {
+        **BUFFERED,
+        "flip": Rule("0 to 0.5", lambda value: 0 <= value <= 0.5, "0.02"),
+    }
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, flip: float = 0.02, **settings: Any):
+        super().__init__(params, lr, momentum, flip=flip, **settings)
+
+    def _transfer(
+        self,
+        fast: Fast,
+        lines: Tensor,
+        sweeps: np.ndarray,
+        values: Tensor,
+        pulse: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        change = super()._transfer(fast, lines, sweeps, values * fast.sign[..., lines], pulse, group)
+        array, at = fast.array, lines.cpu().numpy()
+        rows = np.arange(array.groups_)[:, None] * array.inputs + at
+        draw = uniforms(rows.ravel(), 1, purpose=Purpose.CHOPPER, step=fast.transfers, seed=array.plan.seed)
+        flips = np.where(draw.reshape(array.groups_, 1, -1) < group["flip"], -1.0, 1.0).astype(np.float32)
+        fast.sign[..., lines] *= torch.from_numpy(flips).to(lines.device)
+        return change
+
+
+class AGAD(TikiTakaV2):
+    """Analog gradient accumulation with dynamic reference: regular flips, and the offset measured before each.
+
+    With c the sign of a line and v what it reads:  H <- H + lr c (v - offset) / pulse,  mean <- mean + beta (v - mean);
+    after `period` reads:  offset <- mean,  c <- -c.  beta = min(5 / period, 1). Whole pulses of H are written to C as
+    in version 2, after the first period, which only measures.
+
+    The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric.
+
+    Args:
+        params, lr, momentum, fast_lr, transfer_every, lines, zero_shift, max_pulses: As for `TikiTakaV2`.
+        period: Reads of a line between flips of its sign, at least 1.
+
+    Source:
+        Rasch et al., "Fast and robust analog in-memory deep neural network training", Nature Communications 2024.
+    """
+
+    rules: ClassVar[dict[str, Rule]] = {**BUFFERED, "period": POSITIVE}
+    buffers: tuple[str, ...] = ("waiting", "offset", "mean")
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, period: int = 10, **settings: Any):
+        super().__init__(params, lr, momentum, period=period, **settings)
+
+    def _transfer(
+        self,
+        fast: Fast,
+        lines: Tensor,
+        sweeps: np.ndarray,
+        values: Tensor,
+        pulse: Tensor,
+        group: dict[str, Any],
+    ) -> Tensor:
+        period = group["period"]
+
+        def where(mask: np.ndarray) -> Tensor:
+            return torch.from_numpy(mask).to(lines.device)
+
+        unit = fast.unit(
+            group["fast_lr"], fast.scale
+        )  # offsets are kept as weights: the scale of the gradient drifts
+        moved = (values - fast.offset[..., lines] / unit) * fast.sign[..., lines]
+        known = where(sweeps >= period)
+        change = super()._transfer(fast, lines, sweeps, moved * known, pulse, group)
+        mean = fast.mean[..., lines]
+        mean = mean + min(TAIL / period, 1.0) * (values * unit - mean)
+        fast.mean[..., lines] = mean
+        ends = where((sweeps + 1) % period == 0)
+        fast.offset[..., lines] = torch.where(ends, mean, fast.offset[..., lines])
+        fast.sign[..., lines] *= torch.where(ends, -1.0, 1.0)
+        return change

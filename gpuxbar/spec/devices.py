@@ -1,0 +1,259 @@
+"""Published devices as update laws in SI units, each with its source and the range it was fitted in.
+
+Papers give steps in normalised weights; the conductance window they lie in is often not given with the fit, and is then
+chosen here (`window_source`). Only ratios to the window enter a law, so another window changes no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gpuxbar.spec.errors import SpecError, nearest
+from gpuxbar.spec.laws import (
+    Agarwal,
+    ConstantStep,
+    ExponentialStep,
+    LinearStep,
+    NeuroSim,
+    SoftBounds,
+    UpdateLaw,
+)
+from gpuxbar.spec.model import CrossbarSpec, Device
+
+__all__ = ["DEVICES", "PublishedDevice", "published_device"]
+
+
+@dataclass(frozen=True)
+class PublishedDevice:
+    """A device of the literature.
+
+    Attributes:
+        law: Its update law; write noise is in S of `window`.
+        window: Its conductance window.
+        source: Where the parameters are from.
+        window_source: Where the window is from.
+        valid: What the fit covers.
+    """
+
+    name: str
+    law: UpdateLaw
+    window: Device
+    source: str
+    window_source: str
+    valid: str
+
+    def spec(self, **overrides: Any) -> CrossbarSpec:
+        """An otherwise ideal crossbar of these devices, with a nested dictionary laid over it."""
+        return CrossbarSpec(device=self.window, update=self.law).with_overrides(overrides)
+
+
+AIHWKIT = "parameters of aihwkit's presets (Rasch et al., AICAS 2021)"
+CHOSEN = "chosen here"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A fit in normalised weights: `low` .. `high` is the window, `size` a potentiating step at weight 0.
+
+    `up_down`: depressing steps are 1 - up_down of potentiating ones. Spreads are standard deviations between devices:
+    `size_spread` relative, `up_down_spread` of either step over `size`, `low_spread` and `high_spread` relative to the bounds.
+    `write_noise`: in steps.
+    """
+
+    size: float
+    low: float
+    high: float
+    up_down: float = 0.0
+    size_spread: float = 0.0
+    up_down_spread: float = 0.0
+    low_spread: float = 0.0
+    high_spread: float = 0.0
+    write_noise: float = 0.0
+
+    def law(self, window: Device, up: float = 1.0, down: float = 1.0) -> dict[str, Any]:
+        """Settings that all laws share; `up` and `down` are the law's steps where it is nominal, over those at weight 0."""
+        width = self.high - self.low
+        up, down = up, down * (1 - self.up_down)
+        mean = (up + down) / 2
+        return {
+            "pulses": width / (self.size * mean),
+            "asymmetry": (up - down) / (2 * mean),
+            "step_spread": self.size_spread / mean,
+            "asymmetry_spread": self.up_down_spread / mean,
+            "low_spread": self.low_spread * -self.low / width,
+            "high_spread": self.high_spread * self.high / width,
+            "write_noise": self.write_noise * self.size / width * (window.g_max - window.g_min),
+        }
+
+
+def _linear(name: str, steps: Steps, slopes: tuple[float, float], cycle: float, of: str, spread: float, window: Device, source: str, valid: str) -> PublishedDevice:  # fmt: skip
+    """Steps 1 - slope w / high upwards and 1 + slope w / low downwards; the law is nominal in mid-window."""
+    width, middle = steps.high - steps.low, (steps.high + steps.low) / 2
+    up, down = 1 - slopes[0] * middle / steps.high, 1 - slopes[1] * middle / steps.low
+    law = LinearStep.model_validate(
+        {
+            **steps.law(window, up, down),
+            "slope_up": slopes[0] * width / (2 * steps.high * up),
+            "slope_down": slopes[1] * width / (-2 * steps.low * down),
+            "spread": spread, "cycle": cycle, "cycle_of": of,
+        }
+    )  # fmt: skip
+    return PublishedDevice(name, law, window, f"{source}; {AIHWKIT}", CHOSEN, valid)
+
+
+def _soft(name: str, steps: Steps, cycle: float, window: Device, source: str, valid: str, lognormal: bool = False) -> PublishedDevice:  # fmt: skip
+    width = steps.high - steps.low
+    shape = {"up": width / steps.high, "down": width / -steps.low}
+    law = SoftBounds.model_validate(
+        {**steps.law(window), **shape, "cycle": cycle, "cycle_of": "nominal", "lognormal_steps": lognormal}
+    )
+    return PublishedDevice(name, law, window, f"{source}; {AIHWKIT}", CHOSEN, valid)
+
+
+def reram_es() -> PublishedDevice:
+    window = Device(g_min=1e-6, g_max=10e-6)
+    steps = Steps(0.00135, -1, 1, 0.259359, 0.2, 0.05, 0.3, 0.3, write_noise=75)
+    shape = {
+        "amplitude_up": -1.18445,
+        "amplitude_down": -0.081404,
+        "rate_up": 5,
+        "rate_down": 5,
+        "a": -0.5,
+        "b": -0.5,
+    }
+    law = ExponentialStep.model_validate({**steps.law(window), **shape, "cycle": 5.0})
+    source = f"Gong et al., Nature Communications 2018 (ReRAM); {AIHWKIT}"
+    return PublishedDevice("reram-es", law, window, source, CHOSEN, "single pulses over the whole window")
+
+
+def reram_sb() -> PublishedDevice:
+    steps = Steps(0.002, -0.75, 1.25, 0, 0.3, 0.01, 0.3 / 0.75, 0.3 / 1.25, write_noise=56)
+    return _soft(
+        "reram-sb", steps, 3.75, Device(g_min=1e-6, g_max=10e-6), "Gong et al., Nature Communications 2018 (ReRAM), a loose fit",
+        "symmetry point at weight 0, as after subtraction of a calibrated reference",
+    )  # fmt: skip
+
+
+def reram_array_om() -> PublishedDevice:
+    steps = Steps(0.0949, -1, 1, 0, 0.7829, 0.01, 0.5695, 0.3499, write_noise=1.4113)
+    return _soft(
+        "reram-array-om", steps, 0.4158, Device(g_min=1e-6, g_max=10e-6), "Gong, Rasch et al., IEDM 2022 (array, optimized material)",
+        "about 20 steps over the window; 13.5 % failed cells of the array are not in it: set programming.stuck_at_*",
+        lognormal=True,
+    )  # fmt: skip
+
+
+def reram_array_hfo2() -> PublishedDevice:
+    steps = Steps(0.4622, -1, 1, 0, 0.7125, 0.01, 0.5990, 0.4295, write_noise=0.5841)
+    return _soft(
+        "reram-array-hfo2", steps, 0.2174, Device(g_min=1e-6, g_max=10e-6), "Gong, Rasch et al., IEDM 2022 (array, baseline HfO2)",
+        "about 4 steps over the window; 10 % failed cells of the array are not in it: set programming.stuck_at_*",
+        lognormal=True,
+    )  # fmt: skip
+
+
+def capacitor() -> PublishedDevice:
+    steps = Steps(0.005, -1, 1, 0, 0.1, 0.06, 0.07, 0.07)
+    return _linear(
+        "capacitor", steps, (0.05, 0.05), 0.3, "nominal", 0.01, Device(g_min=1e-6, g_max=10e-6), "Li et al., VLSI 2018 (capacitor)",
+        "single pulses; leakage is not in it",
+    )  # fmt: skip
+
+
+def ecram() -> PublishedDevice:
+    steps = Steps(0.002, -0.8276, 1.1724, 0, 0.1, 0.01, 0.05, 0.05)
+    return _linear(
+        "ecram", steps, (0.1153, 0.5085), 0.3, "step", 0.05, Device(g_min=1e-6, g_max=10e-6), "Tang et al., IEDM 2018 (Li ECRAM)",
+        "window shifted so that the symmetry point is at weight 0",
+    )  # fmt: skip
+
+
+def ecram_mo() -> PublishedDevice:
+    steps = Steps(2.8214e-4, -0.8286, 1.1714, 0, 0.1, 0.01, 0.05, 0.05)
+    return _linear(
+        "ecram-mo", steps, (0.4152, 0.7342), 2.0, "step", 0.05, Device(g_min=1e-6, g_max=10e-6),
+        "Kim et al., IEDM 2019 (metal-oxide ECRAM)", "window shifted so that the symmetry point is at weight 0",
+    )  # fmt: skip
+
+
+def gokmen_vlasov() -> PublishedDevice:
+    window = Device(g_min=1e-6, g_max=10e-6)
+    steps = Steps(0.0016, -1, 1, 0, 0.3, 0.01, 0.3, 0.3)
+    law = ConstantStep.model_validate({**steps.law(window), "cycle": 0.3})
+    source = f"Gokmen and Vlasov, Frontiers in Neuroscience 2016 (specification, window scaled); {AIHWKIT}"
+    return PublishedDevice("gokmen-vlasov", law, window, source, CHOSEN, "a specification, not a measurement")
+
+
+def idealized() -> PublishedDevice:
+    window = Device(g_min=1e-6, g_max=10e-6)
+    steps = Steps(0.0002, -1, 1, 0, 0.3, 0, 0.3, 0.3)
+    law = ConstantStep.model_validate({**steps.law(window), "cycle": 0.3})
+    source = f"Rasch, Gokmen and Haensch, IEEE Design & Test 2019; {AIHWKIT}"
+    return PublishedDevice(
+        "idealized", law, window, source, CHOSEN, "a specification of 10,000 steps, not a measurement"
+    )
+
+
+def pcm() -> PublishedDevice:
+    window = Device(g_min=0.0, g_max=25e-6)
+    steps = Steps(0.01, 0, 2, 0, 0.2, 0.05, 0, 0.1)
+    # the fit's exponent is rate a w with w = 0 .. 2, which is rate (a (2y - 1) + a)
+    shape = {
+        "amplitude_up": -27.235,
+        "amplitude_down": -2.235,
+        "rate_up": 2.5,
+        "rate_down": 2.5,
+        "a": -1,
+        "b": -1,
+    }
+    law = ExponentialStep.model_validate({**steps.law(window), **shape, "cycle": 0.6, "sides": "one_sided"})
+    return PublishedDevice(
+        "pcm", law, window, f"Nandakumar et al., Frontiers in Neuroscience 2020 (GST phase change memory); {AIHWKIT}",
+        "Joshi et al., Nature Communications 2020",
+        "crystallising pulses only: pairs saturate and are to be refreshed; the part of the cycle noise that does not scale with "
+        "the step is not in it",
+    )  # fmt: skip
+
+
+def ag_asi() -> PublishedDevice:
+    law = NeuroSim(nonlinearity_ltp=2.4, nonlinearity_ltd=4.88, levels=97, cycle=0.035)
+    return PublishedDevice(
+        "ag-asi", law, Device(g_min=3.076923e-9, g_max=38.46153e-9),
+        "MLP+NeuroSim V3 (Chen, Peng and Yu, IEEE TCAD 2018), labels 2.4 and -4.88 (Ag:a-Si)", "the same",
+        "97 levels up, taken as 97 down (100 in the source)",
+    )  # fmt: skip
+
+
+def fefet() -> PublishedDevice:
+    law = NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=1.46, levels=32, cycle=0.003)
+    return PublishedDevice(
+        "fefet", law, Device(g_min=1e-6, g_max=10e-6),
+        "default device of DNN+NeuroSim V2.1 (Peng et al., IEEE TCAD 2021): 32 levels, labels 1.75 and 1.46, cycle noise 0.3 %",
+        "on/off ratio 10 of the source, scale chosen here", "weights of 5 bits, one update a batch",
+    )  # fmt: skip
+
+
+def txsim_ag_si() -> PublishedDevice:
+    return PublishedDevice(
+        "txsim-ag-si", Agarwal(nu=0.1, gamma=0.05), Device(g_min=1e-6, g_max=10e-6),
+        "Roy et al., TxSim, IEEE TVLSI 2021: the largest nu and gamma (in percent) that training bears", "the same (100 kOhm to 1 MOhm)",
+        "a limit of training, not a measurement",
+    )  # fmt: skip
+
+
+DEVICES: dict[str, Callable[[], PublishedDevice]] = {
+    make().name: make
+    for make in (
+        ag_asi, capacitor, ecram, ecram_mo, fefet, gokmen_vlasov, idealized, pcm, reram_array_hfo2, reram_array_om, reram_es,
+        reram_sb, txsim_ag_si,
+    )
+}  # fmt: skip
+
+
+def published_device(name: str) -> PublishedDevice:
+    """A device of the literature by name."""
+    if name not in DEVICES:
+        raise SpecError(f"published_device: `name` must be a device, got {name!r}; {nearest(name, DEVICES)}")
+    return DEVICES[name]()

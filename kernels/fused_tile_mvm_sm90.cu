@@ -1,0 +1,325 @@
+// fused_tile_mvm_sm90: fused_tile_mvm for Hopper (sm_90a): products of whole warpgroups out of shared memory, fed by bulk
+// copies of operands packed in panels. Same counters, same codes.
+//
+// Axes    G groups, T tiles of K driven lines (padded to a multiple of 64), S planes, N sensed lines, M rows of this
+//         call, P passes. In panels of 128 x 64 (panels.cuh), M and N padded to 128: a [P, M, G, T, K],
+//         b [S, G, N, T, K]. words [P, S, M, G * N] not padded; y and gate [rows, G * N], or images [N, G * N, pixels].
+// Launch  128 rows by BLOCK_N columns a block, 384 threads: warpgroups 0 and 1 multiply 64 rows each, one thread of the
+//         third copies; grid (blocks, splits, P S G). Codes are integers: sums over tiles, and over splits of the tiles
+//         by atomics, have the same bits on any launch. Shared memory (dynamic): 1024 + STAGES * (stage_bytes + 16).
+// Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
+// Macros  BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the pipeline; TERMS 1 fp16 conductances, 2 high
+//         and low half; NOISE 0 none, 1 exact, 2 fast; CONVERTERS 0 one LSB for all, 1 an LSB a column; GATE also counts
+//         the conversions inside the range, in the high half of each sum
+// Wrapper gpuxbar/ops/fused_tile_mvm_sm90.py      Oracle gpuxbar/reference/tile_mvm.py
+#include "gpuxbar/converter.cuh"
+#include "gpuxbar/normal.cuh"
+#include "gpuxbar/panels.cuh"
+#include "gpuxbar/wgmma.cuh"
+
+#ifndef BLOCK_N
+#define BLOCK_N 128
+#endif
+#ifndef STAGES
+#define STAGES 4
+#endif
+#ifndef TERMS
+#define TERMS 1
+#endif
+#ifndef NOISE
+#define NOISE 1
+#endif
+#ifndef CONVERTERS
+#define CONVERTERS 0
+#endif
+#ifndef GATE
+#define GATE 0
+#endif
+#define WIDTH (NOISE == 1 ? 4 : 8)
+#define PAIRED (BLOCK_N == 256)
+#if PAIRED && GATE
+#error "GATE needs the high half of the sums: BLOCK_N 128"
+#endif
+
+extern __shared__ __align__(1024) unsigned char gx_smem[];
+
+namespace gpuxbar {
+
+using Operand = u16;
+
+constexpr int HALVES = BLOCK_N / PANEL_ROWS;  // panels of b side by side
+constexpr u32 PANEL_BYTES = 2 * PANEL;
+constexpr u32 STAGE_BYTES = PANEL_BYTES * (1 + HALVES * TERMS);
+constexpr u32 CONSUMERS = 8;                        // warps that free a stage
+constexpr int SUMS = 64, CODES = PAIRED ? 32 : 64;  // registers of a thread, for each half
+
+// What is the same for all threads of a block. It lies in shared memory and is read where it is used: registers are
+// for sums.
+struct Block {
+  int m0, n0, group, plane, pass, first_tile, last_tile;
+  u32 column, slot;                  // of the counters: of n0, and of tile 0
+  volatile u32 now, key_lo, key_hi;  // step and seed; volatile: read at each use, so as not to stay in registers
+  float sigma;                       // A
+  float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
+};
+
+// Where the sums of a consumer's thread lie in the block: rows row() and row() + 8, eight columns from column() + 32 part.
+struct Place {
+  u32 thread;
+
+  GPUXBAR_FN Place() : thread(thread_index()) {}
+  GPUXBAR_FN u32 lane() const { return thread & 31; }
+  GPUXBAR_FN u32 warpgroup() const { return thread >> 7; }
+  GPUXBAR_FN u32 row() const { return (thread >> 5) * 16 + (lane() >> 2); }
+  GPUXBAR_FN u32 column() const { return 8 * (thread & 3); }
+};
+
+// The low half of a word; codes below 0 are possible if code_min is.
+GPUXBAR_FN int low_half(u32 word, float code_min) { return code_min < 0.0f ? (i16)word : (int)(word & 0xFFFFu); }
+
+// Writes the first `real` of eight values, `stride` apart; by fours if they are neighbours and all or none are real.
+template <class Four, class T>
+GPUXBAR_FN void store(T* to, const T (&v)[8], int real, i64 stride, bool vector) {
+#pragma unroll
+  for (int q = 0; q < 8; q += 4)
+    if (vector) {
+      if (q < real) *(Four*)(to + q) = Four{v[q], v[q + 1], v[q + 2], v[q + 3]};
+    } else {
+#pragma unroll
+      for (int e = q; e < q + 4; ++e)
+        if (e < real) to[e * stride] = v[e];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    fused_tile_mvm_sm90(const Operand* __restrict__ a,    // [P, M, G, T, K]   digits, fp16
+                        const Operand* __restrict__ b,    // [S, G, N, T, K]   conductance times a power of 2, fp16
+                        const Operand* __restrict__ low,  // like b, or null: what fp16 leaves of it (TERMS 2)
+                        const float* __restrict__ slice_scale,  // [S] or null: 1
+                        const float* __restrict__ adc_lsb,      // [1] or [G * N], or null: adc_lsb_value   A
+                        const float* __restrict__ read_noise,   // [1] or null: read_noise_value            A
+                        const i64* __restrict__ step,           // [1] or null: step_value
+                        const float* __restrict__ row_scale,    // [all rows / rows_per_scale] or null
+                        const float* __restrict__ col_scale,    // [G * N] or null
+                        const float* __restrict__ bias,         // [G * N] or null
+                        int* __restrict__ words,                // sums of codes, for shift_add; or null: y, P = S = 1
+                        float* __restrict__ y,                  // or null
+                        float* __restrict__ gate,               // like y, or null (GATE)
+                        float volts,                            // of a digit 1 and conductance 1 of a and b
+                        float adc_lsb_value, float read_noise_value, i64 step_value, u64 seed,
+                        i64 row0,        // first row of this call, in the whole product
+                        i64 y_row0,      // and in y
+                        i64 noise_row0,  // and in the counters
+                        int rows, int groups, int sense, int tiles, int planes, int k, int adc_per_column,
+                        float code_min, float code_max, int rows_per_scale,
+                        int pixels,  // of an image, for y and gate in image layout; or 0
+                        u32 purpose) {
+  __shared__ Block block;
+  const u32 stages = (shared_address(gx_smem) + 1023) & ~1023u;
+  const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;  // a barrier a stage
+  const int outputs = groups * sense;
+  if (thread_index() == 0) {
+    block.group = blockIdx.z % groups;
+    block.plane = blockIdx.z / groups % planes;
+    block.pass = blockIdx.z / groups / planes;
+    block.first_tile = (int)((i64)tiles * blockIdx.y / gridDim.y);
+    block.last_tile = (int)((i64)tiles * (blockIdx.y + 1) / gridDim.y);
+    // Blocks walk down the columns eight row blocks at a time, so that what runs together shares operands in L2.
+    const int row_blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS, column_blocks = (sense + BLOCK_N - 1) / BLOCK_N;
+    const int band = blockIdx.x / (8 * column_blocks), inside = blockIdx.x % (8 * column_blocks);
+    const int high = row_blocks - 8 * band < 8 ? row_blocks - 8 * band : 8;
+    block.m0 = (8 * band + inside % high) * PANEL_ROWS;
+    block.n0 = inside / high * BLOCK_N;
+    block.column = block.group * sense + block.n0;
+    block.slot = (block.pass * planes + block.plane) * tiles;
+    block.now = (u32)(step ? *step : step_value);
+    block.key_lo = (u32)seed;
+    block.key_hi = (u32)(seed >> 32);
+    block.sigma = read_noise ? *read_noise : read_noise_value;
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(full + 8 * stage, 1);
+      barrier_init(empty + 8 * stage, CONSUMERS);
+    }
+    barrier_fence();
+  }
+  __syncthreads();
+  for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += 384) {
+    const int c = block.column + (block.n0 + j < sense ? j : 0);
+    block.inverse_lsb[j] = 1.0f / (adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value);
+  }
+  __syncthreads();
+
+  if (Place().warpgroup() == 2) {
+    registers_release<24>();
+    if (thread_index() != 256) return;
+    const int tile_panels = k / PANEL_LINES, row_panels = tiles * tile_panels;  // of a row of panels of one group
+    const int row_blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS, column_blocks = (sense + PANEL_ROWS - 1) / PANEL_ROWS;
+    const i64 skipped = (i64)block.first_tile * tile_panels;
+    const i64 a_row = (i64)block.pass * row_blocks + block.m0 / PANEL_ROWS;
+    const Operand* a_from = a + ((a_row * groups + block.group) * row_panels + skipped) * PANEL;
+    const i64 b_row = (i64)(block.plane * groups + block.group) * column_blocks + block.n0 / PANEL_ROWS;
+    i64 b_at = (b_row * row_panels + skipped) * PANEL;
+    // past the last column the first half comes twice: nobody reads those sums
+    const i64 next_half = block.n0 / PANEL_ROWS + 1 < column_blocks ? (i64)row_panels * PANEL : 0;
+    const u32 steps = (block.last_tile - block.first_tile) * tile_panels;
+    for (u32 at = 0; at < steps; ++at) {
+      const u32 stage = at % STAGES, to = stages + stage * STAGE_BYTES, landed = full + 8 * stage;
+      barrier_wait(empty + 8 * stage, at / STAGES & 1 ^ 1);
+      barrier_expect(landed, STAGE_BYTES);
+      copy_bulk(to, a_from, PANEL_BYTES, landed);
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        const i64 from = b_at + half * next_half;
+        copy_bulk(to + (1 + half) * PANEL_BYTES, b + from, PANEL_BYTES, landed);
+        if (TERMS == 2) copy_bulk(to + (1 + HALVES + half) * PANEL_BYTES, low + from, PANEL_BYTES, landed);
+      }
+      a_from += PANEL, b_at += PANEL;
+    }
+    return;
+  }
+
+  registers_claim<240>();
+  float sums[HALVES][SUMS];
+  u32 codes[HALVES][CODES];
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+    for (int e = 0; e < CODES; ++e) codes[half][e] = 0;
+
+  u32 at = 0;  // step of the pipeline
+  for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
+    for (const u32 first = at; at < first + k / PANEL_LINES; ++at) {
+      const u32 stage = at % STAGES, from = stages + stage * STAGE_BYTES;
+      barrier_wait(full + 8 * stage, at / STAGES & 1);
+      const u64 left = descriptor(from + Place().warpgroup() * (PANEL_BYTES / 2));
+      products_fence();
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+#pragma unroll
+        for (int part = 0; part < PANEL_LINES / 16; ++part)
+#pragma unroll
+          for (int term = 0; term < TERMS; ++term) {
+            const u64 right = descriptor(from + (1 + term * HALVES + half) * PANEL_BYTES);
+            multiply_warpgroup(sums[half], left + 2 * part, right + 2 * part, at != first || part || term);
+          }
+        products_commit();
+      }
+      products_wait<HALVES>();  // the products of the step before are done
+      if (at != first && Place().lane() == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
+    }
+
+    const float inverse_lsb = block.inverse_lsb[0];
+#if NOISE
+    const float sigma = block.sigma;
+#endif
+
+    // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time. The first half is
+    // converted while the tensor cores multiply the second, and for the other warpgroup.
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      if (half + 1 < HALVES)
+        products_wait<1>();
+      else
+        products_wait<0>();
+      if (half + 1 == HALVES && Place().lane() == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
+#pragma unroll
+      for (int part = 0; part < 4; ++part)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int q = 0; q < 8; q += WIDTH) {
+            const int column = Place().column() + 128 * half + 32 * part + q;  // the first, in the block
+#if NOISE
+            const u32 row = (u32)noise_row0 + block.m0 + Place().row() + 8 * h;
+            const Counter counts = counter((block.column + column) / WIDTH, row, purpose, block.slot + tile, block.now);
+            const Counter four = philox<NOISE == 1 ? 10 : 7>(counts, block.key_lo, block.key_hi);
+            const u32 random[4] = {four.x, four.y, four.z, four.w};
+#endif
+#pragma unroll
+            for (int e = 0; e < WIDTH; e += 2) {
+#if NOISE == 1
+              const Pair noise = normal_pair(random[e], random[e + 1]);
+#elif NOISE == 2
+              const Pair noise = normal_pair_fast(random[e / 2]);
+#endif
+              const int j = 4 * part + (q + e) / 2;
+              u32 code[2];
+#pragma unroll
+              for (int f = 0; f < 2; ++f) {
+                float current = sums[half][4 * j + 2 * h + f] * volts;
+#if NOISE
+                current = fma(sigma, f ? noise.b : noise.a, current);
+#endif
+                const float steps =
+                    fma(current, CONVERTERS ? block.inverse_lsb[CONVERTERS ? column + e + f : 0] : inverse_lsb, 0.0f);
+                code[f] = adc_code_biased(steps, code_min, code_max);
+                if (GATE && min(max(steps, code_min), code_max) == steps) code[f] += 1u << 16;
+              }
+#if PAIRED
+              codes[half][2 * j + h] += code[0] + (code[1] << 16);  // the bias leaves the high half by itself
+#else
+              codes[half][4 * j + 2 * h] += code[0];
+              codes[half][4 * j + 2 * h + 1] += code[1];
+#endif
+            }
+          }
+    }
+  }
+
+  // ---- results: a thread's eight neighbours fill a sector of memory
+  const u32 biases = (u32)(block.last_tile - block.first_tile) * ADC_BIAS;
+  const float weight = slice_scale ? slice_scale[block.plane] : 1.0f;
+  const bool vector = sense % 4 == 0;
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = block.m0 + Place().row() + 8 * h;
+      if (row >= rows) continue;
+      const i64 r = y_row0 + row, image = pixels ? r / pixels * outputs * pixels + r % pixels : r * outputs;
+      const float by_row = row_scale ? row_scale[(row0 + row) / rows_per_scale] : 1.0f;
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int column = Place().column() + 128 * half + 32 * part, c = block.column + column;
+        const int real = sense - block.n0 - column;  // columns that exist, from this one on
+        int word[8];                                 // sums of codes, under GATE with counts in the high half
+#pragma unroll
+        for (int q = 0; q < 8; ++q) {
+          const int j = 4 * part + q / 2;
+#if PAIRED
+          const u32 both = codes[half][2 * j + h] - biases;
+          const int first = low_half(both, code_min);
+          word[q] = q % 2 == 0 ? first : low_half((both - (u32)first) >> 16, code_min);
+#else
+          word[q] = (int)(codes[half][4 * j + 2 * h + q % 2] - biases);
+#endif
+        }
+        if (words) {
+          int* const to = words + (((i64)block.pass * planes + block.plane) * rows + row) * outputs + c;
+          if (gridDim.y == 1)
+            store<int4>(to, word, real, 1, vector);
+          else
+#pragma unroll
+            for (int q = 0; q < 8; ++q)
+              if (q < real) atomicAdd(to + q, word[q]);
+          continue;
+        }
+        const i64 stride = pixels ? pixels : 1, to = image + c * stride;
+        float value[8], inside[8];
+#pragma unroll
+        for (int q = 0; q < 8; ++q) {
+          const int at_column = q < real ? c + q : block.column;
+          const float lsb = adc_lsb ? adc_lsb[adc_per_column ? at_column : 0] : adc_lsb_value;
+          const int code = GATE ? low_half((u32)word[q], code_min) : word[q];
+          const float total = fma(weight * lsb, (float)code, 0.0f);
+          value[q] = total * (by_row * (col_scale ? col_scale[at_column] : 1.0f)) + (bias ? bias[at_column] : 0.0f);
+          inside[q] = (float)((u32)(word[q] - code) >> 16) * (1.0f / (float)tiles);
+        }
+        store<float4>(y + to, value, real, stride, vector && !pixels);
+        if (GATE) store<float4>(gate + to, inside, real, stride, vector && !pixels);
+      }
+    }
+}
+
+}  // namespace gpuxbar

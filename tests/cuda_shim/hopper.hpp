@@ -1,0 +1,202 @@
+// hopper: CPU twins of kernels/include/gpuxbar/wgmma.cuh.
+//
+// Everything asynchronous happens at a moment the launch chooses. A bulk copy lands EAGER at once (so that a stage freed
+// too early shows), else when no thread can go on without it, the last one first (so that a missing wait, or one for too
+// few bytes, shows); until then its place is poisoned. A product reads its operands at the latest moment, when its warp
+// waits for it and no thread can go on otherwise; until then its sums are poisoned. The operands are found by decoding
+// their descriptors, swizzle included. Errors: addresses outside or misaligned, barriers not made, too many arrivals,
+// products of one warpgroup that differ, sums touched in flight, products not fenced, copies or products under way at
+// the end. A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
+#pragma once
+#include <deque>
+#include <map>
+#include "tensor.hpp"
+
+namespace shim {
+
+struct Barrier { unsigned arrivals, pending; long bytes; unsigned phase; };
+struct Bulk { unsigned to; const unsigned char* from; unsigned bytes, barrier; };
+struct Sums { float* c[32]; float value[32][64]; int products; };  // of a warp, while products add to them
+struct Wgmma { Sums* sums; uint64_t a, b; bool add; };
+struct Products {  // of a warp
+  std::map<float*, Sums> sums;
+  std::vector<Wgmma> open;
+  std::deque<std::vector<Wgmma>> groups;
+  size_t count = 0;
+  bool fenced = false;
+};
+struct Hopper {  // what a block has under way
+  std::map<unsigned, Barrier> barriers;
+  std::vector<Bulk> copies;
+  Products products[32];
+  std::vector<std::pair<uint64_t, uint64_t>> operands[8];  // of all products of a warpgroup
+};
+static thread_local Hopper hopper;
+
+inline const float kInFlight = unbits<float>(0x7FBADBADu);  // a NaN that nothing computes
+inline bool in_flight(float x) { return bits(x) == bits(kInFlight); }
+
+inline Barrier* barrier_at(unsigned address, const char* what) {
+  const auto found = hopper.barriers.find(address);
+  if (found != hopper.barriers.end()) return &found->second;
+  tls.blk->fail(std::string(what) + ": no barrier at shared address " + std::to_string(address));
+  return nullptr;
+}
+inline void settle(Barrier& b) {
+  if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.arrivals;
+}
+inline void arrive(unsigned address, long bytes, const char* what) {
+  Barrier* const b = barrier_at(address, what);
+  if (!b) return;
+  if (b->pending == 0) return tls.blk->fail(std::string(what) + ": more arrivals than the barrier counts");
+  b->bytes += bytes, --b->pending;
+  settle(*b);
+}
+inline void land(const Bulk& copy) {
+  memcpy(gx_smem + copy.to, copy.from, copy.bytes);
+  if (Barrier* const b = barrier_at(copy.barrier, "copy_bulk")) b->bytes -= copy.bytes, settle(*b);
+}
+
+// The bits of element (row, k) of the matrix a descriptor names.
+inline unsigned element(uint64_t descriptor, int row, int k) {
+  const unsigned first = unsigned(descriptor & 0x3FFF) << 4, unit = unsigned(descriptor >> 32 & 0x3FFF) << 4;
+  const unsigned plain = first + row / 8 * unit + row % 8 * 128 + 2 * k, place = plain ^ ((plain >> 7 & 7) << 4);
+  if (place + 2 > tls.blk->dyn_size) return tls.blk->fail("multiply_warpgroup: operand outside shared memory"), 0;
+  uint16_t h;
+  memcpy(&h, gx_smem + place, 2);
+  return h;
+}
+inline void multiply_now(const Wgmma& p, int warp) {
+  static thread_local float a[16][16], b[16][128];
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 16; ++k) a[i][k] = half_to_float(element(p.a, 16 * (warp % 4) + i, k));
+  for (int j = 0; j < 128; ++j)
+    for (int k = 0; k < 16; ++k) b[k][j] = half_to_float(element(p.b, j, k));
+  for (int i = 0; i < 16; ++i) {
+    double sums[128] = {};
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 128; ++j) sums[j] += double(a[i][k]) * b[k][j];
+    for (int j = 0; j < 128; ++j) {
+      float& c = p.sums->value[i % 8 * 4 + j % 8 / 2][j / 8 * 4 + i / 8 * 2 + j % 2];
+      c = float((p.add ? c : 0.0f) + sums[j]);
+    }
+  }
+}
+
+struct Multiply { float* c; uint64_t a, b; bool add; int thread; };
+inline void multiply_start(void** lanes) {
+  const Multiply& first = *static_cast<Multiply*>(lanes[0]);
+  const int warp = first.thread / 32;
+  Products& mine = hopper.products[warp];
+  for (int l = 1; l < 32; ++l) {
+    const Multiply& other = *static_cast<Multiply*>(lanes[l]);
+    if (other.a != first.a || other.b != first.b || other.add != first.add)
+      return tls.blk->fail("multiply_warpgroup: lanes differ");
+  }
+  if (first.a >> 62 != 1 || first.b >> 62 != 1) return tls.blk->fail("multiply_warpgroup: not a swizzle of 128 bytes");
+  auto& operands = hopper.operands[warp / 4];
+  if (mine.count == operands.size()) operands.emplace_back(first.a, first.b);
+  if (operands[mine.count++] != std::make_pair(first.a, first.b))
+    return tls.blk->fail("multiply_warpgroup: warps of a warpgroup differ");
+  const bool fresh = !mine.sums.count(first.c);
+  Sums& sums = mine.sums[first.c];
+  if (fresh) {
+    if (!mine.fenced) return tls.blk->fail("multiply_warpgroup: no products_fence since the registers were in use");
+    sums.products = 0;
+    for (int l = 0; l < 32; ++l) {
+      sums.c[l] = static_cast<Multiply*>(lanes[l])->c;
+      for (int e = 0; e < 64; ++e) sums.value[l][e] = std::exchange(sums.c[l][e], kInFlight);
+    }
+  }
+  ++sums.products;
+  mine.open.push_back({&sums, first.a, first.b, first.add});
+}
+inline void products_close(void** lanes) {
+  Products& mine = hopper.products[*static_cast<int*>(lanes[0]) / 32];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+inline void products_settle(void** lanes) {
+  const int* const waits = static_cast<int*>(lanes[0]);  // thread, groups that may be left
+  Products& mine = hopper.products[waits[0] / 32];
+  mine.fenced = false;
+  for (; int(mine.groups.size()) > waits[1]; mine.groups.pop_front())
+    for (const Wgmma& p : mine.groups.front()) {
+      multiply_now(p, waits[0] / 32);
+      if (--p.sums->products) continue;
+      Sums& sums = *p.sums;
+      for (int l = 0; l < 32; ++l)
+        for (int e = 0; e < 64; ++e) {
+          if (!in_flight(sums.c[l][e])) return tls.blk->fail("multiply_warpgroup: sums written while under way");
+          sums.c[l][e] = sums.value[l][e];
+        }
+      mine.sums.erase(mine.sums.find(sums.c[0]));
+    }
+}
+
+static const bool installed = [] {
+  hooks.begin = [] { hopper = Hopper(); };
+  hooks.happen = [] {
+    if (hopper.copies.empty()) return false;
+    const Bulk last = hopper.copies.back();
+    hopper.copies.pop_back();
+    land(last);
+    return true;
+  };
+  hooks.end = [] {
+    if (!hopper.copies.empty()) tls.blk->fail("the block ended with bulk copies under way");
+    for (int w = 0; w < 32; ++w) {
+      const Products& mine = hopper.products[w];
+      if (!mine.sums.empty()) tls.blk->fail("the block ended with products under way");
+      if (mine.count != hopper.products[w / 4 * 4].count) tls.blk->fail("multiply_warpgroup: warps of a warpgroup differ");
+    }
+  };
+  return true;
+}();
+
+}  // namespace shim
+
+namespace gpuxbar {
+
+static inline void barrier_init(unsigned barrier, unsigned arrivals) {
+  if (barrier % 8 || barrier + 8 > shim::tls.blk->dyn_size)
+    return shim::tls.blk->fail("barrier_init: shared address is misaligned or outside");
+  shim::hopper.barriers[barrier] = {arrivals, arrivals, 0, 0};
+}
+static inline void barrier_fence() {}
+static inline void barrier_arrive(unsigned barrier) { shim::arrive(barrier, 0, "barrier_arrive"); }
+static inline void barrier_expect(unsigned barrier, unsigned bytes) { shim::arrive(barrier, bytes, "barrier_expect"); }
+static inline void barrier_wait(unsigned barrier, unsigned parity) {
+  if (!shim::barrier_at(barrier, "barrier_wait")) return;
+  shim::wait_until([](const shim::Lane& l) { return shim::hopper.barriers[l.val].phase != l.res; }, barrier, parity);
+}
+static inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+  if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16 || to + bytes > shim::tls.blk->dyn_size)
+    return shim::tls.blk->fail("copy_bulk: misaligned or outside shared memory");
+  const shim::Bulk copy{to, static_cast<const unsigned char*>(from), bytes, barrier};
+  if (shim::tls.blk->eager) return shim::land(copy);
+  memset(gx_smem + to, 0x7E, bytes);
+  shim::hopper.copies.push_back(copy);
+}
+
+template <int COUNT> inline void registers_release() {}
+template <int COUNT> inline void registers_claim() {}
+
+static inline void products_fence() {
+  shim::warp_op(shim::Op::Sync, ~0u, 0);
+  shim::hopper.products[shim::tls.lin / 32].fenced = true;
+}
+static inline void products_commit() {
+  int thread = shim::tls.lin;
+  shim::warp_call(&thread, &shim::products_close);
+}
+template <int PENDING> inline void products_wait() {
+  int waits[2] = {shim::tls.lin, PENDING};
+  shim::warp_call(waits, &shim::products_settle, true);
+}
+static inline void multiply_warpgroup(float (&c)[64], unsigned long long a, unsigned long long b, bool add) {
+  shim::Multiply mine{c, a, b, add, shim::tls.lin};
+  shim::warp_call(&mine, &shim::multiply_start);
+}
+
+}  // namespace gpuxbar

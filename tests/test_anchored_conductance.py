@@ -1,0 +1,140 @@
+"""anchored_conductance: near the exact solution while tiles drift, with an estimate that is true; messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_shim import ShimDevice
+from test_effective_conductance import RON, WIRES
+
+from gpuxbar import ops
+from gpuxbar.ops import Anchor
+
+STRONG = {"r_wordline": 2.5, "r_bitline": 2.5, "r_source": 1000.0, "r_sink": 1000.0}
+
+
+def drifting(shape, steps, rate=1e-3, seed=0):
+    """One of a pair of arrays of normal weights; half of every step is each cell's own, half its lines' together."""
+    rng = np.random.default_rng(seed)
+    share = np.clip(0.3 * rng.normal(size=shape), 0, 1)
+    for _ in range(steps):
+        yield (share / RON).astype(np.float32)
+        own, rows, cols = (rng.normal(size=s) for s in (shape, (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])))
+        share = np.clip(share + rate * np.sqrt(0.5) * (own + rows * cols), 0, 1)
+
+
+def errors(found, exact):
+    off, size = (np.linalg.norm(x.reshape(-1, *x.shape[-2:]), axis=(1, 2)) for x in (found - exact, exact))
+    return off / size
+
+
+@pytest.mark.parametrize(("approximation", "bound"), [("ladder", 2.5e-3), ("mean_field", 1e-3)])
+def test_error_stays_small_and_is_known(approximation, bound):
+    anchor, worst = Anchor.new((12, 64, 64)), []
+    for step, g in enumerate(drifting((12, 64, 64), 24)):
+        found = ops.anchored_conductance(g, anchor, approximation=approximation, **STRONG)
+        off = errors(found, ops.effective_conductance(g, **STRONG))
+        if step == 0:
+            assert off.max() < 1e-6
+        if step > 12:
+            worst.append(off.max())
+            assert off.max() / 3 < anchor.error.max() < 3 * off.max()
+        assert (found >= 0).all()
+    assert bound / 10 < max(worst) < bound
+
+
+def test_every_tile_has_its_turn():
+    anchor, solved = Anchor.new((20, 8, 8)), []
+    for g in drifting((20, 8, 8), 18, rate=1e-4):
+        ops.anchored_conductance(g, anchor, refresh_interval=5, tolerance=1.0, **STRONG)
+        solved.append(set(np.flatnonzero((anchor.g == g).all((1, 2)))))
+    assert [len(s) for s in solved] == [20] + [4] * 17
+    for step in range(1, 13):
+        assert set.union(*solved[step : step + 5]) == set(range(20))
+
+
+def test_a_tile_past_the_tolerance_or_far_away_is_solved_at_once():
+    (g,) = drifting((6, 30, 20), 1)
+    anchor = Anchor.new(g.shape)
+    for _ in range(3):
+        ops.anchored_conductance(g, anchor, refresh_interval=100, **STRONG)
+    anchor.slope[:] = 0.1
+    g = g.copy()
+    g[2] *= 1.05  # an error of 0.005
+    g[3] *= 1.2  # 0.02
+    g[4] *= 1.5  # 0.05, were it not too far
+    ops.anchored_conductance(g, anchor, refresh_interval=100, **STRONG)
+    np.testing.assert_allclose(anchor.error, [0, 0, 0.005, 0, 0, 0], rtol=1e-4)
+    assert list(anchor.age == 0) == [False, False, False, True, True, False]
+    anchor.slope[:] = 0.01
+    g[4] *= 1.5  # 0.005, but too far
+    ops.anchored_conductance(g, anchor, refresh_interval=100, **STRONG)
+    assert anchor.age[4] == 0
+
+
+def test_a_solved_tile_is_exact_and_reading_changes_nothing():
+    """To the rounding of the larger of solution and approximation."""
+    anchor = Anchor.new((3, 2, 33, 20))
+    for g in drifting((3, 2, 33, 20), 7):
+        found = ops.anchored_conductance(g, anchor, refresh_interval=2, **STRONG)
+        solved = (anchor.g == g).all((2, 3))
+        assert solved.any()
+        exact = ops.effective_conductance(g, **STRONG)
+        largest = np.maximum(exact, ops.effective_conductance(g, method="ladder", **STRONG))
+        assert (np.abs(found - exact) <= 2 * np.spacing(largest))[solved].all()
+        before = [part.copy() for part in anchor]
+        np.testing.assert_array_equal(found, ops.anchored_conductance(g, anchor, update=False, **STRONG))
+        for old, new in zip(before, anchor, strict=True):
+            np.testing.assert_array_equal(old, new)
+
+
+def test_open_tiles_and_no_tiles():
+    g = np.zeros((4, 5, 6), np.float32)
+    anchor = Anchor.new(g.shape)
+    for _ in range(3):
+        assert not ops.anchored_conductance(g, anchor, refresh_interval=2, **STRONG).any()
+    g[1, 2, 3] = 1e-4  # from nothing, so infinitely far
+    found = ops.anchored_conductance(g, anchor, refresh_interval=100, **STRONG)
+    assert errors(found[1:2], ops.effective_conductance(g[1:2], **STRONG)).max() < 1e-6
+    assert np.isfinite(anchor.slope).all()
+    assert ops.anchored_conductance(g[:0], Anchor.new((0, 5, 6)), **STRONG).shape == (0, 5, 6)
+
+
+def test_cuda_kernels_do_the_same():
+    host, device = Anchor.new((5, 20, 12)), Anchor.new((5, 20, 12))
+    for g in drifting((5, 20, 12), 3):
+        expected = ops.anchored_conductance(g, host, refresh_interval=3, **WIRES["strong"])
+        found = ops.anchored_conductance(
+            g, device, refresh_interval=3, device=ShimDevice(), **WIRES["strong"]
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-6 * expected.max())
+    np.testing.assert_array_equal(host.age, device.age)
+    np.testing.assert_array_equal(host.g, device.g)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        ({"refresh_interval": 0}, ValueError, "`refresh_interval` must be 1 or above, got 0"),
+        ({"tolerance": 0.0}, ValueError, "`tolerance` must be above 0 and finite, got 0"),
+        ({"approximation": "exact"}, ValueError, "`approximation` must be one of ladder, mean_field, got 'exact'"),
+        ({"r_sink": -1.0}, ValueError, "`r_sink` must be 0 or above and finite, got -1 ohm"),
+        ({"anchor": Anchor.new((2, 3, 5))}, ValueError, r"`anchor.offset` must have shape \(2, 3, 4\), got \(2, 3, 5\)"),
+        ({"anchor": Anchor.new((2, 3, 4))._replace(age=np.zeros(3, np.int32))}, ValueError, r"`anchor.age` must have shape \(2,\), got \(3,\)"),
+        ({"anchor": Anchor.new((2, 3, 4))._replace(slope=np.zeros(2))}, TypeError, "`anchor.slope` must be an array of float32"),
+        ({"g": np.full((2, 3, 4), np.nan, np.float32)}, ValueError, "`g` must be 0 or above and finite, got nan S in tile"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_and_changes_nothing(change, kind, text):
+    settings = {
+        "g": np.full((2, 3, 4), 1e-4, np.float32),
+        "anchor": Anchor.new((2, 3, 4)),
+        **STRONG,
+        **change,
+    }
+    anchor = settings.pop("anchor")
+    before = [part.copy() for part in anchor]
+    with pytest.raises(kind, match=text):
+        ops.anchored_conductance(settings.pop("g"), anchor, **settings)
+    for old, new in zip(before, anchor, strict=True):
+        np.testing.assert_array_equal(old, new)

@@ -1,0 +1,122 @@
+"""Published devices against the figures of their sources, their staircases, and the commands that show them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gpuxbar.cli import app
+from gpuxbar.experiments.staircase import plot_staircase, staircase
+from gpuxbar.reference.laws import moved, symmetry_point
+from gpuxbar.spec import Device, Ideal, NeuroSim, SoftBounds, SpecError
+from gpuxbar.spec.devices import DEVICES, published_device
+
+# normalised steps at weight 0, up and down, and the window: figures of the sources
+PUBLISHED = {
+    "capacitor": (0.005, 0.005, -1, 1),
+    "ecram": (0.002, 0.002, -0.8276, 1.1724),
+    "ecram-mo": (2.8214e-4, 2.8214e-4, -0.8286, 1.1714),
+    "gokmen-vlasov": (0.0016, 0.0016, -1, 1),
+    "idealized": (0.0002, 0.0002, -1, 1),
+    "reram-array-hfo2": (0.4622, 0.4622, -1, 1),
+    "reram-array-om": (0.0949, 0.0949, -1, 1),
+    "reram-sb": (0.002, 0.002, -0.75, 1.25),
+    # 1 - A exp(+-5 z) at weight 0, where z = -0.5
+    "reram-es": (0.00135 * (1 + 1.18445 * np.exp(-2.5)), 0.00135 * 0.740641 * (1 + 0.081404 * np.exp(2.5)), -1, 1),
+    "pcm": (0.01 * (1 + 27.235), 0.01 * (1 + 2.235), 0, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_steps_at_weight_0_are_the_published_ones(name):
+    up, down, low, high = PUBLISHED[name]
+    law = published_device(name).law.model_dump()
+    width, small = high - low, 1e-3  # of a pulse, for the rate of the flow
+    for size, way in ((up, 1), (down, -1)):
+        t = way * small * (1 + way * law["asymmetry"]) / law["pulses"]
+        y = np.array(-low / width)
+        step = abs(moved(law, y, np.array(t)) - y) * width / small
+        if name == "pcm" and way < 0:  # at its lower bound: the flow's rate there, whatever the bound
+            step = abs(moved(law, np.array(1e-3), np.array(t)) - 1e-3) * width / small
+        assert step == pytest.approx(size, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["capacitor", "ecram", "ecram-mo", "reram-sb"])
+def test_devices_shifted_to_their_symmetry_point_have_it_at_weight_0(name):
+    low, high = PUBLISHED[name][2:]
+    assert symmetry_point(published_device(name).law.model_dump()) == pytest.approx(
+        -low / (high - low), abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_makes_a_spec_and_a_staircase(name):
+    device = published_device(name)
+    spec = device.spec(seed=3)
+    assert (spec.update, spec.device, spec.seed) == (device.law, device.window, 3)
+    assert device.name == name
+    assert re.search(r"\b(19|20)\d\d\b", device.source)
+    steps = staircase(device.law, device.window, pulses=8, devices=200)
+    assert steps.shape == (17, 200)
+    share = (steps - device.window.g_min) / (device.window.g_max - device.window.g_min)
+    assert share[8].mean() > share[0].mean()
+
+
+def test_a_staircase_is_the_closed_form():
+    window = Device(g_min=1e-6, g_max=5e-6)
+    y = (staircase(SoftBounds(pulses=40, up=2, down=3), window, devices=1)[:, 0] - 1e-6) / 4e-6
+    n = np.arange(41) / 40
+    np.testing.assert_allclose(y[:41], 1 - np.exp(-2 * n), atol=1e-5)
+    np.testing.assert_allclose(y[40:], y[40] * np.exp(-3 * n), atol=1e-5)
+    assert len(staircase(NeuroSim(levels=32), window)) == 65
+    # an ideal device crosses the window in as many changes as are drawn
+    np.testing.assert_allclose(
+        staircase(Ideal(), window, pulses=4, devices=1)[:5, 0] * 1e6, [1, 2, 3, 4, 5], rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="staircase: `pulses` must be 1 to 100000, got 0; draw fewer"):
+        staircase(Ideal(), window, pulses=0)
+
+
+def test_an_unknown_device_is_answered_with_the_nearest():
+    with pytest.raises(SpecError, match=r"must be a device, got 'reram-eS2'; did you mean `reram-es`\?"):
+        published_device("reram-eS2")
+
+
+def test_devices_are_listed_and_drawn(tmp_path):
+    listed = CliRunner().invoke(app, ["devices"])
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in DEVICES)
+    plot = tmp_path / "ecram.png"
+    shown = CliRunner().invoke(app, ["devices", "ecram", "--plot", str(plot)])
+    assert shown.exit_code == 0, shown.output
+    assert "Tang et al., IEDM 2018" in shown.output
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    wrong = CliRunner().invoke(app, ["devices", "ecramm"])
+    assert wrong.exit_code == 2
+    assert "did you mean `ecram`?" in wrong.output
+
+
+def test_a_measurement_is_fitted_reported_and_saved(tmp_path):
+    rng = np.random.default_rng(5)
+    y, rising = rng.uniform(0, 1, 4000), rng.random(4000) < 0.5
+    step = np.where(rising, 1 - y, -y) / 50 + 0.004 * rng.normal(size=4000)
+    rows = np.column_stack([1 + 9 * y, 9 * step, np.where(rising, 1, -1)])
+    csv, out, plot = tmp_path / "m.csv", tmp_path / "m.yaml", tmp_path / "m.png"
+    np.savetxt(csv, rows, delimiter=",", header="g_before [uS],dg [uS],direction", comments="")
+    done = CliRunner().invoke(app, ["fit", str(csv), "--bins", "5", "--out", str(out), "--plot", str(plot)])
+    assert done.exit_code == 0, done.output
+    assert "hold-out" in done.output
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    from gpuxbar import load_spec
+
+    assert load_spec(out).update.law == "lookup_table"
+    law = CliRunner().invoke(app, ["fit", str(csv), "--law", "soft_bounds", "--out", str(out)])
+    assert law.exit_code == 0, law.output
+    assert load_spec(out).update.law == "soft_bounds"
+    wrong = CliRunner().invoke(app, ["fit", str(csv), "--bins", "4"])
+    assert wrong.exit_code == 2
+    assert "must be 2, 3, 5 or 9, got 4" in wrong.output
+    plot_staircase(load_spec(out).update, load_spec(out).device, plot, pulses=10)

@@ -1,0 +1,247 @@
+"""The Hopper read without a GPU: its packing, the oracle, the other ways of a read, and seeded bugs."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+
+import cuda_shim
+import numpy as np
+import pytest
+from cuda_shim import FORWARD, REVERSE, ShimDevice
+from test_tile_mvm import G_MAX, SEED, assert_matches, case, settings
+
+from gpuxbar import ops, reference
+from gpuxbar.launch.sources import kernel_dir
+from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.fused_tile_mvm import PACK_SENSED
+from gpuxbar.ops.tile_mvm_plan import SHARED, STATIC_SHARED, Case, Plan, plan_tile_mvm, wgmma_bytes
+
+ORDERS = [FORWARD, REVERSE, 11, 12]
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Fixes the shape of the kernel, which the planner would choose by its rates."""
+
+    module = importlib.import_module("gpuxbar.ops.tile_mvm")  # the name in `ops` is the function
+
+    def fix(block_n, stages, splits=1):
+        plan = Plan("wgmma", (), block_n, stages, splits)
+        monkeypatch.setattr(module, "plan_tile_mvm", lambda *_: plan)
+
+    return fix
+
+
+def read(codes, g, device=None, **s):
+    return ops.tile_mvm(
+        codes, g, device=device or ShimDevice(), **{"g_range": G_MAX, "precision": "fp16", **s}
+    )
+
+
+def test_panels_are_the_swizzle_of_128_bytes():
+    """Against the definition of the swizzle: bits 7..9 of an address flip its bits 4..6."""
+    sense, drive, tile, k = 150, 100, 60, 64
+    g = np.arange(drive * sense, dtype=np.float32).reshape(1, drive, sense) % 2039
+    packed = np.zeros((1, 1, 256, 2, k), np.float16)
+    ShimDevice().launch(
+        PACK_SENSED, (4, 8, 1), (256,),
+        {"g": g, "b": packed, "low": None, "scale": 1.0, "inputs": drive, "cols": sense, "tiles": 2, "tile": tile, "k": k},
+        {"PANELS": 1},
+    )  # fmt: skip
+    panels = packed.reshape(2, 2, 128 * 64)  # [block of columns, step, bytes / 2]
+    for block in range(2):
+        for row in range(128):
+            q, j, e = (
+                row % 8 // 2,
+                row % 32 // 8,
+                row % 2,
+            )  # columns 8 j + 2 q + e of a product are a thread's j
+            n = 128 * block + row // 32 * 32 + 8 * q + 2 * j + e
+            for step in range(2):
+                address = 128 * row + 2 * np.arange(64)
+                got = panels[block, step, (address ^ (address >> 7 & 7) << 4) // 2]
+                expected = np.zeros(64, np.float32)
+                lines = g[0, tile * step : tile * (step + 1), n] if n < sense else []
+                expected[: len(lines)] = lines
+                np.testing.assert_array_equal(got, expected)
+
+
+# (rows, driven lines, columns, tile): every tile 64 to 512 lines, odd edges, more rows and columns than a block
+CASES = [
+    ("noise", (131, 150, 141, 64), 128, 4, "fp16x2", False),
+    ("fast", (131, 150, 300, 70), 256, 2, "fp16x2", False),
+    ("fast", (9, 600, 130, 256), 256, 4, "fp16", True),
+    ("noise", (5, 1030, 7, 512), 256, 4, "fp16", False),
+    ("two-phase", (33, 130, 40, 128), 128, 4, "fp16x2", True),
+]
+
+
+@pytest.mark.parametrize(("order", "eager"), [(FORWARD, True), (REVERSE, False), (11, False), (12, True)])
+@pytest.mark.parametrize(("mode", "shape", "block_n", "stages", "precision", "transposed"), CASES)
+def test_matches_oracle(plan, mode, shape, block_n, stages, precision, transposed, eager, order):
+    batch, rows, cols, length = shape
+    codes, g = case(batch, cols if transposed else rows, rows if transposed else cols)
+    if transposed:
+        codes = np.random.default_rng(2).integers(-127, 128, (batch, rows)).astype(np.int16)
+    if precision == "fp16":  # conductances that fp16 holds
+        g = (g * 2**26).astype(np.float16).astype(np.float32) / 2**26
+    s, _ = settings(mode, (*shape[:3], length), g, 1, False)
+    plan(block_n, stages)
+    device = ShimDevice(order, eager=eager)
+    y = read(
+        codes,
+        g,
+        device,
+        tile_rows=length,
+        tile_cols=length,
+        transposed=transposed,
+        precision=precision,
+        **{k: v for k, v in s.items() if k != "transposed"},
+    )
+    assert "fused_tile_mvm_sm90" in device.launches
+    expected = reference.tile_mvm(codes, g, tile=length, **{**s, "transposed": transposed})
+    assert_matches(y, expected, s["adc_lsb"], 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "planes", "cols", "generator"),
+    [(1, 1, 136, "fast"), (1, 1, 131, "exact"), (2, 2, 136, "exact")],
+)
+def test_every_way_of_a_read_gives_the_same_bits(plan, groups, planes, cols, generator):
+    """Integer conductances: partial sums are exact, so nothing is left to rounding."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-127, 128, (70, groups * 200)).astype(np.int16)
+    g = rng.integers(-8, 9, (planes, groups * 200, cols)).astype(np.float32)
+    s = {
+        "groups": groups, "tile_rows": 64, "v_lsb": 1.0, "adc_bits": 8, "adc_lsb": np.linspace(50, 60, groups * cols, dtype=np.float32),
+        "read_noise": 30.0, "generator": generator, "seed": SEED, "step": 3, "want_gate": True, "g_range": 8.0,
+        "slice_scale": np.array([1.0, -4.0], np.float32)[-planes:],
+        "row_scale": np.linspace(1, 2, 70).astype(np.float32), "bias": np.arange(groups * cols, dtype=np.float32),
+    }  # fmt: skip
+    wanted = read(codes, g, **s, strategy="epilogue")
+    for splits in (1, 3):
+        plan(128, 4, splits)
+        for got, one in zip(read(codes, g, **s), wanted, strict=True):
+            np.testing.assert_array_equal(got, one)
+
+
+def test_convolution_in_chunks(plan):
+    conv = ConvGeometry(3, 11, 13, (3, 3), (1, 1), (1, 1), (1, 1))
+    rng = np.random.default_rng(0)
+    g = rng.integers(-8, 9, (1, conv.inputs, 20)).astype(np.float32)
+    codes = rng.integers(-127, 128, (3, 3, 11, 13)).astype(np.int16)
+    s = {
+        "conv": conv,
+        "tile_rows": 16,
+        "adc_bits": 8,
+        "adc_lsb": 20.0,
+        "read_noise": 9.0,
+        "seed": SEED,
+        "g_range": 8.0,
+    }
+    wanted = read(codes, g, **s, strategy="epilogue")
+    plan(256, 4)
+    device = ShimDevice(order=12, workspace=1 << 14)
+    np.testing.assert_array_equal(read(codes, g, device, **s), wanted)
+    assert device.launches.count("fused_tile_mvm_sm90") > 1
+
+
+MUTANTS = {
+    "no wait for a stage": ("barrier_wait(full + 8 * stage, at / STAGES & 1);", ""),
+    "no wait for the last products": ("products_wait<0>();", ""),
+    "a stage freed early": ("((at - 1) % STAGES));\n    }", "(at % STAGES));\n    }"),
+    "a dropped arrival": (
+        "if (at != first && Place().lane() == 0)",
+        "if (at != first && Place().thread == 64)",
+    ),
+    "too few bytes": ("barrier_expect(landed, STAGE_BYTES)", "barrier_expect(landed, PANEL_BYTES)"),
+    "the phase of a stage": ("at / STAGES & 1)", "at / STAGES & 1 ^ 1)"),
+    "no fence": ("products_fence();", ""),
+}
+HEADER_MUTANTS = {
+    "a swizzle": ("panels.cuh", "^ (row & 7)", "^ (row & 3)"),
+}
+
+
+@pytest.fixture
+def seeded(tmp_path, monkeypatch):
+    """Builds the kernels with one text replaced in one of them."""
+    root = tmp_path / "kernels"
+    shutil.copytree(kernel_dir(), root)
+    monkeypatch.setattr(cuda_shim, "kernel_dir", lambda: root)
+
+    def seed(file, old, new):
+        text = (root / file).read_text()
+        assert text.count(old) >= 1, f"{old} is not in {file}"
+        (root / file).write_text(text.replace(old, new))
+
+    return seed
+
+
+def survives():
+    """Whether no order or moment of landing shows a wrong result."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-127, 128, (70, 500)).astype(np.int16)
+    g = rng.integers(-8, 9, (1, 500, 40)).astype(np.float32)
+    s = {"adc_bits": 8, "adc_lsb": 64.0, "g_range": 8.0, "tile_rows": 250}
+    expected = reference.tile_mvm(codes, g, tile=250, adc_bits=8, adc_lsb=64.0)
+    for eager in (False, True):
+        for order in ORDERS:
+            try:
+                y = read(codes, g, ShimDevice(order, eager=eager), **s)
+            except RuntimeError as error:
+                if not str(error).startswith(
+                    "fused_tile_mvm_sm90: "
+                ):  # not by the CPU twins: it did not build
+                    raise
+                return False
+            if not np.array_equal(y, expected):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["none", *MUTANTS, *HEADER_MUTANTS])
+def test_a_seeded_bug_shows(plan, seeded, name):
+    plan(128, 2)
+    if name in MUTANTS:
+        seeded("fused_tile_mvm_sm90.cu", *MUTANTS[name])
+    if name in HEADER_MUTANTS:
+        file, old, new = HEADER_MUTANTS[name]
+        seeded(f"include/gpuxbar/{file}", old, new)
+    assert survives() == (name == "none")
+
+
+CASE = Case(4096, 1, 4096, 4096, 1, 128, noise="fast")
+
+
+def test_hopper_takes_it_where_it_fits():
+    chosen = plan_tile_mvm(CASE, "sm_90", 132)
+    assert (chosen.strategy, chosen.block_n, chosen.stages) == ("wgmma", 256, 4)
+    assert "rates of sm_90: estimate" in chosen.explain()
+    for arch in ("sm_80", "sm_89", "sm_100", "sm_120"):
+        assert plan_tile_mvm(CASE, arch, 132).strategy == "fused"
+        with pytest.raises(ValueError, match=rf"got 'wgmma' where {arch} has no wgmma"):
+            plan_tile_mvm(CASE, arch, 132, "wgmma")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"variance": True}, "the noise depends on the state"), ({"converters": 2}, "gain or offset of their own"),
+     ({"adc_bits": 0}, "nothing is converted")],
+)  # fmt: skip
+def test_what_it_cannot_compute(change, reason):
+    with pytest.raises(
+        ValueError,
+        match=rf"tile_mvm: `strategy` must be possible, got 'wgmma' where .*{reason}.*; choose 'auto'",
+    ):
+        plan_tile_mvm(Case(**{**vars(CASE), **change}), "sm_90", 132, "wgmma")
+
+
+@pytest.mark.parametrize("change", [{}, {"gate": True}, {"precision": "fp16x2"}, {"adc_bits": 16}])
+def test_the_pipeline_fits_the_shared_memory(change):
+    c = Case(**{**vars(CASE), **change})
+    chosen = plan_tile_mvm(c, "sm_90", 132, "wgmma")
+    assert chosen.stages >= 2
+    assert wgmma_bytes(chosen.block_n, c.terms, chosen.stages) <= SHARED["sm_90"] - STATIC_SHARED
+    assert chosen.block_n == (128 if change.keys() & {"gate", "adc_bits"} else 256)

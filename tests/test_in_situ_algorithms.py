@@ -1,0 +1,403 @@
+"""Algorithms of in-situ training: one step against float64, asymmetric devices, checkpoints, errors."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gpuxbar as gx
+from gpuxbar import reference
+from gpuxbar.launch import set_threads
+from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.optim import OPTIMIZERS, build_optimizer
+from gpuxbar.reference import Purpose
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Layers of a few hundred weights gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    set_threads(1)
+    yield
+    torch.set_num_threads(before)
+    set_threads(before)
+
+
+LAW = {"law": "soft_bounds", "up": 1.5, "down": 2.2, "pulses": 200, "spread": 0.1, "cycle": 0.3}
+FAST = {"lr": 0.01, "fast_lr": 0.3, "lines": 3}
+SETTINGS = {
+    "sgd": {"lr": 0.01, "momentum": 0.5},
+    "tiki-taka": FAST,
+    "tiki-taka-v2": {**FAST, "max_pulses": 4},
+    "chopped-tiki-taka-v2": {**FAST, "flip": 0.4},
+    "agad": {**FAST, "lines": 5, "period": 2, "transfer_every": 2},
+    "mixed-precision": {"lr": 0.01, "momentum": 0.5, "transfer_every": 2},
+}
+
+
+def spec(**parts):
+    return gx.CrossbarSpec.model_validate({"mapping": {"scheme": "subtracted"}, "update": LAW, **parts})
+
+
+class Array:
+    """Pairs of devices in float64."""
+
+    def __init__(self, g, w_max, law, seed):
+        self.g, self.w_max, self.seed, self.law = g.astype(np.float64), w_max, seed, law
+        self.step = 1  # beginning to train in situ counts as one update
+        self.w = None
+
+    def write(self, change):
+        self.g, _, self.w = reference.device_update(
+            self.g,
+            change,
+            law=self.law,
+            w_max=self.w_max,
+            g_min=1e-6,
+            g_max=1e-5,
+            seed=self.seed,
+            step=self.step,
+        )
+        self.step += 1
+
+
+def recursion(name, slow, fast, grads, settings, sides):
+    """Weights of the slow array after every gradient [G, O, I], by the equations, one wordline at a time."""
+    groups, _, inputs = grads[0].shape
+    lr, every = settings["lr"], settings.get("transfer_every", 1)
+    full = slow.w_max.reshape(groups, -1, 1).astype(np.float64)
+    pulse = full * sides / 200
+    velocity, chi, waiting, mean, offset = (np.zeros(grads[0].shape) for _ in range(5))
+    sign, scale, reads, transfers, out = np.ones((groups, inputs)), 0.0, 0, 0, []
+    for step, grad in enumerate(grads, 1):
+        velocity = settings.get("momentum", 0.0) * velocity + grad
+        change = np.zeros(grad.shape)
+        if name == "sgd":
+            change = -lr * velocity
+        elif name == "mixed-precision":
+            chi -= lr * velocity / pulse
+            if step % every == 0:
+                change = np.trunc(chi) * pulse
+                chi -= np.trunc(chi)
+        else:
+            top = np.abs(grad).max()
+            scale = top if step == 1 else 0.99 * scale + 0.01 * top
+            unit = settings["fast_lr"] * full / scale
+            fast.write(-grad * sign[:, None] * unit)
+            if step % every == 0:
+                transfers += 1
+                for line in [(reads + k) % inputs for k in range(min(settings["lines"], inputs))]:
+                    sweep = reads // inputs
+                    reads += 1
+                    v = fast.w[..., line] / unit[..., 0]
+                    if name == "tiki-taka":
+                        change[..., line] = lr * v
+                        continue
+                    if name == "agad":
+                        now = fast.w[..., line]
+                        v = (now - offset[..., line]) / unit[..., 0] * (sweep >= settings["period"])
+                        mean[..., line] += min(5 / settings["period"], 1) * (now - mean[..., line])
+                    waiting[..., line] += lr * v * sign[:, None, line] / pulse[..., 0]
+                    n = np.clip(
+                        np.trunc(waiting[..., line]),
+                        -settings.get("max_pulses", 31),
+                        settings.get("max_pulses", 31),
+                    )
+                    waiting[..., line] -= n
+                    change[..., line] = n * pulse[..., 0]
+                    if name == "chopped-tiki-taka-v2":
+                        for group in range(groups):
+                            u = reference.uniforms(
+                                np.array([group * inputs + line]),
+                                1,
+                                purpose=Purpose.CHOPPER,
+                                step=transfers,
+                                seed=fast.seed,
+                            )
+                            sign[group, line] *= -1 if u < settings["flip"] else 1
+                    if name == "agad" and (sweep + 1) % settings["period"] == 0:
+                        offset[..., line] = mean[..., line]
+                        sign[:, line] *= -1
+        if step % every == 0 or name == "sgd":
+            slow.write(change)
+        out.append(slow.w)
+    return out, waiting if "v2" in name or name == "agad" else chi
+
+
+@pytest.mark.parametrize("sides", ["both", "reference"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_are_those_of_the_equations(name, sides):
+    torch.manual_seed(1)
+    law = {**LAW, "sides": sides}
+    layer = AnalogConv2d(
+        4, 6, (2, 2), groups=2, spec=spec(update=law, mapping={"scheme": "subtracted", "scale": "column"})
+    )
+    opt = build_optimizer(name, layer, **SETTINGS[name])
+    dumped = layer.spec.update.model_dump()
+    w_max = layer.w_max.numpy()
+    slow, fast = Array(layer.g_cells.numpy(), w_max, dumped, layer.plan.seed), None
+    part = opt.parts.get(layer.weight)
+    if hasattr(part, "array"):
+        assert part.array.plan.seed != layer.plan.seed
+        fast = Array(np.full(layer.g_cells.shape, 5.5e-6), w_max, dumped, part.array.plan.seed)
+    rng = np.random.default_rng(2)
+    bias = rng.normal(size=(2, 3, 8))
+    grads = [bias + 0.5 * rng.normal(size=(2, 3, 8)) for _ in range(24)]
+    expected, waiting = recursion(name, slow, fast, grads, SETTINGS[name], 2 if sides == "both" else 1)
+    moved = 0
+    before = layer.weight.detach().clone()
+    for step, (grad, want) in enumerate(zip(grads, expected, strict=True), 1):
+        layer.weight.grad = torch.from_numpy(grad).float().view_as(layer.weight)
+        opt.step()
+        if want is not None:
+            # a float32 conductance in each of some tens of updates
+            off = (layer.weight.detach().view(2, 3, 8).numpy() - want) / w_max.reshape(2, 3, 1)
+            assert np.abs(off).max() < 2e-5, f"step {step}"
+            moved += not torch.equal(before, layer.weight)
+            before = layer.weight.detach().clone()
+    assert moved > 5
+    if hasattr(part, "waiting") and part.waiting.numel():
+        np.testing.assert_allclose(part.waiting.numpy(), waiting, rtol=0, atol=2e-3)
+
+
+def distance(name, **settings):
+    """Error left after learning a noisy linear map on devices that are symmetric far from a weight of 0."""
+    law = {
+        "law": "soft_bounds",
+        "up": 1.6,
+        "down": 2.4,
+        "sides": "reference",
+        "pulses": 500,
+        "spread": 0.1,
+        "cycle": 0.3,
+    }
+    torch.manual_seed(0)
+    goal = 0.3 * torch.randn(8, 12)
+    layer = AnalogLinear(12, 8, bias=False, spec=spec(update=law))
+    opt = build_optimizer(name, layer, **settings)
+    draw = torch.Generator().manual_seed(1)
+    errors = []
+    for step in range(700):
+        x = torch.randn(4, 12, generator=draw)
+        t = x @ goal.T + 0.5 * torch.randn(4, 8, generator=draw)
+        opt.zero_grad()
+        (0.5 * (layer(x) - t).square().sum(1).mean()).backward()
+        opt.step()
+        if step >= 450:
+            errors.append(((layer.weight - goal).square().sum() / goal.square().sum()).sqrt().item())
+    return sum(errors) / len(errors)
+
+
+def test_asymmetric_devices_defeat_sgd_and_not_tiki_taka():
+    """Every write pulls a device to its symmetry point: SGD settles between it and the solution at any rate."""
+    sgd = [distance("sgd", lr=lr) for lr in (0.003, 0.01)]
+    others = {
+        "tiki-taka-v2": distance("tiki-taka-v2", lr=0.003, zero_shift=20),
+        "chopped-tiki-taka-v2": distance("chopped-tiki-taka-v2", lr=0.003, fast_lr=0.3),
+        "agad": distance("agad", lr=0.003, fast_lr=0.3),
+    }
+    assert min(sgd) > 0.4
+    assert max(others.values()) < 0.35
+
+
+NOISY = {
+    "tile": {"rows": 16, "cols": 16},
+    "dac": {"bits": 8},
+    "adc": {"bits": 9, "range": "worst_case", "offset_std": 1e-8},
+    "read_noise": {"sigma": 1e-8, "sigma_g": 1e-8},
+    "programming": {"write_noise": 1e-8, "stuck_at_g_min": 0.01},
+    "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0},
+}
+
+
+def build(name, seed=0, **settings):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+    model, _ = gx.convert(model, spec(**NOISY))
+    return model, build_optimizer(name, model, **{**SETTINGS[name], "lr": 0.02, "momentum": 0.5, **settings})
+
+
+def advance(model, opt, steps, first=0):
+    for step in range(first, first + steps):
+        draw = torch.Generator().manual_seed(step)
+        x, t = torch.randn(16, 1, 8, 8, generator=draw), torch.randint(10, (16,), generator=draw)
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x), t).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_continues_bit_for_bit(name):
+    model, opt = build(name)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
+    advance(model, opt, 4)
+    scheduler.step()
+    file = io.BytesIO()
+    torch.save([model.state_dict(), opt.state_dict(), scheduler.state_dict()], file)
+    advance(model, opt, 5, first=4)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again, opt2 = build(name, seed=3)  # other weights, other ranges: all of it comes from the checkpoint
+    again.load_state_dict(saved[0])
+    opt2.load_state_dict(saved[1])
+    torch.optim.lr_scheduler.StepLR(opt2, 2, 0.5).load_state_dict(saved[2])
+    advance(again, opt2, 5, first=4)
+    for a, b in ((model.state_dict(), again.state_dict()), (opt.state_dict(), opt2.state_dict())):
+        assert_same(a, b)
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_may_be_accumulated_and_scaled(name):
+    """Two half batches, scaled by a power of two, are the whole one: same noise, same writes."""
+    results = []
+    for halves in (False, True):
+        model, opt = build(name)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=halves)
+        grads = [torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) for p in model.parameters()]
+        for _ in range(3):
+            opt.zero_grad()
+            for part in (grads,) if not halves else (grads, grads):
+                weight = 0.5 if halves else 1.0
+                loss = sum((p * g).sum() for p, g in zip(model.parameters(), part, strict=True)) * weight
+                scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+        results.append(model.state_dict())
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_digits_are_learnt(name):
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    x, t = torch.from_numpy(pixels).float().view(-1, 1, 8, 8)[order] / 16, torch.from_numpy(classes)[order]
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10)
+    )
+    parts = {**NOISY, "parasitics": {}, "update": {**LAW, "pulses": 1000}}
+    model, _ = gx.convert(model, spec(**parts))
+    settings = {
+        "sgd": {"lr": 0.05},
+        "mixed-precision": {"lr": 0.05},
+        "tiki-taka": {"lr": 0.01},
+        "tiki-taka-v2": {"lr": 0.01},
+        "chopped-tiki-taka-v2": {"lr": 0.01, "fast_lr": 0.3, "lines": 128},
+        "agad": {"lr": 0.05, "lines": 128},
+    }[name] | {"momentum": 0.9}
+    opt = build_optimizer(name, model, **settings)
+    for epoch in range(3):
+        for part in torch.randperm(1400, generator=torch.Generator().manual_seed(epoch)).split(20):
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x[part]), t[part]).backward()
+            opt.step()
+    with torch.no_grad():
+        accuracy = (model(x[1400:]).argmax(1) == t[1400:]).float().mean().item()
+    assert accuracy > 0.85
+
+
+def test_transfer_reads_go_through_the_converters_noise_and_wires():
+    """An ADC of few bits shows as few values; noise and wires as what they do to a line."""
+    found = {}
+    for key, parts in {
+        "exact": {},
+        "adc": {"adc": {"bits": 4}},
+        "noise": {"read_noise": {"sigma": 1e-8}},
+        "wires": {"parasitics": {"r_wordline": 2000.0, "r_bitline": 10.0}},
+    }.items():
+        torch.manual_seed(0)
+        layer = AnalogLinear(20, 30, spec=spec(**parts))
+        opt = build_optimizer("tiki-taka", layer, lr=0.1)
+        array = opt.parts[layer.weight].array
+        array.update_cells(torch.linspace(-1, 1, 600).view(30, 20))
+        found[key] = [array.read_lines(torch.tensor([3, 11]))[0] for _ in range(2)], array.weight.detach()
+    (exact, _), weight = found["exact"]
+    torch.testing.assert_close(exact, weight[:, [3, 11]], rtol=0, atol=1e-6)
+    assert len(found["adc"][0][0].unique()) <= 15
+    assert not torch.equal(*found["noise"][0])
+    # one of 30 columns' wires and more of its line lie before the last cell than before the first
+    loss = 1 - found["wires"][0][0] / exact
+    assert loss[-1].min() > loss[0].max() > 0.0
+
+
+def test_zero_shift_finds_the_symmetry_point():
+    """Where up = down in step: at up / (up + down) of the window, on the device that takes the changes."""
+    law = {"law": "soft_bounds", "up": 1.0, "down": 3.0, "sides": "reference", "pulses": 200}
+    torch.manual_seed(0)
+    layer = AnalogLinear(4, 3, spec=spec(update=law))
+    opt = build_optimizer("tiki-taka", layer, lr=0.1, zero_shift=60)
+    array = opt.parts[layer.weight].array
+    share = (array.g_cells[0] - 1e-6) / 9e-6
+    torch.testing.assert_close(share, torch.full_like(share, 0.25), rtol=0, atol=0.01)
+    assert array.read_lines(torch.arange(4)).abs().max() < 1e-6 * layer.w_max[0]
+
+
+def test_errors():
+    layer = AnalogLinear(4, 3, spec=spec())
+    for name, setting, text in (
+        ("agad", {"period": 0}, "AGAD: `period` must be at least 1, got 0; try 1"),
+        (
+            "tiki-taka",
+            {"fast_lr": 1.5},
+            "TikiTaka: `fast_lr` must be above 0 and at most 1, got 1.5; try 0.1",
+        ),
+        (
+            "chopped-tiki-taka-v2",
+            {"flip": 0.6},
+            "ChoppedTikiTakaV2: `flip` must be 0 to 0.5, got 0.6; try 0.02",
+        ),
+        ("tiki-taka-v2", {"max_pulses": 0}, "TikiTakaV2: `max_pulses` must be at least 1, got 0"),
+        (
+            "mixed-precision",
+            {"transfer_every": 0},
+            "MixedPrecision: `transfer_every` must be at least 1, got 0",
+        ),
+        ("sgd", {"momentum": 1.0}, "InSituSGD: `momentum` must be at least 0 and below 1, got 1.0; try 0.9"),
+        ("agad", {"lr": 0.0}, "AGAD: `lr` must be above 0, got 0.0; try 0.05"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            build_optimizer(name, layer, **{"lr": 0.1, **setting})
+    with pytest.raises(ValueError, match="`name` must be an algorithm, got 'agd'; did you mean"):
+        build_optimizer("agd", layer, lr=0.1)
+    with pytest.raises(ValueError, match=r"`model` must have crossbar layers, got none; gpuxbar\.convert"):
+        build_optimizer("agad", nn.Linear(3, 2), lr=0.1)
+    sliced = AnalogLinear(4, 3, spec=gx.CrossbarSpec(mapping={"slices": 2, "slice_bits": 2}))
+    with pytest.raises(
+        ValueError, match=r"linear: `spec.update` must be an update law to train in situ, got None"
+    ):
+        build_optimizer("agad", sliced, lr=0.1)
+    saved = build_optimizer("agad", copy.deepcopy(layer), lr=0.1).state_dict()
+    with pytest.raises(
+        ValueError, match=r"`state_dict` must be of the same algorithm and layers, got .* \[0\] where \[\]"
+    ):
+        build_optimizer("sgd", AnalogLinear(4, 3, spec=spec()), lr=0.1).load_state_dict(saved)

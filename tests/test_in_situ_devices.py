@@ -1,0 +1,126 @@
+"""In-situ training on published devices: write noise, one-sided pairs with refresh."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import gpuxbar as gx
+from gpuxbar.nn import AnalogLinear
+from gpuxbar.spec.devices import DEVICES, published_device
+
+
+def layer_on(name, **overrides):
+    torch.manual_seed(0)
+    return AnalogLinear(12, 7, spec=published_device(name).spec(**overrides))
+
+
+def train(layer, optimiser, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(16, 12, generator=generator)
+        optimiser.zero_grad()
+        (layer(x) - x[:, :7]).square().mean().backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_layers_train_on_every_published_device(name):
+    layer = layer_on(name)
+    optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)
+    train(layer, optimiser, 3)
+    assert layer.weight.isfinite().all()
+    assert (layer.g_held is not None) == (layer.spec.update.write_noise > 0)
+
+
+def test_devices_with_write_noise_hold_what_they_do_not_show():
+    layer = layer_on("reram-sb")
+    optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)
+    torch.testing.assert_close(layer.g_held, layer.g_cells)
+    train(layer, optimiser, 2)
+    window, noise = layer.spec.device, layer.spec.update.write_noise
+    off = layer.g_cells - layer.g_held
+    assert off.std().item() == pytest.approx(noise, rel=0.2)
+    pair = (layer.g_cells[0] - layer.g_cells[1]) / (window.g_max - window.g_min)
+    torch.testing.assert_close(layer.weight, (pair * layer.w_max).T)
+
+
+@pytest.mark.parametrize("name", ["reram-sb", "pcm"])
+def test_a_resumed_run_equals_an_uninterrupted_one(name):
+    whole, first = layer_on(name), layer_on(name)
+    optimisers = [gx.optim.InSituSGD(layer.parameters(), lr=0.05) for layer in (whole, first)]
+    train(whole, optimisers[0], 2)
+    train(whole, optimisers[0], 2, seed=1)
+    train(first, optimisers[1], 2)
+    second = layer_on(name)
+    second.load_state_dict(first.state_dict())
+    train(second, gx.optim.InSituSGD(second.parameters(), lr=0.05), 2, seed=1)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_one_sided_pairs_start_low_and_are_refreshed_before_they_saturate():
+    layer = layer_on("pcm")
+    before = layer.weight.detach().clone()
+    optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)
+    torch.testing.assert_close(layer.weight.detach(), before, rtol=1e-5, atol=1e-6)
+    # one device of each pair at its lower end
+    assert layer.g_cells.min(0).values.max().item() == pytest.approx(layer.spec.device.g_min, abs=1e-12)
+    train(layer, optimiser, 10)
+    assert layer.g_cells.min(0).values.median() > 1e-6  # up by now
+    weight, full = layer.weight.detach().clone(), layer.saturation()
+    layer.refresh()
+    torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-5, atol=1e-6)
+    assert layer.saturation() < full
+    assert layer.g_cells.min(0).values.max().item() == pytest.approx(layer.spec.device.g_min, abs=1e-12)
+
+
+def test_refresh_lets_saturated_pairs_move_again():
+    layer = layer_on(
+        "pcm", update={"step_spread": 0.0, "asymmetry_spread": 0.0, "high_spread": 0.0, "cycle": 0.0}
+    )
+    layer.begin_in_situ()
+    change = 0.2 * layer.w_max.max() * torch.ones_like(layer.weight)
+    for step in range(30):
+        layer.update_cells(change if step % 2 else -change)
+    assert layer.saturation() == pytest.approx(1, abs=1e-5)
+    answers = []
+    for _ in range(2):
+        before = layer.weight.detach().clone()
+        layer.update_cells(0.01 * change)
+        answers.append((layer.weight.detach() - before).mean() / (0.01 * change.mean()))
+        layer.refresh()
+    assert answers[0] < 0.01
+    assert answers[1] > 1  # far from its bound this device makes more than nominal steps
+
+
+def test_each_refresh_writes_with_its_own_noise():
+    layer = layer_on("reram-sb", programming={"write_noise": 2e-7})
+    layer.begin_in_situ()
+    noise = []
+    for _ in range(2):
+        window, share = layer.spec.device, (layer.weight.detach() / layer.w_max.view(-1, 1)).T
+        layer.refresh()
+        noise.append(layer.g_cells[0] - window.g_min - (share + 1) / 2 * (window.g_max - window.g_min))
+    assert torch.corrcoef(torch.stack([n.flatten() for n in noise]))[0, 1].abs() < 0.4
+    assert noise[0].std().item() == pytest.approx(2e-7, rel=0.3)
+
+
+def test_only_layers_trained_in_situ_are_refreshed():
+    with pytest.raises(
+        ValueError, match=re.escape("linear: `refresh` must follow begin_in_situ(), got a layer that")
+    ):
+        layer_on("pcm").refresh()
+    assert layer_on("pcm").saturation() == 0
+
+
+def test_opcheck():
+    torch.manual_seed(0)
+    spec = published_device("reram-sb").spec().model_dump_json()
+    g = torch.rand(2, 5, 6) * 9e-6 + 1e-6
+    args = (g, g.clone(), torch.randn(1, 6, 5), torch.ones(6), torch.ones(1, dtype=torch.int64), spec, 3)
+    torch.library.opcheck(torch.ops.gpuxbar.device_update.default, args)
+    quiet = published_device("ecram").spec().model_dump_json()
+    torch.library.opcheck(torch.ops.gpuxbar.device_update.default, (args[0], None, *args[2:5], quiet, 3))

@@ -1,0 +1,169 @@
+"""Laws from measurements: a device of known law is measured, and the fit must find it again."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from gpuxbar import ops, reference
+from gpuxbar.experiments.measured import fit_law, fit_table, read_pulses
+from gpuxbar.spec import Agarwal, LinearStep, LookupTable, NeuroSim, SoftBounds, SpecError
+
+G_MIN, G_MAX = 1e-6, 11e-6  # S
+
+
+def measurement(law, *, count=6000, devices=1, skewed=False, seed=0):
+    """Columns of a measurement of single pulses on devices of a law, by the oracle."""
+    rng = np.random.default_rng(seed)
+    dumped = law.model_dump()
+    nominal = 1 / dumped.get("pulses", dumped.get("levels"))
+    y, rising = rng.uniform(0, 1, count), rng.random(count) < 0.5
+    device = rng.integers(devices, size=count)
+    gain = np.maximum(1 + law.step_spread * rng.normal(size=devices), 0.05)[device]
+    t = gain * np.where(rising, 1 + law.asymmetry, law.asymmetry - 1) * nominal
+    step = reference.laws.moved(dumped, y, t) - y
+    noise = rng.exponential(size=count) - 1 if skewed else rng.normal(size=count)
+    step = step + 0.3 * nominal * gain * noise
+    return G_MIN + (G_MAX - G_MIN) * y, (G_MAX - G_MIN) * step, np.where(rising, 1, -1), device
+
+
+def written(path, columns, header="g_before [uS],dg [nS],direction,device"):
+    g, dg, way, device = columns
+    rows = np.column_stack([g * 1e6, dg * 1e9, way, device])
+    np.savetxt(path, rows, delimiter=",", header=header, comments="", fmt=("%.9g", "%.9g", "%d", "%d"))
+    return path
+
+
+def test_a_file_is_read_in_its_units(tmp_path):
+    columns = measurement(SoftBounds(pulses=100), count=50, devices=4)
+    pulses = read_pulses(written(tmp_path / "m.csv", columns))
+    np.testing.assert_allclose(pulses.g_before, columns[0], rtol=1e-7)
+    np.testing.assert_allclose(pulses.dg, columns[1], rtol=1e-7)
+    np.testing.assert_array_equal(pulses.rising, columns[2] > 0)
+    np.testing.assert_array_equal(pulses.device, columns[3])
+
+
+def fitted(tmp_path, law, **settings):
+    return read_pulses(written(tmp_path / "m.csv", measurement(law, **settings)))
+
+
+WINDOW = {"g_min": G_MIN, "g_max": G_MAX}
+
+
+def test_a_table_finds_steps_spread_and_skewed_scatter(tmp_path):
+    law = SoftBounds(pulses=200, up=2, down=2, step_spread=0.3)
+    fit = fit_table(fitted(tmp_path, law, count=40000, devices=200, skewed=True), bins=5, **WINDOW)
+    nodes = np.linspace(0, 1, 5)
+    scale = fit.law.pulses / 200
+    np.testing.assert_allclose(np.array(fit.law.up) / scale, 2 * (1 - nodes), atol=0.06)
+    np.testing.assert_allclose(np.array(fit.law.down) / scale, 2 * nodes, atol=0.06)
+    assert fit.law.step_spread == pytest.approx(0.3, rel=0.15)
+    table = np.array(fit.law.scatter_up) / scale
+    # an exponential less its mean: median ln 2 - 1, and 0.9772 of it below -ln(0.0228) - 1
+    np.testing.assert_allclose(table[:, 8], 0.3 * (np.log(2) - 1), atol=0.03)
+    np.testing.assert_allclose(table[:, 12], 0.3 * 2.783, atol=0.1)
+    assert min(fit.explained) > 0.4
+
+
+def test_the_hold_out_check_tells_a_right_law_from_a_wrong_one(tmp_path):
+    pulses = fitted(tmp_path, SoftBounds(pulses=200, up=2, down=2), count=20000, skewed=True)
+    table = fit_table(pulses, bins=5, **WINDOW)
+    assert table.passed, (table.distance, table.limit)
+    assert not fit_law(pulses, "soft_bounds", **WINDOW).passed  # its noise is Gaussian
+    quiet = fitted(tmp_path, SoftBounds(pulses=200, up=2, down=2), count=20000)
+    assert fit_law(quiet, "soft_bounds", **WINDOW).passed
+    assert not fit_law(quiet, "constant_step", **WINDOW).passed
+
+
+def test_devices_made_of_a_table_move_as_measured(tmp_path):
+    """Single pulses of the simulated devices have the mean and the skewness of the measured ones."""
+    law = SoftBounds(pulses=200, up=2, down=2)
+    fit = fit_table(fitted(tmp_path, law, count=40000, skewed=True), bins=5, **WINDOW)
+    g = np.full((2, 200, 200), G_MIN + 0.4 * (G_MAX - G_MIN), np.float32)
+    before = g.copy()
+    dw = np.full((1, 200, 200), 2 / fit.law.pulses, np.float32)
+    ops.device_update(g, dw, law=fit.law, w_max=np.ones(200, np.float32), **WINDOW, seed=3)
+    step = (g[0] - before[0]) / (G_MAX - G_MIN) * 200
+    assert step.mean() == pytest.approx(1.2, rel=0.03)
+    assert step.std() == pytest.approx(0.3, rel=0.05)
+    skewness = ((step - step.mean()) ** 3).mean() / step.std() ** 3
+    assert skewness == pytest.approx(2, abs=0.5)  # of an exponential
+
+
+@pytest.mark.parametrize(
+    ("law", "found"),
+    [
+        (SoftBounds(pulses=150, up=2, down=2, asymmetry=0.2), {"pulses": 150, "asymmetry": 0.2, "cycle": 0.3}),
+        (LinearStep(pulses=150, slope_up=0.6, slope_down=0.2), {"slope_up": 0.6, "slope_down": 0.2}),
+        (Agarwal(nu=3.0, pulses=150), {"nu": 3.0}),
+        (NeuroSim(nonlinearity_ltp=2.4, nonlinearity_ltd=-1.5, levels=97), {"nonlinearity_ltp": 2.4, "nonlinearity_ltd": -1.5, "levels": 97}),
+    ],
+    ids=lambda value: getattr(value, "law", ""),
+)  # fmt: skip
+def test_laws_are_found_again(tmp_path, law, found):
+    fit = fit_law(fitted(tmp_path, law, count=20000), law.law, **WINDOW)
+    for name, value in found.items():
+        assert getattr(fit.law, name) == pytest.approx(value, rel=0.07, abs=0.04), name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("g,dg [uS],direction\n", "must have a column 'g_before [unit]', got ['g', 'dg [uS]', 'direction']; rename"),
+        ("g_before,dg [uS],direction\n", "column 'g_before' of m.csv must name its unit, one of S, mS, uS, nS, got 'none'; write"),
+        ("g_before [uS],dg [kS],direction\n", "column 'dg' of m.csv must name its unit, one of S, mS, uS, nS, got 'kS'"),
+        ("g_before [uS],dg [uS]\n", "must have a column 'direction' (+1 or -1), got ['g_before [uS]', 'dg [uS]']; the sign"),
+        ("g_before [uS],dg [uS],direction\n", "`m.csv` must hold a line a pulse, got none; measure first"),
+        ("g_before [uS],dg [uS],direction\n1,0.1,1\n1,x,1\n", "column 'dg [uS]' must hold finite numbers, got 'x' in line 3 of m.csv"),
+        ("g_before [uS],dg [uS],direction\n1,0.1,3\n", "column 'direction' must be +1 or -1, got 3 in line 2 of m.csv; split"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_pulses("m.csv")
+
+
+def test_a_table_that_cannot_be_filled_is_refused_by_bin(tmp_path):
+    pulses = fitted(tmp_path, SoftBounds(pulses=100), count=3000)
+    swapped = type(pulses)(pulses.g_before, -pulses.dg, pulses.rising, pulses.device)
+    middle = pulses[(pulses.g_before > 4e-6) | ~pulses.rising]
+    for fit, message in (
+        (lambda: fit_table(middle, bins=9, **WINDOW),
+         "fit_table: bin 1 of 9 (1e-06 to 1.625e-06 S) must hold at least 20 pulses of direction +1 to fit, got 0; measure"),
+        (lambda: fit_table(pulses, bins=5, g_min=2e-6, g_max=G_MAX),
+         "fit_table: column 'g_before' must lie in the window of 2e-06 to 1.1e-05 S, got"),
+        (lambda: fit_table(pulses, bins=5, g_min=2e-6, g_max=1e-6),
+         "fit_table: column 'g_before' must span a window of conductances of at least 0, got 2e-06 to 1e-06 S; give g_min"),
+        (lambda: fit_table(pulses, bins=4), "fit_table: `bins` must be 2, 3, 5 or 9, got 4; choose one of these"),
+        (lambda: fit_law(pulses, "soft_bound"),
+         "fit_law: `law` must be a law that can be fitted, got 'soft_bound'; did you mean `soft_bounds`?"),
+        (lambda: fit_table(swapped, bins=3), "fit_table: column 'dg' must rise with direction +1 and fall with -1, got a mean"),
+        (lambda: fit_law(swapped, "agarwal"), "fit_law: column 'dg' must rise with direction +1 and fall with -1, got a mean"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fit()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up": (1.0, 1.0, 1.0, 1.0)}, "`up` must hold 2, 3, 5 or 9 mean steps of 0 to 1000 nominal ones, got [1.0, 1.0, 1.0, 1.0]"),
+        ({"down": (1.0, -1.0)}, "`down` must hold 2, 3, 5 or 9 mean steps of 0 to 1000 nominal ones, got [1.0, -1.0]"),
+        ({"scatter_up": ((0.0,) * 17,)}, "`scatter_up` must hold 2 rows of 17 values, one for each mean step, got 1 of [17]"),
+        ({"scatter_down": ((0.0,) * 17, (*[0.0] * 16, -1.0))}, "`scatter_down` must not fall along a row, got [0.0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_refused(change, message):
+    right = {
+        "up": (1.0, 1.0),
+        "down": (1.0, 1.0),
+        "scatter_up": ((0.0,) * 17,) * 2,
+        "scatter_down": ((0.0,) * 17,) * 2,
+    }
+    assert LookupTable(**right).pulses == 1000
+    with pytest.raises(SpecError, match=re.escape(message)):
+        LookupTable(**(right | change))

@@ -1,0 +1,158 @@
+"""solve_for_inputs and its gradient: the oracle against finite differences, the host kernel against it, messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpuxbar import ops, reference
+from gpuxbar.launch import set_threads
+
+WIRES = {
+    "mild": {"r_wordline": 1.0, "r_bitline": 1.0},
+    "strong": {"r_wordline": 2.5, "r_bitline": 1.5, "r_source": 100.0, "r_sink": 30.0},
+    "ends": {"r_wordline": 0.0, "r_bitline": 0.0, "r_source": 500.0, "r_sink": 200.0},
+    "rows": {"r_wordline": 3.0, "r_bitline": 0.0, "r_sink": 50.0},
+    "none": {"r_wordline": 0.0, "r_bitline": 0.0},
+}
+SHAPES = [(1, 1, 1), (1, 1, 9), (3, 9, 1), (4, 12, 7), (16, 8, 8), (21, 37, 50)]  # lanes of 1, 4, 16, 16 + 16
+
+
+def case(batch, rows, cols, ron=10e3):
+    rng = np.random.default_rng(batch)
+    g = rng.uniform(0, 1 / ron, (2, rows, cols))
+    g[rng.random(g.shape) < 0.2] = 0.0
+    g[..., 0, 0] = 0.5 / ron
+    v, grad_i = rng.uniform(-0.2, 0.3, (2, batch, rows)), rng.normal(size=(2, batch, cols))
+    return v.astype(np.float32), g.astype(np.float32), grad_i.astype(np.float32)
+
+
+def error(got, expected):
+    return np.abs(got - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", WIRES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_host_matches_oracle(shape, name):
+    v, g, grad_i = case(*shape)
+    assert (
+        error(ops.solve_for_inputs(v, g, **WIRES[name]), reference.solve_for_inputs(v, g, **WIRES[name]))
+        < 3e-6
+    )
+    got = ops.solve_for_inputs_gradient(v, g, grad_i, **WIRES[name])
+    expected = reference.solve_for_inputs_gradient(v, g, grad_i, **WIRES[name])
+    for mine, oracle in zip(got, expected, strict=True):
+        assert mine.dtype == np.float32
+        assert error(mine, oracle) < 3e-6
+
+
+@pytest.mark.parametrize("name", WIRES)
+def test_oracle_is_the_derivative(name):
+    v, g, grad_i = (x[0].astype(np.float64) for x in case(3, 5, 4))
+    g += 1e-6
+
+    def loss(v, g):
+        return (grad_i * reference.solve_for_inputs(v, g, **WIRES[name])).sum()
+
+    grad_v, grad_g = reference.solve_for_inputs_gradient(v, g, grad_i, **WIRES[name])
+    for x, grad, step in ((v, grad_v, 1e-3), (g, grad_g, 1e-8)):
+        for at in np.ndindex(x.shape):
+            up, down = x.copy(), x.copy()
+            up[at] += step
+            down[at] -= step
+            slope = (loss(up, g) - loss(down, g)) if x is v else (loss(v, up) - loss(v, down))
+            # truncation, (step / g)^2 of the drop
+            assert slope / (2 * step) == pytest.approx(grad[at], rel=2e-6, abs=1e-6 * np.abs(grad).max())
+
+
+def test_gradient_of_the_effective_conductance():
+    """The identity as inputs gives the gradient of `effective_conductance`, against its own differences."""
+    _, g, grad = case(6, 6, 8)
+    g, grad = g[0].astype(np.float64), grad[0].astype(np.float64)
+    _, got = ops.solve_for_inputs_gradient(
+        np.eye(6, dtype=np.float32), g.astype(np.float32), grad.astype(np.float32), **WIRES["strong"]
+    )
+    for at in [(0, 0), (5, 7), (2, 3), (5, 0), (0, 7)]:
+        up, down = g.copy(), g.copy()
+        up[at] += 1e-7
+        down[at] = g[at] - 1e-7 if g[at] else 0.0
+        change = reference.effective_conductance(up, **WIRES["strong"]) - reference.effective_conductance(
+            down, **WIRES["strong"]
+        )
+        slope = (grad * change).sum() / (up[at] - down[at])
+        assert got[at] == pytest.approx(slope, rel=1e-4, abs=1e-4 * float(np.abs(got).max()))
+
+
+def test_strong_wires_converge():
+    v, g, _ = case(2, 128, 128, ron=1e3)
+    wires = {"r_wordline": 10.0, "r_bitline": 10.0, "r_source": 1000.0, "r_sink": 1000.0}
+    expected = v.astype(np.float64) @ reference.effective_conductance(g, **wires)
+    assert error(ops.solve_for_inputs(v, g, **wires), expected) < 2e-5
+
+
+def test_tolerance_is_kept():
+    v, g, _ = case(4, 64, 64)
+    exact = reference.solve_for_inputs(v, g, **WIRES["strong"])
+    off = [
+        error(ops.solve_for_inputs(v, g, tolerance=tolerance, **WIRES["strong"]), exact)
+        for tolerance in (1e-1, 1e-2, 1e-4)
+    ]
+    assert off[0] > off[2]
+    assert all(got < tolerance for got, tolerance in zip(off, (1e-1, 1e-2, 1e-4), strict=True))
+
+
+def test_same_bits_for_threads():
+    values = case(21, 24, 40)
+    results = []
+    for threads in (1, 2):
+        set_threads(threads)
+        results.append(
+            (ops.solve_for_inputs(*values[:2], **WIRES["strong"]), *ops.solve_for_inputs_gradient(*values, **WIRES["strong"]))
+        )  # fmt: skip
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(("batch", "rows", "cols"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing_to_do(batch, rows, cols):
+    v, g = np.zeros((5, batch, rows), np.float32), np.zeros((5, rows, cols), np.float32)
+    got = ops.solve_for_inputs(v, g, **WIRES["mild"])
+    assert got.shape == (5, batch, cols)
+    grad_v, grad_g = ops.solve_for_inputs_gradient(v, g, got, **WIRES["mild"])
+    assert (grad_v.shape, grad_g.shape) == (v.shape, g.shape)
+    assert not grad_g.any()
+
+
+GOOD = dict(zip(("v", "g", "grad_i"), case(4, 3, 5), strict=True))
+BAD = {
+    "dtype": ({"v": np.zeros((2, 4, 3))}, TypeError, "`v` must be an array of float32, got float64"),
+    "axes": ({"g": np.zeros((3, 5), np.float32)}, ValueError, "`v` must have 2 axes, got 3"),
+    "rows": ({"v": np.zeros((2, 4, 5), np.float32)}, ValueError, r"`v` must have the axes \[2, 'B', 3\] of the tiles, got shape \(2, 4, 5\)"),
+    "nan": ({"v": np.full((2, 4, 3), np.nan, np.float32)}, ValueError, "`v` must be finite, got nan V"),
+    "cell": ({"g": np.full((2, 3, 5), -1, np.float32)}, ValueError, r"`g` must be 0 or above and finite, got -1 S in tile \(0,\)"),
+    "wire": ({"r_sink": -1.0}, ValueError, "`r_sink` must be 0 or above and finite, got -1 ohm"),
+    "tolerance": ({"tolerance": 0.0}, ValueError, "`tolerance` must be from 1e-7 to 0.1, got 0; float32 allows no less"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["host", "reference"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name, where, monkeypatch):
+    if where == "reference":
+        monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    change, kind, text = BAD[name]
+    values = {**GOOD, **WIRES["mild"], **change}
+    v, g, grad_i = (values.pop(key) for key in ("v", "g", "grad_i"))
+    with pytest.raises(kind, match=text):
+        ops.solve_for_inputs(v, g, **values)
+    with pytest.raises(kind, match=text):
+        ops.solve_for_inputs_gradient(v, g, grad_i, **values)
+
+
+def test_bad_gradients_are_named():
+    with pytest.raises(ValueError, match=r"`grad_i` must have the shape of the currents \(2, 4, 5\), got"):
+        ops.solve_for_inputs_gradient(GOOD["v"], GOOD["g"], GOOD["grad_i"][:, :1].copy(), **WIRES["mild"])
+    with pytest.raises(ValueError, match="`grad_i` must be finite, got inf 1/A"):
+        ops.solve_for_inputs_gradient(
+            GOOD["v"], GOOD["g"], np.full_like(GOOD["grad_i"], np.inf), **WIRES["mild"]
+        )
