@@ -88,7 +88,7 @@ def test_explain_gives_the_plan_of_every_read():
     done = run(app, ["--explain", "sm_90"])
     assert done.exit_code == 0, done.output
     assert all(f"{read.name}: {read.size}" in done.output for read in READS)
-    assert "strategy: fused\n  fused: " in done.output
+    assert "strategy: wgmma\n  fused: " in done.output
     assert "rates of sm_90: estimate" in done.output
     few = run(app, ["--explain", "sm_86", "--multiprocessors", "46"])
     assert "rates of sm_86" in few.output

@@ -294,7 +294,7 @@ from cuda_shim import SANITIZE, ShimDevice
 from gpuxbar import ops
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_cuda import FOLD
-from gpuxbar.spec import Agarwal
+from gpuxbar.spec import Agarwal, ConstantStep, PulseTrain
 device = ShimDevice(order=5, flags=SANITIZE, workspace=1 << 16)
 rng = np.random.default_rng(0)
 conv = ConvGeometry(3, 7, 5, (3, 2), (2, 1), (1, 1))
@@ -311,6 +311,9 @@ ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)
 cells, ones = np.abs(rng.normal(size=(2, 18, 7))).astype(np.float32), np.ones(7, np.float32)
 law = Agarwal(nu=1, gamma=0.1, spread=0.1)
 ops.device_update(cells, rng.normal(size=(1, 7, 18)).astype(np.float32), law=law, w_max=ones, g_min=0, g_max=1, device=device)
+for mode in ("exact", "aggregated"):
+    ops.pulse_update(cells, rng.normal(size=(3, 18)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32), rate=0.1,
+                     train=PulseTrain(mode=mode), law=ConstantStep(pulses=50), w_max=ones, g_min=0, g_max=1, device=device)
 weight = rng.normal(size=(3, 37, 11)).astype(np.float32)
 window = dict(g_min=1e-6, g_max=1e-5, device_spread=0.1, write_noise=1e-7, stuck_at_g_min=0.1, sigma_g=1e-7, device=device)
 planes, variance = np.empty((2, 6, 33, 37), np.float32)
@@ -320,7 +323,7 @@ for scale in ("tensor", "column"):
 ops.program(weight, w_max=np.ones(1, np.float32), merge="all", **window)
 wires = dict(r_wordline=2.0, r_bitline=3.0, r_source=ones[:1], r_sink=0.5, device=device)
 for method in ("ladder", "exact"):
-    ops.effective_conductance(np.full((2, 20, 11), 1e-4, np.float32), method=method, **wires)
+    ops.effective_conductance(np.full((2, 40, 20), 1e-4, np.float32), method=method, **wires)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

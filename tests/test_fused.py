@@ -212,7 +212,7 @@ def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
 
 BIG = Case(4096, 1, 4096, 4096, 1, 128, noise="fast")
 CHOICES = {
-    "fused-saves-the-partial-sums": (BIG, "sm_90", "fused", "fused: .* us expected\ncuBLAS"),
+    "fused-saves-the-partial-sums": (BIG, "sm_100", "fused", "fused: .* us expected\ncuBLAS"),
     "no-adc": (replace(BIG, adc_bits=0, noise="none"), "sm_90", "collapsed", "no ADC quantises"),
     "no-adc-noise-a-tile": (replace(BIG, adc_bits=0), "sm_90", "epilogue", r"nothing is converted \(adc_bits=None\)"),
     "turing": (BIG, "sm_75", "epilogue", "sm_75 has no mma.sync of 16-bit operands"),
@@ -223,7 +223,7 @@ CHOICES = {
     "streams": (replace(BIG, streams=4, stream_bits=3), "sm_90", "epilogue", r"streams \* stream_bits = 12 bits"),
     "indices": (replace(BIG, planes=512), "sm_90", "epilogue", "operands are too large"),
     "memory": (replace(BIG, precision="fp16x2", variance=True), "sm_86", "epilogue", "do not fit the shared memory of sm_86"),
-    "little": (replace(BIG, rows=1, drive=128, sense=16), "sm_90", "fused", "tiles split 1 ways"),
+    "little": (replace(BIG, rows=1, drive=128, sense=16), "sm_100", "fused", "tiles split 1 ways"),
     "newer": (BIG, "sm_103", "fused", "rates of sm_100: estimate"),
 }  # fmt: skip
 
@@ -255,7 +255,7 @@ def test_the_choice_follows_the_table():
 @pytest.mark.parametrize(
     ("strategy", "text"),
     [
-        ("wgmma", "`strategy` must be one of auto, collapsed, fused, epilogue, got 'wgmma'; choose one"),
+        ("warp", "`strategy` must be one of auto, collapsed, fused, wgmma, epilogue, got 'warp'; choose one"),
         ("collapsed", "`strategy` must be possible, got 'collapsed' where an ADC converts every tile; choose 'auto'"),
     ],
 )  # fmt: skip

@@ -135,8 +135,10 @@ def _cuda(device: Device, g: Any, given: dict[str, Any], method: Method, shared_
     for name, value in given.items():
         if hasattr(value, "shape") and value.ndim:  # on the device, and not read back
             check_array(OP, name, value, "float32", 1)
-            _check_count(OP, name, value, rows, cols)
-            lines[name] = value
+            count = _check_count(OP, name, value, rows, cols)
+            lines[name] = value if value.size == count else device.empty((count,), "float32")
+            if lines[name] is not value:
+                lines[name][...] = value
         else:
             lines[name] = float(per_line(OP, name, value, rows, cols)[:1].sum())
     if method == "none" or not g.size:

@@ -7,6 +7,9 @@
 // Reported as errors: divergent barriers and warp operations (deadlock), lanes of one warp operation that disagree,
 // shuffles from a lane outside the mask, launch limits. Not modelled: races between blocks, memory ordering.
 #pragma once
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -123,7 +126,14 @@ struct Block {  // of one OS thread, reused for every block it runs in a launch
 
   void fail(const std::string& why) { if (err.empty()) err = why; }
 
-  ~Block() { for (char* s : stacks) munmap(s - 4096, kStack + 4096); }
+  ~Block() {
+    for (char* s : stacks) {
+#ifdef __SANITIZE_ADDRESS__
+      __asan_unpoison_memory_region(s, kStack);  // for what is mapped here next
+#endif
+      munmap(s - 4096, kStack + 4096);
+    }
+  }
   char* stack() {
     if (!free_stacks.empty()) { char* s = free_stacks.back(); free_stacks.pop_back(); return s; }
     char* m = static_cast<char*>(mmap(nullptr, kStack + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0));
