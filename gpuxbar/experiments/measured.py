@@ -336,10 +336,8 @@ def _judged(law: UpdateLaw, window: Device, test: Pulses, ratio: np.ndarray) -> 
     y, step = _shares(test, window)
     gain = ratio[np.minimum(test.device, len(ratio) - 1)]
     dumped = law.model_dump()
-    nominal = 1 / float(dumped["levels"] if dumped["law"] == "neurosim" else dumped["pulses"])
-    asymmetry = np.where(test.rising, law.asymmetry, -law.asymmetry)
-    change = gain * (1 + asymmetry) * nominal
-    mean = reference.laws.moved(dumped, y, np.where(test.rising, change, -change)) - y
+    nominal = _nominal_step(law)
+    mean = _foretold(law, y, test.rising, gain)
     rest = step - mean
     if isinstance(law, LookupTable):
         scale = np.maximum(gain, 1e-3) * nominal
@@ -372,13 +370,14 @@ def plot_fit(fit: Fit, path: str | Path) -> None:
     up, down, ranks = figure.subplots(1, 3)
     y, _ = _shares(fit.held_out, fit.window)
     at = np.linspace(0, 1, 101)
-    g = fit.window.g_min + at * (fit.window.g_max - fit.window.g_min)
+    span = fit.window.g_max - fit.window.g_min
+    g = fit.window.g_min + at * span
     for axis, way, name in ((up, True, "potentiation"), (down, False, "depression")):
         mine = fit.held_out.rising == way
         axis.plot(
             fit.held_out.g_before[mine] * 1e6, fit.held_out.dg[mine] * 1e9, ".", markersize=2, alpha=0.3
         )
-        axis.plot(g * 1e6, _single_step(fit, at, way) * 1e9, color="black", label=fit.law.law)
+        axis.plot(g * 1e6, _foretold(fit.law, at, way) * span * 1e9, color="black", label=fit.law.law)
         axis.set(xlabel="conductance before (uS)", ylabel="change (nS)", title=name)
         axis.legend()
         ranks.hist(fit.rank[mine], bins=20, range=(0, 1), density=True, histtype="step", label=name)
@@ -388,9 +387,18 @@ def plot_fit(fit: Fit, path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _single_step(fit: Fit, y: np.ndarray, rising: bool) -> np.ndarray:
-    """Mean change by one pulse, S."""
-    dumped = fit.law.model_dump()
-    nominal = 1 / float(dumped["levels"] if dumped["law"] == "neurosim" else dumped["pulses"])
-    t = nominal * (1 + fit.law.asymmetry if rising else fit.law.asymmetry - 1)
-    return (reference.laws.moved(dumped, y, np.full_like(y, t)) - y) * (fit.window.g_max - fit.window.g_min)
+def _nominal_step(law: UpdateLaw) -> float:
+    """Share of the window that one nominal pulse moves."""
+    assert law.nominal_pulses is not None
+    return 1 / law.nominal_pulses
+
+
+def _foretold(
+    law: UpdateLaw, y: np.ndarray, rising: np.ndarray | bool, gain: np.ndarray | float = 1.0
+) -> np.ndarray:
+    """Mean change by one pulse, in shares of the window."""
+    change = gain * (1 + np.where(rising, law.asymmetry, -law.asymmetry)) * _nominal_step(law)
+    return (
+        reference.laws.moved(law.model_dump(), y, np.broadcast_to(np.where(rising, change, -change), y.shape))
+        - y
+    )

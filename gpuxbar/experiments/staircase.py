@@ -9,7 +9,6 @@ import numpy as np
 
 from gpuxbar import ops
 from gpuxbar.spec import Device, UpdateLaw
-from gpuxbar.spec.laws import NeuroSim
 
 __all__ = ["plot_staircase", "staircase"]
 
@@ -21,7 +20,7 @@ def staircase(
 
     `pulses`: as many as nominally span the window if None, 1000 for an ideal law; at most 2000.
     """
-    nominal = float(law.levels if isinstance(law, NeuroSim) else getattr(law, "pulses", 1000.0))
+    nominal = law.nominal_pulses or 1000.0
     count = min(round(nominal), 2000) if pulses is None else pulses
     if not 1 <= count <= 100_000:
         raise ValueError(f"staircase: `pulses` must be 1 to 100000, got {count}; draw fewer")

@@ -71,8 +71,9 @@ def pulse_weight(layer: InSitu) -> Tensor:
     """Weight change of one nominal pulse on a pair, float32 [G, O, 1]; a law without steps counts 1,000 to the window."""
     assert layer.w_max is not None
     law = layer.spec.update
-    pulses: float = getattr(law, "pulses", getattr(law, "levels", WITHOUT_STEPS))
-    sides = 2 if law is not None and law.sides == "both" else 1
+    assert law is not None
+    pulses = law.nominal_pulses or WITHOUT_STEPS
+    sides = 2 if law.sides == "both" else 1
     return (layer.w_max * (sides / pulses)).view(layer.groups_, -1, 1)
 
 

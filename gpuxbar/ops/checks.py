@@ -11,7 +11,7 @@ import numpy as np
 
 from gpuxbar.launch import is_cupy
 
-__all__ = ["check_array", "check_numbers", "scalar_array"]
+__all__ = ["check_array", "check_numbers", "check_window", "require_finite", "scalar_array"]
 
 
 def check_array(
@@ -57,6 +57,22 @@ def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, ze
         if not good.all():
             got = f"{values[~good].flat[0]:g} {unit}".rstrip()
             raise ValueError(f"{op}: `{name}` must be {rule}, got {got}; {way_out}")
+
+
+def check_window(op: str, g_min: float, g_max: float) -> None:
+    """Refuse a conductance window without width."""
+    if not 0 <= g_min < g_max:
+        raise ValueError(
+            f"{op}: need 0 <= g_min < g_max, got {g_min:g} S and {g_max:g} S; widen or swap the window"
+        )
+
+
+def require_finite(op: str, name: str, bad: int, way_out: str) -> None:
+    """Refuse an array of which `bad` values are NaN or infinite; they come of a diverging loss, or of what is said."""
+    if bad:
+        raise ValueError(
+            f"{op}: `{name}` must be finite, got {bad} NaN or infinite values; look for a diverging loss or {way_out}"
+        )
 
 
 def scalar_array(xp: Any, value: Any, dtype: str = "float32") -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_numbers, scalar_array
+from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
 
 __all__ = ["KERNEL", "dac_quantize"]
 
@@ -53,8 +53,7 @@ def dac_quantize(
     lsb = scalar_array(np, lsb)
     _check_count(lsb, x)
     if where == "reference":
-        if not np.isfinite(x).all():
-            raise _not_finite(int((~np.isfinite(x)).sum()))
+        require_finite("dac_quantize", "x", int((~np.isfinite(x)).sum()), "bad data")
         _check_lsb(lsb)
         return reference.dac_quantize(x, lsb=lsb, code_max=code_max, signed=signed)
     codes = np.empty(x.shape, dtype=np.int16)
@@ -74,8 +73,7 @@ def dac_quantize(
             int(signed),
             bad,
         )
-        if bad[0]:
-            raise _not_finite(int(bad[0]))
+        require_finite("dac_quantize", "x", int(bad[0]), "bad data")
     _check_lsb(lsb)  # behind the values: a step taken from bad ones is bad itself
     return codes
 
@@ -105,10 +103,4 @@ def _check_count(lsb: Any, x: Any) -> None:
 def _check_lsb(lsb: Any) -> None:
     check_numbers(
         "dac_quantize", "lsb", lsb, "", "it is the value of one code, the largest input over code_max"
-    )
-
-
-def _not_finite(count: int) -> ValueError:
-    return ValueError(
-        f"dac_quantize: `x` must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
     )

@@ -21,7 +21,7 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.checks import check_array, check_window, require_finite
 from gpuxbar.ops.laws import Parameters, parameters
 from gpuxbar.spec import UpdateLaw
 
@@ -95,10 +95,7 @@ def device_update(
             f"{OP}: `hidden` must go with a law of write noise and only with it, got {'none' if hidden is None else 'one'} "
             f"for write_noise={law.write_noise:g} S; pass the conductances that the devices hold"
         )
-    if not 0 <= g_min < g_max:
-        raise ValueError(
-            f"{OP}: need 0 <= g_min < g_max, got {g_min:g} S and {g_max:g} S; widen or swap the window"
-        )
+    check_window(OP, g_min, g_max)
     window: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "stuck_at_g_min": stuck_at_g_min, "stuck_at_g_max": stuck_at_g_max,
     }  # fmt: skip
@@ -107,8 +104,7 @@ def device_update(
         return _cuda(device or cuda_device(), g, hidden, dw, law, w_max, step, seed, window)
     step = int(np.asarray(step).reshape(-1)[0])
     if where == "reference":
-        if not np.isfinite(dw).all():
-            raise _not_finite(int((~np.isfinite(dw)).sum()))
+        require_finite(OP, "dw", int((~np.isfinite(dw)).sum()), "lower the rate")
         shown, held, weights = reference.device_update(
             g, dw, law=law.model_dump(), w_max=w_max, hidden=hidden, seed=seed, step=step, **window
         )
@@ -127,8 +123,7 @@ def device_update(
             library(), "gpuxbar_device_update", g, hidden, dw, weights, w_max,
             np.frombuffer(bytes(update), np.uint8), bad,
         )  # fmt: skip
-    if bad[0]:
-        raise _not_finite(int(bad[0]))
+    require_finite(OP, "dw", int(bad[0]), "lower the rate")
     return weights
 
 
@@ -168,9 +163,3 @@ KERNEL = Kernel(
     seed=Scalar("uint64"), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
     stuck_high=Scalar("float32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip
-
-
-def _not_finite(count: int) -> ValueError:
-    return ValueError(
-        f"{OP}: `dw` must be finite, got {count} NaN or infinite values; look for a diverging loss or lower the rate"
-    )

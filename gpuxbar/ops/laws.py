@@ -51,19 +51,13 @@ def parameters(law: UpdateLaw, g_min: float, g_max: float) -> Parameters:
     """What the kernels need of a law, for a window in S."""
     span = g_max - g_min
     common: dict[str, Any] = {
-        "pulses": pulse_count(law), "step_spread": law.step_spread, "asymmetry": law.asymmetry,
+        "pulses": law.nominal_pulses or 1.0,  # without steps, a change is one
+        "step_spread": law.step_spread, "asymmetry": law.asymmetry,
         "asymmetry_spread": law.asymmetry_spread, "low_spread": law.low_spread, "high_spread": law.high_spread,
         "floor": -g_min / span, "write_noise": law.write_noise / span, "law": LAWS[type(law)],
         "lognormal": law.lognormal_steps, "integer_pulses": law.integer_pulses, "sides": SIDES[law.sides],
     }  # fmt: skip
     return Parameters(**common, **_noise(law), **_shape(law))
-
-
-def pulse_count(law: UpdateLaw) -> float:
-    """Nominal pulses over the window; 1 where a law has none, so that a change is one."""
-    if isinstance(law, Ideal):
-        return 1.0
-    return law.levels if isinstance(law, NeuroSim) else law.pulses
 
 
 def _noise(law: UpdateLaw) -> dict[str, float]:

@@ -9,11 +9,12 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.checks import check_array, check_window, require_finite
 from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
 
 __all__ = ["program", "reprogram"]
 
+LOWER = "lower the rate"
 MERGES = ("none", "subtract", "all", "offset")  # in the order of `enum Merge` in programming.cuh
 
 
@@ -103,14 +104,14 @@ def program(
         )
     step = int(np.asarray(step).reshape(-1)[0])
     if where == "reference":
-        _require_finite(op, int((~np.isfinite(weight)).sum()))
+        require_finite(op, "weight", int((~np.isfinite(weight)).sum()), LOWER)
         return reference.program(weight, w_max=w_max, step=step, **settings)
     g = np.empty(shape, np.float32)
     noise_var = np.empty(shape, np.float32) if sigma_g else None
     if g.size:
         bad = np.zeros(1, np.int64)
         _host("gpuxbar_program", _values(weight, w_max, settings, step), weight, w_max, g, noise_var, bad)
-        _require_finite(op, int(bad[0]))
+        require_finite(op, "weight", int(bad[0]), LOWER)
     return g if noise_var is None else (g, noise_var)
 
 
@@ -218,7 +219,7 @@ def reprogram(
         )
         return
     if where == "reference":
-        _require_finite(op, int((~np.isfinite(weight)).sum()))
+        require_finite(op, "weight", int((~np.isfinite(weight)).sum()), LOWER)
         reference.reprogram(
             weight, g, w_max, state, noise_var, write_step=int(write_step[0]), scale=scale, full_weight=full_weight,
             **settings,
@@ -229,7 +230,7 @@ def reprogram(
         "gpuxbar_reprogram", _values(weight, w_max, settings, int(write_step[0])), weight, w_max, g, noise_var,
         state, int(scale == "column"), float(full_weight or 0.0), bad,
     )  # fmt: skip
-    _require_finite(op, int(bad[0]))
+    require_finite(op, "weight", int(bad[0]), LOWER)
 
 
 def _planes(settings: dict[str, Any]) -> int:
@@ -241,10 +242,7 @@ def _planes(settings: dict[str, Any]) -> int:
 
 def _check_settings(op: str, s: dict[str, Any]) -> None:
     """Refuse settings out of range."""
-    if not 0 <= s["g_min"] < s["g_max"]:
-        raise ValueError(
-            f"{op}: need 0 <= g_min < g_max, got {s['g_min']:g} S and {s['g_max']:g} S; widen or swap the window"
-        )
+    check_window(op, s["g_min"], s["g_max"])
     if s["merge"] not in MERGES:
         raise ValueError(f"{op}: `merge` must be one of {', '.join(MERGES)}, got {s['merge']!r}; choose one")
     slices, bits, levels, offset = s["slices"], s["slice_bits"], s["levels"], s["merge"] == "offset"
@@ -310,10 +308,3 @@ def _values(weight: Any, w_max: Any, s: dict[str, Any], step: int) -> dict[str, 
 
 def _host(name: str, values: dict[str, Any], *args: Any) -> None:
     host_call(library(), name, np.frombuffer(bytes(_Programming(**values)), np.uint8), *args)
-
-
-def _require_finite(op: str, bad: int) -> None:
-    if bad:
-        raise ValueError(
-            f"{op}: `weight` must be finite, got {bad} NaN or infinite values; look for a diverging loss or lower the rate"
-        )

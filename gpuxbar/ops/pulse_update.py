@@ -21,8 +21,8 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_array, check_numbers
-from gpuxbar.ops.laws import Parameters, parameters, pulse_count
+from gpuxbar.ops.checks import check_array, check_numbers, check_window, require_finite
+from gpuxbar.ops.laws import Parameters, parameters
 from gpuxbar.spec import PulseTrain, UpdateLaw, check_train
 
 __all__ = ["KERNELS", "pulse_update"]
@@ -83,6 +83,7 @@ def pulse_update(
         Gokmen and Vlasov, Frontiers in Neuroscience 2016.
     """
     check_train(OP, train, law)
+    assert law.nominal_pulses is not None
     check_array(OP, "g", g, "float32", 3)
     for name, array, axes in (("x", x, 2), ("d", d, 2), ("w_max", w_max, 1)):
         check_array(OP, name, array, "float32", axes)
@@ -106,12 +107,9 @@ def pulse_update(
         raise ValueError(
             f"{OP}: `x` must hold at most {SAMPLES} samples, got {batch}; split the batch into several steps"
         )
-    if not 0 <= g_min < g_max:
-        raise ValueError(
-            f"{OP}: need 0 <= g_min < g_max, got {g_min:g} S and {g_max:g} S; widen or swap the window"
-        )
+    check_window(OP, g_min, g_max)
     # wanted pulses for an input and an error of 1
-    scale = rate * pulse_count(law) / (2 if law.sides == "both" else 1) / w_max
+    scale = rate * law.nominal_pulses / (2 if law.sides == "both" else 1) / w_max
     update: dict[str, Any] = {
         "law": parameters(law, g_min, g_max), "seed": seed, "g_min": g_min,
         "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,
@@ -123,7 +121,8 @@ def pulse_update(
     step = int(np.asarray(step).reshape(-1)[0])
     shape = (groups, outputs, inputs)
     if where == "reference":
-        _require_finite(int((~np.isfinite(x)).sum()), int((~np.isfinite(d)).sum()))
+        for name, array in (("x", x), ("d", d)):
+            require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
         cells, weights = reference.pulse_update(
             g, x, d, rate=rate, train=train.model_dump(), law=law.model_dump(), w_max=w_max, g_min=g_min, g_max=g_max,
             groups=groups, stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
@@ -137,7 +136,8 @@ def pulse_update(
             np.empty(x.shape, np.uint32), np.empty(d.shape, np.uint32), np.empty((batch, groups), np.float32),
             np.frombuffer(bytes(Update(train=Train.of(train), batch=batch, step=step, **update)), np.uint8), train.mode == "aggregated", bad,
         )  # fmt: skip
-    _require_finite(*bad.tolist())
+    for name, count in zip("xd", bad.tolist(), strict=True):
+        require_finite(OP, name, count, "bad data")
     return weights
 
 
@@ -210,11 +210,3 @@ PULSE_UPDATE = Kernel(
     groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip
 KERNELS = (PULSE_TRAINS, PULSE_UPDATE)
-
-
-def _require_finite(inputs: int, errors: int) -> None:
-    for name, count in (("x", inputs), ("d", errors)):
-        if count:
-            raise ValueError(
-                f"{OP}: `{name}` must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
-            )

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, library
-from gpuxbar.ops.checks import check_array, check_numbers, scalar_array
+from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
 from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
@@ -187,10 +187,7 @@ def tile_mvm(
             rule = f"1 or {outputs} values" if allowed else f"a length that divides the {batch} rows"
             raise ValueError(f"{OP}: `{name}` must have {rule}, got {count}; see the axes of the result")
     if where != "cuda" and v.dtype.name == "float32" and not np.isfinite(v).all():
-        raise ValueError(
-            f"{OP}: `v` must be finite, got {int((~np.isfinite(v)).sum())} NaN or infinite values; look for a "
-            "diverging loss or bad data"
-        )
+        require_finite(OP, "v", int((~np.isfinite(v)).sum()), "bad data")
     if where == "cuda":
         more = {"precision": precision, "g_range": g_range, "strategy": strategy}
         return _cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})

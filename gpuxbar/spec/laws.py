@@ -60,6 +60,11 @@ class Law(Part):
     high_spread: float = Field(0.0, ge=0, le=0.5)
     sides: Literal["both", "reference", "one_sided"] = "both"
 
+    @property
+    def nominal_pulses(self) -> float | None:
+        """Nominal pulses over the window; None for a law without steps."""
+        return getattr(self, "pulses", None)
+
 
 class Stepping(Law):
     """Laws of devices with a step: `pulses` nominal ones span the window.
@@ -295,6 +300,10 @@ class NeuroSim(Law):
     levels: int = Field(97, ge=2, le=65536)
     spread: float = Field(0.0, ge=0)
     cycle: float = Field(0.0, ge=0)
+
+    @property
+    def nominal_pulses(self) -> float:
+        return self.levels
 
 
 UpdateLaw = Annotated[
