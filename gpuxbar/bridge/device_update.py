@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.bridge.operator import operator, spec_of
 
 __all__ = ["device_update"]
-
-_spec = lru_cache(maxsize=1024)(TypeAdapter(CrossbarSpec).validate_json)
 
 
 @operator(lambda g, hidden, dw, *_: torch.empty_like(dw), mutates_args=("g", "hidden"))
@@ -33,7 +27,7 @@ def device_update(
         spec: The layer's `CrossbarSpec` as JSON, with an update law.
         seed: The layer's seed.
     """
-    crossbar = _spec(spec)
+    crossbar = spec_of(spec)
     assert crossbar.update is not None
     window, stuck = crossbar.device, crossbar.programming
     with on_device(g, "update") as device:

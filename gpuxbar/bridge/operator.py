@@ -7,13 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-__all__ = ["gradient", "operator"]
+from gpuxbar.spec import CrossbarSpec
+
+__all__ = ["gradient", "operator", "spec_of"]
 
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
+
+# operators take specs as JSON, so that a compiled graph sees a constant
+spec_of = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
 
 
 def operator(

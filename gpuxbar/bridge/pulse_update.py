@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.bridge.operator import operator, spec_of
 
 __all__ = ["pulse_update"]
-
-_spec = lru_cache(maxsize=1024)(TypeAdapter(CrossbarSpec).validate_json)
 
 
 def _shape(g, x, d, w_max, step, rate, groups, spec, seed):
@@ -46,7 +40,7 @@ def pulse_update(
         spec: The layer's `CrossbarSpec` as JSON, with an update law and pulse trains.
         seed: The layer's seed.
     """
-    crossbar = _spec(spec)
+    crossbar = spec_of(spec)
     assert crossbar.update is not None
     assert crossbar.pulses is not None
     window, stuck = crossbar.device, crossbar.programming

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.bridge.operator import operator, spec_of
 
 __all__ = ["program_pairs", "reprogram"]
 
@@ -69,7 +68,7 @@ def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
 @lru_cache(maxsize=4096)
 def _settings(spec: str) -> dict[str, Any]:
     """The settings of `ops.program` for a layer."""
-    crossbar = CrossbarSpec.model_validate_json(spec)
+    crossbar = spec_of(spec)
     return {
         "g_min": crossbar.device.g_min,
         "g_max": crossbar.device.g_max,
@@ -85,5 +84,5 @@ def _settings(spec: str) -> dict[str, Any]:
 @lru_cache(maxsize=4096)
 def _scale(spec: str) -> dict[str, Any]:
     """How `ops.reprogram` finds the weight of a full pair."""
-    mapping = CrossbarSpec.model_validate_json(spec).mapping
+    mapping = spec_of(spec).mapping
     return {"scale": mapping.scale, "full_weight": mapping.w_max}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,13 +10,11 @@ from torch.nn import functional
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator
+from gpuxbar.bridge.operator import operator, spec_of
 from gpuxbar.launch import Device
 from gpuxbar.spec import CrossbarSpec, Parasitics
 
 __all__ = ["merged", "refresh_wires", "tiles_shape"]
-
-_spec = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
 
 
 @operator(
@@ -55,7 +52,7 @@ def refresh_wires(
         merge: How planes join; see `mapping.Planes`.
         spec: The layer's `CrossbarSpec` as JSON.
     """
-    crossbar = _spec(spec)
+    crossbar = spec_of(spec)
     wires = crossbar.parasitics
     with on_device(cells, "wires") as device:
         if (device is None or anchored is not None) and torch.equal(state, key):

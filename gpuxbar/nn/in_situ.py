@@ -90,7 +90,7 @@ class InSitu(Wires):
         """Program weights [G, O, I] onto pairs; `w_max`, float32 [G * O]: weight of a full pair."""
         self.w_max = w_max.contiguous()
         self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
-        self._write_pairs(weight / self.w_max.reshape(self.groups_, -1, 1))
+        self._write_pairs(weight)
 
     def refresh(self) -> None:
         """Write the present weights onto the pairs anew, as a one-sided law needs before its devices saturate.
@@ -102,9 +102,7 @@ class InSitu(Wires):
                 f"{self.name}: `refresh` must follow begin_in_situ(), got a layer that is not trained in situ; build "
                 "InSituSGD first"
             )
-        assert self.w_max is not None
-        weight = self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs)
-        self._write_pairs(weight / self.w_max.reshape(self.groups_, -1, 1))
+        self._write_pairs(self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs))
 
     def saturation(self) -> float:
         """Largest share of the window that a device of the layer shows; `refresh` a one-sided pair as it nears 1."""
@@ -113,9 +111,11 @@ class InSitu(Wires):
         window = self.spec.device
         return ((self.g_cells.max() - window.g_min) / (window.g_max - window.g_min)).item()
 
-    def _write_pairs(self, w: Tensor) -> None:
-        """Program pairs with weights in shares of a full pair."""
+    def _write_pairs(self, weight: Tensor) -> None:
+        """Program pairs with weights [G, O, I]."""
         assert self.spec.update is not None
+        assert self.w_max is not None
+        w = weight / self.w_max.reshape(self.groups_, -1, 1)
         if self.spec.update.sides == "one_sided":
             self.g_cells = self._program(w)
         else:
@@ -134,11 +134,7 @@ class InSitu(Wires):
     @torch.no_grad()
     def update_cells(self, change: Tensor) -> None:
         """Move the cells by a wanted weight change, shape of `weight`; the weight becomes what they read."""
-        assert self.update_step is not None
-        read = self._moved(change)
-        self.update_step += 1
-        self.weight.copy_(read)
-        self._read_version = self.weight._version
+        self._show(self._moved(change))
 
     @torch.no_grad()
     def update_pulses(self, rate: float) -> None:
@@ -161,8 +157,13 @@ class InSitu(Wires):
             self.static[1],
             self.plan.seed,
         )
+        self._show(read.view_as(self.weight))
+
+    def _show(self, read: Tensor) -> None:
+        """Count an update, after which the cells read as this weight."""
+        assert self.update_step is not None
         self.update_step += 1
-        self.weight.copy_(read.view_as(self.weight))
+        self.weight.copy_(read)
         self._read_version = self.weight._version
 
     def as_lines(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
