@@ -7,8 +7,8 @@ codes are added up in memory, exactly, and `shift_add` ends the read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import floor, log2
 from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
@@ -16,6 +16,7 @@ from gpuxbar.ops.tile_mvm_cuda import (
     Shape,
     chunks,
     code_range,
+    conductance_scale,
     fold_patches,
     generator_of,
     pack_inputs,
@@ -24,7 +25,7 @@ from gpuxbar.ops.tile_mvm_cuda import (
 from gpuxbar.ops.tile_mvm_plan import BLOCK_M, STEP, Plan, stage_bytes
 from gpuxbar.reference.random import Purpose, round_keys
 
-__all__ = ["KERNELS", "fused_tile_mvm"]
+__all__ = ["KERNELS", "PACK_SENSED", "Padded", "RightOperand", "fused_tile_mvm", "read_fused"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of the rounds of Philox
@@ -69,6 +70,14 @@ class Padded(Shape):
     def k(self) -> int:
         return -(-self.tile // STEP) * STEP
 
+    @classmethod
+    def of(cls, g: Any, rows: int, inputs: int, s: dict[str, Any]) -> Padded:
+        """Of a read of conductances [S, G * I, O]."""
+        planes, _, cols = g.shape
+        drive, sense = (cols, inputs) if s["transposed"] else (inputs, cols)
+        tile = min(s["tile"], max(drive, 1))
+        return cls(s["groups"], drive, sense, planes, tile, s["streams"] * s["phases"], rows)
+
 
 @dataclass(frozen=True)
 class RightOperand:
@@ -84,34 +93,100 @@ def fused_tile_mvm(
     device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any], plan: Plan
 ) -> Any:
     """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
-    planes, _, cols = g.shape
-    transposed, conv = s["transposed"], s["conv"]
-    drive, sense = (cols, inputs) if transposed else (inputs, cols)
-    passes = s["streams"] * s["phases"]
-    shape = Padded(s["groups"], drive, sense, planes, min(s["tile"], max(drive, 1)), passes, rows)
-    outputs = shape.groups * sense
-    operand = _right_operand(device, g, shape, inputs, cols, s)
-    by_words = plan.splits * passes * planes > 1
-    per_row = 2 * shape.batch * shape.k + (4 * passes * planes * outputs if by_words else 0)
+    shape = Padded.of(g, rows, inputs, s)
+    operand = _right_operand(device, g, shape, inputs, s)
+    converters = s["adc_gain"] is not None or s["adc_offset"] is not None
+    macros = {
+        "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2,
+        "NOISE": generator_of(s), "VARIANCE": int(operand.spread is not None),
+        "STREAMS": 0 if not s["stream_bits"] else s["phases"],
+    }  # fmt: skip
+    more = {
+        "spread": operand.spread, "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
+        "volts_squared": s["v_lsb"] ** 2, "streams": s["streams"], "stream_bits": s["stream_bits"],
+        **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)),
+    }  # fmt: skip
+    stage = stage_bytes(plan.block_n, macros["TERMS"] + macros["VARIANCE"])
 
-    def read(y: Any, gate: Any, row0: int, y_row0: int, count: int) -> None:
-        codes = pack_inputs(device, v, shape, row0, count, s, "float16", digits=False)
-        _read(device, codes, operand, y, gate, shape, row0, y_row0, count, by_words, s, plan)
+    def launch(grid: tuple[int, ...], arguments: dict[str, Any], gate: bool) -> None:
+        ways = {"CONVERTERS": 2 if converters else arguments["adc_per_column"], "GATE": int(gate)}
+        device.launch(
+            FUSED_TILE_MVM,
+            grid,
+            (256,),
+            {**arguments, **more},
+            {**macros, **ways},
+            shared=plan.stages * stage,
+        )
 
-    if conv is not None and transposed:
+    return read_fused(device, v, operand, shape, s, plan, launch)
+
+
+def read_fused(
+    device: Device, v: Any, operand: RightOperand, shape: Padded, s: dict[str, Any], plan: Plan,
+    launch: Callable[[tuple[int, ...], dict[str, Any], bool], None], panel_rows: int = 0,
+) -> Any:  # fmt: skip
+    """A read by a fused kernel, some rows at a time.
+
+    `launch`: of the kernel, given its grid, the arguments that all fused kernels have, and whether there is a gate.
+    `panel_rows`: 0 packs codes as they are; else the digits of every pass, in panels of that many rows.
+    """
+    conv, row_scale = s["conv"], s["row_scale"]
+    outputs, conversions = shape.groups * shape.sense, shape.passes * shape.planes
+    by_words = plan.splits * conversions > 1
+    packed = shape.passes if panel_rows else 1
+    per_row = 2 * packed * shape.batch * shape.k + (4 * conversions * outputs if by_words else 0)
+    code_min, code_max = code_range(s)
+    lsb, lsb_value = split_value(s["adc_lsb"])
+    sigma, sigma_value = split_value(s["read_noise"])
+    step, step_value = split_value(s["step"])
+
+    def read(y: Any, gate: Any, row0: int, y_row0: int, rows: int) -> None:
+        inputs = pack_inputs(
+            device, v, shape, row0, rows, s, "float16", digits=panel_rows > 0, panel_rows=panel_rows
+        )
+        words = None
+        if by_words:
+            words = device.empty((shape.passes, shape.planes, rows, outputs), "int32")
+            if plan.splits > 1:
+                words.fill(0)
+        shared = {
+            "slice_scale": s["slice_scale"], "adc_lsb": lsb, "row_scale": row_scale, "col_scale": s["col_scale"],
+            "bias": s["bias"], "words": words, "adc_lsb_value": lsb_value, "row0": row0, "y_row0": y_row0,
+            "rows": rows, "tiles": shape.tiles, "planes": shape.planes,
+            "adc_per_column": int(lsb is not None and lsb.size > 1), "code_min": code_min,
+            "rows_per_scale": 1 if row_scale is None else shape.rows // row_scale.size,
+            "pixels": 0 if conv is None or s["transposed"] else conv.pixels,
+        }  # fmt: skip
+        blocks = -(-rows // BLOCK_M) * -(-shape.sense // plan.block_n)
+        launch(
+            (blocks, plan.splits, conversions * shape.groups),
+            {**shared, "a": inputs, "b": operand.high, "low": operand.low, "read_noise": sigma, "step": step,
+             "y": None if by_words else y, "gate": None if by_words else gate, "volts": s["v_lsb"] / operand.scale,
+             "read_noise_value": sigma_value, "step_value": step_value, "noise_row0": s["row_offset"] + row0,
+             "groups": shape.groups, "sense": shape.sense, "k": shape.k, "code_max": code_max,
+             "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},
+            gate is not None,
+        )  # fmt: skip
+        if by_words:
+            device.launch(
+                SHIFT_ADD, (-(-outputs // 32), -(-rows // 32)), (256,),
+                {**shared, "y": y, "gate": gate, "outputs": outputs, "phases": s["phases"], "streams": s["streams"],
+                 "stream_bits": s["stream_bits"]},
+                {"GATE": int(gate is not None)},
+            )  # fmt: skip
+
+    if conv is not None and s["transposed"]:
         return fold_patches(device, v, shape, device.workspace // max(per_row + 4 * outputs, 1), s, read)
-    y = device.empty((rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
+    y = device.empty((shape.rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
     gate = device.empty(y.shape, "float32") if s["want_gate"] else None
-    for row0, count in chunks(rows, max(device.workspace // max(per_row, 1), BLOCK_M), BLOCK_M):
+    for row0, count in chunks(shape.rows, max(device.workspace // max(per_row, 1), BLOCK_M), BLOCK_M):
         read(y, gate, row0, row0, count)
     return y if gate is None else (y, gate)
 
 
-def _right_operand(
-    device: Device, g: Any, shape: Padded, inputs: int, cols: int, s: dict[str, Any]
-) -> RightOperand:
-    # the largest conductance lands in [2^13, 2^14): far from overflow, and 28 binary orders above the smallest half
-    scale = 2.0 ** (13 - floor(log2(s["g_range"])))
+def _right_operand(device: Device, g: Any, shape: Padded, inputs: int, s: dict[str, Any]) -> RightOperand:
+    scale = conductance_scale(s["g_range"])
     size = (shape.planes, shape.groups, shape.sense, shape.tiles, shape.k)
 
     def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
@@ -119,8 +194,8 @@ def _right_operand(
         grid = (-(-shape.tiles * shape.k // 32), -(-shape.sense // 32), shape.planes * shape.groups)
         device.launch(
             PACK_SENSED, grid, (256,),
-            {"g": source, "b": out, "low": low, "scale": scale, "inputs": inputs, "cols": cols, "tiles": shape.tiles,
-             "tile": shape.tile, "k": shape.k},
+            {"g": source, "b": out, "low": low, "scale": scale, "inputs": inputs, "cols": g.shape[2],
+             "tiles": shape.tiles, "tile": shape.tile, "k": shape.k},
             {"BFLOAT": int(dtype == "int16"), "TRANSPOSED": int(s["transposed"])},
         )  # fmt: skip
         return out
@@ -128,53 +203,3 @@ def _right_operand(
     low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
     spread = None if s["noise_var"] is None else pack(s["noise_var"], "int16", None, 1.0)
     return RightOperand(pack(g, "float16", low, scale), low, spread, scale)
-
-
-def _read(
-    device: Device, codes: Any, operand: RightOperand, y: Any, gate: Any, shape: Padded, row0: int, y_row0: int,
-    rows: int, by_words: bool, s: dict[str, Any], plan: Plan,
-) -> None:  # fmt: skip
-    outputs = shape.groups * shape.sense
-    code_min, code_max = code_range(s)
-    lsb, lsb_value = split_value(s["adc_lsb"])
-    sigma, sigma_value = split_value(s["read_noise"])
-    step, step_value = split_value(s["step"])
-    row_scale, conv = s["row_scale"], s["conv"]
-    noise = generator_of(s)
-    words = None
-    if by_words:
-        words = device.empty((shape.passes, shape.planes, rows, outputs), "int32")
-        if plan.splits > 1:
-            words.fill(0)
-    shared = {
-        "slice_scale": s["slice_scale"], "adc_lsb": lsb, "row_scale": row_scale, "col_scale": s["col_scale"],
-        "bias": s["bias"], "words": words, "adc_lsb_value": lsb_value, "row0": row0, "y_row0": y_row0, "rows": rows,
-        "tiles": shape.tiles, "planes": shape.planes, "streams": s["streams"], "stream_bits": s["stream_bits"],
-        "adc_per_column": int(lsb is not None and lsb.size > 1), "code_min": code_min,
-        "rows_per_scale": 1 if row_scale is None else shape.rows // row_scale.size,
-        "pixels": 0 if conv is None or s["transposed"] else conv.pixels,
-    }  # fmt: skip
-    converters = 2 if s["adc_gain"] is not None or s["adc_offset"] is not None else shared["adc_per_column"]
-    blocks = -(-rows // BLOCK_M) * -(-shape.sense // plan.block_n)
-    macros = {
-        "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2, "NOISE": noise,
-        "VARIANCE": int(operand.spread is not None), "STREAMS": 0 if not s["stream_bits"] else s["phases"],
-        "CONVERTERS": converters, "GATE": int(gate is not None),
-    }  # fmt: skip
-    stage = stage_bytes(plan.block_n, macros["TERMS"] + macros["VARIANCE"])
-    device.launch(
-        FUSED_TILE_MVM, (blocks, plan.splits, shape.passes * shape.planes * shape.groups), (256,),
-        {**shared, "a": codes, "b": operand.high, "low": operand.low, "spread": operand.spread,
-         "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"], "read_noise": sigma, "step": step,
-         "y": None if by_words else y, "gate": None if by_words else gate, "volts": s["v_lsb"] / operand.scale,
-         "volts_squared": s["v_lsb"] ** 2, "read_noise_value": sigma_value, "step_value": step_value,
-         **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)), "noise_row0": s["row_offset"] + row0,
-         "groups": shape.groups, "sense": shape.sense, "k": shape.k, "code_max": code_max,
-         "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},
-        macros, shared=plan.stages * stage,
-    )  # fmt: skip
-    if by_words:
-        device.launch(
-            SHIFT_ADD, (-(-outputs // 32), -(-rows // 32)), (256,),
-            {**shared, "y": y, "gate": gate, "outputs": outputs, "phases": s["phases"]}, {"GATE": macros["GATE"]},
-        )  # fmt: skip
