@@ -16,7 +16,7 @@ the number of reads for which A remembers.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,15 @@ FAST = {
     "zero_shift": Rule("at least 0", lambda value: value >= 0, "100"),
 }
 BUFFERED = {**FAST, "max_pulses": POSITIVE}
+
+
+class Lines(NamedTuple):
+    """Wordlines of a fast array: which, int64 [n]; how often each was read before, [n]; what they read in units of the
+    gradient, float32 [G, O, n]."""
+
+    at: Tensor
+    sweeps: np.ndarray
+    values: Tensor
 
 
 class Fast(nn.Module):
@@ -87,15 +96,15 @@ class Fast(nn.Module):
         self.scale.copy_(scale)
         self.steps += 1
 
-    def read(self, count: int, fast_lr: float) -> tuple[Tensor, np.ndarray, Tensor]:
-        """The next lines, how often each was read before, and what they read in units of the gradient, [G, O, n]."""
+    def read(self, count: int, fast_lr: float) -> Lines:
+        """Read the next lines."""
         inputs = self.array.inputs
         places = self.reads + np.arange(min(count, inputs))
-        lines = torch.from_numpy(places % inputs).to(self.scale.device)
-        values = self.array.read_lines(lines) / self.unit(fast_lr, self.scale)
+        at = torch.from_numpy(places % inputs).to(self.scale.device)
+        values = self.array.read_lines(at) / self.unit(fast_lr, self.scale)
         self.transfers += 1
         self.reads += len(places)
-        return lines, places // inputs, values
+        return Lines(at, places // inputs, values)
 
     def unit(self, fast_lr: float, scale: Tensor) -> Tensor:
         """Change of a weight of the array for a gradient of 1, [G, O, 1]."""
@@ -155,21 +164,13 @@ class TikiTaka(InSituOptimizer):
         change = torch.zeros(layer.groups_, layer.outputs, layer.inputs, device=weight.device)
         fast.collect(weight.grad.float().reshape(change.shape), group["fast_lr"])
         if fast.steps % group["transfer_every"] == 0:
-            lines, sweeps, values = fast.read(group["lines"], group["fast_lr"])
-            change[..., lines] = self._transfer(fast, lines, sweeps, values, pulse_weight(layer), group)
+            lines = fast.read(group["lines"], group["fast_lr"])
+            change[..., lines.at] = self._transfer(fast, lines, pulse_weight(layer), group)
             layer.update_cells(change.view_as(weight))
 
-    def _transfer(
-        self,
-        fast: Fast,
-        lines: Tensor,
-        sweeps: np.ndarray,
-        values: Tensor,
-        pulse: Tensor,
-        group: dict[str, Any],
-    ) -> Tensor:
+    def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
         """Weight changes of the lines read."""
-        return group["lr"] * values
+        return group["lr"] * lines.values
 
 
 class TikiTakaV2(TikiTaka):
@@ -195,18 +196,10 @@ class TikiTakaV2(TikiTaka):
     ):
         super().__init__(params, lr, momentum, max_pulses=max_pulses, **settings)
 
-    def _transfer(
-        self,
-        fast: Fast,
-        lines: Tensor,
-        sweeps: np.ndarray,
-        values: Tensor,
-        pulse: Tensor,
-        group: dict[str, Any],
-    ) -> Tensor:
-        waiting = fast.waiting[..., lines] + group["lr"] * values / pulse
+    def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
+        waiting = fast.waiting[..., lines.at] + group["lr"] * lines.values / pulse
         pulses = waiting.trunc().clamp(-group["max_pulses"], group["max_pulses"])
-        fast.waiting[..., lines] = waiting - pulses
+        fast.waiting[..., lines.at] = waiting - pulses
         return pulses * pulse
 
 
@@ -233,21 +226,14 @@ class ChoppedTikiTakaV2(TikiTakaV2):
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, flip: float = 0.02, **settings: Any):
         super().__init__(params, lr, momentum, flip=flip, **settings)
 
-    def _transfer(
-        self,
-        fast: Fast,
-        lines: Tensor,
-        sweeps: np.ndarray,
-        values: Tensor,
-        pulse: Tensor,
-        group: dict[str, Any],
-    ) -> Tensor:
-        change = super()._transfer(fast, lines, sweeps, values * fast.sign[..., lines], pulse, group)
-        array, at = fast.array, lines.cpu().numpy()
+    def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
+        signed = lines._replace(values=lines.values * fast.sign[..., lines.at])
+        change = super()._transfer(fast, signed, pulse, group)
+        array, at = fast.array, lines.at.cpu().numpy()
         rows = np.arange(array.groups_)[:, None] * array.inputs + at
         draw = uniforms(rows.ravel(), 1, purpose=Purpose.CHOPPER, step=fast.transfers, seed=array.plan.seed)
         flips = np.where(draw.reshape(array.groups_, 1, -1) < group["flip"], -1.0, 1.0).astype(np.float32)
-        fast.sign[..., lines] *= torch.from_numpy(flips).to(lines.device)
+        fast.sign[..., lines.at] *= torch.from_numpy(flips).to(lines.at.device)
         return change
 
 
@@ -274,30 +260,21 @@ class AGAD(TikiTakaV2):
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, period: int = 10, **settings: Any):
         super().__init__(params, lr, momentum, period=period, **settings)
 
-    def _transfer(
-        self,
-        fast: Fast,
-        lines: Tensor,
-        sweeps: np.ndarray,
-        values: Tensor,
-        pulse: Tensor,
-        group: dict[str, Any],
-    ) -> Tensor:
-        period = group["period"]
+    def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
+        period, at = group["period"], lines.at
 
         def where(mask: np.ndarray) -> Tensor:
-            return torch.from_numpy(mask).to(lines.device)
+            return torch.from_numpy(mask).to(at.device)
 
-        unit = fast.unit(
-            group["fast_lr"], fast.scale
-        )  # offsets are kept as weights: the scale of the gradient drifts
-        moved = (values - fast.offset[..., lines] / unit) * fast.sign[..., lines]
-        known = where(sweeps >= period)
-        change = super()._transfer(fast, lines, sweeps, moved * known, pulse, group)
-        mean = fast.mean[..., lines]
-        mean = mean + min(TAIL / period, 1.0) * (values * unit - mean)
-        fast.mean[..., lines] = mean
-        ends = where((sweeps + 1) % period == 0)
-        fast.offset[..., lines] = torch.where(ends, mean, fast.offset[..., lines])
-        fast.sign[..., lines] *= torch.where(ends, -1.0, 1.0)
+        # offsets are kept as weights: the scale of the gradient drifts
+        unit = fast.unit(group["fast_lr"], fast.scale)
+        moved = (lines.values - fast.offset[..., at] / unit) * fast.sign[..., at]
+        known = where(lines.sweeps >= period)
+        change = super()._transfer(fast, lines._replace(values=moved * known), pulse, group)
+        mean = fast.mean[..., at]
+        mean = mean + min(TAIL / period, 1.0) * (lines.values * unit - mean)
+        fast.mean[..., at] = mean
+        ends = where((lines.sweeps + 1) % period == 0)
+        fast.offset[..., at] = torch.where(ends, mean, fast.offset[..., at])
+        fast.sign[..., at] *= torch.where(ends, -1.0, 1.0)
         return change
