@@ -7,19 +7,13 @@
 // Random  normals and uniforms of (plane, wordline, bitline): see philox.cuh; `step` is read from memory where given.
 // Macros  LAW  the law (enum Law)
 // Wrapper gpuxbar/ops/device_update.py      Oracle gpuxbar/reference/device_update.py
-#include "gpuxbar/update.cuh"
+#include "gpuxbar/quad.cuh"
 
 namespace gpuxbar {
 
 #ifndef LAW
 #define LAW 0
 #endif
-
-// Normals of four neighbouring cells, zeros where their standard deviation is 0.
-GPUXBAR_FN Normals4 draw(float deviation, u32 purpose, u32 group, u32 row, u32 plane, u32 step, u64 seed) {
-  if (deviation == 0.0f) return Normals4{};
-  return normals4(counter(group, row, purpose, plane, step), (u32)seed, (u32)(seed >> 32));
-}
 
 GPUXBAR_FN void load(const float* from, float to[4], int count, bool whole, float otherwise) {
   to[0] = to[1] = to[2] = to[3] = otherwise;
@@ -44,25 +38,15 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], cons
                             u32 plane, u32 step, u64 seed, float stuck_low, float stuck_high,
                             const float (*scatter)[NODES * SCORES]) {
   if (wanted[0] == 0.0f && wanted[1] == 0.0f && wanted[2] == 0.0f && wanted[3] == 0.0f) return false;
-  const Normals4 size = draw(s.step_spread, UPDATE_SPREAD_STEP, group, row, plane, 0, seed);
-  const Normals4 asymmetry = draw(s.asymmetry_spread, UPDATE_SPREAD_ASYMMETRY, group, row, plane, 0, seed);
-  const Normals4 low = draw(s.low_spread, UPDATE_SPREAD_LOW, group, row, plane, 0, seed);
-  const Normals4 high = draw(s.high_spread, UPDATE_SPREAD_HIGH, group, row, plane, 0, seed);
-  const Normals4 up = draw(s.spread_up, UPDATE_SPREAD_UP, group, row, plane, 0, seed);
-  const Normals4 down = draw(s.spread_down, UPDATE_SPREAD_DOWN, group, row, plane, 0, seed);
+  Quad quad;
+  quad.make(s, group, row, plane, seed, stuck_low, stuck_high);
   const float noise = MEASURED<LawOf<LAW>> ? 1.0f : s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
   const Normals4 z = draw(noise, CYCLE, group, row, plane, step, seed);
   const Normals4 write = draw(s.write_noise, UPDATE_WRITE, group, row, plane, step, seed);
-  Counter words = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};
-  if (stuck_low + stuck_high > 0.0f)
-    words = philox<10>(counter(group, row, STUCK, plane, 0), (u32)seed, (u32)(seed >> 32));
-  const u32 word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    const float u = uniform(word[q]);
-    const float d = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : pulsed(s, wanted[q]);
-    const Spreads device = {size.z[q], asymmetry.z[q], low.z[q], high.z[q], up.z[q], down.z[q]};
-    x[q] = moved<LawOf<LAW>>(s, device, x[q], d, wanted[q] > 0.0f, z.z[q], scatter);
+    const float d = quad.free[q] > 0.0f ? pulsed(s, wanted[q]) : 0.0f;
+    x[q] = moved<LawOf<LAW>>(s, quad.device[q], x[q], d, wanted[q] > 0.0f, z.z[q], scatter);
     if (d > 0.0f) shown[q] = max(fma(s.write_noise, write.z[q], x[q]), s.floor);
   }
   return true;

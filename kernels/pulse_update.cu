@@ -10,6 +10,7 @@
 //         IMPLIED  coincidences are the product of numbers of slots
 // Wrapper gpuxbar/ops/pulse_update.py      Oracle gpuxbar/reference/pulse_update.py
 #include "gpuxbar/pulses.cuh"
+#include "gpuxbar/quad.cuh"
 
 namespace gpuxbar {
 
@@ -24,12 +25,6 @@ namespace gpuxbar {
 #endif
 
 constexpr int CHUNK = 32;  // samples
-
-// Normals of four neighbouring cells, zeros where their standard deviation is 0.
-GPUXBAR_FN Normals4 draw(float deviation, u32 purpose, u32 group, u32 row, u32 slot, u32 step, u64 seed) {
-  if (deviation == 0.0f) return Normals4{};
-  return normals4(counter(group, row, purpose, slot, step), (u32)seed, (u32)(seed >> 32));
-}
 
 // Trains of a chunk of samples on the lines of a block.
 struct Trains {
@@ -66,35 +61,9 @@ GPUXBAR_FN void coincide(const Trains& trains, int b, int line, int quad, int ra
   }
 }
 
-// Four neighbouring cells of one plane.
-struct Quad {
-  Spreads device[4];
-  float x[4], free[4];
-};
-
-GPUXBAR_FN void make(Quad& quad, const UpdateLaw& s, u32 group, u32 row, u32 plane, u64 seed, float stuck_low,
-                     float stuck_high) {
-  const Normals4 size = draw(s.step_spread, UPDATE_SPREAD_STEP, group, row, plane, 0, seed);
-  const Normals4 asymmetry = draw(s.asymmetry_spread, UPDATE_SPREAD_ASYMMETRY, group, row, plane, 0, seed);
-  const Normals4 low = draw(s.low_spread, UPDATE_SPREAD_LOW, group, row, plane, 0, seed);
-  const Normals4 high = draw(s.high_spread, UPDATE_SPREAD_HIGH, group, row, plane, 0, seed);
-  const Normals4 up = draw(s.spread_up, UPDATE_SPREAD_UP, group, row, plane, 0, seed);
-  const Normals4 down = draw(s.spread_down, UPDATE_SPREAD_DOWN, group, row, plane, 0, seed);
-  Counter words = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};
-  if (stuck_low + stuck_high > 0.0f)
-    words = philox<10>(counter(group, row, STUCK, plane, 0), (u32)seed, (u32)(seed >> 32));
-  const u32 word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    const float u = uniform(word[q]);
-    quad.free[q] = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : 1.0f;
-    quad.device[q] = Spreads{size.z[q], asymmetry.z[q], low.z[q], high.z[q], up.z[q], down.z[q]};
-  }
-}
-
 // A plane's four cells after coincidences, of which `raise` raise the weight; `sample` chooses the noise.
-GPUXBAR_FN void pulse(Quad& quad, const UpdateLaw& s, const int raise[4], const int all[4], u32 group, u32 row,
-                      u32 plane, u32 sample, u32 step, u64 seed) {
+GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const int raise[4], const int all[4], u32 group,
+                      u32 row, u32 plane, u32 sample, u32 step, u64 seed) {
   const float noise = s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
   const Normals4 z = draw(noise, PULSE_CYCLE, group, row, 2 * sample + plane, step, seed);
 #pragma unroll
@@ -103,10 +72,10 @@ GPUXBAR_FN void pulse(Quad& quad, const UpdateLaw& s, const int raise[4], const 
     const float ups = pulses_up(s.sides, plane == 0, raising, lowering);
     const float downs = pulses_down(s.sides, plane == 0, raising, lowering);
 #if AGGREGATED
-    quad.x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], quad.x[q], ups, downs, z.z[q]);
+    x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], x[q], ups, downs, z.z[q]);
 #else
     const float d = (ups + downs) * (1.0f / s.pulses);
-    quad.x[q] = moved<LawOf<LAW>>(s, quad.device[q], quad.x[q], d, ups > 0.0f, z.z[q], s.scatter);
+    x[q] = moved<LawOf<LAW>>(s, quad.device[q], x[q], d, ups > 0.0f, z.z[q], s.scatter);
 #endif
   }
 }
@@ -146,11 +115,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   for (u32 plane = 0; plane < 2; ++plane) {
     const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
     Quad cells;
+    float x[4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) cells.x[q] = q < count ? (g[first + q] - g_min) * inverse_range : 0.0f;
-    if (inside) make(cells, law, columns, (u32)row, plane, seed, stuck_low, stuck_high);
+    for (int q = 0; q < 4; ++q) x[q] = q < count ? (g[first + q] - g_min) * inverse_range : 0.0f;
+    if (inside) cells.make(law, columns, (u32)row, plane, seed, stuck_low, stuck_high);
 #if AGGREGATED
-    if (inside && !(plane && still)) pulse(cells, law, raise, all, columns, (u32)row, plane, 0, when, seed);
+    if (inside && !(plane && still)) pulse(cells, x, law, raise, all, columns, (u32)row, plane, 0, when, seed);
 #else
     for (int b0 = 0; b0 < (plane && still ? 0 : batch); b0 += CHUNK) {
       const int samples =
@@ -160,16 +130,16 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         int raise[4] = {}, all[4] = {};
         coincide(trains, b, line, quad, raise, all);
         if (all[0] | all[1] | all[2] | all[3])
-          pulse(cells, law, raise, all, columns, (u32)row, plane, (u32)(b0 + b), when, seed);
+          pulse(cells, x, law, raise, all, columns, (u32)row, plane, (u32)(b0 + b), when, seed);
       }
     }
 #endif
     const float sign = plane ? -inverse_range : inverse_range;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      float cell = q < count ? g[first + q] : g_min;                  // read anew: registers are scarce
-      if (q < count && cells.x[q] != (cell - g_min) * inverse_range)  // a cell that did not move keeps its bits
-        g[first + q] = cell = fma(cells.x[q], range, g_min);
+      float cell = q < count ? g[first + q] : g_min;            // read anew: registers are scarce
+      if (q < count && x[q] != (cell - g_min) * inverse_range)  // a cell that did not move keeps its bits
+        g[first + q] = cell = fma(x[q], range, g_min);
       pair[q] = fma(cell, sign, pair[q]);
     }
   }
