@@ -183,6 +183,8 @@ def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
     assert text.endswith("tail\n")
     assert "old" not in text
     assert "(missed)" not in readme_tables([better])
+    update = better | {"case": "update", "ratio": {"gpuxbar": 1.1}, "extra_mb": {}}
+    assert "| update: 8 x 8 | 2.0 | 1.10 | <= 1.2 |  | 1e-07 |" in readme_tables([update])
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="must have the lines"):
         rewrite_readme(readme, [row])
