@@ -20,7 +20,6 @@ from gpuxbar import ops, reference
 from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
 from gpuxbar.experiments import Run
 from gpuxbar.experiments import train as run_training
-from gpuxbar.experiments.measured import fit_law, fit_table, plot_fit, read_pulses
 from gpuxbar.experiments.staircase import plot_staircase
 from gpuxbar.launch import explain
 from gpuxbar.launch.host import compiler
@@ -153,6 +152,13 @@ def fit(
     plot: Annotated[Path | None, typer.Option(help="PNG of the fit.")] = None,
 ) -> None:
     """Fit a device law to measured pulses, and judge it by pulses that were held out."""
+    from gpuxbar.experiments.measured import (  # SciPy is slow to start
+        fit_law,
+        fit_table,
+        plot_fit,
+        read_pulses,
+    )
+
     console = Console()
     try:
         pulses = read_pulses(csv)
