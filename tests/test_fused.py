@@ -9,11 +9,19 @@ import cuda_shim
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
-from test_tile_mvm import G_MAX, MODES, SEED, assert_matches, case, settings
+from test_tile_mvm import (
+    G_MAX,
+    MODES,
+    SEED,
+    assert_convolution_matches,
+    assert_matches,
+    case,
+    convolution,
+    settings,
+)
 
 from gpuxbar import ops, reference
 from gpuxbar.launch.sources import kernel_dir
-from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm, rates
 
 SHAPES = [
@@ -144,24 +152,12 @@ def test_tile_lengths(tile):
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolution_matches_oracle(groups, transposed):
-    conv = ConvGeometry(4, 11, 13, (2, 3), (2, 1), (0, 2), (1, 2))
-    rng = np.random.default_rng(0)
-    g = rng.uniform(-G_MAX, G_MAX, (2, groups * conv.inputs, 8)).astype(np.float32)
-    shape = (5, groups * 8, *conv.out) if transposed else (5, groups * 4, 11, 13)
-    codes = rng.integers(-127, 128, shape).astype(np.int16)
-    s = {
-        "groups": groups, "transposed": transposed, "conv": conv, "v_lsb": 0.2 / 127, "adc_bits": 8,
-        "adc_lsb": 1e-7, "read_noise": 1e-7, "seed": SEED, "step": 3, "want_gate": not transposed,
-        "row_scale": np.linspace(1, 2, 5).astype(np.float32),
-    }  # fmt: skip
+    codes, g, s = convolution((2, 3), (2, 1), (0, 2), (1, 2), groups, transposed, 4, 8)
     expected = reference.tile_mvm(codes, g, tile=4, **s)
     device = ShimDevice(order=12, workspace=1 << 14)  # several chunks
     y = fused(codes, g, device, tile_rows=4, tile_cols=4, **s)
     assert device.launches.count("fused_tile_mvm") > 1
-    if not transposed:
-        assert (np.abs(y[1] - expected[1]) > 1e-5).mean() < 2e-3
-        y, expected = y[0], expected[0]
-    assert_matches(y, expected, 1e-7, weight=2 * 3, share=2e-2)
+    assert_convolution_matches(y, expected)
 
 
 # What a test of layouts, pipelines and barriers must see: (text of fused_tile_mvm.cu, what to put in its place).

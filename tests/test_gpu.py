@@ -9,10 +9,19 @@ from test_effective_conductance import WIRES, tiles, wires
 from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
 from test_program import SEED as WRITE_SEED
 from test_program import SHAPES as WEIGHT_SHAPES
-from test_tile_mvm import G_MAX, MODES, SEED, SHAPES, assert_matches, case, settings
+from test_tile_mvm import (
+    G_MAX,
+    MODES,
+    SEED,
+    SHAPES,
+    assert_convolution_matches,
+    assert_matches,
+    case,
+    convolution,
+    settings,
+)
 
 from gpuxbar import ops, reference
-from gpuxbar.ops import ConvGeometry
 
 pytestmark = pytest.mark.gpu
 
@@ -135,25 +144,12 @@ def test_precisions(cuda_device, precision, bits):
     [((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 1), (0, 2), (1, 2)), ((5, 2), (2, 3), (3, 1), (2, 1))],
 )
 def test_convolutions_match_oracle(cuda_device, kernel, stride, padding, dilation, groups, transposed):
-    conv = ConvGeometry(3, 11, 13, kernel, stride, padding, dilation)
-    rng = np.random.default_rng(0)
-    g = rng.uniform(-G_MAX, G_MAX, (2, groups * conv.inputs, 7)).astype(np.float32)
-    shape = (5, groups * 7, *conv.out) if transposed else (5, groups * 3, 11, 13)
-    codes = rng.integers(-127, 128, shape).astype(np.int16)
-    s = {
-        "groups": groups, "transposed": transposed, "conv": conv, "v_lsb": 0.2 / 127, "adc_bits": 8,
-        "adc_lsb": 1e-7, "read_noise": 1e-7, "seed": SEED, "step": 3, "want_gate": not transposed,
-        "row_scale": np.linspace(1, 2, 5).astype(np.float32), "bias": None if transposed else np.arange(groups * 7, dtype=np.float32) * 1e-6,
-    }  # fmt: skip
+    codes, g, s = convolution(kernel, stride, padding, dilation, groups, transposed)
     expected = reference.tile_mvm(codes, g, tile=4, **s)
     for workspace in (1 << 14, 64 << 20):
         device = cuda_device.like(workspace=workspace)
         y = run(device, ops.tile_mvm, codes, g, tile_rows=4, tile_cols=4, **s)
-        if transposed:
-            assert_matches(y, expected, 1e-7, weight=2 * 3, share=2e-2)
-        else:
-            assert (np.abs(y[1] - expected[1]) > 1e-5).mean() < 2e-3
-            assert_matches(y[0], expected[0], 1e-7, weight=2 * 3, share=2e-2)
+        assert_convolution_matches(y, expected)
 
 
 def test_a_read_of_no_rows(cuda_device):
