@@ -156,15 +156,17 @@ def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
     return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
 
 
-def scaling() -> Contenders:
-    """The noisy Linear product on one thread and on two."""
+def scaling(calls: int = 20) -> Contenders:
+    """The noisy Linear product on one thread and on two, `calls` at a time: a change of threads costs once for all."""
     case = linear()
 
-    def on(count: int) -> object:
+    def on(count: int) -> None:
         with threads(count):
-            return case.run["gpuxbar"]()
+            for _ in range(calls):
+                case.run["gpuxbar"]()
 
-    return Contenders({"one thread": lambda: on(1), "gpuxbar": lambda: on(2)}, case.check)
+    run = {"one thread": lambda: on(1), "gpuxbar": lambda: on(2)}
+    return Contenders(run, case.check, pieces=dict.fromkeys(run, calls))
 
 
 LINEAR = "1024 x 1024, batch 256, 128 x 128 tiles, 8-bit DAC and ADC"
