@@ -88,6 +88,18 @@ def test_a_solved_tile_is_exact_and_reading_changes_nothing():
             np.testing.assert_array_equal(old, new)
 
 
+def test_nothing_falls_below_zero():
+    """Cells open after the last solution, which found them worth less than the approximation does."""
+    g = np.random.default_rng(0).uniform(0, 1 / RON, (4, 32, 32)).astype(np.float32)
+    anchor, settings = Anchor.new(g.shape), {"approximation": "mean_field", **STRONG}
+    ops.anchored_conductance(g, anchor, **settings)
+    opened = np.where(anchor.offset < 0, 0, g).astype(np.float32)
+    sum_of_both = ops.effective_conductance(opened, method="mean_field", **STRONG) + anchor.offset
+    found = ops.anchored_conductance(opened, anchor, update=False, **settings)
+    assert sum_of_both.min() < 0
+    np.testing.assert_array_equal(found, np.maximum(sum_of_both, 0))
+
+
 def test_open_tiles_and_no_tiles():
     g = np.zeros((4, 5, 6), np.float32)
     anchor = Anchor.new(g.shape)

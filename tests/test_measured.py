@@ -72,7 +72,7 @@ def test_the_hold_out_check_tells_a_right_law_from_a_wrong_one(tmp_path):
     table = fit_table(pulses, bins=5, **WINDOW)
     assert table.passed, (table.distance, table.limit)
     assert not fit_law(pulses, "soft_bounds", **WINDOW).passed  # its noise is Gaussian
-    quiet = fitted(tmp_path, SoftBounds(pulses=200, up=2, down=2), count=20000)
+    quiet = fitted(tmp_path, SoftBounds(pulses=200, up=2, down=2, asymmetry=0.2), count=20000)
     assert fit_law(quiet, "soft_bounds", **WINDOW).passed
     assert not fit_law(quiet, "constant_step", **WINDOW).passed
 
