@@ -456,6 +456,34 @@ def test_streams_are_kept_until_a_step_and_forgotten_by_zero_grad():
     assert model[0].streams.pairs == []
 
 
+def test_a_scaled_loss_pulses_alike():
+    """By a power of two, so to the bit; an overflow skips the step and forgets its errors."""
+    results, x = [], torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model, optimiser = pulsed(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), CrossbarSpec(**PULSED))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scaled)
+        for _ in range(3):
+            optimiser.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimiser)
+            scaler.update()
+        results.append(copy.deepcopy(model.state_dict()))
+    for a, b in zip(*(state.values() for state in results), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    scaler.scale(model(x).sum()).backward()
+    model[0].bias.grad[0] = torch.inf
+    scaler.step(optimiser)
+    scaler.update()
+    assert model[0].streams.pairs == []
+    assert scaler.get_scale() == 2.0**7
+    torch.testing.assert_close(model[0].weight, results[1]["0.weight"], rtol=0, atol=0)
+    scaler.scale(model(x).sum()).backward()
+    scaler.unscale_(optimiser)
+    with pytest.raises(ValueError, match=r"`scaler\.unscale_` must not be called with pulse trains"):
+        scaler.step(optimiser)
+
+
 def test_momentum_is_refused_with_pulses():
     model, _ = convert(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED))
     with pytest.raises(

@@ -165,7 +165,7 @@ def scaling(calls: int = 20) -> Contenders:
             for _ in range(calls):
                 case.run["gpuxbar"]()
 
-    run = {"one thread": lambda: on(1), "gpuxbar": lambda: on(2)}
+    run: dict[str, Callable[[], object]] = {"one thread": lambda: on(1), "gpuxbar": lambda: on(2)}
     return Contenders(run, case.check, pieces=dict.fromkeys(run, calls))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from gpuxbar.nn.in_situ import InSitu, layer_of
@@ -25,7 +27,8 @@ class InSituSGD(InSituOptimizer):
     to time (each epoch, say) give better resolution.
 
     A layer whose spec has `pulses` is pulsed for the inputs and errors of its backward passes since the last step; its
-    weight gets no gradient, and the loss must not be scaled. `zero_grad` of this optimiser forgets them.
+    weight gets no gradient. `zero_grad` of this optimiser forgets them. A `GradScaler` may scale the loss; its `unscale_`,
+    which reaches gradients alone, is refused.
 
     Args:
         params: Parameters or groups, as for any torch optimiser.
@@ -40,6 +43,8 @@ class InSituSGD(InSituOptimizer):
     """
 
     rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
+    grad_scale: Any  # of a `GradScaler`, and there only while it steps; so is found_inf
+    found_inf: Any
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum)
@@ -54,13 +59,42 @@ class InSituSGD(InSituOptimizer):
 
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
         if layer.pulsed:
-            layer.update_pulses(group["lr"])
+            layer.update_pulses(group["lr"] / getattr(self, "grad_scale", 1.0))
         else:
             layer.update_cells(-group["lr"] * self._velocity(weight, group["momentum"]))
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` itself undoes what a `GradScaler` did."""
+        return any(layer.pulsed for layer in self._layers())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient or was pulsed; returns the loss of `closure`, if given."""
+        if hasattr(self, "found_inf"):
+            if self.grad_scale is None:
+                raise ValueError(
+                    "InSituSGD: `scaler.unscale_` must not be called with pulse trains, whose errors it does not reach; leave "
+                    "it out, `scaler.step` unscales"
+                )
+            if self.found_inf:
+                self._forget_streams()
+                return None
+            self.grad_scale = float(self.grad_scale)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad /= self.grad_scale
+        return super().step(closure)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for layer in map(layer_of, group["params"]):
-                if layer is not None:
-                    layer.streams.take()
+        self._forget_streams()
+
+    def _layers(self) -> list[InSitu]:
+        found = (layer_of(parameter) for group in self.param_groups for parameter in group["params"])
+        return [layer for layer in found if layer is not None]
+
+    def _forget_streams(self) -> None:
+        for layer in self._layers():
+            layer.streams.take()
