@@ -124,3 +124,11 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.gpuxbar.device_update.default, args)
     quiet = published_device("ecram").spec().model_dump_json()
     torch.library.opcheck(torch.ops.gpuxbar.device_update.default, (args[0], None, *args[2:5], quiet, 3))
+
+
+def test_a_weight_whose_layer_is_gone_is_refused():
+    weight = layer_on("ecram").weight
+    with pytest.raises(
+        ValueError, match=r"`params` must be weights of living layers, got one of shape \(7, 12\)"
+    ):
+        gx.optim.InSituSGD([weight], lr=0.05)

@@ -255,7 +255,7 @@ def layer_of(parameter: Tensor) -> InSitu | None:
     layer = None if owner.layer is None else owner.layer()
     if layer is None:
         raise ValueError(
-            f"InSituSGD: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "
+            f"in-situ optimiser: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "
             "crossbar layer is gone; build the optimiser from model.parameters()"
         )
     return layer
