@@ -165,7 +165,7 @@ def wires_table(rows: list[dict[str, Any]]) -> str:
         # the ratio of a single contender to itself is not recorded
         first, *_ = row["ms"]
         others = {name: t[1] / ms for name, t in row["ms"].items() if name != "gpuxbar"}
-        text = ", ".join(f"{name} {ratio:.2g}" for name, ratio in others.items())
+        text = ", ".join(f"{name} {float(f'{ratio:.2g}'):g}" for name, ratio in others.items())
         target, missed = "", False
         if row["target_ms"] is not None:
             target, missed = f"<= {row['target_ms']:g} ms", ms > row["target_ms"]
