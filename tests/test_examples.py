@@ -24,22 +24,10 @@ EXPECTED = {
     "06_train_through_wires.py": (["1"], "train_through_wires.png", r"ladder +0\.\d{3} +0\.\d{3} +\d"),
     "07_in_situ_algorithms.py": (["200"], "in_situ_algorithms.png", r"agad +error of the weights 0\.\d\d"),
     "mnist_in_situ.py": (
-        [
-            "--data",
-            "digits",
-            "--epochs",
-            "1",
-            "--batch",
-            "64",
-            "--devices",
-            "soft bounds",
-            "--algorithms",
-            "agad",
-            "--record",
-            "rows.jsonl",
-        ],
+        "--data digits --epochs 1 --seeds 1 --tries 2 --try-epochs 1 --batch 64 --devices reram-es --algorithms agad "
+        "--record rows.jsonl".split(),
         "mnist_in_situ.png",
-        r"agad \| not measured \| \d+\.\d% \| not measured",
+        r"agad \| not measured \| \d+\.\d % \| not measured",
     ),
 }
 
