@@ -164,8 +164,13 @@ def gpu_path(monkeypatch, **settings):
             found = sys.modules[f"gpuxbar.bridge.{module}"]
             if hasattr(found, name):
                 monkeypatch.setattr(found, name, replacement)
-    with tape:
-        yield tape
+    scales = sys.modules["gpuxbar.bridge.analog_mvm"]._slice_scale
+    scales.cache_clear()  # arrays of the one kind are not for the other
+    try:
+        with tape:
+            yield tape
+    finally:
+        scales.cache_clear()
 
 
 def taped(tape):

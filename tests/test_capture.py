@@ -33,15 +33,15 @@ SETTINGS = {
 class Run:
     """A small converted network with its optimiser and batch."""
 
-    def __init__(self, kind, lr=0.05, layer=None):
+    def __init__(self, kind, lr=0.05, layer=None, device="cpu"):
         torch.manual_seed(0)
-        self.batch = torch.randn(3, 2, 4, 4), torch.randint(5, (3,))
+        self.batch = torch.randn(3, 2, 4, 4).to(device), torch.randint(5, (3,)).to(device)
         model = nn.Sequential(
             nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), layer or nn.ReLU(), nn.Flatten(), nn.Linear(12, 5)
         )
         self.model, _ = gx.convert(model, gx.CrossbarSpec.model_validate(SETTINGS[kind]))
-        self.in_situ = "update" in SETTINGS[kind]
-        if self.in_situ:
+        self.model.to(device)
+        if "update" in SETTINGS[kind]:
             momentum = 0.0 if kind == "pulses" else 0.9
             self.optimizer = gx.optim.InSituSGD(self.model.parameters(), lr=lr, momentum=momentum)
         else:

@@ -80,8 +80,9 @@ def check_steps(device: str = "cuda", steps: int = 3, widths: tuple[int, ...] = 
         for captured in (False, True):
             torch.manual_seed(0)
             step = Step(kind, ResNet(3, 10, blocks=1, widths=widths), 4, 8, device)
-            run = step.captured() if captured else step.eager
-            losses = [run() for _ in range(steps)]
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+                run = step.captured() if captured else step.eager
+                losses = [run() for _ in range(steps)]
             runs.append(
                 torch.cat([torch.stack(losses), *(p.detach().flatten() for p in step.model.parameters())])
             )
