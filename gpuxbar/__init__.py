@@ -2,6 +2,7 @@
 
 from gpuxbar import nn, ops, optim, spec
 from gpuxbar.nn import calibrate, convert
+from gpuxbar.optim import capture_step
 from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, presets, save_spec
 
 __version__ = "0.1.0"
@@ -10,6 +11,7 @@ __all__ = [
     "SpecError",
     "__version__",
     "calibrate",
+    "capture_step",
     "convert",
     "load_spec",
     "nn",

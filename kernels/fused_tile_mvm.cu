@@ -14,21 +14,11 @@
 //         all, 1 an LSB a column, 2 also gain and offset of every converter; GATE also counts the conversions inside
 //         the range, in the high half of each sum
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
-#include "gpuxbar/converter.cuh"
+#include "gpuxbar/fused.cuh"
 #include "gpuxbar/mma.cuh"
-#include "gpuxbar/normal.cuh"
 
-#ifndef BLOCK_N
-#define BLOCK_N 128
-#endif
 #ifndef STAGES
 #define STAGES 3
-#endif
-#ifndef TERMS
-#define TERMS 1
-#endif
-#ifndef NOISE
-#define NOISE 1
 #endif
 #ifndef VARIANCE
 #define VARIANCE 0
@@ -36,25 +26,12 @@
 #ifndef STREAMS
 #define STREAMS 0
 #endif
-#ifndef CONVERTERS
-#define CONVERTERS 0
-#endif
-#ifndef GATE
-#define GATE 0
-#endif
-#define WIDTH (NOISE == 1 ? 4 : 8)
-#define PAIRED (BLOCK_N == 256)
-#if PAIRED && GATE
-#error "GATE needs the high half of the sums: BLOCK_N 128"
-#endif
 
 extern __shared__ __align__(1024) unsigned char gx_smem[];
 
 namespace gpuxbar {
 
-using Operand = u16;
-
-constexpr int BLOCK_M = 128, WARP_M = 64, WARP_N = BLOCK_N / 4;
+constexpr int WARP_M = 64, WARP_N = BLOCK_N / 4;
 constexpr int ROW_PARTS = WARP_M / 16, COLUMN_PARTS = WARP_N / 8, GROUPS_OF_32 = WARP_N / 32;
 constexpr int PANELS = TERMS + VARIANCE;         // right operands of a stage
 constexpr int STEP = 64, STEP_BYTES = 2 * STEP;  // driven lines of a stage
@@ -83,19 +60,14 @@ struct Warp {
   GPUXBAR_FN u32 column() const { return n + 8 * (lane & 3); }
 };
 
-// What is the same for all threads of a block. It lies in shared memory and is read where it is used: registers are
-// for sums.
-struct Block {
-  int m0, n0, group, plane, pass, first_tile, last_tile, steps;
+// What is the same for all threads of a block.
+struct Block : Part {
+  int steps;
   u32 a_line, b_line;  // where the first row and line lie in a and b
-  u32 column, slot;    // of the counters: of n0, and of tile 0
   // volatile: read at each use, so as not to stay in registers
   volatile u32 keep, flip;  // bits kept of 1024 + |code|; all ones: the positive codes drive
-  volatile u32 now;         // step
-  float sigma;              // A
   float amperes;            // of a code 1 and conductance 1 in a and b, as driven
   float volts_squared;
-  float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
 
   // What the DAC drives of two codes in this pass, times 2^shift.
   GPUXBAR_FN u32 digits(u32 codes) const {
@@ -142,26 +114,15 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    int pixels,  // of an image, for y and gate in image layout; or 0
                    u32 purpose) {
   __shared__ Block block;
+  const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
   const u32 stages = shared_address(gx_smem);
   const int outputs = groups * sense;
   const u32 b_row = tiles * k, a_row = groups * b_row;
   if (thread_index() == 0) {
-    block.group = blockIdx.z % groups;
-    block.plane = blockIdx.z / groups % planes;
-    block.pass = blockIdx.z / groups / planes;
-    block.first_tile = (int)((i64)tiles * blockIdx.y / gridDim.y);
-    block.last_tile = (int)((i64)tiles * (blockIdx.y + 1) / gridDim.y);
+    block.locate(rows, groups, sense, tiles, planes);
     block.steps = (block.last_tile - block.first_tile) * (k / STEP);
-    // Blocks walk down the columns eight row blocks at a time, so that what runs together shares operands in L2.
-    const int row_blocks = (rows + BLOCK_M - 1) / BLOCK_M, column_blocks = (sense + BLOCK_N - 1) / BLOCK_N;
-    const int band = blockIdx.x / (8 * column_blocks), inside = blockIdx.x % (8 * column_blocks);
-    const int high = row_blocks - 8 * band < 8 ? row_blocks - 8 * band : 8;
-    block.m0 = (8 * band + inside % high) * BLOCK_M;
-    block.n0 = inside / high * BLOCK_N;
     block.a_line = block.m0 * a_row + block.group * b_row + block.first_tile * k;
     block.b_line = ((block.plane * groups + block.group) * sense + block.n0) * b_row + block.first_tile * k;
-    block.column = block.group * sense + block.n0;
-    block.slot = (block.pass * planes + block.plane) * tiles;
     const int shift = block.pass % streams * stream_bits;
     const u32 bits = ((1u << stream_bits) - 1) << shift;
     block.keep = 0x64006400u | bits << 16 | bits;
@@ -173,10 +134,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     block.volts_squared = volts_squared * (unit * unit);
   }
   __syncthreads();
-  for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += 256) {
-    const int c = block.column + (block.n0 + j < sense ? j : 0);
-    block.inverse_lsb[j] = 1.0f / (adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value);
-  }
+  block.invert(scales, sense, 256);
 
   // Eight threads copy a row of 128 bytes, 32 rows at a time.
   auto fill = [&](int stage, int at) {
@@ -301,15 +259,13 @@ extern "C" __global__ void __launch_bounds__(256, 1)
           for (int h = 0; h < 2; ++h) {  // rows r and r + 8 of a fragment
 #if NOISE
             const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot, block.now);
-            const Counter words4 = philox<NOISE == 1 ? 10 : 7>(counts, keys);
+            const Counter words4 = philox<ROUNDS>(counts, keys);
             const u32 random[4] = {words4.x, words4.y, words4.z, words4.w};
 #endif
 #pragma unroll
             for (int e = 0; e < WIDTH; e += 2) {
-#if NOISE == 1
-              const Pair noise = normal_pair(random[e], random[e + 1]);
-#elif NOISE == 2
-              const Pair noise = normal_pair_fast(random[e / 2]);
+#if NOISE
+              const Pair noise = noise_of(random, e);
 #endif
               u32 code[2];
 #pragma unroll
@@ -331,18 +287,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #else
                 const float steps = fma(current, inverse_lsb, 0.0f);
 #endif
-                code[f] = adc_code_biased(steps, code_min, code_max);
-#if GATE
-                if (min(max(steps, code_min), code_max) == steps) code[f] += 1u << 16;
-#endif
+                code[f] = counted_code(steps, code_min, code_max);
               }
-              u32* const sum = codes[i][4 * part + (q + e) / 2];
-#if PAIRED
-              sum[h] += code[0] + (code[1] << 16);  // the bias leaves the high half by itself
-#else
-              sum[2 * h] += code[0];
-              sum[2 * h + 1] += code[1];
-#endif
+              add_codes(codes[i][4 * part + (q + e) / 2], h, code);
             }
           }
       }
@@ -371,37 +318,27 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         }
       }
   __syncthreads();
-  const u32 biases = (u32)(block.last_tile - block.first_tile) * ADC_BIAS;
+  const u32 biases = block.biases();
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
   const float part_of_all = 1.0f / (share * (float)tiles);
   for (int e = thread_index(); e < BLOCK_M * BLOCK_N; e += 256) {
     const int i = pixels ? e % BLOCK_M : e / BLOCK_N, j = pixels ? e / BLOCK_M : e % BLOCK_N;
     if (block.m0 + i >= rows || block.n0 + j >= sense) continue;
-    const u32 word = results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases;
+    const int word = word_of(results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases, j % 2, code_min);
     const int c = block.column + j;
-    const i32 low_half = code_min < 0.0f ? (i32)(i16)word : (i32)(word & 0xFFFFu);
-    const u32 high_half = (word - (u32)low_half) >> 16;
-#if PAIRED
-    const i32 code = j % 2 == 0 ? low_half : code_min < 0.0f ? (i32)(i16)high_half : (i32)high_half;
-#else
-    const i32 code = GATE ? low_half : (i32)word;
-#endif
     if (words) {
       int* const to = words + (((i64)block.pass * planes + block.plane) * rows + block.m0 + i) * outputs + c;
-      const int value = PAIRED ? code : (int)word;
       if (gridDim.y > 1)
-        atomicAdd(to, value);
+        atomicAdd(to, word);
       else
-        *to = value;
+        *to = word;
       continue;
     }
-    const float lsb = adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value;
     const float by_row = row_scale ? row_scale[(row0 + block.m0 + i) / rows_per_scale] : 1.0f;
     const i64 r = y_row0 + block.m0 + i;
     const i64 to = pixels ? (r / pixels * outputs + c) * pixels + r % pixels : r * outputs + c;
-    const float total = fma(weight * lsb, (float)code, 0.0f);
-    y[to] = total * (by_row * (col_scale ? col_scale[c] : 1.0f)) + (bias ? bias[c] : 0.0f);
-    if (GATE) gate[to] = share * (float)high_half * part_of_all;
+    y[to] = scales.result(code_of(word, code_min), weight, by_row, c);
+    if (GATE) gate[to] = share * (float)inside_of(word, code_min) * part_of_all;
   }
 }
 

@@ -12,40 +12,17 @@
 //         and low half; NOISE 0 none, 1 exact, 2 fast; CONVERTERS 0 one LSB for all, 1 an LSB a column; GATE also counts
 //         the conversions inside the range, in the high half of each sum
 // Wrapper gpuxbar/ops/fused_tile_mvm_sm90.py      Oracle gpuxbar/reference/tile_mvm.py
-#include "gpuxbar/converter.cuh"
-#include "gpuxbar/normal.cuh"
+#include "gpuxbar/fused.cuh"
 #include "gpuxbar/panels.cuh"
 #include "gpuxbar/wgmma.cuh"
 
-#ifndef BLOCK_N
-#define BLOCK_N 128
-#endif
 #ifndef STAGES
 #define STAGES 4
-#endif
-#ifndef TERMS
-#define TERMS 1
-#endif
-#ifndef NOISE
-#define NOISE 1
-#endif
-#ifndef CONVERTERS
-#define CONVERTERS 0
-#endif
-#ifndef GATE
-#define GATE 0
-#endif
-#define WIDTH (NOISE == 1 ? 4 : 8)
-#define PAIRED (BLOCK_N == 256)
-#if PAIRED && GATE
-#error "GATE needs the high half of the sums: BLOCK_N 128"
 #endif
 
 extern __shared__ __align__(1024) unsigned char gx_smem[];
 
 namespace gpuxbar {
-
-using Operand = u16;
 
 constexpr int HALVES = BLOCK_N / PANEL_ROWS;  // panels of b side by side
 constexpr u32 PANEL_BYTES = 2 * PANEL;
@@ -53,14 +30,9 @@ constexpr u32 STAGE_BYTES = PANEL_BYTES * (1 + HALVES * TERMS);
 constexpr u32 CONSUMERS = 8;                        // warps that free a stage
 constexpr int SUMS = 64, CODES = PAIRED ? 32 : 64;  // registers of a thread, for each half
 
-// What is the same for all threads of a block. It lies in shared memory and is read where it is used: registers are
-// for sums.
-struct Block {
-  int m0, n0, group, plane, pass, first_tile, last_tile;
-  u32 column, slot;                  // of the counters: of n0, and of tile 0
-  volatile u32 now, key_lo, key_hi;  // step and seed; volatile: read at each use, so as not to stay in registers
-  float sigma;                       // A
-  float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
+// What is the same for all threads of a block.
+struct Block : Part {
+  volatile u32 key_lo, key_hi;  // seed; volatile: read at each use, so as not to stay in registers
 };
 
 // Where the sums of a consumer's thread lie in the block: rows row() and row() + 8, eight columns from column() + 32 part.
@@ -73,9 +45,6 @@ struct Place {
   GPUXBAR_FN u32 row() const { return (thread >> 5) * 16 + (lane() >> 2); }
   GPUXBAR_FN u32 column() const { return 8 * (thread & 3); }
 };
-
-// The low half of a word; codes below 0 are possible if code_min is.
-GPUXBAR_FN int low_half(u32 word, float code_min) { return code_min < 0.0f ? (i16)word : (int)(word & 0xFFFFu); }
 
 // Writes the first `real` of eight values, `stride` apart; by fours if they are neighbours and all or none are real.
 template <class Four, class T>
@@ -115,23 +84,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                         int pixels,  // of an image, for y and gate in image layout; or 0
                         u32 purpose) {
   __shared__ Block block;
+  const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
   const u32 stages = (shared_address(gx_smem) + 1023) & ~1023u;
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;  // a barrier a stage
   const int outputs = groups * sense;
   if (thread_index() == 0) {
-    block.group = blockIdx.z % groups;
-    block.plane = blockIdx.z / groups % planes;
-    block.pass = blockIdx.z / groups / planes;
-    block.first_tile = (int)((i64)tiles * blockIdx.y / gridDim.y);
-    block.last_tile = (int)((i64)tiles * (blockIdx.y + 1) / gridDim.y);
-    // Blocks walk down the columns eight row blocks at a time, so that what runs together shares operands in L2.
-    const int row_blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS, column_blocks = (sense + BLOCK_N - 1) / BLOCK_N;
-    const int band = blockIdx.x / (8 * column_blocks), inside = blockIdx.x % (8 * column_blocks);
-    const int high = row_blocks - 8 * band < 8 ? row_blocks - 8 * band : 8;
-    block.m0 = (8 * band + inside % high) * PANEL_ROWS;
-    block.n0 = inside / high * BLOCK_N;
-    block.column = block.group * sense + block.n0;
-    block.slot = (block.pass * planes + block.plane) * tiles;
+    block.locate(rows, groups, sense, tiles, planes);
     block.now = (u32)(step ? *step : step_value);
     block.key_lo = (u32)seed;
     block.key_hi = (u32)(seed >> 32);
@@ -144,10 +102,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     barrier_fence();
   }
   __syncthreads();
-  for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += 384) {
-    const int c = block.column + (block.n0 + j < sense ? j : 0);
-    block.inverse_lsb[j] = 1.0f / (adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value);
-  }
+  block.invert(scales, sense, 384);
   __syncthreads();
 
   if (Place().warpgroup() == 2) {
@@ -233,15 +188,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #if NOISE
             const u32 row = (u32)noise_row0 + block.m0 + Place().row() + 8 * h;
             const Counter counts = counter((block.column + column) / WIDTH, row, purpose, block.slot + tile, block.now);
-            const Counter four = philox<NOISE == 1 ? 10 : 7>(counts, block.key_lo, block.key_hi);
+            const Counter four = philox<ROUNDS>(counts, block.key_lo, block.key_hi);
             const u32 random[4] = {four.x, four.y, four.z, four.w};
 #endif
 #pragma unroll
             for (int e = 0; e < WIDTH; e += 2) {
-#if NOISE == 1
-              const Pair noise = normal_pair(random[e], random[e + 1]);
-#elif NOISE == 2
-              const Pair noise = normal_pair_fast(random[e / 2]);
+#if NOISE
+              const Pair noise = noise_of(random, e);
 #endif
               const int j = 4 * part + (q + e) / 2;
               u32 code[2];
@@ -253,22 +206,16 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #endif
                 const float steps =
                     fma(current, CONVERTERS ? block.inverse_lsb[CONVERTERS ? column + e + f : 0] : inverse_lsb, 0.0f);
-                code[f] = adc_code_biased(steps, code_min, code_max);
-                if (GATE && min(max(steps, code_min), code_max) == steps) code[f] += 1u << 16;
+                code[f] = counted_code(steps, code_min, code_max);
               }
-#if PAIRED
-              codes[half][2 * j + h] += code[0] + (code[1] << 16);  // the bias leaves the high half by itself
-#else
-              codes[half][4 * j + 2 * h] += code[0];
-              codes[half][4 * j + 2 * h + 1] += code[1];
-#endif
+              add_codes(codes[half] + (PAIRED ? 2 : 4) * j, h, code);
             }
           }
     }
   }
 
   // ---- results: a thread's eight neighbours fill a sector of memory
-  const u32 biases = (u32)(block.last_tile - block.first_tile) * ADC_BIAS;
+  const u32 biases = block.biases();
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f;
   const bool vector = sense % 4 == 0;
 #pragma unroll
@@ -287,13 +234,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
           const int j = 4 * part + q / 2;
-#if PAIRED
-          const u32 both = codes[half][2 * j + h] - biases;
-          const int first = low_half(both, code_min);
-          word[q] = q % 2 == 0 ? first : low_half((both - (u32)first) >> 16, code_min);
-#else
-          word[q] = (int)(codes[half][4 * j + 2 * h + q % 2] - biases);
-#endif
+          const u32 sum = codes[half][PAIRED ? 2 * j + h : 4 * j + 2 * h + q % 2] - biases;
+          word[q] = word_of(sum, q % 2, code_min);
         }
         if (words) {
           int* const to = words + (((i64)block.pass * planes + block.plane) * rows + row) * outputs + c;
@@ -310,11 +252,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
           const int at_column = q < real ? c + q : block.column;
-          const float lsb = adc_lsb ? adc_lsb[adc_per_column ? at_column : 0] : adc_lsb_value;
-          const int code = GATE ? low_half((u32)word[q], code_min) : word[q];
-          const float total = fma(weight * lsb, (float)code, 0.0f);
-          value[q] = total * (by_row * (col_scale ? col_scale[at_column] : 1.0f)) + (bias ? bias[at_column] : 0.0f);
-          inside[q] = (float)((u32)(word[q] - code) >> 16) * (1.0f / (float)tiles);
+          value[q] = scales.result(code_of(word[q], code_min), weight, by_row, at_column);
+          inside[q] = (float)inside_of(word[q], code_min) * (1.0f / (float)tiles);
         }
         store<float4>(y + to, value, real, stride, vector && !pixels);
         if (GATE) store<float4>(gate + to, inside, real, stride, vector && !pixels);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import CFUNCTYPE, c_float, c_int, c_longlong, c_void_p
+from ctypes import CFUNCTYPE, c_float, c_int, c_longlong, c_size_t, c_void_p
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +24,8 @@ def column_major(address, kind, rows, cols, ld, stride, batch):
 
 
 class Library:
-    """cublasSetStream and cublasGemmStridedBatchedEx, declared as in cublas_api.h."""
+    """cublasSetStream, which drops the workspace, cublasSetWorkspace and cublasGemmStridedBatchedEx, declared as in
+    cublas_api.h."""
 
     def __init__(self, status=0):
         self.stream = None
@@ -32,7 +33,13 @@ class Library:
         @CFUNCTYPE(c_int, c_void_p, c_void_p)
         def set_stream(handle, stream):
             assert handle == 2**40 + 1
-            self.stream = stream
+            self.stream, self.workspace = stream, None
+            return 0
+
+        @CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
+        def set_workspace(handle, address, size):
+            assert handle == 2**40 + 1
+            self.workspace = (address, size)
             return 0
 
         @CFUNCTYPE(c_int, c_void_p, c_int, c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_int, c_longlong,
@@ -47,7 +54,8 @@ class Library:
             out[...] = factors[0] * (left @ right) + factors[1] * out
             return status
 
-        self.cublasSetStream_v2, self.cublasGemmStridedBatchedEx = set_stream, gemm
+        self.cublasSetStream_v2, self.cublasSetWorkspace_v2 = set_stream, set_workspace
+        self.cublasGemmStridedBatchedEx = gemm
 
 
 @pytest.mark.parametrize("kind", [FP32, FP16])
@@ -63,11 +71,11 @@ def test_row_major_product_with_leading_dimensions(kind):
     expected[:, :, :n] = 0.5 * (a[:, :, :k].astype(np.float32) @ b[:, :, :n]) + 2.0 * c[:, :, :n]
     library = Library()
     gemm_strided_batched(
-        2**40 + 1, 77, (batch, m, n, k), (a.ctypes.data, kind, 9, m * 9), (b.ctypes.data, kind, 6, k * 6),
+        2**40 + 1, 77, (2**41, 2**33), (batch, m, n, k), (a.ctypes.data, kind, 9, m * 9), (b.ctypes.data, kind, 6, k * 6),
         (c.ctypes.data, FP32, 8, m * 8), 0.5, 2.0, 68, library,
     )  # fmt: skip
     np.testing.assert_array_equal(c, expected)
-    assert library.stream == 77
+    assert (library.stream, library.workspace) == (77, (2**41, 2**33))
     assert library.rest == (2**40 + 1, 0, 0, 68, -1)
 
 
@@ -77,7 +85,9 @@ def test_a_refused_call_names_its_status():
     with pytest.raises(
         CublasError, match="cublasGemmStridedBatchedEx failed with status 15; see cublasStatus_t"
     ):
-        gemm_strided_batched(2**40 + 1, 0, (1, 1, 1, 1), one, one, one, 1.0, 0.0, 68, Library(status=15))
+        gemm_strided_batched(
+            2**40 + 1, 0, (0, 0), (1, 1, 1, 1), one, one, one, 1.0, 0.0, 68, Library(status=15)
+        )
     refusing = SimpleNamespace(cublasSetStream_v2=lambda *_: 1)
     with pytest.raises(CublasError, match="cublasSetStream failed with status 1"):
-        gemm_strided_batched(2**40 + 1, 0, (1, 1, 1, 1), one, one, one, 1.0, 0.0, 68, refusing)
+        gemm_strided_batched(2**40 + 1, 0, (0, 0), (1, 1, 1, 1), one, one, one, 1.0, 0.0, 68, refusing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from test_anchored_conductance import drifting
+from test_capture import SETTINGS, Run, same
 from test_effective_conductance import WIRES, tiles, wires
 from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
 from test_program import SEED as WRITE_SEED
@@ -155,6 +156,61 @@ def test_convolutions_match_oracle(cuda_device, kernel, stride, padding, dilatio
 def test_a_read_of_no_rows(cuda_device):
     y = run(cuda_device, ops.tile_mvm, np.zeros((0, 12), np.float32), np.ones((12, 5), np.float32))
     assert y.shape == (0, 5)
+
+
+FUSED = [
+    pytest.param(strategy, tile, id=f"{strategy}-{tile}")
+    for strategy in ("fused", "wgmma")
+    for tile in (64, 100, 128, 256, 512)
+]
+
+
+def fused_read(cuda_device, strategy, tile, noise):
+    """A read of several row and column blocks with an odd edge each: (codes, g, settings)."""
+    if strategy == "wgmma" and cuda_device.arch != "sm_90":
+        pytest.skip(f"{cuda_device.arch} has no wgmma")
+    codes, g = case(261, 1100, 392)
+    g = (g * 2**26).astype(np.float16).astype(np.float32) / 2**26  # fp16 holds it
+    s = {
+        "v_lsb": 1e-3, "adc_bits": 8, "adc_lsb": 1e-7, "seed": SEED, "step": 7, "read_noise": 0.0 if noise == "none" else 3e-7,
+        "generator": "fast" if noise == "fast" else "exact",
+    }  # fmt: skip
+    return codes, g, s, {"tile_rows": tile, "precision": "fp16", "g_range": G_MAX, "strategy": strategy}
+
+
+@pytest.mark.parametrize("noise", ["none", "exact", "fast"])
+@pytest.mark.parametrize(("strategy", "tile"), FUSED)
+def test_fused_reads_match_oracle_and_repeat(cuda_device, strategy, tile, noise):
+    codes, g, s, way = fused_read(cuda_device, strategy, tile, noise)
+    y = run(cuda_device, ops.tile_mvm, codes, g, **s, **way)
+    assert_matches(y, reference.tile_mvm(codes, g, tile=tile, **s), 1e-7)
+    for _ in range(REPEATS):
+        np.testing.assert_array_equal(run(cuda_device, ops.tile_mvm, codes, g, **s, **way), y)
+
+
+@pytest.mark.parametrize("change", ["gate", "column", "streams", "two halves", "transposed"])
+@pytest.mark.parametrize(("strategy", "tile"), FUSED[::5])
+def test_fused_reads_are_those_of_the_epilogue(cuda_device, strategy, tile, change):
+    """Integer conductances: partial sums are exact, so every bit is the same."""
+    codes, g, s, way = fused_read(cuda_device, strategy, tile, "exact")
+    g = np.random.default_rng(4).integers(-8, 9, g.shape).astype(np.float32)
+    s |= {"v_lsb": 1.0, "adc_lsb": 55.0, "read_noise": 30.0}
+    way["g_range"] = 8.0
+    if change == "gate":
+        s["want_gate"] = True
+    elif change == "column":
+        s["adc_lsb"] = np.linspace(50, 60, g.shape[2], dtype=np.float32)
+    elif change == "streams":
+        s |= {"stream_bits": 4, "streams": 2, "phases": 2, "adc_signed": True}
+    elif change == "two halves":
+        way["precision"] = "fp16x2"
+    else:
+        way |= {"transposed": True, "tile_cols": tile}
+        codes = np.random.default_rng(2).integers(-127, 128, (261, 392)).astype(np.int16)
+    got = run(cuda_device, ops.tile_mvm, codes, g, **s, **way)
+    wanted = run(cuda_device, ops.tile_mvm, codes, g, **s, **{**way, "strategy": "epilogue"})
+    for one, other in zip(*(r if change == "gate" else (r,) for r in (got, wanted)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # ---- converting
@@ -358,60 +414,42 @@ def test_layers_of_a_window_read_what_was_programmed(cuda_device):
     np.testing.assert_allclose(y, G_MIN + np.clip((weight[0] / w_max[:, None]).T, 0, 1) * RANGE, rtol=1e-5)
 
 
-def training(where):
-    """A small converted network on a device: (its state by name, one training step that returns the loss)."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
-    import gpuxbar as gx
-
-    torch.manual_seed(0)
-    images, labels = torch.randn(16, 8, 9, 9), torch.randint(10, (16,))
-    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 49, 10))
-    settings = {
-        "tile": {"rows": 64, "cols": 64}, "dac": {"bits": 8}, "adc": {"bits": 8}, "read_noise": {"sigma": 1e-7},
-        "programming": {"write_noise": 1e-7},
-    }  # fmt: skip
-    model, _ = gx.convert(model, gx.CrossbarSpec.model_validate(settings))
-    gx.calibrate(model, [images])
-    model.to(where).train()
-    x, target = images.to(where), labels.to(where)
-    optimiser = torch.optim.SGD(model.parameters(), 0.05)
-
-    def step():
-        optimiser.zero_grad()
-        loss = functional.cross_entropy(model(x), target)
-        loss.backward()
-        optimiser.step()
-        return loss.detach()
-
-    return model.state_dict(), step
-
-
-def test_a_captured_training_step_trains_as_without_capture(cuda_device):
-    """Reads, transposed reads, the update and the reprogramming in one graph, with the noise of each step."""
+@pytest.fixture
+def deterministic():
     import torch
 
-    state, step = training("cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-        before = {name: value.clone() for name, value in state.items()}
-        eager = [step().item() for _ in range(4)]
-        for name, value in before.items():
-            state[name].copy_(value)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        loss = step()
-    replayed = []
-    for _ in eager:
-        graph.replay()
-        replayed.append(loss.item())
-    np.testing.assert_allclose(replayed, eager, rtol=1e-5)
-    assert len(set(eager)) == len(eager)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        yield
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_captured_training_step_is_the_step(cuda_device, deterministic, kind):
+    """Reads, transposed reads, update and reprogramming in one graph: losses and every state, bit for bit."""
+    eager, other = Run(kind, device="cuda"), Run(kind, device="cuda")
+    before = other.state()
+    step = other.captured()
+    assert same(other.state()[: len(before)], before)
+    for i in range(4):
+        batch = [part.roll(i // 2, 0) for part in eager.batch]
+        assert step(*batch) == eager.eager(*batch), i
+        assert same(other.state(), eager.state()), i
+    assert other.eager(*batch) == eager.eager(*batch)
+
+
+def test_every_replay_draws_its_noise(cuda_device, deterministic):
+    run = Run("digital", lr=1e-30, device="cuda")
+    step = run.captured()
+    losses = [step(*run.batch).item() for _ in range(3)]
+    assert len(set(losses)) == 3
+    for layer in (run.model[0], run.model[4]):
+        layer.read_step.zero_()
+    assert [step(*run.batch).item() for _ in range(3)] == losses
+
+
+def test_a_residual_network_is_captured(cuda_device):
+    from gpuxbar.bench.steps import check_steps
+
+    assert check_steps() == "same bits as without capture"
 
 
 # ---- wires

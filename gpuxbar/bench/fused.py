@@ -1,8 +1,9 @@
-"""`python -m gpuxbar.bench.fused`: proof and speed of the fused read on a GPU, in one table.
+"""`python -m gpuxbar.bench.fused`: proof and speed of the fused reads, and of a whole training step, on a GPU.
 
-First the checks, against the float64 oracle and against cuBLAS + epilogue, on new memory that holds NaN; one that
-fails leaves no number. Then ceilings of the device, then reads as replays of CUDA graphs over inputs that do not fit
-its cache together. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks` (and memcheck, initcheck,
+First the checks of every fused kernel the device has, against the float64 oracle and against cuBLAS + epilogue, on new
+memory that holds NaN, and a captured training step against the same without capture; one that fails leaves no number.
+Then ceilings of the device, then reads as replays of CUDA graphs over inputs that do not fit its cache together, then
+steps of ResNet-18. Below 8 minutes by estimate. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks` (and memcheck, initcheck,
 synccheck) looks at the same small reads. Not yet run on a GPU; the checks run on the CPU build of the kernels in the tests.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -24,22 +26,33 @@ from rich.table import Table
 from gpuxbar import ops, reference
 from gpuxbar.bench.cases import OracleMismatch
 from gpuxbar.bench.record import append, environment
+from gpuxbar.bench.steps import IDEAL, STEP_SIZE, STEP_TARGET, check_steps, time_steps
 from gpuxbar.bridge.arrays import explain_gpu
 from gpuxbar.launch import CudaDevice, Device, Kernel
 from gpuxbar.ops.tile_mvm_plan import Case, Plan, plan_tile_mvm
 
-__all__ = ["CHECKS", "READS", "Read", "Recorder", "Subject", "check"]
+__all__ = ["CHECKS", "READS", "Read", "Recorder", "Subject", "Target", "check"]
 
 ROOT = Path(__file__).parents[2]
 LSB, G_STEP = 2.0**-27, 2.0**-31  # A, S
 CACHE_BYTES = 128 << 20  # more than any L2 cache holds
 REPLAYS = 20
-PRODUCTS = ("fused_tile_mvm", "matmul", "adc_accumulate", "shift_add")
+PRODUCTS = ("fused_tile_mvm", "fused_tile_mvm_sm90", "matmul", "adc_accumulate", "shift_add")
+FUSED = ("fused", "wgmma")  # strategies of one kernel
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a read, its operands packed, is to reach on an H200: us at most, and at least so many times the speed of
+    cuBLAS + epilogue."""
+
+    us: float
+    speedup: float = 1.0
 
 
 @dataclass(frozen=True)
 class Read:
-    """A read to time; `target_us` is what the read itself, its operands packed, is to take at most on an H200."""
+    """A read to time by every fused kernel that can compute it; `targets` of the kernels that have one."""
 
     name: str
     rows: int
@@ -48,17 +61,17 @@ class Read:
     tile: int = 128
     noise: str = "fast"
     precision: str = "fp16"
-    target_us: float | None = None
+    targets: Mapping[str, Target] = field(default_factory=dict)
 
     @property
     def size(self) -> str:
         return f"{self.rows} x {self.inputs} x {self.outputs}, {self.tile}-row tiles, {self.precision}"
 
-    def plan(self, arch: str, multiprocessors: int) -> Plan:
-        """What the planner chooses."""
+    def plan(self, arch: str, multiprocessors: int, strategy: str = "auto") -> Plan:
+        """What the planner chooses, or makes of a strategy."""
         case = Case(self.rows, 1, self.inputs, self.outputs, 1, self.tile, noise=self.noise,
                     precision=self.precision)  # fmt: skip
-        return plan_tile_mvm(case, arch, multiprocessors)
+        return plan_tile_mvm(case, arch, multiprocessors, strategy)
 
     def settings(self) -> dict[str, Any]:
         """Of `ops.tile_mvm`."""
@@ -71,14 +84,22 @@ class Read:
 COMMON: dict[str, Any] = {
     "v_lsb": 2.0**-10, "adc_bits": 8, "adc_lsb": LSB, "g_range": 2.0**-20, "seed": 2**40 + 1, "step": 3,
 }  # fmt: skip
+CUBE = (4096, 4096, 4096)
 READS = (
-    Read("fast", 4096, 4096, 4096, target_us=430),
-    Read("exact", 4096, 4096, 4096, noise="exact", target_us=520),
-    Read("adc-only", 4096, 4096, 4096, 256, noise="none"),
-    Read("fast-64", 4096, 4096, 4096, 64),
-    Read("fast-512", 4096, 4096, 4096, 512),
-    Read("fast-two-halves", 4096, 4096, 4096, precision="fp16x2", target_us=620),
-    Read("transformer", 8192, 1024, 4096),
+    Read("fast", *CUBE, targets={"fused": Target(430, 2.6), "wgmma": Target(340)}),
+    Read("exact", *CUBE, noise="exact", targets={"fused": Target(520, 2.2), "wgmma": Target(390)}),
+    Read("adc-only", *CUBE, noise="none"),
+    Read("fast-64", *CUBE, 64, targets={"wgmma": Target(640)}),
+    Read("fast-256", *CUBE, 256, targets={"wgmma": Target(260)}),
+    Read("fast-512", *CUBE, 512, targets={"wgmma": Target(245)}),
+    Read("exact-64", *CUBE, 64, noise="exact"),
+    Read("exact-256", *CUBE, 256, noise="exact"),
+    Read("exact-512", *CUBE, 512, noise="exact"),
+    Read("adc-only-64", *CUBE, 64, noise="none"),
+    Read("adc-only-256", *CUBE, 256, noise="none", targets={"wgmma": Target(240)}),
+    Read("adc-only-512", *CUBE, 512, noise="none"),
+    Read("fast-two-halves", *CUBE, precision="fp16x2", targets={"fused": Target(620), "wgmma": Target(620)}),
+    Read("transformer", 8192, 1024, 4096, targets={"wgmma": Target(175)}),
     Read("small-batch", 128, 4096, 4096),
 )
 
@@ -91,7 +112,12 @@ class Subject:
     there: Callable[[np.ndarray], Any]
     back: Callable[[Any], np.ndarray]
 
-    def read(self, codes: np.ndarray, g: np.ndarray, strategy: str = "fused", **s: Any) -> np.ndarray:
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The fused strategies that the device has."""
+        return FUSED if self.device.arch == "sm_90" else FUSED[:1]
+
+    def read(self, codes: np.ndarray, g: np.ndarray, strategy: str, **s: Any) -> np.ndarray:
         moved = {k: self.there(v) if isinstance(v, np.ndarray) else v for k, v in s.items()}
         y = ops.tile_mvm(self.there(codes), self.there(g), device=self.device, strategy=strategy, **moved)
         return self.back(y)
@@ -159,11 +185,14 @@ def _matches_the_oracle(subject: Subject) -> str:
         codes, g = _operands(rows, inputs, outputs)
         for way, changes in WAYS.items():
             s = {**COMMON, "precision": "fp16", **changes}
-            y = subject.read(codes, g, tile_rows=tile, **s)
             oracle = {key: value for key, value in s.items() if key not in ("precision", "g_range")}
             expected = reference.tile_mvm(codes, g, tile=tile, **oracle)
             weight = 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
-            worst = max(worst, _edges(y, expected, weight, f"{way}, {rows} x {inputs} x {outputs}"))
+            for kernel in subject.kernels:
+                y = subject.read(codes, g, kernel, tile_rows=tile, **s)
+                worst = max(
+                    worst, _edges(y, expected, weight, f"{kernel}, {way}, {rows} x {inputs} x {outputs}")
+                )
     return f"at most {worst:.1e} of the codes fell to the other side of a rounding edge"
 
 
@@ -183,7 +212,9 @@ def _edges(y: np.ndarray, expected: np.ndarray, weight: int, name: str) -> float
 def _repeats(subject: Subject) -> str:
     codes, g = _operands(131, 333, 257)
     s = {**COMMON, **WAYS["exact"], "precision": "fp16", "tile_rows": 64}
-    _same_bits(subject.read(codes, g, **s), subject.read(codes, g, **s), "a second run")
+    for kernel in subject.kernels:
+        first, second = (subject.read(codes, g, kernel, **s) for _ in range(2))
+        _same_bits(first, second, f"a second run of {kernel}")
     return "same bits"
 
 
@@ -201,8 +232,9 @@ def _equals_the_epilogue(subject: Subject) -> str:
         }
         if "read_noise" in s:
             s["read_noise"] = 2.0**-33
-        y = subject.read(codes, g, **s)
-        _same_bits(y, subject.read(codes, g, "epilogue", **s), f"cuBLAS + epilogue ({way})")
+        expected = subject.read(codes, g, "epilogue", **s)
+        for kernel in subject.kernels:
+            _same_bits(subject.read(codes, g, kernel, **s), expected, f"cuBLAS + epilogue ({kernel}, {way})")
     return "same bits"
 
 
@@ -216,9 +248,9 @@ def _noise_is_normal(subject: Subject) -> str:
     """Without inputs a read is its noise: five standard errors of mean, variance, kurtosis and neighbours."""
     codes, g = np.zeros((512, 64), np.int16), np.zeros((1, 64, 256), np.float32)
     sigma, worst = 20.0, 0.0  # steps
-    for generator in ("exact", "fast"):
+    for kernel, generator in product(subject.kernels, ("exact", "fast")):
         s = {**COMMON, "adc_bits": 16, "read_noise": sigma * LSB, "generator": generator, "precision": "fp16"}
-        draws = [subject.read(codes, g, **{**s, "step": step}) / LSB for step in (3, 4)]
+        draws = [subject.read(codes, g, kernel, **{**s, "step": step}) / LSB for step in (3, 4)]
         z = draws[0] / np.sqrt(sigma**2 + 1 / 12)
         root = np.sqrt(z.size)
         scores = {
@@ -231,7 +263,9 @@ def _noise_is_normal(subject: Subject) -> str:
         }
         name = max(scores, key=lambda key: abs(scores[key]))
         if not abs(scores[name]) < 5:
-            raise OracleMismatch(f"{generator} noise: its {name} lies {scores[name]:.1f} standard errors off")
+            raise OracleMismatch(
+                f"{generator} noise of {kernel}: its {name} lies {scores[name]:.1f} standard errors off"
+            )
         worst = max(worst, abs(scores[name]))
     return f"within {worst:.1f} standard errors"
 
@@ -320,8 +354,9 @@ def _ceilings() -> dict[str, float]:
     return {"copy GB/s": 8e-3 * half / copy, "cuBLAS TFLOP/s": 2e-6 * n**3 / _replays_us(products)}
 
 
-def _time(read: Read) -> dict[str, float]:
-    """Microseconds of a read each way, with its operands packed, and of the whole fused call."""
+def _time(read: Read, kernels: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Microseconds of a read by every fused kernel, by cuBLAS + epilogue, and of its bare product by cuBLAS: each with
+    its operands packed ("read"), and a whole call of the fused ones ("call")."""
     import cupy
 
     # every call packs operands of its own: together they do not fit the cache
@@ -333,7 +368,7 @@ def _time(read: Read) -> dict[str, float]:
     ]
     g = cupy.asarray((rng.integers(-2047, 2048, (read.inputs, read.outputs)) * G_STEP).astype(np.float32))
     times = {}
-    for strategy in ("fused", "epilogue"):
+    for strategy in (*kernels, "epilogue"):
         recorders = [Recorder(CudaDevice()) for _ in inputs]
 
         def call(codes: Any, device: Device, strategy: str = strategy) -> Any:
@@ -341,10 +376,19 @@ def _time(read: Read) -> dict[str, float]:
 
         for codes, recorder in zip(inputs, recorders, strict=True):
             call(codes, recorder)
-        times[strategy] = _replays_us([recorder.replay for recorder in recorders])
-        if strategy == "fused":
+        times[strategy] = {"read": _replays_us([recorder.replay for recorder in recorders])}
+        if strategy in kernels:
             kept = Recorder(CudaDevice())
-            times["whole call"] = _replays_us([partial(call, codes, kept) for codes in inputs])
+            times[strategy]["call"] = _replays_us([partial(call, codes, kept) for codes in inputs])
+    halves = [codes.astype("float16") for codes in inputs]
+    sums = cupy.empty((read.rows, read.outputs), "float32")
+    shape, lds = (1, read.rows, read.outputs, read.inputs), (read.inputs, read.outputs, read.outputs)
+    right = [g.astype("float16") for _ in inputs]
+    products = [
+        partial(CudaDevice().matmul, a, b, sums, shape, (0, 0, 0), lds, 1.0, 0.0, "fp16")
+        for a, b in zip(halves, right, strict=True)
+    ]
+    times["cuBLAS"] = {"read": _replays_us(products)}
     return times
 
 
@@ -356,48 +400,79 @@ def main(
     record: Annotated[Path | None, typer.Option(help="JSON-lines file to append the rows to.")] = None,
     checks: Annotated[bool, typer.Option("--checks", help="Check only, as for compute-sanitizer.")] = False,
 ) -> None:
-    """Prove and time the fused read on this machine's GPU."""
+    """Prove and time the fused reads and a training step on this machine's GPU."""
     console = Console()
     try:
         subject = _gpu()
-        for name, found in check(subject).items():
-            console.print(f"{name}: {found}", highlight=False)
+        found = check(subject) | {"captured steps": check_steps()}
+        for name, text in found.items():
+            console.print(f"{name}: {text}", highlight=False)
         if not checks:
-            _report(console, subject.device, record)
+            _report(console, subject, record)
     except (OSError, OracleMismatch) as error:
         console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
-def _report(console: Console, device: Device, record: Path | None) -> None:
+def _report(console: Console, subject: Subject, record: Path | None) -> None:
     import cupy
 
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     gpu, ceilings = properties["name"].decode(), _ceilings()
     limits = ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items())
-    table = Table(title=f"{gpu}: {limits}; times in us")
-    for head in (
+    about: dict[str, Any] = {"gpu": gpu, "ceilings": ceilings, **environment(ROOT)}
+    reads = Table(title=f"{gpu}: {limits}; reads, us")
+    heads = (
         "read",
         "size",
-        "fused",
+        "kernel",
+        "us",
         "target (H200)",
-        "cuBLAS + epilogue",
-        "ratio",
-        "whole call",
+        "x cuBLAS + epilogue",
+        "x cuBLAS",
+        "call",
         "plan",
-    ):
-        table.add_column(head)
+    )
+    for head in heads:
+        reads.add_column(head)
+    device = subject.device
+    rows: list[dict[str, Any]] = []
     for read in READS:
-        us = _time(read)
+        us = _time(read, subject.kernels)
         plan = read.plan(device.arch, device.multiprocessors)
-        table.add_row(
-            read.name, read.size, f"{us['fused']:.0f}", "" if read.target_us is None else f"{read.target_us:g}",
-            f"{us['epilogue']:.0f}", f"{us['epilogue'] / us['fused']:.2f}", f"{us['whole call']:.0f}", plan.strategy,
-        )  # fmt: skip
-        if record is not None:
-            row = {"case": read.name, "size": read.size, "gpu": gpu, "us": us, "target_us": read.target_us}
-            append(record, row | {"ceilings": ceilings} | environment(ROOT))
-    console.print(table)
+        for kernel in subject.kernels:
+            reads.add_row(
+                read.name, read.size, kernel, *_cells(us, kernel, read.targets.get(kernel)), plan.strategy
+            )
+        targets = {kernel: vars(target) for kernel, target in read.targets.items()}
+        rows.append(
+            {"case": read.name, "size": read.size, "us": us, "targets": targets, "plan": plan.strategy}
+        )
+    console.print(reads)
+    steps = Table(title="training steps of ResNet-18 (32 x 32) in CUDA graphs")
+    for head in ("step", "ms", "of ideal", "target (H200)"):
+        steps.add_column(head)
+    ms = time_steps()
+    for name, value in ms.items():
+        ratio = value / ms[IDEAL]
+        target = f"<= {STEP_TARGET:g}" if name != IDEAL else ""
+        steps.add_row(name, f"{value:.2f}", f"{ratio:.2f}{' (missed)' * (ratio > STEP_TARGET)}", target)
+    console.print(steps)
+    rows.append({"case": "resnet18-step", "size": STEP_SIZE, "ms": ms, "target": STEP_TARGET})
+    if record is not None:
+        for row in rows:
+            append(record, row | about)
+
+
+def _cells(us: dict[str, dict[str, float]], kernel: str, target: Target | None) -> tuple[str, ...]:
+    """Time, target, speed relative to cuBLAS + epilogue and to the bare product, and time of a whole call."""
+    mine = us[kernel]["read"]
+    speedup, share = us["epilogue"]["read"] / mine, us["cuBLAS"]["read"] / mine
+    goal = "" if target is None else f"<= {target.us:g}" + f", {target.speedup:g} x" * (target.speedup > 1)
+    missed = target is not None and (mine > target.us or speedup < target.speedup)
+    return (
+        f"{mine:.0f}{' (missed)' * missed}", goal, f"{speedup:.2f}", f"{share:.2f}", f"{us[kernel]['call']:.0f}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

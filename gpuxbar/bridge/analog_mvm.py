@@ -8,7 +8,7 @@ is the caller's `clamp`. Reference lines of an offset mapping count as constant.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -196,8 +196,9 @@ def _read(
     return tensor(y), v.new_empty(0, dtype=torch.float32) if gate is None else tensor(gate)
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _slice_scale(scale: tuple[float, ...], device: torch.device) -> Any:
+    """Kept for good: captured CUDA graphs read it."""
     return array(torch.tensor(scale, dtype=torch.float32, device=device))
 
 

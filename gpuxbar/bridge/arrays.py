@@ -1,7 +1,8 @@
 """Tensors as the arrays of the ops, without a copy: NumPy on a CPU, CuPy on a GPU.
 
-PyTorch allocates, CuPy only views. Everything in `on_device` runs on PyTorch's device and current stream; autograd calls
-backward from threads of its own, so every operator enters it anew.
+PyTorch allocates, CuPy only views. Everything in `on_device` runs on PyTorch's device and current stream and takes its
+memory from PyTorch, so a CUDA graph that is being captured owns it; autograd calls backward from threads of its own, so
+every operator enters it anew.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ def on_device(t: Tensor, name: str) -> Iterator[Device | None]:
         )
     import cupy
 
-    def empty(shape: tuple[int, ...], dtype: str) -> Any:
-        return cupy.from_dlpack(torch.empty(shape, dtype=getattr(torch, dtype), device=t.device))
+    def memory(size: int) -> Any:
+        block = torch.empty(size, dtype=torch.uint8, device=t.device)
+        return cupy.cuda.MemoryPointer(
+            cupy.cuda.UnownedMemory(block.data_ptr(), size, block, t.device.index), 0
+        )
 
     with (
         torch.cuda.device(t.device),
         cupy.cuda.Device(t.device.index),
         cupy.cuda.Stream.from_external(torch.cuda.current_stream()),
+        cupy.cuda.using_allocator(memory),
         span(name),
     ):
-        yield CudaDevice(empty)
+        yield CudaDevice()
 
 
 def array(t: Tensor) -> Any:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["network"]
+__all__ = ["network", "resnet18"]
 
 
 def network(shape: tuple[int, int, int], classes: int) -> tuple[str, nn.Module]:
@@ -44,10 +44,15 @@ def _lenet5(channels: int, classes: int) -> nn.Module:
     )  # fmt: skip
 
 
-class Block(nn.Module):
-    """Two convolutions around a shortcut; where the width grows, the shortcut is strided and zero-padded."""
+def resnet18(channels: int, classes: int) -> nn.Module:
+    """ResNet-18 (He et al., CVPR 2016) with the first layer of networks for 32 x 32 images."""
+    return ResNet(channels, classes, blocks=2, widths=(64, 128, 256, 512), projected=True)
 
-    def __init__(self, inputs: int, outputs: int):
+
+class Block(nn.Module):
+    """Two convolutions around a shortcut; where the width grows, that is strided, and zero-padded or `projected`."""
+
+    def __init__(self, inputs: int, outputs: int, projected: bool = False):
         super().__init__()
         self.stride = 1 if inputs == outputs else 2
         self.grown = outputs - inputs
@@ -55,24 +60,38 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
+        self.projection = None
+        if projected and self.grown:
+            one = nn.Conv2d(inputs, outputs, 1, self.stride, bias=False)
+            self.projection = nn.Sequential(one, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        if self.projection is not None:
+            return (y + self.projection(x)).relu()
         shortcut = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.grown))
         return (y + shortcut).relu()
 
 
 class ResNet(nn.Sequential):
-    """The residual network of 6 * blocks + 2 layers for 32 x 32 images."""
+    """The residual network of 2 * blocks * len(widths) + 2 layers for 32 x 32 images."""
 
-    def __init__(self, channels: int, classes: int, blocks: int):
-        widths = [16] + [width for width in (16, 32, 64) for _ in range(blocks)]
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        blocks: int,
+        widths: tuple[int, ...] = (16, 32, 64),
+        projected: bool = False,
+    ):
+        first, last = widths[0], widths[-1]
+        along = [first] + [width for width in widths for _ in range(blocks)]
         super().__init__(
-            nn.Conv2d(channels, 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
+            nn.Conv2d(channels, first, 3, padding=1, bias=False),
+            nn.BatchNorm2d(first),
             nn.ReLU(),
-            *(Block(*pair) for pair in pairwise(widths)),
+            *(Block(*pair, projected=projected) for pair in pairwise(along)),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(64, classes),
+            nn.Linear(last, classes),
         )

@@ -7,7 +7,7 @@ Coefficients are read from the host when a call is made, so a graph keeps their 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_longlong, c_void_p
+from ctypes import c_float, c_int, c_longlong, c_size_t, c_void_p
 from functools import cache
 from typing import Any
 
@@ -23,21 +23,43 @@ class CublasError(RuntimeError):
 
 
 def gemm_strided_batched(
-    handle: int, stream: int, shape: tuple[int, int, int, int], a: tuple[int, int, int, int],
+    handle: int, stream: int, workspace: tuple[int, int], shape: tuple[int, int, int, int], a: tuple[int, int, int, int],
     b: tuple[int, int, int, int], c: tuple[int, int, int, int], alpha: float, beta: float, compute: int,
     library: Any = None,
 ) -> None:  # fmt: skip
     """c[q] = alpha a[q] b[q] + beta c[q], row-major; shape (batch, m, n, k).
 
-    `a`, `b`, `c`: (address, cudaDataType, leading dimension, stride between the matrices of the batch).
+    `workspace`: (address, bytes) of device memory for this call. cuBLAS's own is shared by all streams of a handle, and in
+    a graph that is being captured would become a node of it. `a`, `b`, `c`: (address, cudaDataType, leading dimension,
+    stride between the matrices of the batch).
     """
     library = library or _library()
     batch, m, n, k = shape
     factors = (c_float * 2)(alpha, beta)
-    address = ctypes.addressof(factors)
+    alpha_at = ctypes.addressof(factors)
     _require(library.cublasSetStream_v2(c_void_p(handle), c_void_p(stream)), "cublasSetStream")
+    address, size = workspace
+    _require(
+        library.cublasSetWorkspace_v2(c_void_p(handle), c_void_p(address), c_size_t(size)),
+        "cublasSetWorkspace",
+    )
     # row-major c = a b is column-major c^T = b^T a^T
-    arguments = (handle, 0, 0, n, m, k, address, *b, *a, address + 4, *c, batch, compute, _DEFAULT_ALGORITHM)
+    arguments = (
+        handle,
+        0,
+        0,
+        n,
+        m,
+        k,
+        alpha_at,
+        *b,
+        *a,
+        alpha_at + 4,
+        *c,
+        batch,
+        compute,
+        _DEFAULT_ALGORITHM,
+    )
     function = library.cublasGemmStridedBatchedEx
     typed = (kind(value) for kind, value in zip(_GEMM, arguments, strict=True))
     _require(function(*typed), "cublasGemmStridedBatchedEx")

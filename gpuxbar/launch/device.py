@@ -25,6 +25,9 @@ Precision = {
     "fp16": ("float16", 68),
     "fp16x2": ("float16", 68),
 }
+CUBLAS_WORKSPACE = (
+    32 << 20
+)  # bytes: what cuBLAS takes by default on Hopper, more than on any other architecture
 _CUDA_TYPE = {"float32": 0, "float16": 2}
 
 
@@ -69,7 +72,7 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """CuPy's current device. `empty` may allocate elsewhere (from PyTorch), viewed as CuPy arrays."""
+    """CuPy's current device. `empty` allocates by CuPy's current allocator unless another is given."""
 
     def __init__(self, empty: Callable[[tuple[int, ...], str], Any] | None = None, workspace: int = 64 << 20):
         import cupy
@@ -77,9 +80,7 @@ class CudaDevice:
         self._cupy = cupy
         self.workspace = workspace
         self.empty = empty or cupy.empty
-        device = cupy.cuda.Device()
-        self.arch = f"sm_{device.compute_capability}"
-        self.multiprocessors = device.attributes["MultiProcessorCount"]
+        self.arch, self.multiprocessors = _properties(cupy.cuda.runtime.getDevice())
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], values: Mapping[str, Any],
@@ -112,7 +113,30 @@ class CudaDevice:
             for array, of, ld, stride in zip((a, b, c), (kind, kind, 0), lds, strides, strict=True)
         )
         handle, stream = device.get_cublas_handle(), get_current_stream().ptr
-        gemm_strided_batched(handle, stream, shape, left, right, out, alpha, beta, compute)
+        scratch = self.empty(
+            (CUBLAS_WORKSPACE,), "int8"
+        )  # of this call's own, so that a CUDA graph owns it too
+        gemm_strided_batched(
+            handle,
+            stream,
+            (scratch.data.ptr, CUBLAS_WORKSPACE),
+            shape,
+            left,
+            right,
+            out,
+            alpha,
+            beta,
+            compute,
+        )
+
+
+@cache
+def _properties(ordinal: int) -> tuple[str, int]:
+    """Architecture and multiprocessors of a device."""
+    import cupy
+
+    device = cupy.cuda.Device(ordinal)
+    return f"sm_{device.compute_capability}", device.attributes["MultiProcessorCount"]
 
 
 @cache

@@ -1,6 +1,7 @@
 """Optimisers that write to the devices themselves."""
 
 from gpuxbar.optim.build import OPTIMIZERS, build_optimizer
+from gpuxbar.optim.capture import CapturedStep, capture_step
 from gpuxbar.optim.in_situ import InSituSGD
 from gpuxbar.optim.mixed_precision import MixedPrecision
 from gpuxbar.optim.tiki_taka import AGAD, ChoppedTikiTakaV2, TikiTaka, TikiTakaV2
@@ -8,10 +9,12 @@ from gpuxbar.optim.tiki_taka import AGAD, ChoppedTikiTakaV2, TikiTaka, TikiTakaV
 __all__ = [
     "AGAD",
     "OPTIMIZERS",
+    "CapturedStep",
     "ChoppedTikiTakaV2",
     "InSituSGD",
     "MixedPrecision",
     "TikiTaka",
     "TikiTakaV2",
     "build_optimizer",
+    "capture_step",
 ]

@@ -1,0 +1,171 @@
+"""A whole training step as one CUDA graph: forward, backward with transposed reads, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.optim.in_situ import InSituSGD
+
+__all__ = ["CapturedStep", "capture_step"]
+
+OP = "capture_step"
+WARM_UPS = 3  # compile and load kernels, choose algorithms, make the optimiser's state
+
+
+class CapturedStep:
+    """A training step that was captured: call it with the next batch; returns the loss, a tensor of one number.
+
+    The model and its optimiser change as by an ordinary step, and stay usable between calls.
+    """
+
+    def __init__(
+        self,
+        batch: tuple[Tensor, Tensor],
+        loss: Tensor,
+        replay: Callable[[], None],
+        optimizer: torch.optim.Optimizer,
+    ):
+        self._batch, self._loss, self._replay = batch, loss, replay
+        self._optimizer, self._settings = optimizer, _settings(optimizer)
+
+    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+        for name, given, held in zip(("x", "target"), (x, target), self._batch, strict=True):
+            if (given.shape, given.dtype) != (held.shape, held.dtype):
+                raise ValueError(
+                    f"{OP}: `{name}` must be {held.dtype} {tuple(held.shape)} as captured, got {given.dtype} "
+                    f"{tuple(given.shape)}; capture a step of that batch too"
+                )
+        if _settings(self._optimizer) != self._settings:
+            raise ValueError(
+                f"{OP}: `optimizer` must have the settings it was captured with, {self._settings}, got "
+                f"{_settings(self._optimizer)}; capture the step anew, or give SGD or Adam a rate in a CUDA tensor"
+            )
+        for given, held in zip((x, target), self._batch, strict=True):
+            held.copy_(given, non_blocking=True)
+        self._replay()
+        return self._loss.clone()
+
+
+def capture_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    batch: tuple[Tensor, Tensor],
+) -> CapturedStep:
+    """Capture a training step in a CUDA graph; one launch then runs all of it, with fresh noise at every call.
+
+    zero_grad;  loss_fn(model(x), target).backward();  optimizer.step()
+
+    Read, write and update counters lie in device memory and count on in the graph, so a replay draws what the same step
+    would without a graph. Three steps warm up; model and optimiser are as before afterwards. What Python decides is decided
+    once: train or eval mode, layers' settings, rates of the optimiser, calibrated or not. Ranges may be calibrated between
+    calls: `calibrate` sets them in place.
+
+    Args:
+        model: On one CUDA device; any model of PyTorch, with or without crossbar layers.
+        optimizer: `InSituSGD`, or torch's SGD without dampening, Adam or AdamW with capturable=True.
+        loss_fn: Of the model's output and the target, to one number.
+        batch: (x, target) on that device; the shapes and dtypes of every later batch.
+
+    Raises:
+        TypeError: The optimiser keeps counts on the host.
+        ValueError: The model is not on a GPU, an optimiser's setting or a layer's anchored wires cannot be captured.
+    """
+    _check_place(model)
+    _check_kind(model, optimizer)
+    x, target = (part.clone() for part in batch)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_fn(model(x), target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.detach()
+
+    loss, replay = _captured(step, _keeper(model, optimizer))
+    return CapturedStep((x, target), loss, replay, optimizer)
+
+
+def _captured(step: Callable[[], Tensor], restore: Callable[[], None]) -> tuple[Tensor, Callable[[], None]]:
+    """The result of a step, and what runs it again into the same memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        for _ in range(WARM_UPS):
+            step()
+        restore()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        loss = step()
+    return loss, graph.replay
+
+
+def _keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """What puts model and optimiser back in place; state that the optimiser makes in between becomes 0, its beginning."""
+    kept = {t: t.detach().clone() for t in (*model.parameters(), *model.buffers())}
+    kept |= {t: t.clone() for t in _state(optimizer)}
+
+    @torch.no_grad()
+    def restore() -> None:
+        for t in _state(optimizer):
+            if t not in kept:
+                t.zero_()
+        for t, value in kept.items():
+            t.copy_(value)
+        for layer in model.modules():
+            if isinstance(layer, AnalogLayer) and layer.in_situ:
+                layer.conductances()  # looks at the restored weight, for which a capture must not wait
+
+    return restore
+
+
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What a graph keeps of the parameter groups: their numbers, not their tensors."""
+    return [
+        {key: value for key, value in group.items() if key != "params" and not isinstance(value, Tensor)}
+        for group in optimizer.param_groups
+    ]
+
+
+def _check_place(model: nn.Module) -> None:
+    places = {str(p.device) for p in model.parameters()}
+    if len(places) != 1 or not next(iter(places)).startswith("cuda"):
+        raise ValueError(
+            f"{OP}: `model` must be on one CUDA device, got {', '.join(sorted(places)) or 'no parameters'}; call "
+            "model.cuda(), or train without a graph"
+        )
+
+
+def _check_kind(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what counts, or looks at values, on the host."""
+    name = type(optimizer).__name__
+    if type(optimizer) not in (InSituSGD, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        raise TypeError(
+            f"{OP}: `optimizer` must be InSituSGD, SGD, Adam or AdamW, got {name}, which may count on the host; "
+            "train without a graph"
+        )
+    for group in optimizer.param_groups:
+        if group.get("dampening"):
+            raise ValueError(
+                f"{OP}: `dampening` must be 0, got {group['dampening']:g}: {name} leaves it out of the first step; leave it out"
+            )
+        if not group.get("capturable", True):
+            raise ValueError(
+                f"{OP}: `capturable` must be True, got False for {name}; build it with capturable=True"
+            )
+    for layer in model.modules():
+        if isinstance(layer, AnalogLayer) and layer.wire_state is not None:
+            raise ValueError(
+                f"{OP}: `parasitics.anchor` must be None, got {layer.spec.parasitics.anchor!r} for {layer.name}: the host "
+                "looks which tiles are due; solve the wires at every step, or train without a graph"
+            )

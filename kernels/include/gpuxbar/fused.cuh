@@ -1,0 +1,132 @@
+// fused: what fused_tile_mvm and fused_tile_mvm_sm90 do alike around their products: the part of a read that a block
+// computes, noise and conversion of neighbouring columns, integer sums of codes, and the scale of results.
+//
+// Macros  BLOCK_N, TERMS, NOISE, CONVERTERS and GATE, as the kernels say.
+#pragma once
+#include "gpuxbar/converter.cuh"
+#include "gpuxbar/mma.cuh"
+#include "gpuxbar/normal.cuh"
+
+#ifndef BLOCK_N
+#define BLOCK_N 128
+#endif
+#ifndef TERMS
+#define TERMS 1
+#endif
+#ifndef NOISE
+#define NOISE 1
+#endif
+#ifndef CONVERTERS
+#define CONVERTERS 0
+#endif
+#ifndef GATE
+#define GATE 0
+#endif
+#define WIDTH (NOISE == 1 ? 4 : 8)  // neighbouring columns that share a counter
+#define PAIRED (BLOCK_N == 256)     // two 16-bit sums a register
+#if PAIRED && GATE
+#error "GATE needs the high half of the sums: BLOCK_N 128"
+#endif
+
+namespace gpuxbar {
+
+using Operand = u16;
+
+constexpr int BLOCK_M = 128;
+constexpr int ROUNDS = NOISE == 1 ? 10 : 7;  // of Philox
+
+// What turns sums of codes into results; every array may be null.
+struct Scales {
+  const float *adc_lsb, *col_scale, *bias;  // [1] or [G * N]; [G * N]; [G * N]
+  float adc_lsb_value;
+  int adc_per_column;
+
+  // Of column c, A.
+  GPUXBAR_FN float lsb(int c) const { return adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value; }
+  GPUXBAR_FN float result(int code, float weight, float by_row, int c) const {
+    const float total = fma(weight * lsb(c), (float)code, 0.0f);
+    return total * (by_row * (col_scale ? col_scale[c] : 1.0f)) + (bias ? bias[c] : 0.0f);
+  }
+};
+
+// The part of a read that a block computes. It lies in shared memory and is read where it is used: registers are for
+// sums.
+struct Part {
+  int m0, n0, group, plane, pass, first_tile, last_tile;
+  u32 column, slot;  // of the counters: of n0, and of tile 0
+  volatile u32 now;  // step; volatile: read at each use, so as not to stay in a register
+  float sigma;       // A
+  float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
+
+  // By one thread, before a barrier.
+  GPUXBAR_FN void locate(int rows, int groups, int sense, int tiles, int planes) {
+    group = blockIdx.z % groups;
+    plane = blockIdx.z / groups % planes;
+    pass = blockIdx.z / groups / planes;
+    first_tile = (int)((i64)tiles * blockIdx.y / gridDim.y);
+    last_tile = (int)((i64)tiles * (blockIdx.y + 1) / gridDim.y);
+    // Blocks walk down the columns eight row blocks at a time, so that what runs together shares operands in L2.
+    const int row_blocks = (rows + BLOCK_M - 1) / BLOCK_M, column_blocks = (sense + BLOCK_N - 1) / BLOCK_N;
+    const int band = blockIdx.x / (8 * column_blocks), inside = blockIdx.x % (8 * column_blocks);
+    const int high = row_blocks - 8 * band < 8 ? row_blocks - 8 * band : 8;
+    m0 = (8 * band + inside % high) * BLOCK_M;
+    n0 = inside / high * BLOCK_N;
+    column = group * sense + n0;
+    slot = (pass * planes + plane) * tiles;
+  }
+
+  // By all threads, after that barrier.
+  GPUXBAR_FN void invert(const Scales& scales, int sense, int threads) {
+    for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += threads)
+      inverse_lsb[j] = 1.0f / scales.lsb(column + (n0 + j < sense ? j : 0));
+  }
+
+  GPUXBAR_FN u32 biases() const { return (u32)(last_tile - first_tile) * ADC_BIAS; }  // in each sum
+};
+
+#if NOISE
+// The normals of columns e and e + 1 of the WIDTH that share a counter.
+GPUXBAR_FN Pair noise_of(const u32 (&random)[4], int e) {
+#if NOISE == 1
+  return normal_pair(random[e], random[e + 1]);
+#else
+  return normal_pair_fast(random[e / 2]);
+#endif
+}
+#endif
+
+// Code of a current in steps of the ADC plus ADC_BIAS; under GATE 2^16 more inside the range.
+GPUXBAR_FN u32 counted_code(float steps, float code_min, float code_max) {
+  u32 code = adc_code_biased(steps, code_min, code_max);
+  if (GATE && min(max(steps, code_min), code_max) == steps) code += 1u << 16;
+  return code;
+}
+
+// Adds the codes of two neighbours to the sums of a part of a fragment, in its row h (0, or 8 lines below).
+GPUXBAR_FN void add_codes(u32* sums, int h, const u32 (&code)[2]) {
+#if PAIRED
+  sums[h] += code[0] + (code[1] << 16);  // the bias leaves the high half by itself
+#else
+  sums[2 * h] += code[0];
+  sums[2 * h + 1] += code[1];
+#endif
+}
+
+// The low half of a word; codes below 0 are possible if code_min is.
+GPUXBAR_FN int low_half(u32 word, float code_min) { return code_min < 0.0f ? (i16)word : (int)(word & 0xFFFFu); }
+
+// What stands above the low half.
+GPUXBAR_FN u32 high_half(u32 word, float code_min) { return (word - (u32)low_half(word, code_min)) >> 16; }
+
+// A column's sum of codes, under GATE with the count in the high half; of the two columns of a PAIRED register, less
+// its biases, the first or the second.
+GPUXBAR_FN int word_of(u32 sum, bool second, float code_min) {
+  if (!PAIRED) return (int)sum;
+  return second ? low_half(high_half(sum, code_min), code_min) : low_half(sum, code_min);
+}
+
+// The sum of codes in such a word, and the conversions inside the range.
+GPUXBAR_FN int code_of(int word, float code_min) { return GATE ? low_half((u32)word, code_min) : word; }
+GPUXBAR_FN u32 inside_of(int word, float code_min) { return high_half((u32)word, code_min); }
+
+}  // namespace gpuxbar

@@ -1,0 +1,220 @@
+"""A captured training step without a GPU: it is taped on the CPU (tape.py) and played again."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tape import Refused, gpu_path, taped
+from torch import nn
+from torch.nn import functional
+
+import gpuxbar as gx
+from gpuxbar.bench import OracleMismatch, steps
+
+capture = sys.modules["gpuxbar.optim.capture"]
+AGARWAL = {"law": "agarwal", "nu": 1.0, "gamma": 0.01, "cycle": 0.01}
+BASE = {
+    "tile": {"rows": 8, "cols": 8}, "dac": {"bits": 8}, "adc": {"bits": 8}, "read_noise": {"sigma": 1e-7},
+    "programming": {"write_noise": 1e-7},
+}  # fmt: skip
+SETTINGS = {
+    "digital": BASE,
+    "half-precision": {**BASE, "precision": "fp16x2", "mapping": {"scheme": "subtracted"}, "read_noise": {"sigma": 1e-7, "sigma_g": 1e-7}},
+    "offset": {**BASE, "mapping": {"scheme": "offset"}},
+    "wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "method": "ladder"}},
+    "in-situ": {**BASE, "update": AGARWAL},
+    "in-situ held": {**BASE, "update": {"law": "soft_bounds", "cycle": 0.1, "write_noise": 1e-7}},
+    "pulses": {**BASE, "update": {"law": "soft_bounds", "cycle": 0.1}, "pulses": {}},
+}  # fmt: skip
+
+
+class Run:
+    """A small converted network with its optimiser and batch."""
+
+    def __init__(self, kind, lr=0.05, layer=None, device="cpu"):
+        torch.manual_seed(0)
+        self.batch = torch.randn(3, 2, 4, 4).to(device), torch.randint(5, (3,)).to(device)
+        model = nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), layer or nn.ReLU(), nn.Flatten(), nn.Linear(12, 5)
+        )
+        self.model, _ = gx.convert(model, gx.CrossbarSpec.model_validate(SETTINGS[kind]))
+        self.model.to(device)
+        if "update" in SETTINGS[kind]:
+            momentum = 0.0 if kind == "pulses" else 0.9
+            self.optimizer = gx.optim.InSituSGD(self.model.parameters(), lr=lr, momentum=momentum)
+        else:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)
+        gx.calibrate(self.model, [self.batch[0]])
+
+    def eager(self, x, target):
+        self.optimizer.zero_grad()
+        loss = functional.cross_entropy(self.model(x), target)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def captured(self):
+        return gx.capture_step(self.model, self.optimizer, functional.cross_entropy, self.batch)
+
+    def state(self):
+        more = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        return [t.detach().clone() for t in (*self.model.parameters(), *self.model.buffers(), *more)]
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    with gpu_path(monkeypatch, order=11) as tape:
+        monkeypatch.setattr(capture, "_captured", taped(tape))
+        monkeypatch.setattr(capture, "_check_place", lambda model: None)
+        yield tape
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_replay_is_the_step(tape, kind):
+    """Losses and every state, bit for bit, on batches that change; nothing waits for the device."""
+    eager, other = Run(kind), Run(kind)
+    before = other.state()
+    step = other.captured()
+    assert same(other.state()[: len(before)], before)
+    batches = [tuple(part.roll(i, 0) for part in eager.batch) for i in (0, 1)]
+    for i, batch in enumerate(batches):
+        assert step(*batch) == eager.eager(*batch), i
+        assert same(other.state(), eager.state()), i
+    # and goes on without the graph
+    assert other.eager(*batches[0]) == eager.eager(*batches[0])
+
+
+def test_every_replay_draws_its_noise(tape):
+    """Weights that a rate of next to nothing leaves alone: what differs is noise, and the counter says which."""
+    run = Run("digital", lr=1e-30)
+    step = run.captured()
+    losses = [step(*run.batch).item() for _ in range(3)]
+    assert len(set(losses)) == 3
+    for layer in (run.model[0], run.model[4]):
+        layer.read_step.zero_()
+    assert [step(*run.batch).item() for _ in range(3)] == losses
+
+
+class Bad(nn.Module):
+    """A layer that does something to its input which no graph can hold."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.calls = what, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.what(self, x)
+
+
+WAITS = {
+    "item": lambda layer, x: x * x.detach().abs().max().item(),
+    "branch": lambda layer, x: x if (x > 0).any() else -x,
+    "float": lambda layer, x: x * float(x.detach().sum()),
+    "nonzero": lambda layer, x: x + (x > 0).nonzero().shape[0],
+    "mask": lambda layer, x: x + x[x > 0].mean(),
+    "equal": lambda layer, x: x if torch.equal(x, x) else -x,
+    "constant": lambda layer, x: x * torch.tensor([2.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_for_the_device_is_refused(tape, name):
+    """The tape can fail: what a capture would refuse it refuses."""
+    with pytest.raises(Refused, match=r"waits for the device|copies from the host"):
+        Run("digital", layer=Bad(WAITS[name])).captured()
+
+
+def test_a_counter_of_the_host_would_show(tape):
+    eager, other = (Run("digital", layer=Bad(lambda layer, x: x * (1 + 0.1 * layer.calls))) for _ in range(2))
+    step = other.captured()
+    eager.model[2].calls = other.model[2].calls - 1
+    assert step(*eager.batch) == eager.eager(*eager.batch)
+    assert step(*eager.batch) != eager.eager(*eager.batch)
+
+
+def test_a_step_by_value_would_show(tape, monkeypatch):
+    """Read counters that the host keeps, in place of those of the device."""
+    module = sys.modules["gpuxbar.bridge.analog_mvm"]
+    read, count = module._read, iter(range(99))
+
+    def baked(v, g, noise_var, lsb, adc_lsb, adc_error, step, *more, **settings):
+        fixed = torch.full_like(step, next(count))
+        return read(v, g, noise_var, lsb, adc_lsb, adc_error, fixed, *more, **settings)
+
+    monkeypatch.setattr(module, "_read", baked)
+    run = Run("digital", lr=1e-30)
+    step = run.captured()
+    assert step(*run.batch) == step(*run.batch)
+
+
+def test_the_check_of_the_bench(tape, monkeypatch):
+    """The same that runs on a GPU before ResNet-18 is timed, and that it can fail."""
+    assert steps.check_steps("cpu", steps=2, widths=(4,)) == "same bits as without capture"
+    captured = steps.Step.captured
+
+    def late(self):
+        step = captured(self)
+        next(m for m in self.model.modules() if hasattr(m, "read_step")).read_step += 1
+        return step
+
+    monkeypatch.setattr(steps.Step, "captured", late)
+    with pytest.raises(OracleMismatch, match=r"^captured steps: \d+ of \d+ losses and weights are not those"):
+        steps.check_steps("cpu", steps=1, widths=(4,))
+
+
+# ---- what is refused before anything is computed
+
+
+def plain(**changes):
+    model = nn.Linear(3, 2)
+    return model, changes.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=0.1, **changes)
+
+
+def test_a_model_must_be_on_a_gpu():
+    with pytest.raises(
+        ValueError, match=r"capture_step: `model` must be on one CUDA device, got cpu; call model.cuda\(\)"
+    ):
+        gx.capture_step(*plain(), functional.mse_loss, (torch.zeros(1, 3), torch.zeros(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [({"optimizer": torch.optim.RMSprop}, TypeError, "`optimizer` must be InSituSGD, SGD, Adam or AdamW, got RMSprop"),
+     ({"dampening": 0.5, "momentum": 0.9}, ValueError, "`dampening` must be 0, got 0.5"),
+     ({"optimizer": torch.optim.AdamW}, ValueError, "`capturable` must be True, got False for AdamW")],
+)  # fmt: skip
+def test_an_optimiser_must_keep_its_counts_on_the_device(tape, changes, error, text):
+    with pytest.raises(error, match=f"capture_step: {text}"):
+        gx.capture_step(*plain(**changes), functional.mse_loss, (torch.zeros(1, 3), torch.zeros(1, 2)))
+
+
+def test_anchored_wires_are_refused(tape):
+    wires = {"r_wordline": 1.0, "r_bitline": 1.0, "anchor": "ladder"}
+    model, _ = gx.convert(nn.Linear(3, 2), gx.CrossbarSpec.model_validate({"parasitics": wires}))
+    with pytest.raises(
+        ValueError, match=r"capture_step: `parasitics.anchor` must be None, got 'ladder' for \w*"
+    ):
+        gx.capture_step(model, plain()[1], functional.mse_loss, (torch.zeros(1, 3), torch.zeros(1, 2)))
+
+
+def test_batches_and_rates_must_be_those_captured(tape):
+    run = Run("digital")
+    step = run.captured()
+    x, target = run.batch
+    with pytest.raises(
+        ValueError,
+        match=r"capture_step: `x` must be torch.float32 \(3, 2, 4, 4\) as captured, got torch.float32 \(2,",
+    ):
+        step(x[:2], target)
+    with pytest.raises(ValueError, match=r"`target` must be torch\.int64"):
+        step(x, target.int())
+    run.optimizer.param_groups[0]["lr"] = 0.01
+    with pytest.raises(ValueError, match="`optimizer` must have the settings it was captured with"):
+        step(x, target)
