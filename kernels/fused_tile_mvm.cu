@@ -2,8 +2,8 @@
 // their noise, are digitised and added to integer sums in registers, so partial sums never leave the chip.
 //
 // Axes    G groups, T tiles of K driven lines (padded to a multiple of 64), S planes, N sensed lines, M rows of this
-//         call, P passes; a [M, G, T, K], b [S, G, N, T, K], words [P, S, M, G * N]; y and gate [rows, G * N],
-//         or images [N, G * N, pixels].
+//         call, P passes; a [M, G, T, K] (IMPLICIT: images [N, height, width, G, C], C padded to a multiple of 8),
+//         b [S, G, N, T, K], words [P, S, M, G * N]; y and gate [rows, G * N], or images [N, G * N, pixels].
 // Launch  128 rows by BLOCK_N columns a block, 256 threads (8 warps of 64 x BLOCK_N / 4); grid (blocks, splits, P S G).
 //         Codes are integers: sums over tiles, and over splits of the tiles by atomics, have the same bits on any
 //         launch. Shared memory (dynamic): STAGES * stage_bytes + 4 BLOCK_N, stages filled by asynchronous copies.
@@ -12,10 +12,12 @@
 //         2 high and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16);
 //         STREAMS 0 whole codes, 1 signed digits, 2 two-phase digits (of codes below 1024); CONVERTERS 0 one LSB for
 //         all, 1 an LSB a column, 2 also gain and offset of every converter; GATE also counts the conversions inside
-//         the range, in the high half of each sum
+//         the range, in the high half of each sum; IMPLICIT rows are patches, gathered from images as patches.cuh
+//         says, with zeros where they reach over an edge
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/mma.cuh"
+#include "gpuxbar/patches.cuh"
 
 #ifndef STAGES
 #define STAGES 3
@@ -25,6 +27,9 @@
 #endif
 #ifndef STREAMS
 #define STREAMS 0
+#endif
+#ifndef IMPLICIT
+#define IMPLICIT 0
 #endif
 
 extern __shared__ __align__(1024) unsigned char gx_smem[];
@@ -68,6 +73,10 @@ struct Block : Part {
   volatile u32 keep, flip;  // bits kept of 1024 + |code|; all ones: the positive codes drive
   float amperes;            // of a code 1 and conductance 1 in a and b, as driven
   float volts_squared;
+#if IMPLICIT
+  u32 corner[BLOCK_M];         // where the first pixel of a row's patch lies in a, modulo 2^32: it may lie over an edge
+  i16 y[BLOCK_M], x[BLOCK_M];  // of that pixel
+#endif
 
   // What the DAC drives of two codes in this pass, times 2^shift.
   GPUXBAR_FN u32 digits(u32 codes) const {
@@ -110,7 +119,10 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    i64 y_row0,      // and in y
                    i64 noise_row0,  // and in the counters
                    int rows, int groups, int sense, int tiles, int planes, int k, int streams, int stream_bits,
-                   int adc_per_column, float code_min, float code_max, int rows_per_scale,
+                   int adc_per_column, float code_min, float code_max, int rows_per_scale, int tile_lines,
+                   int positions, int chunks, int channels,  // of a patch: patches.cuh; C (IMPLICIT)
+                   int height, int width, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w,
+                   int dilation_h, int dilation_w, int out_w,
                    int pixels,  // of an image, for y and gate in image layout; or 0
                    u32 purpose) {
   __shared__ Block block;
@@ -135,16 +147,43 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   }
   __syncthreads();
   block.invert(scales, sense, 256);
+#if IMPLICIT
+  const u32 pixel_size = groups * channels;
+  if (thread_index() < BLOCK_M) {
+    const u32 i = thread_index();
+    const i64 row = row0 + (block.m0 + (int)i < rows ? block.m0 + (int)i : 0);
+    const int pixel = (int)(row % pixels), top = pixel / out_w * stride_h - pad_h;
+    const int left = pixel % out_w * stride_w - pad_w;
+    block.y[i] = (i16)top, block.x[i] = (i16)left;
+    block.corner[i] = (((u32)(row / pixels) * height + top) * width + left) * pixel_size + block.group * channels;
+  }
+  __syncthreads();
+#endif
 
   // Eight threads copy a row of 128 bytes, 32 rows at a time.
   auto fill = [&](int stage, int at) {
     const u32 thread = thread_index(), row = thread >> 3, chunk = thread & 7, line = at * STEP + 8 * chunk;
     const u32 to = stages + stage * STAGE_BYTES;
-    const u32 a_from = block.a_line + row * a_row + line, b_from = block.b_line + row * b_row + line;
+    const u32 b_from = block.b_line + row * b_row + line;
     const int a_rows = rows - block.m0 - (int)row, b_rows = sense - block.n0 - (int)row;
+#if IMPLICIT
+    const int tile = block.first_tile + (int)line / k, at_chunk = (int)line % k / 8, position = at_chunk / chunks;
+    const int channel = 8 * (first_chunk(tile * tile_lines, positions) + at_chunk % chunks);
+    const int down = position / kernel_w * dilation_h, right = position % kernel_w * dilation_w;
+    const u32 offset = (down * width + right) * pixel_size + channel;
+    const bool driven = position < positions && channel < channels;
+#pragma unroll
+    for (int i = 0; i < BLOCK_M; i += 32) {
+      const bool inside = (u32)(block.y[row + i] + down) < (u32)height && (u32)(block.x[row + i] + right) < (u32)width;
+      const bool real = driven && inside && i < a_rows;
+      copy_async(to + place_a(row + i, chunk), a + (real ? block.corner[row + i] + offset : 0), real);
+    }
+#else
+    const u32 a_from = block.a_line + row * a_row + line;
 #pragma unroll
     for (int i = 0; i < BLOCK_M; i += 32)
       copy_async(to + place_a(row + i, chunk), a + (i < a_rows ? a_from + i * a_row : 0), i < a_rows);
+#endif
 #pragma unroll
     for (int i = 0; i < BLOCK_N; i += 32) {
       const u32 from = i < b_rows ? b_from + i * b_row : 0, place = to + A_BYTES + place_b(row + i, chunk);

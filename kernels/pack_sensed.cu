@@ -4,15 +4,20 @@
 //         Forwards the wordlines are driven, transposed the bitlines.
 // Launch  a 32 x 32 block of (sensed line, driven line) each, 256 threads; grid (ceil(T K / 32), ceil(N / 32), S G).
 // Macros  BFLOAT bf16 of g, else fp16 high part (and low part) of g * scale; TRANSPOSED;
-//         PANELS b in panels of 128 x 64 (N padded to 128, panels.cuh), for fused_tile_mvm_sm90
+//         PANELS b in panels of 128 x 64 (N padded to 128, panels.cuh), for fused_tile_mvm_sm90;
+//         IMPLICIT the lines of a tile in the order of patches.cuh, for codes gathered from images
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/panels.cuh"
+#include "gpuxbar/patches.cuh"
 
 #ifndef BFLOAT
 #define BFLOAT 0
 #endif
 #ifndef PANELS
 #define PANELS 0
+#endif
+#ifndef IMPLICIT
+#define IMPLICIT 0
 #endif
 #ifndef TRANSPOSED
 #define TRANSPOSED 0
@@ -37,16 +42,23 @@ extern "C" __global__ void __launch_bounds__(256)
                 Operand* __restrict__ b,      // [S, G, N, T, K]
                 Operand* __restrict__ low,    // like b, or null: what fp16 leaves of g * scale, in fp16
                 float scale,                  // 1/S, a power of 2
-                int inputs, int cols, int tiles, int tile, int k) {
+                int inputs, int cols, int tiles, int tile, int k,
+                int positions,  // of the kernel of a convolution (IMPLICIT)
+                int chunks) {   // of eight channels a position (IMPLICIT)
   __shared__ float block[32][33];
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
   const int sense = TRANSPOSED ? inputs : cols, drive = TRANSPOSED ? cols : inputs, lines = tiles * k;
   const int line0 = blockIdx.x * 32, n0 = blockIdx.y * 32;
 
   for (int i = y; i < 32; i += 8) {
-    const int line = line0 + (TRANSPOSED ? x : i), n = n0 + (TRANSPOSED ? i : x), d = line / k * tile + line % k;
+    const int line = line0 + (TRANSPOSED ? x : i), n = n0 + (TRANSPOSED ? i : x), first = line / k * tile;
+#if IMPLICIT
+    const int d = patch_line(line % k, first, positions, chunks);
+#else
+    const int d = first + line % k;
+#endif
     float value = 0.0f;
-    if (n < sense && line < lines && line % k < tile && d < drive)
+    if (n < sense && line < lines && d >= first && d < first + tile && d < drive)
       value = g[((i64)blockIdx.z * inputs + (TRANSPOSED ? n : d)) * cols + (TRANSPOSED ? d : n)];
     if (TRANSPOSED)
       block[i][x] = value;

@@ -72,7 +72,7 @@ VARIANTS = {
         [(128, 1, 1, 0, 1, 4), (128, 2, 2, 1, 1, 4), (256, 1, 0, 0, 0, 4), (256, 1, 1, 0, 0, 4), (256, 1, 2, 0, 0, 4),
          (256, 2, 1, 0, 0, 2), (256, 2, 2, 0, 0, 2)]
     ],
-    "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}],
+    "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}],
     "pulse_update.cu": [
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit}
         for law, aggregated, implicit in [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), *((law, 0, 0) for law in range(1, 8))]
@@ -80,10 +80,11 @@ VARIANTS = {
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
         {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "STREAMS": streams,
-         "CONVERTERS": converters, "GATE": gate}
-        for block_n, terms, noise, variance, streams, converters, gate in
-        [(128, 1, 1, 0, 0, 0, 1), (128, 2, 2, 0, 1, 2, 1), (128, 2, 1, 1, 2, 1, 1), (256, 1, 0, 0, 0, 0, 0),
-         (256, 1, 1, 0, 0, 0, 0), (256, 1, 2, 0, 0, 0, 0), (256, 1, 1, 0, 2, 0, 0)]
+         "CONVERTERS": converters, "GATE": gate, "IMPLICIT": implicit}
+        for block_n, terms, noise, variance, streams, converters, gate, implicit in
+        [(128, 1, 1, 0, 0, 0, 1, 0), (128, 2, 2, 0, 1, 2, 1, 0), (128, 2, 1, 1, 2, 1, 1, 0), (256, 1, 0, 0, 0, 0, 0, 0),
+         (256, 1, 1, 0, 0, 0, 0, 0), (256, 1, 2, 0, 0, 0, 0, 0), (256, 1, 1, 0, 2, 0, 0, 0),
+         (128, 2, 2, 0, 1, 2, 1, 1), (128, 2, 1, 1, 2, 1, 1, 1), (256, 1, 1, 0, 0, 0, 0, 1)]
     ],
 }  # fmt: skip
 
@@ -300,7 +301,7 @@ codes = ops.dac_quantize(x, lsb=0.02, code_max=127, device=device)
 g = rng.normal(size=(2, conv.inputs, 7)).astype(np.float32)
 s = dict(conv=conv, adc_bits=8, adc_lsb=1.0, read_noise=1.0, device=device, precision="fp16x2", g_range=4.0)
 ops.tile_mvm(codes, g, tile_rows=5, strategy="wgmma", **s)
-for strategy in ("epilogue", "fused"):
+for strategy in ("epilogue", "fused", "implicit"):
     ops.tile_mvm(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generator="fast", strategy=strategy, **s)
 back = rng.integers(-9, 9, (3, 7, *conv.out)).astype(np.int16)
 ops.tile_mvm(back, g, tile_cols=3, transposed=True, **s)

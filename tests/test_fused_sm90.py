@@ -46,7 +46,8 @@ def test_panels_are_the_swizzle_of_128_bytes():
     packed = np.zeros((1, 1, 256, 2, k), np.float16)
     ShimDevice().launch(
         PACK_SENSED, (4, 8, 1), (256,),
-        {"g": g, "b": packed, "low": None, "scale": 1.0, "inputs": drive, "cols": sense, "tiles": 2, "tile": tile, "k": k},
+        {"g": g, "b": packed, "low": None, "scale": 1.0, "inputs": drive, "cols": sense, "tiles": 2, "tile": tile, "k": k,
+         "positions": 1, "chunks": 1},
         {"PANELS": 1},
     )  # fmt: skip
     panels = packed.reshape(2, 2, 128 * 64)  # [block of columns, step, bytes / 2]

@@ -22,22 +22,31 @@ from gpuxbar.ops.tile_mvm_cuda import (
     pack_inputs,
     split_value,
 )
-from gpuxbar.ops.tile_mvm_plan import BLOCK_M, STEP, Plan, stage_bytes
+from gpuxbar.ops.tile_mvm_plan import BLOCK_M, STEP, Plan, padded_channels, stage_bytes
 from gpuxbar.reference.random import Purpose, round_keys
+from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = ["KERNELS", "PACK_SENSED", "Padded", "RightOperand", "fused_tile_mvm", "read_fused"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of the rounds of Philox
+_PATCHES: dict[str, Any] = dict.fromkeys(
+    ("positions", "chunks", "channels", "height", "width", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
+     "dilation_h", "dilation_w", "out_w"), _INT,
+)  # fmt: skip
 
 PACK_SENSED = Kernel(
     "pack_sensed.cu",
     g=In("float32", "S I O"), b=Out("float16|int16", "S G N T K"), low=Out("float16", "S G N T K", optional=True),
-    scale=_FLOAT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT,
+    scale=_FLOAT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT, positions=_INT, chunks=_INT,
+)  # fmt: skip
+PACK_IMAGES = Kernel(
+    "pack_images.cu",
+    v=In("int16", "N C H W"), a=Out("float16", "N H W G C8"), groups=_INT, channels=_INT, padded=_INT, pixels=_LONG,
 )  # fmt: skip
 FUSED_TILE_MVM = Kernel(
     "fused_tile_mvm.cu",
-    a=In("float16", "one M G T K"), b=In("float16", "S G N T K"), low=In("float16", "S G N T K", optional=True),
+    a=In("float16"), b=In("float16", "S G N T K"), low=In("float16", "S G N T K", optional=True),
     spread=In("int16", "S G N T K", optional=True), slice_scale=In("float32", "S", optional=True),
     adc_lsb=In("float32", "L", optional=True), adc_gain=In("float32", "S T C", optional=True),
     adc_offset=In("float32", "S T C", optional=True), read_noise=In("float32", "one", optional=True),
@@ -48,7 +57,8 @@ FUSED_TILE_MVM = Kernel(
     read_noise_value=_FLOAT, step_value=_LONG, **_KEYS, row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
-    adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT, purpose=Scalar("uint32"),
+    adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, tile_lines=_INT, **_PATCHES, pixels=_INT,
+    purpose=Scalar("uint32"),
 )  # fmt: skip
 SHIFT_ADD = Kernel(
     "shift_add.cu",
@@ -59,24 +69,29 @@ SHIFT_ADD = Kernel(
     tiles=_INT, planes=_INT, streams=_INT, phases=_INT, stream_bits=_INT, adc_per_column=_INT, code_min=_FLOAT,
     rows_per_scale=_INT, pixels=_INT,
 )  # fmt: skip
-KERNELS = (PACK_SENSED, FUSED_TILE_MVM, SHIFT_ADD)
+KERNELS = (PACK_SENSED, PACK_IMAGES, FUSED_TILE_MVM, SHIFT_ADD)
 
 
 @dataclass(frozen=True)
 class Padded(Shape):
-    """Sizes of one call; the driven lines of a tile are padded to whole steps of the pipeline."""
+    """Sizes of one call; the driven lines of a tile are padded to whole steps of the pipeline.
+
+    `gathered`: lines of a tile that gathers patches (patches.cuh); 0: no tile does.
+    """
+
+    gathered: int = 0
 
     @property
     def k(self) -> int:
-        return -(-self.tile // STEP) * STEP
+        return -(-(self.gathered or self.tile) // STEP) * STEP
 
     @classmethod
-    def of(cls, g: Any, rows: int, inputs: int, s: dict[str, Any]) -> Padded:
+    def of(cls, g: Any, rows: int, inputs: int, s: dict[str, Any], gathered: int = 0) -> Padded:
         """Of a read of conductances [S, G * I, O]."""
         planes, _, cols = g.shape
         drive, sense = (cols, inputs) if s["transposed"] else (inputs, cols)
         tile = min(s["tile"], max(drive, 1))
-        return cls(s["groups"], drive, sense, planes, tile, s["streams"] * s["phases"], rows)
+        return cls(s["groups"], drive, sense, planes, tile, s["streams"] * s["phases"], rows, gathered)
 
 
 @dataclass(frozen=True)
@@ -93,18 +108,23 @@ def fused_tile_mvm(
     device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any], plan: Plan
 ) -> Any:
     """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
-    shape = Padded.of(g, rows, inputs, s)
-    operand = _right_operand(device, g, shape, inputs, s)
+    patches = dict.fromkeys(_PATCHES, 1)
+    images = None
+    if plan.chunks:
+        patches = _patches(s["conv"], plan.chunks)
+        images = _packed_images(device, v, s["groups"], patches["channels"])
+    shape = Padded.of(g, rows, inputs, s, 8 * plan.chunks * patches["positions"])
+    operand = _right_operand(device, g, shape, inputs, s, patches)
     converters = s["adc_gain"] is not None or s["adc_offset"] is not None
     macros = {
         "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2,
         "NOISE": generator_of(s), "VARIANCE": int(operand.spread is not None),
-        "STREAMS": 0 if not s["stream_bits"] else s["phases"],
+        "STREAMS": 0 if not s["stream_bits"] else s["phases"], "IMPLICIT": int(images is not None),
     }  # fmt: skip
     more = {
         "spread": operand.spread, "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
         "volts_squared": s["v_lsb"] ** 2, "streams": s["streams"], "stream_bits": s["stream_bits"],
-        **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)),
+        "tile_lines": shape.tile, **patches, **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)),
     }  # fmt: skip
     stage = stage_bytes(plan.block_n, macros["TERMS"] + macros["VARIANCE"])
 
@@ -119,22 +139,24 @@ def fused_tile_mvm(
             shared=plan.stages * stage,
         )
 
-    return read_fused(device, v, operand, shape, s, plan, launch)
+    return read_fused(device, v, operand, shape, s, plan, launch, images=images)
 
 
 def read_fused(
     device: Device, v: Any, operand: RightOperand, shape: Padded, s: dict[str, Any], plan: Plan,
     launch: Callable[[tuple[int, ...], dict[str, Any], bool], None], panel_rows: int = 0,
+    images: Any = None,
 ) -> Any:  # fmt: skip
     """A read by a fused kernel, some rows at a time.
 
     `launch`: of the kernel, given its grid, the arguments that all fused kernels have, and whether there is a gate.
     `panel_rows`: 0 packs codes as they are; else the digits of every pass, in panels of that many rows.
+    `images`: packed, if the kernel gathers its rows from them.
     """
     conv, row_scale = s["conv"], s["row_scale"]
     outputs, conversions = shape.groups * shape.sense, shape.passes * shape.planes
     by_words = plan.splits * conversions > 1
-    packed = shape.passes if panel_rows else 1
+    packed = shape.passes if panel_rows else int(images is None)
     per_row = 2 * packed * shape.batch * shape.k + (4 * conversions * outputs if by_words else 0)
     code_min, code_max = code_range(s)
     lsb, lsb_value = split_value(s["adc_lsb"])
@@ -142,9 +164,11 @@ def read_fused(
     step, step_value = split_value(s["step"])
 
     def read(y: Any, gate: Any, row0: int, y_row0: int, rows: int) -> None:
-        inputs = pack_inputs(
-            device, v, shape, row0, rows, s, "float16", digits=panel_rows > 0, panel_rows=panel_rows
-        )
+        inputs = images
+        if inputs is None:
+            inputs = pack_inputs(
+                device, v, shape, row0, rows, s, "float16", digits=panel_rows > 0, panel_rows=panel_rows
+            )
         words = None
         if by_words:
             words = device.empty((shape.passes, shape.planes, rows, outputs), "int32")
@@ -185,7 +209,29 @@ def read_fused(
     return y if gate is None else (y, gate)
 
 
-def _right_operand(device: Device, g: Any, shape: Padded, inputs: int, s: dict[str, Any]) -> RightOperand:
+def _patches(conv: ConvGeometry, chunks: int) -> dict[str, int]:
+    """How the kernel gathers patches; the channels are those of a group, padded."""
+    values = (
+        conv.kernel[0] * conv.kernel[1], chunks, padded_channels(conv.channels), conv.height, conv.width,
+        conv.kernel[1], *conv.stride, *conv.padding, *conv.dilation, conv.out[1],
+    )  # fmt: skip
+    return dict(zip(_PATCHES, values, strict=True))
+
+
+def _packed_images(device: Device, v: Any, groups: int, padded: int) -> Any:
+    """Codes [N, G * channels, height, width] as fp16 [N, height, width, G, padded]: as large as the codes, all at once."""
+    count, lines, height, width = v.shape
+    a = device.empty((count, height, width, groups, padded), "float16")
+    device.launch(
+        PACK_IMAGES, (-(-height * width // 32), -(-groups * padded // 32), count), (256,),
+        {"v": v, "a": a, "groups": groups, "channels": lines // groups, "padded": padded, "pixels": height * width},
+    )  # fmt: skip
+    return a
+
+
+def _right_operand(
+    device: Device, g: Any, shape: Padded, inputs: int, s: dict[str, Any], patches: dict[str, int]
+) -> RightOperand:
     scale = conductance_scale(s["g_range"])
     size = (shape.planes, shape.groups, shape.sense, shape.tiles, shape.k)
 
@@ -195,8 +241,9 @@ def _right_operand(device: Device, g: Any, shape: Padded, inputs: int, s: dict[s
         device.launch(
             PACK_SENSED, grid, (256,),
             {"g": source, "b": out, "low": low, "scale": scale, "inputs": inputs, "cols": g.shape[2],
-             "tiles": shape.tiles, "tile": shape.tile, "k": shape.k},
-            {"BFLOAT": int(dtype == "int16"), "TRANSPOSED": int(s["transposed"])},
+             "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "positions": patches["positions"],
+             "chunks": patches["chunks"]},
+            {"BFLOAT": int(dtype == "int16"), "TRANSPOSED": int(s["transposed"]), "IMPLICIT": int(shape.gathered > 0)},
         )  # fmt: skip
         return out
 

@@ -62,7 +62,7 @@ def _right_operand(device: Device, g: Any, shape: Padded, inputs: int, s: dict[s
     device.launch(
         PACK_SENSED, grid, (256,),
         {"g": g, "b": high, "low": low, "scale": scale, "inputs": inputs, "cols": g.shape[2], "tiles": shape.tiles,
-         "tile": shape.tile, "k": shape.k},
+         "tile": shape.tile, "k": shape.k, "positions": 1, "chunks": 1},
         {"BFLOAT": 0, "TRANSPOSED": int(s["transposed"]), "PANELS": 1},
     )  # fmt: skip
     return RightOperand(high, low, None, scale)

@@ -93,7 +93,7 @@ def tile_mvm(
             a high and a low half, 22 bits; codes up to 2048 are exact). On the CPU every product is float32.
         g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
-        strategy: On a GPU, "collapsed", "fused", "wgmma" or "epilogue" (see `ops.tile_mvm_plan`); "auto" takes the fastest.
+        strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma" or "epilogue" (see `ops.tile_mvm_plan`); "auto" takes the fastest.
 
     Returns:
         float32 [B, O], A unless scaled; transposed: [B, I]; with `conv` the images. With `want_gate`, (y, gate).
@@ -206,16 +206,27 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
         rows, s["groups"], drive, sense, planes, s["tile"], s["streams"], s["phases"], s["stream_bits"],
         adc_bits=s["adc_bits"], adc_signed=s["adc_signed"], noise=("none", "exact", "fast")[generator_of(s)],
         variance=s["noise_var"] is not None, converters=2 if errors else int(np.size(s["adc_lsb"]) > 1),
-        gate=s["want_gate"], precision=s["precision"], codes=v.dtype.name == "int16",
+        gate=s["want_gate"], precision=s["precision"], codes=v.dtype.name == "int16", images=_images(v, s),
     )  # fmt: skip
     plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
-    if plan.strategy == "fused":
+    if plan.strategy in ("fused", "implicit"):
         return fused_tile_mvm(device, v, g, rows, inputs, s, plan)
     if plan.strategy == "wgmma":
         return fused_tile_mvm_sm90(device, v, g, rows, inputs, s, plan)
     if plan.strategy == "collapsed":
         s = {**s, "tile": max(drive, 1)}
     return tile_mvm_cuda(device, v, g, rows, inputs, s)
+
+
+def _images(v: Any, s: dict[str, Any]) -> tuple[int, int, int, int] | None:
+    """Images of a convolution read forwards, their height and width with padding, and the positions of the kernel."""
+    conv = s["conv"]
+    if conv is None or s["transposed"]:
+        return None
+    height, width = (
+        size + 2 * pad for size, pad in zip((conv.height, conv.width), conv.padding, strict=True)
+    )
+    return v.shape[0], height, width, conv.kernel[0] * conv.kernel[1]
 
 
 def _check_adc(bits: int | None, signed: bool, lsb: Any) -> None:

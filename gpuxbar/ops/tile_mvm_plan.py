@@ -1,8 +1,9 @@
-"""Which of four ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
+"""Which of five ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
 
 collapsed   nothing is converted per tile: planes and tiles merge into one product by cuBLAS
 fused       one kernel multiplies on tensor cores and converts in registers (kernels/fused_tile_mvm.cu)
-wgmma       the same on Hopper, by products of whole warpgroups (kernels/fused_tile_mvm_sm90.cu)
+implicit    the same for a convolution read forwards, whose patches the kernel gathers from the images
+wgmma       the same as fused on Hopper, by products of whole warpgroups (kernels/fused_tile_mvm_sm90.cu)
 epilogue    cuBLAS writes the partial sums of every tile, one kernel converts them (kernels/adc_accumulate.cu)
 
 All draw the same noise and add codes as integers, so they agree: in every bit where the partial sums are
@@ -22,6 +23,7 @@ __all__ = [
     "Case",
     "Plan",
     "Rates",
+    "padded_channels",
     "pipeline",
     "plan_tile_mvm",
     "rates",
@@ -29,7 +31,7 @@ __all__ = [
     "wgmma_bytes",
 ]
 
-STRATEGIES = ("auto", "collapsed", "fused", "wgmma", "epilogue")
+STRATEGIES = ("auto", "collapsed", "fused", "implicit", "wgmma", "epilogue")
 BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage: kernels/fused_tile_mvm.cu
 BLOCKS_N = (256, 128)  # columns of a block
 # Bytes of shared memory a block may take; architectures that are absent run the next lower one listed.
@@ -53,6 +55,8 @@ class Case:
         variance: Whether the noise depends on the state (`noise_var`).
         converters: 0 one LSB for all columns, 1 an LSB a column, 2 also gain or offset of every converter.
         codes: Whether int16 codes drive the lines.
+        images: Of a convolution read forwards: images, their height and width with padding, and the
+            positions of the kernel; else None.
     """
 
     rows: int
@@ -72,6 +76,7 @@ class Case:
     gate: bool = False
     precision: str = "fp16"
     codes: bool = True
+    images: tuple[int, int, int, int] | None = None
 
     @property
     def tiles(self) -> int:
@@ -89,6 +94,22 @@ class Case:
     @property
     def code_max(self) -> int:
         return 2 ** (self.adc_bits - 1) - 1 if self.adc_signed else 2**self.adc_bits - 1
+
+    @property
+    def positions(self) -> int:
+        """Of the kernel of a convolution read forwards; 0: another read."""
+        return self.images[3] if self.images else 0
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of eight channels that hold every tile's share of a patch."""
+        return _chunks(self.drive, self.tile, self.positions)
+
+    @property
+    def image_size(self) -> int:
+        """At most the codes of all images, the channels of a group padded to whole chunks."""
+        count, height, width, positions = self.images or (0, 0, 0, 1)
+        return count * height * width * self.groups * padded_channels(self.drive // positions)
 
     @property
     def fits_16_bits(self) -> bool:
@@ -121,6 +142,18 @@ class Rates:
     launch_us: float
 
 
+def padded_channels(channels: int) -> int:
+    """Channels of a group where eight lie in 16 bytes."""
+    return -(-channels // 8) * 8
+
+
+@lru_cache(maxsize=4096)
+def _chunks(drive: int, tile: int, positions: int) -> int:
+    """The most chunks of eight channels that a tile of `drive` lines, a channel each `positions`, touches."""
+    size = 8 * positions
+    return max((min(at + tile, drive) - 1) // size - at // size + 1 for at in range(0, drive, tile))
+
+
 @lru_cache(maxsize=1)
 def _table() -> dict[str, Rates]:
     with Path(__file__).with_name("tuning.tsv").open(newline="") as file:
@@ -149,13 +182,17 @@ def rates(arch: str) -> Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice with its reasons; `block_n`, `stages` and `splits` shape the fused kernels."""
+    """A choice with its reasons; `block_n`, `stages` and `splits` shape the fused kernels.
+
+    `chunks`: of eight channels that a tile gathers (implicit); else 0.
+    """
 
     strategy: str
     why: tuple[str, ...]
     block_n: int = 128
     stages: int = 0
     splits: int = 1
+    chunks: int = 0
 
     def explain(self) -> str:
         """The choice and its reasons, a line each."""
@@ -179,7 +216,11 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         raise ValueError(
             f"tile_mvm: `strategy` must be possible, got 'collapsed' where {reason}; choose 'auto'"
         )
-    obstacles = {"fused": _obstacle(case, arch), "wgmma": _wgmma_obstacle(case, arch)}
+    obstacles = {
+        "fused": _obstacle(case, arch),
+        "implicit": _implicit_obstacle(case, arch),
+        "wgmma": _wgmma_obstacle(case, arch),
+    }
     if obstacle := obstacles.get(strategy):
         raise ValueError(
             f"tile_mvm: `strategy` must be possible, got {strategy!r} where {obstacle}; choose 'auto'"
@@ -191,10 +232,10 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", epilogue_us),))
     if strategy == "epilogue":
         return epilogue
-    if obstacles["fused"] and obstacles["wgmma"]:
+    if all(obstacles.values()):
         return replace(epilogue, why=(f"fused is impossible: {obstacles['fused']}", *epilogue.why))
     times = {}
-    for name, shape in (("fused", _fused), ("wgmma", _wgmma)):  # first of equals
+    for name, shape in (("fused", _fused), ("implicit", _implicit), ("wgmma", _wgmma)):  # first of equals
         if not obstacles[name]:
             plans = [shape(case, arch, multiprocessors, block_n) for block_n in BLOCKS_N]
             timed = [
@@ -218,9 +259,10 @@ def _line(name: str, us: float) -> str:
     return f"{name}: {us:.0f} us expected"
 
 
-def _obstacle(case: Case, arch: str) -> str | None:
+def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
     """Why the fused kernel cannot compute a case; None if it can."""
-    lines = case.tiles * _padded(case)
+    lines = case.tiles * _padded(case, implicit)
+    left = case.image_size if implicit else case.groups * lines * BLOCK_M
     if _at_or_below(arch, list(SHARED)) is None:
         return f"{arch} has no mma.sync of 16-bit operands (sm_80 and later do)"
     if not case.adc_bits:
@@ -239,13 +281,24 @@ def _obstacle(case: Case, arch: str) -> str | None:
         )
     if case.gate and not case.fits_16_bits:
         return f"sums of {case.tiles} codes of {case.adc_bits} bits take more than 16 bits"
-    if case.planes * case.passes * case.groups > 65535 or case.groups * lines * BLOCK_M >= 2**32:
+    if case.planes * case.passes * case.groups > 65535 or left >= 2**32:
         return "the operands are too large for its indices"
     if case.planes * case.groups * case.sense * lines >= 2**32:
         return "the operands are too large for its indices"
     if _fused(case, arch, 1, 128) is None:
         return f"its operands do not fit the shared memory of {arch}"
     return None
+
+
+def _implicit_obstacle(case: Case, arch: str) -> str | None:
+    """Why the fused kernel cannot gather patches; None if it can."""
+    if case.images is None:
+        return "no patches drive the lines (those of a convolution read forwards do)"
+    if max(case.images[1:3]) >= 2**14:
+        return f"images of {case.images[1]} x {case.images[2]} are too large for its indices"
+    if case.images[0] > 65535:
+        return f"{case.images[0]} images are too many for its indices"
+    return _obstacle(case, arch, implicit=True)
 
 
 def _wgmma_obstacle(case: Case, arch: str) -> str | None:
@@ -259,9 +312,10 @@ def _wgmma_obstacle(case: Case, arch: str) -> str | None:
     return _obstacle(case, arch)
 
 
-def _padded(case: Case) -> int:
+def _padded(case: Case, implicit: bool = False) -> int:
     """Driven lines of a tile as the fused kernel sees them."""
-    return -(-case.tile // STEP) * STEP
+    lines = 8 * case.chunks * case.positions if implicit else case.tile
+    return -(-lines // STEP) * STEP
 
 
 def _blocks(case: Case, block_n: int) -> int:
@@ -279,6 +333,12 @@ def _fused(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | 
         return None
     splits = max(1, min(case.tiles, multiprocessors // max(_blocks(case, block_n), 1)))
     return Plan("fused", (), block_n, stages, splits)
+
+
+def _implicit(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+    """As `_fused`, with patches gathered inside."""
+    plan = _fused(case, arch, multiprocessors, block_n)
+    return None if plan is None else replace(plan, strategy="implicit", chunks=case.chunks)
 
 
 def _wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
@@ -319,10 +379,12 @@ def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> flo
     waves = -(-blocks // multiprocessors) * multiprocessors / max(blocks, 1)
     outputs = _blocks(case, plan.block_n) * BLOCK_M * plan.block_n
     tflops, alone = (table.wgmma_tflops, 0.25) if plan.strategy == "wgmma" else (table.mma_tflops, 0.5)
-    product = 2e-6 * outputs * case.tiles * _padded(case) * (case.terms + case.variance) / tflops
+    lines = case.tiles * _padded(case, plan.strategy == "implicit")
+    product = 2e-6 * outputs * lines * (case.terms + case.variance) / tflops
     convert = 1e-3 * outputs * case.tiles / getattr(table, f"{case.noise}_gs")
     words = 0 if case.planes * case.passes * plan.splits == 1 else 8 * outputs
-    moved = 4 * case.rows * case.groups * case.tiles * _padded(case) + words
+    inputs = case.image_size if plan.strategy == "implicit" else case.rows * case.groups * lines
+    moved = 4 * inputs + words
     launches = 3 + (words > 0) * 2
     work = max(product, convert) + min(product, convert) * alone
     return waves * work + 1e-3 * moved / table.memory_gbs + launches * table.launch_us

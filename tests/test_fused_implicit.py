@@ -1,0 +1,142 @@
+"""Convolutions whose patches the fused read gathers from the images: the unfolded read, and seeded bugs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cuda_shim
+import numpy as np
+import pytest
+from cuda_shim import FORWARD, REVERSE, ShimDevice
+from test_tile_mvm import SEED, assert_matches
+
+from gpuxbar import ops, reference
+from gpuxbar.launch.sources import kernel_dir
+from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
+
+LSB = 2.0**-23
+
+
+def convolution(conv, groups, images, outputs, planes=1):
+    """Integer codes, and conductances of 2^-20 S a level: every partial sum is an integer number of steps over 2^n."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-127, 128, (images, groups * conv.channels, conv.height, conv.width))
+    levels = rng.integers(-15, 16, (planes, groups * conv.inputs, outputs))
+    return codes.astype(np.int16), (levels * 2.0**-20).astype(np.float32)
+
+
+def read(codes, g, conv, tile, strategy, device, **s):
+    more = {
+        "v_lsb": 2.0**-10,
+        "adc_bits": 8,
+        "adc_lsb": LSB,
+        "g_range": 2.0**-16,
+        "precision": "fp16",
+        "seed": SEED,
+        "step": 3,
+    }
+    return ops.tile_mvm(codes, g, conv=conv, tile_rows=tile, strategy=strategy, device=device, **{**more, **s})  # fmt: skip
+
+
+NOISY = {"read_noise": 2.0**-22, "want_gate": True}
+READS = {  # geometry, groups, images, rows of a tile, planes, settings, device
+    "one-block": (ConvGeometry(11, 5, 7, (3, 2), (2, 1), (1, 2), (1, 2)), 1, 3, 7, 1, NOISY, {}),
+    "groups": (ConvGeometry(16, 5, 6, (3, 3), (1, 1), (1, 1)), 2, 3, 40, 1, NOISY, {"eager": True}),
+    "whole-chunks": (ConvGeometry(16, 9, 8, (1, 1), (2, 3)), 1, 5, 8, 2, NOISY, {}),
+    "chunks-of-rows": (ConvGeometry(9, 7, 7, (3, 3), (1, 1), (1, 1)), 1, 4, 33, 2, NOISY, {"workspace": 1}),
+    "splits": (ConvGeometry(20, 5, 5, (3, 3), (1, 1), (1, 1)), 1, 2, 50, 1, NOISY, {"multiprocessors": 4}),
+    "two-phase": (ConvGeometry(9, 5, 5, (2, 2)), 1, 3, 16, 1,
+                  {"stream_bits": 4, "streams": 2, "phases": 2, "adc_signed": False}, {"order": 12}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READS)
+def test_gathered_patches_are_the_unfolded_read_bit_for_bit(name):
+    """The same lines share a tile, whatever their order: partial sums, counters and codes are those of cuBLAS's way."""
+    conv, groups, images, tile, planes, s, how = READS[name]
+    codes, g = convolution(conv, groups, images, 8, planes)
+    s = {**s, "groups": groups, "row_scale": np.linspace(1, 2, images, dtype=np.float32)}
+    device = ShimDevice(**{"multiprocessors": 1, **how})
+    mine = read(codes, g, conv, tile, "implicit", device, **s)
+    theirs = read(codes, g, conv, tile, "epilogue", ShimDevice(), **s)
+    assert "pack_images" in device.launches
+    assert "pack_inputs" not in device.launches
+    np.testing.assert_array_equal(np.stack(mine), np.stack(theirs))
+    assert np.unique(mine).size > 50  # not all clipped, nor all zero
+
+
+def test_state_dependent_noise_and_two_terms_match_the_oracle():
+    """Variances that bf16 holds, conductances that fp16 does not."""
+    conv = ConvGeometry(11, 5, 6, (3, 3), (1, 1), (1, 1))
+    codes, g = convolution(conv, 1, 3, 8)
+    codes %= 16
+    g *= np.float32(1.0001)
+    spread = np.abs(g).astype(np.float32) * 1e-9
+    s = {
+        "noise_var": (spread.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32),
+        "read_noise": 2.0**-22,
+    }
+    device = ShimDevice()
+    y = read(codes, g, conv, 20, "implicit", device, precision="fp16x2", **s)
+    more = {"v_lsb": 2.0**-10, "adc_bits": 8, "adc_lsb": LSB, "seed": SEED, "step": 3}
+    assert_matches(y, reference.tile_mvm(codes, g, conv=conv, tile=20, **more, **s), LSB)
+
+
+MUTANTS = {  # file, text, what to put in its place
+    "none": ("fused_tile_mvm.cu", "copy_commit", "copy_commit"),
+    "padding-of-the-other-axis": ("fused_tile_mvm.cu", "stride_h - pad_h", "stride_h - pad_w"),
+    "no-zeros-over-an-edge": ("fused_tile_mvm.cu", "+ offset : 0), real)", "+ offset : 0), i < a_rows)"),
+    "stage-freed-early": ("fused_tile_mvm.cu", "fill(stage == 0 ? STAGES - 1 : stage - 1", "fill(stage"),
+    "wait-too-weak": ("fused_tile_mvm.cu", "copy_wait<STAGES - 2>()", "copy_wait<STAGES - 1>()"),
+    "lines-of-the-tile-before": ("pack_sensed.cu", "d >= first && ", ""),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
+    """Red in at least one of early and late copies; the unchanged kernel is green in both."""
+    file, old, new = MUTANTS[name]
+    text = (kernel_dir() / file).read_text()
+    assert old in text
+    mutant = tmp_path / file
+    mutant.write_text(text.replace(old, new))
+    build = cuda_shim.build
+    monkeypatch.setattr(
+        cuda_shim, "build", lambda wanted, *rest: build(mutant if wanted == file else wanted, *rest)
+    )
+    conv = ConvGeometry(20, 5, 6, (3, 3), (1, 1), (1, 2))
+    codes, g = convolution(conv, 1, 3, 8)
+    expected = read(codes, g, conv, 50, "epilogue", ShimDevice())
+    found = False
+    for eager, order in ((False, FORWARD), (True, REVERSE)):
+        device = ShimDevice(order, eager=eager, multiprocessors=1)
+        found |= not np.array_equal(read(codes, g, conv, 50, "implicit", device), expected)
+    assert found == (name != "none")
+
+
+LAYER = Case(131072, 1, 576, 64, 1, 128, noise="fast", images=(128, 32, 32, 9))
+
+
+def test_the_planner_gathers_where_unfolding_costs_more():
+    plan = plan_tile_mvm(LAYER, "sm_80", 108)
+    assert (plan.strategy, plan.chunks) == ("implicit", 3), plan.explain()
+    assert "implicit: " in plan.explain()
+    # of 16 lines up to 144 would be driven, for many columns
+    short = Case(8192, 1, 4608, 512, 1, 16, images=(128, 8, 8, 9))
+    assert plan_tile_mvm(short, "sm_80", 108).strategy == "fused"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"images": None}, r"no patches drive the lines \(those of a convolution read forwards do\)"),
+        ({"images": (1, 20000, 3, 9)}, "images of 20000 x 3 are too large for its indices"),
+        ({"images": (70000, 3, 3, 9)}, "70000 images are too many for its indices"),
+        ({"images": (60000, 400, 400, 9)}, "the operands are too large for its indices"),
+        ({"adc_bits": 0}, "nothing is converted"),
+    ],
+)
+def test_what_it_cannot_gather(change, reason):
+    with pytest.raises(ValueError, match=rf"got 'implicit' where {reason}.*; choose 'auto'"):
+        plan_tile_mvm(replace(LAYER, **change), "sm_80", 108, "implicit")
