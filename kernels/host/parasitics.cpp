@@ -12,74 +12,125 @@ namespace {
 
 // ---------------------------------------------------------------- lines on their own
 
-i64 ladder_work(i64 rows, i64 cols) {
-  return 3 * cols + (rows / LANES + 1) * cols + (cols / LANES + 1) * LANES * (LANES + 1);
-}
+using Row = Floats<LANES>::Vec;
 
-// out = g times the shares of voltage and current that the tile's lines let through, each line on its own.
+inline Lane load(const float* from) { return *(const Row*)from; }
+inline void store(float* to, const Lane& x) { *(Row*)to = x; }
+
+// g times the shares of voltage and current that the tile's lines let through, each line on its own.
 // From the open end on, with 1 V there: the current grows by g u, the voltage by resistance times current; shares are
 // ratios to the voltage at the driven end. Every 16 cells are scaled anew, so that no line overflows.
-void ladder(const float* g, i64 rows, i64 cols, Lines lines, float* out, float* work) {
-  float* const voltage = work;                             // [cols] of the bitlines
-  float* const current = voltage + cols;                   // [cols]
-  float* const reach = current + cols;                     // [cols]
-  float* const scale = reach + cols;                       // [rows / 16, cols]: of 16 cells of a bitline
-  float* const along = scale + (rows / LANES + 1) * cols;  // [cols, 16]: voltages of 16 wordlines
-  float* const scale_along = along + (cols / LANES + 1) * LANES * LANES;
-  std::fill(voltage, voltage + cols, 1.0f);
-  std::fill(current, current + cols, 0.0f);
-  std::fill(reach, reach + cols, 1.0f);
-  for (i64 r = 0; r < rows; ++r) {  // bitlines, from the top
-    const float* const below = r + 1 < rows ? lines.bitline : lines.sink;
-    const float* const from = g + r * cols;
-    float* const to = out + r * cols;
-#pragma omp simd
-    for (i64 c = 0; c < cols; ++c) {
-      to[c] = voltage[c];
-      current[c] += from[c] * voltage[c];
-      voltage[c] += below[c] * current[c];
-    }
-    if ((r + 1) % LANES && r + 1 < rows) continue;
-    float* const inverse = scale + r / LANES * cols;
-    for (i64 c = 0; c < cols; ++c) {
-      inverse[c] = 1.0f / voltage[c];
-      current[c] *= inverse[c];
-      voltage[c] = 1.0f;
-    }
+class Ladder {
+  i64 rows, cols, high, wide;  // high, wide: whole squares of 16, filled up with open cells at the open ends
+  std::vector<float> wordline, bitline, source, sink;
+
+  static std::vector<float> filled(const float* from, i64 count, i64 whole, i64 at) {
+    std::vector<float> out(whole, 0.0f);
+    std::copy_n(from, count, out.begin() + at);
+    return out;
   }
-  for (i64 r0 = (rows - 1) / LANES * LANES; r0 >= 0; r0 -= LANES) {  // 16 wordlines at a time, from the right
-    const i64 n = std::min<i64>(LANES, rows - r0);
-    for (i64 c = 0; c < cols; ++c) reach[c] *= scale[r0 / LANES * cols + c];
-    const Lane left = some(lines.wordline + r0, n), source = some(lines.source + r0, n);
-    Lane amperes = {}, square[LANES];
-    for (i64 c0 = (cols - 1) / LANES * LANES; c0 >= 0; c0 -= LANES) {
-      for (int i = 0; i < LANES; ++i) square[i] = i < n ? some(g + (r0 + i) * cols + c0, cols - c0) : Lane{};
-      transpose(square);
-      Lane volts = Lane{} + 1.0f;
-      for (int j = LANES - 1; j >= 0; --j) {
-        std::memcpy(along + (c0 + j) * LANES, &volts, sizeof volts);
-        amperes += square[j] * volts;
-        volts += (c0 + j ? left : source) * amperes;
-      }
-      const Lane inverse = 1.0f / volts;
-      amperes *= inverse;
-      std::memcpy(scale_along + c0, &inverse, sizeof inverse);
+  bool whole() const { return rows == high && cols == wide; }
+
+  // COUNT vectors of bitlines from the top: what every 16 rows start with, and the inverse of what they end with.
+  template <int COUNT>
+  void bitlines(const float* g, i64 c0, float* start, float* scale) const {
+    Lane voltage[COUNT], current[COUNT], below[COUNT];
+    for (int i = 0; i < COUNT; ++i) {
+      voltage[i] = Lane{} + 1.0f, current[i] = Lane{};
+      below[i] = load(&bitline[c0 + i * LANES]);
     }
-    Lane share = Lane{} + 1.0f;
-    for (i64 c0 = 0; c0 < cols; c0 += LANES) {
-      share *= some(scale_along + c0, LANES);
-      for (int j = 0; j < LANES; ++j) square[j] = share * some(along + (c0 + j) * LANES, LANES);
-      transpose(square);
-      const i64 m = std::min<i64>(LANES, cols - c0);
-      const Lane down = some(reach + c0, m);
-      for (int i = 0; i < n; ++i) {
-        const i64 e = (r0 + i) * cols + c0;
-        const Lane result = some(g + e, m) * some(out + e, m) * down * square[i];
-        std::memcpy(out + e, &result, sizeof(float) * m);
+    for (i64 r = 0; r < high; ++r) {
+      if (r % LANES == 0)
+        for (int i = 0; i < COUNT; ++i) store(start + r / LANES * wide + c0 + i * LANES, current[i]);
+      if (r == high - 1)
+        for (int i = 0; i < COUNT; ++i) below[i] = load(&sink[c0 + i * LANES]);
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) {
+        current[i] += load(g + r * wide + c0 + i * LANES) * voltage[i];
+        voltage[i] += below[i] * current[i];
+      }
+      if ((r + 1) % LANES) continue;
+      for (int i = 0; i < COUNT; ++i) {
+        const Lane inverse = 1.0f / voltage[i];
+        store(scale + r / LANES * wide + c0 + i * LANES, inverse);
+        current[i] *= inverse;
+        voltage[i] = Lane{} + 1.0f;
       }
     }
   }
-}
+
+  void squares(const float* g, float* out, float* work) const {
+    float* const start = work;                         // [high / 16, wide] currents of the bitlines
+    float* const scale = start + high * wide / LANES;  // [high / 16, wide]
+    float* const reach = scale + high * wide / LANES;  // [wide]
+    float* const along = reach + wide;                 // [wide, 16]: voltages of 16 wordlines
+    float* const scale_along = along + wide * LANES;   // [wide / 16, 16]
+    i64 c = 0;
+    for (; c + 8 * LANES <= wide; c += 8 * LANES) bitlines<8>(g, c, start, scale);
+    for (; c < wide; c += LANES) bitlines<1>(g, c, start, scale);
+    std::fill(reach, reach + wide, 1.0f);
+    for (i64 r0 = high - LANES; r0 >= 0; r0 -= LANES) {  // 16 wordlines at a time, from the right
+      const Lane left = load(&wordline[r0]), first = load(&source[r0]);
+      Lane amperes = {}, square[LANES];
+      for (i64 c0 = wide - LANES; c0 >= 0; c0 -= LANES) {
+        for (int i = 0; i < LANES; ++i) square[i] = load(g + (r0 + i) * wide + c0);
+        transpose(square);
+        Lane volts = Lane{} + 1.0f;
+#pragma GCC unroll 16
+        for (int j = LANES - 1; j >= 0; --j) {
+          store(along + (c0 + j) * LANES, volts);
+          amperes += square[j] * volts;
+          volts += (c0 + j ? left : first) * amperes;
+        }
+        const Lane inverse = 1.0f / volts;
+        amperes *= inverse;
+        store(scale_along + c0, inverse);
+      }
+      Lane share = Lane{} + 1.0f;
+      for (i64 c0 = 0; c0 < wide; c0 += LANES) {
+        share *= load(scale_along + c0);
+        for (int j = 0; j < LANES; ++j) square[j] = share * load(along + (c0 + j) * LANES);
+        transpose(square);
+        const Lane reached = load(reach + c0) * load(scale + r0 / LANES * wide + c0), below = load(&bitline[c0]);
+        store(reach + c0, reached);
+        Lane voltage = reached, current = reached * load(start + r0 / LANES * wide + c0);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+          const Lane passed = load(g + (r0 + i) * wide + c0) * voltage;
+          store(out + (r0 + i) * wide + c0, passed * square[i]);
+          current += passed;
+          voltage += below * current;
+        }
+      }
+    }
+  }
+
+ public:
+  Ladder(i64 rows, i64 cols, Lines lines)
+      : rows(rows),
+        cols(cols),
+        high((rows + LANES - 1) / LANES * LANES),
+        wide((cols + LANES - 1) / LANES * LANES),
+        wordline(filled(lines.wordline, rows, high, high - rows)),
+        bitline(filled(lines.bitline, cols, wide, 0)),
+        source(filled(lines.source, rows, high, high - rows)),
+        sink(filled(lines.sink, cols, wide, 0)) {}
+
+  // Floats that `solve` takes; 64-byte boundaries stay.
+  i64 work() const { return 2 * high * wide / LANES + wide * (LANES + 2) + (whole() ? 0 : high * wide); }
+
+  void solve(const float* g, float* out, float* work) const {
+    if (whole()) return squares(g, out, work);
+    float* const cells = work;
+    float* const own = cells + (high - rows) * wide;
+    std::fill(cells, cells + high * wide, 0.0f);
+    for (i64 r = 0; r < rows; ++r) std::copy_n(g + r * cols, cols, own + r * wide);
+    squares(cells, cells, cells + high * wide);
+    for (i64 r = 0; r < rows; ++r) std::copy_n(own + r * wide, cols, out + r * cols);
+  }
+};
+
+i64 first_order_work(i64 rows, i64 cols) { return std::max(rows, cols) + cols; }
 
 // out = g (1 - the drops of first order in the resistances).
 void first_order(const float* g, i64 rows, i64 cols, Lines lines, float* out, float* work) {
@@ -117,6 +168,7 @@ struct Coarse {
   i64 k, rows, cols, pad;  // of the coarse tile; open cells added at the top
   std::vector<float> wordline, bitline, source, sink;
   i64 fine_rows, fine_cols;
+  std::unique_ptr<const Ladder> ladder;  // of the coarse tile
 
   Coarse(i64 rows, i64 cols, Lines lines, i64 blocks) : fine_rows(rows), fine_cols(cols) {
     k = (std::max(rows, cols) + blocks - 1) / blocks;
@@ -124,6 +176,7 @@ struct Coarse {
     pad = this->rows * k - rows;
     merge_lines(rows, pad, lines.wordline, lines.source, wordline, source);
     merge_lines(cols, 0, lines.bitline, lines.sink, bitline, sink);
+    ladder = std::make_unique<const Ladder>(this->rows, this->cols, this->lines());
   }
   // k lines side by side and k segments in a row: the segment stays, and the end hangs (k - 1) / 2 segments before
   // the middle of the block
@@ -139,9 +192,7 @@ struct Coarse {
     }
   }
   Lines lines() const { return {wordline.data(), bitline.data(), source.data(), sink.data()}; }
-  i64 work() const {
-    return rows * cols * 3 + rows + cols + fine_rows + fine_cols * (1 + cols) + ladder_work(rows, cols);
-  }
+  i64 work() const { return rows * cols * 3 + rows + cols + fine_rows + fine_cols * (1 + rows) + ladder->work(); }
 
   // where cell `i` lies between the centres of blocks: the lower one, and the share of the next
   i64 between(i64 i, i64 before, i64 blocks, float* share) const {
@@ -179,7 +230,7 @@ struct Coarse {
       p_coarse[(i + pad) / k] += p[i];
     }
     for (i64 j = 0; j < fine_cols; ++j) q_coarse[j / k] += q[j];
-    ladder(coarse, rows, cols, lines(), alone, across);
+    ladder->solve(coarse, alone, across);
     builder.g = coarse;
     const Block<float> exact = builder.tile();
     for (i64 r = 0; r < rows; ++r)
@@ -230,6 +281,7 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
                                               i64* bad) {
   const Lines lines{r_wordline, r_bitline, r_source, r_sink};
   const Coarse coarse(rows, cols, lines, blocks);
+  const Ladder alone(rows, cols, lines);
   if (method == MEAN_FIELD && coarse.k == 1) method = EXACT;
   const Builder plan = method == MEAN_FIELD ? Builder(coarse.rows, coarse.cols, coarse.lines(), false)
                                             : Builder(rows, cols, lines, admittance != nullptr);
@@ -238,11 +290,13 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
   bad[0] = bad[1] = -1;
 #pragma omp parallel
   {
-    const i64 own = solves ? memory.floats() + 16 : 0;
-    std::unique_ptr<float[]> block(new float[own + std::max(ladder_work(rows, cols), coarse.work())]);
-    float* const work = block.get() + own;
+    const i64 own = solves ? memory.floats() : 0;
+    const i64 others = std::max({alone.work(), coarse.work(), first_order_work(rows, cols)});
+    std::unique_ptr<float[]> block(new float[own + others + 16]);
+    float* const start = (float*)(((u64)block.get() + 63) / 64 * 64);
+    float* const work = start + own;
     Builder builder(plan);
-    if (solves) memory.give(builder, (float*)(((u64)block.get() + 63) / 64 * 64));
+    if (solves) memory.give(builder, start);
 #pragma omp for schedule(dynamic, 1)
     for (i64 tile = 0; tile < tiles; ++tile) {
       const float* const from = g + tile * rows * cols;
@@ -253,7 +307,7 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
       }
       if (method == NONE) std::memcpy(to, from, sizeof(float) * rows * cols);
       if (method == FIRST_ORDER) first_order(from, rows, cols, lines, to, work);
-      if (method == LADDER || method == MEAN_FIELD) ladder(from, rows, cols, lines, to, work);
+      if (method == LADDER || method == MEAN_FIELD) alone.solve(from, to, work);
       if (method == MEAN_FIELD) coarse.add_coupling(from, to, builder, work);
       if (method == EXACT) {
         builder.g = from;
