@@ -17,10 +17,32 @@ using Row = Floats<LANES>::Vec;
 inline Lane load(const float* from) { return *(const Row*)from; }
 inline void store(float* to, const Lane& x) { *(Row*)to = x; }
 
+// The largest of many numbers that are to be finite and not negative, as bits; -0 counts as 0.
+struct Largest {
+  typedef u32 Bits __attribute__((vector_size(4 * LANES)));
+  Bits bits = {};
+  void see(const Lane& x) {
+    const Bits own = (Bits)(x + 0.0f);
+    bits = own > bits ? own : bits;
+  }
+  bool sound() const {
+    u32 largest = 0;
+    for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, bits[lane]);
+    return largest < 0x7F800000u;
+  }
+};
+
 // g times the shares of voltage and current that the tile's lines let through, each line on its own.
 // From the open end on, with 1 V there: the current grows by g u, the voltage by resistance times current; shares are
 // ratios to the voltage at the driven end. Every 16 cells are scaled anew, so that no line overflows.
 class Ladder {
+ public:
+  // Whether all that was given, and all that was found, is finite and not negative.
+  struct Sound {
+    bool given, found;
+  };
+
+ private:
   i64 rows, cols, high, wide;  // high, wide: whole squares of 16, filled up with open cells at the open ends
   std::vector<float> wordline, bitline, source, sink;
 
@@ -33,7 +55,7 @@ class Ladder {
 
   // COUNT vectors of bitlines from the top: what every 16 rows start with, and the inverse of what they end with.
   template <int COUNT>
-  void bitlines(const float* g, i64 c0, float* start, float* scale) const {
+  void bitlines(const float* g, i64 c0, float* start, float* scale, Largest& given) const {
     Lane voltage[COUNT], current[COUNT], below[COUNT];
     for (int i = 0; i < COUNT; ++i) {
       voltage[i] = Lane{} + 1.0f, current[i] = Lane{};
@@ -46,7 +68,9 @@ class Ladder {
         for (int i = 0; i < COUNT; ++i) below[i] = load(&sink[c0 + i * LANES]);
 #pragma GCC unroll 8
       for (int i = 0; i < COUNT; ++i) {
-        current[i] += load(g + r * wide + c0 + i * LANES) * voltage[i];
+        const Lane cells = load(g + r * wide + c0 + i * LANES);
+        given.see(cells);
+        current[i] += cells * voltage[i];
         voltage[i] += below[i] * current[i];
       }
       if ((r + 1) % LANES) continue;
@@ -59,15 +83,16 @@ class Ladder {
     }
   }
 
-  void squares(const float* g, float* out, float* work) const {
+  Sound squares(const float* g, float* out, float* work) const {
+    Largest given, found;
     float* const start = work;                         // [high / 16, wide] currents of the bitlines
     float* const scale = start + high * wide / LANES;  // [high / 16, wide]
     float* const reach = scale + high * wide / LANES;  // [wide]
     float* const along = reach + wide;                 // [wide, 16]: voltages of 16 wordlines
     float* const scale_along = along + wide * LANES;   // [wide / 16, 16]
     i64 c = 0;
-    for (; c + 8 * LANES <= wide; c += 8 * LANES) bitlines<8>(g, c, start, scale);
-    for (; c < wide; c += LANES) bitlines<1>(g, c, start, scale);
+    for (; c + 8 * LANES <= wide; c += 8 * LANES) bitlines<8>(g, c, start, scale, given);
+    for (; c < wide; c += LANES) bitlines<1>(g, c, start, scale, given);
     std::fill(reach, reach + wide, 1.0f);
     for (i64 r0 = high - LANES; r0 >= 0; r0 -= LANES) {  // 16 wordlines at a time, from the right
       const Lane left = load(&wordline[r0]), first = load(&source[r0]);
@@ -97,12 +122,15 @@ class Ladder {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; ++i) {
           const Lane passed = load(g + (r0 + i) * wide + c0) * voltage;
-          store(out + (r0 + i) * wide + c0, passed * square[i]);
+          const Lane left_over = passed * square[i];
+          found.see(left_over);
+          store(out + (r0 + i) * wide + c0, left_over);
           current += passed;
           voltage += below * current;
         }
       }
     }
+    return {given.sound(), found.sound()};
   }
 
  public:
@@ -119,14 +147,15 @@ class Ladder {
   // Floats that `solve` takes; 64-byte boundaries stay.
   i64 work() const { return 2 * high * wide / LANES + wide * (LANES + 2) + (whole() ? 0 : high * wide); }
 
-  void solve(const float* g, float* out, float* work) const {
+  Sound solve(const float* g, float* out, float* work) const {
     if (whole()) return squares(g, out, work);
     float* const cells = work;
     float* const own = cells + (high - rows) * wide;
     std::fill(cells, cells + high * wide, 0.0f);
     for (i64 r = 0; r < rows; ++r) std::copy_n(g + r * cols, cols, own + r * wide);
-    squares(cells, cells, cells + high * wide);
+    const Sound sound = squares(cells, cells, cells + high * wide);
     for (i64 r = 0; r < rows; ++r) std::copy_n(own + r * wide, cols, out + r * cols);
+    return sound;
   }
 };
 
@@ -301,14 +330,24 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
     for (i64 tile = 0; tile < tiles; ++tile) {
       const float* const from = g + tile * rows * cols;
       float* const to = g_eff + tile * rows * cols;
+      if (method == LADDER) {
+        const Ladder::Sound sound = alone.solve(from, to, work);
+        if (!sound.given)
+          note(bad, tile);
+        else if (!sound.found)
+          note(bad + 1, tile);
+        continue;
+      }
       if (!sound(from, rows * cols, true)) {
         note(bad, tile);
         continue;
       }
       if (method == NONE) std::memcpy(to, from, sizeof(float) * rows * cols);
       if (method == FIRST_ORDER) first_order(from, rows, cols, lines, to, work);
-      if (method == LADDER || method == MEAN_FIELD) alone.solve(from, to, work);
-      if (method == MEAN_FIELD) coarse.add_coupling(from, to, builder, work);
+      if (method == MEAN_FIELD) {
+        alone.solve(from, to, work);
+        coarse.add_coupling(from, to, builder, work);
+      }
       if (method == EXACT) {
         builder.g = from;
         const Block<float> q = builder.tile();
