@@ -109,8 +109,8 @@ def by_sparse_lu(
 ) -> np.ndarray:
     """G_eff of one tile from the admittance matrix of its 2 R C nodes: one LU, then all inputs; resistances above 0.
 
-    In SuperLU's fastest setting: for 128 x 128 cells, minimum degree of A' + A fills 1.87 million entries, as nested
-    dissection of the grid does (1.87), and COLAMD 2.40; the factorisation takes 56 ms against 48 and 82.
+    In SuperLU's ordering that fills least: for 128 x 128 cells, minimum degree of A' + A leaves 1.87 million entries,
+    as nested dissection of the grid does (1.87), and COLAMD 2.40.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.linalg import splu
