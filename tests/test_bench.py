@@ -207,8 +207,8 @@ def test_tables_of_wires(tmp_path):
         "target_ms": None,
     }
     trained = {
-        "case": "wires-training: ladder", "trained": "ladder", "epochs": 3, "on_exact_wires": 0.9, "ms_a_step": 12.3,
-        "estimated_error": 0.01, "threads": 2,
+        "case": "wires-training: ladder", "trained": "ladder", "epochs": 3, "on_exact_wires": [0.875, 0.925], "ms_a_step": 12.3,
+        "estimated_error": 0.01, "threads": 2, "accuracy": 0.95,
     }  # fmt: skip
     readme = tmp_path / "README.md"
     blocks = "".join(
@@ -222,7 +222,7 @@ def test_tables_of_wires(tmp_path):
     assert "| wires-exact-64: 4 tiles | 2 (missed) | <= 1 ms | sparse LU 5 |  | 1e-07 |" in text
     assert "| wires-ladder: 4 tiles | 0.5 | <= 3 of a copy | copy 0.4 |  | 1e-07 |" in text
     assert "exact | not yet run on a GPU | <= 40 ms in all |" in text
-    assert "| ladder | 0.900 | 12 | 1e-02 |" in text
+    assert "| ladder | 0.950 | 0.900 (0.875, 0.925) | 12 | 1e-02 |" in text
     assert "old" not in text
 
 

@@ -21,8 +21,9 @@ EXPECTED = {
     "03_convert_and_train.py": (["1"], "convert_and_train.png", r"6 +Linear +analog +rule 6"),
     "04_your_own_device_law.py": ([], "device_laws.png", r"linear +halfway up:  50% of the window; .* 0%"),
     "05_calibrate_converters.py": (["1"], "calibrate_converters.png", r"(?m)^ +99\.9( +0\.\d{3}){6}$"),
-    "06_train_through_wires.py": (["1"], "train_through_wires.png", r"ladder +0\.\d{3} +0\.\d{3} +\d"),
+    "06_train_through_wires.py": (["1", "1"], "train_through_wires.png", r"ladder +0\.\d{3} +0\.\d{3} +\d"),
     "07_in_situ_algorithms.py": (["200"], "in_situ_algorithms.png", r"agad +error of the weights 0\.\d\d"),
+    "09_look_at_ir_drop.py": ([], "ir_drop.png", r"nodal solution agree to \de-0[67]\n"),
     "mnist_in_situ.py": (
         [
             "--data",

@@ -10,11 +10,12 @@ from torch.nn import functional
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator, spec_of
+from gpuxbar.bridge.operator import gradient, operator, spec_of
 from gpuxbar.launch import Device
+from gpuxbar.mapping import Planes
 from gpuxbar.spec import CrossbarSpec, Parasitics
 
-__all__ = ["merged", "refresh_wires", "tiles_shape"]
+__all__ = ["merged", "refresh_wires", "tiles_shape", "weight_through_wires"]
 
 
 @operator(
@@ -74,6 +75,66 @@ def refresh_wires(
             anchored.copy_(key)
 
 
+@operator(lambda weight, *_: torch.empty_like(weight))
+def weight_through_wires(
+    weight: Tensor, cells: Tensor, w_max: Tensor, groups: int, pairs: bool, spec: str
+) -> Tensor:
+    """A weight, whose gradient as a read sees it becomes that of its devices behind their wires.
+
+    Args:
+        weight: [G * O, ...].
+        cells: Conductances that hold it, float32 [2 slices, G * I, O], S.
+        w_max: Weight of a full pair, float32 [G * O].
+        groups: Arrays side by side along the wordlines.
+        pairs: Whether a change moves both devices of a pair by a half, as in-situ training does; else it moves the
+            device on the weight's side. All slices move by the same share of their window.
+        spec: The layer's `CrossbarSpec` as JSON.
+    """
+    if weight.device.type != "cpu":
+        raise NotImplementedError(
+            f"parasitics: gradient='exact' has no kernel on {weight.device} in this version; call model.cpu(), or use "
+            "gradient='straight_through'"
+        )
+    return weight.clone()
+
+
+@operator(lambda grad, *_: torch.empty_like(grad))
+def weight_through_wires_gradient(
+    grad: Tensor, weight: Tensor, cells: Tensor, w_max: Tensor, groups: int, pairs: bool, spec: str
+) -> Tensor:
+    """Gradient of the weight, shape and dtype of `grad`; a plane of cells at a time."""
+    crossbar = spec_of(spec)
+    ohms = _ohms(crossbar.parasitics, swap=False)
+    planes = Planes.of(crossbar, collapse=False)
+    window = planes.unit * (crossbar.device.g_max - crossbar.device.g_min)
+    base, slices = 2.0 ** (crossbar.mapping.slice_bits or 0), crossbar.mapping.slices
+    shape = (groups, weight.shape[0] // groups, -1)
+    full = w_max.view(groups, -1, 1)
+    seen = _tiles((grad.detach().float().view(shape) * full).mT, crossbar)
+    sign = torch.zeros(shape[:2]).unsqueeze(2) if pairs else weight.detach().float().reshape(shape).sign()
+    out = torch.zeros_like(grad.view(shape), dtype=torch.float32)
+    for plane, held in enumerate(cells):
+        tiles = _tiles(held.view(groups, -1, held.shape[1]), crossbar)
+        moved = tensor(ops.effective_conductance_gradient(array(tiles), array(seen), **ohms))
+        share = window * base ** (plane % slices) / 2 * (1 + sign if plane < slices else 1 - sign)
+        out += share * _untiled(moved, held[None], groups).view(groups, -1, held.shape[1]).mT
+    return (out / full).view_as(grad).to(grad.dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, cells, w_max, *ctx.settings = inputs
+    ctx.save_for_backward(
+        weight, cells, w_max
+    )  # a change of the weight, which alone changes cells, is caught
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return weight_through_wires_gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *(None,) * 5
+
+
+gradient(weight_through_wires, _backward, _setup)
+
+
 def merged(planes: Tensor, merge: str, base: int, power: int = 1) -> Tensor:
     """Planes [2 slices, ...] joined: "none" keeps them; differences of pairs, or with `power` 2 sums of variances."""
     if merge == "none":
@@ -102,10 +163,7 @@ def _solve(
     anchor: ops.Anchor | None,
     moved: bool,
 ) -> Tensor:
-    source, sink = (wires.r_sink, wires.r_source) if swap else (wires.r_source, wires.r_sink)
-    ohms: dict[str, Any] = {
-        "r_wordline": wires.r_wordline, "r_bitline": wires.r_bitline, "r_source": source, "r_sink": sink,
-    }  # fmt: skip
+    ohms = _ohms(wires, swap)
     if anchor is not None and wires.anchor is not None:
         solved = ops.anchored_conductance(
             array(blocks), anchor, **ohms, approximation=wires.anchor, refresh_interval=wires.refresh_interval,
@@ -116,6 +174,12 @@ def _solve(
             array(blocks), **ohms, method=wires.method, shared_drivers=wires.shared_drivers, device=device
         )
     return tensor(solved)
+
+
+def _ohms(wires: Parasitics, swap: bool) -> dict[str, Any]:
+    """The resistances; with `swap`, those of the ends move with driver and sense amplifier."""
+    source, sink = (wires.r_sink, wires.r_source) if swap else (wires.r_source, wires.r_sink)
+    return {"r_wordline": wires.r_wordline, "r_bitline": wires.r_bitline, "r_source": source, "r_sink": sink}
 
 
 def _shape(lines: int, outputs: int, spec: CrossbarSpec) -> tuple[int, int, int, int]:

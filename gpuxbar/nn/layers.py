@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.reprogram import reprogram
+from gpuxbar.bridge.wires import weight_through_wires
 from gpuxbar.mapping import plan_reads
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.nn.cells import Cells
@@ -179,6 +180,11 @@ class AnalogLayer(InSitu):
         bias = None if self.bias is None else self.bias.float()
         watched = self.pulsed and torch.is_grad_enabled()
         weight = self.weight.detach() if watched else self.weight
+        if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
+            devices = self.cells if self.g_cells is None else self.g_cells
+            weight = weight_through_wires(
+                weight, devices, cells.w_max, self.groups_, self.in_situ, self.static[1]
+            )
         y = analog_mvm(
             x, weight, *cells, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
             self.back_adc_error, self.read_step.clone(), self.static[0], torch.is_grad_enabled(),

@@ -3,7 +3,8 @@
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
-from gpuxbar.ops.effective_conductance import effective_conductance
+from gpuxbar.ops.effective_conductance import Method, effective_conductance
+from gpuxbar.ops.effective_conductance_gradient import effective_conductance_gradient
 from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
 from gpuxbar.ops.solve_for_inputs import solve_for_inputs, solve_for_inputs_gradient
@@ -13,10 +14,12 @@ from gpuxbar.reference.tile_mvm import ConvGeometry
 __all__ = [
     "Anchor",
     "ConvGeometry",
+    "Method",
     "anchored_conductance",
     "dac_quantize",
     "device_update",
     "effective_conductance",
+    "effective_conductance_gradient",
     "program",
     "pulse_update",
     "reprogram",

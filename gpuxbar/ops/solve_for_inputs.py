@@ -79,7 +79,7 @@ def solve_for_inputs_gradient(
 ) -> tuple[Any, Any]:
     """The true gradient of `solve_for_inputs` through the wires, by one more solution: that of the adjoint network.
 
-    With `v` the identity [..., R, R] and `grad_i` a gradient of G_eff [..., R, C], grad_g is its gradient in g.
+    For all inputs of a tile at once, `effective_conductance_gradient` costs less.
 
     Args:
         v, g, r_wordline, r_bitline, r_source, r_sink, tolerance: As in `solve_for_inputs`.

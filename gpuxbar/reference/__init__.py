@@ -9,7 +9,11 @@ from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
-from gpuxbar.reference.wire_currents import solve_for_inputs, solve_for_inputs_gradient
+from gpuxbar.reference.wire_currents import (
+    effective_conductance_gradient,
+    solve_for_inputs,
+    solve_for_inputs_gradient,
+)
 
 __all__ = [
     "METHODS",
@@ -18,6 +22,7 @@ __all__ = [
     "dac_quantize",
     "device_update",
     "effective_conductance",
+    "effective_conductance_gradient",
     "fingerprint",
     "fold",
     "nodal_conductance",

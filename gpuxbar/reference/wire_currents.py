@@ -21,7 +21,7 @@ import numpy as np
 
 from gpuxbar.reference.nodal import node_voltages
 
-__all__ = ["solve_for_inputs", "solve_for_inputs_gradient"]
+__all__ = ["effective_conductance_gradient", "solve_for_inputs", "solve_for_inputs_gradient"]
 
 
 def solve_for_inputs(v: np.ndarray, g: np.ndarray, **wires: Any) -> np.ndarray:
@@ -44,3 +44,10 @@ def solve_for_inputs_gradient(
         grad_g[tile] = ((forward.wordline - forward.bitline) * over).sum(0)
         grad_v[tile] = (g[tile] * over).sum(-1)
     return grad_v, grad_g
+
+
+def effective_conductance_gradient(g: np.ndarray, grad: np.ndarray, **wires: Any) -> np.ndarray:
+    """Gradient of g [..., R, C] from that of its effective conductance: every wordline alone is an input."""
+    rows = g.shape[-2]
+    alone = np.broadcast_to(np.eye(rows), (*g.shape[:-1], rows))
+    return solve_for_inputs_gradient(alone, g, grad, **wires)[1]

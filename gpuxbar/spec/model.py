@@ -210,6 +210,9 @@ class Parasitics(Part):
     whenever the weights change. `refresh_interval`: changes after which a tile is solved again, in turn; `tolerance`:
     relative error of a tile that is let pass, as estimated, before it is solved earlier. A layer's `wire_error()` is
     the largest estimate. On a GPU an anchor makes every read wait for the device once.
+    `gradient`: of the weights. "straight_through": that of the conductances as reads see them, as if wires took nothing
+    on the way to the devices; "exact": brought through the wires to the devices by the adjoint network, at about seven
+    times the cost of an exact solution at every backward pass (method "exact", with or without anchor, on the CPU).
     """
 
     r_wordline: float = Field(0.0, ge=0)
@@ -222,6 +225,7 @@ class Parasitics(Part):
     anchor: Literal["ladder", "mean_field"] | None = None
     refresh_interval: int = Field(1, ge=1)
     tolerance: float = Field(1e-2, gt=0)
+    gradient: Literal["straight_through", "exact"] = "straight_through"
 
     @model_validator(mode="after")
     def _chosen(self) -> Parasitics:
@@ -246,6 +250,11 @@ class Parasitics(Part):
                 "Parasitics: `anchor` must go with method='exact' and shared_drivers=False, got "
                 f"{self.method!r} and {self.shared_drivers}; choose these or anchor=None"
             )
+        if self.gradient == "exact" and (self.method != "exact" or self.shared_drivers):
+            raise ValueError(
+                "Parasitics: `gradient` must be straight_through unless method='exact' and shared_drivers=False, got "
+                f"'exact' with {self.method!r} and {self.shared_drivers}; choose these or gradient='straight_through'"
+            )
         return self
 
     @property
@@ -253,6 +262,11 @@ class Parasitics(Part):
         """Whether any wire has a resistance that is solved for."""
         ohms = (self.r_wordline, self.r_bitline, self.r_source, self.r_sink)
         return self.method != "none" and any(ohms)
+
+    @property
+    def exact_gradient(self) -> bool:
+        """Whether gradients of weights go through wires."""
+        return self.active and self.gradient == "exact"
 
     @property
     def swapped(self) -> bool:
@@ -364,6 +378,11 @@ class CrossbarSpec(Part):
             raise ValueError(
                 f"CrossbarSpec: `device.levels` must be 2**slice_bits = {2**self.mapping.slice_bits} for "
                 f"sliced weights, got {self.device.levels}; leave it None"
+            )
+        if self.pulses is not None and self.parasitics.exact_gradient:
+            raise ValueError(
+                "CrossbarSpec: `parasitics.gradient` must be straight_through with pulses, got 'exact'; pulse trains multiply "
+                "inputs and errors in the array and make no gradient: choose it, or pulses=None"
             )
         if self.pulses is not None:
             check_train("CrossbarSpec", self.pulses, self.update)

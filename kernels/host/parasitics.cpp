@@ -1,557 +1,165 @@
-// effective_conductance on the CPU: the block merge, one tile a thread, and the ladder.
+// effective_conductance on the CPU: the block merge (blocks.hpp), one tile a thread, and the approximations.
 //
-// Leaves of 8 x 8 cells are merged 16 at a time, one leaf a vector lane; above them every merge is a handful of
-// small matrix products in a register-tiled kernel, depth first, so that a thread's blocks stay in its second cache.
-// Only what the tile's result needs is computed: blocks at the far ends have no port there, and the admittances of the
-// near ends are left out. Bits do not depend on threads. Meaning and oracle: gpuxbar/reference/effective_conductance.py.
-#include <algorithm>
-#include <cstring>
+// Bits do not depend on threads. Meaning and oracle: gpuxbar/reference/effective_conductance.py.
 #include <memory>
-#include <vector>
 
-#include "gpuxbar/parasitics.cuh"
+#include "blocks.hpp"
 
 using namespace gpuxbar;
+using namespace gpuxbar::blocks;
 
 namespace {
 
-constexpr int LEAF = 8;   // cells along a leaf's side; every block is a multiple of it
-constexpr int GROUP = 4;  // leaves along the side of a group
-constexpr int LANES = GROUP * GROUP;
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16, MICRO = 8;  // floats of a vector, rows of the register tile
-#else
-constexpr int WIDTH = 8, MICRO = 4;
-#endif
-
-typedef float Lane __attribute__((vector_size(4 * LANES)));  // one value of every leaf of a group
-
-// Neighbouring floats at any address; a template argument would lose the alignment.
-template <int COUNT>
-struct Floats;
-template <>
-struct Floats<16> {
-  typedef float Vec __attribute__((vector_size(64), aligned(4)));
-};
-template <>
-struct Floats<8> {
-  typedef float Vec __attribute__((vector_size(32), aligned(4)));
-};
-
-template <int STEP>
-inline void exchange(Lane* m) {
-  typedef int Index __attribute__((vector_size(4 * LANES)));
-  Index low, high;
-  for (int j = 0; j < LANES; ++j) {
-    low[j] = j & STEP ? LANES + j - STEP : j;
-    high[j] = j & STEP ? LANES + j : j + STEP;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) {
-    if (i & STEP) continue;
-    const Lane a = m[i], b = m[i + STEP];
-    m[i] = __builtin_shuffle(a, b, low);
-    m[i + STEP] = __builtin_shuffle(a, b, high);
-  }
-}
-
-// A square of 16 x 16 floats turned over its diagonal.
-inline void transpose(Lane* m) {
-  exchange<1>(m);
-  exchange<2>(m);
-  exchange<4>(m);
-  exchange<8>(m);
-}
-
-// ---------------------------------------------------------------- products
-
-// c[i][j] = c0[i][j] + sign * sum_k at[k][i] b[k][j] for ROWS x COLS results in registers; c0 may be null or c.
-template <int STEP, int ROWS, int COLS>
-inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
-                          float sign, float* c, i64 ldc) {
-  using V = typename Floats<STEP>::Vec;
-  V sum[ROWS][COLS] = {};
-  for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
-    V right[COLS];
-#pragma GCC unroll 2
-    for (int j = 0; j < COLS; ++j) right[j] = *(const V*)(b + j * STEP);
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      const V left = at[i] - V{};
-#pragma GCC unroll 2
-      for (int j = 0; j < COLS; ++j) sum[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < COLS; ++j) {
-      const V start = c0 ? *(const V*)(c0 + i * ldc0 + j * STEP) : V{};
-      *(V*)(c + i * ldc + j * STEP) = start + sign * sum[i][j];
-    }
-}
-
-template <int STEP, int COLS>
-void tile_column(i64 rows, i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
-                 float sign, float* c, i64 ldc) {
-  for (i64 i = 0; i < rows; i += MICRO)
-    register_tile<STEP, MICRO, COLS>(depth, at + i, lda, b, ldb, c0 ? c0 + i * ldc0 : nullptr, ldc0, sign, c + i * ldc,
-                                     ldc);
-}
-
-// c = c0 + sign at' b: at [depth, rows], b [depth, cols]; rows and cols are multiples of 8.
-void product(i64 rows, i64 cols, i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0,
-             i64 ldc0, float sign, float* c, i64 ldc) {
-  i64 j = 0;
-  for (; j + 2 * WIDTH <= cols; j += 2 * WIDTH)
-    tile_column<WIDTH, 2>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
-  for (; j + WIDTH <= cols; j += WIDTH)
-    tile_column<WIDTH, 1>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
-  for (; j < cols; j += 8)
-    tile_column<8, 1>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
-}
-
-template <int SIDE>
-inline void lane_tile(i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0, i64 ldc0, float sign,
-                      Lane* c, i64 ldc) {
-  Lane sum[SIDE][SIDE] = {};
-  for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
-#pragma GCC unroll 4
-    for (int i = 0; i < SIDE; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < SIDE; ++j) sum[i][j] += at[i] * b[j];
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < SIDE; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < SIDE; ++j) c[i * ldc + j] = (c0 ? c0[i * ldc0 + j] : Lane{}) + sign * sum[i][j];
-}
-
-template <int SIDE>
-void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0,
-                  i64 ldc0, float sign, Lane* c, i64 ldc) {
-  for (i64 i = 0; i < rows; i += SIDE)
-    for (i64 j = 0; j < cols; j += SIDE)
-      lane_tile<SIDE>(depth, at + i, lda, b + j, ldb, c0 ? c0 + i * ldc0 + j : nullptr, ldc0, sign, c + i * ldc + j,
-                      ldc);
-}
-
-// The same for a matrix in every lane; sizes are 1, 2, 4 or 8.
-void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0, i64 ldc0,
-             float sign, Lane* c, i64 ldc) {
-  const i64 least = std::min(rows, cols);
-  (least >= 4   ? lane_product<4>
-   : least == 2 ? lane_product<2>
-                : lane_product<1>)(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
-}
-
-// ---------------------------------------------------------------- inverse
-
-// In place, without pivots: 1 + A Z with A, Z positive semidefinite keeps its pivots at 1 or above in the mean.
-template <class T>
-inline void invert_small(i64 n, T* m, i64 ld) {
-  for (i64 t = 0; t < n; ++t) {
-    T* const pivot = m + t * ld;
-    const T inverse = 1.0f / pivot[t];
-    pivot[t] = inverse - inverse + 1.0f;
-    for (i64 j = 0; j < n; ++j) pivot[j] *= inverse;
-    for (i64 i = 0; i < n; ++i) {
-      if (i == t) continue;
-      T* const row = m + i * ld;
-      const T factor = row[t];
-      row[t] = factor - factor;
-      for (i64 j = 0; j < n; ++j) row[j] -= factor * pivot[j];
-    }
-  }
-}
-
-// Gauss-Jordan by panels of LEAF rows; `work` holds 2 LEAF (n + LEAF) numbers.
-void invert(i64 n, float* m, i64 ld, float* work) {
-  float* const across = work;           // [LEAF, n]: the panel's rows, times the inverse of its pivot block
-  float* const down = work + LEAF * n;  // [LEAF, n]: its columns, transposed
-  for (i64 t = 0; t < n; t += LEAF) {
-    float pivot[LEAF * LEAF], turned[LEAF * LEAF];
-    for (i64 i = 0; i < LEAF; ++i)
-      for (i64 j = 0; j < LEAF; ++j) pivot[i * LEAF + j] = m[(t + i) * ld + t + j];
-    invert_small<float>(LEAF, pivot, LEAF);
-    for (i64 i = 0; i < LEAF; ++i)
-      for (i64 j = 0; j < LEAF; ++j) {
-        turned[j * LEAF + i] = pivot[i * LEAF + j];
-        m[(t + i) * ld + t + j] = i == j ? 1.0f : 0.0f;
-      }
-    product(LEAF, n, LEAF, turned, LEAF, m + t * ld, ld, nullptr, 0, 1.0f, across, n);
-    for (i64 i = 0; i < n; ++i)
-      for (i64 k = 0; k < LEAF; ++k) {
-        const bool own = i >= t && i < t + LEAF;
-        down[k * n + i] = own ? 0.0f : m[i * ld + t + k];
-        m[i * ld + t + k] = 0.0f;
-      }
-    for (i64 k = 0; k < LEAF; ++k) std::memcpy(m + (t + k) * ld, across + k * n, sizeof(float) * n);
-    product(n, n, LEAF, down, n, across, n, m, ld, -1.0f, m, ld);
-  }
-}
-
-void invert(i64 n, Lane* m, i64 ld, Lane*) { invert_small<Lane>(n, m, ld); }
-
-// ---------------------------------------------------------------- blocks and their merge
-
-enum Port { L, R, T, B };
-
-// Hybrid ports of a block: q symmetric; port s takes `size[s]` rows and columns from `at[s]`. A missing port (an open
-// end of the tile) has size 0.
-template <class E>
-struct Block {
-  E* q;
-  i64 ld, at[4], size[4];
-  E* part(int a, int b) const { return q + at[a] * ld + at[b]; }
-};
-
-// A stack of memory; with no memory behind it, it only counts what a run would take.
-template <class E>
-struct Stack {
-  E* base = nullptr;
-  i64 top = 0, peak = 0;
-  E* take(i64 count) {
-    E* const here = base + top;
-    top += (count + 15) / 16 * 16;
-    peak = std::max(peak, top);
-    return here;
-  }
-};
-
-// Blocks of even depth on one stack, of odd depth on the other: a merge releases its parts below its result.
-template <class E>
-struct Stacks {
-  Stack<E> stack[2];
-  bool counting() const { return !stack[0].base; }
-};
-
-inline i64 padded(i64 size, float) { return (size + 15) / 16 * 16 + 16; }  // rows off a power of two apart
-inline i64 padded(i64 size, const Lane&) { return size; }
-
-template <class E>
-void mirror(i64 rows, i64 cols, const E* from, i64 ld_from, E* to, i64 ld_to) {
-  for (i64 i0 = 0; i0 < rows; i0 += 8)
-    for (i64 j0 = 0; j0 < cols; j0 += 8)
-      for (i64 j = j0; j < std::min(cols, j0 + 8); ++j)
-        for (i64 i = i0; i < std::min(rows, i0 + 8); ++i) to[j * ld_to + i] = from[i * ld_from + j];
-}
-
-// A side of one part, and where it lies in the merged block.
-struct Segment {
-  int port;
-  i64 offset;
-};
-
-struct Wanted {
-  bool ll, bb;  // whether the admittances of the left and lower sides matter
-  bool operator()(int a, int b) const { return !(a == L && b == L && !ll) && !(a == B && b == B && !bb); }
-};
-
-// Joins a's right (top) to b's left (bottom).
-template <class E>
-Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wanted, Stack<E>& results,
-               Stack<E>& scratch) {
-  const int k1 = along_rows ? R : T, k2 = along_rows ? L : B;
-  const Segment rest1[3] = {along_rows ? Segment{L, 0} : Segment{L, b.size[L]},
-                            along_rows ? Segment{T, 0} : Segment{R, b.size[R]}, Segment{B, 0}};
-  const Segment rest2[3] = {along_rows ? Segment{R, 0} : Segment{L, 0},
-                            along_rows ? Segment{T, a.size[T]} : Segment{R, 0},
-                            along_rows ? Segment{B, a.size[B]} : Segment{T, 0}};
-  Block<E> out;
-  out.size[L] = along_rows ? a.size[L] : a.size[L] + b.size[L];
-  out.size[R] = along_rows ? b.size[R] : a.size[R] + b.size[R];
-  out.size[T] = along_rows ? a.size[T] + b.size[T] : b.size[T];
-  out.size[B] = along_rows ? a.size[B] + b.size[B] : a.size[B];
-  i64 total = 0;
-  for (int s = 0; s < 4; ++s) {
-    out.at[s] = total;
-    total += out.size[s];
-  }
-  out.ld = padded(total, E{});
-  out.q = results.take(total * out.ld);
-
-  const i64 k = a.size[k1], ld = padded(k, E{});
-  i64 at1[3], at2[3], wide1 = 0, wide2 = 0;  // columns of the rests
-  for (int s = 0; s < 3; ++s) {
-    at1[s] = wide1, wide1 += a.size[rest1[s].port];
-    at2[s] = wide2, wide2 += b.size[rest2[s].port];
-  }
-  const i64 ld1 = padded(wide1, E{}), ld2 = padded(wide2, E{});
-  E* const f = scratch.take(k * ld);   // (1 + A Z)^-1, the transpose of F
-  E* const fz = scratch.take(k * ld);  // F Z
-  E* const x = scratch.take(k * ld1);  // F B1'
-  E* const y = scratch.take(k * ld1);  // A F B1'
-  E* const w = scratch.take(k * ld2);  // F Z B2'
-  E* const work = scratch.take(2 * LEAF * (k + LEAF));
-  if (!scratch.base) return out;
-
-  const E* const minus_z = a.part(k1, k1);
-  const E* const admittance = b.part(k2, k2);
-  product(k, k, k, admittance, b.ld, minus_z, a.ld, nullptr, 0, -1.0f, f, ld);
-  for (i64 i = 0; i < k; ++i) f[i * ld + i] += 1.0f;
-  invert(k, f, ld, work);
-
-  bool any22 = false;
-  for (int s = 0; s < 3; ++s)
-    for (int r = 0; r <= s; ++r)
-      any22 |= b.size[rest2[s].port] && b.size[rest2[r].port] && wanted(rest2[r].port, rest2[s].port);
-  if (any22) product(k, k, k, f, ld, minus_z, a.ld, nullptr, 0, -1.0f, fz, ld);
-  for (int s = 0; s < 3; ++s) {
-    const int port1 = rest1[s].port, port2 = rest2[s].port;
-    bool inner1 = false, inner2 = false, cross = false;
-    for (int r = 0; r < 3; ++r) {
-      inner1 |= r <= s && a.size[rest1[r].port] && wanted(rest1[r].port, port1);
-      inner2 |= r <= s && b.size[rest2[r].port] && wanted(rest2[r].port, port2);
-      cross |= b.size[rest2[r].port] && wanted(port1, rest2[r].port);
-    }
-    if (inner1 || cross)
-      product(k, a.size[port1], k, f, ld, a.part(k1, port1), a.ld, nullptr, 0, 1.0f, x + at1[s], ld1);
-    if (inner1) product(k, a.size[port1], k, admittance, b.ld, x + at1[s], ld1, nullptr, 0, 1.0f, y + at1[s], ld1);
-    if (inner2) product(k, b.size[port2], k, fz, ld, b.part(k2, port2), b.ld, nullptr, 0, 1.0f, w + at2[s], ld2);
-  }
-
-  const auto place = [&](const Segment& s, const Segment& t) {
-    return out.q + (out.at[s.port] + s.offset) * out.ld + out.at[t.port] + t.offset;
-  };
-  for (int s = 0; s < 3; ++s)
-    for (int r = 0; r <= s; ++r) {  // Q11 and Q22, the segments' upper triangle and its mirror image
-      const int p1 = rest1[r].port, q1 = rest1[s].port, p2 = rest2[r].port, q2 = rest2[s].port;
-      if (wanted(p1, q1)) {
-        E* const to = place(rest1[r], rest1[s]);
-        product(a.size[p1], a.size[q1], k, a.part(k1, p1), a.ld, y + at1[s], ld1, a.part(p1, q1), a.ld, 1.0f, to,
-                out.ld);
-        if (r != s) mirror(a.size[p1], a.size[q1], to, out.ld, place(rest1[s], rest1[r]), out.ld);
-      }
-      if (wanted(p2, q2)) {
-        E* const to = place(rest2[r], rest2[s]);
-        product(b.size[p2], b.size[q2], k, b.part(k2, p2), b.ld, w + at2[s], ld2, b.part(p2, q2), b.ld, -1.0f, to,
-                out.ld);
-        if (r != s) mirror(b.size[p2], b.size[q2], to, out.ld, place(rest2[s], rest2[r]), out.ld);
-      }
-    }
-  for (int r = 0; r < 3; ++r)
-    for (int s = 0; s < 3; ++s) {  // Q12
-      const int p = rest1[r].port, q = rest2[s].port;
-      if (!wanted(p, q)) continue;
-      E* const to = place(rest1[r], rest2[s]);
-      product(a.size[p], b.size[q], k, x + at1[r], ld1, b.part(k2, q), b.ld, nullptr, 0, -1.0f, to, out.ld);
-      mirror(a.size[p], b.size[q], to, out.ld, place(rest2[s], rest1[r]), out.ld);
-    }
-  return out;
-}
-
-// ---------------------------------------------------------------- one tile
-
-struct Lines {
-  const float *wordline, *bitline, *source, *sink;  // [rows], [cols], [rows], [cols] ohm
-};
-
-// Builds the blocks of one tile; its rows are padded to leaves at the top, its columns at the right.
-struct Builder {
-  i64 rows, cols;       // of cells
-  i64 high, wide, pad;  // of leaves; rows of padding
-  bool admittances;     // whether the tile's outer admittances are wanted
-  Lines lines;
-  const float* g = nullptr;
-  Stacks<float> blocks;
-  Stacks<Lane> lanes;
-
-  Builder(i64 rows, i64 cols, Lines lines, bool admittances)
-      : rows(rows),
-        cols(cols),
-        high((rows + LEAF - 1) / LEAF),
-        wide((cols + LEAF - 1) / LEAF),
-        pad(high * LEAF - rows),
-        admittances(admittances),
-        lines(lines) {}
-
-  // Cells [i0, i1) x [j0, j1) of every leaf of the group whose first leaf is (r0, c0).
-  Block<Lane> cells(i64 r0, i64 c0, int i0, int i1, int j0, int j1, int depth) {
-    Stack<Lane>&results = lanes.stack[depth & 1], &parts = lanes.stack[~depth & 1];
-    if (i1 - i0 == 1 && j1 - j0 == 1) return cell(r0, c0, i0, j0, results);
-    const i64 mark = parts.top;
-    const bool along_rows = j1 - j0 > i1 - i0;
-    const int i = (i0 + i1) / 2, j = (j0 + j1) / 2;
-    const Block<Lane> a =
-        along_rows ? cells(r0, c0, i0, i1, j0, j, depth + 1) : cells(r0, c0, i, i1, j0, j1, depth + 1);
-    const Block<Lane> b =
-        along_rows ? cells(r0, c0, i0, i1, j, j1, depth + 1) : cells(r0, c0, i0, i, j0, j1, depth + 1);
-    const Block<Lane> out = merge(a, b, along_rows, Wanted{true, true}, results, parts);
-    parts.top = mark;
-    return out;
-  }
-
-  Block<Lane> cell(i64 r0, i64 c0, int i, int j, Stack<Lane>& results) {
-    const Block<Lane> out{results.take(16), 4, {0, 1, 2, 3}, {1, 1, 1, 1}};
-    if (lanes.counting()) return out;
-    Lane device = {}, left = {}, below = {};
-    for (int lane = 0; lane < LANES; ++lane) {
-      const i64 row = (r0 + lane / GROUP) * LEAF + i - pad, col = (c0 + lane % GROUP) * LEAF + j;
-      if (row < 0 || row >= rows || col >= cols) continue;
-      device[lane] = g[row * cols + col];
-      left[lane] = col ? lines.wordline[row] : lines.source[row];
-      below[lane] = row + 1 < rows ? lines.bitline[col] : lines.sink[col];
-    }
-    const CellPorts<Lane> p = cell_ports(device, left, below);
-    const Lane q[16] = {p.ll, p.lr, p.lt, p.lb, p.lr, p.rr, p.rt, p.rb, p.lt, p.rt, p.tt, p.tb, p.lb, p.rb, p.tb, p.bb};
-    std::copy(q, q + 16, out.q);
-    return out;
-  }
-
-  // The leaves of the group at (r0, c0), each a matrix of its own, one after the other.
-  float* leaves(i64 r0, i64 c0, Stack<float>& results) {
-    constexpr i64 SIZE = 4 * LEAF * 4 * LEAF;
-    float* const out = results.take(LANES * SIZE);
-    const Block<Lane> block = cells(r0, c0, 0, LEAF, 0, LEAF, 0);
-    lanes.stack[0].top = 0;
-    if (blocks.counting()) return out;
-    for (i64 e0 = 0; e0 < SIZE; e0 += LANES) {
-      Lane square[LANES];
-      std::copy(block.q + e0, block.q + e0 + LANES, square);
-      transpose(square);
-      for (int lane = 0; lane < LANES; ++lane) std::memcpy(out + lane * SIZE + e0, square + lane, sizeof(Lane));
-    }
-    return out;
-  }
-
-  // Leaves [r0, r1) x [c0, c1); `inside` a group, `group` are its leaves.
-  Block<float> build(i64 r0, i64 r1, i64 c0, i64 c1, int depth, bool inside = false, float* group = nullptr) {
-    Stack<float>&results = blocks.stack[depth & 1], &parts = blocks.stack[~depth & 1];
-    const i64 r = r1 - r0, c = c1 - c0;
-    if (r == 1 && c == 1 && inside) {
-      constexpr i64 SIDE = 4 * LEAF;
-      const i64 lane = r0 % GROUP * GROUP + c0 % GROUP;
-      return {group + lane * SIDE * SIDE,
-              SIDE,
-              {0, LEAF, 2 * LEAF, 3 * LEAF},
-              {LEAF, c1 < wide ? LEAF : 0, r0 > 0 ? LEAF : 0, LEAF}};
-    }
-    const i64 mark = parts.top;
-    if (!inside && r <= GROUP && c <= GROUP) {
-      if (r == 1 && c == 1) return build(r0, r1, c0, c1, depth, true, leaves(r0, c0, results));
-      group = leaves(r0, c0, parts);
-      inside = true;
-    }
-    const bool along_rows = c > r;
-    const i64 unit = inside ? 1 : GROUP;
-    const i64 i = along_rows ? r0 : r0 + (r / 2 + unit - 1) / unit * unit;
-    const i64 j = along_rows ? c0 + (c / 2 + unit - 1) / unit * unit : c0;
-    const Block<float> a =
-        along_rows ? build(r0, r1, c0, j, depth + 1, inside, group) : build(i, r1, c0, c1, depth + 1, inside, group);
-    const Block<float> b =
-        along_rows ? build(r0, r1, j, c1, depth + 1, inside, group) : build(r0, i, c0, c1, depth + 1, inside, group);
-    const Wanted wanted{c0 > 0 || admittances, r1 < high || admittances};
-    const Block<float> out = merge(a, b, along_rows, wanted, results, parts);
-    parts.top = mark;
-    return out;
-  }
-
-  Block<float> tile() {
-    for (Stack<float>& s : blocks.stack) s.top = 0;
-    return build(0, high, 0, wide, 0);
-  }
-};
-
-// Memory of one thread: counted once on an empty builder.
-struct Memory {
-  i64 sizes[4];
-  explicit Memory(Builder counter) {
-    counter.tile();
-    for (int s = 0; s < 2; ++s) {
-      sizes[s] = counter.blocks.stack[s].peak;
-      sizes[2 + s] = counter.lanes.stack[s].peak * LANES;
-    }
-  }
-  i64 floats() const { return sizes[0] + sizes[1] + sizes[2] + sizes[3]; }
-  void give(Builder& builder, float* memory) const {
-    for (int s = 0; s < 2; ++s) {
-      builder.lanes.stack[s].base = (Lane*)memory, memory += sizes[2 + s];
-      builder.blocks.stack[s].base = memory, memory += sizes[s];
-    }
-  }
-};
-
 // ---------------------------------------------------------------- lines on their own
 
-// The first `count` of 16 floats, the others 0.
-inline Lane some(const float* from, i64 count) {
-  Lane x = {};
-  if (count >= LANES)
-    std::memcpy(&x, from, sizeof x);
-  else
-    std::memcpy(&x, from, sizeof(float) * count);
-  return x;
-}
+using Row = Floats<LANES>::Vec;
 
-i64 ladder_work(i64 rows, i64 cols) {
-  return 3 * cols + (rows / LANES + 1) * cols + (cols / LANES + 1) * LANES * (LANES + 1);
-}
+inline Lane load(const float* from) { return *(const Row*)from; }
+inline void store(float* to, const Lane& x) { *(Row*)to = x; }
 
-// out = g times the shares of voltage and current that the tile's lines let through, each line on its own.
+// The largest of many numbers that are to be finite and not negative, as bits; -0 counts as 0.
+struct Largest {
+  typedef u32 Bits __attribute__((vector_size(4 * LANES)));
+  Bits bits = {};
+  void see(const Lane& x) {
+    const Bits own = (Bits)(x + 0.0f);
+    bits = own > bits ? own : bits;
+  }
+  bool sound() const {
+    u32 largest = 0;
+    for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, bits[lane]);
+    return largest < 0x7F800000u;
+  }
+};
+
+// g times the shares of voltage and current that the tile's lines let through, each line on its own.
 // From the open end on, with 1 V there: the current grows by g u, the voltage by resistance times current; shares are
 // ratios to the voltage at the driven end. Every 16 cells are scaled anew, so that no line overflows.
-void ladder(const float* g, i64 rows, i64 cols, Lines lines, float* out, float* work) {
-  float* const voltage = work;                             // [cols] of the bitlines
-  float* const current = voltage + cols;                   // [cols]
-  float* const reach = current + cols;                     // [cols]
-  float* const scale = reach + cols;                       // [rows / 16, cols]: of 16 cells of a bitline
-  float* const along = scale + (rows / LANES + 1) * cols;  // [cols, 16]: voltages of 16 wordlines
-  float* const scale_along = along + (cols / LANES + 1) * LANES * LANES;
-  std::fill(voltage, voltage + cols, 1.0f);
-  std::fill(current, current + cols, 0.0f);
-  std::fill(reach, reach + cols, 1.0f);
-  for (i64 r = 0; r < rows; ++r) {  // bitlines, from the top
-    const float* const below = r + 1 < rows ? lines.bitline : lines.sink;
-    const float* const from = g + r * cols;
-    float* const to = out + r * cols;
-#pragma omp simd
-    for (i64 c = 0; c < cols; ++c) {
-      to[c] = voltage[c];
-      current[c] += from[c] * voltage[c];
-      voltage[c] += below[c] * current[c];
-    }
-    if ((r + 1) % LANES && r + 1 < rows) continue;
-    float* const inverse = scale + r / LANES * cols;
-    for (i64 c = 0; c < cols; ++c) {
-      inverse[c] = 1.0f / voltage[c];
-      current[c] *= inverse[c];
-      voltage[c] = 1.0f;
-    }
+class Ladder {
+ public:
+  // Whether all that was given, and all that was found, is finite and not negative.
+  struct Sound {
+    bool given, found;
+  };
+
+ private:
+  i64 rows, cols, high, wide;  // high, wide: whole squares of 16, filled up with open cells at the open ends
+  std::vector<float> wordline, bitline, source, sink;
+
+  static std::vector<float> filled(const float* from, i64 count, i64 whole, i64 at) {
+    std::vector<float> out(whole, 0.0f);
+    std::copy_n(from, count, out.begin() + at);
+    return out;
   }
-  for (i64 r0 = (rows - 1) / LANES * LANES; r0 >= 0; r0 -= LANES) {  // 16 wordlines at a time, from the right
-    const i64 n = std::min<i64>(LANES, rows - r0);
-    for (i64 c = 0; c < cols; ++c) reach[c] *= scale[r0 / LANES * cols + c];
-    const Lane left = some(lines.wordline + r0, n), source = some(lines.source + r0, n);
-    Lane amperes = {}, square[LANES];
-    for (i64 c0 = (cols - 1) / LANES * LANES; c0 >= 0; c0 -= LANES) {
-      for (int i = 0; i < LANES; ++i) square[i] = i < n ? some(g + (r0 + i) * cols + c0, cols - c0) : Lane{};
-      transpose(square);
-      Lane volts = Lane{} + 1.0f;
-      for (int j = LANES - 1; j >= 0; --j) {
-        std::memcpy(along + (c0 + j) * LANES, &volts, sizeof volts);
-        amperes += square[j] * volts;
-        volts += (c0 + j ? left : source) * amperes;
-      }
-      const Lane inverse = 1.0f / volts;
-      amperes *= inverse;
-      std::memcpy(scale_along + c0, &inverse, sizeof inverse);
+  bool whole() const { return rows == high && cols == wide; }
+
+  // COUNT vectors of bitlines from the top: what every 16 rows start with, and the inverse of what they end with.
+  template <int COUNT>
+  void bitlines(const float* g, i64 c0, float* start, float* scale, Largest& given) const {
+    Lane voltage[COUNT], current[COUNT], below[COUNT];
+    for (int i = 0; i < COUNT; ++i) {
+      voltage[i] = Lane{} + 1.0f, current[i] = Lane{};
+      below[i] = load(&bitline[c0 + i * LANES]);
     }
-    Lane share = Lane{} + 1.0f;
-    for (i64 c0 = 0; c0 < cols; c0 += LANES) {
-      share *= some(scale_along + c0, LANES);
-      for (int j = 0; j < LANES; ++j) square[j] = share * some(along + (c0 + j) * LANES, LANES);
-      transpose(square);
-      const i64 m = std::min<i64>(LANES, cols - c0);
-      const Lane down = some(reach + c0, m);
-      for (int i = 0; i < n; ++i) {
-        const i64 e = (r0 + i) * cols + c0;
-        const Lane result = some(g + e, m) * some(out + e, m) * down * square[i];
-        std::memcpy(out + e, &result, sizeof(float) * m);
+    for (i64 r = 0; r < high; ++r) {
+      if (r % LANES == 0)
+        for (int i = 0; i < COUNT; ++i) store(start + r / LANES * wide + c0 + i * LANES, current[i]);
+      if (r == high - 1)
+        for (int i = 0; i < COUNT; ++i) below[i] = load(&sink[c0 + i * LANES]);
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) {
+        const Lane cells = load(g + r * wide + c0 + i * LANES);
+        given.see(cells);
+        current[i] += cells * voltage[i];
+        voltage[i] += below[i] * current[i];
+      }
+      if ((r + 1) % LANES) continue;
+      for (int i = 0; i < COUNT; ++i) {
+        const Lane inverse = 1.0f / voltage[i];
+        store(scale + r / LANES * wide + c0 + i * LANES, inverse);
+        current[i] *= inverse;
+        voltage[i] = Lane{} + 1.0f;
       }
     }
   }
-}
+
+  Sound squares(const float* g, float* out, float* work) const {
+    Largest given, found;
+    float* const start = work;                         // [high / 16, wide] currents of the bitlines
+    float* const scale = start + high * wide / LANES;  // [high / 16, wide]
+    float* const reach = scale + high * wide / LANES;  // [wide]
+    float* const along = reach + wide;                 // [wide, 16]: voltages of 16 wordlines
+    float* const scale_along = along + wide * LANES;   // [wide / 16, 16]
+    i64 c = 0;
+    for (; c + 8 * LANES <= wide; c += 8 * LANES) bitlines<8>(g, c, start, scale, given);
+    for (; c < wide; c += LANES) bitlines<1>(g, c, start, scale, given);
+    std::fill(reach, reach + wide, 1.0f);
+    for (i64 r0 = high - LANES; r0 >= 0; r0 -= LANES) {  // 16 wordlines at a time, from the right
+      const Lane left = load(&wordline[r0]), first = load(&source[r0]);
+      Lane amperes = {}, square[LANES];
+      for (i64 c0 = wide - LANES; c0 >= 0; c0 -= LANES) {
+        for (int i = 0; i < LANES; ++i) square[i] = load(g + (r0 + i) * wide + c0);
+        transpose(square);
+        Lane volts = Lane{} + 1.0f;
+#pragma GCC unroll 16
+        for (int j = LANES - 1; j >= 0; --j) {
+          store(along + (c0 + j) * LANES, volts);
+          amperes += square[j] * volts;
+          volts += (c0 + j ? left : first) * amperes;
+        }
+        const Lane inverse = 1.0f / volts;
+        amperes *= inverse;
+        store(scale_along + c0, inverse);
+      }
+      Lane share = Lane{} + 1.0f;
+      for (i64 c0 = 0; c0 < wide; c0 += LANES) {
+        share *= load(scale_along + c0);
+        for (int j = 0; j < LANES; ++j) square[j] = share * load(along + (c0 + j) * LANES);
+        transpose(square);
+        const Lane reached = load(reach + c0) * load(scale + r0 / LANES * wide + c0), below = load(&bitline[c0]);
+        store(reach + c0, reached);
+        Lane voltage = reached, current = reached * load(start + r0 / LANES * wide + c0);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+          const Lane passed = load(g + (r0 + i) * wide + c0) * voltage;
+          const Lane left_over = passed * square[i];
+          found.see(left_over);
+          store(out + (r0 + i) * wide + c0, left_over);
+          current += passed;
+          voltage += below * current;
+        }
+      }
+    }
+    return {given.sound(), found.sound()};
+  }
+
+ public:
+  Ladder(i64 rows, i64 cols, Lines lines)
+      : rows(rows),
+        cols(cols),
+        high((rows + LANES - 1) / LANES * LANES),
+        wide((cols + LANES - 1) / LANES * LANES),
+        wordline(filled(lines.wordline, rows, high, high - rows)),
+        bitline(filled(lines.bitline, cols, wide, 0)),
+        source(filled(lines.source, rows, high, high - rows)),
+        sink(filled(lines.sink, cols, wide, 0)) {}
+
+  // Floats that `solve` takes; 64-byte boundaries stay.
+  i64 work() const { return 2 * high * wide / LANES + wide * (LANES + 2) + (whole() ? 0 : high * wide); }
+
+  Sound solve(const float* g, float* out, float* work) const {
+    if (whole()) return squares(g, out, work);
+    float* const cells = work;
+    float* const own = cells + (high - rows) * wide;
+    std::fill(cells, cells + high * wide, 0.0f);
+    for (i64 r = 0; r < rows; ++r) std::copy_n(g + r * cols, cols, own + r * wide);
+    const Sound sound = squares(cells, cells, cells + high * wide);
+    for (i64 r = 0; r < rows; ++r) std::copy_n(own + r * wide, cols, out + r * cols);
+    return sound;
+  }
+};
+
+i64 first_order_work(i64 rows, i64 cols) { return std::max(rows, cols) + cols; }
 
 // out = g (1 - the drops of first order in the resistances).
 void first_order(const float* g, i64 rows, i64 cols, Lines lines, float* out, float* work) {
@@ -589,6 +197,7 @@ struct Coarse {
   i64 k, rows, cols, pad;  // of the coarse tile; open cells added at the top
   std::vector<float> wordline, bitline, source, sink;
   i64 fine_rows, fine_cols;
+  std::unique_ptr<const Ladder> ladder;  // of the coarse tile
 
   Coarse(i64 rows, i64 cols, Lines lines, i64 blocks) : fine_rows(rows), fine_cols(cols) {
     k = (std::max(rows, cols) + blocks - 1) / blocks;
@@ -596,6 +205,7 @@ struct Coarse {
     pad = this->rows * k - rows;
     merge_lines(rows, pad, lines.wordline, lines.source, wordline, source);
     merge_lines(cols, 0, lines.bitline, lines.sink, bitline, sink);
+    ladder = std::make_unique<const Ladder>(this->rows, this->cols, this->lines());
   }
   // k lines side by side and k segments in a row: the segment stays, and the end hangs (k - 1) / 2 segments before
   // the middle of the block
@@ -611,9 +221,7 @@ struct Coarse {
     }
   }
   Lines lines() const { return {wordline.data(), bitline.data(), source.data(), sink.data()}; }
-  i64 work() const {
-    return rows * cols * 3 + rows + cols + fine_rows + fine_cols * (1 + cols) + ladder_work(rows, cols);
-  }
+  i64 work() const { return rows * cols * 3 + rows + cols + fine_rows + fine_cols * (1 + rows) + ladder->work(); }
 
   // where cell `i` lies between the centres of blocks: the lower one, and the share of the next
   i64 between(i64 i, i64 before, i64 blocks, float* share) const {
@@ -651,7 +259,7 @@ struct Coarse {
       p_coarse[(i + pad) / k] += p[i];
     }
     for (i64 j = 0; j < fine_cols; ++j) q_coarse[j / k] += q[j];
-    ladder(coarse, rows, cols, lines(), alone, across);
+    ladder->solve(coarse, alone, across);
     builder.g = coarse;
     const Block<float> exact = builder.tile();
     for (i64 r = 0; r < rows; ++r)
@@ -702,31 +310,44 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
                                               i64* bad) {
   const Lines lines{r_wordline, r_bitline, r_source, r_sink};
   const Coarse coarse(rows, cols, lines, blocks);
+  const Ladder alone(rows, cols, lines);
   if (method == MEAN_FIELD && coarse.k == 1) method = EXACT;
   const Builder plan = method == MEAN_FIELD ? Builder(coarse.rows, coarse.cols, coarse.lines(), false)
                                             : Builder(rows, cols, lines, admittance != nullptr);
   const bool solves = method == EXACT || method == MEAN_FIELD;
-  const Memory memory(plan);
+  const Memory<Builder> memory(plan);
   bad[0] = bad[1] = -1;
 #pragma omp parallel
   {
-    const i64 own = solves ? memory.floats() + 16 : 0;
-    std::unique_ptr<float[]> block(new float[own + std::max(ladder_work(rows, cols), coarse.work())]);
-    float* const work = block.get() + own;
+    const i64 own = solves ? memory.floats() : 0;
+    const i64 others = std::max({alone.work(), coarse.work(), first_order_work(rows, cols)});
+    std::unique_ptr<float[]> block(new float[own + others + 16]);
+    float* const start = (float*)(((u64)block.get() + 63) / 64 * 64);
+    float* const work = start + own;
     Builder builder(plan);
-    if (solves) memory.give(builder, (float*)(((u64)block.get() + 63) / 64 * 64));
+    if (solves) memory.give(builder, start);
 #pragma omp for schedule(dynamic, 1)
     for (i64 tile = 0; tile < tiles; ++tile) {
       const float* const from = g + tile * rows * cols;
       float* const to = g_eff + tile * rows * cols;
+      if (method == LADDER) {
+        const Ladder::Sound sound = alone.solve(from, to, work);
+        if (!sound.given)
+          note(bad, tile);
+        else if (!sound.found)
+          note(bad + 1, tile);
+        continue;
+      }
       if (!sound(from, rows * cols, true)) {
         note(bad, tile);
         continue;
       }
       if (method == NONE) std::memcpy(to, from, sizeof(float) * rows * cols);
       if (method == FIRST_ORDER) first_order(from, rows, cols, lines, to, work);
-      if (method == LADDER || method == MEAN_FIELD) ladder(from, rows, cols, lines, to, work);
-      if (method == MEAN_FIELD) coarse.add_coupling(from, to, builder, work);
+      if (method == MEAN_FIELD) {
+        alone.solve(from, to, work);
+        coarse.add_coupling(from, to, builder, work);
+      }
       if (method == EXACT) {
         builder.g = from;
         const Block<float> q = builder.tile();

@@ -1,0 +1,526 @@
+// Blocks of cells and their merge, the exact network of a tile with wires: effective conductances and their gradients.
+//
+// Leaves of 8 x 8 cells are merged 16 at a time, one leaf a vector lane; above them every merge is a handful of
+// small matrix products in a register-tiled kernel, depth first, so that a thread's blocks stay in its second cache.
+// Only what the tile's result needs is computed: blocks at the far ends have no port there, and the admittances of the
+// near ends are left out. Meaning and oracle: gpuxbar/reference/effective_conductance.py.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "gpuxbar/parasitics.cuh"
+
+namespace gpuxbar::blocks {
+
+constexpr int LEAF = 8;   // cells along a leaf's side; every block is a multiple of it
+constexpr int GROUP = 4;  // leaves along the side of a group
+constexpr int LANES = GROUP * GROUP;
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, MICRO = 8;  // floats of a vector, rows of the register tile
+#else
+constexpr int WIDTH = 8, MICRO = 4;
+#endif
+
+typedef float Lane __attribute__((vector_size(4 * LANES)));  // one value of every leaf of a group
+
+// Neighbouring floats at any address; a template argument would lose the alignment.
+template <int COUNT>
+struct Floats;
+template <>
+struct Floats<16> {
+  typedef float Vec __attribute__((vector_size(64), aligned(4)));
+};
+template <>
+struct Floats<8> {
+  typedef float Vec __attribute__((vector_size(32), aligned(4)));
+};
+
+template <int STEP>
+inline void exchange(Lane* m) {
+  typedef int Index __attribute__((vector_size(4 * LANES)));
+  Index low, high;
+  for (int j = 0; j < LANES; ++j) {
+    low[j] = j & STEP ? LANES + j - STEP : j;
+    high[j] = j & STEP ? LANES + j : j + STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & STEP) continue;
+    const Lane a = m[i], b = m[i + STEP];
+    m[i] = __builtin_shuffle(a, b, low);
+    m[i + STEP] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// A square of 16 x 16 floats turned over its diagonal.
+inline void transpose(Lane* m) {
+  exchange<1>(m);
+  exchange<2>(m);
+  exchange<4>(m);
+  exchange<8>(m);
+}
+
+// The first `count` of 16 floats, the others 0.
+inline Lane some(const float* from, i64 count) {
+  Lane x = {};
+  if (count >= LANES)
+    std::memcpy(&x, from, sizeof x);
+  else
+    std::memcpy(&x, from, sizeof(float) * count);
+  return x;
+}
+
+// ---------------------------------------------------------------- products
+
+// c[i][j] = c0[i][j] + sign * sum_k at[k][i] b[k][j] for ROWS x COLS results in registers; c0 may be null or c.
+template <int STEP, int ROWS, int COLS>
+inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
+                          float sign, float* c, i64 ldc) {
+  using V = typename Floats<STEP>::Vec;
+  V sum[ROWS][COLS] = {};
+  for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
+    V right[COLS];
+#pragma GCC unroll 2
+    for (int j = 0; j < COLS; ++j) right[j] = *(const V*)(b + j * STEP);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const V left = at[i] - V{};
+#pragma GCC unroll 2
+      for (int j = 0; j < COLS; ++j) sum[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < COLS; ++j) {
+      const V start = c0 ? *(const V*)(c0 + i * ldc0 + j * STEP) : V{};
+      *(V*)(c + i * ldc + j * STEP) = start + sign * sum[i][j];
+    }
+}
+
+template <int STEP, int COLS>
+void tile_column(i64 rows, i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
+                 float sign, float* c, i64 ldc) {
+  for (i64 i = 0; i < rows; i += MICRO)
+    register_tile<STEP, MICRO, COLS>(depth, at + i, lda, b, ldb, c0 ? c0 + i * ldc0 : nullptr, ldc0, sign, c + i * ldc,
+                                     ldc);
+}
+
+// c = c0 + sign at' b: at [depth, rows], b [depth, cols]; rows and cols are multiples of 8.
+inline void product(i64 rows, i64 cols, i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0,
+                    i64 ldc0, float sign, float* c, i64 ldc) {
+  i64 j = 0;
+  for (; j + 2 * WIDTH <= cols; j += 2 * WIDTH)
+    tile_column<WIDTH, 2>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
+  for (; j + WIDTH <= cols; j += WIDTH)
+    tile_column<WIDTH, 1>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
+  for (; j < cols; j += 8)
+    tile_column<8, 1>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
+}
+
+template <int SIDE>
+inline void lane_tile(i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0, i64 ldc0, float sign,
+                      Lane* c, i64 ldc) {
+  Lane sum[SIDE][SIDE] = {};
+  for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
+#pragma GCC unroll 4
+    for (int i = 0; i < SIDE; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < SIDE; ++j) sum[i][j] += at[i] * b[j];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < SIDE; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < SIDE; ++j) c[i * ldc + j] = (c0 ? c0[i * ldc0 + j] : Lane{}) + sign * sum[i][j];
+}
+
+template <int SIDE>
+void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0,
+                  i64 ldc0, float sign, Lane* c, i64 ldc) {
+  for (i64 i = 0; i < rows; i += SIDE)
+    for (i64 j = 0; j < cols; j += SIDE)
+      lane_tile<SIDE>(depth, at + i, lda, b + j, ldb, c0 ? c0 + i * ldc0 + j : nullptr, ldc0, sign, c + i * ldc + j,
+                      ldc);
+}
+
+// The same for a matrix in every lane; sizes are 1, 2, 4 or 8.
+inline void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0,
+                    i64 ldc0, float sign, Lane* c, i64 ldc) {
+  const i64 least = std::min(rows, cols);
+  (least >= 4   ? lane_product<4>
+   : least == 2 ? lane_product<2>
+                : lane_product<1>)(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+}
+
+// ---------------------------------------------------------------- inverse
+
+// In place, without pivots: 1 + A Z with A, Z positive semidefinite keeps its pivots at 1 or above in the mean.
+template <class T>
+inline void invert_small(i64 n, T* m, i64 ld) {
+  for (i64 t = 0; t < n; ++t) {
+    T* const pivot = m + t * ld;
+    const T inverse = 1.0f / pivot[t];
+    pivot[t] = inverse - inverse + 1.0f;
+    for (i64 j = 0; j < n; ++j) pivot[j] *= inverse;
+    for (i64 i = 0; i < n; ++i) {
+      if (i == t) continue;
+      T* const row = m + i * ld;
+      const T factor = row[t];
+      row[t] = factor - factor;
+      for (i64 j = 0; j < n; ++j) row[j] -= factor * pivot[j];
+    }
+  }
+}
+
+// Gauss-Jordan by panels of LEAF rows; `work` holds 2 LEAF (n + LEAF) numbers.
+inline void invert(i64 n, float* m, i64 ld, float* work) {
+  float* const across = work;           // [LEAF, n]: the panel's rows, times the inverse of its pivot block
+  float* const down = work + LEAF * n;  // [LEAF, n]: its columns, transposed
+  for (i64 t = 0; t < n; t += LEAF) {
+    float pivot[LEAF * LEAF], turned[LEAF * LEAF];
+    for (i64 i = 0; i < LEAF; ++i)
+      for (i64 j = 0; j < LEAF; ++j) pivot[i * LEAF + j] = m[(t + i) * ld + t + j];
+    invert_small<float>(LEAF, pivot, LEAF);
+    for (i64 i = 0; i < LEAF; ++i)
+      for (i64 j = 0; j < LEAF; ++j) {
+        turned[j * LEAF + i] = pivot[i * LEAF + j];
+        m[(t + i) * ld + t + j] = i == j ? 1.0f : 0.0f;
+      }
+    product(LEAF, n, LEAF, turned, LEAF, m + t * ld, ld, nullptr, 0, 1.0f, across, n);
+    for (i64 i = 0; i < n; ++i)
+      for (i64 k = 0; k < LEAF; ++k) {
+        const bool own = i >= t && i < t + LEAF;
+        down[k * n + i] = own ? 0.0f : m[i * ld + t + k];
+        m[i * ld + t + k] = 0.0f;
+      }
+    for (i64 k = 0; k < LEAF; ++k) std::memcpy(m + (t + k) * ld, across + k * n, sizeof(float) * n);
+    product(n, n, LEAF, down, n, across, n, m, ld, -1.0f, m, ld);
+  }
+}
+
+inline void invert(i64 n, Lane* m, i64 ld, Lane*) { invert_small<Lane>(n, m, ld); }
+
+// ---------------------------------------------------------------- blocks and their merge
+
+enum Port { L, R, T, B };
+
+// Hybrid ports of a block: q symmetric; port s takes `size[s]` rows and columns from `at[s]`. A missing port (an open
+// end of the tile) has size 0.
+template <class E>
+struct Block {
+  E* q;
+  i64 ld, at[4], size[4];
+  E* part(int a, int b) const { return q + at[a] * ld + at[b]; }
+};
+
+// A stack of memory; with no memory behind it, it only counts what a run would take.
+template <class E>
+struct Stack {
+  E* base = nullptr;
+  i64 top = 0, peak = 0;
+  E* take(i64 count) {
+    E* const here = base + top;
+    top += (count + 15) / 16 * 16;
+    peak = std::max(peak, top);
+    return here;
+  }
+};
+
+// Blocks of even depth on one stack, of odd depth on the other: a merge releases its parts below its result.
+template <class E>
+struct Stacks {
+  Stack<E> stack[2];
+  bool counting() const { return !stack[0].base; }
+};
+
+inline i64 padded(i64 size, float) { return (size + 15) / 16 * 16 + 16; }  // rows off a power of two apart
+inline i64 padded(i64 size, const Lane&) { return size; }
+
+template <class E>
+void mirror(i64 rows, i64 cols, const E* from, i64 ld_from, E* to, i64 ld_to) {
+  for (i64 i0 = 0; i0 < rows; i0 += 8)
+    for (i64 j0 = 0; j0 < cols; j0 += 8)
+      for (i64 j = j0; j < std::min(cols, j0 + 8); ++j)
+        for (i64 i = i0; i < std::min(rows, i0 + 8); ++i) to[j * ld_to + i] = from[i * ld_from + j];
+}
+
+// A side of one part, and where it lies in the merged block.
+struct Segment {
+  int port;
+  i64 offset;
+};
+
+struct Wanted {
+  bool ll, bb;  // whether the admittances of the left and lower sides matter
+  bool operator()(int a, int b) const { return !(a == L && b == L && !ll) && !(a == B && b == B && !bb); }
+};
+
+// The ports of a's right (top) joined to b's left (bottom): sides joined, sides that stay, shape of the merged block.
+template <class E>
+struct Joint {
+  int k1, k2;
+  Segment rest1[3], rest2[3];
+  Block<E> out;
+  i64 total = 0;  // ports of the merged block
+  Joint(const Block<E>& a, const Block<E>& b, bool along_rows)
+      : k1(along_rows ? R : T),
+        k2(along_rows ? L : B),
+        rest1{along_rows ? Segment{L, 0} : Segment{L, b.size[L]}, along_rows ? Segment{T, 0} : Segment{R, b.size[R]},
+              Segment{B, 0}},
+        rest2{along_rows ? Segment{R, 0} : Segment{L, 0}, along_rows ? Segment{T, a.size[T]} : Segment{R, 0},
+              along_rows ? Segment{B, a.size[B]} : Segment{T, 0}} {
+    out.size[L] = along_rows ? a.size[L] : a.size[L] + b.size[L];
+    out.size[R] = along_rows ? b.size[R] : a.size[R] + b.size[R];
+    out.size[T] = along_rows ? a.size[T] + b.size[T] : b.size[T];
+    out.size[B] = along_rows ? a.size[B] + b.size[B] : a.size[B];
+    for (int s = 0; s < 4; ++s) {
+      out.at[s] = total;
+      total += out.size[s];
+    }
+    out.ld = padded(total, E{});
+  }
+  i64 place(const Segment& s) const { return out.at[s.port] + s.offset; }
+};
+
+// f = (1 + A Z)^-1 of two blocks' joined sides, with Z = -Q1[k1, k1] and A = Q2[k2, k2].
+template <class E>
+void joined(const Block<E>& a, const Block<E>& b, int k1, int k2, E* f, i64 ld, E* work) {
+  const i64 k = a.size[k1];
+  product(k, k, k, b.part(k2, k2), b.ld, a.part(k1, k1), a.ld, nullptr, 0, -1.0f, f, ld);
+  for (i64 i = 0; i < k; ++i) f[i * ld + i] += 1.0f;
+  invert(k, f, ld, work);
+}
+
+template <class E>
+Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wanted, Stack<E>& results,
+               Stack<E>& scratch) {
+  const Joint<E> joint(a, b, along_rows);
+  const int k1 = joint.k1, k2 = joint.k2;
+  const Segment* const rest1 = joint.rest1;
+  const Segment* const rest2 = joint.rest2;
+  Block<E> out = joint.out;
+  out.q = results.take(joint.total * out.ld);
+
+  const i64 k = a.size[k1], ld = padded(k, E{});
+  i64 at1[3], at2[3], wide1 = 0, wide2 = 0;  // columns of the rests
+  for (int s = 0; s < 3; ++s) {
+    at1[s] = wide1, wide1 += a.size[rest1[s].port];
+    at2[s] = wide2, wide2 += b.size[rest2[s].port];
+  }
+  const i64 ld1 = padded(wide1, E{}), ld2 = padded(wide2, E{});
+  E* const f = scratch.take(k * ld);   // (1 + A Z)^-1, the transpose of F
+  E* const fz = scratch.take(k * ld);  // F Z
+  E* const x = scratch.take(k * ld1);  // F B1'
+  E* const y = scratch.take(k * ld1);  // A F B1'
+  E* const w = scratch.take(k * ld2);  // F Z B2'
+  E* const work = scratch.take(2 * LEAF * (k + LEAF));
+  if (!scratch.base) return out;
+
+  const E* const minus_z = a.part(k1, k1);
+  const E* const admittance = b.part(k2, k2);
+  joined(a, b, k1, k2, f, ld, work);
+
+  bool any22 = false;
+  for (int s = 0; s < 3; ++s)
+    for (int r = 0; r <= s; ++r)
+      any22 |= b.size[rest2[s].port] && b.size[rest2[r].port] && wanted(rest2[r].port, rest2[s].port);
+  if (any22) product(k, k, k, f, ld, minus_z, a.ld, nullptr, 0, -1.0f, fz, ld);
+  for (int s = 0; s < 3; ++s) {
+    const int port1 = rest1[s].port, port2 = rest2[s].port;
+    bool inner1 = false, inner2 = false, cross = false;
+    for (int r = 0; r < 3; ++r) {
+      inner1 |= r <= s && a.size[rest1[r].port] && wanted(rest1[r].port, port1);
+      inner2 |= r <= s && b.size[rest2[r].port] && wanted(rest2[r].port, port2);
+      cross |= b.size[rest2[r].port] && wanted(port1, rest2[r].port);
+    }
+    if (inner1 || cross)
+      product(k, a.size[port1], k, f, ld, a.part(k1, port1), a.ld, nullptr, 0, 1.0f, x + at1[s], ld1);
+    if (inner1) product(k, a.size[port1], k, admittance, b.ld, x + at1[s], ld1, nullptr, 0, 1.0f, y + at1[s], ld1);
+    if (inner2) product(k, b.size[port2], k, fz, ld, b.part(k2, port2), b.ld, nullptr, 0, 1.0f, w + at2[s], ld2);
+  }
+
+  const auto place = [&](const Segment& s, const Segment& t) {
+    return out.q + joint.place(s) * out.ld + joint.place(t);
+  };
+  for (int s = 0; s < 3; ++s)
+    for (int r = 0; r <= s; ++r) {  // Q11 and Q22, the segments' upper triangle and its mirror image
+      const int p1 = rest1[r].port, q1 = rest1[s].port, p2 = rest2[r].port, q2 = rest2[s].port;
+      if (wanted(p1, q1)) {
+        E* const to = place(rest1[r], rest1[s]);
+        product(a.size[p1], a.size[q1], k, a.part(k1, p1), a.ld, y + at1[s], ld1, a.part(p1, q1), a.ld, 1.0f, to,
+                out.ld);
+        if (r != s) mirror(a.size[p1], a.size[q1], to, out.ld, place(rest1[s], rest1[r]), out.ld);
+      }
+      if (wanted(p2, q2)) {
+        E* const to = place(rest2[r], rest2[s]);
+        product(b.size[p2], b.size[q2], k, b.part(k2, p2), b.ld, w + at2[s], ld2, b.part(p2, q2), b.ld, -1.0f, to,
+                out.ld);
+        if (r != s) mirror(b.size[p2], b.size[q2], to, out.ld, place(rest2[s], rest2[r]), out.ld);
+      }
+    }
+  for (int r = 0; r < 3; ++r)
+    for (int s = 0; s < 3; ++s) {  // Q12
+      const int p = rest1[r].port, q = rest2[s].port;
+      if (!wanted(p, q)) continue;
+      E* const to = place(rest1[r], rest2[s]);
+      product(a.size[p], b.size[q], k, x + at1[r], ld1, b.part(k2, q), b.ld, nullptr, 0, -1.0f, to, out.ld);
+      mirror(a.size[p], b.size[q], to, out.ld, place(rest2[s], rest1[r]), out.ld);
+    }
+  return out;
+}
+
+// ---------------------------------------------------------------- one tile
+
+struct Lines {
+  const float *wordline, *bitline, *source, *sink;  // [rows], [cols], [rows], [cols] ohm
+};
+
+// A block of rows [r0, r1) x columns [c0, c1) in halves, along its longer side: left and right, or lower and upper. Outside
+// groups, halves are whole groups.
+struct Cut {
+  bool along_rows;
+  i64 a[4], b[4];
+  Cut(i64 r0, i64 r1, i64 c0, i64 c1, bool inside) : along_rows(c1 - c0 > r1 - r0) {
+    const i64 unit = inside ? 1 : GROUP;
+    const i64 i = r0 + ((r1 - r0) / 2 + unit - 1) / unit * unit, j = c0 + ((c1 - c0) / 2 + unit - 1) / unit * unit;
+    const i64 left[4] = {r0, r1, c0, j}, right[4] = {r0, r1, j, c1}, lower[4] = {i, r1, c0, c1},
+              upper[4] = {r0, i, c0, c1};
+    std::copy_n(along_rows ? left : lower, 4, a);
+    std::copy_n(along_rows ? right : upper, 4, b);
+  }
+};
+
+// Builds the blocks of one tile; its rows are padded to leaves at the top, its columns at the right.
+struct Builder {
+  i64 rows, cols;       // of cells
+  i64 high, wide, pad;  // of leaves; rows of padding
+  bool admittances;     // whether the tile's outer admittances are wanted
+  Lines lines;
+  const float* g = nullptr;
+  Stacks<float> blocks;
+  Stacks<Lane> lanes;
+
+  Builder(i64 rows, i64 cols, Lines lines, bool admittances)
+      : rows(rows),
+        cols(cols),
+        high((rows + LEAF - 1) / LEAF),
+        wide((cols + LEAF - 1) / LEAF),
+        pad(high * LEAF - rows),
+        admittances(admittances),
+        lines(lines) {}
+
+  // Cells [i0, i1) x [j0, j1) of every leaf of the group whose first leaf is (r0, c0).
+  Block<Lane> cells(i64 r0, i64 c0, i64 i0, i64 i1, i64 j0, i64 j1, int depth) {
+    Stack<Lane>&results = lanes.stack[depth & 1], &parts = lanes.stack[~depth & 1];
+    if (i1 - i0 == 1 && j1 - j0 == 1) return cell(r0, c0, i0, j0, results);
+    const i64 mark = parts.top;
+    const Cut cut(i0, i1, j0, j1, true);
+    const Block<Lane> a = cells(r0, c0, cut.a[0], cut.a[1], cut.a[2], cut.a[3], depth + 1);
+    const Block<Lane> b = cells(r0, c0, cut.b[0], cut.b[1], cut.b[2], cut.b[3], depth + 1);
+    const Block<Lane> out = merge(a, b, cut.along_rows, Wanted{true, true}, results, parts);
+    parts.top = mark;
+    return out;
+  }
+
+  Block<Lane> cell(i64 r0, i64 c0, i64 i, i64 j, Stack<Lane>& results) {
+    const Block<Lane> out{results.take(16), 4, {0, 1, 2, 3}, {1, 1, 1, 1}};
+    if (lanes.counting()) return out;
+    Lane device, left, below;
+    segments(r0, c0, i, j, device, left, below);
+    const CellPorts<Lane> p = cell_ports(device, left, below);
+    const Lane q[16] = {p.ll, p.lr, p.lt, p.lb, p.lr, p.rr, p.rt, p.rb, p.lt, p.rt, p.tt, p.tb, p.lb, p.rb, p.tb, p.bb};
+    std::copy(q, q + 16, out.q);
+    return out;
+  }
+
+  // A cell of every leaf with the segments before and below it; open cells where the tile ends.
+  void segments(i64 r0, i64 c0, i64 i, i64 j, Lane& device, Lane& left, Lane& below) const {
+    device = left = below = Lane{};
+    for (int lane = 0; lane < LANES; ++lane) {
+      const i64 row = (r0 + lane / GROUP) * LEAF + i - pad, col = (c0 + lane % GROUP) * LEAF + j;
+      if (row < 0 || row >= rows || col >= cols) continue;
+      device[lane] = g[row * cols + col];
+      left[lane] = col ? lines.wordline[row] : lines.source[row];
+      below[lane] = row + 1 < rows ? lines.bitline[col] : lines.sink[col];
+    }
+  }
+
+  // The leaves of the group at (r0, c0), each a matrix of its own, one after the other.
+  float* leaves(i64 r0, i64 c0, Stack<float>& results) {
+    constexpr i64 SIZE = 4 * LEAF * 4 * LEAF;
+    float* const out = results.take(LANES * SIZE);
+    const Block<Lane> block = cells(r0, c0, 0, LEAF, 0, LEAF, 0);
+    lanes.stack[0].top = 0;
+    if (blocks.counting()) return out;
+    for (i64 e0 = 0; e0 < SIZE; e0 += LANES) {
+      Lane square[LANES];
+      std::copy(block.q + e0, block.q + e0 + LANES, square);
+      transpose(square);
+      for (int lane = 0; lane < LANES; ++lane) std::memcpy(out + lane * SIZE + e0, square + lane, sizeof(Lane));
+    }
+    return out;
+  }
+
+  // Leaves [r0, r1) x [c0, c1); `inside` a group, `group` are its leaves.
+  Block<float> build(i64 r0, i64 r1, i64 c0, i64 c1, int depth, bool inside = false, float* group = nullptr) {
+    Stack<float>&results = blocks.stack[depth & 1], &parts = blocks.stack[~depth & 1];
+    const i64 r = r1 - r0, c = c1 - c0;
+    if (r == 1 && c == 1 && inside) {
+      constexpr i64 SIDE = 4 * LEAF;
+      const i64 lane = r0 % GROUP * GROUP + c0 % GROUP;
+      return {group + lane * SIDE * SIDE,
+              SIDE,
+              {0, LEAF, 2 * LEAF, 3 * LEAF},
+              {LEAF, c1 < wide ? LEAF : 0, r0 > 0 ? LEAF : 0, LEAF}};
+    }
+    const i64 mark = parts.top;
+    if (!inside && r <= GROUP && c <= GROUP) {
+      if (r == 1 && c == 1) return build(r0, r1, c0, c1, depth, true, leaves(r0, c0, results));
+      group = leaves(r0, c0, parts);
+      inside = true;
+    }
+    const Cut cut(r0, r1, c0, c1, inside);
+    const Block<float> a = build(cut.a[0], cut.a[1], cut.a[2], cut.a[3], depth + 1, inside, group);
+    const Block<float> b = build(cut.b[0], cut.b[1], cut.b[2], cut.b[3], depth + 1, inside, group);
+    const Wanted wanted{c0 > 0 || admittances, r1 < high || admittances};
+    const Block<float> out = merge(a, b, cut.along_rows, wanted, results, parts);
+    parts.top = mark;
+    return out;
+  }
+
+  template <class Visit>
+  void stacks(Visit visit) {
+    for (Stack<Lane>& s : lanes.stack) visit(s);
+    for (Stack<float>& s : blocks.stack) visit(s);
+  }
+
+  Block<float> tile() {
+    for (Stack<float>& s : blocks.stack) s.top = 0;
+    return build(0, high, 0, wide, 0);
+  }
+};
+
+// Memory of one thread: counted once on an empty worker, a Builder or what is made of one.
+template <class Worker>
+struct Memory {
+  std::vector<i64> sizes;  // of the stacks, floats; those of vectors come first
+  explicit Memory(Worker counter) {
+    counter.tile();
+    counter.stacks([&](auto& stack) { sizes.push_back(stack.peak * (i64)(sizeof *stack.base / sizeof(float))); });
+  }
+  i64 floats() const {
+    i64 sum = 0;
+    for (i64 size : sizes) sum += size;
+    return sum;
+  }
+  void give(Worker& worker, float* memory) const {
+    const i64* size = sizes.data();
+    worker.stacks([&](auto& stack) {
+      stack.base = (decltype(stack.base))memory;
+      memory += *size++;
+    });
+  }
+};
+
+}  // namespace gpuxbar::blocks
