@@ -243,14 +243,15 @@ def test_bad_input_is_named(name, where, monkeypatch):
         ops.effective_conductance(values.pop("g"), **values)
 
 
-@pytest.mark.parametrize("method", ["none", "first_order", "ladder", "exact"])
+@pytest.mark.parametrize("method", reference.METHODS)
 @pytest.mark.parametrize(
     ("shape", "order"),
     [((1, 1), FORWARD), ((16, 16), REVERSE), ((16, 20), 11), ((20, 16), 12), ((37, 50), FORWARD), ((12, 70), 13), ((70, 30), REVERSE)],
 )  # fmt: skip
 def test_cuda_kernels_match_oracle(shape, order, method):
     g, w = tiles(3, *shape), wires("lines", *shape)
-    got = ops.effective_conductance(g, method=method, device=ShimDevice(order, workspace=1 << 19), **w)
+    device = ShimDevice(order, workspace=1 << (16 if method == "mean_field" else 19))  # several chunks
+    got = ops.effective_conductance(g, method=method, device=device, **w)
     expected = reference.effective_conductance(g, method=method, **w)
     assert error(got, expected) < 5e-6
 
@@ -281,7 +282,7 @@ def test_cuda_launches_do_not_grow_with_tiles():
     assert counts[0] == 2 + 3 + 2
 
 
-@pytest.mark.parametrize("what", [{"method": "mean_field"}, {"shared_drivers": True}])
+@pytest.mark.parametrize("what", [{"shared_drivers": True}])
 def test_what_has_no_cuda_kernel_says_so(what):
     with pytest.raises(NotImplementedError, match="has no CUDA kernel; pass NumPy arrays"):
         ops.effective_conductance(tiles(2, 3, 4), device=ShimDevice(), **WIRES["mild"], **what)

@@ -417,7 +417,7 @@ def test_a_captured_training_step_trains_as_without_capture(cuda_device):
 # ---- wires
 
 
-@pytest.mark.parametrize("method", ["none", "first_order", "ladder", "exact"])
+@pytest.mark.parametrize("method", reference.METHODS)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (20, 37), (70, 30), (128, 128), (200, 256)])
 def test_wires_match_oracle(cuda_device, shape, method):
     g, w = tiles(3, *shape), wires("lines", *shape)

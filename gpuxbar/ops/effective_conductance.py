@@ -125,11 +125,8 @@ def _shared(g: np.ndarray, lines: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _cuda(device: Device, g: Any, given: dict[str, Any], method: Method, shared_drivers: bool) -> Any:
-    if method == "mean_field" or shared_drivers:
-        what = "method='mean_field'" if method == "mean_field" else "shared_drivers=True"
-        raise NotImplementedError(
-            f"{OP}: {what} has no CUDA kernel; pass NumPy arrays, or choose another method"
-        )
+    if shared_drivers:
+        raise NotImplementedError(f"{OP}: shared_drivers=True has no CUDA kernel; pass NumPy arrays")
     rows, cols = g.shape[-2:]
     lines: dict[str, Any] = {}
     for name, value in given.items():

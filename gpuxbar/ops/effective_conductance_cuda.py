@@ -42,57 +42,113 @@ CONDUCTANCE_OUT = Kernel(
     "conductance_out.cu", direct=In("float32"), cross=In("float32", optional=True), g_eff=Out("float32"),
     direct_stride=_LONG, direct_ld=_INT, along_rows=_INT, rows=_INT, cols=_INT, high=_INT, wide=_INT, size=_LONG,
 )  # fmt: skip
-KERNELS = (LADDER, CONDUCTANCE_LEAF, GAUSS_JORDAN, CONDUCTANCE_MERGE, CONDUCTANCE_OUT)
+MEAN_FIELD_COARSEN = Kernel(
+    "mean_field.cu", name="mean_field_coarsen", g=In("float32", "T R C"), ladder=In("float32", "T R C"), **_LINES,
+    coarse=Out("float32", "T P Q"), strength=Out("float32", "T L"), segments=Out("float32", "two S"),
+    ends=Out("float32", "two S"), **_VALUES, rows=_INT, cols=_INT, k=_INT,
+)  # fmt: skip
+MEAN_FIELD = Kernel(
+    "mean_field.cu", coarse=In("float32", "T P Q"), strength=In("float32", "T L"), segments=In("float32", "two S"),
+    ends=In("float32", "two S"), q=In("float32"), g_eff=InOut("float32", "T R C"), rows=_INT, cols=_INT, k=_INT,
+)  # fmt: skip
+KERNELS = (
+    LADDER, CONDUCTANCE_LEAF, GAUSS_JORDAN, CONDUCTANCE_MERGE, CONDUCTANCE_OUT, MEAN_FIELD_COARSEN, MEAN_FIELD,
+)  # fmt: skip
 
-LEAF = 16  # cells along the side of a leaf
+LEAF = 16  # cells along the side of a leaf, and at most along that of the coarse tile of a mean field
 BASE = 32  # largest matrix inverted in shared memory
 
 
 def effective_conductance_cuda(device: Device, g: Any, lines: dict[str, Any], method: str) -> Any:
     """`ops.effective_conductance` on tiles [T, R, C], checked; `lines` are numbers, or arrays on the device."""
     out = device.empty(g.shape, "float32")
+    wires = _wires(lines)
+    rows, cols = g.shape[1:]
+    if method == "mean_field" and max(rows, cols) <= LEAF:
+        method = "exact"  # nothing to coarsen
+    bits = tuple(max(-(-count // LEAF) - 1, 0).bit_length() for count in (rows, cols))
+    # blocks of two levels, and the products between them: below four times the leaves
+    tree = 4 * 4 * 4096 << sum(bits)
+    coarse = 4 * (4096 + LEAF * LEAF + rows + cols)
+    per_tile = {"exact": tree, "mean_field": 4 * rows * cols + coarse}.get(method, 4 * rows * cols)
+    chunk = max(device.workspace // per_tile, 1)
+    for first in range(0, len(g), chunk):
+        part, found = g[first : first + chunk], out[first : first + chunk]
+        if method == "exact":
+            _merge_tiles(device, part, found, wires, bits)
+            continue
+        _walk_lines(device, part, found, wires, method == "first_order")
+        if method == "mean_field":
+            _add_coupling(device, part, found, wires)
+    return out
+
+
+def _wires(lines: dict[str, Any]) -> dict[str, Any]:
+    """Resistances as the kernels take them: an array or none, and one value for all lines."""
     arrays = {name: None if isinstance(value, float) else value for name, value in lines.items()}
     values = {
         f"{name[2:]}_value": value if isinstance(value, float) else 0.0 for name, value in lines.items()
     }
-    settings = {**arrays, **values, "rows": g.shape[1], "cols": g.shape[2]}
-    if method in ("ladder", "first_order"):
-        share = device.empty(g.shape, "float32")
-        device.launch(
-            LADDER, (len(g),), (256,), {"g": g, "share": share, "g_eff": out, **settings},
-            {"FIRST_ORDER": int(method == "first_order")},
-        )  # fmt: skip
-        return out
-    high_bits, wide_bits = (max(-(-count // LEAF) - 1, 0).bit_length() for count in g.shape[1:])
-    # blocks of two levels, and the products between them: below four times the leaves
-    per_tile = 4 * 4 * 4096 << (high_bits + wide_bits)
-    chunk = max(device.workspace // per_tile, 1)
-    for first in range(0, len(g), chunk):
-        _merge_tiles(
-            device, g[first : first + chunk], out[first : first + chunk], settings, high_bits, wide_bits
-        )
-    return out
+    return arrays | values
 
 
-def _merge_tiles(
-    device: Device, g: Any, out: Any, settings: dict[str, Any], high_bits: int, wide_bits: int
-) -> None:
-    leaves = len(g) << (high_bits + wide_bits)
+def _walk_lines(device: Device, g: Any, out: Any, wires: dict[str, Any], first_order: bool) -> None:
+    device.launch(
+        LADDER, (len(g),), (256,),
+        {"g": g, "share": device.empty(g.shape, "float32"), "g_eff": out, **wires, "rows": g.shape[1],
+         "cols": g.shape[2]},
+        {"FIRST_ORDER": int(first_order)},
+    )  # fmt: skip
+
+
+def _add_coupling(device: Device, g: Any, ladder: Any, wires: dict[str, Any]) -> None:
+    """Add to the ladder what lines have in common, from a coarse tile solved exactly; see `reference.mean_field`."""
+    tiles, rows, cols = g.shape
+    k = -(-max(rows, cols) // LEAF)
+    high, wide = -(-rows // k), -(-cols // k)
+    coarse, strength = (
+        device.empty((tiles, high, wide), "float32"),
+        device.empty((tiles, rows + cols), "float32"),
+    )
+    segments, ends = (device.empty((2, LEAF), "float32") for _ in range(2))
+    size = {"rows": rows, "cols": cols, "k": k}
+    between = {"coarse": coarse, "strength": strength, "segments": segments, "ends": ends, **size}
+    device.launch(
+        MEAN_FIELD_COARSEN, (tiles,), (256,), {"g": g, "ladder": ladder, **wires, **between}
+    )  # fmt: skip
+    lines = {
+        "r_wordline": segments[0, :high], "r_bitline": segments[1, :wide], "r_source": ends[0, :high],
+        "r_sink": ends[1, :wide],
+    }  # fmt: skip
+    q = _leaves(device, coarse, _wires(lines), (0, 0))
+    device.launch(MEAN_FIELD, (tiles,), (256,), {"q": q, "g_eff": ladder, **between})
+
+
+def _leaves(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int]) -> Any:
+    """Ports of the blocks of 16 x 16 cells of every tile, 2^bits of them down and along."""
+    leaves = len(g) << sum(bits)
     q = device.empty((leaves * 4096,), "float32")
     device.launch(
         CONDUCTANCE_LEAF, (leaves,), (256,),
-        {"g": g, "q": q, **settings, "high_bits": high_bits, "wide_bits": wide_bits},
+        {"g": g, "q": q, **wires, "rows": g.shape[1], "cols": g.shape[2], "high_bits": bits[0], "wide_bits": bits[1]},
     )  # fmt: skip
-    ways = _ways(high_bits, wide_bits)
-    level = Level(device, q, leaves, LEAF, LEAF, along_rows=bool(ways and ways[0]))
+    return q
+
+
+def _merge_tiles(
+    device: Device, g: Any, out: Any, wires: dict[str, Any], bits: tuple[int, int]
+) -> None:  # fmt: skip
+    q = _leaves(device, g, wires, bits)
+    ways = _ways(*bits)
+    level = Level(device, q, len(g) << sum(bits), LEAF, LEAF, along_rows=bool(ways and ways[0]))
     for _, after in pairwise(ways):
         level = level.merged(after)
     direct, offset, stride, ld, cross = level.last() if ways else (level.q, 2 * LEAF, 4096, 4 * LEAF, None)
     device.launch(
         CONDUCTANCE_OUT, (min(-(-out.size // 256), 65536),), (256,),
         {"direct": direct[offset:], "cross": cross, "g_eff": out, "direct_stride": stride, "direct_ld": ld,
-         "along_rows": int(level.along_rows), "rows": g.shape[1], "cols": g.shape[2], "high": LEAF << high_bits,
-         "wide": LEAF << wide_bits, "size": out.size},
+         "along_rows": int(level.along_rows), "rows": g.shape[1], "cols": g.shape[2], "high": LEAF << bits[0],
+         "wide": LEAF << bits[1], "size": out.size},
     )  # fmt: skip
 
 
