@@ -319,8 +319,8 @@ for scale in ("tensor", "column"):
                   slice_bits=2, write_step=np.ones(1, np.int64), **window)
 ops.program(weight, w_max=np.ones(1, np.float32), merge="all", **window)
 wires = dict(r_wordline=2.0, r_bitline=3.0, r_source=ones[:1], r_sink=0.5, device=device)
-for method in ("mean_field", "exact"):
-    ops.effective_conductance(np.full((2, 40, 20), 1e-4, np.float32), method=method, **wires)
+for method, shared in (("mean_field", False), ("exact", True)):
+    ops.effective_conductance(np.full((2, 40, 20), 1e-4, np.float32), method=method, shared_drivers=shared, **wires)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

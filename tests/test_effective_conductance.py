@@ -179,6 +179,16 @@ def test_tiles_on_shared_drivers():
     assert error(one[:, 0], ops.effective_conductance(g, **WIRES["strong"])) < 3e-6
 
 
+def test_shared_drivers_may_differ_from_line_to_line():
+    g = tiles(2, 9, 6)
+    source = np.random.default_rng(0).uniform(0, 300, 9).astype(np.float32)
+    w = {"r_wordline": 0.0, "r_bitline": 2.0, "r_source": source, "r_sink": 20.0}
+    both = reference.nodal_conductance(np.concatenate(list(g), axis=1), **w)
+    expected = np.stack([both[:, :6], both[:, 6:]])
+    assert error(reference.effective_conductance(g, shared_drivers=True, **w), expected) < 1e-12
+    assert error(ops.effective_conductance(g, shared_drivers=True, **w), expected) < 3e-6
+
+
 @pytest.mark.parametrize(("method", "bound"), [("first_order", 0.5), ("ladder", 0.05), ("mean_field", 3e-3)])
 def test_approximations_are_as_good_as_said(method, bound):
     g = tiles(128, 128, open_cells=0)
@@ -282,7 +292,17 @@ def test_cuda_launches_do_not_grow_with_tiles():
     assert counts[0] == 2 + 3 + 2
 
 
-@pytest.mark.parametrize("what", [{"shared_drivers": True}])
-def test_what_has_no_cuda_kernel_says_so(what):
-    with pytest.raises(NotImplementedError, match="has no CUDA kernel; pass NumPy arrays"):
-        ops.effective_conductance(tiles(2, 3, 4), device=ShimDevice(), **WIRES["mild"], **what)
+@pytest.mark.parametrize(
+    ("shape", "order"), [((2, 3, 9, 6), FORWARD), ((2, 2, 40, 17), REVERSE), ((1, 3, 17, 50), 11)]
+)
+def test_cuda_tiles_on_shared_drivers(shape, order):
+    """Chunks hold whole groups; a group of one is a tile with drivers of its own."""
+    g, w = tiles(*shape), wires("lines", *shape[-2:])
+    for each in (w, {**w, "r_source": 70.0}):
+        device = ShimDevice(order, workspace=1)
+        got = ops.effective_conductance(g, shared_drivers=True, device=device, **each)
+        expected = reference.effective_conductance(g, shared_drivers=True, **each)
+        assert error(got, expected) < 5e-6
+        assert error(ops.effective_conductance(g, device=device, **each), expected) > 0.01
+    alone = ops.effective_conductance(g[0, :, None], shared_drivers=True, device=device, **w)
+    assert error(alone[:, 0], reference.effective_conductance(g[0], **w)) < 5e-6

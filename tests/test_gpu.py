@@ -426,6 +426,15 @@ def test_wires_match_oracle(cuda_device, shape, method):
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 9, 6), (3, 2, 70, 30), (1, 4, 128, 128)])
+def test_shared_drivers_match_oracle(cuda_device, shape):
+    g, w = tiles(*shape), wires("lines", *shape[-2:])
+    for each in (w, {**w, "r_source": 70.0}):
+        found = run(cuda_device, ops.effective_conductance, g, shared_drivers=True, **each)
+        expected = reference.effective_conductance(g, shared_drivers=True, **each)
+        assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
 def test_wires_do_not_depend_on_the_workspace_and_repeat(cuda_device, monkeypatch):
     g = tiles(9, 70, 40)
     first = run(cuda_device, ops.effective_conductance, g, **WIRES["strong"])

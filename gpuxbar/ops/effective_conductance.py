@@ -115,18 +115,16 @@ def _host(g: np.ndarray, lines: dict[str, np.ndarray], method: Method, admittanc
 
 
 def _shared(g: np.ndarray, lines: dict[str, np.ndarray]) -> np.ndarray:
-    """(1 + r_source Y)^-1 G with Y the sum of the tiles' admittances at ideal drivers; see `reference.close`."""
+    """(1 + Y r_source)^-1 G with Y the sum of the tiles' admittances at ideal drivers; see `reference.close`."""
     rows = g.shape[-2]
     admittance = np.empty((*g.shape[:-1], rows), np.float32)
     bare = _host(g, {**lines, "r_source": np.zeros_like(lines["r_source"])}, "exact", admittance)
     together = admittance.astype(np.float64).sum(-3, keepdims=True)
-    closing = np.linalg.inv(np.eye(rows) + lines["r_source"][:, None].astype(np.float64) * together)
+    closing = np.linalg.inv(np.eye(rows) + together * lines["r_source"].astype(np.float64))
     return np.matmul(closing.astype(np.float32), bare)
 
 
 def _cuda(device: Device, g: Any, given: dict[str, Any], method: Method, shared_drivers: bool) -> Any:
-    if shared_drivers:
-        raise NotImplementedError(f"{OP}: shared_drivers=True has no CUDA kernel; pass NumPy arrays")
     rows, cols = g.shape[-2:]
     lines: dict[str, Any] = {}
     for name, value in given.items():
@@ -142,7 +140,10 @@ def _cuda(device: Device, g: Any, given: dict[str, Any], method: Method, shared_
         out = device.empty(g.shape, "float32")
         out[...] = g
         return out
-    return effective_conductance_cuda(device, g.reshape(-1, rows, cols), lines, method).reshape(g.shape)
+    shared = g.shape[-3] if shared_drivers else 0
+    return effective_conductance_cuda(device, g.reshape(-1, rows, cols), lines, method, shared).reshape(
+        g.shape
+    )
 
 
 _LINE = {"r_wordline": "wordline", "r_bitline": "bitline", "r_source": "wordline", "r_sink": "bitline"}

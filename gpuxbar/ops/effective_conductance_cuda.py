@@ -36,11 +36,15 @@ GAUSS_JORDAN = Kernel(
 )
 CONDUCTANCE_MERGE = Kernel(
     "conductance_merge.cu", q=In("float32"), cross=In("float32"), merged=Out("float32"), block_rows=_INT,
-    block_cols=_INT, along_rows=_INT, next_along_rows=_INT, size=_LONG,
+    block_cols=_INT, along_rows=_INT, next_along_rows=_INT, alternate=_INT, size=_LONG,
 )  # fmt: skip
 CONDUCTANCE_OUT = Kernel(
     "conductance_out.cu", direct=In("float32"), cross=In("float32", optional=True), g_eff=Out("float32"),
     direct_stride=_LONG, direct_ld=_INT, along_rows=_INT, rows=_INT, cols=_INT, high=_INT, wide=_INT, size=_LONG,
+)  # fmt: skip
+CONDUCTANCE_SHARE = Kernel(
+    "conductance_share.cu", q=In("float32"), r_source=In("float32", "R", optional=True), m=Out("float32"),
+    source_value=_FLOAT, rows=_INT, high=_INT, ports=_INT, shared=_INT, size=_LONG,
 )  # fmt: skip
 MEAN_FIELD_COARSEN = Kernel(
     "mean_field.cu", name="mean_field_coarsen", g=In("float32", "T R C"), ladder=In("float32", "T R C"), **_LINES,
@@ -52,15 +56,21 @@ MEAN_FIELD = Kernel(
     ends=In("float32", "two S"), q=In("float32"), g_eff=InOut("float32", "T R C"), rows=_INT, cols=_INT, k=_INT,
 )  # fmt: skip
 KERNELS = (
-    LADDER, CONDUCTANCE_LEAF, GAUSS_JORDAN, CONDUCTANCE_MERGE, CONDUCTANCE_OUT, MEAN_FIELD_COARSEN, MEAN_FIELD,
+    LADDER, CONDUCTANCE_LEAF, GAUSS_JORDAN, CONDUCTANCE_MERGE, CONDUCTANCE_OUT, CONDUCTANCE_SHARE, MEAN_FIELD_COARSEN,
+    MEAN_FIELD,
 )  # fmt: skip
 
 LEAF = 16  # cells along the side of a leaf, and at most along that of the coarse tile of a mean field
 BASE = 32  # largest matrix inverted in shared memory
 
 
-def effective_conductance_cuda(device: Device, g: Any, lines: dict[str, Any], method: str) -> Any:
-    """`ops.effective_conductance` on tiles [T, R, C], checked; `lines` are numbers, or arrays on the device."""
+def effective_conductance_cuda(
+    device: Device, g: Any, lines: dict[str, Any], method: str, shared: int = 0
+) -> Any:  # fmt: skip
+    """`ops.effective_conductance` on tiles [T, R, C], checked; `lines` are numbers, or arrays on the device.
+
+    `shared`: so many neighbours are column tiles on the same drivers; 0: every tile has its own.
+    """
     out = device.empty(g.shape, "float32")
     wires = _wires(lines)
     rows, cols = g.shape[1:]
@@ -71,11 +81,11 @@ def effective_conductance_cuda(device: Device, g: Any, lines: dict[str, Any], me
     tree = 4 * 4 * 4096 << sum(bits)
     coarse = 4 * (4096 + LEAF * LEAF + rows + cols)
     per_tile = {"exact": tree, "mean_field": 4 * rows * cols + coarse}.get(method, 4 * rows * cols)
-    chunk = max(device.workspace // per_tile, 1)
+    chunk = max(device.workspace // per_tile // (shared or 1), 1) * (shared or 1)
     for first in range(0, len(g), chunk):
         part, found = g[first : first + chunk], out[first : first + chunk]
         if method == "exact":
-            _merge_tiles(device, part, found, wires, bits)
+            _merge_tiles(device, part, found, wires, bits, shared)
             continue
         _walk_lines(device, part, found, wires, method == "first_order")
         if method == "mean_field":
@@ -136,20 +146,54 @@ def _leaves(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int]
 
 
 def _merge_tiles(
-    device: Device, g: Any, out: Any, wires: dict[str, Any], bits: tuple[int, int]
+    device: Device, g: Any, out: Any, wires: dict[str, Any], bits: tuple[int, int], shared: int
 ) -> None:  # fmt: skip
-    q = _leaves(device, g, wires, bits)
+    drivers = {"r_source": wires["r_source"], "source_value": wires["source_value"]}
+    q = _leaves(device, g, wires | {"r_source": None, "source_value": 0.0} if shared else wires, bits)
     ways = _ways(*bits)
     level = Level(device, q, len(g) << sum(bits), LEAF, LEAF, along_rows=bool(ways and ways[0]))
     for _, after in pairwise(ways):
         level = level.merged(after)
-    direct, offset, stride, ld, cross = level.last() if ways else (level.q, 2 * LEAF, 4096, 4 * LEAF, None)
+    if shared:
+        level = level.merged() if ways else level
+        read = _closed(level, drivers, g.shape[1], shared)
+    else:
+        read = level.last() if ways else (q, 2 * LEAF, 4096, 4 * LEAF, None)
+    direct, offset, stride, ld, cross = read
     device.launch(
-        CONDUCTANCE_OUT, (min(-(-out.size // 256), 65536),), (256,),
+        CONDUCTANCE_OUT, _grid(out.size), (256,),
         {"direct": direct[offset:], "cross": cross, "g_eff": out, "direct_stride": stride, "direct_ld": ld,
          "along_rows": int(level.along_rows), "rows": g.shape[1], "cols": g.shape[2], "high": LEAF << bits[0],
          "wide": LEAF << bits[1], "size": out.size},
     )  # fmt: skip
+
+
+def _closed(
+    level: Level, drivers: dict[str, Any], rows: int, shared: int
+) -> tuple[Any, int, int, int, Any]:  # fmt: skip
+    """(1 + Y r_source)^-1 G with Y the sum of `shared` tiles' admittances; the arguments of `conductance_out`.
+
+    Every tile inverts the sum for itself: next to its merges that is little, and one batch.
+    """
+    device, tiles, high, wide, ports = level.device, level.count, level.rows, level.cols, level.ports
+    m = device.empty((tiles * high * high,), "float32")
+    size = m.size // shared
+    device.launch(
+        CONDUCTANCE_SHARE, _grid(size), (256,),
+        {"q": level.q, "m": m, **drivers, "rows": rows, "high": high, "ports": ports, "shared": shared, "size": size},
+    )  # fmt: skip
+    invert(device, m, high, high, high * high, tiles, 0, diagonal=1.0)
+    closed = device.empty((tiles * high * wide,), "float32")
+    device.matmul(
+        m, level.q[2 * high :], closed, (tiles, high, wide, high), (high * high, ports * ports, high * wide),
+        (high, ports, wide), 1.0, 0.0, "fp32",
+    )  # fmt: skip
+    return closed, 0, high * wide, wide, None
+
+
+def _grid(size: int) -> tuple[int]:
+    """Blocks of 256 threads for a grid-stride loop."""
+    return (min(-(-size // 256), 65536),)
 
 
 def _ways(high_bits: int, wide_bits: int) -> list[bool]:
@@ -200,7 +244,8 @@ class Level:
         invert(self.device, f[0], k, k, k * k, self.pairs, 0, diagonal=1.0)
         return f
 
-    def merged(self, next_along_rows: bool) -> Level:
+    def merged(self, next_along_rows: bool | None = None) -> Level:
+        """The pairs as blocks, about to be joined that way; None: they are tiles, with sides left, right, bottom, top."""
         k, e = self.joined, self.rest
         f = self.solved()
         x, y, w, fz, cross = self.new(k, e), self.new(k, e), self.new(k, e), self.new(k, k), self.new(e, e)
@@ -214,12 +259,13 @@ class Level:
         rows, cols = (self.rows, 2 * self.cols) if self.along_rows else (2 * self.rows, self.cols)
         out = Level(
             self.device, self.device.empty((self.pairs * 4 * (rows + cols) ** 2,), "float32"), self.pairs, rows, cols,
-            next_along_rows,
+            bool(next_along_rows),
         )  # fmt: skip
         self.device.launch(
-            CONDUCTANCE_MERGE, (min(-(-out.q.size // 256), 65536),), (256,),
+            CONDUCTANCE_MERGE, _grid(out.q.size), (256,),
             {"q": self.q, "cross": cross[0], "merged": out.q, "block_rows": self.rows, "block_cols": self.cols,
-             "along_rows": int(self.along_rows), "next_along_rows": int(next_along_rows), "size": out.q.size},
+             "along_rows": int(self.along_rows), "next_along_rows": int(out.along_rows),
+             "alternate": int(next_along_rows is not None), "size": out.q.size},
         )  # fmt: skip
         return out
 
