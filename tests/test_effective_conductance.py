@@ -228,6 +228,7 @@ BAD = {
     "axes": ({"g": np.zeros(2, np.float32)}, ValueError, "`g` must have 2 or .* axes, got 1"),
     "stride": ({"g": tiles(4, 3).T}, ValueError, "`g` must be C-contiguous"),
     "method": ({"method": "best"}, ValueError, "`method` must be one of none, first_order, .* got 'best'"),
+    "arithmetic": ({"arithmetic": "fp16"}, ValueError, "`arithmetic` must be one of fp32, 3xtf32, tf32, got 'fp16'; choose"),
     "negative": ({"g": with_cell(-1e-6)}, ValueError, r"`g` must be 0 or above and finite, got -1e-06 S in tile \(1, 2\), wordline 3, bitline 1"),
     "nan": ({"g": with_cell(np.nan)}, ValueError, r"got nan S in tile \(1, 2\), wordline 3"),
     "infinite": ({"g": with_cell(np.inf)}, ValueError, r"got inf S in tile \(1, 2\)"),
@@ -306,3 +307,15 @@ def test_cuda_tiles_on_shared_drivers(shape, order):
         assert error(ops.effective_conductance(g, device=device, **each), expected) > 0.01
     alone = ops.effective_conductance(g[0, :, None], shared_drivers=True, device=device, **w)
     assert error(alone[:, 0], reference.effective_conductance(g[0], **w)) < 5e-6
+
+
+@pytest.mark.parametrize(("arithmetic", "low", "high"), [("3xtf32", 0, 2e-6), ("tf32", 1e-4, 1e-3)])
+def test_cuda_arithmetics_are_as_exact_as_said(arithmetic, low, high):
+    """Against nodal analysis, with the operands of products rounded as tensor cores do."""
+    g, w = tiles(40, 70), WIRES["strong"]
+    exact = reference.nodal_conductance(g, **w)
+    got = ops.effective_conductance(g, arithmetic=arithmetic, device=ShimDevice(REVERSE), **w)
+    assert low <= np.linalg.norm(got - exact) / np.linalg.norm(exact) < high
+    np.testing.assert_array_equal(
+        ops.effective_conductance(g, arithmetic=arithmetic, **w), ops.effective_conductance(g, **w)
+    )

@@ -426,6 +426,15 @@ def test_wires_match_oracle(cuda_device, shape, method):
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("arithmetic", "bound"), [("3xtf32", 5e-6), ("tf32", 2e-3)])
+@pytest.mark.parametrize("shape", [(70, 30), (128, 128), (200, 256)])
+def test_arithmetics_of_wires_are_as_exact_as_said(cuda_device, shape, arithmetic, bound):
+    g, w = tiles(3, *shape), wires("lines", *shape)
+    found = run(cuda_device, ops.effective_conductance, g, arithmetic=arithmetic, **w)
+    expected = reference.effective_conductance(g, **w)
+    assert np.linalg.norm(found - expected) < bound * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 9, 6), (3, 2, 70, 30), (1, 4, 128, 128)])
 def test_shared_drivers_match_oracle(cuda_device, shape):
     g, w = tiles(*shape), wires("lines", *shape[-2:])

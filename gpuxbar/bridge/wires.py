@@ -103,17 +103,18 @@ def _solve(
     moved: bool,
 ) -> Tensor:
     source, sink = (wires.r_sink, wires.r_source) if swap else (wires.r_source, wires.r_sink)
-    ohms: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "r_wordline": wires.r_wordline, "r_bitline": wires.r_bitline, "r_source": source, "r_sink": sink,
+        "arithmetic": wires.arithmetic,
     }  # fmt: skip
     if anchor is not None and wires.anchor is not None:
         solved = ops.anchored_conductance(
-            array(blocks), anchor, **ohms, approximation=wires.anchor, refresh_interval=wires.refresh_interval,
+            array(blocks), anchor, **settings, approximation=wires.anchor, refresh_interval=wires.refresh_interval,
             tolerance=wires.tolerance, update=moved, device=device,
         )  # fmt: skip
     else:
         solved = ops.effective_conductance(
-            array(blocks), **ohms, method=wires.method, shared_drivers=wires.shared_drivers, device=device
+            array(blocks), **settings, method=wires.method, shared_drivers=wires.shared_drivers, device=device
         )
     return tensor(solved)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar.launch import Device
 from gpuxbar.ops.checks import check_array
-from gpuxbar.ops.effective_conductance import effective_conductance
+from gpuxbar.ops.effective_conductance import Arithmetic, effective_conductance
 
 __all__ = ["Anchor", "Approximation", "anchored_conductance"]
 
@@ -60,6 +60,7 @@ def anchored_conductance(
     refresh_interval: int = 10,
     tolerance: float = 1e-2,
     update: bool = True,
+    arithmetic: Arithmetic = "fp32",
     device: Device | None = None,
 ) -> Any:
     """The effective conductances of tiles close to where they were last solved exactly.
@@ -76,7 +77,7 @@ def anchored_conductance(
     The arrays of `anchor` say all there is: kept with a checkpoint, they continue bit for bit.
 
     Args:
-        g, r_wordline, r_bitline, r_source, r_sink, device: See `effective_conductance`.
+        g, r_wordline, r_bitline, r_source, r_sink, arithmetic, device: See `effective_conductance`.
         anchor: Changed in place by an update.
         approximation: M: "ladder" or "mean_field".
         refresh_interval: Updates after which a tile is solved again, 1 or above.
@@ -92,7 +93,8 @@ def anchored_conductance(
     """
     _check(g, anchor, approximation, refresh_interval, tolerance)
     wires: dict[str, Any] = {
-        "r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink, "device": device,
+        "r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink,
+        "arithmetic": arithmetic, "device": device,
     }  # fmt: skip
     found = effective_conductance(g, method=approximation, **wires)
     if not g.size:

@@ -46,6 +46,10 @@ CONDUCTANCE_SHARE = Kernel(
     "conductance_share.cu", q=In("float32"), r_source=In("float32", "R", optional=True), m=Out("float32"),
     source_value=_FLOAT, rows=_INT, high=_INT, ports=_INT, shared=_INT, size=_LONG,
 )  # fmt: skip
+SPLIT_TF32 = Kernel(
+    "split_tf32.cu", x=In("float32"), split=Out("float32"), stride=_LONG, ld=_INT, rows=_INT, cols=_INT, right=_INT,
+    size=_LONG,
+)  # fmt: skip
 MEAN_FIELD_COARSEN = Kernel(
     "mean_field.cu", name="mean_field_coarsen", g=In("float32", "T R C"), ladder=In("float32", "T R C"), **_LINES,
     coarse=Out("float32", "T P Q"), strength=Out("float32", "T L"), segments=Out("float32", "two S"),
@@ -57,15 +61,18 @@ MEAN_FIELD = Kernel(
 )  # fmt: skip
 KERNELS = (
     LADDER, CONDUCTANCE_LEAF, GAUSS_JORDAN, CONDUCTANCE_MERGE, CONDUCTANCE_OUT, CONDUCTANCE_SHARE, MEAN_FIELD_COARSEN,
-    MEAN_FIELD,
+    MEAN_FIELD, SPLIT_TF32,
 )  # fmt: skip
 
 LEAF = 16  # cells along the side of a leaf, and at most along that of the coarse tile of a mean field
+Operand = tuple[
+    Any, int, int, int
+]  # array, offset, elements to the next matrix of the batch, to the next row
 BASE = 32  # largest matrix inverted in shared memory
 
 
 def effective_conductance_cuda(
-    device: Device, g: Any, lines: dict[str, Any], method: str, shared: int = 0
+    device: Device, g: Any, lines: dict[str, Any], method: str, arithmetic: str = "fp32", shared: int = 0
 ) -> Any:  # fmt: skip
     """`ops.effective_conductance` on tiles [T, R, C], checked; `lines` are numbers, or arrays on the device.
 
@@ -85,7 +92,7 @@ def effective_conductance_cuda(
     for first in range(0, len(g), chunk):
         part, found = g[first : first + chunk], out[first : first + chunk]
         if method == "exact":
-            _merge_tiles(device, part, found, wires, bits, shared)
+            _merge_tiles(device, part, found, wires, bits, arithmetic, shared)
             continue
         _walk_lines(device, part, found, wires, method == "first_order")
         if method == "mean_field":
@@ -146,12 +153,12 @@ def _leaves(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int]
 
 
 def _merge_tiles(
-    device: Device, g: Any, out: Any, wires: dict[str, Any], bits: tuple[int, int], shared: int
+    device: Device, g: Any, out: Any, wires: dict[str, Any], bits: tuple[int, int], arithmetic: str, shared: int
 ) -> None:  # fmt: skip
     drivers = {"r_source": wires["r_source"], "source_value": wires["source_value"]}
     q = _leaves(device, g, wires | {"r_source": None, "source_value": 0.0} if shared else wires, bits)
     ways = _ways(*bits)
-    level = Level(device, q, len(g) << sum(bits), LEAF, LEAF, along_rows=bool(ways and ways[0]))
+    level = Level(device, arithmetic, q, len(g) << sum(bits), LEAF, LEAF, bool(ways and ways[0]))
     for _, after in pairwise(ways):
         level = level.merged(after)
     if shared:
@@ -205,11 +212,16 @@ def _ways(high_bits: int, wide_bits: int) -> list[bool]:
 
 
 class Level:
-    """All blocks of rows x cols cells, about to be joined in pairs; each a matrix of its ports, the joined side last."""
+    """All blocks of rows x cols cells, about to be joined in pairs; each a matrix of its ports, the joined side last.
 
-    def __init__(self, device: Device, q: Any, count: int, rows: int, cols: int, along_rows: bool):
+    (1 + Z A)^-1 is found in float32 whatever the arithmetic of the other products.
+    """
+
+    def __init__(
+        self, device: Device, arithmetic: str, q: Any, count: int, rows: int, cols: int, along_rows: bool
+    ):  # fmt: skip
         self.device, self.q, self.count, self.rows, self.cols = device, q, count, rows, cols
-        self.along_rows = along_rows
+        self.along_rows, self.arithmetic = along_rows, arithmetic
         self.ports = 2 * (rows + cols)
         self.joined = rows if along_rows else cols
         self.rest = self.ports - self.joined
@@ -220,27 +232,24 @@ class Level:
         return block * self.second + row * self.ports + col
 
     def product(
-        self, m: int, n: int, a: tuple[Any, int, int, int], b: tuple[Any, int, int, int],
-        c: tuple[Any, int, int, int], alpha: float = 1.0, beta: float = 0.0,
-    ) -> None:  # fmt: skip
-        """c = alpha a b + beta c for every pair; an operand is (array, offset, elements to the next pair, a row)."""
-        left, right, out = (array[offset:] for array, offset, _, _ in (a, b, c))
-        self.device.matmul(
-            left, right, out, (self.pairs, m, n, self.joined), (a[2], b[2], c[2]), (a[3], b[3], c[3]), alpha, beta, "fp32"
-        )  # fmt: skip
+        self, m: int, n: int, a: Operand, b: Operand, c: Operand, alpha: float = 1.0, beta: float = 0.0
+    ) -> None:
+        """c = alpha a b + beta c for every pair."""
+        _product(self.device, self.arithmetic, (self.pairs, m, n, self.joined), a, b, c, alpha, beta)
 
-    def block(self, block: int, row: int, col: int) -> tuple[Any, int, int, int]:
-        """A part of the first or second block of every pair, as an operand."""
+    def block(self, block: int, row: int, col: int) -> Operand:
+        """A part of the first or second block of every pair."""
         return self.q, self.at(block, row, col), 2 * self.second, self.ports
 
-    def new(self, rows: int, cols: int) -> tuple[Any, int, int, int]:
+    def new(self, rows: int, cols: int) -> Operand:
         return self.device.empty((self.pairs * rows * cols,), "float32"), 0, rows * cols, cols
 
-    def solved(self) -> tuple[Any, int, int, int]:
+    def solved(self) -> Operand:
         """F = (1 + Z A)^-1."""
         k, e = self.joined, self.rest
         f = self.new(k, k)
-        self.product(k, k, self.block(0, e, e), self.block(1, e, e), f, alpha=-1.0)
+        z, a = self.block(0, e, e), self.block(1, e, e)
+        _product(self.device, "fp32", (self.pairs, k, k, k), z, a, f, -1.0, 0.0)
         invert(self.device, f[0], k, k, k * k, self.pairs, 0, diagonal=1.0)
         return f
 
@@ -258,7 +267,7 @@ class Level:
         self.product(e, e, self.block(1, 0, e), w, self.block(1, 0, 0), alpha=-1.0, beta=1.0)
         rows, cols = (self.rows, 2 * self.cols) if self.along_rows else (2 * self.rows, self.cols)
         out = Level(
-            self.device, self.device.empty((self.pairs * 4 * (rows + cols) ** 2,), "float32"), self.pairs, rows, cols,
+            self.device, self.arithmetic, self.device.empty((self.pairs * 4 * (rows + cols) ** 2,), "float32"), self.pairs, rows, cols,
             bool(next_along_rows),
         )  # fmt: skip
         self.device.launch(
@@ -287,6 +296,32 @@ class Level:
             cross = self.new(p, q)
             self.product(p, q, self.block(1, 0, e), x, cross, alpha=-1.0)
         return self.q, self.at(0, 0, bottom), 2 * self.second, self.ports, cross[0]
+
+
+def _product(
+    device: Device, arithmetic: str, shape: tuple[int, int, int, int], a: Operand, b: Operand, c: Operand,
+    alpha: float, beta: float,
+) -> None:  # fmt: skip
+    """c = alpha a b + beta c; shape (batch, m, n, k). "3xtf32" is one product in TF32 of operands in three parts."""
+    batch, m, n, k = shape
+    if arithmetic == "3xtf32":
+        a, b = _split(device, a, batch, m, k, right=False), _split(device, b, batch, k, n, right=True)
+        k *= 3
+    left, right, out = (array[offset:] for array, offset, _, _ in (a, b, c))
+    strides, lds = (a[2], b[2], c[2]), (a[3], b[3], c[3])
+    precision = "fp32" if arithmetic == "fp32" else "tf32"
+    device.matmul(left, right, out, (batch, m, n, k), strides, lds, alpha, beta, precision)
+
+
+def _split(device: Device, x: Operand, batch: int, rows: int, cols: int, right: bool) -> Operand:
+    array, offset, stride, ld = x
+    split = device.empty((3 * batch * rows * cols,), "float32")
+    device.launch(
+        SPLIT_TF32, _grid(batch * rows * cols), (256,),
+        {"x": array[offset:], "split": split, "stride": stride, "ld": ld, "rows": rows, "cols": cols,
+         "right": int(right), "size": batch * rows * cols},
+    )  # fmt: skip
+    return split, 0, 3 * rows * cols, cols if right else 3 * cols
 
 
 def invert(

@@ -205,6 +205,7 @@ class Parasitics(Part):
     `terminations`: what a transposed read finds at the ends. "line": every line keeps its resistance, so bitlines are
     driven through `r_sink` and the array is exactly the transpose; "role": drivers keep `r_source` and sense amplifiers
     `r_sink`, whichever lines they serve, and the array is solved once more. Must be chosen where the two differ.
+    `arithmetic`: of the exact solution on a GPU, as in `gpuxbar.ops.effective_conductance`; no effect on a CPU.
     `shared_drivers`: column tiles of a layer share the drivers of their wordlines, one `r_source` for all ("exact" only).
     `anchor`: between exact solutions, this approximation plus what it lacked at the last one; None: every tile is solved
     whenever the weights change. `refresh_interval`: changes after which a tile is solved again, in turn; `tolerance`:
@@ -217,6 +218,7 @@ class Parasitics(Part):
     r_source: float = Field(0.0, ge=0)
     r_sink: float = Field(0.0, ge=0)
     method: Literal["none", "first_order", "ladder", "mean_field", "exact"] = "exact"
+    arithmetic: Literal["fp32", "3xtf32", "tf32"] = "fp32"
     terminations: Literal["line", "role"] | None = None
     shared_drivers: bool = False
     anchor: Literal["ladder", "mean_field"] | None = None
