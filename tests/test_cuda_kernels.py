@@ -26,6 +26,7 @@ from gpuxbar.launch.cubin import cubin, resources
 from gpuxbar.launch.kernel import Array
 from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import kernel_dir
+from gpuxbar.ops.anchored_conductance_cuda import KERNELS as ANCHOR
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
@@ -46,6 +47,7 @@ KERNELS = {
         *PROGRAM,
         DEVICE_UPDATE,
         *EFFECTIVE_CONDUCTANCE,
+        *ANCHOR,
         *PULSES,
     )
 }
@@ -322,6 +324,7 @@ wires = dict(r_wordline=2.0, r_bitline=3.0, r_source=ones[:1], r_sink=0.5, devic
 for method, shared in (("mean_field", False), ("exact", True)):
     ops.effective_conductance(np.full((2, 40, 20), 1e-4, np.float32), method=method, shared_drivers=shared,
                               arithmetic="3xtf32", **wires)
+ops.anchored_conductance(np.full((3, 9, 7), 1e-4, np.float32), ops.Anchor.new((3, 9, 7)), update=np.ones(1, np.int32), **wires)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

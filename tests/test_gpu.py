@@ -358,7 +358,7 @@ def test_layers_of_a_window_read_what_was_programmed(cuda_device):
     np.testing.assert_allclose(y, G_MIN + np.clip((weight[0] / w_max[:, None]).T, 0, 1) * RANGE, rtol=1e-5)
 
 
-def training(where):
+def training(where, wires):
     """A small converted network on a device: (its state by name, one training step that returns the loss)."""
     import torch
     from torch import nn
@@ -371,7 +371,7 @@ def training(where):
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 49, 10))
     settings = {
         "tile": {"rows": 64, "cols": 64}, "dac": {"bits": 8}, "adc": {"bits": 8}, "read_noise": {"sigma": 1e-7},
-        "programming": {"write_noise": 1e-7},
+        "programming": {"write_noise": 1e-7}, "parasitics": wires,
     }  # fmt: skip
     model, _ = gx.convert(model, gx.CrossbarSpec.model_validate(settings))
     gx.calibrate(model, [images])
@@ -389,11 +389,14 @@ def training(where):
     return model.state_dict(), step
 
 
-def test_a_captured_training_step_trains_as_without_capture(cuda_device):
-    """Reads, transposed reads, the update and the reprogramming in one graph, with the noise of each step."""
+@pytest.mark.parametrize(
+    "wires", [{}, {**WIRES["strong"], "terminations": "role", "anchor": "mean_field", "refresh_interval": 3}]
+)
+def test_a_captured_training_step_trains_as_without_capture(cuda_device, wires):
+    """Reads, transposed reads, the update, the reprogramming and the wires in one graph, with the noise of each step."""
     import torch
 
-    state, step = training("cuda")
+    state, step = training("cuda", wires)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -456,11 +459,64 @@ def test_wires_do_not_depend_on_the_workspace_and_repeat(cuda_device, monkeypatc
     np.testing.assert_allclose(found, first, rtol=0, atol=2e-6 * first.max())
 
 
-def test_anchored_wires_follow_the_host(cuda_device):
-    host, anchor = ops.Anchor.new((5, 20, 12)), ops.Anchor(*map(to_gpu, ops.Anchor.new((5, 20, 12))))
-    for g in drifting((5, 20, 12), 8):
-        settings = {"refresh_interval": 3, **WIRES["strong"]}
-        expected = ops.anchored_conductance(g, host, **settings)
-        found = from_gpu(ops.anchored_conductance(to_gpu(g), anchor, device=cuda_device, **settings))
+@pytest.mark.parametrize("approximation", ["ladder", "mean_field"])
+@pytest.mark.parametrize("shape", [(5, 20, 12), (700, 5, 3)])
+def test_anchored_wires_follow_the_host(cuda_device, shape, approximation):
+    """Tiles due by age, by their error, and out of turn; an update without a change changes nothing."""
+    host, anchor = ops.Anchor.new(shape), ops.Anchor(*map(to_gpu, ops.Anchor.new(shape)))
+    for step, g in enumerate(drifting(shape, 8)):
+        g[step % 4] *= 1.0 + 0.1 * step
+        s = {"refresh_interval": 3, "approximation": approximation, "solve_all": step == 0, **WIRES["strong"]}
+        moved = np.array([step != 5], np.int32)
+        expected = ops.anchored_conductance(g, host, update=step != 5, **s)
+        found = from_gpu(
+            ops.anchored_conductance(to_gpu(g), anchor, update=to_gpu(moved), device=cuda_device, **s)
+        )
         np.testing.assert_allclose(found, expected, atol=2e-6 * expected.max())
-    np.testing.assert_array_equal(from_gpu(anchor.age), host.age)
+        np.testing.assert_array_equal(from_gpu(anchor.age), host.age)
+        np.testing.assert_array_equal(from_gpu(anchor.g), host.g)
+
+
+def test_anchored_wires_stay_near_the_oracle(cuda_device):
+    anchor = ops.Anchor(*map(to_gpu, ops.Anchor.new((6, 33, 70))))
+    for step, g in enumerate(drifting((6, 33, 70), 7)):
+        s = {"refresh_interval": 3, "solve_all": step == 0, "device": cuda_device, **WIRES["strong"]}
+        found = from_gpu(ops.anchored_conductance(to_gpu(g), anchor, **s))
+        expected = reference.effective_conductance(g, **WIRES["strong"])
+        off, size = (np.linalg.norm(x, axis=(1, 2)) for x in (found - expected, expected))
+        assert (off / size).max() < 1e-3
+        solved = (from_gpu(anchor.g) == g).all((1, 2))
+        assert solved.any()
+        assert (off / size)[solved].max() < 5e-6
+
+
+def test_a_captured_update_chooses_its_tiles_anew(cuda_device):
+    """One graph, whatever is due at its replays."""
+    import cupy
+
+    shape = (7, 20, 12)
+    host, device = ops.Anchor.new(shape), cuda_device.like(keep=True)
+    s = {"refresh_interval": 3, **WIRES["strong"]}
+    first, *later = drifting(shape, 9)
+    ops.anchored_conductance(first, host, solve_all=True, **s)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        g, moved = to_gpu(first), cupy.zeros(1, "int32")
+        anchor = ops.Anchor(*map(to_gpu, ops.Anchor.new(shape)))
+        ops.anchored_conductance(g, anchor, solve_all=True, device=device, **s)
+
+        def update():
+            return ops.anchored_conductance(g, anchor, update=moved, device=device, **s)
+
+        update()
+        stream.begin_capture()
+        found = update()
+        graph = stream.end_capture()
+        moved.fill(1)
+        for step, now in enumerate(later):
+            now[step % 4] *= 1.0 + 0.1 * step
+            g.set(now)
+            graph.launch()
+            expected = ops.anchored_conductance(now, host, **s)
+            np.testing.assert_allclose(from_gpu(found), expected, atol=2e-6 * expected.max())
+            np.testing.assert_array_equal(from_gpu(anchor.age), host.age)

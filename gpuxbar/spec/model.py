@@ -209,8 +209,9 @@ class Parasitics(Part):
     `shared_drivers`: column tiles of a layer share the drivers of their wordlines, one `r_source` for all ("exact" only).
     `anchor`: between exact solutions, this approximation plus what it lacked at the last one; None: every tile is solved
     whenever the weights change. `refresh_interval`: changes after which a tile is solved again, in turn; `tolerance`:
-    relative error of a tile that is let pass, as estimated, before it is solved earlier. A layer's `wire_error()` is
-    the largest estimate. On a GPU an anchor makes every read wait for the device once.
+    relative error of a tile, as estimated, beyond which it is solved earlier. At every change at most 1 / refresh_interval
+    of a layer's tiles are solved, the most urgent first, so a layer that jumps is followed over several changes; a
+    layer's `wire_error()` is the largest estimate, and `restart_wires()` solves all at the next read.
     """
 
     r_wordline: float = Field(0.0, ge=0)
