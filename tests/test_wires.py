@@ -286,6 +286,17 @@ def test_only_due_tiles_are_solved(monkeypatch):
     assert solved[-1] == 8
 
 
+def test_calibration_leaves_every_tile_to_the_first_read():
+    wires = {**ANCHORED, "terminations": "line"}
+    model, _ = gx.convert(nn.Sequential(nn.Linear(40, 30)), spec(parasitics=wires, adc={"bits": 8}))
+    gx.calibrate(model, [torch.randn(20, 40)])
+    assert (model[0].wire_age < 0).all()
+    with torch.no_grad():
+        model(torch.randn(3, 40))
+    assert (model[0].wire_age >= 0).all()
+    assert model[0].wire_error() == 0
+
+
 def test_in_situ_training_begins_with_anchors_of_its_own():
     model, _ = small_network({**ANCHORED, "terminations": "line"}, True)
     layer, x = model[0], torch.randn(3, 20)

@@ -102,7 +102,7 @@ class Wires(nn.Module):
         return 0.0 if self.wire_error_ is None else self.wire_error_.max().item()
 
     def forget_wires(self) -> None:
-        """Look at the wires at the next read, whatever the state of the devices says."""
+        """Look at the wires at the next read, whatever the state of the devices says: buffers were set from outside."""
         self.solved.zero_()
         self.solve_all = self.wire_age is not None and bool((self.wire_age < 0).any())
 
