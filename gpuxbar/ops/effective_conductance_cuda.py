@@ -3,6 +3,9 @@
 Tiles are padded with open cells to powers of two, 16 cells at least, so that all blocks of a level are alike. A level is
 one batch over all its pairs of blocks and all tiles of a chunk; the number of launches depends on the tile's size only.
 Nothing waits for the device.
+
+A mean field moves about 1.1 MB for a tile of 128 x 128, if no pass over its 64 KB finds them in a cache (12 of the ladder, 5
+of its own): 6000 tiles are 6.5 GB, an estimated 1.5 ms at 4.3 TB/s. Not yet run on a GPU.
 """
 
 from __future__ import annotations
