@@ -120,16 +120,17 @@ def test_open_tiles_and_no_tiles():
     assert ops.anchored_conductance(g[:0], Anchor.new((0, 5, 6)), **STRONG).shape == (0, 5, 6)
 
 
-@pytest.mark.parametrize(("order", "arithmetic"), [(FORWARD, "fp32"), (REVERSE, "3xtf32")])
-@pytest.mark.parametrize("approximation", ["ladder", "mean_field"])
+@pytest.mark.parametrize(
+    ("approximation", "order", "arithmetic"), [("ladder", REVERSE, "3xtf32"), ("mean_field", FORWARD, "fp32")]
+)
 def test_cuda_kernels_do_the_same(approximation, order, arithmetic):
     """The same choice of tiles, whether they are due by age, by their error, far away, or the reader does not know."""
     shape = (7, 20, 12)
     host, device = Anchor.new(shape), Anchor.new(shape)
     s = {"refresh_interval": 3, "approximation": approximation, **WIRES["strong"]}
     shim, launches = ShimDevice(order), set()
-    for step, g in enumerate(drifting(shape, 9)):
-        g[step % 4] *= 1.0 + 0.1 * step  # up to 80 % away, out of turn
+    for step, g in enumerate(drifting(shape, 8)):
+        g[step % 4] *= 1.0 + 0.1 * step  # up to 70 % away, out of turn
         moved = np.array([step != 5], np.int32)  # what is on the device decides
         s |= {"solve_all": step == 0, "tolerance": 1e-3 if step > 3 else 1.0}
         expected = ops.anchored_conductance(g, host, update=step != 5, **s)
@@ -148,18 +149,18 @@ def test_cuda_kernels_do_the_same(approximation, order, arithmetic):
 
 def test_cuda_chooses_among_many_tiles_and_keeps_nan():
     """More tiles than a block of threads; a NaN stays in its tile."""
-    shape = (600, 3, 2)
+    shape = (300, 3, 2)
     host, device, shim = Anchor.new(shape), Anchor.new(shape), ShimDevice(11)
     rng = np.random.default_rng(0)
-    for step in range(3):
-        g = (tiles(*shape) * rng.uniform(0.5, 1.0, (600, 1, 1))).astype(np.float32)
+    for step in range(2):
+        g = (tiles(*shape) * rng.uniform(0.5, 1.0, (300, 1, 1))).astype(np.float32)
         s = {"refresh_interval": 7, "solve_all": step == 0, **WIRES["strong"]}
         ops.anchored_conductance(g, host, **s)
         ops.anchored_conductance(g, device, device=shim, **s)
         np.testing.assert_array_equal(host.age, device.age)
     g[5, 1, 1] = np.nan
     found = ops.anchored_conductance(g, device, device=shim, **s)
-    assert [bool(np.isnan(t).any()) for t in found] == [i == 5 for i in range(600)]
+    assert [bool(np.isnan(t).any()) for t in found] == [i == 5 for i in range(300)]
 
 
 @pytest.mark.parametrize(
