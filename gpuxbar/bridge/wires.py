@@ -109,19 +109,19 @@ def _solve(
     solve_all: bool,
 ) -> Tensor:
     source, sink = (wires.r_sink, wires.r_source) if swap else (wires.r_source, wires.r_sink)
-    settings: dict[str, Any] = {
+    ohms: dict[str, Any] = {
         "r_wordline": wires.r_wordline, "r_bitline": wires.r_bitline, "r_source": source, "r_sink": sink,
-        "arithmetic": wires.arithmetic,
     }  # fmt: skip
     if anchor is not None and wires.anchor is not None:
         solved = ops.anchored_conductance(
-            array(blocks), anchor, **settings, approximation=wires.anchor, refresh_interval=wires.refresh_interval,
-            tolerance=wires.tolerance, update=moved, solve_all=solve_all, device=device,
+            array(blocks), anchor, **ohms, approximation=wires.anchor, refresh_interval=wires.refresh_interval,
+            tolerance=wires.tolerance, update=moved, solve_all=solve_all, arithmetic=wires.arithmetic, device=device,
         )  # fmt: skip
     else:
         solved = ops.effective_conductance(
-            array(blocks), **settings, method=wires.method, shared_drivers=wires.shared_drivers, device=device
-        )
+            array(blocks), **ohms, method=wires.method, shared_drivers=wires.shared_drivers,
+            arithmetic=wires.arithmetic, device=device,
+        )  # fmt: skip
     return tensor(solved)
 
 
