@@ -13,7 +13,9 @@ extern "C" __global__ void __launch_bounds__(256)
     conductance_merge(const float* __restrict__ q, const float* __restrict__ cross, float* __restrict__ merged,
                       int block_rows, int block_cols,  // P, Q
                       int along_rows,                  // left to right, else lower to upper
-                      int next_along_rows, i64 size)   // elements of merged
+                      int next_along_rows,
+                      int alternate,  // odd blocks are the second of a pair at the next merge; 0: there is none
+                      i64 size)       // elements of merged
 {
   const int ports = 2 * (block_rows + block_cols), rest = ports - (along_rows ? block_rows : block_cols);
   const int rows = along_rows ? block_rows : 2 * block_rows, cols = along_rows ? 2 * block_cols : block_cols;
@@ -21,8 +23,8 @@ extern "C" __global__ void __launch_bounds__(256)
   const i64 stride = (i64)gridDim.x * blockDim.x;
   for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < size; e += stride) {
     const i64 pair = e / ((i64)wide * wide);
-    const Place i = source_of((int)(e / wide % wide), rows, cols, next_along_rows, pair & 1, along_rows);
-    const Place j = source_of((int)(e % wide), rows, cols, next_along_rows, pair & 1, along_rows);
+    const Place i = source_of((int)(e / wide % wide), rows, cols, next_along_rows, pair & alternate, along_rows);
+    const Place j = source_of((int)(e % wide), rows, cols, next_along_rows, pair & alternate, along_rows);
     if (i.block == j.block)
       merged[e] = q[((2 * pair + i.block) * ports + i.at) * ports + j.at];
     else

@@ -12,31 +12,6 @@
 
 namespace gpuxbar {
 
-// One line: `count` cells from the driven end on, `step` apart; share: of the drive, what reaches each cell.
-GPUXBAR_FN void walk(const float* g, float* share, int count, i64 step, float end, float segment) {
-  float beyond = 0.0f;
-  for (int i = count - 1; i >= 0; --i) {
-    const float resistance = i ? segment : end;
-    beyond += g[i * step];
-#if FIRST_ORDER
-    share[i * step] = resistance * beyond;
-#else
-    const float factor = ladder_factor(resistance, beyond);
-    beyond *= factor;
-    share[i * step] = factor;
-#endif
-  }
-  float reach = FIRST_ORDER ? 0.0f : 1.0f;
-  for (int i = 0; i < count; ++i) {
-#if FIRST_ORDER
-    reach += share[i * step];
-#else
-    reach *= share[i * step];
-#endif
-    share[i * step] = reach;
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(256, 2)
     ladder(const float* __restrict__ g,           // [T, R, C] S
            const float* __restrict__ r_wordline,  // [R] ohm, or null: wordline_value; the others alike
@@ -49,12 +24,12 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   float* const along = share + tile;
   float* const down = g_eff + tile;
   for (int r = threadIdx.x; r < rows; r += blockDim.x)
-    walk(from + (i64)r * cols, along + (i64)r * cols, cols, 1, r_source ? r_source[r] : source_value,
-         r_wordline ? r_wordline[r] : wordline_value);
+    walk<FIRST_ORDER>(from + (i64)r * cols, along + (i64)r * cols, cols, 1, r_source ? r_source[r] : source_value,
+                      r_wordline ? r_wordline[r] : wordline_value);
   for (int c = threadIdx.x; c < cols; c += blockDim.x) {
     const i64 last = (i64)(rows - 1) * cols + c;
-    walk(from + last, down + last, rows, -(i64)cols, r_sink ? r_sink[c] : sink_value,
-         r_bitline ? r_bitline[c] : bitline_value);
+    walk<FIRST_ORDER>(from + last, down + last, rows, -(i64)cols, r_sink ? r_sink[c] : sink_value,
+                      r_bitline ? r_bitline[c] : bitline_value);
   }
   __syncthreads();
   for (int e = threadIdx.x; e < rows * cols; e += blockDim.x)

@@ -26,6 +26,7 @@ from gpuxbar.launch.cubin import cubin, resources
 from gpuxbar.launch.kernel import Array
 from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import kernel_dir
+from gpuxbar.ops.anchored_conductance_cuda import KERNELS as ANCHOR
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
@@ -46,6 +47,7 @@ KERNELS = {
         *PROGRAM,
         DEVICE_UPDATE,
         *EFFECTIVE_CONDUCTANCE,
+        *ANCHOR,
         *PULSES,
     )
 }
@@ -217,10 +219,10 @@ def test_precisions(precision):
     y = ops.tile_mvm(
         codes, g, tile_rows=32, v_lsb=1e-3, precision=precision, g_range=G_MAX, device=ShimDevice()
     )
-    bits = {"fp32": 24, "tf32": 24, "fp16": 11, "fp16x2": 22}[precision]  # the shim multiplies exactly
+    bits = {"fp32": 24, "tf32": 11, "fp16": 11, "fp16x2": 22}[precision]  # the shim adds exactly
     scale = (np.abs(codes.astype(np.float64)) @ np.abs(g[0])).max() * 1e-3
     assert np.abs(y - expected).max() < 2.0**-bits * scale
-    if precision == "fp16":
+    if bits == 11:
         assert np.abs(y - expected).max() > 2.0**-18 * scale
 
 
@@ -320,8 +322,10 @@ for scale in ("tensor", "column"):
                   slice_bits=2, write_step=np.ones(1, np.int64), **window)
 ops.program(weight, w_max=np.ones(1, np.float32), merge="all", **window)
 wires = dict(r_wordline=2.0, r_bitline=3.0, r_source=ones[:1], r_sink=0.5, device=device)
-for method in ("ladder", "exact"):
-    ops.effective_conductance(np.full((2, 40, 20), 1e-4, np.float32), method=method, **wires)
+for method, shared in (("mean_field", False), ("exact", True)):
+    ops.effective_conductance(np.full((2, 40, 20), 1e-4, np.float32), method=method, shared_drivers=shared,
+                              arithmetic="3xtf32", **wires)
+ops.anchored_conductance(np.full((3, 9, 7), 1e-4, np.float32), ops.Anchor.new((3, 9, 7)), update=np.ones(1, np.int32), **wires)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

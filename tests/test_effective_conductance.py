@@ -179,6 +179,16 @@ def test_tiles_on_shared_drivers():
     assert error(one[:, 0], ops.effective_conductance(g, **WIRES["strong"])) < 3e-6
 
 
+def test_shared_drivers_may_differ_from_line_to_line():
+    g = tiles(2, 9, 6)
+    source = np.random.default_rng(0).uniform(0, 300, 9).astype(np.float32)
+    w = {"r_wordline": 0.0, "r_bitline": 2.0, "r_source": source, "r_sink": 20.0}
+    both = reference.nodal_conductance(np.concatenate(list(g), axis=1), **w)
+    expected = np.stack([both[:, :6], both[:, 6:]])
+    assert error(reference.effective_conductance(g, shared_drivers=True, **w), expected) < 1e-12
+    assert error(ops.effective_conductance(g, shared_drivers=True, **w), expected) < 3e-6
+
+
 @pytest.mark.parametrize(("method", "bound"), [("first_order", 0.5), ("ladder", 0.05), ("mean_field", 3e-3)])
 def test_approximations_are_as_good_as_said(method, bound):
     g = tiles(128, 128, open_cells=0)
@@ -218,6 +228,7 @@ BAD = {
     "axes": ({"g": np.zeros(2, np.float32)}, ValueError, "`g` must have 2 or .* axes, got 1"),
     "stride": ({"g": tiles(4, 3).T}, ValueError, "`g` must be C-contiguous"),
     "method": ({"method": "best"}, ValueError, "`method` must be one of none, first_order, .* got 'best'"),
+    "arithmetic": ({"arithmetic": "fp16"}, ValueError, "`arithmetic` must be one of fp32, 3xtf32, tf32, got 'fp16'; choose"),
     "negative": ({"g": with_cell(-1e-6)}, ValueError, r"`g` must be 0 or above and finite, got -1e-06 S in tile \(1, 2\), wordline 3, bitline 1"),
     "nan": ({"g": with_cell(np.nan)}, ValueError, r"got nan S in tile \(1, 2\), wordline 3"),
     "infinite": ({"g": with_cell(np.inf)}, ValueError, r"got inf S in tile \(1, 2\)"),
@@ -243,14 +254,15 @@ def test_bad_input_is_named(name, where, monkeypatch):
         ops.effective_conductance(values.pop("g"), **values)
 
 
-@pytest.mark.parametrize("method", ["none", "first_order", "ladder", "exact"])
+@pytest.mark.parametrize("method", reference.METHODS)
 @pytest.mark.parametrize(
     ("shape", "order"),
     [((1, 1), FORWARD), ((16, 16), REVERSE), ((16, 20), 11), ((20, 16), 12), ((37, 50), FORWARD), ((12, 70), 13), ((70, 30), REVERSE)],
 )  # fmt: skip
 def test_cuda_kernels_match_oracle(shape, order, method):
     g, w = tiles(3, *shape), wires("lines", *shape)
-    got = ops.effective_conductance(g, method=method, device=ShimDevice(order, workspace=1 << 19), **w)
+    device = ShimDevice(order, workspace=1 << (16 if method == "mean_field" else 19))  # several chunks
+    got = ops.effective_conductance(g, method=method, device=device, **w)
     expected = reference.effective_conductance(g, method=method, **w)
     assert error(got, expected) < 5e-6
 
@@ -281,7 +293,29 @@ def test_cuda_launches_do_not_grow_with_tiles():
     assert counts[0] == 2 + 3 + 2
 
 
-@pytest.mark.parametrize("what", [{"method": "mean_field"}, {"shared_drivers": True}])
-def test_what_has_no_cuda_kernel_says_so(what):
-    with pytest.raises(NotImplementedError, match="has no CUDA kernel; pass NumPy arrays"):
-        ops.effective_conductance(tiles(2, 3, 4), device=ShimDevice(), **WIRES["mild"], **what)
+@pytest.mark.parametrize(
+    ("shape", "order"), [((2, 3, 9, 6), FORWARD), ((2, 2, 40, 17), REVERSE), ((1, 3, 17, 50), 11)]
+)
+def test_cuda_tiles_on_shared_drivers(shape, order):
+    """Chunks hold whole groups; a group of one is a tile with drivers of its own."""
+    g, w = tiles(*shape), wires("lines", *shape[-2:])
+    for each in (w, {**w, "r_source": 70.0}):
+        device = ShimDevice(order, workspace=1)
+        got = ops.effective_conductance(g, shared_drivers=True, device=device, **each)
+        expected = reference.effective_conductance(g, shared_drivers=True, **each)
+        assert error(got, expected) < 5e-6
+        assert error(ops.effective_conductance(g, device=device, **each), expected) > 0.01
+    alone = ops.effective_conductance(g[0, :, None], shared_drivers=True, device=device, **w)
+    assert error(alone[:, 0], reference.effective_conductance(g[0], **w)) < 5e-6
+
+
+@pytest.mark.parametrize(("arithmetic", "low", "high"), [("3xtf32", 0, 2e-6), ("tf32", 1e-4, 1e-3)])
+def test_cuda_arithmetics_are_as_exact_as_said(arithmetic, low, high):
+    """Against nodal analysis, with the operands of products rounded as tensor cores do."""
+    g, w = tiles(40, 70), WIRES["strong"]
+    exact = reference.nodal_conductance(g, **w)
+    got = ops.effective_conductance(g, arithmetic=arithmetic, device=ShimDevice(REVERSE), **w)
+    assert low <= np.linalg.norm(got - exact) / np.linalg.norm(exact) < high
+    np.testing.assert_array_equal(
+        ops.effective_conductance(g, arithmetic=arithmetic, **w), ops.effective_conductance(g, **w)
+    )

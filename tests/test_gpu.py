@@ -455,13 +455,31 @@ def test_a_residual_network_is_captured(cuda_device):
 # ---- wires
 
 
-@pytest.mark.parametrize("method", ["none", "first_order", "ladder", "exact"])
+@pytest.mark.parametrize("method", reference.METHODS)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (20, 37), (70, 30), (128, 128), (200, 256)])
 def test_wires_match_oracle(cuda_device, shape, method):
     g, w = tiles(3, *shape), wires("lines", *shape)
     found = run(cuda_device, ops.effective_conductance, g, method=method, **w)
     expected = reference.effective_conductance(g, method=method, **w)
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("arithmetic", "bound"), [("3xtf32", 5e-6), ("tf32", 2e-3)])
+@pytest.mark.parametrize("shape", [(70, 30), (128, 128), (200, 256)])
+def test_arithmetics_of_wires_are_as_exact_as_said(cuda_device, shape, arithmetic, bound):
+    g, w = tiles(3, *shape), wires("lines", *shape)
+    found = run(cuda_device, ops.effective_conductance, g, arithmetic=arithmetic, **w)
+    expected = reference.effective_conductance(g, **w)
+    assert np.linalg.norm(found - expected) < bound * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9, 6), (3, 2, 70, 30), (1, 4, 128, 128)])
+def test_shared_drivers_match_oracle(cuda_device, shape):
+    g, w = tiles(*shape), wires("lines", *shape[-2:])
+    for each in (w, {**w, "r_source": 70.0}):
+        found = run(cuda_device, ops.effective_conductance, g, shared_drivers=True, **each)
+        expected = reference.effective_conductance(g, shared_drivers=True, **each)
+        assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_wires_do_not_depend_on_the_workspace_and_repeat(cuda_device, monkeypatch):
@@ -476,11 +494,64 @@ def test_wires_do_not_depend_on_the_workspace_and_repeat(cuda_device, monkeypatc
     np.testing.assert_allclose(found, first, rtol=0, atol=2e-6 * first.max())
 
 
-def test_anchored_wires_follow_the_host(cuda_device):
-    host, anchor = ops.Anchor.new((5, 20, 12)), ops.Anchor(*map(to_gpu, ops.Anchor.new((5, 20, 12))))
-    for g in drifting((5, 20, 12), 8):
-        settings = {"refresh_interval": 3, **WIRES["strong"]}
-        expected = ops.anchored_conductance(g, host, **settings)
-        found = from_gpu(ops.anchored_conductance(to_gpu(g), anchor, device=cuda_device, **settings))
+@pytest.mark.parametrize("approximation", ["ladder", "mean_field"])
+@pytest.mark.parametrize("shape", [(5, 20, 12), (700, 5, 3)])
+def test_anchored_wires_follow_the_host(cuda_device, shape, approximation):
+    """Tiles due by age, by their error, and out of turn; an update without a change changes nothing."""
+    host, anchor = ops.Anchor.new(shape), ops.Anchor(*map(to_gpu, ops.Anchor.new(shape)))
+    for step, g in enumerate(drifting(shape, 8)):
+        g[step % 4] *= 1.0 + 0.1 * step
+        s = {"refresh_interval": 3, "approximation": approximation, "solve_all": step == 0, **WIRES["strong"]}
+        moved = np.array([step != 5], np.int32)
+        expected = ops.anchored_conductance(g, host, update=step != 5, **s)
+        found = from_gpu(
+            ops.anchored_conductance(to_gpu(g), anchor, update=to_gpu(moved), device=cuda_device, **s)
+        )
         np.testing.assert_allclose(found, expected, atol=2e-6 * expected.max())
-    np.testing.assert_array_equal(from_gpu(anchor.age), host.age)
+        np.testing.assert_array_equal(from_gpu(anchor.age), host.age)
+        np.testing.assert_array_equal(from_gpu(anchor.g), host.g)
+
+
+def test_anchored_wires_stay_near_the_oracle(cuda_device):
+    anchor = ops.Anchor(*map(to_gpu, ops.Anchor.new((6, 33, 70))))
+    for step, g in enumerate(drifting((6, 33, 70), 7)):
+        s = {"refresh_interval": 3, "solve_all": step == 0, "device": cuda_device, **WIRES["strong"]}
+        found = from_gpu(ops.anchored_conductance(to_gpu(g), anchor, **s))
+        expected = reference.effective_conductance(g, **WIRES["strong"])
+        off, size = (np.linalg.norm(x, axis=(1, 2)) for x in (found - expected, expected))
+        assert (off / size).max() < 1e-3
+        solved = (from_gpu(anchor.g) == g).all((1, 2))
+        assert solved.any()
+        assert (off / size)[solved].max() < 5e-6
+
+
+def test_a_captured_update_chooses_its_tiles_anew(cuda_device):
+    """One graph, whatever is due at its replays."""
+    import cupy
+
+    shape = (7, 20, 12)
+    host, device = ops.Anchor.new(shape), cuda_device.like(keep=True)
+    s = {"refresh_interval": 3, **WIRES["strong"]}
+    first, *later = drifting(shape, 9)
+    ops.anchored_conductance(first, host, solve_all=True, **s)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        g, moved = to_gpu(first), cupy.zeros(1, "int32")
+        anchor = ops.Anchor(*map(to_gpu, ops.Anchor.new(shape)))
+        ops.anchored_conductance(g, anchor, solve_all=True, device=device, **s)
+
+        def update():
+            return ops.anchored_conductance(g, anchor, update=moved, device=device, **s)
+
+        update()
+        stream.begin_capture()
+        found = update()
+        graph = stream.end_capture()
+        moved.fill(1)
+        for step, now in enumerate(later):
+            now[step % 4] *= 1.0 + 0.1 * step
+            g.set(now)
+            graph.launch()
+            expected = ops.anchored_conductance(now, host, **s)
+            np.testing.assert_allclose(from_gpu(found), expected, atol=2e-6 * expected.max())
+            np.testing.assert_array_equal(from_gpu(anchor.age), host.age)

@@ -107,12 +107,13 @@ def test_wires_are_solved_once_for_a_weight_version(monkeypatch):
     assert len(solved) == 2
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_in_situ_training_sees_the_wires(compiled):
+@pytest.mark.parametrize(("compiled", "anchor"), [(False, None), (True, None), (True, "ladder")])
+def test_in_situ_training_sees_the_wires(compiled, anchor):
     """Cells move, so what reads see moves; a loaded state is solved anew."""
     torch.manual_seed(0)
     law = {"law": "agarwal"}
-    model, _ = gx.convert(nn.Sequential(nn.Linear(20, 10)), spec(parasitics=OHMS, update=law))
+    wires = OHMS | {"anchor": anchor}  # every tile is due at every update
+    model, _ = gx.convert(nn.Sequential(nn.Linear(20, 10)), spec(parasitics=wires, update=law))
     optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.5)
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     x, t = torch.randn(30, 20), torch.randint(10, (30,))
@@ -243,7 +244,8 @@ def test_an_anchored_layer_stays_near_the_exact_one_and_says_how_near():
     exact, _ = small_network({**EVERY_UPDATE, "terminations": "role"}, False)
     errors = steps(model, optimiser, range(14))
     assert errors[0] == 0
-    assert all(0 < e < 1e-2 for e in errors[1:])
+    assert all(0 < e < 2e-2 for e in errors[1:])  # the drift itself, until a tile was solved again
+    assert all(e < 1e-3 for e in errors[4:])
     ages = torch.cat([model[k].wire_age.flatten() for k in (0, 2)])
     assert ages.max() < 4
     for layer, twin in ((model[0], exact[0]), (model[2], exact[2])):
@@ -257,7 +259,7 @@ def test_an_anchored_layer_stays_near_the_exact_one_and_says_how_near():
 
 
 def test_only_due_tiles_are_solved(monkeypatch):
-    """8 tiles of 2 arrays, one in 4 an update; a written-over layer is solved at once."""
+    """8 tiles of 2 arrays, one in 4 an update; all at once only where that is asked for."""
     anchored = import_module("gpuxbar.ops.anchored_conductance")
     real, solved = anchored.effective_conductance, []
 
@@ -278,7 +280,21 @@ def test_only_due_tiles_are_solved(monkeypatch):
     with torch.no_grad():
         layer.weight.normal_()
     layer(x)
+    assert solved[-1] == 2
+    layer.restart_wires()
+    layer(x)
     assert solved[-1] == 8
+
+
+def test_calibration_leaves_every_tile_to_the_first_read():
+    wires = {**ANCHORED, "terminations": "line"}
+    model, _ = gx.convert(nn.Sequential(nn.Linear(40, 30)), spec(parasitics=wires, adc={"bits": 8}))
+    gx.calibrate(model, [torch.randn(20, 40)])
+    assert (model[0].wire_age < 0).all()
+    with torch.no_grad():
+        model(torch.randn(3, 40))
+    assert (model[0].wire_age >= 0).all()
+    assert model[0].wire_error() == 0
 
 
 def test_in_situ_training_begins_with_anchors_of_its_own():

@@ -34,6 +34,7 @@ def refresh_wires(
     slope: Tensor | None,
     error: Tensor | None,
     anchored: Tensor | None,
+    solve_all: bool,
     groups: int,
     merge: str,
     spec: str,
@@ -45,10 +46,12 @@ def refresh_wires(
         seen: What a forward read sees of them, float32 [S, G * I, O], S.
         seen_back: What a transposed read sees where that is another matrix, shape of `seen`; None: the same.
         state, key: What was solved and what the cells hold now, int64 [1]. On the CPU nothing is done if they agree;
-            on a GPU, where looking would wait for the device, wires are always solved, unless there is an anchor.
+            on a GPU, where looking would wait for the device, wires are always solved; an anchor moves on there only
+            if the cells did.
         offset, start, age, slope, error: `ops.Anchor` of the tiles [D, ..., R, C] and [D, tiles], D 1 for one matrix
             and 2 if the transposed read sees another; None: no anchor.
         anchored: State of the cells that the anchor was last updated to, int64 [1].
+        solve_all: With an anchor: solve every tile, whatever it holds.
         groups: Arrays side by side along the wordlines.
         merge: How planes join; see `mapping.Planes`.
         spec: The layer's `CrossbarSpec` as JSON.
@@ -56,9 +59,9 @@ def refresh_wires(
     crossbar = spec_of(spec)
     wires = crossbar.parasitics
     with on_device(cells, "wires") as device:
-        if (device is None or anchored is not None) and torch.equal(state, key):
+        if device is None and torch.equal(state, key):
             return
-        moved = anchored is not None and not torch.equal(anchored, key)
+        moved = None if anchored is None else array((anchored != key).int())
         blocks = _tiles(cells.view(-1, cells.shape[1] // groups, cells.shape[2]), crossbar)
         base = 2 ** (crossbar.mapping.slice_bits or 0)
         for swap, target in enumerate((seen, seen_back)):
@@ -68,7 +71,9 @@ def refresh_wires(
             if offset is not None:
                 parts = (offset, start, age, slope, error)
                 anchor = ops.Anchor(*(array(part[swap]) for part in parts if part is not None))
-            effective = _untiled(_solve(blocks, wires, bool(swap), device, anchor, moved), cells, groups)
+            effective = _untiled(
+                _solve(blocks, wires, bool(swap), device, anchor, moved, solve_all), cells, groups
+            )
             target.copy_(merged(effective, merge, base))
         state.copy_(key)
         if anchored is not None:
@@ -161,18 +166,20 @@ def _solve(
     swap: bool,
     device: Device | None,
     anchor: ops.Anchor | None,
-    moved: bool,
+    moved: Any,
+    solve_all: bool,
 ) -> Tensor:
     ohms = _ohms(wires, swap)
     if anchor is not None and wires.anchor is not None:
         solved = ops.anchored_conductance(
             array(blocks), anchor, **ohms, approximation=wires.anchor, refresh_interval=wires.refresh_interval,
-            tolerance=wires.tolerance, update=moved, device=device,
+            tolerance=wires.tolerance, update=moved, solve_all=solve_all, arithmetic=wires.arithmetic, device=device,
         )  # fmt: skip
     else:
         solved = ops.effective_conductance(
-            array(blocks), **ohms, method=wires.method, shared_drivers=wires.shared_drivers, device=device
-        )
+            array(blocks), **ohms, method=wires.method, shared_drivers=wires.shared_drivers,
+            arithmetic=wires.arithmetic, device=device,
+        )  # fmt: skip
     return tensor(solved)
 
 

@@ -106,6 +106,8 @@ def _without_adcs(model: nn.Module) -> Any:
             layer.look_at_ranges()
         for buffer, value in buffers.items():
             buffer.copy_(value)
+        for layer in layers:
+            layer.forget_wires()
         for module, mode in modes.items():
             module.training = mode
 

@@ -30,6 +30,8 @@ class Wires(nn.Module):
     Buffers of the state dict, None without `parasitics.anchor`: `wire_offset`, `wire_start`, `wire_age`, `wire_slope` and
     `wire_error_`, an `ops.Anchor` for each matrix that reads see, and `wire_state`, the state of the devices that
     they belong to, int64 [1]. With them a checkpoint resumes bit for bit.
+    `solve_all`: whether the next read must solve every tile, since some never were; kept on the host, so that a read on a
+    GPU does not wait to know it.
     """
 
     spec: CrossbarSpec
@@ -45,6 +47,7 @@ class Wires(nn.Module):
     wire_slope: Tensor | None
     wire_error_: Tensor | None
     wire_state: Tensor | None
+    solve_all: bool
 
     def setup_wires(self, devices: tuple[int, ...], planes: int, device: torch.device) -> None:
         """For devices [2 slices, G * I, O], read as `planes` planes."""
@@ -62,6 +65,7 @@ class Wires(nn.Module):
             self.register_buffer(name, both if anchored else None)
         state = torch.zeros(1, dtype=torch.int64, device=device) if anchored else None
         self.register_buffer("wire_state", state)
+        self.solve_all = anchored
 
     def through_wires(self, devices: Tensor, variance: Tensor | None, w_max: Tensor, state: Tensor) -> Cells:
         """What reads find of all devices [2 slices, G * I, O], whose state is the number `state`, int64 [1], not 0."""
@@ -82,10 +86,12 @@ class Wires(nn.Module):
             self.wire_slope,
             self.wire_error_,
             self.wire_state,
+            self.solve_all,
             self.groups_,
             self.planes.merge,
             self.static[1],
         )
+        self.solve_all = False
         return Cells(self.seen, self.seen_back, variance, w_max)
 
     def wire_error(self) -> float:
@@ -96,12 +102,13 @@ class Wires(nn.Module):
         return 0.0 if self.wire_error_ is None else self.wire_error_.max().item()
 
     def forget_wires(self) -> None:
-        """Look at the wires at the next read, whatever the state of the devices says."""
+        """Look at the wires at the next read, whatever the state of the devices says: buffers were set from outside."""
         self.solved.zero_()
+        self.solve_all = self.wire_age is not None and bool((self.wire_age < 0).any())
 
     def restart_wires(self) -> None:
-        """Forget, and solve every tile anew: other devices than before."""
-        self.forget_wires()
+        """Solve every tile anew at the next read: other devices than before, or all of them written over."""
         if self.wire_age is not None and self.wire_state is not None:
             self.wire_age.fill_(-1)
             self.wire_state.zero_()
+        self.forget_wires()

@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gpuxbar.launch import Device
+from gpuxbar.launch import Device, backend, cuda_device
+from gpuxbar.ops.anchored_conductance_cuda import apply_cuda, update_cuda
 from gpuxbar.ops.checks import check_array
-from gpuxbar.ops.effective_conductance import effective_conductance
+from gpuxbar.ops.effective_conductance import Arithmetic, effective_conductance
 
 __all__ = ["Anchor", "Approximation", "anchored_conductance"]
 
@@ -59,7 +60,9 @@ def anchored_conductance(
     approximation: Approximation = "ladder",
     refresh_interval: int = 10,
     tolerance: float = 1e-2,
-    update: bool = True,
+    update: Any = True,
+    solve_all: bool = False,
+    arithmetic: Arithmetic = "fp32",
     device: Device | None = None,
 ) -> Any:
     """The effective conductances of tiles close to where they were last solved exactly.
@@ -67,22 +70,28 @@ def anchored_conductance(
     G_eff = max(M(g) + (G_exact - M)(g_0), 0)
 
     with M the approximation and g_0 the tile's conductances at its last exact solution; right after it G_eff is exact.
-    An update solves the tiles anew that are due: one in `refresh_interval` in turn, and those whose estimated error
-    passed `tolerance`. The estimate costs no solution of its own: where a tile is solved, the relative error before
-    (Frobenius norms) over the drift |g - g_0| / |g_0| is its slope, and slope times drift its error from then on.
-    A tile further than 30 % from g_0 is solved anew whatever its slope. A difference of two arrays has an error
-    3 to 10 times that of the tiles.
+    An update solves tiles anew, at most ceil(T / refresh_interval) of the T, so that no step costs more than another: of
+    those that are due, the most urgent. A tile is due `refresh_interval` updates after it was solved, or when its
+    estimated error passes `tolerance`, or 30 % away from g_0 whatever the estimate; how urgent it is says the largest of
+    the three ratios, equal ones go by number, and tiles never solved come first. What has to wait keeps its estimate.
+    The estimate costs no solution of its own: where a tile is solved, the relative error before (Frobenius norms) over
+    the drift |g - g_0| / |g_0| is its slope, and slope times drift its error from then on. A difference of two arrays
+    has an error 3 to 10 times that of the tiles.
+
+    On a GPU tiles are chosen there, and nothing is read back: an update may be captured into a CUDA graph. As many
+    tiles are solved as may be due, and those that are not stay as they were.
 
     The arrays of `anchor` say all there is: kept with a checkpoint, they continue bit for bit.
 
     Args:
-        g, r_wordline, r_bitline, r_source, r_sink, device: See `effective_conductance`.
+        g, r_wordline, r_bitline, r_source, r_sink, arithmetic, device: See `effective_conductance`.
         anchor: Changed in place by an update.
         approximation: M: "ladder" or "mean_field".
         refresh_interval: Updates after which a tile is solved again, 1 or above.
         tolerance: Relative error of a tile that is let pass, above 0.
-        update: Whether the tiles have moved; False only reads the anchor (every tile must have been solved).
-            On a GPU an update waits for the device, to learn which tiles are due.
+        update: Whether the tiles have moved: a bool, or int32 [1], which is not read back from a GPU. Otherwise the
+            anchor is only read (every tile must have been solved).
+        solve_all: Solve every tile at this update, as at the first, or when all were written over.
 
     Returns:
         Effective conductance, float32, shape of `g`, S.
@@ -90,26 +99,38 @@ def anchored_conductance(
     Raises:
         TypeError, ValueError: As `effective_conductance`, and for settings or arrays of `anchor` that do not fit.
     """
-    _check(g, anchor, approximation, refresh_interval, tolerance)
+    _check(g, anchor, approximation, refresh_interval, tolerance, update)
     wires: dict[str, Any] = {
-        "r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink, "device": device,
+        "r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink,
+        "arithmetic": arithmetic, "device": device,
     }  # fmt: skip
     found = effective_conductance(g, method=approximation, **wires)
     if not g.size:
         return found
     tiles, out, offset, start = (a.reshape(-1, *g.shape[-2:]) for a in (g, found, anchor.offset, anchor.g))
-    drift = _over_chunks(lambda part: _distance(tiles[part], start[part]), len(tiles)) if update else None
-    if drift is not None:
+    most = len(tiles) if solve_all else -(-len(tiles) // refresh_interval)
+
+    def solve(part: Any) -> Any:
+        return effective_conductance(part, method="exact", **wires)
+
+    if device is not None or backend(g) == "cuda":
+        where = device or cuda_device()
+        if solve_all or update is not False:
+            moved = None if solve_all or update is True else update
+            update_cuda(
+                where, tiles, out, (offset, start, *anchor[2:]), moved, most, interval=refresh_interval,
+                tolerance=tolerance, far=FAR, least=LEAST, every=solve_all, chunk=CHUNK, solve=solve,
+            )  # fmt: skip
+        apply_cuda(where, out, offset)
+        return found
+    if solve_all or np.any(update):
+        drift = _over_chunks(lambda part: _distance(tiles[part], start[part]), len(tiles))
         anchor.error[...] = anchor.slope * drift
-        due = np.flatnonzero(
-            (anchor.age + 1 >= refresh_interval)
-            | (anchor.age < 0)
-            | (anchor.error > tolerance)
-            | (drift > FAR)
-        )
+        anchor.age[...] = np.where((anchor.age < 0) | solve_all, -1, anchor.age + 1)
+        due = _due(anchor, drift, most, refresh_interval, tolerance)
         for first in range(0, len(due), CHUNK):
             part = due[first : first + CHUNK]
-            exact = effective_conductance(tiles[part], method="exact", **wires)
+            exact = solve(tiles[part])
             before = np.maximum(out[part] + offset[part], 0.0)
             moved = (anchor.age[part] >= 0) & (drift[part] > LEAST)
             slope = _distance(before, exact) / np.maximum(drift[part], LEAST)
@@ -117,11 +138,19 @@ def anchored_conductance(
             offset[part], start[part] = exact - out[part], tiles[part]
             anchor.error[part] = 0.0
             # at first all are solved at once; then 1 / refresh_interval of them at every update
-            anchor.age[part] = np.where(anchor.age[part] < 0, part % refresh_interval - 1, -1)
-        anchor.age[...] += 1
+            anchor.age[part] = np.where(anchor.age[part] < 0, part % refresh_interval, 0)
     out += offset
     np.maximum(out, 0.0, out=out)
     return found
+
+
+def _due(anchor: Anchor, drift: Any, most: int, refresh_interval: int, tolerance: float) -> Any:
+    """The tiles to solve, `most` or fewer: those of urgency 1 or above, from the most urgent on."""
+    ages = anchor.age.astype(np.float32) / np.float32(refresh_interval)
+    worst = np.maximum(anchor.error / np.float32(tolerance), drift / np.float32(FAR))
+    urgency = np.where(anchor.age < 0, np.inf, np.maximum(ages, worst))
+    first = np.argsort(-urgency, kind="stable")[:most]
+    return first[urgency[first] >= 1]
 
 
 def _over_chunks(measure: Any, count: int) -> Any:
@@ -134,7 +163,9 @@ def _distance(a: Any, b: Any) -> Any:
     return np.sqrt(np.einsum("te,te->t", apart, apart) / np.maximum(np.einsum("te,te->t", size, size), TINY))
 
 
-def _check(g: Any, anchor: Anchor, approximation: str, refresh_interval: int, tolerance: float) -> None:
+def _check(
+    g: Any, anchor: Anchor, approximation: str, refresh_interval: int, tolerance: float, update: Any
+) -> None:  # fmt: skip
     check_array(OP, "g", g, "float32", range(2, 9))
     if approximation not in APPROXIMATIONS:
         raise ValueError(
@@ -148,6 +179,8 @@ def _check(g: Any, anchor: Anchor, approximation: str, refresh_interval: int, to
         raise ValueError(
             f"{OP}: `tolerance` must be above 0 and finite, got {tolerance:g}; it is a relative error"
         )
+    if not isinstance(update, bool):
+        check_array(OP, "update", update, "int32", 1)
     tiles = int(np.prod(g.shape[:-2]))
     for name, array in anchor._asdict().items():
         shape = g.shape if name in ("offset", "g") else (tiles,)

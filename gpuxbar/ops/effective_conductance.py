@@ -11,10 +11,12 @@ from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array
 from gpuxbar.ops.effective_conductance_cuda import effective_conductance_cuda
 
-__all__ = ["Method", "effective_conductance"]
+__all__ = ["Arithmetic", "Method", "effective_conductance"]
 
 OP = "effective_conductance"
 Method = Literal["none", "first_order", "ladder", "mean_field", "exact"]
+Arithmetic = Literal["fp32", "3xtf32", "tf32"]
+ARITHMETICS = ("fp32", "3xtf32", "tf32")
 BLOCKS = 16  # side of the coarse tile of "mean_field"
 
 
@@ -27,6 +29,7 @@ def effective_conductance(
     r_sink: Any = 0.0,
     method: Method = "exact",
     shared_drivers: bool = False,
+    arithmetic: Arithmetic = "fp32",
     device: Device | None = None,
 ) -> Any:
     """The conductance matrix of every tile as its periphery sees it: i = v @ G_eff through all the wires.
@@ -54,6 +57,10 @@ def effective_conductance(
         method: See above.
         shared_drivers: Tiles along the axis before [R, C] are column tiles on the same physical drivers, so that
             the currents of all flow through one `r_source` a wordline; "exact" only.
+        arithmetic: Of the products that merge blocks of 16 x 16 cells and more, on a GPU: "fp32"; "3xtf32", as exact,
+            every product on tensor cores in three parts; "tf32", of operands rounded to 11 bits, with relative errors
+            (Frobenius norms) of 3e-4 to 8e-4 for tiles of 64 x 64 and 128 x 128, and of 4e-3 for differences of two
+            arrays (tests emulate the rounding; neither has run on a GPU yet). Without effect on a CPU.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
@@ -73,6 +80,10 @@ def effective_conductance(
         raise ValueError(
             f"{OP}: `method` must be one of {', '.join(reference.METHODS)}, got {method!r}; choose one of them"
         )
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(
+            f"{OP}: `arithmetic` must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}; choose one of them"
+        )
     if shared_drivers and method != "exact":
         raise ValueError(
             f"{OP}: `method` must be 'exact' with shared_drivers=True, got {method!r}; "
@@ -82,7 +93,7 @@ def effective_conductance(
     rows, cols = g.shape[-2:]
     given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
     if where == "cuda":
-        return _cuda(device or cuda_device(), g, given, method, shared_drivers)
+        return _cuda(device or cuda_device(), g, given, method, arithmetic, shared_drivers)
     lines = {name: per_line(OP, name, value, rows, cols) for name, value in given.items()}
     if not g.size:
         return np.empty_like(g)
@@ -115,21 +126,18 @@ def _host(g: np.ndarray, lines: dict[str, np.ndarray], method: Method, admittanc
 
 
 def _shared(g: np.ndarray, lines: dict[str, np.ndarray]) -> np.ndarray:
-    """(1 + r_source Y)^-1 G with Y the sum of the tiles' admittances at ideal drivers; see `reference.close`."""
+    """(1 + Y r_source)^-1 G with Y the sum of the tiles' admittances at ideal drivers; see `reference.close`."""
     rows = g.shape[-2]
     admittance = np.empty((*g.shape[:-1], rows), np.float32)
     bare = _host(g, {**lines, "r_source": np.zeros_like(lines["r_source"])}, "exact", admittance)
     together = admittance.astype(np.float64).sum(-3, keepdims=True)
-    closing = np.linalg.inv(np.eye(rows) + lines["r_source"][:, None].astype(np.float64) * together)
+    closing = np.linalg.inv(np.eye(rows) + together * lines["r_source"].astype(np.float64))
     return np.matmul(closing.astype(np.float32), bare)
 
 
-def _cuda(device: Device, g: Any, given: dict[str, Any], method: Method, shared_drivers: bool) -> Any:
-    if method == "mean_field" or shared_drivers:
-        what = "method='mean_field'" if method == "mean_field" else "shared_drivers=True"
-        raise NotImplementedError(
-            f"{OP}: {what} has no CUDA kernel; pass NumPy arrays, or choose another method"
-        )
+def _cuda(
+    device: Device, g: Any, given: dict[str, Any], method: Method, arithmetic: Arithmetic, shared_drivers: bool
+) -> Any:  # fmt: skip
     rows, cols = g.shape[-2:]
     lines: dict[str, Any] = {}
     for name, value in given.items():
@@ -145,7 +153,9 @@ def _cuda(device: Device, g: Any, given: dict[str, Any], method: Method, shared_
         out = device.empty(g.shape, "float32")
         out[...] = g
         return out
-    return effective_conductance_cuda(device, g.reshape(-1, rows, cols), lines, method).reshape(g.shape)
+    shared = g.shape[-3] if shared_drivers else 0
+    found = effective_conductance_cuda(device, g.reshape(-1, rows, cols), lines, method, arithmetic, shared)
+    return found.reshape(g.shape)
 
 
 _LINE = {"r_wordline": "wordline", "r_bitline": "bitline", "r_source": "wordline", "r_sink": "bitline"}

@@ -3,6 +3,9 @@
 Tiles are padded with open cells to powers of two, 16 cells at least, so that all blocks of a level are alike. A level is
 one batch over all its pairs of blocks and all tiles of a chunk; the number of launches depends on the tile's size only.
 Nothing waits for the device.
+
+A mean field moves about 1.1 MB for a tile of 128 x 128, if no pass over its 64 KB finds them in a cache (12 of the ladder, 5
+of its own): 6000 tiles are 6.5 GB, an estimated 1.5 ms at 4.3 TB/s. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -36,64 +39,171 @@ GAUSS_JORDAN = Kernel(
 )
 CONDUCTANCE_MERGE = Kernel(
     "conductance_merge.cu", q=In("float32"), cross=In("float32"), merged=Out("float32"), block_rows=_INT,
-    block_cols=_INT, along_rows=_INT, next_along_rows=_INT, size=_LONG,
+    block_cols=_INT, along_rows=_INT, next_along_rows=_INT, alternate=_INT, size=_LONG,
 )  # fmt: skip
 CONDUCTANCE_OUT = Kernel(
     "conductance_out.cu", direct=In("float32"), cross=In("float32", optional=True), g_eff=Out("float32"),
     direct_stride=_LONG, direct_ld=_INT, along_rows=_INT, rows=_INT, cols=_INT, high=_INT, wide=_INT, size=_LONG,
 )  # fmt: skip
-KERNELS = (LADDER, CONDUCTANCE_LEAF, GAUSS_JORDAN, CONDUCTANCE_MERGE, CONDUCTANCE_OUT)
+CONDUCTANCE_SHARE = Kernel(
+    "conductance_share.cu", q=In("float32"), r_source=In("float32", "R", optional=True), m=Out("float32"),
+    source_value=_FLOAT, rows=_INT, high=_INT, ports=_INT, shared=_INT, size=_LONG,
+)  # fmt: skip
+SPLIT_TF32 = Kernel(
+    "split_tf32.cu", x=In("float32"), split=Out("float32"), stride=_LONG, ld=_INT, rows=_INT, cols=_INT, right=_INT,
+    size=_LONG,
+)  # fmt: skip
+MEAN_FIELD_COARSEN = Kernel(
+    "mean_field.cu", name="mean_field_coarsen", g=In("float32", "T R C"), ladder=In("float32", "T R C"), **_LINES,
+    coarse=Out("float32", "T P Q"), strength=Out("float32", "T L"), segments=Out("float32", "two S"),
+    ends=Out("float32", "two S"), **_VALUES, rows=_INT, cols=_INT, k=_INT,
+)  # fmt: skip
+MEAN_FIELD = Kernel(
+    "mean_field.cu", coarse=In("float32", "T P Q"), strength=In("float32", "T L"), segments=In("float32", "two S"),
+    ends=In("float32", "two S"), q=In("float32"), g_eff=InOut("float32", "T R C"), rows=_INT, cols=_INT, k=_INT,
+)  # fmt: skip
+KERNELS = (
+    LADDER, CONDUCTANCE_LEAF, GAUSS_JORDAN, CONDUCTANCE_MERGE, CONDUCTANCE_OUT, CONDUCTANCE_SHARE, MEAN_FIELD_COARSEN,
+    MEAN_FIELD, SPLIT_TF32,
+)  # fmt: skip
 
-LEAF = 16  # cells along the side of a leaf
+LEAF = 16  # cells along the side of a leaf, and at most along that of the coarse tile of a mean field
+Operand = tuple[
+    Any, int, int, int
+]  # array, offset, elements to the next matrix of the batch, to the next row
 BASE = 32  # largest matrix inverted in shared memory
 
 
-def effective_conductance_cuda(device: Device, g: Any, lines: dict[str, Any], method: str) -> Any:
-    """`ops.effective_conductance` on tiles [T, R, C], checked; `lines` are numbers, or arrays on the device."""
+def effective_conductance_cuda(
+    device: Device, g: Any, lines: dict[str, Any], method: str, arithmetic: str = "fp32", shared: int = 0
+) -> Any:  # fmt: skip
+    """`ops.effective_conductance` on tiles [T, R, C], checked; `lines` are numbers, or arrays on the device.
+
+    `shared`: so many neighbours are column tiles on the same drivers; 0: every tile has its own.
+    """
     out = device.empty(g.shape, "float32")
+    wires = _wires(lines)
+    rows, cols = g.shape[1:]
+    if method == "mean_field" and max(rows, cols) <= LEAF:
+        method = "exact"  # nothing to coarsen
+    bits = tuple(max(-(-count // LEAF) - 1, 0).bit_length() for count in (rows, cols))
+    # blocks of two levels, and the products between them: below four times the leaves
+    tree = 4 * 4 * 4096 << sum(bits)
+    coarse = 4 * (4096 + LEAF * LEAF + rows + cols)
+    per_tile = {"exact": tree, "mean_field": 4 * rows * cols + coarse}.get(method, 4 * rows * cols)
+    chunk = max(device.workspace // per_tile // (shared or 1), 1) * (shared or 1)
+    for first in range(0, len(g), chunk):
+        part, found = g[first : first + chunk], out[first : first + chunk]
+        if method == "exact":
+            _merge_tiles(device, part, found, wires, bits, arithmetic, shared)
+            continue
+        _walk_lines(device, part, found, wires, method == "first_order")
+        if method == "mean_field":
+            _add_coupling(device, part, found, wires)
+    return out
+
+
+def _wires(lines: dict[str, Any]) -> dict[str, Any]:
+    """Resistances as the kernels take them: an array or none, and one value for all lines."""
     arrays = {name: None if isinstance(value, float) else value for name, value in lines.items()}
     values = {
         f"{name[2:]}_value": value if isinstance(value, float) else 0.0 for name, value in lines.items()
     }
-    settings = {**arrays, **values, "rows": g.shape[1], "cols": g.shape[2]}
-    if method in ("ladder", "first_order"):
-        share = device.empty(g.shape, "float32")
-        device.launch(
-            LADDER, (len(g),), (256,), {"g": g, "share": share, "g_eff": out, **settings},
-            {"FIRST_ORDER": int(method == "first_order")},
-        )  # fmt: skip
-        return out
-    high_bits, wide_bits = (max(-(-count // LEAF) - 1, 0).bit_length() for count in g.shape[1:])
-    # blocks of two levels, and the products between them: below four times the leaves
-    per_tile = 4 * 4 * 4096 << (high_bits + wide_bits)
-    chunk = max(device.workspace // per_tile, 1)
-    for first in range(0, len(g), chunk):
-        _merge_tiles(
-            device, g[first : first + chunk], out[first : first + chunk], settings, high_bits, wide_bits
-        )
-    return out
+    return arrays | values
 
 
-def _merge_tiles(
-    device: Device, g: Any, out: Any, settings: dict[str, Any], high_bits: int, wide_bits: int
-) -> None:
-    leaves = len(g) << (high_bits + wide_bits)
+def _walk_lines(device: Device, g: Any, out: Any, wires: dict[str, Any], first_order: bool) -> None:
+    device.launch(
+        LADDER, (len(g),), (256,),
+        {"g": g, "share": device.empty(g.shape, "float32"), "g_eff": out, **wires, "rows": g.shape[1],
+         "cols": g.shape[2]},
+        {"FIRST_ORDER": int(first_order)},
+    )  # fmt: skip
+
+
+def _add_coupling(device: Device, g: Any, ladder: Any, wires: dict[str, Any]) -> None:
+    """Add to the ladder what lines have in common, from a coarse tile solved exactly; see `reference.mean_field`."""
+    tiles, rows, cols = g.shape
+    k = -(-max(rows, cols) // LEAF)
+    high, wide = -(-rows // k), -(-cols // k)
+    coarse, strength = (
+        device.empty((tiles, high, wide), "float32"),
+        device.empty((tiles, rows + cols), "float32"),
+    )
+    segments, ends = (device.empty((2, LEAF), "float32") for _ in range(2))
+    size = {"rows": rows, "cols": cols, "k": k}
+    between = {"coarse": coarse, "strength": strength, "segments": segments, "ends": ends, **size}
+    device.launch(
+        MEAN_FIELD_COARSEN, (tiles,), (256,), {"g": g, "ladder": ladder, **wires, **between}
+    )  # fmt: skip
+    lines = {
+        "r_wordline": segments[0, :high], "r_bitline": segments[1, :wide], "r_source": ends[0, :high],
+        "r_sink": ends[1, :wide],
+    }  # fmt: skip
+    q = _leaves(device, coarse, _wires(lines), (0, 0))
+    device.launch(MEAN_FIELD, (tiles,), (256,), {"q": q, "g_eff": ladder, **between})
+
+
+def _leaves(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int]) -> Any:
+    """Ports of the blocks of 16 x 16 cells of every tile, 2^bits of them down and along."""
+    leaves = len(g) << sum(bits)
     q = device.empty((leaves * 4096,), "float32")
     device.launch(
         CONDUCTANCE_LEAF, (leaves,), (256,),
-        {"g": g, "q": q, **settings, "high_bits": high_bits, "wide_bits": wide_bits},
+        {"g": g, "q": q, **wires, "rows": g.shape[1], "cols": g.shape[2], "high_bits": bits[0], "wide_bits": bits[1]},
     )  # fmt: skip
-    ways = _ways(high_bits, wide_bits)
-    level = Level(device, q, leaves, LEAF, LEAF, along_rows=bool(ways and ways[0]))
+    return q
+
+
+def _merge_tiles(
+    device: Device, g: Any, out: Any, wires: dict[str, Any], bits: tuple[int, int], arithmetic: str, shared: int
+) -> None:  # fmt: skip
+    drivers = {"r_source": wires["r_source"], "source_value": wires["source_value"]}
+    q = _leaves(device, g, wires | {"r_source": None, "source_value": 0.0} if shared else wires, bits)
+    ways = _ways(*bits)
+    level = Level(device, arithmetic, q, len(g) << sum(bits), LEAF, LEAF, bool(ways and ways[0]))
     for _, after in pairwise(ways):
         level = level.merged(after)
-    direct, offset, stride, ld, cross = level.last() if ways else (level.q, 2 * LEAF, 4096, 4 * LEAF, None)
+    if shared:
+        level = level.merged() if ways else level
+        read = _closed(level, drivers, g.shape[1], shared)
+    else:
+        read = level.last() if ways else (q, 2 * LEAF, 4096, 4 * LEAF, None)
+    direct, offset, stride, ld, cross = read
     device.launch(
-        CONDUCTANCE_OUT, (min(-(-out.size // 256), 65536),), (256,),
+        CONDUCTANCE_OUT, _grid(out.size), (256,),
         {"direct": direct[offset:], "cross": cross, "g_eff": out, "direct_stride": stride, "direct_ld": ld,
-         "along_rows": int(level.along_rows), "rows": g.shape[1], "cols": g.shape[2], "high": LEAF << high_bits,
-         "wide": LEAF << wide_bits, "size": out.size},
+         "along_rows": int(level.along_rows), "rows": g.shape[1], "cols": g.shape[2], "high": LEAF << bits[0],
+         "wide": LEAF << bits[1], "size": out.size},
     )  # fmt: skip
+
+
+def _closed(
+    level: Level, drivers: dict[str, Any], rows: int, shared: int
+) -> tuple[Any, int, int, int, Any]:  # fmt: skip
+    """(1 + Y r_source)^-1 G with Y the sum of `shared` tiles' admittances; the arguments of `conductance_out`.
+
+    Every tile inverts the sum for itself: next to its merges that is little, and one batch.
+    """
+    device, tiles, high, wide, ports = level.device, level.count, level.rows, level.cols, level.ports
+    m = device.empty((tiles * high * high,), "float32")
+    size = m.size // shared
+    device.launch(
+        CONDUCTANCE_SHARE, _grid(size), (256,),
+        {"q": level.q, "m": m, **drivers, "rows": rows, "high": high, "ports": ports, "shared": shared, "size": size},
+    )  # fmt: skip
+    invert(device, m, high, high, high * high, tiles, 0, diagonal=1.0)
+    closed = device.empty((tiles * high * wide,), "float32")
+    device.matmul(
+        m, level.q[2 * high :], closed, (tiles, high, wide, high), (high * high, ports * ports, high * wide),
+        (high, ports, wide), 1.0, 0.0, "fp32",
+    )  # fmt: skip
+    return closed, 0, high * wide, wide, None
+
+
+def _grid(size: int) -> tuple[int]:
+    """Blocks of 256 threads for a grid-stride loop."""
+    return (min(-(-size // 256), 65536),)
 
 
 def _ways(high_bits: int, wide_bits: int) -> list[bool]:
@@ -105,11 +215,16 @@ def _ways(high_bits: int, wide_bits: int) -> list[bool]:
 
 
 class Level:
-    """All blocks of rows x cols cells, about to be joined in pairs; each a matrix of its ports, the joined side last."""
+    """All blocks of rows x cols cells, about to be joined in pairs; each a matrix of its ports, the joined side last.
 
-    def __init__(self, device: Device, q: Any, count: int, rows: int, cols: int, along_rows: bool):
+    (1 + Z A)^-1 is found in float32 whatever the arithmetic of the other products.
+    """
+
+    def __init__(
+        self, device: Device, arithmetic: str, q: Any, count: int, rows: int, cols: int, along_rows: bool
+    ):  # fmt: skip
         self.device, self.q, self.count, self.rows, self.cols = device, q, count, rows, cols
-        self.along_rows = along_rows
+        self.along_rows, self.arithmetic = along_rows, arithmetic
         self.ports = 2 * (rows + cols)
         self.joined = rows if along_rows else cols
         self.rest = self.ports - self.joined
@@ -120,31 +235,29 @@ class Level:
         return block * self.second + row * self.ports + col
 
     def product(
-        self, m: int, n: int, a: tuple[Any, int, int, int], b: tuple[Any, int, int, int],
-        c: tuple[Any, int, int, int], alpha: float = 1.0, beta: float = 0.0,
-    ) -> None:  # fmt: skip
-        """c = alpha a b + beta c for every pair; an operand is (array, offset, elements to the next pair, a row)."""
-        left, right, out = (array[offset:] for array, offset, _, _ in (a, b, c))
-        self.device.matmul(
-            left, right, out, (self.pairs, m, n, self.joined), (a[2], b[2], c[2]), (a[3], b[3], c[3]), alpha, beta, "fp32"
-        )  # fmt: skip
+        self, m: int, n: int, a: Operand, b: Operand, c: Operand, alpha: float = 1.0, beta: float = 0.0
+    ) -> None:
+        """c = alpha a b + beta c for every pair."""
+        _product(self.device, self.arithmetic, (self.pairs, m, n, self.joined), a, b, c, alpha, beta)
 
-    def block(self, block: int, row: int, col: int) -> tuple[Any, int, int, int]:
-        """A part of the first or second block of every pair, as an operand."""
+    def block(self, block: int, row: int, col: int) -> Operand:
+        """A part of the first or second block of every pair."""
         return self.q, self.at(block, row, col), 2 * self.second, self.ports
 
-    def new(self, rows: int, cols: int) -> tuple[Any, int, int, int]:
+    def new(self, rows: int, cols: int) -> Operand:
         return self.device.empty((self.pairs * rows * cols,), "float32"), 0, rows * cols, cols
 
-    def solved(self) -> tuple[Any, int, int, int]:
+    def solved(self) -> Operand:
         """F = (1 + Z A)^-1."""
         k, e = self.joined, self.rest
         f = self.new(k, k)
-        self.product(k, k, self.block(0, e, e), self.block(1, e, e), f, alpha=-1.0)
+        z, a = self.block(0, e, e), self.block(1, e, e)
+        _product(self.device, "fp32", (self.pairs, k, k, k), z, a, f, -1.0, 0.0)
         invert(self.device, f[0], k, k, k * k, self.pairs, 0, diagonal=1.0)
         return f
 
-    def merged(self, next_along_rows: bool) -> Level:
+    def merged(self, next_along_rows: bool | None = None) -> Level:
+        """The pairs as blocks, about to be joined that way; None: they are tiles, with sides left, right, bottom, top."""
         k, e = self.joined, self.rest
         f = self.solved()
         x, y, w, fz, cross = self.new(k, e), self.new(k, e), self.new(k, e), self.new(k, k), self.new(e, e)
@@ -157,13 +270,14 @@ class Level:
         self.product(e, e, self.block(1, 0, e), w, self.block(1, 0, 0), alpha=-1.0, beta=1.0)
         rows, cols = (self.rows, 2 * self.cols) if self.along_rows else (2 * self.rows, self.cols)
         out = Level(
-            self.device, self.device.empty((self.pairs * 4 * (rows + cols) ** 2,), "float32"), self.pairs, rows, cols,
-            next_along_rows,
+            self.device, self.arithmetic, self.device.empty((self.pairs * 4 * (rows + cols) ** 2,), "float32"), self.pairs, rows, cols,
+            bool(next_along_rows),
         )  # fmt: skip
         self.device.launch(
-            CONDUCTANCE_MERGE, (min(-(-out.q.size // 256), 65536),), (256,),
+            CONDUCTANCE_MERGE, _grid(out.q.size), (256,),
             {"q": self.q, "cross": cross[0], "merged": out.q, "block_rows": self.rows, "block_cols": self.cols,
-             "along_rows": int(self.along_rows), "next_along_rows": int(next_along_rows), "size": out.q.size},
+             "along_rows": int(self.along_rows), "next_along_rows": int(out.along_rows),
+             "alternate": int(next_along_rows is not None), "size": out.q.size},
         )  # fmt: skip
         return out
 
@@ -185,6 +299,32 @@ class Level:
             cross = self.new(p, q)
             self.product(p, q, self.block(1, 0, e), x, cross, alpha=-1.0)
         return self.q, self.at(0, 0, bottom), 2 * self.second, self.ports, cross[0]
+
+
+def _product(
+    device: Device, arithmetic: str, shape: tuple[int, int, int, int], a: Operand, b: Operand, c: Operand,
+    alpha: float, beta: float,
+) -> None:  # fmt: skip
+    """c = alpha a b + beta c; shape (batch, m, n, k). "3xtf32" is one product in TF32 of operands in three parts."""
+    batch, m, n, k = shape
+    if arithmetic == "3xtf32":
+        a, b = _split(device, a, batch, m, k, right=False), _split(device, b, batch, k, n, right=True)
+        k *= 3
+    left, right, out = (array[offset:] for array, offset, _, _ in (a, b, c))
+    strides, lds = (a[2], b[2], c[2]), (a[3], b[3], c[3])
+    precision = "fp32" if arithmetic == "fp32" else "tf32"
+    device.matmul(left, right, out, (batch, m, n, k), strides, lds, alpha, beta, precision)
+
+
+def _split(device: Device, x: Operand, batch: int, rows: int, cols: int, right: bool) -> Operand:
+    array, offset, stride, ld = x
+    split = device.empty((3 * batch * rows * cols,), "float32")
+    device.launch(
+        SPLIT_TF32, _grid(batch * rows * cols), (256,),
+        {"x": array[offset:], "split": split, "stride": stride, "ld": ld, "rows": rows, "cols": cols,
+         "right": int(right), "size": batch * rows * cols},
+    )  # fmt: skip
+    return split, 0, 3 * rows * cols, cols if right else 3 * cols
 
 
 def invert(

@@ -74,7 +74,7 @@ def capture_step(
 
     Raises:
         TypeError: The optimiser keeps counts on the host.
-        ValueError: The model is not on a GPU, an optimiser's setting or a layer's anchored wires cannot be captured.
+        ValueError: The model is not on a GPU, or an optimiser's setting cannot be captured.
     """
     _check_place(model)
     _check_kind(model, optimizer)
@@ -107,6 +107,10 @@ def _captured(step: Callable[[], Tensor], restore: Callable[[], None]) -> tuple[
 
 def _keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """What puts model and optimiser back in place; state that the optimiser makes in between becomes 0, its beginning."""
+    layers = [layer for layer in model.modules() if isinstance(layer, AnalogLayer)]
+    for layer in layers:
+        if layer.solve_all:  # all tiles at once, as no step of the graph should
+            layer.conductances()
     kept = {t: t.detach().clone() for t in (*model.parameters(), *model.buffers())}
     kept |= {t: t.clone() for t in _state(optimizer)}
 
@@ -117,8 +121,8 @@ def _keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], 
                 t.zero_()
         for t, value in kept.items():
             t.copy_(value)
-        for layer in model.modules():
-            if isinstance(layer, AnalogLayer) and layer.in_situ:
+        for layer in layers:
+            if layer.in_situ:
                 layer.conductances()  # looks at the restored weight, for which a capture must not wait
 
     return restore
@@ -162,10 +166,4 @@ def _check_kind(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if not group.get("capturable", True):
             raise ValueError(
                 f"{OP}: `capturable` must be True, got False for {name}; build it with capturable=True"
-            )
-    for layer in model.modules():
-        if isinstance(layer, AnalogLayer) and layer.wire_state is not None:
-            raise ValueError(
-                f"{OP}: `parasitics.anchor` must be None, got {layer.spec.parasitics.anchor!r} for {layer.name}: the host "
-                "looks which tiles are due; solve the wires at every step, or train without a graph"
             )

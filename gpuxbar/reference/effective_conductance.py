@@ -124,8 +124,11 @@ def _turned(a: np.ndarray) -> np.ndarray:
 
 
 def close(admittance: np.ndarray, resistance: np.ndarray, transfer: np.ndarray) -> np.ndarray:
-    """(1 + r Y)^-1 G: the transfer of a network once resistances r [n] stand before its n ports of admittance Y."""
-    return np.linalg.solve(np.eye(len(resistance)) + resistance[:, None] * admittance, transfer)
+    """(1 + Y r)^-1 G: the transfer of a network once resistances r [n] stand before its n ports of admittance Y.
+
+    The ports get u = v - r Y u, so the currents u @ G are v @ (1 + r Y)^-T G, and Y is symmetric.
+    """
+    return np.linalg.solve(np.eye(len(resistance)) + admittance * resistance, transfer)
 
 
 def _shared(g: np.ndarray, wires: Wires) -> np.ndarray:

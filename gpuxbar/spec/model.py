@@ -205,11 +205,13 @@ class Parasitics(Part):
     `terminations`: what a transposed read finds at the ends. "line": every line keeps its resistance, so bitlines are
     driven through `r_sink` and the array is exactly the transpose; "role": drivers keep `r_source` and sense amplifiers
     `r_sink`, whichever lines they serve, and the array is solved once more. Must be chosen where the two differ.
+    `arithmetic`: of the exact solution on a GPU, as in `gpuxbar.ops.effective_conductance`; no effect on a CPU.
     `shared_drivers`: column tiles of a layer share the drivers of their wordlines, one `r_source` for all ("exact" only).
     `anchor`: between exact solutions, this approximation plus what it lacked at the last one; None: every tile is solved
     whenever the weights change. `refresh_interval`: changes after which a tile is solved again, in turn; `tolerance`:
-    relative error of a tile that is let pass, as estimated, before it is solved earlier. A layer's `wire_error()` is
-    the largest estimate. On a GPU an anchor makes every read wait for the device once.
+    relative error of a tile, as estimated, beyond which it is solved earlier. At every change at most 1 / refresh_interval
+    of a layer's tiles are solved, the most urgent first, so a layer that jumps is followed over several changes; a
+    layer's `wire_error()` is the largest estimate, and `restart_wires()` solves all at the next read.
     `gradient`: of the weights. "straight_through": that of the conductances as reads see them, as if wires took nothing
     on the way to the devices; "exact": brought through the wires to the devices by the adjoint network, at about seven
     times the cost of an exact solution at every backward pass (method "exact", with or without anchor, on the CPU).
@@ -220,6 +222,7 @@ class Parasitics(Part):
     r_source: float = Field(0.0, ge=0)
     r_sink: float = Field(0.0, ge=0)
     method: Literal["none", "first_order", "ladder", "mean_field", "exact"] = "exact"
+    arithmetic: Literal["fp32", "3xtf32", "tf32"] = "fp32"
     terminations: Literal["line", "role"] | None = None
     shared_drivers: bool = False
     anchor: Literal["ladder", "mean_field"] | None = None

@@ -56,8 +56,13 @@ def build(file, name, macros, flags=()):
     return target
 
 
+def tf32(x):
+    """Finite numbers rounded to 11 significant bits, to nearest, as tensor cores take float32 operands."""
+    return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 class ShimDevice:
-    """Runs kernels on the CPU in a given thread order; products in float64. New memory is poisoned with NaN.
+    """Runs kernels on the CPU in a given thread order; products in float64, of rounded operands for "tf32". New memory is poisoned with NaN.
 
     `eager`: asynchronous copies land at the earliest moment, else at the latest. `arch` and `multiprocessors` are
     what the planner of `ops.tile_mvm` sees.
@@ -117,5 +122,7 @@ class ShimDevice:
 
         left, right = view(a, m, k, lds[0], strides[0]), view(b, k, n, lds[1], strides[1])
         out = view(c, m, n, lds[2], strides[2])
+        if precision == "tf32":
+            left, right = tf32(left), tf32(right)
         product = np.matmul(left.astype(np.float64), right.astype(np.float64))
         out[...] = alpha * product + (beta * out if beta else 0.0)

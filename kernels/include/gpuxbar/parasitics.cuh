@@ -1,4 +1,4 @@
-// parasitics.cuh: one cell between its wire segments, and one segment of a ladder.
+// parasitics.cuh: one cell between its wire segments, lines as ladders, and a tile coarsened.
 //
 // Meaning and proof: gpuxbar/reference/effective_conductance.py. `T` is a number, or a vector of numbers on the host.
 #pragma once
@@ -27,6 +27,50 @@ GPUXBAR_FN CellPorts<T> cell_ports(T g, T left, T below) {
 template <class T>
 GPUXBAR_FN T ladder_factor(T resistance, T beyond) {
   return 1.0f / (1.0f + resistance * beyond);
+}
+
+// One line: `count` cells from the driven end on, `step` apart; share: of the drive, what reaches each cell.
+// ADDED: the drop at each cell instead, to first order in the resistances.
+template <bool ADDED>
+GPUXBAR_FN void walk(const float* g, float* share, int count, i64 step, float end, float segment) {
+  float beyond = 0.0f;
+  for (int i = count - 1; i >= 0; --i) {
+    const float resistance = i ? segment : end;
+    beyond += g[i * step];
+    if (ADDED) {
+      share[i * step] = resistance * beyond;
+    } else {
+      const float factor = ladder_factor(resistance, beyond);
+      beyond *= factor;
+      share[i * step] = factor;
+    }
+  }
+  float reach = ADDED ? 0.0f : 1.0f;
+  for (int i = 0; i < count; ++i) {
+    if (ADDED)
+      reach += share[i * step];
+    else
+      reach *= share[i * step];
+    share[i * step] = reach;
+  }
+}
+
+// What stands before the middle of a coarse line of k lines side by side, each of `end` ohm and then k segments: a
+// block's cells hang on average (k - 1) / 2 segments behind its first.
+GPUXBAR_FN float coarse_end(float end, float segment, int k) { return (end + segment * (float)(k - 1) / 2) / (float)k; }
+
+// Where a cell lies between the centres of blocks of k: `low` and `low + 1` with a `share` of the latter; constant
+// beyond the outer ones. `at` counts from the beginning of block 0.
+struct Between {
+  int low;
+  float share;
+};
+
+GPUXBAR_FN Between between(int at, int k, int blocks) {
+  const float place = ((float)at + 0.5f) / (float)k - 0.5f;
+  int low = place > 0.0f ? (int)place : 0;
+  if (low > blocks - 2) low = blocks > 1 ? blocks - 2 : 0;
+  return Between{low, max(0.0f, min(1.0f, place - (float)low))};
 }
 
 // Blocks on a device are numbered so that neighbours in the number are merged next: the bits of column and row

@@ -125,4 +125,10 @@ GPUXBAR_FN float log2_fast(float x) {
 
 #endif
 
+// The nearest number of 11 significant bits (TF32), ties away from 0; NaN and infinity stay.
+GPUXBAR_FN float tf32_value(float x) {
+  const u32 bits = float_bits(x);
+  return (bits & 0x7F800000u) == 0x7F800000u ? x : bits_float((bits + 0x1000u) & 0xFFFFE000u);
+}
+
 }  // namespace gpuxbar
