@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "gpuxbar/normal.cuh"
-#include "wide_philox.hpp"
+#include "wide.hpp"
 
 namespace gpuxbar {
 
@@ -18,14 +18,11 @@ constexpr int MICRO = 4;
 constexpr int DEEP = 3;  // vectors of the register tile
 static_assert(ROWS % (DEEP * LANES) == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
 
-typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
 // The first `count` lanes; 0 in the others.
 inline Vec first_lanes(Vec v, i32 count) {
-  typedef i32 Index __attribute__((vector_size(4 * LANES)));
-  Index lane;
+  VecIndex lane;
   for (int k = 0; k < LANES; ++k) lane[k] = k;
-  return (Vec)((Index)v & (lane < count));
+  return (Vec)((VecIndex)v & (lane < count));
 }
 
 // A plane of a block: [COLS][ROWS].
