@@ -14,7 +14,8 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 64;
-constexpr int CHUNK = 256;  // samples whose trains lie in the caches
+constexpr int CHUNK = 256;    // samples whose trains lie in the caches
+constexpr int TOGETHER = 32;  // samples whose trains are made together
 
 // Twin of `Update` in gpuxbar/ops/pulse_update.py.
 struct Update {
@@ -47,48 +48,70 @@ float largest(i64 size, Value&& value) {
   return top;
 }
 
-template <class Value>
-void fire(const Update& u, const Sample& sample, i64 first, i64 size, Value&& value, float per, u32 purpose, u32 b,
-          u32* words) {
-  const u32 step = (u32)u.step;
-  const u64 seed = u.seed;
-  if (u.train.implicit) {
-#pragma omp simd
-    for (i64 l = 0; l < size; ++l)
-      words[l] = signed_word(implied_slots(sample.length, gpuxbar::abs(value(l)) * per), value(l));
-    return;
+// Writes the trains of lines, 64 of them at a time: of any lines and samples, so that a narrow array fills the vectors
+// as a wide one does. A line that cannot have a pulse draws nothing.
+class Trainer {
+ public:
+  Trainer(const Update& u, u32 purpose, u32* words) : u(u), purpose(purpose), words(words) {}
+
+  // Word `at` becomes the train of a line's value in a sample; `per`: probability for a value of 1.
+  void add(i64 at, u32 line, u32 sample, i32 slots, float value, float per) {
+    if (u.train.implicit) {
+      words[at] = signed_word(implied_slots(slots, gpuxbar::abs(value) * per), value);
+      return;
+    }
+    words[at] = signed_word(0, value);
+    places[waiting] = at;
+    lines[waiting] = line;
+    samples[waiting] = sample;
+    lengths[waiting] = (u32)slots;
+    odds[waiting] = chance(gpuxbar::abs(value) * per);
+    waiting += odds[waiting] != 0;
+    if (waiting == WIDE_ROW) flush();
   }
-  alignas(64) Lines random[4], group, line, sample_;
-  std::fill(sample_, sample_ + WIDE_ROW, b);
-  for (i64 l0 = 0; l0 < size; l0 += WIDE_ROW) {  // counter by counter, so that loops vectorise
-    const i64 count = std::min<i64>(WIDE_ROW, size - l0);
-    alignas(64) u32 odds[WIDE_ROW] = {}, word[WIDE_ROW] = {};
-#pragma omp simd
-    for (i64 l = 0; l < count; ++l) odds[l] = chance(gpuxbar::abs(value(l0 + l)) * per);
-    for (int l = 0; l < WIDE_ROW; ++l) line[l] = (u32)(first + l0) + (u32)l;
-    for (u32 k = 0; k < COUNTERS; ++k) {
-      std::fill(group, group + WIDE_ROW, k);
-      draw_words_at(purpose, step, seed, group, line, sample_, random);
+
+  void flush() {
+    alignas(64) Lines random[4], counters, word = {};
+    for (u32 k = 0; k < COUNTERS; ++k) {  // counter by counter, so that loops vectorise
+      std::fill(counters, counters + WIDE_ROW, k);
+      draw_words_at(purpose, (u32)u.step, u.seed, counters, lines, samples, random);
 #pragma omp simd
       for (int l = 0; l < WIDE_ROW; ++l)
         word[l] = add_bits(word[l], odds[l], k, Counter{random[0][l], random[1][l], random[2][l], random[3][l]});
     }
 #pragma omp simd
-    for (i64 l = 0; l < count; ++l)
-      words[l0 + l] = signed_word(cut_slots(word[l], odds[l], sample.length), value(l0 + l));
+    for (int l = 0; l < WIDE_ROW; ++l) word[l] = cut_slots(word[l], odds[l], (i32)lengths[l]);
+    for (i64 l = 0; l < waiting; ++l) words[places[l]] |= word[l];
+    waiting = 0;
   }
-}
 
-// The trains of one sample of one group.
-void fire_sample(const Update& u, const Arrays& a, i64 b, i64 group) {
-  const i64 x0 = group * u.inputs, d0 = group * u.outputs;
-  const float *x = a.x + b * u.groups * u.inputs + x0, *d = a.d + b * u.groups * u.outputs + d0, *scale = a.scale + d0;
-  const auto input = [=](i64 l) { return x[l]; };
-  const auto error = [=](i64 l) { return d[l] * scale[l]; };
-  const Sample sample = sample_train(u.train, largest(u.inputs, input), largest(u.outputs, error), a.unit[group]);
-  a.length[b * u.groups + group] = (float)sample.length;
-  fire(u, sample, x0, u.inputs, input, sample.per_input, PULSE_INPUT, (u32)b, a.inputs + (x - a.x));
-  fire(u, sample, d0, u.outputs, error, sample.per_error, PULSE_ERROR, (u32)b, a.errors + (d - a.d));
+ private:
+  const Update& u;
+  const u32 purpose;
+  u32* const words;
+  i64 waiting = 0, places[WIDE_ROW];
+  alignas(64) Lines lines = {}, samples = {}, lengths = {}, odds = {};
+};
+
+// The trains of samples begin .. end - 1.
+void fire_samples(const Update& u, const Arrays& a, i64 begin, i64 end) {
+  Trainer inputs(u, PULSE_INPUT, a.inputs), errors(u, PULSE_ERROR, a.errors);
+  for (i64 b = begin; b < end; ++b)
+    for (i64 group = 0; group < u.groups; ++group) {
+      const i64 x0 = group * u.inputs, d0 = group * u.outputs;
+      const i64 first_x = b * u.groups * u.inputs + x0, first_d = b * u.groups * u.outputs + d0;
+      const float *x = a.x + first_x, *d = a.d + first_d, *scale = a.scale + d0;
+      const auto input = [=](i64 l) { return x[l]; };
+      const auto error = [=](i64 l) { return d[l] * scale[l]; };
+      const Sample sample = sample_train(u.train, largest(u.inputs, input), largest(u.outputs, error), a.unit[group]);
+      a.length[b * u.groups + group] = (float)sample.length;
+      for (i64 l = 0; l < u.inputs; ++l)
+        inputs.add(first_x + l, (u32)(x0 + l), (u32)b, sample.length, input(l), sample.per_input);
+      for (i64 l = 0; l < u.outputs; ++l)
+        errors.add(first_d + l, (u32)(d0 + l), (u32)b, sample.length, error(l), sample.per_error);
+    }
+  inputs.flush();
+  errors.flush();
 }
 
 // A row of devices with what they keep for all time.
@@ -302,7 +325,7 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
 template <class L, bool IMPLICIT>
 void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   static thread_local Trains trains;
-  const i64 lines = std::min<i64>(LINES, u.inputs - i0);
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   for (i64 i = 0; i < LINES; ++i) {
     std::fill(block.raise[i], block.raise[i] + WIDE_ROW, 0);
     std::fill(block.all[i], block.all[i] + WIDE_ROW, 0);
@@ -316,7 +339,7 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
     }
     for (i64 begin = 0; begin < samples; begin += PIECE)
       for (i64 i = 0; i < lines; i += TILE)
-        for (int j0 = 0; j0 < WIDE_ROW; j0 += 2 * WIDE)
+        for (int j0 = 0; j0 < count; j0 += 2 * WIDE)
           count_tile(trains, i, j0, begin, std::min(begin + PIECE, samples), block.raise, block.all);
   }
   const UpdateLaw s = u.law;
@@ -378,9 +401,8 @@ extern "C" void gpuxbar_pulse_update(float* g, const float* x, const float* d, c
   bad[0] = count_not_finite(x, u.batch * u.groups * u.inputs);
   bad[1] = count_not_finite(d, u.batch * u.groups * u.outputs);
   if (bad[0] + bad[1]) return;
-#pragma omp parallel for collapse(2) schedule(static)
-  for (i64 b = 0; b < u.batch; ++b)
-    for (i64 group = 0; group < u.groups; ++group) fire_sample(u, a, b, group);
+#pragma omp parallel for schedule(static)
+  for (i64 b = 0; b < u.batch; b += TOGETHER) fire_samples(u, a, b, std::min<i64>(b + TOGETHER, u.batch));
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;
