@@ -68,22 +68,23 @@ static inline void draw_uniforms(const Draw& d, u32 row, i64 col0, float* u) {
 typedef u32 Lines[WIDE_ROW];
 
 // The words of 64 counters that differ in group, row and slot: words[q][j] is word q of counter j.
+template <int ROUNDS>
 static inline void draw_words_at(u32 purpose, u32 step, u64 seed, const Lines& group, const Lines& row,
                                  const Lines& slot, Lines (&words)[4]) {
   const auto evens = [](const u32* values) { return *(const Wide*)values; };  // high halves hold anything
   const auto odds = [](const u32* values) { return *(const Wide*)values >> 32; };
   const Wide kind = (u64)(purpose << 24) + Wide{}, when = step + Wide{};
   for (int j = 0; j < WIDE_ROW; j += LANES)
-    philox_lanes<10>(WideCounter{evens(group + j), evens(row + j), evens(slot + j) | kind, when},
-                     WideCounter{odds(group + j), odds(row + j), odds(slot + j) | kind, when}, (u32)seed,
-                     (u32)(seed >> 32), words[0] + j, words[1] + j, words[2] + j, words[3] + j);
+    philox_lanes<ROUNDS>(WideCounter{evens(group + j), evens(row + j), evens(slot + j) | kind, when},
+                         WideCounter{odds(group + j), odds(row + j), odds(slot + j) | kind, when}, (u32)seed,
+                         (u32)(seed >> 32), words[0] + j, words[1] + j, words[2] + j, words[3] + j);
 }
 
 // Standard normals of columns col0 .. col0 + 63 of a row, each of a slot of its own.
 static inline void draw_normals_at(const Draw& d, u32 row, i64 col0, const Lines& slots, float* z) {
   alignas(64) Lines words[4], group, line;
   for (int j = 0; j < WIDE_ROW; ++j) group[j] = ((u32)col0 + (u32)j) / 4, line[j] = row;
-  draw_words_at(d.purpose, d.step, d.seed, group, line, slots, words);
+  draw_words_at<10>(d.purpose, d.step, d.seed, group, line, slots, words);
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
     const Pair pair = normal_pair(j & 2 ? words[2][j] : words[0][j], j & 2 ? words[3][j] : words[1][j]);

@@ -74,7 +74,7 @@ class Trainer {
     alignas(64) Lines random[4], counters, word = {};
     for (u32 k = 0; k < COUNTERS; ++k) {  // counter by counter, so that loops vectorise
       std::fill(counters, counters + WIDE_ROW, k);
-      draw_words_at(purpose, (u32)u.step, u.seed, counters, lines, samples, random);
+      draw_words_at<7>(purpose, (u32)u.step, u.seed, counters, lines, samples, random);
 #pragma omp simd
       for (int l = 0; l < WIDE_ROW; ++l)
         word[l] = add_bits(word[l], odds[l], k, Counter{random[0][l], random[1][l], random[2][l], random[3][l]});

@@ -50,7 +50,7 @@ GPUXBAR_FN Sample sample_train(const Train& t, float max_input, float max_error,
 // Chances of a pulse in 2^24.
 GPUXBAR_FN u32 chance(float probability) { return (u32)(i32)round_even(min(probability, 1.0f) * 16777216.0f); }
 
-constexpr u32 COUNTERS = 6;  // of a train: 24 random words, one for each bit of a chance
+constexpr u32 COUNTERS = 6;  // of a train, of seven rounds: 24 random words, one for each bit of a chance
 
 // Bits 4 k .. 4 k + 3 of a chance, from the lowest up, with the random words of counter k: a set one gives every slot
 // that its random bit chooses, an unset one keeps only those.
@@ -74,7 +74,7 @@ GPUXBAR_FN u32 stochastic_slots(u32 chance, i32 length, u32 line, u32 purpose, u
   u32 word = 0;
 #pragma unroll
   for (u32 k = 0; k < COUNTERS; ++k)
-    word = add_bits(word, chance, k, philox<10>(counter(k, line, purpose, sample, step), (u32)seed, (u32)(seed >> 32)));
+    word = add_bits(word, chance, k, philox<7>(counter(k, line, purpose, sample, step), (u32)seed, (u32)(seed >> 32)));
   return cut_slots(word, chance, length);
 }
 
