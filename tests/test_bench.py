@@ -51,6 +51,31 @@ def test_every_kind_of_case_agrees_with_its_oracle_and_with_its_twins(name):
         assert np.std(y / scale - ideal) < 0.05 * np.std(ideal)
 
 
+@pytest.mark.parametrize(
+    ("law", "mode"),
+    [(updates.CONSTANT, "aggregated"), (updates.COUNTED_SOFT, "aggregated"), (updates.LAW, "exact")],
+)
+def test_pulses_agree_with_their_oracle(law, mode, monkeypatch):
+    case = Case("pulse", "small", 1.0, partial(cases.update, updates.pulse_update, law, mode, 1.0, 5, 70, 37))
+    row = measure(case, rounds=2)
+    assert row["error"] < 3e-6
+    assert set(row["ms"]) == {"ideal", "gpuxbar"}
+    right = ops.pulse_update
+    monkeypatch.setattr(ops, "pulse_update", lambda g, x, d, **s: right(g, x, d, **s | {"step": 4}))
+    with pytest.raises(OracleMismatch, match="cells are off by"):
+        measure(case, rounds=1)
+
+
+def test_a_network_is_trained_by_pulses_against_its_oracle():
+    torch.manual_seed(0)
+    row = measure(
+        Case("lenet5-in-situ-step", "small", 1.0, partial(cases.in_situ_training_step, (1, 28, 28), 3)),
+        rounds=2,
+    )
+    assert 0 < row["error"] < 1e-3
+    assert set(row["ms"]) == {"ideal", "gpuxbar"}
+
+
 @pytest.mark.parametrize("build", [updates.expected_update, updates.in_situ_step])
 def test_updates_agree_with_their_oracle(build, monkeypatch):
     case = Case("update", "small", 1.0, partial(cases.update, build, 5, 70, 37))
@@ -189,6 +214,27 @@ def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
     with pytest.raises(ValueError, match="must have the lines"):
         rewrite_readme(readme, [row])
     assert run(app, ["--readme", "--record", str(tmp_path / "none")]).exit_code == 2
+
+
+def test_table_of_updates(tmp_path):
+    row = {
+        "case": "pulse-constant", "size": "8 x 8", "threads": 1, "ms": {"ideal": [1, 2, 3], "gpuxbar": [2, 3, 4]},
+        "target": 5.0, "ratio": {"gpuxbar": 1.5}, "error": 1e-7, "extra_mb": {}, "cpu": "a CPU", "cores": 2, "torch": "2",
+        "numpy": "2", "gpuxbar": "0", "commit": "abc", "date": "2030-01-02T03:04:05",
+    }  # fmt: skip
+    slow = row | {"case": "lenet5-in-situ-step", "ratio": {"gpuxbar": 9.0}, "target": 4.0}
+    readme = tmp_path / "README.md"
+    kind = "gpuxbar.bench updates"
+    readme.write_text(
+        f"<!-- {kind}: generated, see `python -m gpuxbar.bench --readme` -->\nold\n<!-- /{kind} -->\n"
+    )
+    rewrite_readme(readme, [row, row | {"case": "update"}, slow])
+    text = readme.read_text()
+    assert "| pulse-constant: 8 x 8 | 2.0 | 1.50 | <= 5 | 1e-07 |" in text
+    assert "| lenet5-in-situ-step: 8 x 8 | 2.0 | 9.00 (missed) | <= 4 | 1e-07 |" in text
+    assert "| update: 8 x 8 |" in text
+    assert "not yet run on a GPU | <= 75 us |" in text
+    assert "old" not in text
 
 
 def test_tables_of_wires(tmp_path):

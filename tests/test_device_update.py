@@ -8,6 +8,7 @@ from cuda_shim import FORWARD, REVERSE, ShimDevice
 
 from gpuxbar import ops, reference
 from gpuxbar.launch.host import set_threads
+from gpuxbar.reference.device_update import Cells
 from gpuxbar.reference.laws import neurosim_rate, nonlinearity_label
 from gpuxbar.spec import (
     Agarwal,
@@ -273,6 +274,21 @@ def test_spread_is_of_the_device_and_noise_of_the_step():
     np.testing.assert_array_equal(outcome["spread-1"], outcome["spread-2"])
     moved = dw[0].T != 0
     assert (outcome["noise-1"] != outcome["noise-2"])[0][moved].mean() > 0.9
+
+
+def test_parameters_of_a_device_are_independent_normals():
+    """Two of them come from one word."""
+    law = SoftBounds(step_spread=0.1, asymmetry_spread=0.1, low_spread=0.1, high_spread=0.1, spread=0.1)
+    devices = Cells.draw(law.model_dump(), np.arange(200), 100, 0, SEED, -np.inf)
+    z = np.stack(
+        [
+            (devices.gain_up + devices.gain_down - 2) / 0.2, (devices.gain_up - devices.gain_down) / 0.2,
+            devices.low / 0.1, (devices.high - 1) / 0.1, devices.z_up, devices.z_down,
+        ]
+    ).reshape(6, -1)  # fmt: skip
+    covariance = z @ z.T / z.shape[1]
+    np.testing.assert_allclose(covariance, np.eye(6), atol=5 * np.sqrt(2 / z.shape[1]))
+    np.testing.assert_allclose(np.cov(z**2) / 2, np.eye(6), atol=0.15)  # nor do their sizes go together
 
 
 def test_stuck_cells_are_those_of_programming():

@@ -21,6 +21,7 @@ from gpuxbar.experiments.networks import network
 from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
 from gpuxbar.ops import ConvGeometry
+from gpuxbar.optim import InSituSGD
 from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["CASES", "Case", "Contenders", "OracleMismatch", "threads"]
@@ -122,9 +123,9 @@ def conv(batch: int = 32, channels: int = 64, size: int = 32, outputs: int = 64)
     return Contenders({"ideal": lambda: layer(tx), "gpuxbar": ours, "plain torch": lambda: plain(tx)}, check)
 
 
-def update(build: Callable[..., Any], *size: int) -> Contenders:
+def update(build: Callable[..., Any], *settings: Any) -> Contenders:
     """A weight update of `bench.updates`, checked to float32 arithmetic of about ten operations."""
-    run, error = build(*size)
+    run, error = build(*settings)
 
     def check() -> float:
         worst = float(error())
@@ -137,23 +138,48 @@ def update(build: Callable[..., Any], *size: int) -> Contenders:
 
 def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
     """Forward, backward and SGD of a network; reads non-ideal in both directions, the update digital."""
-    torch.manual_seed(0)
-    x, target = torch.randn(batch, *shape), torch.randint(10, (batch,))
-    _, ideal = network(shape, 10)
-    spec = CrossbarSpec.model_validate(
-        {
-            "tile": {"rows": TILE, "cols": TILE}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8},
-            "adc": {"bits": 8}, "read_noise": {"sigma": 1e-7},
-        }
-    )  # fmt: skip
-    analog, _ = convert(ideal, spec)
-    calibrate(analog, [x])
+    ideal, analog, x, target = _networks(shape, batch)
     models = {"ideal": ideal, "gpuxbar": analog, "plain torch": on_tiles(ideal, Tiles(TILE, noise=NOISE))}
     steps = {
         name: partial(_step, m, torch.optim.SGD(m.parameters(), 0.01), x, target)
         for name, m in models.items()
     }
     return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
+
+
+def in_situ_training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
+    """Forward, backward and InSituSGD of a network by counted pulse trains; reads as in `training_step`."""
+    more = {
+        "device": updates.WINDOW,
+        "update": updates.CONSTANT.model_dump(),
+        "pulses": {"mode": "aggregated"},
+    }
+    ideal, analog, x, target = _networks(shape, batch, more)
+    optimisers = {
+        "ideal": torch.optim.SGD(ideal.parameters(), 0.01),
+        "gpuxbar": InSituSGD(analog.parameters(), 0.01),
+    }
+    models = {"ideal": ideal, "gpuxbar": analog}
+    steps = {name: partial(_step, m, optimisers[name], x, target) for name, m in models.items()}
+    return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
+
+
+def _networks(
+    shape: tuple[int, int, int], batch: int, more: dict[str, Any] | None = None
+) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """A network, its crossbar twin with converters and read noise, inputs and labels."""
+    torch.manual_seed(0)
+    x, target = torch.randn(batch, *shape), torch.randint(10, (batch,))
+    _, ideal = network(shape, 10)
+    spec = CrossbarSpec.model_validate(
+        {
+            "tile": {"rows": TILE, "cols": TILE}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8},
+            "adc": {"bits": 8}, "read_noise": {"sigma": 1e-7}, **(more or {}),
+        }
+    )  # fmt: skip
+    analog, _ = convert(ideal, spec)
+    calibrate(analog, [x])
+    return ideal, analog, x, target
 
 
 def scaling(calls: int = 20) -> Contenders:
@@ -172,6 +198,9 @@ def scaling(calls: int = 20) -> Contenders:
 LINEAR = "1024 x 1024, batch 256, 128 x 128 tiles, 8-bit DAC and ADC"
 CONV = "64 -> 64, 3 x 3, 32 x 32, batch 32, 128-row tiles, 8-bit DAC and ADC, noise"
 UPDATE = "1024 x 1024, batch 256, soft bounds with every spread and cycle noise"
+PULSES = "1024 x 1024, batch 256, 31 slots, every spread"
+SPARSE, DENSE = "0.06 coincidences a device and sample", "0.6 coincidences a device and sample"
+AIHWKIT = 36.0, 43.0  # its exact sequence in outer products: constant step, soft bounds
 CASES = (
     Case("linear", f"{LINEAR}, noise", 1.8, linear, memory_mb=8),
     Case("linear-fast", f"{LINEAR}, noise of the fast generator", 1.8, partial(linear, generator="fast")),
@@ -187,8 +216,36 @@ CASES = (
         2.0,
         partial(update, updates.in_situ_step),
     ),
+    Case(
+        "pulse-constant", f"{PULSES}: constant steps with cycle noise, counted over the batch; {SPARSE}", 5.0,
+        partial(update, updates.pulse_update, updates.CONSTANT, "aggregated"),
+    ),
+    Case(
+        "pulse-soft-bounds", f"{PULSES}: one-sided soft bounds, counted over the batch; {SPARSE}", 5.0,
+        partial(update, updates.pulse_update, updates.COUNTED_SOFT, "aggregated"),
+    ),
+    Case(
+        "pulse-exact-constant", f"{PULSES}: constant steps with cycle noise, in sequence; {SPARSE}", AIHWKIT[0],
+        partial(update, updates.pulse_update, updates.CONSTANT, "exact"),
+    ),
+    Case(
+        "pulse-exact-soft-bounds", f"{PULSES}: soft bounds with cycle noise, in sequence; {SPARSE}", AIHWKIT[1],
+        partial(update, updates.pulse_update, updates.LAW, "exact"),
+    ),
+    Case(
+        "pulse-exact-dense", f"{PULSES}: soft bounds with cycle noise, in sequence; {DENSE}", AIHWKIT[1],
+        partial(update, updates.pulse_update, updates.LAW, "exact", 1.0),
+    ),
+    Case(
+        "lenet5-in-situ-step", "28 x 28, batch 64: training step by pulses, counted over the batch", 4.0,
+        partial(in_situ_training_step, (1, 28, 28), 64),
+    ),
+    Case(
+        "resnet20-in-situ-step", "32 x 32, batch 32: training step by pulses, counted over the batch", 5.0,
+        partial(in_situ_training_step, (3, 32, 32), 32),
+    ),
     Case("linear-two-threads", f"{LINEAR}, noise: one thread's time over two's", 1.7, scaling, speedup=True),
-)
+)  # fmt: skip
 
 
 @contextmanager
@@ -273,7 +330,10 @@ def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) ->
         layer.read_step.fill_(7)  # the same draws
         driven = x.clone().requires_grad_()
         y = layer(driven)
-        return (y.detach(), *torch.autograd.grad(y, (driven, layer.weight), grad))
+        # pulse trains need no weight gradient; their update is checked by itself
+        found = torch.autograd.grad(y, (driven,) if layer.pulsed else (driven, layer.weight), grad)
+        layer.streams.take()
+        return y.detach(), *found
 
     found = results()
     with _reference_backend():

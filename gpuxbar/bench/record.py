@@ -23,6 +23,7 @@ __all__ = [
     "rewrite_readme",
     "rows_of",
     "training_table",
+    "updates_table",
     "wires_table",
 ]
 
@@ -96,6 +97,23 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         row = json.loads(line)
         last[row["case"], row["threads"]] = row
     return list(last.values())
+
+
+GPU_UPDATES = (
+    ("expected-value update, spread drawn anew", "<= 75 us"), ("pulse trains, counted over the batch", ""),
+)  # fmt: skip
+
+
+def updates_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of the rows about updates: ratios to the ideal outer product, or to the ideal training step."""
+    out = ["| case | ideal, ms | gpuxbar / ideal | target | error |", "|---|---|---|---|---|"]
+    out.extend(
+        f"| {row['case']}: {row['size']} | {row['ms']['ideal'][1]:.1f} | {_verdict(row)} | <= {row['target']:g} "
+        f"| {row['error']:.0e} |"
+        for row in rows
+    )
+    out.extend(f"| H200, 16.8 M cells: {what} | | {NOT_RUN} | {target} | |" for what, target in GPU_UPDATES)
+    return "\n".join([*out, "", *_machines(rows)])
 
 
 def readme_tables(rows: list[dict[str, Any]]) -> str:
@@ -203,16 +221,24 @@ def training_table(rows: list[dict[str, Any]]) -> str:
 
 def rewrite_readme(readme: Path, rows: list[dict[str, Any]]) -> None:
     """Put the tables of the rows between the markers of a README: each kind of rows has a place of its own."""
-    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("wires-training", "wires", "reads")}
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        kinds[next(kind for kind in kinds if row["case"].startswith(kind) or kind == "reads")].append(row)
+        kinds.setdefault(_kind(row["case"]), []).append(row)
     for kind, table, start, end in (
         ("reads", readme_tables, START, END),
+        ("updates", updates_table, *_markers("updates")),
         ("wires", wires_table, *_markers("wires")),
         ("wires-training", training_table, *_markers("wires-training")),
     ):
-        if kinds[kind]:
+        if kind in kinds:
             put_table(readme, table(kinds[kind]), start, end)
+
+
+def _kind(case: str) -> str:
+    """The table that a case's row belongs to."""
+    if case.startswith(("update", "pulse")) or case.endswith("in-situ-step"):
+        return "updates"
+    return next((kind for kind in ("wires-training", "wires") if case.startswith(kind)), "reads")
 
 
 def _markers(kind: str) -> tuple[str, str]:

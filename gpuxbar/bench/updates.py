@@ -1,4 +1,4 @@
-"""What the expected-value update is measured by: every spread and noise of a law, on the kernel and in a training step."""
+"""What updates are measured by: every spread and noise of a law, on the kernels and in a training step."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ import torch
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.optim import InSituSGD
-from gpuxbar.spec import CrossbarSpec, SoftBounds
+from gpuxbar.spec import ConstantStep, CrossbarSpec, PulseTrain, SoftBounds, UpdateLaw
 
-__all__ = ["expected_update", "in_situ_step"]
+__all__ = ["CONSTANT", "COUNTED_SOFT", "LAW", "expected_update", "in_situ_step", "pulse_update"]
 
 Run = dict[str, Callable[[], object]]
 
 WINDOW: dict[str, Any] = {"g_min": 1e-6, "g_max": 10e-6}  # S
-LAW = SoftBounds(
-    up=2,
-    down=2,
-    spread=0.1,
-    step_spread=0.3,
-    asymmetry_spread=0.01,
-    low_spread=0.1,
-    high_spread=0.1,
-    cycle=0.3,
-)
+SPREADS: dict[str, Any] = {
+    "step_spread": 0.3, "asymmetry_spread": 0.01, "low_spread": 0.1, "high_spread": 0.1,
+}  # fmt: skip
+LAW = SoftBounds(up=2, down=2, spread=0.1, cycle=0.3, **SPREADS)
+CONSTANT = ConstantStep(cycle=0.3, **SPREADS)
+# pulses of such devices may be counted ahead where they all lead one way and make no noise
+COUNTED_SOFT = SoftBounds(up=2, down=2, spread=0.1, sides="one_sided", **SPREADS)
 
 
 def expected_update(
@@ -72,3 +69,38 @@ def in_situ_step(
 
     _, check = expected_update(batch, min(inputs, 64), outputs)
     return {"ideal": lambda: d.T @ x, "gpuxbar": ours}, check
+
+
+def pulse_update(
+    law: UpdateLaw, mode: str, wanted: float = 0.1, batch: int = 256, inputs: int = 1024, outputs: int = 1024
+) -> tuple[Run, Callable[[], float]]:
+    """`ops.pulse_update` of normal inputs and errors by trains of 31 slots, in outer products of the batch.
+
+    `wanted`: coincidences that an input and an error of 1 want; 0.64 of it on average.
+    """
+    rng = np.random.default_rng(0)
+    x, d = (rng.normal(size=(batch, lines)).astype(np.float32) for lines in (inputs, outputs))
+    g = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], (2, inputs, outputs)).astype(np.float32)
+    w_max, pulses = np.ones(outputs, np.float32), law.nominal_pulses
+    assert pulses is not None
+    train = PulseTrain.model_validate({"length": 31, "bound_management": False, "mode": mode})
+    rate = wanted * (2 if law.sides == "both" else 1) / pulses
+    settings: dict[str, Any] = {"rate": rate, "w_max": w_max, **WINDOW, "seed": 1, "step": 3}
+
+    def check() -> float:
+        lines, samples = min(inputs, 64), min(batch, 8)
+        cells, part, error = (
+            np.ascontiguousarray(a) for a in (g[:, :lines], x[:samples, :lines], d[:samples])
+        )
+        expected, _ = reference.pulse_update(
+            cells, part, error, law=law.model_dump(), train=train.model_dump(), **settings
+        )
+        ops.pulse_update(cells, part, error, law=law, train=train, **settings)
+        return float(np.abs(cells - expected).max() / (WINDOW["g_max"] - WINDOW["g_min"]))
+
+    worked = g.copy()
+    tx, td = torch.from_numpy(x), torch.from_numpy(d)
+    return {
+        "ideal": lambda: td.T @ tx,
+        "gpuxbar": lambda: ops.pulse_update(worked, x, d, law=law, train=train, **settings),
+    }, check

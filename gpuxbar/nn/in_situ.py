@@ -145,7 +145,10 @@ class InSitu(Wires):
         pairs = [self.as_lines(x, d) for x, d in self.streams.take()]
         if not pairs:
             return
-        x, d = (torch.cat(parts).float().contiguous() for parts in zip(*pairs, strict=True))
+        x, d = (
+            (parts[0] if len(parts) == 1 else torch.cat(parts)).float().contiguous()
+            for parts in zip(*pairs, strict=True)
+        )
         read = pulse_update(
             self.g_cells,
             x,

@@ -31,17 +31,20 @@ class Cells:
     ) -> Cells:
         """The devices of a seed; `floor` is the share of the window where the conductance is 0."""
 
-        def z(purpose: Purpose) -> np.ndarray:
-            return normals(rows, cols, purpose=purpose, slot=plane, seed=seed)
+        def z(purpose: Purpose) -> tuple[np.ndarray, np.ndarray]:
+            pairs = normals(rows, 2 * cols, purpose=purpose, slot=plane, seed=seed, generator="fast")
+            return pairs[:, ::2], pairs[:, 1::2]
 
-        spread = law["step_spread"] * z(Purpose.UPDATE_SPREAD_STEP)
+        z_step, z_asymmetry = z(Purpose.UPDATE_SPREAD_STEP)
+        z_low, z_high = z(Purpose.UPDATE_SPREAD_WINDOW)
+        spread = law["step_spread"] * z_step
         common = np.exp(spread) if law["lognormal_steps"] else 1 + spread
-        asymmetry = law["asymmetry"] + law["asymmetry_spread"] * z(Purpose.UPDATE_SPREAD_ASYMMETRY)
-        low = np.maximum(law["low_spread"] * z(Purpose.UPDATE_SPREAD_LOW), floor)
-        high = np.maximum(1 + law["high_spread"] * z(Purpose.UPDATE_SPREAD_HIGH), low + 0.01)
+        asymmetry = law["asymmetry"] + law["asymmetry_spread"] * z_asymmetry
+        low = np.maximum(law["low_spread"] * z_low, floor)
+        high = np.maximum(1 + law["high_spread"] * z_high, low + 0.01)
         return cls(
             law, low, high, np.abs(common + asymmetry), np.abs(common - asymmetry),
-            z(Purpose.UPDATE_SPREAD_UP), z(Purpose.UPDATE_SPREAD_DOWN),
+            *z(Purpose.UPDATE_SPREAD_SHAPE),
         )  # fmt: skip
 
     def change(self, x: np.ndarray, wanted: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -72,9 +72,8 @@ def _bernoulli(p: Array, purpose: Purpose, seed: int, step: int) -> Array:
     fired = np.empty((*p.shape, 31), bool)
     at = np.arange(31, dtype=np.uint32)
     for sample in range(len(p)):
-        random = words(np.arange(p.shape[1]), 6, purpose=purpose, slot=sample, step=step, seed=seed).reshape(
-            -1, 24
-        )
+        where = {"purpose": purpose, "slot": sample, "step": step, "seed": seed}
+        random = words(np.arange(p.shape[1]), 6, rounds=7, **where).reshape(-1, 24)
         bits = random[:, :, None] >> at & 1  # [lines, 24, 31]
         # a set bit of the chance fires where the random bit is 1: the complement is the fraction's digit
         fraction = np.einsum("lks,k->ls", 1 - bits.astype(np.float64), 2.0 ** np.arange(-24, 0))

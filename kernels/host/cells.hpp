@@ -14,21 +14,18 @@ struct Place {
   i64 col0;
 };
 
-// The spreads of a row of devices; a parameter without spread draws nothing.
+// The spreads of a row of devices; parameters without spread draw nothing.
 struct Draws {
   alignas(64) float step[WIDE_ROW] = {}, asymmetry[WIDE_ROW] = {}, low[WIDE_ROW] = {}, high[WIDE_ROW] = {},
                     up[WIDE_ROW] = {}, down[WIDE_ROW] = {};
 
   Draws(const UpdateLaw& s, const Place& at, u64 seed) {
-    const auto draw = [&](float spread, Purpose purpose, float* z) {
-      if (spread != 0.0f) draw_normals(Draw{purpose, at.plane, 0, seed}, at.row, at.col0, z);
+    const auto draw = [&](float spread, Purpose purpose, float* a, float* b) {
+      if (spread != 0.0f) draw_pairs(Draw{purpose, at.plane, 0, seed}, at.row, at.col0, a, b);
     };
-    draw(s.step_spread, UPDATE_SPREAD_STEP, step);
-    draw(s.asymmetry_spread, UPDATE_SPREAD_ASYMMETRY, asymmetry);
-    draw(s.low_spread, UPDATE_SPREAD_LOW, low);
-    draw(s.high_spread, UPDATE_SPREAD_HIGH, high);
-    draw(s.spread_up, UPDATE_SPREAD_UP, up);
-    draw(s.spread_down, UPDATE_SPREAD_DOWN, down);
+    draw(s.step_spread + s.asymmetry_spread, UPDATE_SPREAD_STEP, step, asymmetry);
+    draw(s.low_spread + s.high_spread, UPDATE_SPREAD_WINDOW, low, high);
+    draw(abs(s.spread_up) + abs(s.spread_down), UPDATE_SPREAD_SHAPE, up, down);
   }
 };
 
@@ -54,6 +51,19 @@ static inline void draw_free(float stuck_low, float stuck_high, const Place& at,
   } else {
     std::fill(free, free + WIDE_ROW, 1.0f);
   }
+}
+
+static inline i64 count_not_finite(const float* values, i64 size) {
+  constexpr i64 PIECE = 4096;  // counts of a piece stay in the lanes that compare
+  i64 count = 0;
+  for (i64 first = 0; first < size; first += PIECE) {
+    const i64 end = std::min(first + PIECE, size);
+    u32 found = 0;
+#pragma omp simd reduction(+ : found)
+    for (i64 e = first; e < end; ++e) found += (float_bits(values[e]) & 0x7F800000u) == 0x7F800000u;
+    count += found;
+  }
+  return count;
 }
 
 template <int KIND>

@@ -12,6 +12,7 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 64;
+constexpr int AHEAD = 16;  // rows between asking for cells and moving them
 
 // Twin of `Update` in gpuxbar/ops/device_update.py.
 struct Update {
@@ -62,28 +63,49 @@ void write_back(float* cells, const float* x, const float* before, float g_min, 
   for (i64 j = 0; j < count; ++j) cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j];
 }
 
+// Shares of the window of `count` cells, 0 in the others.
+void load_shares(const float* cells, float g_min, float inverse_range, i64 count, float* x) {
+  std::fill(x + count, x + WIDE_ROW, 0.0f);
+#pragma omp simd
+  for (i64 j = 0; j < count; ++j) x[j] = (cells[j] - g_min) * inverse_range;
+}
+
+// Ask for the cells of a row ahead of their use: rows of a block lie too far apart to be foreseen.
+void fetch(const float* cells) {
+  for (int j = 0; j < WIDE_ROW; j += 16) __builtin_prefetch(cells + j, 1);
+}
+
 template <class L>
 void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   alignas(64) static thread_local Block change, weight;
-  float top[WIDE_ROW];
-  for (i64 j = 0; j < count; ++j) {
-    const i64 output = group * u.outputs + o0 + j;
-    top[j] = a.w_max[output];
-    const float inverse = 1.0f / top[j];
-    for (i64 i = 0; i < lines; ++i) change[i][j] = a.dw[output * u.inputs + i0 + i] * inverse;
-  }
+  alignas(64) float inverse[WIDE_ROW] = {};
+  const i64 output = group * u.outputs + o0, corner = output * u.inputs + i0;
+  const float* top = a.w_max + output;
+  for (i64 j = 0; j < count; ++j) inverse[j] = 1.0f / top[j];
+  transpose(a.dw + corner, u.inputs, count, lines, change[0], WIDE_ROW);
   const float inverse_range = 1.0f / u.range;
   for (i64 i = 0; i < lines; ++i) {
     std::fill(change[i] + count, change[i] + WIDE_ROW, 0.0f);
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) change[i][j] *= inverse[j];
+    if (i + AHEAD < lines)
+      for (i64 plane = 0; plane < 2; ++plane) {
+        const i64 ahead = ((plane * u.groups + group) * u.inputs + i0 + i + AHEAD) * u.outputs + o0;
+        fetch(a.g + ahead);
+        if (a.hidden) fetch(a.hidden + ahead);
+      }
     for (u32 plane = 0; plane < 2; ++plane) {
       const i64 row = group * u.inputs + i0 + i, first = ((i64)plane * u.groups * u.inputs + row) * u.outputs + o0;
       float *cells = a.g + first, *held = a.hidden ? a.hidden + first : cells;
-      alignas(64) float x[WIDE_ROW] = {}, before[WIDE_ROW] = {}, shown[WIDE_ROW] = {}, shown_before[WIDE_ROW] = {};
-      for (i64 j = 0; j < count; ++j) before[j] = x[j] = (held[j] - u.g_min) * inverse_range;
-      if (a.hidden)
-        for (i64 j = 0; j < count; ++j) shown_before[j] = shown[j] = (cells[j] - u.g_min) * inverse_range;
       if (plane == 0 || u.law.sides != REFERENCE) {
+        alignas(64) float x[WIDE_ROW], before[WIDE_ROW], shown[WIDE_ROW], shown_before[WIDE_ROW];
+        load_shares(held, u.g_min, inverse_range, count, x);
+        std::copy(x, x + WIDE_ROW, before);
+        if (a.hidden) {
+          load_shares(cells, u.g_min, inverse_range, count, shown);
+          std::copy(shown, shown + WIDE_ROW, shown_before);
+        }
         move_row<L>(u, Place{plane, (u32)row, o0}, change[i], x, a.hidden ? shown : nullptr);
         write_back(held, x, before, u.g_min, u.range, count);
         if (a.hidden) write_back(cells, shown, shown_before, u.g_min, u.range, count);
@@ -93,9 +115,10 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
 #pragma omp simd
       for (i64 j = 0; j < count; ++j) sum[j] = fma(cells[j], sign, plane ? sum[j] : 0.0f);
     }
+#pragma omp simd
+    for (i64 j = 0; j < count; ++j) weight[i][j] *= top[j];
   }
-  for (i64 j = 0; j < count; ++j)
-    for (i64 i = 0; i < lines; ++i) a.w[(group * u.outputs + o0 + j) * u.inputs + i0 + i] = weight[i][j] * top[j];
+  transpose(weight[0], WIDE_ROW, lines, count, a.w + corner, u.inputs);
 }
 
 }  // namespace
@@ -105,10 +128,8 @@ extern "C" void gpuxbar_device_update(float* g, float* hidden, const float* dw, 
   const Update u = *update;
   const Arrays a{g, hidden, dw, w, w_max};
   const i64 size = u.groups * u.inputs * u.outputs;
-  i64 not_finite = 0;
-  for (i64 e = 0; e < size; ++e) not_finite += (float_bits(dw[e]) & 0x7F800000u) == 0x7F800000u;
-  *bad = not_finite;
-  if (not_finite) return;
+  *bad = count_not_finite(dw, size);
+  if (*bad) return;
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
   with_law(u.law.law, [&](auto law) {
 #pragma omp parallel for collapse(3) schedule(static)

@@ -1,6 +1,7 @@
 // Rows of random numbers for the elementwise host kernels: stages split so that each loop vectorises.
 #pragma once
 #include "gpuxbar/normal.cuh"
+#include "wide.hpp"
 
 namespace gpuxbar {
 
@@ -12,41 +13,83 @@ struct Draw {
   u64 seed;
 };
 
+constexpr int GROUPS = WIDE_ROW / 4;  // counters of a row
+static_assert(GROUPS % LANES == 0);
+
 // The words of columns col0 .. col0 + 63 of a row, four counters' worth apart: w[q][j] is word q of counter j.
-static inline void draw_words(const Draw& d, u32 row, i64 col0, u32 w[4][WIDE_ROW / 4]) {
-  const u32 key_lo = (u32)d.seed, key_hi = (u32)(d.seed >> 32), first = (u32)(col0 / 4);
-#pragma omp simd
-  for (int j = 0; j < WIDE_ROW / 4; ++j) {
-    const Counter c = philox<10>(counter(first + (u32)j, row, d.purpose, d.slot, d.step), key_lo, key_hi);
-    w[0][j] = c.x;
-    w[1][j] = c.y;
-    w[2][j] = c.z;
-    w[3][j] = c.w;
+template <int ROUNDS = 10>
+static inline void draw_words(const Draw& d, u32 row, i64 col0, u32 w[4][GROUPS]) {
+  const Wide row_ = row + Wide{}, third = (u64)(d.purpose << 24 | d.slot) + Wide{}, step = d.step + Wide{};
+  for (int j = 0; j < GROUPS; j += LANES) {
+    const Wide even = even_lanes() + (u64)(u32)(col0 / 4 + j);
+    philox_lanes<ROUNDS>(WideCounter{even, row_, third, step}, WideCounter{even + 1, row_, third, step}, (u32)d.seed,
+                         (u32)(d.seed >> 32), w[0] + j, w[1] + j, w[2] + j, w[3] + j);
   }
 }
 
 // Standard normals of columns col0 .. col0 + 63 of a row.
 static inline void draw_normals(const Draw& d, u32 row, i64 col0, float* z) {
-  alignas(64) u32 w[4][WIDE_ROW / 4];
-  alignas(64) float n[4][WIDE_ROW / 4];
+  alignas(64) u32 w[4][GROUPS];
+  alignas(64) float n[4][GROUPS];
   draw_words(d, row, col0, w);
   for (int q = 0; q < 2; ++q)
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW / 4; ++j) {
+    for (int j = 0; j < GROUPS; ++j) {
       const Pair pair = normal_pair(w[2 * q][j], w[2 * q + 1][j]);
       n[2 * q][j] = pair.a;
       n[2 * q + 1][j] = pair.b;
     }
-  for (int j = 0; j < WIDE_ROW / 4; ++j)
+  for (int j = 0; j < GROUPS; ++j)
     for (int q = 0; q < 4; ++q) z[4 * j + q] = n[q][j];
+}
+
+// Two standard normals of each of columns col0 .. col0 + 63 of a row, by the fast generator: of columns 2 j and 2 j + 1.
+static inline void draw_pairs(const Draw& d, u32 row, i64 col0, float* a, float* b) {
+  alignas(64) u32 w[4][GROUPS], word[WIDE_ROW];
+  draw_words<7>(d, row, col0, w);
+  for (int j = 0; j < GROUPS; ++j)
+    for (int q = 0; q < 4; ++q) word[4 * j + q] = w[q][j];
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const Pair pair = normal_pair_fast(word[j]);
+    a[j] = pair.a;
+    b[j] = pair.b;
+  }
 }
 
 // Uniforms in (0, 1) of columns col0 .. col0 + 63 of a row.
 static inline void draw_uniforms(const Draw& d, u32 row, i64 col0, float* u) {
-  alignas(64) u32 w[4][WIDE_ROW / 4];
+  alignas(64) u32 w[4][GROUPS];
   draw_words(d, row, col0, w);
-  for (int j = 0; j < WIDE_ROW / 4; ++j)
+  for (int j = 0; j < GROUPS; ++j)
     for (int q = 0; q < 4; ++q) u[4 * j + q] = uniform(w[q][j]);
+}
+
+typedef u32 Lines[WIDE_ROW];
+
+// The words of 64 counters that differ in group, row and slot: words[q][j] is word q of counter j.
+template <int ROUNDS>
+static inline void draw_words_at(u32 purpose, u32 step, u64 seed, const Lines& group, const Lines& row,
+                                 const Lines& slot, Lines (&words)[4]) {
+  const auto evens = [](const u32* values) { return *(const Wide*)values; };  // high halves hold anything
+  const auto odds = [](const u32* values) { return *(const Wide*)values >> 32; };
+  const Wide kind = (u64)(purpose << 24) + Wide{}, when = step + Wide{};
+  for (int j = 0; j < WIDE_ROW; j += LANES)
+    philox_lanes<ROUNDS>(WideCounter{evens(group + j), evens(row + j), evens(slot + j) | kind, when},
+                         WideCounter{odds(group + j), odds(row + j), odds(slot + j) | kind, when}, (u32)seed,
+                         (u32)(seed >> 32), words[0] + j, words[1] + j, words[2] + j, words[3] + j);
+}
+
+// Standard normals of columns col0 .. col0 + 63 of a row, each of a slot of its own.
+static inline void draw_normals_at(const Draw& d, u32 row, i64 col0, const Lines& slots, float* z) {
+  alignas(64) Lines words[4], group, line;
+  for (int j = 0; j < WIDE_ROW; ++j) group[j] = ((u32)col0 + (u32)j) / 4, line[j] = row;
+  draw_words_at<10>(d.purpose, d.step, d.seed, group, line, slots, words);
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const Pair pair = normal_pair(j & 2 ? words[2][j] : words[0][j], j & 2 ? words[3][j] : words[1][j]);
+    z[j] = j & 1 ? pair.b : pair.a;
+  }
 }
 
 }  // namespace gpuxbar

@@ -4,32 +4,25 @@
 #include <algorithm>
 
 #include "gpuxbar/normal.cuh"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "wide.hpp"
 
 namespace gpuxbar {
 
 constexpr int ROWS = 48;  // driven vectors of a block
 constexpr int COLS = 16;  // bitlines of a panel; a multiple of the columns of a counter
 #if defined(__AVX512F__)
-constexpr int LANES = 16, MICRO = 8;  // floats of a vector; columns of the register tile
+constexpr int MICRO = 8;  // columns of the register tile
 #else
-constexpr int LANES = 8, MICRO = 4;
+constexpr int MICRO = 4;
 #endif
 constexpr int DEEP = 3;  // vectors of the register tile
 static_assert(ROWS % (DEEP * LANES) == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
 
-typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef u64 Wide __attribute__((vector_size(4 * LANES)));
-
 // The first `count` lanes; 0 in the others.
 inline Vec first_lanes(Vec v, i32 count) {
-  typedef i32 Index __attribute__((vector_size(4 * LANES)));
-  Index lane;
+  VecIndex lane;
   for (int k = 0; k < LANES; ++k) lane[k] = k;
-  return (Vec)((Index)v & (lane < count));
+  return (Vec)((VecIndex)v & (lane < count));
 }
 
 // A plane of a block: [COLS][ROWS].
@@ -72,35 +65,6 @@ inline void multiply_block(i64 rows, i64 begin, i64 end, i64 length, const float
     }
 }
 
-// Product of the low halves of 64-bit lanes.
-inline Wide multiply_low(Wide a, Wide b) {
-#if defined(__AVX512F__)
-  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#else
-  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
-#endif
-}
-
-struct WideCounter {
-  Wide x, y, z, w;  // words in the low halves; the high halves hold anything
-};
-
-// philox.cuh's rounds on LANES / 2 counters.
-template <int ROUNDS>
-inline WideCounter philox_wide(WideCounter c, u32 key_lo, u32 key_hi) {
-  const Wide m0 = 0xD2511F53u + Wide{}, m1 = 0xCD9E8D57u + Wide{};
-#pragma GCC unroll 10
-  for (int round = 0; round < ROUNDS; ++round) {
-    const Wide p0 = multiply_low(c.x, m0), p1 = multiply_low(c.z, m1);
-    c = WideCounter{(p1 >> 32) ^ c.y ^ (u64)key_lo, p1, (p0 >> 32) ^ c.w ^ (u64)key_hi, p0};
-    key_lo += 0x9E3779B9u;
-    key_hi += 0xBB67AE85u;
-  }
-  return c;
-}
-
 // What all draws of one conversion share.
 struct Draws {
   u32 third, step, key_lo, key_hi;  // the counter's third word: purpose and slot
@@ -109,18 +73,11 @@ struct Draws {
 // words[q][i]: word q of the counter of `group` and row `row + i`, in whole vectors.
 template <int ROUNDS>
 inline void draw_words(const Draws& d, u32 group, u32 row, i64 rows, u32 (*words)[ROWS]) {
-  Wide steps;
-  for (int k = 0; k < LANES / 2; ++k) steps[k] = 2 * k;
-  for (i64 i = 0; i < rows; i += LANES) {  // even rows in one set of counters, odd rows in the other
-    const Wide even = steps + (u64)(u32)(row + i), group_ = group + Wide{}, third = d.third + Wide{};
+  for (i64 i = 0; i < rows; i += LANES) {
+    const Wide even = even_lanes() + (u64)(u32)(row + i), group_ = group + Wide{}, third = d.third + Wide{};
     const Wide step = d.step + Wide{};
-    const WideCounter a = philox_wide<ROUNDS>(WideCounter{group_, even, third, step}, d.key_lo, d.key_hi);
-    const WideCounter b = philox_wide<ROUNDS>(WideCounter{group_, even + 1, third, step}, d.key_lo, d.key_hi);
-    const Wide low = 0xFFFFFFFFu + Wide{};
-    *(Wide*)(words[0] + i) = (a.x & low) | b.x << 32;
-    *(Wide*)(words[1] + i) = (a.y & low) | b.y << 32;
-    *(Wide*)(words[2] + i) = (a.z & low) | b.z << 32;
-    *(Wide*)(words[3] + i) = (a.w & low) | b.w << 32;
+    philox_lanes<ROUNDS>(WideCounter{group_, even, third, step}, WideCounter{group_, even + 1, third, step}, d.key_lo,
+                         d.key_hi, words[0] + i, words[1] + i, words[2] + i, words[3] + i);
   }
 }
 

@@ -1,7 +1,7 @@
 // pulse_update on the CPU: pulse trains of a batch, their coincidences through the device law, and the weights read out.
 //
 // First the trains of every line and sample, then blocks of 64 wordlines by 64 bitlines: exact, chunks of samples in
-// sequence; aggregated, coincidences are counted over the batch and the devices move once. Every train and cell is a
+// sequence, every device at its own pace; aggregated, coincidences are counted over the batch and the devices move once. Every train and cell is a
 // function of its own place, so the bits do not depend on threads.
 // Meaning and oracle: gpuxbar/reference/pulse_update.py.
 #include <algorithm>
@@ -9,16 +9,13 @@
 #include "cells.hpp"
 #include "gpuxbar/pulses.cuh"
 
-#if defined(__AVX512VPOPCNTDQ__)
-#include <immintrin.h>
-#endif
-
 using namespace gpuxbar;
 
 namespace {
 
 constexpr int LINES = 64;
-constexpr int CHUNK = 256;  // samples whose trains lie in the caches
+constexpr int CHUNK = 256;    // samples whose trains lie in the caches
+constexpr int TOGETHER = 32;  // samples whose trains are made together
 
 // Twin of `Update` in gpuxbar/ops/pulse_update.py.
 struct Update {
@@ -43,12 +40,6 @@ struct Arrays {
   float* length;       // [B, G]
 };
 
-i64 count_not_finite(const float* values, i64 size) {
-  i64 count = 0;
-  for (i64 e = 0; e < size; ++e) count += (float_bits(values[e]) & 0x7F800000u) == 0x7F800000u;
-  return count;
-}
-
 template <class Value>
 float largest(i64 size, Value&& value) {
   float top = 0.0f;
@@ -57,42 +48,70 @@ float largest(i64 size, Value&& value) {
   return top;
 }
 
-template <class Value>
-void fire(const Update& u, const Sample& sample, i64 first, i64 size, Value&& value, float per, u32 purpose, u32 b,
-          u32* words) {
-  const u32 step = (u32)u.step;
-  const u64 seed = u.seed;
-  if (u.train.implicit) {
-#pragma omp simd
-    for (i64 l = 0; l < size; ++l)
-      words[l] = signed_word(implied_slots(sample.length, gpuxbar::abs(value(l)) * per), value(l));
-    return;
+// Writes the trains of lines, 64 of them at a time: of any lines and samples, so that a narrow array fills the vectors
+// as a wide one does. A line that cannot have a pulse draws nothing.
+class Trainer {
+ public:
+  Trainer(const Update& u, u32 purpose, u32* words) : u(u), purpose(purpose), words(words) {}
+
+  // Word `at` becomes the train of a line's value in a sample; `per`: probability for a value of 1.
+  void add(i64 at, u32 line, u32 sample, i32 slots, float value, float per) {
+    if (u.train.implicit) {
+      words[at] = signed_word(implied_slots(slots, gpuxbar::abs(value) * per), value);
+      return;
+    }
+    words[at] = signed_word(0, value);
+    places[waiting] = at;
+    lines[waiting] = line;
+    samples[waiting] = sample;
+    lengths[waiting] = (u32)slots;
+    odds[waiting] = chance(gpuxbar::abs(value) * per);
+    waiting += odds[waiting] != 0;
+    if (waiting == WIDE_ROW) flush();
   }
-  for (i64 l0 = 0; l0 < size; l0 += WIDE_ROW) {  // counter by counter, so that loops vectorise
-    const i64 count = std::min<i64>(WIDE_ROW, size - l0);
-    alignas(64) u32 odds[WIDE_ROW] = {}, word[WIDE_ROW] = {};
-#pragma omp simd
-    for (i64 l = 0; l < count; ++l) odds[l] = chance(gpuxbar::abs(value(l0 + l)) * per);
-    for (u32 k = 0; k < COUNTERS; ++k)
+
+  void flush() {
+    alignas(64) Lines random[4], counters, word = {};
+    for (u32 k = 0; k < COUNTERS; ++k) {  // counter by counter, so that loops vectorise
+      std::fill(counters, counters + WIDE_ROW, k);
+      draw_words_at<7>(purpose, (u32)u.step, u.seed, counters, lines, samples, random);
 #pragma omp simd
       for (int l = 0; l < WIDE_ROW; ++l)
-        word[l] = add_bits(word[l], odds[l], k, (u32)(first + l0) + (u32)l, purpose, b, step, seed);
+        word[l] = add_bits(word[l], odds[l], k, Counter{random[0][l], random[1][l], random[2][l], random[3][l]});
+    }
 #pragma omp simd
-    for (i64 l = 0; l < count; ++l)
-      words[l0 + l] = signed_word(cut_slots(word[l], odds[l], sample.length), value(l0 + l));
+    for (int l = 0; l < WIDE_ROW; ++l) word[l] = cut_slots(word[l], odds[l], (i32)lengths[l]);
+    for (i64 l = 0; l < waiting; ++l) words[places[l]] |= word[l];
+    waiting = 0;
   }
-}
 
-// The trains of one sample of one group.
-void fire_sample(const Update& u, const Arrays& a, i64 b, i64 group) {
-  const i64 x0 = group * u.inputs, d0 = group * u.outputs;
-  const float *x = a.x + b * u.groups * u.inputs + x0, *d = a.d + b * u.groups * u.outputs + d0, *scale = a.scale + d0;
-  const auto input = [=](i64 l) { return x[l]; };
-  const auto error = [=](i64 l) { return d[l] * scale[l]; };
-  const Sample sample = sample_train(u.train, largest(u.inputs, input), largest(u.outputs, error), a.unit[group]);
-  a.length[b * u.groups + group] = (float)sample.length;
-  fire(u, sample, x0, u.inputs, input, sample.per_input, PULSE_INPUT, (u32)b, a.inputs + (x - a.x));
-  fire(u, sample, d0, u.outputs, error, sample.per_error, PULSE_ERROR, (u32)b, a.errors + (d - a.d));
+ private:
+  const Update& u;
+  const u32 purpose;
+  u32* const words;
+  i64 waiting = 0, places[WIDE_ROW];
+  alignas(64) Lines lines = {}, samples = {}, lengths = {}, odds = {};
+};
+
+// The trains of samples begin .. end - 1.
+void fire_samples(const Update& u, const Arrays& a, i64 begin, i64 end) {
+  Trainer inputs(u, PULSE_INPUT, a.inputs), errors(u, PULSE_ERROR, a.errors);
+  for (i64 b = begin; b < end; ++b)
+    for (i64 group = 0; group < u.groups; ++group) {
+      const i64 x0 = group * u.inputs, d0 = group * u.outputs;
+      const i64 first_x = b * u.groups * u.inputs + x0, first_d = b * u.groups * u.outputs + d0;
+      const float *x = a.x + first_x, *d = a.d + first_d, *scale = a.scale + d0;
+      const auto input = [=](i64 l) { return x[l]; };
+      const auto error = [=](i64 l) { return d[l] * scale[l]; };
+      const Sample sample = sample_train(u.train, largest(u.inputs, input), largest(u.outputs, error), a.unit[group]);
+      a.length[b * u.groups + group] = (float)sample.length;
+      for (i64 l = 0; l < u.inputs; ++l)
+        inputs.add(first_x + l, (u32)(x0 + l), (u32)b, sample.length, input(l), sample.per_input);
+      for (i64 l = 0; l < u.outputs; ++l)
+        errors.add(first_d + l, (u32)(d0 + l), (u32)b, sample.length, error(l), sample.per_error);
+    }
+  inputs.flush();
+  errors.flush();
 }
 
 // A row of devices with what they keep for all time.
@@ -122,51 +141,110 @@ void share_pulses(i32 sides, bool positive, const float* free, const i32* raise,
   }
 }
 
-// Trains of a chunk of samples on the lines of a block, samples of a wordline and bitlines of a sample together.
+// Trains of a chunk of samples on the lines of a block: samples of a line together, or bitlines of a sample.
 struct alignas(64) Trains {
   u32 inputs[LINES][CHUNK], errors[CHUNK][WIDE_ROW];
   float length[CHUNK];
 
   void load(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, i64 b0, i64 samples) {
     const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+    const i64 first = b0 * u.groups + group;
+    if (lines < LINES) std::fill(inputs[lines], inputs[LINES], 0u);
+    transpose(a.inputs + first * u.inputs + i0, u.groups * u.inputs, samples, lines, inputs[0], CHUNK);
     for (i64 b = 0; b < samples; ++b) {
-      const u32* from = a.inputs + ((b0 + b) * u.groups + group) * u.inputs + i0;
-      for (i64 i = 0; i < LINES; ++i) inputs[i][b] = i < lines ? from[i] : 0u;
-      const u32* error = a.errors + ((b0 + b) * u.groups + group) * u.outputs + o0;
+      const u32* error = a.errors + (first + b * u.groups) * u.outputs + o0;
       std::copy(error, error + count, errors[b]);
       std::fill(errors[b] + count, errors[b] + WIDE_ROW, 0u);
-      length[b] = a.length[(b0 + b) * u.groups + group];
+      length[b] = a.length[first + b * u.groups];
     }
   }
 };
 
-// One sample's coincidences on a row of devices; false if there are none.
+// One sample's coincidences on a row of devices.
 template <bool IMPLICIT>
-bool coincide(u32 input, const u32* errors, float length, i32* raise, i32* all) {
-  i32 any = 0;
-#pragma omp simd reduction(| : any)
+void coincide(u32 input, const u32* errors, float length, i32* raise, i32* all) {
+#pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
     all[j] = coincidences<IMPLICIT>(input, errors[j], length);
     raise[j] = all[j] & raising(input, errors[j]);
-    any |= all[j];
   }
-  return any != 0;
 }
 
-// A row of devices of one plane after one sample.
+// Samples of a chunk that move the devices of a wordline, in order and of each device for itself: devices with few
+// coincidences do not wait for their neighbours. An event holds its sample (8 bits), its coincidences and, in the
+// sign, whether they raise the weight; 0 is none.
+struct alignas(64) Events {
+  static_assert(CHUNK == 256);
+  static constexpr i64 ROOM = CHUNK + LANES;
+  u32 of_device[WIDE_ROW][ROOM], in_turn[ROOM][WIDE_ROW];
+  i64 turns;
+
+  static u32 sample(u32 event) { return event & 0xFFu; }
+  static float pulses(u32 event) { return (float)(i32)(event >> 8 & 0x7Fu); }
+  static bool raises(u32 event) { return (event & NEGATIVE) != 0; }
+
+  // For trains of a wordline and, of every bitline, `errors` [WIDE_ROW][CHUNK].
+  template <bool IMPLICIT>
+  void find(const u32* inputs, const u32 (*errors)[CHUNK], const float* length, i64 samples, i64 devices) {
+    i64 most = 0, found[WIDE_ROW] = {};
+    alignas(64) u32 all[CHUNK];
+    for (i64 j = 0; j < devices; ++j) {
+      const u32* error = errors[j];
+#pragma omp simd
+      for (i64 b = 0; b < samples; ++b) {
+        const u32 n = (u32)coincidences<IMPLICIT>(inputs[b], error[b], length[b]);
+        all[b] = n ? (u32)b | n << 8 | ((inputs[b] ^ error[b]) & NEGATIVE) : 0u;
+      }
+      found[j] = keep(all, samples, of_device[j]);
+      most = std::max(most, found[j]);
+    }
+    turns = most;
+    const i64 whole = (most + LANES - 1) / LANES * LANES;
+    for (i64 j = 0; j < WIDE_ROW; ++j) std::fill(of_device[j] + found[j], of_device[j] + std::max(whole, found[j]), 0u);
+    transpose(of_device[0], ROOM, WIDE_ROW, whole, in_turn[0], WIDE_ROW);
+  }
+
+  // Copy the events among `samples` words, and perhaps some words behind them; how many they are.
+  static i64 keep(const u32* all, i64 samples, u32* to) {
+    i64 kept = 0, b = 0;
+#if defined(__AVX512F__)
+    for (; b + 16 <= samples; b += 16) {
+      const __m512i words = _mm512_load_si512(all + b);
+      const __mmask16 some = _mm512_test_epi32_mask(words, words);
+      _mm512_storeu_si512(to + kept, _mm512_maskz_compress_epi32(some, words));
+      kept += popcount(some);
+    }
+#endif
+    for (; b < samples; ++b) {
+      to[kept] = all[b];
+      kept += all[b] != 0;
+    }
+    return kept;
+  }
+};
+
+// A row of devices of one plane after the events of a chunk of samples from b0 on.
 template <class L>
-void pulse_row(const Update& u, const Place& at, const Row& row, i64 sample, const i32* raise, const i32* all,
-               float* x) {
-  alignas(64) float z[WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW], d[WIDE_ROW];
-  if (noisy(u.law))
-    draw_normals(Draw{PULSE_CYCLE, (u32)(2 * sample) + at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
+void pulse_row(const Update& u, const Place& at, const Row& row, i64 b0, const Events& events, float* x) {
   const UpdateLaw s = u.law;
   const float each = 1.0f / s.pulses;
-  share_pulses(s.sides, at.plane == 0, row.free, raise, all, ups, downs);
+  const bool positive = at.plane == 0, noise = noisy(s);
+  alignas(64) float z[WIDE_ROW] = {}, up[WIDE_ROW], d[WIDE_ROW];
+  alignas(64) Lines slots;
+  for (i64 turn = 0; turn < events.turns; ++turn) {
+    const u32* event = events.in_turn[turn];
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) d[j] = (ups[j] + downs[j]) * each;
+    for (int j = 0; j < WIDE_ROW; ++j) {
+      const float n = row.free[j] * Events::pulses(event[j]);
+      const float raise = Events::raises(event[j]) ? n : 0.0f, lower = n - raise;
+      up[j] = pulses_up(s.sides, positive, raise, lower);
+      d[j] = (up[j] + pulses_down(s.sides, positive, raise, lower)) * each;
+      slots[j] = 2 * ((u32)b0 + Events::sample(event[j])) + at.plane;
+    }
+    if (noise) draw_normals_at(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, at.row, at.col0, slots, z);
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) x[j] = moved_cell<L>(s, row.draws, j, x[j], d[j], ups[j] > 0.0f, z[j]);
+    for (int j = 0; j < WIDE_ROW; ++j) x[j] = moved_cell<L>(s, row.draws, j, x[j], d[j], up[j] > 0.0f, z[j]);
+  }
 }
 
 typedef i32 Ints __attribute__((vector_size(64)));
@@ -227,28 +305,27 @@ struct alignas(64) Block {
 template <class L, bool IMPLICIT>
 void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   static thread_local Trains trains;
-  const i64 lines = std::min<i64>(LINES, u.inputs - i0);
+  static thread_local Events events;
+  alignas(64) static thread_local u32 errors[WIDE_ROW][CHUNK];  // of a bitline together
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
     const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
     trains.load(u, a, group, i0, o0, b0, samples);
-    for (u32 plane = 0; plane < (u.law.sides == REFERENCE ? 1u : 2u); ++plane)
-      for (i64 i = 0; i < lines; ++i) {
+    transpose(trains.errors[0], WIDE_ROW, samples, WIDE_ROW, errors[0], CHUNK);
+    for (i64 i = 0; i < lines; ++i) {
+      events.find<IMPLICIT>(trains.inputs[i], errors, trains.length, samples, count);
+      for (u32 plane = 0; events.turns && plane < (u.law.sides == REFERENCE ? 1u : 2u); ++plane) {
         const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-        const Row row(u, at);
-        alignas(64) i32 raise[WIDE_ROW], all[WIDE_ROW];
-        for (i64 b = 0; b < samples; ++b) {
-          const u32 input = trains.inputs[i][b];
-          if ((input & SLOTS) && coincide<IMPLICIT>(input, trains.errors[b], trains.length[b], raise, all))
-            pulse_row<L>(u, at, row, b0 + b, raise, all, block.x[plane][i]);
-        }
+        pulse_row<L>(u, at, Row(u, at), b0, events, block.x[plane][i]);
       }
+    }
   }
 }
 
 template <class L, bool IMPLICIT>
 void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   static thread_local Trains trains;
-  const i64 lines = std::min<i64>(LINES, u.inputs - i0);
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   for (i64 i = 0; i < LINES; ++i) {
     std::fill(block.raise[i], block.raise[i] + WIDE_ROW, 0);
     std::fill(block.all[i], block.all[i] + WIDE_ROW, 0);
@@ -262,7 +339,7 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
     }
     for (i64 begin = 0; begin < samples; begin += PIECE)
       for (i64 i = 0; i < lines; i += TILE)
-        for (int j0 = 0; j0 < WIDE_ROW; j0 += 2 * WIDE)
+        for (int j0 = 0; j0 < count; j0 += 2 * WIDE)
           count_tile(trains, i, j0, begin, std::min(begin + PIECE, samples), block.raise, block.all);
   }
   const UpdateLaw s = u.law;
@@ -307,10 +384,11 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
         x[j] = plane ? fma(-to[j], inverse_range, block.x[0][i][j]) : to[j] * inverse_range;
       }
     }
-  for (i64 j = 0; j < count; ++j) {
-    const i64 output = group * u.outputs + o0 + j;
-    for (i64 i = 0; i < lines; ++i) a.w[output * u.inputs + i0 + i] = block.x[1][i][j] * a.w_max[output];
-  }
+  const i64 output = group * u.outputs + o0;
+  for (i64 i = 0; i < lines; ++i)
+#pragma omp simd
+    for (i64 j = 0; j < count; ++j) block.x[1][i][j] *= a.w_max[output + j];
+  transpose(block.x[1][0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
 }
 
 }  // namespace
@@ -323,9 +401,8 @@ extern "C" void gpuxbar_pulse_update(float* g, const float* x, const float* d, c
   bad[0] = count_not_finite(x, u.batch * u.groups * u.inputs);
   bad[1] = count_not_finite(d, u.batch * u.groups * u.outputs);
   if (bad[0] + bad[1]) return;
-#pragma omp parallel for collapse(2) schedule(static)
-  for (i64 b = 0; b < u.batch; ++b)
-    for (i64 group = 0; group < u.groups; ++group) fire_sample(u, a, b, group);
+#pragma omp parallel for schedule(static)
+  for (i64 b = 0; b < u.batch; b += TOGETHER) fire_samples(u, a, b, std::min<i64>(b + TOGETHER, u.batch));
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;

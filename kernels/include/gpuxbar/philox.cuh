@@ -22,15 +22,13 @@ enum Purpose : u32 {
   ADC_GAIN = 6,         // gain error of a converter; slot: conversion
   ADC_OFFSET = 7,       // offset error of a converter; slot: conversion
   CYCLE = 16,           // cycle-to-cycle noise of an update; slot: plane
-  // device-to-device spread of an update; slot: plane
-  UPDATE_SPREAD_UP = 17,         // of the law's parameter upwards
-  UPDATE_SPREAD_DOWN = 18,       // and downwards
-  UPDATE_SPREAD_STEP = 19,       // of both steps
-  UPDATE_SPREAD_ASYMMETRY = 20,  // of their difference
-  UPDATE_SPREAD_LOW = 21,        // of the window's ends
-  UPDATE_SPREAD_HIGH = 22,
-  UPDATE_WRITE = 23,  // write noise of a touched cell; slot: plane
-  CHOPPER = 32,       // sign flips of a chopped transfer; row: wordline
+  // device-to-device spread of an update, two parameters a draw by the fast generator; slot: plane, row: wordline,
+  // columns 2 bitline and 2 bitline + 1
+  UPDATE_SPREAD_SHAPE = 17,   // of the law's parameter upwards and downwards
+  UPDATE_SPREAD_STEP = 18,    // of both steps, and of their difference
+  UPDATE_SPREAD_WINDOW = 19,  // of the window's lower and upper end
+  UPDATE_WRITE = 23,          // write noise of a touched cell; slot: plane
+  CHOPPER = 32,               // sign flips of a chopped transfer; row: wordline
   // pulse trains
   PULSE_INPUT = 33,  // slots of a wordline; row: line, slot: sample
   PULSE_ERROR = 34,  // slots of a bitline

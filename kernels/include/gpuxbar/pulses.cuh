@@ -50,12 +50,11 @@ GPUXBAR_FN Sample sample_train(const Train& t, float max_input, float max_error,
 // Chances of a pulse in 2^24.
 GPUXBAR_FN u32 chance(float probability) { return (u32)(i32)round_even(min(probability, 1.0f) * 16777216.0f); }
 
-constexpr u32 COUNTERS = 6;  // of a train: 24 random words, one for each bit of a chance
+constexpr u32 COUNTERS = 6;  // of a train, of seven rounds: 24 random words, one for each bit of a chance
 
-// Bits 4 k .. 4 k + 3 of a chance, from the lowest up: a set one gives every slot that its random bit chooses, an unset
-// one keeps only those.
-GPUXBAR_FN u32 add_bits(u32 word, u32 chance, u32 k, u32 line, u32 purpose, u32 sample, u32 step, u64 seed) {
-  const Counter c = philox<10>(counter(k, line, purpose, sample, step), (u32)seed, (u32)(seed >> 32));
+// Bits 4 k .. 4 k + 3 of a chance, from the lowest up, with the random words of counter k: a set one gives every slot
+// that its random bit chooses, an unset one keeps only those.
+GPUXBAR_FN u32 add_bits(u32 word, u32 chance, u32 k, Counter c) {
   const u32 bits = chance >> (4 * k);
   const u32 set0 = 0u - (bits & 1u), set1 = 0u - (bits >> 1 & 1u), set2 = 0u - (bits >> 2 & 1u);
   const u32 set3 = 0u - (bits >> 3 & 1u);
@@ -74,7 +73,8 @@ GPUXBAR_FN u32 cut_slots(u32 word, u32 chance, i32 length) {
 GPUXBAR_FN u32 stochastic_slots(u32 chance, i32 length, u32 line, u32 purpose, u32 sample, u32 step, u64 seed) {
   u32 word = 0;
 #pragma unroll
-  for (u32 k = 0; k < COUNTERS; ++k) word = add_bits(word, chance, k, line, purpose, sample, step, seed);
+  for (u32 k = 0; k < COUNTERS; ++k)
+    word = add_bits(word, chance, k, philox<7>(counter(k, line, purpose, sample, step), (u32)seed, (u32)(seed >> 32)));
   return cut_slots(word, chance, length);
 }
 

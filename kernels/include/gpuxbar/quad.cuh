@@ -11,18 +11,22 @@ GPUXBAR_FN Normals4 draw(float deviation, u32 purpose, u32 group, u32 row, u32 s
   return normals4(counter(group, row, purpose, slot, step), (u32)seed, (u32)(seed >> 32));
 }
 
+// Two normals of each of four neighbouring cells by the fast generator, zeros where both deviations are 0.
+GPUXBAR_FN Normals8 draw_pairs(float deviations, u32 purpose, u32 group, u32 row, u32 plane, u64 seed) {
+  if (deviations == 0.0f) return Normals8{};
+  return normals8_fast(counter(group, row, purpose, plane, 0), (u32)seed, (u32)(seed >> 32));
+}
+
 // What the devices keep for all time: their spreads, and 1 for those that move, 0 for stuck ones.
 struct Quad {
   Spreads device[4];
   float free[4];
 
   GPUXBAR_FN void make(const UpdateLaw& s, u32 group, u32 row, u32 plane, u64 seed, float stuck_low, float stuck_high) {
-    const Normals4 size = draw(s.step_spread, UPDATE_SPREAD_STEP, group, row, plane, 0, seed);
-    const Normals4 asymmetry = draw(s.asymmetry_spread, UPDATE_SPREAD_ASYMMETRY, group, row, plane, 0, seed);
-    const Normals4 low = draw(s.low_spread, UPDATE_SPREAD_LOW, group, row, plane, 0, seed);
-    const Normals4 high = draw(s.high_spread, UPDATE_SPREAD_HIGH, group, row, plane, 0, seed);
-    const Normals4 up = draw(s.spread_up, UPDATE_SPREAD_UP, group, row, plane, 0, seed);
-    const Normals4 down = draw(s.spread_down, UPDATE_SPREAD_DOWN, group, row, plane, 0, seed);
+    const Normals8 step = draw_pairs(s.step_spread + s.asymmetry_spread, UPDATE_SPREAD_STEP, group, row, plane, seed);
+    const Normals8 window = draw_pairs(s.low_spread + s.high_spread, UPDATE_SPREAD_WINDOW, group, row, plane, seed);
+    const Normals8 shape =
+        draw_pairs(abs(s.spread_up) + abs(s.spread_down), UPDATE_SPREAD_SHAPE, group, row, plane, seed);
     Counter words = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};
     if (stuck_low + stuck_high > 0.0f)
       words = philox<10>(counter(group, row, STUCK, plane, 0), (u32)seed, (u32)(seed >> 32));
@@ -31,7 +35,8 @@ struct Quad {
     for (int q = 0; q < 4; ++q) {
       const float u = uniform(word[q]);
       free[q] = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : 1.0f;
-      device[q] = Spreads{size.z[q], asymmetry.z[q], low.z[q], high.z[q], up.z[q], down.z[q]};
+      device[q] = Spreads{step.z[2 * q],       step.z[2 * q + 1], window.z[2 * q],
+                          window.z[2 * q + 1], shape.z[2 * q],    shape.z[2 * q + 1]};
     }
   }
 };

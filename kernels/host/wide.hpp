@@ -1,0 +1,115 @@
+// wide: vectors of the host kernels, philox.cuh's rounds on a whole vector of counters, transposed tiles.
+#pragma once
+#include <algorithm>
+
+#include "gpuxbar/philox.cuh"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace gpuxbar {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;  // floats of a vector
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef i32 VecIndex __attribute__((vector_size(4 * LANES)));
+typedef u64 Wide __attribute__((vector_size(4 * LANES), may_alias));
+
+// Product of the low halves of 64-bit lanes.
+inline Wide multiply_low(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+struct WideCounter {
+  Wide x, y, z, w;  // words in the low halves; the high halves hold anything
+};
+
+// philox.cuh's rounds on LANES / 2 counters.
+template <int ROUNDS>
+inline WideCounter philox_wide(WideCounter c, u32 key_lo, u32 key_hi) {
+  const Wide m0 = 0xD2511F53u + Wide{}, m1 = 0xCD9E8D57u + Wide{};
+#pragma GCC unroll 10
+  for (int round = 0; round < ROUNDS; ++round) {
+    const Wide p0 = multiply_low(c.x, m0), p1 = multiply_low(c.z, m1);
+    c = WideCounter{(p1 >> 32) ^ c.y ^ (u64)key_lo, p1, (p0 >> 32) ^ c.w ^ (u64)key_hi, p0};
+    key_lo += 0x9E3779B9u;
+    key_hi += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// The words of LANES counters whose even and odd ones are given apart, each word as one vector at its pointer.
+template <int ROUNDS>
+inline void philox_lanes(const WideCounter& even, const WideCounter& odd, u32 key_lo, u32 key_hi, u32* x, u32* y,
+                         u32* z, u32* w) {
+  const WideCounter a = philox_wide<ROUNDS>(even, key_lo, key_hi), b = philox_wide<ROUNDS>(odd, key_lo, key_hi);
+  const Wide low = 0xFFFFFFFFu + Wide{};
+  *(Wide*)x = (a.x & low) | b.x << 32;
+  *(Wide*)y = (a.y & low) | b.y << 32;
+  *(Wide*)z = (a.z & low) | b.z << 32;
+  *(Wide*)w = (a.w & low) | b.w << 32;
+}
+
+// One step of a transposition: swaps the lanes of rows that lie STRIDE apart.
+template <int STRIDE>
+inline void swap_lanes(Vec (&rows)[LANES]) {
+  VecIndex first, second;
+  for (int k = 0; k < LANES; ++k) {
+    first[k] = k & STRIDE ? LANES + k - STRIDE : k;
+    second[k] = k & STRIDE ? LANES + k : k + STRIDE;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) {
+    if (r & STRIDE) continue;
+    const Vec a = rows[r], b = rows[r + STRIDE];
+    rows[r] = __builtin_shuffle(a, b, first);
+    rows[r + STRIDE] = __builtin_shuffle(a, b, second);
+  }
+  if constexpr (2 * STRIDE < LANES) swap_lanes<2 * STRIDE>(rows);
+}
+
+// to[j][i] = from[i][j] of a tile of LANES x LANES, by rows of `from_stride` and `to_stride`.
+template <class Value>
+inline void transpose_tile(const Value* from, i64 from_stride, Value* to, i64 to_stride) {
+  Vec rows[LANES];
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) rows[r] = *(const Vec*)(from + r * from_stride);
+  swap_lanes<1>(rows);
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) *(Vec*)(to + r * to_stride) = rows[r];
+}
+
+// to[j][i] = from[i][j] for rows x columns of floats or words.
+template <class Value>
+inline void transpose(const Value* from, i64 from_stride, i64 rows, i64 columns, Value* to, i64 to_stride) {
+  static_assert(sizeof(Value) == sizeof(float));
+  for (i64 i = 0; i < rows; i += LANES)
+    for (i64 j = 0; j < columns; j += LANES) {
+      if (rows - i >= LANES && columns - j >= LANES) {
+        transpose_tile(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+        continue;
+      }
+      for (i64 r = i; r < std::min(i + LANES, rows); ++r)
+        for (i64 c = j; c < std::min(j + LANES, columns); ++c) to[c * to_stride + r] = from[r * from_stride + c];
+    }
+}
+
+// 0, 2, 4 ..
+inline Wide even_lanes() {
+  Wide steps;
+  for (int k = 0; k < LANES / 2; ++k) steps[k] = 2 * k;
+  return steps;
+}
+
+}  // namespace gpuxbar
