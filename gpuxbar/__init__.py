@@ -1,7 +1,7 @@
 """Train neural networks as if every matrix product ran on analog resistive crossbars."""
 
 from gpuxbar import nn, ops, optim, spec
-from gpuxbar.nn import calibrate, convert
+from gpuxbar.nn import age, calibrate, convert, program, unprogram
 from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, presets, save_spec
 
 __version__ = "0.1.0"
@@ -9,6 +9,7 @@ __all__ = [
     "CrossbarSpec",
     "SpecError",
     "__version__",
+    "age",
     "calibrate",
     "convert",
     "load_spec",
@@ -16,6 +17,8 @@ __all__ = [
     "ops",
     "optim",
     "presets",
+    "program",
     "save_spec",
     "spec",
+    "unprogram",
 ]

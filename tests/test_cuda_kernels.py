@@ -28,6 +28,7 @@ from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
+from gpuxbar.ops.drift import KERNEL as DRIFT
 from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
@@ -45,6 +46,7 @@ KERNELS = {
         DAC_QUANTIZE,
         *PROGRAM,
         DEVICE_UPDATE,
+        DRIFT,
         *EFFECTIVE_CONDUCTANCE,
         *PULSES,
     )

@@ -14,13 +14,13 @@ from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.reprogram import program_pairs
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
+from gpuxbar.nn.programmed import Programmed
 from gpuxbar.nn.streams import Streams
-from gpuxbar.nn.wires import Wires
 
 __all__ = ["InSitu", "layer_of"]
 
 
-class InSitu(Wires):
+class InSitu(Programmed):
     """The in-situ half of a crossbar layer.
 
     Buffers, None until in-situ training begins, then part of the state dict:
@@ -72,6 +72,7 @@ class InSitu(Wires):
         what the array holds after write noise and stuck cells.
         """
         self.require_law()
+        self.require_unprogrammed("begin_in_situ")
         weight = self.weight.detach().reshape(self.groups_, self.outputs, self.inputs).float()
         rows = weight.abs().amax(2).reshape(-1)
         top = rows.amax()
@@ -113,6 +114,7 @@ class InSitu(Wires):
 
     def _write_pairs(self, weight: Tensor) -> None:
         """Program pairs with weights [G, O, I]."""
+        self.require_unprogrammed("weight")
         assert self.spec.update is not None
         assert self.w_max is not None
         w = weight / self.w_max.reshape(self.groups_, -1, 1)
@@ -134,11 +136,13 @@ class InSitu(Wires):
     @torch.no_grad()
     def update_cells(self, change: Tensor) -> None:
         """Move the cells by a wanted weight change, shape of `weight`; the weight becomes what they read."""
+        self.require_unprogrammed("weight")
         self._show(self._moved(change))
 
     @torch.no_grad()
     def update_pulses(self, rate: float) -> None:
         """Pulse the cells for the inputs and errors since the last update; the weight becomes what they read."""
+        self.require_unprogrammed("weight")
         assert self.g_cells is not None
         assert self.w_max is not None
         assert self.update_step is not None
@@ -181,10 +185,7 @@ class InSitu(Wires):
         assert self.update_step is not None
         if not torch.compiler.is_compiling() and self.weight._version != self._read_version:
             self._require_read_out()
-        noise = self.spec.read_noise
-        variance = None
-        if noise.sigma_g:
-            variance = (noise.sigma_g * (self.g_cells / self.spec.device.g_max) ** noise.exponent) ** 2
+        variance = self.device_variance(self.g_cells)
         return self.through_wires(self.g_cells, variance, self.w_max, self.update_step)
 
     def _require_read_out(self) -> None:
@@ -231,7 +232,6 @@ class InSitu(Wires):
             self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
             self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
         super()._load_from_state_dict(state_dict, prefix, *more)
-        self.forget_wires()
 
 
 class Owner:

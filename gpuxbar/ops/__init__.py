@@ -3,6 +3,7 @@
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
+from gpuxbar.ops.drift import drift
 from gpuxbar.ops.effective_conductance import effective_conductance
 from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
@@ -16,6 +17,7 @@ __all__ = [
     "anchored_conductance",
     "dac_quantize",
     "device_update",
+    "drift",
     "effective_conductance",
     "program",
     "pulse_update",

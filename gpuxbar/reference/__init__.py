@@ -2,6 +2,7 @@
 
 from gpuxbar.reference.dac_quantize import dac_quantize
 from gpuxbar.reference.device_update import device_update
+from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
 from gpuxbar.reference.laws import symmetry_point
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
@@ -17,6 +18,7 @@ __all__ = [
     "Purpose",
     "dac_quantize",
     "device_update",
+    "drift",
     "effective_conductance",
     "fingerprint",
     "fold",

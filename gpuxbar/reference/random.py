@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     STUCK = 5
     ADC_GAIN = 6
     ADC_OFFSET = 7
+    TEST_READ = 8
     CYCLE = 16
     UPDATE_SPREAD_UP = 17
     UPDATE_SPREAD_DOWN = 18
@@ -32,6 +33,8 @@ class Purpose(IntEnum):
     UPDATE_SPREAD_LOW = 21
     UPDATE_SPREAD_HIGH = 22
     UPDATE_WRITE = 23
+    DRIFT = 24
+    FLICKER = 25
     CHOPPER = 32
     PULSE_INPUT = 33
     PULSE_ERROR = 34

@@ -1,6 +1,7 @@
 """Frozen, validated descriptions of crossbar layers, in SI units."""
 
 from gpuxbar.spec import presets
+from gpuxbar.spec.ageing import Drift
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.io import load_spec, parse_value, save_spec
 from gpuxbar.spec.laws import (
@@ -41,6 +42,7 @@ __all__ = [
     "ConstantStep",
     "CrossbarSpec",
     "Device",
+    "Drift",
     "ExponentialStep",
     "Ideal",
     "Law",

@@ -21,6 +21,7 @@ enum Purpose : u32 {
   STUCK = 5,            // stuck cells; slot: plane
   ADC_GAIN = 6,         // gain error of a converter; slot: conversion
   ADC_OFFSET = 7,       // offset error of a converter; slot: conversion
+  TEST_READ = 8,        // inputs of a test read; row: sample
   CYCLE = 16,           // cycle-to-cycle noise of an update; slot: plane
   // device-to-device spread of an update; slot: plane
   UPDATE_SPREAD_UP = 17,         // of the law's parameter upwards
@@ -30,7 +31,10 @@ enum Purpose : u32 {
   UPDATE_SPREAD_LOW = 21,        // of the window's ends
   UPDATE_SPREAD_HIGH = 22,
   UPDATE_WRITE = 23,  // write noise of a touched cell; slot: plane
-  CHOPPER = 32,       // sign flips of a chopped transfer; row: wordline
+  // after programming; slot: plane, step: write
+  DRIFT = 24,    // exponent of a device
+  FLICKER = 25,  // low-frequency noise; the step depends on the age too
+  CHOPPER = 32,  // sign flips of a chopped transfer; row: wordline
   // pulse trains
   PULSE_INPUT = 33,  // slots of a wordline; row: line, slot: sample
   PULSE_ERROR = 34,  // slots of a bitline

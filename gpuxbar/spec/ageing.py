@@ -1,0 +1,57 @@
+"""What happens to conductances as time passes and as devices are used; ideal by default."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from gpuxbar.spec.part import Part
+
+__all__ = ["Drift"]
+
+
+class Drift(Part):
+    """Drift and low-frequency noise of conductances after programming, at `gpuxbar.age`.
+
+    With t = t_0 + age, r = g / g_max of what the write left, and z1, z2 standard normals of a device:
+    g(t) = g (t / t_0)**-|nu + std z1| (1 + share z2), not below 0
+    nu    = clip(nu - nu_slope ln r, nu_min, nu_max)
+    std   = clip(nu_std - nu_std_slope ln r, nu_std_min, nu_std_max)
+    share = min(flicker r**-flicker_exponent, flicker_max) sqrt(ln((t + t_read) / (2 t_read)))
+
+    `t_0`: s after programming at which conductances are what was programmed. `t_read`: duration of a read, s.
+    `flicker`: relative fluctuation of a device at `g_max` in units of the root of the accumulated 1/f spectrum. It is
+    slow against a read, so it is drawn once for an age, and is there at age 0 too; `read_noise` is the fast part.
+    Exponents are drawn at every programming. The published fits take r of the conductance aimed at.
+
+    Source: Joshi et al., Nature Communications 2020; Nandakumar et al., ICECS 2019 (fit to an array of PCM devices).
+    `presets.pcm()` has the values.
+    """
+
+    nu: float = Field(0.0, ge=-1, le=1)
+    nu_slope: float = Field(0.0, ge=-1, le=1)
+    nu_min: float = Field(0.0, ge=0, le=1)
+    nu_max: float = Field(1.0, ge=0, le=1)
+    nu_std: float = Field(0.0, ge=-1, le=1)
+    nu_std_slope: float = Field(0.0, ge=-1, le=1)
+    nu_std_min: float = Field(0.0, ge=0, le=1)
+    nu_std_max: float = Field(1.0, ge=0, le=1)
+    t_0: float = Field(20.0, gt=0)
+    flicker: float = Field(0.0, ge=0, le=1)
+    flicker_exponent: float = Field(0.65, ge=0, le=4)
+    flicker_max: float = Field(1.0, ge=0, le=1)
+    t_read: float = Field(250e-9, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Drift:
+        for name, low, high in (
+            ("nu", self.nu_min, self.nu_max), ("nu_std", self.nu_std_min, self.nu_std_max),
+        ):  # fmt: skip
+            if low > high:
+                raise ValueError(
+                    f"Drift: `{name}_min` must be at most {name}_max, got {low:g} and {high:g}; swap them"
+                )
+        if self.t_read > self.t_0:
+            raise ValueError(
+                f"Drift: `t_read` must be at most t_0, got {self.t_read:g} s and {self.t_0:g} s; a read is short"
+            )
+        return self
