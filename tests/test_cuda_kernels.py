@@ -34,6 +34,7 @@ from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.pulse_update import KERNELS as PULSES
+from gpuxbar.ops.relax import KERNEL as RELAX
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_plan import pipeline
 
@@ -47,6 +48,7 @@ KERNELS = {
         *PROGRAM,
         DEVICE_UPDATE,
         DRIFT,
+        RELAX,
         *EFFECTIVE_CONDUCTANCE,
         *PULSES,
     )
@@ -292,6 +294,7 @@ import numpy as np
 from cuda_shim import SANITIZE, ShimDevice
 from gpuxbar import ops
 from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.relax import KERNEL as RELAX
 from gpuxbar.ops.tile_mvm_cuda import FOLD
 from gpuxbar.spec import Agarwal, ConstantStep, PulseTrain
 device = ShimDevice(order=5, flags=SANITIZE, workspace=1 << 16)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from gpuxbar.bridge.device_update import device_update
 from gpuxbar.bridge.pulse_update import pulse_update
+from gpuxbar.bridge.relax import relax
 from gpuxbar.bridge.reprogram import program_pairs
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
@@ -27,7 +28,7 @@ class InSitu(Programmed):
     `g_cells`: conductances of the positive and the negative devices, float32 [2, G * I, O], S.
     `g_held`: what devices of a law with write noise hold where `g_cells` is what they show; None without it.
     `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max.
-    `update_step`: number of updates, int64 [1]; with the layer's seed it fixes the noise of an update.
+    `update_step`: number of updates (and of steps of `spec.retention`), int64 [1]; with the layer's seed it fixes the noise of an update.
     """
 
     weight: Tensor
@@ -162,6 +163,18 @@ class InSitu(Programmed):
             self.plan.seed,
         )
         self._show(read.view_as(self.weight))
+
+    @torch.no_grad()
+    def relax(self) -> None:
+        """Let the cells decay for one step of `spec.retention`; the weight becomes what they read then."""
+        if self.spec.retention.tau is None:
+            return
+        self.require_unprogrammed("weight")
+        assert self.g_cells is not None
+        for cells in (self.g_cells, self.g_held):
+            if cells is not None:
+                relax(cells, self.static[1], self.plan.seed)
+        self._show(self._moved(torch.zeros_like(self.weight)))
 
     def _show(self, read: Tensor) -> None:
         """Count an update, after which the cells read as this weight."""

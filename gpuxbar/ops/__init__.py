@@ -7,6 +7,7 @@ from gpuxbar.ops.drift import drift
 from gpuxbar.ops.effective_conductance import effective_conductance
 from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
+from gpuxbar.ops.relax import relax
 from gpuxbar.ops.solve_for_inputs import solve_for_inputs, solve_for_inputs_gradient
 from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
@@ -21,6 +22,7 @@ __all__ = [
     "effective_conductance",
     "program",
     "pulse_update",
+    "relax",
     "reprogram",
     "solve_for_inputs",
     "solve_for_inputs_gradient",

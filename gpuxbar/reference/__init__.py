@@ -9,6 +9,7 @@ from gpuxbar.reference.nodal import nodal_conductance, node_voltages
 from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
+from gpuxbar.reference.relax import relax
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
 from gpuxbar.reference.wire_currents import solve_for_inputs, solve_for_inputs_gradient
 
@@ -29,6 +30,7 @@ __all__ = [
     "program",
     "pulse_trains",
     "pulse_update",
+    "relax",
     "reprogram",
     "solve_for_inputs",
     "solve_for_inputs_gradient",

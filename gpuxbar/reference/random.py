@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     UPDATE_WRITE = 23
     DRIFT = 24
     FLICKER = 25
+    RETENTION = 26
     CHOPPER = 32
     PULSE_INPUT = 33
     PULSE_ERROR = 34

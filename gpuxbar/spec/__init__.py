@@ -1,7 +1,7 @@
 """Frozen, validated descriptions of crossbar layers, in SI units."""
 
 from gpuxbar.spec import presets
-from gpuxbar.spec.ageing import Drift
+from gpuxbar.spec.ageing import Drift, Retention
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.io import load_spec, parse_value, save_spec
 from gpuxbar.spec.laws import (
@@ -56,6 +56,7 @@ __all__ = [
     "Programming",
     "PulseTrain",
     "ReadNoise",
+    "Retention",
     "SoftBounds",
     "SpecError",
     "Tile",

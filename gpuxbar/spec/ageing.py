@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from gpuxbar.spec.part import Part
 
-__all__ = ["Drift"]
+__all__ = ["Drift", "Retention"]
 
 
 class Drift(Part):
@@ -53,5 +53,32 @@ class Drift(Part):
         if self.t_read > self.t_0:
             raise ValueError(
                 f"Drift: `t_read` must be at most t_0, got {self.t_read:g} s and {self.t_0:g} s; a read is short"
+            )
+        return self
+
+
+class Retention(Part):
+    """What devices trained in situ lose between updates; once in every step of an in-situ optimiser.
+
+    g <- g_rest + (g - g_rest) exp(-step_time / (tau exp(spread z))),  z a standard normal of the device
+
+    `tau`: median time constant, s; None: nothing is lost. `step_time`: from one step to the next, s, at least a millionth of
+    tau: float32 conductances resolve no less. `spread`: standard deviation of ln tau between devices. `g_rest`: where devices
+    settle, S; None: at `g_min`. Both sides of a pair settle there, so that weights decay to 0. Stuck devices stay.
+
+    Source: Rasch et al., aihwkit, AICAS 2021 (its `lifetime` is tau / step_time); Li et al., VLSI 2018 (leaking capacitors).
+    """
+
+    tau: float | None = Field(None, gt=0)
+    step_time: float = Field(1.0, gt=0)
+    spread: float = Field(0.0, ge=0, le=3)
+    g_rest: float | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _resolved(self) -> Retention:
+        if self.tau is not None and self.step_time < 1e-6 * self.tau:
+            raise ValueError(
+                f"Retention: `step_time` must be at least a millionth of tau, got {self.step_time:g} s for {self.tau:g} s; "
+                "leave tau out: so slow a loss does not show in float32"
             )
         return self

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gpuxbar.spec.ageing import Drift
+from gpuxbar.spec.ageing import Drift, Retention
 from gpuxbar.spec.laws import UpdateLaw
 from gpuxbar.spec.part import Part
 from gpuxbar.spec.pulses import PulseTrain, check_train
@@ -319,7 +319,8 @@ class CrossbarSpec(Part):
     "fp16", or "fp16x2" (conductances as a high and a low half, 22 bits); half precisions need a DAC, whose codes they
     hold exactly; on a CPU every product is float32. `update`: the device's own law, used by
     `gpuxbar.optim.InSituSGD`; needs unsliced pairs. `pulses`: how its steps are pulsed,
-    None: as one step of the wanted size. `drift`: of conductances after `gpuxbar.program`.
+    None: as one step of the wanted size. `drift`: of conductances after `gpuxbar.program`. `retention`: what
+    devices trained in situ lose between updates.
     """
 
     tile: Tile = Tile()
@@ -337,6 +338,7 @@ class CrossbarSpec(Part):
     generator: Literal["exact", "fast"] = "exact"
     precision: Literal["fp32", "tf32", "fp16", "fp16x2"] = "fp32"
     drift: Drift = Drift()
+    retention: Retention = Retention()
 
     @model_validator(mode="after")
     def _precise(self) -> CrossbarSpec:

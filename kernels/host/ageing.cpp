@@ -1,7 +1,7 @@
-// drift on the CPU: conductances some time after they were programmed.
+// drift and relax on the CPU: conductances some time after they were programmed, and between updates.
 //
 // A row of 64 cells at a time; every cell is a function of its own place, so the bits do not depend on threads.
-// Meaning and oracle: gpuxbar/reference/drift.py.
+// Meaning and oracles: gpuxbar/reference/drift.py and relax.py.
 #include <algorithm>
 
 #include "draw.hpp"
@@ -37,5 +37,21 @@ extern "C" void gpuxbar_drift(const Drift* law, const float* g, float* aged, i64
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j) x[j] = drifted(d, x[j], nu[j], flicker[j]);
     std::copy(x, x + count, aged + first);
+  });
+}
+
+extern "C" void gpuxbar_relax(const Retention* law, float* g, i64 planes, i64 rows, i64 cols, i64 seed) {
+  const Retention s = *law;
+  for_rows(planes, rows, cols, [=](u32 plane, u32 row, i64 col0, i64 first, i64 count) {
+    alignas(64) float x[WIDE_ROW] = {}, z[WIDE_ROW] = {}, u[WIDE_ROW];
+    if (s.spread > 0.0f) draw_normals(Draw{RETENTION, plane, 0, (u64)seed}, row, col0, z);
+    if (s.stuck_low + s.stuck_high > 0.0f)
+      draw_uniforms(Draw{STUCK, plane, 0, (u64)seed}, row, col0, u);
+    else
+      std::fill(u, u + WIDE_ROW, 0.5f);
+    std::copy(g + first, g + first + count, x);
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) x[j] = relaxed(s, x[j], z[j], u[j]);
+    std::copy(x, x + count, g + first);
   });
 }

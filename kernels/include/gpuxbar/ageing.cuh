@@ -1,6 +1,7 @@
 // ageing: what becomes of the conductance of one device as time passes.
 //
-// Source: Joshi et al., Nature Communications 2020 (drift and its noise). Oracle: gpuxbar/reference/drift.py.
+// Source: Joshi et al., Nature Communications 2020 (drift and its noise); Rasch et al., aihwkit, AICAS 2021 (retention).
+// Oracles: gpuxbar/reference/drift.py and relax.py.
 #pragma once
 #include "gpuxbar/laws.cuh"
 
@@ -26,6 +27,21 @@ GPUXBAR_FN float drifted(const Drift& d, float g, float z_nu, float z_flicker) {
   const float later = g * exp(max(-abs(fma(std, z_nu, nu)) * d.log_time, -87.0f));
   const float share = min(d.flicker * exp(-d.flicker_exponent * ln_r), d.flicker_max) * d.growth;
   return max(fma(later * share, z_flicker, later), 0.0f);
+}
+
+// Twin of `Settings` in gpuxbar/ops/relax.py.
+struct Retention {
+  float g_rest;                 // S
+  float rate;                   // time over the median time constant
+  float spread;                 // standard deviation of its logarithm between devices
+  float stuck_low, stuck_high;  // rates of stuck devices
+};
+
+// Conductance after that time, S: z is a standard normal, u uniform in (0, 1).
+GPUXBAR_FN float relaxed(const Retention& s, float g, float z, float u) {
+  const float x = min(s.rate * exp(-s.spread * z), 80.0f);
+  const float to = fma(s.g_rest - g, x * decay_share(x), g);
+  return u < s.stuck_low || u > 1.0f - s.stuck_high ? g : to;
 }
 
 }  // namespace gpuxbar

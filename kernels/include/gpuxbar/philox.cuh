@@ -32,9 +32,10 @@ enum Purpose : u32 {
   UPDATE_SPREAD_HIGH = 22,
   UPDATE_WRITE = 23,  // write noise of a touched cell; slot: plane
   // after programming; slot: plane, step: write
-  DRIFT = 24,    // exponent of a device
-  FLICKER = 25,  // low-frequency noise; the step depends on the age too
-  CHOPPER = 32,  // sign flips of a chopped transfer; row: wordline
+  DRIFT = 24,      // exponent of a device
+  FLICKER = 25,    // low-frequency noise; the step depends on the age too
+  RETENTION = 26,  // time constant of a device; slot: plane
+  CHOPPER = 32,    // sign flips of a chopped transfer; row: wordline
   // pulse trains
   PULSE_INPUT = 33,  // slots of a wordline; row: line, slot: sample
   PULSE_ERROR = 34,  // slots of a bitline
