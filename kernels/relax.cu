@@ -8,9 +8,11 @@
 
 namespace gpuxbar {
 
-extern "C" __global__ void __launch_bounds__(256) relax(float* __restrict__ g,  // [P, R, C] S
-                                                        Retention law, u64 seed, i64 rows, int cols,
-                                                        i64 size)  // P * R * ceil(C / 4)
+extern "C" __global__ void __launch_bounds__(256)
+    relax(float* __restrict__ g,                // [P, R, C] S
+          const int* __restrict__ pulse_count,  // like g, below 0: failed devices, which stay; or null
+          Retention law, u64 seed, i64 rows, int cols,
+          i64 size)  // P * R * ceil(C / 4)
 {
   const i64 stride = (i64)gridDim.x * blockDim.x, groups = (cols + 3) / 4;
   const bool aligned = (cols & 3) == 0 && ((u64)g & 15) == 0;
@@ -32,7 +34,10 @@ extern "C" __global__ void __launch_bounds__(256) relax(float* __restrict__ g,  
       for (int q = 0; q < count; ++q) x[q] = g[first + q];
     }
 #pragma unroll
-    for (int q = 0; q < 4; ++q) x[q] = relaxed(law, x[q], z.z[q], uniform(word[q]));
+    for (int q = 0; q < 4; ++q) {
+      const bool failed = pulse_count && q < count && pulse_count[first + q] < 0;
+      x[q] = failed ? x[q] : relaxed(law, x[q], z.z[q], uniform(word[q]));
+    }
     if (aligned)
       *(float4*)(g + first) = make_float4(x[0], x[1], x[2], x[3]);
     else

@@ -143,7 +143,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pulses, write_noise):
 
 def test_opcheck():
     spec = layer_on().spec.model_dump_json()
-    torch.library.opcheck(torch.ops.gpuxbar.relax.default, (torch.rand(2, 5, 6) * 1e-5, spec, 3))
+    torch.library.opcheck(torch.ops.gpuxbar.relax.default, (torch.rand(2, 5, 6) * 1e-5, None, spec, 3))
 
 
 ERRORS = {

@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     DRIFT = 24
     FLICKER = 25
     RETENTION = 26
+    ENDURANCE = 27
+    WEAR = 28
     CHOPPER = 32
     PULSE_INPUT = 33
     PULSE_ERROR = 34

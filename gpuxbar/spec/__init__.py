@@ -1,7 +1,7 @@
 """Frozen, validated descriptions of crossbar layers, in SI units."""
 
 from gpuxbar.spec import presets
-from gpuxbar.spec.ageing import Drift, Retention
+from gpuxbar.spec.ageing import Drift, Endurance, Retention
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.io import load_spec, parse_value, save_spec
 from gpuxbar.spec.laws import (
@@ -43,6 +43,7 @@ __all__ = [
     "CrossbarSpec",
     "Device",
     "Drift",
+    "Endurance",
     "ExponentialStep",
     "Ideal",
     "Law",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from gpuxbar.spec.part import Part
 
-__all__ = ["Drift", "Retention"]
+__all__ = ["Drift", "Endurance", "Retention"]
 
 
 class Drift(Part):
@@ -55,6 +57,28 @@ class Drift(Part):
                 f"Drift: `t_read` must be at most t_0, got {self.t_read:g} s and {self.t_0:g} s; a read is short"
             )
         return self
+
+
+class Endurance(Part):
+    """How many pulses devices trained in situ bear; every device counts its own.
+
+    A device fails when it has taken more than pulses exp(spread z), z a standard normal of the device.
+
+    `pulses`: their median; None: any number, and nothing is counted. `spread`: standard deviation of the logarithm between
+    devices. `failed`: what a device then is for ever: "held", where its last update left it; "g_max", a filament that no
+    pulse opens any more; "g_min", a filament or cell that no pulse closes. Which of them depends on the material and on how
+    it is pulsed, so none is a default of physics: "held" is the mildest.
+
+    Pulses are those of trains, or of an expected update its size in nominal steps, rounded at random to a whole number
+    that is right in the mean. Programming and refreshing are not counted. Counts take 4 bytes a device, and end at 2**31.
+
+    Source: Chen et al., "Physical mechanisms of endurance degradation in TMO-RRAM", IEDM 2011 (both ways to fail);
+    Rasch et al., aihwkit, AICAS 2021 (counted pulses).
+    """
+
+    pulses: float | None = Field(None, gt=0, le=1e9)
+    spread: float = Field(0.0, ge=0, le=3)
+    failed: Literal["held", "g_min", "g_max"] = "held"
 
 
 class Retention(Part):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gpuxbar.spec.ageing import Drift, Retention
+from gpuxbar.spec.ageing import Drift, Endurance, Retention
 from gpuxbar.spec.laws import UpdateLaw
 from gpuxbar.spec.part import Part
 from gpuxbar.spec.pulses import PulseTrain, check_train
@@ -320,7 +320,7 @@ class CrossbarSpec(Part):
     hold exactly; on a CPU every product is float32. `update`: the device's own law, used by
     `gpuxbar.optim.InSituSGD`; needs unsliced pairs. `pulses`: how its steps are pulsed,
     None: as one step of the wanted size. `drift`: of conductances after `gpuxbar.program`. `retention`: what
-    devices trained in situ lose between updates.
+    devices trained in situ lose between updates. `endurance`: pulses that they bear.
     """
 
     tile: Tile = Tile()
@@ -339,6 +339,7 @@ class CrossbarSpec(Part):
     precision: Literal["fp32", "tf32", "fp16", "fp16x2"] = "fp32"
     drift: Drift = Drift()
     retention: Retention = Retention()
+    endurance: Endurance = Endurance()
 
     @model_validator(mode="after")
     def _precise(self) -> CrossbarSpec:
@@ -383,6 +384,12 @@ class CrossbarSpec(Part):
             raise ValueError(
                 f"CrossbarSpec: `device.levels` must be 2**slice_bits = {2**self.mapping.slice_bits} for "
                 f"sliced weights, got {self.device.levels}; leave it None"
+            )
+        if self.endurance.pulses is not None and (self.update is None or self.update.nominal_pulses is None):
+            got = "None" if self.update is None else repr(self.update.law)
+            raise ValueError(
+                f"CrossbarSpec: `update` must be a law with pulses where endurance counts them, got {got}; choose "
+                "law='constant_step', say, or leave endurance.pulses out"
             )
         if self.pulses is not None:
             check_train("CrossbarSpec", self.pulses, self.update)

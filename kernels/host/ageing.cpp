@@ -40,7 +40,8 @@ extern "C" void gpuxbar_drift(const Drift* law, const float* g, float* aged, i64
   });
 }
 
-extern "C" void gpuxbar_relax(const Retention* law, float* g, i64 planes, i64 rows, i64 cols, i64 seed) {
+extern "C" void gpuxbar_relax(const Retention* law, float* g, const i32* pulse_count, i64 planes, i64 rows, i64 cols,
+                              i64 seed) {
   const Retention s = *law;
   for_rows(planes, rows, cols, [=](u32 plane, u32 row, i64 col0, i64 first, i64 count) {
     alignas(64) float x[WIDE_ROW] = {}, z[WIDE_ROW] = {}, u[WIDE_ROW];
@@ -52,6 +53,7 @@ extern "C" void gpuxbar_relax(const Retention* law, float* g, i64 planes, i64 ro
     std::copy(g + first, g + first + count, x);
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j) x[j] = relaxed(s, x[j], z[j], u[j]);
-    std::copy(x, x + count, g + first);
+    for (i64 j = 0; j < count; ++j)
+      if (!pulse_count || pulse_count[first + j] >= 0) g[first + j] = x[j];  // failed devices stay
   });
 }

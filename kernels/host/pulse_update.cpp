@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cells.hpp"
+#include "gpuxbar/endurance.cuh"
 #include "gpuxbar/pulses.cuh"
 
 #if defined(__AVX512VPOPCNTDQ__)
@@ -24,6 +25,7 @@ constexpr int CHUNK = 256;  // samples whose trains lie in the caches
 struct Update {
   UpdateLaw law;
   Train train;
+  Endurance endurance;
   i64 batch, groups, inputs, outputs, step;
   u64 seed;
   float g_min, range;  // S
@@ -32,6 +34,7 @@ struct Update {
 
 struct Arrays {
   float* g;            // [2, G * I, O] S
+  i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
   const float* x;      // [B, G * I]
   const float* d;      // [B, G * O]
   const float* scale;  // [G * O]     wanted pulses for an input and an error of 1
@@ -100,8 +103,11 @@ struct Row {
   Draws draws;
   alignas(64) float free[WIDE_ROW];
 
-  Row(const Update& u, const Place& at) : draws(u.law, at, u.seed) {
+  // `failed`: whether a device has, null where none can.
+  Row(const Update& u, const Place& at, const bool* failed) : draws(u.law, at, u.seed) {
     draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
+    if (failed)
+      for (int j = 0; j < WIDE_ROW; ++j) free[j] = failed[j] ? 0.0f : free[j];
   }
 };
 
@@ -153,10 +159,10 @@ bool coincide(u32 input, const u32* errors, float length, i32* raise, i32* all) 
   return any != 0;
 }
 
-// A row of devices of one plane after one sample.
+// A row of devices of one plane after one sample; their pulses are added to `more`.
 template <class L>
 void pulse_row(const Update& u, const Place& at, const Row& row, i64 sample, const i32* raise, const i32* all,
-               float* x) {
+               i32* more, float* x) {
   alignas(64) float z[WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW], d[WIDE_ROW];
   if (noisy(u.law))
     draw_normals(Draw{PULSE_CYCLE, (u32)(2 * sample) + at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
@@ -164,7 +170,10 @@ void pulse_row(const Update& u, const Place& at, const Row& row, i64 sample, con
   const float each = 1.0f / s.pulses;
   share_pulses(s.sides, at.plane == 0, row.free, raise, all, ups, downs);
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) d[j] = (ups[j] + downs[j]) * each;
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    d[j] = (ups[j] + downs[j]) * each;
+    more[j] += (i32)(ups[j] + downs[j]);
+  }
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) x[j] = moved_cell<L>(s, row.draws, j, x[j], d[j], ups[j] > 0.0f, z[j]);
 }
@@ -222,6 +231,11 @@ inline void count_implied(const Trains& t, i64 lines, i64 samples, i32 (*raise)[
 struct alignas(64) Block {
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
   alignas(64) i32 raise[LINES][WIDE_ROW], all[LINES][WIDE_ROW];
+  bool counted;  // whether devices can fail, which the next three are for
+  bool failed[2][LINES][WIDE_ROW];
+  i32 more[2][LINES][WIDE_ROW];  // pulses of this update
+
+  const bool* failures(u32 plane, i64 line) const { return counted ? failed[plane][line] : nullptr; }
 };
 
 template <class L, bool IMPLICIT>
@@ -234,12 +248,12 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
     for (u32 plane = 0; plane < (u.law.sides == REFERENCE ? 1u : 2u); ++plane)
       for (i64 i = 0; i < lines; ++i) {
         const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-        const Row row(u, at);
+        const Row row(u, at, block.failures(plane, i));
         alignas(64) i32 raise[WIDE_ROW], all[WIDE_ROW];
         for (i64 b = 0; b < samples; ++b) {
           const u32 input = trains.inputs[i][b];
           if ((input & SLOTS) && coincide<IMPLICIT>(input, trains.errors[b], trains.length[b], raise, all))
-            pulse_row<L>(u, at, row, b0 + b, raise, all, block.x[plane][i]);
+            pulse_row<L>(u, at, row, b0 + b, raise, all, block.more[plane][i], block.x[plane][i]);
         }
       }
   }
@@ -269,7 +283,7 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
   for (u32 plane = 0; plane < (s.sides == REFERENCE ? 1u : 2u); ++plane)
     for (i64 i = 0; i < lines; ++i) {
       const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-      const Row row(u, at);
+      const Row row(u, at, block.failures(plane, i));
       alignas(64) float z[WIDE_ROW] = {};
       if (noisy(u.law)) draw_normals(Draw{PULSE_CYCLE, plane, (u32)u.step, u.seed}, at.row, at.col0, z);
       alignas(64) float ups[WIDE_ROW], downs[WIDE_ROW];
@@ -277,12 +291,25 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
       float* x = block.x[plane][i];
 #pragma omp simd
       for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[j]);
+      for (int j = 0; j < WIDE_ROW; ++j) block.more[plane][i][j] = (i32)(ups[j] + downs[j]);
     }
+}
+
+// Count the pulses of a row of devices, and leave those that fail by them where they fail.
+void wear_row(const Update& u, const Place& at, const i32* more, i64 count, i32* taken, float* x) {
+  alignas(64) float z[WIDE_ROW] = {};
+  if (u.endurance.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, u.seed}, at.row, at.col0, z);
+  for (i64 j = 0; j < count; ++j) {
+    if (more[j] == 0) continue;
+    taken[j] = after_wear(u.endurance, taken[j], more[j], z[j]);
+    if (taken[j] < 0) x[j] = failed_share(u.endurance, x[j]);
+  }
 }
 
 template <class L, bool IMPLICIT>
 void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0) {
   static thread_local Block block;
+  block.counted = a.pulse_count != nullptr;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const float inverse_range = 1.0f / u.range;
   const auto cells = [&](u32 plane, i64 i) {
@@ -294,6 +321,10 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
       float *x = block.x[plane][i], *before = block.before[plane][i];
       std::fill(x, x + WIDE_ROW, 0.0f);
       for (i64 j = 0; j < count; ++j) before[j] = x[j] = (from[j] - u.g_min) * inverse_range;
+      std::fill(block.more[plane][i], block.more[plane][i] + WIDE_ROW, 0);
+      std::fill(block.failed[plane][i], block.failed[plane][i] + WIDE_ROW, false);
+      if (block.counted)
+        for (i64 j = 0; j < count; ++j) block.failed[plane][i][j] = a.pulse_count[from - a.g + j] < 0;
     }
   if (aggregated)
     pulse_at_once<L, IMPLICIT>(u, a, group, i0, o0, block);
@@ -302,6 +333,9 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
   for (u32 plane = 0; plane < 2; ++plane)
     for (i64 i = 0; i < lines; ++i) {
       float *to = cells(plane, i), *x = block.x[plane][i], *before = block.before[plane][i];
+      if (block.counted)
+        wear_row(u, Place{plane, (u32)(group * u.inputs + i0 + i), o0}, block.more[plane][i], count,
+                 a.pulse_count + (to - a.g), x);
       for (i64 j = 0; j < count; ++j) {
         to[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : to[j];  // a cell that did not move keeps its bits
         x[j] = plane ? fma(-to[j], inverse_range, block.x[0][i][j]) : to[j] * inverse_range;
@@ -315,11 +349,11 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
 
 }  // namespace
 
-extern "C" void gpuxbar_pulse_update(float* g, const float* x, const float* d, const float* scale, const float* unit,
-                                     float* w, const float* w_max, u32* inputs, u32* errors, float* length,
-                                     const Update* update, i64 aggregated, i64* bad) {
+extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const float* x, const float* d, const float* scale,
+                                     const float* unit, float* w, const float* w_max, u32* inputs, u32* errors,
+                                     float* length, const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
-  const Arrays a{g, x, d, scale, unit, w, w_max, inputs, errors, length};
+  const Arrays a{g, pulse_count, x, d, scale, unit, w, w_max, inputs, errors, length};
   bad[0] = count_not_finite(x, u.batch * u.groups * u.inputs);
   bad[1] = count_not_finite(d, u.batch * u.groups * u.outputs);
   if (bad[0] + bad[1]) return;

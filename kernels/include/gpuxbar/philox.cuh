@@ -35,6 +35,8 @@ enum Purpose : u32 {
   DRIFT = 24,      // exponent of a device
   FLICKER = 25,    // low-frequency noise; the step depends on the age too
   RETENTION = 26,  // time constant of a device; slot: plane
+  ENDURANCE = 27,  // pulses that a device bears; slot: plane
+  WEAR = 28,       // rounding of parts of a pulse; slot: plane
   CHOPPER = 32,    // sign flips of a chopped transfer; row: wordline
   // pulse trains
   PULSE_INPUT = 33,  // slots of a wordline; row: line, slot: sample
