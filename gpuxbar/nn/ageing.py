@@ -53,7 +53,7 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
             calibrated.
 
     Source:
-        Joshi et al., Nature Communications 2020 (drift compensation).
+        Joshi et al., Nature Communications 2020; the factor: Le Gallo et al., Advanced Electronic Materials 2018.
     """
     seconds = _seconds(time)
     layers = _layers("age", model)

@@ -41,13 +41,20 @@ void wear_row(const Update& u, const Place& at, const float* d, i64 count, i32* 
   const Endurance e = u.endurance;
   if (e.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, u.seed}, at.row, at.col0, z);
   draw_uniforms(Draw{WEAR, at.plane, (u32)u.step, u.seed}, at.row, at.col0, part);
-  for (i64 j = 0; j < count; ++j) {
-    if (!(d[j] > 0.0f)) continue;
-    taken[j] = after_wear(e, taken[j], whole_pulses(d[j] * u.law.pulses, part[j]), z[j]);
-    if (taken[j] >= 0) continue;
-    x[j] = failed_share(e, x[j]);
-    if (shown) shown[j] = failed_share(e, shown[j]);
+  alignas(64) i32 now[WIDE_ROW] = {};
+  alignas(64) float none[WIDE_ROW] = {};
+  std::copy(taken, taken + count, now);
+  float* seen = shown ? shown : none;
+  const float pulses = u.law.pulses;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const bool touched = d[j] > 0.0f;  // and so alive
+    const i32 after = after_wear(e, touched ? now[j] : 0, whole_pulses(d[j] * pulses, part[j]), z[j]);
+    now[j] = touched ? after : now[j];
+    x[j] = touched && after < 0 ? failed_share(e, x[j]) : x[j];
+    seen[j] = touched && after < 0 ? failed_share(e, seen[j]) : seen[j];
   }
+  std::copy(now, now + count, taken);
 }
 
 // One row of one plane of a block: x in and out in shares of the window, `shown` beside it with write noise.

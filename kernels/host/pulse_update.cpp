@@ -299,11 +299,17 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
 void wear_row(const Update& u, const Place& at, const i32* more, i64 count, i32* taken, float* x) {
   alignas(64) float z[WIDE_ROW] = {};
   if (u.endurance.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, u.seed}, at.row, at.col0, z);
-  for (i64 j = 0; j < count; ++j) {
-    if (more[j] == 0) continue;
-    taken[j] = after_wear(u.endurance, taken[j], more[j], z[j]);
-    if (taken[j] < 0) x[j] = failed_share(u.endurance, x[j]);
+  alignas(64) i32 now[WIDE_ROW] = {};
+  std::copy(taken, taken + count, now);
+  const Endurance e = u.endurance;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const bool touched = more[j] > 0;  // and so alive
+    const i32 after = after_wear(e, touched ? now[j] : 0, more[j], z[j]);
+    now[j] = touched ? after : now[j];
+    x[j] = touched && after < 0 ? failed_share(e, x[j]) : x[j];
   }
+  std::copy(now, now + count, taken);
 }
 
 template <class L, bool IMPLICIT>
