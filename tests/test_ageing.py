@@ -200,6 +200,13 @@ def test_what_is_digital_may_still_learn():
     assert error(model) < before
 
 
+def test_times_are_numbers_or_text():
+    with pytest.raises(
+        TypeError, match=r'^age: `time` must be a number of seconds or text, got NoneType; write 3600 or "1h"'
+    ):
+        gx.age(programmed(), None)
+
+
 def programmed():
     model = converted()
     gx.program(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from math import inf
+from numbers import Real
 
 from torch import nn
 
@@ -49,6 +50,7 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
             count as reads. False leaves products uncompensated.
 
     Raises:
+        TypeError: `time` is neither a number nor text.
         ValueError: The model is not programmed, `time` is no time, or an ADC range that a test read needs is not
             calibrated.
 
@@ -97,6 +99,10 @@ def _seconds(time: float | str) -> float:
                 f'age: `time` must be a number with a unit of {", ".join(UNITS)}, got {time!r}; write "1h" or 3600'
             )
         return float(found[1]) * UNITS[found[2].lower()]
+    if isinstance(time, bool) or not isinstance(time, Real):
+        raise TypeError(
+            f'age: `time` must be a number of seconds or text, got {type(time).__name__}; write 3600 or "1h"'
+        )
     if not 0 <= time < inf:
         raise ValueError(
             f"age: `time` must be finite and at least 0, got {time:g} s; it counts from programming"

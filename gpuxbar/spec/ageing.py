@@ -73,7 +73,7 @@ class Endurance(Part):
     Pulses are those of trains, or of an expected update its size in nominal steps, rounded at random to a whole number
     that is right in the mean. Programming and refreshing are not counted. Counts take 4 bytes a device, and end at 2**31.
 
-    Source: Chen et al., "Physical mechanisms of endurance degradation in TMO-RRAM", IEDM 2011 (both ways to fail);
+    Source: Chen et al., "Physical mechanisms of endurance degradation in TMO-RRAM", IEDM 2011 (failure to either state);
     Rasch et al., aihwkit, AICAS 2021 (counted pulses).
     """
 
