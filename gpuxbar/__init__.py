@@ -1,7 +1,7 @@
 """Train neural networks as if every matrix product ran on analog resistive crossbars."""
 
 from gpuxbar import nn, ops, optim, spec
-from gpuxbar.nn import calibrate, convert
+from gpuxbar.nn import age, calibrate, convert, program, unprogram
 from gpuxbar.optim import capture_step
 from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, presets, save_spec
 
@@ -10,6 +10,7 @@ __all__ = [
     "CrossbarSpec",
     "SpecError",
     "__version__",
+    "age",
     "calibrate",
     "capture_step",
     "convert",
@@ -18,6 +19,8 @@ __all__ = [
     "ops",
     "optim",
     "presets",
+    "program",
     "save_spec",
     "spec",
+    "unprogram",
 ]

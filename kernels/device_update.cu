@@ -5,14 +5,18 @@
 //         grid (ceil(O / 32), ceil(I / 32), G). Weights are transposed through shared memory, so that every access
 //         runs along its array. The result does not depend on the launch.
 // Random  normals and uniforms of (plane, wordline, bitline): see philox.cuh; `step` is read from memory where given.
-// Macros  LAW  the law (enum Law)
+// Macros  LAW  the law (enum Law)    COUNTED  pulses are counted, and devices fail
 // Wrapper gpuxbar/ops/device_update.py      Oracle gpuxbar/reference/device_update.py
+#include "gpuxbar/endurance.cuh"
 #include "gpuxbar/quad.cuh"
 
 namespace gpuxbar {
 
 #ifndef LAW
 #define LAW 0
+#endif
+#ifndef COUNTED
+#define COUNTED 0
 #endif
 
 GPUXBAR_FN void load(const float* from, float to[4], int count, bool whole, float otherwise) {
@@ -33,21 +37,38 @@ GPUXBAR_FN void store(float* to, const float from[4], int count, bool whole) {
 }
 
 // Four cells of one wordline: shares of the window in, moved in place, and what they show with write noise. False if
-// none is to move.
-GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], const float wanted[4], u32 group, u32 row,
-                            u32 plane, u32 step, u64 seed, float stuck_low, float stuck_high,
-                            const float (*scatter)[NODES * SCORES]) {
+// none is to move. `taken` are their counts of pulses.
+GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], float wanted[4], i32 taken[4],
+                            const Endurance& endurance, u32 group, u32 row, u32 plane, u32 step, u64 seed,
+                            float stuck_low, float stuck_high, const float (*scatter)[NODES * SCORES]) {
+  if (COUNTED)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) wanted[q] = taken[q] < 0 ? 0.0f : wanted[q];
   if (wanted[0] == 0.0f && wanted[1] == 0.0f && wanted[2] == 0.0f && wanted[3] == 0.0f) return false;
   Quad quad;
   quad.make(s, group, row, plane, seed, stuck_low, stuck_high);
   const float noise = MEASURED<LawOf<LAW>> ? 1.0f : s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
   const Normals4 z = draw(noise, CYCLE, group, row, plane, step, seed);
   const Normals4 write = draw(s.write_noise, UPDATE_WRITE, group, row, plane, step, seed);
+  Normals4 bears{};
+  Counter parts{};
+  if (COUNTED) {
+    bears = draw(endurance.spread, ENDURANCE, group, row, plane, 0, seed);
+    parts = philox<10>(counter(group, row, WEAR, plane, step), (u32)seed, (u32)(seed >> 32));
+  }
+  const u32 part[4] = {parts.x, parts.y, parts.z, parts.w};
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const float d = quad.free[q] > 0.0f ? pulsed(s, wanted[q]) : 0.0f;
     x[q] = moved<LawOf<LAW>>(s, quad.device[q], x[q], d, wanted[q] > 0.0f, z.z[q], scatter);
     if (d > 0.0f) shown[q] = max(fma(s.write_noise, write.z[q], x[q]), s.floor);
+    if (COUNTED && d > 0.0f) {
+      taken[q] = after_wear(endurance, taken[q], whole_pulses(d * s.pulses, uniform(part[q])), bears.z[q]);
+      if (taken[q] < 0) {
+        x[q] = failed_share(endurance, x[q]);
+        shown[q] = failed_share(endurance, shown[q]);
+      }
+    }
   }
   return true;
 }
@@ -55,11 +76,12 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], cons
 extern "C" __global__ void __launch_bounds__(256)
     device_update(float* __restrict__ g,            // [2, G * I, O] S
                   float* __restrict__ hidden,       // like g, what devices with write noise hold; else null
+                  int* __restrict__ pulse_count,    // like g, below 0: failed after so many; null unless COUNTED
                   const float* __restrict__ dw,     // [G, O, I]     wanted weight change
                   float* __restrict__ w,            // [G, O, I]     weight read out
                   const float* __restrict__ w_max,  // [G * O]       weight of a full pair
                   const i64* __restrict__ step,     // [1], or null: step_value
-                  UpdateLaw law, i64 step_value, u64 seed, float g_min,
+                  UpdateLaw law, Endurance endurance, i64 step_value, u64 seed, float g_min,
                   float range,  // g_max - g_min, S
                   float stuck_low, float stuck_high, int groups, int inputs, int outputs) {
   __shared__ float block[32][33];  // [wordline][bitline]: wanted changes, then weights
@@ -102,8 +124,13 @@ extern "C" __global__ void __launch_bounds__(256)
         shown[q] = (cell[q] - g_min) * inverse_range;
         wanted[q] = device_share(law.sides, plane == 0, change[q]);
       }
-      const bool touched = update_quad(law, x, shown, wanted, (u32)(o0 + quad) >> 2, (u32)row, plane, when, seed,
-                                       stuck_low, stuck_high, scatter);
+      i32 taken[4] = {};
+      if (COUNTED)
+        for (int q = 0; q < count; ++q) taken[q] = pulse_count[first + q];
+      const bool touched = update_quad(law, x, shown, wanted, taken, endurance, (u32)(o0 + quad) >> 2, (u32)row, plane,
+                                       when, seed, stuck_low, stuck_high, scatter);
+      if (COUNTED && touched)
+        for (int q = 0; q < count; ++q) pulse_count[first + q] = taken[q];
       if (touched) {
 #pragma unroll
         for (int q = 0; q < 4; ++q) {

@@ -22,7 +22,7 @@ GPUXBAR_FN void write(const Programming& p, u32 group, u32 row, u32 slot, Four* 
   Normals4 spread{}, noise{};
   Four u{{0.5f, 0.5f, 0.5f, 0.5f}};
   if (p.spread > 0.0f) spread = normals4(counter(group, row, DEVICE_SPREAD, slot, 0), key_lo, key_hi);
-  if (p.write_noise > 0.0f) noise = normals4(counter(group, row, WRITE, slot, (u32)p.step), key_lo, key_hi);
+  if (noisy_writes(p)) noise = normals4(counter(group, row, WRITE, slot, (u32)p.step), key_lo, key_hi);
   if (p.stuck_low > 0.0f || p.stuck_high < 1.0f) {
     const Counter w = philox<10>(counter(group, row, STUCK, slot, 0), key_lo, key_hi);
     u = Four{{uniform(w.x), uniform(w.y), uniform(w.z), uniform(w.w)}};
@@ -57,12 +57,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             int merge,        // enum Merge
             int scale_count,  // values of w_max
             float steps,      // steps between levels, 0: continuous
-            float g_min, float g_max, float spread, float write_noise, float stuck_low, float stuck_high,
-            float read_var, float read_power) {
+            float g_min, float g_max, float spread, float write_noise, float write_slope, float write_curve,
+            float stuck_low, float stuck_high, float read_var, float read_power) {
   if (state && state[0] == state[1] && state[1] != 0) return;
   const i64 now = state ? state[1] : step ? *step : step_value;
-  const Programming p{groups, inputs, outputs, slices, slice_bits,  merge,     scale_count, now,      seed,
-                      steps,  g_min,  g_max,   spread, write_noise, stuck_low, stuck_high,  read_var, read_power};
+  const Programming p{groups,      inputs,      outputs,   slices,     slice_bits, merge,     scale_count,
+                      now,         seed,        steps,     g_min,      g_max,      spread,    write_noise,
+                      write_slope, write_curve, stuck_low, stuck_high, read_var,   read_power};
   __shared__ float block[32][33];
   __shared__ double inverse[32];
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;

@@ -7,8 +7,9 @@
 // Random  normals and uniforms of (plane, wordline, bitline, sample): see philox.cuh; `step` is read from memory where
 //         given.
 // Macros  LAW  the law (enum Law)    AGGREGATED  coincidences are counted over the batch, and cells move once
-//         IMPLIED  coincidences are the product of numbers of slots
+//         IMPLIED  coincidences are the product of numbers of slots    COUNTED  pulses are counted, and devices fail
 // Wrapper gpuxbar/ops/pulse_update.py      Oracle gpuxbar/reference/pulse_update.py
+#include "gpuxbar/endurance.cuh"
 #include "gpuxbar/pulses.cuh"
 #include "gpuxbar/quad.cuh"
 
@@ -22,6 +23,9 @@ namespace gpuxbar {
 #endif
 #ifndef IMPLIED
 #define IMPLIED 0
+#endif
+#ifndef COUNTED
+#define COUNTED 0
 #endif
 
 constexpr int CHUNK = 32;  // samples
@@ -61,9 +65,10 @@ GPUXBAR_FN void coincide(const Trains& trains, int b, int line, int quad, int ra
   }
 }
 
-// A plane's four cells after coincidences, of which `raise` raise the weight; `sample` chooses the noise.
-GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const int raise[4], const int all[4], u32 group,
-                      u32 row, u32 plane, u32 sample, u32 step, u64 seed) {
+// A plane's four cells after coincidences, of which `raise` raise the weight; `sample` chooses the noise. Their pulses are
+// added to `more`.
+GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const int raise[4], const int all[4],
+                      i32 more[4], u32 group, u32 row, u32 plane, u32 sample, u32 step, u64 seed) {
   const float noise = s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
   const Normals4 z = draw(noise, PULSE_CYCLE, group, row, 2 * sample + plane, step, seed);
 #pragma unroll
@@ -71,6 +76,7 @@ GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const in
     const float raising = quad.free[q] * (float)raise[q], lowering = quad.free[q] * (float)(all[q] - raise[q]);
     const float ups = pulses_up(s.sides, plane == 0, raising, lowering);
     const float downs = pulses_down(s.sides, plane == 0, raising, lowering);
+    if (COUNTED) more[q] += (i32)(ups + downs);
 #if AGGREGATED
     x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], x[q], ups, downs, z.z[q]);
 #else
@@ -82,13 +88,14 @@ GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const in
 
 extern "C" __global__ void __launch_bounds__(256, 1)
     pulse_update(float* __restrict__ g,                // [2, G * I, O] S
+                 int* __restrict__ pulse_count,        // like g, below 0: failed after so many; null unless COUNTED
                  const u32* __restrict__ input_words,  // [B, G * I]    trains
                  const u32* __restrict__ error_words,  // [B, G * O]
                  const float* __restrict__ length,     // [B, G]        slots of a train
                  float* __restrict__ w,                // [G, O, I]     weight read out
                  const float* __restrict__ w_max,      // [G * O]       weight of a full pair
                  const i64* __restrict__ step,         // [1], or null: step_value
-                 UpdateLaw law, i64 step_value, u64 seed, float g_min,
+                 UpdateLaw law, Endurance endurance, i64 step_value, u64 seed, float g_min,
                  float range,  // g_max - g_min, S
                  float stuck_low, float stuck_high, int batch, int groups, int inputs, int outputs) {
   __shared__ Trains trains;
@@ -119,8 +126,11 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
     for (int q = 0; q < 4; ++q) x[q] = q < count ? (g[first + q] - g_min) * inverse_range : 0.0f;
     if (inside) cells.make(law, columns, (u32)row, plane, seed, stuck_low, stuck_high);
+    i32 more[4] = {};
+    if (COUNTED)
+      for (int q = 0; q < count; ++q) cells.free[q] = pulse_count[first + q] < 0 ? 0.0f : cells.free[q];
 #if AGGREGATED
-    if (inside && !(plane && still)) pulse(cells, x, law, raise, all, columns, (u32)row, plane, 0, when, seed);
+    if (inside && !(plane && still)) pulse(cells, x, law, raise, all, more, columns, (u32)row, plane, 0, when, seed);
 #else
     for (int b0 = 0; b0 < (plane && still ? 0 : batch); b0 += CHUNK) {
       const int samples =
@@ -130,10 +140,20 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         int raise[4] = {}, all[4] = {};
         coincide(trains, b, line, quad, raise, all);
         if (all[0] | all[1] | all[2] | all[3])
-          pulse(cells, x, law, raise, all, columns, (u32)row, plane, (u32)(b0 + b), when, seed);
+          pulse(cells, x, law, raise, all, more, columns, (u32)row, plane, (u32)(b0 + b), when, seed);
       }
     }
 #endif
+    if (COUNTED) {
+      const Normals4 bears = draw(endurance.spread, ENDURANCE, columns, (u32)row, plane, 0, seed);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        if (q >= count || more[q] == 0) continue;
+        const i32 taken = after_wear(endurance, pulse_count[first + q], more[q], bears.z[q]);
+        pulse_count[first + q] = taken;
+        if (taken < 0) x[q] = failed_share(endurance, x[q]);
+      }
+    }
     const float sign = plane ? -inverse_range : inverse_range;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {

@@ -198,7 +198,6 @@ def test_an_optimiser_must_keep_its_counts_on_the_device(tape, changes, error, t
         gx.capture_step(*plain(**changes), functional.mse_loss, (torch.zeros(1, 3), torch.zeros(1, 2)))
 
 
-
 def test_batches_and_rates_must_be_those_captured(tape):
     run = Run("digital")
     step = run.captured()

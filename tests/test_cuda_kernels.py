@@ -29,11 +29,13 @@ from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops.anchored_conductance_cuda import KERNELS as ANCHOR
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
+from gpuxbar.ops.drift import KERNEL as DRIFT
 from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.pulse_update import KERNELS as PULSES
+from gpuxbar.ops.relax import KERNEL as RELAX
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_plan import pipeline
 
@@ -46,6 +48,8 @@ KERNELS = {
         DAC_QUANTIZE,
         *PROGRAM,
         DEVICE_UPDATE,
+        DRIFT,
+        RELAX,
         *EFFECTIVE_CONDUCTANCE,
         *ANCHOR,
         *PULSES,
@@ -67,7 +71,7 @@ VARIANTS = {
     ],
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
-    "device_update.cu": [{"LAW": law} for law in range(9)],
+    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}],
     "fused_tile_mvm_sm90.cu": [
         {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": stages}
         for block_n, terms, noise, converters, gate, stages in
@@ -76,8 +80,9 @@ VARIANTS = {
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}],
     "pulse_update.cu": [
-        {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit}
-        for law, aggregated, implicit in [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), *((law, 0, 0) for law in range(1, 8))]
+        {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit, "COUNTED": counted}
+        for law, aggregated, implicit, counted in
+        [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), *((law, 0, 0, 0) for law in range(1, 8)), (0, 0, 0, 1), (0, 1, 0, 1)]
     ],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
@@ -294,7 +299,7 @@ from cuda_shim import SANITIZE, ShimDevice
 from gpuxbar import ops
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_cuda import FOLD
-from gpuxbar.spec import Agarwal, ConstantStep, PulseTrain
+from gpuxbar.spec import Agarwal, ConstantStep, Endurance, PulseTrain, Retention, presets
 device = ShimDevice(order=5, flags=SANITIZE, workspace=1 << 16)
 rng = np.random.default_rng(0)
 conv = ConvGeometry(3, 7, 5, (3, 2), (2, 1), (1, 1))
@@ -310,10 +315,13 @@ ops.tile_mvm(back, g, tile_cols=3, transposed=True, **s)
 ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)
 cells, ones = np.abs(rng.normal(size=(2, 18, 7))).astype(np.float32), np.ones(7, np.float32)
 law = Agarwal(nu=1, gamma=0.1, spread=0.1)
-ops.device_update(cells, rng.normal(size=(1, 7, 18)).astype(np.float32), law=law, w_max=ones, g_min=0, g_max=1, device=device)
+wear = dict(endurance=Endurance(pulses=20, spread=0.5, failed="g_max"), pulse_count=np.zeros((2, 18, 7), np.int32))
+ops.device_update(cells, rng.normal(size=(1, 7, 18)).astype(np.float32), law=law, w_max=ones, g_min=0, g_max=1, **wear, device=device)
 for mode in ("exact", "aggregated"):
     ops.pulse_update(cells, rng.normal(size=(3, 18)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32), rate=0.1,
-                     train=PulseTrain(mode=mode), law=ConstantStep(pulses=50), w_max=ones, g_min=0, g_max=1, device=device)
+                     train=PulseTrain(mode=mode), law=ConstantStep(pulses=50), w_max=ones, g_min=0, g_max=1, **wear, device=device)
+ops.relax(cells, law=Retention(tau=3.0, spread=0.1), g_min=0, g_max=1, pulse_count=wear["pulse_count"], stuck_at_g_min=0.1, device=device)
+ops.drift(cells, 60.0, law=presets.pcm().drift, g_max=1.0, device=device)
 weight = rng.normal(size=(3, 37, 11)).astype(np.float32)
 window = dict(g_min=1e-6, g_max=1e-5, device_spread=0.1, write_noise=1e-7, stuck_at_g_min=0.1, sigma_g=1e-7, device=device)
 planes, variance = np.empty((2, 6, 33, 37), np.float32)

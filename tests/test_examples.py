@@ -23,6 +23,7 @@ EXPECTED = {
     "05_calibrate_converters.py": (["1"], "calibrate_converters.png", r"(?m)^ +99\.9( +0\.\d{3}){6}$"),
     "06_train_through_wires.py": (["1", "1"], "train_through_wires.png", r"ladder +0\.\d{3} +0\.\d{3} +\d"),
     "07_in_situ_algorithms.py": (["200"], "in_situ_algorithms.png", r"agad +error of the weights 0\.\d\d"),
+    "08_age_a_network.py": (["1"], "age_a_network.png", r"drift compensated( +0\.\d{3}){6}"),
     "09_look_at_ir_drop.py": ([], "ir_drop.png", r"nodal solution agree to \de-0[67]\n"),
     "mnist_in_situ.py": (
         [

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from test_anchored_conductance import drifting
 from test_capture import SETTINGS, Run, same
+from test_drift import G_MAX as DRIFT_G_MAX
+from test_drift import LAWS as DRIFTS
+from test_drift import SEED as DRIFT_SEED
+from test_drift import YEAR
+from test_drift import case as drift_case
+from test_drift import oracle as drift_oracle
 from test_effective_conductance import WIRES, tiles, wires
+from test_endurance import case as wear_case
 from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
 from test_program import SEED as WRITE_SEED
 from test_program import SHAPES as WEIGHT_SHAPES
@@ -23,6 +30,7 @@ from test_tile_mvm import (
 )
 
 from gpuxbar import ops, reference
+from gpuxbar.spec import ConstantStep, Endurance, PulseTrain, Retention
 
 pytestmark = pytest.mark.gpu
 
@@ -227,6 +235,54 @@ def test_dac_codes_match_oracle(cuda_device, shape):
         # x times 1 / lsb in float32 may fall to the other side of a rounding edge
         assert np.abs(off).max(initial=0) <= 1
         assert (off != 0).sum() <= 1e-4 * x.size
+
+
+# ---- ageing
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 67), (3, 130, 72), (0, 3, 3)])
+def test_drift_matches_oracle(cuda_device, shape):
+    g, law = drift_case(shape), DRIFTS["pcm"]
+    for age in (0.0, YEAR):
+        found = run(cuda_device, ops.drift, g, age=age, law=law, g_max=DRIFT_G_MAX, seed=DRIFT_SEED, step=9)
+        np.testing.assert_allclose(found, drift_oracle(g, age, law), rtol=0, atol=1e-5 * DRIFT_G_MAX)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 67), (2, 130, 72), (2, 0, 4)])
+def test_relaxing_matches_oracle(cuda_device, shape):
+    g, law = drift_case(shape), Retention(tau=3.0, spread=0.5, g_rest=5e-6)
+    count = np.random.default_rng(1).integers(-1, 2, shape).astype(np.int32)
+    cells = to_gpu(g)
+    ops.relax(
+        cells, law=law, g_min=1e-6, g_max=DRIFT_G_MAX, pulse_count=to_gpu(count), seed=7, device=cuda_device
+    )
+    expected = np.where(count < 0, g, reference.relax(g, g_rest=5e-6, rate=1 / 3, spread=0.5, seed=7))
+    np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * DRIFT_G_MAX)
+
+
+@pytest.mark.parametrize("op", ["device_update", "pulse_update"])
+def test_devices_wear_out_as_the_oracle_says(cuda_device, op):
+    rng, g, count, w_max = wear_case(2, 37, 35)
+    law, endurance = ConstantStep(pulses=50), Endurance(pulses=100, spread=0.5, failed="g_max")
+    s = {"w_max": w_max, "g_min": 1e-6, "g_max": 10e-6, "seed": 7, "step": 3}
+    if op == "device_update":
+        arrays, dumped = [rng.normal(0, 0.6, (2, 37, 35)).astype(np.float32)], {}
+    else:
+        arrays = [rng.normal(0, 1, (6, n)).astype(np.float32) for n in (70, 74)]
+        train = PulseTrain(length=31)
+        s |= {"rate": 0.3, "groups": 2, "train": train}
+        dumped = {"train": train.model_dump()}
+    taken, cells, wanted_count = to_gpu(count), to_gpu(g), count.copy()
+    settings = {name: to_gpu(value) for name, value in s.items()}
+    getattr(ops, op)(
+        cells, *map(to_gpu, arrays), law=law, endurance=endurance, pulse_count=taken, device=cuda_device, **settings
+    )  # fmt: skip
+    wanted = getattr(reference, op)(
+        g, *arrays, law=law.model_dump(), endurance=endurance.model_dump(), pulse_count=wanted_count, **s | dumped
+    )[0]  # fmt: skip
+    off = from_gpu(taken) != wanted_count
+    assert off.mean() < 2e-3  # parts of a pulse on a rounding edge
+    np.testing.assert_allclose(from_gpu(cells)[~off], wanted[~off], rtol=0, atol=1e-4 * 9e-6)
 
 
 # ---- programming

@@ -41,7 +41,8 @@ MAPPINGS = {
     "offset-even": {"merge": "offset", "levels": 16},
 }
 ORDERS = [FORWARD, REVERSE, 11, 12]
-DEVICES = {"ideal": {}, "write": {"write_noise": 0.2e-6}, "all": NOISE}
+CURVE = {"write_noise": 0.05e-6, "write_noise_slope": 0.4e-6, "write_noise_curve": -0.3e-6}
+DEVICES = {"ideal": {}, "write": {"write_noise": 0.2e-6}, "curve": CURVE, "all": NOISE}
 
 
 def weights(shape, seed=0, columns=True):
@@ -422,6 +423,7 @@ BAD = {
     "levels": ({"levels": 1}, ValueError, "`levels` must be 2 to 65536 with merge='none', got 1; None is continuous"),
     "middle": ({"levels": 2, "merge": "offset"}, ValueError, "`levels` must be 3 to 65536 with merge='offset', got 2; None"),
     "digits": ({"levels": 5, "slice_bits": 2}, ValueError, r"`levels` must be 2\*\*slice_bits = 4 for sliced weights, got 5; leave"),
+    "noise-curve": ({"write_noise_curve": -1e-6}, ValueError, "`write_noise_slope` and `write_noise_curve` must leave a write noise of at least 0, got -1e-06 S at g = 1 g_max; it is"),
     "noise": ({"write_noise": -1e-6}, ValueError, "`write_noise` must be at least 0, got -1e-06 S; 0 switches it off"),
     "spread": ({"device_spread": float("nan")}, ValueError, "`device_spread` must be at least 0, got nan; 0 switches it off"),
     "sigma": ({"sigma_g": float("inf")}, ValueError, "`sigma_g` must be at least 0, got inf S; 0 switches it off"),

@@ -12,9 +12,16 @@ from gpuxbar.bridge.operator import operator, spec_of
 __all__ = ["device_update"]
 
 
-@operator(lambda g, hidden, dw, *_: torch.empty_like(dw), mutates_args=("g", "hidden"))
+@operator(lambda g, hidden, dw, *_: torch.empty_like(dw), mutates_args=("g", "hidden", "pulse_count"))
 def device_update(
-    g: Tensor, hidden: Tensor | None, dw: Tensor, w_max: Tensor, step: Tensor, spec: str, seed: int
+    g: Tensor,
+    hidden: Tensor | None,
+    dw: Tensor,
+    w_max: Tensor,
+    step: Tensor,
+    spec: str,
+    seed: int,
+    pulse_count: Tensor | None = None,
 ) -> Tensor:
     """Move pairs of devices by wanted weight changes through the device's law; returns the weights read out.
 
@@ -26,6 +33,7 @@ def device_update(
         step: Update counter, int64 [1]; same value, same noise.
         spec: The layer's `CrossbarSpec` as JSON, with an update law.
         seed: The layer's seed.
+        pulse_count: Pulses that devices have taken, int32 like `g`; changed in place; given with an endurance.
     """
     crossbar = spec_of(spec)
     assert crossbar.update is not None
@@ -34,6 +42,7 @@ def device_update(
         weights = ops.device_update(
             array(g), array(dw), hidden=None if hidden is None else array(hidden), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
             stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),
+            endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
             device=device,
         )  # fmt: skip
         return tensor(weights)

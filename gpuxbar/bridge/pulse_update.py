@@ -11,11 +11,11 @@ from gpuxbar.bridge.operator import operator, spec_of
 __all__ = ["pulse_update"]
 
 
-def _shape(g, x, d, w_max, step, rate, groups, spec, seed):
+def _shape(g, x, d, w_max, step, rate, groups, spec, seed, pulse_count=None):
     return g.new_empty((groups, g.shape[2], g.shape[1] // groups))
 
 
-@operator(_shape, mutates_args=("g",))
+@operator(_shape, mutates_args=("g", "pulse_count"))
 def pulse_update(
     g: Tensor,
     x: Tensor,
@@ -26,6 +26,7 @@ def pulse_update(
     groups: int,
     spec: str,
     seed: int,
+    pulse_count: Tensor | None = None,
 ) -> Tensor:
     """Pulse pairs of devices for a batch of inputs and errors; returns the weights read out, [G, O, I].
 
@@ -39,6 +40,7 @@ def pulse_update(
         groups: Arrays side by side, G.
         spec: The layer's `CrossbarSpec` as JSON, with an update law and pulse trains.
         seed: The layer's seed.
+        pulse_count: Pulses that devices have taken, int32 like `g`; changed in place; given with an endurance.
     """
     crossbar = spec_of(spec)
     assert crossbar.update is not None
@@ -49,5 +51,6 @@ def pulse_update(
             array(g), array(x), array(d), rate=rate, train=crossbar.pulses, law=crossbar.update, w_max=array(w_max),
             g_min=window.g_min, g_max=window.g_max, groups=groups, stuck_at_g_min=stuck.stuck_at_g_min,
             stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step), device=device,
+            endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
         )  # fmt: skip
         return tensor(weights)

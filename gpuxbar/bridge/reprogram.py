@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.operator import operator, spec_of
 
-__all__ = ["program_pairs", "reprogram"]
+__all__ = ["program_devices", "program_pairs", "reprogram"]
 
 
 @operator(lambda *_: None, mutates_args=("g", "noise_var", "w_max", "state"))
@@ -63,6 +64,27 @@ def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
                 **settings,
             )
         )
+
+
+def program_devices(weight: Tensor, write_step: Tensor, spec: str, seed: int) -> tuple[Tensor, Tensor]:
+    """All devices that hold weights float32 [G, O, I], and the weight of a full pair, float32 [G * O].
+
+    Conductances are float32 [2 slices, G * I, O] ([1, G * I, O] of an offset mapping), S; `write_step`, int64 [1], fixes
+    the write noise, with weights and seed.
+    """
+    mapping = spec_of(spec).mapping
+    offset = mapping.scheme == "offset"
+    groups, outputs, inputs = weight.shape
+    g = weight.new_zeros(1 if offset else 2 * mapping.slices, groups * inputs, outputs)
+    w_max = weight.new_zeros(groups * outputs)
+    state = torch.zeros(2, dtype=torch.int64, device=weight.device)
+    settings = _settings(spec) | {"merge": "offset" if offset else "none", "sigma_g": 0.0}
+    with on_device(weight, "program") as device:
+        ops.reprogram(
+            array(weight), array(g), array(w_max), array(state), write_step=array(write_step), seed=seed, device=device,
+            **settings, **_scale(spec),
+        )  # fmt: skip
+    return g, w_max
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,8 @@
 """Layers on crossbars, conversion of models, calibration of converters."""
 
+from gpuxbar.nn.ageing import age, program, unprogram
 from gpuxbar.nn.calibrate import calibrate
 from gpuxbar.nn.convert import Report, convert
 from gpuxbar.nn.layers import AnalogConv2d, AnalogLinear
 
-__all__ = ["AnalogConv2d", "AnalogLinear", "Report", "calibrate", "convert"]
+__all__ = ["AnalogConv2d", "AnalogLinear", "Report", "age", "calibrate", "convert", "program", "unprogram"]

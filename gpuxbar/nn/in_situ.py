@@ -11,23 +11,26 @@ from torch.nn import functional
 
 from gpuxbar.bridge.device_update import device_update
 from gpuxbar.bridge.pulse_update import pulse_update
+from gpuxbar.bridge.relax import relax
 from gpuxbar.bridge.reprogram import program_pairs
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
+from gpuxbar.nn.programmed import Programmed
 from gpuxbar.nn.streams import Streams
-from gpuxbar.nn.wires import Wires
 
 __all__ = ["InSitu", "layer_of"]
 
 
-class InSitu(Wires):
+class InSitu(Programmed):
     """The in-situ half of a crossbar layer.
 
     Buffers, None until in-situ training begins, then part of the state dict:
     `g_cells`: conductances of the positive and the negative devices, float32 [2, G * I, O], S.
     `g_held`: what devices of a law with write noise hold where `g_cells` is what they show; None without it.
+    `pulse_count`: pulses that each device has taken, int32 like `g_cells`, below 0 where it has failed; None without
+    `spec.endurance`.
     `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max.
-    `update_step`: number of updates, int64 [1]; with the layer's seed it fixes the noise of an update.
+    `update_step`: number of updates (and of steps of `spec.retention`), int64 [1]; with the layer's seed it fixes the noise of an update.
     """
 
     weight: Tensor
@@ -37,11 +40,12 @@ class InSitu(Wires):
     outputs: int
     g_cells: Tensor | None
     g_held: Tensor | None
+    pulse_count: Tensor | None
     w_max: Tensor | None
     update_step: Tensor | None
 
     def setup_in_situ(self) -> None:
-        for name in ("g_cells", "g_held", "w_max", "update_step"):
+        for name in ("g_cells", "g_held", "pulse_count", "w_max", "update_step"):
             self.register_buffer(name, None)
         self.streams = Streams()
         self._read_version: int | None = None  # of the weight when it was last what the cells read
@@ -72,6 +76,7 @@ class InSitu(Wires):
         what the array holds after write noise and stuck cells.
         """
         self.require_law()
+        self.require_unprogrammed("begin_in_situ")
         weight = self.weight.detach().reshape(self.groups_, self.outputs, self.inputs).float()
         rows = weight.abs().amax(2).reshape(-1)
         top = rows.amax()
@@ -104,6 +109,10 @@ class InSitu(Wires):
             )
         self._write_pairs(self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs))
 
+    def worn(self) -> float:
+        """Share of the layer's devices that have failed."""
+        return 0.0 if self.pulse_count is None else (self.pulse_count < 0).float().mean().item()
+
     def saturation(self) -> float:
         """Largest share of the window that a device of the layer shows; `refresh` a one-sided pair as it nears 1."""
         if self.g_cells is None:
@@ -113,16 +122,22 @@ class InSitu(Wires):
 
     def _write_pairs(self, weight: Tensor) -> None:
         """Program pairs with weights [G, O, I]."""
+        self.require_unprogrammed("weight")
         assert self.spec.update is not None
         assert self.w_max is not None
         w = weight / self.w_max.reshape(self.groups_, -1, 1)
         if self.spec.update.sides == "one_sided":
-            self.g_cells = self._program(w)
+            cells = self._program(w)
         else:
             # program() puts a positive weight on the first plane and a negative one on the second
             share = (w + 1) / 2
             up, down = (self._program(part) for part in (share, share - 1))
-            self.g_cells = torch.stack([up[0], down[1]])
+            cells = torch.stack([up[0], down[1]])
+        if self.g_cells is not None and self.pulse_count is not None:  # failed devices cannot be written
+            cells = torch.where(self.pulse_count < 0, self.g_cells, cells)
+        elif self.spec.endurance.pulses is not None:
+            self.pulse_count = torch.zeros_like(cells, dtype=torch.int32)
+        self.g_cells = cells
         self.g_held = self.g_cells.clone() if self.spec.update.write_noise else None
         self.restart_wires()
         self.update_cells(torch.zeros_like(self.weight))
@@ -134,11 +149,13 @@ class InSitu(Wires):
     @torch.no_grad()
     def update_cells(self, change: Tensor) -> None:
         """Move the cells by a wanted weight change, shape of `weight`; the weight becomes what they read."""
+        self.require_unprogrammed("weight")
         self._show(self._moved(change))
 
     @torch.no_grad()
     def update_pulses(self, rate: float) -> None:
         """Pulse the cells for the inputs and errors since the last update; the weight becomes what they read."""
+        self.require_unprogrammed("weight")
         assert self.g_cells is not None
         assert self.w_max is not None
         assert self.update_step is not None
@@ -159,8 +176,21 @@ class InSitu(Wires):
             self.groups_,
             self.static[1],
             self.plan.seed,
+            self.pulse_count,
         )
         self._show(read.view_as(self.weight))
+
+    @torch.no_grad()
+    def relax(self) -> None:
+        """Let the cells decay for one step of `spec.retention`; the weight becomes what they read then."""
+        if self.spec.retention.tau is None:
+            return
+        self.require_unprogrammed("weight")
+        assert self.g_cells is not None
+        for cells in (self.g_cells, self.g_held):
+            if cells is not None:
+                relax(cells, self.pulse_count, self.static[1], self.plan.seed)
+        self._show(self._moved(torch.zeros_like(self.weight)))
 
     def _show(self, read: Tensor) -> None:
         """Count an update, after which the cells read as this weight."""
@@ -184,10 +214,7 @@ class InSitu(Wires):
         assert self.update_step is not None
         if not torch.compiler.is_compiling() and self.weight._version != self._read_version:
             self._require_read_out()
-        noise = self.spec.read_noise
-        variance = None
-        if noise.sigma_g:
-            variance = (noise.sigma_g * (self.g_cells / self.spec.device.g_max) ** noise.exponent) ** 2
+        variance = self.device_variance(self.g_cells)
         return self.through_wires(self.g_cells, variance, self.w_max, self.update_step)
 
     def _require_read_out(self) -> None:
@@ -208,9 +235,10 @@ class InSitu(Wires):
         assert self.update_step is not None
         dw = change.float().reshape(self.groups_, self.outputs, self.inputs).contiguous()
         spec, seed = self.static[1], self.plan.seed
-        return device_update(self.g_cells, self.g_held, dw, self.w_max, self.update_step, spec, seed).view_as(
-            change
+        read = device_update(
+            self.g_cells, self.g_held, dw, self.w_max, self.update_step, spec, seed, self.pulse_count
         )
+        return read.view_as(change)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
@@ -231,10 +259,11 @@ class InSitu(Wires):
             self.g_cells = torch.empty(2, self.groups_ * self.inputs, self.outputs, device=device)
             held = f"{prefix}g_held" in state_dict
             self.g_held = torch.empty_like(self.g_cells) if held else None
+            if f"{prefix}pulse_count" in state_dict:
+                self.pulse_count = torch.zeros_like(self.g_cells, dtype=torch.int32)
             self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
             self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
         super()._load_from_state_dict(state_dict, prefix, *more)
-        self.forget_wires()
 
 
 class Owner:

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
-from gpuxbar.bridge.reprogram import reprogram
+from gpuxbar.bridge.reprogram import program_devices, reprogram
 from gpuxbar.bridge.wires import weight_through_wires
 from gpuxbar.mapping import plan_reads
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.in_situ import InSitu
-from gpuxbar.reference import Purpose, normals
+from gpuxbar.reference import Purpose, normals, uniforms
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
 __all__ = ["AnalogConv2d", "AnalogLayer", "AnalogLinear"]
+
+TEST_INPUTS = 32  # of a test read
 
 
 class AnalogLayer(InSitu):
@@ -82,6 +84,7 @@ class AnalogLayer(InSitu):
         self.register_buffer("full_pair", torch.zeros(sensed[0], device=device), persistent=False)
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self.look_at_ranges()
+        self.setup_programmed()
         self.setup_wires(shape, len(self.plan.slice_scale), device)
         self.setup_in_situ()
 
@@ -115,16 +118,16 @@ class AnalogLayer(InSitu):
 
     def rewrite(self) -> None:
         """Write the present weights once more, with new write noise (not for layers trained in situ)."""
+        self.require_unprogrammed("rewrite")
         self.write_step += 1
 
     def conductances(self) -> Cells:
         """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires."""
+        if self.programmed:
+            return self.aged_cells()
         if self.in_situ:
             return self.trained_cells()
-        weight = self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs)
-        rows, cols = self.plan.reference_lines
-        if rows:  # the reference lines are written like weights of 0
-            weight = functional.pad(weight, (0, rows, 0, cols))
+        weight = self._written_weight()
         merge = "none" if self.seen is not None else self.planes.merge
         reprogram(
             weight, self.cells, self.cell_variance, self.full_pair, self.written, self.write_step, self.static[1],
@@ -134,6 +137,51 @@ class AnalogLayer(InSitu):
         if self.seen is None:
             return Cells(self.cells, None, self.cell_variance, w_max)
         return self.through_wires(self.cells, self.cell_variance, w_max, self.written[:1])
+
+    def _written_weight(self) -> Tensor:
+        """The weights [G, O, I] as they are written, with the reference lines of an offset mapping: weights of 0."""
+        weight = self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs)
+        rows, cols = self.plan.reference_lines
+        return functional.pad(weight, (0, rows, 0, cols)) if rows else weight
+
+    def program(self) -> None:
+        """Write the present weights once (not those of cells trained in situ) and read these devices from now on."""
+        self.write_step += 1
+        if self.g_cells is not None and self.w_max is not None:
+            self.hold(self.g_cells.clone(), self.w_max.clone())
+        else:
+            weight = self._written_weight()
+            self.hold(*program_devices(weight, self.write_step, self.static[1], self.plan.seed))
+
+    @torch.no_grad()
+    def compensate(self) -> None:
+        """Set `gain` to what a test read gave as programmed over what it gives at the layer's age."""
+        assert self.age is not None
+        assert self.gain is not None
+        now, seconds = self._test_read(), self.age.item()
+        self.look_after(0.0)
+        before = self._test_read()
+        self.look_after(seconds)
+        self.gain.copy_(before / now.clamp_min(1e-30))
+
+    def _test_read(self) -> Tensor:
+        """Sum of the magnitudes of the products with fixed inputs that fill the DAC's range, float32 [1]."""
+        kernel = self.weight.shape[2:]
+        patch = [
+            dilation * (size - 1) + 1 for dilation, size in zip(self.plan.dilation, kernel, strict=False)
+        ]
+        channels = self.groups_ * self.weight.shape[1]
+        size = channels * int(np.prod(patch))
+        u = uniforms(np.arange(TEST_INPUTS), size, purpose=Purpose.TEST_READ, seed=self.plan.seed)
+        # cubes: rare large values, as activations have, fill neither range of converters
+        x = torch.from_numpy(u if not self.spec.dac.signed else 2 * u - 1).float() ** 3
+        x = x.to(self.weight.device).view(TEST_INPUTS, channels, *patch)
+        dac = self.spec.dac
+        top = torch.ones_like(self.dac_max)
+        if dac.range in ("fixed", "ema"):
+            top = torch.where(self.dac_max > 0, self.dac_max, top)
+        y = self._products((x * top).contiguous(), self.weight.detach(), top / max(dac.code_max, 1), None)
+        return y.abs().sum().reshape(1)
 
     def lines(self, cells: Tensor, transposed: bool) -> Tensor:
         """The cells that a read drives, [S, G * I, O]: without the other side's reference lines."""
@@ -169,27 +217,33 @@ class AnalogLayer(InSitu):
             raise ValueError(
                 f"{self.name}: `x` must hold at least one sample, got shape {tuple(x.shape)}; skip empty batches"
             )
+        self.require_calibrated()
+        x, lsb = self._dac_lsb(x.float().contiguous())
+        bias = None if self.bias is None else self.bias.float()
+        watched = self.pulsed and torch.is_grad_enabled()
+        y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias)
+        return self.streams.watch(y, self.weight, x) if watched else y
+
+    def require_calibrated(self) -> None:
+        """Refuse to read without an ADC range."""
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use; call gpuxbar.calibrate(model, loader)"
             )
-        x = x.float().contiguous()
+
+    def _products(self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None) -> Tensor:
+        """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
         cells = self.conductances()
-        x, lsb = self._dac_lsb(x)
         self.read_step += 1
-        bias = None if self.bias is None else self.bias.float()
-        watched = self.pulsed and torch.is_grad_enabled()
-        weight = self.weight.detach() if watched else self.weight
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             devices = self.cells if self.g_cells is None else self.g_cells
             weight = weight_through_wires(
                 weight, devices, cells.w_max, self.groups_, self.in_situ, self.static[1]
             )
-        y = analog_mvm(
+        return analog_mvm(
             x, weight, *cells, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
             self.back_adc_error, self.read_step.clone(), self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
-        return self.streams.watch(y, self.weight, x) if watched else y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *more)

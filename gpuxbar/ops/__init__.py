@@ -3,10 +3,12 @@
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
+from gpuxbar.ops.drift import drift
 from gpuxbar.ops.effective_conductance import Method, effective_conductance
 from gpuxbar.ops.effective_conductance_gradient import effective_conductance_gradient
 from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
+from gpuxbar.ops.relax import relax
 from gpuxbar.ops.solve_for_inputs import solve_for_inputs, solve_for_inputs_gradient
 from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
@@ -18,10 +20,12 @@ __all__ = [
     "anchored_conductance",
     "dac_quantize",
     "device_update",
+    "drift",
     "effective_conductance",
     "effective_conductance_gradient",
     "program",
     "pulse_update",
+    "relax",
     "reprogram",
     "solve_for_inputs",
     "solve_for_inputs_gradient",

@@ -22,8 +22,9 @@ from gpuxbar.launch import (
     library,
 )
 from gpuxbar.ops.checks import check_array, check_window, require_finite
+from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.laws import Parameters, parameters
-from gpuxbar.spec import UpdateLaw
+from gpuxbar.spec import Endurance, UpdateLaw
 
 __all__ = ["KERNEL", "device_update"]
 
@@ -39,6 +40,8 @@ def device_update(
     g_min: float,
     g_max: float,
     hidden: Any = None,
+    endurance: Endurance | None = None,
+    pulse_count: Any = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
@@ -59,6 +62,9 @@ def device_update(
         g_min, g_max: Conductance window, S.
         hidden: Conductances that devices with write noise hold, like `g` and updated in place; `g` is then what they
             show. None for a law without write noise.
+        endurance: How many pulses devices bear; those that have failed never move again. None: any number.
+        pulse_count: Pulses that devices have taken, int32 like `g` and updated in place, zeros at first; given with an
+            endurance and only with it. A device that failed has minus its count.
         stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, the same cells as `program` draws for this seed.
         seed, step: Device spread depends on the seed, the noise of an update on both; `step` is an integer or an
             int64 array of one element.
@@ -95,19 +101,24 @@ def device_update(
             f"{OP}: `hidden` must go with a law of write noise and only with it, got {'none' if hidden is None else 'one'} "
             f"for write_noise={law.write_noise:g} S; pass the conductances that the devices hold"
         )
+    check_endurance(OP, endurance, pulse_count, law, g.shape)
     check_window(OP, g_min, g_max)
     window: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "stuck_at_g_min": stuck_at_g_min, "stuck_at_g_max": stuck_at_g_max,
     }  # fmt: skip
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
-        return _cuda(device or cuda_device(), g, hidden, dw, law, w_max, step, seed, window)
+        return _cuda(
+            device or cuda_device(), g, hidden, pulse_count, dw, law, Wear.of(endurance), w_max, step, seed, window
+        )  # fmt: skip
     step = int(np.asarray(step).reshape(-1)[0])
     if where == "reference":
         require_finite(OP, "dw", int((~np.isfinite(dw)).sum()), "lower the rate")
         shown, held, weights = reference.device_update(
-            g, dw, law=law.model_dump(), w_max=w_max, hidden=hidden, seed=seed, step=step, **window
-        )
+            g, dw, law=law.model_dump(), w_max=w_max, hidden=hidden,
+            endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count, seed=seed, step=step,
+            **window,
+        )  # fmt: skip
         g[...] = shown
         if hidden is not None:
             hidden[...] = held
@@ -116,11 +127,11 @@ def device_update(
     bad = np.zeros(1, np.int64)
     if dw.size:
         update = Update(
-            law=parameters(law, g_min, g_max), groups=groups, inputs=inputs, outputs=outputs, step=step, seed=seed,
+            law=parameters(law, g_min, g_max), endurance=Wear.of(endurance), groups=groups, inputs=inputs, outputs=outputs, step=step, seed=seed,
             g_min=g_min, range=g_max - g_min, stuck_low=stuck_at_g_min, stuck_high=stuck_at_g_max,
         )  # fmt: skip
         host_call(
-            library(), "gpuxbar_device_update", g, hidden, dw, weights, w_max,
+            library(), "gpuxbar_device_update", g, hidden, pulse_count, dw, weights, w_max,
             np.frombuffer(bytes(update), np.uint8), bad,
         )  # fmt: skip
     require_finite(OP, "dw", int(bad[0]), "lower the rate")
@@ -131,15 +142,15 @@ class Update(ctypes.Structure):
     """Twin of `struct Update` in kernels/host/device_update.cpp."""
 
     _fields_ = [
-        ("law", Parameters),
+        ("law", Parameters), ("endurance", Wear),
         *((name, ctypes.c_int64) for name in ("groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
     ]  # fmt: skip
 
 
 def _cuda(
-    device: Device, g: Any, hidden: Any, dw: Any, law: UpdateLaw, w_max: Any, step: Any, seed: int,
-    window: dict[str, Any],
+    device: Device, g: Any, hidden: Any, pulse_count: Any, dw: Any, law: UpdateLaw, endurance: Wear, w_max: Any, step: Any,
+    seed: int, window: dict[str, Any],
 ) -> Any:  # fmt: skip
     groups, outputs, inputs = dw.shape
     weights = device.empty(dw.shape, "float32")
@@ -147,19 +158,20 @@ def _cuda(
     settings = parameters(law, window["g_min"], window["g_max"])
     device.launch(
         KERNEL, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
-        {"g": g, "hidden": hidden, "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
+        {"g": g, "hidden": hidden, "pulse_count": pulse_count, "endurance": endurance, "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
          "law": settings, "step_value": step if by_value else 0, "seed": seed, "g_min": window["g_min"],
          "range": window["g_max"] - window["g_min"], "stuck_low": window["stuck_at_g_min"],
          "stuck_high": window["stuck_at_g_max"], "groups": groups, "inputs": inputs, "outputs": outputs},
-        {"LAW": settings.law},
+        {"LAW": settings.law, "COUNTED": int(pulse_count is not None)},
     )  # fmt: skip
     return weights
 
 
 KERNEL = Kernel(
     "device_update.cu",
-    g=InOut("float32", "S R O"), hidden=InOut("float32", "S R O", optional=True), dw=In("float32", "G O I"), w=Out("float32", "G O I"), w_max=In("float32", "C"),
-    step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), step_value=Scalar("int64"),
+    g=InOut("float32", "S R O"), hidden=InOut("float32", "S R O", optional=True),
+    pulse_count=InOut("int32", "S R O", optional=True), dw=In("float32", "G O I"), w=Out("float32", "G O I"), w_max=In("float32", "C"),
+    step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), step_value=Scalar("int64"),
     seed=Scalar("uint64"), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
     stuck_high=Scalar("float32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip

@@ -29,6 +29,8 @@ def program(
     levels: int | None = None,
     merge: str = "none",
     write_noise: float = 0.0,
+    write_noise_slope: float = 0.0,
+    write_noise_curve: float = 0.0,
     device_spread: float = 0.0,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
@@ -43,7 +45,8 @@ def program(
     w      = clip(weight / w_max, -1, 1)
     target = g_min + share (g_max - g_min), with share = |w| on its side of a pair (0 on the other), a digit of |w|
              over 2**slice_bits - 1, or (1 + w) / 2 of a single device; rounded to levels
-    g      = max(0, target (1 + device_spread z1) + write_noise z2), or g_min or g_max where stuck
+    g      = max(0, target (1 + device_spread z1) + noise z2), or g_min or g_max where stuck
+    noise  = write_noise + write_noise_slope r + write_noise_curve r**2, with r = target / g_max
 
     Args:
         weight: Weights, float32 [G, O, I]; finite.
@@ -56,7 +59,8 @@ def program(
         merge: Which planes are stored. "none": both sides of the pairs, [2 slices], positive ones first, least
             significant slice first; "subtract": their difference, [slices]; "all": sum_k 2**(k slice_bits) of the
             differences, [1]; "offset": a single device for each weight, around the middle of the window, [1].
-        write_noise: Standard deviation of a write, S, redrawn with every `step`.
+        write_noise, write_noise_slope, write_noise_curve: Standard deviation of a write, S, redrawn with every `step`;
+            at least 0 for r of 0 to 1.
         device_spread: Relative standard deviation between devices, drawn once per seed.
         stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, drawn once per seed.
         sigma_g: Conductance fluctuation of a read of a device at `g_max`, S; see `spec.ReadNoise`.
@@ -85,7 +89,7 @@ def program(
         )
     settings: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "levels": levels, "merge": merge,
-        "write_noise": write_noise, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
+        "write_noise": write_noise, "write_noise_slope": write_noise_slope, "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
         "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
     }  # fmt: skip
     _check_settings(op, settings)
@@ -132,6 +136,8 @@ def reprogram(
     levels: int | None = None,
     merge: str = "none",
     write_noise: float = 0.0,
+    write_noise_slope: float = 0.0,
+    write_noise_curve: float = 0.0,
     device_spread: float = 0.0,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
@@ -171,7 +177,7 @@ def reprogram(
     groups, outputs, inputs = weight.shape
     settings: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "levels": levels, "merge": merge,
-        "write_noise": write_noise, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
+        "write_noise": write_noise, "write_noise_slope": write_noise_slope, "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
         "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
     }  # fmt: skip
     _check_settings(op, settings)
@@ -267,6 +273,13 @@ def _check_settings(op: str, s: dict[str, Any]) -> None:
     for name, unit in (("write_noise", " S"), ("device_spread", ""), ("sigma_g", " S")):
         if not 0 <= s[name] < float("inf"):
             raise ValueError(f"{op}: `{name}` must be at least 0, got {s[name]:g}{unit}; 0 switches it off")
+    level, slope, curve = (s[f"write_noise{part}"] for part in ("", "_slope", "_curve"))
+    for r in (0.0, 1.0, min(max(-slope / (2 * curve), 0.0), 1.0) if curve else 0.0):
+        if not 0 <= level + (slope + curve * r) * r < float("inf"):
+            raise ValueError(
+                f"{op}: `write_noise_slope` and `write_noise_curve` must leave a write noise of at least 0, got "
+                f"{level + (slope + curve * r) * r:g} S at g = {r:g} g_max; it is a standard deviation"
+            )
     low, high = s["stuck_at_g_min"], s["stuck_at_g_max"]
     if not (low >= 0 and high >= 0 and low + high <= 1):
         raise ValueError(
@@ -288,7 +301,7 @@ class _Programming(ctypes.Structure):
             "groups", "inputs", "outputs", "slices", "slice_bits", "merge", "scale_count", "step")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in (
-            "steps", "g_min", "g_max", "spread", "write_noise", "stuck_low", "stuck_high", "read_var", "read_power")),
+            "steps", "g_min", "g_max", "spread", "write_noise", "write_slope", "write_curve", "stuck_low", "stuck_high", "read_var", "read_power")),
     ]  # fmt: skip
 
 
@@ -301,6 +314,7 @@ def _values(weight: Any, w_max: Any, s: dict[str, Any], step: int) -> dict[str, 
         "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
         "steps": 0 if s["levels"] is None or s["slice_bits"] else s["levels"] - 1, "g_min": s["g_min"],
         "g_max": s["g_max"], "spread": s["device_spread"], "write_noise": s["write_noise"],
+        "write_slope": s["write_noise_slope"], "write_curve": s["write_noise_curve"],
         "stuck_low": s["stuck_at_g_min"], "stuck_high": 1.0 - s["stuck_at_g_max"], "read_var": s["sigma_g"] ** 2,
         "read_power": 2.0 * s["exponent"],
     }  # fmt: skip

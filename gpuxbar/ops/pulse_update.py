@@ -22,8 +22,9 @@ from gpuxbar.launch import (
     library,
 )
 from gpuxbar.ops.checks import check_array, check_numbers, check_window, require_finite
+from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.laws import Parameters, parameters
-from gpuxbar.spec import PulseTrain, UpdateLaw, check_train
+from gpuxbar.spec import Endurance, PulseTrain, UpdateLaw, check_train
 
 __all__ = ["KERNELS", "pulse_update"]
 
@@ -43,6 +44,8 @@ def pulse_update(
     g_min: float,
     g_max: float,
     groups: int = 1,
+    endurance: Endurance | None = None,
+    pulse_count: Any = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
@@ -66,6 +69,10 @@ def pulse_update(
         w_max: Weight of a full pair, float32 [G * O], above 0.
         g_min, g_max: Conductance window, S.
         groups: Arrays side by side, G.
+        endurance: How many pulses devices bear; None: any number. Devices that fail do so after the batch, and never move
+            again.
+        pulse_count: Pulses that devices have taken, int32 like `g` and updated in place, zeros at first; given with an
+            endurance and only with it. A device that failed has minus its count.
         stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, the same cells as `program` draws for this seed.
         seed, step: Device spread depends on the seed, trains and the noise of pulses on both; `step` is an integer or an
             int64 array of one element.
@@ -107,17 +114,18 @@ def pulse_update(
         raise ValueError(
             f"{OP}: `x` must hold at most {SAMPLES} samples, got {batch}; split the batch into several steps"
         )
+    check_endurance(OP, endurance, pulse_count, law, g.shape)
     check_window(OP, g_min, g_max)
     # wanted pulses for an input and an error of 1
     scale = rate * law.nominal_pulses / (2 if law.sides == "both" else 1) / w_max
     update: dict[str, Any] = {
-        "law": parameters(law, g_min, g_max), "seed": seed, "g_min": g_min,
+        "law": parameters(law, g_min, g_max), "endurance": Wear.of(endurance), "seed": seed, "g_min": g_min,
         "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,
         "inputs": inputs, "outputs": outputs,
     }  # fmt: skip
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
-        return _cuda(device or cuda_device(), g, x, d, scale, w_max, train, law, step, update)
+        return _cuda(device or cuda_device(), g, pulse_count, x, d, scale, w_max, train, law, step, update)
     step = int(np.asarray(step).reshape(-1)[0])
     shape = (groups, outputs, inputs)
     if where == "reference":
@@ -125,14 +133,15 @@ def pulse_update(
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
         cells, weights = reference.pulse_update(
             g, x, d, rate=rate, train=train.model_dump(), law=law.model_dump(), w_max=w_max, g_min=g_min, g_max=g_max,
-            groups=groups, stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
+            groups=groups, endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
+            stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
         )  # fmt: skip
         g[...] = cells
         return weights.astype(np.float32)
     weights, bad = np.empty(shape, np.float32), np.zeros(2, np.int64)
     if weights.size:
         host_call(
-            library(), "gpuxbar_pulse_update", g, x, d, scale, scale.reshape(groups, outputs).min(1), weights, w_max,
+            library(), "gpuxbar_pulse_update", g, pulse_count, x, d, scale, scale.reshape(groups, outputs).min(1), weights, w_max,
             np.empty(x.shape, np.uint32), np.empty(d.shape, np.uint32), np.empty((batch, groups), np.float32),
             np.frombuffer(bytes(Update(train=Train.of(train), batch=batch, step=step, **update)), np.uint8), train.mode == "aggregated", bad,
         )  # fmt: skip
@@ -158,14 +167,14 @@ class Update(ctypes.Structure):
     """Twin of `struct Update` in kernels/host/pulse_update.cpp."""
 
     _fields_ = [
-        ("law", Parameters), ("train", Train),
+        ("law", Parameters), ("train", Train), ("endurance", Wear),
         *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
     ]  # fmt: skip
 
 
 def _cuda(
-    device: Device, g: Any, x: Any, d: Any, scale: Any, w_max: Any, train: PulseTrain, law: UpdateLaw, step: Any,
+    device: Device, g: Any, pulse_count: Any, x: Any, d: Any, scale: Any, w_max: Any, train: PulseTrain, law: UpdateLaw, step: Any,
     update: dict[str, Any],
 ) -> Any:  # fmt: skip
     batch, groups, inputs, outputs = len(x), update["groups"], update["inputs"], update["outputs"]
@@ -188,8 +197,9 @@ def _cuda(
     implicit, aggregated = train.scheme == "deterministic_implicit", train.mode == "aggregated"
     device.launch(
         PULSE_UPDATE, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
-        {"g": g, "w": weights, "w_max": w_max, "batch": batch, **trains, **when, **update},
-        {"LAW": update["law"].law, "AGGREGATED": int(aggregated), "IMPLIED": int(implicit)},
+        {"g": g, "pulse_count": pulse_count, "w": weights, "w_max": w_max, "batch": batch, **trains, **when, **update},
+        {"LAW": update["law"].law, "AGGREGATED": int(aggregated), "IMPLIED": int(implicit),
+         "COUNTED": int(pulse_count is not None)},
     )  # fmt: skip
     return weights
 
@@ -203,9 +213,9 @@ PULSE_TRAINS = Kernel(
 )  # fmt: skip
 PULSE_UPDATE = Kernel(
     "pulse_update.cu",
-    g=InOut("float32", "S X O"), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
+    g=InOut("float32", "S X O"), pulse_count=InOut("int32", "S X O", optional=True), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
     w=Out("float32", "G O I"), w_max=In("float32", "D"), step=In("int64", "one", optional=True),
-    law=Struct("UpdateLaw", Parameters), step_value=Scalar("int64"), seed=Scalar("uint64"), g_min=Scalar("float32"),
+    law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), step_value=Scalar("int64"), seed=Scalar("uint64"), g_min=Scalar("float32"),
     range=Scalar("float32"), stuck_low=Scalar("float32"), stuck_high=Scalar("float32"), batch=Scalar("int32"),
     groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip

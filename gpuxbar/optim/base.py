@@ -30,7 +30,8 @@ class InSituOptimizer(torch.optim.Optimizer):
     """An optimiser that writes crossbar weights through their devices, and others by SGD with momentum.
 
     A subclass has `rules`, one a setting, and `_write`, which turns a gradient into writes of a layer's cells; what it
-    keeps for a layer beyond its cells is the module that `_begin` returns. The state dict holds these modules too:
+    keeps for a layer beyond its cells is the module that `_begin` returns. At the end of a step all cells lose what
+    `spec.retention` says, whether they were written or not. The state dict holds these modules too:
     with the model's it resumes a run bit for bit.
 
     Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
@@ -94,7 +95,15 @@ class InSituOptimizer(torch.optim.Optimizer):
                     self._write(layer, parameter, group)
                 elif parameter.grad is not None:
                     parameter -= group["lr"] * self._velocity(parameter, group["momentum"])
+                if layer is not None:
+                    self._relax(layer, self.parts.get(parameter))
         return loss
+
+    def _relax(self, layer: InSitu, part: nn.Module | None) -> None:
+        """Let a step's time pass for a layer's cells, and for the arrays beside them."""
+        beside = [] if part is None else [module for module in part.modules() if isinstance(module, InSitu)]
+        for array in (layer, *beside):
+            array.relax()
 
     def _velocity(self, parameter: Tensor, momentum: float) -> Tensor:
         """momentum * velocity + gradient."""

@@ -2,12 +2,14 @@
 
 from gpuxbar.reference.dac_quantize import dac_quantize
 from gpuxbar.reference.device_update import device_update
+from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
 from gpuxbar.reference.laws import symmetry_point
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
 from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
+from gpuxbar.reference.relax import relax
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
 from gpuxbar.reference.wire_currents import (
     effective_conductance_gradient,
@@ -21,6 +23,7 @@ __all__ = [
     "Purpose",
     "dac_quantize",
     "device_update",
+    "drift",
     "effective_conductance",
     "effective_conductance_gradient",
     "fingerprint",
@@ -32,6 +35,7 @@ __all__ = [
     "program",
     "pulse_trains",
     "pulse_update",
+    "relax",
     "reprogram",
     "solve_for_inputs",
     "solve_for_inputs_gradient",

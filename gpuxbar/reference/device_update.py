@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuxbar.reference.endurance import wear, whole_pulses
 from gpuxbar.reference.laws import moved, scattered
 from gpuxbar.reference.random import Purpose, normals, uniforms
 
@@ -86,12 +87,17 @@ def device_update(
     g_min: float,
     g_max: float,
     hidden: np.ndarray | None = None,
+    endurance: dict[str, Any] | None = None,
+    pulse_count: np.ndarray | None = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
     step: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(conductances shown and held, [2, G * I, O] each, weights read out [G, O, I]); `law` is a dumped spec."""
+    """(conductances shown and held, [2, G * I, O] each, weights read out [G, O, I]); `law` is a dumped spec.
+
+    `pulse_count`, [2, G * I, O], is updated in place where given.
+    """
     groups, n_out, n_in = dw.shape
     span = g_max - g_min
     per_output = np.asarray(w_max, np.float64).reshape(groups, n_out, 1)
@@ -114,6 +120,8 @@ def device_update(
         where: dict[str, Any] = {"slot": plane, "seed": seed}
         u = uniforms(rows, n_out, purpose=Purpose.STUCK, **where)
         touched = (wanted != 0) & ~((u < stuck_at_g_min) | (u > 1.0 - stuck_at_g_max))
+        if pulse_count is not None:
+            touched &= pulse_count[plane] >= 0
         z = normals(rows, n_out, purpose=Purpose.CYCLE, step=step, **where)
         to = g_min + span * cells.change((held[plane] - g_min) / span, wanted, z)
         held[plane] = np.where(touched, to, held[plane])
@@ -122,6 +130,15 @@ def device_update(
                 rows, n_out, purpose=Purpose.UPDATE_WRITE, step=step, **where
             )
             shown[plane] = np.where(touched, np.maximum(held[plane] + noise, 0.0), shown[plane])
+        if pulse_count is not None and endurance is not None:
+            pulses = np.where(touched, np.abs(wanted) * law.get("pulses", law.get("levels")), 0.0)
+            whole = np.where(touched, whole_pulses(pulses, plane, seed, step), 0)
+            pulse_count[plane], fails = wear(pulse_count[plane], whole, endurance, plane, seed)
+            if endurance["failed"] != "held":
+                for cells_of in (held, shown):
+                    cells_of[plane] = np.where(
+                        fails, {"g_min": g_min, "g_max": g_max}[endurance["failed"]], cells_of[plane]
+                    )
     if hidden is None:
         shown = held
     pair = (shown[0] - shown[1]) / span

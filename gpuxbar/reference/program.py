@@ -27,6 +27,8 @@ def program(
     levels: int | None = None,
     merge: str = "none",
     write_noise: float = 0.0,
+    write_noise_slope: float = 0.0,
+    write_noise_curve: float = 0.0,
     device_spread: float = 0.0,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
@@ -51,10 +53,12 @@ def program(
     for slot, share in enumerate(shares):
         g = g_min + share * (g_max - g_min)
         where: dict[str, Any] = {"slot": slot, "seed": seed}
+        r = g / g_max
+        deviation = write_noise + write_noise_slope * r + write_noise_curve * r**2
         if device_spread:
             g = g * (1.0 + device_spread * normals(rows, n_out, purpose=Purpose.DEVICE_SPREAD, **where))
-        if write_noise:
-            g = g + write_noise * normals(rows, n_out, purpose=Purpose.WRITE, step=step, **where)
+        if write_noise or write_noise_slope or write_noise_curve:
+            g = g + deviation * normals(rows, n_out, purpose=Purpose.WRITE, step=step, **where)
         g = np.maximum(g, 0.0)
         if stuck_at_g_min or stuck_at_g_max:
             u = uniforms(rows, n_out, purpose=Purpose.STUCK, **where)

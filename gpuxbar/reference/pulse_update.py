@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuxbar.reference.device_update import Cells, deviation
+from gpuxbar.reference.endurance import wear
 from gpuxbar.reference.laws import moved
 from gpuxbar.reference.random import Purpose, normals, uniforms, words
 
@@ -93,12 +94,17 @@ def pulse_update(
     g_min: float,
     g_max: float,
     groups: int = 1,
+    endurance: dict[str, Any] | None = None,
+    pulse_count: Array | None = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
     step: int = 0,
 ) -> tuple[Array, Array]:
-    """(conductances [2, G * I, O], weights read out [G, O, I]); `law` and `train` are dumped specs."""
+    """(conductances [2, G * I, O], weights read out [G, O, I]); `law` and `train` are dumped specs.
+
+    `pulse_count`, [2, G * I, O], is updated in place where given.
+    """
     batch, n_in, n_out = len(x), x.shape[1] // groups, d.shape[1] // groups
     span, pulses = g_max - g_min, law.get("pulses", law.get("levels"))
     w_max = np.asarray(w_max, np.float64)
@@ -128,6 +134,9 @@ def pulse_update(
         free = ~((u < stuck_at_g_min) | (u > 1.0 - stuck_at_g_max))
         if plane and law["sides"] == "reference":
             free[:] = False
+        if pulse_count is not None:
+            free &= pulse_count[plane] >= 0
+        taken = np.zeros(free.shape, np.int64)
         share = (cells[plane] - g_min) / span
         for sample, (raising, lowering) in enumerate(bursts):
             up, down = (lowering, raising) if plane else (raising, lowering)
@@ -138,6 +147,11 @@ def pulse_update(
             )
             new = _after(devices, share, up / pulses, down / pulses, z)
             share = np.where(free & (up + down > 0), new, share)
+            taken += np.where(free, up + down, 0).astype(np.int64)
+        if pulse_count is not None and endurance is not None:
+            pulse_count[plane], fails = wear(pulse_count[plane], taken, endurance, plane, seed)
+            if endurance["failed"] != "held":
+                share = np.where(fails, {"g_min": 0.0, "g_max": 1.0}[endurance["failed"]], share)
         cells[plane] = np.where(share != (cells[plane] - g_min) / span, g_min + span * share, cells[plane])
     pair = (cells[0] - cells[1]) / span
     weights = pair.reshape(groups, n_in, n_out).transpose(0, 2, 1) * w_max.reshape(groups, n_out, 1)

@@ -24,11 +24,17 @@ class Purpose(IntEnum):
     STUCK = 5
     ADC_GAIN = 6
     ADC_OFFSET = 7
+    TEST_READ = 8
     CYCLE = 16
     UPDATE_SPREAD_SHAPE = 17
     UPDATE_SPREAD_STEP = 18
     UPDATE_SPREAD_WINDOW = 19
     UPDATE_WRITE = 23
+    DRIFT = 24
+    FLICKER = 25
+    RETENTION = 26
+    ENDURANCE = 27
+    WEAR = 28
     CHOPPER = 32
     PULSE_INPUT = 33
     PULSE_ERROR = 34

@@ -1,6 +1,7 @@
 """Frozen, validated descriptions of crossbar layers, in SI units."""
 
 from gpuxbar.spec import presets
+from gpuxbar.spec.ageing import Drift, Endurance, Retention
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.io import load_spec, parse_value, save_spec
 from gpuxbar.spec.laws import (
@@ -41,6 +42,8 @@ __all__ = [
     "ConstantStep",
     "CrossbarSpec",
     "Device",
+    "Drift",
+    "Endurance",
     "ExponentialStep",
     "Ideal",
     "Law",
@@ -54,6 +57,7 @@ __all__ = [
     "Programming",
     "PulseTrain",
     "ReadNoise",
+    "Retention",
     "SoftBounds",
     "SpecError",
     "Tile",

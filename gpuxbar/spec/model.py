@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from gpuxbar.spec.ageing import Drift, Endurance, Retention
 from gpuxbar.spec.laws import UpdateLaw
 from gpuxbar.spec.part import Part
 from gpuxbar.spec.pulses import PulseTrain, check_train
@@ -280,14 +281,29 @@ class Parasitics(Part):
 class Programming(Part):
     """What a write-verify leaves: drawn once per weight version, the spread and stuck cells once per device.
 
-    `write_noise`: standard deviation of the conductance, S. `device_spread`: relative standard deviation
-    between devices. `stuck_at_g_min`, `stuck_at_g_max`: rates of stuck cells.
+    `write_noise`: standard deviation of the conductance, S, to which `write_noise_slope` r + `write_noise_curve` r**2 add,
+    S, with r = g / g_max of the conductance aimed at. `device_spread`: relative standard deviation between devices.
+    `stuck_at_g_min`, `stuck_at_g_max`: rates of stuck cells.
     """
 
     write_noise: float = Field(0.0, ge=0)
+    write_noise_slope: float = 0.0
+    write_noise_curve: float = 0.0
     device_spread: float = Field(0.0, ge=0)
     stuck_at_g_min: float = Field(0.0, ge=0, le=1)
     stuck_at_g_max: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _deviation(self) -> Programming:
+        level, slope, curve = self.write_noise, self.write_noise_slope, self.write_noise_curve
+        lowest = -slope / (2 * curve) if curve else 0.0
+        least, at = min((level + (slope + curve * r) * r, r) for r in (0.0, 1.0, min(max(lowest, 0.0), 1.0)))
+        if least < 0:
+            raise ValueError(
+                "Programming: write_noise + write_noise_slope r + write_noise_curve r**2 must be at least 0 for r of 0 to 1, "
+                f"got {least:g} S at r = {at:g}; it is a standard deviation"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rates(self) -> Programming:
@@ -320,7 +336,8 @@ class CrossbarSpec(Part):
     "fp16", or "fp16x2" (conductances as a high and a low half, 22 bits); half precisions need a DAC, whose codes they
     hold exactly; on a CPU every product is float32. `update`: the device's own law, used by
     `gpuxbar.optim.InSituSGD`; needs unsliced pairs. `pulses`: how its steps are pulsed,
-    None: as one step of the wanted size.
+    None: as one step of the wanted size. `drift`: of conductances after `gpuxbar.program`. `retention`: what
+    devices trained in situ lose between updates. `endurance`: pulses that they bear.
     """
 
     tile: Tile = Tile()
@@ -337,6 +354,9 @@ class CrossbarSpec(Part):
     seed: int = Field(0, ge=0, lt=2**63)
     generator: Literal["exact", "fast"] = "exact"
     precision: Literal["fp32", "tf32", "fp16", "fp16x2"] = "fp32"
+    drift: Drift = Drift()
+    retention: Retention = Retention()
+    endurance: Endurance = Endurance()
 
     @model_validator(mode="after")
     def _precise(self) -> CrossbarSpec:
@@ -386,6 +406,12 @@ class CrossbarSpec(Part):
             raise ValueError(
                 "CrossbarSpec: `parasitics.gradient` must be straight_through with pulses, got 'exact'; pulse trains multiply "
                 "inputs and errors in the array and make no gradient: choose it, or pulses=None"
+            )
+        if self.endurance.pulses is not None and (self.update is None or self.update.nominal_pulses is None):
+            got = "None" if self.update is None else repr(self.update.law)
+            raise ValueError(
+                f"CrossbarSpec: `update` must be a law with pulses where endurance counts them, got {got}; choose "
+                "law='constant_step', say, or leave endurance.pulses out"
             )
         if self.pulses is not None:
             check_train("CrossbarSpec", self.pulses, self.update)

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cells.hpp"
+#include "gpuxbar/endurance.cuh"
 
 using namespace gpuxbar;
 
@@ -17,6 +18,7 @@ constexpr int AHEAD = 16;  // rows between asking for cells and moving them
 // Twin of `Update` in gpuxbar/ops/device_update.py.
 struct Update {
   UpdateLaw law;
+  Endurance endurance;
   i64 groups, inputs, outputs, step;
   u64 seed;
   float g_min, range;  // S
@@ -26,6 +28,7 @@ struct Update {
 struct Arrays {
   float* g;            // [2, G * I, O] S
   float* hidden;       // like g: what devices hold where they show it with write noise; else null
+  i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
   const float* dw;     // [G, O, I]
   float* w;            // [G, O, I]
   const float* w_max;  // [G * O]
@@ -33,14 +36,38 @@ struct Arrays {
 
 using Block = float[LINES][WIDE_ROW];
 
+// Count the pulses of changes d on a row of devices, and leave those that fail by them where they fail.
+void wear_row(const Update& u, const Place& at, const float* d, i64 count, i32* taken, float* x, float* shown) {
+  alignas(64) float z[WIDE_ROW] = {}, part[WIDE_ROW];
+  const Endurance e = u.endurance;
+  if (e.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, u.seed}, at.row, at.col0, z);
+  draw_uniforms(Draw{WEAR, at.plane, (u32)u.step, u.seed}, at.row, at.col0, part);
+  alignas(64) i32 now[WIDE_ROW] = {};
+  alignas(64) float none[WIDE_ROW] = {};
+  std::copy(taken, taken + count, now);
+  float* seen = shown ? shown : none;
+  const float pulses = u.law.pulses;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const bool touched = d[j] > 0.0f;  // and so alive
+    const i32 after = after_wear(e, touched ? now[j] : 0, whole_pulses(d[j] * pulses, part[j]), z[j]);
+    now[j] = touched ? after : now[j];
+    x[j] = touched && after < 0 ? failed_share(e, x[j]) : x[j];
+    seen[j] = touched && after < 0 ? failed_share(e, seen[j]) : seen[j];
+  }
+  std::copy(now, now + count, taken);
+}
+
 // One row of one plane of a block: x in and out in shares of the window, `shown` beside it with write noise.
 template <class L>
-void move_row(const Update& u, const Place& at, const float* change, float* x, float* shown) {
+void move_row(const Update& u, const Place& at, const float* change, i64 count, i32* taken, float* x, float* shown) {
   const Draws draws(u.law, at, u.seed);
   alignas(64) float z[WIDE_ROW] = {}, free[WIDE_ROW], write[WIDE_ROW] = {};
   if (noisy(u.law)) draw_normals(Draw{CYCLE, at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
   if (shown) draw_normals(Draw{UPDATE_WRITE, at.plane, (u32)u.step, u.seed}, at.row, at.col0, write);
   draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
+  if (taken)
+    for (i64 j = 0; j < count; ++j) free[j] = taken[j] < 0 ? 0.0f : free[j];
   const UpdateLaw s = u.law;
   const bool positive = at.plane == 0;
   alignas(64) float wanted[WIDE_ROW], d[WIDE_ROW];
@@ -55,6 +82,7 @@ void move_row(const Update& u, const Place& at, const float* change, float* x, f
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j)
       shown[j] = d[j] > 0.0f ? max(fma(s.write_noise, write[j], x[j]), s.floor) : shown[j];
+  if (taken) wear_row(u, at, d, count, taken, x, shown);
 }
 
 // A cell that did not move keeps its bits.
@@ -106,7 +134,8 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
           load_shares(cells, u.g_min, inverse_range, count, shown);
           std::copy(shown, shown + WIDE_ROW, shown_before);
         }
-        move_row<L>(u, Place{plane, (u32)row, o0}, change[i], x, a.hidden ? shown : nullptr);
+        i32* taken = a.pulse_count ? a.pulse_count + first : nullptr;
+        move_row<L>(u, Place{plane, (u32)row, o0}, change[i], count, taken, x, a.hidden ? shown : nullptr);
         write_back(held, x, before, u.g_min, u.range, count);
         if (a.hidden) write_back(cells, shown, shown_before, u.g_min, u.range, count);
       }
@@ -123,10 +152,10 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
 
 }  // namespace
 
-extern "C" void gpuxbar_device_update(float* g, float* hidden, const float* dw, float* w, const float* w_max,
-                                      const Update* update, i64* bad) {
+extern "C" void gpuxbar_device_update(float* g, float* hidden, i32* pulse_count, const float* dw, float* w,
+                                      const float* w_max, const Update* update, i64* bad) {
   const Update u = *update;
-  const Arrays a{g, hidden, dw, w, w_max};
+  const Arrays a{g, hidden, pulse_count, dw, w, w_max};
   const i64 size = u.groups * u.inputs * u.outputs;
   *bad = count_not_finite(dw, size);
   if (*bad) return;

@@ -23,7 +23,7 @@ bool has_stuck(const Programming& p) { return p.stuck_low > 0.0f || p.stuck_high
 void write_row(const Programming p, u32 slot, u32 row, i64 col0, float* g) {
   alignas(64) float spread[WIDE_ROW] = {}, noise[WIDE_ROW] = {}, u[WIDE_ROW];
   if (p.spread > 0.0f) draw_normals(Draw{DEVICE_SPREAD, slot, 0, p.seed}, row, col0, spread);
-  if (p.write_noise > 0.0f) draw_normals(Draw{WRITE, slot, (u32)p.step, p.seed}, row, col0, noise);
+  if (noisy_writes(p)) draw_normals(Draw{WRITE, slot, (u32)p.step, p.seed}, row, col0, noise);
   if (has_stuck(p))
     draw_uniforms(Draw{STUCK, slot, 0, p.seed}, row, col0, u);
   else
@@ -127,7 +127,7 @@ void load_block(const Programming& p, const float* weight, const float* w_max, i
 
 // Every cell of finite weights.
 void program_cells(const Programming& p, const float* weight, const float* w_max, float* g, float* noise_var) {
-  const bool pairs = p.merge != MERGE_OFFSET, ideal = p.spread == 0.0f && p.write_noise == 0.0f && !has_stuck(p);
+  const bool pairs = p.merge != MERGE_OFFSET, ideal = p.spread == 0.0f && !noisy_writes(p) && !has_stuck(p);
   const i64 row_blocks = (p.inputs + LINES - 1) / LINES, col_blocks = (p.outputs + WIDE_ROW - 1) / WIDE_ROW;
 #pragma omp parallel for collapse(3) schedule(static) if (p.groups * p.inputs * p.outputs >= WORTH_A_THREAD)
   for (i64 group = 0; group < p.groups; ++group)

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cells.hpp"
+#include "gpuxbar/endurance.cuh"
 #include "gpuxbar/pulses.cuh"
 
 using namespace gpuxbar;
@@ -21,6 +22,7 @@ constexpr int TOGETHER = 32;  // samples whose trains are made together
 struct Update {
   UpdateLaw law;
   Train train;
+  Endurance endurance;
   i64 batch, groups, inputs, outputs, step;
   u64 seed;
   float g_min, range;  // S
@@ -29,6 +31,7 @@ struct Update {
 
 struct Arrays {
   float* g;            // [2, G * I, O] S
+  i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
   const float* x;      // [B, G * I]
   const float* d;      // [B, G * O]
   const float* scale;  // [G * O]     wanted pulses for an input and an error of 1
@@ -119,8 +122,11 @@ struct Row {
   Draws draws;
   alignas(64) float free[WIDE_ROW];
 
-  Row(const Update& u, const Place& at) : draws(u.law, at, u.seed) {
+  // `failed`: whether a device has, null where none can.
+  Row(const Update& u, const Place& at, const bool* failed) : draws(u.law, at, u.seed) {
     draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
+    if (failed)
+      for (int j = 0; j < WIDE_ROW; ++j) free[j] = failed[j] ? 0.0f : free[j];
   }
 };
 
@@ -223,9 +229,9 @@ struct alignas(64) Events {
   }
 };
 
-// A row of devices of one plane after the events of a chunk of samples from b0 on.
+// A row of devices of one plane after the events of a chunk of samples from b0 on; their pulses are added to `more`.
 template <class L>
-void pulse_row(const Update& u, const Place& at, const Row& row, i64 b0, const Events& events, float* x) {
+void pulse_row(const Update& u, const Place& at, const Row& row, i64 b0, const Events& events, i32* more, float* x) {
   const UpdateLaw s = u.law;
   const float each = 1.0f / s.pulses;
   const bool positive = at.plane == 0, noise = noisy(s);
@@ -238,7 +244,9 @@ void pulse_row(const Update& u, const Place& at, const Row& row, i64 b0, const E
       const float n = row.free[j] * Events::pulses(event[j]);
       const float raise = Events::raises(event[j]) ? n : 0.0f, lower = n - raise;
       up[j] = pulses_up(s.sides, positive, raise, lower);
-      d[j] = (up[j] + pulses_down(s.sides, positive, raise, lower)) * each;
+      const float pulses = up[j] + pulses_down(s.sides, positive, raise, lower);
+      d[j] = pulses * each;
+      more[j] += (i32)pulses;
       slots[j] = 2 * ((u32)b0 + Events::sample(event[j])) + at.plane;
     }
     if (noise) draw_normals_at(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, at.row, at.col0, slots, z);
@@ -300,6 +308,11 @@ inline void count_implied(const Trains& t, i64 lines, i64 samples, i32 (*raise)[
 struct alignas(64) Block {
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
   alignas(64) i32 raise[LINES][WIDE_ROW], all[LINES][WIDE_ROW];
+  bool counted;  // whether devices can fail, which the next three are for
+  bool failed[2][LINES][WIDE_ROW];
+  i32 more[2][LINES][WIDE_ROW];  // pulses of this update
+
+  const bool* failures(u32 plane, i64 line) const { return counted ? failed[plane][line] : nullptr; }
 };
 
 template <class L, bool IMPLICIT>
@@ -316,7 +329,8 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
       events.find<IMPLICIT>(trains.inputs[i], errors, trains.length, samples, count);
       for (u32 plane = 0; events.turns && plane < (u.law.sides == REFERENCE ? 1u : 2u); ++plane) {
         const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-        pulse_row<L>(u, at, Row(u, at), b0, events, block.x[plane][i]);
+        const Row row(u, at, block.failures(plane, i));
+        pulse_row<L>(u, at, row, b0, events, block.more[plane][i], block.x[plane][i]);
       }
     }
   }
@@ -346,7 +360,7 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
   for (u32 plane = 0; plane < (s.sides == REFERENCE ? 1u : 2u); ++plane)
     for (i64 i = 0; i < lines; ++i) {
       const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-      const Row row(u, at);
+      const Row row(u, at, block.failures(plane, i));
       alignas(64) float z[WIDE_ROW] = {};
       if (noisy(u.law)) draw_normals(Draw{PULSE_CYCLE, plane, (u32)u.step, u.seed}, at.row, at.col0, z);
       alignas(64) float ups[WIDE_ROW], downs[WIDE_ROW];
@@ -354,12 +368,31 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
       float* x = block.x[plane][i];
 #pragma omp simd
       for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[j]);
+      for (int j = 0; j < WIDE_ROW; ++j) block.more[plane][i][j] = (i32)(ups[j] + downs[j]);
     }
+}
+
+// Count the pulses of a row of devices, and leave those that fail by them where they fail.
+void wear_row(const Update& u, const Place& at, const i32* more, i64 count, i32* taken, float* x) {
+  alignas(64) float z[WIDE_ROW] = {};
+  if (u.endurance.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, u.seed}, at.row, at.col0, z);
+  alignas(64) i32 now[WIDE_ROW] = {};
+  std::copy(taken, taken + count, now);
+  const Endurance e = u.endurance;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const bool touched = more[j] > 0;  // and so alive
+    const i32 after = after_wear(e, touched ? now[j] : 0, more[j], z[j]);
+    now[j] = touched ? after : now[j];
+    x[j] = touched && after < 0 ? failed_share(e, x[j]) : x[j];
+  }
+  std::copy(now, now + count, taken);
 }
 
 template <class L, bool IMPLICIT>
 void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0) {
   static thread_local Block block;
+  block.counted = a.pulse_count != nullptr;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const float inverse_range = 1.0f / u.range;
   const auto cells = [&](u32 plane, i64 i) {
@@ -371,6 +404,10 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
       float *x = block.x[plane][i], *before = block.before[plane][i];
       std::fill(x, x + WIDE_ROW, 0.0f);
       for (i64 j = 0; j < count; ++j) before[j] = x[j] = (from[j] - u.g_min) * inverse_range;
+      std::fill(block.more[plane][i], block.more[plane][i] + WIDE_ROW, 0);
+      std::fill(block.failed[plane][i], block.failed[plane][i] + WIDE_ROW, false);
+      if (block.counted)
+        for (i64 j = 0; j < count; ++j) block.failed[plane][i][j] = a.pulse_count[from - a.g + j] < 0;
     }
   if (aggregated)
     pulse_at_once<L, IMPLICIT>(u, a, group, i0, o0, block);
@@ -379,6 +416,9 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
   for (u32 plane = 0; plane < 2; ++plane)
     for (i64 i = 0; i < lines; ++i) {
       float *to = cells(plane, i), *x = block.x[plane][i], *before = block.before[plane][i];
+      if (block.counted)
+        wear_row(u, Place{plane, (u32)(group * u.inputs + i0 + i), o0}, block.more[plane][i], count,
+                 a.pulse_count + (to - a.g), x);
       for (i64 j = 0; j < count; ++j) {
         to[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : to[j];  // a cell that did not move keeps its bits
         x[j] = plane ? fma(-to[j], inverse_range, block.x[0][i][j]) : to[j] * inverse_range;
@@ -393,11 +433,11 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
 
 }  // namespace
 
-extern "C" void gpuxbar_pulse_update(float* g, const float* x, const float* d, const float* scale, const float* unit,
-                                     float* w, const float* w_max, u32* inputs, u32* errors, float* length,
-                                     const Update* update, i64 aggregated, i64* bad) {
+extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const float* x, const float* d, const float* scale,
+                                     const float* unit, float* w, const float* w_max, u32* inputs, u32* errors,
+                                     float* length, const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
-  const Arrays a{g, x, d, scale, unit, w, w_max, inputs, errors, length};
+  const Arrays a{g, pulse_count, x, d, scale, unit, w, w_max, inputs, errors, length};
   bad[0] = count_not_finite(x, u.batch * u.groups * u.inputs);
   bad[1] = count_not_finite(d, u.batch * u.groups * u.outputs);
   if (bad[0] + bad[1]) return;

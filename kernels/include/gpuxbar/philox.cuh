@@ -21,6 +21,7 @@ enum Purpose : u32 {
   STUCK = 5,            // stuck cells; slot: plane
   ADC_GAIN = 6,         // gain error of a converter; slot: conversion
   ADC_OFFSET = 7,       // offset error of a converter; slot: conversion
+  TEST_READ = 8,        // inputs of a test read; row: sample
   CYCLE = 16,           // cycle-to-cycle noise of an update; slot: plane
   // device-to-device spread of an update, two parameters a draw by the fast generator; slot: plane, row: wordline,
   // columns 2 bitline and 2 bitline + 1
@@ -28,7 +29,13 @@ enum Purpose : u32 {
   UPDATE_SPREAD_STEP = 18,    // of both steps, and of their difference
   UPDATE_SPREAD_WINDOW = 19,  // of the window's lower and upper end
   UPDATE_WRITE = 23,          // write noise of a touched cell; slot: plane
-  CHOPPER = 32,               // sign flips of a chopped transfer; row: wordline
+  // after programming; slot: plane, step: write
+  DRIFT = 24,      // exponent of a device
+  FLICKER = 25,    // low-frequency noise; the step depends on the age too
+  RETENTION = 26,  // time constant of a device; slot: plane
+  ENDURANCE = 27,  // pulses that a device bears; slot: plane
+  WEAR = 28,       // rounding of parts of a pulse; slot: plane
+  CHOPPER = 32,    // sign flips of a chopped transfer; row: wordline
   // pulse trains
   PULSE_INPUT = 33,  // slots of a wordline; row: line, slot: sample
   PULSE_ERROR = 34,  // slots of a bitline

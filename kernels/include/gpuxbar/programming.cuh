@@ -26,7 +26,9 @@ struct Programming {
   float steps;         // steps between levels over |w| (offset: over 1 + w), 0: continuous
   float g_min, g_max;  // S
   float spread;        // relative standard deviation between devices
-  float write_noise;   // S
+  float write_noise;   // S, of a write to 0
+  float write_slope;   // S, what it grows by with r = target / g_max,
+  float write_curve;   // S, and with r^2
   float stuck_low;     // a uniform below: stuck at g_min
   float stuck_high;    // a uniform above: stuck at g_max
   float read_var;      // S^2, variance of a read of a device at g_max, per squared volt
@@ -65,10 +67,17 @@ GPUXBAR_FN float offset_target(const Programming& p, float w) {
   return fma(share, p.g_max - p.g_min, p.g_min);
 }
 
+// Whether writes are noisy at all.
+GPUXBAR_FN bool noisy_writes(const Programming& p) {
+  return p.write_noise != 0.0f || p.write_slope != 0.0f || p.write_curve != 0.0f;
+}
+
 // Conductance left by a write, S: z_spread and z_write are standard normals, u uniform in (0, 1).
 GPUXBAR_FN float written(const Programming& p, float target, float z_spread, float z_write, float u) {
   const float device = fma(target * p.spread, z_spread, target);
-  const float noisy = max(fma(p.write_noise, z_write, device), 0.0f);
+  const float r = target / p.g_max;
+  const float noise = fma(fma(p.write_curve, r, p.write_slope), r, p.write_noise);
+  const float noisy = max(fma(noise, z_write, device), 0.0f);
   const float low = u < p.stuck_low ? p.g_min : noisy;
   return u > p.stuck_high ? p.g_max : low;
 }

@@ -1,0 +1,110 @@
+"""Inference over time: a model's weights are written once, and its devices age."""
+
+from __future__ import annotations
+
+import re
+from math import inf
+from numbers import Real
+
+from torch import nn
+
+from gpuxbar.nn.layers import AnalogLayer
+
+__all__ = ["age", "program", "unprogram"]
+
+UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0, "y": 365.25 * 86400.0}  # s
+
+
+def program(model: nn.Module) -> None:
+    """Write a model's weights to its arrays once; from now on its crossbar layers read these devices, at age 0.
+
+    Write noise, spread and stuck cells are those of `spec.programming`, drawn anew at every call. Layers trained in situ
+    are not written: their devices age as they stand. Weights of crossbar layers must not change while they are
+    programmed; everything else may, digital layers and converter ranges for instance, and gradients flow as before.
+    The state dict keeps what was written and its age, so that an evaluation resumes bit for bit.
+
+    Args:
+        model: A converted model.
+
+    Raises:
+        ValueError: The model has no crossbar layers, or a weight is not finite.
+
+    Source:
+        Joshi et al., Nature Communications 2020.
+    """
+    for layer in _layers("program", model):
+        layer.program()
+
+
+def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
+    """Let a programmed model grow older: reads find its devices `time` after they were programmed.
+
+    Conductances follow `spec.drift`. Times are absolute, and any order of them gives the same devices: an age is a
+    function of what was written, the seed and the time.
+
+    Args:
+        model: A model after `program`.
+        time: Time since programming: seconds, at least 0, or text such as "30s", "5min", "1h", "2d", "1w", "1y".
+        compensate: Multiply each layer's products by one factor, what a test read gave at age 0 over what it gives
+            now: sum |y_0| / sum |y_t| over 32 fixed inputs. Both reads go through converters, noise and wires and
+            count as reads. False leaves products uncompensated.
+
+    Raises:
+        TypeError: `time` is neither a number nor text.
+        ValueError: The model is not programmed, `time` is no time, or an ADC range that a test read needs is not
+            calibrated.
+
+    Source:
+        Joshi et al., Nature Communications 2020; the factor: Le Gallo et al., Advanced Electronic Materials 2018.
+    """
+    seconds = _seconds(time)
+    layers = _layers("age", model)
+    idle = [layer.name for layer in layers if not layer.programmed]
+    if idle:
+        raise ValueError(
+            f"age: `model` must be programmed, got layers that are not: {', '.join(idle)}; call gpuxbar.program(model) first"
+        )
+    if compensate:
+        for layer in layers:
+            layer.require_calibrated()
+    for layer in layers:
+        layer.look_after(seconds)
+        if compensate:
+            layer.compensate()
+
+
+def unprogram(model: nn.Module) -> None:
+    """Take a model out of the programmed state: layers read their own weights again, which it never changed."""
+    for layer in _layers("unprogram", model):
+        if layer.programmed:
+            layer.release()
+
+
+def _layers(op: str, model: nn.Module) -> list[AnalogLayer]:
+    layers = [module for module in model.modules() if isinstance(module, AnalogLayer)]
+    if not layers:
+        raise ValueError(
+            f"{op}: `model` must have crossbar layers, got none; make them with gpuxbar.convert(model, spec)"
+        )
+    return layers
+
+
+def _seconds(time: float | str) -> float:
+    if isinstance(time, str):
+        found = re.fullmatch(
+            rf"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*({'|'.join(UNITS)})\s*", time, re.IGNORECASE
+        )
+        if found is None:
+            raise ValueError(
+                f'age: `time` must be a number with a unit of {", ".join(UNITS)}, got {time!r}; write "1h" or 3600'
+            )
+        return float(found[1]) * UNITS[found[2].lower()]
+    if isinstance(time, bool) or not isinstance(time, Real):
+        raise TypeError(
+            f'age: `time` must be a number of seconds or text, got {type(time).__name__}; write 3600 or "1h"'
+        )
+    if not 0 <= time < inf:
+        raise ValueError(
+            f"age: `time` must be finite and at least 0, got {time:g} s; it counts from programming"
+        )
+    return float(time)

@@ -1,0 +1,140 @@
+"""A layer whose devices are programmed once and then only age."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpuxbar.bridge.drift import drift
+from gpuxbar.bridge.wires import merged
+from gpuxbar.mapping import ReadPlan
+from gpuxbar.nn.cells import Cells
+from gpuxbar.nn.wires import Wires
+
+__all__ = ["Programmed"]
+
+HELD = ("g_programmed", "w_programmed", "age", "gain", "ageings")  # buffers of the state dict
+
+
+class Programmed(Wires):
+    """The part of a crossbar layer that holds what `gpuxbar.program` wrote, and lets it age.
+
+    Buffers, None unless programmed, then part of the state dict:
+    `g_programmed`: conductances of all devices as written, float32 [2 slices (1 of an offset mapping), G * I, O], S.
+    `w_programmed`: weight of a full pair, float32 [G * O].
+    `age`: time since, s, float32 [1]; `ageings`: how often the devices were looked at, int64 [1].
+    `gain`: factor that compensates for drift, float32 [1]; 1 without compensation.
+    With the layer's seed and `write_step` they fix the aged devices, which are made anew when a checkpoint is loaded.
+    """
+
+    weight: Tensor
+    plan: ReadPlan
+    name: str
+    write_step: Tensor
+    g_programmed: Tensor | None
+    w_programmed: Tensor | None
+    age: Tensor | None
+    gain: Tensor | None
+    ageings: Tensor | None
+    aged: Tensor | None
+    aged_variance: Tensor | None
+
+    def setup_programmed(self) -> None:
+        for name in HELD:
+            self.register_buffer(name, None)
+        for name in ("aged", "aged_variance"):  # what reads find, or what the wires are solved for
+            self.register_buffer(name, None, persistent=False)
+        self._held_version: int | None = None  # of the weight that was programmed
+
+    @property
+    def programmed(self) -> bool:
+        return self.g_programmed is not None
+
+    def require_unprogrammed(self, act: str) -> None:
+        """Refuse to write devices that only age."""
+        if self.programmed:
+            raise ValueError(
+                f"{self.name}: `{act}` must wait until the layer is free, got one that is programmed; call "
+                "gpuxbar.unprogram(model) first"
+            )
+
+    def hold(self, g: Tensor, w_max: Tensor) -> None:
+        """Read these devices from now on, and start their time."""
+        self.g_programmed, self.w_programmed = g, w_max
+        self.age = torch.zeros(1, device=g.device)
+        self.gain = torch.ones(1, device=g.device)
+        self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
+        self._held_version = self.weight._version
+        self.look_after(0.0)
+
+    def release(self) -> None:
+        """Read the layer's own weights again."""
+        for name in (*HELD, "aged", "aged_variance"):
+            setattr(self, name, None)
+        self.restart_wires()
+
+    @torch.no_grad()
+    def look_after(self, seconds: float) -> None:
+        """Read the devices as they are that long after programming, uncompensated."""
+        assert self.age is not None
+        assert self.gain is not None
+        assert self.ageings is not None
+        self.age.fill_(seconds)
+        self.gain.fill_(1.0)
+        self.ageings += 1
+        self._make_aged()
+        self.restart_wires()
+
+    def _make_aged(self) -> None:
+        assert self.g_programmed is not None
+        assert self.age is not None
+        step = int(self.write_step.item())
+        devices = drift(self.g_programmed, self.age.item(), step, self.static[1], self.plan.seed)
+        variance = self.device_variance(devices)
+        if self.seen is None and self.planes.merge != "offset":
+            base = 2 ** (self.spec.mapping.slice_bits or 0)
+            devices = merged(devices, self.planes.merge, base)
+            variance = None if variance is None else merged(variance, self.planes.merge, base, power=2)
+        self.aged, self.aged_variance = devices, variance
+
+    def device_variance(self, devices: Tensor) -> Tensor | None:
+        """Variance of state-dependent read noise of devices, A**2/V**2; None without such noise."""
+        noise = self.spec.read_noise
+        if not noise.sigma_g:
+            return None
+        return (noise.sigma_g * (devices / self.spec.device.g_max) ** noise.exponent) ** 2
+
+    def aged_cells(self) -> Cells:
+        """What reads find: the aged devices, through the wires."""
+        assert self.aged is not None
+        assert self.w_programmed is not None
+        assert self.gain is not None
+        assert self.ageings is not None
+        if not torch.compiler.is_compiling() and self.weight._version != self._held_version:
+            raise ValueError(
+                f"{self.name}: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write "
+                "it, or gpuxbar.unprogram(model) to go on training"
+            )
+        lines = self.w_programmed.view(self.groups_, -1)[:, : self.plan.outputs]
+        w_max = (lines * self.gain).reshape(-1)
+        if self.seen is None:
+            return Cells(self.aged, None, self.aged_variance, w_max)
+        return self.through_wires(self.aged, self.aged_variance, w_max, self.ageings)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.programmed:
+            self._held_version = self.weight._version  # a copied weight counts its changes anew
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        saved = {name: state_dict[f"{prefix}{name}"] for name in HELD if f"{prefix}{name}" in state_dict}
+        if not self.programmed:
+            for name, value in saved.items():
+                setattr(self, name, torch.empty_like(value, device=self.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        if saved:
+            self._held_version = self.weight._version
+            self._make_aged()
+        self.forget_wires()

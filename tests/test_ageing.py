@@ -1,0 +1,279 @@
+"""Programmed models: written once, aged, compensated, saved and freed again."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gpuxbar as gx
+from gpuxbar import reference
+
+CONVERTERS = {"dac": {"bits": 8}, "adc": {"bits": 8}}
+SPECS = {
+    "pcm": {},
+    "converters": CONVERTERS,
+    "subtracted": {**CONVERTERS, "mapping": {"scheme": "subtracted", "slices": 2, "slice_bits": 3}},
+    "offset": {**CONVERTERS, "mapping": {"scheme": "offset"}, "read_noise": {"sigma": 1e-9, "sigma_g": 1e-8}},
+    "wires": {**CONVERTERS, "read_noise": {"sigma_g": 1e-8}, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0}},
+    "anchored": {**CONVERTERS, "parasitics": {"r_wordline": 1.0, "refresh_interval": 3, "anchor": "ladder"}},
+}  # fmt: skip
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, dilation=2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)
+    )
+
+
+def images(count=16):
+    return torch.randn(count, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+def converted(name="pcm", **overrides):
+    model, _ = gx.convert(network(), gx.presets.pcm().with_overrides({**SPECS[name], **overrides}))
+    gx.calibrate(model, [images()])
+    return model.eval()
+
+
+def error(model):
+    with torch.no_grad():
+        ideal = network()(images())
+        return ((model(images()) - ideal).norm() / ideal.norm()).item()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_model_ages_and_compensation_helps(name):
+    model = converted(name)
+    fresh = error(model)
+    gx.program(model)
+    assert error(model) < 3 * fresh + 0.05
+    errors = {}
+    for compensate in (False, True):
+        gx.age(model, "1y", compensate)
+        errors[compensate] = error(model)
+    assert errors[False] > 0.5
+    assert errors[True] < 0.75 * errors[False] if name == "offset" else 0.5 * errors[False]
+    gx.unprogram(model)
+    assert error(model) == pytest.approx(fresh, rel=0.2)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_saved_model_is_evaluated_alike(name):
+    model = converted(name)
+    gx.program(model)
+    gx.age(model, "2d", compensate=True)
+    resumed, copied = converted(name), copy.deepcopy(model)
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    for other in (resumed, copied):
+        state = copy.deepcopy(model.state_dict())
+        assert torch.equal(other(images()), model(images()))
+        gx.age(other, "1y")
+        gx.age(model, "1y")
+        assert torch.equal(other(images()), model(images()))
+        model.load_state_dict(state)
+    assert resumed[0].age.item() == 365.25 * 86400
+
+
+def test_devices_are_what_the_oracle_says():
+    model = converted("subtracted")
+    layer = model[3]
+    gx.program(model)
+    gx.age(model, "1h")
+    s, w = layer.spec, layer.weight.detach().numpy()[None]
+    seed, step = layer.plan.seed, (reference.fingerprint(w[0]) + 1) & 0xFFFFFFFF
+    written = reference.program(
+        w, w_max=np.abs(w).max().reshape(1), g_min=0.0, g_max=25e-6, slices=2, slice_bits=3, seed=seed, step=step,
+        **s.programming.model_dump(),
+    )  # fmt: skip
+    np.testing.assert_allclose(layer.g_programmed.numpy(), written, rtol=0, atol=2e-6 * 25e-6)
+    law = s.drift.model_copy(update={"flicker": 0.0})
+    aged = reference.drift(written, 3600.0, law=law.model_dump(), g_max=25e-6, seed=seed, step=1)
+    pairs = aged[:2] - aged[2:]
+    off = layer.aged.numpy() - pairs
+    # what remains is the low-frequency noise of both devices: Q of 0.0088 to 0.2, times 4.7
+    assert 0.005 < off.std() / 25e-6 < 0.1
+    np.testing.assert_allclose(layer.g_programmed.numpy(), written, rtol=0, atol=2e-6 * 25e-6)
+
+
+def test_one_exponent_is_compensated_exactly():
+    """All devices of a layer fall by one factor, which a test read finds."""
+    spec = gx.CrossbarSpec(device={"g_min": 0.0}, drift={"nu": 0.1})
+    layer = gx.nn.AnalogLinear(20, 7, spec=spec)
+    x = torch.randn(4, 20, requires_grad=True)
+    y = layer(x)
+    grads = torch.autograd.grad(y.sum(), [x, *layer.parameters()])
+    gx.program(layer)
+    gx.age(layer, 180.0)  # t / t_0 = 10
+    torch.testing.assert_close(layer(x) - layer.bias, (y - layer.bias) * 10**-0.1, rtol=1e-5, atol=1e-6)
+    gx.age(layer, 180.0, compensate=True)
+    assert layer.gain.item() == pytest.approx(10**0.1, rel=1e-5)
+    found = layer(x)
+    torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), [x, *layer.parameters()]), grads, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "dac", [{"range": "fixed", "max": 0.1}, {"range": "ema"}, {"range": "sample", "signed": False}]
+)
+def test_test_reads_fill_the_range_of_the_dac(dac):
+    spec = gx.presets.pcm().with_overrides({"dac": {"bits": 8, **dac}, "backward": {"mode": "ideal"}})
+    layer = gx.nn.AnalogLinear(200, 30, spec=spec)
+    gx.program(layer)
+    gx.age(layer, "1d", compensate=True)
+    assert layer.gain.item() == pytest.approx((1 + 86400 / 20) ** 0.06, rel=0.15)
+
+
+def test_writing_again_draws_anew_and_times_come_in_any_order():
+    model = converted()
+    gx.program(model)
+    gx.age(model, "1h")
+    first = model(images())
+    gx.age(model, "1y")
+    gx.age(model, 3600)
+    assert torch.equal(model(images()), first)
+    gx.program(model)
+    assert model[0].age.item() == 0
+    assert model[0].write_step.item() == 2
+    gx.age(model, "1h")
+    assert not torch.equal(model(images()), first)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30s", 30),
+        ("1.5 h", 5400),
+        ("2d", 172800),
+        ("1e3min", 6e4),
+        (".5H", 1800),
+        ("1w", 604800),
+        ("1y", 31557600),
+    ],
+)
+def test_times(text, seconds):
+    layer = gx.nn.AnalogLinear(3, 2, spec=gx.presets.pcm())
+    gx.program(layer)
+    gx.age(layer, text)
+    assert layer.age.item() == seconds
+
+
+def test_devices_trained_in_situ_age_as_they_stand():
+    model = converted(update={"law": "soft_bounds"})
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.01)
+    model(images()).square().mean().backward()
+    optimiser.step()
+    cells, weight = model[3].g_cells.clone(), model[3].weight.detach().clone()
+    gx.program(model)
+    assert torch.equal(model[3].g_programmed, cells)
+    gx.age(model, "1y", compensate=True)
+    model(images()).square().mean().backward()
+    for write in (optimiser.step, model[3].refresh, lambda: model[0].begin_in_situ()):
+        with pytest.raises(
+            ValueError, match=r"`\w+` must wait until the layer is free, got one that is programmed"
+        ):
+            write()
+    gx.unprogram(model)
+    assert torch.equal(model[3].g_cells, cells)
+    assert torch.equal(model[3].weight, weight)
+    optimiser.step()
+
+
+def test_what_is_digital_may_still_learn():
+    model = converted("converters")
+    gx.program(model)
+    gx.age(model, "1y")
+    bias = [layer.bias for layer in (model[0], model[3])]
+    optimiser = torch.optim.SGD(bias, lr=0.1)
+    before = error(model)
+    for _ in range(20):
+        optimiser.zero_grad()
+        (model(images()) - network()(images()).detach()).square().mean().backward()
+        optimiser.step()
+    assert error(model) < before
+
+
+def test_times_are_numbers_or_text():
+    with pytest.raises(
+        TypeError, match=r'^age: `time` must be a number of seconds or text, got NoneType; write 3600 or "1h"'
+    ):
+        gx.age(programmed(), None)
+
+
+def programmed():
+    model = converted()
+    gx.program(model)
+    return model
+
+
+def changed():
+    model = programmed()
+    with torch.no_grad():
+        model[3].weight.mul_(0.5)
+    model(images())
+
+
+def uncalibrated():
+    model, _ = gx.convert(network(), gx.presets.pcm().with_overrides(CONVERTERS))
+    gx.program(model)
+    gx.age(model, 1.0, compensate=True)
+
+
+ERRORS = {
+    "order": (lambda: gx.age(converted(), "1h"), "age: `model` must be programmed, got layers that are not: 0, 3; call gpuxbar.program(model) first"),
+    "negative": (lambda: gx.age(programmed(), -1), "age: `time` must be finite and at least 0, got -1 s; it counts from"),
+    "infinite": (lambda: gx.age(programmed(), float("inf")), "age: `time` must be finite and at least 0, got inf s"),
+    "text": (lambda: gx.age(programmed(), "soon"), "age: `time` must be a number with a unit of s, min, h, d, w, y, got 'soon'; write \"1h\" or 3600"),
+    "unit": (lambda: gx.age(programmed(), "3 months"), "age: `time` must be a number with a unit of s, min, h"),
+    "sign": (lambda: gx.age(programmed(), "-3h"), "age: `time` must be a number with a unit"),
+    "digital": (lambda: gx.program(network()), "program: `model` must have crossbar layers, got none; make them with"),
+    "digital-free": (lambda: gx.unprogram(network()), "unprogram: `model` must have crossbar layers, got none"),
+    "weight": (changed, "3: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write"),
+    "rewrite": (lambda: programmed()[3].rewrite(), "3: `rewrite` must wait until the layer is free"),
+    "ranges": (uncalibrated, "0: the ADC range must be calibrated before use; call gpuxbar.calibrate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_named(name):
+    act, text = ERRORS[name]
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        act()
+
+
+SPEC_ERRORS = {
+    "limits": ({"drift": {"nu_min": 0.2, "nu_max": 0.1}}, "`drift`: `nu_min` must be at most nu_max, got 0.2 and 0.1"),
+    "read": ({"drift": {"t_read": 30.0}}, "`drift`: `t_read` must be at most t_0, got 30 s and 20 s"),
+    "key": ({"drift": {"v": 0.1}}, "`drift.v` must be a known key"),
+    "noise": ({"programming": {"write_noise": 1e-7, "write_noise_slope": -3e-7, "write_noise_curve": 1e-7}}, "`programming`: write_noise + write_noise_slope r + write_noise_curve r**2 must be at least 0 for r of 0 to 1, got -1e-07 S at r = 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPEC_ERRORS)
+def test_impossible_settings_are_named(name):
+    settings, text = SPEC_ERRORS[name]
+    with pytest.raises(gx.SpecError, match=re.escape(text)):
+        gx.CrossbarSpec.model_validate(settings)
+
+
+def test_the_pcm_preset_is_the_published_fit():
+    """Programming noise at 0 and at g_max, in uS of a window of 25 uS."""
+    spec = gx.presets.pcm()
+    p = spec.programming
+    assert p.write_noise == pytest.approx(0.26348e-6)
+    assert p.write_noise + p.write_noise_slope + p.write_noise_curve == pytest.approx(1.05538e-6)
+    layer = gx.nn.AnalogLinear(200, 200, bias=False, spec=spec)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    gx.program(layer)
+    full, empty = layer.g_programmed
+    assert full.std().item() == pytest.approx(1.05538e-6, rel=0.02)
+    # half of the writes to 0 end there: E max(0, z) is 1 / sqrt(2 pi)
+    assert empty.mean().item() == pytest.approx(0.26348e-6 / (2 * np.pi) ** 0.5, rel=0.03)

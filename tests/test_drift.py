@@ -1,0 +1,133 @@
+"""drift: closed forms, the host kernel and the CUDA kernel (on the CPU) against the float64 oracle, and the messages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_shim import FORWARD, REVERSE, ShimDevice
+
+from gpuxbar import ops, reference
+from gpuxbar.ops.drift import _flicker_step
+from gpuxbar.spec import Drift, presets
+
+G_MAX = 25e-6  # S
+YEAR = 3.15e7  # s
+SEED = 2**40 + 7
+LAWS = {
+    "ideal": Drift(),
+    "exponent": Drift(nu=0.05, nu_slope=0.01, nu_max=0.08),
+    "spread": Drift(nu=0.05, nu_std=0.02),
+    "flicker": Drift(flicker=0.01, flicker_max=0.2),
+    "pcm": presets.pcm().drift,
+}
+
+
+def case(shape, seed=0):
+    g = np.random.default_rng(seed).uniform(0, 1.1 * G_MAX, shape).astype(np.float32)
+    g[g < 0.1 * G_MAX] = 0.0
+    return g
+
+
+def oracle(g, age, law, step=9):
+    where = {"seed": SEED, "step": step, "flicker_step": _flicker_step(step, age)}
+    return reference.drift(g, age, law=law.model_dump(), g_max=G_MAX, **where)
+
+
+def aged(g, age, law, device=None, step=9):
+    return ops.drift(g, age, law=law, g_max=G_MAX, seed=SEED, step=step, device=device)
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["host", "kernel"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 67), (3, 4, 72), (0, 3, 3), (1, 0, 4), (1, 4, 0)])
+@pytest.mark.parametrize("name", LAWS)
+def test_backends_match_the_oracle(name, shape, kernel):
+    """Bitlines not a multiple of 4, and a multiple (16-byte accesses)."""
+    g = case(shape)
+    for age in (0.0, 3600.0, YEAR):
+        found = aged(g, age, LAWS[name], ShimDevice(order=11) if kernel else None)
+        # float32: about five operations, and an exponent of up to 14 times an exponent of up to 0.3
+        np.testing.assert_allclose(found, oracle(g, age, LAWS[name]), rtol=0, atol=2e-6 * G_MAX)
+
+
+@pytest.mark.parametrize("order", [REVERSE, 12])
+def test_kernel_gives_the_bits_of_any_thread_order(order):
+    g = case((2, 70, 65))
+    bits = [aged(g, YEAR, LAWS["pcm"], ShimDevice(order=o)) for o in (FORWARD, order)]
+    np.testing.assert_array_equal(*bits)
+
+
+def test_reference_serves_without_a_compiler(monkeypatch):
+    g = case((2, 3, 5))
+    host = aged(g, 60.0, LAWS["pcm"])
+    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    np.testing.assert_allclose(aged(g, 60.0, LAWS["pcm"]), host, rtol=0, atol=2e-6 * G_MAX)
+
+
+def test_an_ideal_device_keeps_its_bits():
+    g = case((2, 9, 70))
+    np.testing.assert_array_equal(aged(g, YEAR, Drift()), g)
+
+
+def test_one_exponent_is_a_power_law():
+    g = case((1, 20, 20))
+    for age in (0.0, 1.0, 1e4, YEAR):
+        found = aged(g, age, Drift(nu=0.06, t_0=2.0))
+        np.testing.assert_allclose(found, g * (1 + age / 2.0) ** -0.06, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_exponents_have_the_published_mean_and_spread(share):
+    """Of 40,000 devices of one conductance: log g falls by nu ln(t / t_0)."""
+    law = LAWS["pcm"].model_copy(update={"flicker": 0.0})
+    g = np.full((4, 100, 100), share * G_MAX, np.float32)
+    nu = -np.log(aged(g, YEAR, law) / g.astype(np.float64)) / np.log1p(YEAR / 20)
+    mean = np.clip(-0.0155 * np.log(share) + 0.0244, 0.049, 0.1)
+    std = np.clip(-0.0125 * np.log(share) - 0.0059, 0.008, 0.045)
+    normal = np.random.default_rng(0).normal(mean, std, 10**6)
+    assert nu.min() >= 0
+    assert nu.mean() == pytest.approx(np.abs(normal).mean(), abs=4 * std / 200)
+    assert nu.std() == pytest.approx(np.abs(normal).std(), rel=0.02)
+
+
+@pytest.mark.parametrize(("share", "relative"), [(1.0, 0.0088), (0.5, 0.0088 / 0.5**0.65), (1e-4, 0.2)])
+def test_low_frequency_noise_grows_with_the_root_of_log_time(share, relative):
+    law = Drift(flicker=0.0088, flicker_exponent=0.65, flicker_max=0.2)
+    g = np.full((4, 100, 100), share * G_MAX, np.float32)
+    for age in (0.0, 1e6):
+        wanted = relative * np.sqrt(np.log((20 + age + 250e-9) / 500e-9))
+        noise = aged(g, age, law) / g.astype(np.float64) - 1
+        clipped = np.maximum(
+            wanted * np.random.default_rng(0).normal(size=10**6), -1
+        )  # no conductance below 0
+        assert noise.std() == pytest.approx(clipped.std(), rel=0.02)
+        assert noise.mean() == pytest.approx(clipped.mean(), abs=4 * wanted / 200)
+
+
+def test_an_age_is_one_draw_and_exponents_are_the_writes():
+    g, law = case((1, 40, 40)), LAWS["flicker"]
+    np.testing.assert_array_equal(aged(g, 60.0, law), aged(g, 60.0, law))
+    device = g > 0
+    noise = [
+        aged(g, age, law, step=step)[device] / g[device] - 1 for age, step in ((60, 9), (61, 9), (60, 10))
+    ]
+    assert np.abs(np.corrcoef(noise) - np.eye(3)).max() < 4 / device.sum() ** 0.5
+    nu = [np.log(aged(g, age, LAWS["spread"], step=step)[device]) - np.log(g[device]) for age, step in ((60, 9), (YEAR, 9), (60, 10))]  # fmt: skip
+    assert np.corrcoef(nu[0], nu[1])[0, 1] > 0.999
+    assert abs(np.corrcoef(nu[0], nu[2])[0, 1]) < 4 / device.sum() ** 0.5
+
+
+ERRORS = {
+    "age": ({"age": -1.0}, ValueError, "`age` must be finite and at least 0, got -1 s; count from programming"),
+    "age-nan": ({"age": float("nan")}, ValueError, "`age` must be finite and at least 0, got nan s"),
+    "window": ({"g_max": 0.0}, ValueError, "`g_max` must be finite and above 0, got 0 S; give"),
+    "axes": ({"g": np.zeros((2, 3), np.float32)}, ValueError, "`g` must have 3 axes, got 2"),
+    "dtype": ({"g": np.zeros((1, 2, 3))}, TypeError, "`g` must be an array of float32, got float64"),
+    "nan": ({"g": np.full((1, 2, 3), np.nan, np.float32)}, ValueError, "`g` must be finite, got 6 NaN or infinite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_named(name):
+    change, kind, text = ERRORS[name]
+    with pytest.raises(kind, match=f"^drift: {text}"):
+        ops.drift(**{"g": case((1, 2, 3)), "age": 1.0, "law": Drift(), "g_max": G_MAX, **change})

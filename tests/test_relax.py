@@ -1,0 +1,175 @@
+"""relax: closed forms, both kernels against the float64 oracle, and layers that lose weight while they are trained."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from cuda_shim import REVERSE, ShimDevice
+
+import gpuxbar as gx
+from gpuxbar import ops, reference
+from gpuxbar.spec import Retention
+
+WINDOW = {"g_min": 1e-6, "g_max": 10e-6}  # S
+SEED = 2**40 + 7
+STUCK = {"stuck_at_g_min": 0.1, "stuck_at_g_max": 0.05}
+
+
+def case(shape, seed=0):
+    return np.random.default_rng(seed).uniform(1e-6, 10e-6, shape).astype(np.float32)
+
+
+def relaxed(g, law, device=None, **settings):
+    cells = g.copy()
+    ops.relax(cells, law=law, **WINDOW, seed=SEED, device=device, **settings)
+    return cells
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["host", "kernel"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 67), (2, 4, 72), (0, 3, 3), (2, 0, 4), (2, 4, 0)])
+def test_backends_match_the_oracle(shape, kernel):
+    g = case(shape)
+    for spread, rest, time in ((0.0, None, 1.0), (0.7, 4e-6, 30.0), (2.0, 0.0, 1e4)):
+        law = Retention(tau=100.0, spread=spread, g_rest=rest)
+        device = ShimDevice(order=REVERSE) if kernel else None
+        found = relaxed(g, law, device, time=time, **STUCK)
+        expected = reference.relax(
+            g, g_rest=1e-6 if rest is None else rest, rate=time / 100, spread=spread, seed=SEED,
+            stuck_low=STUCK["stuck_at_g_min"], stuck_high=STUCK["stuck_at_g_max"],
+        )  # fmt: skip
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * 9e-6)
+
+
+def test_reference_serves_without_a_compiler(monkeypatch):
+    g, law = case((2, 3, 5)), Retention(tau=3.0, spread=0.5)
+    host = relaxed(g, law)
+    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    np.testing.assert_allclose(relaxed(g, law), host, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-3, 1.0, 20.0])
+def test_decay_is_exponential_and_steps_add_up(rate):
+    """To 1 % of the change at a millionth a step, where it is ten steps of float32."""
+    g = case((2, 50, 60))
+    law = Retention(tau=1.0, step_time=rate, g_rest=0.0)
+    lost = g.astype(np.float64) - relaxed(g, law)
+    assert lost.sum() / (g.sum(dtype=np.float64) * -np.expm1(-rate)) == pytest.approx(1, abs=0.01)
+    twice = relaxed(relaxed(g, law), law)
+    np.testing.assert_allclose(twice, relaxed(g, law, time=2 * rate), rtol=5e-7, atol=1e-14)
+
+
+def test_time_constants_are_log_normal_and_stay():
+    g = np.full((2, 100, 100), 5e-6, np.float32)
+    law = Retention(tau=50.0, spread=0.4, g_rest=1e-6)
+    taus = [-t / np.log((relaxed(g, law, time=t) - 1e-6) / 4e-6) for t in (5.0, 20.0)]
+    np.testing.assert_allclose(*taus, rtol=1e-3)
+    assert np.log(taus[0]).mean() == pytest.approx(np.log(50), abs=4 * 0.4 / 141)
+    assert np.log(taus[0]).std() == pytest.approx(0.4, rel=0.03)
+
+
+def test_stuck_cells_are_those_that_programming_draws():
+    weight = np.ones((1, 30, 40), np.float32)
+    g = ops.program(weight, w_max=np.ones(1, np.float32), **WINDOW, **STUCK, seed=SEED)
+    stuck = np.stack([g[0] == np.float32(1e-6), g[1] == np.float32(10e-6)])
+    kept = relaxed(np.full_like(g, 5e-6), Retention(tau=1.0), **STUCK) == np.float32(5e-6)
+    assert kept.mean() == pytest.approx(0.15, abs=0.03)
+    assert (kept | ~stuck).all()
+
+
+def test_without_a_time_constant_nothing_is_lost():
+    g = case((2, 7, 9))
+    np.testing.assert_array_equal(relaxed(g, Retention()), g)
+
+
+def layer_on(**overrides):
+    torch.manual_seed(0)
+    spec = {"update": {"law": "soft_bounds", "cycle": 0.1}, "retention": {"tau": 50.0, "step_time": 5.0}}
+    return gx.nn.AnalogLinear(12, 7, bias=False, spec=gx.CrossbarSpec.model_validate({**spec, **overrides}))
+
+
+def test_weights_decay_in_every_step_whether_they_are_written_or_not():
+    layer = layer_on()
+    optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    before = layer.weight.detach().clone()
+    for step in range(1, 4):
+        optimiser.step()  # no gradient
+        torch.testing.assert_close(layer.weight.detach(), before * np.exp(-0.1 * step), rtol=1e-5, atol=1e-6)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T, rtol=1e-4, atol=1e-5)
+
+
+def test_arrays_beside_a_layer_decay_too():
+    layer = layer_on()
+    optimiser = gx.optim.build_optimizer("tiki-taka-v2", layer, lr=0.01, transfer_every=100)
+    layer(torch.randn(5, 12)).square().sum().backward()
+    optimiser.step()
+    fast = optimiser.parts[layer.weight].array
+    before = fast.weight.clone()
+    layer.weight.grad = None
+    optimiser.step()
+    assert before.abs().max() > 0
+    torch.testing.assert_close(fast.weight.detach(), before.detach() * np.exp(-0.1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pulses", [None, {"length": 15}])
+@pytest.mark.parametrize("write_noise", [0.0, 1e-8])
+def test_a_resumed_run_equals_an_uninterrupted_one(pulses, write_noise):
+    if pulses and write_noise:
+        return  # pulse trains take no write noise
+    overrides = {
+        "update": {"law": "soft_bounds", "cycle": 0.1, "write_noise": write_noise}, "pulses": pulses,
+        "retention": {"tau": 50.0, "spread": 0.3, "g_rest": 3e-6}, "programming": {"stuck_at_g_min": 0.1},
+    }  # fmt: skip
+
+    def train(layer, seed):
+        optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))
+        layer(x).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    whole, first, second = (layer_on(**overrides) for _ in range(3))
+    for layer in (whole, first):
+        train(layer, 1)
+    train(whole, 2)
+    second.load_state_dict(first.state_dict())
+    train(second, 2)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_opcheck():
+    spec = layer_on().spec.model_dump_json()
+    torch.library.opcheck(torch.ops.gpuxbar.relax.default, (torch.rand(2, 5, 6) * 1e-5, None, spec, 3))
+
+
+ERRORS = {
+    "time": ({"time": 0.0}, ValueError, "`time` must be above 0 s, got 0 s; give the time that passes"),
+    "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max, got 1e-06 S and 1e-07 S"),
+    "dtype": ({"g": np.zeros((1, 2, 3))}, TypeError, "`g` must be an array of float32, got float64"),
+    "nan": ({"g": np.full((1, 2, 3), np.nan, np.float32)}, ValueError, "`g` must be finite, got 6 NaN or infinite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_named(name):
+    change, kind, text = ERRORS[name]
+    with pytest.raises(kind, match=f"^relax: {text}"):
+        ops.relax(**{"g": case((1, 2, 3)), "law": Retention(tau=1.0), **WINDOW, **change})
+
+
+SPEC_ERRORS = {
+    "slow": ({"tau": 1e7}, "`retention`: `step_time` must be at least a millionth of tau, got 1 s for 1e+07 s; leave"),
+    "tau": ({"tau": 0}, "`retention.tau` must be a finite number above 0, or null, got 0"),
+    "key": ({"lifetime": 3}, "`retention.lifetime` must be a known key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPEC_ERRORS)
+def test_impossible_settings_are_named(name):
+    settings, text = SPEC_ERRORS[name]
+    with pytest.raises(gx.SpecError, match=re.escape(text)):
+        gx.CrossbarSpec.model_validate({"retention": settings})
