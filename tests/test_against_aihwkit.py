@@ -1,0 +1,123 @@
+"""Pulsed updates against aihwkit: same devices, same inputs and errors, the same distribution of changes.
+
+Runs where aihwkit is installed (`pip install aihwkit`), which the library and its other tests do not need.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ks_2samp
+
+from gpuxbar import ops
+from gpuxbar.spec import ConstantStep, LinearStep, PulseTrain, SoftBounds
+
+pytest.importorskip("aihwkit", reason="aihwkit is not installed")
+from aihwkit.simulator import configs, tiles
+
+pytestmark = pytest.mark.aihwkit
+
+REPEATS = 3000
+STEP = 0.002  # weight of a pulse; weights span -1 to 1, so a full pair, twice that, is 2
+X = np.array([[1.0, -0.6, 0.25, 0.0], [0.5, 0.7, -0.1, 0.3]], np.float32)
+D = np.array([[0.2, -0.9, 0.55], [1.0, 0.3, -0.05]], np.float32)
+W = np.linspace(-0.6, 0.6, 12, dtype=np.float32).reshape(3, 4)
+OURS = {"pulses": 2 / STEP, "sides": "reference", "cycle": 0.3}
+THEIRS = {
+    "dw_min": STEP, "dw_min_std": 0.3, "dw_min_dtod": 0.0, "up_down_dtod": 0.0, "w_max_dtod": 0.0, "w_min_dtod": 0.0,
+    "w_max": 1.0, "w_min": -1.0,
+}  # fmt: skip
+SLOPES = {"gamma_up": 0.4, "gamma_down": 0.4, "gamma_up_dtod": 0.0, "gamma_down_dtod": 0.0}
+DEVICES = {
+    "constant step": (ConstantStep(**OURS), configs.ConstantStepDevice(**THEIRS)),
+    # their step is the larger one, ours the mean of both
+    "asymmetric constant step": (
+        ConstantStep(asymmetry=0.25, **(OURS | {"pulses": 2 / (0.8 * STEP)})),
+        configs.ConstantStepDevice(up_down=0.4, **THEIRS),
+    ),
+    "soft bounds": (
+        SoftBounds(up=2, down=2, cycle_of="step", **OURS),
+        configs.SoftBoundsDevice(**THEIRS, mult_noise=True),
+    ),
+    "linear step": (
+        LinearStep(slope_up=0.4, slope_down=0.4, cycle_of="step", **OURS),
+        configs.LinearStepDevice(**THEIRS, **SLOPES, mult_noise=True),
+    ),
+}
+TRAINS = {
+    "managed": {},
+    "plain": {"update_management": False, "bound_management": False},
+    "implicit": {"scheme": "deterministic_implicit", "bound_management": False},
+}
+
+
+def their_step(law):
+    """A nominal step of ours in theirs: as many pulses are wanted for that share of a change."""
+    return round(2 / law.pulses / STEP, 6)
+
+
+def their_changes(device, train, rate, samples=2):
+    """Weight changes [REPEATS, O, I] of aihwkit's tile after the samples in sequence."""
+    implicit = train.scheme == "deterministic_implicit"
+    pulse_type = "DETERMINISTIC_IMPLICIT" if implicit else "STOCHASTIC_COMPRESSED"
+    slot = 1 / train.length if implicit else 0.0  # theirs are continuous unless told
+    update = configs.UpdateParameters(
+        desired_bl=train.length, update_management=train.update_management, x_res_implicit=slot, d_res_implicit=slot,
+        update_bl_management=train.bound_management, pulse_type=configs.PulseType[pulse_type],
+    )  # fmt: skip
+    torch.manual_seed(1)
+    tile = tiles.AnalogTile(3, 4, configs.SingleRPUConfig(device=device, update=update))
+    tile.set_learning_rate(rate)
+    x, d, found = torch.from_numpy(X[:samples]), torch.from_numpy(D[:samples]), []
+    for _ in range(REPEATS):
+        tile.set_weights(torch.from_numpy(W), realistic=False)
+        tile.update(x, d)
+        found.append(tile.get_weights(realistic=False)[0].numpy() - W)
+    return np.array(found)
+
+
+def our_changes(law, train, rate):
+    """The same of as many arrays side by side."""
+    shares = np.tile((W.T + 1) / 2, (REPEATS, 1))
+    g = np.stack([shares, np.full_like(shares, 0.5)]) * np.float32(10e-6)
+    x, d = np.tile(X, REPEATS), np.tile(D, REPEATS)
+    w_max = np.full(REPEATS * 3, 2, np.float32)
+    rate *= their_step(law)
+    read = ops.pulse_update(
+        g, x, d, rate=rate, train=train, law=law, w_max=w_max, g_min=0.0, g_max=10e-6, groups=REPEATS, seed=3
+    )
+    change = read - W
+    return np.where(np.abs(change) < 1e-6, 0, change)  # less is rounding of the window, not a pulse
+
+
+@pytest.mark.parametrize("train", TRAINS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_changes_have_the_same_distribution(device, train):
+    law, theirs = DEVICES[device]
+    train = PulseTrain(**TRAINS[train])
+    a, b = our_changes(law, train, 0.03), their_changes(theirs, train, 0.03)
+    for moment in (lambda v: v, lambda v: (v - v.mean(0)) ** 2):
+        first, second = moment(a), moment(b)
+        off = first.mean(0) - second.mean(0)
+        error = np.sqrt((first.var(0) + second.var(0)) / REPEATS)
+        assert (np.abs(off) < 4.5 * error + 1e-9).all(), (off / (error + 1e-9)).round(1)
+    for o in range(3):
+        for i in range(4):
+            assert ks_2samp(a[:, o, i], b[:, o, i]).pvalue > 1e-5, (o, i)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_expected_update_is_the_mean_of_their_pulses(device):
+    """Of one sample, to second order in a change that moves a device by little of its window."""
+    law, theirs = DEVICES[device]
+    b = their_changes(theirs, PulseTrain(), 0.03, samples=1)
+    change = (-0.03 * their_step(law) * np.outer(D[0], X[0]))[None].astype(np.float32)
+    shares = np.ascontiguousarray((W.T + 1) / 2)
+    g = np.stack([shares, np.full_like(shares, 0.5)]).astype(np.float32) * np.float32(10e-6)
+    quiet = law.model_copy(update={"cycle": 0.0})
+    read = ops.device_update(
+        g, change, law=quiet, w_max=np.full(3, 2, np.float32), g_min=0.0, g_max=10e-6, seed=3
+    )
+    off = read[0] - W - b.mean(0)
+    assert (np.abs(off) < 4.5 * b.std(0) / np.sqrt(REPEATS) + 2e-4).all(), off
