@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -76,7 +79,8 @@ def pulse_update(
 ) -> tuple[Run, Callable[[], float]]:
     """`ops.pulse_update` of normal inputs and errors by trains of 31 slots, in outer products of the batch.
 
-    `wanted`: coincidences that an input and an error of 1 want; 0.64 of it on average.
+    `wanted`: coincidences that an input and an error of 1 want; 0.64 of it on average. In sequence, aihwkit runs beside
+    where it is installed: its tile has one device a weight, ours two.
     """
     rng = np.random.default_rng(0)
     x, d = (rng.normal(size=(batch, lines)).astype(np.float32) for lines in (inputs, outputs))
@@ -100,7 +104,31 @@ def pulse_update(
 
     worked = g.copy()
     tx, td = torch.from_numpy(x), torch.from_numpy(d)
-    return {
+    run: Run = {
         "ideal": lambda: td.T @ tx,
         "gpuxbar": lambda: ops.pulse_update(worked, x, d, law=law, train=train, **settings),
-    }, check
+    }
+    if mode == "exact" and find_spec("aihwkit") is not None:
+        run["aihwkit"] = partial(_aihwkit(law, train, wanted, outputs, inputs).update, tx, td)
+    return run, check
+
+
+def _aihwkit(law: UpdateLaw, train: PulseTrain, wanted: float, outputs: int, inputs: int) -> Any:
+    """A tile of aihwkit's with one such device a weight, and as many coincidences."""
+    configs, tiles = (import_module(f"aihwkit.simulator.{part}") for part in ("configs", "tiles"))
+    step = 2 / (law.nominal_pulses or 1)  # of its window, -1 to 1
+    kind = configs.ConstantStepDevice if isinstance(law, ConstantStep) else configs.SoftBoundsDevice
+    device = kind(
+        dw_min=step,
+        dw_min_std=0.3,
+        dw_min_dtod=0.3,
+        up_down_dtod=0.01,
+        w_max=1.0,
+        w_min=-1.0,
+        w_max_dtod=0.1,
+        w_min_dtod=0.1,
+    )
+    pulses = configs.UpdateParameters(desired_bl=train.length, update_bl_management=train.bound_management)
+    tile = tiles.AnalogTile(outputs, inputs, configs.SingleRPUConfig(device=device, update=pulses))
+    tile.set_learning_rate(wanted * step)
+    return tile
