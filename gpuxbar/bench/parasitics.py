@@ -69,11 +69,11 @@ def anchored(size: int = 128, count: int = 100, drift: float = 1e-3) -> Contende
     moved = moved.astype(np.float32)
     anchor = ops.Anchor.new(g.shape)
 
-    def update(g: np.ndarray) -> np.ndarray:
-        found: np.ndarray = ops.anchored_conductance(g, anchor, tolerance=1.0, **WIRES)
+    def update(g: np.ndarray, solve_all: bool = False) -> np.ndarray:
+        found: np.ndarray = ops.anchored_conductance(g, anchor, tolerance=1.0, solve_all=solve_all, **WIRES)
         return found
 
-    update(g)
+    update(g, solve_all=True)
     turns = [moved, g]
 
     def ours() -> np.ndarray:
