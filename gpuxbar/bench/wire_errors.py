@@ -68,9 +68,9 @@ class Pair:
 WIRES = ((10e3, 1.0, 0.0), (10e3, 2.5, 100.0), (10e3, 2.5, 1000.0), (1e3, 1.0, 100.0))
 CASES = tuple(
     Pair(cells, size, *wires)
-    for cells, sizes in (("gaussian", (32, 64, 128, 256)), ("uniform", (32, 64, 128)))
-    for size in sizes
-    for wires in (WIRES if size < 256 else WIRES[:3])
+    for cells in ("gaussian", "uniform")
+    for size in (32, 64, 128, 256)
+    for wires in WIRES
 )
 
 
