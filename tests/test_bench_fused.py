@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -108,6 +109,9 @@ def test_explain_gives_the_plan_of_every_read():
     done = run(app, ["--explain", "sm_90"])
     assert done.exit_code == 0, done.output
     assert all(f"{read.name}: {read.size}" in done.output for read in READS)
+    assert re.search(
+        r"resnet18-layer1: 128 images of 32 x 32.*\nstrategy: implicit\n(.*\n)*?  implicit: ", done.output
+    )
     assert "strategy: wgmma\n  fused: " in done.output
     assert "rates of sm_90: estimate" in done.output
     few = run(app, ["--explain", "sm_86", "--multiprocessors", "46"])

@@ -14,6 +14,9 @@ from test_drift import case as drift_case
 from test_drift import oracle as drift_oracle
 from test_effective_conductance import WIRES, tiles, wires
 from test_endurance import case as wear_case
+from test_fused_implicit import READS as CONVOLUTIONS
+from test_fused_implicit import convolution as images_and_kernels
+from test_fused_implicit import read as read_images
 from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
 from test_program import SEED as WRITE_SEED
 from test_program import SHAPES as WEIGHT_SHAPES
@@ -219,6 +222,18 @@ def test_fused_reads_are_those_of_the_epilogue(cuda_device, strategy, tile, chan
     wanted = run(cuda_device, ops.tile_mvm, codes, g, **s, **{**way, "strategy": "epilogue"})
     for one, other in zip(*(r if change == "gate" else (r,) for r in (got, wanted)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gathered_patches_are_the_unfolded_read(cuda_device, name):
+    """Bit for bit, and again: partial sums are integers."""
+    conv, groups, images, tile, planes, s, _ = CONVOLUTIONS[name]
+    codes, g = images_and_kernels(conv, groups, images, 8, planes)
+    s = {**s, "groups": groups, "conv": conv, "tile": tile}
+    unfolded = run(cuda_device, read_images, codes, g, strategy="epilogue", **s)
+    for _ in range(REPEATS):
+        gathered = run(cuda_device, read_images, codes, g, strategy="implicit", **s)
+        np.testing.assert_array_equal(np.stack(gathered), np.stack(unfolded))
 
 
 # ---- converting

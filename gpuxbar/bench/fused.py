@@ -31,7 +31,7 @@ from gpuxbar.bridge.arrays import explain_gpu
 from gpuxbar.launch import CudaDevice, Device, Kernel
 from gpuxbar.ops.tile_mvm_plan import Case, Plan, plan_tile_mvm
 
-__all__ = ["CHECKS", "READS", "Read", "Recorder", "Subject", "Target", "check"]
+__all__ = ["CHECKS", "CONVOLUTIONS", "READS", "Read", "Recorder", "Subject", "Target", "check"]
 
 ROOT = Path(__file__).parents[2]
 LSB, G_STEP = 2.0**-27, 2.0**-31  # A, S
@@ -102,6 +102,14 @@ READS = (
     Read("transformer", 8192, 1024, 4096, targets={"wgmma": Target(175)}),
     Read("small-batch", 128, 4096, 4096),
 )
+CONVOLUTIONS = {  # planned, not timed yet: 3 x 3, read forwards
+    f"{name}: {images} images of {size} x {size}, {channels} channels, 128-row tiles": Case(
+        images * size * size, 1, 9 * channels, channels, 1, 128, noise="fast", images=(images, size + 2, size + 2, 9)
+    )
+    for name, images, size, channels in (
+        ("resnet18-layer1", 128, 32, 64), ("resnet18-layer3", 128, 8, 256), ("resnet50-layer3", 32, 14, 256),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
