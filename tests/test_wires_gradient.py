@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -302,6 +304,28 @@ def test_an_anchored_run_resumes_bit_for_bit():
     steps(resumed, optimiser, range(3, 6))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_programmed_devices_have_the_gradient_of_their_own_wires():
+    """Written without noise they are those of the weights; a year of drift leaves others."""
+    spec = gx.CrossbarSpec(
+        device=DEVICE,
+        drift={"nu": 0.1},
+        parasitics={**WIRES["strong"], "terminations": "line", "gradient": "exact"},
+    )
+    torch.manual_seed(0)
+    free = AnalogLinear(9, 4, spec=spec)
+    programmed = copy.deepcopy(free)
+    gx.program(programmed)
+    grads, x = [], torch.randn(5, 9)
+    for layer, age in ((free, None), (programmed, 0.0), (programmed, "1y")):
+        if age is not None:
+            gx.age(layer, age)
+        layer.weight.grad = None
+        layer(x).square().sum().backward()
+        grads.append(layer.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+    assert (grads[2] - grads[0]).norm() > 0.1 * grads[0].norm()
 
 
 def test_a_weight_changed_before_backward_is_caught():

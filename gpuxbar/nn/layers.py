@@ -231,14 +231,19 @@ class AnalogLayer(InSitu):
                 f"{self.name}: the ADC range must be calibrated before use; call gpuxbar.calibrate(model, loader)"
             )
 
+    def _devices(self) -> Tensor:
+        """Conductances of a layer with wires, on their near side: [2 slices, G * I, O], S."""
+        if self.aged is not None:
+            return self.aged
+        return self.cells if self.g_cells is None else self.g_cells
+
     def _products(self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None) -> Tensor:
         """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
         cells = self.conductances()
         self.read_step += 1
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
-            devices = self.cells if self.g_cells is None else self.g_cells
             weight = weight_through_wires(
-                weight, devices, cells.w_max, self.groups_, self.in_situ, self.static[1]
+                weight, self._devices(), cells.w_max, self.groups_, self.in_situ, self.static[1]
             )
         return analog_mvm(
             x, weight, *cells, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
