@@ -10,19 +10,20 @@
 #include <vector>
 
 #include "gpuxbar/parasitics.cuh"
+#include "wide.hpp"
 
 namespace gpuxbar::blocks {
 
 constexpr int LEAF = 8;   // cells along a leaf's side; every block is a multiple of it
 constexpr int GROUP = 4;  // leaves along the side of a group
-constexpr int LANES = GROUP * GROUP;
+constexpr int LEAVES = GROUP * GROUP;
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16, MICRO = 8;  // floats of a vector, rows of the register tile
 #else
 constexpr int WIDTH = 8, MICRO = 4;
 #endif
 
-typedef float Lane __attribute__((vector_size(4 * LANES)));  // one value of every leaf of a group
+typedef float Lane __attribute__((vector_size(4 * LEAVES)));  // one value of every leaf of a group
 
 // Neighbouring floats at any address; a template argument would lose the alignment.
 template <int COUNT>
@@ -36,35 +37,10 @@ struct Floats<8> {
   typedef float Vec __attribute__((vector_size(32), aligned(4)));
 };
 
-template <int STEP>
-inline void exchange(Lane* m) {
-  typedef int Index __attribute__((vector_size(4 * LANES)));
-  Index low, high;
-  for (int j = 0; j < LANES; ++j) {
-    low[j] = j & STEP ? LANES + j - STEP : j;
-    high[j] = j & STEP ? LANES + j : j + STEP;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) {
-    if (i & STEP) continue;
-    const Lane a = m[i], b = m[i + STEP];
-    m[i] = __builtin_shuffle(a, b, low);
-    m[i + STEP] = __builtin_shuffle(a, b, high);
-  }
-}
-
-// A square of 16 x 16 floats turned over its diagonal.
-inline void transpose(Lane* m) {
-  exchange<1>(m);
-  exchange<2>(m);
-  exchange<4>(m);
-  exchange<8>(m);
-}
-
 // The first `count` of 16 floats, the others 0.
 inline Lane some(const float* from, i64 count) {
   Lane x = {};
-  if (count >= LANES)
+  if (count >= LEAVES)
     std::memcpy(&x, from, sizeof x);
   else
     std::memcpy(&x, from, sizeof(float) * count);
@@ -437,7 +413,7 @@ struct Builder {
   // A cell of every leaf with the segments before and below it; open cells where the tile ends.
   void segments(i64 r0, i64 c0, i64 i, i64 j, Lane& device, Lane& left, Lane& below) const {
     device = left = below = Lane{};
-    for (int lane = 0; lane < LANES; ++lane) {
+    for (int lane = 0; lane < LEAVES; ++lane) {
       const i64 row = (r0 + lane / GROUP) * LEAF + i - pad, col = (c0 + lane % GROUP) * LEAF + j;
       if (row < 0 || row >= rows || col >= cols) continue;
       device[lane] = g[row * cols + col];
@@ -449,15 +425,15 @@ struct Builder {
   // The leaves of the group at (r0, c0), each a matrix of its own, one after the other.
   float* leaves(i64 r0, i64 c0, Stack<float>& results) {
     constexpr i64 SIZE = 4 * LEAF * 4 * LEAF;
-    float* const out = results.take(LANES * SIZE);
+    float* const out = results.take(LEAVES * SIZE);
     const Block<Lane> block = cells(r0, c0, 0, LEAF, 0, LEAF, 0);
     lanes.stack[0].top = 0;
     if (blocks.counting()) return out;
-    for (i64 e0 = 0; e0 < SIZE; e0 += LANES) {
-      Lane square[LANES];
-      std::copy(block.q + e0, block.q + e0 + LANES, square);
-      transpose(square);
-      for (int lane = 0; lane < LANES; ++lane) std::memcpy(out + lane * SIZE + e0, square + lane, sizeof(Lane));
+    for (i64 e0 = 0; e0 < SIZE; e0 += LEAVES) {
+      Lane square[LEAVES];
+      std::copy(block.q + e0, block.q + e0 + LEAVES, square);
+      swap_lanes<1>(square);
+      for (int lane = 0; lane < LEAVES; ++lane) std::memcpy(out + lane * SIZE + e0, square + lane, sizeof(Lane));
     }
     return out;
   }

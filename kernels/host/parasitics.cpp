@@ -12,14 +12,14 @@ namespace {
 
 // ---------------------------------------------------------------- lines on their own
 
-using Row = Floats<LANES>::Vec;
+using Row = Floats<LEAVES>::Vec;
 
 inline Lane load(const float* from) { return *(const Row*)from; }
 inline void store(float* to, const Lane& x) { *(Row*)to = x; }
 
 // The largest of many numbers that are to be finite and not negative, as bits; -0 counts as 0.
 struct Largest {
-  typedef u32 Bits __attribute__((vector_size(4 * LANES)));
+  typedef u32 Bits __attribute__((vector_size(4 * LEAVES)));
   Bits bits = {};
   void see(const Lane& x) {
     const Bits own = (Bits)(x + 0.0f);
@@ -27,7 +27,7 @@ struct Largest {
   }
   bool sound() const {
     u32 largest = 0;
-    for (int lane = 0; lane < LANES; ++lane) largest = std::max(largest, bits[lane]);
+    for (int lane = 0; lane < LEAVES; ++lane) largest = std::max(largest, bits[lane]);
     return largest < 0x7F800000u;
   }
 };
@@ -59,24 +59,24 @@ class Ladder {
     Lane voltage[COUNT], current[COUNT], below[COUNT];
     for (int i = 0; i < COUNT; ++i) {
       voltage[i] = Lane{} + 1.0f, current[i] = Lane{};
-      below[i] = load(&bitline[c0 + i * LANES]);
+      below[i] = load(&bitline[c0 + i * LEAVES]);
     }
     for (i64 r = 0; r < high; ++r) {
-      if (r % LANES == 0)
-        for (int i = 0; i < COUNT; ++i) store(start + r / LANES * wide + c0 + i * LANES, current[i]);
+      if (r % LEAVES == 0)
+        for (int i = 0; i < COUNT; ++i) store(start + r / LEAVES * wide + c0 + i * LEAVES, current[i]);
       if (r == high - 1)
-        for (int i = 0; i < COUNT; ++i) below[i] = load(&sink[c0 + i * LANES]);
+        for (int i = 0; i < COUNT; ++i) below[i] = load(&sink[c0 + i * LEAVES]);
 #pragma GCC unroll 8
       for (int i = 0; i < COUNT; ++i) {
-        const Lane cells = load(g + r * wide + c0 + i * LANES);
+        const Lane cells = load(g + r * wide + c0 + i * LEAVES);
         given.see(cells);
         current[i] += cells * voltage[i];
         voltage[i] += below[i] * current[i];
       }
-      if ((r + 1) % LANES) continue;
+      if ((r + 1) % LEAVES) continue;
       for (int i = 0; i < COUNT; ++i) {
         const Lane inverse = 1.0f / voltage[i];
-        store(scale + r / LANES * wide + c0 + i * LANES, inverse);
+        store(scale + r / LEAVES * wide + c0 + i * LEAVES, inverse);
         current[i] *= inverse;
         voltage[i] = Lane{} + 1.0f;
       }
@@ -85,25 +85,25 @@ class Ladder {
 
   Sound squares(const float* g, float* out, float* work) const {
     Largest given, found;
-    float* const start = work;                         // [high / 16, wide] currents of the bitlines
-    float* const scale = start + high * wide / LANES;  // [high / 16, wide]
-    float* const reach = scale + high * wide / LANES;  // [wide]
-    float* const along = reach + wide;                 // [wide, 16]: voltages of 16 wordlines
-    float* const scale_along = along + wide * LANES;   // [wide / 16, 16]
+    float* const start = work;                          // [high / 16, wide] currents of the bitlines
+    float* const scale = start + high * wide / LEAVES;  // [high / 16, wide]
+    float* const reach = scale + high * wide / LEAVES;  // [wide]
+    float* const along = reach + wide;                  // [wide, 16]: voltages of 16 wordlines
+    float* const scale_along = along + wide * LEAVES;   // [wide / 16, 16]
     i64 c = 0;
-    for (; c + 8 * LANES <= wide; c += 8 * LANES) bitlines<8>(g, c, start, scale, given);
-    for (; c < wide; c += LANES) bitlines<1>(g, c, start, scale, given);
+    for (; c + 8 * LEAVES <= wide; c += 8 * LEAVES) bitlines<8>(g, c, start, scale, given);
+    for (; c < wide; c += LEAVES) bitlines<1>(g, c, start, scale, given);
     std::fill(reach, reach + wide, 1.0f);
-    for (i64 r0 = high - LANES; r0 >= 0; r0 -= LANES) {  // 16 wordlines at a time, from the right
+    for (i64 r0 = high - LEAVES; r0 >= 0; r0 -= LEAVES) {  // 16 wordlines at a time, from the right
       const Lane left = load(&wordline[r0]), first = load(&source[r0]);
-      Lane amperes = {}, square[LANES];
-      for (i64 c0 = wide - LANES; c0 >= 0; c0 -= LANES) {
-        for (int i = 0; i < LANES; ++i) square[i] = load(g + (r0 + i) * wide + c0);
-        transpose(square);
+      Lane amperes = {}, square[LEAVES];
+      for (i64 c0 = wide - LEAVES; c0 >= 0; c0 -= LEAVES) {
+        for (int i = 0; i < LEAVES; ++i) square[i] = load(g + (r0 + i) * wide + c0);
+        swap_lanes<1>(square);
         Lane volts = Lane{} + 1.0f;
 #pragma GCC unroll 16
-        for (int j = LANES - 1; j >= 0; --j) {
-          store(along + (c0 + j) * LANES, volts);
+        for (int j = LEAVES - 1; j >= 0; --j) {
+          store(along + (c0 + j) * LEAVES, volts);
           amperes += square[j] * volts;
           volts += (c0 + j ? left : first) * amperes;
         }
@@ -112,15 +112,15 @@ class Ladder {
         store(scale_along + c0, inverse);
       }
       Lane share = Lane{} + 1.0f;
-      for (i64 c0 = 0; c0 < wide; c0 += LANES) {
+      for (i64 c0 = 0; c0 < wide; c0 += LEAVES) {
         share *= load(scale_along + c0);
-        for (int j = 0; j < LANES; ++j) square[j] = share * load(along + (c0 + j) * LANES);
-        transpose(square);
-        const Lane reached = load(reach + c0) * load(scale + r0 / LANES * wide + c0), below = load(&bitline[c0]);
+        for (int j = 0; j < LEAVES; ++j) square[j] = share * load(along + (c0 + j) * LEAVES);
+        swap_lanes<1>(square);
+        const Lane reached = load(reach + c0) * load(scale + r0 / LEAVES * wide + c0), below = load(&bitline[c0]);
         store(reach + c0, reached);
-        Lane voltage = reached, current = reached * load(start + r0 / LANES * wide + c0);
+        Lane voltage = reached, current = reached * load(start + r0 / LEAVES * wide + c0);
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) {
+        for (int i = 0; i < LEAVES; ++i) {
           const Lane passed = load(g + (r0 + i) * wide + c0) * voltage;
           const Lane left_over = passed * square[i];
           found.see(left_over);
@@ -137,15 +137,15 @@ class Ladder {
   Ladder(i64 rows, i64 cols, Lines lines)
       : rows(rows),
         cols(cols),
-        high((rows + LANES - 1) / LANES * LANES),
-        wide((cols + LANES - 1) / LANES * LANES),
+        high((rows + LEAVES - 1) / LEAVES * LEAVES),
+        wide((cols + LEAVES - 1) / LEAVES * LEAVES),
         wordline(filled(lines.wordline, rows, high, high - rows)),
         bitline(filled(lines.bitline, cols, wide, 0)),
         source(filled(lines.source, rows, high, high - rows)),
         sink(filled(lines.sink, cols, wide, 0)) {}
 
   // Floats that `solve` takes; 64-byte boundaries stay.
-  i64 work() const { return 2 * high * wide / LANES + wide * (LANES + 2) + (whole() ? 0 : high * wide); }
+  i64 work() const { return 2 * high * wide / LEAVES + wide * (LEAVES + 2) + (whole() ? 0 : high * wide); }
 
   Sound solve(const float* g, float* out, float* work) const {
     if (whole()) return squares(g, out, work);

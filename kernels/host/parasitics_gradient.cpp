@@ -135,8 +135,8 @@ struct Adjoint {
     }
     if (!inside && r1 - r0 <= GROUP && c1 - c0 <= GROUP) {
       group = builder.leaves(r0, c0, kept);
-      grads = kept.take(LANES * SIDE * SIDE);
-      if (kept.base) std::fill(grads, grads + LANES * SIDE * SIDE, 0.0f);
+      grads = kept.take(LEAVES * SIDE * SIDE);
+      if (kept.base) std::fill(grads, grads + LEAVES * SIDE * SIDE, 0.0f);
       descend(r0, r1, c0, c1, true, group, grads, whole);
       leaves(r0, c0, grads);
       kept.top = mark;
@@ -159,11 +159,11 @@ struct Adjoint {
   void leaves(i64 r0, i64 c0, const float* grads) {
     const Block<Lane> whole{
         kept_lanes.take(SIDE * SIDE), SIDE, {0, LEAF, 2 * LEAF, 3 * LEAF}, {LEAF, LEAF, LEAF, LEAF}};
-    for (i64 e0 = 0; kept_lanes.base && e0 < SIDE * SIDE; e0 += LANES) {
-      Lane square[LANES];
-      for (int lane = 0; lane < LANES; ++lane) square[lane] = some(grads + lane * SIDE * SIDE + e0, LANES);
-      transpose(square);
-      std::copy(square, square + LANES, whole.q + e0);
+    for (i64 e0 = 0; kept_lanes.base && e0 < SIDE * SIDE; e0 += LEAVES) {
+      Lane square[LEAVES];
+      for (int lane = 0; lane < LEAVES; ++lane) square[lane] = some(grads + lane * SIDE * SIDE + e0, LEAVES);
+      swap_lanes<1>(square);
+      std::copy(square, square + LEAVES, whole.q + e0);
     }
     cells(r0, c0, 0, LEAF, 0, LEAF, whole);
     kept_lanes.top = 0;
@@ -192,7 +192,7 @@ struct Adjoint {
     Lane sum = {};
     for (int s = 0; s < 4; ++s)
       for (int t = 0; t < 4; ++t) sum += voltage[s] * whole.q[s * whole.ld + t] * voltage[t];
-    for (int lane = 0; lane < LANES; ++lane) {
+    for (int lane = 0; lane < LEAVES; ++lane) {
       const i64 row = (r0 + lane / GROUP) * LEAF + i - builder.pad, col = (c0 + lane % GROUP) * LEAF + j;
       if (row >= 0 && row < builder.rows && col < builder.cols) out[row * builder.cols + col] = sum[lane];
     }

@@ -61,28 +61,30 @@ inline void philox_lanes(const WideCounter& even, const WideCounter& odd, u32 ke
   *(Wide*)w = (a.w & low) | b.w << 32;
 }
 
-// One step of a transposition: swaps the lanes of rows that lie STRIDE apart.
-template <int STRIDE>
-inline void swap_lanes(Vec (&rows)[LANES]) {
-  VecIndex first, second;
-  for (int k = 0; k < LANES; ++k) {
-    first[k] = k & STRIDE ? LANES + k - STRIDE : k;
-    second[k] = k & STRIDE ? LANES + k : k + STRIDE;
+// The steps of a transposition from STRIDE on: each swaps the lanes of rows that lie so far apart. N rows of N floats.
+template <int STRIDE, class V, int N>
+inline void swap_lanes(V (&rows)[N]) {
+  static_assert(sizeof(V) == 4 * N);
+  using Index = decltype(V{} < V{});  // integers as wide
+  Index first, second;
+  for (int k = 0; k < N; ++k) {
+    first[k] = k & STRIDE ? N + k - STRIDE : k;
+    second[k] = k & STRIDE ? N + k : k + STRIDE;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < LANES; ++r) {
+  for (int r = 0; r < N; ++r) {
     if (r & STRIDE) continue;
-    const Vec a = rows[r], b = rows[r + STRIDE];
+    const V a = rows[r], b = rows[r + STRIDE];
     rows[r] = __builtin_shuffle(a, b, first);
     rows[r + STRIDE] = __builtin_shuffle(a, b, second);
   }
-  if constexpr (2 * STRIDE < LANES) swap_lanes<2 * STRIDE>(rows);
+  if constexpr (2 * STRIDE < N) swap_lanes<2 * STRIDE>(rows);
 }
 
 // to[j][i] = from[i][j] of a tile of LANES x LANES, by rows of `from_stride` and `to_stride`.
 template <class Value>
 inline void transpose_tile(const Value* from, i64 from_stride, Value* to, i64 to_stride) {
-  Vec rows[LANES];
+  alignas(4 * LANES) Vec rows[LANES];  // a template's argument forgets that Vec may lie anywhere
 #pragma GCC unroll 16
   for (int r = 0; r < LANES; ++r) rows[r] = *(const Vec*)(from + r * from_stride);
   swap_lanes<1>(rows);
