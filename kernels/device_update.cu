@@ -19,23 +19,6 @@ namespace gpuxbar {
 #define COUNTED 0
 #endif
 
-GPUXBAR_FN void load(const float* from, float to[4], int count, bool whole, float otherwise) {
-  to[0] = to[1] = to[2] = to[3] = otherwise;
-  if (whole) {
-    const float4 v = *(const float4*)from;
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-  } else {
-    for (int q = 0; q < count; ++q) to[q] = from[q];
-  }
-}
-
-GPUXBAR_FN void store(float* to, const float from[4], int count, bool whole) {
-  if (whole)
-    *(float4*)to = make_float4(from[0], from[1], from[2], from[3]);
-  else
-    for (int q = 0; q < count; ++q) to[q] = from[q];
-}
-
 // Four cells of one wordline: shares of the window in, moved in place, and what they show with write noise. False if
 // none is to move. `taken` are their counts of pulses.
 GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], float wanted[4], i32 taken[4],

@@ -5,6 +5,7 @@
 // Random  normals of (plane, wordline, bitline): see philox.cuh.
 // Wrapper gpuxbar/ops/drift.py      Oracle gpuxbar/reference/drift.py
 #include "gpuxbar/ageing.cuh"
+#include "gpuxbar/four.cuh"
 
 namespace gpuxbar {
 
@@ -16,29 +17,17 @@ extern "C" __global__ void __launch_bounds__(256) drift(const float* __restrict_
                                                         u64 seed, i64 rows, int cols,
                                                         i64 size)  // P * R * ceil(C / 4)
 {
-  const i64 stride = (i64)gridDim.x * blockDim.x, groups = (cols + 3) / 4;
+  const i64 stride = (i64)gridDim.x * blockDim.x;
   const bool aligned = (cols & 3) == 0 && (((u64)g | (u64)aged) & 15) == 0;
   for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < size; e += stride) {
-    const u32 group = (u32)(e % groups), row = (u32)(e / groups % rows), plane = (u32)(e / groups / rows);
-    const i64 first = (e / groups) * cols + 4 * (i64)group;
-    const int count = cols - 4 * (int)group < 4 ? cols - 4 * (int)group : 4;
-    Normals4 nu{}, flicker{};
-    if (law.std_max > 0.0f) nu = normals4(counter(group, row, DRIFT, plane, step), (u32)seed, (u32)(seed >> 32));
-    if (law.flicker > 0.0f)
-      flicker = normals4(counter(group, row, FLICKER, plane, flicker_step), (u32)seed, (u32)(seed >> 32));
-    float x[4] = {};
-    if (aligned) {
-      const float4 v = *(const float4*)(g + first);
-      x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-    } else {
-      for (int q = 0; q < count; ++q) x[q] = g[first + q];
-    }
+    const Four at(e, rows, cols);
+    const Normals4 nu = draw(law.std_max, DRIFT, at.group, at.row, at.plane, step, seed);
+    const Normals4 flicker = draw(law.flicker, FLICKER, at.group, at.row, at.plane, flicker_step, seed);
+    float x[4];
+    load(g + at.first, x, at.count, aligned, 0.0f);
 #pragma unroll
     for (int q = 0; q < 4; ++q) x[q] = drifted(law, x[q], nu.z[q], flicker.z[q]);
-    if (aligned)
-      *(float4*)(aged + first) = make_float4(x[0], x[1], x[2], x[3]);
-    else
-      for (int q = 0; q < count; ++q) aged[first + q] = x[q];
+    store(aged + at.first, x, at.count, aligned);
   }
 }
 

@@ -8,41 +8,26 @@
 // State   null: always. Else [version programmed, version now]: nothing is written where both are one version, not 0;
 //         the step of the write noise is the version.
 // Wrapper gpuxbar/ops/program_cuda.py      Oracle gpuxbar/reference/program.py
+#include "gpuxbar/four.cuh"
 #include "gpuxbar/programming.cuh"
 
 namespace gpuxbar {
 
-struct Four {
-  float x[4];
-};
-
 // What a write leaves of four targets of a plane; (group, row): their column group and wordline.
-GPUXBAR_FN void write(const Programming& p, u32 group, u32 row, u32 slot, Four* g) {
-  const u32 key_lo = (u32)p.seed, key_hi = (u32)(p.seed >> 32);
-  Normals4 spread{}, noise{};
-  Four u{{0.5f, 0.5f, 0.5f, 0.5f}};
-  if (p.spread > 0.0f) spread = normals4(counter(group, row, DEVICE_SPREAD, slot, 0), key_lo, key_hi);
-  if (noisy_writes(p)) noise = normals4(counter(group, row, WRITE, slot, (u32)p.step), key_lo, key_hi);
-  if (p.stuck_low > 0.0f || p.stuck_high < 1.0f) {
-    const Counter w = philox<10>(counter(group, row, STUCK, slot, 0), key_lo, key_hi);
-    u = Four{{uniform(w.x), uniform(w.y), uniform(w.z), uniform(w.w)}};
-  }
+GPUXBAR_FN void write(const Programming& p, u32 group, u32 row, u32 slot, float g[4]) {
+  const Normals4 spread = draw(p.spread, DEVICE_SPREAD, group, row, slot, 0, p.seed);
+  const Normals4 noise = draw(noisy_writes(p) ? 1.0f : 0.0f, WRITE, group, row, slot, (u32)p.step, p.seed);
+  const Uniforms4 u = draw_stuck(p.stuck_low + (1.0f - p.stuck_high), group, row, slot, p.seed);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) g->x[j] = written(p, g->x[j], spread.z[j], noise.z[j], u.x[j]);
+  for (int j = 0; j < 4; ++j) g[j] = written(p, g[j], spread.z[j], noise.z[j], u.u[j]);
 }
 
-// Store four values and what must poison them: 16 bytes where all four exist and are aligned.
-GPUXBAR_FN void store(float* __restrict__ to, const Four& value, const Four& poison, int count, bool aligned) {
+// Store four values and what must poison them.
+GPUXBAR_FN void store_poisoned(float* to, const float value[4], const float poison[4], int count, bool whole) {
   float x[4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) x[j] = value.x[j] + poison.x[j];
-  if (aligned) {
-    *(float4*)to = make_float4(x[0], x[1], x[2], x[3]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (j < count) to[j] = x[j];
-  }
+  for (int j = 0; j < 4; ++j) x[j] = value[j] + poison[j];
+  store(to, x, count, whole);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
@@ -86,54 +71,55 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const i64 to = row * outputs + o0 + first;
   const double top = (double)((1ull << (slices * slice_bits)) - 1);
 
-  Four w{}, poison{}, sum{}, var_sum{};
+  float w[4] = {}, poison[4] = {}, sum[4] = {}, var_sum[4] = {};
   u32 code[4] = {};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (j >= count) continue;
     const float value = block[first + j][line];
-    poison.x[j] = value - value;  // NaN where the weight is NaN or infinite, else 0
-    w.x[j] = clip_weight(value * (float)inverse[first + j]);
+    poison[j] = value - value;  // NaN where the weight is NaN or infinite, else 0
+    w[j] = clip_weight(value * (float)inverse[first + j]);
     if (slice_bits) code[j] = weight_code(value, inverse[first + j], top);
   }
 
   for (int k = 0; k < slices; ++k) {
-    Four side[2] = {}, variance[2] = {};
+    float side[2][4] = {}, variance[2][4] = {};
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       if (s && !pairs) continue;
       const float sign = s ? -1.0f : 1.0f;
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        side[s].x[j] = slice_bits ? slice_target(p, w.x[j], code[j], k, sign)
-                       : pairs    ? pair_target(p, w.x[j], sign)
-                                  : offset_target(p, w.x[j]);
-      write(p, group, (u32)row, (u32)(s * slices + k), &side[s]);
+        side[s][j] = slice_bits ? slice_target(p, w[j], code[j], k, sign)
+                     : pairs    ? pair_target(p, w[j], sign)
+                                : offset_target(p, w[j]);
+      write(p, group, (u32)row, (u32)(s * slices + k), side[s]);
       if (noise_var)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) variance[s].x[j] = read_variance(p, side[s].x[j]);
+        for (int j = 0; j < 4; ++j) variance[s][j] = read_variance(p, side[s][j]);
     }
     if (merge == MERGE_NONE || merge == MERGE_OFFSET) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         if (s && !pairs) continue;
         const i64 at = (i64)(s * slices + k) * plane + to;
-        store(g + at, side[s], poison, count, aligned);
-        if (noise_var) store(noise_var + at, variance[s], poison, count, aligned);
+        store_poisoned(g + at, side[s], poison, count, aligned);
+        if (noise_var) store_poisoned(noise_var + at, variance[s], poison, count, aligned);
       }
       continue;
     }
     const float by = merge == MERGE_ALL ? (float)(1ull << (k * slice_bits)) : 1.0f;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      sum.x[j] = fma(by, side[0].x[j] - side[1].x[j], sum.x[j]);
-      var_sum.x[j] = fma(by * by, variance[0].x[j] + variance[1].x[j], var_sum.x[j]);
+      sum[j] = fma(by, side[0][j] - side[1][j], sum[j]);
+      var_sum[j] = fma(by * by, variance[0][j] + variance[1][j], var_sum[j]);
     }
     if (merge == MERGE_ALL && k + 1 < slices) continue;
     const i64 at = (merge == MERGE_ALL ? 0 : k) * plane + to;
-    store(g + at, sum, poison, count, aligned);
-    if (noise_var) store(noise_var + at, var_sum, poison, count, aligned);
-    sum = var_sum = Four{};
+    store_poisoned(g + at, sum, poison, count, aligned);
+    if (noise_var) store_poisoned(noise_var + at, var_sum, poison, count, aligned);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j] = var_sum[j] = 0.0f;
   }
 }
 

@@ -45,10 +45,11 @@ BUFFERED = {**FAST, "max_pulses": POSITIVE}
 
 
 class Lines(NamedTuple):
-    """Wordlines of a fast array: which, int64 [n]; how often each was read before, [n]; what they read in units of the
-    gradient, float32 [G, O, n]."""
+    """Wordlines of a fast array: which, int64 [n], and the same on the host; how often each was read before, [n]; what they
+    read in units of the gradient, float32 [G, O, n]."""
 
     at: Tensor
+    places: np.ndarray
     sweeps: np.ndarray
     values: Tensor
 
@@ -99,12 +100,12 @@ class Fast(nn.Module):
     def read(self, count: int, fast_lr: float) -> Lines:
         """Read the next lines."""
         inputs = self.array.inputs
-        places = self.reads + np.arange(min(count, inputs))
-        at = torch.from_numpy(places % inputs).to(self.scale.device)
+        sweeps, places = np.divmod(self.reads + np.arange(min(count, inputs)), inputs)
+        at = torch.from_numpy(places).to(self.scale.device)
         values = self.array.read_lines(at) / self.unit(fast_lr, self.scale)
         self.transfers += 1
         self.reads += len(places)
-        return Lines(at, places // inputs, values)
+        return Lines(at, places, sweeps, values)
 
     def unit(self, fast_lr: float, scale: Tensor) -> Tensor:
         """Change of a weight of the array for a gradient of 1, [G, O, 1]."""
@@ -229,8 +230,8 @@ class ChoppedTikiTakaV2(TikiTakaV2):
     def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
         signed = lines._replace(values=lines.values * fast.sign[..., lines.at])
         change = super()._transfer(fast, signed, pulse, group)
-        array, at = fast.array, lines.at.cpu().numpy()
-        rows = np.arange(array.groups_)[:, None] * array.inputs + at
+        array = fast.array
+        rows = np.arange(array.groups_)[:, None] * array.inputs + lines.places
         draw = uniforms(rows.ravel(), 1, purpose=Purpose.CHOPPER, step=fast.transfers, seed=array.plan.seed)
         flips = np.where(draw.reshape(array.groups_, 1, -1) < group["flip"], -1.0, 1.0).astype(np.float32)
         fast.sign[..., lines.at] *= torch.from_numpy(flips).to(lines.at.device)

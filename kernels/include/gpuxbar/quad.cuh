@@ -1,15 +1,10 @@
 // quad: four neighbouring devices of one plane, which one counter draws; what the CUDA kernels that write devices share.
 // Their host twin is kernels/host/cells.hpp.
 #pragma once
+#include "gpuxbar/four.cuh"
 #include "gpuxbar/update.cuh"
 
 namespace gpuxbar {
-
-// Normals of four neighbouring cells, zeros where their standard deviation is 0.
-GPUXBAR_FN Normals4 draw(float deviation, u32 purpose, u32 group, u32 row, u32 slot, u32 step, u64 seed) {
-  if (deviation == 0.0f) return Normals4{};
-  return normals4(counter(group, row, purpose, slot, step), (u32)seed, (u32)(seed >> 32));
-}
 
 // Two normals of each of four neighbouring cells by the fast generator, zeros where both deviations are 0.
 GPUXBAR_FN Normals8 draw_pairs(float deviations, u32 purpose, u32 group, u32 row, u32 plane, u64 seed) {
@@ -27,13 +22,10 @@ struct Quad {
     const Normals8 window = draw_pairs(s.low_spread + s.high_spread, UPDATE_SPREAD_WINDOW, group, row, plane, seed);
     const Normals8 shape =
         draw_pairs(abs(s.spread_up) + abs(s.spread_down), UPDATE_SPREAD_SHAPE, group, row, plane, seed);
-    Counter words = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};
-    if (stuck_low + stuck_high > 0.0f)
-      words = philox<10>(counter(group, row, STUCK, plane, 0), (u32)seed, (u32)(seed >> 32));
-    const u32 word[4] = {words.x, words.y, words.z, words.w};
+    const Uniforms4 stuck = draw_stuck(stuck_low + stuck_high, group, row, plane, seed);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const float u = uniform(word[q]);
+      const float u = stuck.u[q];
       free[q] = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : 1.0f;
       device[q] = Spreads{step.z[2 * q],       step.z[2 * q + 1], window.z[2 * q],
                           window.z[2 * q + 1], shape.z[2 * q],    shape.z[2 * q + 1]};
