@@ -22,14 +22,15 @@ namespace gpuxbar {
 // Four cells of one wordline: shares of the window in, moved in place, and what they show with write noise. False if
 // none is to move. `taken` are their counts of pulses.
 GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], float wanted[4], i32 taken[4],
-                            const Endurance& endurance, u32 group, u32 row, u32 plane, u32 step, u64 seed,
-                            float stuck_low, float stuck_high, const float (*scatter)[NODES * SCORES]) {
+                            const Endurance& endurance, DeviceMap map, i64 first, int count, u32 group, u32 row,
+                            u32 plane, u32 step, u64 seed, float stuck_low, float stuck_high,
+                            const float (*scatter)[NODES * SCORES]) {
   if (COUNTED)
 #pragma unroll
     for (int q = 0; q < 4; ++q) wanted[q] = taken[q] < 0 ? 0.0f : wanted[q];
   if (wanted[0] == 0.0f && wanted[1] == 0.0f && wanted[2] == 0.0f && wanted[3] == 0.0f) return false;
   Quad quad;
-  quad.make(s, group, row, plane, seed, stuck_low, stuck_high);
+  quad.make(s, map, first, count, group, row, plane, seed, stuck_low, stuck_high);
   const float noise = MEASURED<LawOf<LAW>> ? 1.0f : s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
   const Normals4 z = draw(noise, CYCLE, group, row, plane, step, seed);
   const Normals4 write = draw(s.write_noise, UPDATE_WRITE, group, row, plane, step, seed);
@@ -57,13 +58,14 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], floa
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    device_update(float* __restrict__ g,            // [2, G * I, O] S
-                  float* __restrict__ hidden,       // like g, what devices with write noise hold; else null
-                  int* __restrict__ pulse_count,    // like g, below 0: failed after so many; null unless COUNTED
-                  const float* __restrict__ dw,     // [G, O, I]     wanted weight change
-                  float* __restrict__ w,            // [G, O, I]     weight read out
-                  const float* __restrict__ w_max,  // [G * O]       weight of a full pair
-                  const i64* __restrict__ step,     // [1], or null: step_value
+    device_update(float* __restrict__ g,               // [2, G * I, O] S
+                  float* __restrict__ hidden,          // like g, what devices with write noise hold; else null
+                  int* __restrict__ pulse_count,       // like g, below 0: failed after so many; null unless COUNTED
+                  const u16* __restrict__ device_map,  // [K, 2, G * I, O] normals of the devices; null: drawn
+                  const float* __restrict__ dw,        // [G, O, I]     wanted weight change
+                  float* __restrict__ w,               // [G, O, I]     weight read out
+                  const float* __restrict__ w_max,     // [G * O]       weight of a full pair
+                  const i64* __restrict__ step,        // [1], or null: step_value
                   UpdateLaw law, Endurance endurance, i64 step_value, u64 seed, float g_min,
                   float range,  // g_max - g_min, S
                   float stuck_low, float stuck_high, int groups, int inputs, int outputs) {
@@ -110,8 +112,10 @@ extern "C" __global__ void __launch_bounds__(256)
       i32 taken[4] = {};
       if (COUNTED)
         for (int q = 0; q < count; ++q) taken[q] = pulse_count[first + q];
-      const bool touched = update_quad(law, x, shown, wanted, taken, endurance, (u32)(o0 + quad) >> 2, (u32)row, plane,
-                                       when, seed, stuck_low, stuck_high, scatter);
+      const DeviceMap map{device_map, 2 * (i64)groups * inputs * outputs};
+      const bool touched =
+          update_quad(law, x, shown, wanted, taken, endurance, map, first, count, (u32)(o0 + quad) >> 2, (u32)row,
+                      plane, when, seed, stuck_low, stuck_high, scatter);
       if (COUNTED && touched)
         for (int q = 0; q < count; ++q) pulse_count[first + q] = taken[q];
       if (touched) {

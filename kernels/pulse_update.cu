@@ -89,6 +89,7 @@ GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const in
 extern "C" __global__ void __launch_bounds__(256, 1)
     pulse_update(float* __restrict__ g,                // [2, G * I, O] S
                  int* __restrict__ pulse_count,        // like g, below 0: failed after so many; null unless COUNTED
+                 const u16* __restrict__ device_map,   // [K, 2, G * I, O] normals of the devices; null: drawn
                  const u32* __restrict__ input_words,  // [B, G * I]    trains
                  const u32* __restrict__ error_words,  // [B, G * O]
                  const float* __restrict__ length,     // [B, G]        slots of a train
@@ -125,7 +126,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     float x[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) x[q] = q < count ? (g[first + q] - g_min) * inverse_range : 0.0f;
-    if (inside) cells.make(law, columns, (u32)row, plane, seed, stuck_low, stuck_high);
+    const DeviceMap map{device_map, 2 * (i64)groups * inputs * outputs};
+    if (inside) cells.make(law, map, first, count, columns, (u32)row, plane, seed, stuck_low, stuck_high);
     i32 more[4] = {};
     if (COUNTED)
       for (int q = 0; q < count; ++q) cells.free[q] = pulse_count[first + q] < 0 ? 0.0f : cells.free[q];

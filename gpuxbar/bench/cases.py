@@ -211,6 +211,12 @@ CASES = (
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),
     Case("update", f"{UPDATE}: kernel", 2.0, partial(update, updates.expected_update)),
     Case(
+        "update-map",
+        f"{UPDATE}: kernel, devices from a map of 12 bytes each",
+        None,
+        partial(update, partial(updates.expected_update, stored=True)),
+    ),
+    Case(
         "update-step",
         f"{UPDATE}: InSituSGD, with its outer product",
         2.0,

@@ -31,23 +31,32 @@ COUNTED_SOFT = SoftBounds(up=2, down=2, spread=0.1, sides="one_sided", **SPREADS
 
 
 def expected_update(
-    batch: int = 256, inputs: int = 1024, outputs: int = 1024
+    batch: int = 256, inputs: int = 1024, outputs: int = 1024, stored: bool = False
 ) -> tuple[Run, Callable[[], float]]:
-    """`ops.device_update` of a gradient, in outer products of the batch; the check is in shares of the window."""
+    """`ops.device_update` of a gradient, in outer products of the batch; the check is in shares of the window.
+
+    `stored`: the devices come from a map and are not drawn anew.
+    """
     rng = np.random.default_rng(0)
     x, d = torch.randn(batch, inputs), torch.randn(batch, outputs)
     dw = rng.normal(0, 1e-3, (1, outputs, inputs)).astype(np.float32)
     g = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], (2, inputs, outputs)).astype(np.float32)
     w_max = np.ones(outputs, np.float32)
+    devices = ops.draw_device_map(LAW, (2, inputs, outputs), seed=1) if stored else None
 
     def ours(cells: np.ndarray) -> object:
-        return ops.device_update(cells, dw, law=LAW, w_max=w_max, **WINDOW, seed=1, step=3)
+        return ops.device_update(
+            cells, dw, law=LAW, w_max=w_max, **WINDOW, seed=1, step=3, device_map=devices
+        )
 
     def check() -> float:
         rows = min(inputs, 64)
         part = np.ascontiguousarray(dw[:, :, :rows])
+        planes = None
+        if devices is not None:
+            planes = dict(zip(ops.spread_names(LAW), devices[:, :, :rows], strict=True))
         expected, _, _ = reference.device_update(
-            g[:, :rows], part, law=LAW.model_dump(), w_max=w_max, **WINDOW, seed=1, step=3
+            g[:, :rows], part, law=LAW.model_dump(), w_max=w_max, **WINDOW, seed=1, step=3, device_map=planes
         )
         cells = g.copy()
         ours(cells)

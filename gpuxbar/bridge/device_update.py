@@ -22,6 +22,7 @@ def device_update(
     spec: str,
     seed: int,
     pulse_count: Tensor | None = None,
+    device_map: Tensor | None = None,
 ) -> Tensor:
     """Move pairs of devices by wanted weight changes through the device's law; returns the weights read out.
 
@@ -34,6 +35,7 @@ def device_update(
         spec: The layer's `CrossbarSpec` as JSON, with an update law.
         seed: The layer's seed.
         pulse_count: Pulses that devices have taken, int32 like `g`; changed in place; given with an endurance.
+        device_map: Normals of the devices, float16 [K, 2, G * I, O], in place of those that the seed draws.
     """
     crossbar = spec_of(spec)
     assert crossbar.update is not None
@@ -43,6 +45,7 @@ def device_update(
             array(g), array(dw), hidden=None if hidden is None else array(hidden), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
             stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),
             endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
+            device_map=None if device_map is None else array(device_map),
             device=device,
         )  # fmt: skip
         return tensor(weights)

@@ -11,7 +11,7 @@ from gpuxbar.bridge.operator import operator, spec_of
 __all__ = ["pulse_update"]
 
 
-def _shape(g, x, d, w_max, step, rate, groups, spec, seed, pulse_count=None):
+def _shape(g, x, d, w_max, step, rate, groups, spec, seed, pulse_count=None, device_map=None):
     return g.new_empty((groups, g.shape[2], g.shape[1] // groups))
 
 
@@ -27,6 +27,7 @@ def pulse_update(
     spec: str,
     seed: int,
     pulse_count: Tensor | None = None,
+    device_map: Tensor | None = None,
 ) -> Tensor:
     """Pulse pairs of devices for a batch of inputs and errors; returns the weights read out, [G, O, I].
 
@@ -41,6 +42,7 @@ def pulse_update(
         spec: The layer's `CrossbarSpec` as JSON, with an update law and pulse trains.
         seed: The layer's seed.
         pulse_count: Pulses that devices have taken, int32 like `g`; changed in place; given with an endurance.
+        device_map: Normals of the devices, float16 [K, 2, G * I, O], in place of those that the seed draws.
     """
     crossbar = spec_of(spec)
     assert crossbar.update is not None
@@ -52,5 +54,6 @@ def pulse_update(
             g_min=window.g_min, g_max=window.g_max, groups=groups, stuck_at_g_min=stuck.stuck_at_g_min,
             stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step), device=device,
             endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
+            device_map=None if device_map is None else array(device_map),
         )  # fmt: skip
         return tensor(weights)

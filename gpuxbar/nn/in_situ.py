@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gpuxbar import ops
 from gpuxbar.bridge.device_update import device_update
 from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
@@ -29,6 +30,7 @@ class InSitu(Programmed):
     `g_held`: what devices of a law with write noise hold where `g_cells` is what they show; None without it.
     `pulse_count`: pulses that each device has taken, int32 like `g_cells`, below 0 where it has failed; None without
     `spec.endurance`.
+    `device_map`: normals of the devices, float16 [K, 2, G * I, O]; None unless set by `set_device_map`.
     `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max.
     `update_step`: number of updates (and of steps of `spec.retention`), int64 [1]; with the layer's seed it fixes the noise of an update.
     """
@@ -41,11 +43,12 @@ class InSitu(Programmed):
     g_cells: Tensor | None
     g_held: Tensor | None
     pulse_count: Tensor | None
+    device_map: Tensor | None
     w_max: Tensor | None
     update_step: Tensor | None
 
     def setup_in_situ(self) -> None:
-        for name in ("g_cells", "g_held", "pulse_count", "w_max", "update_step"):
+        for name in ("g_cells", "g_held", "pulse_count", "device_map", "w_max", "update_step"):
             self.register_buffer(name, None)
         self.streams = Streams()
         self._read_version: int | None = None  # of the weight when it was last what the cells read
@@ -108,6 +111,25 @@ class InSitu(Programmed):
                 "InSituSGD first"
             )
         self._write_pairs(self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs))
+
+    def set_device_map(self, devices: Any) -> None:
+        """Train measured devices in place of those that the seed draws, from the next update on.
+
+        Args:
+            devices: A map for the layer's law, float16 [K, 2, G * I, O], NumPy array or tensor: see `ops.device_map`. It
+                joins the state dict. None: the seed's devices again.
+        """
+        self.require_law()
+        law = self.spec.update
+        assert law is not None
+        shape = (len(ops.spread_names(law)), 2, self.groups_ * self.inputs, self.outputs)
+        found = None if devices is None else torch.as_tensor(devices)
+        if found is not None and (found.dtype != torch.float16 or found.shape != shape):
+            raise ValueError(
+                f"{self.name}: `devices` must be float16 {shape} for this layer and its law, got {found.dtype} "
+                f"{tuple(found.shape)}; make it by ops.device_map, positive devices first"
+            )
+        self.device_map = None if found is None else found.to(self.weight.device).contiguous()
 
     def worn(self) -> float:
         """Share of the layer's devices that have failed."""
@@ -177,6 +199,7 @@ class InSitu(Programmed):
             self.static[1],
             self.plan.seed,
             self.pulse_count,
+            self.device_map,
         )
         self._show(read.view_as(self.weight))
 
@@ -236,7 +259,15 @@ class InSitu(Programmed):
         dw = change.float().reshape(self.groups_, self.outputs, self.inputs).contiguous()
         spec, seed = self.static[1], self.plan.seed
         read = device_update(
-            self.g_cells, self.g_held, dw, self.w_max, self.update_step, spec, seed, self.pulse_count
+            self.g_cells,
+            self.g_held,
+            dw,
+            self.w_max,
+            self.update_step,
+            spec,
+            seed,
+            self.pulse_count,
+            self.device_map,
         )
         return read.view_as(change)
 
@@ -263,6 +294,9 @@ class InSitu(Programmed):
                 self.pulse_count = torch.zeros_like(self.g_cells, dtype=torch.int32)
             self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
             self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
+        devices = state_dict.get(f"{prefix}device_map")
+        if devices is not None and self.device_map is None:
+            self.device_map = torch.empty_like(devices, device=self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *more)
 
 

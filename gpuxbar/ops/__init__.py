@@ -2,6 +2,7 @@
 
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.dac_quantize import dac_quantize
+from gpuxbar.ops.device_map import device_map, draw_device_map, spread_names
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.drift import drift
 from gpuxbar.ops.effective_conductance import Method, effective_conductance
@@ -19,7 +20,9 @@ __all__ = [
     "Method",
     "anchored_conductance",
     "dac_quantize",
+    "device_map",
     "device_update",
+    "draw_device_map",
     "drift",
     "effective_conductance",
     "effective_conductance_gradient",
@@ -29,5 +32,6 @@ __all__ = [
     "reprogram",
     "solve_for_inputs",
     "solve_for_inputs_gradient",
+    "spread_names",
     "tile_mvm",
 ]

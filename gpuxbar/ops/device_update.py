@@ -22,6 +22,7 @@ from gpuxbar.launch import (
     library,
 )
 from gpuxbar.ops.checks import check_array, check_window, require_finite
+from gpuxbar.ops.device_map import by_name, check_map
 from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.laws import Parameters, parameters
 from gpuxbar.spec import Endurance, UpdateLaw
@@ -42,6 +43,7 @@ def device_update(
     hidden: Any = None,
     endurance: Endurance | None = None,
     pulse_count: Any = None,
+    device_map: Any = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
@@ -65,6 +67,8 @@ def device_update(
         endurance: How many pulses devices bear; those that have failed never move again. None: any number.
         pulse_count: Pulses that devices have taken, int32 like `g` and updated in place, zeros at first; given with an
             endurance and only with it. A device that failed has minus its count.
+        device_map: Normals of the devices, float16 [K, 2, G * I, O], in place of those that the seed draws; see
+            `ops.device_map`. None: drawn.
         stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, the same cells as `program` draws for this seed.
         seed, step: Device spread depends on the seed, the noise of an update on both; `step` is an integer or an
             int64 array of one element.
@@ -103,20 +107,22 @@ def device_update(
         )
     check_endurance(OP, endurance, pulse_count, law, g.shape)
     check_window(OP, g_min, g_max)
+    check_map(OP, device_map, law, g.shape)
     window: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "stuck_at_g_min": stuck_at_g_min, "stuck_at_g_max": stuck_at_g_max,
     }  # fmt: skip
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
         return _cuda(
-            device or cuda_device(), g, hidden, pulse_count, dw, law, Wear.of(endurance), w_max, step, seed, window
+            device or cuda_device(), g, hidden, pulse_count, device_map, dw, law, Wear.of(endurance), w_max, step, seed, window
         )  # fmt: skip
     step = int(np.asarray(step).reshape(-1)[0])
     if where == "reference":
         require_finite(OP, "dw", int((~np.isfinite(dw)).sum()), "lower the rate")
         shown, held, weights = reference.device_update(
             g, dw, law=law.model_dump(), w_max=w_max, hidden=hidden,
-            endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count, seed=seed, step=step,
+            endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
+            device_map=by_name(device_map, law), seed=seed, step=step,
             **window,
         )  # fmt: skip
         g[...] = shown
@@ -131,7 +137,7 @@ def device_update(
             g_min=g_min, range=g_max - g_min, stuck_low=stuck_at_g_min, stuck_high=stuck_at_g_max,
         )  # fmt: skip
         host_call(
-            library(), "gpuxbar_device_update", g, hidden, pulse_count, dw, weights, w_max,
+            library(), "gpuxbar_device_update", g, hidden, pulse_count, device_map, dw, weights, w_max,
             np.frombuffer(bytes(update), np.uint8), bad,
         )  # fmt: skip
     require_finite(OP, "dw", int(bad[0]), "lower the rate")
@@ -149,7 +155,7 @@ class Update(ctypes.Structure):
 
 
 def _cuda(
-    device: Device, g: Any, hidden: Any, pulse_count: Any, dw: Any, law: UpdateLaw, endurance: Wear, w_max: Any, step: Any,
+    device: Device, g: Any, hidden: Any, pulse_count: Any, device_map: Any, dw: Any, law: UpdateLaw, endurance: Wear, w_max: Any, step: Any,
     seed: int, window: dict[str, Any],
 ) -> Any:  # fmt: skip
     groups, outputs, inputs = dw.shape
@@ -158,7 +164,7 @@ def _cuda(
     settings = parameters(law, window["g_min"], window["g_max"])
     device.launch(
         KERNEL, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
-        {"g": g, "hidden": hidden, "pulse_count": pulse_count, "endurance": endurance, "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
+        {"g": g, "hidden": hidden, "pulse_count": pulse_count, "device_map": device_map, "endurance": endurance, "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
          "law": settings, "step_value": step if by_value else 0, "seed": seed, "g_min": window["g_min"],
          "range": window["g_max"] - window["g_min"], "stuck_low": window["stuck_at_g_min"],
          "stuck_high": window["stuck_at_g_max"], "groups": groups, "inputs": inputs, "outputs": outputs},
@@ -170,7 +176,7 @@ def _cuda(
 KERNEL = Kernel(
     "device_update.cu",
     g=InOut("float32", "S R O"), hidden=InOut("float32", "S R O", optional=True),
-    pulse_count=InOut("int32", "S R O", optional=True), dw=In("float32", "G O I"), w=Out("float32", "G O I"), w_max=In("float32", "C"),
+    pulse_count=InOut("int32", "S R O", optional=True), device_map=In("float16", "K S R O", optional=True), dw=In("float32", "G O I"), w=Out("float32", "G O I"), w_max=In("float32", "C"),
     step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), step_value=Scalar("int64"),
     seed=Scalar("uint64"), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
     stuck_high=Scalar("float32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),

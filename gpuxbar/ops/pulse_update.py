@@ -22,6 +22,7 @@ from gpuxbar.launch import (
     library,
 )
 from gpuxbar.ops.checks import check_array, check_numbers, check_window, require_finite
+from gpuxbar.ops.device_map import by_name, check_map
 from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.laws import Parameters, parameters
 from gpuxbar.spec import Endurance, PulseTrain, UpdateLaw, check_train
@@ -46,6 +47,7 @@ def pulse_update(
     groups: int = 1,
     endurance: Endurance | None = None,
     pulse_count: Any = None,
+    device_map: Any = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
@@ -73,6 +75,8 @@ def pulse_update(
             again.
         pulse_count: Pulses that devices have taken, int32 like `g` and updated in place, zeros at first; given with an
             endurance and only with it. A device that failed has minus its count.
+        device_map: Normals of the devices, float16 [K, 2, G * I, O], in place of those that the seed draws; see
+            `ops.device_map`. None: drawn.
         stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, the same cells as `program` draws for this seed.
         seed, step: Device spread depends on the seed, trains and the noise of pulses on both; `step` is an integer or an
             int64 array of one element.
@@ -116,6 +120,7 @@ def pulse_update(
         )
     check_endurance(OP, endurance, pulse_count, law, g.shape)
     check_window(OP, g_min, g_max)
+    check_map(OP, device_map, law, g.shape)
     # wanted pulses for an input and an error of 1
     scale = rate * law.nominal_pulses / (2 if law.sides == "both" else 1) / w_max
     update: dict[str, Any] = {
@@ -125,7 +130,9 @@ def pulse_update(
     }  # fmt: skip
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
-        return _cuda(device or cuda_device(), g, pulse_count, x, d, scale, w_max, train, law, step, update)
+        return _cuda(
+            device or cuda_device(), g, pulse_count, device_map, x, d, scale, w_max, train, law, step, update
+        )
     step = int(np.asarray(step).reshape(-1)[0])
     shape = (groups, outputs, inputs)
     if where == "reference":
@@ -134,14 +141,14 @@ def pulse_update(
         cells, weights = reference.pulse_update(
             g, x, d, rate=rate, train=train.model_dump(), law=law.model_dump(), w_max=w_max, g_min=g_min, g_max=g_max,
             groups=groups, endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
-            stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
+            device_map=by_name(device_map, law), stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
         )  # fmt: skip
         g[...] = cells
         return weights.astype(np.float32)
     weights, bad = np.empty(shape, np.float32), np.zeros(2, np.int64)
     if weights.size:
         host_call(
-            library(), "gpuxbar_pulse_update", g, pulse_count, x, d, scale, scale.reshape(groups, outputs).min(1), weights, w_max,
+            library(), "gpuxbar_pulse_update", g, pulse_count, device_map, x, d, scale, scale.reshape(groups, outputs).min(1), weights, w_max,
             np.empty(x.shape, np.uint32), np.empty(d.shape, np.uint32), np.empty((batch, groups), np.float32),
             np.frombuffer(bytes(Update(train=Train.of(train), batch=batch, step=step, **update)), np.uint8), train.mode == "aggregated", bad,
         )  # fmt: skip
@@ -174,7 +181,7 @@ class Update(ctypes.Structure):
 
 
 def _cuda(
-    device: Device, g: Any, pulse_count: Any, x: Any, d: Any, scale: Any, w_max: Any, train: PulseTrain, law: UpdateLaw, step: Any,
+    device: Device, g: Any, pulse_count: Any, device_map: Any, x: Any, d: Any, scale: Any, w_max: Any, train: PulseTrain, law: UpdateLaw, step: Any,
     update: dict[str, Any],
 ) -> Any:  # fmt: skip
     batch, groups, inputs, outputs = len(x), update["groups"], update["inputs"], update["outputs"]
@@ -197,7 +204,7 @@ def _cuda(
     implicit, aggregated = train.scheme == "deterministic_implicit", train.mode == "aggregated"
     device.launch(
         PULSE_UPDATE, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
-        {"g": g, "pulse_count": pulse_count, "w": weights, "w_max": w_max, "batch": batch, **trains, **when, **update},
+        {"g": g, "pulse_count": pulse_count, "device_map": device_map, "w": weights, "w_max": w_max, "batch": batch, **trains, **when, **update},
         {"LAW": update["law"].law, "AGGREGATED": int(aggregated), "IMPLIED": int(implicit),
          "COUNTED": int(pulse_count is not None)},
     )  # fmt: skip
@@ -213,7 +220,7 @@ PULSE_TRAINS = Kernel(
 )  # fmt: skip
 PULSE_UPDATE = Kernel(
     "pulse_update.cu",
-    g=InOut("float32", "S X O"), pulse_count=InOut("int32", "S X O", optional=True), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
+    g=InOut("float32", "S X O"), pulse_count=InOut("int32", "S X O", optional=True), device_map=In("float16", "K S X O", optional=True), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
     w=Out("float32", "G O I"), w_max=In("float32", "D"), step=In("int64", "one", optional=True),
     law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), step_value=Scalar("int64"), seed=Scalar("uint64"), g_min=Scalar("float32"),
     range=Scalar("float32"), stuck_low=Scalar("float32"), stuck_high=Scalar("float32"), batch=Scalar("int32"),

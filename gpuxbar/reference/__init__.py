@@ -1,7 +1,7 @@
 """The equations in NumPy float64: oracle of the other backends, and fallback without a compiler."""
 
 from gpuxbar.reference.dac_quantize import dac_quantize
-from gpuxbar.reference.device_update import device_update
+from gpuxbar.reference.device_update import device_update, drawn_devices
 from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
 from gpuxbar.reference.laws import symmetry_point
@@ -23,6 +23,7 @@ __all__ = [
     "Purpose",
     "dac_quantize",
     "device_update",
+    "drawn_devices",
     "drift",
     "effective_conductance",
     "effective_conductance_gradient",

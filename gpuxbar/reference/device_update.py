@@ -11,7 +11,7 @@ from gpuxbar.reference.endurance import wear, whole_pulses
 from gpuxbar.reference.laws import moved, scattered
 from gpuxbar.reference.random import Purpose, normals, uniforms
 
-__all__ = ["Cells", "device_update"]
+__all__ = ["Cells", "device_update", "drawn_devices"]
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,23 @@ class Cells:
 
     @classmethod
     def draw(
-        cls, law: dict[str, Any], rows: np.ndarray, cols: int, plane: int, seed: int, floor: float
-    ) -> Cells:
-        """The devices of a seed; `floor` is the share of the window where the conductance is 0."""
+        cls, law: dict[str, Any], rows: np.ndarray, cols: int, plane: int, seed: int, floor: float,
+        device_map: dict[str, np.ndarray] | None = None,
+    ) -> Cells:  # fmt: skip
+        """The devices of a map (see `device_update`) or a seed; `floor` is the share of the window where g = 0."""
 
-        def z(purpose: Purpose) -> tuple[np.ndarray, np.ndarray]:
-            pairs = normals(rows, 2 * cols, purpose=purpose, slot=plane, seed=seed, generator="fast")
-            return pairs[:, ::2], pairs[:, 1::2]
-
-        z_step, z_asymmetry = z(Purpose.UPDATE_SPREAD_STEP)
-        z_low, z_high = z(Purpose.UPDATE_SPREAD_WINDOW)
-        spread = law["step_spread"] * z_step
+        z = drawn_devices(rows, cols, plane, seed)
+        if device_map is not None:
+            none = np.zeros((2, len(rows), cols))
+            z = {name: np.asarray(device_map.get(name, none)[plane], np.float64) for name in z}
+        spread = law["step_spread"] * z["step"]
         common = np.exp(spread) if law["lognormal_steps"] else 1 + spread
-        asymmetry = law["asymmetry"] + law["asymmetry_spread"] * z_asymmetry
-        low = np.maximum(law["low_spread"] * z_low, floor)
-        high = np.maximum(1 + law["high_spread"] * z_high, low + 0.01)
+        asymmetry = law["asymmetry"] + law["asymmetry_spread"] * z["asymmetry"]
+        low = np.maximum(law["low_spread"] * z["low"], floor)
+        high = np.maximum(1 + law["high_spread"] * z["high"], low + 0.01)
         return cls(
             law, low, high, np.abs(common + asymmetry), np.abs(common - asymmetry),
-            *z(Purpose.UPDATE_SPREAD_SHAPE),
+            z["up"], z["down"],
         )  # fmt: skip
 
     def change(self, x: np.ndarray, wanted: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -62,6 +61,19 @@ class Cells:
         else:
             to = to + deviation(law, size, np.abs(wanted), gain) * z
         return np.where(wanted != 0, np.clip(to, self.low, self.high), x)
+
+
+def drawn_devices(rows: np.ndarray, cols: int, plane: int, seed: int) -> dict[str, np.ndarray]:
+    """Normals that a seed draws for the devices of a plane, [rows, cols] each."""
+    drawn: dict[str, np.ndarray] = {}
+    for purpose, first, second in (
+        (Purpose.UPDATE_SPREAD_STEP, "step", "asymmetry"),
+        (Purpose.UPDATE_SPREAD_WINDOW, "low", "high"),
+        (Purpose.UPDATE_SPREAD_SHAPE, "up", "down"),
+    ):
+        pairs = normals(rows, 2 * cols, purpose=purpose, slot=plane, seed=seed, generator="fast")
+        drawn |= {first: pairs[:, ::2], second: pairs[:, 1::2]}
+    return drawn
 
 
 def deviation(law: dict[str, Any], size: np.ndarray, wanted: np.ndarray, gain: np.ndarray) -> np.ndarray:
@@ -89,6 +101,7 @@ def device_update(
     hidden: np.ndarray | None = None,
     endurance: dict[str, Any] | None = None,
     pulse_count: np.ndarray | None = None,
+    device_map: dict[str, np.ndarray] | None = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
@@ -96,7 +109,9 @@ def device_update(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(conductances shown and held, [2, G * I, O] each, weights read out [G, O, I]); `law` is a dumped spec.
 
-    `pulse_count`, [2, G * I, O], is updated in place where given.
+    `pulse_count`, [2, G * I, O], is updated in place where given. `device_map`: normals of the devices in place of drawn
+    ones, [2, G * I, O] each, 0 where none are given: "step", "asymmetry", "low", "high" ends of the window, the law's own
+    parameter "up" and "down".
     """
     groups, n_out, n_in = dw.shape
     span = g_max - g_min
@@ -116,7 +131,7 @@ def device_update(
         if law["integer_pulses"]:
             pulses = law.get("pulses", law.get("levels"))
             wanted = np.rint(wanted * pulses) / pulses
-        cells = Cells.draw(law, rows, n_out, plane, seed, -g_min / span)
+        cells = Cells.draw(law, rows, n_out, plane, seed, -g_min / span, device_map)
         where: dict[str, Any] = {"slot": plane, "seed": seed}
         u = uniforms(rows, n_out, purpose=Purpose.STUCK, **where)
         touched = (wanted != 0) & ~((u < stuck_at_g_min) | (u > 1.0 - stuck_at_g_max))

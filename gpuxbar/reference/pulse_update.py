@@ -96,6 +96,7 @@ def pulse_update(
     groups: int = 1,
     endurance: dict[str, Any] | None = None,
     pulse_count: Array | None = None,
+    device_map: dict[str, Array] | None = None,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
@@ -103,7 +104,7 @@ def pulse_update(
 ) -> tuple[Array, Array]:
     """(conductances [2, G * I, O], weights read out [G, O, I]); `law` and `train` are dumped specs.
 
-    `pulse_count`, [2, G * I, O], is updated in place where given.
+    `pulse_count`, [2, G * I, O], is updated in place where given; `device_map` as for `device_update`.
     """
     batch, n_in, n_out = len(x), x.shape[1] // groups, d.shape[1] // groups
     span, pulses = g_max - g_min, law.get("pulses", law.get("levels"))
@@ -129,7 +130,7 @@ def pulse_update(
     rows = np.arange(groups * n_in)
     cells = np.array(g, np.float64)
     for plane in range(2):
-        devices = Cells.draw(law, rows, n_out, plane, seed, -g_min / span)
+        devices = Cells.draw(law, rows, n_out, plane, seed, -g_min / span, device_map)
         u = uniforms(rows, n_out, purpose=Purpose.STUCK, slot=plane, seed=seed)
         free = ~((u < stuck_at_g_min) | (u > 1.0 - stuck_at_g_max))
         if plane and law["sides"] == "reference":

@@ -6,7 +6,7 @@ v = 1 - y downwards) and f = 1 is the nominal step, range / pulses. Closed forms
 
 A wanted change dG becomes n = pulses |dG| / range nominal pulses. Devices differ in the size of their steps, in their
 asymmetry, in the ends of their windows and in their law's own parameter; each is drawn once per device from the seed,
-and nothing is stored.
+and nothing is stored; devices that were measured one by one can take the place of drawn ones (`ops.device_map`).
 """
 
 from __future__ import annotations

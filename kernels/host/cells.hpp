@@ -14,12 +14,34 @@ struct Place {
   i64 col0;
 };
 
+// Planes of a map of devices of this law.
+static inline int map_planes(const UpdateLaw& s) {
+  return (s.step_spread != 0.0f) + (s.asymmetry_spread != 0.0f) + (s.low_spread != 0.0f) + (s.high_spread != 0.0f) +
+         (s.spread_up != 0.0f) + (s.spread_down != 0.0f);
+}
+
 // The spreads of a row of devices; parameters without spread draw nothing.
 struct Draws {
   alignas(64) float step[WIDE_ROW] = {}, asymmetry[WIDE_ROW] = {}, low[WIDE_ROW] = {}, high[WIDE_ROW] = {},
                     up[WIDE_ROW] = {}, down[WIDE_ROW] = {};
 
-  Draws(const UpdateLaw& s, const Place& at, u64 seed) {
+  // `first`, `count`: index of the row's first cell in a plane of the map, and how many there are.
+  Draws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const Place& at, u64 seed) {
+    if (map.normal) {
+      const auto next = [&](float spread, float* to) {
+        if (spread == 0.0f) return;
+#pragma omp simd
+        for (i64 j = 0; j < count; ++j) to[j] = half_value(map.normal[first + j]);
+        map.normal += map.cells;
+      };
+      next(s.step_spread, step);
+      next(s.asymmetry_spread, asymmetry);
+      next(s.low_spread, low);
+      next(s.high_spread, high);
+      next(s.spread_up, up);
+      next(s.spread_down, down);
+      return;
+    }
     const auto draw = [&](float spread, Purpose purpose, float* a, float* b) {
       if (spread != 0.0f) draw_pairs(Draw{purpose, at.plane, 0, seed}, at.row, at.col0, a, b);
     };

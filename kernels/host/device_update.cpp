@@ -4,6 +4,7 @@
 // caches. Every cell is a function of its own place, so the bits do not depend on threads.
 // Meaning and oracle: gpuxbar/reference/device_update.py.
 #include <algorithm>
+#include <type_traits>
 
 #include "cells.hpp"
 #include "gpuxbar/endurance.cuh"
@@ -29,6 +30,7 @@ struct Arrays {
   float* g;            // [2, G * I, O] S
   float* hidden;       // like g: what devices hold where they show it with write noise; else null
   i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
+  DeviceMap map;       // planes like g
   const float* dw;     // [G, O, I]
   float* w;            // [G, O, I]
   const float* w_max;  // [G * O]
@@ -60,8 +62,9 @@ void wear_row(const Update& u, const Place& at, const float* d, i64 count, i32* 
 
 // One row of one plane of a block: x in and out in shares of the window, `shown` beside it with write noise.
 template <class L>
-void move_row(const Update& u, const Place& at, const float* change, i64 count, i32* taken, float* x, float* shown) {
-  const Draws draws(u.law, at, u.seed);
+void move_row(const Update& u, DeviceMap map, i64 first, const Place& at, const float* change, i64 count, i32* taken,
+              float* x, float* shown) {
+  const Draws draws(u.law, map, first, count, at, u.seed);
   alignas(64) float z[WIDE_ROW] = {}, free[WIDE_ROW], write[WIDE_ROW] = {};
   if (noisy(u.law)) draw_normals(Draw{CYCLE, at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
   if (shown) draw_normals(Draw{UPDATE_WRITE, at.plane, (u32)u.step, u.seed}, at.row, at.col0, write);
@@ -99,8 +102,10 @@ void load_shares(const float* cells, float g_min, float inverse_range, i64 count
 }
 
 // Ask for the cells of a row ahead of their use: rows of a block lie too far apart to be foreseen.
-void fetch(const float* cells) {
-  for (int j = 0; j < WIDE_ROW; j += 16) __builtin_prefetch(cells + j, 1);
+template <class T>
+void fetch(T* cells) {
+  constexpr int LINE = 64 / sizeof(T);
+  for (int j = 0; j < WIDE_ROW; j += LINE) __builtin_prefetch(cells + j, std::is_const_v<T> ? 0 : 1);
 }
 
 template <class L>
@@ -122,6 +127,8 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
         const i64 ahead = ((plane * u.groups + group) * u.inputs + i0 + i + AHEAD) * u.outputs + o0;
         fetch(a.g + ahead);
         if (a.hidden) fetch(a.hidden + ahead);
+        if (a.map.normal)
+          for (int k = 0; k < map_planes(u.law); ++k) fetch(a.map.normal + k * a.map.cells + ahead);
       }
     for (u32 plane = 0; plane < 2; ++plane) {
       const i64 row = group * u.inputs + i0 + i, first = ((i64)plane * u.groups * u.inputs + row) * u.outputs + o0;
@@ -135,7 +142,8 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
           std::copy(shown, shown + WIDE_ROW, shown_before);
         }
         i32* taken = a.pulse_count ? a.pulse_count + first : nullptr;
-        move_row<L>(u, Place{plane, (u32)row, o0}, change[i], count, taken, x, a.hidden ? shown : nullptr);
+        move_row<L>(u, a.map, first, Place{plane, (u32)row, o0}, change[i], count, taken, x,
+                    a.hidden ? shown : nullptr);
         write_back(held, x, before, u.g_min, u.range, count);
         if (a.hidden) write_back(cells, shown, shown_before, u.g_min, u.range, count);
       }
@@ -152,11 +160,11 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
 
 }  // namespace
 
-extern "C" void gpuxbar_device_update(float* g, float* hidden, i32* pulse_count, const float* dw, float* w,
-                                      const float* w_max, const Update* update, i64* bad) {
+extern "C" void gpuxbar_device_update(float* g, float* hidden, i32* pulse_count, const u16* device_map, const float* dw,
+                                      float* w, const float* w_max, const Update* update, i64* bad) {
   const Update u = *update;
-  const Arrays a{g, hidden, pulse_count, dw, w, w_max};
   const i64 size = u.groups * u.inputs * u.outputs;
+  const Arrays a{g, hidden, pulse_count, DeviceMap{device_map, 2 * size}, dw, w, w_max};
   *bad = count_not_finite(dw, size);
   if (*bad) return;
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;

@@ -32,6 +32,7 @@ struct Update {
 struct Arrays {
   float* g;            // [2, G * I, O] S
   i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
+  DeviceMap map;       // planes like g
   const float* x;      // [B, G * I]
   const float* d;      // [B, G * O]
   const float* scale;  // [G * O]     wanted pulses for an input and an error of 1
@@ -123,7 +124,8 @@ struct Row {
   alignas(64) float free[WIDE_ROW];
 
   // `failed`: whether a device has, null where none can.
-  Row(const Update& u, const Place& at, const bool* failed) : draws(u.law, at, u.seed) {
+  Row(const Update& u, DeviceMap map, const Place& at, i64 count, const bool* failed)
+      : draws(u.law, map, (at.plane * u.groups * u.inputs + at.row) * u.outputs + at.col0, count, at, u.seed) {
     draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
     if (failed)
       for (int j = 0; j < WIDE_ROW; ++j) free[j] = failed[j] ? 0.0f : free[j];
@@ -329,7 +331,7 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
       events.find<IMPLICIT>(trains.inputs[i], errors, trains.length, samples, count);
       for (u32 plane = 0; events.turns && plane < (u.law.sides == REFERENCE ? 1u : 2u); ++plane) {
         const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-        const Row row(u, at, block.failures(plane, i));
+        const Row row(u, a.map, at, count, block.failures(plane, i));
         pulse_row<L>(u, at, row, b0, events, block.more[plane][i], block.x[plane][i]);
       }
     }
@@ -360,7 +362,7 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
   for (u32 plane = 0; plane < (s.sides == REFERENCE ? 1u : 2u); ++plane)
     for (i64 i = 0; i < lines; ++i) {
       const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-      const Row row(u, at, block.failures(plane, i));
+      const Row row(u, a.map, at, count, block.failures(plane, i));
       alignas(64) float z[WIDE_ROW] = {};
       if (noisy(u.law)) draw_normals(Draw{PULSE_CYCLE, plane, (u32)u.step, u.seed}, at.row, at.col0, z);
       alignas(64) float ups[WIDE_ROW], downs[WIDE_ROW];
@@ -433,11 +435,14 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
 
 }  // namespace
 
-extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const float* x, const float* d, const float* scale,
-                                     const float* unit, float* w, const float* w_max, u32* inputs, u32* errors,
-                                     float* length, const Update* update, i64 aggregated, i64* bad) {
+extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, const float* d,
+                                     const float* scale, const float* unit, float* w, const float* w_max, u32* inputs,
+                                     u32* errors, float* length, const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
-  const Arrays a{g, pulse_count, x, d, scale, unit, w, w_max, inputs, errors, length};
+  const Arrays a{g,      pulse_count, DeviceMap{device_map, 2 * u.groups * u.inputs * u.outputs},
+                 x,      d,           scale,
+                 unit,   w,           w_max,
+                 inputs, errors,      length};
   bad[0] = count_not_finite(x, u.batch * u.groups * u.inputs);
   bad[1] = count_not_finite(d, u.batch * u.groups * u.outputs);
   if (bad[0] + bad[1]) return;

@@ -17,19 +17,45 @@ struct Quad {
   Spreads device[4];
   float free[4];
 
-  GPUXBAR_FN void make(const UpdateLaw& s, u32 group, u32 row, u32 plane, u64 seed, float stuck_low, float stuck_high) {
-    const Normals8 step = draw_pairs(s.step_spread + s.asymmetry_spread, UPDATE_SPREAD_STEP, group, row, plane, seed);
-    const Normals8 window = draw_pairs(s.low_spread + s.high_spread, UPDATE_SPREAD_WINDOW, group, row, plane, seed);
-    const Normals8 shape =
-        draw_pairs(abs(s.spread_up) + abs(s.spread_down), UPDATE_SPREAD_SHAPE, group, row, plane, seed);
+  // `first`, `count`: index of the first cell in a plane of the map, and how many there are.
+  GPUXBAR_FN void make(const UpdateLaw& s, DeviceMap map, i64 first, int count, u32 group, u32 row, u32 plane, u64 seed,
+                       float stuck_low, float stuck_high) {
     const Uniforms4 stuck = draw_stuck(stuck_low + stuck_high, group, row, plane, seed);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const float u = stuck.u[q];
       free[q] = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : 1.0f;
+    }
+    if (map.normal)
+      read(s, map, first, count);
+    else
+      draw_spreads(s, group, row, plane, seed);
+  }
+
+  GPUXBAR_FN void draw_spreads(const UpdateLaw& s, u32 group, u32 row, u32 plane, u64 seed) {
+    const Normals8 step = draw_pairs(s.step_spread + s.asymmetry_spread, UPDATE_SPREAD_STEP, group, row, plane, seed);
+    const Normals8 window = draw_pairs(s.low_spread + s.high_spread, UPDATE_SPREAD_WINDOW, group, row, plane, seed);
+    const Normals8 shape =
+        draw_pairs(abs(s.spread_up) + abs(s.spread_down), UPDATE_SPREAD_SHAPE, group, row, plane, seed);
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
       device[q] = Spreads{step.z[2 * q],       step.z[2 * q + 1], window.z[2 * q],
                           window.z[2 * q + 1], shape.z[2 * q],    shape.z[2 * q + 1]};
-    }
+  }
+
+  GPUXBAR_FN void read(const UpdateLaw& s, DeviceMap map, i64 first, int count) {
+    const auto next = [&](float spread, float Spreads::* parameter) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+        device[q].*parameter = spread != 0.0f && q < count ? half_value(map.normal[first + q]) : 0.0f;
+      if (spread != 0.0f) map.normal += map.cells;
+    };
+    next(s.step_spread, &Spreads::step);
+    next(s.asymmetry_spread, &Spreads::asymmetry);
+    next(s.low_spread, &Spreads::low);
+    next(s.high_spread, &Spreads::high);
+    next(s.spread_up, &Spreads::up);
+    next(s.spread_down, &Spreads::down);
   }
 };
 

@@ -34,6 +34,13 @@ struct Spreads {
   float step, asymmetry, low, high, up, down;
 };
 
+// Those of many devices, where they are stored: fp16, a plane of `cells` for each spread of the law that is not 0, in the
+// order of `Spreads`; null: drawn from the seed.
+struct DeviceMap {
+  const u16* normal;
+  i64 cells;
+};
+
 struct Window {
   float low, width;
 };

@@ -1,0 +1,233 @@
+"""Measured devices in place of drawn ones: kernels against the oracle, measured parameters against what devices do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cuda_shim import REVERSE, ShimDevice
+
+from gpuxbar import ops, reference
+from gpuxbar.nn import AnalogLinear
+from gpuxbar.optim import InSituSGD
+from gpuxbar.spec import (
+    Agarwal,
+    AgarwalSymmetric,
+    ConstantStep,
+    CrossbarSpec,
+    ExponentialStep,
+    LinearStep,
+    NeuroSim,
+    PiecewiseStep,
+    PowerStep,
+    PulseTrain,
+    SoftBounds,
+)
+
+G_MIN, G_MAX = 1e-6, 10e-6  # S
+SPAN = G_MAX - G_MIN
+WINDOW = {"g_min": G_MIN, "g_max": G_MAX}
+GROUPS, OUTPUTS, INPUTS = 2, 71, 37
+SHAPE = (2, GROUPS * INPUTS, OUTPUTS)
+ALL = {"step_spread": 0.3, "asymmetry_spread": 0.1, "low_spread": 0.1, "high_spread": 0.05, "spread": 0.2}
+LAWS = {
+    "all": LinearStep(slope_up=0.5, slope_down=0.3, pulses=60, cycle=0.2, **ALL),
+    "steps": ConstantStep(pulses=60, step_spread=0.3, lognormal_steps=True),
+    "top-and-shape": SoftBounds(pulses=60, high_spread=0.1, spread=0.3),
+    "one-way": NeuroSim(nonlinearity_ltp=2.0, levels=60, spread=0.5, asymmetry_spread=0.2),
+}
+SETTINGS = {"w_max": np.full(GROUPS * OUTPUTS, 0.7, np.float32), **WINDOW, "seed": 5, "step": 3}
+DEVICES = {"host": None, "kernel": ShimDevice(order=REVERSE)}
+
+
+def random_map(law, rng):
+    return rng.normal(0, 1, (len(ops.spread_names(law)), *SHAPE)).astype(np.float16)
+
+
+def cells(rng):
+    return rng.uniform(G_MIN, G_MAX, SHAPE).astype(np.float32)
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("name", LAWS)
+def test_update_matches_oracle(name, where):
+    law, rng = LAWS[name], np.random.default_rng(1)
+    g, devices = cells(rng), random_map(law, rng)
+    dw = rng.normal(0, 0.2, (GROUPS, OUTPUTS, INPUTS)).astype(np.float32)
+    planes = dict(zip(ops.spread_names(law), devices, strict=True))
+    _, held, weights = reference.device_update(g, dw, law=law.model_dump(), device_map=planes, **SETTINGS)
+    new = g.copy()
+    read = ops.device_update(new, dw, law=law, device_map=devices, device=DEVICES[where], **SETTINGS)
+    np.testing.assert_allclose(new, held, rtol=0, atol=1e-5 * SPAN)
+    np.testing.assert_allclose(read, weights, rtol=0, atol=2e-5)
+    drawn = g.copy()
+    ops.device_update(drawn, dw, law=law, device=DEVICES[where], **SETTINGS)
+    assert np.abs(new - drawn).max() > 1e-3 * SPAN
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("mode", ["exact", "aggregated"])
+def test_pulses_match_oracle(mode, where):
+    law, rng = LAWS["all"] if mode == "exact" else LAWS["steps"], np.random.default_rng(2)
+    g, devices, train = cells(rng), random_map(law, rng), PulseTrain(length=7, mode=mode)
+    x = rng.normal(0, 1, (3, GROUPS * INPUTS)).astype(np.float32)
+    d = rng.normal(0, 1, (3, GROUPS * OUTPUTS)).astype(np.float32)
+    settings = {**SETTINGS, "rate": 0.02, "train": train, "groups": GROUPS}
+    planes = dict(zip(ops.spread_names(law), devices, strict=True))
+    expected, _ = reference.pulse_update(
+        g, x, d, law=law.model_dump(), device_map=planes, **(settings | {"train": train.model_dump()})
+    )
+    new = g.copy()
+    ops.pulse_update(new, x, d, law=law, device_map=devices, device=DEVICES[where], **settings)
+    np.testing.assert_allclose(new, expected, rtol=0, atol=1e-5 * SPAN)
+    assert np.abs(new - g).max() > 1e-2 * SPAN
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_a_drawn_map_is_what_the_seed_draws(where):
+    law, rng = LAWS["all"], np.random.default_rng(3)
+    drawn = cells(rng)
+    stored = drawn.copy()
+    dw = rng.normal(0, 0.2, (GROUPS, OUTPUTS, INPUTS)).astype(np.float32)
+    devices = ops.draw_device_map(law, SHAPE, seed=SETTINGS["seed"])
+    for g, more in ((drawn, {}), (stored, {"device_map": devices})):
+        ops.device_update(g, dw, law=law, device=DEVICES[where], **SETTINGS, **more)
+    assert (drawn != stored).any()
+    np.testing.assert_allclose(stored, drawn, rtol=0, atol=1e-3 * SPAN)  # 11 bits of at most 5 spreads of 0.3
+
+
+def pulse(g, devices, law, pulses):
+    """Shares of the window that every first device moves by nominal pulses."""
+    new = g.copy()
+    w_max, dw = (
+        np.ones(OUTPUTS, np.float32),
+        np.full((1, OUTPUTS, INPUTS), pulses / law.nominal_pulses, np.float32),
+    )
+    ops.device_update(new, dw, law=law, w_max=w_max, device_map=devices, **WINDOW)
+    return (new[0] - g[0]) / SPAN
+
+
+def test_devices_do_what_was_measured():
+    """Steps, windows and bounds of measured devices come out of the update."""
+    rng, shape = np.random.default_rng(4), (2, INPUTS, OUTPUTS)
+    law = ConstantStep(
+        pulses=1000, sides="reference", step_spread=0.2, asymmetry_spread=0.1, low_spread=0.1, high_spread=0.1
+    )
+    up, down = (rng.uniform(0.7, 1.5, shape) for _ in range(2))
+    low, high = G_MIN + SPAN * rng.uniform(0, 0.2, shape), G_MAX - SPAN * rng.uniform(-0.1, 0.2, shape)
+    devices = ops.device_map(law, **WINDOW, step_up=up, step_down=down, g_low=low, g_high=high)
+    assert devices.shape == (4, *shape)
+    middle = np.full(shape, (G_MIN + G_MAX) / 2, np.float32)
+    np.testing.assert_allclose(pulse(middle, devices, law, 1) * 1000, up[0], atol=3e-3)
+    np.testing.assert_allclose(-pulse(middle, devices, law, -1) * 1000, down[0], atol=3e-3)
+    for pulses, end in ((1000, high), (-1000, low)):
+        np.testing.assert_allclose(
+            middle[0] + SPAN * pulse(middle, devices, law, pulses), end[0], atol=1e-3 * SPAN
+        )
+
+
+SHAPES = {
+    "slope": (LinearStep(slope_up=0.5, slope_down=-0.2, spread=0.1), "slope_up", "slope_down"),
+    "bound": (SoftBounds(up=1.5, down=0.8, spread=0.1), "up", "down"),
+    "exponent": (PowerStep(exponent_up=0.5, exponent_down=1.5, spread=0.1), "exponent_up", "exponent_down"),
+    "factor": (PiecewiseStep(up=(1.0, 0.5), down=(0.5, 1.0), spread=0.1), "up", "down"),
+    "amplitude": (ExponentialStep(amplitude_up=-0.2, amplitude_down=0.1, rate_up=2, rate_down=2, a=0.5, spread=0.1), "amplitude_up", "amplitude_down"),
+    "label": (NeuroSim(nonlinearity_ltp=2.0, nonlinearity_ltd=-1.0, levels=1000, spread=0.1), "nonlinearity_ltp", "nonlinearity_ltd"),
+    "nu": (Agarwal(nu=2.0, spread=0.1), "nu", "nu"),
+    "alpha": (AgarwalSymmetric(alpha=2.0, spread=0.1), "alpha", "alpha"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pulses", [100, -100])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_device_with_a_measured_shape_follows_the_law_with_it(name, pulses):
+    law, *fields = SHAPES[name]
+    law = law.model_copy(update={"sides": "reference"})
+    factors, shape = (1.2, 0.7), (2, INPUTS, OUTPUTS)
+    nominal = [1.0 if name == "factor" else getattr(law, field) for field in fields]
+    up, down = (np.full(shape, value * factor) for value, factor in zip(nominal, factors, strict=True))
+    devices = ops.device_map(law, **WINDOW, shape_up=up, shape_down=down)
+    g = np.random.default_rng(5).uniform(G_MIN, G_MAX, shape).astype(np.float32)
+    field, factor = (fields[0], factors[0]) if pulses > 0 else (fields[1], factors[1])
+    value = getattr(law, field)
+    changed = tuple(factor * v for v in value) if name == "factor" else factor * value
+    own = law.model_copy(update={field: changed, "spread": 0.0})
+    np.testing.assert_allclose(pulse(g, devices, law, pulses), pulse(g, None, own, pulses), rtol=0, atol=1e-4)
+    assert (
+        np.abs(
+            pulse(g, None, own, pulses) - pulse(g, None, law.model_copy(update={"spread": 0.0}), pulses)
+        ).max()
+        > 1e-3
+    )
+
+
+SMALL = (2, 3, 4)
+STEP = ConstantStep(step_spread=0.1)
+ERRORS = {
+    "missing": (STEP, {"step_up": np.ones(SMALL)}, "`step_down` must be given for a law that spreads in step, got none"),
+    "more": (STEP, {"step_up": np.ones(SMALL), "step_down": np.ones(SMALL), "g_low": np.ones(SMALL)}, "`g_low` must not be given .* got one; give the law the spread of it"),
+    "alike": (ConstantStep(), {}, "`law` must have a spread, got 'constant_step' without"),
+    "shape": (STEP, {"step_up": np.ones((3, 4)), "step_down": np.ones((3, 4))}, r"`step_up` must have shape \[2, G \* I, O\], .* got \(3, 4\)"),
+    "finite": (STEP, {"step_up": np.full(SMALL, np.nan), "step_down": np.ones(SMALL)}, "`step_up` must be finite, got nan"),
+    "sign": (STEP, {"step_up": np.ones(SMALL), "step_down": -np.ones(SMALL)}, "must be at least 0, got -1; both are sizes"),
+    "asymmetry": (STEP, {"step_up": np.ones(SMALL), "step_down": np.full(SMALL, 0.8)}, "asymmetry_spread=0 and a deviation of 0.1; set asymmetry_spread"),
+    "far": (ConstantStep(low_spread=1e-7), {"g_low": np.full(SMALL, 1e-6)}, "within 65504 spreads of the nominal one, got .*; set the"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_measurements_say_what_is_wrong(name):
+    law, arrays, text = ERRORS[name]
+    with pytest.raises(ValueError, match=f"device_map: .*{text}"):
+        ops.device_map(law, g_min=0.0, g_max=G_MAX, **arrays)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, *SHAPE), np.float16), np.zeros((1, 2, 3, 4), np.float16)])
+def test_a_map_of_other_devices_is_refused(bad):
+    g = np.full(SHAPE, G_MIN, np.float32)
+    with pytest.raises(
+        ValueError, match=r"`device_map` must have shape \(1, 2, 74, 71\) for a law that spreads in step, got"
+    ):
+        ops.device_update(
+            g, np.zeros((GROUPS, OUTPUTS, INPUTS), np.float32), law=LAWS["steps"], device_map=bad, **SETTINGS
+        )
+    assert (g == np.float32(G_MIN)).all()
+
+
+def layer(seed=0):
+    torch.manual_seed(seed)
+    spec = CrossbarSpec(update={"law": "constant_step", "pulses": 500, "step_spread": 0.3}, seed=3)
+    return AnalogLinear(5, 4, spec=spec, bias=False)
+
+
+def train(model, steps):
+    optimizer = InSituSGD(model.parameters(), lr=0.05)
+    for k in range(steps):
+        optimizer.zero_grad()
+        model(torch.full((3, 5), 0.1 * (k + 1))).square().sum().backward()
+        optimizer.step()
+
+
+def test_a_layer_trains_its_measured_devices_and_saves_them():
+    drawn, measured = layer(), layer()
+    train(drawn, 1)
+    train(measured, 1)
+    step = np.full((2, 5, 4), 0.25)
+    devices = ops.device_map(measured.spec.update, g_min=0.0, g_max=1.0, step_up=step, step_down=step)
+    measured.set_device_map(devices)
+    before = measured.weight.detach().clone()
+    measured.update_cells(torch.full_like(before, 0.01))
+    np.testing.assert_allclose((measured.weight - before).detach(), 0.0025, atol=1e-5)
+    drawn.update_cells(torch.full_like(before, 0.01))
+    assert not torch.equal(drawn.weight, measured.weight)
+    loaded = layer(1)
+    loaded.load_state_dict(measured.state_dict())
+    for model in (measured, loaded):
+        train(model, 2)
+    assert torch.equal(loaded.weight, measured.weight)
+    measured.set_device_map(None)
+    assert "device_map" not in measured.state_dict()
+    with pytest.raises(
+        ValueError, match=r"`devices` must be float16 \(1, 2, 5, 4\) for this layer and its law, got"
+    ):
+        measured.set_device_map(devices[:, :, :3])
