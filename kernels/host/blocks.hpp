@@ -124,6 +124,10 @@ void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const 
 inline void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0,
                     i64 ldc0, float sign, Lane* c, i64 ldc) {
   const i64 least = std::min(rows, cols);
+  if (rows * cols * depth == 1) {  // of cells
+    *c = (c0 ? *c0 : Lane{}) + sign * (*at * *b);
+    return;
+  }
   (least >= 4   ? lane_product<4>
    : least == 2 ? lane_product<2>
                 : lane_product<1>)(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
@@ -213,12 +217,33 @@ struct Stacks {
 inline i64 padded(i64 size, float) { return (size + 15) / 16 * 16 + 16; }  // rows off a power of two apart
 inline i64 padded(i64 size, const Lane&) { return size; }
 
-template <class E>
-void mirror(i64 rows, i64 cols, const E* from, i64 ld_from, E* to, i64 ld_to) {
-  for (i64 i0 = 0; i0 < rows; i0 += 8)
-    for (i64 j0 = 0; j0 < cols; j0 += 8)
-      for (i64 j = j0; j < std::min(cols, j0 + 8); ++j)
-        for (i64 i = i0; i < std::min(rows, i0 + 8); ++i) to[j * ld_to + i] = from[i * ld_from + j];
+// to[j][i] = from[i][j] of STEP x STEP.
+template <int STEP>
+inline void mirror_tile(const float* from, i64 ld_from, float* to, i64 ld_to) {
+  using V = typename Floats<STEP>::Vec;
+  typedef float Row __attribute__((vector_size(4 * STEP)));
+  Row rows[STEP];
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; ++i) rows[i] = *(const V*)(from + i * ld_from);
+  swap_lanes<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; ++i) *(V*)(to + i * ld_to) = rows[i];
+}
+
+// to = from', from [rows, cols]; rows and cols are multiples of 8.
+inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
+  const i64 high = rows / WIDTH * WIDTH, wide = cols / WIDTH * WIDTH;
+  for (i64 i = 0; i < high; i += WIDTH)
+    for (i64 j = 0; j < wide; j += WIDTH)
+      mirror_tile<WIDTH>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+  for (i64 i = 0; i < rows; i += 8)
+    for (i64 j = i < high ? wide : 0; j < cols; j += 8)
+      mirror_tile<8>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+}
+
+inline void mirror(i64 rows, i64 cols, const Lane* from, i64 ld_from, Lane* to, i64 ld_to) {
+  for (i64 i = 0; i < rows; ++i)
+    for (i64 j = 0; j < cols; ++j) to[j * ld_to + i] = from[i * ld_from + j];
 }
 
 // A side of one part, and where it lies in the merged block.
