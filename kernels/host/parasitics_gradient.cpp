@@ -273,8 +273,8 @@ struct Adjoint {
     if (!lane_grads.base) return;
     Lane device, left, below;
     builder.segments(r0, c0, i, j, device, left, below);
-    const Lane drop = 1.0f / (1.0f + device * (left + below));
-    const Lane voltage[4] = {drop, left * drop, -below * drop, -drop};  // over the device, of L, R, T, B
+    Lane voltage[4];
+    cell_voltage(device, left, below, voltage);
     Lane sum = {};
     for (int s = 0; s < 4; ++s)
       for (int t = 0; t < 4; ++t) sum += voltage[s] * *whole.at[s][t] * voltage[t];
