@@ -39,90 +39,67 @@ __device__ __forceinline__ void split_level(float* q, float* other, float* grad,
     const int e = n * THREADS + me;
     own[n] = q[e / K * S + E + e % K];
   }
-  for (int e = me; e < PAIRS * N * N; e += THREADS) {
+  for_each<PAIRS * N * N>([=](int e) {
     const int pair = e / (N * N);
     const bool along = last ? last_along_rows : !ALONG_ROWS, second = last ? last_second : pair & 1;
     const Place i = source_of(e / N % N, ROWS, COLS, along, second, ALONG_ROWS);
     const Place j = source_of(e % N, ROWS, COLS, along, second, ALONG_ROWS);
     d[(pair * N + i.block * E + i.at) * N + j.block * E + j.at] = grad[e];
-  }
+  });
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < EACH; ++n) side[n * THREADS + me] = own[n];
   __syncthreads();
 
-  for (int e = me; e < PAIRS * K * K; e += THREADS) {
-    const float* const q1 = side + e / (K * K) * 2 * S * K + E * K;
-    const float* const q2 = q1 + S * K;
+  for_each<PAIRS * K * K>([=](int e) {
+    const float* const q1 = side + (e / (K * K) * 2 * S + E) * K;
     const int i = e / K % K, j = e % K;
-    float sum = i == j ? 1.0f : 0.0f;
-    for (int k = 0; k < K; ++k) sum = fma(-q1[i * K + k], q2[k * K + j], sum);
-    f[e] = sum;
-  }
+    f[e] = (i == j ? 1.0f : 0.0f) - dot<K>(q1 + i * K, 1, q1 + S * K + j, K);
+  });
   __syncthreads();
   invert_all<PAIRS, K>(f, f + PAIRS * K * K);
-  for (int e = me; e < PAIRS * K * K; e += THREADS) {
-    const float* const q1 = side + e / (K * K) * 2 * S * K + E * K;
-    const float* const q2 = q1 + S * K;
-    const float* const m = f + e / (K * K) * K * K;
-    const int i = e / K % K, j = e % K;
-    float current = 0.0f, voltage = 0.0f;
-    for (int k = 0; k < K; ++k) {
-      current = fma(q2[i * K + k], m[k * K + j], current);
-      voltage = fma(m[i * K + k], q1[k * K + j], voltage);
-    }
-    float* const to = t + e / (K * K) * 4 * K * K;
-    to[i * 2 * K + j] = current;
-    to[j * 2 * K + K + i] = -m[i * K + j];
-    to[(K + i) * 2 * K + j] = -m[i * K + j];
-    to[(K + i) * 2 * K + K + j] = voltage;
-  }
+  for_each<PAIRS * K * K>([=](int e) {
+    const int pair = e / (K * K), i = e / K % K, j = e % K;
+    const float* const q1 = side + (2 * pair * S + E) * K;
+    const float* const own_f = f + pair * K * K;
+    float* const to = t + pair * 4 * K * K;
+    to[i * 2 * K + j] = dot<K>(q1 + (S + i) * K, 1, own_f + j, K);
+    to[j * 2 * K + K + i] = -f[e];
+    to[(K + i) * 2 * K + j] = -f[e];
+    to[(K + i) * 2 * K + K + j] = dot<K>(own_f + i * K, 1, q1 + j, K);
+  });
   __syncthreads();
-  for (int e = me; e < PAIRS * N * 2 * K; e += THREADS) {
-    const int pair = e / (N * 2 * K), i = e / (2 * K) % N, block = e % (2 * K) / K, j = e % K;
-    const float* const row = d + (pair * N + i) * N + block * E;
-    const float* const b = side + (2 * pair + block) * S * K;
-    float sum = 0.0f;
-    for (int k = 0; k < E; ++k) sum = fma(row[k], b[k * K + j], sum);
-    u[e] = sum;
-  }
+  for_each<PAIRS * N * 2 * K>([=](int e) {
+    const int row = e / (2 * K), pair = row / N, block = e / K % 2, j = e % K;
+    u[e] = dot<E>(d + row * N + block * E, 1, side + (2 * pair + block) * S * K + j, K);
+  });
   __syncthreads();
-  for (int e = me; e < PAIRS * 4 * K * K; e += THREADS) {
-    const int pair = e / (4 * K * K), i = e / (2 * K) % K, block = e / (2 * K * K) % 2, j = e % (2 * K);
-    const float* const b = side + (2 * pair + block) * S * K;
-    float sum = 0.0f;
-    for (int k = 0; k < E; ++k) sum = fma(b[k * K + i], u[(pair * N + block * E + k) * 2 * K + j], sum);
-    h[e] = sum;
-  }
-  for (int e = me; e < 2 * PAIRS * E * S; e += THREADS) {
-    const int block = e / (E * S), pair = block / 2, half = block % 2, i = e / S % E, j = e % S;
+  for_each<PAIRS * 4 * K * K>([=](int e) {
+    const int block = e / (2 * K * K), i = e / (2 * K) % K, j = e % (2 * K);  // of all pairs
+    h[e] = dot<E>(side + block * S * K + i, K, u + block * E * 2 * K + j, 2 * K);
+  });
+  for_each<2 * PAIRS * E * S>([=](int e) {
+    const int row = e / S, block = row / E, pair = block / 2, half = block % 2, i = row % E, j = e % S;
     float* const to = grad + block * S * S;
     if (j < E) {
-      to[i * S + j] = d[(pair * N + half * E + i) * N + half * E + j];
-      continue;
+      to[i * S + j] = d[row * N + half * E + j];
+    } else {
+      const float across = dot<2 * K>(u + row * 2 * K, 1, t + pair * 4 * K * K + half * K + j - E, 2 * K);
+      to[i * S + j] = across;
+      to[j * S + i] = across;
     }
-    float sum = 0.0f;
-    for (int k = 0; k < 2 * K; ++k)
-      sum = fma(u[(pair * N + half * E + i) * 2 * K + k], t[(pair * 2 * K + k) * 2 * K + half * K + j - E], sum);
-    to[i * S + j] = sum;
-    to[j * S + i] = sum;
-  }
+  });
   __syncthreads();
-  for (int e = me; e < PAIRS * 4 * K * K; e += THREADS) {
-    const int pair = e / (4 * K * K), i = e / (2 * K) % (2 * K), j = e % (2 * K);
-    float sum = 0.0f;
-    for (int k = 0; k < 2 * K; ++k)
-      sum = fma(h[(pair * 2 * K + i) * 2 * K + k], t[(pair * 2 * K + k) * 2 * K + j], sum);
-    g[e] = sum;
-  }
+  for_each<PAIRS * 4 * K * K>([=](int e) {
+    const int row = e / (2 * K), pair = row / (2 * K), j = e % (2 * K);
+    g[e] = dot<2 * K>(h + row * 2 * K, 1, t + pair * 4 * K * K + j, 2 * K);
+  });
   __syncthreads();
-  for (int e = me; e < 2 * PAIRS * K * K; e += THREADS) {
+  for_each<2 * PAIRS * K * K>([=](int e) {
     const int block = e / (K * K), pair = block / 2, half = block % 2, i = e / K % K, j = e % K;
-    float sum = 0.0f;
-    for (int k = 0; k < 2 * K; ++k)
-      sum = fma(t[(pair * 2 * K + half * K + i) * 2 * K + k], g[(pair * 2 * K + k) * 2 * K + half * K + j], sum);
-    grad[(block * S + E + i) * S + E + j] = sum;
-  }
+    grad[(block * S + E + i) * S + E + j] =
+        dot<2 * K>(t + (block * K + i) * 2 * K, 1, g + pair * 4 * K * K + half * K + j, 2 * K);
+  });
   __syncthreads();
 }
 

@@ -72,20 +72,34 @@ __device__ __forceinline__ void cell_level(const LeafCell& cell, float* out) {
   __syncthreads();
 }
 
+// f(e) for all e below COUNT, each by one thread; rolled up, since a level's code is only as fast as it is short.
+template <int COUNT, class F>
+__device__ __forceinline__ void for_each(F f) {
+#pragma unroll 1
+  for (int e = this_thread(); e < COUNT; e += THREADS) f(e);
+}
+
+// start + sum_k a[k * step_a] b[k * step_b]
+template <int DEPTH>
+__device__ __forceinline__ float dot(const float* a, int step_a, const float* b, int step_b, float start = 0.0f) {
+#pragma unroll 4
+  for (int k = 0; k < DEPTH; ++k) start = fma(a[k * step_a], b[k * step_b], start);
+  return start;
+}
+
 // Inverses of COUNT matrices of K x K in place, without pivots; `spare` is as large.
 template <int COUNT, int K>
 __device__ __forceinline__ void invert_all(float* f, float* spare) {
-  const int me = this_thread();
   for (int t = 0; t < K; ++t) {
-    for (int e = me; e < COUNT * K * K; e += THREADS) {
+    for_each<COUNT * K * K>([&](int e) {
       const float* const m = f + e / (K * K) * K * K;
       const int i = e / K % K, j = e % K;
       const float inverse = 1.0f / m[t * K + t];
       const float row = (j == t ? 1.0f : m[t * K + j]) * inverse;
       spare[e] = i == t ? row : fma(-m[i * K + t], row, j == t ? 0.0f : m[i * K + j]);
-    }
+    });
     __syncthreads();
-    for (int e = me; e < COUNT * K * K; e += THREADS) f[e] = spare[e];
+    for_each<COUNT * K * K>([&](int e) { f[e] = spare[e]; });
     __syncthreads();
   }
 }
@@ -97,73 +111,50 @@ __device__ __forceinline__ void merge_level(const float* in, float* out, float* 
                                             bool last_second) {
   constexpr int S = 2 * P + 2 * Q, K = ALONG_ROWS ? P : Q, E = S - K, PAIRS = LEAF * LEAF / (2 * P * Q);
   float* const f = work;                // [PAIRS, K, K] (1 + Z A)^-1
-  float* const fz = f + PAIRS * K * K;  // [PAIRS, K, K]
+  float* const fz = f + PAIRS * K * K;  // [PAIRS, K, K], negative
   float* const x = fz + PAIRS * K * K;  // [PAIRS, K, E]
   float* const y = x + PAIRS * K * E;
-  float* const w = y + PAIRS * K * E;
-  const int me = this_thread();
+  float* const w = y + PAIRS * K * E;  // negative
 
-  for (int e = me; e < PAIRS * K * K; e += THREADS) {
-    const float* const q1 = in + e / (K * K) * 2 * S * S;
-    const float* const q2 = q1 + S * S;
+  for_each<PAIRS * K * K>([=](int e) {
+    const float* const q1 = in + e / (K * K) * 2 * S * S + E * S + E;
     const int i = e / K % K, j = e % K;
-    float sum = i == j ? 1.0f : 0.0f;
-    for (int k = 0; k < K; ++k) sum = fma(-q1[(E + i) * S + E + k], q2[(E + k) * S + E + j], sum);
-    f[e] = sum;
-  }
+    f[e] = (i == j ? 1.0f : 0.0f) - dot<K>(q1 + i * S, 1, q1 + S * S + j, S);
+  });
   __syncthreads();
   invert_all<PAIRS, K>(f, fz);
-  for (int e = me; e < PAIRS * K * E; e += THREADS) {
-    const float* const m = f + e / (K * E) * K * K;
-    const float* const q1 = in + e / (K * E) * 2 * S * S;
-    const int i = e / E % K, j = e % E;
-    float sum = 0.0f;
-    for (int k = 0; k < K; ++k) sum = fma(m[i * K + k], q1[(E + k) * S + j], sum);
-    x[e] = sum;
-  }
-  for (int e = me; e < PAIRS * K * K; e += THREADS) {
-    const float* const m = f + e / (K * K) * K * K;
-    const float* const q1 = in + e / (K * K) * 2 * S * S;
-    const int i = e / K % K, j = e % K;
-    float sum = 0.0f;
-    for (int k = 0; k < K; ++k) sum = fma(m[i * K + k], -q1[(E + k) * S + E + j], sum);
-    fz[e] = sum;
-  }
-  __syncthreads();
-  for (int e = me; e < PAIRS * K * E; e += THREADS) {
+  for_each<PAIRS * K * E>([=](int e) {
     const int pair = e / (K * E), i = e / E % K, j = e % E;
-    const float* const q2 = in + (2 * pair + 1) * S * S;
-    float across = 0.0f, down = 0.0f;
-    for (int k = 0; k < K; ++k) {
-      across = fma(q2[(E + i) * S + E + k], x[pair * K * E + k * E + j], across);
-      down = fma(fz[pair * K * K + i * K + k], q2[(E + k) * S + j], down);
-    }
-    y[e] = across;
-    w[e] = down;
-  }
+    x[e] = dot<K>(f + (pair * K + i) * K, 1, in + (2 * pair * S + E) * S + j, S);
+  });
+  for_each<PAIRS * K * K>([=](int e) {
+    const int pair = e / (K * K), i = e / K % K, j = e % K;
+    fz[e] = dot<K>(f + (pair * K + i) * K, 1, in + (2 * pair * S + E) * S + E + j, S);
+  });
+  __syncthreads();
+  for_each<PAIRS * K * E>([=](int e) {
+    const int pair = e / (K * E), i = e / E % K, j = e % E;
+    const float* const q2 = in + ((2 * pair + 1) * S + E) * S;
+    y[e] = dot<K>(q2 + i * S + E, 1, x + pair * K * E + j, E);
+    w[e] = dot<K>(fz + (pair * K + i) * K, 1, q2 + j, S);
+  });
   __syncthreads();
 
   constexpr int ROWS = ALONG_ROWS ? P : 2 * P, COLS = ALONG_ROWS ? 2 * Q : Q, OUT = 2 * ROWS + 2 * COLS;
-  for (int e = me; e < PAIRS * OUT * OUT; e += THREADS) {
+  for_each<PAIRS * OUT * OUT>([=](int e) {
     const int pair = e / (OUT * OUT);
     const bool along = last ? last_along_rows : !ALONG_ROWS, second = last ? last_second : pair & 1;
     const Place i = source_of(e / OUT % OUT, ROWS, COLS, along, second, ALONG_ROWS);
     const Place j = source_of(e % OUT, ROWS, COLS, along, second, ALONG_ROWS);
-    const float* const q1 = in + 2 * pair * S * S;
-    const float* const q2 = q1 + S * S;
-    const float* left;   // a row of K numbers, S a row: ports of the block joined
-    const float* right;  // a column of K numbers, E apart
-    float sum = 0.0f, sign = 1.0f;
-    if (i.block == 0 && j.block == 0) {
-      left = q1 + i.at * S + E, right = y + pair * K * E + j.at, sum = q1[i.at * S + j.at];
-    } else if (i.block == 1 && j.block == 1) {
-      left = q2 + i.at * S + E, right = w + pair * K * E + j.at, sum = q2[i.at * S + j.at], sign = -1.0f;
-    } else {
-      left = q2 + (i.block ? i.at : j.at) * S + E, right = x + pair * K * E + (i.block ? j.at : i.at), sign = -1.0f;
-    }
-    for (int k = 0; k < K; ++k) sum = fma(sign * left[k], right[k * E], sum);
-    out[e] = sum;
-  }
+    const float* const q = in + 2 * pair * S * S;
+    const bool same = i.block == j.block;
+    const Place& from = same || i.block ? i : j;  // across, from the second block
+    const Place& to = same || i.block ? j : i;
+    const float* const solved = (!same ? x : i.block ? w : y) + pair * K * E + to.at;
+    const float own = same ? q[(i.block * S + i.at) * S + j.at] : 0.0f;
+    const float sum = dot<K>(q + ((from.block * S) + from.at) * S + E, 1, solved, E);
+    out[e] = same ? own + sum : -sum;
+  });
   __syncthreads();
 }
 
