@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive}  # fmt: skip
 COPIES = {aten.lift_fresh}  # torch.tensor(...)
-MODULES = ("analog_mvm", "reprogram", "device_update", "pulse_update", "wires")
+MODULES = ("analog_mvm", "reprogram", "device_update", "pulse_update", "wires", "effective_conductance")
 
 
 class Refused(AssertionError):
@@ -42,6 +42,13 @@ class DeviceArray:
 
     def __getitem__(self, at):
         return DeviceArray(self.values[at], self.tape)
+
+    def __setitem__(self, at, value):
+        def assign():
+            self.values[at] = value.values if isinstance(value, DeviceArray) else value
+
+        assign()
+        self.tape.record(assign)
 
     def reshape(self, *shape):
         view = self.values.reshape(*shape)

@@ -25,6 +25,7 @@ SETTINGS = {
     "offset": {**BASE, "mapping": {"scheme": "offset"}},
     "wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "method": "ladder"}},
     "anchored wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "anchor": "ladder", "refresh_interval": 3}},
+    "wires' gradient": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "gradient": "exact"}},
     "in-situ": {**BASE, "update": AGARWAL},
     "in-situ held": {**BASE, "update": {"law": "soft_bounds", "cycle": 0.1, "write_noise": 1e-7}},
     "pulses": {**BASE, "update": {"law": "soft_bounds", "cycle": 0.1}, "pulses": {}},

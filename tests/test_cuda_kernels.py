@@ -31,6 +31,7 @@ from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.drift import KERNEL as DRIFT
 from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
+from gpuxbar.ops.effective_conductance_gradient_cuda import KERNELS as CONDUCTANCE_GRADIENT
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
@@ -51,6 +52,7 @@ KERNELS = {
         DRIFT,
         RELAX,
         *EFFECTIVE_CONDUCTANCE,
+        *CONDUCTANCE_GRADIENT,
         *ANCHOR,
         *PULSES,
     )
@@ -334,6 +336,7 @@ wires = dict(r_wordline=2.0, r_bitline=3.0, r_source=ones[:1], r_sink=0.5, devic
 for method, shared in (("mean_field", False), ("exact", True)):
     ops.effective_conductance(np.full((2, 40, 20), 1e-4, np.float32), method=method, shared_drivers=shared,
                               arithmetic="3xtf32", **wires)
+ops.effective_conductance_gradient(*np.full((2, 1, 20, 9), 1e-4, np.float32), **wires)
 ops.anchored_conductance(np.full((3, 9, 7), 1e-4, np.float32), ops.Anchor.new((3, 9, 7)), update=np.ones(1, np.int32), **wires)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from cuda_shim import FORWARD, REVERSE, ShimDevice
+from tape import gpu_path
 from torch import nn
 
 import gpuxbar as gx
@@ -50,15 +53,23 @@ def test_host_matches_oracle(shape, name):
     assert error(got, reference.effective_conductance_gradient(g, grad, **WIRES[name])) < 4e-6
 
 
-def test_lines_of_their_own_and_strong_wires():
+def own_lines():
     g, grad = case(20, 30, ron=1e3)
     rng = np.random.default_rng(0)
-    wires = {
-        "r_wordline": rng.uniform(0, 10, 20),
-        "r_bitline": rng.uniform(0, 10, 30),
-        "r_source": rng.uniform(0, 1000, 20),
-        "r_sink": rng.uniform(0, 1000, 30),
-    }
+    return (
+        g,
+        grad,
+        {
+            "r_wordline": rng.uniform(0, 10, 20),
+            "r_bitline": rng.uniform(0, 10, 30),
+            "r_source": rng.uniform(0, 1000, 20),
+            "r_sink": rng.uniform(0, 1000, 30),
+        },
+    )
+
+
+def test_lines_of_their_own_and_strong_wires():
+    g, grad, wires = own_lines()
     got = ops.effective_conductance_gradient(g, grad, **wires)
     assert error(got, reference.effective_conductance_gradient(g, grad, **wires)) < 2e-5
 
@@ -88,6 +99,40 @@ def test_same_bits_for_threads():
         set_threads(threads)
         found.append(ops.effective_conductance_gradient(g, grad, **WIRES["strong"]))
     np.testing.assert_array_equal(*found)
+
+
+# one cell, one line, one leaf, leaves along a line only, of both ways
+@pytest.mark.parametrize(
+    ("shape", "name", "order"),
+    [((1, 1), "mild", FORWARD), ((9, 1), "ends", REVERSE), ((16, 13), "strong", 11), ((5, 50), "rows", 12),
+     ((33, 7), "none", 13), ((20, 39), "strong", REVERSE)],
+)  # fmt: skip
+def test_cuda_matches_oracle(shape, name, order):
+    g, grad = case(*shape)
+    device = ShimDevice(order)
+    got = ops.effective_conductance_gradient(g, grad, device=device, **WIRES[name])
+    assert error(got, reference.effective_conductance_gradient(g, grad, **WIRES[name])) < 4e-6
+
+
+def test_cuda_lines_of_their_own_and_chunks():
+    g, grad, wires = own_lines()
+    wires = {name: value.astype(np.float32) for name, value in wires.items()}
+    whole, device = ShimDevice(FORWARD), ShimDevice(11, workspace=1)
+    got = ops.effective_conductance_gradient(g, grad, device=whole, **wires)
+    assert error(got, reference.effective_conductance_gradient(g, grad, **wires)) < 2e-5
+    np.testing.assert_array_equal(got, ops.effective_conductance_gradient(g, grad, device=device, **wires))
+    assert len(device.launches) == 2 * len(whole.launches)
+    one = {**WIRES["strong"], "r_sink": np.full(1, 30, np.float32)}
+    np.testing.assert_array_equal(
+        ops.effective_conductance_gradient(g, grad, device=whole, **one),
+        ops.effective_conductance_gradient(g, grad, device=whole, **WIRES["strong"]),
+    )
+
+
+def test_cuda_of_no_tile():
+    empty = np.zeros((3, 0, 4), np.float32)
+    got = ops.effective_conductance_gradient(empty, empty, device=ShimDevice(), **WIRES["mild"])
+    assert got.shape == (3, 0, 4)
 
 
 GOOD = dict(zip(("g", "grad"), case(3, 5), strict=True))
@@ -134,6 +179,19 @@ def test_tensors_match_arrays_and_have_the_gradient():
     assert torch.equal(again, x.grad)
 
 
+def test_tensors_on_a_gpu_have_it_too(monkeypatch):
+    """By the CUDA path over the CPU build of its kernels: resistances as numbers, of one and of all lines."""
+    g, grad = case(6, 9)
+    lines = {**WIRES["strong"], "r_source": torch.linspace(0, 200, 6), "r_sink": torch.full((1,), 30.0)}
+    grads = []
+    for path in (nullcontext(), gpu_path(monkeypatch)):
+        x = torch.from_numpy(g).requires_grad_()
+        with path:
+            bridge.effective_conductance(x, **lines).backward(torch.from_numpy(grad))
+        grads.append(x.grad.numpy())
+    assert 0 < error(grads[1], grads[0]) < 4e-6
+
+
 def test_opcheck():
     g, _ = case(5, 4)
     ohms = [torch.tensor(value) for value in (2.0, 1.0, 50.0, 0.0)]
@@ -160,13 +218,6 @@ def test_gradients_that_do_not_exist_are_refused(change, text):
     g = torch.full((2, 3, 4), 1e-5, requires_grad=True)
     with pytest.raises(ValueError, match=text):
         bridge.effective_conductance(g, **{**WIRES["mild"], **change})
-
-
-def test_a_gradient_off_the_cpu_is_refused():
-    g = torch.full((2, 3, 4), 1e-5, device="meta", requires_grad=True)
-    with pytest.raises(NotImplementedError, match="a gradient of `g` on meta has no kernel in this version"):
-        bridge.effective_conductance(g, **WIRES["mild"])
-    assert bridge.effective_conductance(g.detach(), **WIRES["mild"]).shape == g.shape
 
 
 # ---------------------------------------------------------------- layers
@@ -250,6 +301,22 @@ def test_slices_groups_and_images():
         layer(torch.randn(2, 4, 6, 6)).square().sum().backward()
         grads[gradient] = layer.weight.grad.numpy()
     assert 0 < error(grads["exact"], grads["straight_through"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"mapping": {"slices": 2, "slice_bits": 2, "scheme": "subtracted"}}, {"update": {"law": "agarwal"}}],
+)
+def test_a_layer_on_a_gpu_has_it_too(monkeypatch, parts):
+    """Of slices, groups and both ways that a weight moves its devices."""
+    grads = []
+    for path in (nullcontext(), gpu_path(monkeypatch)):
+        torch.manual_seed(0)
+        layer = AnalogConv2d(4, 6, 3, groups=2, spec=spec(WIRES["strong"], **parts))
+        with path:
+            layer(torch.randn(2, 4, 5, 5)).square().sum().backward()
+        grads.append(layer.weight.grad.numpy())
+    assert 0 < error(grads[1], grads[0]) < 1e-5
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -37,11 +37,10 @@ def effective_conductance(
         Effective conductance, float32, shape of `g`, S.
 
     Gradient:
-        Of `g`: the true one, by the adjoint network, for method "exact" without shared drivers on the CPU. None of the
-        resistances.
+        Of `g`: the true one, by the adjoint network, for method "exact" without shared drivers. None of the resistances.
 
     Raises:
-        As there; ValueError and NotImplementedError also where a gradient is wanted that does not exist.
+        As there; ValueError also where a gradient is wanted that does not exist.
     """
     given = (r_wordline, r_bitline, r_source, r_sink)
     for name, value in zip(OHMS, given, strict=True):
@@ -49,17 +48,11 @@ def effective_conductance(
             raise ValueError(
                 f"effective_conductance: `{name}` must not require a gradient, got one that does; detach it"
             )
-    if torch.is_grad_enabled() and g.requires_grad:
-        if method != "exact" or shared_drivers:
-            raise ValueError(
-                "effective_conductance: `method` must be 'exact' without shared_drivers for a gradient, got "
-                f"{method!r} and {shared_drivers}; choose these, or pass g.detach()"
-            )
-        if g.device.type != "cpu":
-            raise NotImplementedError(
-                f"effective_conductance: a gradient of `g` on {g.device} has no kernel in this version; "
-                "call g.cpu(), or pass g.detach()"
-            )
+    if torch.is_grad_enabled() and g.requires_grad and (method != "exact" or shared_drivers):
+        raise ValueError(
+            "effective_conductance: `method` must be 'exact' without shared_drivers for a gradient, got "
+            f"{method!r} and {shared_drivers}; choose these, or pass g.detach()"
+        )
     lines = (torch.as_tensor(value, dtype=torch.float32, device=g.device) for value in given)
     found: Tensor = conductance_through_wires(g.contiguous(), *lines, method, shared_drivers)
     return found

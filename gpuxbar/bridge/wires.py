@@ -95,11 +95,6 @@ def weight_through_wires(
             device on the weight's side. All slices move by the same share of their window.
         spec: The layer's `CrossbarSpec` as JSON.
     """
-    if weight.device.type != "cpu":
-        raise NotImplementedError(
-            f"parasitics: gradient='exact' has no kernel on {weight.device} in this version; call model.cpu(), or use "
-            "gradient='straight_through'"
-        )
     return weight.clone()
 
 
@@ -107,23 +102,31 @@ def weight_through_wires(
 def weight_through_wires_gradient(
     grad: Tensor, weight: Tensor, cells: Tensor, w_max: Tensor, groups: int, pairs: bool, spec: str
 ) -> Tensor:
-    """Gradient of the weight, shape and dtype of `grad`; a plane of cells at a time."""
+    """Gradient of the weight, shape and dtype of `grad`."""
     crossbar = spec_of(spec)
-    ohms = _ohms(crossbar.parasitics, swap=False)
     planes = Planes.of(crossbar, collapse=False)
     window = planes.unit * (crossbar.device.g_max - crossbar.device.g_min)
     base, slices = 2.0 ** (crossbar.mapping.slice_bits or 0), crossbar.mapping.slices
     shape = (groups, weight.shape[0] // groups, -1)
     full = w_max.view(groups, -1, 1)
-    seen = _tiles((grad.detach().float().view(shape) * full).mT, crossbar)
-    sign = torch.zeros(shape[:2]).unsqueeze(2) if pairs else weight.detach().float().reshape(shape).sign()
-    out = torch.zeros_like(grad.view(shape), dtype=torch.float32)
-    for plane, held in enumerate(cells):
-        tiles = _tiles(held.view(groups, -1, held.shape[1]), crossbar)
-        moved = tensor(ops.effective_conductance_gradient(array(tiles), array(seen), **ohms))
-        share = window * base ** (plane % slices) / 2 * (1 + sign if plane < slices else 1 - sign)
-        out += share * _untiled(moved, held[None], groups).view(groups, -1, held.shape[1]).mT
-    return (out / full).view_as(grad).to(grad.dtype)
+    with on_device(grad, "wires backward") as device:
+        tiles = _tiles(cells.view(-1, cells.shape[1] // groups, cells.shape[2]), crossbar)
+        seen = _tiles((grad.detach().float().view(shape) * full).mT, crossbar).repeat(len(cells), 1, 1, 1, 1)
+        moved = tensor(
+            ops.effective_conductance_gradient(
+                array(tiles), array(seen), **_ohms(crossbar.parasitics, swap=False), device=device
+            )
+        )
+    moved = _untiled(moved, cells, groups).view(2, slices, groups, -1, cells.shape[2]).mT
+    for k in range(slices):
+        moved[:, k] *= base**k
+    positive, negative = moved.sum(1)
+    if pairs:
+        out = positive + negative
+    else:
+        sign = weight.detach().float().reshape(shape).sign()
+        out = positive * (1 + sign) + negative * (1 - sign)
+    return (window / 2 * out / full).view_as(grad).to(grad.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

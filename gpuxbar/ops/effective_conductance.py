@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import Device, backend, cuda_device, host_call, library
+from gpuxbar.launch import Device, backend, cuda_device, host_call, is_cupy, library
 from gpuxbar.ops.checks import check_array
 from gpuxbar.ops.effective_conductance_cuda import effective_conductance_cuda
 
@@ -139,16 +139,7 @@ def _cuda(
     device: Device, g: Any, given: dict[str, Any], method: Method, arithmetic: Arithmetic, shared_drivers: bool
 ) -> Any:  # fmt: skip
     rows, cols = g.shape[-2:]
-    lines: dict[str, Any] = {}
-    for name, value in given.items():
-        if hasattr(value, "shape") and value.ndim:  # on the device, and not read back
-            check_array(OP, name, value, "float32", 1)
-            count = _check_count(OP, name, value, rows, cols)
-            lines[name] = value if value.size == count else device.empty((count,), "float32")
-            if lines[name] is not value:
-                lines[name][...] = value
-        else:
-            lines[name] = float(per_line(OP, name, value, rows, cols)[:1].sum())
+    lines = device_lines(OP, device, given, rows, cols)
     if method == "none" or not g.size:
         out = device.empty(g.shape, "float32")
         out[...] = g
@@ -156,6 +147,22 @@ def _cuda(
     shared = g.shape[-3] if shared_drivers else 0
     found = effective_conductance_cuda(device, g.reshape(-1, rows, cols), lines, method, arithmetic, shared)
     return found.reshape(g.shape)
+
+
+def device_lines(op: str, device: Device, given: dict[str, Any], rows: int, cols: int) -> dict[str, Any]:
+    """Resistances for a device: a number, or an array of one per line there."""
+    lines: dict[str, Any] = {}
+    for name, value in given.items():
+        if is_cupy(value) or np.ndim(value):  # on the device, and not read back
+            check_array(op, name, value, "float32", range(2))
+            count = _check_count(op, name, value, rows, cols)
+            value = value.reshape(-1)
+            lines[name] = value if value.size == count else device.empty((count,), "float32")
+            if lines[name] is not value:
+                lines[name][...] = value
+        else:
+            lines[name] = float(per_line(op, name, value, rows, cols)[:1].sum())
+    return lines
 
 
 _LINE = {"r_wordline": "wordline", "r_bitline": "bitline", "r_source": "wordline", "r_sink": "bitline"}

@@ -10,28 +10,43 @@ of its own): 6000 tiles are 6.5 GB, an estimated 1.5 ms at 4.3 TB/s. Not yet run
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 
-__all__ = ["KERNELS", "effective_conductance_cuda", "invert"]
+__all__ = [
+    "KERNELS",
+    "LEAF",
+    "LINES",
+    "VALUES",
+    "Level",
+    "effective_conductance_cuda",
+    "grid",
+    "invert",
+    "leaf_bits",
+    "leaves",
+    "merge_ways",
+    "product",
+    "wire_values",
+]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
-_LINES: dict[str, Any] = {
+LINES: dict[str, Any] = {
     "r_wordline": In("float32", "R", optional=True), "r_bitline": In("float32", "C", optional=True),
     "r_source": In("float32", "R", optional=True), "r_sink": In("float32", "C", optional=True),
 }  # fmt: skip
-_VALUES: dict[str, Any] = {
+VALUES: dict[str, Any] = {
     "wordline_value": _FLOAT, "bitline_value": _FLOAT, "source_value": _FLOAT, "sink_value": _FLOAT,
 }  # fmt: skip
 
 LADDER = Kernel(
-    "ladder.cu", g=In("float32", "T R C"), **_LINES, share=Out("float32", "T R C"), g_eff=Out("float32", "T R C"),
-    **_VALUES, rows=_INT, cols=_INT,
+    "ladder.cu", g=In("float32", "T R C"), **LINES, share=Out("float32", "T R C"), g_eff=Out("float32", "T R C"),
+    **VALUES, rows=_INT, cols=_INT,
 )  # fmt: skip
 CONDUCTANCE_LEAF = Kernel(
-    "conductance_leaf.cu", g=In("float32", "T R C"), **_LINES, q=Out("float32"), **_VALUES, rows=_INT, cols=_INT,
+    "conductance_leaf.cu", g=In("float32", "T R C"), **LINES, q=Out("float32"), **VALUES, rows=_INT, cols=_INT,
     high_bits=_INT, wide_bits=_INT,
 )  # fmt: skip
 GAUSS_JORDAN = Kernel(
@@ -54,9 +69,9 @@ SPLIT_TF32 = Kernel(
     size=_LONG,
 )  # fmt: skip
 MEAN_FIELD_COARSEN = Kernel(
-    "mean_field.cu", name="mean_field_coarsen", g=In("float32", "T R C"), ladder=In("float32", "T R C"), **_LINES,
+    "mean_field.cu", name="mean_field_coarsen", g=In("float32", "T R C"), ladder=In("float32", "T R C"), **LINES,
     coarse=Out("float32", "T P Q"), strength=Out("float32", "T L"), segments=Out("float32", "two S"),
-    ends=Out("float32", "two S"), **_VALUES, rows=_INT, cols=_INT, k=_INT,
+    ends=Out("float32", "two S"), **VALUES, rows=_INT, cols=_INT, k=_INT,
 )  # fmt: skip
 MEAN_FIELD = Kernel(
     "mean_field.cu", coarse=In("float32", "T P Q"), strength=In("float32", "T L"), segments=In("float32", "two S"),
@@ -82,11 +97,11 @@ def effective_conductance_cuda(
     `shared`: so many neighbours are column tiles on the same drivers; 0: every tile has its own.
     """
     out = device.empty(g.shape, "float32")
-    wires = _wires(lines)
+    wires = wire_values(lines)
     rows, cols = g.shape[1:]
     if method == "mean_field" and max(rows, cols) <= LEAF:
         method = "exact"  # nothing to coarsen
-    bits = tuple(max(-(-count // LEAF) - 1, 0).bit_length() for count in (rows, cols))
+    bits = leaf_bits(rows, cols)
     # blocks of two levels, and the products between them: below four times the leaves
     tree = 4 * 4 * 4096 << sum(bits)
     coarse = 4 * (4096 + LEAF * LEAF + rows + cols)
@@ -103,7 +118,13 @@ def effective_conductance_cuda(
     return out
 
 
-def _wires(lines: dict[str, Any]) -> dict[str, Any]:
+def leaf_bits(rows: int, cols: int) -> tuple[int, int]:
+    """Numbers of leaves down and along a tile, as powers of two."""
+    high, wide = (max(-(-count // LEAF) - 1, 0).bit_length() for count in (rows, cols))
+    return high, wide
+
+
+def wire_values(lines: dict[str, Any]) -> dict[str, Any]:
     """Resistances as the kernels take them: an array or none, and one value for all lines."""
     arrays = {name: None if isinstance(value, float) else value for name, value in lines.items()}
     values = {
@@ -140,16 +161,16 @@ def _add_coupling(device: Device, g: Any, ladder: Any, wires: dict[str, Any]) ->
         "r_wordline": segments[0, :high], "r_bitline": segments[1, :wide], "r_source": ends[0, :high],
         "r_sink": ends[1, :wide],
     }  # fmt: skip
-    q = _leaves(device, coarse, _wires(lines), (0, 0))
+    q = leaves(device, coarse, wire_values(lines), (0, 0))
     device.launch(MEAN_FIELD, (tiles,), (256,), {"q": q, "g_eff": ladder, **between})
 
 
-def _leaves(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int]) -> Any:
+def leaves(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int]) -> Any:
     """Ports of the blocks of 16 x 16 cells of every tile, 2^bits of them down and along."""
-    leaves = len(g) << sum(bits)
-    q = device.empty((leaves * 4096,), "float32")
+    count = len(g) << sum(bits)
+    q = device.empty((count * 4096,), "float32")
     device.launch(
-        CONDUCTANCE_LEAF, (leaves,), (256,),
+        CONDUCTANCE_LEAF, (count,), (256,),
         {"g": g, "q": q, **wires, "rows": g.shape[1], "cols": g.shape[2], "high_bits": bits[0], "wide_bits": bits[1]},
     )  # fmt: skip
     return q
@@ -159,8 +180,8 @@ def _merge_tiles(
     device: Device, g: Any, out: Any, wires: dict[str, Any], bits: tuple[int, int], arithmetic: str, shared: int
 ) -> None:  # fmt: skip
     drivers = {"r_source": wires["r_source"], "source_value": wires["source_value"]}
-    q = _leaves(device, g, wires | {"r_source": None, "source_value": 0.0} if shared else wires, bits)
-    ways = _ways(*bits)
+    q = leaves(device, g, wires | {"r_source": None, "source_value": 0.0} if shared else wires, bits)
+    ways = merge_ways(*bits)
     level = Level(device, arithmetic, q, len(g) << sum(bits), LEAF, LEAF, bool(ways and ways[0]))
     for _, after in pairwise(ways):
         level = level.merged(after)
@@ -171,7 +192,7 @@ def _merge_tiles(
         read = level.last() if ways else (q, 2 * LEAF, 4096, 4 * LEAF, None)
     direct, offset, stride, ld, cross = read
     device.launch(
-        CONDUCTANCE_OUT, _grid(out.size), (256,),
+        CONDUCTANCE_OUT, grid(out.size), (256,),
         {"direct": direct[offset:], "cross": cross, "g_eff": out, "direct_stride": stride, "direct_ld": ld,
          "along_rows": int(level.along_rows), "rows": g.shape[1], "cols": g.shape[2], "high": LEAF << bits[0],
          "wide": LEAF << bits[1], "size": out.size},
@@ -189,7 +210,7 @@ def _closed(
     m = device.empty((tiles * high * high,), "float32")
     size = m.size // shared
     device.launch(
-        CONDUCTANCE_SHARE, _grid(size), (256,),
+        CONDUCTANCE_SHARE, grid(size), (256,),
         {"q": level.q, "m": m, **drivers, "rows": rows, "high": high, "ports": ports, "shared": shared, "size": size},
     )  # fmt: skip
     invert(device, m, high, high, high * high, tiles, 0, diagonal=1.0)
@@ -201,12 +222,12 @@ def _closed(
     return closed, 0, high * wide, wide, None
 
 
-def _grid(size: int) -> tuple[int]:
+def grid(size: int) -> tuple[int]:
     """Blocks of 256 threads for a grid-stride loop."""
     return (min(-(-size // 256), 65536),)
 
 
-def _ways(high_bits: int, wide_bits: int) -> list[bool]:
+def merge_ways(high_bits: int, wide_bits: int) -> list[bool]:
     """Of every merge above the leaves, whether it joins along the wordlines; see `leaf_place` in parasitics.cuh."""
     ways = []
     for bit in range(max(high_bits, wide_bits)):
@@ -238,7 +259,7 @@ class Level:
         self, m: int, n: int, a: Operand, b: Operand, c: Operand, alpha: float = 1.0, beta: float = 0.0
     ) -> None:
         """c = alpha a b + beta c for every pair."""
-        _product(self.device, self.arithmetic, (self.pairs, m, n, self.joined), a, b, c, alpha, beta)
+        product(self.device, self.arithmetic, (self.pairs, m, n, self.joined), a, b, c, alpha, beta)
 
     def block(self, block: int, row: int, col: int) -> Operand:
         """A part of the first or second block of every pair."""
@@ -247,19 +268,23 @@ class Level:
     def new(self, rows: int, cols: int) -> Operand:
         return self.device.empty((self.pairs * rows * cols,), "float32"), 0, rows * cols, cols
 
+    @cached_property
     def solved(self) -> Operand:
         """F = (1 + Z A)^-1."""
         k, e = self.joined, self.rest
         f = self.new(k, k)
         z, a = self.block(0, e, e), self.block(1, e, e)
-        _product(self.device, "fp32", (self.pairs, k, k, k), z, a, f, -1.0, 0.0)
+        product(self.device, "fp32", (self.pairs, k, k, k), z, a, f, -1.0, 0.0)
         invert(self.device, f[0], k, k, k * k, self.pairs, 0, diagonal=1.0)
         return f
 
     def merged(self, next_along_rows: bool | None = None) -> Level:
-        """The pairs as blocks, about to be joined that way; None: they are tiles, with sides left, right, bottom, top."""
+        """The pairs as blocks, about to be joined that way; None: they are tiles, with sides left, right, bottom, top.
+
+        Of `q`, rows and columns of the joined sides stay as they were.
+        """
         k, e = self.joined, self.rest
-        f = self.solved()
+        f = self.solved
         x, y, w, fz, cross = self.new(k, e), self.new(k, e), self.new(k, e), self.new(k, k), self.new(e, e)
         self.product(k, e, f, self.block(0, e, 0), x)
         self.product(k, e, self.block(1, e, e), x, y)
@@ -274,7 +299,7 @@ class Level:
             bool(next_along_rows),
         )  # fmt: skip
         self.device.launch(
-            CONDUCTANCE_MERGE, _grid(out.q.size), (256,),
+            CONDUCTANCE_MERGE, grid(out.q.size), (256,),
             {"q": self.q, "cross": cross[0], "merged": out.q, "block_rows": self.rows, "block_cols": self.cols,
              "along_rows": int(self.along_rows), "next_along_rows": int(out.along_rows),
              "alternate": int(next_along_rows is not None), "size": out.q.size},
@@ -284,7 +309,7 @@ class Level:
     def last(self) -> tuple[Any, int, int, int, Any]:
         """The last merge, only between the tile's left and lower sides; the arguments of `conductance_out`."""
         k, e, p, q = self.joined, self.rest, self.rows, self.cols
-        f = self.solved()
+        f = self.solved
         # sides of block 0: left, top, bottom | right, or left, right, bottom | top; of block 1 with right for left, top for bottom
         bottom = p + q if self.along_rows else 2 * p
         x, y = self.new(k, q), self.new(k, q)
@@ -301,7 +326,7 @@ class Level:
         return self.q, self.at(0, 0, bottom), 2 * self.second, self.ports, cross[0]
 
 
-def _product(
+def product(
     device: Device, arithmetic: str, shape: tuple[int, int, int, int], a: Operand, b: Operand, c: Operand,
     alpha: float, beta: float,
 ) -> None:  # fmt: skip
@@ -320,7 +345,7 @@ def _split(device: Device, x: Operand, batch: int, rows: int, cols: int, right: 
     array, offset, stride, ld = x
     split = device.empty((3 * batch * rows * cols,), "float32")
     device.launch(
-        SPLIT_TF32, _grid(batch * rows * cols), (256,),
+        SPLIT_TF32, grid(batch * rows * cols), (256,),
         {"x": array[offset:], "split": split, "stride": stride, "ld": ld, "rows": rows, "cols": cols,
          "right": int(right), "size": batch * rows * cols},
     )  # fmt: skip

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import Device, backend, host_call, library
+from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array
-from gpuxbar.ops.effective_conductance import check_conductance, per_line
+from gpuxbar.ops.effective_conductance import check_conductance, device_lines, per_line
+from gpuxbar.ops.effective_conductance_gradient_cuda import effective_conductance_gradient_cuda
 
 __all__ = ["effective_conductance_gradient"]
 
@@ -34,8 +35,9 @@ def effective_conductance_gradient(
     alone. The block merge is undone for it, about 200 n^3 operations for an n x n tile; fields are not formed.
 
     Args:
-        g, r_wordline, r_bitline, r_source, r_sink, device: As in `effective_conductance`; on the CPU only.
-        grad: Gradient of G_eff, float32 [..., R, C], 1/S; finite.
+        g, r_wordline, r_bitline, r_source, r_sink, device: As in `effective_conductance`.
+        grad: Gradient of G_eff, float32 [..., R, C], 1/S; finite. On a GPU its values are not read back: a NaN stays
+            in its tile.
 
     Returns:
         Gradient of `g`, float32, shape of `g`, 1/S; that of an open cell (0 S) too.
@@ -43,7 +45,6 @@ def effective_conductance_gradient(
     Raises:
         TypeError: An array is not float32.
         ValueError: Shapes disagree, an array is not contiguous, or a value is out of its range.
-        NotImplementedError: Arrays on a GPU.
 
     Source:
         Director and Rohrer, IEEE Trans. Circuit Theory 16 (1969) (adjoint network).
@@ -54,12 +55,15 @@ def effective_conductance_gradient(
         raise ValueError(
             f"{OP}: `grad` must have the shape {tuple(g.shape)} of `g`, got {tuple(grad.shape)}; give every cell one"
         )
-    if device is not None or backend(g) == "cuda":
-        raise NotImplementedError(
-            f"{OP}: arrays on a GPU have no kernel in this version; pass NumPy arrays or CPU tensors"
-        )
     rows, cols = g.shape[-2:]
     given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
+    if device is not None or backend(g) == "cuda":
+        place = device or cuda_device()
+        lines = device_lines(OP, place, given, rows, cols)
+        if not g.size:
+            return place.empty(g.shape, "float32")
+        tiles, grads = g.reshape(-1, rows, cols), grad.reshape(-1, rows, cols)
+        return effective_conductance_gradient_cuda(place, tiles, grads, lines).reshape(g.shape)
     wires = {name: per_line(OP, name, value, rows, cols) for name, value in given.items()}
     check_conductance(OP, g)
     if not np.isfinite(grad).all():

@@ -124,6 +124,10 @@ void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const 
 inline void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0,
                     i64 ldc0, float sign, Lane* c, i64 ldc) {
   const i64 least = std::min(rows, cols);
+  if (rows * cols * depth == 1) {  // of cells
+    *c = (c0 ? *c0 : Lane{}) + sign * (*at * *b);
+    return;
+  }
   (least >= 4   ? lane_product<4>
    : least == 2 ? lane_product<2>
                 : lane_product<1>)(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
@@ -213,12 +217,33 @@ struct Stacks {
 inline i64 padded(i64 size, float) { return (size + 15) / 16 * 16 + 16; }  // rows off a power of two apart
 inline i64 padded(i64 size, const Lane&) { return size; }
 
-template <class E>
-void mirror(i64 rows, i64 cols, const E* from, i64 ld_from, E* to, i64 ld_to) {
-  for (i64 i0 = 0; i0 < rows; i0 += 8)
-    for (i64 j0 = 0; j0 < cols; j0 += 8)
-      for (i64 j = j0; j < std::min(cols, j0 + 8); ++j)
-        for (i64 i = i0; i < std::min(rows, i0 + 8); ++i) to[j * ld_to + i] = from[i * ld_from + j];
+// to[j][i] = from[i][j] of STEP x STEP.
+template <int STEP>
+inline void mirror_tile(const float* from, i64 ld_from, float* to, i64 ld_to) {
+  using V = typename Floats<STEP>::Vec;
+  typedef float Row __attribute__((vector_size(4 * STEP)));
+  Row rows[STEP];
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; ++i) rows[i] = *(const V*)(from + i * ld_from);
+  swap_lanes<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; ++i) *(V*)(to + i * ld_to) = rows[i];
+}
+
+// to = from', from [rows, cols]; rows and cols are multiples of 8.
+inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
+  const i64 high = rows / WIDTH * WIDTH, wide = cols / WIDTH * WIDTH;
+  for (i64 i = 0; i < high; i += WIDTH)
+    for (i64 j = 0; j < wide; j += WIDTH)
+      mirror_tile<WIDTH>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+  for (i64 i = 0; i < rows; i += 8)
+    for (i64 j = i < high ? wide : 0; j < cols; j += 8)
+      mirror_tile<8>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+}
+
+inline void mirror(i64 rows, i64 cols, const Lane* from, i64 ld_from, Lane* to, i64 ld_to) {
+  for (i64 i = 0; i < rows; ++i)
+    for (i64 j = 0; j < cols; ++j) to[j * ld_to + i] = from[i * ld_from + j];
 }
 
 // A side of one part, and where it lies in the merged block.
@@ -367,6 +392,16 @@ struct Cut {
   }
 };
 
+// Blocks that are kept, by their place: the halves of block n are 2 n + 1 and 2 n + 2.
+template <class E>
+struct Tree {
+  std::vector<Block<E>> blocks;
+  void put(u64 node, const Block<E>& block) {
+    if (blocks.size() <= node) blocks.resize(node + 1);
+    blocks[node] = block;
+  }
+};
+
 // Builds the blocks of one tile; its rows are padded to leaves at the top, its columns at the right.
 struct Builder {
   i64 rows, cols;       // of cells
@@ -376,6 +411,8 @@ struct Builder {
   const float* g = nullptr;
   Stacks<float> blocks;
   Stacks<Lane> lanes;
+  Tree<float>*outer = nullptr, *inner = nullptr;  // blocks to keep, on stack 0: of whole groups, inside a group
+  Tree<Lane>* kept_cells = nullptr;               // inside leaves
 
   Builder(i64 rows, i64 cols, Lines lines, bool admittances)
       : rows(rows),
@@ -387,15 +424,21 @@ struct Builder {
         lines(lines) {}
 
   // Cells [i0, i1) x [j0, j1) of every leaf of the group whose first leaf is (r0, c0).
-  Block<Lane> cells(i64 r0, i64 c0, i64 i0, i64 i1, i64 j0, i64 j1, int depth) {
+  Block<Lane> cells(i64 r0, i64 c0, i64 i0, i64 i1, i64 j0, i64 j1, int depth, u64 node = 0) {
     Stack<Lane>&results = lanes.stack[depth & 1], &parts = lanes.stack[~depth & 1];
-    if (i1 - i0 == 1 && j1 - j0 == 1) return cell(r0, c0, i0, j0, results);
-    const i64 mark = parts.top;
-    const Cut cut(i0, i1, j0, j1, true);
-    const Block<Lane> a = cells(r0, c0, cut.a[0], cut.a[1], cut.a[2], cut.a[3], depth + 1);
-    const Block<Lane> b = cells(r0, c0, cut.b[0], cut.b[1], cut.b[2], cut.b[3], depth + 1);
-    const Block<Lane> out = merge(a, b, cut.along_rows, Wanted{true, true}, results, parts);
-    parts.top = mark;
+    Block<Lane> out;
+    if (i1 - i0 == 1 && j1 - j0 == 1) {
+      out = cell(r0, c0, i0, j0, results);
+    } else {
+      const i64 mark = parts.top;
+      const Cut cut(i0, i1, j0, j1, true);
+      const int below = kept_cells ? depth : depth + 1;
+      const Block<Lane> a = cells(r0, c0, cut.a[0], cut.a[1], cut.a[2], cut.a[3], below, 2 * node + 1);
+      const Block<Lane> b = cells(r0, c0, cut.b[0], cut.b[1], cut.b[2], cut.b[3], below, 2 * node + 2);
+      out = merge(a, b, cut.along_rows, Wanted{true, true}, results, parts);
+      parts.top = mark;
+    }
+    if (kept_cells) kept_cells->put(node, out);
     return out;
   }
 
@@ -427,7 +470,7 @@ struct Builder {
     constexpr i64 SIZE = 4 * LEAF * 4 * LEAF;
     float* const out = results.take(LEAVES * SIZE);
     const Block<Lane> block = cells(r0, c0, 0, LEAF, 0, LEAF, 0);
-    lanes.stack[0].top = 0;
+    if (!kept_cells) lanes.stack[0].top = 0;
     if (blocks.counting()) return out;
     for (i64 e0 = 0; e0 < SIZE; e0 += LEAVES) {
       Lane square[LEAVES];
@@ -439,31 +482,38 @@ struct Builder {
   }
 
   // Leaves [r0, r1) x [c0, c1); `inside` a group, `group` are its leaves.
-  Block<float> build(i64 r0, i64 r1, i64 c0, i64 c1, int depth, bool inside = false, float* group = nullptr) {
+  Block<float> build(i64 r0, i64 r1, i64 c0, i64 c1, int depth, bool inside = false, float* group = nullptr,
+                     u64 node = 0) {
     Stack<float>&results = blocks.stack[depth & 1], &parts = blocks.stack[~depth & 1];
     const i64 r = r1 - r0, c = c1 - c0;
-    if (r == 1 && c == 1 && inside) {
+    const bool entered = !inside && r <= GROUP && c <= GROUP;
+    Tree<float>* const tree = inside ? inner : outer;
+    Block<float> out;
+    if (r == 1 && c == 1 && (inside || entered)) {
       constexpr i64 SIDE = 4 * LEAF;
+      if (entered) group = leaves(r0, c0, results);
       const i64 lane = r0 % GROUP * GROUP + c0 % GROUP;
-      return {group + lane * SIDE * SIDE,
-              SIDE,
-              {0, LEAF, 2 * LEAF, 3 * LEAF},
-              {LEAF, c1 < wide ? LEAF : 0, r0 > 0 ? LEAF : 0, LEAF}};
+      out = {group + lane * SIDE * SIDE,
+             SIDE,
+             {0, LEAF, 2 * LEAF, 3 * LEAF},
+             {LEAF, c1 < wide ? LEAF : 0, r0 > 0 ? LEAF : 0, LEAF}};
+    } else {
+      const i64 mark = parts.top;
+      if (entered) group = leaves(r0, c0, parts);
+      inside |= entered;
+      const int below = (inside ? inner : outer) ? depth : depth + 1;
+      const Cut cut(r0, r1, c0, c1, inside);
+      const Block<float> a = build(cut.a[0], cut.a[1], cut.a[2], cut.a[3], below, inside, group, 2 * node + 1);
+      const Block<float> b = build(cut.b[0], cut.b[1], cut.b[2], cut.b[3], below, inside, group, 2 * node + 2);
+      out = merge(a, b, cut.along_rows, wanted(r1, c0), results, parts);
+      parts.top = mark;
     }
-    const i64 mark = parts.top;
-    if (!inside && r <= GROUP && c <= GROUP) {
-      if (r == 1 && c == 1) return build(r0, r1, c0, c1, depth, true, leaves(r0, c0, results));
-      group = leaves(r0, c0, parts);
-      inside = true;
-    }
-    const Cut cut(r0, r1, c0, c1, inside);
-    const Block<float> a = build(cut.a[0], cut.a[1], cut.a[2], cut.a[3], depth + 1, inside, group);
-    const Block<float> b = build(cut.b[0], cut.b[1], cut.b[2], cut.b[3], depth + 1, inside, group);
-    const Wanted wanted{c0 > 0 || admittances, r1 < high || admittances};
-    const Block<float> out = merge(a, b, cut.along_rows, wanted, results, parts);
-    parts.top = mark;
+    if (tree) tree->put(node, out);
     return out;
   }
+
+  // Of a block whose rows end at leaf r1 and whose columns begin at leaf c0.
+  Wanted wanted(i64 r1, i64 c0) const { return {c0 > 0 || admittances, r1 < high || admittances}; }
 
   template <class Visit>
   void stacks(Visit visit) {

@@ -23,6 +23,16 @@ GPUXBAR_FN CellPorts<T> cell_ports(T g, T left, T below) {
       -through * left, -below * pass_up, -pass_up,         through};
 }
 
+// The voltage over a cell's device for a unit of each of its sides, left, right, top and bottom.
+template <class T>
+GPUXBAR_FN void cell_voltage(T g, T left, T below, T* v) {
+  const T drop = 1.0f / (1.0f + g * (left + below));
+  v[0] = drop;
+  v[1] = left * drop;
+  v[2] = -below * drop;
+  v[3] = -drop;
+}
+
 // What is left of a voltage behind a segment of `resistance` with an admittance `beyond` after it.
 template <class T>
 GPUXBAR_FN T ladder_factor(T resistance, T beyond) {
