@@ -305,8 +305,6 @@ def _wgmma_obstacle(case: Case, arch: str) -> str | None:
     """Why the Hopper kernel cannot compute a case; None if it can."""
     if arch != "sm_90":
         return f"{arch} has no wgmma (sm_90 does)"
-    if case.variance:
-        return "the noise depends on the state (noise_var)"
     if case.converters > 1:
         return "converters have a gain or offset of their own"
     return _obstacle(case, arch)
@@ -343,17 +341,17 @@ def _implicit(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan
 
 def _wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
     """The pipeline of one block size of the Hopper kernel, or None if its registers do not hold the sums."""
-    if block_n == 256 and (case.gate or case.converters or not case.fits_16_bits):
+    if block_n == 256 and (case.gate or case.converters or case.variance or not case.fits_16_bits):
         return None
-    free = SHARED[arch] - STATIC_SHARED
-    stages = next(count for count in (4, 3, 2) if wgmma_bytes(block_n, case.terms, count) <= free)
+    free, panels = SHARED[arch] - STATIC_SHARED, case.terms + case.variance
+    stages = next(count for count in (4, 3, 2) if wgmma_bytes(block_n, panels, count) <= free)
     splits = max(1, min(case.tiles, multiprocessors // max(_blocks(case, block_n), 1)))
     return Plan("wgmma", (), block_n, stages, splits)
 
 
-def wgmma_bytes(block_n: int, terms: int, stages: int) -> int:
-    """Shared memory of a block of the Hopper kernel: aligned stages of panels, two barriers each."""
-    return 1024 + stages * (2 * STEP * (BLOCK_M + block_n * terms) + 16)
+def wgmma_bytes(block_n: int, panels: int, stages: int) -> int:
+    """Shared memory of a block of the Hopper kernel: aligned stages, two barriers each."""
+    return 1024 + stages * (stage_bytes(block_n, panels) + 16)
 
 
 def stage_bytes(block_n: int, panels: int) -> int:
