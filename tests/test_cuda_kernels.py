@@ -21,6 +21,7 @@ from test_tile_mvm import (
 )
 
 from gpuxbar import ops, reference
+from gpuxbar.bench.ceilings import KERNELS as CEILINGS
 from gpuxbar.launch import In, Kernel, Out, Scalar
 from gpuxbar.launch.cubin import cubin, resources
 from gpuxbar.launch.kernel import Array
@@ -53,6 +54,7 @@ KERNELS = {
         *EFFECTIVE_CONDUCTANCE,
         *ANCHOR,
         *PULSES,
+        *CEILINGS,
     )
 }
 FILES = sorted({k.file for k in KERNELS.values()})
@@ -70,6 +72,7 @@ VARIANTS = {
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
+    "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}],
     "fused_tile_mvm_sm90.cu": [
@@ -131,6 +134,9 @@ def variants(file, arch):
     for macros in VARIANTS.get(file, [{}]):
         if file == "fused_tile_mvm_sm90.cu":
             if arch == "sm_90a":
+                yield macros
+        elif file == "ceilings.cu":  # of tensor cores where there are any that can
+            if macros["UNIT"] < 3 or (macros["UNIT"] == 3 and arch != "sm_75") or arch == "sm_90a":
                 yield macros
         elif file != "fused_tile_mvm.cu":
             yield macros

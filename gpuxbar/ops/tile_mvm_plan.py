@@ -229,7 +229,7 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         return Plan("collapsed", ("no ADC quantises: planes and tiles merge into one product",))
     table = rates(arch)
     epilogue_us = _epilogue_us(case, table)
-    epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", epilogue_us),))
+    epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", epilogue_us, table),))
     if strategy == "epilogue":
         return epilogue
     if all(obstacles.values()):
@@ -245,7 +245,7 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     chosen = min(times, key=lambda name: times[name][0]) if strategy == "auto" else strategy
     best, plan = times[chosen]
     why = (
-        *(_line(name, us) for name, (us, _) in times.items()),
+        *(_line(name, us, table) for name, (us, _) in times.items()),
         *epilogue.why,
         f"rates of {table.architecture}: {table.source}",
         f"{chosen}: blocks of {BLOCK_M} x {plan.block_n}, {plan.stages} stages, tiles split {plan.splits} ways",
@@ -255,8 +255,9 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     return replace(plan, why=why)
 
 
-def _line(name: str, us: float) -> str:
-    return f"{name}: {us:.0f} us expected"
+def _line(name: str, us: float, table: Rates) -> str:
+    origin = "estimated, not timed" if table.source == "estimate" else "by measured rates"
+    return f"{name}: {us:.0f} us, {origin}"
 
 
 def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
