@@ -9,8 +9,9 @@
 //         by atomics, have the same bits on any launch. Shared memory (dynamic): 1024 + STAGES * (stage_bytes + 16).
 // Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
 // Macros  BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the pipeline; TERMS 1 fp16 conductances, 2 high
-//         and low half; NOISE 0 none, 1 exact, 2 fast; CONVERTERS 0 one LSB for all, 1 an LSB a column; GATE also counts
-//         the conversions inside the range, in the high half of each sum
+//         and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16; BLOCK_N
+//         128); CONVERTERS 0 one LSB for all, 1 an LSB a column; GATE also counts the conversions inside the range, in
+//         the high half of each sum
 // Wrapper gpuxbar/ops/fused_tile_mvm_sm90.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/panels.cuh"
@@ -19,6 +20,12 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
+#ifndef VARIANCE
+#define VARIANCE 0
+#endif
+#if VARIANCE && PAIRED
+#error "VARIANCE leaves registers for BLOCK_N 128 only"
+#endif
 
 extern __shared__ __align__(1024) unsigned char gx_smem[];
 
@@ -26,13 +33,18 @@ namespace gpuxbar {
 
 constexpr int HALVES = BLOCK_N / PANEL_ROWS;  // panels of b side by side
 constexpr u32 PANEL_BYTES = 2 * PANEL;
-constexpr u32 STAGE_BYTES = PANEL_BYTES * (1 + HALVES * TERMS);
+constexpr u32 STAGE_BYTES = PANEL_BYTES * (1 + HALVES * (TERMS + VARIANCE));
 constexpr u32 CONSUMERS = 8;                        // warps that free a stage
 constexpr int SUMS = 64, CODES = PAIRED ? 32 : 64;  // registers of a thread, for each half
 
 // What is the same for all threads of a block.
 struct Block : Part {
   volatile u32 key_lo, key_hi;  // seed; volatile: read at each use, so as not to stay in registers
+
+  // 1 / LSB of a column, read anew too.
+  GPUXBAR_FN float inverse(int column) const {
+    return *(const volatile float*)(inverse_lsb + (CONVERTERS ? column : 0));
+  }
 };
 
 // Where the sums of a consumer's thread lie in the block: rows row() and row() + 8, eight columns from column() + 32 part.
@@ -64,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     fused_tile_mvm_sm90(const Operand* __restrict__ a,    // [P, M, G, T, K]   digits, fp16
                         const Operand* __restrict__ b,    // [S, G, N, T, K]   conductance times a power of 2, fp16
                         const Operand* __restrict__ low,  // like b, or null: what fp16 leaves of it (TERMS 2)
+                        const i16* __restrict__ spread,   // like b, or null: noise variance, bf16  A^2/V^2 (VARIANCE)
                         const float* __restrict__ slice_scale,  // [S] or null: 1
                         const float* __restrict__ adc_lsb,      // [1] or [G * N], or null: adc_lsb_value   A
                         const float* __restrict__ read_noise,   // [1] or null: read_noise_value            A
@@ -75,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                         float* __restrict__ y,                  // or null
                         float* __restrict__ gate,               // like y, or null (GATE)
                         float volts,                            // of a digit 1 and conductance 1 of a and b
+                        float volts_squared,                    // V^2 of a digit
                         float adc_lsb_value, float read_noise_value, i64 step_value, u64 seed,
                         i64 row0,        // first row of this call, in the whole product
                         i64 y_row0,      // and in y
@@ -128,6 +142,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const i64 from = b_at + half * next_half;
         copy_bulk(to + (1 + half) * PANEL_BYTES, b + from, PANEL_BYTES, landed);
         if (TERMS == 2) copy_bulk(to + (1 + HALVES + half) * PANEL_BYTES, low + from, PANEL_BYTES, landed);
+        if (VARIANCE) copy_bulk(to + (1 + HALVES * TERMS) * PANEL_BYTES, spread + from, PANEL_BYTES, landed);
       }
       a_from += PANEL, b_at += PANEL;
     }
@@ -136,6 +151,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
   registers_claim<240>();
   float sums[HALVES][SUMS];
+#if VARIANCE
+  float variances[SUMS];
+  u32 squares[PANEL_LINES / 16][4];  // of the digits of a step, bf16
+#endif
   u32 codes[HALVES][CODES];
 #pragma unroll
   for (int half = 0; half < HALVES; ++half)
@@ -162,6 +181,23 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       }
       products_wait<HALVES>();  // the products of the step before are done
       if (at != first && Place().lane() == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
+#if VARIANCE
+      // the squares are made while the tensor cores multiply the digits
+      const Place place;
+      const int row = (place.thread >> 5) * 16 + (place.lane() & 15);
+#pragma unroll
+      for (int part = 0; part < PANEL_LINES / 16; ++part) {
+        load_matrices(squares[part], from + 2 * panel_chunk(row, 2 * part + (place.lane() >> 4)));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) squares[part][e] = square_halves(squares[part][e]);
+      }
+      const u64 right = descriptor(from + (1 + TERMS) * PANEL_BYTES);
+      products_fence();
+#pragma unroll
+      for (int part = 0; part < PANEL_LINES / 16; ++part)
+        multiply_warpgroup_bfloat(variances, squares[part], right + 2 * part, at != first || part);
+      products_commit();
+#endif
     }
 
     const float inverse_lsb = block.inverse_lsb[0];
@@ -202,10 +238,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               for (int f = 0; f < 2; ++f) {
                 float current = sums[half][4 * j + 2 * h + f] * volts;
 #if NOISE
-                current = fma(sigma, f ? noise.b : noise.a, current);
+                float deviation = sigma;
+#if VARIANCE
+                const float variance = max(variances[4 * j + 2 * h + f] * volts_squared, 0.0f);
+                deviation = sqrt_fast(fma(sigma, sigma, variance));
 #endif
-                const float steps =
-                    fma(current, CONVERTERS ? block.inverse_lsb[CONVERTERS ? column + e + f : 0] : inverse_lsb, 0.0f);
+                current = fma(deviation, f ? noise.b : noise.a, current);
+#endif
+                const float steps = fma(current, CONVERTERS ? block.inverse(column + e + f) : inverse_lsb, 0.0f);
                 code[f] = counted_code(steps, code_min, code_max);
               }
               add_codes(codes[half] + (PAIRED ? 2 : 4) * j, h, code);

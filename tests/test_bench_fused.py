@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from gpuxbar import ops
 from gpuxbar.bench import OracleMismatch, fused
 from gpuxbar.bench.__main__ import app
-from gpuxbar.bench.fused import CHECKS, READS, Recorder, Subject
+from gpuxbar.bench.ceilings import CEILINGS, UNITS, units_of
+from gpuxbar.bench.fused import CHECKS, CONVOLUTIONS, FROM_CODES, PRODUCTS, READS, Recorder, Subject, Target
 from gpuxbar.bench.steps import STEPS
 
 run = CliRunner().invoke
@@ -44,6 +45,7 @@ def test_a_device_is_asked_for_the_kernels_it_has():
 
 def test_the_checks_pass_on_the_cpu_build(monkeypatch):
     monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])  # the others take long here
+    monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:1])
     found = fused.check(subject())
     assert list(found) == list(CHECKS)
     assert found["two runs"] == found["fused and cuBLAS + epilogue"] == "same bits"
@@ -52,6 +54,8 @@ def test_the_checks_pass_on_the_cpu_build(monkeypatch):
 FAULTS = {  # check, what is wrong, what it says
     "seed": ("matches the float64 oracle", {"seed": lambda seed: seed ^ 1}, r"results are off \(KERNEL, exact, 3 x 70 x 9\)"),
     "scale": ("matches the float64 oracle", {"v_lsb": lambda v: 1.01 * v}, "results are off"),
+    "variance": ("matches the float64 oracle", {"noise_var": lambda s: 1.5 * s}, r"results are off \(KERNEL, variance, 3 x"),
+    "patches": ("convolutions", {"v_lsb": lambda v: 1.01 * v}, r"results are off \(KERNEL, exact, 5 channels of 9 x 7\)"),
     "step": ("fused and cuBLAS + epilogue", {"step": lambda step: step + 1}, "not those of cuBLAS"),
     "sigma": ("noise", {"read_noise": lambda sigma: 1.03 * sigma}, "its variance lies"),
     "same-step": ("noise", {"step": lambda step: 3}, "its steps lies"),
@@ -60,10 +64,51 @@ FAULTS = {  # check, what is wrong, what it says
 
 @pytest.mark.parametrize("kernel", fused.FUSED)
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_a_kernel_voids_the_table(name, kernel):
+def test_a_fault_of_a_kernel_voids_the_table(monkeypatch, name, kernel):
     which, changes, text = FAULTS[name]
+    monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])
+    monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:1])
     with pytest.raises(OracleMismatch, match=text.replace("KERNEL", kernel)):
         CHECKS[which](subject(kernels=(kernel,), **changes))
+
+
+def test_what_gathers_patches_is_checked_too(monkeypatch):
+    monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:1])
+    with pytest.raises(OracleMismatch, match=r"results are off \(implicit, exact, 5 channels"):
+        CHECKS["convolutions"](subject(faulty=("implicit",), seed=lambda seed: seed ^ 1))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_ceiling_is_that_of_the_work_it_names(unit):
+    """A kernel that leaves out a round of one unit is found."""
+
+    class Skipping(ShimDevice):
+        def launch(self, kernel, grid, block, values, macros=None, shared=0):
+            less = macros["UNIT"] == UNITS[unit].number
+            super().launch(kernel, grid, block, {**values, "rounds": values["rounds"] - less}, macros, shared)
+
+    with pytest.raises(OracleMismatch, match=rf"^{re.escape(unit)}: off by .* from NumPy$"):
+        CHECKS["ceilings"](Subject(Skipping(order=11), np.asarray, np.asarray))
+
+
+def test_ceilings_are_rates():
+    """Operations a second: of 2 us a call, on what an architecture has."""
+    for arch, lacking in (("sm_75", 2), ("sm_89", 1), ("sm_90", 0), ("sm_100", 1)):
+        assert units_of(arch) == list(UNITS)[: len(UNITS) - lacking]
+    device, calls = ShimDevice(arch="sm_89", multiprocessors=3), []
+    device.launch = lambda *arguments, **_: calls.append(arguments)
+
+    def time_us(runs):
+        for call in runs:
+            call()
+        return 2.0
+
+    rates = fused.ceilings.measure(device, np.asarray, time_us)
+    threads, rounds = 3 * 8 * 256, 4096
+    assert rates["fast Gnormal/s"] == pytest.approx(threads * rounds * 8 / 2e-6 / 1e9)
+    flops = 2 * 16 * 8 * 16 * 8 / 32  # eight products of a warp a round
+    assert rates["mma.sync TFLOP/s"] == pytest.approx(threads * rounds * flops / 2e-6 / 1e12)
+    assert [(call[0], call[1], call[4]["UNIT"]) for call in calls] == [(CEILINGS, (24,), n) for n in range(4)]
 
 
 def test_a_fault_of_one_kernel_is_named():
@@ -86,23 +131,59 @@ def test_every_failed_check_is_named(monkeypatch):
         fused.check(subject())
 
 
-@pytest.mark.parametrize("strategy", ["fused", "wgmma", "epilogue"])
-def test_what_is_timed_is_the_read(strategy):
-    """A replay multiplies and converts again, from operands packed before, into the same array."""
-    read = fused.Read("small", 70, 200, 40)
+@pytest.mark.parametrize(
+    ("strategy", "images"),
+    [
+        ("fused", 0),
+        ("wgmma", 0),
+        ("epilogue", 0),
+        ("fused", 2),
+        ("wgmma", 2),
+        ("implicit", 2),
+        ("epilogue", 2),
+    ],
+)
+def test_what_is_timed_is_the_read(strategy, images):
+    """A replay multiplies and converts again, from operands packed before, into the same array; or from codes."""
+    read = fused.Read("small", 2 * 36 if images else 70, 27, 40, images=images)
+    assert strategy in (*read.kernels(fused.FUSED), "epilogue")
     recorder = Recorder(ShimDevice(multiprocessors=1))
-    codes = np.random.default_rng(0).integers(-127, 128, (70, 200)).astype(np.int16)
-    g = (np.random.default_rng(1).integers(-2047, 2048, (200, 40)) * fused.G_STEP).astype(np.float32)
+    codes = np.random.default_rng(0).integers(-127, 128, read.codes_shape).astype(np.int16)
+    g = (np.random.default_rng(1).integers(-2047, 2048, (27, 40)) * fused.G_STEP).astype(np.float32)
     y = ops.tile_mvm(codes, g, device=recorder, strategy=strategy, **read.settings())
     expected = y.copy()
-    y.fill(np.nan)
-    recorder.inner.launches.clear()
-    recorder.replay()
-    np.testing.assert_array_equal(y, expected)
-    kernel = {"fused": "fused_tile_mvm", "wgmma": "fused_tile_mvm_sm90", "epilogue": "adc_accumulate"}[
-        strategy
-    ]
-    assert recorder.inner.launches == [kernel]
+    kernel = {"wgmma": "fused_tile_mvm_sm90", "epilogue": "adc_accumulate"}.get(strategy, "fused_tile_mvm")
+    pack = "pack_images" if strategy == "implicit" else "pack_inputs"
+    for names, launches in ((PRODUCTS, [kernel]), (FROM_CODES, [pack, kernel])):
+        y.fill(np.nan)
+        recorder.inner.launches.clear()
+        recorder.replay(names)
+        np.testing.assert_array_equal(y, expected)
+        assert recorder.inner.launches == launches
+
+
+RATES = {
+    "copy GB/s": 1.0,
+    "exact Gnormal/s": 10.0,
+    "fast Gnormal/s": 20.0,
+    "mma.sync TFLOP/s": 3.0,
+    "wgmma TFLOP/s": 4.0,
+}
+
+
+def test_floors_are_work_over_rates():
+    read = fused.Read("small", 100, 300, 50, noise="exact", precision="fp16x2", variance=True)
+    products = 2e-6 * 100 * 300 * 50 * 3
+    assert read.floors(RATES, "fused")["products"] == pytest.approx(products / 3.0)
+    floors = read.floors(RATES, "wgmma")
+    assert floors["products"] == pytest.approx(products / 4.0)
+    assert floors["noise"] == pytest.approx(1e-3 * 100 * 3 * 50 / 10.0)
+    assert floors["memory"] == pytest.approx(1e-3 * (2 * (100 * 300 + 3 * 300 * 50) + 4 * 100 * 50))
+    images = fused.Read("images", 72, 27, 50, noise="none", images=2).floors(RATES, "implicit")
+    assert images["memory"] == pytest.approx(
+        1e-3 * (2 * (72 * 3 + 27 * 50) + 4 * 72 * 50)
+    )  # patches are not stored
+    assert set(images) == {"products", "memory"}
 
 
 def test_explain_gives_the_plan_of_every_read():
@@ -113,6 +194,8 @@ def test_explain_gives_the_plan_of_every_read():
         r"resnet18-layer1: 128 images of 32 x 32.*\nstrategy: implicit\n(.*\n)*?  implicit: ", done.output
     )
     assert "strategy: wgmma\n  fused: " in done.output
+    assert re.search(r"  wgmma: \d+ us, estimated, not timed\n", done.output)
+    assert all(f"{read.name}: {read.size}" in done.output for read in CONVOLUTIONS)
     assert "rates of sm_90: estimate" in done.output
     few = run(app, ["--explain", "sm_86", "--multiprocessors", "46"])
     assert "rates of sm_86" in few.output
@@ -141,14 +224,19 @@ def emulated(monkeypatch):
 
     runtime = SimpleNamespace(getDeviceProperties=lambda number: {"name": b"Emulated"})
     cuda = SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(id=0))
-    us = {"fused": {"read": 400.0, "call": 450.0}, "wgmma": {"read": 350.0, "call": 390.0}}
-    us |= {"epilogue": {"read": 1000.0}, "cuBLAS": {"read": 200.0}}
+    us = {
+        "fused": {"read": 400.0, "from codes": 420.0, "call": 450.0},
+        "wgmma": {"read": 350.0, "from codes": 370.0, "call": 390.0},
+        "implicit": {"read": 27.0, "from codes": 30.0, "call": 35.0},
+        "epilogue": {"read": 1000.0, "from codes": 1100.0},
+        "ideal": {"read": 200.0},
+    }
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(fused, "CHECKS", {"light": lambda subject: "green"})
     monkeypatch.setattr(fused, "check_steps", lambda: "replayed")
-    monkeypatch.setattr(fused, "_ceilings", lambda: {"copy GB/s": 1.0})
+    monkeypatch.setattr(fused, "_ceilings", lambda: {**RATES, "copy GB/s": 4000.0, "fast Gnormal/s": 2000.0})
     monkeypatch.setattr(
-        fused, "_time", lambda read, kernels: {k: us[k] for k in (*kernels, "epilogue", "cuBLAS")}
+        fused, "_time", lambda read, kernels: {k: us[k] for k in (*kernels, "epilogue", "ideal")}
     )
     monkeypatch.setattr(fused, "time_steps", lambda: dict(zip(STEPS, (10.0, 15.0, 25.0), strict=True)))
     monkeypatch.setattr(fused, "_gpu", subject)
@@ -161,8 +249,12 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     done = run(fused.app, ["--record", str(path)], env={"COLUMNS": "300"})
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["case"] for row in rows] == [*(read.name for read in READS), "resnet18-step"]
-    assert rows[0]["us"]["wgmma"] == {"read": 350.0, "call": 390.0}
+    assert [row["case"] for row in rows] == [
+        *(read.name for read in (*READS, *CONVOLUTIONS)),
+        "resnet18-step",
+    ]
+    assert rows[0]["us"]["wgmma"] == {"read": 350.0, "from codes": 370.0, "call": 390.0}
+    assert rows[0]["floors"]["wgmma"]["noise"] == pytest.approx(4096 * 4096 * 32 / 2000.0 * 1e-3)
     assert rows[0]["targets"]["fused"] == {"us": 430, "speedup": 2.6}
     assert rows[-1]["ms"][STEPS[2]] == 25.0
     assert all(row["gpu"] == "Emulated" for row in rows)
@@ -170,9 +262,12 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     lines = [" ".join(line.replace("│", " ").split()) for line in done.output.splitlines()]
     size = READS[0].size
     # met in us but not in speed; missed in us
-    assert f"fast {size} fused 400 (missed) <= 430, 2.6 x 2.50 0.50 450 wgmma" in lines
-    assert f"fast {size} wgmma 350 (missed) <= 340 2.86 0.57 390 wgmma" in lines
-    assert f"transformer {READS[-2].size} fused 400 2.50 0.50 450 wgmma" in lines
+    share = f"{READS[0].floors(rows[0]['ceilings'], 'fused')['products'] / 400:.0%} of products"
+    assert f"fast {size} fused 400 (missed) <= 430, 2.6 x {share} 2.50 0.50 420 450 wgmma" in lines
+    assert any(line.startswith(f"fast {size} wgmma 350 (missed) <= 340 ") for line in lines)
+    conv = CONVOLUTIONS[-1]
+    assert [line for line in lines if line.startswith(f"{conv.name} {conv.size} implicit 27 <= 28, 2.2 x ")]
+    assert "mma.sync TFLOP/s 3" in lines
     assert f"{STEPS[1]} 15.00 1.50 <= 2" in lines
     assert f"{STEPS[2]} 25.00 2.50 (missed) <= 2" in lines
 
@@ -201,9 +296,14 @@ TARGETS = {  # H200: us of a kernel's read of 4096 x 4096 x 4096, by generator, 
 
 
 def test_every_target_has_its_read():
+    assert CONVOLUTIONS[-1].targets == {"implicit": Target(28, 2.2)}
+    for read in CONVOLUTIONS:
+        assert read.plan("sm_90", 132, "implicit").chunks
     for kernel, targets in TARGETS.items():
         cubes = {
-            (r.noise, r.precision, r.tile): r for r in READS if (r.rows, r.inputs, r.outputs) == (4096,) * 3
+            (r.noise, r.precision, r.tile): r
+            for r in READS
+            if (r.rows, r.inputs, r.outputs) == (4096,) * 3 and not r.variance
         }
         assert {key: r.targets[kernel].us for key, r in cubes.items() if kernel in r.targets} == targets
         for noise in ("none", "exact", "fast"):

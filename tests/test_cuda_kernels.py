@@ -21,6 +21,7 @@ from test_tile_mvm import (
 )
 
 from gpuxbar import ops, reference
+from gpuxbar.bench.ceilings import KERNELS as CEILINGS
 from gpuxbar.launch import In, Kernel, Out, Scalar
 from gpuxbar.launch.cubin import cubin, resources
 from gpuxbar.launch.kernel import Array
@@ -55,6 +56,7 @@ KERNELS = {
         *CONDUCTANCE_GRADIENT,
         *ANCHOR,
         *PULSES,
+        *CEILINGS,
     )
 }
 FILES = sorted({k.file for k in KERNELS.values()})
@@ -72,13 +74,16 @@ VARIANTS = {
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
+    "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}],
     "fused_tile_mvm_sm90.cu": [
-        {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": stages}
-        for block_n, terms, noise, converters, gate, stages in
-        [(128, 1, 1, 0, 1, 4), (128, 2, 2, 1, 1, 4), (256, 1, 0, 0, 0, 4), (256, 1, 1, 0, 0, 4), (256, 1, 2, 0, 0, 4),
-         (256, 2, 1, 0, 0, 2), (256, 2, 2, 0, 0, 2)]
+        {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "CONVERTERS": converters, "GATE": gate,
+         "STAGES": stages}
+        for block_n, terms, noise, variance, converters, gate, stages in
+        [(128, 1, 1, 0, 0, 1, 4), (128, 2, 2, 0, 1, 1, 4), (256, 1, 0, 0, 0, 0, 4), (256, 1, 1, 0, 0, 0, 4),
+         (256, 1, 2, 0, 0, 0, 4), (256, 2, 1, 0, 0, 0, 2), (256, 2, 2, 0, 0, 0, 2), (128, 1, 2, 1, 0, 0, 4),
+         (128, 1, 2, 1, 1, 1, 4), (128, 2, 1, 1, 1, 1, 3), (128, 2, 2, 1, 0, 0, 3)]
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}],
     "pulse_update.cu": [
@@ -132,6 +137,9 @@ def variants(file, arch):
     for macros in VARIANTS.get(file, [{}]):
         if file == "fused_tile_mvm_sm90.cu":
             if arch == "sm_90a":
+                yield macros
+        elif file == "ceilings.cu":  # of tensor cores where there are any that can
+            if macros["UNIT"] < 3 or (macros["UNIT"] == 3 and arch != "sm_75") or arch == "sm_90a":
                 yield macros
         elif file != "fused_tile_mvm.cu":
             yield macros
@@ -310,7 +318,7 @@ x = rng.normal(size=(3, 3, 7, 5)).astype(np.float32)
 codes = ops.dac_quantize(x, lsb=0.02, code_max=127, device=device)
 g = rng.normal(size=(2, conv.inputs, 7)).astype(np.float32)
 s = dict(conv=conv, adc_bits=8, adc_lsb=1.0, read_noise=1.0, device=device, precision="fp16x2", g_range=4.0)
-ops.tile_mvm(codes, g, tile_rows=5, strategy="wgmma", **s)
+ops.tile_mvm(codes, g, tile_rows=5, noise_var=np.abs(g), strategy="wgmma", **s)
 for strategy in ("epilogue", "fused", "implicit"):
     ops.tile_mvm(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generator="fast", strategy=strategy, **s)
 back = rng.integers(-9, 9, (3, 7, *conv.out)).astype(np.int16)

@@ -75,6 +75,8 @@ CASES = [
     ("fast", (9, 600, 130, 256), 256, 4, "fp16", True),
     ("noise", (5, 1030, 7, 512), 256, 4, "fp16", False),
     ("two-phase", (33, 130, 40, 128), 128, 4, "fp16x2", True),
+    ("variance", (131, 150, 141, 70), 128, 3, "fp16x2", False),
+    ("variance", (9, 300, 130, 256), 128, 4, "fp16", True),
 ]
 
 
@@ -88,6 +90,9 @@ def test_matches_oracle(plan, mode, shape, block_n, stages, precision, transpose
     if precision == "fp16":  # conductances that fp16 holds
         g = (g * 2**26).astype(np.float16).astype(np.float32) / 2**26
     s, _ = settings(mode, (*shape[:3], length), g, 1, False)
+    if mode == "variance":  # numbers that bf16 holds
+        codes %= 16
+        s["noise_var"] = (s["noise_var"].view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     plan(block_n, stages)
     device = ShimDevice(order, eager=eager)
     y = read(
@@ -106,10 +111,10 @@ def test_matches_oracle(plan, mode, shape, block_n, stages, precision, transpose
 
 
 @pytest.mark.parametrize(
-    ("groups", "planes", "cols", "generator"),
-    [(1, 1, 136, "fast"), (1, 1, 131, "exact"), (2, 2, 136, "exact")],
-)
-def test_every_way_of_a_read_gives_the_same_bits(plan, groups, planes, cols, generator):
+    ("groups", "planes", "cols", "generator", "variance"),
+    [(1, 1, 136, "fast", False), (1, 1, 131, "exact", False), (2, 2, 136, "exact", False), (2, 2, 136, "fast", True)],
+)  # fmt: skip
+def test_every_way_of_a_read_gives_the_same_bits(plan, groups, planes, cols, generator, variance):
     """Integer conductances: partial sums are exact, so nothing is left to rounding."""
     rng = np.random.default_rng(5)
     codes = rng.integers(-127, 128, (70, groups * 200)).astype(np.int16)
@@ -120,6 +125,9 @@ def test_every_way_of_a_read_gives_the_same_bits(plan, groups, planes, cols, gen
         "slice_scale": np.array([1.0, -4.0], np.float32)[-planes:],
         "row_scale": np.linspace(1, 2, 70).astype(np.float32), "bias": np.arange(groups * cols, dtype=np.float32),
     }  # fmt: skip
+    if variance:  # squares that bf16 holds
+        codes %= 16
+        s["noise_var"] = rng.integers(0, 4, g.shape).astype(np.float32)
     wanted = read(codes, g, **s, strategy="epilogue")
     for splits in (1, 3):
         plan(128, 4, splits)
@@ -151,7 +159,7 @@ def test_convolution_in_chunks(plan):
 MUTANTS = {
     "no wait for a stage": ("barrier_wait(full + 8 * stage, at / STAGES & 1);", ""),
     "no wait for the last products": ("products_wait<0>();", ""),
-    "a stage freed early": ("((at - 1) % STAGES));\n    }", "(at % STAGES));\n    }"),
+    "a stage freed early": ("((at - 1) % STAGES));\n#if", "(at % STAGES));\n#if"),
     "a dropped arrival": (
         "if (at != first && Place().lane() == 0)",
         "if (at != first && Place().thread == 64)",
@@ -160,6 +168,13 @@ MUTANTS = {
     "the phase of a stage": ("at / STAGES & 1)", "at / STAGES & 1 ^ 1)"),
     "no fence": ("products_fence();", ""),
 }
+VARIANCE_MUTANTS = {
+    "squares made while they are multiplied": ("products_wait<HALVES>();", "products_wait<HALVES + 1>();"),
+    "no fence before the squares": ("products_fence();\n#pragma unroll\n      for (int part", "\n#pragma unroll\n      for (int part"),
+    "the panel of the variances": ("descriptor(from + (1 + TERMS) * PANEL_BYTES)", "descriptor(from + TERMS * PANEL_BYTES)"),
+    "the rows of the squares": ("(place.thread >> 5) * 16", "(place.thread >> 5 & 3) * 16"),
+    "the chunks of the squares": ("panel_chunk(row, 2 * part +", "panel_chunk(row + 1, 2 * part +"),
+}  # fmt: skip
 HEADER_MUTANTS = {
     "a swizzle": ("panels.cuh", "^ (row & 7)", "^ (row & 3)"),
 }
@@ -180,13 +195,17 @@ def seeded(tmp_path, monkeypatch):
     return seed
 
 
-def survives():
+def survives(variance):
     """Whether no order or moment of landing shows a wrong result."""
     rng = np.random.default_rng(5)
     codes = rng.integers(-127, 128, (70, 500)).astype(np.int16)
     g = rng.integers(-8, 9, (1, 500, 40)).astype(np.float32)
-    s = {"adc_bits": 8, "adc_lsb": 64.0, "g_range": 8.0, "tile_rows": 250}
-    expected = reference.tile_mvm(codes, g, tile=250, adc_bits=8, adc_lsb=64.0)
+    s = {"adc_bits": 8, "adc_lsb": 64.0}
+    if variance:  # numbers that bf16 holds
+        codes %= 16
+        s["noise_var"] = rng.integers(0, 4, g.shape).astype(np.float32)
+    expected = reference.tile_mvm(codes, g, tile=250, **s)
+    s |= {"g_range": 8.0, "tile_rows": 250}
     for eager in (False, True):
         for order in ORDERS:
             try:
@@ -202,15 +221,18 @@ def survives():
     return True
 
 
-@pytest.mark.parametrize("name", ["none", *MUTANTS, *HEADER_MUTANTS])
+@pytest.mark.parametrize(
+    "name", ["none", *MUTANTS, *HEADER_MUTANTS, "none, with variances", *VARIANCE_MUTANTS]
+)
 def test_a_seeded_bug_shows(plan, seeded, name):
     plan(128, 2)
-    if name in MUTANTS:
-        seeded("fused_tile_mvm_sm90.cu", *MUTANTS[name])
+    texts = {**MUTANTS, **VARIANCE_MUTANTS}
+    if name in texts:
+        seeded("fused_tile_mvm_sm90.cu", *texts[name])
     if name in HEADER_MUTANTS:
         file, old, new = HEADER_MUTANTS[name]
         seeded(f"include/gpuxbar/{file}", old, new)
-    assert survives() == (name == "none")
+    assert survives("variances" in name or name in VARIANCE_MUTANTS) == name.startswith("none")
 
 
 CASE = Case(4096, 1, 4096, 4096, 1, 128, noise="fast")
@@ -228,7 +250,7 @@ def test_hopper_takes_it_where_it_fits():
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"variance": True}, "the noise depends on the state"), ({"converters": 2}, "gain or offset of their own"),
+    [({"converters": 2}, "gain or offset of their own"),
      ({"adc_bits": 0}, "nothing is converted")],
 )  # fmt: skip
 def test_what_it_cannot_compute(change, reason):
@@ -239,10 +261,11 @@ def test_what_it_cannot_compute(change, reason):
         plan_tile_mvm(Case(**{**vars(CASE), **change}), "sm_90", 132, "wgmma")
 
 
-@pytest.mark.parametrize("change", [{}, {"gate": True}, {"precision": "fp16x2"}, {"adc_bits": 16}])
+@pytest.mark.parametrize("change", [{}, {"gate": True}, {"precision": "fp16x2"}, {"adc_bits": 16}, {"variance": True},
+                                    {"variance": True, "precision": "fp16x2"}])  # fmt: skip
 def test_the_pipeline_fits_the_shared_memory(change):
     c = Case(**{**vars(CASE), **change})
     chosen = plan_tile_mvm(c, "sm_90", 132, "wgmma")
     assert chosen.stages >= 2
-    assert wgmma_bytes(chosen.block_n, c.terms, chosen.stages) <= SHARED["sm_90"] - STATIC_SHARED
-    assert chosen.block_n == (128 if change.keys() & {"gate", "adc_bits"} else 256)
+    assert wgmma_bytes(chosen.block_n, c.terms + c.variance, chosen.stages) <= SHARED["sm_90"] - STATIC_SHARED
+    assert chosen.block_n == (128 if change.keys() & {"gate", "adc_bits", "variance"} else 256)

@@ -186,10 +186,13 @@ def fused_read(cuda_device, strategy, tile, noise):
         "v_lsb": 1e-3, "adc_bits": 8, "adc_lsb": 1e-7, "seed": SEED, "step": 7, "read_noise": 0.0 if noise == "none" else 3e-7,
         "generator": "fast" if noise == "fast" else "exact",
     }  # fmt: skip
+    if noise == "variance":  # numbers that bf16 holds
+        codes %= 16
+        s["noise_var"] = (np.abs(g * 1e-6).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     return codes, g, s, {"tile_rows": tile, "precision": "fp16", "g_range": G_MAX, "strategy": strategy}
 
 
-@pytest.mark.parametrize("noise", ["none", "exact", "fast"])
+@pytest.mark.parametrize("noise", ["none", "exact", "fast", "variance"])
 @pytest.mark.parametrize(("strategy", "tile"), FUSED)
 def test_fused_reads_match_oracle_and_repeat(cuda_device, strategy, tile, noise):
     codes, g, s, way = fused_read(cuda_device, strategy, tile, noise)

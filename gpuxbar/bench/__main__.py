@@ -15,7 +15,6 @@ from rich.table import Table
 from gpuxbar.bench import CASES, Case, OracleMismatch, measure
 from gpuxbar.bench.fused import CONVOLUTIONS, READS
 from gpuxbar.bench.record import append, environment, rewrite_readme, rows_of
-from gpuxbar.ops.tile_mvm_plan import plan_tile_mvm
 
 ROOT = Path(__file__).parents[2]
 app = typer.Typer(add_completion=False)
@@ -66,13 +65,11 @@ def bench(
 def _explain(console: Console, arch: str, multiprocessors: int) -> None:
     if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
         raise ValueError(f"bench: `explain` must name an architecture, got {arch!r}; give one such as sm_90")
-    reads = [(f"{r.name}: {r.size}, noise {r.noise}", r.plan(arch, multiprocessors)) for r in READS]
-    reads += [
-        (f"{name}, noise fast", plan_tile_mvm(case, arch, multiprocessors))
-        for name, case in CONVOLUTIONS.items()
-    ]
-    for name, plan in reads:
-        console.print(f"{name}\n{plan.explain()}", highlight=False, soft_wrap=True)
+    for read in (*READS, *CONVOLUTIONS):
+        plan = read.plan(arch, multiprocessors).explain()
+        console.print(
+            f"{read.name}: {read.size}, noise {read.noise}\n{plan}", highlight=False, soft_wrap=True
+        )
 
 
 def _chosen(names: list[str]) -> list[Case]:

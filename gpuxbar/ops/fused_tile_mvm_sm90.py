@@ -21,12 +21,13 @@ PANEL_ROWS = 128  # kernels/include/gpuxbar/panels.cuh
 FUSED_TILE_MVM_SM90 = Kernel(
     "fused_tile_mvm_sm90.cu", arch="sm_90a",
     a=In("float16", "P M G T K"), b=In("float16", "S G N T K"), low=In("float16", "S G N T K", optional=True),
+    spread=In("int16", "S G N T K", optional=True),
     slice_scale=In("float32", "S", optional=True), adc_lsb=In("float32", "L", optional=True),
     read_noise=In("float32", "one", optional=True), step=In("int64", "one", optional=True),
     row_scale=In("float32", "R", optional=True), col_scale=In("float32", "C", optional=True),
     bias=In("float32", "C", optional=True), words=InOut("int32", "P S rows C", optional=True),
-    y=Out("float32", optional=True), gate=Out("float32", optional=True), volts=_FLOAT, adc_lsb_value=_FLOAT,
-    read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
+    y=Out("float32", optional=True), gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT,
+    adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, adc_per_column=_INT, code_min=_FLOAT,
     code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT, purpose=Scalar("uint32"),
 )  # fmt: skip
@@ -39,14 +40,19 @@ def fused_tile_mvm_sm90(
     """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
     shape = Padded.of(g, rows, inputs, s)
     operand = _right_operand(device, g, shape, inputs, s)
-    terms = 1 if operand.low is None else 2
+    terms, variance = 1 if operand.low is None else 2, int(operand.spread is not None)
+    more = {
+        "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
+        "spread": operand.spread,
+        "volts_squared": s["v_lsb"] ** 2,
+    }
 
     def launch(grid: tuple[int, ...], arguments: dict[str, Any], gate: bool) -> None:
         device.launch(
-            FUSED_TILE_MVM_SM90, grid, (384,), {**arguments, "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF},
+            FUSED_TILE_MVM_SM90, grid, (384,), {**arguments, **more},
             {"BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": terms, "NOISE": generator_of(s),
-             "CONVERTERS": arguments["adc_per_column"], "GATE": int(gate)},
-            shared=wgmma_bytes(plan.block_n, terms, plan.stages),
+             "VARIANCE": variance, "CONVERTERS": arguments["adc_per_column"], "GATE": int(gate)},
+            shared=wgmma_bytes(plan.block_n, terms + variance, plan.stages),
         )  # fmt: skip
 
     return read_fused(device, v, operand, shape, s, plan, launch, PANEL_ROWS)
@@ -56,13 +62,18 @@ def _right_operand(device: Device, g: Any, shape: Padded, inputs: int, s: dict[s
     scale = conductance_scale(s["g_range"])
     columns = -(-shape.sense // PANEL_ROWS) * PANEL_ROWS
     size = (shape.planes, shape.groups, columns, shape.tiles, shape.k)
-    high = device.empty(size, "float16")
-    low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
     grid = (-(-shape.tiles * shape.k // 32), columns // 32, shape.planes * shape.groups)
-    device.launch(
-        PACK_SENSED, grid, (256,),
-        {"g": g, "b": high, "low": low, "scale": scale, "inputs": inputs, "cols": g.shape[2], "tiles": shape.tiles,
-         "tile": shape.tile, "k": shape.k, "positions": 1, "chunks": 1},
-        {"BFLOAT": 0, "TRANSPOSED": int(s["transposed"]), "PANELS": 1},
-    )  # fmt: skip
-    return RightOperand(high, low, None, scale)
+
+    def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
+        out = device.empty(size, dtype)
+        device.launch(
+            PACK_SENSED, grid, (256,),
+            {"g": source, "b": out, "low": low, "scale": scale, "inputs": inputs, "cols": g.shape[2],
+             "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "positions": 1, "chunks": 1},
+            {"BFLOAT": int(dtype == "int16"), "TRANSPOSED": int(s["transposed"]), "PANELS": 1},
+        )  # fmt: skip
+        return out
+
+    low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
+    spread = None if s["noise_var"] is None else pack(s["noise_var"], "int16", None, 1.0)
+    return RightOperand(pack(g, "float16", low, scale), low, spread, scale)

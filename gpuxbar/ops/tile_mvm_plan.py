@@ -229,7 +229,7 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         return Plan("collapsed", ("no ADC quantises: planes and tiles merge into one product",))
     table = rates(arch)
     epilogue_us = _epilogue_us(case, table)
-    epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", epilogue_us),))
+    epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", epilogue_us, table),))
     if strategy == "epilogue":
         return epilogue
     if all(obstacles.values()):
@@ -245,7 +245,7 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     chosen = min(times, key=lambda name: times[name][0]) if strategy == "auto" else strategy
     best, plan = times[chosen]
     why = (
-        *(_line(name, us) for name, (us, _) in times.items()),
+        *(_line(name, us, table) for name, (us, _) in times.items()),
         *epilogue.why,
         f"rates of {table.architecture}: {table.source}",
         f"{chosen}: blocks of {BLOCK_M} x {plan.block_n}, {plan.stages} stages, tiles split {plan.splits} ways",
@@ -255,8 +255,9 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     return replace(plan, why=why)
 
 
-def _line(name: str, us: float) -> str:
-    return f"{name}: {us:.0f} us expected"
+def _line(name: str, us: float, table: Rates) -> str:
+    origin = "estimated, not timed" if table.source == "estimate" else "by measured rates"
+    return f"{name}: {us:.0f} us, {origin}"
 
 
 def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
@@ -305,8 +306,6 @@ def _wgmma_obstacle(case: Case, arch: str) -> str | None:
     """Why the Hopper kernel cannot compute a case; None if it can."""
     if arch != "sm_90":
         return f"{arch} has no wgmma (sm_90 does)"
-    if case.variance:
-        return "the noise depends on the state (noise_var)"
     if case.converters > 1:
         return "converters have a gain or offset of their own"
     return _obstacle(case, arch)
@@ -343,17 +342,17 @@ def _implicit(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan
 
 def _wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
     """The pipeline of one block size of the Hopper kernel, or None if its registers do not hold the sums."""
-    if block_n == 256 and (case.gate or case.converters or not case.fits_16_bits):
+    if block_n == 256 and (case.gate or case.converters or case.variance or not case.fits_16_bits):
         return None
-    free = SHARED[arch] - STATIC_SHARED
-    stages = next(count for count in (4, 3, 2) if wgmma_bytes(block_n, case.terms, count) <= free)
+    free, panels = SHARED[arch] - STATIC_SHARED, case.terms + case.variance
+    stages = next(count for count in (4, 3, 2) if wgmma_bytes(block_n, panels, count) <= free)
     splits = max(1, min(case.tiles, multiprocessors // max(_blocks(case, block_n), 1)))
     return Plan("wgmma", (), block_n, stages, splits)
 
 
-def wgmma_bytes(block_n: int, terms: int, stages: int) -> int:
-    """Shared memory of a block of the Hopper kernel: aligned stages of panels, two barriers each."""
-    return 1024 + stages * (2 * STEP * (BLOCK_M + block_n * terms) + 16)
+def wgmma_bytes(block_n: int, panels: int, stages: int) -> int:
+    """Shared memory of a block of the Hopper kernel: aligned stages, two barriers each."""
+    return 1024 + stages * (stage_bytes(block_n, panels) + 16)
 
 
 def stage_bytes(block_n: int, panels: int) -> int:

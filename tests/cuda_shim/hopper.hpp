@@ -3,8 +3,8 @@
 // Everything asynchronous happens at a moment the launch chooses. A bulk copy lands EAGER at once (so that a stage freed
 // too early shows), else when no thread can go on without it, the last one first (so that a missing wait, or one for too
 // few bytes, shows); until then its place is poisoned. A product reads its operands at the latest moment, when its warp
-// waits for it and no thread can go on otherwise; until then its sums are poisoned. The operands are found by decoding
-// their descriptors, swizzle included. Errors: addresses outside or misaligned, barriers not made, too many arrivals,
+// waits for it and no thread can go on otherwise, those in registers too; until then its sums are poisoned. Operands in
+// shared memory are found by decoding their descriptors, swizzle included. Errors: addresses outside or misaligned, barriers not made, too many arrivals,
 // products of one warpgroup that differ, sums touched in flight, products not fenced, copies or products under way at
 // the end. A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
 #pragma once
@@ -17,7 +17,7 @@ namespace shim {
 struct Barrier { unsigned arrivals, pending; long bytes; unsigned phase; };
 struct Bulk { unsigned to; const unsigned char* from; unsigned bytes, barrier; };
 struct Sums { float* c[32]; float value[32][64]; int products; };  // of a warp, while products add to them
-struct Wgmma { Sums* sums; uint64_t a, b; bool add; };
+struct Wgmma { Sums* sums; const uint32_t* registers[32]; uint64_t a, b; bool add; };  // registers: a, or null
 struct Products {  // of a warp
   std::map<float*, Sums> sums;
   std::vector<Wgmma> open;
@@ -68,10 +68,16 @@ inline unsigned element(uint64_t descriptor, int row, int k) {
 }
 inline void multiply_now(const Wgmma& p, int warp) {
   static thread_local float a[16][16], b[16][128];
+  const bool bfloat = p.registers[0];
   for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 16; ++k) a[i][k] = half_to_float(element(p.a, 16 * (warp % 4) + i, k));
+    for (int k = 0; k < 16; ++k)
+      a[i][k] = bfloat ? bfloat_to_float(p.registers[i % 8 * 4 + k % 8 / 2][k / 8 * 2 + i / 8] >> k % 2 * 16 & 0xFFFF)
+                       : half_to_float(element(p.a, 16 * (warp % 4) + i, k));
   for (int j = 0; j < 128; ++j)
-    for (int k = 0; k < 16; ++k) b[k][j] = half_to_float(element(p.b, j, k));
+    for (int k = 0; k < 16; ++k) {
+      const unsigned bits = element(p.b, j, k);
+      b[k][j] = bfloat ? bfloat_to_float(bits) : half_to_float(bits);
+    }
   for (int i = 0; i < 16; ++i) {
     double sums[128] = {};
     for (int k = 0; k < 16; ++k)
@@ -83,7 +89,7 @@ inline void multiply_now(const Wgmma& p, int warp) {
   }
 }
 
-struct Multiply { float* c; uint64_t a, b; bool add; int thread; };
+struct Multiply { float* c; const uint32_t* registers; uint64_t a, b; bool add; int thread; };
 inline void multiply_start(void** lanes) {
   const Multiply& first = *static_cast<Multiply*>(lanes[0]);
   const int warp = first.thread / 32;
@@ -93,15 +99,16 @@ inline void multiply_start(void** lanes) {
     if (other.a != first.a || other.b != first.b || other.add != first.add)
       return tls.blk->fail("multiply_warpgroup: lanes differ");
   }
-  if (first.a >> 62 != 1 || first.b >> 62 != 1) return tls.blk->fail("multiply_warpgroup: not a swizzle of 128 bytes");
+  if ((!first.registers && first.a >> 62 != 1) || first.b >> 62 != 1) return tls.blk->fail("multiply_warpgroup: not a swizzle of 128 bytes");
   auto& operands = hopper.operands[warp / 4];
   if (mine.count == operands.size()) operands.emplace_back(first.a, first.b);
   if (operands[mine.count++] != std::make_pair(first.a, first.b))
     return tls.blk->fail("multiply_warpgroup: warps of a warpgroup differ");
   const bool fresh = !mine.sums.count(first.c);
   Sums& sums = mine.sums[first.c];
+  if ((fresh || first.registers) && !mine.fenced)
+    return tls.blk->fail("multiply_warpgroup: no products_fence since the registers were in use");
   if (fresh) {
-    if (!mine.fenced) return tls.blk->fail("multiply_warpgroup: no products_fence since the registers were in use");
     sums.products = 0;
     for (int l = 0; l < 32; ++l) {
       sums.c[l] = static_cast<Multiply*>(lanes[l])->c;
@@ -109,7 +116,8 @@ inline void multiply_start(void** lanes) {
     }
   }
   ++sums.products;
-  mine.open.push_back({&sums, first.a, first.b, first.add});
+  mine.open.push_back({&sums, {}, first.a, first.b, first.add});
+  for (int l = 0; l < 32; ++l) mine.open.back().registers[l] = static_cast<Multiply*>(lanes[l])->registers;
 }
 inline void products_close(void** lanes) {
   Products& mine = hopper.products[*static_cast<int*>(lanes[0]) / 32];
@@ -195,7 +203,11 @@ template <int PENDING> inline void products_wait() {
   shim::warp_call(waits, &shim::products_settle, true);
 }
 static inline void multiply_warpgroup(float (&c)[64], unsigned long long a, unsigned long long b, bool add) {
-  shim::Multiply mine{c, a, b, add, shim::tls.lin};
+  shim::Multiply mine{c, nullptr, a, b, add, shim::tls.lin};
+  shim::warp_call(&mine, &shim::multiply_start);
+}
+static inline void multiply_warpgroup_bfloat(float (&c)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
+  shim::Multiply mine{c, a, 0, b, add, shim::tls.lin};
   shim::warp_call(&mine, &shim::multiply_start);
 }
 

@@ -10,11 +10,13 @@ namespace gpuxbar {
 
 constexpr int PANEL_ROWS = 128, PANEL_LINES = 64, PANEL = PANEL_ROWS * PANEL_LINES;
 
+// Where a chunk of eight values of a row lies in a panel.
+GPUXBAR_FN int panel_chunk(int row, int chunk) { return PANEL_LINES * row + 8 * (chunk ^ (row & 7)); }
+
 // Where an element lies among the panels of an operand with `lines` driven lines.
 GPUXBAR_FN i64 panel_place(int row, int line, int lines) {
   const i64 panel = (i64)(row / PANEL_ROWS) * (lines / PANEL_LINES) + line / PANEL_LINES;
-  const int chunk = line % PANEL_LINES / 8 ^ (row & 7);
-  return panel * PANEL + row % PANEL_ROWS * PANEL_LINES + 8 * chunk + line % 8;
+  return panel * PANEL + panel_chunk(row % PANEL_ROWS, line % PANEL_LINES / 8) + line % 8;
 }
 
 // The row of a sensed line among the panels of b: of 32, line 8 q + 2 j + e is row 8 j + 2 q + e, so that a thread of

@@ -6,6 +6,8 @@
 //
 //   c[4 j .. 4 j + 3]  columns 8 j + 2 pair, 8 j + 2 pair + 1 of row, then of row + 8
 //
+// A left operand in registers is the fragment of a 16 x 16 part that mma.cuh describes, of the warp's 16 rows.
+//
 // On the CPU tests/cuda_shim/hopper.hpp supplies the same names.
 #pragma once
 #include "gpuxbar/mma.cuh"
@@ -85,26 +87,41 @@ GPUXBAR_FN void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Text and operands of a product of 64 x 128 sums.
+#define GPUXBAR_SUM_NAMES                                                            \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
 #define GPUXBAR_SUMS(i)                                                                                       \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
       "+f"(c[i + 7])
+#define GPUXBAR_ALL_SUMS                                                                                    \
+  GPUXBAR_SUMS(0), GPUXBAR_SUMS(8), GPUXBAR_SUMS(16), GPUXBAR_SUMS(24), GPUXBAR_SUMS(32), GPUXBAR_SUMS(40), \
+      GPUXBAR_SUMS(48), GPUXBAR_SUMS(56)
 
 // c = a b^T, plus c if `add`: 64 rows of a, 128 rows of b, 16 fp16 of each.
 GPUXBAR_FN void multiply_warpgroup(float (&c)[64], u64 a, u64 b, bool add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, 0;\n}"
-      : GPUXBAR_SUMS(0), GPUXBAR_SUMS(8), GPUXBAR_SUMS(16), GPUXBAR_SUMS(24), GPUXBAR_SUMS(32), GPUXBAR_SUMS(40),
-        GPUXBAR_SUMS(48), GPUXBAR_SUMS(56)
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " GPUXBAR_SUM_NAMES "%64, %65, p, 1, 1, 0, 0;\n}"
+      : GPUXBAR_ALL_SUMS
       : "l"(a), "l"(b), "r"((int)add));
 }
 
+// The same of bf16, with a in registers; they must stay as they are until the product has been waited for.
+GPUXBAR_FN void multiply_warpgroup_bfloat(float (&c)[64], const u32 (&a)[4], u64 b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " GPUXBAR_SUM_NAMES
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
+      : GPUXBAR_ALL_SUMS
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+}
+
+#undef GPUXBAR_SUM_NAMES
 #undef GPUXBAR_SUMS
+#undef GPUXBAR_ALL_SUMS
 
 }  // namespace gpuxbar
 

@@ -1,0 +1,55 @@
+"""The ideal convolution by cuDNN, in fp16 with channels last, beside which convolutions on crossbars are timed."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from gpuxbar.ops import ConvGeometry
+
+__all__ = ["ideal_convolution_us"]
+
+
+def ideal_convolution_us(
+    conv: ConvGeometry, images: np.ndarray, kernels: np.ndarray, copies: int, rounds: int
+) -> float:
+    """Median microseconds of one convolution, in a CUDA graph of one for each of several copies of the images.
+
+    Args:
+        conv: Its geometry.
+        images: Codes [N, channels, height, width].
+        kernels: Weights [inputs, outputs], the inputs in the order of `reference.unfold`.
+        copies: Convolutions of a graph.
+        rounds: Graphs to time.
+    """
+    last, device = torch.channels_last, torch.device("cuda")
+    weight = torch.from_numpy(kernels.T.reshape(-1, conv.channels, *conv.kernel)).to(device, torch.float16)
+    weight = weight.contiguous(memory_format=last)
+    inputs = [
+        torch.from_numpy(images).to(device, torch.float16).contiguous(memory_format=last)
+        for _ in range(copies)
+    ]
+
+    def run() -> None:
+        for x in inputs:
+            functional.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation)
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with torch.cuda.stream(stream):
+            run()  # cuDNN chooses
+        stream.synchronize()
+        with torch.cuda.graph(graph):
+            run()
+    times = []
+    for _ in range(rounds + 1):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return 1e3 * median(times[1:]) / copies
