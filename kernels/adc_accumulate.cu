@@ -173,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
       }
 
     const float by_row = row_scale ? row_scale[(row0 + row) / rows_per_scale] : 1.0f;
-    const float part = 1.0f / (weights * (float)tiles);
+    const float part = gate_part(weights, tiles);
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
       const int c = column + j < outputs ? column + j : column;

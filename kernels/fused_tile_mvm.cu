@@ -359,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   __syncthreads();
   const u32 biases = block.biases();
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
-  const float part_of_all = 1.0f / (share * (float)tiles);
+  const float part_of_all = gate_part(share, tiles);
   for (int e = thread_index(); e < BLOCK_M * BLOCK_N; e += 256) {
     const int i = pixels ? e % BLOCK_M : e / BLOCK_N, j = pixels ? e / BLOCK_M : e % BLOCK_N;
     if (block.m0 + i >= rows || block.n0 + j >= sense) continue;

@@ -2,7 +2,8 @@
 //
 // Axes    S planes, G groups, N sensed lines, T tiles of K driven lines (padded with 0): b [S, G, N, T, K].
 //         Forwards the wordlines are driven, transposed the bitlines.
-// Launch  a 32 x 32 block of (sensed line, driven line) each, 256 threads; grid (ceil(T K / 32), ceil(N / 32), S G).
+// Launch  256 threads a block, which takes every gridDim-th square of 32 sensed lines by 32 driven ones. With a state
+//         nothing is done if b holds this version of g already; the last block to end says that it does.
 // Macros  BFLOAT bf16 of g, else fp16 high part (and low part) of g * scale; TRANSPOSED;
 //         PANELS b in panels of 128 x 64 (N padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         IMPLICIT the lines of a tile in the order of patches.cuh, for codes gathered from images
@@ -38,53 +39,69 @@ GPUXBAR_FN i16 bfloat_bits(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    pack_sensed(const float* __restrict__ g,  // [S, G * inputs, cols]  S (or a noise variance, A^2/V^2)
-                Operand* __restrict__ b,      // [S, G, N, T, K]
-                Operand* __restrict__ low,    // like b, or null: what fp16 leaves of g * scale, in fp16
-                float scale,                  // 1/S, a power of 2
-                int inputs, int cols, int tiles, int tile, int k,
+    pack_sensed(const float* __restrict__ g,      // [S, G * inputs, cols]  S (or a noise variance, A^2/V^2)
+                Operand* __restrict__ b,          // [S, G, N, T, K]
+                Operand* __restrict__ low,        // like b, or null: what fp16 leaves of g * scale, in fp16
+                const i64* __restrict__ version,  // [1] number of the state of g, 0: unknown; or null: pack
+                i64* __restrict__ state,          // [2] what b holds, version and layout as one number, and 0; or null
+                i64 layout,                       // of b and of the settings below, as one number
+                int commit,                       // whether b is the last array of this version to be packed
+                float scale,                      // 1/S, a power of 2
+                int planes, int groups, int inputs, int cols, int tiles, int tile, int k,
+                int stored,     // N, padded in panels
                 int positions,  // of the kernel of a convolution (IMPLICIT)
                 int chunks) {   // of eight channels a position (IMPLICIT)
   __shared__ float block[32][33];
+  const i64 stamp = version ? *version ^ layout : 0;
+  if (version && *version != 0 && state[0] == stamp) return;
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
   const int sense = TRANSPOSED ? inputs : cols, drive = TRANSPOSED ? cols : inputs, lines = tiles * k;
-  const int line0 = blockIdx.x * 32, n0 = blockIdx.y * 32;
+  const int across = (lines + 31) / 32, down = (stored + 31) / 32;
+  const i64 squares = (i64)planes * groups * across * down;
 
-  for (int i = y; i < 32; i += 8) {
-    const int line = line0 + (TRANSPOSED ? x : i), n = n0 + (TRANSPOSED ? i : x), first = line / k * tile;
+  for (i64 at = blockIdx.x; at < squares; at += gridDim.x) {
+    const int line0 = (int)(at % across) * 32, n0 = (int)(at / across % down) * 32;
+    const i64 array = at / across / down;  // plane * groups + group
+    for (int i = y; i < 32; i += 8) {
+      const int line = line0 + (TRANSPOSED ? x : i), n = n0 + (TRANSPOSED ? i : x), first = line / k * tile;
 #if IMPLICIT
-    const int d = patch_line(line % k, first, positions, chunks);
+      const int d = patch_line(line % k, first, positions, chunks);
 #else
-    const int d = first + line % k;
+      const int d = first + line % k;
 #endif
-    float value = 0.0f;
-    if (n < sense && line < lines && d >= first && d < first + tile && d < drive)
-      value = g[((i64)blockIdx.z * inputs + (TRANSPOSED ? n : d)) * cols + (TRANSPOSED ? d : n)];
-    if (TRANSPOSED)
-      block[i][x] = value;
-    else
-      block[x][i] = value;
-  }
-  __syncthreads();
+      float value = 0.0f;
+      if (n < sense && line < lines && d >= first && d < first + tile && d < drive)
+        value = g[(array * inputs + (TRANSPOSED ? n : d)) * cols + (TRANSPOSED ? d : n)];
+      if (TRANSPOSED)
+        block[i][x] = value;
+      else
+        block[x][i] = value;
+    }
+    __syncthreads();
 
-  const int line = line0 + x;
-  if (line >= lines) return;
-  const int stored = PANELS ? (int)gridDim.y * 32 : sense;
-  for (int i = y; i < 32 && n0 + i < stored; i += 8) {
+    const int line = line0 + x;
+    for (int i = y; i < 32 && line < lines && n0 + i < stored; i += 8) {
 #if PANELS
-    const i64 to = (i64)blockIdx.z * stored * lines + panel_place(panel_row(n0 + i), line, lines);
+      const i64 to = array * stored * lines + panel_place(panel_row(n0 + i), line, lines);
 #else
-    const i64 to = ((i64)blockIdx.z * sense + n0 + i) * lines + line;
+      const i64 to = (array * stored + n0 + i) * lines + line;
 #endif
 #if BFLOAT
-    b[to] = bfloat_bits(block[i][x]);
+      b[to] = bfloat_bits(block[i][x]);
 #else
-    const float value = block[i][x] * scale;
-    const u16 high = half_bits(value);
-    b[to] = high;
-    if (low) low[to] = half_bits(value - half_value(high));
+      const float value = block[i][x] * scale;
+      const u16 high = half_bits(value);
+      b[to] = high;
+      if (low) low[to] = half_bits(value - half_value(high));
 #endif
+    }
+    __syncthreads();
   }
+
+  // Every block counts when all its threads have looked at the state, so the last one changes it under nobody's eyes.
+  if (!commit) return;
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicAdd((u64*)state + 1, 1ull) == gridDim.x - 1) state[0] = stamp, state[1] = 0;
 }
 
 }  // namespace gpuxbar

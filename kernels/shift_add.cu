@@ -7,7 +7,7 @@
 //         a fixed order of planes and passes, that of adc_accumulate.cu.
 // Macros  GATE words hold the number of conversions inside the range in their high halves
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
-#include "gpuxbar/portable.cuh"
+#include "gpuxbar/converter.cuh"
 
 #ifndef GATE
 #define GATE 0
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
       }
     const float by_row = row_scale ? row_scale[(row0 + first + i) / rows_per_scale] : 1.0f;
     total = total * (by_row * by_column) + added;
-    inside *= 1.0f / (weights * (float)tiles);
+    inside *= gate_part(weights, tiles);
     if (pixels) {
       turned[0][x][i] = total;
       if (GATE) turned[GATE][x][i] = inside;

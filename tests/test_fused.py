@@ -110,6 +110,29 @@ def test_fused_is_the_epilogue_bit_for_bit(way, planes):
     assert np.unique(y).size > y.size / 4  # not all clipped, nor all zero
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_gate_without_any_weight_is_0(planes):
+    """As written by every kernel: the fused one, shift_add behind it, adc_accumulate and the host's; never NaN."""
+    codes, g = case(9, 40, 12, planes)
+    s = {
+        "adc_bits": 8,
+        "adc_lsb": 2e-7,
+        "v_lsb": 1e-3,
+        "slice_scale": np.zeros(planes, np.float32),
+        "want_gate": True,
+    }
+    reads = [reference.tile_mvm(codes, g, tile=20, **s), ops.tile_mvm(codes, g, tile_rows=20, **s)]
+    for strategy, multiprocessors in (("fused", 1), ("fused", 9), ("epilogue", 1)):
+        device = ShimDevice(multiprocessors=multiprocessors)
+        reads.append(fused(codes, g, device, tile_rows=20, strategy=strategy, **s))
+        assert ("shift_add" in device.launches) == (
+            strategy == "fused" and (planes, multiprocessors) != (1, 1)
+        )
+    for y, gate in reads:
+        assert not y.any()
+        assert not gate.any()  # NaN would count
+
+
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "early"])
 def test_same_bits_for_any_schedule(eager):
     """Thread orders, block sizes, stages of the pipeline, splits of the tiles and chunks of the rows."""

@@ -14,7 +14,7 @@ from test_tile_mvm import G_MAX, SEED, assert_matches, case, settings
 from gpuxbar import ops, reference
 from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.ops.fused_tile_mvm import PACK_SENSED
+from gpuxbar.ops.packed_conductance import PACK_SENSED
 from gpuxbar.ops.tile_mvm_plan import SHARED, STATIC_SHARED, Case, Plan, plan_tile_mvm, wgmma_bytes
 
 ORDERS = [FORWARD, REVERSE, 11, 12]
@@ -45,8 +45,9 @@ def test_panels_are_the_swizzle_of_128_bytes():
     g = np.arange(drive * sense, dtype=np.float32).reshape(1, drive, sense) % 2039
     packed = np.zeros((1, 1, 256, 2, k), np.float16)
     ShimDevice().launch(
-        PACK_SENSED, (4, 8, 1), (256,),
-        {"g": g, "b": packed, "low": None, "scale": 1.0, "inputs": drive, "cols": sense, "tiles": 2, "tile": tile, "k": k,
+        PACK_SENSED, (5,), (256,),
+        {"g": g, "b": packed, "low": None, "version": None, "state": None, "layout": 0, "commit": 0, "scale": 1.0,
+         "planes": 1, "groups": 1, "inputs": drive, "cols": sense, "tiles": 2, "tile": tile, "k": k, "stored": 256,
          "positions": 1, "chunks": 1},
         {"PANELS": 1},
     )  # fmt: skip

@@ -170,18 +170,32 @@ def test_opcheck(kind, scheme):
         layer, x = AnalogLinear(6, 3, spec=settings), torch.randn(2, 6)
     else:
         layer, x = AnalogConv2d(2, 3, 3, spec=settings), torch.randn(2, 2, 5, 4)
-    g, back_g, noise_var, w_max = layer.conductances()
+    g, back_g, noise_var, w_max, version = layer.conductances()
     step, plan = torch.zeros(1, dtype=torch.int64), layer.plan.dumps()
     lsb = torch.full((1,), 0.02)
     args = (
         x.requires_grad_(), layer.weight, g, back_g, noise_var, w_max, layer.bias, lsb, layer.adc_lsb, layer.back_adc_lsb,
-        layer.adc_error, layer.back_adc_error, step, plan, True,
+        layer.adc_error, layer.back_adc_error, step, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
-    back = (grad_y, weight, g, noise_var, w_max, layer.back_adc_lsb, layer.back_adc_error, step, image, plan)
+    back = (
+        grad_y,
+        weight,
+        g,
+        noise_var,
+        w_max,
+        layer.back_adc_lsb,
+        layer.back_adc_error,
+        step,
+        layer.back_packed,
+        layer.packed_state,
+        version,
+        image,
+        plan,
+    )
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
     weight = weight.reshape(1, 3, -1)
     if scheme == "subtracted":

@@ -40,7 +40,7 @@ def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
     return y, v, x.new_empty(shape if want_gate and way.forward.adc_bits else 0, dtype=torch.float32)
 
 
-@operator(_read_shapes)
+@operator(_read_shapes, mutates_args=("packed", "packed_state"))
 def analog_mvm(
     x: Tensor,
     weight: Tensor,
@@ -55,6 +55,10 @@ def analog_mvm(
     adc_error: Tensor | None,
     back_adc_error: Tensor | None,
     step: Tensor,
+    packed: Tensor | None,
+    back_packed: Tensor | None,
+    packed_state: Tensor | None,
+    version: Tensor | None,
     plan: str,
     want_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +76,8 @@ def analog_mvm(
         adc_lsb, back_adc_lsb: Current of one ADC step forwards and backwards, A, float32 [1] or one per sensed line.
         adc_error, back_adc_error: Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed], or None.
         step: Read counter, int64 [1]; same value, same noise.
+        packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
+            `ops.PackedConductance`, whose states are `packed_state`, int64 [2, 2], and whose number is `version`, int64 [1].
         plan: `mapping.ReadPlan` as JSON.
         want_gate: Whether backward will follow; without, the gate is empty.
     """
@@ -83,6 +89,7 @@ def analog_mvm(
         v = _drive(x, dac_lsb, read, device, f"{way.name}: `x`")
         y, gate = _read(
             v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, way, read, device, conv=conv, want_gate=want_gate,
+            packed=_packed(packed, packed_state, 0, version, device),
             col_scale=array(scale) if plain else None, bias=array(bias) if plain and bias is not None else None,
         )  # fmt: skip
         if not plain:
@@ -93,12 +100,14 @@ def analog_mvm(
     return y, v, gate
 
 
-def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan):
+def _transposed_shape(
+    grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, packed, state, version, image, plan
+):
     shape = tuple(image) or (grad_y.shape[0], _plan(plan).groups * _plan(plan).inputs)
     return grad_y.new_empty(shape, dtype=torch.float32)
 
 
-@operator(_transposed_shape)
+@operator(_transposed_shape, mutates_args=("packed", "packed_state"))
 def analog_mvm_transposed(
     grad_y: Tensor,
     weight: Tensor,
@@ -108,6 +117,9 @@ def analog_mvm_transposed(
     adc_lsb: Tensor,
     adc_error: Tensor | None,
     step: Tensor,
+    packed: Tensor | None,
+    packed_state: Tensor | None,
+    version: Tensor | None,
     image: list[int],
     plan: str,
 ) -> Tensor:
@@ -129,7 +141,7 @@ def analog_mvm_transposed(
             v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
         grad_x, _ = _read(
             v, g, noise_var, lsb, adc_lsb, adc_error, step, way, read, device, transposed=True,
-            conv=conv if plain else None,
+            conv=conv if plain else None, packed=_packed(packed, packed_state, 1, version, device),
         )  # fmt: skip
         if plain:
             return grad_x
@@ -196,6 +208,18 @@ def _read(
     return tensor(y), v.new_empty(0, dtype=torch.float32) if gate is None else tensor(gate)
 
 
+def _packed(
+    memory: Tensor | None,
+    states: Tensor | None,
+    direction: int,
+    version: Tensor | None,
+    device: Device | None,
+) -> ops.PackedConductance | None:
+    if memory is None or states is None or version is None or device is None:
+        return None
+    return ops.PackedConductance(array(memory), array(states[direction]), array(version))
+
+
 @cache
 def _slice_scale(scale: tuple[float, ...], device: torch.device) -> Any:
     """Kept for good: captured CUDA graphs read it."""
@@ -227,18 +251,36 @@ def _less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_lsb, _, adc_error, step, plan, _ = inputs
+    (
+        x,
+        weight,
+        g,
+        back_g,
+        noise_var,
+        w_max,
+        bias,
+        dac_lsb,
+        _,
+        adc_lsb,
+        _,
+        adc_error,
+        step,
+        *packing,
+        plan,
+        _,
+    ) = inputs
     g = g if back_g is None else back_g
     _, v, gate = output
     # A change of the weight, which alone changes g and w_max, is caught here.
     ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step)
+    ctx.packing = packing[1:]  # not saved: reads change it in place, and look at what it is
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple[Any, ...]:
     if grad_y is None:
-        return (None,) * 15
+        return (None,) * 19
     v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step = ctx.saved_tensors
     way = _plan(ctx.plan)
     grad_y = grad_y.float()
@@ -247,7 +289,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
         grad_x = analog_mvm_transposed(
-            gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
+            gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, *ctx.packing, ctx.image, ctx.plan
         )
     if ctx.needs_input_grad[1]:
         x = v.to(gated.dtype, copy=True).mul_(dac_lsb.reshape(-1, *[1] * (v.dim() - 1)))
@@ -256,7 +298,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
         else:
             grad_w = gated.t() @ x
         grad_w = grad_w.to(weight.dtype)
-    return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 8
+    return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 12
 
 
 gradient(analog_mvm, _backward, _setup)

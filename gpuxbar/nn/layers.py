@@ -18,6 +18,7 @@ from gpuxbar.mapping import plan_reads
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.in_situ import InSitu
+from gpuxbar.ops import PackedConductance
 from gpuxbar.reference import Purpose, normals, uniforms
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
@@ -47,6 +48,9 @@ class AnalogLayer(InSitu):
     cell_variance: Tensor | None
     full_pair: Tensor
     written: Tensor
+    packed: Tensor | None
+    back_packed: Tensor | None
+    packed_state: Tensor | None
 
     def setup(self, spec: CrossbarSpec, name: str, groups: int, **geometry: Any) -> None:
         """Plan the reads and make the buffers; `name` separates the draws of one model's layers."""
@@ -83,10 +87,32 @@ class AnalogLayer(InSitu):
         self.register_buffer("cell_variance", noise, persistent=False)
         self.register_buffer("full_pair", torch.zeros(sensed[0], device=device), persistent=False)
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        self._setup_packing(device)
         self.look_at_ranges()
         self.setup_programmed()
         self.setup_wires(shape, len(self.plan.slice_scale), device)
         self.setup_in_situ()
+
+    def _setup_packing(self, device: torch.device) -> None:
+        """Buffers for what reads on a GPU keep of the conductances, None unless they do: memory of both directions, and the
+        states of `ops.PackedConductance`, int64 [2, 2]."""
+        way, positions = self.plan, int(np.prod(self.weight.shape[2:])) if self.weight.dim() == 4 else 0
+        rows, cols = way.reference_lines
+        for name, read, lines, transposed in (
+            ("packed", way.forward, (self.inputs, self.outputs + cols), False),
+            ("back_packed", way.backward, (self.inputs + rows, self.outputs), True),
+        ):
+            memory = None
+            if self.spec.keep_packed and read.code_max and read.adc_bits:
+                shape = (len(way.slice_scale), self.groups_ * lines[0], lines[1])
+                size = PackedConductance.size(
+                    shape, tile=read.tile, transposed=transposed, groups=self.groups_, precision=way.precision,
+                    positions=0 if transposed else positions, noise_var=self.spec.read_noise.sigma_g > 0,
+                )  # fmt: skip
+                memory = torch.zeros(size, dtype=torch.uint8, device=device)
+            self.register_buffer(name, memory, persistent=False)
+        state = torch.zeros(2, 2, dtype=torch.int64, device=device) if self.spec.keep_packed else None
+        self.register_buffer("packed_state", state, persistent=False)
 
     def set_plan(self, plan: ReadPlan) -> None:
         """Read as planned here from now on."""
@@ -135,8 +161,14 @@ class AnalogLayer(InSitu):
         )  # fmt: skip
         w_max = self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if self.seen is None:
-            return Cells(self.cells, None, self.cell_variance, w_max)
+            return Cells(self.cells, None, self.cell_variance, w_max, self.written[:1])
         return self.through_wires(self.cells, self.cell_variance, w_max, self.written[:1])
+
+    def forget_wires(self) -> None:
+        """Solve and pack anew at the next read, whatever the state of the devices says: buffers were set from outside."""
+        super().forget_wires()
+        if self.packed_state is not None:
+            self.packed_state.zero_()
 
     def _written_weight(self) -> Tensor:
         """The weights [G, O, I] as they are written, with the reference lines of an offset mapping: weights of 0."""
@@ -245,9 +277,14 @@ class AnalogLayer(InSitu):
             weight = weight_through_wires(
                 weight, self._devices(), cells.w_max, self.groups_, self.in_situ, self.static[1]
             )
+        packing: tuple[Tensor | None, ...] = (None,) * 4
+        if (
+            self.packed_state is not None
+        ):  # a copy: backward reads the devices of now, whatever their number is then
+            packing = self.packed, self.back_packed, self.packed_state, cells.version.clone()
         return analog_mvm(
-            x, weight, *cells, bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error,
-            self.back_adc_error, self.read_step.clone(), self.static[0], torch.is_grad_enabled(),
+            x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error,
+            self.read_step.clone(), *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:

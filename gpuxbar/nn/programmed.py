@@ -120,7 +120,7 @@ class Programmed(Wires):
         lines = self.w_programmed.view(self.groups_, -1)[:, : self.plan.outputs]
         w_max = (lines * self.gain).reshape(-1)
         if self.seen is None:
-            return Cells(self.aged, None, self.aged_variance, w_max)
+            return Cells(self.aged, None, self.aged_variance, w_max, self.ageings)
         return self.through_wires(self.aged, self.aged_variance, w_max, self.ageings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

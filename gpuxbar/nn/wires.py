@@ -73,7 +73,7 @@ class Wires(nn.Module):
         if variance is not None:
             variance = merged(variance, self.planes.merge, base, power=2)
         if self.seen is None:
-            return Cells(merged(devices, self.planes.merge, base), None, variance, w_max)
+            return Cells(merged(devices, self.planes.merge, base), None, variance, w_max, state)
         refresh_wires(
             devices,
             self.seen,
@@ -92,7 +92,7 @@ class Wires(nn.Module):
             self.static[1],
         )
         self.solve_all = False
-        return Cells(self.seen, self.seen_back, variance, w_max)
+        return Cells(self.seen, self.seen_back, variance, w_max, state)
 
     def wire_error(self) -> float:
         """Estimated relative error of the worst tile's conductances at the last read; 0 without an anchor.

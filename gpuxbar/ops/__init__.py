@@ -7,6 +7,7 @@ from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.drift import drift
 from gpuxbar.ops.effective_conductance import Method, effective_conductance
 from gpuxbar.ops.effective_conductance_gradient import effective_conductance_gradient
+from gpuxbar.ops.packed_conductance import PackedConductance
 from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
 from gpuxbar.ops.relax import relax
@@ -18,6 +19,7 @@ __all__ = [
     "Anchor",
     "ConvGeometry",
     "Method",
+    "PackedConductance",
     "anchored_conductance",
     "dac_quantize",
     "device_map",

@@ -1,6 +1,6 @@
 """`tile_mvm` on a CUDA device in one kernel: tensor-core products with noise, conversion and integer sums in registers.
 
-Codes and conductances are packed once (fp16); passes are cut out of the codes inside the kernel, so neither passes
+Codes are packed once (fp16), conductances once or whenever they change; passes are cut out of the codes inside the kernel, so neither passes
 nor partial sums are ever written. A block that sees all tiles of its only pass and plane writes results; else sums of
 codes are added up in memory, exactly, and `shift_add` ends the read.
 """
@@ -8,25 +8,23 @@ codes are added up in memory, exactly, and `shift_add` ends the read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
+from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand
 from gpuxbar.ops.tile_mvm_cuda import (
-    Shape,
     chunks,
     code_range,
-    conductance_scale,
     fold_patches,
     generator_of,
     pack_inputs,
     split_value,
 )
-from gpuxbar.ops.tile_mvm_plan import BLOCK_M, STEP, Plan, padded_channels, stage_bytes
+from gpuxbar.ops.tile_mvm_plan import BLOCK_M, Plan, padded_channels, stage_bytes
 from gpuxbar.reference.random import Purpose, round_keys
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["KERNELS", "PACK_SENSED", "Padded", "RightOperand", "fused_tile_mvm", "read_fused"]
+__all__ = ["KERNELS", "fused_tile_mvm", "read_fused"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of the rounds of Philox
@@ -35,11 +33,6 @@ _PATCHES: dict[str, Any] = dict.fromkeys(
      "dilation_h", "dilation_w", "out_w"), _INT,
 )  # fmt: skip
 
-PACK_SENSED = Kernel(
-    "pack_sensed.cu",
-    g=In("float32", "S I O"), b=Out("float16|int16", "S G N T K"), low=Out("float16", "S G N T K", optional=True),
-    scale=_FLOAT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT, positions=_INT, chunks=_INT,
-)  # fmt: skip
 PACK_IMAGES = Kernel(
     "pack_images.cu",
     v=In("int16", "N C H W"), a=Out("float16", "N H W G C8"), groups=_INT, channels=_INT, padded=_INT, pixels=_LONG,
@@ -72,38 +65,6 @@ SHIFT_ADD = Kernel(
 KERNELS = (PACK_SENSED, PACK_IMAGES, FUSED_TILE_MVM, SHIFT_ADD)
 
 
-@dataclass(frozen=True)
-class Padded(Shape):
-    """Sizes of one call; the driven lines of a tile are padded to whole steps of the pipeline.
-
-    `gathered`: lines of a tile that gathers patches (patches.cuh); 0: no tile does.
-    """
-
-    gathered: int = 0
-
-    @property
-    def k(self) -> int:
-        return -(-(self.gathered or self.tile) // STEP) * STEP
-
-    @classmethod
-    def of(cls, g: Any, rows: int, inputs: int, s: dict[str, Any], gathered: int = 0) -> Padded:
-        """Of a read of conductances [S, G * I, O]."""
-        planes, _, cols = g.shape
-        drive, sense = (cols, inputs) if s["transposed"] else (inputs, cols)
-        tile = min(s["tile"], max(drive, 1))
-        return cls(s["groups"], drive, sense, planes, tile, s["streams"] * s["phases"], rows, gathered)
-
-
-@dataclass(frozen=True)
-class RightOperand:
-    """Packed conductances (times `scale`, high and low part) and noise variances (bf16)."""
-
-    high: Any
-    low: Any
-    spread: Any
-    scale: float
-
-
 def fused_tile_mvm(
     device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any], plan: Plan
 ) -> Any:
@@ -113,8 +74,10 @@ def fused_tile_mvm(
     if plan.chunks:
         patches = _patches(s["conv"], plan.chunks)
         images = _packed_images(device, v, s["groups"], patches["channels"])
-    shape = Padded.of(g, rows, inputs, s, 8 * plan.chunks * patches["positions"])
-    operand = _right_operand(device, g, shape, inputs, s, patches)
+    shape = Padded.of(g.shape, rows, inputs, s, 8 * plan.chunks * patches["positions"])
+    operand = right_operand(
+        device, g, shape, inputs, s, positions=patches["positions"], chunks=patches["chunks"]
+    )
     converters = s["adc_gain"] is not None or s["adc_offset"] is not None
     macros = {
         "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2,
@@ -227,26 +190,3 @@ def _packed_images(device: Device, v: Any, groups: int, padded: int) -> Any:
         {"v": v, "a": a, "groups": groups, "channels": lines // groups, "padded": padded, "pixels": height * width},
     )  # fmt: skip
     return a
-
-
-def _right_operand(
-    device: Device, g: Any, shape: Padded, inputs: int, s: dict[str, Any], patches: dict[str, int]
-) -> RightOperand:
-    scale = conductance_scale(s["g_range"])
-    size = (shape.planes, shape.groups, shape.sense, shape.tiles, shape.k)
-
-    def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
-        out = device.empty(size, dtype)
-        grid = (-(-shape.tiles * shape.k // 32), -(-shape.sense // 32), shape.planes * shape.groups)
-        device.launch(
-            PACK_SENSED, grid, (256,),
-            {"g": source, "b": out, "low": low, "scale": scale, "inputs": inputs, "cols": g.shape[2],
-             "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "positions": patches["positions"],
-             "chunks": patches["chunks"]},
-            {"BFLOAT": int(dtype == "int16"), "TRANSPOSED": int(s["transposed"]), "IMPLICIT": int(shape.gathered > 0)},
-        )  # fmt: skip
-        return out
-
-    low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
-    spread = None if s["noise_var"] is None else pack(s["noise_var"], "int16", None, 1.0)
-    return RightOperand(pack(g, "float16", low, scale), low, spread, scale)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
-from gpuxbar.ops.fused_tile_mvm import PACK_SENSED, Padded, RightOperand, read_fused
-from gpuxbar.ops.tile_mvm_cuda import conductance_scale, generator_of
+from gpuxbar.ops.fused_tile_mvm import read_fused
+from gpuxbar.ops.packed_conductance import PANEL_ROWS, Padded, right_operand
+from gpuxbar.ops.tile_mvm_cuda import generator_of
 from gpuxbar.ops.tile_mvm_plan import Plan, wgmma_bytes
 
 __all__ = ["KERNELS", "fused_tile_mvm_sm90"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
-PANEL_ROWS = 128  # kernels/include/gpuxbar/panels.cuh
 
 FUSED_TILE_MVM_SM90 = Kernel(
     "fused_tile_mvm_sm90.cu", arch="sm_90a",
@@ -38,8 +38,8 @@ def fused_tile_mvm_sm90(
     device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any], plan: Plan
 ) -> Any:
     """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
-    shape = Padded.of(g, rows, inputs, s)
-    operand = _right_operand(device, g, shape, inputs, s)
+    shape = Padded.of(g.shape, rows, inputs, s)
+    operand = right_operand(device, g, shape, inputs, s, panels=True)
     terms, variance = 1 if operand.low is None else 2, int(operand.spread is not None)
     more = {
         "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
@@ -56,24 +56,3 @@ def fused_tile_mvm_sm90(
         )  # fmt: skip
 
     return read_fused(device, v, operand, shape, s, plan, launch, PANEL_ROWS)
-
-
-def _right_operand(device: Device, g: Any, shape: Padded, inputs: int, s: dict[str, Any]) -> RightOperand:
-    scale = conductance_scale(s["g_range"])
-    columns = -(-shape.sense // PANEL_ROWS) * PANEL_ROWS
-    size = (shape.planes, shape.groups, columns, shape.tiles, shape.k)
-    grid = (-(-shape.tiles * shape.k // 32), columns // 32, shape.planes * shape.groups)
-
-    def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
-        out = device.empty(size, dtype)
-        device.launch(
-            PACK_SENSED, grid, (256,),
-            {"g": source, "b": out, "low": low, "scale": scale, "inputs": inputs, "cols": g.shape[2],
-             "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "positions": 1, "chunks": 1},
-            {"BFLOAT": int(dtype == "int16"), "TRANSPOSED": int(s["transposed"]), "PANELS": 1},
-        )  # fmt: skip
-        return out
-
-    low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
-    spread = None if s["noise_var"] is None else pack(s["noise_var"], "int16", None, 1.0)
-    return RightOperand(pack(g, "float16", low, scale), low, spread, scale)

@@ -12,6 +12,7 @@ from gpuxbar.launch import Device, backend, cuda_device, library
 from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
+from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
 from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
@@ -52,6 +53,7 @@ def tile_mvm(
     want_gate: bool = False,
     precision: str = "fp32",
     g_range: float | None = None,
+    packed: PackedConductance | None = None,
     device: Device | None = None,
     strategy: str = "auto",
 ) -> Any:
@@ -88,10 +90,12 @@ def tile_mvm(
         row_scale: Factor of each row (or run of rows), float32 [B'], B a multiple of B'.
         col_scale, bias: Factor of, and value added to, each output, float32 [outputs].
         conv: Shape of the convolution whose patches are read; no patch matrix is made on the CPU.
-        want_gate: Also return the share of each output's conversions (by digital weight) inside the ADC range.
+        want_gate: Also return the share of each output's conversions (by digital weight) inside the ADC range; 0 where none
+            has any weight.
         precision: Arithmetic of the tile products on a GPU: "fp32", "tf32", "fp16" or "fp16x2" (conductances as
             a high and a low half, 22 bits; codes up to 2048 are exact). On the CPU every product is float32.
         g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
+        packed: On a GPU, `g` (and `noise_var`) as the last read packed them, kept for the next one; None: packed anew.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
         strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma" or "epilogue" (see `ops.tile_mvm_plan`); "auto" takes the fastest.
 
@@ -174,6 +178,8 @@ def tile_mvm(
             "patches; add the bias to the result"
         )
     _check_precision(precision, g_range, v)
+    if packed is not None:
+        check_packed(OP, packed)
     where = "cuda" if device is not None else backend(v)
     for name, count, allowed in (
         ("adc_lsb", np.size(adc_lsb) if bits else 1, (1, outputs)),
@@ -189,7 +195,7 @@ def tile_mvm(
     if where != "cuda" and v.dtype.name == "float32" and not np.isfinite(v).all():
         require_finite(OP, "v", int((~np.isfinite(v)).sum()), "bad data")
     if where == "cuda":
-        more = {"precision": precision, "g_range": g_range, "strategy": strategy}
+        more = {"precision": precision, "g_range": g_range, "packed": packed, "strategy": strategy}
         return _cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
     if where == "reference":
         out = reference.tile_mvm(v, g, **{**settings, "step": int(np.asarray(step).reshape(-1)[0])})

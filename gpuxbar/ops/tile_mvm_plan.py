@@ -23,6 +23,7 @@ __all__ = [
     "Case",
     "Plan",
     "Rates",
+    "gathered_chunks",
     "padded_channels",
     "pipeline",
     "plan_tile_mvm",
@@ -103,7 +104,7 @@ class Case:
     @property
     def chunks(self) -> int:
         """Chunks of eight channels that hold every tile's share of a patch."""
-        return _chunks(self.drive, self.tile, self.positions)
+        return gathered_chunks(self.drive, self.tile, self.positions)
 
     @property
     def image_size(self) -> int:
@@ -148,7 +149,7 @@ def padded_channels(channels: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _chunks(drive: int, tile: int, positions: int) -> int:
+def gathered_chunks(drive: int, tile: int, positions: int) -> int:
     """The most chunks of eight channels that a tile of `drive` lines, a channel each `positions`, touches."""
     size = 8 * positions
     return max((min(at + tile, drive) - 1) // size - at // size + 1 for at in range(0, drive, tile))

@@ -204,7 +204,8 @@ def tile_mvm(
                 else:
                     y += weight * current
                     gate += abs(weight)
-    gate /= len(spans) * np.abs(slice_scale).sum() * np.abs(stream_scale).sum()
+    weights = len(spans) * np.abs(slice_scale).sum() * np.abs(stream_scale).sum()
+    gate /= weights or 1.0
     if row_scale is not None:
         y *= np.repeat(np.asarray(row_scale, np.float64), batch // np.size(row_scale))[:, None]
     if col_scale is not None:

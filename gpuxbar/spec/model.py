@@ -334,7 +334,9 @@ class CrossbarSpec(Part):
     `seed`: of every random number; two layers of a model never share draws. `generator`: "exact" or "fast"
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
     "fp16", or "fp16x2" (conductances as a high and a low half, 22 bits); half precisions need a DAC, whose codes they
-    hold exactly; on a CPU every product is float32. `update`: the device's own law, used by
+    hold exactly; on a CPU every product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
+    cores, and pack them anew only when they change: micro-batches, evaluation and repeated reads save that pass over all
+    cells, for 2 bytes a cell and direction (4 with fp16x2, 2 more with `read_noise.sigma_g`); half precisions only. `update`: the device's own law, used by
     `gpuxbar.optim.InSituSGD`; needs unsliced pairs. `pulses`: how its steps are pulsed,
     None: as one step of the wanted size. `drift`: of conductances after `gpuxbar.program`. `retention`: what
     devices trained in situ lose between updates. `endurance`: pulses that they bear.
@@ -354,6 +356,7 @@ class CrossbarSpec(Part):
     seed: int = Field(0, ge=0, lt=2**63)
     generator: Literal["exact", "fast"] = "exact"
     precision: Literal["fp32", "tf32", "fp16", "fp16x2"] = "fp32"
+    keep_packed: bool = False
     drift: Drift = Drift()
     retention: Retention = Retention()
     endurance: Endurance = Endurance()
@@ -364,6 +367,11 @@ class CrossbarSpec(Part):
             raise ValueError(
                 f"CrossbarSpec: `precision` must be fp32 or tf32 without a DAC in both directions, got {self.precision!r}; "
                 "half precision holds codes, not values: set dac.bits"
+            )
+        if self.keep_packed and not self.precision.startswith("fp16"):
+            raise ValueError(
+                f"CrossbarSpec: `keep_packed` must go with precision fp16 or fp16x2, got {self.precision!r}; only these "
+                "are packed for tensor cores: choose one, or keep_packed=False"
             )
         return self
 

@@ -400,7 +400,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   float weights = 0.0f;
   for (i64 plane = 0; plane < p.planes; ++plane)
     for (i64 pass = 0; pass < s.passes; ++pass) weights += gpuxbar::abs(p.slice_scale[plane]) * pass_of(p, pass).weight;
-  const float share = 1.0f / (weights * (float)s.tiles);
+  const float share = gpuxbar::gate_part(weights, s.tiles);
 
   const i64 panel_size = s.drive * COLS, block_size = s.drive * ROWS;
   const i64 most = (s.sense + COLS - 1) / COLS + 1, together = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));

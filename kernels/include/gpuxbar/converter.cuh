@@ -32,4 +32,8 @@ GPUXBAR_FN u32 adc_code_biased(float steps, float code_min, float code_max) {
   return float_bits(min(max(steps, code_min), code_max) + 12582912.0f);
 }
 
+// Part of a gate that one unit of digital weight inside the range makes, of `weights` on every tile. Without any weight no
+// conversion counts, and the gate is 0.
+GPUXBAR_FN float gate_part(float weights, i64 tiles) { return weights > 0.0f ? 1.0f / (weights * (float)tiles) : 0.0f; }
+
 }  // namespace gpuxbar

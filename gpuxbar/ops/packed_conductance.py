@@ -1,0 +1,185 @@
+"""Conductances in the layout of the fused kernels' right operand: packed for one read, or kept between reads.
+
+Whether kept ones are still those of the array is decided on the device, from a number that tells its states apart: nothing
+waits for the host, and a captured CUDA graph packs anew exactly when the array has changed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
+from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.tile_mvm_cuda import Shape, conductance_scale
+from gpuxbar.ops.tile_mvm_plan import STEP, gathered_chunks
+
+__all__ = [
+    "PACK_SENSED",
+    "PANEL_ROWS",
+    "PackedConductance",
+    "Padded",
+    "RightOperand",
+    "check_packed",
+    "right_operand",
+]
+
+_INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
+PANEL_ROWS = 128  # kernels/include/gpuxbar/panels.cuh
+BLOCKS = 8  # of the packing kernel on a multiprocessor
+
+PACK_SENSED = Kernel(
+    "pack_sensed.cu",
+    g=In("float32", "S I O"), b=Out("float16|int16", "S G N T K"), low=Out("float16", "S G N T K", optional=True),
+    version=In("int64", "one", optional=True), state=InOut("int64", "two", optional=True), layout=_LONG, commit=_INT, scale=_FLOAT,
+    planes=_INT, groups=_INT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT, stored=_INT, positions=_INT, chunks=_INT,
+)  # fmt: skip
+
+
+class PackedConductance(NamedTuple):
+    """What a read packs of an array, kept for the next one; the caller keeps the arrays, and one of these a direction.
+
+    A read that finds another number in `version` than the one it packed at, or needs another layout, packs anew. Only the
+    fused kernels pack like this; other reads leave it alone.
+
+    Attributes:
+        memory: uint8 [at least `size(...)`]; what it holds is the reads' own.
+        state: int64 [2], zeros at first; zeros again say that nothing is packed.
+        version: Number of the state of the conductances (and of `noise_var`), int64 [1]: another one whenever they
+            change. 0 says nothing: they are packed at every read.
+    """
+
+    memory: Any
+    state: Any
+    version: Any
+
+    @staticmethod
+    def size(
+        shape: tuple[int, int, int], *, tile: int | None, transposed: bool = False, groups: int = 1,
+        positions: int = 0, precision: str = "fp16", noise_var: bool = False,
+    ) -> int:  # fmt: skip
+        """Bytes that hold conductances [S, G * I, O] in every layout that a read of these settings may take.
+
+        2 bytes a cell, 4 with two halves (fp16x2), and 2 more with `noise_var`; lines that are driven are padded to 64
+        a tile and lines that are sensed to 128, or eight channels are gathered at every position of a kernel.
+        `positions`: of the kernel of a convolution read forwards; 0: another read.
+        """
+        planes, rows, cols = shape
+        inputs = rows // groups
+        s = {
+            "transposed": transposed,
+            "tile": tile or max(cols if transposed else inputs, 1),
+            "groups": groups,
+        }
+        gathered = 8 * positions * gathered_chunks(inputs, s["tile"], positions) if positions else 0
+        shapes = [
+            Padded.of(shape, 1, inputs, {**s, "streams": 1, "phases": 1}, lines) for lines in (0, gathered)
+        ]
+        lines = max(padded.tiles * padded.k for padded in shapes)
+        sensed = -(-shapes[0].sense // PANEL_ROWS) * PANEL_ROWS
+        return 2 * planes * groups * sensed * lines * (_halves(precision) + noise_var)
+
+
+@dataclass(frozen=True)
+class Padded(Shape):
+    """Sizes of one call; the driven lines of a tile are padded to whole steps of the pipeline.
+
+    `gathered`: lines of a tile that gathers patches (patches.cuh); 0: no tile does.
+    """
+
+    gathered: int = 0
+
+    @property
+    def k(self) -> int:
+        return -(-(self.gathered or self.tile) // STEP) * STEP
+
+    @classmethod
+    def of(
+        cls, cells: tuple[int, int, int], rows: int, inputs: int, s: dict[str, Any], gathered: int = 0
+    ) -> Padded:
+        """Of a read of conductances [S, G * I, O]."""
+        planes, _, cols = cells
+        drive, sense = (cols, inputs) if s["transposed"] else (inputs, cols)
+        tile = min(s["tile"], max(drive, 1))
+        return cls(s["groups"], drive, sense, planes, tile, s["streams"] * s["phases"], rows, gathered)
+
+
+@dataclass(frozen=True)
+class RightOperand:
+    """Packed conductances (times `scale`, high and low part) and noise variances (bf16)."""
+
+    high: Any
+    low: Any
+    spread: Any
+    scale: float
+
+
+def check_packed(op: str, packed: PackedConductance) -> None:
+    """Refuse arrays of another dtype or shape."""
+    for name, dtype, shape in (
+        ("memory", "uint8", None),
+        ("state", "int64", (2,)),
+        ("version", "int64", (1,)),
+    ):
+        array = getattr(packed, name)
+        check_array(op, f"packed.{name}", array, dtype, 1 if shape is None else len(shape))
+        if shape is not None and tuple(array.shape) != shape:
+            raise ValueError(
+                f"{op}: `packed.{name}` must have shape {shape}, got {tuple(array.shape)}; see PackedConductance"
+            )
+
+
+def right_operand(
+    device: Device, g: Any, shape: Padded, inputs: int, s: dict[str, Any], *, positions: int = 1, chunks: int = 1,
+    panels: bool = False,
+) -> RightOperand:  # fmt: skip
+    """Pack an array for a read, unless `s["packed"]` holds it already.
+
+    `positions`, `chunks`: of a patch (patches.cuh). `panels`: in panels of 128 sensed lines (panels.cuh).
+    """
+    kept: PackedConductance | None = s["packed"]
+    scale, halves = conductance_scale(s["g_range"]), _halves(s["precision"])
+    stored = -(-shape.sense // PANEL_ROWS) * PANEL_ROWS if panels else shape.sense
+    size = (shape.planes, shape.groups, stored, shape.tiles, shape.k)
+    variance = s["noise_var"] is not None
+    arrays = _memory(device, size, halves + variance, kept)
+    look = (size, shape.tile, s["transposed"], scale, halves, variance, positions, chunks, panels)
+    layout = zlib.crc32(repr(look).encode()) << 31
+    blocks = shape.planes * shape.groups * -(-stored // 32) * -(-shape.tiles * shape.k // 32)
+
+    def pack(source: Any, to: Any, low: Any = None, bfloat: bool = False) -> None:
+        device.launch(
+            PACK_SENSED, (min(blocks, BLOCKS * device.multiprocessors),), (256,),
+            {"g": source, "b": to, "low": low, "version": kept and kept.version, "state": kept and kept.state,
+             "layout": layout, "commit": int(kept is not None and not bfloat), "scale": scale, "planes": shape.planes, "groups": shape.groups, "inputs": inputs, "cols": g.shape[2],
+             "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stored": stored, "positions": positions,
+             "chunks": chunks},
+            {"BFLOAT": int(bfloat), "TRANSPOSED": int(s["transposed"]), "PANELS": int(panels),
+             "IMPLICIT": int(shape.gathered > 0)},
+        )  # fmt: skip
+
+    spread = arrays[-1].view("int16") if variance else None
+    if variance:
+        pack(s["noise_var"], spread, bfloat=True)
+    low = arrays[1] if halves == 2 else None
+    pack(g, arrays[0], low)  # last: it says that all of this version is packed
+    return RightOperand(arrays[0], low, spread, scale)
+
+
+def _memory(device: Device, size: tuple[int, ...], count: int, kept: PackedConductance | None) -> list[Any]:
+    """Arrays of two bytes an element, new or of what is kept."""
+    if kept is None:
+        return [device.empty(size, "float16") for _ in range(count)]
+    each = 2 * prod(size)
+    if kept.memory.size < count * each:
+        raise ValueError(
+            f"tile_mvm: `packed.memory` must have {count * each} bytes for this read, got {kept.memory.size}; take "
+            "PackedConductance.size of its settings"
+        )
+    return [kept.memory[i * each : (i + 1) * each].view("float16").reshape(*size) for i in range(count)]
+
+
+def _halves(precision: str) -> int:
+    return 2 if precision == "fp16x2" else 1
