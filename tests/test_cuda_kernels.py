@@ -79,6 +79,7 @@ VARIANTS = {
          (256, 2, 1, 0, 0, 2), (256, 2, 2, 0, 0, 2)]
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}],
+    "pulse_trains.cu": [{"CONV": 0}, {"CONV": 1}],
     "pulse_update.cu": [
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit, "COUNTED": counted}
         for law, aggregated, implicit, counted in
