@@ -1,61 +1,102 @@
 // pulse_trains: the pulse trains of every wordline and bitline for every sample, a word each.
 //
 // Axes    B samples; G groups of I wordlines and O bitlines.
-// Launch  256 threads: one sample of one group; grid (B, G). The result does not depend on the launch.
-// Random  24 words of (line, sample, step) a train: see pulses.cuh; `step` is read from memory where given.
+// Launch  256 threads: eight samples of one group, the trains of eight lines of a sample a thread; grid (ceil(B / 8), G).
+//         The result does not depend on the launch.
+// Random  a counter a slot for eight lines of a sample: see pulses.cuh; `step` is read from memory where given.
+// Macros  CONV  x are the images of a convolution whose patches are the samples, d images of its outputs; else matrices
 // Wrapper gpuxbar/ops/pulse_update.py      Oracle gpuxbar/reference/pulse_update.py
+#include "gpuxbar/images.cuh"
 #include "gpuxbar/pulses.cuh"
+
+#ifndef CONV
+#define CONV 0
+#endif
 
 namespace gpuxbar {
 
-// Largest value of a block of 256 threads, for all of them.
-GPUXBAR_FN float block_largest(float value, float* scratch) {
+constexpr int SAMPLES = 8, WORKERS = 32;  // samples of a block, and threads of each
+
+// Values of one side of an array.
+struct Side {
+  const float* values;  // [B, G * lines], or images
+  const float* scale;   // [G * lines], or null: 1
+  int lines, group, groups;
+
+  GPUXBAR_FN float value(const Conv& conv, i64 sample, int line) const {
+    i64 at = (sample * groups + group) * lines + line;
+    if (CONV)
+      at = scale ? pixel_place(conv, sample, groups, group, lines, line)
+                 : patch_place(conv, sample, groups, group, line);
+    if (at < 0) return 0.0f;
+    return scale ? values[at] * scale[(i64)group * lines + line] : values[at];
+  }
+
+  // Largest magnitude of what every WORKERS-th thread sees of a sample.
+  GPUXBAR_FN float largest(const Conv& conv, i64 sample, int worker) const {
+    float top = 0.0f;
+    for (int line = worker; line < lines; line += WORKERS) top = max(top, abs(value(conv, sample, line)));
+    return top;
+  }
+
+  GPUXBAR_FN void fire(const Conv& conv, const Train& train, i32 length, float per, u32 purpose, i64 sample, int worker,
+                       u32 step, u64 seed, u32* words) const {
+    const int eights = (lines + 7) / 8;
+    for (int eight = worker; eight < eights; eight += WORKERS) {
+      float x[8];
+      u32 chances[8], slots[8];
+#pragma unroll
+      for (int l = 0; l < 8; ++l) {
+        x[l] = 8 * eight + l < lines ? value(conv, sample, 8 * eight + l) : 0.0f;
+        chances[l] = chance(abs(x[l]) * per);
+        slots[l] = implied_slots(length, abs(x[l]) * per);
+      }
+      if (!train.implicit)
+        stochastic_slots(chances, length, (u32)(group * eights + eight), purpose, (u32)sample, step, seed, slots);
+      u32* to = words + (sample * groups + group) * lines + 8 * eight;
+#pragma unroll
+      for (int l = 0; l < 8; ++l)
+        if (8 * eight + l < lines) to[l] = signed_word(slots[l], x[l]);
+    }
+  }
+};
+
+// Largest value of a sample's threads, for all of them; 256 values of scratch.
+GPUXBAR_FN float sample_largest(float value, float* scratch) {
   scratch[threadIdx.x] = value;
   __syncthreads();
-  for (int stride = 128; stride > 0; stride >>= 1) {
+  for (int stride = 128; stride >= SAMPLES; stride >>= 1) {
     if (threadIdx.x < stride) scratch[threadIdx.x] = max(scratch[threadIdx.x], scratch[threadIdx.x + stride]);
     __syncthreads();
   }
-  const float top = scratch[0];
+  const float top = scratch[threadIdx.x % SAMPLES];
   __syncthreads();
   return top;
 }
 
-GPUXBAR_FN u32 fired(const Train& train, i32 length, float value, float per, u32 line, u32 purpose, u32 sample,
-                     u32 step, u64 seed) {
-  const float probability = abs(value) * per;
-  const u32 slots = train.implicit ? implied_slots(length, probability)
-                                   : stochastic_slots(chance(probability), length, line, purpose, sample, step, seed);
-  return signed_word(slots, value);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    pulse_trains(const float* __restrict__ x,      // [B, G * I]
-                 const float* __restrict__ d,      // [B, G * O]
+extern "C" __global__ void __launch_bounds__(256, 1)
+    pulse_trains(const float* __restrict__ x,      // [B, G * I], or images [N, G * channels, height, width]
+                 const float* __restrict__ d,      // [B, G * O], or images [N, G * O, out_h, out_w]
                  const float* __restrict__ scale,  // [G * O]     wanted pulses for an input and an error of 1
                  const float* __restrict__ unit,   // [G]         the least of them
                  const i64* __restrict__ step,     // [1], or null: step_value
                  u32* __restrict__ input_words,    // [B, G * I]
                  u32* __restrict__ error_words,    // [B, G * O]
                  float* __restrict__ length,       // [B, G]      slots of a train
-                 Train train, i64 step_value, u64 seed, int groups, int inputs, int outputs) {
+                 Train train, Conv conv, i64 step_value, u64 seed, int batch, int groups, int inputs, int outputs) {
   __shared__ float scratch[256];
-  const u32 b = blockIdx.x, when = (u32)(step ? *step : step_value);
-  const int group = blockIdx.y, x0 = group * inputs, d0 = group * outputs;
-  const i64 x_row = (i64)b * groups * inputs + x0, d_row = (i64)b * groups * outputs + d0;
-  float top_input = 0.0f, top_error = 0.0f;
-  for (int i = threadIdx.x; i < inputs; i += 256) top_input = max(top_input, abs(x[x_row + i]));
-  for (int o = threadIdx.x; o < outputs; o += 256) top_error = max(top_error, abs(d[d_row + o] * scale[d0 + o]));
-  top_input = block_largest(top_input, scratch);
-  top_error = block_largest(top_error, scratch);
-  const Sample sample = sample_train(train, top_input, top_error, unit[group]);
-  if (threadIdx.x == 0) length[(i64)b * groups + group] = (float)sample.length;
-  for (int i = threadIdx.x; i < inputs; i += 256)
-    input_words[x_row + i] =
-        fired(train, sample.length, x[x_row + i], sample.per_input, (u32)(x0 + i), PULSE_INPUT, b, when, seed);
-  for (int o = threadIdx.x; o < outputs; o += 256)
-    error_words[d_row + o] = fired(train, sample.length, d[d_row + o] * scale[d0 + o], sample.per_error, (u32)(d0 + o),
-                                   PULSE_ERROR, b, when, seed);
+  const int group = blockIdx.y, worker = threadIdx.x / SAMPLES;
+  const u32 when = (u32)(step ? *step : step_value);
+  const i64 sample = (i64)blockIdx.x * SAMPLES + threadIdx.x % SAMPLES;
+  const Side input{x, nullptr, inputs, group, groups}, error{d, scale, outputs, group, groups};
+  const bool inside = sample < batch;
+  const float top_input = sample_largest(inside ? input.largest(conv, sample, worker) : 0.0f, scratch);
+  const float top_error = sample_largest(inside ? error.largest(conv, sample, worker) : 0.0f, scratch);
+  if (!inside) return;
+  const Sample s = sample_train(train, top_input, top_error, unit[group]);
+  if (worker == 0) length[sample * groups + group] = (float)s.length;
+  input.fire(conv, train, s.length, s.per_input, PULSE_INPUT, sample, worker, when, seed, input_words);
+  error.fire(conv, train, s.length, s.per_error, PULSE_ERROR, sample, worker, when, seed, error_words);
 }
 
 }  // namespace gpuxbar

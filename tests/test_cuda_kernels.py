@@ -86,6 +86,7 @@ VARIANTS = {
          (128, 1, 2, 1, 1, 1, 4), (128, 2, 1, 1, 1, 1, 3), (128, 2, 2, 1, 0, 0, 3)]
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}],
+    "pulse_trains.cu": [{"CONV": 0}, {"CONV": 1}],
     "pulse_update.cu": [
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit, "COUNTED": counted}
         for law, aggregated, implicit, counted in

@@ -13,6 +13,7 @@ from torch import nn
 from gpuxbar import ops, reference
 from gpuxbar.launch.host import set_threads
 from gpuxbar.nn import convert
+from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import InSituSGD
 from gpuxbar.reference import pulse_trains
 from gpuxbar.spec import (
@@ -161,6 +162,76 @@ def test_the_same_bits_on_any_number_of_threads():
             results.append((cells, read))
         np.testing.assert_array_equal(results[0][0], results[1][0])
         np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+GEOMETRIES = {
+    "same": ConvGeometry(2, 7, 9, (3, 3), padding=(1, 1)),
+    "strided": ConvGeometry(3, 8, 6, (2, 3), stride=(2, 1), padding=(0, 2), dilation=(3, 2)),
+    "one-pixel": ConvGeometry(5, 1, 1, (1, 1)),
+}
+
+
+def images(conv, groups=2, outputs=5, n=3):
+    g, _, _, w_max = case(1, groups, conv.inputs, outputs)
+    rng = np.random.default_rng(1)
+    x = np.maximum(rng.normal(0.3, 1, (n, groups * conv.channels, conv.height, conv.width)), 0)
+    d = rng.normal(0, 0.1, (n, groups * outputs, *conv.out))
+    return g, x.astype(np.float32), d.astype(np.float32), w_max
+
+
+@pytest.mark.parametrize("train", ["managed", "counted", "implicit"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_images_pulse_as_their_patches(geometry, train):
+    """To the bit on each backend; the reference unfolds them itself."""
+    conv = GEOMETRIES[geometry]
+    g, x, d, w_max = images(conv)
+    patches, errors = reference.unfold(x, conv), d.transpose(0, 2, 3, 1).reshape(-1, d.shape[1]).copy()
+    s = {"rate": 0.1, "w_max": w_max, "groups": 2, **WINDOW, "seed": SEED, "step": 9}
+    law, train = CONSTANT, TRAINS[train]
+    expected, _ = reference.pulse_update(
+        g, x, d, law=law.model_dump(), train=train.model_dump(), conv=conv, **s
+    )
+    for device in (None, ShimDevice(order=11)):
+        cells, alike = g.copy(), g.copy()
+        ops.pulse_update(cells, x, d, law=law, train=train, conv=conv, device=device, **s)
+        ops.pulse_update(alike, patches, errors, law=law, train=train, device=device, **s)
+        np.testing.assert_array_equal(cells, alike)
+        np.testing.assert_allclose(cells, expected, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
+    assert (cells != g).mean() > 0.1
+
+
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "kernel"])
+def test_rare_pulses_are_not_lost(device):
+    """Chances of 2^-18 a slot: the first 16 random bits leave open whether a slot fires, the last ones decide.
+
+    Errors fill every slot, so each pulse of an input is a coincidence.
+    """
+    train, lines, batch = PulseTrain(bound_management=False), 6000, 16
+    x = np.full((batch, lines), 2.0**-18, np.float32)
+    x[:, 0], d = 1, np.full((batch, 1), 31, np.float32)
+    law = ConstantStep(pulses=2**14, sides="reference")
+    g = np.full((2, lines, 1), (G_MIN + G_MAX) / 2, np.float32)
+    s = {"rate": 2.0**-14, "w_max": np.ones(1, np.float32), **WINDOW, "seed": SEED}
+    cells, weights = reference.pulse_update(g, x, d, law=law.model_dump(), train=train.model_dump(), **s)
+    read = ops.pulse_update(g, x, d, law=law, train=train, device=device, **s)
+    pulses, wanted = (np.rint(w[0, 0] * law.pulses) for w in (read, weights))
+    np.testing.assert_array_equal(pulses, wanted)
+    assert -pulses[0] == 31 * batch
+    slots = 31 * batch * (lines - 1)
+    assert -pulses[1:].sum() == pytest.approx(slots / 2**18, abs=4 * np.sqrt(slots / 2**18))
+
+
+def test_neighbouring_lines_and_slots_fire_independently():
+    """Lines of one counter, halves of one word, slots and samples: correlations within 4.5 standard errors of 0."""
+    p, repeats = 0.3, 600
+    x, _, _ = many(PulseTrain(length=10, bound_management=False), [1.0, *[p] * 17], [10.0], repeats)
+    fired = (x[:, 1:] != 0).astype(float)[..., :10]
+    assert fired.mean() == pytest.approx(p, abs=4.5 * np.sqrt(p * (1 - p) / fired.size))
+    z = (fired - p) / np.sqrt(p * (1 - p))
+    for axis in (0, 1, 2):
+        for lag in (1, 2, 7, 8):
+            a, b = np.moveaxis(z, axis, 0)[lag:], np.moveaxis(z, axis, 0)[:-lag]
+            assert abs((a * b).mean()) < 4.5 / np.sqrt(a.size)
 
 
 def many(train, x, e, repeats=400):
@@ -330,6 +401,16 @@ BAD = {
     "groups": ({"groups": 2}, ValueError, "`groups` must divide the inputs and the outputs, got 2 for 3"),
     "rate": ({"rate": 0.0}, ValueError, "`rate` must be above 0, got 0; give the learning rate"),
     "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max, got 1e-06 S and 1e-07 S"),
+    "images": (
+        {"conv": ConvGeometry(1, 2, 2, (1, 3), padding=(0, 1)), "x": np.ones((2, 1, 2, 3), np.float32),
+         "d": np.ones((2, 4, 2, 2), np.float32)}, ValueError,
+        r"`x` must have shape \(2, 1, 2, 2\) for x \(2, 1, 2, 3\) in 1 groups, got \(2, 1, 2, 3\); check",
+    ),
+    "image-errors": (
+        {"conv": ConvGeometry(1, 2, 2, (1, 3), padding=(0, 1)), "x": np.ones((2, 1, 2, 2), np.float32),
+         "d": np.ones((2, 4, 2, 3), np.float32)}, ValueError, r"`d` must have shape \(2, 4, 2, 2\)",
+    ),
+    "axes": ({"conv": ConvGeometry(3, 1, 1, (1, 1))}, ValueError, r"`x` must have 4 axes, got 2"),
     "nan": ({"d": np.full((2, 4), np.nan, np.float32)}, ValueError, "`d` must be finite, got 8 NaN"),
     "infinity": ({"x": np.full((2, 3), np.inf, np.float32)}, ValueError, "`x` must be finite, got 6 NaN or inf"),
     "ideal": ({"law": Ideal()}, ValueError, "`law` must be one with pulses to follow a pulse train, got ideal"),
@@ -405,6 +486,29 @@ def test_a_layer_is_pulsed_by_its_inputs_and_errors(layer, shape):
     error = (steps.mean(0) + 0.05 * plain[0].weight.grad) / (steps.std(0) / n**0.5 + 1e-6)
     assert error.abs().max() < 5
     assert (0.05 * plain[0].weight.grad / steps.std(0).mean() * n**0.5).abs().max() > 10
+
+
+def test_images_of_several_sizes_add_up():
+    """A layer that reads images of two sizes in a step is pulsed as by all their patches."""
+    conv = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False))
+    model, optimiser = pulsed(conv, CrossbarSpec(**PULSED))
+    layer = model[0]
+    generator = torch.Generator().manual_seed(3)
+    for size in (5, 4):
+        model(torch.randn(2, 2, size, size, generator=generator)).square().mean().backward()
+    lines = [layer.as_lines(x, d) for x, d in layer.streams.pairs]
+    x, d = (torch.cat(parts).numpy() for parts in zip(*lines, strict=True))
+    assert x.shape == (2 * (25 + 16), 18)
+    cells = layer.g_cells.numpy().copy()
+    ops.pulse_update(
+        cells, x, d, rate=0.05, train=layer.spec.pulses, law=layer.spec.update, w_max=layer.w_max.numpy(),
+        g_min=layer.spec.device.g_min, g_max=layer.spec.device.g_max, seed=layer.plan.seed,
+        step=layer.update_step.item(),
+    )  # fmt: skip
+    before = layer.g_cells.clone()
+    optimiser.step()
+    np.testing.assert_array_equal(layer.g_cells.numpy(), cells)
+    assert not torch.equal(layer.g_cells, before)
 
 
 def test_training_by_pulses_learns_and_resumes_bit_for_bit():

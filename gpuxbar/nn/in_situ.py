@@ -181,13 +181,17 @@ class InSitu(Programmed):
         assert self.g_cells is not None
         assert self.w_max is not None
         assert self.update_step is not None
-        pairs = [self.as_lines(x, d) for x, d in self.streams.take()]
+        pairs = self.streams.take()
         if not pairs:
             return
+        if len({x.shape[1:] for x, _ in pairs}) > 1:  # images of several sizes have lines alone in common
+            pairs = [self.as_lines(x, d) for x, d in pairs]
         x, d = (
             (parts[0] if len(parts) == 1 else torch.cat(parts)).float().contiguous()
             for parts in zip(*pairs, strict=True)
         )
+        way = self.plan
+        patch = [*self.weight.shape[2:], *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None
         read = pulse_update(
             self.g_cells,
             x,
@@ -197,9 +201,10 @@ class InSitu(Programmed):
             rate,
             self.groups_,
             self.static[1],
-            self.plan.seed,
+            way.seed,
             self.pulse_count,
             self.device_map,
+            patch,
         )
         self._show(read.view_as(self.weight))
 

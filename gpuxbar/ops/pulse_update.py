@@ -24,13 +24,16 @@ from gpuxbar.launch import (
 from gpuxbar.ops.checks import check_array, check_numbers, check_window, require_finite
 from gpuxbar.ops.device_map import by_name, check_map
 from gpuxbar.ops.endurance import Wear, check_endurance
+from gpuxbar.ops.images import Conv
 from gpuxbar.ops.laws import Parameters, parameters
+from gpuxbar.reference.tile_mvm import ConvGeometry
 from gpuxbar.spec import Endurance, PulseTrain, UpdateLaw, check_train
 
 __all__ = ["KERNELS", "pulse_update"]
 
 OP = "pulse_update"
 SAMPLES = 2**23  # draws tell that many apart
+TOGETHER = 32  # samples of a block: SAMPLES in kernels/host/pulse_update.cpp
 
 
 def pulse_update(
@@ -45,6 +48,7 @@ def pulse_update(
     g_min: float,
     g_max: float,
     groups: int = 1,
+    conv: ConvGeometry | None = None,
     endurance: Endurance | None = None,
     pulse_count: Any = None,
     device_map: Any = None,
@@ -63,14 +67,17 @@ def pulse_update(
 
     Args:
         g: Conductances of the positive and the negative devices, float32 [2, G * I, O], S; updated in place.
-        x: Inputs, float32 [B, G * I]; finite.
-        d: Errors, the gradient of the loss by the outputs, float32 [B, G * O]; finite.
+        x: Inputs, float32 [B, G * I]; finite. With `conv` the images [N, G * channels, height, width] whose patches are the
+            samples, image by image.
+        d: Errors, the gradient of the loss by the outputs, float32 [B, G * O]; finite. With `conv` images of the outputs,
+            [N, G * O, height, width].
         rate: Learning rate, above 0.
         train: The pulse trains.
         law: An update law of the spec with pulses and without write noise.
         w_max: Weight of a full pair, float32 [G * O], above 0.
         g_min, g_max: Conductance window, S.
         groups: Arrays side by side, G.
+        conv: Shape of the convolution whose patches drive the wordlines; no patch matrix is made.
         endurance: How many pulses devices bear; None: any number. Devices that fail do so after the batch, and never move
             again.
         pulse_count: Pulses that devices have taken, int32 like `g` and updated in place, zeros at first; given with an
@@ -96,10 +103,11 @@ def pulse_update(
     check_train(OP, train, law)
     assert law.nominal_pulses is not None
     check_array(OP, "g", g, "float32", 3)
-    for name, array, axes in (("x", x, 2), ("d", d, 2), ("w_max", w_max, 1)):
-        check_array(OP, name, array, "float32", axes)
+    axes = 2 if conv is None else 4
+    for name, array, rank in (("x", x, axes), ("d", d, axes), ("w_max", w_max, 1)):
+        check_array(OP, name, array, "float32", rank)
     check_numbers(OP, "rate", rate, "", "give the learning rate")
-    batch, rows, cols = len(x), x.shape[1], d.shape[1]
+    batch, rows, cols = _lines(x, d, groups, conv)
     if groups < 1 or rows % groups or cols % groups:
         raise ValueError(
             f"{OP}: `groups` must divide the inputs and the outputs, got {groups} for {rows} inputs and {cols} outputs; "
@@ -107,8 +115,15 @@ def pulse_update(
         )
     inputs, outputs = rows // groups, cols // groups
     for name, array, shape in (
-        ("g", g, (2, rows, outputs)), ("d", d, (batch, cols)), ("w_max", w_max, (cols,)),
-    ):  # fmt: skip
+        ("g", g, (2, rows, outputs)),
+        (
+            "x",
+            x,
+            (batch, rows) if conv is None else (len(x), groups * conv.channels, conv.height, conv.width),
+        ),
+        ("d", d, (batch, cols) if conv is None else (len(x), cols, *conv.out)),
+        ("w_max", w_max, (cols,)),
+    ):
         if tuple(array.shape) != shape:
             raise ValueError(
                 f"{OP}: `{name}` must have shape {shape} for x {tuple(x.shape)} in {groups} groups, "
@@ -131,7 +146,20 @@ def pulse_update(
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
         return _cuda(
-            device or cuda_device(), g, pulse_count, device_map, x, d, scale, w_max, train, law, step, update
+            device or cuda_device(),
+            g,
+            pulse_count,
+            device_map,
+            x,
+            d,
+            batch,
+            conv,
+            scale,
+            w_max,
+            train,
+            law,
+            step,
+            update,
         )
     step = int(np.asarray(step).reshape(-1)[0])
     shape = (groups, outputs, inputs)
@@ -140,21 +168,36 @@ def pulse_update(
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
         cells, weights = reference.pulse_update(
             g, x, d, rate=rate, train=train.model_dump(), law=law.model_dump(), w_max=w_max, g_min=g_min, g_max=g_max,
-            groups=groups, endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
+            groups=groups, conv=conv, endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
             device_map=by_name(device_map, law), stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
         )  # fmt: skip
         g[...] = cells
         return weights.astype(np.float32)
     weights, bad = np.empty(shape, np.float32), np.zeros(2, np.int64)
     if weights.size:
+        blocks = -(-batch // TOGETHER)
+        words = (np.empty(groups * _padded(n) * blocks * TOGETHER, np.uint32) for n in (inputs, outputs))
+        length, slots = np.empty(groups * blocks * TOGETHER, np.float32), np.empty(groups * blocks, np.int32)
+        settings = Update(train=Train.of(train), conv=Conv.of(conv), batch=batch, step=step, **update)
         host_call(
-            library(), "gpuxbar_pulse_update", g, pulse_count, device_map, x, d, scale, scale.reshape(groups, outputs).min(1), weights, w_max,
-            np.empty(x.shape, np.uint32), np.empty(d.shape, np.uint32), np.empty((batch, groups), np.float32),
-            np.frombuffer(bytes(Update(train=Train.of(train), batch=batch, step=step, **update)), np.uint8), train.mode == "aggregated", bad,
+            library(), "gpuxbar_pulse_update", g, pulse_count, device_map, x, x.size, d, d.size, scale,
+            scale.reshape(groups, outputs).min(1), weights, w_max, *words, length, slots, np.frombuffer(bytes(settings), np.uint8), train.mode == "aggregated", bad,
         )  # fmt: skip
     for name, count in zip("xd", bad.tolist(), strict=True):
         require_finite(OP, name, count, "bad data")
     return weights
+
+
+def _lines(x: Any, d: Any, groups: int, conv: ConvGeometry | None) -> tuple[int, int, int]:
+    """Samples, inputs and outputs of all groups."""
+    if conv is None:
+        return len(x), x.shape[1], d.shape[1]
+    return len(x) * conv.pixels, groups * conv.inputs, d.shape[1]
+
+
+def _padded(lines: int) -> int:
+    """Lines of a group as the host kernel stores them: PADDED in kernels/host/pulse_update.cpp."""
+    return -(-lines // 32) * 32
 
 
 class Train(ctypes.Structure):
@@ -174,20 +217,21 @@ class Update(ctypes.Structure):
     """Twin of `struct Update` in kernels/host/pulse_update.cpp."""
 
     _fields_ = [
-        ("law", Parameters), ("train", Train), ("endurance", Wear),
+        ("law", Parameters), ("train", Train), ("endurance", Wear), ("conv", Conv),
         *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
     ]  # fmt: skip
 
 
 def _cuda(
-    device: Device, g: Any, pulse_count: Any, device_map: Any, x: Any, d: Any, scale: Any, w_max: Any, train: PulseTrain, law: UpdateLaw, step: Any,
-    update: dict[str, Any],
+    device: Device, g: Any, pulse_count: Any, device_map: Any, x: Any, d: Any, batch: int, conv: ConvGeometry | None, scale: Any,
+    w_max: Any, train: PulseTrain, law: UpdateLaw, step: Any, update: dict[str, Any],
 ) -> Any:  # fmt: skip
-    batch, groups, inputs, outputs = len(x), update["groups"], update["inputs"], update["outputs"]
+    groups, inputs, outputs = update["groups"], update["inputs"], update["outputs"]
     weights = device.empty((groups, outputs, inputs), "float32")
     trains = {
-        "input_words": device.empty(x.shape, "uint32"), "error_words": device.empty(d.shape, "uint32"),
+        "input_words": device.empty((batch, groups * inputs), "uint32"),
+        "error_words": device.empty((batch, groups * outputs), "uint32"),
         "length": device.empty((batch, groups), "float32"),
     }  # fmt: skip
     by_value = isinstance(step, int)
@@ -198,8 +242,9 @@ def _cuda(
     if batch:
         unit = scale.reshape(groups, outputs).min(1)
         device.launch(
-            PULSE_TRAINS, (batch, groups), (256,),
-            {"x": x, "d": d, "scale": scale, "unit": unit, "train": Train.of(train), **trains, **when, **shape}, {},
+            PULSE_TRAINS, (-(-batch // 8), groups), (256,),
+            {"x": x.reshape(-1), "d": d.reshape(-1), "scale": scale, "unit": unit, "train": Train.of(train), "conv": Conv.of(conv),
+             "batch": batch, **trains, **when, **shape}, {"CONV": int(conv is not None)},
         )  # fmt: skip
     implicit, aggregated = train.scheme == "deterministic_implicit", train.mode == "aggregated"
     device.launch(
@@ -213,10 +258,10 @@ def _cuda(
 
 PULSE_TRAINS = Kernel(
     "pulse_trains.cu",
-    x=In("float32", "B X"), d=In("float32", "B D"), scale=In("float32", "D"), unit=In("float32", "G"),
+    x=In("float32", "source"), d=In("float32", "errors"), scale=In("float32", "D"), unit=In("float32", "G"),
     step=In("int64", "one", optional=True), input_words=Out("uint32", "B X"), error_words=Out("uint32", "B D"),
-    length=Out("float32", "B G"), train=Struct("Train", Train), step_value=Scalar("int64"), seed=Scalar("uint64"),
-    groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
+    length=Out("float32", "B G"), train=Struct("Train", Train), conv=Struct("Conv", Conv), step_value=Scalar("int64"),
+    seed=Scalar("uint64"), batch=Scalar("int32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip
 PULSE_UPDATE = Kernel(
     "pulse_update.cu",

@@ -12,6 +12,7 @@ from gpuxbar.launch import Device, backend, cuda_device, library
 from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
+from gpuxbar.ops.images import Conv
 from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
 from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
@@ -312,27 +313,6 @@ def _check_drive(v: Any, conv: ConvGeometry | None, groups: int, drive: int, tra
         )
 
 
-class _Conv(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in [
-            "channels",
-            "height",
-            "width",
-            "kernel_h",
-            "kernel_w",
-            "stride_h",
-            "stride_w",
-            "pad_h",
-            "pad_w",
-            "dilation_h",
-            "dilation_w",
-            "out_h",
-            "out_w",
-        ]
-    ]
-
-
 class _Params(ctypes.Structure):
     """Twin of `struct TileMvm` in kernels/host/tile_mvm.cpp."""
 
@@ -379,16 +359,7 @@ def _host(v: np.ndarray, g: np.ndarray, batch: int, inputs: int, outputs: int, s
     }
     params = _Params(**{name: None if a is None else a.ctypes.data for name, a in arrays.items()})
     if conv is not None:
-        geometry = _Conv(
-            conv.channels,
-            conv.height,
-            conv.width,
-            *conv.kernel,
-            *conv.stride,
-            *conv.padding,
-            *conv.dilation,
-            *conv.out,
-        )
+        geometry = Conv.of(conv)
         params.conv = ctypes.cast(ctypes.pointer(geometry), ctypes.c_void_p)
     params.batch, params.groups, params.inputs, params.cols, params.planes = (
         batch,

@@ -10,6 +10,7 @@ from gpuxbar.reference.device_update import Cells, deviation
 from gpuxbar.reference.endurance import wear
 from gpuxbar.reference.laws import moved
 from gpuxbar.reference.random import Purpose, normals, uniforms, words
+from gpuxbar.reference.tile_mvm import ConvGeometry, unfold
 
 __all__ = ["pulse_trains", "pulse_update"]
 
@@ -60,26 +61,26 @@ def pulse_trains(
         if train["scheme"] == "deterministic_implicit":
             fired = np.arange(31) < np.rint(p * long)[..., None]
         else:
-            fired = _bernoulli(p, purpose, seed, step) & (np.arange(31) < long[..., None])
+            fired = _bernoulli(p, purpose, groups, seed, step) & (np.arange(31) < long[..., None])
         slots.append(np.sign(values)[..., None] * fired)
     return slots[0], slots[1], np.where(fires, length, 1)
 
 
-def _bernoulli(p: Array, purpose: Purpose, seed: int, step: int) -> Array:
-    """31 slots of each probability, in 2^-24: slot s fires where a binary fraction of random bits is below it.
+def _bernoulli(p: Array, purpose: Purpose, groups: int, seed: int, step: int) -> Array:
+    """31 slots of each probability, in 2^-24: a slot fires where a binary fraction of 24 random bits is below it.
 
-    Bit 23 - k of the fraction is bit s of random word 23 - k, so the most significant bit is of the last word.
+    Of slot s, the eight lines 8 e .. 8 e + 7 of a group share counters: {s, e} has the first 16 bits of each, the low half
+    of a word before the high one, and {32 + s, e} the last 8, in the low bytes of the same halves.
     """
-    fired = np.empty((*p.shape, 31), bool)
-    at = np.arange(31, dtype=np.uint32)
-    for sample in range(len(p)):
+    batch, lines = p.shape[0], p.shape[1] // groups if groups else 0
+    eights = -(-lines // 8)
+    fraction = np.empty((batch, groups, eights * 8, 31))
+    for sample in range(batch):
         where = {"purpose": purpose, "slot": sample, "step": step, "seed": seed}
-        random = words(np.arange(p.shape[1]), 6, rounds=7, **where).reshape(-1, 24)
-        bits = random[:, :, None] >> at & 1  # [lines, 24, 31]
-        # a set bit of the chance fires where the random bit is 1: the complement is the fraction's digit
-        fraction = np.einsum("lks,k->ls", 1 - bits.astype(np.float64), 2.0 ** np.arange(-24, 0))
-        fired[sample] = fraction < np.rint(p[sample] * 2**24)[:, None] / 2**24
-    return fired
+        halves = words(np.arange(groups * eights), 64, rounds=7, **where).astype("<u4").view("<u2")
+        halves = halves.reshape(groups, eights, 64, 8).swapaxes(2, 3).reshape(groups, eights * 8, 64)
+        fraction[sample] = halves[..., :31] * 2.0**-16 + (halves[..., 32:63] & 255) * 2.0**-24
+    return fraction[:, :, :lines].reshape(*p.shape, 31) < np.rint(p * 2**24)[..., None] / 2**24
 
 
 def pulse_update(
@@ -94,6 +95,7 @@ def pulse_update(
     g_min: float,
     g_max: float,
     groups: int = 1,
+    conv: ConvGeometry | None = None,
     endurance: dict[str, Any] | None = None,
     pulse_count: Array | None = None,
     device_map: dict[str, Array] | None = None,
@@ -104,8 +106,11 @@ def pulse_update(
 ) -> tuple[Array, Array]:
     """(conductances [2, G * I, O], weights read out [G, O, I]); `law` and `train` are dumped specs.
 
-    `pulse_count`, [2, G * I, O], is updated in place where given; `device_map` as for `device_update`.
+    `pulse_count`, [2, G * I, O], is updated in place where given; `device_map` as for `device_update`. With `conv`, x and d are
+    images.
     """
+    if conv is not None:
+        x, d = unfold(x, conv), d.transpose(0, 2, 3, 1).reshape(-1, d.shape[1])
     batch, n_in, n_out = len(x), x.shape[1] // groups, d.shape[1] // groups
     span, pulses = g_max - g_min, law.get("pulses", law.get("levels"))
     w_max = np.asarray(w_max, np.float64)

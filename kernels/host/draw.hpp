@@ -65,20 +65,21 @@ static inline void draw_uniforms(const Draw& d, u32 row, i64 col0, float* u) {
     for (int q = 0; q < 4; ++q) u[4 * j + q] = uniform(w[q][j]);
 }
 
-typedef u32 Lines[WIDE_ROW];
-
-// The words of 64 counters that differ in group, row and slot: words[q][j] is word q of counter j.
-template <int ROUNDS>
-static inline void draw_words_at(u32 purpose, u32 step, u64 seed, const Lines& group, const Lines& row,
-                                 const Lines& slot, Lines (&words)[4]) {
+// The words of counters that differ in group, row and slot: words[q][j] is word q of counter j.
+template <int ROUNDS, int N>
+static inline void draw_words_at(u32 purpose, u32 step, u64 seed, const u32 (&group)[N], const u32 (&row)[N],
+                                 const u32 (&slot)[N], u32 (&words)[4][N]) {
+  static_assert(N % LANES == 0);
   const auto evens = [](const u32* values) { return *(const Wide*)values; };  // high halves hold anything
   const auto odds = [](const u32* values) { return *(const Wide*)values >> 32; };
   const Wide kind = (u64)(purpose << 24) + Wide{}, when = step + Wide{};
-  for (int j = 0; j < WIDE_ROW; j += LANES)
+  for (int j = 0; j < N; j += LANES)
     philox_lanes<ROUNDS>(WideCounter{evens(group + j), evens(row + j), evens(slot + j) | kind, when},
                          WideCounter{odds(group + j), odds(row + j), odds(slot + j) | kind, when}, (u32)seed,
                          (u32)(seed >> 32), words[0] + j, words[1] + j, words[2] + j, words[3] + j);
 }
+
+typedef u32 Lines[WIDE_ROW];
 
 // Standard normals of columns col0 .. col0 + 63 of a row, each of a slot of its own.
 static inline void draw_normals_at(const Draw& d, u32 row, i64 col0, const Lines& slots, float* z) {

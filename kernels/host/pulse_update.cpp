@@ -1,122 +1,231 @@
 // pulse_update on the CPU: pulse trains of a batch, their coincidences through the device law, and the weights read out.
 //
-// First the trains of every line and sample, then blocks of 64 wordlines by 64 bitlines: exact, chunks of samples in
-// sequence, every device at its own pace; aggregated, coincidences are counted over the batch and the devices move once. Every train and cell is a
-// function of its own place, so the bits do not depend on threads.
+// First the trains of every line, 32 samples of it together; patches of images are gathered on the way. Then blocks of 64
+// wordlines by 64 bitlines: exact, chunks of samples in sequence, every device at its own pace; aggregated, coincidences
+// are counted over the batch, 32 samples a word, and the devices move once. Every train and cell is a function of its own
+// place, so the bits do not depend on threads.
 // Meaning and oracle: gpuxbar/reference/pulse_update.py.
 #include <algorithm>
+#include <vector>
 
 #include "cells.hpp"
 #include "gpuxbar/endurance.cuh"
 #include "gpuxbar/pulses.cuh"
+#include "images.hpp"
 
 using namespace gpuxbar;
 
 namespace {
 
 constexpr int LINES = 64;
-constexpr int CHUNK = 256;    // samples whose trains lie in the caches
-constexpr int TOGETHER = 32;  // samples whose trains are made together
+constexpr int CHUNK = 256;          // samples that move a block of devices before the next block
+constexpr int SAMPLES = 32;         // whose trains are made together
+constexpr int EIGHT = 8;            // lines that a counter draws a slot of
+constexpr int TILE = 4, WIDE = 16;  // wordlines and bitlines whose counts stay in registers, two vectors of them
+constexpr int PADDED = 2 * WIDE;    // lines of a group are stored in multiples of this
 
 // Twin of `Update` in gpuxbar/ops/pulse_update.py.
 struct Update {
   UpdateLaw law;
   Train train;
   Endurance endurance;
+  Conv conv;  // whose patches and pixels drive the lines; without pixels, matrices do
   i64 batch, groups, inputs, outputs, step;
   u64 seed;
   float g_min, range;  // S
   float stuck_low, stuck_high;
+
+  i64 blocks() const { return (batch + SAMPLES - 1) / SAMPLES; }
+};
+
+// Trains on one side of an array, 0 on lines between `count` and `lines` where planes hold them.
+struct Trains {
+  u32* words;  // [G, lines, blocks * SAMPLES]
+  i64 count, lines, blocks;
+
+  Trains(u32* words, i64 count, i64 blocks)
+      : words(words), count(count), lines((count + PADDED - 1) / PADDED * PADDED), blocks(blocks) {}
+
+  // The trains of a line, a word for each sample.
+  u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * blocks * SAMPLES; }
+
+  // A bit for each sample of a block, a word for each line: the lines' signs in plane 0, slot k in plane 1 + k.
+  u32* plane(i64 group, i64 plane, i64 block) const {
+    return words + ((group * SAMPLES + plane) * blocks + block) * lines;
+  }
 };
 
 struct Arrays {
   float* g;            // [2, G * I, O] S
   i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
   DeviceMap map;       // planes like g
-  const float* x;      // [B, G * I]
-  const float* d;      // [B, G * O]
+  const float* x;      // [B, G * I], or images [N, G * channels, height, width]
+  const float* d;      // [B, G * O], or images [N, G * O, out_h, out_w]
   const float* scale;  // [G * O]     wanted pulses for an input and an error of 1
   const float* unit;   // [G]         the least of them
   float* w;            // [G, O, I]
   const float* w_max;  // [G * O]
-  u32* inputs;         // [B, G * I]  trains
-  u32* errors;         // [B, G * O]
-  float* length;       // [B, G]
+  Trains inputs, errors;
+  float* length;  // [G, blocks * SAMPLES]
+  i32* slots;     // [G, blocks]  of a block's longest train that fires
+  bool planes;    // whether trains are held in planes
 };
 
-template <class Value>
-float largest(i64 size, Value&& value) {
-  float top = 0.0f;
-#pragma omp simd reduction(max : top)
-  for (i64 l = 0; l < size; ++l) top = std::max(top, gpuxbar::abs(value(l)));
-  return top;
+// Bit l of the result is bit `bit` of word l.
+inline u32 across(const u32 (&words)[SAMPLES], int bit) {
+#if defined(__AVX512F__)
+  const __m512i one = _mm512_set1_epi32((int)(1u << bit));
+  return _mm512_test_epi32_mask(_mm512_load_si512(words), one) |
+         (u32)_mm512_test_epi32_mask(_mm512_load_si512(words + 16), one) << 16;
+#else
+  u32 found = 0;
+#pragma omp simd reduction(| : found)
+  for (int l = 0; l < SAMPLES; ++l) found |= (words[l] >> bit & 1u) << l;
+  return found;
+#endif
 }
 
-// Writes the trains of lines, 64 of them at a time: of any lines and samples, so that a narrow array fills the vectors
-// as a wide one does. A line that cannot have a pulse draws nothing.
+// Makes the trains of blocks of samples.
 class Trainer {
  public:
-  Trainer(const Update& u, u32 purpose, u32* words) : u(u), purpose(purpose), words(words) {}
+  Trainer(const Update& u, const Arrays& a)
+      : u(u), a(a), inputs(a.inputs.lines * SAMPLES), errors(a.errors.lines * SAMPLES) {}
 
-  // Word `at` becomes the train of a line's value in a sample; `per`: probability for a value of 1.
-  void add(i64 at, u32 line, u32 sample, i32 slots, float value, float per) {
-    if (u.train.implicit) {
-      words[at] = signed_word(implied_slots(slots, gpuxbar::abs(value) * per), value);
-      return;
+  void fire(i64 group, i64 block) {
+    const i64 b0 = block * SAMPLES, samples = std::min<i64>(SAMPLES, u.batch - b0);
+    if (samples < SAMPLES) {
+      std::fill(inputs.begin(), inputs.end(), 0.0f);
+      std::fill(errors.begin(), errors.end(), 0.0f);
     }
-    words[at] = signed_word(0, value);
-    places[waiting] = at;
-    lines[waiting] = line;
-    samples[waiting] = sample;
-    lengths[waiting] = (u32)slots;
-    odds[waiting] = chance(gpuxbar::abs(value) * per);
-    waiting += odds[waiting] != 0;
-    if (waiting == WIDE_ROW) flush();
-  }
-
-  void flush() {
-    alignas(64) Lines random[4], counters, word = {};
-    for (u32 k = 0; k < COUNTERS; ++k) {  // counter by counter, so that loops vectorise
-      std::fill(counters, counters + WIDE_ROW, k);
-      draw_words_at<7>(purpose, (u32)u.step, u.seed, counters, lines, samples, random);
-#pragma omp simd
-      for (int l = 0; l < WIDE_ROW; ++l)
-        word[l] = add_bits(word[l], odds[l], k, Counter{random[0][l], random[1][l], random[2][l], random[3][l]});
+    gather(group, b0, samples);
+    const float* scale = a.scale + group * u.outputs;
+    for (i64 o = 0; o < u.outputs; ++o)
+      for (int l = 0; l < SAMPLES; ++l) errors[o * SAMPLES + l] *= scale[o];
+    alignas(64) float top_input[SAMPLES], top_error[SAMPLES];
+    largest(inputs.data(), u.inputs, top_input);
+    largest(errors.data(), u.outputs, top_error);
+    most = 0;
+    for (int l = 0; l < SAMPLES; ++l) {
+      const Sample sample = sample_train(u.train, top_input[l], top_error[l], a.unit[group]);
+      length[l] = sample.length;
+      per_input[l] = sample.per_input;
+      per_error[l] = sample.per_error;
+      most = std::max(most, sample.per_input > 0.0f ? sample.length : 0);
+      a.length[group * u.blocks() * SAMPLES + b0 + l] = (float)sample.length;
     }
-#pragma omp simd
-    for (int l = 0; l < WIDE_ROW; ++l) word[l] = cut_slots(word[l], odds[l], (i32)lengths[l]);
-    for (i64 l = 0; l < waiting; ++l) words[places[l]] |= word[l];
-    waiting = 0;
+    a.slots[group * u.blocks() + block] = most;
+    fire_lines(a.inputs, PULSE_INPUT, group, block, inputs.data(), per_input);
+    fire_lines(a.errors, PULSE_ERROR, group, block, errors.data(), per_error);
   }
 
  private:
-  const Update& u;
-  const u32 purpose;
-  u32* const words;
-  i64 waiting = 0, places[WIDE_ROW];
-  alignas(64) Lines lines = {}, samples = {}, lengths = {}, odds = {};
-};
-
-// The trains of samples begin .. end - 1.
-void fire_samples(const Update& u, const Arrays& a, i64 begin, i64 end) {
-  Trainer inputs(u, PULSE_INPUT, a.inputs), errors(u, PULSE_ERROR, a.errors);
-  for (i64 b = begin; b < end; ++b)
-    for (i64 group = 0; group < u.groups; ++group) {
-      const i64 x0 = group * u.inputs, d0 = group * u.outputs;
-      const i64 first_x = b * u.groups * u.inputs + x0, first_d = b * u.groups * u.outputs + d0;
-      const float *x = a.x + first_x, *d = a.d + first_d, *scale = a.scale + d0;
-      const auto input = [=](i64 l) { return x[l]; };
-      const auto error = [=](i64 l) { return d[l] * scale[l]; };
-      const Sample sample = sample_train(u.train, largest(u.inputs, input), largest(u.outputs, error), a.unit[group]);
-      a.length[b * u.groups + group] = (float)sample.length;
-      for (i64 l = 0; l < u.inputs; ++l)
-        inputs.add(first_x + l, (u32)(x0 + l), (u32)b, sample.length, input(l), sample.per_input);
-      for (i64 l = 0; l < u.outputs; ++l)
-        errors.add(first_d + l, (u32)(d0 + l), (u32)b, sample.length, error(l), sample.per_error);
+  // Inputs and errors of samples from b0 on, [lines][SAMPLES].
+  void gather(i64 group, i64 b0, i64 samples) {
+    if (u.conv.out_h) {
+      const auto from = [](const float* images) {
+        return [=](float* to, i64 first, i64 count) { std::copy_n(images + first, count, to); };
+      };
+      pack_patches<SAMPLES>(u.conv, from(a.x), u.groups, group, runs_of(u.conv, b0, samples), window, inputs.data());
+      pack_pixels<SAMPLES>(u.conv, from(a.d), u.groups, group, u.outputs, b0, samples, errors.data());
+    } else {
+      const i64 first = b0 * u.groups + group, by_input = u.groups * u.inputs, by_output = u.groups * u.outputs;
+      transpose(a.x + first * u.inputs, by_input, samples, u.inputs, inputs.data(), SAMPLES);
+      transpose(a.d + first * u.outputs, by_output, samples, u.outputs, errors.data(), SAMPLES);
     }
-  inputs.flush();
-  errors.flush();
-}
+  }
+
+  // The largest magnitude of each sample.
+  static void largest(const float* values, i64 lines, float* top) {
+    std::fill(top, top + SAMPLES, 0.0f);
+    for (i64 line = 0; line < lines; ++line)
+#pragma omp simd
+      for (int l = 0; l < SAMPLES; ++l) top[l] = max(top[l], gpuxbar::abs(values[line * SAMPLES + l]));
+  }
+
+  // `per`: each sample's probability of a pulse for a value of 1.
+  void fire_lines(const Trains& to, u32 purpose, i64 group, i64 block, const float* values, const float* per) {
+    alignas(64) u32 words[EIGHT][SAMPLES];
+    const i64 eights = (to.count + EIGHT - 1) / EIGHT;
+    for (i64 eight = 0; eight < eights; ++eight) {
+      const float* value = values + eight * EIGHT * SAMPLES;
+      if (u.train.implicit)
+        for (int k = 0; k < EIGHT; ++k)
+#pragma omp simd
+          for (int l = 0; l < SAMPLES; ++l)
+            words[k][l] = implied_slots(length[l], gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
+      else
+        draw(purpose, (u32)(group * eights + eight), (u32)(block * SAMPLES), value, per, words);
+      for (int k = 0; k < EIGHT; ++k)
+#pragma omp simd
+        for (int l = 0; l < SAMPLES; ++l) words[k][l] = signed_word(words[k][l], value[k * SAMPLES + l]);
+      for (int k = 0; k < EIGHT; ++k) {
+        const i64 line = eight * EIGHT + k;
+        if (!a.planes) {
+          std::copy_n(words[k], SAMPLES, to.of_line(group, line) + block * SAMPLES);
+          continue;
+        }
+        to.plane(group, 0, block)[line] = across(words[k], 31);
+        for (int slot = 0; slot < most; ++slot) to.plane(group, 1 + slot, block)[line] = across(words[k], slot);
+      }
+    }
+    if (a.planes)
+      for (int plane = 0; plane <= most; ++plane) {
+        u32* words = to.plane(group, plane, block);
+        std::fill(words + eights * EIGHT, words + to.lines, 0u);
+      }
+  }
+
+  // Independent slots, see stochastic_slots.
+  void draw(u32 purpose, u32 eight, u32 sample, const float* value, const float* per, u32 (*slots)[SAMPLES]) const {
+    alignas(64) u32 chances[EIGHT][SAMPLES], words[4][SAMPLES], at[SAMPLES], eights[SAMPLES], samples[SAMPLES];
+    for (int k = 0; k < EIGHT; ++k)
+#pragma omp simd
+      for (int l = 0; l < SAMPLES; ++l) {
+        chances[k][l] = chance(gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
+        slots[k][l] = 0;
+      }
+    for (int l = 0; l < SAMPLES; ++l) eights[l] = eight, samples[l] = sample + (u32)l;
+    for (u32 slot = 0; slot < (u32)most; ++slot) {
+      std::fill(at, at + SAMPLES, slot);
+      draw_words_at<7>(purpose, (u32)u.step, u.seed, at, eights, samples, words);
+      u32 open = 0;
+      for (int q = 0; q < 4; ++q)
+#pragma omp simd reduction(| : open)
+        for (int l = 0; l < SAMPLES; ++l) {
+          const u32 low = words[q][l] & 0xFFFFu, high = words[q][l] >> 16;
+          const u32 chance_low = chances[2 * q][l], chance_high = chances[2 * q + 1][l];
+          slots[2 * q][l] |= (u32)fires(chance_low, low) << slot;
+          slots[2 * q + 1][l] |= (u32)fires(chance_high, high) << slot;
+          open |= (u32)undecided(chance_low, low) | (u32)undecided(chance_high, high);
+        }
+      if (open) settle(purpose, eight, samples, slot, chances, words, slots);
+    }
+    for (int k = 0; k < EIGHT; ++k)
+#pragma omp simd
+      for (int l = 0; l < SAMPLES; ++l) slots[k][l] &= (1u << length[l]) - 1u;
+  }
+
+  // The few slots that the first random bits leave undecided.
+  void settle(u32 purpose, u32 eight, const u32* samples, u32 slot, const u32 (*chances)[SAMPLES],
+              const u32 (*words)[SAMPLES], u32 (*slots)[SAMPLES]) const {
+    for (int l = 0; l < SAMPLES; ++l) {
+      const u32 first[4] = {words[0][l], words[1][l], words[2][l], words[3][l]};
+      for (u32 k = 0; k < EIGHT; ++k) {
+        if (!undecided(chances[k][l], half_word(first, k))) continue;
+        u32 last[4];
+        slot_words(LAST_BITS + slot, eight, purpose, samples[l], (u32)u.step, u.seed, last);
+        slots[k][l] |= (u32)fires_at_last(chances[k][l], half_word(last, k)) << slot;
+      }
+    }
+  }
+
+  const Update& u;
+  const Arrays& a;
+  std::vector<float> inputs, errors, window;
+  i32 most = 0;  // slots of the block
+  alignas(64) i32 length[SAMPLES];
+  alignas(64) float per_input[SAMPLES], per_error[SAMPLES];
+};
 
 // A row of devices with what they keep for all time.
 struct Row {
@@ -149,35 +258,6 @@ void share_pulses(i32 sides, bool positive, const float* free, const i32* raise,
   }
 }
 
-// Trains of a chunk of samples on the lines of a block: samples of a line together, or bitlines of a sample.
-struct alignas(64) Trains {
-  u32 inputs[LINES][CHUNK], errors[CHUNK][WIDE_ROW];
-  float length[CHUNK];
-
-  void load(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, i64 b0, i64 samples) {
-    const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-    const i64 first = b0 * u.groups + group;
-    if (lines < LINES) std::fill(inputs[lines], inputs[LINES], 0u);
-    transpose(a.inputs + first * u.inputs + i0, u.groups * u.inputs, samples, lines, inputs[0], CHUNK);
-    for (i64 b = 0; b < samples; ++b) {
-      const u32* error = a.errors + (first + b * u.groups) * u.outputs + o0;
-      std::copy(error, error + count, errors[b]);
-      std::fill(errors[b] + count, errors[b] + WIDE_ROW, 0u);
-      length[b] = a.length[first + b * u.groups];
-    }
-  }
-};
-
-// One sample's coincidences on a row of devices.
-template <bool IMPLICIT>
-void coincide(u32 input, const u32* errors, float length, i32* raise, i32* all) {
-#pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    all[j] = coincidences<IMPLICIT>(input, errors[j], length);
-    raise[j] = all[j] & raising(input, errors[j]);
-  }
-}
-
 // Samples of a chunk that move the devices of a wordline, in order and of each device for itself: devices with few
 // coincidences do not wait for their neighbours. An event holds its sample (8 bits), its coincidences and, in the
 // sign, whether they raise the weight; 0 is none.
@@ -191,13 +271,13 @@ struct alignas(64) Events {
   static float pulses(u32 event) { return (float)(i32)(event >> 8 & 0x7Fu); }
   static bool raises(u32 event) { return (event & NEGATIVE) != 0; }
 
-  // For trains of a wordline and, of every bitline, `errors` [WIDE_ROW][CHUNK].
+  // For trains of a wordline and of `devices` bitlines, which lie `stride` apart.
   template <bool IMPLICIT>
-  void find(const u32* inputs, const u32 (*errors)[CHUNK], const float* length, i64 samples, i64 devices) {
+  void find(const u32* inputs, const u32* errors, i64 stride, const float* length, i64 samples, i64 devices) {
     i64 most = 0, found[WIDE_ROW] = {};
     alignas(64) u32 all[CHUNK];
     for (i64 j = 0; j < devices; ++j) {
-      const u32* error = errors[j];
+      const u32* error = errors + j * stride;
 #pragma omp simd
       for (i64 b = 0; b < samples; ++b) {
         const u32 n = (u32)coincidences<IMPLICIT>(inputs[b], error[b], length[b]);
@@ -257,59 +337,82 @@ void pulse_row(const Update& u, const Place& at, const Row& row, i64 b0, const E
   }
 }
 
-typedef i32 Ints __attribute__((vector_size(64)));
+typedef u32 Words __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 
-inline Ints count_bits(Ints v) {
+inline Words count_bits(Words v) {
 #if defined(__AVX512VPOPCNTDQ__)
-  return (Ints)_mm512_popcnt_epi32((__m512i)v);
+  return (Words)_mm512_popcnt_epi32((__m512i)v);
 #else
-  v -= v >> 1 & 0x55555555;  // of words whose sign is clear
-  v = (v & 0x33333333) + (v >> 2 & 0x33333333);
-  v = (v + (v >> 4)) & 0x0F0F0F0F;
-  return (v * 0x01010101) >> 24;
+  v -= v >> 1 & 0x55555555u;
+  v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
+  v = (v + (v >> 4)) & 0x0F0F0F0Fu;
+  return (v * 0x01010101u) >> 24;
 #endif
 }
 
-constexpr int TILE = 4, WIDE = 16;  // wordlines and bitlines whose counts stay in registers, two vectors of them
-constexpr int PIECE = 64;           // samples whose trains lie in the first cache
+using Counts = i32[LINES][WIDE_ROW];
 
-// Coincidences of a block over a piece of a chunk, added to those that raise the weight and to all.
-inline void count_tile(const Trains& t, i64 line, int j0, i64 begin, i64 end, i32 (*raise)[WIDE_ROW],
-                       i32 (*all)[WIDE_ROW]) {
-  Ints up[TILE][2] = {}, both[TILE][2] = {};
-  for (i64 b = begin; b < end; ++b) {
-    const Ints error[2] = {*(const Ints*)(t.errors[b] + j0), *(const Ints*)(t.errors[b] + j0 + WIDE)};
+// Coincidences of TILE wordlines and 2 WIDE bitlines over some blocks of samples, added to those that raise the weight and
+// to all.
+inline void count_tile(const Arrays& a, i64 group, i64 line, i64 bitline, i64 begin, i64 end, i32* raise, i32* all) {
+  Words up[TILE][2] = {}, both[TILE][2] = {};
+  for (i64 block = begin; block < end; ++block) {
+    const u32* negative = a.inputs.plane(group, 0, block) + line;
+    const Words* down = (const Words*)(a.errors.plane(group, 0, block) + bitline);
+    for (i32 slot = 1; slot <= a.slots[group * a.inputs.blocks + block]; ++slot) {
+      const u32* input = a.inputs.plane(group, slot, block) + line;
+      const Words* error = (const Words*)(a.errors.plane(group, slot, block) + bitline);
 #pragma GCC unroll 4
-    for (int i = 0; i < TILE; ++i) {
-      const i32 input = (i32)t.inputs[line + i][b];
+      for (int i = 0; i < TILE; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        const Ints n = count_bits(error[v] & (input & (i32)SLOTS));
-        both[i][v] += n;
-        up[i][v] += n & (error[v] ^ input) >> 31;
-      }
+        for (int v = 0; v < 2; ++v) {
+          const Words meet = error[v] & input[i];
+          both[i][v] += count_bits(meet);
+          up[i][v] += count_bits(meet & (down[v] ^ negative[i]));
+        }
     }
   }
   for (int i = 0; i < TILE; ++i)
     for (int v = 0; v < 2; ++v) {
-      *(Ints*)(raise[line + i] + j0 + v * WIDE) += up[i][v];
-      *(Ints*)(all[line + i] + j0 + v * WIDE) += both[i][v];
+      *(Words*)(raise + i * WIDE_ROW + v * WIDE) += up[i][v];
+      *(Words*)(all + i * WIDE_ROW + v * WIDE) += both[i][v];
     }
 }
 
-inline void count_implied(const Trains& t, i64 lines, i64 samples, i32 (*raise)[WIDE_ROW], i32 (*all)[WIDE_ROW]) {
-  alignas(64) i32 up[WIDE_ROW], both[WIDE_ROW];
+// The same of a block of devices, whose trains lie in the first cache for a piece of the samples.
+void count_planes(const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, i64 count, Counts& raise, Counts& all) {
+  constexpr i64 WORDS = 8192;  // of a piece, and at least one block of samples
+  const i64 blocks = a.inputs.blocks;
+  for (i64 begin = 0, end = 0; begin < blocks; begin = end) {
+    for (i64 words = 0; end < blocks && words < WORDS; ++end)
+      words += (1 + a.slots[group * blocks + end]) * (LINES + WIDE_ROW);
+    for (i64 i = 0; i < lines; i += TILE)
+      for (i64 j = 0; j < count; j += PADDED)
+        count_tile(a, group, i0 + i, o0 + j, begin, end, raise[i] + j, all[i] + j);
+  }
+}
+
+void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, i64 count, Counts& raise,
+                   Counts& all) {
+  const float* length = a.length + group * u.blocks() * SAMPLES;
   for (i64 i = 0; i < lines; ++i)
-    for (i64 b = 0; b < samples; ++b) {
-      coincide<true>(t.inputs[i][b], t.errors[b], t.length[b], up, both);
-#pragma omp simd
-      for (int j = 0; j < WIDE_ROW; ++j) raise[i][j] += up[j], all[i][j] += both[j];
+    for (i64 j = 0; j < count; ++j) {
+      const u32 *input = a.inputs.of_line(group, i0 + i), *error = a.errors.of_line(group, o0 + j);
+      i32 up = 0, both = 0;
+#pragma omp simd reduction(+ : up, both)
+      for (i64 b = 0; b < u.batch; ++b) {
+        const i32 n = coincidences<true>(input[b], error[b], length[b]);
+        both += n;
+        up += n & raising(input[b], error[b]);
+      }
+      raise[i][j] += up;
+      all[i][j] += both;
     }
 }
 
 struct alignas(64) Block {
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
-  alignas(64) i32 raise[LINES][WIDE_ROW], all[LINES][WIDE_ROW];
+  alignas(64) Counts raise, all;
   bool counted;  // whether devices can fail, which the next three are for
   bool failed[2][LINES][WIDE_ROW];
   i32 more[2][LINES][WIDE_ROW];  // pulses of this update
@@ -319,16 +422,14 @@ struct alignas(64) Block {
 
 template <class L, bool IMPLICIT>
 void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
-  static thread_local Trains trains;
   static thread_local Events events;
-  alignas(64) static thread_local u32 errors[WIDE_ROW][CHUNK];  // of a bitline together
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+  const float* length = a.length + group * u.blocks() * SAMPLES;
   for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
     const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
-    trains.load(u, a, group, i0, o0, b0, samples);
-    transpose(trains.errors[0], WIDE_ROW, samples, WIDE_ROW, errors[0], CHUNK);
     for (i64 i = 0; i < lines; ++i) {
-      events.find<IMPLICIT>(trains.inputs[i], errors, trains.length, samples, count);
+      events.find<IMPLICIT>(a.inputs.of_line(group, i0 + i) + b0, a.errors.of_line(group, o0) + b0,
+                            u.blocks() * SAMPLES, length + b0, samples, count);
       for (u32 plane = 0; events.turns && plane < (u.law.sides == REFERENCE ? 1u : 2u); ++plane) {
         const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
         const Row row(u, a.map, at, count, block.failures(plane, i));
@@ -338,26 +439,17 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
   }
 }
 
-template <class L, bool IMPLICIT>
+template <class L>
 void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
-  static thread_local Trains trains;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   for (i64 i = 0; i < LINES; ++i) {
     std::fill(block.raise[i], block.raise[i] + WIDE_ROW, 0);
     std::fill(block.all[i], block.all[i] + WIDE_ROW, 0);
   }
-  for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
-    const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
-    trains.load(u, a, group, i0, o0, b0, samples);
-    if (IMPLICIT) {
-      count_implied(trains, lines, samples, block.raise, block.all);
-      continue;
-    }
-    for (i64 begin = 0; begin < samples; begin += PIECE)
-      for (i64 i = 0; i < lines; i += TILE)
-        for (int j0 = 0; j0 < count; j0 += 2 * WIDE)
-          count_tile(trains, i, j0, begin, std::min(begin + PIECE, samples), block.raise, block.all);
-  }
+  if (a.planes)
+    count_planes(a, group, i0, lines, o0, count, block.raise, block.all);
+  else
+    count_implied(u, a, group, i0, lines, o0, count, block.raise, block.all);
   const UpdateLaw s = u.law;
   for (u32 plane = 0; plane < (s.sides == REFERENCE ? 1u : 2u); ++plane)
     for (i64 i = 0; i < lines; ++i) {
@@ -412,7 +504,7 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
         for (i64 j = 0; j < count; ++j) block.failed[plane][i][j] = a.pulse_count[from - a.g + j] < 0;
     }
   if (aggregated)
-    pulse_at_once<L, IMPLICIT>(u, a, group, i0, o0, block);
+    pulse_at_once<L>(u, a, group, i0, o0, block);
   else
     pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, block);
   for (u32 plane = 0; plane < 2; ++plane)
@@ -435,19 +527,25 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
 
 }  // namespace
 
-extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, const float* d,
-                                     const float* scale, const float* unit, float* w, const float* w_max, u32* inputs,
-                                     u32* errors, float* length, const Update* update, i64 aggregated, i64* bad) {
+extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, i64 x_size,
+                                     const float* d, i64 d_size, const float* scale, const float* unit, float* w,
+                                     const float* w_max, u32* inputs, u32* errors, float* length, i32* slots,
+                                     const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
-  const Arrays a{g,      pulse_count, DeviceMap{device_map, 2 * u.groups * u.inputs * u.outputs},
-                 x,      d,           scale,
-                 unit,   w,           w_max,
-                 inputs, errors,      length};
-  bad[0] = count_not_finite(x, u.batch * u.groups * u.inputs);
-  bad[1] = count_not_finite(d, u.batch * u.groups * u.outputs);
+  const Trains input_trains(inputs, u.inputs, u.blocks()), error_trains(errors, u.outputs, u.blocks());
+  const DeviceMap map{device_map, 2 * u.groups * u.inputs * u.outputs};
+  const bool planes = aggregated && !u.train.implicit;
+  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, input_trains, error_trains, length, slots, planes};
+  bad[0] = count_not_finite(x, x_size);
+  bad[1] = count_not_finite(d, d_size);
   if (bad[0] + bad[1]) return;
-#pragma omp parallel for schedule(static)
-  for (i64 b = 0; b < u.batch; b += TOGETHER) fire_samples(u, a, b, std::min<i64>(b + TOGETHER, u.batch));
+#pragma omp parallel
+  {
+    Trainer trainer(u, a);
+#pragma omp for collapse(2) schedule(static)
+    for (i64 group = 0; group < u.groups; ++group)
+      for (i64 block = 0; block < u.blocks(); ++block) trainer.fire(group, block);
+  }
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gpuxbar/converter.cuh"
+#include "images.hpp"
 #include "lanes.hpp"
 
 using namespace gpuxbar;
@@ -17,11 +18,6 @@ using namespace gpuxbar;
 namespace {
 
 constexpr i64 PACKED = 1 << 20;  // floats of packed conductance held at a time
-
-struct Conv {
-  i64 channels, height, width, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  i64 out_h, out_w;
-};
 
 }  // namespace
 
@@ -64,11 +60,6 @@ struct Panel {
         local(column - group * s.sense) {}
 };
 
-// Part of a block that lies on one output line of a convolution: rows first .. first + count - 1.
-struct Run {
-  i64 first, count, image, y, x;
-};
-
 // One pass of the DAC: which bits of a code are driven, and their digital weight.
 struct Pass {
   int shift, phase;
@@ -90,48 +81,20 @@ struct Driver {
   u32 mask;
   Driver(const TileMvm& p, Pass pass)
       : p(p), pass(pass), lsb((float)p.v_lsb), mask(p.stream_bits ? (1u << p.stream_bits) - 1 : 0xFFFFu) {}
-  // `count` values from src, `stride` elements apart, to consecutive places of dst
-  void operator()(float* dst, i64 src, i64 count, i64 stride) const {
+  // `count` values from src on
+  void operator()(float* dst, i64 src, i64 count) const {
     if (!p.is_code) {
       const float* x = (const float*)p.v + src;
-      for (i64 i = 0; i < count; ++i) dst[i] = x[i * stride] * lsb;
+      for (i64 i = 0; i < count; ++i) dst[i] = x[i] * lsb;
     } else if (p.stream_bits == 0) {
       const i16* x = (const i16*)p.v + src;
-      if (stride == 1)
-        for (i64 i = 0; i < count; ++i) dst[i] = (float)x[i] * lsb;
-      else
-        for (i64 i = 0; i < count; ++i) dst[i] = (float)x[i * stride] * lsb;
+      for (i64 i = 0; i < count; ++i) dst[i] = (float)x[i] * lsb;
     } else {
       const i16* x = (const i16*)p.v + src;
-      for (i64 i = 0; i < count; ++i) dst[i] = lsb * stream_digit(x[i * stride], pass.shift, mask, pass.phase);
+      for (i64 i = 0; i < count; ++i) dst[i] = lsb * stream_digit(x[i], pass.shift, mask, pass.phase);
     }
   }
 };
-
-std::vector<Run> runs_of(const Conv& c, i64 row0, i64 rows) {
-  std::vector<Run> runs;
-  const i64 pixels = c.out_h * c.out_w;
-  for (i64 i = 0; i < rows; i += runs.back().count) {
-    const i64 image = (row0 + i) / pixels, pixel = (row0 + i) % pixels, x = pixel % c.out_w;
-    runs.push_back(Run{i, std::min(rows - i, c.out_w - x), image, pixel / c.out_w, x});
-  }
-  return runs;
-}
-
-// Copies a short line: vectors of N floats, the last one over its predecessor; shorter ones by halves.
-template <int N = LANES>
-inline void copy(float* to, const float* from, i64 count) {
-  if constexpr (N > 2) {
-    typedef float Part __attribute__((vector_size(4 * N), aligned(4), may_alias));
-    if (count < N) return copy<N / 2>(to, from, count);
-    for (i64 i = 0; i < count; i += N) {
-      const i64 at = std::min(i, count - N);
-      *(Part*)(to + at) = *(const Part*)(from + at);
-    }
-  } else {
-    for (i64 i = 0; i < count; ++i) to[i] = from[i];
-  }
-}
 
 // a[k][i]: the voltage of wordline k for row `row0 + i` of a matrix.
 void pack_matrix(const TileMvm& p, const Shape& s, const Driver& drive, i64 group, i64 row0, i64 rows, float* a) {
@@ -141,56 +104,10 @@ void pack_matrix(const TileMvm& p, const Shape& s, const Driver& drive, i64 grou
     for (i64 k0 = 0; k0 < s.drive; k0 += 64) {
       const i64 m = std::min<i64>(64, s.drive - k0);
       float line[8][64];
-      for (i64 r = 0; r < n; ++r) drive(line[r], (row0 + i + r) * stride + group * s.drive + k0, m, 1);
+      for (i64 r = 0; r < n; ++r) drive(line[r], (row0 + i + r) * stride + group * s.drive + k0, m);
       for (i64 k = 0; k < m; ++k)
         for (i64 r = 0; r < n; ++r) a[(k0 + k) * ROWS + i + r] = line[r][k];
     }
-  }
-}
-
-// The same of the patches of images: the lines that the block's patches of an image touch are driven once into
-// `window`, zero-padded, [channels][lines][width], and each tap of the kernel copies its part.
-void pack_patches(const TileMvm& p, const Driver& drive, i64 group, const std::vector<Run>& runs,
-                  std::vector<float>& window, float* a) {
-  const Conv& c = *p.conv;
-  const i64 width = c.width + 2 * c.pad_w;
-  for (auto begin = runs.begin(), end = begin; begin != runs.end(); begin = end) {
-    while (end != runs.end() && end->image == begin->image) ++end;
-    const i64 top = begin->y * c.stride_h;
-    const i64 lines = ((end - 1)->y - begin->y) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
-    window.assign(c.channels * lines * width, 0.0f);
-    for (i64 channel = 0; channel < c.channels; ++channel) {
-      const i64 image = (begin->image * p.groups + group) * c.channels + channel;
-      for (i64 line = 0; line < lines; ++line) {
-        const i64 y = top + line - c.pad_h;
-        if (y < 0 || y >= c.height) continue;
-        drive(window.data() + (channel * lines + line) * width + c.pad_w, (image * c.height + y) * c.width, c.width, 1);
-      }
-    }
-    float* to = a;
-    for (i64 channel = 0; channel < c.channels; ++channel)
-      for (i64 ky = 0; ky < c.kernel_h; ++ky)
-        for (i64 kx = 0; kx < c.kernel_w; ++kx, to += ROWS) {
-          const float* tap = window.data() + (channel * lines + ky * c.dilation_h - top) * width + kx * c.dilation_w;
-          for (auto run = begin; run != end; ++run) {
-            const float* from = tap + run->y * c.stride_h * width + run->x * c.stride_w;
-            if (c.stride_w == 1)
-              copy(to + run->first, from, run->count);
-            else
-              for (i64 i = 0; i < run->count; ++i) to[run->first + i] = from[i * c.stride_w];
-          }
-        }
-  }
-}
-
-// The same of images that drive the bitlines: a pixel is a row.
-void pack_pixels(const TileMvm& p, const Shape& s, const Driver& drive, i64 group, i64 row0, i64 rows, float* a) {
-  const i64 pixels = p.conv->out_h * p.conv->out_w;
-  for (i64 i = 0; i < rows;) {
-    const i64 image = (row0 + i) / pixels, pixel = (row0 + i) % pixels, run = std::min(rows - i, pixels - pixel);
-    for (i64 k = 0; k < s.drive; ++k)
-      drive(a + k * ROWS + i, ((image * p.groups + group) * s.drive + k) * pixels + pixel, run, 1);
-    i += run;
   }
 }
 
@@ -448,9 +365,9 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
                 if (!p.conv)
                   pack_matrix(p, s, drive, group, row0, rows, to);
                 else if (p.transposed)
-                  pack_pixels(p, s, drive, group, row0, rows, to);
+                  pack_pixels<ROWS>(*p.conv, drive, p.groups, group, s.drive, row0, rows, to);
                 else
-                  pack_patches(p, drive, group, runs, window, to);
+                  pack_patches<ROWS>(*p.conv, drive, p.groups, group, runs, window, to);
               }
               if (a2)
                 for (i64 e = 0; e < block_size * s.passes; ++e) a2[e] = a[e] * a[e];

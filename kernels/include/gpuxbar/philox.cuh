@@ -37,8 +37,8 @@ enum Purpose : u32 {
   WEAR = 28,       // rounding of parts of a pulse; slot: plane
   CHOPPER = 32,    // sign flips of a chopped transfer; row: wordline
   // pulse trains
-  PULSE_INPUT = 33,  // slots of a wordline; row: line, slot: sample
-  PULSE_ERROR = 34,  // slots of a bitline
+  PULSE_INPUT = 33,  // slots of wordlines; group: slot of the train, row: eight lines, slot: sample
+  PULSE_ERROR = 34,  // slots of bitlines
   PULSE_CYCLE = 35,  // noise of a sample's pulses; slot: 2 sample + plane
 };
 

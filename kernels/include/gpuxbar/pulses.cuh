@@ -50,32 +50,48 @@ GPUXBAR_FN Sample sample_train(const Train& t, float max_input, float max_error,
 // Chances of a pulse in 2^24.
 GPUXBAR_FN u32 chance(float probability) { return (u32)(i32)round_even(min(probability, 1.0f) * 16777216.0f); }
 
-constexpr u32 COUNTERS = 6;  // of a train, of seven rounds: 24 random words, one for each bit of a chance
+// A slot has a pulse where 24 random bits are below its chance. The first 16 decide but for one slot in 2^16, and only for
+// that one the other 8 are drawn. One counter {slot, eight, sample} makes the first bits of eight neighbouring lines, the
+// low half of word k those of line 2 k; {LAST_BITS + slot, ..} has the other bits in the same halves.
+constexpr u32 LAST_BITS = 32;
 
-// Bits 4 k .. 4 k + 3 of a chance, from the lowest up, with the random words of counter k: a set one gives every slot
-// that its random bit chooses, an unset one keeps only those.
-GPUXBAR_FN u32 add_bits(u32 word, u32 chance, u32 k, Counter c) {
-  const u32 bits = chance >> (4 * k);
-  const u32 set0 = 0u - (bits & 1u), set1 = 0u - (bits >> 1 & 1u), set2 = 0u - (bits >> 2 & 1u);
-  const u32 set3 = 0u - (bits >> 3 & 1u);
-  word = (word & c.x) | (set0 & (word | c.x));
-  word = (word & c.y) | (set1 & (word | c.y));
-  word = (word & c.z) | (set2 & (word | c.z));
-  return (word & c.w) | (set3 & (word | c.w));
+GPUXBAR_FN u32 half_word(const u32 words[4], u32 line) {
+  return line & 1u ? words[line / 2] >> 16 : words[line / 2] & 0xFFFFu;
 }
 
-// The first `length` of 32 slots; a chance of 2^24 fills them all.
-GPUXBAR_FN u32 cut_slots(u32 word, u32 chance, i32 length) {
-  return (word | (0u - (chance >> 24))) & ((1u << length) - 1u);
+GPUXBAR_FN bool fires(u32 chance, u32 first) { return first < chance >> 8; }
+GPUXBAR_FN bool undecided(u32 chance, u32 first) { return first == chance >> 8; }
+GPUXBAR_FN bool fires_at_last(u32 chance, u32 last) { return (last & 0xFFu) < (chance & 0xFFu); }
+
+// The words of a sample's slot on eight lines.
+GPUXBAR_FN void slot_words(u32 slot, u32 eight, u32 purpose, u32 sample, u32 step, u64 seed, u32 words[4]) {
+  const Counter c = philox<7>(counter(slot, eight, purpose, sample, step), (u32)seed, (u32)(seed >> 32));
+  words[0] = c.x, words[1] = c.y, words[2] = c.z, words[3] = c.w;
 }
 
-// Independent slots of a chance.
-GPUXBAR_FN u32 stochastic_slots(u32 chance, i32 length, u32 line, u32 purpose, u32 sample, u32 step, u64 seed) {
-  u32 word = 0;
+// Independent slots of eight lines' chances.
+GPUXBAR_FN void stochastic_slots(const u32 chances[8], i32 length, u32 eight, u32 purpose, u32 sample, u32 step,
+                                 u64 seed, u32 slots[8]) {
 #pragma unroll
-  for (u32 k = 0; k < COUNTERS; ++k)
-    word = add_bits(word, chance, k, philox<7>(counter(k, line, purpose, sample, step), (u32)seed, (u32)(seed >> 32)));
-  return cut_slots(word, chance, length);
+  for (int l = 0; l < 8; ++l) slots[l] = 0;
+  for (u32 slot = 0; slot < (u32)length; ++slot) {
+    u32 words[4];
+    slot_words(slot, eight, purpose, sample, step, seed, words);
+    bool open = false;
+#pragma unroll
+    for (int l = 0; l < 8; ++l) {
+      const u32 first = half_word(words, l);
+      slots[l] |= (u32)fires(chances[l], first) << slot;
+      open |= undecided(chances[l], first);
+    }
+    if (!open) continue;
+    u32 last[4];
+    slot_words(LAST_BITS + slot, eight, purpose, sample, step, seed, last);
+#pragma unroll
+    for (int l = 0; l < 8; ++l)
+      if (undecided(chances[l], half_word(words, l)))
+        slots[l] |= (u32)fires_at_last(chances[l], half_word(last, l)) << slot;
+  }
 }
 
 // Slots with a pulse, where only their number counts.

@@ -1,0 +1,30 @@
+"""The convolution whose patches drive an array as the kernels take it."""
+
+from __future__ import annotations
+
+import ctypes
+
+from gpuxbar.reference.tile_mvm import ConvGeometry
+
+__all__ = ["Conv"]
+
+
+class Conv(ctypes.Structure):
+    """Twin of `struct Conv` in kernels/include/gpuxbar/images.cuh."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "channels", "height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h",
+            "dilation_w", "out_h", "out_w",
+        )
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, conv: ConvGeometry | None) -> Conv:
+        """Without a convolution, one without outputs."""
+        if conv is None:
+            return cls()
+        return cls(
+            conv.channels, conv.height, conv.width, *conv.kernel, *conv.stride, *conv.padding, *conv.dilation, *conv.out
+        )  # fmt: skip
