@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive}  # fmt: skip
 COPIES = {aten.lift_fresh}  # torch.tensor(...)
-MODULES = ("analog_mvm", "reprogram", "device_update", "pulse_update", "wires")
+MODULES = ("analog_mvm", "reprogram", "carry", "device_update", "pulse_update", "wires")
 
 
 class Refused(AssertionError):

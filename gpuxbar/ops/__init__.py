@@ -1,6 +1,7 @@
 """Array operations on NumPy and CuPy arrays, one a module."""
 
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
+from gpuxbar.ops.carry import carry
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.drift import drift
@@ -18,6 +19,7 @@ __all__ = [
     "ConvGeometry",
     "Method",
     "anchored_conductance",
+    "carry",
     "dac_quantize",
     "device_update",
     "drift",
