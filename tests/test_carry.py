@@ -12,7 +12,7 @@ import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.reference.carry import slices_due
-from gpuxbar.spec import Agarwal, Carry, Ideal, SoftBounds
+from gpuxbar.spec import Agarwal, Carry, Ideal, SoftBounds, presets
 
 G_MIN, G_MAX = 1e-6, 10e-6  # S
 RANGE = G_MAX - G_MIN
@@ -531,6 +531,19 @@ def test_digits_are_learned_by_two_bit_slices():
         with torch.no_grad():
             accuracy = (model(x[1400:]).argmax(1) == t[1400:]).float().mean().item()
         assert accuracy > 0.88, (carry, accuracy)
+
+
+def test_txsim_trains_on_sliced_weights():
+    """32 bits in 16 slices: changes far below what a 2-bit slice of w_max resolves are kept."""
+    sliced = {"mapping": {"slices": 16, "slice_bits": 2}, "carry": {"scheme": "accumulate"}}
+    torch.manual_seed(0)
+    layer = AnalogLinear(12, 7, spec=presets.preset("txsim-in-situ").with_overrides(sliced))
+    train(layer, 3)
+    weight = layer.weight.detach().clone()
+    layer.update_cells(torch.full_like(weight, 3e-6) * layer.w_max[:, None])
+    moved = (layer.weight - weight) / layer.w_max[:, None]
+    assert moved.mean().item() == pytest.approx(3e-6, rel=0.3)
+    assert layer.g_cells.shape == (32, 12, 7)
 
 
 def test_other_optimisers_name_what_they_cannot_train():

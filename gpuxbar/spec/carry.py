@@ -33,6 +33,9 @@ class Carry(Part):
     `interval`: updates between carries. "accumulate" carries through all slices at once; with "periodic", slice k gives up
     its excess every interval * b**k updates, as often as the slice below can have filled it.
 
+    A weight takes 8 bytes a slice, and as many again where the law has write noise and where pulses are counted. A change
+    is float32: it has 24 significant bits, whatever the slices hold.
+
     Source: Ankit et al., "PANTHER", IEEE Transactions on Computers 2020 (accumulate; its carry resolution step reads through
     the array's converters, which here are taken to resolve a digit); Agarwal et al., "Achieving ideal accuracies in analog
     neuromorphic computing using periodic carry", VLSI Technology 2017 (periodic; read exactly there, too).
