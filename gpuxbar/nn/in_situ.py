@@ -30,7 +30,7 @@ class InSitu(Programmed):
     `g_held`: what devices of a law with write noise hold where `g_cells` is what they show; None without it.
     `pulse_count`: pulses that each device has taken, int32 like `g_cells`, below 0 where it has failed; None without
     `spec.endurance`.
-    `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max.
+    `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max, sliced ones after a carry.
     `update_step`: number of updates (and of steps of `spec.retention`), int64 [1]; with the layer's seed it fixes the noise of an update.
     `carry_step`: number of updates, which carries between slices follow, int64 [1]; None without `spec.carry`.
     """

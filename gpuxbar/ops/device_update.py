@@ -67,7 +67,7 @@ def device_update(
             [2 slices, G * I, O], S; updated in place.
         dw: Wanted weight changes, float32 [G, O, I]; finite.
         law: An update law of the spec.
-        w_max: Weight of a full pair, float32 [G * O], above 0.
+        w_max: Weight of a full pair (of slices: whose digits are all 2**slice_bits - 1), float32 [G * O], above 0.
         g_min, g_max: Conductance window, S.
         slices, slice_bits, carry: Pairs of a weight, bits of each, and how they share a change; 1, None and None for one pair.
         hidden: Conductances that devices with write noise hold, like `g` and updated in place; `g` is then what they
