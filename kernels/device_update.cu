@@ -1,14 +1,16 @@
 // device_update: wanted weight changes through the device law, in place, and the weights read out afterwards.
 //
-// Axes    G groups of I wordlines and O bitlines; two planes of devices: g [2, G * I, O], weights [G, O, I].
-// Launch  256 threads: a block of 32 wordlines x 32 bitlines of both planes, four bitlines of a wordline a thread;
+// Axes    G groups of I wordlines and O bitlines; two planes of devices a slice, positive ones first:
+//         g [2 slices, G * I, O], weights [G, O, I].
+// Launch  256 threads: a block of 32 wordlines x 32 bitlines of all planes, four bitlines of a wordline a thread;
 //         grid (ceil(O / 32), ceil(I / 32), G). Weights are transposed through shared memory, so that every access
 //         runs along its array. The result does not depend on the launch.
 // Random  normals and uniforms of (plane, wordline, bitline): see philox.cuh; `step` is read from memory where given.
-// Macros  LAW  the law (enum Law)    COUNTED  pulses are counted, and devices fail
+// Macros  LAW  the law (enum Law)    COUNTED  pulses are counted, and devices fail    SLICED  several pairs a weight
 // Wrapper gpuxbar/ops/device_update.py      Oracle gpuxbar/reference/device_update.py
 #include "gpuxbar/endurance.cuh"
 #include "gpuxbar/quad.cuh"
+#include "gpuxbar/slices.cuh"
 
 namespace gpuxbar {
 
@@ -17,6 +19,9 @@ namespace gpuxbar {
 #endif
 #ifndef COUNTED
 #define COUNTED 0
+#endif
+#ifndef SLICED
+#define SLICED 0
 #endif
 
 // Four cells of one wordline: shares of the window in, moved in place, and what they show with write noise. False if
@@ -58,15 +63,15 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], floa
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    device_update(float* __restrict__ g,               // [2, G * I, O] S
+    device_update(float* __restrict__ g,               // [2 slices, G * I, O] S
                   float* __restrict__ hidden,          // like g, what devices with write noise hold; else null
                   int* __restrict__ pulse_count,       // like g, below 0: failed after so many; null unless COUNTED
-                  const u16* __restrict__ device_map,  // [K, 2, G * I, O] normals of the devices; null: drawn
+                  const u16* __restrict__ device_map,  // [K, 2 slices, G * I, O] normals of the devices; null: drawn
                   const float* __restrict__ dw,        // [G, O, I]     wanted weight change
                   float* __restrict__ w,               // [G, O, I]     weight read out
                   const float* __restrict__ w_max,     // [G * O]       weight of a full pair
                   const i64* __restrict__ step,        // [1], or null: step_value
-                  UpdateLaw law, Endurance endurance, i64 step_value, u64 seed, float g_min,
+                  UpdateLaw law, Endurance endurance, Slices slices, i64 step_value, u64 seed, float g_min,
                   float range,  // g_max - g_min, S
                   float stuck_low, float stuck_high, int groups, int inputs, int outputs) {
   __shared__ float block[32][33];  // [wordline][bitline]: wanted changes, then weights
@@ -96,43 +101,48 @@ extern "C" __global__ void __launch_bounds__(256)
       change[q] = q < count ? block[line][quad + q] * (1.0f / top[q]) : 0.0f;
     }
     const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)hidden) & 15) == 0;
+    const i32 pairs = SLICED ? slices.count : 1;
+    const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
+    for (i32 k = 0; k < pairs; ++k) {
+      const float share = SLICED ? inverse_range * slice_weight(slices, k) : inverse_range;
 #pragma unroll
-    for (u32 plane = 0; plane < 2; ++plane) {
-      const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
-      float cell[4], held[4], x[4], was[4], shown[4], wanted[4];
-      load(g + first, cell, count, whole, g_min);
-      if (hidden) load(hidden + first, held, count, whole, g_min);
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        if (!hidden) held[q] = cell[q];
-        was[q] = x[q] = (held[q] - g_min) * inverse_range;
-        shown[q] = (cell[q] - g_min) * inverse_range;
-        wanted[q] = device_share(law.sides, plane == 0, change[q]);
-      }
-      i32 taken[4] = {};
-      if (COUNTED)
-        for (int q = 0; q < count; ++q) taken[q] = pulse_count[first + q];
-      const DeviceMap map{device_map, 2 * (i64)groups * inputs * outputs};
-      const bool touched =
-          update_quad(law, x, shown, wanted, taken, endurance, map, first, count, (u32)(o0 + quad) >> 2, (u32)row,
-                      plane, when, seed, stuck_low, stuck_high, scatter);
-      if (COUNTED && touched)
-        for (int q = 0; q < count; ++q) pulse_count[first + q] = taken[q];
-      if (touched) {
+      for (i32 side = 0; side < 2; ++side) {
+        const u32 plane = (u32)(side * pairs + k);
+        const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
+        float cell[4], held[4], x[4], was[4], shown[4], wanted[4];
+        load(g + first, cell, count, whole, g_min);
+        if (hidden) load(hidden + first, held, count, whole, g_min);
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-          const float before = (cell[q] - g_min) * inverse_range;
-          if (x[q] != was[q]) held[q] = fma(x[q], range, g_min);  // a cell that did not move keeps its bits
-          if (!hidden)
-            cell[q] = held[q];
-          else if (shown[q] != before)
-            cell[q] = fma(shown[q], range, g_min);
+          if (!hidden) held[q] = cell[q];
+          was[q] = x[q] = (held[q] - g_min) * inverse_range;
+          shown[q] = (cell[q] - g_min) * inverse_range;
+          wanted[q] = device_share(law.sides, side == 0, SLICED ? slice_change(slices, change[q], k) : change[q]);
         }
-        store(g + first, cell, count, whole);
-        if (hidden) store(hidden + first, held, count, whole);
-      }
+        i32 taken[4] = {};
+        if (COUNTED)
+          for (int q = 0; q < count; ++q) taken[q] = pulse_count[first + q];
+        const bool touched =
+            update_quad(law, x, shown, wanted, taken, endurance, map, first, count, (u32)(o0 + quad) >> 2, (u32)row,
+                        plane, when, seed, stuck_low, stuck_high, scatter);
+        if (COUNTED && touched)
+          for (int q = 0; q < count; ++q) pulse_count[first + q] = taken[q];
+        if (touched) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) weight[q] = plane ? fma(-cell[q], inverse_range, weight[q]) : cell[q] * inverse_range;
+          for (int q = 0; q < 4; ++q) {
+            const float before = (cell[q] - g_min) * inverse_range;
+            if (x[q] != was[q]) held[q] = fma(x[q], range, g_min);  // a cell that did not move keeps its bits
+            if (!hidden)
+              cell[q] = held[q];
+            else if (shown[q] != before)
+              cell[q] = fma(shown[q], range, g_min);
+          }
+          store(g + first, cell, count, whole);
+          if (hidden) store(hidden + first, held, count, whole);
+        }
+#pragma unroll
+        for (int q = 0; q < 4; ++q) weight[q] = fma(cell[q], side ? -share : share, weight[q]);
+      }
     }
     for (int q = 0; q < count; ++q) block[line][quad + q] = weight[q] * top[q];
   }

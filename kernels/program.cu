@@ -41,13 +41,14 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             int slice_bits,   // 0: one continuous slice
             int merge,        // enum Merge
             int scale_count,  // values of w_max
-            float steps,      // steps between levels, 0: continuous
+            int balanced, float digit_max,
+            float steps,  // steps between levels, 0: continuous
             float g_min, float g_max, float spread, float write_noise, float write_slope, float write_curve,
             float stuck_low, float stuck_high, float read_var, float read_power) {
   if (state && state[0] == state[1] && state[1] != 0) return;
   const i64 now = state ? state[1] : step ? *step : step_value;
-  const Programming p{groups,      inputs,      outputs,   slices,     slice_bits, merge,     scale_count,
-                      now,         seed,        steps,     g_min,      g_max,      spread,    write_noise,
+  const Programming p{groups,      inputs,      outputs,   slices,     slice_bits, merge,     scale_count, now,
+                      balanced,    seed,        digit_max, steps,      g_min,      g_max,     spread,      write_noise,
                       write_slope, write_curve, stuck_low, stuck_high, read_var,   read_power};
   __shared__ float block[32][33];
   __shared__ double inverse[32];

@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive}  # fmt: skip
 COPIES = {aten.lift_fresh}  # torch.tensor(...)
-MODULES = ("analog_mvm", "reprogram", "device_update", "pulse_update", "wires", "effective_conductance")
+MODULES = (
+    "analog_mvm", "reprogram", "carry", "device_update", "pulse_update", "wires", "effective_conductance",
+)  # fmt: skip
 
 
 class Refused(AssertionError):

@@ -31,6 +31,7 @@ SETTINGS = {
     "wires' gradient": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "gradient": "exact"}},
     "in-situ": {**BASE, "update": AGARWAL},
     "in-situ held": {**BASE, "update": {"law": "soft_bounds", "cycle": 0.1, "write_noise": 1e-7}},
+    "slices": {**BASE, "update": AGARWAL, "mapping": {"slices": 3, "slice_bits": 2}, "carry": {"interval": 2}},
     "pulses": {**BASE, "update": {"law": "soft_bounds", "cycle": 0.1}, "pulses": {}},
 }  # fmt: skip
 

@@ -28,6 +28,7 @@ from gpuxbar.launch.kernel import Array
 from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops.anchored_conductance_cuda import KERNELS as ANCHOR
+from gpuxbar.ops.carry import KERNEL as CARRY
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.drift import KERNEL as DRIFT
@@ -52,6 +53,7 @@ KERNELS = {
         DEVICE_UPDATE,
         DRIFT,
         RELAX,
+        CARRY,
         *EFFECTIVE_CONDUCTANCE,
         *CONDUCTANCE_GRADIENT,
         *ANCHOR,
@@ -76,7 +78,7 @@ VARIANTS = {
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
-    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}],
+    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7))],
     "fused_tile_mvm_sm90.cu": [
         {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "CONVERTERS": converters, "GATE": gate,
          "STAGES": stages}
@@ -311,7 +313,7 @@ from cuda_shim import SANITIZE, ShimDevice
 from gpuxbar import ops
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_cuda import FOLD
-from gpuxbar.spec import Agarwal, ConstantStep, Endurance, PulseTrain, Retention, presets
+from gpuxbar.spec import Agarwal, Carry, ConstantStep, Endurance, PulseTrain, Retention, presets
 device = ShimDevice(order=5, flags=SANITIZE, workspace=1 << 16)
 rng = np.random.default_rng(0)
 conv = ConvGeometry(3, 7, 5, (3, 2), (2, 1), (1, 1))
@@ -332,6 +334,10 @@ ops.device_update(cells, rng.normal(size=(1, 7, 18)).astype(np.float32), law=law
 for mode in ("exact", "aggregated"):
     ops.pulse_update(cells, rng.normal(size=(3, 18)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32), rate=0.1,
                      train=PulseTrain(mode=mode), law=ConstantStep(pulses=50), w_max=ones, g_min=0, g_max=1, **wear, device=device)
+slices = dict(slices=3, slice_bits=2, g_min=0, g_max=1, hidden=np.zeros((6, 18, 7), np.float32), device=device)
+digits = rng.uniform(size=(6, 18, 7)).astype(np.float32)
+ops.carry(digits, rule=Carry(), updates=64, write_noise=0.01, stuck_at_g_min=0.1, pulse_count=np.zeros((6, 18, 7), np.int32), **slices)
+ops.device_update(digits, rng.normal(size=(1, 7, 18)).astype(np.float32), law=Agarwal(write_noise=0.01), w_max=ones, carry=Carry(), **slices)
 ops.relax(cells, law=Retention(tau=3.0, spread=0.1), g_min=0, g_max=1, pulse_count=wear["pulse_count"], stuck_at_g_min=0.1, device=device)
 ops.drift(cells, 60.0, law=presets.pcm().drift, g_max=1.0, device=device)
 weight = rng.normal(size=(3, 37, 11)).astype(np.float32)

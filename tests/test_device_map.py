@@ -13,6 +13,7 @@ from gpuxbar.optim import InSituSGD
 from gpuxbar.spec import (
     Agarwal,
     AgarwalSymmetric,
+    Carry,
     ConstantStep,
     CrossbarSpec,
     ExponentialStep,
@@ -63,6 +64,23 @@ def test_update_matches_oracle(name, where):
     drawn = g.copy()
     ops.device_update(drawn, dw, law=law, device=DEVICES[where], **SETTINGS)
     assert np.abs(new - drawn).max() > 1e-3 * SPAN
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_slices_have_devices_of_their_own(where):
+    law, rng, rule = LAWS["all"], np.random.default_rng(6), Carry()
+    sliced = {"slices": 3, "slice_bits": 2}
+    g = np.concatenate([cells(rng) for _ in range(3)])
+    devices = rng.normal(0, 1, (len(ops.spread_names(law)), *g.shape)).astype(np.float16)
+    dw = rng.normal(0, 0.2, (GROUPS, OUTPUTS, INPUTS)).astype(np.float32)
+    planes = dict(zip(ops.spread_names(law), devices, strict=True))
+    _, held, _ = reference.device_update(
+        g, dw, law=law.model_dump(), device_map=planes, carry=rule.model_dump(), **sliced, **SETTINGS
+    )
+    ops.device_update(
+        g, dw, law=law, device_map=devices, carry=rule, device=DEVICES[where], **sliced, **SETTINGS
+    )
+    np.testing.assert_allclose(g, held, rtol=0, atol=1e-5 * SPAN)
 
 
 @pytest.mark.parametrize("where", DEVICES)
@@ -167,7 +185,7 @@ ERRORS = {
     "missing": (STEP, {"step_up": np.ones(SMALL)}, "`step_down` must be given for a law that spreads in step, got none"),
     "more": (STEP, {"step_up": np.ones(SMALL), "step_down": np.ones(SMALL), "g_low": np.ones(SMALL)}, "`g_low` must not be given .* got one; give the law the spread of it"),
     "alike": (ConstantStep(), {}, "`law` must have a spread, got 'constant_step' without"),
-    "shape": (STEP, {"step_up": np.ones((3, 4)), "step_down": np.ones((3, 4))}, r"`step_up` must have shape \[2, G \* I, O\], .* got \(3, 4\)"),
+    "shape": (STEP, {"step_up": np.ones((3, 4)), "step_down": np.ones((3, 4))}, r"`step_up` must have shape \[2 slices, G \* I, O\], .* got \(3, 4\)"),
     "finite": (STEP, {"step_up": np.full(SMALL, np.nan), "step_down": np.ones(SMALL)}, "`step_up` must be finite, got nan"),
     "sign": (STEP, {"step_up": np.ones(SMALL), "step_down": -np.ones(SMALL)}, "must be at least 0, got -1; both are sizes"),
     "asymmetry": (STEP, {"step_up": np.ones(SMALL), "step_down": np.full(SMALL, 0.8)}, "asymmetry_spread=0 and a deviation of 0.1; set asymmetry_spread"),

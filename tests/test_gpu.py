@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from test_anchored_conductance import drifting
 from test_capture import SETTINGS, Run, same
+from test_carry import SCHEMES, carrying, dumped, lie
+from test_carry import cells as sliced_cells
 from test_drift import G_MAX as DRIFT_G_MAX
 from test_drift import LAWS as DRIFTS
 from test_drift import SEED as DRIFT_SEED
@@ -33,7 +35,7 @@ from test_tile_mvm import (
 )
 
 from gpuxbar import ops, reference
-from gpuxbar.spec import ConstantStep, Endurance, PulseTrain, Retention
+from gpuxbar.spec import Agarwal, ConstantStep, Endurance, PulseTrain, Retention
 
 pytestmark = pytest.mark.gpu
 
@@ -276,6 +278,28 @@ def test_relaxing_matches_oracle(cuda_device, shape):
     )
     expected = np.where(count < 0, g, reference.relax(g, g_rest=5e-6, rate=1 / 3, spread=0.5, seed=7))
     np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * DRIFT_G_MAX)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_slices_match_oracle(cuda_device, scheme):
+    """Updates, then carries whose time is told in device memory."""
+    s = lie(3, 2, 2, scheme=scheme, interval=3)
+    g, w_max = sliced_cells(6, 74, 35), np.ones(70, np.float32)
+    dw = np.random.default_rng(1).normal(0, 0.1, (2, 35, 37)).astype(np.float32)
+    more = {"law": Agarwal(nu=2.0), **WINDOW, "seed": 7, "step": 3, **s}
+    expected, _, weights = reference.device_update(g, dw, w_max=w_max, **dumped(more))
+    cells = to_gpu(g)
+    read = ops.device_update(cells, to_gpu(dw), w_max=to_gpu(w_max), device=cuda_device, **more)
+    np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * RANGE)
+    np.testing.assert_allclose(from_gpu(read), weights, rtol=0, atol=1e-4)
+    before = from_gpu(cells)
+    for updates in (2, 3, 48):
+        cells, more = to_gpu(before), carrying(s, write_noise=1e-7, stuck_at_g_min=0.1, seed=7)
+        expected, written = reference.carry(before, updates=updates, **dumped(more))
+        ops.carry(cells, updates=to_gpu(np.full(1, updates)), device=cuda_device, **more)
+        off = np.abs(from_gpu(cells) - expected) > 1e-5 * RANGE
+        assert off.mean() < 1e-3  # digits on an edge
+        assert written.any() == (updates != 2)
 
 
 @pytest.mark.parametrize("op", ["device_update", "pulse_update"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gpuxbar as gx
-from gpuxbar.spec import ADC, DAC, Agarwal, NeuroSim, SoftBounds, parse_value
+from gpuxbar.spec import ADC, DAC, Agarwal, Carry, NeuroSim, SoftBounds, parse_value
 from gpuxbar.spec.presets import PRESETS, preset
 
 CHANGED = {
@@ -24,6 +24,7 @@ CHANGED = {
     "seed": 2**63 - 1,
     "generator": "fast",
 }
+SLICED = {"update": {"law": "agarwal"}, "mapping": {"slices": 2, "slice_bits": 2}, "carry": {"interval": 7}}
 
 
 @pytest.mark.parametrize("law", [None, Agarwal(nu=0.1), NeuroSim(levels=3), SoftBounds(down=1.2)])
@@ -32,6 +33,13 @@ def test_a_saved_spec_is_loaded_bit_for_bit(tmp_path, law):
     gx.save_spec(spec, tmp_path / "spec.yaml")
     assert gx.load_spec(tmp_path / "spec.yaml") == spec
     assert gx.load_spec(str(tmp_path / "spec.yaml")) == spec
+
+
+def test_a_carry_is_saved():
+    spec = gx.CrossbarSpec.model_validate(SLICED)
+    assert gx.CrossbarSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert spec.carry == Carry(interval=7)
+    assert spec.carry.window(2) == 15
 
 
 def test_a_spec_survives_copies():
@@ -66,7 +74,7 @@ def test_values_of_a_command_line(text, value):
         (
             {"zzz": 1},
             "CrossbarSpec: `zzz` must be a known key; known: tile, device, mapping, dac, adc, read_noise, "
-            "programming, parasitics, backward, update, pulses, seed, ...",
+            "programming, parasitics, backward, update, carry, pulses, ...",
         ),
         (
             {"backward": {"adc": {"bits": 17}}},
@@ -110,8 +118,37 @@ def test_values_of_a_command_line(text, value):
         ),
         (
             {"update": {"law": "agarwal"}, "mapping": {"slices": 2, "slice_bits": 2}},
-            "CrossbarSpec: `update` must go with unsliced pairs, got scheme='differential' with 2 slices; "
-            "use mapping.scheme='differential' or 'subtracted' and slices=1, or update=None",
+            "CrossbarSpec: `carry` must say how 2 slices are updated, got None; set carry={'scheme': 'accumulate'}, or use "
+            "mapping.slices=1 or update=None",
+        ),
+        (
+            {"update": {"law": "agarwal"}, "mapping": {"scheme": "offset"}},
+            "CrossbarSpec: `update` must go with pairs, got scheme='offset'; use mapping.scheme='differential' or "
+            "'subtracted', or update=None",
+        ),
+        (
+            {"update": {"law": "agarwal"}, "carry": {}},
+            "CrossbarSpec: `carry` must go with an update law and sliced weights, got update='agarwal' with 1 slice; set "
+            "both, or carry=None",
+        ),
+        (
+            {"carry": {}, "mapping": {"slices": 2, "slice_bits": 2}},
+            "CrossbarSpec: `carry` must go with an update law and sliced weights, got update=None with 2 slices; set both, "
+            "or carry=None",
+        ),
+        (
+            {**SLICED, "device": {"levels": 4}},
+            "CrossbarSpec: `device.levels` must be None with carry, got 4; a window of 2**(slice_bits + headroom_bits) - 1 "
+            "units follows from it, and updates leave devices between levels",
+        ),
+        (
+            {**SLICED, "update": {"law": "constant_step"}, "pulses": {}},
+            "CrossbarSpec: `pulses` must be None for sliced weights, got a train with 2 slices; update them without pulse "
+            "trains, or use mapping.slices=1",
+        ),
+        (
+            {**SLICED, "carry": {"interval": 0}},
+            "CrossbarSpec: `carry.interval` must be an integer from 1 and below 2147483648, got 0; the default is 64",
         ),
         (
             {"update": {"law": "agarwl"}},

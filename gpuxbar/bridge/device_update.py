@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def device_update(
     """Move pairs of devices by wanted weight changes through the device's law; returns the weights read out.
 
     Args:
-        g: Conductances of the positive and the negative devices, float32 [2, G * I, O], S; changed in place.
+        g: Conductances of the positive and the negative devices, float32 [2 slices, G * I, O], S; changed in place.
         hidden: What devices with write noise hold, where `g` is what they show: like `g`; None without write noise.
         dw: Wanted weight changes, float32 [G, O, I]; finite.
         w_max: Weight of a full pair, float32 [G * O].
@@ -39,13 +41,16 @@ def device_update(
     """
     crossbar = spec_of(spec)
     assert crossbar.update is not None
-    window, stuck = crossbar.device, crossbar.programming
+    window, stuck, mapping = crossbar.device, crossbar.programming, crossbar.mapping
+    lie: dict[str, Any] = {}
+    if crossbar.carry is not None:
+        lie = {"slices": mapping.slices, "slice_bits": mapping.slice_bits, "carry": crossbar.carry}
     with on_device(g, "update") as device:
         weights = ops.device_update(
             array(g), array(dw), hidden=None if hidden is None else array(hidden), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
             stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),
             endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
             device_map=None if device_map is None else array(device_map),
-            device=device,
+            device=device, **lie,
         )  # fmt: skip
         return tensor(weights)

@@ -48,11 +48,14 @@ def reprogram(
 
 
 def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
-    """Unsliced pairs of shares of the window: float32 [G, O, I] in -1 .. 1 to conductances [2, G * I, O], S.
+    """Pairs to be trained in situ: shares of a full weight, float32 [G, O, I], to conductances [2 slices, G * I, O], S.
 
-    `step`, int64 [1], fixes the write noise, with the seed.
+    One-sided devices begin at the lower end of the window, others around its middle. `step`, int64 [1], fixes the write
+    noise, with the seed.
     """
-    settings = _settings(spec) | {"merge": "none", "sigma_g": 0.0}
+    law = spec_of(spec).update
+    assert law is not None
+    settings = _settings(spec) | {"merge": "none", "sigma_g": 0.0, "balanced": law.sides != "one_sided"}
     with on_device(share, "program") as device:
         return tensor(
             ops.program(
@@ -97,6 +100,7 @@ def _settings(spec: str) -> dict[str, Any]:
         "levels": crossbar.device.levels,
         "slices": crossbar.mapping.slices,
         "slice_bits": crossbar.mapping.slice_bits,
+        "headroom_bits": crossbar.headroom_bits,
         "sigma_g": crossbar.read_noise.sigma_g,
         "exponent": crossbar.read_noise.exponent,
         **crossbar.programming.model_dump(),

@@ -38,12 +38,12 @@ class Planes:
         mapping, device = spec.mapping, spec.device
         base = 2 ** (mapping.slice_bits or 0)
         slices = [float(base**k) for k in range(mapping.slices)]
-        # the digits of a sliced weight run to base - 1 each, so that all of them at g_max make weight 1
         unit = 1.0 / (device.g_max - device.g_min)
         if mapping.scheme == "offset":
             return cls((1.0,), 2.0 * unit, "offset")
         if mapping.slice_bits is not None:
-            unit *= (base - 1) / (base**mapping.slices - 1)
+            # digits of base - 1 make weight 1; a window holds that, and more where there is headroom
+            unit *= (base * 2**spec.headroom_bits - 1) / (base**mapping.slices - 1)
         if collapse:
             return cls((1.0,), unit, "all")
         if mapping.scheme == "subtracted":

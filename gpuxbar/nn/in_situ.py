@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar import ops
+from gpuxbar.bridge.carry import carry
 from gpuxbar.bridge.device_update import device_update
 from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
@@ -26,13 +27,14 @@ class InSitu(Programmed):
     """The in-situ half of a crossbar layer.
 
     Buffers, None until in-situ training begins, then part of the state dict:
-    `g_cells`: conductances of the positive and the negative devices, float32 [2, G * I, O], S.
+    `g_cells`: conductances of the positive and the negative devices, float32 [2 slices, G * I, O], S.
     `g_held`: what devices of a law with write noise hold where `g_cells` is what they show; None without it.
     `pulse_count`: pulses that each device has taken, int32 like `g_cells`, below 0 where it has failed; None without
     `spec.endurance`.
-    `device_map`: normals of the devices, float16 [K, 2, G * I, O]; None unless set by `set_device_map`.
-    `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max.
+    `device_map`: normals of the devices, float16 [K, 2 slices, G * I, O]; None unless set by `set_device_map`.
+    `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max, sliced ones after a carry.
     `update_step`: number of updates (and of steps of `spec.retention`), int64 [1]; with the layer's seed it fixes the noise of an update.
+    `carry_step`: number of updates, which carries between slices follow, int64 [1]; None without `spec.carry`.
     """
 
     weight: Tensor
@@ -46,9 +48,12 @@ class InSitu(Programmed):
     device_map: Tensor | None
     w_max: Tensor | None
     update_step: Tensor | None
+    carry_step: Tensor | None
 
     def setup_in_situ(self) -> None:
-        for name in ("g_cells", "g_held", "pulse_count", "device_map", "w_max", "update_step"):
+        for name in (
+            "g_cells", "g_held", "pulse_count", "device_map", "w_max", "update_step", "carry_step",
+        ):  # fmt: skip
             self.register_buffer(name, None)
         self.streams = Streams()
         self._read_version: int | None = None  # of the weight when it was last what the cells read
@@ -74,7 +79,8 @@ class InSitu(Programmed):
         """Program the present weights onto pairs once, and train the pairs from now on.
 
         The two devices of a pair lie half of w / w_max of the window above and below its middle, so that both
-        have room both ways; with a one-sided law one of them lies at its lower end, so that both have room upwards.
+        have room both ways; with a one-sided law one of them lies at its lower end, so that both have room upwards. Pairs
+        of a sliced weight lie so for their digits.
         `w_max` is the largest weight (of the layer, or of each column) times `mapping.headroom`. The weight becomes
         what the array holds after write noise and stuck cells.
         """
@@ -98,6 +104,7 @@ class InSitu(Programmed):
         """Program weights [G, O, I] onto pairs; `w_max`, float32 [G * O]: weight of a full pair."""
         self.w_max = w_max.contiguous()
         self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+        self.carry_step = None if self.spec.carry is None else torch.zeros_like(self.update_step)
         self._write_pairs(weight)
 
     def refresh(self) -> None:
@@ -116,13 +123,14 @@ class InSitu(Programmed):
         """Train measured devices in place of those that the seed draws, from the next update on.
 
         Args:
-            devices: A map for the layer's law, float16 [K, 2, G * I, O], NumPy array or tensor: see `ops.device_map`. It
+            devices: A map for the layer's law, float16 [K, 2 slices, G * I, O], NumPy array or tensor: see `ops.device_map`. It
                 joins the state dict. None: the seed's devices again.
         """
         self.require_law()
         law = self.spec.update
         assert law is not None
-        shape = (len(ops.spread_names(law)), 2, self.groups_ * self.inputs, self.outputs)
+        planes = 2 * self.spec.mapping.slices
+        shape = (len(ops.spread_names(law)), planes, self.groups_ * self.inputs, self.outputs)
         found = None if devices is None else torch.as_tensor(devices)
         if found is not None and (found.dtype != torch.float16 or found.shape != shape):
             raise ValueError(
@@ -147,14 +155,9 @@ class InSitu(Programmed):
         self.require_unprogrammed("weight")
         assert self.spec.update is not None
         assert self.w_max is not None
-        w = weight / self.w_max.reshape(self.groups_, -1, 1)
-        if self.spec.update.sides == "one_sided":
-            cells = self._program(w)
-        else:
-            # program() puts a positive weight on the first plane and a negative one on the second
-            share = (w + 1) / 2
-            up, down = (self._program(part) for part in (share, share - 1))
-            cells = torch.stack([up[0], down[1]])
+        assert self.update_step is not None
+        share = weight / self.w_max.reshape(self.groups_, -1, 1)
+        cells = program_pairs(share.contiguous(), self.update_step, self.static[1], self.plan.seed)
         if self.g_cells is not None and self.pulse_count is not None:  # failed devices cannot be written
             cells = torch.where(self.pulse_count < 0, self.g_cells, cells)
         elif self.spec.endurance.pulses is not None:
@@ -162,17 +165,26 @@ class InSitu(Programmed):
         self.g_cells = cells
         self.g_held = self.g_cells.clone() if self.spec.update.write_noise else None
         self.restart_wires()
-        self.update_cells(torch.zeros_like(self.weight))
-
-    def _program(self, share: Tensor) -> Tensor:
-        assert self.update_step is not None
-        return program_pairs(share.contiguous(), self.update_step, self.static[1], self.plan.seed)
+        with torch.no_grad():
+            self._show(self._moved(torch.zeros_like(self.weight)))
 
     @torch.no_grad()
     def update_cells(self, change: Tensor) -> None:
-        """Move the cells by a wanted weight change, shape of `weight`; the weight becomes what they read."""
+        """Move the cells by a wanted weight change, shape of `weight`; the weight becomes what they read.
+
+        Before that, slices carry where it is time (see `spec.Carry`).
+        """
         self.require_unprogrammed("weight")
+        self._carry()
         self._show(self._moved(change))
+
+    def _carry(self) -> None:
+        """Carry where the updates so far say so, and count the one to come."""
+        if self.carry_step is None:
+            return
+        assert self.g_cells is not None
+        carry(self.g_cells, self.g_held, self.pulse_count, self.carry_step, self.static[1], self.plan.seed)
+        self.carry_step += 1
 
     @torch.no_grad()
     def update_pulses(self, rate: float) -> None:
@@ -292,13 +304,15 @@ class InSitu(Programmed):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         if self.g_cells is None and f"{prefix}g_cells" in state_dict:
             device = self.weight.device
-            self.g_cells = torch.empty(2, self.groups_ * self.inputs, self.outputs, device=device)
+            planes = 2 * self.spec.mapping.slices
+            self.g_cells = torch.empty(planes, self.groups_ * self.inputs, self.outputs, device=device)
             held = f"{prefix}g_held" in state_dict
             self.g_held = torch.empty_like(self.g_cells) if held else None
             if f"{prefix}pulse_count" in state_dict:
                 self.pulse_count = torch.zeros_like(self.g_cells, dtype=torch.int32)
             self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
             self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
+            self.carry_step = None if self.spec.carry is None else torch.zeros_like(self.update_step)
         devices = state_dict.get(f"{prefix}device_map")
         if devices is not None and self.device_map is None:
             self.device_map = torch.empty_like(devices, device=self.weight.device)

@@ -1,6 +1,7 @@
 """Array operations on NumPy and CuPy arrays, one a module."""
 
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
+from gpuxbar.ops.carry import carry
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_map import device_map, draw_device_map, spread_names
 from gpuxbar.ops.device_update import device_update
@@ -21,6 +22,7 @@ __all__ = [
     "Method",
     "PackedConductance",
     "anchored_conductance",
+    "carry",
     "dac_quantize",
     "device_map",
     "device_update",

@@ -66,7 +66,7 @@ def device_map(
     Args:
         law: An update law of the spec; what it has a spread of is needed here, anything else must not be given.
         g_min, g_max: Nominal conductance window, S.
-        step_up, step_down: Steps of the devices over the nominal one, [2, G * I, O], at least 0; needed together for
+        step_up, step_down: Steps of the devices over the nominal one, [2 slices, G * I, O], at least 0; needed together for
             `step_spread` or `asymmetry_spread`. Steps of a law that depend on the conductance: where the nominal device
             makes a nominal step.
         g_low: Lower ends of their windows, S; for `low_spread`.
@@ -108,9 +108,9 @@ def device_map(
         )
     shape = next(iter(arrays.values())).shape
     for name, array in arrays.items():
-        if len(shape) != 3 or shape[0] != 2 or array.shape != shape:
+        if len(shape) != 3 or shape[0] % 2 or array.shape != shape:
             raise ValueError(
-                f"{OP}: `{name}` must have shape [2, G * I, O], alike for all, got {array.shape}; give the positive devices "
+                f"{OP}: `{name}` must have shape [2 slices, G * I, O], alike for all, got {array.shape}; give the positive devices "
                 "first, then the negative ones"
             )
         if not np.isfinite(array).all():
@@ -142,7 +142,7 @@ def device_map(
 
 
 def draw_device_map(law: UpdateLaw, shape: tuple[int, int, int], *, seed: int) -> np.ndarray:
-    """The map, float16 [K, *shape], of the devices that `seed` draws for an array [2, G * I, O]; rounded to 11 bits."""
+    """The map, float16 [K, *shape], of the devices that `seed` draws for an array [2 slices, G * I, O]; rounded to 11 bits."""
     planes, rows, cols = shape
     drawn = [reference.drawn_devices(np.arange(rows), cols, plane, seed) for plane in range(planes)]
     names = spread_names(law)

@@ -25,7 +25,8 @@ from gpuxbar.ops.checks import check_array, check_window, require_finite
 from gpuxbar.ops.device_map import by_name, check_map
 from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.laws import Parameters, parameters
-from gpuxbar.spec import Endurance, UpdateLaw
+from gpuxbar.ops.slices import Slices, check_slices
+from gpuxbar.spec import Carry, Endurance, UpdateLaw
 
 __all__ = ["KERNEL", "device_update"]
 
@@ -40,6 +41,9 @@ def device_update(
     w_max: Any,
     g_min: float,
     g_max: float,
+    slices: int = 1,
+    slice_bits: int | None = None,
+    carry: Carry | None = None,
     hidden: Any = None,
     endurance: Endurance | None = None,
     pulse_count: Any = None,
@@ -56,12 +60,18 @@ def device_update(
     `spec.Law.sides`), at most the whole window; there it goes through the device's law (see `spec.laws`). A change of 0
     moves nothing and draws no noise; stuck cells never move; results are kept inside the device's window.
 
+    A sliced weight is a number of base 2**slice_bits; with a carry of scheme "accumulate", every slice takes its own digit of
+    the change in that way, the lowest one also what is below a unit; with "periodic", the lowest slice takes all of it. A
+    digit's unit and its share of the window are told in `spec.Carry`; digits are put in order by `ops.carry`.
+
     Args:
-        g: Conductances of the positive and the negative devices, float32 [2, G * I, O], S; updated in place.
+        g: Conductances of the positive devices, least significant slice first, then of the negative ones, float32
+            [2 slices, G * I, O], S; updated in place.
         dw: Wanted weight changes, float32 [G, O, I]; finite.
         law: An update law of the spec.
-        w_max: Weight of a full pair, float32 [G * O], above 0.
+        w_max: Weight of a full pair (of slices: whose digits are all 2**slice_bits - 1), float32 [G * O], above 0.
         g_min, g_max: Conductance window, S.
+        slices, slice_bits, carry: Pairs of a weight, bits of each, and how they share a change; 1, None and None for one pair.
         hidden: Conductances that devices with write noise hold, like `g` and updated in place; `g` is then what they
             show. None for a law without write noise.
         endurance: How many pulses devices bear; those that have failed never move again. None: any number.
@@ -75,7 +85,8 @@ def device_update(
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
-        Weights after the update, float32 [G, O, I]: w_max (g_pos - g_neg) / (g_max - g_min).
+        Weights after the update, float32 [G, O, I]: w_max (g_pos - g_neg) / (g_max - g_min) of one pair; of slices,
+        w_max / (2**(slices slice_bits) - 1) times the sum of their digits times 2**(k slice_bits).
 
     Raises:
         TypeError: An array has another dtype.
@@ -90,11 +101,12 @@ def device_update(
     check_array(OP, "w_max", w_max, "float32", 1)
     if hidden is not None:
         check_array(OP, "hidden", hidden, "float32", 3)
+    check_slices(OP, slices, slice_bits, carry)
     groups, outputs, inputs = dw.shape
     for name, array, shape in (
-        ("g", g, (2, groups * inputs, outputs)),
+        ("g", g, (2 * slices, groups * inputs, outputs)),
         ("w_max", w_max, (groups * outputs,)),
-        ("hidden", hidden, (2, groups * inputs, outputs)),
+        ("hidden", hidden, (2 * slices, groups * inputs, outputs)),
     ):
         if array is not None and tuple(array.shape) != shape:
             raise ValueError(
@@ -114,7 +126,8 @@ def device_update(
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
         return _cuda(
-            device or cuda_device(), g, hidden, pulse_count, device_map, dw, law, Wear.of(endurance), w_max, step, seed, window
+            device or cuda_device(), g, hidden, pulse_count, device_map, dw, law, Wear.of(endurance),
+            Slices.of(slices, slice_bits, carry), w_max, step, seed, window,
         )  # fmt: skip
     step = int(np.asarray(step).reshape(-1)[0])
     if where == "reference":
@@ -122,8 +135,8 @@ def device_update(
         shown, held, weights = reference.device_update(
             g, dw, law=law.model_dump(), w_max=w_max, hidden=hidden,
             endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
-            device_map=by_name(device_map, law), seed=seed, step=step,
-            **window,
+            device_map=by_name(device_map, law), seed=seed, step=step, slices=slices, slice_bits=slice_bits,
+            carry=None if carry is None else carry.model_dump(), **window,
         )  # fmt: skip
         g[...] = shown
         if hidden is not None:
@@ -133,7 +146,8 @@ def device_update(
     bad = np.zeros(1, np.int64)
     if dw.size:
         update = Update(
-            law=parameters(law, g_min, g_max), endurance=Wear.of(endurance), groups=groups, inputs=inputs, outputs=outputs, step=step, seed=seed,
+            law=parameters(law, g_min, g_max), endurance=Wear.of(endurance),
+            slices=Slices.of(slices, slice_bits, carry), groups=groups, inputs=inputs, outputs=outputs, step=step, seed=seed,
             g_min=g_min, range=g_max - g_min, stuck_low=stuck_at_g_min, stuck_high=stuck_at_g_max,
         )  # fmt: skip
         host_call(
@@ -148,15 +162,15 @@ class Update(ctypes.Structure):
     """Twin of `struct Update` in kernels/host/device_update.cpp."""
 
     _fields_ = [
-        ("law", Parameters), ("endurance", Wear),
+        ("law", Parameters), ("endurance", Wear), ("slices", Slices),
         *((name, ctypes.c_int64) for name in ("groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
     ]  # fmt: skip
 
 
 def _cuda(
-    device: Device, g: Any, hidden: Any, pulse_count: Any, device_map: Any, dw: Any, law: UpdateLaw, endurance: Wear, w_max: Any, step: Any,
-    seed: int, window: dict[str, Any],
+    device: Device, g: Any, hidden: Any, pulse_count: Any, device_map: Any, dw: Any, law: UpdateLaw, endurance: Wear,
+    slices: Slices, w_max: Any, step: Any, seed: int, window: dict[str, Any],
 ) -> Any:  # fmt: skip
     groups, outputs, inputs = dw.shape
     weights = device.empty(dw.shape, "float32")
@@ -164,11 +178,12 @@ def _cuda(
     settings = parameters(law, window["g_min"], window["g_max"])
     device.launch(
         KERNEL, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
-        {"g": g, "hidden": hidden, "pulse_count": pulse_count, "device_map": device_map, "endurance": endurance, "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
+        {"g": g, "hidden": hidden, "pulse_count": pulse_count, "device_map": device_map, "endurance": endurance, "slices": slices,
+         "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
          "law": settings, "step_value": step if by_value else 0, "seed": seed, "g_min": window["g_min"],
          "range": window["g_max"] - window["g_min"], "stuck_low": window["stuck_at_g_min"],
          "stuck_high": window["stuck_at_g_max"], "groups": groups, "inputs": inputs, "outputs": outputs},
-        {"LAW": settings.law, "COUNTED": int(pulse_count is not None)},
+        {"LAW": settings.law, "COUNTED": int(pulse_count is not None), "SLICED": int(slices.count > 1)},
     )  # fmt: skip
     return weights
 
@@ -177,7 +192,7 @@ KERNEL = Kernel(
     "device_update.cu",
     g=InOut("float32", "S R O"), hidden=InOut("float32", "S R O", optional=True),
     pulse_count=InOut("int32", "S R O", optional=True), device_map=In("float16", "K S R O", optional=True), dw=In("float32", "G O I"), w=Out("float32", "G O I"), w_max=In("float32", "C"),
-    step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), step_value=Scalar("int64"),
+    step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), step_value=Scalar("int64"),
     seed=Scalar("uint64"), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
     stuck_high=Scalar("float32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip

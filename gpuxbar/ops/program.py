@@ -12,7 +12,7 @@ from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array, check_window, require_finite
 from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
 
-__all__ = ["program", "reprogram"]
+__all__ = ["Programming", "check_settings", "program", "reprogram", "write_values"]
 
 LOWER = "lower the rate"
 MERGES = ("none", "subtract", "all", "offset")  # in the order of `enum Merge` in programming.cuh
@@ -26,6 +26,8 @@ def program(
     g_max: float,
     slices: int = 1,
     slice_bits: int | None = None,
+    headroom_bits: int = 0,
+    balanced: bool = False,
     levels: int | None = None,
     merge: str = "none",
     write_noise: float = 0.0,
@@ -44,7 +46,7 @@ def program(
 
     w      = clip(weight / w_max, -1, 1)
     target = g_min + share (g_max - g_min), with share = |w| on its side of a pair (0 on the other), a digit of |w|
-             over 2**slice_bits - 1, or (1 + w) / 2 of a single device; rounded to levels
+             over 2**(slice_bits + headroom_bits) - 1, or (1 + w) / 2 of a single device; rounded to levels
     g      = max(0, target (1 + device_spread z1) + noise z2), or g_min or g_max where stuck
     noise  = write_noise + write_noise_slope r + write_noise_curve r**2, with r = target / g_max
 
@@ -54,6 +56,8 @@ def program(
         g_min, g_max: Conductance window, S.
         slices, slice_bits: Devices of a magnitude and bits of each, 32 bits together; `slice_bits=None` is one
             continuous slice.
+        headroom_bits: Bits by which the window of a slice's device exceeds its digit.
+        balanced: Pairs lie half of their share above and below the middle of the window, instead of one device at `g_min`.
         levels: Levels of an unsliced device, at least 2; None: continuous. "offset" centres them: the middle one,
             (levels - 1) // 2, is weight 0, and an even number leaves the last unused.
         merge: Which planes are stored. "none": both sides of the pairs, [2 slices], positive ones first, least
@@ -88,11 +92,11 @@ def program(
             "each group"
         )
     settings: dict[str, Any] = {
-        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "levels": levels, "merge": merge,
+        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits, "balanced": balanced, "levels": levels, "merge": merge,
         "write_noise": write_noise, "write_noise_slope": write_noise_slope, "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
         "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
     }  # fmt: skip
-    _check_settings(op, settings)
+    check_settings(op, settings)
     where = "cuda" if device is not None else backend(weight)
     shape = (_planes(settings), groups * inputs, outputs)
     if where == "cuda":
@@ -133,6 +137,8 @@ def reprogram(
     full_weight: float | None = None,
     slices: int = 1,
     slice_bits: int | None = None,
+    headroom_bits: int = 0,
+    balanced: bool = False,
     levels: int | None = None,
     merge: str = "none",
     write_noise: float = 0.0,
@@ -176,11 +182,11 @@ def reprogram(
     check_array(op, "weight", weight, "float32", 3)
     groups, outputs, inputs = weight.shape
     settings: dict[str, Any] = {
-        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "levels": levels, "merge": merge,
+        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits, "balanced": balanced, "levels": levels, "merge": merge,
         "write_noise": write_noise, "write_noise_slope": write_noise_slope, "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
         "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
     }  # fmt: skip
-    _check_settings(op, settings)
+    check_settings(op, settings)
     if scale not in ("tensor", "column"):
         raise ValueError(f"{op}: `scale` must be 'tensor' or 'column', got {scale!r}; choose one")
     if full_weight is not None and not 0 < full_weight < float("inf"):
@@ -246,7 +252,7 @@ def _planes(settings: dict[str, Any]) -> int:
     ]
 
 
-def _check_settings(op: str, s: dict[str, Any]) -> None:
+def check_settings(op: str, s: dict[str, Any]) -> None:
     """Refuse settings out of range."""
     check_window(op, s["g_min"], s["g_max"])
     if s["merge"] not in MERGES:
@@ -266,9 +272,22 @@ def _check_settings(op: str, s: dict[str, Any]) -> None:
             f"{op}: `levels` must be {3 if offset else 2} to 65536 with merge={s['merge']!r}, got {levels}; None is "
             "continuous"
         )
+    headroom = s["headroom_bits"]
+    if not 0 <= headroom <= 8 or (headroom and bits is None):
+        raise ValueError(
+            f"{op}: `headroom_bits` must be 0 to 8, and 0 without slices, got {headroom}; it widens a slice's window"
+        )
+    if s["balanced"] and offset:
+        raise ValueError(
+            f"{op}: `balanced` must be False with merge='offset', got True; it places the devices of pairs"
+        )
     if levels is not None and bits is not None and levels != 2**bits:
         raise ValueError(
             f"{op}: `levels` must be 2**slice_bits = {2**bits} for sliced weights, got {levels}; leave it None"
+        )
+    if levels is not None and bits is not None and (headroom or s["balanced"]):
+        raise ValueError(
+            f"{op}: `levels` must be None for slices with headroom or in balanced pairs, got {levels}; leave it out"
         )
     for name, unit in (("write_noise", " S"), ("device_spread", ""), ("sigma_g", " S")):
         if not 0 <= s[name] < float("inf"):
@@ -293,15 +312,15 @@ def _check_settings(op: str, s: dict[str, Any]) -> None:
         )
 
 
-class _Programming(ctypes.Structure):
+class Programming(ctypes.Structure):
     """Twin of `struct Programming` in kernels/include/gpuxbar/programming.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
-            "groups", "inputs", "outputs", "slices", "slice_bits", "merge", "scale_count", "step")),
+            "groups", "inputs", "outputs", "slices", "slice_bits", "merge", "scale_count", "step", "balanced")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in (
-            "steps", "g_min", "g_max", "spread", "write_noise", "write_slope", "write_curve", "stuck_low", "stuck_high", "read_var", "read_power")),
+            "digit_max", "steps", "g_min", "g_max", "spread", "write_noise", "write_slope", "write_curve", "stuck_low", "stuck_high", "read_var", "read_power")),
     ]  # fmt: skip
 
 
@@ -311,14 +330,20 @@ def _values(weight: Any, w_max: Any, s: dict[str, Any], step: int) -> dict[str, 
     return {
         "groups": groups, "inputs": inputs, "outputs": outputs, "slices": s["slices"],
         "slice_bits": s["slice_bits"] or 0, "merge": MERGES.index(s["merge"]), "scale_count": w_max.size, "step": step,
-        "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
-        "steps": 0 if s["levels"] is None or s["slice_bits"] else s["levels"] - 1, "g_min": s["g_min"],
-        "g_max": s["g_max"], "spread": s["device_spread"], "write_noise": s["write_noise"],
-        "write_slope": s["write_noise_slope"], "write_curve": s["write_noise_curve"],
-        "stuck_low": s["stuck_at_g_min"], "stuck_high": 1.0 - s["stuck_at_g_max"], "read_var": s["sigma_g"] ** 2,
-        "read_power": 2.0 * s["exponent"],
+        "steps": 0 if s["levels"] is None or s["slice_bits"] else s["levels"] - 1, "read_var": s["sigma_g"] ** 2,
+        "read_power": 2.0 * s["exponent"], **write_values(s),
+    }  # fmt: skip
+
+
+def write_values(s: dict[str, Any]) -> dict[str, Any]:
+    """Those fields that say what a write of a device does."""
+    return {
+        "balanced": int(s["balanced"]), "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
+        "digit_max": 2 ** ((s["slice_bits"] or 0) + s["headroom_bits"]) - 1, "g_min": s["g_min"], "g_max": s["g_max"],
+        "spread": s["device_spread"], "write_noise": s["write_noise"], "write_slope": s["write_noise_slope"],
+        "write_curve": s["write_noise_curve"], "stuck_low": s["stuck_at_g_min"], "stuck_high": 1.0 - s["stuck_at_g_max"],
     }  # fmt: skip
 
 
 def _host(name: str, values: dict[str, Any], *args: Any) -> None:
-    host_call(library(), name, np.frombuffer(bytes(_Programming(**values)), np.uint8), *args)
+    host_call(library(), name, np.frombuffer(bytes(Programming(**values)), np.uint8), *args)

@@ -15,7 +15,7 @@ PROGRAM = Kernel(
     weight=In("float32", "G O I"), w_max=In("float32", "L"), g=Out("float32", "P M O"),
     noise_var=Out("float32", "P M O", optional=True), state=In("int64", "two", optional=True),
     step=In("int64", "one", optional=True), step_value=_LONG, seed=Scalar("uint64"), groups=_INT, inputs=_INT,
-    outputs=_INT, slices=_INT, slice_bits=_INT, merge=_INT, scale_count=_INT, steps=_FLOAT, g_min=_FLOAT, g_max=_FLOAT,
+    outputs=_INT, slices=_INT, slice_bits=_INT, merge=_INT, scale_count=_INT, balanced=_INT, digit_max=_FLOAT, steps=_FLOAT, g_min=_FLOAT, g_max=_FLOAT,
     spread=_FLOAT, write_noise=_FLOAT, write_slope=_FLOAT, write_curve=_FLOAT, stuck_low=_FLOAT, stuck_high=_FLOAT, read_var=_FLOAT, read_power=_FLOAT,
 )  # fmt: skip
 BEGIN_FINGERPRINT = Kernel(

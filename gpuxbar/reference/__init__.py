@@ -1,5 +1,6 @@
 """The equations in NumPy float64: oracle of the other backends, and fallback without a compiler."""
 
+from gpuxbar.reference.carry import carry
 from gpuxbar.reference.dac_quantize import dac_quantize
 from gpuxbar.reference.device_update import device_update, drawn_devices
 from gpuxbar.reference.drift import drift
@@ -21,6 +22,7 @@ __all__ = [
     "METHODS",
     "ConvGeometry",
     "Purpose",
+    "carry",
     "dac_quantize",
     "device_update",
     "drawn_devices",

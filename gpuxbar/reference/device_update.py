@@ -35,7 +35,7 @@ class Cells:
 
         z = drawn_devices(rows, cols, plane, seed)
         if device_map is not None:
-            none = np.zeros((2, len(rows), cols))
+            none = np.zeros((plane + 1, len(rows), cols))
             z = {name: np.asarray(device_map.get(name, none)[plane], np.float64) for name in z}
         spread = law["step_spread"] * z["step"]
         common = np.exp(spread) if law["lognormal_steps"] else 1 + spread
@@ -90,6 +90,25 @@ def deviation(law: dict[str, Any], size: np.ndarray, wanted: np.ndarray, gain: n
     return size * law["cycle"] / np.sqrt(np.maximum(pulses, 1e-30))
 
 
+def sliced(
+    share: np.ndarray, slices: int, slice_bits: int | None, carry: dict[str, Any] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What pairs are asked for, [slices, ...], in shares of their window, and the share of a full weight of each window."""
+    if carry is None or slice_bits is None:
+        return share[None], np.ones(1)
+    base, window = 2**slice_bits, 2 ** (slice_bits + carry["headroom_bits"]) - 1
+    full = base**slices - 1
+    units = share * full
+    if carry["scheme"] == "periodic":
+        digits = np.concatenate([units[None], np.zeros((slices - 1, *share.shape))])
+    else:
+        whole, part = np.divmod(np.minimum(np.abs(units), full), 1)
+        digits = np.stack([whole.astype(np.int64) // base**k % base for k in range(slices)]).astype(float)
+        digits[0] += part
+        digits *= np.sign(units)
+    return digits / window, float(base) ** np.arange(slices) * window / full
+
+
 def device_update(
     g: np.ndarray,
     dw: np.ndarray,
@@ -98,6 +117,9 @@ def device_update(
     w_max: np.ndarray,
     g_min: float,
     g_max: float,
+    slices: int = 1,
+    slice_bits: int | None = None,
+    carry: dict[str, Any] | None = None,
     hidden: np.ndarray | None = None,
     endurance: dict[str, Any] | None = None,
     pulse_count: np.ndarray | None = None,
@@ -107,11 +129,11 @@ def device_update(
     seed: int = 0,
     step: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(conductances shown and held, [2, G * I, O] each, weights read out [G, O, I]); `law` is a dumped spec.
+    """(conductances shown and held, [2 slices, G * I, O] each, weights read out [G, O, I]); `law` and `carry` are dumped specs.
 
-    `pulse_count`, [2, G * I, O], is updated in place where given. `device_map`: normals of the devices in place of drawn
-    ones, [2, G * I, O] each, 0 where none are given: "step", "asymmetry", "low", "high" ends of the window, the law's own
-    parameter "up" and "down".
+    `pulse_count`, [2 slices, G * I, O], is updated in place where given. `device_map`: normals of the devices in place of drawn
+    ones, like g each, 0 where none are given: "step", "asymmetry", "low", "high" ends of the window, the law's own parameter
+    "up" and "down".
     """
     groups, n_out, n_in = dw.shape
     span = g_max - g_min
@@ -120,9 +142,10 @@ def device_update(
     rows = np.arange(groups * n_in)
     held = np.array(g if hidden is None else hidden, np.float64)
     shown = np.array(g, np.float64)
-    for plane, own in enumerate((share, -share)):
+    asked, digit_weights = sliced(share, slices, slice_bits, carry)
+    for plane, own in enumerate((*asked, *-asked)):
         wanted = np.clip(
-            {"both": own / 2, "reference": own * (plane == 0), "one_sided": np.maximum(own, 0.0)}[
+            {"both": own / 2, "reference": own * (plane < slices), "one_sided": np.maximum(own, 0.0)}[
                 law["sides"]
             ],
             -1.0,
@@ -156,6 +179,6 @@ def device_update(
                     )
     if hidden is None:
         shown = held
-    pair = (shown[0] - shown[1]) / span
+    pair = np.tensordot(digit_weights, shown[:slices] - shown[slices:], axes=1) / span
     weights = pair.reshape(groups, n_in, n_out).transpose(0, 2, 1) * per_output
     return shown, held, weights

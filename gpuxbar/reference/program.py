@@ -24,6 +24,8 @@ def program(
     g_max: float,
     slices: int = 1,
     slice_bits: int | None = None,
+    headroom_bits: int = 0,
+    balanced: bool = False,
     levels: int | None = None,
     merge: str = "none",
     write_noise: float = 0.0,
@@ -47,8 +49,14 @@ def program(
     if merge == "offset":
         shares = [_offset_share(w, levels)]
     else:
-        sides = [_shares(np.maximum(sign * w, 0.0), slices, slice_bits, levels) for sign in (1.0, -1.0)]
-        shares = [share for side in sides for share in side]
+        signed = np.sign(w) * np.stack(_shares(np.abs(w), slices, slice_bits, headroom_bits))
+        shares = [
+            _rounded(
+                (1 + sign * share) / 2 if balanced else np.maximum(sign * share, 0.0), levels, slice_bits
+            )
+            for sign in (1.0, -1.0)
+            for share in signed
+        ]
     planes = []
     for slot, share in enumerate(shares):
         g = g_min + share * (g_max - g_min)
@@ -128,14 +136,19 @@ def _merged(devices: np.ndarray, merge: str, slices: int, base: float, negative:
 
 
 def _shares(
-    magnitude: np.ndarray, slices: int, slice_bits: int | None, levels: int | None
+    magnitude: np.ndarray, slices: int, slice_bits: int | None, headroom_bits: int
 ) -> list[np.ndarray]:
     """The share of the conductance window of each slice, least significant first."""
     if slice_bits is None:
-        return [magnitude if levels is None else np.rint(magnitude * (levels - 1)) / (levels - 1)]
+        return [magnitude]
     base = 2**slice_bits
     code = np.rint(magnitude * (float(base) ** slices - 1)).astype(np.int64)
-    return [(code // base**k % base) / (base - 1) for k in range(slices)]
+    return [(code // base**k % base) / (base * 2**headroom_bits - 1) for k in range(slices)]
+
+
+def _rounded(share: np.ndarray, levels: int | None, slice_bits: int | None) -> np.ndarray:
+    """The nearest level of a share of the window; digits are levels already."""
+    return share if levels is None or slice_bits else np.rint(share * (levels - 1)) / (levels - 1)
 
 
 def _offset_share(w: np.ndarray, levels: int | None) -> np.ndarray:

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     RETENTION = 26
     ENDURANCE = 27
     WEAR = 28
+    CARRY = 29
     CHOPPER = 32
     PULSE_INPUT = 33
     PULSE_ERROR = 34

@@ -2,6 +2,7 @@
 
 from gpuxbar.spec import presets
 from gpuxbar.spec.ageing import Drift, Endurance, Retention
+from gpuxbar.spec.carry import Carry
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.io import load_spec, parse_value, save_spec
 from gpuxbar.spec.laws import (
@@ -39,6 +40,7 @@ __all__ = [
     "Agarwal",
     "AgarwalSymmetric",
     "Backward",
+    "Carry",
     "ConstantStep",
     "CrossbarSpec",
     "Device",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from gpuxbar.spec.ageing import Drift, Endurance, Retention
+from gpuxbar.spec.carry import Carry
 from gpuxbar.spec.laws import UpdateLaw
 from gpuxbar.spec.part import Part
 from gpuxbar.spec.pulses import PulseTrain, check_train
@@ -336,9 +337,10 @@ class CrossbarSpec(Part):
     "fp16", or "fp16x2" (conductances as a high and a low half, 22 bits); half precisions need a DAC, whose codes they
     hold exactly; on a CPU every product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
     cores, and pack them anew only when they change: micro-batches, evaluation and repeated reads save that pass over all
-    cells, for 2 bytes a cell and direction (4 with fp16x2, 2 more with `read_noise.sigma_g`); half precisions only. `update`: the device's own law, used by
-    `gpuxbar.optim.InSituSGD`; needs unsliced pairs. `pulses`: how its steps are pulsed,
-    None: as one step of the wanted size. `drift`: of conductances after `gpuxbar.program`. `retention`: what
+    cells, for 2 bytes a cell and direction (4 with fp16x2, 2 more with `read_noise.sigma_g`); half precisions only. `update`:
+    the device's own law, used by `gpuxbar.optim.InSituSGD`; needs pairs. `carry`: how sliced ones are trained by it.
+    `pulses`: how its steps are pulsed, None: as one step of the wanted size. `drift`: of conductances after
+    `gpuxbar.program`. `retention`: what
     devices trained in situ lose between updates. `endurance`: pulses that they bear.
     """
 
@@ -352,6 +354,7 @@ class CrossbarSpec(Part):
     parasitics: Parasitics = Parasitics()
     backward: Backward = Backward()
     update: UpdateLaw | None = None
+    carry: Carry | None = None
     pulses: PulseTrain | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     generator: Literal["exact", "fast"] = "exact"
@@ -395,11 +398,10 @@ class CrossbarSpec(Part):
 
     @model_validator(mode="after")
     def _updatable(self) -> CrossbarSpec:
-        if self.update is not None and (self.mapping.slices > 1 or self.mapping.scheme == "offset"):
+        if self.update is not None and self.mapping.scheme == "offset":
             raise ValueError(
-                "CrossbarSpec: `update` must go with unsliced pairs, got "
-                f"scheme={self.mapping.scheme!r} with {self.mapping.slices} slices; "
-                "use mapping.scheme='differential' or 'subtracted' and slices=1, or update=None"
+                "CrossbarSpec: `update` must go with pairs, got scheme='offset'; "
+                "use mapping.scheme='differential' or 'subtracted', or update=None"
             )
         if (
             self.mapping.slice_bits is not None
@@ -425,9 +427,40 @@ class CrossbarSpec(Part):
             check_train("CrossbarSpec", self.pulses, self.update)
         return self
 
+    @model_validator(mode="after")
+    def _carried(self) -> CrossbarSpec:
+        slices = self.mapping.slices
+        if self.update is not None and slices > 1 and self.carry is None:
+            raise ValueError(
+                f"CrossbarSpec: `carry` must say how {slices} slices are updated, got None; set "
+                "carry={'scheme': 'accumulate'}, or use mapping.slices=1 or update=None"
+            )
+        if self.carry is not None and (self.update is None or slices == 1):
+            raise ValueError(
+                f"CrossbarSpec: `carry` must go with an update law and sliced weights, got update="
+                f"{None if self.update is None else self.update.law!r} with {slices} "
+                f"slice{'s' if slices > 1 else ''}; set both, or carry=None"
+            )
+        if self.carry is not None and self.device.levels is not None:
+            raise ValueError(
+                f"CrossbarSpec: `device.levels` must be None with carry, got {self.device.levels}; a window of "
+                "2**(slice_bits + headroom_bits) - 1 units follows from it, and updates leave devices between levels"
+            )
+        if self.carry is not None and self.pulses is not None:
+            raise ValueError(
+                f"CrossbarSpec: `pulses` must be None for sliced weights, got a train with {slices} slices; update them "
+                "without pulse trains, or use mapping.slices=1"
+            )
+        return self
+
     def with_overrides(self, overrides: dict[str, Any]) -> CrossbarSpec:
         """A copy with a nested dictionary laid over it: `{"adc": {"bits": 6}}`; validated anew."""
         return CrossbarSpec.model_validate(_merged(self.model_dump(), overrides))
+
+    @property
+    def headroom_bits(self) -> int:
+        """Bits by which a device's window exceeds a digit; see `Carry`."""
+        return 0 if self.carry is None else self.carry.headroom_bits
 
     @property
     def backward_dac(self) -> DAC:

@@ -8,6 +8,7 @@
 
 #include "cells.hpp"
 #include "gpuxbar/endurance.cuh"
+#include "gpuxbar/slices.cuh"
 
 using namespace gpuxbar;
 
@@ -20,6 +21,7 @@ constexpr int AHEAD = 16;  // rows between asking for cells and moving them
 struct Update {
   UpdateLaw law;
   Endurance endurance;
+  Slices slices;
   i64 groups, inputs, outputs, step;
   u64 seed;
   float g_min, range;  // S
@@ -27,7 +29,7 @@ struct Update {
 };
 
 struct Arrays {
-  float* g;            // [2, G * I, O] S
+  float* g;            // [2 slices, G * I, O] S
   float* hidden;       // like g: what devices hold where they show it with write noise; else null
   i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
   DeviceMap map;       // planes like g
@@ -72,7 +74,7 @@ void move_row(const Update& u, DeviceMap map, i64 first, const Place& at, const 
   if (taken)
     for (i64 j = 0; j < count; ++j) free[j] = taken[j] < 0 ? 0.0f : free[j];
   const UpdateLaw s = u.law;
-  const bool positive = at.plane == 0;
+  const bool positive = at.plane < (u32)u.slices.count;
   alignas(64) float wanted[WIDE_ROW], d[WIDE_ROW];
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
@@ -108,6 +110,35 @@ void fetch(T* cells) {
   for (int j = 0; j < WIDE_ROW; j += LINE) __builtin_prefetch(cells + j, std::is_const_v<T> ? 0 : 1);
 }
 
+// What a row of pairs of slice k is asked for, in shares of its window; false if nothing.
+bool digits(const Slices slices, const float* change, i32 k, float* digit) {
+  u32 asked = 0;
+#pragma omp simd reduction(| : asked)
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    digit[j] = slice_change(slices, change[j], k);
+    asked |= float_bits(digit[j]) << 1;  // any but a zero of either sign
+  }
+  return asked != 0;
+}
+
+// Move a row of devices, the first of them at place `first` of its arrays.
+template <class L>
+void update_row(const Update& u, const Arrays& a, const Place& at, const float* change, i64 first, i64 count) {
+  float *cells = a.g + first, *held = a.hidden ? a.hidden + first : cells;
+  alignas(64) float x[WIDE_ROW], before[WIDE_ROW], shown[WIDE_ROW], shown_before[WIDE_ROW];
+  const float inverse_range = 1.0f / u.range;
+  load_shares(held, u.g_min, inverse_range, count, x);
+  std::copy(x, x + WIDE_ROW, before);
+  if (a.hidden) {
+    load_shares(cells, u.g_min, inverse_range, count, shown);
+    std::copy(shown, shown + WIDE_ROW, shown_before);
+  }
+  i32* taken = a.pulse_count ? a.pulse_count + first : nullptr;
+  move_row<L>(u, a.map, first, at, change, count, taken, x, a.hidden ? shown : nullptr);
+  write_back(held, x, before, u.g_min, u.range, count);
+  if (a.hidden) write_back(cells, shown, shown_before, u.g_min, u.range, count);
+}
+
 template <class L>
 void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
@@ -123,34 +154,29 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j) change[i][j] *= inverse[j];
     if (i + AHEAD < lines)
-      for (i64 plane = 0; plane < 2; ++plane) {
+      for (i64 plane = 0; plane < 2 * u.slices.count; ++plane) {
         const i64 ahead = ((plane * u.groups + group) * u.inputs + i0 + i + AHEAD) * u.outputs + o0;
         fetch(a.g + ahead);
         if (a.hidden) fetch(a.hidden + ahead);
         if (a.map.normal)
           for (int k = 0; k < map_planes(u.law); ++k) fetch(a.map.normal + k * a.map.cells + ahead);
       }
-    for (u32 plane = 0; plane < 2; ++plane) {
-      const i64 row = group * u.inputs + i0 + i, first = ((i64)plane * u.groups * u.inputs + row) * u.outputs + o0;
-      float *cells = a.g + first, *held = a.hidden ? a.hidden + first : cells;
-      if (plane == 0 || u.law.sides != REFERENCE) {
-        alignas(64) float x[WIDE_ROW], before[WIDE_ROW], shown[WIDE_ROW], shown_before[WIDE_ROW];
-        load_shares(held, u.g_min, inverse_range, count, x);
-        std::copy(x, x + WIDE_ROW, before);
-        if (a.hidden) {
-          load_shares(cells, u.g_min, inverse_range, count, shown);
-          std::copy(shown, shown + WIDE_ROW, shown_before);
-        }
-        i32* taken = a.pulse_count ? a.pulse_count + first : nullptr;
-        move_row<L>(u, a.map, first, Place{plane, (u32)row, o0}, change[i], count, taken, x,
-                    a.hidden ? shown : nullptr);
-        write_back(held, x, before, u.g_min, u.range, count);
-        if (a.hidden) write_back(cells, shown, shown_before, u.g_min, u.range, count);
-      }
-      const float sign = plane ? -inverse_range : inverse_range;
-      float* sum = weight[i];
+    std::fill(weight[i], weight[i] + count, 0.0f);
+    for (i32 k = 0; k < u.slices.count; ++k) {
+      alignas(64) float digit[WIDE_ROW];
+      const bool whole = u.slices.count == 1;
+      const bool asked = whole || digits(u.slices, change[i], k, digit);
+      for (i32 side = 0; side < 2; ++side) {
+        const u32 plane = (u32)(side * u.slices.count + k);
+        const i64 row = group * u.inputs + i0 + i, first = ((i64)plane * u.groups * u.inputs + row) * u.outputs + o0;
+        float* cells = a.g + first;
+        if (asked && (side == 0 || u.law.sides != REFERENCE))
+          update_row<L>(u, a, Place{plane, (u32)row, o0}, whole ? change[i] : digit, first, count);
+        const float share = inverse_range * slice_weight(u.slices, k), by = side ? -share : share;
+        float* sum = weight[i];
 #pragma omp simd
-      for (i64 j = 0; j < count; ++j) sum[j] = fma(cells[j], sign, plane ? sum[j] : 0.0f);
+        for (i64 j = 0; j < count; ++j) sum[j] = fma(cells[j], by, sum[j]);
+      }
     }
 #pragma omp simd
     for (i64 j = 0; j < count; ++j) weight[i][j] *= top[j];
@@ -164,7 +190,7 @@ extern "C" void gpuxbar_device_update(float* g, float* hidden, i32* pulse_count,
                                       float* w, const float* w_max, const Update* update, i64* bad) {
   const Update u = *update;
   const i64 size = u.groups * u.inputs * u.outputs;
-  const Arrays a{g, hidden, pulse_count, DeviceMap{device_map, 2 * size}, dw, w, w_max};
+  const Arrays a{g, hidden, pulse_count, DeviceMap{device_map, 2 * u.slices.count * size}, dw, w, w_max};
   *bad = count_not_finite(dw, size);
   if (*bad) return;
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;

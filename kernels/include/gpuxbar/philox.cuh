@@ -35,6 +35,7 @@ enum Purpose : u32 {
   RETENTION = 26,  // time constant of a device; slot: plane
   ENDURANCE = 27,  // pulses that a device bears; slot: plane
   WEAR = 28,       // rounding of parts of a pulse; slot: plane
+  CARRY = 29,      // write noise of a carry; slot: plane, step: updates before it
   CHOPPER = 32,    // sign flips of a chopped transfer; row: wordline
   // pulse trains
   PULSE_INPUT = 33,  // slots of wordlines; group: slot of the train, row: eight lines, slot: sample

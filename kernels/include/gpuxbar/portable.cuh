@@ -26,6 +26,7 @@ using i64 = long long;
 
 GPUXBAR_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 GPUXBAR_FN float round_even(float x) { return rintf(x); }
+GPUXBAR_FN float floor(float x) { return floorf(x); }
 GPUXBAR_FN float min(float a, float b) { return fminf(a, b); }
 GPUXBAR_FN float max(float a, float b) { return fmaxf(a, b); }
 GPUXBAR_FN float abs(float x) { return fabsf(x); }
@@ -60,6 +61,7 @@ GPUXBAR_FN float log2_fast(float x) {
 
 GPUXBAR_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GPUXBAR_FN float round_even(float x) { return __builtin_rintf(x); }
+GPUXBAR_FN float floor(float x) { return __builtin_floorf(x); }
 GPUXBAR_FN float min(float a, float b) { return a < b ? a : b; }
 GPUXBAR_FN float max(float a, float b) { return a > b ? a : b; }
 GPUXBAR_FN float abs(float x) { return __builtin_fabsf(x); }

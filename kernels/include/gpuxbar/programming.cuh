@@ -22,7 +22,9 @@ struct Programming {
   i64 merge;
   i64 scale_count;  // values of w_max: 1 or groups * outputs
   i64 step;
+  i64 balanced;  // pairs lie around the middle of the window, else one device of each at g_min
   u64 seed;
+  float digit_max;     // of a slice, at g_max
   float steps;         // steps between levels over |w| (offset: over 1 + w), 0: continuous
   float g_min, g_max;  // S
   float spread;        // relative standard deviation between devices
@@ -49,15 +51,22 @@ GPUXBAR_FN u32 weight_code(float w, double inverse_w_max, double top) {
 
 // Target of a device on one side of a pair, S: `side` is 1 for positive weights, -1 for negative ones.
 GPUXBAR_FN float pair_target(const Programming& p, float w, float side) {
-  const float share = max(side * w, 0.0f);
+  const float share = p.balanced ? fma(0.5f * side, w, 0.5f) : max(side * w, 0.0f);
   return fma(p.steps > 0.0f ? level_share(share, p.steps) : share, p.g_max - p.g_min, p.g_min);
+}
+
+// Target of a device whose pair holds a digit, as its side sees it, S; kept inside the window.
+GPUXBAR_FN float digit_target(const Programming& p, float digit) {
+  const float unit = (p.g_max - p.g_min) / p.digit_max, own = min(digit, p.digit_max);
+  return p.balanced ? fma(0.5f * unit, max(own, -p.digit_max), 0.5f * (p.g_min + p.g_max))
+                    : fma(max(own, 0.0f), unit, p.g_min);
 }
 
 // The same for slice k of a weight of that code.
 GPUXBAR_FN float slice_target(const Programming& p, float w, u32 code, i64 k, float side) {
   const u32 mask = (1u << p.slice_bits) - 1;
   const float digit = (float)(i32)(code >> (u32)(k * p.slice_bits) & mask);
-  return fma(side * w > 0.0f ? digit : 0.0f, (p.g_max - p.g_min) / (float)mask, p.g_min);
+  return digit_target(p, side * w > 0.0f ? digit : -digit);
 }
 
 // Target of a single device, S. The middle level is w = 0; an even number of levels leaves the last one unused.
@@ -71,6 +80,9 @@ GPUXBAR_FN float offset_target(const Programming& p, float w) {
 GPUXBAR_FN bool noisy_writes(const Programming& p) {
   return p.write_noise != 0.0f || p.write_slope != 0.0f || p.write_curve != 0.0f;
 }
+
+// Whether a device of that uniform is stuck.
+GPUXBAR_FN bool stuck(const Programming& p, float u) { return u < p.stuck_low || u > p.stuck_high; }
 
 // Conductance left by a write, S: z_spread and z_write are standard normals, u uniform in (0, 1).
 GPUXBAR_FN float written(const Programming& p, float target, float z_spread, float z_write, float u) {

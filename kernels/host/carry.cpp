@@ -1,0 +1,138 @@
+// carry on the CPU: digits of sliced weights that outgrew their base give their excess to the next slice.
+//
+// A row of 64 weights at a time, through all slices; every weight is a function of its own place, so the bits do not
+// depend on threads. Meaning and oracle: gpuxbar/reference/carry.py.
+#include <algorithm>
+
+#include "cells.hpp"
+#include "gpuxbar/programming.cuh"
+#include "gpuxbar/slices.cuh"
+
+using namespace gpuxbar;
+
+namespace {
+
+constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
+
+struct Arrays {
+  float* g;                // [2 slices, R, C] S
+  float* hidden;           // like g, or null
+  const i32* pulse_count;  // like g, or null
+  i64 rows, cols;
+};
+
+// 64 weights, of which `count` exist.
+struct Spot {
+  u32 row;
+  i64 col0, count;
+};
+
+// Pairs of one slice. Units: the digit, and what both devices of a pair lie above g_min; 1 where both can be written.
+struct Pairs {
+  alignas(64) float digit[WIDE_ROW], common[WIDE_ROW], writable[WIDE_ROW];
+};
+
+bool has_stuck(const Programming& p) { return p.stuck_low > 0.0f || p.stuck_high < 1.0f; }
+
+void draw_stuck(const Programming& p, const Spot& at, u32 plane, float* u) {
+  if (has_stuck(p))
+    draw_uniforms(Draw{STUCK, plane, 0, p.seed}, at.row, at.col0, u);
+  else
+    std::fill(u, u + WIDE_ROW, 0.5f);
+}
+
+i64 place(const Arrays& a, const Spot& at, u32 plane) { return ((i64)plane * a.rows + at.row) * a.cols + at.col0; }
+
+void load_pairs(const Programming& p, const Slices& s, const Arrays& a, const Spot& at, i32 k, Pairs& pairs) {
+  alignas(64) float side[2][WIDE_ROW] = {}, u[WIDE_ROW];
+  std::fill(pairs.writable, pairs.writable + WIDE_ROW, 1.0f);
+  for (i32 n = 0; n < 2; ++n) {
+    const u32 plane = (u32)(n * s.count + k);
+    const i64 first = place(a, at, plane);
+    std::copy(a.g + first, a.g + first + at.count, side[n]);
+    if (has_stuck(p)) {
+      draw_stuck(p, at, plane, u);
+      for (int j = 0; j < WIDE_ROW; ++j) pairs.writable[j] *= stuck(p, u[j]) ? 0.0f : 1.0f;
+    }
+    if (a.pulse_count)
+      for (i64 j = 0; j < at.count; ++j) pairs.writable[j] *= a.pulse_count[first + j] < 0 ? 0.0f : 1.0f;
+  }
+  const float units = s.window / (p.g_max - p.g_min), g_min = p.g_min;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    pairs.digit[j] = (side[0][j] - side[1][j]) * units;
+    pairs.common[j] = (min(side[0][j], side[1][j]) - g_min) * units;
+  }
+}
+
+// Write the digits of chosen pairs of slice k: 1 where chosen.
+void write_pairs(const Programming& p, const Slices& s, const Arrays& a, const Spot& at, i32 k, const float* digit,
+                 const float* chosen) {
+  if (std::all_of(chosen, chosen + at.count, [](float one) { return one == 0.0f; })) return;
+  for (i32 n = 0; n < 2; ++n) {
+    const u32 plane = (u32)(n * s.count + k);
+    const i64 first = place(a, at, plane);
+    alignas(64) float spread[WIDE_ROW] = {}, noise[WIDE_ROW] = {}, u[WIDE_ROW], value[WIDE_ROW];
+    if (p.spread > 0.0f) draw_normals(Draw{DEVICE_SPREAD, plane, 0, p.seed}, at.row, at.col0, spread);
+    if (noisy_writes(p)) draw_normals(Draw{CARRY, plane, (u32)p.step, p.seed}, at.row, at.col0, noise);
+    draw_stuck(p, at, plane, u);
+    const float sign = n ? -1.0f : 1.0f;
+    const Programming settings = p;
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j)
+      value[j] = written(settings, digit_target(settings, sign * digit[j]), spread[j], noise[j], u[j]);
+    for (i64 j = 0; j < at.count; ++j) {
+      if (chosen[j] == 0.0f || stuck(p, u[j]) || (a.pulse_count && a.pulse_count[first + j] < 0)) continue;
+      a.g[first + j] = value[j];
+      if (a.hidden) a.hidden[first + j] = value[j];
+    }
+  }
+}
+
+void carry_row(const Programming& p, const Slices s, const Arrays& a, const Spot& at, i32 due) {
+  const i32 last = s.count - 1;
+  const float base = power_of_two(s.bits);
+  Pairs pairs[2];
+  alignas(64) float in[WIDE_ROW] = {}, digit[WIDE_ROW], chosen[WIDE_ROW];
+  load_pairs(p, s, a, at, 0, pairs[0]);
+  for (i32 k = 0; k <= last; ++k) {
+    const Pairs& here = pairs[k & 1];
+    Pairs& next = pairs[~k & 1];
+    if (k < last) load_pairs(p, s, a, at, k + 1, next);
+    const bool gives = k < due, crowded = !p.balanced && (gives || due == last);
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) {
+      const float total = here.digit[j] + in[j], both = here.writable[j] * next.writable[j];
+      const float out = gives ? both * excess(total, s.bits) : 0.0f;
+      chosen[j] = in[j] != 0.0f || out != 0.0f || (crowded && here.common[j] >= 1.0f) ? 1.0f : 0.0f;
+      digit[j] = fma(-base, out, total);
+      in[j] = out;
+    }
+    write_pairs(p, s, a, at, k, digit, chosen);
+  }
+  if (due < last) return;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {  // now of the highest slice
+    chosen[j] = excess(digit[j], s.bits) != 0.0f ? 1.0f : 0.0f;
+    digit[j] = digit[j] < 0.0f ? 1.0f - base : base - 1.0f;
+  }
+  for (i32 k = 0; k <= last; ++k) write_pairs(p, s, a, at, k, digit, chosen);
+}
+
+}  // namespace
+
+// The step of `writes` is the number of updates so far.
+extern "C" void gpuxbar_carry(const Programming* writes, const Slices* slices, float* g, float* hidden,
+                              const i32* pulse_count, i64 interval, i64 rows, i64 cols, i64* bad) {
+  const Programming p = *writes;
+  const Slices s = *slices;
+  const Arrays a{g, hidden, pulse_count, rows, cols};
+  const i32 due = slices_due(s, interval, p.step);
+  if (due == 0) return;
+  *bad = count_not_finite(g, 2 * s.count * rows * cols);
+  if (*bad) return;
+#pragma omp parallel for schedule(static) if (s.count * rows * cols >= WORTH_A_THREAD)
+  for (i64 row = 0; row < rows; ++row)
+    for (i64 col0 = 0; col0 < cols; col0 += WIDE_ROW)
+      carry_row(p, s, a, Spot{(u32)row, col0, std::min<i64>(WIDE_ROW, cols - col0)}, due);
+}
