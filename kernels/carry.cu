@@ -115,10 +115,10 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     Pairs here = load_pairs(p, slices, g, pulse_count, at, 0);
     float in[4] = {}, digit[4];
     bool chosen[4];
-    for (i32 k = 0; k <= last; ++k) {
+    for (i32 k = 0; k <= due; ++k) {  // the last of them only takes
       const bool gives = k < due, looked = gives || due == last;
       Pairs next = here;
-      if (k < last) next = load_pairs(p, slices, g, pulse_count, at, k + 1);
+      if (gives) next = load_pairs(p, slices, g, pulse_count, at, k + 1);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const float total = here.digit[q] + in[q];

@@ -227,6 +227,13 @@ def test_whole_digits_stay_whole():
         g = from_digits(sign * np.array([7.0, 6.0, 1.0]).reshape(3, 1, 1), s)
         ops.carry(g, **carrying(s, updates=64))
         np.testing.assert_allclose(sign * digits_of(g, s).ravel(), [3, 3, 2], atol=1e-4)
+    s, low = lie(5, 2, 6), np.arange(0.0, 256, 4)
+    digits = np.zeros((5, 1, 64))
+    digits[0] = low
+    g = from_digits(digits, s)
+    assert 10 < (digits_of(g, s)[0] < low).sum() < 54
+    ops.carry(g, **carrying(s, updates=64))
+    np.testing.assert_allclose(digits_of(g, s)[:, 0], [low // 4**k % 4 for k in range(5)], atol=1e-3)
 
 
 def test_a_weight_beyond_full_is_clipped():

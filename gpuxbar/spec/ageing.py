@@ -71,7 +71,7 @@ class Endurance(Part):
     it is pulsed, so none is a default of physics: "held" is the mildest.
 
     Pulses are those of trains, or of an expected update its size in nominal steps, rounded at random to a whole number
-    that is right in the mean. Programming and refreshing are not counted. Counts take 4 bytes a device, and end at 2**31.
+    that is right in the mean. Programming, refreshing and carries are not counted. Counts take 4 bytes a device, and end at 2**31.
 
     Source: Chen et al., "Physical mechanisms of endurance degradation in TMO-RRAM", IEDM 2011 (failure to either state);
     Rasch et al., aihwkit, AICAS 2021 (counted pulses).

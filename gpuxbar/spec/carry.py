@@ -23,15 +23,17 @@ class Carry(Part):
     law; what is below a unit goes to the lowest slice, whose devices are analog. "periodic": the lowest slice takes all
     of it, as far as its window goes, and the others only change by carries.
 
-    A carry moves excess up, from the lowest slice to the highest: of a digit of b or more in size, whole multiples of b leave,
-    and the next slice gains as many units. Digits keep what they have beyond whole units, so a carry changes no weight, but
-    for the noise of its writes. Where the highest digit would be b or more in size, all digits become b - 1 of that sign:
-    the weight is clipped. Cells are read exactly, one after the other, and written by the same write-verify as programmed
-    weights, with the noise and spread of `spec.programming`; only pairs whose digit changes are written (with one-sided
-    devices, those too of which both have gained a unit). A pair with a stuck or failed device neither gives nor takes.
+    A carry moves excess up, from the lowest slice to the highest: of a digit of b or more in size, whole multiples of b
+    leave, and the next slice gains as many units. Digits keep what they have beyond whole units, so a carry changes no
+    weight, but for the noise of its writes. Where the highest digit would be b or more in size, all digits become b - 1 of
+    that sign: the weight is clipped. Cells are read exactly, one after the other, and written by the same write-verify as
+    programmed weights, with the noise and spread of `spec.programming`. Only pairs whose digit changes are written, both
+    devices of them; with one-sided devices those too of which both have gained a unit. A pair with a stuck or failed device
+    neither gives nor takes.
 
-    `interval`: updates between carries, which come before the first update after them. "accumulate" carries through all slices at once; with "periodic", slice k gives up
-    its excess every interval * b**k updates, as often as the slice below can have filled it.
+    `interval`: updates between carries, which come just before the next update. "accumulate" carries through
+    all slices at once; with "periodic", slice k gives up its excess every interval * b**k updates, as often as the slice
+    below can have filled it.
 
     A weight takes 8 bytes a slice, and as many again where the law has write noise and where pulses are counted. A change
     is float32: it has 24 significant bits, whatever the slices hold.

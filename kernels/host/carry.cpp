@@ -95,11 +95,11 @@ void carry_row(const Programming& p, const Slices s, const Arrays& a, const Spot
   Pairs pairs[2];
   alignas(64) float in[WIDE_ROW] = {}, digit[WIDE_ROW], chosen[WIDE_ROW];
   load_pairs(p, s, a, at, 0, pairs[0]);
-  for (i32 k = 0; k <= last; ++k) {
+  for (i32 k = 0; k <= due; ++k) {  // the last of them only takes
+    const bool gives = k < due, crowded = !p.balanced && (gives || due == last);
     const Pairs& here = pairs[k & 1];
     Pairs& next = pairs[~k & 1];
-    if (k < last) load_pairs(p, s, a, at, k + 1, next);
-    const bool gives = k < due, crowded = !p.balanced && (gives || due == last);
+    if (gives) load_pairs(p, s, a, at, k + 1, next);
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j) {
       const float total = here.digit[j] + in[j], both = here.writable[j] * next.writable[j];
