@@ -580,6 +580,45 @@ def test_shared_drivers_match_oracle(cuda_device, shape):
         assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (20, 37), (70, 30), (128, 128)])
+def test_gradients_through_wires_match_oracle(cuda_device, monkeypatch, shape):
+    g, w = tiles(3, *shape), wires("lines", *shape)
+    grad = np.random.default_rng(1).normal(size=g.shape).astype(np.float32)
+    found = run(cuda_device, ops.effective_conductance_gradient, g, grad, **w)
+    expected = reference.effective_conductance_gradient(g, grad, **w)
+    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+    for _ in range(REPEATS):
+        again = run(cuda_device, ops.effective_conductance_gradient, g, grad, **w)
+        np.testing.assert_array_equal(found, again)
+    monkeypatch.setattr(cuda_device, "workspace", 1)
+    alone = run(cuda_device, ops.effective_conductance_gradient, g, grad, **w)
+    assert np.abs(alone - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def test_layers_and_tensors_have_the_gradient_through_wires(cuda_device):
+    import torch
+
+    import gpuxbar as gx
+    from gpuxbar import bridge
+
+    wires = {"r_wordline": 20.0, "r_bitline": 10.0, "r_source": 500.0, "r_sink": 100.0}
+    spec = {
+        "tile": {"rows": 20, "cols": 30},
+        "parasitics": {**wires, "terminations": "line", "gradient": "exact"},
+    }
+    grads = {}
+    for place in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layer = gx.nn.AnalogLinear(50, 70, spec=gx.CrossbarSpec.model_validate(spec)).to(place)
+        layer(torch.randn(9, 50).to(place)).square().sum().backward()
+        g = torch.rand(2, 30, 40).mul(1e-4).to(place).requires_grad_()
+        lines = {**wires, "r_sink": torch.linspace(0, 200, 40).to(place)}
+        bridge.effective_conductance(g, **lines).square().sum().backward()
+        grads[place] = [x.grad.cpu() for x in (layer.weight, g)]
+    for host, device in zip(grads["cpu"], grads["cuda"], strict=True):
+        assert (device - host).abs().max() < 1e-4 * host.abs().max()
+
+
 def test_wires_do_not_depend_on_the_workspace_and_repeat(cuda_device, monkeypatch):
     g = tiles(9, 70, 40)
     first = run(cuda_device, ops.effective_conductance, g, **WIRES["strong"])

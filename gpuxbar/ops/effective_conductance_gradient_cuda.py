@@ -1,6 +1,6 @@
 """`effective_conductance_gradient` on a CUDA device: the levels of the block merge undone, from the tile to its cells.
 
-A merge is undone by twelve batched products on what its level kept, the columns of its joined sides; leaves by
+A merge is undone by thirteen batched products on what its level kept, the columns of its joined sides; leaves by
 one kernel in shared memory, which merges them anew. Everything is float32, the number of launches depends on the tile's
 size only, and nothing waits for the device. Not yet run on a GPU.
 
@@ -58,7 +58,7 @@ CONDUCTANCE_LEAF_GRADIENT = Kernel(
 KERNELS = (TILE, PARTS, TURN, CONDUCTANCE_LEAF_GRADIENT)
 
 LEAF_BYTES = 4 * (3 * 4608 + 2048)  # of shared memory: two levels of blocks, one of gradients, products
-CHUNK = 4  # workspaces of the device that a chunk of tiles may take: its batches are small near the tile
+CHUNK = 4  # workspaces of the device for a chunk of tiles (23 of 128 x 128 in 256 MB): batches are small near the tile
 
 
 def effective_conductance_gradient_cuda(device: Device, g: Any, grad: Any, lines: dict[str, Any]) -> Any:
@@ -66,13 +66,22 @@ def effective_conductance_gradient_cuda(device: Device, g: Any, grad: Any, lines
     rows, cols = g.shape[1:]
     bits = leaf_bits(rows, cols)
     out, wires = device.empty(g.shape, "float32"), wire_values(lines)
-    # the kept levels, and blocks, gradients and products of the one at hand
-    per_tile = 4 * (5 * (sum(bits) + 1) // 4 + 8) * 4096 << sum(bits)
-    chunk = max(CHUNK * device.workspace // per_tile, 1)
+    chunk = max(CHUNK * device.workspace // _bytes(*bits), 1)
     for first in range(0, len(g), chunk):
         part = slice(first, first + chunk)
         _tiles(device, g[part], grad[part], out[part], wires, bits)
     return out
+
+
+def _bytes(high_bits: int, wide_bits: int) -> int:
+    """Memory of a tile: its kept levels, and the gradients and products of the level at hand."""
+    rows = cols = LEAF
+    blocks, kept = 1 << (high_bits + wide_bits), 0
+    for along_rows in merge_ways(high_bits, wide_bits):
+        kept += blocks * (2 * (rows + cols)) ** 2
+        blocks //= 2
+        rows, cols = (rows, 2 * cols) if along_rows else (2 * rows, cols)
+    return 4 * (kept + 4 * (2 * (rows + cols)) ** 2)
 
 
 def _tiles(

@@ -215,8 +215,8 @@ class Parasitics(Part):
     of a layer's tiles are solved, the most urgent first, so a layer that jumps is followed over several changes; a
     layer's `wire_error()` is the largest estimate, and `restart_wires()` solves all at the next read.
     `gradient`: of the weights. "straight_through": that of the conductances as reads see them, as if wires took nothing
-    on the way to the devices; "exact": brought through the wires to the devices by the adjoint network, at seven to
-    eight times the cost of an exact solution at every backward pass (method "exact", with or without anchor, on the CPU).
+    on the way to the devices; "exact": brought through the wires to the devices by the adjoint network, at three
+    to four times the cost of an exact solution at every backward pass (method "exact", with or without anchor).
     """
 
     r_wordline: float = Field(0.0, ge=0)

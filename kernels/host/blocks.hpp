@@ -25,18 +25,6 @@ constexpr int WIDTH = 8, MICRO = 4;
 
 typedef float Lane __attribute__((vector_size(4 * LEAVES)));  // one value of every leaf of a group
 
-// Neighbouring floats at any address; a template argument would lose the alignment.
-template <int COUNT>
-struct Floats;
-template <>
-struct Floats<16> {
-  typedef float Vec __attribute__((vector_size(64), aligned(4)));
-};
-template <>
-struct Floats<8> {
-  typedef float Vec __attribute__((vector_size(32), aligned(4)));
-};
-
 // The first `count` of 16 floats, the others 0.
 inline Lane some(const float* from, i64 count) {
   Lane x = {};
@@ -48,32 +36,6 @@ inline Lane some(const float* from, i64 count) {
 }
 
 // ---------------------------------------------------------------- products
-
-// c[i][j] = c0[i][j] + sign * sum_k at[k][i] b[k][j] for ROWS x COLS results in registers; c0 may be null or c.
-template <int STEP, int ROWS, int COLS>
-inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
-                          float sign, float* c, i64 ldc) {
-  using V = typename Floats<STEP>::Vec;
-  V sum[ROWS][COLS] = {};
-  for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
-    V right[COLS];
-#pragma GCC unroll 2
-    for (int j = 0; j < COLS; ++j) right[j] = *(const V*)(b + j * STEP);
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      const V left = at[i] - V{};
-#pragma GCC unroll 2
-      for (int j = 0; j < COLS; ++j) sum[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < COLS; ++j) {
-      const V start = c0 ? *(const V*)(c0 + i * ldc0 + j * STEP) : V{};
-      *(V*)(c + i * ldc + j * STEP) = start + sign * sum[i][j];
-    }
-}
 
 template <int STEP, int COLS>
 void tile_column(i64 rows, i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,

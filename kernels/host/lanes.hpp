@@ -33,22 +33,7 @@ struct alignas(64) Plane {
 // c[j][i] = sum_k a[k][i] b[k][j] for V vectors of rows and MICRO columns.
 template <int V>
 inline void multiply(i64 length, const float* a, const float* b, float* c) {
-  Vec sum[V][MICRO] = {};
-  for (i64 k = 0; k < length; ++k, a += ROWS, b += COLS) {
-    Vec rows[V];
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) rows[v] = *(const Vec*)(a + v * LANES);
-#pragma GCC unroll 8
-    for (int j = 0; j < MICRO; ++j) {
-      const Vec g = b[j] - Vec{};
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) sum[v][j] += rows[v] * g;
-    }
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < MICRO; ++j)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) *(Vec*)(c + j * ROWS + v * LANES) = sum[v][j];
+  register_tile<LANES, MICRO, V>(length, b, COLS, a, ROWS, nullptr, 0, 1.0f, c, ROWS);
 }
 
 // Columns begin .. end - 1 (whole register tiles around them) of a block of `rows` rows over `length` wordlines.

@@ -17,6 +17,19 @@ constexpr int LANES = 8;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// Neighbouring floats at any address; a template argument would lose the alignment.
+template <int COUNT>
+struct Floats;
+template <>
+struct Floats<16> {
+  typedef float Vec __attribute__((vector_size(64), aligned(4)));
+};
+template <>
+struct Floats<8> {
+  typedef float Vec __attribute__((vector_size(32), aligned(4)));
+};
+
 typedef i32 VecIndex __attribute__((vector_size(4 * LANES)));
 typedef u64 Wide __attribute__((vector_size(4 * LANES), may_alias));
 
@@ -59,6 +72,32 @@ inline void philox_lanes(const WideCounter& even, const WideCounter& odd, u32 ke
   *(Wide*)y = (a.y & low) | b.y << 32;
   *(Wide*)z = (a.z & low) | b.z << 32;
   *(Wide*)w = (a.w & low) | b.w << 32;
+}
+
+// c[i][j] = c0[i][j] + sign * sum_k at[k][i] b[k][j] for ROWS x COLS vectors in registers; c0 may be null or c.
+template <int STEP, int ROWS, int COLS>
+inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
+                          float sign, float* c, i64 ldc) {
+  using V = typename Floats<STEP>::Vec;
+  V sum[ROWS][COLS] = {};
+  for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
+    V right[COLS];
+#pragma GCC unroll 3
+    for (int j = 0; j < COLS; ++j) right[j] = *(const V*)(b + j * STEP);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const V left = at[i] - V{};
+#pragma GCC unroll 3
+      for (int j = 0; j < COLS; ++j) sum[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < COLS; ++j) {
+      const V start = c0 ? *(const V*)(c0 + i * ldc0 + j * STEP) : V{};
+      *(V*)(c + i * ldc + j * STEP) = start + sign * sum[i][j];
+    }
 }
 
 // The steps of a transposition from STRIDE on: each swaps the lanes of rows that lie so far apart. N rows of N floats.
