@@ -1,7 +1,7 @@
 // fused_tile_mvm: tile products on tensor cores with the conversion inside: at the end of a tile the accumulators get
 // their noise, are digitised and added to integer sums in registers, so partial sums never leave the chip.
 //
-// Axes    G groups, T tiles of K driven lines (padded to a multiple of 64), S planes, N sensed lines, M rows of this
+// Axes    G groups, T tiles of K driven lines (padded to a multiple of 64, of bytes 128), S planes, N sensed lines, M rows of this
 //         call, P passes; a [M, G, T, K] (IMPLICIT: images [N, height, width, G, C], C padded to a multiple of 8),
 //         b [S, G, N, T, K], words [P, S, M, G * N]; y and gate [rows, G * N], or images [N, G * N, pixels].
 // Launch  128 rows by BLOCK_N columns a block, 256 threads (8 warps of 64 x BLOCK_N / 4); grid (blocks, splits, P S G).
@@ -13,7 +13,8 @@
 //         STREAMS 0 whole codes, 1 signed digits, 2 two-phase digits (of codes below 1024); CONVERTERS 0 one LSB for
 //         all, 1 an LSB a column, 2 also gain and offset of every converter; GATE also counts the conversions inside
 //         the range, in the high half of each sum; IMPLICIT rows are patches, gathered from images as patches.cuh
-//         says, with zeros where they reach over an edge
+//         says, with zeros where they reach over an edge; INT8 products of bytes, 1 if the sums of a tile stay below 2^22,
+//         2 larger ones: conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0)
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/mma.cuh"
@@ -32,18 +33,32 @@
 #define IMPLICIT 0
 #endif
 
+#if INT8 && (IMPLICIT || VARIANCE || STREAMS || TERMS == 2)
+#error "INT8 goes without TERMS 2, VARIANCE, STREAMS and IMPLICIT"
+#endif
+
 extern __shared__ __align__(1024) unsigned char gx_smem[];
 
 namespace gpuxbar {
 
 constexpr int WARP_M = 64, WARP_N = BLOCK_N / 4;
 constexpr int ROW_PARTS = WARP_M / 16, COLUMN_PARTS = WARP_N / 8, GROUPS_OF_32 = WARP_N / 32;
-constexpr int PANELS = TERMS + VARIANCE;         // right operands of a stage
-constexpr int STEP = 64, STEP_BYTES = 2 * STEP;  // driven lines of a stage
+constexpr int PANELS = TERMS + VARIANCE;                              // right operands of a stage
+constexpr int STEP_BYTES = 128, STEP = STEP_BYTES / sizeof(Operand);  // driven lines of a stage
+constexpr int CHUNK = 16 / sizeof(Operand), PARTS = STEP_BYTES / 32;  // lines of a copy; products along a stage
 constexpr u32 A_BYTES = BLOCK_M * STEP_BYTES, B_BYTES = BLOCK_N * STEP_BYTES, STAGE_BYTES = A_BYTES + PANELS * B_BYTES;
-constexpr int UNROLL = VARIANCE && STREAMS ? 1 : STEP / 16;     // unrolled further, this variant would spill
+constexpr int UNROLL = VARIANCE && STREAMS ? 1 : PARTS;         // unrolled further, this variant would spill
 constexpr int BLOCK_LD = (PAIRED ? BLOCK_N / 2 : BLOCK_N) + 4;  // of the block of results
 static_assert(4 * BLOCK_M * BLOCK_LD <= STAGES * STAGE_BYTES, "the results lie where the stages lay");
+
+#if INT8
+// Sums of bytes start at a float whose low bits they fill, 1.5 * 2^23, which spares a conversion where they fit.
+constexpr i32 ZERO = INT8 == 1 ? 0x4B400000 : 0;
+GPUXBAR_FN float value_of(i32 sum) { return INT8 == 1 ? bits_float((u32)sum) - 12582912.0f : (float)sum; }
+#else
+constexpr float ZERO = 0.0f;
+GPUXBAR_FN float value_of(float sum) { return sum; }
+#endif
 
 // Where a 16-byte chunk of a row lies in shared memory. The eight rows that one load_matrices reads together fall on
 // different banks: eight consecutive rows of a; of b the rows 8 q + e of a group of 32.
@@ -73,6 +88,7 @@ struct Block : Part {
   volatile u32 keep, flip;  // bits kept of 1024 + |code|; all ones: the positive codes drive
   float amperes;            // of a code 1 and conductance 1 in a and b, as driven
   float volts_squared;
+  volatile float offset_amperes;  // of a code 1 and the conductance of level 0 (INT8)
 #if IMPLICIT
   u32 corner[BLOCK_M];         // where the first pixel of a row's patch lies in a, modulo 2^32: it may lie over an edge
   i16 y[BLOCK_M], x[BLOCK_M];  // of that pixel
@@ -95,10 +111,11 @@ struct Block : Part {
 };
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-    fused_tile_mvm(const Operand* __restrict__ a,          // [M, G, T, K]         codes, fp16
-                   const Operand* __restrict__ b,          // [S, G, N, T, K]      conductance times a power of 2, fp16
-                   const Operand* __restrict__ low,        // like b, or null: what fp16 leaves of it (TERMS 2)
-                   const i16* __restrict__ spread,         // like b, or null: noise variance, bf16  A^2/V^2 (VARIANCE)
+    fused_tile_mvm(const Operand* __restrict__ a,      // [M, G, T, K]         codes, fp16 or int8
+                   const Operand* __restrict__ b,      // [S, G, N, T, K]      conductance times a power of 2, or level
+                   const Operand* __restrict__ low,    // like b, or null: what fp16 leaves of it (TERMS 2)
+                   const i16* __restrict__ spread,     // like b, or null: noise variance, bf16  A^2/V^2 (VARIANCE)
+                   const int* __restrict__ code_sums,  // [P, M, G, T] or null: a summed over a tile (INT8)
                    const float* __restrict__ slice_scale,  // [S] or null: 1
                    const float* __restrict__ adc_lsb,      // [1] or [G * N], or null: adc_lsb_value   A
                    const float* __restrict__ adc_gain,     // [S, T, G * N] or null (CONVERTERS 2)
@@ -113,6 +130,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    float* __restrict__ gate,               // like y, or null (GATE)
                    float volts,                            // of a code 1 and conductance 1 of a and b
                    float volts_squared,                    // V^2 of a code
+                   float offset_amperes,                   // A, of a code 1 and the conductance of level 0 (INT8)
                    float adc_lsb_value, float read_noise_value, i64 step_value, u64 key0, u64 key1, u64 key2, u64 key3,
                    u64 key4, u64 key5, u64 key6, u64 key7, u64 key8, u64 key9,
                    i64 row0,        // first row of this call, in the whole product
@@ -133,7 +151,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   if (thread_index() == 0) {
     block.locate(rows, groups, sense, tiles, planes);
     block.steps = (block.last_tile - block.first_tile) * (k / STEP);
-    block.a_line = block.m0 * a_row + block.group * b_row + block.first_tile * k;
+    const int a_pass = INT8 ? block.pass * rows : 0;
+    block.a_line = (a_pass + block.m0) * a_row + block.group * b_row + block.first_tile * k;
     block.b_line = ((block.plane * groups + block.group) * sense + block.n0) * b_row + block.first_tile * k;
     const int shift = block.pass % streams * stream_bits;
     const u32 bits = ((1u << stream_bits) - 1) << shift;
@@ -144,6 +163,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const float unit = STREAMS ? bits_float((127u - shift) << 23) : 1.0f;  // 2^-shift
     block.amperes = volts * unit;
     block.volts_squared = volts_squared * (unit * unit);
+    block.offset_amperes = offset_amperes;
   }
   __syncthreads();
   block.invert(scales, sense, 256);
@@ -162,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 
   // Eight threads copy a row of 128 bytes, 32 rows at a time.
   auto fill = [&](int stage, int at) {
-    const u32 thread = thread_index(), row = thread >> 3, chunk = thread & 7, line = at * STEP + 8 * chunk;
+    const u32 thread = thread_index(), row = thread >> 3, chunk = thread & 7, line = at * STEP + CHUNK * chunk;
     const u32 to = stages + stage * STAGE_BYTES;
     const u32 b_from = block.b_line + row * b_row + line;
     const int a_rows = rows - block.m0 - (int)row, b_rows = sense - block.n0 - (int)row;
@@ -198,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     copy_commit();
   }
 
-  float sums[ROW_PARTS][COLUMN_PARTS][4];
+  Sum sums[ROW_PARTS][COLUMN_PARTS][4];
   float variances[VARIANCE ? ROW_PARTS : 1][VARIANCE ? COLUMN_PARTS : 1][4];
   u32 codes[ROW_PARTS][COLUMN_PARTS][PAIRED ? 2 : 4];
 #pragma unroll
@@ -207,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     for (int j = 0; j < COLUMN_PARTS; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        sums[i][j][e] = 0.0f;
+        sums[i][j][e] = ZERO;
         if (VARIANCE) variances[VARIANCE ? i : 0][VARIANCE ? j : 0][e] = 0.0f;
         codes[i][j][PAIRED ? e / 2 : e] = 0;
       }
@@ -226,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const u32 row_b = w.n + 8 * (w.lane >> 1 & 3) + (w.lane & 1) + 2 * (w.lane >> 4), chunk_b = w.lane >> 3 & 1;
     const u32 from_a = stages + stage * STAGE_BYTES, from_b = from_a + A_BYTES;
 #pragma unroll UNROLL
-    for (int part = 0; part < STEP / 16; ++part) {
+    for (int part = 0; part < PARTS; ++part) {
       u32 left_part[ROW_PARTS][4];
 #pragma unroll
       for (int i = 0; i < ROW_PARTS; ++i) {
@@ -251,11 +271,15 @@ extern "C" __global__ void __launch_bounds__(256, 1)
           for (int i = 0; i < ROW_PARTS; ++i)
 #pragma unroll
             for (int e = 0; e < 2; ++e)
+#if INT8
+              multiply_bytes(sums[i][j + e], left_part[i], right[2 * e], right[2 * e + 1]);
+#else
               if (squared)
                 multiply_bfloat(variances[VARIANCE ? i : 0][VARIANCE ? j + e : 0], left_part[i], right[2 * e],
                                 right[2 * e + 1]);
               else
                 multiply_half(sums[i][j + e], left_part[i], right[2 * e], right[2 * e + 1]);
+#endif
         }
       }
     }
@@ -296,6 +320,14 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         for (int i = 0; i < ROW_PARTS; ++i)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {  // rows r and r + 8 of a fragment
+#if INT8
+            float offset_current = 0.0f;
+            if (code_sums) {
+              const int r = block.m0 + Warp().row() + 16 * i + 8 * h;
+              const i64 from = ((i64)block.pass * rows + (r < rows ? r : 0)) * groups + block.group;
+              offset_current = (float)code_sums[from * tiles + tile] * block.offset_amperes;
+            }
+#endif
 #if NOISE
             const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot, block.now);
             const Counter words4 = philox<ROUNDS>(counts, keys);
@@ -309,9 +341,13 @@ extern "C" __global__ void __launch_bounds__(256, 1)
               u32 code[2];
 #pragma unroll
               for (int f = 0; f < 2; ++f) {
-                float& sum = sums[i][4 * part + (q + e) / 2][2 * h + f];
-                float current = sum * amperes;
-                sum = 0.0f;
+                Sum& sum = sums[i][4 * part + (q + e) / 2][2 * h + f];
+#if INT8
+                float current = fma(value_of(sum), amperes, offset_current);
+#else
+                float current = value_of(sum) * amperes;
+#endif
+                sum = ZERO;
 #if NOISE
                 float deviation = sigma;
 #if VARIANCE

@@ -4,7 +4,8 @@
 //         a [P, M, G, T, K]. The source is a matrix [rows, G, drive], the images of a convolution whose
 //         patches are the rows, or the images of its output gradient.
 // Launch  a 32 x 32 block of (row, line) each, 256 threads; grid (ceil(G T K / 32), ceil(M / 32)).
-// Macros  CODES source int16, else float32; HALF operand fp16 (digits exactly), else float32;
+// Macros  CODES source int16, else float32; HALF operand fp16 (digits exactly), INT8 operand int8 (digits up to 127, beyond
+//         which they saturate), else float32;
 //         PANELS a in panels of 128 x 64 (M padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         CONV 0 matrix, 1 patches of [N, G * channels, height, width], 2 images [N, G * drive, out_h, out_w]
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py (unfold, stream_digits)
@@ -16,6 +17,9 @@
 #endif
 #ifndef HALF
 #define HALF 0
+#endif
+#ifndef INT8
+#define INT8 0
 #endif
 #ifndef PANELS
 #define PANELS 0
@@ -34,6 +38,9 @@ using Source = float;
 #if HALF
 using Operand = u16;
 GPUXBAR_FN u16 operand(float x) { return half_bits(x); }
+#elif INT8
+using Operand = i8;
+GPUXBAR_FN i8 operand(float x) { return (i8)(i32)x; }
 #else
 using Operand = float;
 GPUXBAR_FN float operand(float x) { return x; }
@@ -43,6 +50,7 @@ extern "C" __global__ void __launch_bounds__(256)
     pack_inputs(const Source* __restrict__ v,  // the source, C-contiguous
                 Operand* __restrict__ a,       // [P, M, G, T, K]  digits (or values without a DAC)
                 float* __restrict__ squares,   // like a, or null: digits squared
+                int* __restrict__ code_sums,   // [P, M, G, T], zeros, or null: digits summed over a tile (INT8)
                 i64 row0,                      // first row of this call
                 int rows, int groups, int drive, int tiles, int tile, int k, int stream_bits, int streams, int phases,
                 int channels, int height, int width, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
@@ -91,11 +99,12 @@ extern "C" __global__ void __launch_bounds__(256)
     for (int pass = 0; pass < streams * phases; ++pass) {
 #if CODES
       const int shift = pass % streams * stream_bits;
-      const float digit = stream_bits == 0 ? (float)value
-                                           : stream_digit(value, shift, (1u << stream_bits) - 1,
-                                                          phases == 1      ? 0
-                                                          : pass < streams ? 1
-                                                                           : -1);
+      const float driven = stream_bits == 0 ? (float)value
+                                            : stream_digit(value, shift, (1u << stream_bits) - 1,
+                                                           phases == 1      ? 0
+                                                           : pass < streams ? 1
+                                                                            : -1);
+      const float digit = INT8 ? min(max(driven, -127.0f), 127.0f) : driven;
 #else
       const float digit = value;
 #endif
@@ -106,6 +115,13 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
       a[to] = operand(digit);
       if (squares) squares[to] = digit * digit;
+#if INT8
+      if (code_sums) {  // K is a multiple of 128, so the 32 lines of a warp belong to one tile
+        i32 sum = (i32)digit;
+        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+        if (x == 0) atomicAdd(code_sums + ((i64)pass * rows + first + i) * groups * tiles + line0 / k, sum);
+      }
+#endif
     }
   }
 }

@@ -4,7 +4,7 @@
 //         Forwards the wordlines are driven, transposed the bitlines.
 // Launch  256 threads a block, which takes every gridDim-th square of 32 sensed lines by 32 driven ones. With a state
 //         nothing is done if b holds this version of g already; the last block to end says that it does.
-// Macros  BFLOAT bf16 of g, else fp16 high part (and low part) of g * scale; TRANSPOSED;
+// Macros  BFLOAT bf16 of g, INT8 level of g as int8 (nearest, -128 to 127), else fp16 high part (and low part) of g * scale; TRANSPOSED;
 //         PANELS b in panels of 128 x 64 (N padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         IMPLICIT the lines of a tile in the order of patches.cuh, for codes gathered from images
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
@@ -13,6 +13,9 @@
 
 #ifndef BFLOAT
 #define BFLOAT 0
+#endif
+#ifndef INT8
+#define INT8 0
 #endif
 #ifndef PANELS
 #define PANELS 0
@@ -28,6 +31,8 @@ namespace gpuxbar {
 
 #if BFLOAT
 using Operand = i16;
+#elif INT8
+using Operand = i8;
 #else
 using Operand = u16;
 #endif
@@ -46,7 +51,8 @@ extern "C" __global__ void __launch_bounds__(256)
                 i64* __restrict__ state,          // [2] what b holds, version and layout as one number, and 0; or null
                 i64 layout,                       // of b and of the settings below, as one number
                 int commit,                       // whether b is the last array of this version to be packed
-                float scale,                      // 1/S, a power of 2
+                float scale,                      // 1/S, a power of 2; levels: one over their step
+                float offset,                     // S, of level 0
                 int planes, int groups, int inputs, int cols, int tiles, int tile, int k,
                 int stored,     // N, padded in panels
                 int positions,  // of the kernel of a convolution (IMPLICIT)
@@ -71,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
       float value = 0.0f;
       if (n < sense && line < lines && d >= first && d < first + tile && d < drive)
-        value = g[(array * inputs + (TRANSPOSED ? n : d)) * cols + (TRANSPOSED ? d : n)];
+        value = g[(array * inputs + (TRANSPOSED ? n : d)) * cols + (TRANSPOSED ? d : n)] - offset;
       if (TRANSPOSED)
         block[i][x] = value;
       else
@@ -88,6 +94,8 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
 #if BFLOAT
       b[to] = bfloat_bits(block[i][x]);
+#elif INT8
+      b[to] = (i8)(i32)round_even(min(max(block[i][x] * scale, -128.0f), 127.0f));
 #else
       const float value = block[i][x] * scale;
       const u16 high = half_bits(value);

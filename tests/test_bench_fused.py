@@ -197,6 +197,11 @@ def test_explain_gives_the_plan_of_every_read():
     assert re.search(r"  wgmma: \d+ us, estimated, not timed\n", done.output)
     assert all(f"{read.name}: {read.size}" in done.output for read in CONVOLUTIONS)
     assert "rates of sm_90: estimate" in done.output
+    assert re.search(r"adc-only-512: .*, int8, noise none\nstrategy: fused\n", done.output)
+    old = run(app, ["--explain", "sm_75"])
+    assert re.search(
+        r"int8, noise none\nimpossible: tile_mvm: .* got 'int8' where sm_75 has no mma.sync", old.output
+    )
     few = run(app, ["--explain", "sm_86", "--multiprocessors", "46"])
     assert "rates of sm_86" in few.output
     bad = run(app, ["--explain", "hopper"])

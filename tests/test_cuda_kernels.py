@@ -66,7 +66,7 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100"
 C_NAMES = {
     "float32": "float", "float16": "u16", "int16": "i16", "int32": "int", "int64": "i64", "uint64": "u64",
     "uint32": "u32", "float32|float16": "Operand", "int16|float32": "Source",
-    "float16|int16": "Operand",
+    "float16|int8": "Operand", "float16|int16|int8": "Operand", "float32|float16|int8": "Operand",
 }  # fmt: skip
 REGISTERS = Path(__file__).with_name("registers.tsv")
 VARIANTS = {
@@ -75,7 +75,7 @@ VARIANTS = {
         for noise, variance, gate, images, vector in
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
-    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}],
+    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7))],
@@ -87,7 +87,7 @@ VARIANTS = {
          (256, 1, 2, 0, 0, 0, 4), (256, 2, 1, 0, 0, 0, 2), (256, 2, 2, 0, 0, 0, 2), (128, 1, 2, 1, 0, 0, 4),
          (128, 1, 2, 1, 1, 1, 4), (128, 2, 1, 1, 1, 1, 3), (128, 2, 2, 1, 0, 0, 3)]
     ],
-    "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}],
+    "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}, {"INT8": 1, "TRANSPOSED": 1}],
     "pulse_trains.cu": [{"CONV": 0}, {"CONV": 1}],
     "pulse_update.cu": [
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit, "COUNTED": counted}
@@ -96,12 +96,15 @@ VARIANTS = {
     ],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
-        {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "STREAMS": streams,
+        *({"BLOCK_N": block_n, "TERMS": 1, "INT8": int8, "NOISE": noise, "VARIANCE": 0, "CONVERTERS": converters, "GATE": gate}
+          for block_n, int8, noise, converters, gate in
+          [(128, 2, 1, 2, 1), (256, 1, 0, 0, 0), (256, 2, 0, 0, 0), (256, 1, 1, 0, 0), (256, 1, 2, 0, 0)]),
+        *({"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "STREAMS": streams,
          "CONVERTERS": converters, "GATE": gate, "IMPLICIT": implicit}
         for block_n, terms, noise, variance, streams, converters, gate, implicit in
         [(128, 1, 1, 0, 0, 0, 1, 0), (128, 2, 2, 0, 1, 2, 1, 0), (128, 2, 1, 1, 2, 1, 1, 0), (256, 1, 0, 0, 0, 0, 0, 0),
          (256, 1, 1, 0, 0, 0, 0, 0), (256, 1, 2, 0, 0, 0, 0, 0), (256, 1, 1, 0, 2, 0, 0, 0),
-         (128, 2, 2, 0, 1, 2, 1, 1), (128, 2, 1, 1, 2, 1, 1, 1), (256, 1, 1, 0, 0, 0, 0, 1)]
+         (128, 2, 2, 0, 1, 2, 1, 1), (128, 2, 1, 1, 2, 1, 1, 1), (256, 1, 1, 0, 0, 0, 0, 1)])
     ],
 }  # fmt: skip
 

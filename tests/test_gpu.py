@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from test_anchored_conductance import drifting
-from test_capture import SETTINGS, Run, same
+from test_capture import SETTINGS, Run, fuse, same
 from test_carry import SCHEMES, carrying, dumped, lie
 from test_carry import cells as sliced_cells
 from test_drift import G_MAX as DRIFT_G_MAX
@@ -19,6 +19,12 @@ from test_endurance import case as wear_case
 from test_fused_implicit import READS as CONVOLUTIONS
 from test_fused_implicit import convolution as images_and_kernels
 from test_fused_implicit import read as read_images
+from test_fused_int8 import BASE as BYTE_SETTINGS
+from test_fused_int8 import READS as BYTES
+from test_fused_int8 import int8
+from test_fused_int8 import operands as levels
+from test_packed_conductance import READS as KEPT
+from test_packed_conductance import Kept
 from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
 from test_program import SEED as WRITE_SEED
 from test_program import SHAPES as WEIGHT_SHAPES
@@ -227,6 +233,40 @@ def test_fused_reads_are_those_of_the_epilogue(cuda_device, strategy, tile, chan
     wanted = run(cuda_device, ops.tile_mvm, codes, g, **s, **{**way, "strategy": "epilogue"})
     for one, other in zip(*(r if change == "gate" else (r,) for r in (got, wanted)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_are_the_oracle_bit_for_bit(cuda_device, name):
+    rows, inputs, outputs, tile, planes, groups, offset, s = BYTES[name]
+    codes, g = levels(rows, inputs, outputs, planes, groups, offset)
+    s = {**BYTE_SETTINGS, "groups": groups, **s}
+    expected = reference.tile_mvm(codes, g, tile=tile, **s)
+    for _ in range(REPEATS):
+        y = run(cuda_device, int8, codes, g, offset=offset, tile_rows=tile, **s)
+        y, wanted = (r[0] if s.get("want_gate") else r for r in (y, expected))
+        np.testing.assert_array_equal(y, wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_packed_conductances_are_kept_until_the_version_is_another(cuda_device, name):
+    if KEPT[name][0] == "wgmma" and cuda_device.arch != "sm_90":
+        pytest.skip(f"{cuda_device.arch} has no wgmma")
+    kept = Kept(name)
+    packed = kept.packed._replace(**{key: to_gpu(value) for key, value in kept.packed._asdict().items()})
+    conv = kept.s.pop("conv", None)
+
+    def read(packed=packed):
+        return run(cuda_device, ops.tile_mvm, kept.codes, kept.g, packed=packed, conv=conv, **kept.s)
+
+    fresh = read(None)
+    for version in range(3, 3 + REPEATS):
+        packed.version.fill(version)
+        packed.memory.fill(0)
+        np.testing.assert_array_equal(read(), fresh)
+        np.testing.assert_array_equal(read(), fresh)
+        packed.memory.fill(0)
+        assert not np.array_equal(read(), fresh)
+        assert not from_gpu(packed.memory).any()
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -521,8 +561,10 @@ def deterministic():
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_captured_training_step_is_the_step(cuda_device, deterministic, kind):
+def test_a_captured_training_step_is_the_step(cuda_device, deterministic, kind, monkeypatch):
     """Reads, transposed reads, update and reprogramming in one graph: losses and every state, bit for bit."""
+    if "keep_packed" in SETTINGS[kind]:
+        fuse(monkeypatch)
     eager, other = Run(kind, device="cuda"), Run(kind, device="cuda")
     before = other.state()
     step = other.captured()

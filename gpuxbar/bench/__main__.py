@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,11 +66,14 @@ def bench(
 def _explain(console: Console, arch: str, multiprocessors: int) -> None:
     if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
         raise ValueError(f"bench: `explain` must name an architecture, got {arch!r}; give one such as sm_90")
-    for read in (*READS, *CONVOLUTIONS):
-        plan = read.plan(arch, multiprocessors).explain()
-        console.print(
-            f"{read.name}: {read.size}, noise {read.noise}\n{plan}", highlight=False, soft_wrap=True
-        )
+    where_bytes_pay = [replace(r, precision="int8") for r in READS if r.noise == "none" or r.tile >= 512]
+    for read in (*READS, *where_bytes_pay, *CONVOLUTIONS):
+        title = f"{read.name}: {read.size}, noise {read.noise}"
+        try:
+            text = read.plan(arch, multiprocessors).explain()
+        except ValueError as error:  # no other precision takes the place of bytes
+            text = f"impossible: {error}"
+        console.print(f"{title}\n{text}", highlight=False, soft_wrap=True)
 
 
 def _chosen(names: list[str]) -> list[Case]:

@@ -202,7 +202,8 @@ def _read(
         groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits, streams=read.streams, phases=read.phases,
         slice_scale=_slice_scale(way.slice_scale, v.device), read_noise=read.noise, generator=way.generator,
         seed=way.seed, step=array(step), row_scale=array(lsb / read.v_lsb), want_gate=want_gate, device=device,
-        precision=way.precision if read.code_max else "fp32", g_range=way.g_range, **more,
+        precision=way.precision if read.code_max else "fp32", g_range=way.g_range, g_step=way.g_step,
+        g_offset=way.g_offset, **more,
     )  # fmt: skip
     y, gate = found if want_gate else (found, None)
     return tensor(y), v.new_empty(0, dtype=torch.float32) if gate is None else tensor(gate)

@@ -59,6 +59,7 @@ class ReadPlan:
     Attributes:
         inputs, outputs: Wordlines and bitlines of one group, without reference lines.
         precision, g_range: Arithmetic of the products on a GPU, and the largest magnitude of a cell, S.
+        g_step, g_offset: Conductance between levels, and of level 0, S, where levels are multiplied (int8).
         reference: (rows, columns) of a tile with a reference line each way; (0, 0): no reference lines.
         stride, padding, dilation: Of the convolution; unused by a linear layer.
         why: Which collapses were taken, in words.
@@ -76,6 +77,8 @@ class ReadPlan:
     name: str
     precision: str = "fp32"
     g_range: float = 0.0
+    g_step: float | None = None
+    g_offset: float = 0.0
     reference: tuple[int, int] = (0, 0)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -121,9 +124,10 @@ def plan_reads(
     if spec.backward.mode == "ideal":
         backward = Read(0, 0, True, 0, 1, 1, 1.0, 0, True, 0.0)
     reference = (spec.tile.rows, spec.tile.cols) if planes.merge == "offset" else (0, 0)
+    g_step, g_offset = planes.levels(spec) if spec.precision == "int8" else (None, 0.0)
     plan = ReadPlan(
         forward, backward, groups, inputs, outputs, planes.unit, planes.slice_scale, spec.generator, seed, name,
-        spec.precision, planes.largest(spec), reference=reference, why=(why,),
+        spec.precision, planes.largest(spec), g_step, g_offset, reference=reference, why=(why,),
     )  # fmt: skip
     return plan, planes
 

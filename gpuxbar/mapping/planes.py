@@ -33,6 +33,15 @@ class Planes:
         weights = sum(base**k for k in range(mapping.slices)) if self.merge == "all" else 1.0
         return weights * (device.g_max - device.g_min)
 
+    def levels(self, spec: CrossbarSpec) -> tuple[float, float]:
+        """(step, conductance of level 0), S: a plane of devices with levels holds whole ones from -128 to 127."""
+        device, bits = spec.device, spec.mapping.slice_bits
+        count = 2**bits if bits else device.levels or 2
+        step = (device.g_max - device.g_min) / (count - 1)
+        if self.merge == "subtract":
+            return step, 0.0
+        return step, device.g_min + (128 * step if count > 128 else 0.0)
+
     @classmethod
     def of(cls, spec: CrossbarSpec, *, collapse: bool) -> Planes:
         mapping, device = spec.mapping, spec.device

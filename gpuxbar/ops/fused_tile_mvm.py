@@ -39,14 +39,14 @@ PACK_IMAGES = Kernel(
 )  # fmt: skip
 FUSED_TILE_MVM = Kernel(
     "fused_tile_mvm.cu",
-    a=In("float16"), b=In("float16", "S G N T K"), low=In("float16", "S G N T K", optional=True),
-    spread=In("int16", "S G N T K", optional=True), slice_scale=In("float32", "S", optional=True),
+    a=In("float16|int8"), b=In("float16|int8", "S G N T K"), low=In("float16", "S G N T K", optional=True),
+    spread=In("int16", "S G N T K", optional=True), code_sums=In("int32", "P M G T", optional=True), slice_scale=In("float32", "S", optional=True),
     adc_lsb=In("float32", "L", optional=True), adc_gain=In("float32", "S T C", optional=True),
     adc_offset=In("float32", "S T C", optional=True), read_noise=In("float32", "one", optional=True),
     step=In("int64", "one", optional=True), row_scale=In("float32", "R", optional=True),
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
     words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
-    gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, adc_lsb_value=_FLOAT,
+    gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, offset_amperes=_FLOAT, adc_lsb_value=_FLOAT,
     read_noise_value=_FLOAT, step_value=_LONG, **_KEYS, row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
@@ -78,15 +78,17 @@ def fused_tile_mvm(
     operand = right_operand(
         device, g, shape, inputs, s, positions=patches["positions"], chunks=patches["chunks"]
     )
+    int8 = s["precision"] == "int8"
     converters = s["adc_gain"] is not None or s["adc_offset"] is not None
     macros = {
         "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2,
         "NOISE": generator_of(s), "VARIANCE": int(operand.spread is not None),
-        "STREAMS": 0 if not s["stream_bits"] else s["phases"], "IMPLICIT": int(images is not None),
+        "STREAMS": 0 if int8 or not s["stream_bits"] else s["phases"], "IMPLICIT": int(images is not None),
+        "INT8": (1 if shape.tile * 127 * 128 < 2**22 else 2) if int8 else 0,
     }  # fmt: skip
     more = {
         "spread": operand.spread, "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
-        "volts_squared": s["v_lsb"] ** 2, "streams": s["streams"], "stream_bits": s["stream_bits"],
+        "volts_squared": s["v_lsb"] ** 2, "offset_amperes": s["v_lsb"] * s["g_offset"] if int8 else 0.0, "streams": s["streams"], "stream_bits": s["stream_bits"],
         "tile_lines": shape.tile, **patches, **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)),
     }  # fmt: skip
     stage = stage_bytes(plan.block_n, macros["TERMS"] + macros["VARIANCE"])
@@ -97,7 +99,7 @@ def fused_tile_mvm(
             FUSED_TILE_MVM,
             grid,
             (256,),
-            {**arguments, **more},
+            {"code_sums": None, **arguments, **more},
             {**macros, **ways},
             shared=plan.stages * stage,
         )
@@ -113,25 +115,34 @@ def read_fused(
     """A read by a fused kernel, some rows at a time.
 
     `launch`: of the kernel, given its grid, the arguments that all fused kernels have, and whether there is a gate.
-    `panel_rows`: 0 packs codes as they are; else the digits of every pass, in panels of that many rows.
+    `panel_rows`: 0 packs codes as they are (as bytes the digits of every pass); else those, in panels of that many rows.
     `images`: packed, if the kernel gathers its rows from them.
     """
     conv, row_scale = s["conv"], s["row_scale"]
     outputs, conversions = shape.groups * shape.sense, shape.passes * shape.planes
     by_words = plan.splits * conversions > 1
-    packed = shape.passes if panel_rows else int(images is None)
-    per_row = 2 * packed * shape.batch * shape.k + (4 * conversions * outputs if by_words else 0)
+    int8 = s["precision"] == "int8"
+    digits = int8 or panel_rows > 0
+    packed = shape.passes if digits else int(images is None)
+    per_row = (1 if int8 else 2) * packed * shape.batch * shape.k + (
+        4 * conversions * outputs if by_words else 0
+    )
     code_min, code_max = code_range(s)
     lsb, lsb_value = split_value(s["adc_lsb"])
     sigma, sigma_value = split_value(s["read_noise"])
     step, step_value = split_value(s["step"])
 
     def read(y: Any, gate: Any, row0: int, y_row0: int, rows: int) -> None:
-        inputs = images
+        inputs, more = images, dict[str, Any]()
+        if int8 and s["g_offset"]:  # level 0 conducts too
+            code_sums = device.empty((shape.passes, rows, shape.groups, shape.tiles), "int32")
+            code_sums.fill(0)
+            more["code_sums"] = code_sums
         if inputs is None:
             inputs = pack_inputs(
-                device, v, shape, row0, rows, s, "float16", digits=panel_rows > 0, panel_rows=panel_rows
-            )
+                device, v, shape, row0, rows, s, "int8" if int8 else "float16", digits=digits, panel_rows=panel_rows,
+                **more,
+            )  # fmt: skip
         words = None
         if by_words:
             words = device.empty((shape.passes, shape.planes, rows, outputs), "int32")
@@ -148,7 +159,7 @@ def read_fused(
         blocks = -(-rows // BLOCK_M) * -(-shape.sense // plan.block_n)
         launch(
             (blocks, plan.splits, conversions * shape.groups),
-            {**shared, "a": inputs, "b": operand.high, "low": operand.low, "read_noise": sigma, "step": step,
+            {**shared, **more, "a": inputs, "b": operand.high, "low": operand.low, "read_noise": sigma, "step": step,
              "y": None if by_words else y, "gate": None if by_words else gate, "volts": s["v_lsb"] / operand.scale,
              "read_noise_value": sigma_value, "step_value": step_value, "noise_row0": s["row_offset"] + row0,
              "groups": shape.groups, "sense": shape.sense, "k": shape.k, "code_max": code_max,

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 from gpuxbar.ops.checks import check_array
 from gpuxbar.ops.tile_mvm_cuda import Shape, conductance_scale
-from gpuxbar.ops.tile_mvm_plan import STEP, gathered_chunks
+from gpuxbar.ops.tile_mvm_plan import STEP, gathered_chunks, step_lines
 
 __all__ = [
     "PACK_SENSED",
@@ -32,8 +34,8 @@ BLOCKS = 8  # of the packing kernel on a multiprocessor
 
 PACK_SENSED = Kernel(
     "pack_sensed.cu",
-    g=In("float32", "S I O"), b=Out("float16|int16", "S G N T K"), low=Out("float16", "S G N T K", optional=True),
-    version=In("int64", "one", optional=True), state=InOut("int64", "two", optional=True), layout=_LONG, commit=_INT, scale=_FLOAT,
+    g=In("float32", "S I O"), b=Out("float16|int16|int8", "S G N T K"), low=Out("float16", "S G N T K", optional=True),
+    version=In("int64", "one", optional=True), state=InOut("int64", "two", optional=True), layout=_LONG, commit=_INT, scale=_FLOAT, offset=_FLOAT,
     planes=_INT, groups=_INT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT, stored=_INT, positions=_INT, chunks=_INT,
 )  # fmt: skip
 
@@ -62,38 +64,41 @@ class PackedConductance(NamedTuple):
     ) -> int:  # fmt: skip
         """Bytes that hold conductances [S, G * I, O] in every layout that a read of these settings may take.
 
-        2 bytes a cell, 4 with two halves (fp16x2), and 2 more with `noise_var`; lines that are driven are padded to 64
-        a tile and lines that are sensed to 128, or eight channels are gathered at every position of a kernel.
+        2 bytes a cell, 4 with two halves (fp16x2), 1 of levels (int8), and 2 more with `noise_var`; lines that are driven
+        are padded to 64 a tile (int8: 128) and lines that are sensed to 128, or eight channels are gathered at every position of a kernel.
         `positions`: of the kernel of a convolution read forwards; 0: another read.
         """
         planes, rows, cols = shape
         inputs = rows // groups
+        drive = max(cols if transposed else inputs, 1)
         s = {
-            "transposed": transposed,
-            "tile": tile or max(cols if transposed else inputs, 1),
-            "groups": groups,
-        }
-        gathered = 8 * positions * gathered_chunks(inputs, s["tile"], positions) if positions else 0
-        shapes = [
-            Padded.of(shape, 1, inputs, {**s, "streams": 1, "phases": 1}, lines) for lines in (0, gathered)
-        ]
+            "transposed": transposed, "tile": tile or drive, "groups": groups, "streams": 1, "phases": 1,
+            "precision": precision,
+        }  # fmt: skip
+        gathered = (
+            8 * positions * gathered_chunks(inputs, tile or drive, positions)
+            if positions and precision != "int8"
+            else 0
+        )
+        shapes = [Padded.of(shape, 1, inputs, s, lines) for lines in (0, gathered)]
         lines = max(padded.tiles * padded.k for padded in shapes)
         sensed = -(-shapes[0].sense // PANEL_ROWS) * PANEL_ROWS
-        return 2 * planes * groups * sensed * lines * (_halves(precision) + noise_var)
+        return planes * groups * sensed * lines * (_cell_bytes(precision) + 2 * noise_var)
 
 
 @dataclass(frozen=True)
 class Padded(Shape):
     """Sizes of one call; the driven lines of a tile are padded to whole steps of the pipeline.
 
-    `gathered`: lines of a tile that gathers patches (patches.cuh); 0: no tile does.
+    `gathered`: lines of a tile that gathers patches (patches.cuh); 0: no tile does. `step`: driven lines of a step.
     """
 
     gathered: int = 0
+    step: int = STEP
 
     @property
     def k(self) -> int:
-        return -(-(self.gathered or self.tile) // STEP) * STEP
+        return -(-(self.gathered or self.tile) // self.step) * self.step
 
     @classmethod
     def of(
@@ -103,12 +108,14 @@ class Padded(Shape):
         planes, _, cols = cells
         drive, sense = (cols, inputs) if s["transposed"] else (inputs, cols)
         tile = min(s["tile"], max(drive, 1))
-        return cls(s["groups"], drive, sense, planes, tile, s["streams"] * s["phases"], rows, gathered)
+        passes, step = s["streams"] * s["phases"], step_lines(s["precision"])
+        return cls(s["groups"], drive, sense, planes, tile, passes, rows, gathered, step)
 
 
 @dataclass(frozen=True)
 class RightOperand:
-    """Packed conductances (times `scale`, high and low part) and noise variances (bf16)."""
+    """Packed conductances (times `scale`, high and low part; or levels, `scale` of them a siemens) and noise variances
+    (bf16)."""
 
     high: Any
     low: Any
@@ -140,12 +147,24 @@ def right_operand(
     `positions`, `chunks`: of a patch (patches.cuh). `panels`: in panels of 128 sensed lines (panels.cuh).
     """
     kept: PackedConductance | None = s["packed"]
-    scale, halves = conductance_scale(s["g_range"]), _halves(s["precision"])
+    int8, variance = s["precision"] == "int8", s["noise_var"] is not None
+    scale = 1.0 / s["g_step"] if int8 else conductance_scale(s["g_range"])
     stored = -(-shape.sense // PANEL_ROWS) * PANEL_ROWS if panels else shape.sense
     size = (shape.planes, shape.groups, stored, shape.tiles, shape.k)
-    variance = s["noise_var"] is not None
-    arrays = _memory(device, size, halves + variance, kept)
-    look = (size, shape.tile, s["transposed"], scale, halves, variance, positions, chunks, panels)
+    dtypes = ["int8"] if int8 else ["float16"] * (_cell_bytes(s["precision"]) // 2)
+    arrays = _memory(device, size, [*dtypes, *["int16"] * variance], kept)
+    look = (
+        size,
+        shape.tile,
+        s["transposed"],
+        scale,
+        s["g_offset"],
+        dtypes,
+        variance,
+        positions,
+        chunks,
+        panels,
+    )
     layout = zlib.crc32(repr(look).encode()) << 31
     blocks = shape.planes * shape.groups * -(-stored // 32) * -(-shape.tiles * shape.k // 32)
 
@@ -153,33 +172,37 @@ def right_operand(
         device.launch(
             PACK_SENSED, (min(blocks, BLOCKS * device.multiprocessors),), (256,),
             {"g": source, "b": to, "low": low, "version": kept and kept.version, "state": kept and kept.state,
-             "layout": layout, "commit": int(kept is not None and not bfloat), "scale": scale, "planes": shape.planes, "groups": shape.groups, "inputs": inputs, "cols": g.shape[2],
+             "layout": layout, "commit": int(kept is not None and not bfloat), "scale": scale, "offset": s["g_offset"] if int8 else 0.0, "planes": shape.planes, "groups": shape.groups, "inputs": inputs, "cols": g.shape[2],
              "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stored": stored, "positions": positions,
              "chunks": chunks},
-            {"BFLOAT": int(bfloat), "TRANSPOSED": int(s["transposed"]), "PANELS": int(panels),
+            {"BFLOAT": int(bfloat), "INT8": int(int8), "TRANSPOSED": int(s["transposed"]), "PANELS": int(panels),
              "IMPLICIT": int(shape.gathered > 0)},
         )  # fmt: skip
 
-    spread = arrays[-1].view("int16") if variance else None
+    spread = arrays[-1] if variance else None
     if variance:
         pack(s["noise_var"], spread, bfloat=True)
-    low = arrays[1] if halves == 2 else None
+    low = arrays[1] if len(dtypes) == 2 else None
     pack(g, arrays[0], low)  # last: it says that all of this version is packed
     return RightOperand(arrays[0], low, spread, scale)
 
 
-def _memory(device: Device, size: tuple[int, ...], count: int, kept: PackedConductance | None) -> list[Any]:
-    """Arrays of two bytes an element, new or of what is kept."""
+def _memory(
+    device: Device, size: tuple[int, ...], dtypes: list[str], kept: PackedConductance | None
+) -> list[Any]:
+    """Arrays of one shape, new or of what is kept."""
     if kept is None:
-        return [device.empty(size, "float16") for _ in range(count)]
-    each = 2 * prod(size)
-    if kept.memory.size < count * each:
+        return [device.empty(size, dtype) for dtype in dtypes]
+    each = prod(size) * np.dtype(dtypes[0]).itemsize
+    if kept.memory.size < len(dtypes) * each:
         raise ValueError(
-            f"tile_mvm: `packed.memory` must have {count * each} bytes for this read, got {kept.memory.size}; take "
+            f"tile_mvm: `packed.memory` must have {len(dtypes) * each} bytes for this read, got {kept.memory.size}; take "
             "PackedConductance.size of its settings"
         )
-    return [kept.memory[i * each : (i + 1) * each].view("float16").reshape(*size) for i in range(count)]
+    return [
+        kept.memory[i * each : (i + 1) * each].view(dtype).reshape(*size) for i, dtype in enumerate(dtypes)
+    ]
 
 
-def _halves(precision: str) -> int:
-    return 2 if precision == "fp16x2" else 1
+def _cell_bytes(precision: str) -> int:
+    return {"int8": 1, "fp16x2": 4}.get(precision, 2)

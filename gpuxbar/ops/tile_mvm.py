@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,8 @@ def tile_mvm(
     want_gate: bool = False,
     precision: str = "fp32",
     g_range: float | None = None,
+    g_step: float | None = None,
+    g_offset: float = 0.0,
     packed: PackedConductance | None = None,
     device: Device | None = None,
     strategy: str = "auto",
@@ -94,8 +97,11 @@ def tile_mvm(
         want_gate: Also return the share of each output's conversions (by digital weight) inside the ADC range; 0 where none
             has any weight.
         precision: Arithmetic of the tile products on a GPU: "fp32", "tf32", "fp16" or "fp16x2" (conductances as
-            a high and a low half, 22 bits; codes up to 2048 are exact). On the CPU every product is float32.
+            a high and a low half, 22 bits; codes up to 2048 are exact), or "int8": exact products of codes (or digits)
+            within +-127 by levels, twice the rate of halves. On the CPU every product is float32.
         g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
+        g_step, g_offset: For "int8": g = g_offset + level * g_step with whole levels from -128 to 127, S. On a GPU what lies
+            between levels is read as the nearest, and codes beyond +-127 as these.
         packed: On a GPU, `g` (and `noise_var`) as the last read packed them, kept for the next one; None: packed anew.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
         strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma" or "epilogue" (see `ops.tile_mvm_plan`); "auto" takes the fastest.
@@ -179,6 +185,8 @@ def tile_mvm(
             "patches; add the bias to the result"
         )
     _check_precision(precision, g_range, v)
+    if precision == "int8":
+        _check_levels(g_step, g_offset)
     if packed is not None:
         check_packed(OP, packed)
     where = "cuda" if device is not None else backend(v)
@@ -196,7 +204,14 @@ def tile_mvm(
     if where != "cuda" and v.dtype.name == "float32" and not np.isfinite(v).all():
         require_finite(OP, "v", int((~np.isfinite(v)).sum()), "bad data")
     if where == "cuda":
-        more = {"precision": precision, "g_range": g_range, "packed": packed, "strategy": strategy}
+        more = {
+            "precision": precision,
+            "g_range": g_range,
+            "g_step": g_step,
+            "g_offset": g_offset,
+            "packed": packed,
+            "strategy": strategy,
+        }
         return _cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
     if where == "reference":
         out = reference.tile_mvm(v, g, **{**settings, "step": int(np.asarray(step).reshape(-1)[0])})
@@ -278,20 +293,31 @@ def _check_scalars(v_lsb: float, read_noise: Any, step: Any) -> None:
 
 
 def _check_precision(precision: str, g_range: float | None, v: Any) -> None:
-    known = ("fp32", "tf32", "fp16", "fp16x2")
+    known = ("fp32", "tf32", "fp16", "fp16x2", "int8")
     if precision not in known:
         raise ValueError(
             f"{OP}: `precision` must be one of {', '.join(known)}, got {precision!r}; choose one"
         )
-    if not precision.startswith("fp16"):
+    if precision in ("fp32", "tf32"):
         return
-    if g_range is None or not g_range > 0:
+    if precision != "int8" and (g_range is None or not g_range > 0):
         raise ValueError(
             f"{OP}: `g_range` must be above 0 S with precision={precision!r}, got {g_range}; give the largest conductance"
         )
     if v.dtype.name != "int16":
         raise TypeError(
             f"{OP}: `v` must be int16 codes with precision={precision!r}, got {v.dtype.name}; quantise it with dac_quantize"
+        )
+
+
+def _check_levels(g_step: float | None, g_offset: float) -> None:
+    if g_step is None or not 0 < g_step < inf:
+        raise ValueError(
+            f"{OP}: `g_step` must be above 0 S with precision='int8', got {g_step}; give the conductance between levels"
+        )
+    if not -inf < g_offset < inf:
+        raise ValueError(
+            f"{OP}: `g_offset` must be finite, got {g_offset} S; give the conductance of level 0"
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import floor, log2
 from typing import Any
 
-from gpuxbar.launch import Device, In, Kernel, Out, Scalar
+from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 from gpuxbar.launch.device import Precision
 from gpuxbar.reference.random import Purpose
 
@@ -28,7 +28,8 @@ _PLACE_ARGUMENTS: dict[str, Any] = dict.fromkeys(_PLACES, _INT)
 
 PACK_INPUTS = Kernel(
     "pack_inputs.cu",
-    v=In("int16|float32"), a=Out("float32|float16", "P M G T K"), squares=Out("float32", "P M G T K", optional=True),
+    v=In("int16|float32"), a=Out("float32|float16|int8", "P M G T K"),
+    squares=Out("float32", "P M G T K", optional=True), code_sums=InOut("int32", "P M G T", optional=True),
     row0=_LONG, rows=_INT, groups=_INT, drive=_INT, tiles=_INT, tile=_INT, k=_INT, stream_bits=_INT, streams=_INT,
     phases=_INT, channels=_INT, **_PLACE_ARGUMENTS,
 )  # fmt: skip
@@ -209,10 +210,11 @@ def _partial_sums(
 
 def pack_inputs(
     device: Device, v: Any, shape: Shape, row0: int, rows: int, s: dict[str, Any], dtype: str, *, digits: bool,
-    squares: Any = None, panel_rows: int = 0,
+    squares: Any = None, code_sums: Any = None, panel_rows: int = 0,
 ) -> Any:  # fmt: skip
     """Driven values of some rows, [P, rows, G, T, K]: the digits of every pass, or (P = 1) the codes as they are.
 
+    `code_sums`: zeros, int32 [P, rows, G, T], to which the sum of every tile's digits is added.
     `panel_rows`: above 0, in panels (kernels/include/gpuxbar/panels.cuh), rows padded to a multiple of it.
     """
     conv = s["conv"]
@@ -222,10 +224,10 @@ def pack_inputs(
     places = dict.fromkeys(_PLACES, 1) if conv is None else _places(conv)
     device.launch(
         PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-stored // 32)), (256,),
-        {"v": v, "a": a, "squares": squares, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
+        {"v": v, "a": a, "squares": squares, "code_sums": code_sums, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
          "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": stream_bits,
          "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places},
-        {"CODES": int(v.dtype.name == "int16"), "HALF": int(dtype == "float16"),
+        {"CODES": int(v.dtype.name == "int16"), "HALF": int(dtype == "float16"), "INT8": int(dtype == "int8"),
          "CONV": 0 if conv is None else 2 if s["transposed"] else 1, "PANELS": int(panel_rows > 0)},
     )  # fmt: skip
     return a

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 
 __all__ = [
@@ -29,11 +30,15 @@ __all__ = [
     "plan_tile_mvm",
     "rates",
     "stage_bytes",
+    "step_lines",
     "wgmma_bytes",
 ]
 
 STRATEGIES = ("auto", "collapsed", "fused", "implicit", "wgmma", "epilogue")
-BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage: kernels/fused_tile_mvm.cu
+BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage (of bytes 128): kernels/fused_tile_mvm.cu
+INT8_RATE = (
+    2.0  # of products of bytes, to those of fp16: by the data sheets of all architectures in the table
+)
 BLOCKS_N = (256, 128)  # columns of a block
 # Bytes of shared memory a block may take; architectures that are absent run the next lower one listed.
 SHARED = {
@@ -93,6 +98,11 @@ class Case:
         return 2 if self.precision == "fp16x2" else 1
 
     @property
+    def int8(self) -> bool:
+        """Whether digits and levels are multiplied as bytes."""
+        return self.precision == "int8"
+
+    @property
     def code_max(self) -> int:
         return 2 ** (self.adc_bits - 1) - 1 if self.adc_signed else 2**self.adc_bits - 1
 
@@ -141,6 +151,11 @@ class Rates:
     exact_gs: float
     fast_gs: float
     launch_us: float
+
+
+def step_lines(precision: str) -> int:
+    """Driven lines of a stage: 128 bytes of every row."""
+    return 2 * STEP if precision == "int8" else STEP
 
 
 def padded_channels(channels: int) -> int:
@@ -217,6 +232,10 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         raise ValueError(
             f"tile_mvm: `strategy` must be possible, got 'collapsed' where {reason}; choose 'auto'"
         )
+    if case.int8 and (obstacle := _int8_obstacle(case, arch, strategy)):
+        raise ValueError(
+            f"tile_mvm: `precision` must be possible, got 'int8' where {obstacle}; choose 'fp16' or 'fp16x2'"
+        )
     obstacles = {
         "fused": _obstacle(case, arch),
         "implicit": _implicit_obstacle(case, arch),
@@ -233,6 +252,9 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", epilogue_us, table),))
     if strategy == "epilogue":
         return epilogue
+    if case.int8:
+        epilogue_us = inf
+        epilogue = Plan("epilogue", ("cuBLAS + epilogue: multiplies no bytes",))
     if all(obstacles.values()):
         return replace(epilogue, why=(f"fused is impossible: {obstacles['fused']}", *epilogue.why))
     times = {}
@@ -271,8 +293,8 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
         return "nothing is converted (adc_bits=None)"
     if not case.codes:
         return "the lines are driven by floats, not int16 codes"
-    if case.precision not in ("fp16", "fp16x2"):
-        return f"precision={case.precision!r} (fp16 and fp16x2 run on tensor cores)"
+    if case.precision not in ("fp16", "fp16x2", "int8"):
+        return f"precision={case.precision!r} (fp16, fp16x2 and int8 run on tensor cores)"
     if case.passes > 1 and not case.stream_bits:
         return "several passes drive whole codes"
     if case.streams * case.stream_bits > 10:
@@ -283,6 +305,16 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
         )
     if case.gate and not case.fits_16_bits:
         return f"sums of {case.tiles} codes of {case.adc_bits} bits take more than 16 bits"
+    if case.int8 and (implicit or case.variance or case.stream_bits > 7):
+        reason = (
+            "codes are gathered from images" if implicit else "the noise depends on the state (noise_var)"
+        )
+        return (
+            reason
+            if implicit or case.variance
+            else f"digits of {case.stream_bits} bits do not fit 8 with a sign"
+        )
+    left *= case.passes if case.int8 else 1
     if case.planes * case.passes * case.groups > 65535 or left >= 2**32:
         return "the operands are too large for its indices"
     if case.planes * case.groups * case.sense * lines >= 2**32:
@@ -290,6 +322,13 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
     if _fused(case, arch, 1, 128) is None:
         return f"its operands do not fit the shared memory of {arch}"
     return None
+
+
+def _int8_obstacle(case: Case, arch: str, strategy: str) -> str | None:
+    """Why bytes cannot be multiplied; None if they can. No other precision takes their place unasked."""
+    if strategy not in ("auto", "fused"):
+        return f"strategy={strategy!r} (fused multiplies bytes)"
+    return _obstacle(case, arch)
 
 
 def _implicit_obstacle(case: Case, arch: str) -> str | None:
@@ -309,13 +348,16 @@ def _wgmma_obstacle(case: Case, arch: str) -> str | None:
         return f"{arch} has no wgmma (sm_90 does)"
     if case.converters > 1:
         return "converters have a gain or offset of their own"
+    if case.int8:
+        return "it multiplies no bytes"
     return _obstacle(case, arch)
 
 
 def _padded(case: Case, implicit: bool = False) -> int:
     """Driven lines of a tile as the fused kernel sees them."""
     lines = 8 * case.chunks * case.positions if implicit else case.tile
-    return -(-lines // STEP) * STEP
+    step = step_lines(case.precision)
+    return -(-lines // step) * step
 
 
 def _blocks(case: Case, block_n: int) -> int:
@@ -380,11 +422,12 @@ def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> flo
     outputs = _blocks(case, plan.block_n) * BLOCK_M * plan.block_n
     tflops, alone = (table.wgmma_tflops, 0.25) if plan.strategy == "wgmma" else (table.mma_tflops, 0.5)
     lines = case.tiles * _padded(case, plan.strategy == "implicit")
+    tflops *= INT8_RATE if case.int8 else 1.0
     product = 2e-6 * outputs * lines * (case.terms + case.variance) / tflops
     convert = 1e-3 * outputs * case.tiles / getattr(table, f"{case.noise}_gs")
     words = 0 if case.planes * case.passes * plan.splits == 1 else 8 * outputs
     inputs = case.image_size if plan.strategy == "implicit" else case.rows * case.groups * lines
-    moved = 4 * inputs + words
+    moved = (2 * inputs * (1 + case.passes) if case.int8 else 4 * inputs) + words
     launches = 3 + (words > 0) * 2
     work = max(product, convert) + min(product, convert) * alone
     return waves * work + 1e-3 * moved / table.memory_gbs + launches * table.launch_us

@@ -334,12 +334,13 @@ class CrossbarSpec(Part):
 
     `seed`: of every random number; two layers of a model never share draws. `generator`: "exact" or "fast"
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
-    "fp16", or "fp16x2" (conductances as a high and a low half, 22 bits); half precisions need a DAC, whose codes they
-    hold exactly; on a CPU every product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
+    "fp16", "fp16x2" (conductances as a high and a low half, 22 bits) or "int8" (levels, exact); half precisions need a DAC,
+    whose codes they hold exactly, and int8 also an ADC, devices that hold their levels and digits up to 127; on a CPU every
+    product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
     cores, and pack them anew only when they change: micro-batches, evaluation and repeated reads save that pass over all
-    cells, for 2 bytes a cell and direction (4 with fp16x2, 2 more with `read_noise.sigma_g`); half precisions only. `update`:
-    the device's own law, used by `gpuxbar.optim.InSituSGD`; needs pairs. `carry`: how sliced ones are trained by it.
-    `pulses`: how its steps are pulsed, None: as one step of the wanted size. `drift`: of conductances after
+    cells, for 2 bytes a cell and direction (4 with fp16x2, 1 with int8, 2 more with `read_noise.sigma_g`); not with fp32 and
+    tf32. `update`: the device's own law, used by `gpuxbar.optim.InSituSGD`; needs pairs. `carry`: how sliced ones are
+    trained by it. `pulses`: how its steps are pulsed, None: as one step of the wanted size. `drift`: of conductances after
     `gpuxbar.program`. `retention`: what
     devices trained in situ lose between updates. `endurance`: pulses that they bear.
     """
@@ -358,7 +359,7 @@ class CrossbarSpec(Part):
     pulses: PulseTrain | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     generator: Literal["exact", "fast"] = "exact"
-    precision: Literal["fp32", "tf32", "fp16", "fp16x2"] = "fp32"
+    precision: Literal["fp32", "tf32", "fp16", "fp16x2", "int8"] = "fp32"
     keep_packed: bool = False
     drift: Drift = Drift()
     retention: Retention = Retention()
@@ -371,11 +372,52 @@ class CrossbarSpec(Part):
                 f"CrossbarSpec: `precision` must be fp32 or tf32 without a DAC in both directions, got {self.precision!r}; "
                 "half precision holds codes, not values: set dac.bits"
             )
-        if self.keep_packed and not self.precision.startswith("fp16"):
+        if self.keep_packed and self.precision in ("fp32", "tf32"):
             raise ValueError(
-                f"CrossbarSpec: `keep_packed` must go with precision fp16 or fp16x2, got {self.precision!r}; only these "
-                "are packed for tensor cores: choose one, or keep_packed=False"
+                f"CrossbarSpec: `keep_packed` must go with precision fp16, fp16x2 or int8, got {self.precision!r}; only "
+                "these are packed for tensor cores: choose one, or keep_packed=False"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _whole(self) -> CrossbarSpec:
+        """Products of bytes are exact, or refused."""
+        if self.precision != "int8":
+            return self
+        mapping, programming, drift = self.mapping, self.programming, self.drift
+        levels = 2**mapping.slice_bits if mapping.slice_bits else self.device.levels
+        most = 128 if mapping.scheme == "subtracted" else 256
+        directions = [(self.dac, self.adc)]
+        if self.backward.mode == "analog":
+            directions.append((self.backward_dac, self.backward_adc))
+        digits = [2**dac.stream_bits - 1 if dac.stream_bits else dac.code_max for dac, _ in directions]
+        noise = (programming.write_noise, programming.write_noise_slope, programming.write_noise_curve)
+        obstacles = {
+            "devices are continuous (device.levels=None)": levels is None,
+            f"devices have {levels} levels ({most} fit 8 bits)": levels is not None and levels > most,
+            "writes leave noise or spread between levels": any(noise) or programming.device_spread > 0,
+            "wires take from levels": self.parasitics.active,
+            "devices drift off their levels": any(
+                (
+                    drift.nu,
+                    drift.nu_slope,
+                    drift.nu_min,
+                    drift.nu_std,
+                    drift.nu_std_slope,
+                    drift.nu_std_min,
+                    drift.flicker,
+                )
+            ),
+            "in-situ updates end between levels": self.update is not None,
+            "the noise of a read depends on the cell (read_noise.sigma_g)": self.read_noise.sigma_g > 0,
+            "an ADC or DAC is missing": any(dac.bits is None or adc.bits is None for dac, adc in directions),
+            f"digits up to {max(digits)} are driven (127 fit 8 bits)": max(digits) > 127,
+        }
+        for why, found in obstacles.items():
+            if found:
+                raise ValueError(
+                    f"CrossbarSpec: `precision` must be fp16 or fp16x2 where {why}, got 'int8'; choose one of these"
+                )
         return self
 
     @model_validator(mode="after")

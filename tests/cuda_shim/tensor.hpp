@@ -77,6 +77,26 @@ template <float (*VALUE)(unsigned)> inline void multiply_all(void** lanes) {
     }
 }
 
+// PTX ISA, mma.m16n8k32 of .s8: byte e of a[q] is a[row + 8 (q % 2)][k + 16 (q / 2) + e], of b[q] b[k + 16 q + e][row].
+struct ByteProduct { int32_t* c; const uint32_t* a; uint32_t b[2]; };
+inline void multiply_bytes_all(void** lanes) {
+  int32_t a[16][32], b[32][8];
+  for (int l = 0; l < 32; ++l) {
+    const ByteProduct& p = *static_cast<ByteProduct*>(lanes[l]);
+    const int row = l / 4, k = 4 * (l % 4);
+    for (int e = 0; e < 4; ++e) {
+      for (int q = 0; q < 4; ++q) a[row + q % 2 * 8][k + q / 2 * 16 + e] = int8_t(p.a[q] >> 8 * e);
+      for (int q = 0; q < 2; ++q) b[k + 16 * q + e][row] = int8_t(p.b[q] >> 8 * e);
+    }
+  }
+  for (int l = 0; l < 32; ++l)
+    for (int e = 0; e < 4; ++e) {
+      int32_t sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[l / 4 + e / 2 * 8][k] * b[k][2 * (l % 4) + e % 2];
+      static_cast<ByteProduct*>(lanes[l])->c[e] += sum;
+    }
+}
+
 }  // namespace shim
 
 namespace gpuxbar {
@@ -116,6 +136,11 @@ static inline void multiply_half(float (&c)[4], const unsigned (&a)[4], unsigned
 static inline void multiply_bfloat(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   shim::Product mine{c, a, {b0, b1}};
   shim::warp_call(&mine, &shim::multiply_all<shim::bfloat_to_float>);
+}
+
+static inline void multiply_bytes(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  shim::ByteProduct mine{c, a, {b0, b1}};
+  shim::warp_call(&mine, &shim::multiply_bytes_all);
 }
 
 template <class F> inline unsigned shim_halves(unsigned x, F f) { return f(x & 0xFFFF) | f(x >> 16) << 16; }

@@ -1,7 +1,7 @@
 // fused: what fused_tile_mvm and fused_tile_mvm_sm90 do alike around their products: the part of a read that a block
 // computes, noise and conversion of neighbouring columns, integer sums of codes, and the scale of results.
 //
-// Macros  BLOCK_N, TERMS, NOISE, CONVERTERS and GATE, as the kernels say.
+// Macros  BLOCK_N, TERMS, INT8, NOISE, CONVERTERS and GATE, as the kernels say.
 #pragma once
 #include "gpuxbar/converter.cuh"
 #include "gpuxbar/mma.cuh"
@@ -12,6 +12,9 @@
 #endif
 #ifndef TERMS
 #define TERMS 1
+#endif
+#ifndef INT8
+#define INT8 0
 #endif
 #ifndef NOISE
 #define NOISE 1
@@ -30,7 +33,13 @@
 
 namespace gpuxbar {
 
+#if INT8
+using Operand = i8;
+using Sum = i32;
+#else
 using Operand = u16;
+using Sum = float;
+#endif
 
 constexpr int BLOCK_M = 128;
 constexpr int ROUNDS = NOISE == 1 ? 10 : 7;  // of Philox

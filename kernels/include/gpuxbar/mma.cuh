@@ -6,6 +6,8 @@
 //   b[0..1]  lines 2 pair, 2 pair + 1 (k < 8), then (k >= 8), of column row
 //   c[0..3]  columns 2 pair, 2 pair + 1 of row, then of row + 8
 //
+// The 16 x 8 x 32 product of bytes (mma.m16n8k32) is the same, with four bytes where these have two halves.
+//
 // On the CPU tests/cuda_shim/tensor.hpp supplies the same names.
 #pragma once
 #include "gpuxbar/portable.cuh"
@@ -61,6 +63,15 @@ GPUXBAR_FN void multiply_bfloat(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += a b, operands of four signed bytes a register, exact
+GPUXBAR_FN void multiply_bytes(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
