@@ -76,12 +76,14 @@ VARIANTS = {
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}],
     "fused_tile_mvm_sm90.cu": [
-        {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "CONVERTERS": converters, "GATE": gate,
-         "STAGES": stages}
-        for block_n, terms, noise, variance, converters, gate, stages in
-        [(128, 1, 1, 0, 0, 1, 4), (128, 2, 2, 0, 1, 1, 4), (256, 1, 0, 0, 0, 0, 4), (256, 1, 1, 0, 0, 0, 4),
-         (256, 1, 2, 0, 0, 0, 4), (256, 2, 1, 0, 0, 0, 2), (256, 2, 2, 0, 0, 0, 2), (128, 1, 2, 1, 0, 0, 4),
-         (128, 1, 2, 1, 1, 1, 4), (128, 2, 1, 1, 1, 1, 3), (128, 2, 2, 1, 0, 0, 3)]
+        {"CLUSTER": cluster, "BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance,
+         "CONVERTERS": converters, "GATE": gate, "STAGES": stages}
+        for cluster, block_n, terms, noise, variance, converters, gate, stages in
+        [(1, 128, 1, 1, 0, 0, 1, 4), (1, 128, 2, 2, 0, 1, 1, 4), (1, 256, 1, 0, 0, 0, 0, 4), (1, 256, 1, 1, 0, 0, 0, 4),
+         (1, 256, 1, 2, 0, 0, 0, 4), (1, 256, 2, 1, 0, 0, 0, 2), (1, 256, 2, 2, 0, 0, 0, 2), (1, 128, 1, 2, 1, 0, 0, 4),
+         (1, 128, 1, 2, 1, 1, 1, 4), (1, 128, 2, 1, 1, 1, 1, 3), (1, 128, 2, 2, 1, 0, 0, 3), (2, 256, 1, 0, 0, 0, 0, 4),
+         (2, 256, 1, 1, 0, 0, 0, 4), (2, 256, 1, 2, 0, 0, 0, 4), (2, 256, 2, 2, 0, 0, 0, 2), (2, 128, 1, 2, 1, 1, 1, 4),
+         (2, 128, 2, 1, 1, 1, 1, 3)]
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}],
     "pulse_update.cu": [
@@ -110,7 +112,9 @@ def test_declaration_is_the_parameter_list(name):
     kernel = KERNELS[name]
     text = re.sub(r"//[^\n]*", "", (kernel_dir() / kernel.file).read_text())
     found = re.search(
-        rf'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*{kernel.name}\((.*?)\)\s*{{', text, re.S
+        rf'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(?:CLUSTERED\s*)?{kernel.name}\((.*?)\)\s*{{',
+        text,
+        re.S,
     )
     assert found
     parameters, kind = [], ""
