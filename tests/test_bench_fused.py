@@ -7,16 +7,19 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cuda_shim import ShimDevice
 from typer.testing import CliRunner
 
-from gpuxbar import ops
+from gpuxbar import ops, reference
 from gpuxbar.bench import OracleMismatch, fused
 from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.ceilings import CEILINGS, UNITS, units_of
+from gpuxbar.bench.convolution import weights
 from gpuxbar.bench.fused import CHECKS, CONVOLUTIONS, FROM_CODES, PRODUCTS, READS, Recorder, Subject, Target
 from gpuxbar.bench.steps import STEPS
 
@@ -168,6 +171,41 @@ def test_what_is_timed_is_the_read(strategy, images):
         assert recorder.inner.launches == launches
 
 
+@pytest.mark.parametrize(("name", "images"), [("matrix", 0), ("images", 2)])
+def test_every_way_of_a_read_is_timed(monkeypatch, name, images):
+    """On the emulated GPU, by a clock that counts the calls of a graph."""
+    cupy = SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray, abs=np.abs, empty=np.empty)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(fused, "CudaDevice", lambda: ShimDevice(multiprocessors=1))
+    monkeypatch.setattr(fused, "CACHE_BYTES", 1 << 15)
+    monkeypatch.setattr(fused, "_replays_us", lambda calls: float(len([call() for call in calls])))
+    ideal = {}
+    monkeypatch.setattr(
+        fused, "ideal_convolution_us", lambda *arguments: ideal.setdefault("us", arguments[3])
+    )
+    read = fused.Read(name, 2 * 36 if images else 70, 27, 40, variance=not images, images=images)
+    kernels = read.kernels(fused.FUSED)
+    count = float(max(2, -(-(1 << 15) // (2 * (np.prod(read.codes_shape) + 27 * 40)))))
+    fields = {"read": count, "from codes": count, "call": count}
+    expected = dict.fromkeys(kernels, fields) | {
+        "epilogue": {"read": count, "from codes": count},
+        "ideal": {"read": count},
+    }
+    assert fused._time(read, kernels) == expected
+    assert bool(ideal) == bool(images)
+
+
+def test_the_ideal_convolution_is_that_of_the_read():
+    conv = ops.ConvGeometry(3, 6, 5, (3, 2), (2, 1), (1, 1))
+    rng = np.random.default_rng(0)
+    images, kernels = rng.integers(-9, 9, (2, 3, 6, 5)), rng.integers(-9, 9, (conv.inputs, 4))
+    y = torch.nn.functional.conv2d(
+        torch.from_numpy(images), weights(conv, kernels), None, conv.stride, conv.padding
+    )
+    expected = (reference.unfold(images, conv) @ kernels).reshape(2, conv.pixels, 4).transpose(0, 2, 1)
+    np.testing.assert_array_equal(y.numpy().reshape(expected.shape), expected)
+
+
 RATES = {
     "copy GB/s": 1.0,
     "exact Gnormal/s": 10.0,
@@ -226,8 +264,6 @@ def test_without_a_gpu_it_refuses(tmp_path):
 @pytest.fixture
 def emulated(monkeypatch):
     """A GPU whose checks and clock are stubs."""
-    from types import SimpleNamespace
-
     runtime = SimpleNamespace(getDeviceProperties=lambda number: {"name": b"Emulated"})
     cuda = SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(id=0))
     us = {
