@@ -7,11 +7,12 @@
 // Launch  128 rows by BLOCK_N columns a block, 384 threads: warpgroups 0 and 1 multiply 64 rows each, one thread of the
 //         third copies; grid (blocks, splits, P S G). Codes are integers: sums over tiles, and over splits of the tiles
 //         by atomics, have the same bits on any launch. Shared memory (dynamic): 1024 + STAGES * (stage_bytes + 16).
+//         CLUSTER 2: an even number of row blocks; the two of a cluster copy half of each panel of b, for both
 // Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
-// Macros  BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the pipeline; TERMS 1 fp16 conductances, 2 high
-//         and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16; BLOCK_N
-//         128); CONVERTERS 0 one LSB for all, 1 an LSB a column; GATE also counts the conversions inside the range, in
-//         the high half of each sum
+// Macros  CLUSTER 1, or 2 blocks that share panels; BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the
+//         pipeline; TERMS 1 fp16 conductances, 2 high and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE
+//         state-dependent part (a second product, bf16; BLOCK_N 128); CONVERTERS 0 one LSB for all, 1 an LSB a column;
+//         GATE also counts the conversions inside the range, in the high half of each sum
 // Wrapper gpuxbar/ops/fused_tile_mvm_sm90.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/panels.cuh"
@@ -19,6 +20,9 @@
 
 #ifndef STAGES
 #define STAGES 4
+#endif
+#ifndef CLUSTER
+#define CLUSTER 1
 #endif
 #ifndef VARIANCE
 #define VARIANCE 0
@@ -34,7 +38,7 @@ namespace gpuxbar {
 constexpr int HALVES = BLOCK_N / PANEL_ROWS;  // panels of b side by side
 constexpr u32 PANEL_BYTES = 2 * PANEL;
 constexpr u32 STAGE_BYTES = PANEL_BYTES * (1 + HALVES * (TERMS + VARIANCE));
-constexpr u32 CONSUMERS = 8;                        // warps that free a stage
+constexpr u32 CONSUMERS = 8 * CLUSTER;              // warps that free a stage
 constexpr int SUMS = 64, CODES = PAIRED ? 32 : 64;  // registers of a thread, for each half
 
 // What is the same for all threads of a block.
@@ -72,7 +76,33 @@ GPUXBAR_FN void store(T* to, const T (&v)[8], int real, i64 stride, bool vector)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+#if CLUSTER == 1
+#define CLUSTERED
+// Waits until all threads of the cluster have come here.
+GPUXBAR_FN void everyone() { __syncthreads(); }
+
+// Frees a stage, whose empty barrier is given, for the copies that write to it; by whole warps.
+GPUXBAR_FN void release(u32 empty) {
+  if (Place().lane() == 0) barrier_arrive(empty);
+}
+GPUXBAR_FN void wait_released(u32 empty, u32 parity) { barrier_wait(empty, parity); }
+
+// A panel of b: of a cluster, each block copies its share of the rows to all.
+GPUXBAR_FN void copy_right(u32 to, const void* from, u32 landed) { copy_bulk(to, from, PANEL_BYTES, landed); }
+#else
+#define CLUSTERED __cluster_dims__(CLUSTER)
+GPUXBAR_FN void everyone() { cluster_barrier(); }
+GPUXBAR_FN void release(u32 empty) {
+  if (Place().lane() < CLUSTER) barrier_arrive_at(empty, Place().lane());
+}
+GPUXBAR_FN void wait_released(u32 empty, u32 parity) { barrier_wait_cluster(empty, parity); }
+GPUXBAR_FN void copy_right(u32 to, const void* from, u32 landed) {
+  const u32 bytes = PANEL_BYTES / CLUSTER, share = cluster_rank() * bytes;
+  copy_bulk_to((1 << CLUSTER) - 1, to + share, (const u8*)from + share, bytes, landed);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     fused_tile_mvm_sm90(const Operand* __restrict__ a,    // [P, M, G, T, K]   digits, fp16
                         const Operand* __restrict__ b,    // [S, G, N, T, K]   conductance times a power of 2, fp16
                         const Operand* __restrict__ low,  // like b, or null: what fp16 leaves of it (TERMS 2)
@@ -103,7 +133,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;  // a barrier a stage
   const int outputs = groups * sense;
   if (thread_index() == 0) {
-    block.locate(rows, groups, sense, tiles, planes);
+    const int high = CLUSTER * BLOCK_M;  // rows of a cluster
+    block.locate((rows + high - 1) / high * high, groups, sense, tiles, planes);
     block.now = (u32)(step ? *step : step_value);
     block.key_lo = (u32)seed;
     block.key_hi = (u32)(seed >> 32);
@@ -115,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     }
     barrier_fence();
   }
-  __syncthreads();
+  everyone();
   block.invert(scales, sense, 384);
   __syncthreads();
 
@@ -125,7 +156,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const int tile_panels = k / PANEL_LINES, row_panels = tiles * tile_panels;  // of a row of panels of one group
     const int row_blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS, column_blocks = (sense + PANEL_ROWS - 1) / PANEL_ROWS;
     const i64 skipped = (i64)block.first_tile * tile_panels;
-    const i64 a_row = (i64)block.pass * row_blocks + block.m0 / PANEL_ROWS;
+    const int row_block = block.m0 / PANEL_ROWS;  // past the last one, the second of a cluster copies that again
+    const i64 a_row = (i64)block.pass * row_blocks + (row_block < row_blocks ? row_block : row_blocks - 1);
     const Operand* a_from = a + ((a_row * groups + block.group) * row_panels + skipped) * PANEL;
     const i64 b_row = (i64)(block.plane * groups + block.group) * column_blocks + block.n0 / PANEL_ROWS;
     i64 b_at = (b_row * row_panels + skipped) * PANEL;
@@ -134,15 +166,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const u32 steps = (block.last_tile - block.first_tile) * tile_panels;
     for (u32 at = 0; at < steps; ++at) {
       const u32 stage = at % STAGES, to = stages + stage * STAGE_BYTES, landed = full + 8 * stage;
-      barrier_wait(empty + 8 * stage, at / STAGES & 1 ^ 1);
+      wait_released(empty + 8 * stage, at / STAGES & 1 ^ 1);
       barrier_expect(landed, STAGE_BYTES);
       copy_bulk(to, a_from, PANEL_BYTES, landed);
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         const i64 from = b_at + half * next_half;
-        copy_bulk(to + (1 + half) * PANEL_BYTES, b + from, PANEL_BYTES, landed);
-        if (TERMS == 2) copy_bulk(to + (1 + HALVES + half) * PANEL_BYTES, low + from, PANEL_BYTES, landed);
-        if (VARIANCE) copy_bulk(to + (1 + HALVES * TERMS) * PANEL_BYTES, spread + from, PANEL_BYTES, landed);
+        copy_right(to + (1 + half) * PANEL_BYTES, b + from, landed);
+        if (TERMS == 2) copy_right(to + (1 + HALVES + half) * PANEL_BYTES, low + from, landed);
+        if (VARIANCE) copy_right(to + (1 + HALVES * TERMS) * PANEL_BYTES, spread + from, landed);
       }
       a_from += PANEL, b_at += PANEL;
     }
@@ -180,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         products_commit();
       }
       products_wait<HALVES>();  // the products of the step before are done
-      if (at != first && Place().lane() == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
+      if (at != first) release(empty + 8 * ((at - 1) % STAGES));
 #if VARIANCE
       // the squares are made while the tensor cores multiply the digits
       const Place place;
@@ -213,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         products_wait<1>();
       else
         products_wait<0>();
-      if (half + 1 == HALVES && Place().lane() == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
+      if (half + 1 == HALVES) release(empty + 8 * ((at - 1) % STAGES));
 #pragma unroll
       for (int part = 0; part < 4; ++part)
 #pragma unroll
@@ -299,6 +331,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (GATE) store<float4>(gate + to, inside, real, stride, vector && !pixels);
       }
     }
+  if (CLUSTER > 1) everyone();  // the other block may still arrive at barriers of this one
 }
 
 }  // namespace gpuxbar

@@ -7,16 +7,19 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cuda_shim import ShimDevice
 from typer.testing import CliRunner
 
-from gpuxbar import ops
+from gpuxbar import ops, reference
 from gpuxbar.bench import OracleMismatch, fused
 from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.ceilings import CEILINGS, UNITS, units_of
+from gpuxbar.bench.convolution import weights
 from gpuxbar.bench.fused import CHECKS, CONVOLUTIONS, FROM_CODES, PRODUCTS, READS, Recorder, Subject, Target
 from gpuxbar.bench.steps import STEPS
 
@@ -39,16 +42,21 @@ def subject(kernels=fused.FUSED, faulty=fused.FUSED, **changes):
 
 
 def test_a_device_is_asked_for_the_kernels_it_has():
-    for arch, kernels in (("sm_80", ("fused",)), ("sm_90", ("fused", "wgmma")), ("sm_100", ("fused",))):
+    for arch, kernels in (
+        ("sm_80", ("fused",)),
+        ("sm_90", ("fused", "wgmma", "cluster")),
+        ("sm_100", ("fused",)),
+    ):
         assert Subject(ShimDevice(arch=arch), np.asarray, np.asarray).kernels == kernels
 
 
 def test_the_checks_pass_on_the_cpu_build(monkeypatch):
     monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])  # the others take long here
     monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:1])
-    found = fused.check(subject())
+    found = fused.check(subject(kernels=fused.FUSED[:2]))
     assert list(found) == list(CHECKS)
     assert found["two runs"] == found["fused and cuBLAS + epilogue"] == "same bits"
+    assert CHECKS["two runs"](subject(kernels=("cluster",))) == "same bits"
 
 
 FAULTS = {  # check, what is wrong, what it says
@@ -62,7 +70,7 @@ FAULTS = {  # check, what is wrong, what it says
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", fused.FUSED)
+@pytest.mark.parametrize("kernel", fused.FUSED[:2])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_of_a_kernel_voids_the_table(monkeypatch, name, kernel):
     which, changes, text = FAULTS[name]
@@ -152,7 +160,8 @@ def test_what_is_timed_is_the_read(strategy, images):
     g = (np.random.default_rng(1).integers(-2047, 2048, (27, 40)) * fused.G_STEP).astype(np.float32)
     y = ops.tile_mvm(codes, g, device=recorder, strategy=strategy, **read.settings())
     expected = y.copy()
-    kernel = {"wgmma": "fused_tile_mvm_sm90", "epilogue": "adc_accumulate"}.get(strategy, "fused_tile_mvm")
+    kernel = dict.fromkeys(("wgmma", "cluster"), "fused_tile_mvm_sm90") | {"epilogue": "adc_accumulate"}
+    kernel = kernel.get(strategy, "fused_tile_mvm")
     pack = "pack_images" if strategy == "implicit" else "pack_inputs"
     for names, launches in ((PRODUCTS, [kernel]), (FROM_CODES, [pack, kernel])):
         y.fill(np.nan)
@@ -160,6 +169,41 @@ def test_what_is_timed_is_the_read(strategy, images):
         recorder.replay(names)
         np.testing.assert_array_equal(y, expected)
         assert recorder.inner.launches == launches
+
+
+@pytest.mark.parametrize(("name", "images"), [("matrix", 0), ("images", 2)])
+def test_every_way_of_a_read_is_timed(monkeypatch, name, images):
+    """On the emulated GPU, by a clock that counts the calls of a graph."""
+    cupy = SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray, abs=np.abs, empty=np.empty)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(fused, "CudaDevice", lambda: ShimDevice(multiprocessors=1))
+    monkeypatch.setattr(fused, "CACHE_BYTES", 1 << 15)
+    monkeypatch.setattr(fused, "_replays_us", lambda calls: float(len([call() for call in calls])))
+    ideal = {}
+    monkeypatch.setattr(
+        fused, "ideal_convolution_us", lambda *arguments: ideal.setdefault("us", arguments[3])
+    )
+    read = fused.Read(name, 2 * 36 if images else 70, 27, 40, variance=not images, images=images)
+    kernels = read.kernels(fused.FUSED)
+    count = float(max(2, -(-(1 << 15) // (2 * (np.prod(read.codes_shape) + 27 * 40)))))
+    fields = {"read": count, "from codes": count, "call": count}
+    expected = dict.fromkeys(kernels, fields) | {
+        "epilogue": {"read": count, "from codes": count},
+        "ideal": {"read": count},
+    }
+    assert fused._time(read, kernels) == expected
+    assert bool(ideal) == bool(images)
+
+
+def test_the_ideal_convolution_is_that_of_the_read():
+    conv = ops.ConvGeometry(3, 6, 5, (3, 2), (2, 1), (1, 1))
+    rng = np.random.default_rng(0)
+    images, kernels = rng.integers(-9, 9, (2, 3, 6, 5)), rng.integers(-9, 9, (conv.inputs, 4))
+    y = torch.nn.functional.conv2d(
+        torch.from_numpy(images), weights(conv, kernels), None, conv.stride, conv.padding
+    )
+    expected = (reference.unfold(images, conv) @ kernels).reshape(2, conv.pixels, 4).transpose(0, 2, 1)
+    np.testing.assert_array_equal(y.numpy().reshape(expected.shape), expected)
 
 
 RATES = {
@@ -225,13 +269,12 @@ def test_without_a_gpu_it_refuses(tmp_path):
 @pytest.fixture
 def emulated(monkeypatch):
     """A GPU whose checks and clock are stubs."""
-    from types import SimpleNamespace
-
     runtime = SimpleNamespace(getDeviceProperties=lambda number: {"name": b"Emulated"})
     cuda = SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(id=0))
     us = {
         "fused": {"read": 400.0, "from codes": 420.0, "call": 450.0},
         "wgmma": {"read": 350.0, "from codes": 370.0, "call": 390.0},
+        "cluster": {"read": 330.0, "from codes": 350.0, "call": 370.0},
         "implicit": {"read": 27.0, "from codes": 30.0, "call": 35.0},
         "epilogue": {"read": 1000.0, "from codes": 1100.0},
         "ideal": {"read": 200.0},

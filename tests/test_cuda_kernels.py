@@ -80,12 +80,14 @@ VARIANTS = {
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7))],
     "fused_tile_mvm_sm90.cu": [
-        {"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "CONVERTERS": converters, "GATE": gate,
-         "STAGES": stages}
-        for block_n, terms, noise, variance, converters, gate, stages in
-        [(128, 1, 1, 0, 0, 1, 4), (128, 2, 2, 0, 1, 1, 4), (256, 1, 0, 0, 0, 0, 4), (256, 1, 1, 0, 0, 0, 4),
-         (256, 1, 2, 0, 0, 0, 4), (256, 2, 1, 0, 0, 0, 2), (256, 2, 2, 0, 0, 0, 2), (128, 1, 2, 1, 0, 0, 4),
-         (128, 1, 2, 1, 1, 1, 4), (128, 2, 1, 1, 1, 1, 3), (128, 2, 2, 1, 0, 0, 3)]
+        {"CLUSTER": cluster, "BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance,
+         "CONVERTERS": converters, "GATE": gate, "STAGES": stages}
+        for cluster, block_n, terms, noise, variance, converters, gate, stages in
+        [(1, 128, 1, 1, 0, 0, 1, 4), (1, 128, 2, 2, 0, 1, 1, 4), (1, 256, 1, 0, 0, 0, 0, 4), (1, 256, 1, 1, 0, 0, 0, 4),
+         (1, 256, 1, 2, 0, 0, 0, 4), (1, 256, 2, 1, 0, 0, 0, 2), (1, 256, 2, 2, 0, 0, 0, 2), (1, 128, 1, 2, 1, 0, 0, 4),
+         (1, 128, 1, 2, 1, 1, 1, 4), (1, 128, 2, 1, 1, 1, 1, 3), (1, 128, 2, 2, 1, 0, 0, 3), (2, 256, 1, 0, 0, 0, 0, 4),
+         (2, 256, 1, 1, 0, 0, 0, 4), (2, 256, 1, 2, 0, 0, 0, 4), (2, 256, 2, 2, 0, 0, 0, 2), (2, 128, 1, 2, 1, 1, 1, 4),
+         (2, 128, 2, 1, 1, 1, 1, 3)]
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}, {"INT8": 1, "TRANSPOSED": 1}],
     "pulse_trains.cu": [{"CONV": 0}, {"CONV": 1}],
@@ -118,7 +120,9 @@ def test_declaration_is_the_parameter_list(name):
     kernel = KERNELS[name]
     text = re.sub(r"//[^\n]*", "", (kernel_dir() / kernel.file).read_text())
     found = re.search(
-        rf'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*{kernel.name}\((.*?)\)\s*{{', text, re.S
+        rf'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*(?:CLUSTERED\s*)?{kernel.name}\((.*?)\)\s*{{',
+        text,
+        re.S,
     )
     assert found
     parameters, kind = [], ""
@@ -314,6 +318,7 @@ def test_sanitizers_find_nothing(tmp_path):
 import numpy as np
 from cuda_shim import SANITIZE, ShimDevice
 from gpuxbar import ops
+from gpuxbar.bench import ceilings
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_cuda import FOLD
 from gpuxbar.spec import Agarwal, Carry, ConstantStep, Endurance, PulseTrain, Retention, presets
@@ -356,6 +361,7 @@ for method, shared in (("mean_field", False), ("exact", True)):
                               arithmetic="3xtf32", **wires)
 ops.effective_conductance_gradient(*np.full((2, 1, 20, 9), 1e-4, np.float32), **wires)
 ops.anchored_conductance(np.full((3, 9, 7), 1e-4, np.float32), ops.Anchor.new((3, 9, 7)), update=np.ones(1, np.int32), **wires)
+ceilings.check(device, np.asarray, np.asarray)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})

@@ -26,8 +26,8 @@ def plan(monkeypatch):
 
     module = importlib.import_module("gpuxbar.ops.tile_mvm")  # the name in `ops` is the function
 
-    def fix(block_n, stages, splits=1):
-        plan = Plan("wgmma", (), block_n, stages, splits)
+    def fix(block_n, stages, splits=1, cluster=1):
+        plan = Plan("wgmma", (), block_n, stages, splits, cluster=cluster)
         monkeypatch.setattr(module, "plan_tile_mvm", lambda *_: plan)
 
     return fix
@@ -130,8 +130,8 @@ def test_every_way_of_a_read_gives_the_same_bits(plan, groups, planes, cols, gen
         codes %= 16
         s["noise_var"] = rng.integers(0, 4, g.shape).astype(np.float32)
     wanted = read(codes, g, **s, strategy="epilogue")
-    for splits in (1, 3):
-        plan(128, 4, splits)
+    for splits, cluster in ((1, 1), (3, 1), (1, 2), (3, 2)):
+        plan(128, 3, splits, cluster)
         for got, one in zip(read(codes, g, **s), wanted, strict=True):
             np.testing.assert_array_equal(got, one)
 
@@ -161,10 +161,7 @@ MUTANTS = {
     "no wait for a stage": ("barrier_wait(full + 8 * stage, at / STAGES & 1);", ""),
     "no wait for the last products": ("products_wait<0>();", ""),
     "a stage freed early": ("((at - 1) % STAGES));\n#if", "(at % STAGES));\n#if"),
-    "a dropped arrival": (
-        "if (at != first && Place().lane() == 0)",
-        "if (at != first && Place().thread == 64)",
-    ),
+    "a dropped arrival": ("if (at != first) release", "if (at != first && Place().warpgroup() == 0) release"),
     "too few bytes": ("barrier_expect(landed, STAGE_BYTES)", "barrier_expect(landed, PANEL_BYTES)"),
     "the phase of a stage": ("at / STAGES & 1)", "at / STAGES & 1 ^ 1)"),
     "no fence": ("products_fence();", ""),
@@ -175,6 +172,14 @@ VARIANCE_MUTANTS = {
     "the panel of the variances": ("descriptor(from + (1 + TERMS) * PANEL_BYTES)", "descriptor(from + TERMS * PANEL_BYTES)"),
     "the rows of the squares": ("(place.thread >> 5) * 16", "(place.thread >> 5 & 3) * 16"),
     "the chunks of the squares": ("panel_chunk(row, 2 * part +", "panel_chunk(row + 1, 2 * part +"),
+}  # fmt: skip
+CLUSTER_MUTANTS = {
+    "barriers met before they are made": ("everyone();\n  block.invert", "__syncthreads();\n  block.invert"),
+    "an end before the other block's": ("if (CLUSTER > 1) everyone();", ""),
+    "a copy to its own block alone": ("(1 << CLUSTER) - 1", "1 << cluster_rank()"),
+    "the same share by both": ("cluster_rank() * bytes", "0 * bytes"),
+    "a stage freed by its own block alone": ("barrier_arrive_at(empty, Place().lane())", "barrier_arrive_at(empty, cluster_rank())"),
+    "no wait for a free stage": ("wait_released(empty + 8 * stage, at / STAGES & 1 ^ 1);", ""),
 }  # fmt: skip
 HEADER_MUTANTS = {
     "a swizzle": ("panels.cuh", "^ (row & 7)", "^ (row & 3)"),
@@ -196,11 +201,11 @@ def seeded(tmp_path, monkeypatch):
     return seed
 
 
-def survives(variance):
+def survives(variance, rows):
     """Whether no order or moment of landing shows a wrong result."""
     rng = np.random.default_rng(5)
-    codes = rng.integers(-127, 128, (70, 500)).astype(np.int16)
-    g = rng.integers(-8, 9, (1, 500, 40)).astype(np.float32)
+    codes = rng.integers(-127, 128, (rows, 500)).astype(np.int16)
+    g = rng.integers(-8, 9, (1, 500, 100)).astype(np.float32)
     s = {"adc_bits": 8, "adc_lsb": 64.0}
     if variance:  # numbers that bf16 holds
         codes %= 16
@@ -222,18 +227,19 @@ def survives(variance):
     return True
 
 
-@pytest.mark.parametrize(
-    "name", ["none", *MUTANTS, *HEADER_MUTANTS, "none, with variances", *VARIANCE_MUTANTS]
-)
+@pytest.mark.parametrize("name", ["none", *MUTANTS, *HEADER_MUTANTS, "none, with variances", *VARIANCE_MUTANTS,
+                                  "none, in clusters", *CLUSTER_MUTANTS])  # fmt: skip
 def test_a_seeded_bug_shows(plan, seeded, name):
-    plan(128, 2)
-    texts = {**MUTANTS, **VARIANCE_MUTANTS}
+    clusters = "clusters" in name or name in CLUSTER_MUTANTS
+    plan(128, 2, cluster=1 + clusters)
+    texts = {**MUTANTS, **VARIANCE_MUTANTS, **CLUSTER_MUTANTS}
     if name in texts:
         seeded("fused_tile_mvm_sm90.cu", *texts[name])
     if name in HEADER_MUTANTS:
         file, old, new = HEADER_MUTANTS[name]
         seeded(f"include/gpuxbar/{file}", old, new)
-    assert survives("variances" in name or name in VARIANCE_MUTANTS) == name.startswith("none")
+    variance = "variances" in name or name in VARIANCE_MUTANTS
+    assert survives(variance, 150 if clusters else 70) == name.startswith("none")
 
 
 CASE = Case(4096, 1, 4096, 4096, 1, 128, noise="fast")
@@ -254,12 +260,46 @@ def test_hopper_takes_it_where_it_fits():
     [({"converters": 2}, "gain or offset of their own"),
      ({"adc_bits": 0}, "nothing is converted")],
 )  # fmt: skip
-def test_what_it_cannot_compute(change, reason):
+@pytest.mark.parametrize("strategy", ["wgmma", "cluster"])
+def test_what_it_cannot_compute(strategy, change, reason):
     with pytest.raises(
         ValueError,
-        match=rf"tile_mvm: `strategy` must be possible, got 'wgmma' where .*{reason}.*; choose 'auto'",
+        match=rf"tile_mvm: `strategy` must be possible, got '{strategy}' where .*{reason}.*; choose 'auto'",
     ):
-        plan_tile_mvm(Case(**{**vars(CASE), **change}), "sm_90", 132, "wgmma")
+        plan_tile_mvm(Case(**{**vars(CASE), **change}), "sm_90", 132, strategy)
+
+
+@pytest.mark.parametrize(
+    ("rows", "eager", "order"), [(131, True, FORWARD), (261, False, REVERSE), (300, True, 11)]
+)
+def test_clusters_give_the_same_bits(plan, rows, eager, order):
+    """Even and odd numbers of row blocks, and two blocks of columns; blocks that have no row at all."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-127, 128, (rows, 300)).astype(np.int16)
+    g = rng.integers(-8, 9, (1, 300, 270)).astype(np.float32)
+    s = {
+        "tile_rows": 100,
+        "adc_bits": 8,
+        "adc_lsb": 64.0,
+        "read_noise": 30.0,
+        "generator": "fast",
+        "seed": SEED,
+        "g_range": 8.0,
+    }
+    wanted = read(codes, g, **s, strategy="epilogue")
+    plan(256, 2, cluster=2)
+    device = ShimDevice(order, eager=eager)
+    np.testing.assert_array_equal(read(codes, g, device, **s), wanted)
+    assert [m["CLUSTER"] for m in device.macros if "CLUSTER" in m] == [2]
+
+
+def test_clusters_are_taken_only_when_asked_for():
+    assert "cluster" not in plan_tile_mvm(CASE, "sm_90", 132).explain()
+    asked = plan_tile_mvm(CASE, "sm_90", 132, "cluster")
+    assert (asked.strategy, asked.cluster, asked.block_n, asked.stages) == ("cluster", 2, 256, 4)
+    assert "cluster: blocks of 128 x 256" in asked.explain()
+    assert asked.blocks(129, 257) == asked.blocks(256, 512) == 4
+    assert asked.blocks(257, 257) == 8  # whole clusters
 
 
 @pytest.mark.parametrize("change", [{}, {"gate": True}, {"precision": "fp16x2"}, {"adc_bits": 16}, {"variance": True},

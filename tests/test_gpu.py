@@ -179,14 +179,14 @@ def test_a_read_of_no_rows(cuda_device):
 
 FUSED = [
     pytest.param(strategy, tile, id=f"{strategy}-{tile}")
-    for strategy in ("fused", "wgmma")
+    for strategy in ("fused", "wgmma", "cluster")
     for tile in (64, 100, 128, 256, 512)
 ]
 
 
 def fused_read(cuda_device, strategy, tile, noise):
     """A read of several row and column blocks with an odd edge each: (codes, g, settings)."""
-    if strategy == "wgmma" and cuda_device.arch != "sm_90":
+    if strategy != "fused" and cuda_device.arch != "sm_90":
         pytest.skip(f"{cuda_device.arch} has no wgmma")
     codes, g = case(261, 1100, 392)
     g = (g * 2**26).astype(np.float16).astype(np.float32) / 2**26  # fp16 holds it

@@ -6,11 +6,12 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from gpuxbar.ops import ConvGeometry
 
-__all__ = ["ideal_convolution_us"]
+__all__ = ["ideal_convolution_us", "weights"]
 
 
 def ideal_convolution_us(
@@ -25,13 +26,9 @@ def ideal_convolution_us(
         copies: Convolutions of a graph.
         rounds: Graphs to time.
     """
-    last, device = torch.channels_last, torch.device("cuda")
-    weight = torch.from_numpy(kernels.T.reshape(-1, conv.channels, *conv.kernel)).to(device, torch.float16)
-    weight = weight.contiguous(memory_format=last)
-    inputs = [
-        torch.from_numpy(images).to(device, torch.float16).contiguous(memory_format=last)
-        for _ in range(copies)
-    ]
+    weight = weights(conv, kernels).to("cuda", torch.float16, memory_format=torch.channels_last)
+    one = torch.from_numpy(images).to("cuda", torch.float16, memory_format=torch.channels_last)
+    inputs = [one.clone() for _ in range(copies)]
 
     def run() -> None:
         for x in inputs:
@@ -53,3 +50,8 @@ def ideal_convolution_us(
         stop.synchronize()
         times.append(start.elapsed_time(stop))
     return 1e3 * median(times[1:]) / copies
+
+
+def weights(conv: ConvGeometry, kernels: np.ndarray) -> Tensor:
+    """What `torch.nn.functional.conv2d` takes, of [inputs, outputs]."""
+    return torch.from_numpy(kernels.T.copy()).reshape(-1, conv.channels, *conv.kernel)

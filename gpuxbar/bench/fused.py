@@ -43,7 +43,11 @@ CACHE_BYTES = 128 << 20  # more than any L2 cache holds
 REPLAYS = 20
 PRODUCTS = ("fused_tile_mvm", "fused_tile_mvm_sm90", "matmul", "adc_accumulate", "shift_add")
 FROM_CODES = (*PRODUCTS, "pack_inputs", "pack_images")
-FUSED = ("fused", "wgmma")  # strategies of one kernel that read any codes
+FUSED = (
+    "fused",
+    "wgmma",
+    "cluster",
+)  # strategies of one kernel that read any codes; the others on Hopper only
 IDEAL_PRODUCT = "ideal"  # among the times of a read: by cuBLAS or cuDNN
 
 
@@ -124,7 +128,7 @@ class Read:
         conversions = self.rows * self.case.tiles * self.outputs
         products = self.case.terms + self.variance
         halves = prod(self.codes_shape) + self.inputs * self.outputs * products
-        multiply = rates["wgmma TFLOP/s" if kernel == "wgmma" else "mma.sync TFLOP/s"]
+        multiply = rates["wgmma TFLOP/s" if kernel in FUSED[1:] else "mma.sync TFLOP/s"]
         floors = {
             "products": 2e-6 * self.rows * self.inputs * self.outputs * products / multiply,
             "memory": 1e-3 * (2 * halves + 4 * self.rows * self.outputs) / rates["copy GB/s"],

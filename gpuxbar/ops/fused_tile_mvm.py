@@ -156,9 +156,8 @@ def read_fused(
             "rows_per_scale": 1 if row_scale is None else shape.rows // row_scale.size,
             "pixels": 0 if conv is None or s["transposed"] else conv.pixels,
         }  # fmt: skip
-        blocks = -(-rows // BLOCK_M) * -(-shape.sense // plan.block_n)
         launch(
-            (blocks, plan.splits, conversions * shape.groups),
+            (plan.blocks(rows, shape.sense), plan.splits, conversions * shape.groups),
             {**shared, **more, "a": inputs, "b": operand.high, "low": operand.low, "read_noise": sigma, "step": step,
              "y": None if by_words else y, "gate": None if by_words else gate, "volts": s["v_lsb"] / operand.scale,
              "read_noise_value": sigma_value, "step_value": step_value, "noise_row0": s["row_offset"] + row0,

@@ -50,7 +50,7 @@ def fused_tile_mvm_sm90(
     def launch(grid: tuple[int, ...], arguments: dict[str, Any], gate: bool) -> None:
         device.launch(
             FUSED_TILE_MVM_SM90, grid, (384,), {**arguments, **more},
-            {"BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": terms, "NOISE": generator_of(s),
+            {"CLUSTER": plan.cluster, "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": terms, "NOISE": generator_of(s),
              "VARIANCE": variance, "CONVERTERS": arguments["adc_per_column"], "GATE": int(gate)},
             shared=wgmma_bytes(plan.block_n, terms + variance, plan.stages),
         )  # fmt: skip

@@ -104,7 +104,8 @@ def tile_mvm(
             between levels is read as the nearest, and codes beyond +-127 as these.
         packed: On a GPU, `g` (and `noise_var`) as the last read packed them, kept for the next one; None: packed anew.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
-        strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma" or "epilogue" (see `ops.tile_mvm_plan`); "auto" takes the fastest.
+        strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma", "cluster" or "epilogue" (see `ops.tile_mvm_plan`);
+            "auto" takes the fastest.
 
     Returns:
         float32 [B, O], A unless scaled; transposed: [B, I]; with `conv` the images. With `want_gate`, (y, gate).
@@ -233,7 +234,7 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
     plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
     if plan.strategy in ("fused", "implicit"):
         return fused_tile_mvm(device, v, g, rows, inputs, s, plan)
-    if plan.strategy == "wgmma":
+    if plan.strategy in ("wgmma", "cluster"):
         return fused_tile_mvm_sm90(device, v, g, rows, inputs, s, plan)
     if plan.strategy == "collapsed":
         s = {**s, "tile": max(drive, 1)}

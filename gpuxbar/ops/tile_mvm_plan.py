@@ -1,9 +1,10 @@
-"""Which of five ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
+"""Which of six ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
 
 collapsed   nothing is converted per tile: planes and tiles merge into one product by cuBLAS
 fused       one kernel multiplies on tensor cores and converts in registers (kernels/fused_tile_mvm.cu)
 implicit    the same for a convolution read forwards, whose patches the kernel gathers from the images
 wgmma       the same as fused on Hopper, by products of whole warpgroups (kernels/fused_tile_mvm_sm90.cu)
+cluster     the same as wgmma, two blocks sharing conductances; never chosen by "auto" before it has been timed
 epilogue    cuBLAS writes the partial sums of every tile, one kernel converts them (kernels/adc_accumulate.cu)
 
 All draw the same noise and add codes as integers, so they agree: in every bit where the partial sums are
@@ -34,11 +35,9 @@ __all__ = [
     "wgmma_bytes",
 ]
 
-STRATEGIES = ("auto", "collapsed", "fused", "implicit", "wgmma", "epilogue")
+STRATEGIES = ("auto", "collapsed", "fused", "implicit", "wgmma", "cluster", "epilogue")
 BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage (of bytes 128): kernels/fused_tile_mvm.cu
-INT8_RATE = (
-    2.0  # of products of bytes, to those of fp16: by the data sheets of all architectures in the table
-)
+INT8_RATE = 2.0  # of products of bytes to those of fp16, by the data sheets of all architectures in the table
 BLOCKS_N = (256, 128)  # columns of a block
 # Bytes of shared memory a block may take; architectures that are absent run the next lower one listed.
 SHARED = {
@@ -200,7 +199,7 @@ def rates(arch: str) -> Rates:
 class Plan:
     """A choice with its reasons; `block_n`, `stages` and `splits` shape the fused kernels.
 
-    `chunks`: of eight channels that a tile gathers (implicit); else 0.
+    `chunks`: of eight channels that a tile gathers (implicit); else 0. `cluster`: blocks that share panels.
     """
 
     strategy: str
@@ -209,6 +208,12 @@ class Plan:
     stages: int = 0
     splits: int = 1
     chunks: int = 0
+    cluster: int = 1
+
+    def blocks(self, rows: int, sense: int) -> int:
+        """Of a plane, pass, group and split of the tiles: whole clusters."""
+        high = BLOCK_M * self.cluster
+        return -(-rows // high) * self.cluster * -(-sense // self.block_n)
 
     def explain(self) -> str:
         """The choice and its reasons, a line each."""
@@ -240,6 +245,7 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         "fused": _obstacle(case, arch),
         "implicit": _implicit_obstacle(case, arch),
         "wgmma": _wgmma_obstacle(case, arch),
+        "cluster": _wgmma_obstacle(case, arch),
     }
     if obstacle := obstacles.get(strategy):
         raise ValueError(
@@ -258,7 +264,10 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     if all(obstacles.values()):
         return replace(epilogue, why=(f"fused is impossible: {obstacles['fused']}", *epilogue.why))
     times = {}
-    for name, shape in (("fused", _fused), ("implicit", _implicit), ("wgmma", _wgmma)):  # first of equals
+    shapes = {"fused": _fused, "implicit": _implicit, "wgmma": _wgmma}  # the first of equals is chosen
+    if strategy == "cluster":
+        shapes["cluster"] = _cluster
+    for name, shape in shapes.items():
         if not obstacles[name]:
             plans = [shape(case, arch, multiprocessors, block_n) for block_n in BLOCKS_N]
             timed = [
@@ -360,9 +369,13 @@ def _padded(case: Case, implicit: bool = False) -> int:
     return -(-lines // step) * step
 
 
-def _blocks(case: Case, block_n: int) -> int:
-    outer = case.planes * case.passes * case.groups
-    return -(-case.rows // BLOCK_M) * -(-case.sense // block_n) * outer
+def _blocks(case: Case, plan: Plan) -> int:
+    return plan.blocks(case.rows, case.sense) * case.planes * case.passes * case.groups
+
+
+def _split(case: Case, plan: Plan, multiprocessors: int) -> Plan:
+    """The tiles split so that blocks fill the multiprocessors."""
+    return replace(plan, splits=max(1, min(case.tiles, multiprocessors // max(_blocks(case, plan), 1))))
 
 
 def _fused(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
@@ -373,8 +386,7 @@ def _fused(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | 
     stages = pipeline(arch, block_n, case.terms + case.variance)
     if stages is None:
         return None
-    splits = max(1, min(case.tiles, multiprocessors // max(_blocks(case, block_n), 1)))
-    return Plan("fused", (), block_n, stages, splits)
+    return _split(case, Plan("fused", (), block_n, stages), multiprocessors)
 
 
 def _implicit(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
@@ -389,8 +401,13 @@ def _wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | 
         return None
     free, panels = SHARED[arch] - STATIC_SHARED, case.terms + case.variance
     stages = next(count for count in (4, 3, 2) if wgmma_bytes(block_n, panels, count) <= free)
-    splits = max(1, min(case.tiles, multiprocessors // max(_blocks(case, block_n), 1)))
-    return Plan("wgmma", (), block_n, stages, splits)
+    return _split(case, Plan("wgmma", (), block_n, stages), multiprocessors)
+
+
+def _cluster(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+    """As `_wgmma`, two blocks a cluster."""
+    plan = _wgmma(case, arch, multiprocessors, block_n)
+    return plan and _split(case, replace(plan, strategy="cluster", cluster=2), multiprocessors)
 
 
 def wgmma_bytes(block_n: int, panels: int, stages: int) -> int:
@@ -417,10 +434,12 @@ def pipeline(arch: str, block_n: int, panels: int) -> int | None:
 def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> float:
     """Products and conversions overlap, half (fused) or all but a quarter (wgmma), in whole waves of one block a
     multiprocessor."""
-    blocks = _blocks(case, plan.block_n) * plan.splits
+    blocks = _blocks(case, plan) * plan.splits
     waves = -(-blocks // multiprocessors) * multiprocessors / max(blocks, 1)
-    outputs = _blocks(case, plan.block_n) * BLOCK_M * plan.block_n
-    tflops, alone = (table.wgmma_tflops, 0.25) if plan.strategy == "wgmma" else (table.mma_tflops, 0.5)
+    outputs = _blocks(case, plan) * BLOCK_M * plan.block_n
+    tflops, alone = (
+        (table.wgmma_tflops, 0.25) if plan.strategy in ("wgmma", "cluster") else (table.mma_tflops, 0.5)
+    )
     lines = case.tiles * _padded(case, plan.strategy == "implicit")
     tflops *= INT8_RATE if case.int8 else 1.0
     product = 2e-6 * outputs * lines * (case.terms + case.variance) / tflops

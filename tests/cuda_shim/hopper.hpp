@@ -6,7 +6,7 @@
 // waits for it and no thread can go on otherwise, those in registers too; until then its sums are poisoned. Operands in
 // shared memory are found by decoding their descriptors, swizzle included. Errors: addresses outside or misaligned, barriers not made, too many arrivals,
 // products of one warpgroup that differ, sums touched in flight, products not fenced, copies or products under way at
-// the end. A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
+// the end; arrivals and copies at a block of the cluster whose barriers are not made yet, or that has ended. A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
 #pragma once
 #include <deque>
 #include <map>
@@ -26,6 +26,7 @@ struct Products {  // of a warp
   bool fenced = false;
 };
 struct Hopper {  // what a block has under way
+  unsigned char* memory = gx_smem;  // its own
   std::map<unsigned, Barrier> barriers;
   std::vector<Bulk> copies;
   Products products[32];
@@ -36,25 +37,25 @@ static thread_local Hopper hopper;
 inline const float kInFlight = unbits<float>(0x7FBADBADu);  // a NaN that nothing computes
 inline bool in_flight(float x) { return bits(x) == bits(kInFlight); }
 
-inline Barrier* barrier_at(unsigned address, const char* what) {
-  const auto found = hopper.barriers.find(address);
-  if (found != hopper.barriers.end()) return &found->second;
+inline Barrier* barrier_at(Hopper& of, unsigned address, const char* what) {
+  const auto found = of.barriers.find(address);
+  if (found != of.barriers.end()) return &found->second;
   tls.blk->fail(std::string(what) + ": no barrier at shared address " + std::to_string(address));
   return nullptr;
 }
 inline void settle(Barrier& b) {
   if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.arrivals;
 }
-inline void arrive(unsigned address, long bytes, const char* what) {
-  Barrier* const b = barrier_at(address, what);
+inline void arrive(Hopper& of, unsigned address, long bytes, const char* what) {
+  Barrier* const b = barrier_at(of, address, what);
   if (!b) return;
   if (b->pending == 0) return tls.blk->fail(std::string(what) + ": more arrivals than the barrier counts");
   b->bytes += bytes, --b->pending;
   settle(*b);
 }
-inline void land(const Bulk& copy) {
-  memcpy(gx_smem + copy.to, copy.from, copy.bytes);
-  if (Barrier* const b = barrier_at(copy.barrier, "copy_bulk")) b->bytes -= copy.bytes, settle(*b);
+inline void land(Hopper& in, const Bulk& copy) {
+  memcpy(in.memory + copy.to, copy.from, copy.bytes);
+  if (Barrier* const b = barrier_at(in, copy.barrier, "copy_bulk")) b->bytes -= copy.bytes, settle(*b);
 }
 
 // The bits of element (row, k) of the matrix a descriptor names.
@@ -143,12 +144,15 @@ inline void products_settle(void** lanes) {
 }
 
 static const bool installed = [] {
-  hooks.begin = [] { hopper = Hopper(); };
+  hooks.begin = [] {
+    hopper = Hopper();
+    if (tls.blk->cluster) tls.blk->cluster->state[tls.blk->rank] = &hopper;
+  };
   hooks.happen = [] {
     if (hopper.copies.empty()) return false;
     const Bulk last = hopper.copies.back();
     hopper.copies.pop_back();
-    land(last);
+    land(hopper, last);
     return true;
   };
   hooks.end = [] {
@@ -172,20 +176,53 @@ static inline void barrier_init(unsigned barrier, unsigned arrivals) {
   shim::hopper.barriers[barrier] = {arrivals, arrivals, 0, 0};
 }
 static inline void barrier_fence() {}
-static inline void barrier_arrive(unsigned barrier) { shim::arrive(barrier, 0, "barrier_arrive"); }
-static inline void barrier_expect(unsigned barrier, unsigned bytes) { shim::arrive(barrier, bytes, "barrier_expect"); }
+static inline void barrier_arrive(unsigned barrier) { shim::arrive(shim::hopper, barrier, 0, "barrier_arrive"); }
+static inline void barrier_expect(unsigned barrier, unsigned bytes) {
+  shim::arrive(shim::hopper, barrier, bytes, "barrier_expect");
+}
 static inline void barrier_wait(unsigned barrier, unsigned parity) {
-  if (!shim::barrier_at(barrier, "barrier_wait")) return;
+  if (!shim::barrier_at(shim::hopper, barrier, "barrier_wait")) return;
   shim::wait_until([](const shim::Lane& l) { return shim::hopper.barriers[l.val].phase != l.res; }, barrier, parity);
 }
-static inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+static inline void shim_copy(shim::Hopper& in, unsigned to, const void* from, unsigned bytes, unsigned barrier) {
   if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16 || to + bytes > shim::tls.blk->dyn_size)
     return shim::tls.blk->fail("copy_bulk: misaligned or outside shared memory");
   const shim::Bulk copy{to, static_cast<const unsigned char*>(from), bytes, barrier};
-  if (shim::tls.blk->eager) return shim::land(copy);
-  memset(gx_smem + to, 0x7E, bytes);
-  shim::hopper.copies.push_back(copy);
+  if (shim::tls.blk->eager) return shim::land(in, copy);
+  memset(in.memory + to, 0x7E, bytes);
+  in.copies.push_back(copy);
 }
+static inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+  shim_copy(shim::hopper, to, from, bytes, barrier);
+}
+
+#if CLUSTER > 1
+static inline unsigned cluster_rank() { return shim::tls.blk->rank; }
+static inline shim::Hopper* shim_peer(unsigned rank, unsigned barrier, const char* what) {
+  const shim::Cluster& cluster = *shim::tls.blk->cluster;
+  auto* const peer = static_cast<shim::Hopper*>(rank < CLUSTER && !cluster.ended[rank] ? cluster.state[rank] : nullptr);
+  if (peer && peer->barriers.count(barrier)) return peer;
+  return shim::tls.blk->fail(std::string(what) + ": the block has no such barrier yet, or has ended"), nullptr;
+}
+static inline void barrier_arrive_at(unsigned barrier, unsigned rank) {
+  if (shim::Hopper* const at = shim_peer(rank, barrier, "barrier_arrive_at")) shim::arrive(*at, barrier, 0, "barrier_arrive_at");
+}
+static inline void barrier_wait_cluster(unsigned barrier, unsigned parity) { barrier_wait(barrier, parity); }
+static inline void copy_bulk_to(unsigned blocks, unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+  for (unsigned rank = 0; blocks >> rank; ++rank)
+    if (blocks >> rank & 1)
+      if (shim::Hopper* const in = shim_peer(rank, barrier, "copy_bulk_to")) shim_copy(*in, to, from, bytes, barrier);
+}
+static inline void cluster_barrier() {
+  shim::Cluster& cluster = *shim::tls.blk->cluster;
+  ++cluster.arrived;
+  shim::wait_until([](const shim::Lane& l) {
+    shim::Cluster& all = *shim::tls.blk->cluster;
+    if (int(all.arrived) == all.alive()) all.arrived = 0, all.phase ^= 1;
+    return all.phase != l.res;
+  }, 0, cluster.phase);
+}
+#endif
 
 template <int COUNT> inline void registers_release() {}
 template <int COUNT> inline void registers_claim() {}

@@ -3,7 +3,8 @@
 // One block runs on one OS thread; its CUDA threads are fibers that switch only at __syncthreads, __syncwarp and
 // warp collectives, in an order given to the launch, so that a missing barrier shows: 0 forward and 1 reverse run each
 // warp as far as the next barrier before the others, a larger one seeds a random order with all warps abreast. A
-// kernel that never blocks runs as a plain loop. Blocks run in parallel under OpenMP.
+// kernel that never blocks runs as a plain loop. Blocks run in parallel under OpenMP; the blocks of a cluster (macro
+// CLUSTER of the kernel) run on a thread each, one at a time, until none can go on alone.
 // Reported as errors: divergent barriers and warp operations (deadlock), lanes of one warp operation that disagree,
 // shuffles from a lane outside the mask, launch limits. Not modelled: races between blocks, memory ordering.
 #pragma once
@@ -13,11 +14,14 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -34,6 +38,10 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __shared__ thread_local
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 #define __align__(n) __attribute__((aligned(n)))
 
 // vector types
@@ -118,11 +126,34 @@ static inline void* make_fiber(char* stack, void (*fn)()) {
   return p;
 }
 
+struct Cluster {  // blocks that take turns; whoever has the turn may touch everything
+  std::mutex mutex; std::condition_variable changed;
+  Block* blocks[CLUSTER] = {}; bool ended[CLUSTER] = {}; bool failed = false;
+  void* state[CLUSTER] = {};           // of hopper.hpp, of blocks that have begun
+  int turn = 0, idle = 0;              // idle: blocks passed over since anything happened
+  unsigned arrived = 0, phase = 0;     // of the cluster's barrier
+  void take(int rank) {
+    std::unique_lock<std::mutex> lock(mutex);
+    changed.wait(lock, [&] { return turn == rank; });
+  }
+  bool pass(int rank) {  // to the next block that has not ended; whether there is another
+    for (int i = 1; i < CLUSTER; ++i)
+      if (const int next = (rank + i) % CLUSTER; !ended[next]) {
+        { std::lock_guard<std::mutex> lock(mutex); turn = next; }
+        changed.notify_all();
+        return true;
+      }
+    return false;
+  }
+  int alive() const;  // threads
+};
+
 struct Block {  // of one OS thread, reused for every block it runs in a launch
   std::vector<Lane> lane; std::vector<int> perm; std::vector<char*> stacks; std::vector<char*> free_stacks;
   void* main_sp = nullptr; int nt = 0, next = 0, alive = 0; std::string err;
   void (*call)(void*) = nullptr; void* call_arg = nullptr;
   size_t dyn_size = 0; bool eager = false, greedy = false;
+  Cluster* cluster = nullptr; int rank = 0;
 
   void fail(const std::string& why) { if (err.empty()) err = why; }
 
@@ -253,10 +284,19 @@ struct Block {  // of one OS thread, reused for every block it runs in a launch
         }
         for (int w = 0; w < nw; ++w) { progress |= warp_try(w); if (!err.empty()) return false; }
       }
-      if (progress || alive == 0) continue;
+      if (progress || alive == 0) { if (cluster) cluster->idle = 0; continue; }
       int bar = 0, cnt = 0; uint64_t sum = 0; bool allp = true;
       for (auto& l : lane) if (l.st == St::Bar) { ++bar; sum += l.val != 0; allp &= l.val != 0; (void)cnt; }
       if (bar != alive) {
+        if (cluster && cluster->idle < 2 * CLUSTER) {  // the others first, then what happens late
+          const bool late = ++cluster->idle > CLUSTER;
+          for (int w = 0; late && w < nw; ++w) progress |= warp_try(w, true);
+          if (!err.empty()) return false;
+          if (progress || (late && hooks.happen())) { cluster->idle = 0; continue; }
+          if (cluster->pass(rank)) cluster->take(rank);
+          if (cluster->failed) return false;
+          continue;
+        }
         for (int w = 0; w < nw; ++w) progress |= warp_try(w, true);
         if (!err.empty()) return false;
         if (progress || hooks.happen()) continue;
@@ -269,6 +309,12 @@ struct Block {  // of one OS thread, reused for every block it runs in a launch
     return err.empty();
   }
 };
+
+inline int Cluster::alive() const {
+  int threads = 0;
+  for (int r = 0; r < CLUSTER; ++r) threads += ended[r] ? 0 : blocks[r]->alive;
+  return threads;
+}
 
 static inline void bar(int v, uint64_t* count, int* all) {
   Lane& l = *tls.lane; l.val = v;
@@ -423,33 +469,62 @@ inline int launch(void (*call)(void*), const unsigned* g, const unsigned* b, siz
   if (nt <= 0 || nt > 1024 || b[2] > 64) return fail("bad block");
   if (smem > kMaxDynSmem) return fail("too much dynamic shared memory");
   int failed = 0;
-#pragma omp parallel if (nb > 1)
-  {
-    Block blk;
+  auto prepare = [&](Block& blk) {
     blk.nt = nt; blk.dyn_size = smem; blk.eager = eager; blk.greedy = order <= 1;
     blk.call = call; blk.call_arg = args; blk.perm.resize(nt);
     tls.blk = &blk; tls.gdim = {g[0], g[1], g[2]}; tls.bdim = {b[0], b[1], b[2]};
     for (int i = 0; i < nt; ++i) blk.perm[i] = order == 1 ? nt - 1 - i : i;
+  };
+  auto place = [&](Block& blk, long long i) {
+    if (order > 1) {
+      uint64_t s = order * 0x9E3779B97F4A7C15ull + uint64_t(i);
+      for (int k = nt - 1; k > 0; --k) { s = s * 6364136223846793005ull + 1442695040888963407ull; std::swap(blk.perm[k], blk.perm[(s >> 33) % (k + 1)]); }
+    }
+    tls.bid = {unsigned(i % g[0]), unsigned(i / g[0] % g[1]), unsigned(i / ((long long)g[0] * g[1]))};
+    if (smem) memset(gx_smem, 0xFF, smem);  // poison: NaN / -1
+  };
+  auto report = [&](const Block& blk) {
+#pragma omp critical
+    { if (!failed) snprintf(err, nerr, "block (%u,%u,%u): %s", tls.bid.x, tls.bid.y, tls.bid.z, blk.err.c_str()); }
+#pragma omp atomic write
+    failed = 1;
+  };
+#if CLUSTER > 1
+  if (g[0] % CLUSTER) return fail("bad grid: no whole clusters");
+  for (long long first = 0; first < nb && !failed; first += CLUSTER) {
+    Cluster cluster;
+    Block blocks[CLUSTER];
+    for (int r = 0; r < CLUSTER; ++r) { cluster.blocks[r] = &blocks[r]; blocks[r].alive = nt; blocks[r].cluster = &cluster; blocks[r].rank = r; }
+    cluster.turn = order == 1 ? CLUSTER - 1 : int(order % CLUSTER);
+    std::vector<std::thread> threads;
+    for (int r = 0; r < CLUSTER; ++r)
+      threads.emplace_back([&, r] {
+        Block& blk = blocks[r];
+        cluster.take(r);
+        prepare(blk);
+        place(blk, first + r);
+        if (!cluster.failed && !blk.run() && !cluster.failed) { report(blk); cluster.failed = true; }
+        cluster.ended[r] = true; cluster.idle = 0;
+        cluster.pass(r);
+      });
+    for (auto& thread : threads) thread.join();
+  }
+#else
+#pragma omp parallel if (nb > 1)
+  {
+    Block blk;
+    prepare(blk);
 #pragma omp for schedule(dynamic, 1)
     for (long long i = 0; i < nb; ++i) {
       int f;
 #pragma omp atomic read
       f = failed;
       if (f) continue;
-      if (order > 1) {
-        uint64_t s = order * 0x9E3779B97F4A7C15ull + uint64_t(i);
-        for (int k = nt - 1; k > 0; --k) { s = s * 6364136223846793005ull + 1442695040888963407ull; std::swap(blk.perm[k], blk.perm[(s >> 33) % (k + 1)]); }
-      }
-      tls.bid = {unsigned(i % g[0]), unsigned(i / g[0] % g[1]), unsigned(i / ((long long)g[0] * g[1]))};
-      if (smem) memset(gx_smem, 0xFF, smem);  // poison: NaN / -1
-      if (!blk.run()) {
-#pragma omp critical
-        { if (!failed) snprintf(err, nerr, "block (%u,%u,%u): %s", tls.bid.x, tls.bid.y, tls.bid.z, blk.err.c_str()); }
-#pragma omp atomic write
-        failed = 1;
-      }
+      place(blk, i);
+      if (!blk.run()) report(blk);
     }
   }
+#endif
   return failed;
 }
 template <auto K, class... A> int launch_typed(void (*)(A...), const unsigned* g, const unsigned* b, size_t s, void** a, uint64_t o, int w, char* e, size_t n) { return launch(&trampoline<K, A...>, g, b, s, a, o, w, e, n); }

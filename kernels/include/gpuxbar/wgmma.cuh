@@ -62,6 +62,51 @@ GPUXBAR_FN void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
                : "memory");
 }
 
+// ---- clusters: blocks that run at the same time and reach each other's shared memory
+
+// Of this block in its cluster.
+GPUXBAR_FN u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Waits for every thread of the cluster that has not ended, and sees what they wrote.
+GPUXBAR_FN void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrives at the barrier of the same address in a block of the cluster.
+GPUXBAR_FN void barrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// barrier_wait for arrivals from the cluster.
+GPUXBAR_FN void barrier_wait_cluster(u32 barrier, u32 parity) {
+  u32 ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(ended)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!ended);
+}
+
+// copy_bulk to the same address in every block of a mask of ranks; arrives at the barrier of each.
+GPUXBAR_FN void copy_bulk_to(u32 blocks, u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"((u16)blocks)
+      : "memory");
+}
+
 // ---- registers of a warpgroup: the whole warpgroup calls these
 
 template <int COUNT>
