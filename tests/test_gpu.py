@@ -367,6 +367,26 @@ def test_devices_wear_out_as_the_oracle_says(cuda_device, op):
     np.testing.assert_allclose(from_gpu(cells)[~off], wanted[~off], rtol=0, atol=1e-4 * 9e-6)
 
 
+@pytest.mark.parametrize("mode", ["exact", "aggregated"])
+def test_images_pulse_as_the_oracle_says(cuda_device, mode):
+    """Patches of images, gathered by the kernel that makes the trains."""
+    rng, conv = np.random.default_rng(0), ops.ConvGeometry(2, 7, 9, (3, 3), stride=(2, 1), padding=(1, 1))
+    g = rng.uniform(1e-6, 10e-6, (2, 2 * conv.inputs, 5)).astype(np.float32)
+    x = np.maximum(rng.normal(0.3, 1, (3, 4, 7, 9)), 0).astype(np.float32)
+    d = rng.normal(0, 0.1, (3, 10, *conv.out)).astype(np.float32)
+    law, train = ConstantStep(pulses=200, step_spread=0.3), PulseTrain(mode=mode)
+    s = {"rate": 0.1, "w_max": np.ones(10, np.float32), "g_min": 1e-6, "g_max": 10e-6, "groups": 2, "seed": 7}
+    wanted, _ = reference.pulse_update(
+        g, x, d, law=law.model_dump(), train=train.model_dump(), conv=conv, **s
+    )
+    cells = to_gpu(g)
+    settings = {name: to_gpu(value) for name, value in s.items()}
+    ops.pulse_update(
+        cells, to_gpu(x), to_gpu(d), law=law, train=train, conv=conv, device=cuda_device, **settings
+    )
+    np.testing.assert_allclose(from_gpu(cells), wanted, rtol=0, atol=1e-4 * 9e-6)
+
+
 # ---- programming
 
 

@@ -176,7 +176,9 @@ def pulse_update(
     weights, bad = np.empty(shape, np.float32), np.zeros(2, np.int64)
     if weights.size:
         blocks = -(-batch // TOGETHER)
-        words = (np.empty(groups * _padded(n) * blocks * TOGETHER, np.uint32) for n in (inputs, outputs))
+        words = (
+            np.empty(groups * _padded(n, train) * blocks * TOGETHER, np.uint32) for n in (inputs, outputs)
+        )
         length, slots = np.empty(groups * blocks * TOGETHER, np.float32), np.empty(groups * blocks, np.int32)
         settings = Update(train=Train.of(train), conv=Conv.of(conv), batch=batch, step=step, **update)
         host_call(
@@ -195,9 +197,10 @@ def _lines(x: Any, d: Any, groups: int, conv: ConvGeometry | None) -> tuple[int,
     return len(x) * conv.pixels, groups * conv.inputs, d.shape[1]
 
 
-def _padded(lines: int) -> int:
-    """Lines of a group as the host kernel stores them: PADDED in kernels/host/pulse_update.cpp."""
-    return -(-lines // 32) * 32
+def _padded(lines: int, train: PulseTrain) -> int:
+    """Lines of a group as the host kernel stores them: more where it holds planes of slots."""
+    together = 32 if train.mode == "aggregated" and train.scheme == "stochastic" else 8
+    return -(-lines // together) * together
 
 
 class Train(ctypes.Structure):

@@ -18,11 +18,10 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 64;
-constexpr int CHUNK = 256;          // samples that move a block of devices before the next block
+constexpr int CHUNK = 256;          // samples whose coincidences are found together, in sequence
 constexpr int SAMPLES = 32;         // whose trains are made together
 constexpr int EIGHT = 8;            // lines that a counter draws a slot of
 constexpr int TILE = 4, WIDE = 16;  // wordlines and bitlines whose counts stay in registers, two vectors of them
-constexpr int PADDED = 2 * WIDE;    // lines of a group are stored in multiples of this
 
 // Twin of `Update` in gpuxbar/ops/pulse_update.py.
 struct Update {
@@ -38,13 +37,10 @@ struct Update {
   i64 blocks() const { return (batch + SAMPLES - 1) / SAMPLES; }
 };
 
-// Trains on one side of an array, 0 on lines between `count` and `lines` where planes hold them.
+// Trains of `count` lines on one side of an array; planes hold zeros for the lines behind these.
 struct Trains {
   u32* words;  // [G, lines, blocks * SAMPLES]
   i64 count, lines, blocks;
-
-  Trains(u32* words, i64 count, i64 blocks)
-      : words(words), count(count), lines((count + PADDED - 1) / PADDED * PADDED), blocks(blocks) {}
 
   // The trains of a line, a word for each sample.
   u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * blocks * SAMPLES; }
@@ -387,7 +383,7 @@ void count_planes(const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, i64 cou
     for (i64 words = 0; end < blocks && words < WORDS; ++end)
       words += (1 + a.slots[group * blocks + end]) * (LINES + WIDE_ROW);
     for (i64 i = 0; i < lines; i += TILE)
-      for (i64 j = 0; j < count; j += PADDED)
+      for (i64 j = 0; j < count; j += 2 * WIDE)
         count_tile(a, group, i0 + i, o0 + j, begin, end, raise[i] + j, all[i] + j);
   }
 }
@@ -532,10 +528,14 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
                                      const float* w_max, u32* inputs, u32* errors, float* length, i32* slots,
                                      const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
-  const Trains input_trains(inputs, u.inputs, u.blocks()), error_trains(errors, u.outputs, u.blocks());
   const DeviceMap map{device_map, 2 * u.groups * u.inputs * u.outputs};
   const bool planes = aggregated && !u.train.implicit;
-  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, input_trains, error_trains, length, slots, planes};
+  const auto trains = [&](u32* words, i64 count) {
+    const i64 together = planes ? 2 * WIDE : EIGHT;
+    return Trains{words, count, (count + together - 1) / together * together, u.blocks()};
+  };
+  const Trains wordlines = trains(inputs, u.inputs), bitlines = trains(errors, u.outputs);
+  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots, planes};
   bad[0] = count_not_finite(x, x_size);
   bad[1] = count_not_finite(d, d_size);
   if (bad[0] + bad[1]) return;
