@@ -338,8 +338,8 @@ class CrossbarSpec(Part):
     product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
     cores, and pack them anew only when they change: micro-batches, evaluation and repeated reads save that pass over all
     cells, for 2 bytes a cell and direction (4 with fp16x2, 1 with int8, 2 more with `read_noise.sigma_g`); not with fp32 and
-    tf32. `update`: the device's own law, used by `gpuxbar.optim.InSituSGD`; needs unsliced pairs. `pulses`: how its steps are pulsed,
-    None: as one step of the wanted size. `drift`: of conductances after `gpuxbar.program`. `retention`: what
+    tf32. `update`: the device's own law, used by `gpuxbar.optim.InSituSGD`; needs unsliced pairs. `pulses`: how its steps
+    are pulsed, None: as one step of the wanted size. `drift`: of conductances after `gpuxbar.program`. `retention`: what
     devices trained in situ lose between updates. `endurance`: pulses that they bear.
     """
 
