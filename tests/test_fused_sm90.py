@@ -46,7 +46,7 @@ def test_panels_are_the_swizzle_of_128_bytes():
     packed = np.zeros((1, 1, 256, 2, k), np.float16)
     ShimDevice().launch(
         PACK_SENSED, (5,), (256,),
-        {"g": g, "b": packed, "low": None, "version": None, "state": None, "layout": 0, "commit": 0, "scale": 1.0,
+        {"g": g, "b": packed, "low": None, "version": None, "state": None, "layout": 0, "commit": 0, "scale": 1.0, "offset": 0.0,
          "planes": 1, "groups": 1, "inputs": drive, "cols": sense, "tiles": 2, "tile": tile, "k": k, "stored": 256,
          "positions": 1, "chunks": 1},
         {"PANELS": 1},

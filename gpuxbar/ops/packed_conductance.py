@@ -35,8 +35,9 @@ BLOCKS = 8  # of the packing kernel on a multiprocessor
 PACK_SENSED = Kernel(
     "pack_sensed.cu",
     g=In("float32", "S I O"), b=Out("float16|int16|int8", "S G N T K"), low=Out("float16", "S G N T K", optional=True),
-    version=In("int64", "one", optional=True), state=InOut("int64", "two", optional=True), layout=_LONG, commit=_INT, scale=_FLOAT, offset=_FLOAT,
-    planes=_INT, groups=_INT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT, stored=_INT, positions=_INT, chunks=_INT,
+    version=In("int64", "one", optional=True), state=InOut("int64", "two", optional=True), layout=_LONG, commit=_INT,
+    scale=_FLOAT, offset=_FLOAT, planes=_INT, groups=_INT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT,
+    stored=_INT, positions=_INT, chunks=_INT,
 )  # fmt: skip
 
 
@@ -65,7 +66,8 @@ class PackedConductance(NamedTuple):
         """Bytes that hold conductances [S, G * I, O] in every layout that a read of these settings may take.
 
         2 bytes a cell, 4 with two halves (fp16x2), 1 of levels (int8), and 2 more with `noise_var`; lines that are driven
-        are padded to 64 a tile (int8: 128) and lines that are sensed to 128, or eight channels are gathered at every position of a kernel.
+        are padded to 64 a tile (int8: 128) and lines that are sensed to 128, or eight channels are gathered at every
+        position of a kernel.
         `positions`: of the kernel of a convolution read forwards; 0: another read.
         """
         planes, rows, cols = shape
@@ -154,17 +156,8 @@ def right_operand(
     dtypes = ["int8"] if int8 else ["float16"] * (_cell_bytes(s["precision"]) // 2)
     arrays = _memory(device, size, [*dtypes, *["int16"] * variance], kept)
     look = (
-        size,
-        shape.tile,
-        s["transposed"],
-        scale,
-        s["g_offset"],
-        dtypes,
-        variance,
-        positions,
-        chunks,
-        panels,
-    )
+        size, shape.tile, s["transposed"], scale, s["g_offset"], dtypes, variance, positions, chunks, panels,
+    )  # fmt: skip
     layout = zlib.crc32(repr(look).encode()) << 31
     blocks = shape.planes * shape.groups * -(-stored // 32) * -(-shape.tiles * shape.k // 32)
 
@@ -172,9 +165,10 @@ def right_operand(
         device.launch(
             PACK_SENSED, (min(blocks, BLOCKS * device.multiprocessors),), (256,),
             {"g": source, "b": to, "low": low, "version": kept and kept.version, "state": kept and kept.state,
-             "layout": layout, "commit": int(kept is not None and not bfloat), "scale": scale, "offset": s["g_offset"] if int8 else 0.0, "planes": shape.planes, "groups": shape.groups, "inputs": inputs, "cols": g.shape[2],
-             "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stored": stored, "positions": positions,
-             "chunks": chunks},
+             "layout": layout, "commit": int(kept is not None and not bfloat), "scale": scale,
+             "offset": s["g_offset"] if int8 else 0.0, "planes": shape.planes, "groups": shape.groups,
+             "inputs": inputs, "cols": g.shape[2], "tiles": shape.tiles, "tile": shape.tile, "k": shape.k,
+             "stored": stored, "positions": positions, "chunks": chunks},
             {"BFLOAT": int(bfloat), "INT8": int(int8), "TRANSPOSED": int(s["transposed"]), "PANELS": int(panels),
              "IMPLICIT": int(shape.gathered > 0)},
         )  # fmt: skip

@@ -37,7 +37,8 @@ __all__ = [
 
 STRATEGIES = ("auto", "collapsed", "fused", "implicit", "wgmma", "cluster", "epilogue")
 BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage (of bytes 128): kernels/fused_tile_mvm.cu
-INT8_RATE = 2.0  # of products of bytes to those of fp16, by the data sheets of all architectures in the table
+# Of products of bytes, to those of fp16: the least by the data sheets of the architectures in the table.
+INT8_RATE = 2.0
 BLOCKS_N = (256, 128)  # columns of a block
 # Bytes of shared memory a block may take; architectures that are absent run the next lower one listed.
 SHARED = {
