@@ -309,6 +309,7 @@ def test_sanitizers_find_nothing(tmp_path):
 import numpy as np
 from cuda_shim import SANITIZE, ShimDevice
 from gpuxbar import ops
+from gpuxbar.bench import ceilings
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_cuda import FOLD
 from gpuxbar.spec import Agarwal, ConstantStep, Endurance, PulseTrain, Retention, presets
@@ -346,6 +347,7 @@ for method, shared in (("mean_field", False), ("exact", True)):
     ops.effective_conductance(np.full((2, 40, 20), 1e-4, np.float32), method=method, shared_drivers=shared,
                               arithmetic="3xtf32", **wires)
 ops.anchored_conductance(np.full((3, 9, 7), 1e-4, np.float32), ops.Anchor.new((3, 9, 7)), update=np.ones(1, np.int32), **wires)
+ceilings.check(device, np.asarray, np.asarray)
 print("clean", sorted(set(device.launches)), flush=True)
 device.launch(FOLD, (1,), (32,), {**dict.fromkeys(FOLD.arguments, 1), "patches": np.zeros(4, np.float32),
                                   "images": np.zeros(4, np.float32), "size": 5, "planes": 1})
