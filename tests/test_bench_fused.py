@@ -177,7 +177,7 @@ def test_every_way_of_a_read_is_timed(monkeypatch, name, images):
     cupy = SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray, abs=np.abs, empty=np.empty)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(fused, "CudaDevice", lambda: ShimDevice(multiprocessors=1))
-    monkeypatch.setattr(fused, "CACHE_BYTES", 1 << 15)
+    monkeypatch.setattr(fused, "CACHE_BYTES", 1 << 13)
     monkeypatch.setattr(fused, "_replays_us", lambda calls: float(len([call() for call in calls])))
     ideal = {}
     monkeypatch.setattr(
@@ -185,7 +185,7 @@ def test_every_way_of_a_read_is_timed(monkeypatch, name, images):
     )
     read = fused.Read(name, 2 * 36 if images else 70, 27, 40, variance=not images, images=images)
     kernels = read.kernels(fused.FUSED)
-    count = float(max(2, -(-(1 << 15) // (2 * (np.prod(read.codes_shape) + 27 * 40)))))
+    count = float(max(2, -(-(1 << 13) // (2 * (np.prod(read.codes_shape) + 27 * 40)))))
     fields = {"read": count, "from codes": count, "call": count}
     expected = dict.fromkeys(kernels, fields) | {
         "epilogue": {"read": count, "from codes": count},

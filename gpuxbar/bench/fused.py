@@ -43,11 +43,8 @@ CACHE_BYTES = 128 << 20  # more than any L2 cache holds
 REPLAYS = 20
 PRODUCTS = ("fused_tile_mvm", "fused_tile_mvm_sm90", "matmul", "adc_accumulate", "shift_add")
 FROM_CODES = (*PRODUCTS, "pack_inputs", "pack_images")
-FUSED = (
-    "fused",
-    "wgmma",
-    "cluster",
-)  # strategies of one kernel that read any codes; the others on Hopper only
+# Strategies of one kernel for any codes; all but the first are Hopper's.
+FUSED = ("fused", "wgmma", "cluster")
 IDEAL_PRODUCT = "ideal"  # among the times of a read: by cuBLAS or cuDNN
 
 

@@ -105,7 +105,7 @@ def tile_mvm(
         packed: On a GPU, `g` (and `noise_var`) as the last read packed them, kept for the next one; None: packed anew.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
         strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma", "cluster" or "epilogue" (see `ops.tile_mvm_plan`);
-            "auto" takes the fastest.
+            "auto" takes the fastest by `ops/tuning.tsv`, but never "cluster".
 
     Returns:
         float32 [B, O], A unless scaled; transposed: [B, I]; with `conv` the images. With `want_gate`, (y, gate).

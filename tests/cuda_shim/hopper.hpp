@@ -4,9 +4,10 @@
 // too early shows), else when no thread can go on without it, the last one first (so that a missing wait, or one for too
 // few bytes, shows); until then its place is poisoned. A product reads its operands at the latest moment, when its warp
 // waits for it and no thread can go on otherwise, those in registers too; until then its sums are poisoned. Operands in
-// shared memory are found by decoding their descriptors, swizzle included. Errors: addresses outside or misaligned, barriers not made, too many arrivals,
-// products of one warpgroup that differ, sums touched in flight, products not fenced, copies or products under way at
-// the end; arrivals and copies at a block of the cluster whose barriers are not made yet, or that has ended. A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
+// shared memory are found by decoding their descriptors, swizzle included. Errors: addresses outside or misaligned,
+// barriers not made, too many arrivals, products of one warpgroup that differ, sums touched in flight, products not
+// fenced, copies or products under way at the end; arrivals and copies at a block of the cluster whose barriers are not
+// made yet, or that has ended. A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
 #pragma once
 #include <deque>
 #include <map>
@@ -100,7 +101,8 @@ inline void multiply_start(void** lanes) {
     if (other.a != first.a || other.b != first.b || other.add != first.add)
       return tls.blk->fail("multiply_warpgroup: lanes differ");
   }
-  if ((!first.registers && first.a >> 62 != 1) || first.b >> 62 != 1) return tls.blk->fail("multiply_warpgroup: not a swizzle of 128 bytes");
+  if ((!first.registers && first.a >> 62 != 1) || first.b >> 62 != 1)
+    return tls.blk->fail("multiply_warpgroup: not a swizzle of 128 bytes");
   auto& operands = hopper.operands[warp / 4];
   if (mine.count == operands.size()) operands.emplace_back(first.a, first.b);
   if (operands[mine.count++] != std::make_pair(first.a, first.b))

@@ -129,9 +129,9 @@ static inline void* make_fiber(char* stack, void (*fn)()) {
 struct Cluster {  // blocks that take turns; whoever has the turn may touch everything
   std::mutex mutex; std::condition_variable changed;
   Block* blocks[CLUSTER] = {}; bool ended[CLUSTER] = {}; bool failed = false;
-  void* state[CLUSTER] = {};           // of hopper.hpp, of blocks that have begun
-  int turn = 0, idle = 0;              // idle: blocks passed over since anything happened
-  unsigned arrived = 0, phase = 0;     // of the cluster's barrier
+  void* state[CLUSTER] = {};        // of hopper.hpp, of blocks that have begun
+  int turn = 0, idle = 0;           // idle: blocks passed over since anything happened
+  unsigned arrived = 0, phase = 0;  // of the cluster's barrier
   void take(int rank) {
     std::unique_lock<std::mutex> lock(mutex);
     changed.wait(lock, [&] { return turn == rank; });
