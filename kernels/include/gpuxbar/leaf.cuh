@@ -72,7 +72,7 @@ __device__ __forceinline__ void cell_level(const LeafCell& cell, float* out) {
   __syncthreads();
 }
 
-// f(e) for all e below COUNT, each by one thread; rolled up, since a level's code is only as fast as it is short.
+// f(e) for all e below COUNT, each by one thread; rolled up, which keeps the code of all levels small.
 template <int COUNT, class F>
 __device__ __forceinline__ void for_each(F f) {
 #pragma unroll 1
