@@ -19,7 +19,6 @@ from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
 READS = {  # strategy, settings
-    "fused": ("fused", {"precision": "fp16"}),
     "two-halves": ("fused", {"precision": "fp16x2"}),
     "variance": ("fused", {"precision": "fp16x2", "noise_var": True}),
     "transposed": ("fused", {"precision": "fp16", "transposed": True}),
@@ -122,15 +121,8 @@ def every_layout(changes):
 
 MUTANTS = {  # of pack_sensed.cu
     "version-not-looked-at": ("*version ^ layout", "layout"),
-    "layout-not-looked-at": ("*version ^ layout", "*version"),
-    "committed-by-the-first": ("== gridDim.x - 1", "== 0"),
     "counter-left": (", state[1] = 0", ""),
 }  # fmt: skip
-
-
-def keeps_and_forgets():
-    test_what_is_kept_is_read_until_the_version_is_another("two-halves")
-    every_layout([{"precision": "fp16x2"}, {"precision": "fp16x2", "g_range": 3 * G_MAX}])
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -145,7 +137,7 @@ def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
         cuda_shim, "build", lambda file, *rest: build(mutant if file == mutant.name else file, *rest)
     )
     with pytest.raises(AssertionError):
-        keeps_and_forgets()
+        test_what_is_kept_is_read_until_the_version_is_another("two-halves")
 
 
 BAD = {
@@ -159,7 +151,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_memory_is_refused(name):
     change, error, text = BAD[name]
-    kept = Kept("fused")
+    kept = Kept("transposed")
     with pytest.raises(error, match=f"^tile_mvm: {text}"):
         kept.read(packed=kept.packed._replace(**change))
 
@@ -174,7 +166,6 @@ LAYERS = {
     "digital": {},
     "subtracted": {"mapping": {"scheme": "subtracted"}, "read_noise": {"sigma": 1e-7}},
     "offset": {"mapping": {"scheme": "offset"}},
-    "wires": {"parasitics": {"r_wordline": 5.0, "r_bitline": 5.0, "method": "ladder"}},
     "role": {"parasitics": {"r_wordline": 5.0, "r_source": 50.0, "terminations": "role", "method": "ladder"}},
     "anchored": {"parasitics": {"r_wordline": 5.0, "r_bitline": 5.0, "anchor": "ladder", "refresh_interval": 2}},
     "in-situ": {"update": {"law": "agarwal", "nu": 1.0, "gamma": 0.01, "cycle": 0.01}, "retention": {"tau": 5.0}},
@@ -241,19 +232,19 @@ def loaded(layer):
 
 
 CHANGES = {
-    "digital": (trained, behind_the_back, AnalogLinear.rewrite, loaded, aged, programmed_anew, loaded, AnalogLinear.release),
-    "subtracted": (trained, aged, AnalogLinear.release),
-    "offset": (trained, AnalogLinear.rewrite),
-    "wires": (trained, aged),
+    "digital": (behind_the_back, AnalogLinear.rewrite, loaded, aged, programmed_anew, AnalogLinear.release),
+    "subtracted": (trained,),  # a convolution
+    "offset": (trained,),
     "role": (trained, AnalogLinear.rewrite),
     "anchored": (trained, AnalogLinear.restart_wires),
-    "in-situ": (trained, AnalogLinear.relax, AnalogLinear.refresh, loaded, aged, AnalogLinear.release),
+    "in-situ": (trained, AnalogLinear.relax, loaded, aged, AnalogLinear.release),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "conv"), [*((kind, False) for kind in CHANGES), ("subtracted", True)])
-def test_a_layer_reads_what_it_holds(kind, conv, monkeypatch):
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_layer_reads_what_it_holds(kind, monkeypatch):
     """Beside a layer that keeps nothing, forwards and backwards, after every change of its devices, bit for bit."""
+    conv = kind == "subtracted"
     with fused_path(monkeypatch):
         kept, plain = (layer_of(kind, keep, conv) for keep in (True, False))
         x = torch.randn(2, 3, 4, 4) if conv else torch.randn(3, 20)
@@ -291,9 +282,8 @@ def test_backward_reads_the_devices_of_its_forward(monkeypatch):
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["digital", "in-situ"])
-def test_a_compiled_layer_keeps(kind):
-    kept, plain = (layer_of(kind, keep, False) for keep in (True, False))
+def test_a_compiled_layer_keeps():
+    kept, plain = (layer_of("digital", keep, False) for keep in (True, False))
     x = torch.randn(9, 20)
     compiled = torch.compile(kept, fullgraph=True, backend="aot_eager")
     for mine, theirs in zip(both_ways(compiled, x), both_ways(plain, x), strict=True):
