@@ -203,7 +203,14 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.gpuxbar.device_update.default, args)
     trains = (g, torch.randn(4, 5), torch.randn(4, 6), torch.ones(6), step, 0.1, 1, spec, 3, count)
     torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, trains)
-    images = (g, torch.randn(2, 5, 4, 3), torch.randn(2, 6, 4, 3), *trains[3:], None, [1, 1, 1, 1, 0, 0, 1, 1])
+    images = (
+        g,
+        torch.randn(2, 5, 4, 3),
+        torch.randn(2, 6, 4, 3),
+        *trains[3:],
+        None,
+        [1, 1, 1, 1, 0, 0, 1, 1],
+    )
     torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, images)
     torch.library.opcheck(torch.ops.gpuxbar.relax.default, (g, count, spec, 3))
 

@@ -46,6 +46,22 @@ def exact(size: int, count: int, bound: float, others: bool = True) -> Contender
     return Contenders(run, check, {"gpuxbar": count})
 
 
+def gradient(size: int, count: int) -> Contenders:
+    """The gradient through the wires of every tile, against their exact solution."""
+    g = tiles(count, size)
+    grad = np.random.default_rng(1).normal(size=g.shape).astype(np.float32)
+    run: dict[str, Callable[[], object]] = {
+        "exact": partial(ops.effective_conductance, g, **WIRES),
+        "gpuxbar": partial(ops.effective_conductance_gradient, g, grad, **WIRES),
+    }
+
+    def check() -> float:
+        expected = reference.effective_conductance_gradient(g[:1], grad[:1], **WIRES)
+        return checked(run["gpuxbar"]()[:1], expected, 2e-5)  # type: ignore[index]
+
+    return Contenders(run, check, {"exact": count, "gpuxbar": count})
+
+
 def approximate(method: Literal["ladder", "mean_field"], size: int = 128, count: int = 400) -> Contenders:
     """An approximation against a copy of the tiles, both into new memory and on all threads."""
     g = tiles(count, size)
@@ -100,7 +116,7 @@ def checked(found: np.ndarray, expected: np.ndarray, bound: float) -> float:
     """Largest error relative to the largest conductance."""
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not error <= bound:
-        raise OracleMismatch(f"conductances are off by {error:.1e} of the largest; {bound:g} is allowed")
+        raise OracleMismatch(f"results are off by {error:.1e} of the largest; {bound:g} is allowed")
     return error
 
 
@@ -142,6 +158,7 @@ PARASITICS = (
     Case("wires-exact-64", f"100 tiles of 64 x 64, {TILES}", None, partial(exact, 64, 100, 5e-6), target_ms=1.0),
     Case("wires-exact-128", f"16 tiles of 128 x 128, {TILES}", None, partial(exact, 128, 16, 5e-6), memory_mb=16, target_ms=6.0),
     Case("wires-exact-256", f"2 tiles of 256 x 256, {TILES}", None, partial(exact, 256, 2, 2e-5, others=False)),
+    Case("wires-gradient", f"16 tiles of 128 x 128, {TILES}: gradient", None, partial(gradient, 128, 16)),
     Case("wires-ladder", f"400 tiles of 128 x 128, {TILES}", 3.0, partial(approximate, "ladder"), memory_mb=32),
     Case("wires-mean-field", f"400 tiles of 128 x 128, {TILES}", None, partial(approximate, "mean_field")),
     Case("wires-anchored", f"100 tiles of 128 x 128, {TILES}, a tenth due", None, anchored),
