@@ -163,7 +163,7 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
 
 def _verdict(row: dict[str, Any], low: bool = True) -> str:
     ratio, target = row["ratio"]["gpuxbar"], row["target"]
-    met = ratio <= target if low else ratio >= target
+    met = target is None or (ratio <= target if low else ratio >= target)
     return f"{ratio:.2f}" if met else f"{ratio:.2f} (missed)"
 
 

@@ -20,7 +20,7 @@ FLAGS = (
 SANITIZE = (
     "-fsanitize=address,bounds,alignment,shift,integer-divide-by-zero,signed-integer-overflow",
     "-fno-sanitize-recover=all",
-    "-g",
+    "-g1",  # lines
 )
 FORWARD, REVERSE = 0, 1  # thread orders; above 1: seeds of random ones
 
@@ -30,9 +30,8 @@ def build(file, name, macros, flags=()):
     root = kernel_dir()
     defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
     command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *defines]
-    text = (
-        f'#include "{HERE / "hopper.hpp"}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
-    )
+    twins = HERE / ("hopper.hpp" if "wgmma.cuh" in (root / file).read_text() else "tensor.hpp")
+    text = f'#include "{twins}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
     key = hashlib.sha256(repr((command, name)).encode())  # not where the files lie
     for path in sorted([root / file, *HERE.glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")]):
         key.update(path.read_bytes())
