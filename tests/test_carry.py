@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_shim import FORWARD, REVERSE, ShimDevice
+from test_in_situ_devices import train as train_by
 from torch import nn
 
 import gpuxbar as gx
@@ -416,12 +417,7 @@ def layer_of(name="layer", **overrides):
 
 def train(layer, steps, seed=0, momentum=0.0):
     optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05, momentum=momentum)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        x = torch.randn(16, 12, generator=generator)
-        optimiser.zero_grad()
-        (layer(x) - x[:, :7]).square().mean().backward()
-        optimiser.step()
+    train_by(layer, optimiser, steps, seed)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_shim import ShimDevice
+from test_in_situ_devices import train
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
@@ -142,15 +143,6 @@ def layer_on(**overrides):
         "retention": {"tau": 100.0},
     }
     return gx.nn.AnalogLinear(12, 7, bias=False, spec=gx.CrossbarSpec.model_validate({**spec, **overrides}))
-
-
-def train(layer, optimiser, steps, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        x = torch.randn(16, 12, generator=generator)
-        optimiser.zero_grad()
-        (layer(x) - x[:, :7]).square().mean().backward()
-        optimiser.step()
 
 
 TRAINED = {

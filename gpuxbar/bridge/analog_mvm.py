@@ -253,23 +253,8 @@ def _less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        x,
-        weight,
-        g,
-        back_g,
-        noise_var,
-        w_max,
-        bias,
-        dac_lsb,
-        _,
-        adc_lsb,
-        _,
-        adc_error,
-        step,
-        *packing,
-        plan,
-        _,
-    ) = inputs
+        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_lsb, _, adc_error, step, *packing, plan, _,
+    ) = inputs  # fmt: skip
     g = g if back_g is None else back_g
     _, v, gate = output
     # A change of the weight, which alone changes g and w_max, is caught here.

@@ -37,7 +37,7 @@ def device_update(
         spec: The layer's `CrossbarSpec` as JSON, with an update law.
         seed: The layer's seed.
         pulse_count: Pulses that devices have taken, int32 like `g`; changed in place; given with an endurance.
-        device_map: Normals of the devices, float16 [K, 2, G * I, O], in place of those that the seed draws.
+        device_map: Normals of the devices, float16 [K, 2 slices, G * I, O], in place of those that the seed draws.
     """
     crossbar = spec_of(spec)
     assert crossbar.update is not None

@@ -77,7 +77,7 @@ def device_update(
         endurance: How many pulses devices bear; those that have failed never move again. None: any number.
         pulse_count: Pulses that devices have taken, int32 like `g` and updated in place, zeros at first; given with an
             endurance and only with it. A device that failed has minus its count.
-        device_map: Normals of the devices, float16 [K, 2, G * I, O], in place of those that the seed draws; see
+        device_map: Normals of the devices, float16 [K, 2 slices, G * I, O], in place of those that the seed draws; see
             `ops.device_map`. None: drawn.
         stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, the same cells as `program` draws for this seed.
         seed, step: Device spread depends on the seed, the noise of an update on both; `step` is an integer or an

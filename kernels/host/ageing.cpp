@@ -11,8 +11,6 @@ using namespace gpuxbar;
 
 namespace {
 
-constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
-
 // Call work(plane, row, col0, place of the first cell, count) for every row of at most 64 cells of [planes, rows, cols].
 template <class Work>
 void for_rows(i64 planes, i64 rows, i64 cols, Work&& work) {

@@ -5,14 +5,12 @@
 #include <algorithm>
 
 #include "cells.hpp"
-#include "gpuxbar/programming.cuh"
 #include "gpuxbar/slices.cuh"
+#include "writes.hpp"
 
 using namespace gpuxbar;
 
 namespace {
-
-constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
 
 struct Arrays {
   float* g;                // [2 slices, R, C] S
@@ -32,15 +30,6 @@ struct Pairs {
   alignas(64) float digit[WIDE_ROW], common[WIDE_ROW], writable[WIDE_ROW];
 };
 
-bool has_stuck(const Programming& p) { return p.stuck_low > 0.0f || p.stuck_high < 1.0f; }
-
-void draw_stuck(const Programming& p, const Spot& at, u32 plane, float* u) {
-  if (has_stuck(p))
-    draw_uniforms(Draw{STUCK, plane, 0, p.seed}, at.row, at.col0, u);
-  else
-    std::fill(u, u + WIDE_ROW, 0.5f);
-}
-
 i64 place(const Arrays& a, const Spot& at, u32 plane) { return ((i64)plane * a.rows + at.row) * a.cols + at.col0; }
 
 void load_pairs(const Programming& p, const Slices& s, const Arrays& a, const Spot& at, i32 k, Pairs& pairs) {
@@ -51,7 +40,7 @@ void load_pairs(const Programming& p, const Slices& s, const Arrays& a, const Sp
     const i64 first = place(a, at, plane);
     std::copy(a.g + first, a.g + first + at.count, side[n]);
     if (has_stuck(p)) {
-      draw_stuck(p, at, plane, u);
+      draw_stuck(p, plane, at.row, at.col0, u);
       for (int j = 0; j < WIDE_ROW; ++j) pairs.writable[j] *= stuck(p, u[j]) ? 0.0f : 1.0f;
     }
     if (a.pulse_count)
@@ -72,17 +61,15 @@ void write_pairs(const Programming& p, const Slices& s, const Arrays& a, const S
   for (i32 n = 0; n < 2; ++n) {
     const u32 plane = (u32)(n * s.count + k);
     const i64 first = place(a, at, plane);
-    alignas(64) float spread[WIDE_ROW] = {}, noise[WIDE_ROW] = {}, u[WIDE_ROW], value[WIDE_ROW];
-    if (p.spread > 0.0f) draw_normals(Draw{DEVICE_SPREAD, plane, 0, p.seed}, at.row, at.col0, spread);
-    if (noisy_writes(p)) draw_normals(Draw{CARRY, plane, (u32)p.step, p.seed}, at.row, at.col0, noise);
-    draw_stuck(p, at, plane, u);
+    const WriteDraws z(p, CARRY, plane, at.row, at.col0);
+    alignas(64) float value[WIDE_ROW];
     const float sign = n ? -1.0f : 1.0f;
     const Programming settings = p;
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j)
-      value[j] = written(settings, digit_target(settings, sign * digit[j]), spread[j], noise[j], u[j]);
+      value[j] = written(settings, digit_target(settings, sign * digit[j]), z.spread[j], z.noise[j], z.u[j]);
     for (i64 j = 0; j < at.count; ++j) {
-      if (chosen[j] == 0.0f || stuck(p, u[j]) || (a.pulse_count && a.pulse_count[first + j] < 0)) continue;
+      if (chosen[j] == 0.0f || stuck(p, z.u[j]) || (a.pulse_count && a.pulse_count[first + j] < 0)) continue;
       a.g[first + j] = value[j];
       if (a.hidden) a.hidden[first + j] = value[j];
     }

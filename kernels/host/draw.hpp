@@ -5,7 +5,8 @@
 
 namespace gpuxbar {
 
-constexpr int WIDE_ROW = 64;  // columns handled at a time, from a multiple of 4
+constexpr int WIDE_ROW = 64;             // columns handled at a time, from a multiple of 4
+constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
 
 // Where a row of draws is: see philox.cuh.
 struct Draw {

@@ -6,30 +6,20 @@
 #include <algorithm>
 #include <vector>
 
-#include "draw.hpp"
-#include "gpuxbar/programming.cuh"
+#include "writes.hpp"
 
 using namespace gpuxbar;
 
 namespace {
 
 constexpr int LINES = 16;
-constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
-constexpr u32 INFINITE = 0x7F800000u;    // bits of infinity; NaN is above
-
-bool has_stuck(const Programming& p) { return p.stuck_low > 0.0f || p.stuck_high < 1.0f; }
+constexpr u32 INFINITE = 0x7F800000u;  // bits of infinity; NaN is above
 
 // What a write leaves of the targets of plane `slot`, in place.
 void write_row(const Programming p, u32 slot, u32 row, i64 col0, float* g) {
-  alignas(64) float spread[WIDE_ROW] = {}, noise[WIDE_ROW] = {}, u[WIDE_ROW];
-  if (p.spread > 0.0f) draw_normals(Draw{DEVICE_SPREAD, slot, 0, p.seed}, row, col0, spread);
-  if (noisy_writes(p)) draw_normals(Draw{WRITE, slot, (u32)p.step, p.seed}, row, col0, noise);
-  if (has_stuck(p))
-    draw_uniforms(Draw{STUCK, slot, 0, p.seed}, row, col0, u);
-  else
-    std::fill(u, u + WIDE_ROW, 0.5f);
+  const WriteDraws z(p, WRITE, slot, row, col0);
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) g[j] = written(p, g[j], spread[j], noise[j], u[j]);
+  for (int j = 0; j < WIDE_ROW; ++j) g[j] = written(p, g[j], z.spread[j], z.noise[j], z.u[j]);
 }
 
 // Targets of slice k on one side of the pairs: w in units of w_max, `code` the bits of all its slices.
