@@ -98,7 +98,7 @@ def tile_mvm(
             has any weight.
         precision: Arithmetic of the tile products on a GPU: "fp32", "tf32", "fp16" or "fp16x2" (conductances as
             a high and a low half, 22 bits; codes up to 2048 are exact), or "int8": exact products of codes (or digits)
-            within +-127 by levels, twice the rate of halves. On the CPU every product is float32.
+            within +-127 by levels, by data sheets at twice the rate of halves. On the CPU every product is float32.
         g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
         g_step, g_offset: For "int8": g = g_offset + level * g_step with whole levels from -128 to 127, S. On a GPU what lies
             between levels is read as the nearest, and codes beyond +-127 as these.
