@@ -135,7 +135,7 @@ def _currents(layer: AnalogLayer, read: Read, x: Tensor) -> Tensor:
 def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
     """The same of a gradient of the output."""
     if isinstance(layer, AnalogConv2d):
-        grad_y = grad_y.movedim(-3, -1)
+        grad_y = grad_y.movedim(layer.channels_at, -1)
     return _partial_sums(layer, layer.plan.backward, grad_y.reshape(-1, grad_y.shape[-1]), transposed=True)
 
 

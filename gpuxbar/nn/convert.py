@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatchcase
 from math import ceil
@@ -12,11 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.mapping import Planes
-from gpuxbar.nn.layers import AnalogConv2d, AnalogLinear
+from gpuxbar.nn.attention import UnfusedAttention
+from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
+from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
 
 __all__ = ["Report", "Row", "convert"]
+
+NO_FORM = "no crossbar form of this type"
+LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d
+FUSED: dict[type[nn.Module], Any] = {
+    nn.MultiheadAttention: UnfusedAttention,
+    **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), UnfusedRNN),
+    **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), UnfusedCell),
+}
 
 
 @dataclass(frozen=True)
@@ -64,64 +75,118 @@ def convert(
     rules: dict[str, dict[str, Any] | None] | None = None,
     example: Tensor | None = None,
 ) -> tuple[nn.Module, Report]:
-    """A copy of a model with its Linear and Conv2d layers on crossbars, and the report.
+    """A copy of a model with its layers on crossbars, and the report.
+
+    Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU and RNN and of
+    their cells, which become layers of their own, such as `attention.q_proj` or `lstm.ih_l0`. Layers of other types, subclasses of
+    these among them, stay digital and are named in the report.
 
     Args:
         model: Any model; it is not changed.
         spec: The crossbars of every layer.
-        rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win.
+        rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win. The
+            name of an attention or recurrent module stands for all its layers.
         example: A batch; one pass of it through `model` counts the multiply-accumulates of a sample.
 
     Returns:
-        The model and the report. Layers of other types, subclasses of Linear and Conv2d among them, stay digital and are
-        named there, as are products that are no layer's own (attention projections held as plain parameters).
+        The model and the report.
 
     Raises:
         ValueError: A rule matches no layer.
     """
-    rules = rules or {}
+    choices = _Rules(rules or {})
+    model, owners = _unfuse(copy.deepcopy(model), choices)
     positions = _positions(model, example)
-    model = copy.deepcopy(model)
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(True for _ in module.parameters(recurse=False)):
-            places.setdefault(module, []).append(name)
-    used: set[str] = set()
     rows = []
-    for module, names in places.items():
+    for module, names in _places(model).items():
         label, kind = ", ".join(names), type(module)
-        if kind not in (nn.Linear, nn.Conv2d):
-            rows.append(Row(label, kind.__name__, "digital", "no crossbar form of this type"))
+        if kind not in LAYERS:
+            why = choices.of(names)[1] if kind in FUSED else NO_FORM
+            rows.append(Row(label, kind.__name__, "digital", why))
             continue
-        overrides: dict[str, Any] | None = {}
-        why = "default"
-        for pattern, change in rules.items():
-            if any(fnmatchcase(name, pattern) for name in names):
-                used.add(pattern)
-                overrides, why = change, f"rule {pattern}"
-        assert isinstance(module, (nn.Linear, nn.Conv2d))
-        macs = module.weight.numel() * positions.get(names[0], 1)
+        overrides, why = choices.of([*names, *owners.get(module, ())])
+        macs = module.get_parameter("weight").numel() * positions.get(names[0], 1)
         if overrides is None:
             rows.append(Row(label, kind.__name__, "digital", why, macs=macs))
             continue
         layer = _analog(module, spec.with_overrides(overrides), names[0])
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            if name:
-                setattr(model.get_submodule(parent), leaf, layer)
-            else:
-                model = layer
+        model = _replaced(model, names, layer)
         tile = layer.spec.tile
         tiles = layer.groups_ * ceil(layer.inputs / tile.rows) * ceil(layer.outputs / tile.cols)
         count = tiles * len(Planes.of(layer.spec, collapse=False).slice_scale)
         rows.append(Row(label, kind.__name__, "analog", why, count, macs, layer.clip_rate()))
-    unused = [pattern for pattern in rules if pattern not in used]
-    if unused:
-        layers = [row.module for row in rows if row.type in ("Linear", "Conv2d")]
-        raise ValueError(
-            f"convert: `rules` must each match a layer, got no match for {unused}; {nearest(unused[0], layers)}"
-        )
+    choices.require_used([row.module for row in rows if row.why != NO_FORM])
+    _call_layers(model)
     return model, Report(tuple(rows))
+
+
+class _Rules:
+    """Which spec a layer gets, and which of the rules said so of any layer."""
+
+    def __init__(self, rules: dict[str, dict[str, Any] | None]):
+        self.rules = rules
+        self.used: set[str] = set()
+
+    def of(self, names: Iterable[str]) -> tuple[dict[str, Any] | None, str]:
+        """Overrides of the spec of a layer with these names, None to stay digital, and why."""
+        found: tuple[dict[str, Any] | None, str] = {}, "default"
+        for pattern, change in self.rules.items():
+            if any(fnmatchcase(name, pattern) for name in names):
+                self.used.add(pattern)
+                found = change, f"rule {pattern}"
+        return found
+
+    def require_used(self, layers: list[str]) -> None:
+        """Refuse rules that matched nothing."""
+        unused = [pattern for pattern in self.rules if pattern not in self.used]
+        if unused:
+            raise ValueError(
+                f"convert: `rules` must each match a layer, got no match for {unused}; {nearest(unused[0], layers)}"
+            )
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Modules that hold parameters, with all their names."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(True for _ in module.parameters(recurse=False)):
+            places.setdefault(module, []).append(name)
+    return places
+
+
+def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, list[str]]]:
+    """The model with fused modules as layers, where any of these is to be analog; and whose layers they are, by name."""
+    owners: dict[nn.Module, list[str]] = {}
+    for module, names in _places(model).items():
+        if type(module) not in FUSED:
+            continue
+        parts = FUSED[type(module)](module)
+        layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) is nn.Linear}
+        choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)]) for leaf in layers]
+        if any(overrides is not None for overrides, _ in choices):
+            model = _replaced(model, names, parts)
+            owners |= dict.fromkeys(layers.values(), names)
+    return model, owners
+
+
+def _replaced(model: nn.Module, names: list[str], module: nn.Module) -> nn.Module:
+    """The model with another module under these names."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if not name:
+            return module
+        setattr(model.get_submodule(parent), leaf, module)
+    return model
+
+
+def _call_layers(model: nn.Module) -> None:
+    """Keep torch's encoders from their fused inference, which takes the weights of layers and never calls them."""
+    for module in model.modules():
+        if any(isinstance(layer, AnalogLayer) for layer in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
 
 
 def _positions(model: nn.Module, example: Tensor | None) -> dict[str, int]:
@@ -131,30 +196,35 @@ def _positions(model: nn.Module, example: Tensor | None) -> dict[str, int]:
     watched = copy.deepcopy(model).eval()
     found: dict[str, int] = {}
 
-    def count(name: str, layer: nn.Linear | nn.Conv2d, y: Tensor) -> None:
-        found[name] = found.get(name, 0) + y.numel() // len(layer.weight) // len(example)
+    def count(name: str, layer: nn.Module, y: Tensor) -> None:
+        found[name] = found.get(name, 0) + y.numel() // len(layer.get_parameter("weight")) // len(example)
 
     for name, module in watched.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if type(module) in LAYERS:
             module.register_forward_hook(lambda layer, _, y, name=name: count(name, layer, y))
     with torch.no_grad():
         watched(example)
     return found
 
 
-def _analog(module: nn.Linear | nn.Conv2d, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv2d:
+def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv2d:
+    weight, bias = module.get_parameter("weight"), dict(module.named_parameters()).get("bias")
+    where: dict[str, Any] = {"spec": spec, "name": name, "device": weight.device, "dtype": weight.dtype}
     layer: AnalogLinear | AnalogConv2d
-    where: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
-        layer = AnalogLinear(
-            module.in_features, module.out_features, module.bias is not None, spec=spec, name=name, **where
-        )
+        layer = AnalogLinear(module.in_features, module.out_features, bias is not None, **where)
     else:
-        layer = AnalogConv2d(
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+        options: tuple[Any, ...] = (
             module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
-            module.groups, module.bias is not None, module.padding_mode, spec=spec, name=name, **where,
+            module.groups, bias is not None, module.padding_mode,
         )  # fmt: skip
+        layer = (AnalogConv1d if isinstance(module, nn.Conv1d) else AnalogConv2d)(*options, **where)
     # the same Parameter objects, so that weights shared with other modules stay shared
-    layer.weight, layer.bias = module.weight, module.bias
+    if layer.weight.dim() == weight.dim():
+        layer.weight = weight
+    else:
+        layer.weight = nn.Parameter(weight.detach().unsqueeze(2), weight.requires_grad)
+    layer.bias = bias
     layer.train(module.training)
     return layer

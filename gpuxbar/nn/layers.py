@@ -1,4 +1,4 @@
-"""`nn.Linear` and `nn.Conv2d` on crossbars: hardware-aware training with any torch optimiser."""
+"""`nn.Linear`, `nn.Conv1d` and `nn.Conv2d` on crossbars: hardware-aware training with any torch optimiser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpuxbar.ops import PackedConductance
 from gpuxbar.reference import Purpose, normals, uniforms
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
-__all__ = ["AnalogConv2d", "AnalogLayer", "AnalogLinear"]
+__all__ = ["AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
 TEST_INPUTS = 32  # of a test read
 
@@ -317,6 +317,8 @@ class AnalogLinear(nn.Linear, AnalogLayer):
 class AnalogConv2d(nn.Conv2d, AnalogLayer):
     """`nn.Conv2d`, with every option of it, read from crossbar tiles."""
 
+    channels_at = -3  # axis of an input
+
     def __init__(self, *args: Any, spec: CrossbarSpec, name: str = "conv", **options: Any):
         super().__init__(*args, **options)
         # what nn.Conv2d pads by name or by other than zeros is padded before the read
@@ -335,3 +337,44 @@ class AnalogConv2d(nn.Conv2d, AnalogLayer):
     def forward(self, input: Tensor) -> Tensor:
         y = self.read(self.padded(input))
         return y if input.dim() == 4 else y[0]
+
+
+class AnalogConv1d(AnalogConv2d):
+    """`nn.Conv1d`, with every option of it, read from crossbar tiles; its weight is [O, I / groups, 1, size]."""
+
+    channels_at = -2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: int | tuple[int] | str = 0,
+        dilation: int | tuple[int] = 1,
+        *args: Any,
+        spec: CrossbarSpec,
+        name: str = "conv",
+        **options: Any,
+    ):
+        def flat(value: int | tuple[int], height: int) -> tuple[int, int]:
+            return height, value if isinstance(value, int) else value[0]
+
+        pads = padding if isinstance(padding, str) else flat(padding, 0)
+        super().__init__(
+            in_channels, out_channels, flat(kernel_size, 1), flat(stride, 1), pads, flat(dilation, 1), *args, spec=spec,
+            name=name, **options,
+        )  # fmt: skip
+
+    def padded(self, x: Tensor) -> Tensor:
+        return super().padded(x.unsqueeze(-2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.read(self.padded(input)).squeeze(-2)
+        return y if input.dim() == 3 else y[0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.dim() == 3:  # of an nn.Conv1d
+            state_dict[f"{prefix}weight"] = weight.unsqueeze(2)
+        super()._load_from_state_dict(state_dict, prefix, *more)
