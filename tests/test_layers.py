@@ -182,22 +182,10 @@ def test_opcheck(kind, scheme):
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
-    back = (
-        grad_y,
-        weight,
-        g,
-        noise_var,
-        w_max,
-        layer.back_adc_lsb,
-        layer.back_adc_error,
-        step,
-        layer.back_packed,
-        layer.packed_state,
-        version,
-        image,
-        plan,
-    )
+    back = grad_y, weight, g, noise_var, w_max, layer.back_adc_lsb, layer.back_adc_error, step, image, plan
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
+    packing = torch.zeros(8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64), version
+    torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed_packed.default, (*back, *packing))
     weight = weight.reshape(1, 3, -1)
     if scheme == "subtracted":
         settings_json = layer.spec.model_dump_json()
@@ -377,8 +365,9 @@ def test_updates_draw_anew():
     assert torch.corrcoef(torch.stack(noise))[0, 1].abs() < 4 / 3000**0.5
 
 
-@pytest.mark.parametrize("in_situ", [False, True])
-def test_compiled_models_have_no_graph_break(in_situ):
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within inductor
+@pytest.mark.parametrize(("in_situ", "backend"), [(False, "inductor"), (True, "aot_eager")])
+def test_compiled_models_have_no_graph_break(in_situ, backend):
     model, _ = gx.convert(small_network(), spec(**NOISY, update={"law": "agarwal", "nu": 0.1}))
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
     gx.calibrate(model, [x])
@@ -387,7 +376,7 @@ def test_compiled_models_have_no_graph_break(in_situ):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     loss, grads = step_of(model, x, t)
     model.load_state_dict(state)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     found_loss, found = step_of(compiled, x, t)
     torch.testing.assert_close(found_loss, loss)
     torch.testing.assert_close(found, grads)
