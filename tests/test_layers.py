@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -401,6 +402,25 @@ def test_mixed_precision():
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert p.grad.dtype == torch.float32
         assert (p.grad - grad).norm() < 0.02 * grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_precisions(dtype):
+    """Weights, inputs and outputs change; ranges and arrays do not."""
+    model, _ = gx.convert(nn.Sequential(nn.Linear(20, 6), nn.LayerNorm(6), nn.Linear(6, 3)), spec(**NOISY))
+    x = torch.randn(9, 20)
+    gx.calibrate(model, [x])
+    lsb = model[0].adc_lsb.clone()
+    with torch.no_grad():  # weights that every precision has
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    other = copy.deepcopy(model).to(dtype)
+    for m in (model, other):
+        m[2](m[1](m[0](x.bfloat16().to(m[0].weight.dtype)))).square().sum().backward()
+    assert torch.equal(other[0].adc_lsb, lsb)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert q.grad.dtype == dtype
+        assert (q.grad - p.grad).norm() < 0.1 * p.grad.norm()
 
 
 @pytest.mark.parametrize("scheme", ["differential", "subtracted", "offset"])

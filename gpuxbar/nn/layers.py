@@ -28,11 +28,12 @@ TEST_INPUTS = 32  # of a test read
 
 
 class AnalogLayer(InSitu):
-    """What both layers share: programming when the weights change, read counter, converter ranges.
+    """What the layers share: programming when the weights change, read counter, converter ranges.
 
     Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
     weights they fix every random number, so a checkpoint resumes bit for bit. `adc_lsb` and `back_adc_lsb` are the
     currents of an ADC step forwards and backwards, A, NaN until calibrated; `dac_max` is the running DAC range.
+    Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
     weight: Tensor
@@ -254,7 +255,8 @@ class AnalogLayer(InSitu):
         bias = None if self.bias is None else self.bias.float()
         watched = self.pulsed and torch.is_grad_enabled()
         y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias)
-        return self.streams.watch(y, self.weight, x) if watched else y
+        y = self.streams.watch(y, self.weight, x) if watched else y
+        return y.to(self.weight.dtype)
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
@@ -286,6 +288,16 @@ class AnalogLayer(InSitu):
             x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error,
             self.read_step.clone(), *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, new in self._buffers.items():
+            old = buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *more)
