@@ -14,6 +14,7 @@ import gpuxbar as gx
 from gpuxbar.nn import AnalogConv1d, AnalogLinear
 from gpuxbar.nn.attention import UnfusedAttention
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
+from gpuxbar.nn.transposed import UnfusedConvTranspose
 
 CONVERTERS = {"dac": {"bits": 8}, "adc": {"bits": 8}, "tile": {"rows": 16, "cols": 16}}
 RNNS = [
@@ -123,6 +124,35 @@ def test_ideal_convolution_of_sequences_is_torchs(options):
     torch.testing.assert_close(layer.weight.grad.squeeze(2), plain.weight.grad)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.ConvTranspose2d, {}),
+        (nn.ConvTranspose2d, {"stride": (2, 3), "padding": (1, 0), "output_padding": (1, 2), "groups": 2}),
+        (nn.ConvTranspose2d, {"dilation": 2, "bias": False}),
+        (nn.ConvTranspose1d, {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}),
+    ],
+)
+def test_transposed_convolution_of_a_layer_is_torchs(kind, options):
+    torch.manual_seed(0)
+    fused = kind(4, 6, 3, **options)
+    parts = UnfusedConvTranspose(kind(4, 6, 3, **options))
+    parts.load_state_dict(fused.state_dict())
+    x = torch.randn(3, 4, *(5, 4)[: fused.weight.dim() - 2])
+    torch.testing.assert_close(parts(x), fused(x))
+    torch.testing.assert_close(parts(x[0]), fused(x[0]))
+    larger = [n + s - 1 for n, s in zip(fused(x).shape[2:], fused.stride, strict=True)]
+    larger = [n - more for n, more in zip(larger, fused.output_padding, strict=True)]
+    torch.testing.assert_close(parts(x, larger), fused(x, larger))
+    taken = UnfusedConvTranspose(fused)
+    torch.testing.assert_close(taken(x), fused(x))
+    for module in (taken, fused):
+        module(x).sin().sum().backward()
+    torch.testing.assert_close(taken.product.weight.grad, taken._by_output(fused.weight.grad))
+    with pytest.raises(ValueError, match="`output_size` must be from"):
+        parts(x, [99, 99])
+
+
 class Network(nn.Module):
     """One of everything that reads weights without a layer of torch's that crossbars have."""
 
@@ -131,13 +161,14 @@ class Network(nn.Module):
         layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2)
         self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.up = nn.ConvTranspose1d(16, 16, 2, stride=2)
         self.lstm = nn.LSTM(16, 8, batch_first=True)
         self.cell = nn.GRUCell(8, 8)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x, padding=None):
         x = self.encoder(x, src_key_padding_mask=padding)
-        x = self.lstm(self.conv(x.transpose(1, 2)).transpose(1, 2))[0]
+        x = self.lstm(self.up(self.conv(x.transpose(1, 2))).transpose(1, 2))[0]
         return self.head(self.cell(x[:, -1]))
 
 
@@ -155,7 +186,8 @@ def test_conversion_reaches_every_product_with_weights(network):
         f"encoder.layers.{i}.norm{k}" for i in (0, 1) for k in (1, 2)
     }
     assert rows["encoder.layers.1.self_attn.v_proj"].macs == 16 * 16 * 5
-    assert rows["lstm.hh_l0"].macs == 32 * 8 * 5
+    assert rows["lstm.hh_l0"].macs == 32 * 8 * 10
+    assert rows["up.product"].macs == 16 * 32 * 5
     assert rows["cell.ih"].macs == 24 * 8
     assert rows["conv"].macs == 16 * 48 * 5
     torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)

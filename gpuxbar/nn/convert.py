@@ -16,6 +16,7 @@ from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
 from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
+from gpuxbar.nn.transposed import UnfusedConvTranspose
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
 
@@ -27,6 +28,7 @@ FUSED: dict[type[nn.Module], Any] = {
     nn.MultiheadAttention: UnfusedAttention,
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), UnfusedRNN),
     **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), UnfusedCell),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), UnfusedConvTranspose),
 }
 
 
@@ -77,15 +79,15 @@ def convert(
 ) -> tuple[nn.Module, Report]:
     """A copy of a model with its layers on crossbars, and the report.
 
-    Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU and RNN and of
-    their cells, which become layers of their own, such as `attention.q_proj` or `lstm.ih_l0`. Layers of other types, subclasses of
+    Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU, RNN and their
+    cells, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj` or `lstm.ih_l0`. Layers of other types, subclasses of
     these among them, stay digital and are named in the report.
 
     Args:
         model: Any model; it is not changed.
         spec: The crossbars of every layer.
         rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win. The
-            name of an attention or recurrent module stands for all its layers.
+            name of an attention, recurrent or transposed module stands for its layers.
         example: A batch; one pass of it through `model` counts the multiply-accumulates of a sample.
 
     Returns:
@@ -100,6 +102,8 @@ def convert(
     rows = []
     for module, names in _places(model).items():
         label, kind = ", ".join(names), type(module)
+        if kind in FUSED.values():  # a bias, beside layers that follow
+            continue
         if kind not in LAYERS:
             why = choices.of(names)[1] if kind in FUSED else NO_FORM
             rows.append(Row(label, kind.__name__, "digital", why))
@@ -161,7 +165,7 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module,
         if type(module) not in FUSED:
             continue
         parts = FUSED[type(module)](module)
-        layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) is nn.Linear}
+        layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
         choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)]) for leaf in layers]
         if any(overrides is not None for overrides, _ in choices):
             model = _replaced(model, names, parts)
