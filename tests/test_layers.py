@@ -161,6 +161,50 @@ def test_uncalibrated_and_empty_are_refused():
         AnalogLinear(4, 2, spec=spec())(torch.empty(0, 4))
 
 
+class Keyed(nn.Module):
+    """Takes and gives dicts."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+
+    def forward(self, x, scale=1.0):
+        return {"y": self.body(x) * scale}
+
+
+def test_models_and_batches_of_any_form_are_converted_and_calibrated():
+    batch = {"x": torch.randn(6, 8), "scale": 2.0}
+    for example in (batch, tuple(batch.values())):
+        model, report = gx.convert(Keyed(), spec(**NOISY), example=example)
+        assert report.rows[0].macs == 32
+    gx.calibrate(model, [batch], step=lambda batch: model(**batch)["y"].square().mean())
+    layer = model.body
+    assert layer.calibrated
+    alone, _ = gx.convert(nn.Sequential(model.body), spec(**NOISY))
+    alone[0].weight.data.copy_(layer.weight)
+    gx.calibrate(alone, [(batch["x"], None)], loss=lambda y, _: y.square().sum())
+    for name in ("adc_lsb", "back_adc_lsb"):
+        assert torch.equal(getattr(layer, name), getattr(alone[0], name))
+    for frozen in layer.parameters():
+        frozen.requires_grad_(False)
+    gx.calibrate(model, [batch], step=lambda batch: model(**batch)["y"])
+
+
+def test_calibrate_and_convert_refuse_by_name():
+    model, _ = gx.convert(nn.Sequential(nn.Linear(8, 4)), spec(**NOISY))
+    for batch, what in (({"x": 1}, "dict"), ((torch.ones(1, 8), 0, 0), "tuple of 3"), ((1, 2), "tuple of 2")):
+        with pytest.raises(
+            TypeError, match=rf"a batch of `loader` must be a tensor or a pair .* got {what}; pass step"
+        ):
+            gx.calibrate(model, [batch])
+    with pytest.raises(ValueError, match="`loader` must give at least one batch"):
+        gx.calibrate(model, [])
+    with pytest.raises(ValueError, match="`loss` must be None with `step`"):
+        gx.calibrate(model, [], loss=nn.functional.cross_entropy, step=print)
+    with pytest.raises(TypeError, match="`spec` must be a CrossbarSpec, got dict"):
+        gx.convert(nn.Linear(2, 2), {"tile": {"rows": 64}})
+
+
 @pytest.mark.parametrize("scheme", ["subtracted", "offset"])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_opcheck(kind, scheme):

@@ -75,7 +75,7 @@ def convert(
     model: nn.Module,
     spec: CrossbarSpec,
     rules: dict[str, dict[str, Any] | None] | None = None,
-    example: Tensor | None = None,
+    example: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> tuple[nn.Module, Report]:
     """A copy of a model with its layers on crossbars, and the report.
 
@@ -88,14 +88,20 @@ def convert(
         spec: The crossbars of every layer.
         rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win. The
             name of an attention, recurrent or transposed module stands for its layers.
-        example: A batch; one pass of it through `model` counts the multiply-accumulates of a sample.
+        example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
+            multiply-accumulates of a sample.
 
     Returns:
         The model and the report.
 
     Raises:
+        TypeError: `spec` is not a CrossbarSpec.
         ValueError: A rule matches no layer.
     """
+    if not isinstance(spec, CrossbarSpec):
+        raise TypeError(
+            f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
+        )
     choices = _Rules(rules or {})
     model, owners = _unfuse(copy.deepcopy(model), choices)
     positions = _positions(model, example)
@@ -193,21 +199,24 @@ def _call_layers(model: nn.Module) -> None:
                 module.use_nested_tensor = False
 
 
-def _positions(model: nn.Module, example: Tensor | None) -> dict[str, int]:
+def _positions(model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, Any] | None) -> dict[str, int]:
     """Output positions of every layer for one sample, by module name."""
     if example is None:
         return {}
     watched = copy.deepcopy(model).eval()
     found: dict[str, int] = {}
+    args = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
+    options = example if isinstance(example, dict) else {}
+    samples = next((len(x) for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()), 1)
 
     def count(name: str, layer: nn.Module, y: Tensor) -> None:
-        found[name] = found.get(name, 0) + y.numel() // len(layer.get_parameter("weight")) // len(example)
+        found[name] = found.get(name, 0) + y.numel() // len(layer.get_parameter("weight")) // samples
 
     for name, module in watched.named_modules():
         if type(module) in LAYERS:
             module.register_forward_hook(lambda layer, _, y, name=name: count(name, layer, y))
     with torch.no_grad():
-        watched(example)
+        watched(*args, **options)
     return found
 
 
