@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gpuxbar as gx
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
@@ -446,6 +447,26 @@ def test_mixed_precision():
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert p.grad.dtype == torch.float32
         assert (p.grad - grad).norm() < 0.02 * grad.norm()
+
+
+def test_checkpointed_layers_read_the_same_twice():
+    model, _ = gx.convert(small_network(), spec(**{**NOISY, "dac": {"bits": 8, "range": "ema"}}))
+    x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    gx.calibrate(model, [x])
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    loss, grads = step_of(model, x, t)
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def again(x):
+        return checkpoint(model, x, use_reentrant=False, context_fn=lambda: gx.same_reads(model))
+
+    model.load_state_dict(state)
+    model.zero_grad()
+    found = nn.functional.cross_entropy(again(x), t)
+    found.backward()
+    assert torch.equal(found, loss)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True))
+    assert all(torch.equal(v, after[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

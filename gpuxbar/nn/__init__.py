@@ -2,6 +2,7 @@
 
 from gpuxbar.nn.ageing import age, program, unprogram
 from gpuxbar.nn.calibrate import calibrate
+from gpuxbar.nn.checkpoint import same_reads
 from gpuxbar.nn.convert import Report, convert
 from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLinear
 
@@ -14,5 +15,6 @@ __all__ = [
     "calibrate",
     "convert",
     "program",
+    "same_reads",
     "unprogram",
 ]
