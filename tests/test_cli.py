@@ -196,5 +196,5 @@ def test_the_package_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "gpuxbar", "train", "--preset", "nope"], capture_output=True, text=True
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "`name` must be a preset, got 'nope'" in " ".join(done.stderr.split())
