@@ -217,6 +217,25 @@ def test_rules_name_fused_modules_or_their_layers(network):
         gx.convert(network, gx.CrossbarSpec(), {"encoder.layers.0.self_attn.q_prj": None})
 
 
+def test_layers_of_gpt_2_are_linear():
+    """`Conv1D` of the transformers library, which tests do without: known by its name, a product with [I, O]."""
+
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    block = nn.ModuleDict({"c_attn": Conv1D(), "c_proj": Conv1D()})
+    model, report = gx.convert(block, gx.CrossbarSpec(), {"c_proj": None})
+    assert [(row.type, row.runs) for row in report.rows] == [("Linear", "analog"), ("Conv1D", "digital")]
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model["c_attn"](x), block["c_attn"](x))
+
+
 @pytest.mark.parametrize("rules", [{}, {"*self_attn": None}])
 @pytest.mark.parametrize("padded", [False, True])
 def test_inference_of_encoders_calls_the_layers(network, rules, padded):

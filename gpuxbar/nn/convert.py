@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatchcase
 from math import ceil
@@ -80,8 +80,9 @@ def convert(
     """A copy of a model with its layers on crossbars, and the report.
 
     Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU, RNN and their
-    cells, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj` or `lstm.ih_l0`. Layers of other types, subclasses of
-    these among them, stay digital and are named in the report.
+    cells, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj` or
+    `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Layers of other types, subclasses of these among
+    them, stay digital and are named in the report.
 
     Args:
         model: Any model; it is not changed.
@@ -111,7 +112,7 @@ def convert(
         if kind in FUSED.values():  # a bias, beside layers that follow
             continue
         if kind not in LAYERS:
-            why = choices.of(names)[1] if kind in FUSED else NO_FORM
+            why = NO_FORM if _as_layers(kind) is None else choices.of(names)[1]
             rows.append(Row(label, kind.__name__, "digital", why))
             continue
         overrides, why = choices.of([*names, *owners.get(module, ())])
@@ -168,15 +169,32 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module,
     """The model with fused modules as layers, where any of these is to be analog; and whose layers they are, by name."""
     owners: dict[nn.Module, list[str]] = {}
     for module, names in _places(model).items():
-        if type(module) not in FUSED:
+        make = _as_layers(type(module))
+        if make is None:
             continue
-        parts = FUSED[type(module)](module)
+        parts = make(module)
         layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
         choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)]) for leaf in layers]
         if any(overrides is not None for overrides, _ in choices):
             model = _replaced(model, names, parts)
             owners |= dict.fromkeys(layers.values(), names)
     return model, owners
+
+
+def _as_layers(kind: type[nn.Module]) -> Callable[[Any], nn.Module] | None:
+    """What makes layers of modules of a type, None where nothing does."""
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return _transposed_linear
+    return FUSED.get(kind)
+
+
+def _transposed_linear(module: nn.Module) -> nn.Linear:
+    """The layer of GPT-2 in the transformers library, whose weight is [I, O], as a Linear."""
+    weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+    layer = nn.Linear(weight.shape[0], weight.shape[1], True, weight.device, weight.dtype)
+    layer.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    layer.bias = bias
+    return layer.train(module.training)
 
 
 def _replaced(model: nn.Module, names: list[str], module: nn.Module) -> nn.Module:
