@@ -123,7 +123,7 @@ class UnfusedRNN(nn.Module):
         """Outputs and last state of a layer in one direction over x [T, N, I]; states stand still beyond a sequence's length."""
         layers = dict(self.named_children())
         hh, hr = layers["hh" + suffix], layers.get("hr" + suffix)
-        gates = layers["ih" + suffix](x)
+        gates = layers["ih" + suffix](x).unbind()
         alive = None
         if lengths is not None:
             alive = (torch.arange(len(x))[:, None] < lengths)[..., None].to(x.device)
