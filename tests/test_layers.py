@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,17 @@ def test_convert_reports_every_module():
     assert model[1].num_batches_tracked == 0
     with pytest.raises(ValueError, match=r"no match for \['head'\]; did you mean|known: "):
         gx.convert(model, spec(), rules={"head": None})
+
+
+def test_the_report_knows_converted_and_lazy_layers():
+    settings = spec(tile={"rows": 4, "cols": 4})
+    once, report = gx.convert(nn.Sequential(nn.Linear(8, 4), nn.LazyLinear(3)), settings)
+    assert report.rows[1].why == "lazy: pass a batch through it first"
+    once = nn.Sequential(once[0], nn.Linear(4, 2))
+    twice, again = gx.convert(once, spec(), example=torch.randn(3, 8))
+    assert again.rows[0] == replace(report.rows[0], why="already so")
+    assert [row.runs for row in again.rows] == ["analog", "analog"]
+    assert twice[0].spec == once[0].spec
 
 
 def test_convert_keeps_sharing_and_names_what_it_leaves():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
@@ -108,24 +109,24 @@ def convert(
     positions = _positions(model, example)
     rows = []
     for module, names in _places(model).items():
-        label, kind = ", ".join(names), type(module)
-        if kind in FUSED.values():  # a bias, beside layers that follow
+        label, kind = ", ".join(names), type(module).__name__
+        if type(module) in FUSED.values():  # a bias, beside layers that follow
             continue
-        if kind not in LAYERS:
-            why = NO_FORM if _as_layers(kind) is None else choices.of(names)[1]
-            rows.append(Row(label, kind.__name__, "digital", why))
-            continue
-        overrides, why = choices.of([*names, *owners.get(module, ())])
-        macs = module.get_parameter("weight").numel() * positions.get(names[0], 1)
-        if overrides is None:
-            rows.append(Row(label, kind.__name__, "digital", why, macs=macs))
-            continue
-        layer = _analog(module, spec.with_overrides(overrides), names[0])
-        model = _replaced(model, names, layer)
-        tile = layer.spec.tile
-        tiles = layer.groups_ * ceil(layer.inputs / tile.rows) * ceil(layer.outputs / tile.cols)
-        count = tiles * len(Planes.of(layer.spec, collapse=False).slice_scale)
-        rows.append(Row(label, kind.__name__, "analog", why, count, macs, layer.clip_rate()))
+        if isinstance(module, AnalogLayer):
+            rows.append(
+                Row(label, kind, "analog", "already so", _tiles(module), _macs(module, names, positions))
+            )
+        elif type(module) not in LAYERS:
+            rows.append(Row(label, kind, "digital", _why_not(module, names, choices)))
+        else:
+            overrides, why = choices.of([*names, *owners.get(module, ())])
+            macs = _macs(module, names, positions)
+            if overrides is None:
+                rows.append(Row(label, kind, "digital", why, macs=macs))
+                continue
+            layer = _analog(module, spec.with_overrides(overrides), names[0])
+            model = _replaced(model, names, layer)
+            rows.append(Row(label, kind, "analog", why, _tiles(layer), macs, layer.clip_rate()))
     choices.require_used([row.module for row in rows if row.why != NO_FORM])
     _call_layers(model)
     return model, Report(tuple(rows))
@@ -154,6 +155,23 @@ class _Rules:
             raise ValueError(
                 f"convert: `rules` must each match a layer, got no match for {unused}; {nearest(unused[0], layers)}"
             )
+
+
+def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:
+    """Why a module of another type stays digital."""
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: pass a batch through it first"
+    return NO_FORM if _as_layers(type(module)) is None else rules.of(names)[1]
+
+
+def _tiles(layer: AnalogLayer) -> int:
+    tile = layer.spec.tile
+    tiles = layer.groups_ * ceil(layer.inputs / tile.rows) * ceil(layer.outputs / tile.cols)
+    return tiles * len(Planes.of(layer.spec, collapse=False).slice_scale)
+
+
+def _macs(layer: nn.Module, names: list[str], positions: dict[str, int]) -> int:
+    return layer.get_parameter("weight").numel() * positions.get(names[0], 1)
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -231,7 +249,7 @@ def _positions(model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, A
         found[name] = found.get(name, 0) + y.numel() // len(layer.get_parameter("weight")) // samples
 
     for name, module in watched.named_modules():
-        if type(module) in LAYERS:
+        if isinstance(module, (*LAYERS, AnalogLayer)):
             module.register_forward_hook(lambda layer, _, y, name=name: count(name, layer, y))
     with torch.no_grad():
         watched(*args, **options)
