@@ -131,7 +131,7 @@ def test_the_report_knows_converted_and_lazy_layers():
     assert report.rows[1].why == "lazy: pass a batch through it first"
     once = nn.Sequential(once[0], nn.Linear(4, 2))
     twice, again = gx.convert(once, spec(), example=torch.randn(3, 8))
-    assert again.rows[0] == replace(report.rows[0], why="already so")
+    assert again.rows[0] == replace(report.rows[0], type="AnalogLinear", why="already so")
     assert [row.runs for row in again.rows] == ["analog", "analog"]
     assert twice[0].spec == once[0].spec
 
