@@ -338,7 +338,7 @@ def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) ->
         y = layer(driven)
         # pulse trains need no weight gradient; their update is checked by itself
         found = torch.autograd.grad(y, (driven,) if layer.pulsed else (driven, layer.weight), grad)
-        layer.streams.take()
+        layer.streams.forget()
         return y.detach(), *found
 
     found = results()

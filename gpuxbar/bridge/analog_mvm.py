@@ -221,6 +221,8 @@ def _read(
         if adc_error is not None:
             more |= {"adc_gain": array(adc_error[0]), "adc_offset": array(adc_error[1])}
     more["tile_cols" if transposed else "tile_rows"] = read.tile or None
+    conv = more.get("conv")
+    more["row_offset"] = way.rank * len(v) * (1 if conv is None else conv.pixels)
     found = ops.tile_mvm(
         array(v), array(driven_lines(g, way, transposed)), noise_var=variance, transposed=transposed,
         groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits, streams=read.streams, phases=read.phases,

@@ -62,6 +62,7 @@ class ReadPlan:
         g_step, g_offset: Conductance between levels, and of level 0, S, where levels are multiplied (int8).
         reference: (rows, columns) of a tile with a reference line each way; (0, 0): no reference lines.
         stride, padding, dilation: Of the convolution; unused by a linear layer.
+        rank: Which part of a batch that several processes share; it draws the noise of its own rows.
         why: Which collapses were taken, in words.
     """
 
@@ -83,6 +84,7 @@ class ReadPlan:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    rank: int = 0
     why: tuple[str, ...] = ()
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.reprogram import program_devices, reprogram
@@ -254,6 +255,15 @@ class AnalogLayer(InSitu):
         x, lsb = self._dac_lsb(x.float().contiguous())
         bias = None if self.bias is None else self.bias.float()
         watched = self.pulsed and torch.is_grad_enabled()
+        if (
+            watched
+            and self.streams.group is None
+            and DistributedDataParallel._get_active_ddp_module() is not None
+        ):
+            raise ValueError(
+                f"{self.name}: pulse trains must be shared by all ranks of DistributedDataParallel, got a model that it wraps "
+                "itself; wrap it by gpuxbar.distribute(model)"
+            )
         y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias)
         y = self.streams.watch(y, self.weight, x) if watched else y
         return y.to(self.weight.dtype)
