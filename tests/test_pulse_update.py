@@ -560,6 +560,20 @@ def test_streams_are_kept_until_a_step_and_forgotten_by_zero_grad():
     assert model[0].streams.pairs == []
 
 
+def test_a_frozen_layer_is_not_pulsed():
+    spec = gx.CrossbarSpec.model_validate({"update": {"law": "constant_step"}, "pulses": {}})
+    model, _ = gx.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)), spec)
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=1.0)
+    model[1].weight.requires_grad_(False)
+    before = [layer.weight.detach().clone() for layer in model]
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(torch.randn(5, 8)).square().mean().backward()
+        optimiser.step()
+    same = [torch.equal(layer.weight, weight) for layer, weight in zip(model, before, strict=True)]
+    assert same == [False, True, False]
+
+
 def test_a_scaled_loss_pulses_alike():
     """By a power of two, so to the bit; an overflow skips the step and forgets its errors."""
     results, x = [], torch.randn(8, 3, generator=torch.Generator().manual_seed(0))

@@ -254,7 +254,7 @@ class AnalogLayer(InSitu):
         self.require_calibrated()
         x, lsb = self._dac_lsb(x.float().contiguous())
         bias = None if self.bias is None else self.bias.float()
-        watched = self.pulsed and torch.is_grad_enabled()
+        watched = self.pulsed and self.weight.requires_grad and torch.is_grad_enabled()
         if (
             watched
             and self.streams.group is None
