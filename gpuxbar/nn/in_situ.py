@@ -299,7 +299,13 @@ class InSitu(Programmed):
     def _own_weight(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None:
-            weight.analog = Owner(self)  # type: ignore[attr-defined]
+            owner = getattr(weight, "analog", Owner())
+            others = [
+                layer
+                for layer in owner.layers()
+                if layer is not self and layer._parameters["weight"] is weight
+            ]
+            weight.analog = Owner(self, *others)  # type: ignore[attr-defined]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         if self.g_cells is None and f"{prefix}g_cells" in state_dict:
@@ -320,10 +326,14 @@ class InSitu(Programmed):
 
 
 class Owner:
-    """Weak link from a weight to its layer. A copied or pickled one is empty: the copied layer links its weight anew."""
+    """Weak links from a weight to its layers. A copied or pickled one is empty: copied layers link their weights anew."""
 
-    def __init__(self, layer: InSitu | None = None):
-        self.layer = None if layer is None else weakref.ref(layer)
+    def __init__(self, *layers: InSitu):
+        self.links = [weakref.ref(layer) for layer in layers]
+
+    def layers(self) -> list[InSitu]:
+        """Those that live."""
+        return [layer for layer in (link() for link in self.links) if layer is not None]
 
     def __reduce__(self) -> Any:
         return Owner, ()
@@ -337,10 +347,15 @@ def layer_of(parameter: Tensor) -> InSitu | None:
     owner = getattr(parameter, "analog", None)
     if owner is None:
         return None
-    layer = None if owner.layer is None else owner.layer()
-    if layer is None:
+    layers = [layer for layer in owner.layers() if layer._parameters.get("weight") is parameter]
+    if not layers:
         raise ValueError(
             f"in-situ optimiser: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "
             "crossbar layer is gone; build the optimiser from model.parameters()"
         )
-    return layer
+    if len(layers) > 1:
+        raise ValueError(
+            f"in-situ optimiser: `params` must each be one layer's weight, got one that {' and '.join(layer.name for layer in layers)} "
+            "hold on arrays of their own; use one layer in all these places, or untie them"
+        )
+    return layers[0]
