@@ -311,12 +311,13 @@ class InSitu(Programmed):
         if self.g_cells is None and f"{prefix}g_cells" in state_dict:
             device = self.weight.device
             planes = 2 * self.spec.mapping.slices
-            self.g_cells = torch.empty(planes, self.groups_ * self.inputs, self.outputs, device=device)
+            shape = planes, self.groups_ * self.inputs, self.outputs
+            self.g_cells = torch.empty(shape, dtype=torch.float32, device=device)
             held = f"{prefix}g_held" in state_dict
             self.g_held = torch.empty_like(self.g_cells) if held else None
             if f"{prefix}pulse_count" in state_dict:
                 self.pulse_count = torch.zeros_like(self.g_cells, dtype=torch.int32)
-            self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
+            self.w_max = torch.empty(self.groups_ * self.outputs, dtype=torch.float32, device=device)
             self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
             self.carry_step = None if self.spec.carry is None else torch.zeros_like(self.update_step)
         devices = state_dict.get(f"{prefix}device_map")

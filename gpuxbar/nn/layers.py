@@ -80,14 +80,20 @@ class AnalogLayer(InSitu):
                 self.register_buffer(f"{key}_error", error, persistent=False)
             else:
                 self.register_buffer(f"{key}_error", None)
-        self.register_buffer("dac_max", torch.full((1,), spec.dac.max or 0.0, device=device))
+        self.register_buffer(
+            "dac_max", torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
+        )
         # wires act on every device, so planes are programmed apart and merged behind them
         planes = 2 * spec.mapping.slices if spec.parasitics.active else len(self.plan.slice_scale)
         shape = (planes, sensed[1], self.outputs + extra_cols)
-        self.register_buffer("cells", torch.zeros(shape, device=device), persistent=False)
-        noise = torch.zeros(shape, device=device) if spec.read_noise.sigma_g else None
+        self.register_buffer(
+            "cells", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False
+        )
+        noise = torch.zeros(shape, dtype=torch.float32, device=device) if spec.read_noise.sigma_g else None
         self.register_buffer("cell_variance", noise, persistent=False)
-        self.register_buffer("full_pair", torch.zeros(sensed[0], device=device), persistent=False)
+        self.register_buffer(
+            "full_pair", torch.zeros(sensed[0], dtype=torch.float32, device=device), persistent=False
+        )
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self._setup_packing(device)
         self.look_at_ranges()
@@ -124,10 +130,10 @@ class AnalogLayer(InSitu):
     def _full_scale(self, adc: ADC, dac: DAC, read: Read, lines: int, count: int) -> Tensor:
         """Current of one ADC step, A; NaN until calibrated."""
         if not read.adc_bits:
-            return torch.ones(count)
+            return torch.ones(count, dtype=torch.float32)
         worst = dac.v_read * self.spec.device.g_max * min(read.tile, lines)
         full = adc.i_max or (float("nan") if adc.range == "calibrated" else worst)
-        return torch.full((count,), full / read.adc_code_max)
+        return torch.full((count,), full / read.adc_code_max, dtype=torch.float32)
 
     def _converter_errors(self, key: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
         """Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed]; drawn once per seed."""
