@@ -547,12 +547,3 @@ def test_txsim_trains_on_sliced_weights():
     moved = (layer.weight - weight) / layer.w_max[:, None]
     assert moved.mean().item() == pytest.approx(3e-6, rel=0.3)
     assert layer.g_cells.shape == (32, 12, 7)
-
-
-def test_other_optimisers_name_what_they_cannot_train():
-    layer = layer_of()
-    with pytest.raises(
-        ValueError,
-        match=r"TikiTakaV2: `spec.mapping.slices` must be 1, got 4 for layer; sliced weights are InSituSGD's",
-    ):
-        gx.optim.TikiTakaV2(layer.parameters(), lr=0.1)

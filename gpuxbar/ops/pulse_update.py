@@ -147,8 +147,10 @@ def pulse_update(
     check_window(OP, g_min, g_max)
     check_map(OP, device_map, law, g.shape)
     lie = Slices.of(slices, slice_bits, carry)
-    sides, lowest = 2 if law.sides == "both" else 1, lie.window / lie.full
-    scale = rate * law.nominal_pulses / (sides * lowest) / w_max  # pulses for an input and an error of 1
+    sides = 2 if law.sides == "both" else 1
+    scale = (
+        rate * law.nominal_pulses / (sides * lie.lowest_share) / w_max
+    )  # pulses for an input and an error of 1
     update: dict[str, Any] = {
         "law": parameters(law, g_min, g_max), "endurance": Wear.of(endurance), "slices": lie, "seed": seed,
         "g_min": g_min, "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,
