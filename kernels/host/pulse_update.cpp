@@ -514,29 +514,31 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
     pulse_at_once<L>(u, a, group, i0, o0, block);
   else
     pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, block);
-  const auto share = [&](i32 slice) { return inverse_range * slice_weight(u.slices, slice); };
   for (u32 side = 0; side < 2; ++side)
     for (i64 i = 0; i < lines; ++i) {
       float *to = cells(side, 0, i), *x = block.x[side][i], *before = block.before[side][i];
       if (block.counted)
         wear_row(u, u.place(side, group, i0 + i, o0), block.more[side][i], count, a.pulse_count + (to - a.g), x);
-      for (i64 j = 0; j < count; ++j) {
+#pragma omp simd
+      for (i64 j = 0; j < count; ++j)
         to[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : to[j];  // a cell that did not move keeps its bits
-        x[j] = side ? fma(-to[j], share(0), block.x[0][i][j]) : to[j] * share(0);
-      }
     }
-  for (i32 slice = 1; slice < u.slices.count; ++slice)
-    for (i64 i = 0; i < lines; ++i)
-      for (u32 side = 0; side < 2; ++side) {
-        const float *from = cells(side, slice, i), by = side ? -share(slice) : share(slice);
-#pragma omp simd
-        for (i64 j = 0; j < count; ++j) block.x[1][i][j] = fma(from[j], by, block.x[1][i][j]);
-      }
   const i64 output = group * u.outputs + o0;
-  for (i64 i = 0; i < lines; ++i)
+  auto& weight = block.x[0];
+  for (i64 i = 0; i < lines; ++i) {
+    float* sum = weight[i];
+    std::fill(sum, sum + count, 0.0f);
+    for (i32 slice = 0; slice < u.slices.count; ++slice)
+      for (u32 side = 0; side < 2; ++side) {
+        const float share = inverse_range * slice_weight(u.slices, slice), by = side ? -share : share;
+        const float* from = cells(side, slice, i);
 #pragma omp simd
-    for (i64 j = 0; j < count; ++j) block.x[1][i][j] *= a.w_max[output + j];
-  transpose(block.x[1][0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
+        for (i64 j = 0; j < count; ++j) sum[j] = fma(from[j], by, sum[j]);
+      }
+#pragma omp simd
+    for (i64 j = 0; j < count; ++j) sum[j] *= a.w_max[output + j];
+  }
+  transpose(weight[0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
 }
 
 }  // namespace
