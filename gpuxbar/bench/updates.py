@@ -14,7 +14,7 @@ import torch
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.optim import InSituSGD
-from gpuxbar.spec import Carry, ConstantStep, CrossbarSpec, PulseTrain, SoftBounds, UpdateLaw
+from gpuxbar.spec import Carry, ConstantStep, CrossbarSpec, Programming, PulseTrain, SoftBounds, UpdateLaw
 
 __all__ = ["CONSTANT", "COUNTED_SOFT", "LAW", "carries", "expected_update", "in_situ_step", "pulse_update"]
 
@@ -80,20 +80,23 @@ def carries(batch: int = 256, inputs: int = 1024, outputs: int = 1024) -> tuple[
     start = np.full((2 * SLICES, inputs, outputs), 0.5 * sum(WINDOW.values()), np.float32)
     start[::SLICES] = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], (2, inputs, outputs))
     settings: dict[str, Any] = {
-        "slices": SLICES, "slice_bits": SLICE_BITS, "updates": CARRY.interval, **WINDOW, "write_noise": 1e-8, "seed": 1,
+        "slices": SLICES, "slice_bits": SLICE_BITS, "updates": CARRY.interval, **WINDOW, "seed": 1,
     }  # fmt: skip
+    writes = Programming(write_noise=1e-8)
     worked, lowest = start.copy(), [start[::SLICES].copy(), start[::SLICES][::-1].copy()]
 
     def ours() -> None:
         lowest.reverse()
         worked[::SLICES] = lowest[0]
-        ops.carry(worked, rule=CARRY, **settings)
+        ops.carry(worked, rule=CARRY, programming=writes, **settings)
 
     def check() -> float:
         rows = min(inputs, 64)
-        expected, _ = reference.carry(start[:, :rows], rule=CARRY.model_dump(), **settings)
+        expected, _ = reference.carry(
+            start[:, :rows], rule=CARRY.model_dump(), **writes.model_dump(), **settings
+        )
         cells = start.copy()
-        ops.carry(cells, rule=CARRY, **settings)
+        ops.carry(cells, rule=CARRY, programming=writes, **settings)
         return float(np.abs(cells[:, :rows] - expected).max() / (WINDOW["g_max"] - WINDOW["g_min"]))
 
     return {"ideal": lambda: d.T @ x, "gpuxbar": ours}, check
