@@ -342,6 +342,29 @@ def test_slices_match_oracle(cuda_device, scheme):
         assert written.any() == (updates != 2)
 
 
+@pytest.mark.parametrize("mode", ["exact", "aggregated"])
+def test_slices_are_pulsed_as_the_oracle_says(cuda_device, mode):
+    s, rng = lie(3, 2, 2, scheme="periodic"), np.random.default_rng(1)
+    g, w_max = sliced_cells(6, 74, 35), np.ones(70, np.float32)
+    x, d = (rng.normal(size=(40, n)).astype(np.float32) for n in (74, 70))
+    law = ConstantStep(pulses=200, cycle=0.3, step_spread=0.3)
+    more = {
+        "rate": 0.01,
+        "groups": 2,
+        "law": law,
+        "train": PulseTrain(mode=mode),
+        **WINDOW,
+        "seed": 7,
+        "step": 3,
+        **s,
+    }
+    expected, weights = reference.pulse_update(g, x, d, w_max=w_max, **dumped(more))
+    cells = to_gpu(g)
+    read = ops.pulse_update(cells, to_gpu(x), to_gpu(d), w_max=to_gpu(w_max), device=cuda_device, **more)
+    np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * RANGE)
+    np.testing.assert_allclose(from_gpu(read), weights, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("op", ["device_update", "pulse_update"])
 def test_devices_wear_out_as_the_oracle_says(cuda_device, op):
     rng, g, count, w_max = wear_case(2, 37, 35)

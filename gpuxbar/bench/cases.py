@@ -217,6 +217,14 @@ CASES = (
         partial(update, partial(updates.expected_update, stored=True)),
     ),
     Case(
+        "update-sliced", f"{UPDATE}: kernel, 4 slices of 2 bits, all of which take a digit", None,
+        partial(update, partial(updates.expected_update, sliced=True)),
+    ),
+    Case(
+        "carry", "1024 x 1024, batch 256, 4 slices of 2 bits: carries with write noise, out of half of the lowest digits", None,
+        partial(update, updates.carries),
+    ),
+    Case(
         "update-step",
         f"{UPDATE}: InSituSGD, with its outer product",
         2.0,

@@ -188,7 +188,10 @@ class InSitu(Programmed):
 
     @torch.no_grad()
     def update_pulses(self, rate: float) -> None:
-        """Pulse the cells for the inputs and errors since the last update; the weight becomes what they read."""
+        """Pulse the cells for the inputs and errors since the last update; the weight becomes what they read.
+
+        Before that, slices carry where it is time (see `spec.Carry`).
+        """
         self.require_unprogrammed("weight")
         assert self.g_cells is not None
         assert self.w_max is not None
@@ -196,6 +199,7 @@ class InSitu(Programmed):
         pairs = self.streams.take()
         if not pairs:
             return
+        self._carry()
         if len({x.shape[1:] for x, _ in pairs}) > 1:  # images of several sizes have lines alone in common
             pairs = [self.as_lines(x, d) for x, d in pairs]
         x, d = (
