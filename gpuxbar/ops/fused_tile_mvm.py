@@ -71,19 +71,18 @@ def fused_tile_mvm(
     """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
     patches = dict.fromkeys(_PATCHES, 1)
     images = None
-    if plan.chunks:
+    if plan.strategy == "implicit":
         patches = _patches(s["conv"], plan.chunks)
         images = _packed_images(device, v, s["groups"], patches["channels"])
     shape = Padded.of(g.shape, rows, inputs, s, 8 * plan.chunks * patches["positions"])
-    operand = right_operand(
-        device, g, shape, inputs, s, positions=patches["positions"], chunks=patches["chunks"]
-    )
+    positions = patches["positions"] if plan.chunks else 1
+    operand = right_operand(device, g, shape, inputs, s, positions=positions, chunks=max(plan.chunks, 1))
     int8 = s["precision"] == "int8"
     converters = s["adc_gain"] is not None or s["adc_offset"] is not None
     macros = {
         "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2,
         "NOISE": generator_of(s), "VARIANCE": int(operand.spread is not None),
-        "STREAMS": 0 if int8 or not s["stream_bits"] else s["phases"], "IMPLICIT": int(images is not None),
+        "STREAMS": 0 if int8 or not s["stream_bits"] else s["phases"], "IMPLICIT": 0 if images is None else 1 if plan.chunks else 2,
         "INT8": (1 if shape.tile * 127 * 128 < 2**22 else 2) if int8 else 0,
     }  # fmt: skip
     more = {
