@@ -134,9 +134,7 @@ def read_fused(
     def read(y: Any, gate: Any, row0: int, y_row0: int, rows: int) -> None:
         inputs, more = images, dict[str, Any]()
         if int8 and s["g_offset"]:  # level 0 conducts too
-            code_sums = device.empty((shape.passes, rows, shape.groups, shape.tiles), "int32")
-            code_sums.fill(0)
-            more["code_sums"] = code_sums
+            more["code_sums"] = device.zeros((shape.passes, rows, shape.groups, shape.tiles), "int32")
         if inputs is None:
             inputs = pack_inputs(
                 device, v, shape, row0, rows, s, "int8" if int8 else "float16", digits=digits, panel_rows=panel_rows,
@@ -144,9 +142,8 @@ def read_fused(
             )  # fmt: skip
         words = None
         if by_words:
-            words = device.empty((shape.passes, shape.planes, rows, outputs), "int32")
-            if plan.splits > 1:
-                words.fill(0)
+            memory = device.zeros if plan.splits > 1 else device.empty
+            words = memory((shape.passes, shape.planes, rows, outputs), "int32")
         shared = {
             "slice_scale": s["slice_scale"], "adc_lsb": lsb, "row_scale": row_scale, "col_scale": s["col_scale"],
             "bias": s["bias"], "words": words, "adc_lsb_value": lsb_value, "row0": row0, "y_row0": y_row0,
