@@ -91,8 +91,7 @@ struct Block : Part {
   float volts_squared;
   volatile float offset_amperes;  // of a code 1 and the conductance of level 0 (INT8)
 #if IMPLICIT
-  u32 corner[BLOCK_M];         // where the first pixel of a row's patch lies in a, modulo 2^32: it may lie over an edge
-  i16 y[BLOCK_M], x[BLOCK_M];  // of that pixel
+  Patches<BLOCK_M> patches;
 #endif
 
   // What the DAC drives of two codes in this pass, times 2^shift.
@@ -169,14 +168,22 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   __syncthreads();
   block.invert(scales, sense, 256);
 #if IMPLICIT
-  const u32 pixel_size = groups * channels;
+  const Images images{channels,
+                      height,
+                      width,
+                      kernel_w,
+                      stride_h,
+                      stride_w,
+                      pad_h,
+                      pad_w,
+                      dilation_h,
+                      dilation_w,
+                      out_w,
+                      pixels,
+                      (u32)(groups * channels)};
   if (thread_index() < BLOCK_M) {
-    const u32 i = thread_index();
-    const i64 row = row0 + (block.m0 + (int)i < rows ? block.m0 + (int)i : 0);
-    const int pixel = (int)(row % pixels), top = pixel / out_w * stride_h - pad_h;
-    const int left = pixel % out_w * stride_w - pad_w;
-    block.y[i] = (i16)top, block.x[i] = (i16)left;
-    block.corner[i] = (((u32)(row / pixels) * height + top) * width + left) * pixel_size + block.group * channels;
+    const int row = block.m0 + (int)thread_index();
+    block.patches.locate(images, thread_index(), row0 + (row < rows ? row : 0), block.group);
   }
   __syncthreads();
 #endif
@@ -195,14 +202,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #else
     const int position = (first + place) / channels, channel = (first + place) % channels;
 #endif
-    const int down = position / kernel_w * dilation_h, right = position % kernel_w * dilation_w;
-    const u32 offset = (down * width + right) * pixel_size + channel;
+    const Tap tap(images, position, channel);
     const bool driven = position < positions && channel < channels;
 #pragma unroll
     for (int i = 0; i < BLOCK_M; i += 32) {
-      const bool inside = (u32)(block.y[row + i] + down) < (u32)height && (u32)(block.x[row + i] + right) < (u32)width;
-      const bool real = driven && inside && i < a_rows;
-      copy_async(to + place_a(row + i, chunk), a + (real ? block.corner[row + i] + offset : 0), real);
+      const bool real = driven && block.patches.inside(images, row + i, tap) && i < a_rows;
+      copy_async(to + place_a(row + i, chunk), a + (real ? block.patches.corner[row + i] + tap.offset : 0), real);
     }
 #else
     const u32 a_from = block.a_line + row * a_row + line;
