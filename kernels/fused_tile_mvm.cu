@@ -138,10 +138,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    i64 noise_row0,  // and in the counters
                    int rows, int groups, int sense, int tiles, int planes, int k, int streams, int stream_bits,
                    int adc_per_column, float code_min, float code_max, int rows_per_scale, int tile_lines,
-                   int positions, int chunks, int channels,  // of a patch: patches.cuh (IMPLICIT 1); C (IMPLICIT)
-                   int height, int width, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w,
-                   int dilation_h, int dilation_w, int out_w,
-                   int pixels,  // of an image, for y and gate in image layout; or 0
+                   Images images,  // whose patches are the rows (IMPLICIT)
+                   int chunks,     // of a patch: patches.cuh (IMPLICIT 1)
+                   int pixels,     // of an image, for y and gate in image layout; or 0
                    u32 purpose) {
   __shared__ Block block;
   const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
@@ -168,19 +167,6 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   __syncthreads();
   block.invert(scales, sense, 256);
 #if IMPLICIT
-  const Images images{channels,
-                      height,
-                      width,
-                      kernel_w,
-                      stride_h,
-                      stride_w,
-                      pad_h,
-                      pad_w,
-                      dilation_h,
-                      dilation_w,
-                      out_w,
-                      pixels,
-                      (u32)(groups * channels)};
   if (thread_index() < BLOCK_M) {
     const int row = block.m0 + (int)thread_index();
     block.patches.locate(images, thread_index(), row0 + (row < rows ? row : 0), block.group);
@@ -198,12 +184,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const int first = (block.first_tile + (int)line / k) * tile_lines, place = (int)line % k;
 #if IMPLICIT == 1
     const int position = place / 8 / chunks;
-    const int channel = 8 * (first_chunk(first, positions) + place / 8 % chunks);
+    const int channel = 8 * (first_chunk(first, images.positions) + place / 8 % chunks);
 #else
-    const int position = (first + place) / channels, channel = (first + place) % channels;
+    const int position = (first + place) / images.channels, channel = (first + place) % images.channels;
 #endif
     const Tap tap(images, position, channel);
-    const bool driven = position < positions && channel < channels;
+    const bool driven = position < images.positions && channel < images.channels;
 #pragma unroll
     for (int i = 0; i < BLOCK_M; i += 32) {
       const bool real = driven && block.patches.inside(images, row + i, tap) && i < a_rows;

@@ -150,11 +150,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
                         i64 y_row0,      // and in y
                         i64 noise_row0,  // and in the counters
                         int rows, int groups, int sense, int tiles, int planes, int k, int adc_per_column,
-                        float code_min, float code_max, int rows_per_scale, int tile_lines, int positions,
-                        int channels,  // of a patch; C (IMPLICIT)
-                        int height, int width, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w,
-                        int dilation_h, int dilation_w, int out_w,
-                        int pixels,  // of an image, for y and gate in image layout; or 0
+                        float code_min, float code_max, int rows_per_scale, int tile_lines,
+                        Images images,  // whose patches are the rows (IMPLICIT)
+                        int pixels,     // of an image, for y and gate in image layout; or 0
                         u32 purpose) {
   __shared__ Block block;
   const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
@@ -178,19 +176,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
   everyone();
   block.invert(scales, sense, 384);
 #if IMPLICIT
-  const Images images{channels,
-                      height,
-                      width,
-                      kernel_w,
-                      stride_h,
-                      stride_w,
-                      pad_h,
-                      pad_w,
-                      dilation_h,
-                      dilation_w,
-                      out_w,
-                      pixels,
-                      (u32)(groups * channels)};
   if (thread_index() < BLOCK_M) {
     const int row = block.m0 + (int)thread_index();
     block.patches.locate(images, thread_index(), row0 + (row < rows ? row : 0), block.group);
@@ -233,11 +218,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
       const int row = (int)(thread_index() - 256) >> 3, chunk = (int)thread_index() & 7;
       const int line =
           (block.first_tile + (int)at / tile_panels) * tile_lines + (int)at % tile_panels * PANEL_LINES + 8 * chunk;
-      const Tap tap(images, line / channels, line % channels);
+      const Tap tap(images, line / images.channels, line % images.channels);
       const u32 place = to + 2 * panel_chunk(row, chunk);
       for (int i = 0; i < BLOCK_M; i += 16) {
-        const bool real =
-            line < positions * channels && block.m0 + row + i < rows && block.patches.inside(images, row + i, tap);
+        const bool real = line < images.positions * images.channels && block.m0 + row + i < rows &&
+                          block.patches.inside(images, row + i, tap);
         copy_async(place + i * 2 * PANEL_LINES, a + (real ? block.patches.corner[row + i] + tap.offset : 0), real);
       }
       copy_commit();

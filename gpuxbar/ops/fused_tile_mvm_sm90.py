@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
-from gpuxbar.ops.fused_tile_mvm import PATCHES, packed_images, patches_of, read_fused
+from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
+from gpuxbar.ops.fused_tile_mvm import packed_images, read_fused
+from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PANEL_ROWS, Padded, right_operand
 from gpuxbar.ops.tile_mvm_cuda import generator_of
-from gpuxbar.ops.tile_mvm_plan import Plan, wgmma_bytes
+from gpuxbar.ops.tile_mvm_plan import Plan, padded_channels, wgmma_bytes
 
 __all__ = ["KERNELS", "fused_tile_mvm_sm90"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
-_PATCHES = {name: kind for name, kind in PATCHES.items() if name != "chunks"}
 
 FUSED_TILE_MVM_SM90 = Kernel(
     "fused_tile_mvm_sm90.cu", arch="sm_90a",
@@ -30,7 +30,7 @@ FUSED_TILE_MVM_SM90 = Kernel(
     y=Out("float32", optional=True), gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT,
     adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, adc_per_column=_INT, code_min=_FLOAT,
-    code_max=_FLOAT, rows_per_scale=_INT, tile_lines=_INT, **_PATCHES, pixels=_INT, purpose=Scalar("uint32"),
+    code_max=_FLOAT, rows_per_scale=_INT, tile_lines=_INT, images=Struct("Images", Images), pixels=_INT, purpose=Scalar("uint32"),
 )  # fmt: skip
 KERNELS = (FUSED_TILE_MVM_SM90,)
 
@@ -42,16 +42,15 @@ def fused_tile_mvm_sm90(
     shape = Padded.of(g.shape, rows, inputs, s)
     operand = right_operand(device, g, shape, inputs, s, panels=True)
     terms, variance = 1 if operand.low is None else 2, int(operand.spread is not None)
-    patches, images = dict.fromkeys(PATCHES, 1), None
+    conv, images = s["conv"], None
     if plan.strategy == "implicit-wgmma":
-        patches = patches_of(s["conv"], 0)
-        images = packed_images(device, v, s["groups"], patches["channels"])
+        images = packed_images(device, v, s["groups"], padded_channels(conv.channels))
     more = {
         "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
         "spread": operand.spread,
         "volts_squared": s["v_lsb"] ** 2,
         "tile_lines": shape.tile,
-        **{name: patches[name] for name in _PATCHES},
+        "images": Images() if images is None else Images.of(conv, s["groups"]),
     }
 
     def launch(grid: tuple[int, ...], arguments: dict[str, Any], gate: bool) -> None:

@@ -21,9 +21,11 @@ GPUXBAR_FN int patch_line(int place, int first, int positions, int chunks) {
   return position < positions ? channel * positions + position : -1;
 }
 
-// Images of codes [N, height, width, G, channels], the channels of a group padded to a multiple of 8.
+// Images of codes [N, height, width, G, channels], the channels of a group padded to a multiple of 8, and the convolution that
+// reads them. Twin of `Images` in gpuxbar/ops/images.py.
 struct Images {
-  int channels, height, width, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, out_w, pixels;
+  int channels, height, width, positions, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, out_w;
+  int pixels;      // of a result
   u32 pixel_size;  // G * channels
 };
 
