@@ -113,8 +113,8 @@ MUTANTS = {  # file, text, what to put in its place
     "lines-of-the-tile-before": ("pack_sensed.cu", "d >= first && ", ""),
     "channels-of-the-first-tile": (
         "fused_tile_mvm.cu",
-        "channel = (first + place) % channels",
-        "channel = place % channels",
+        "channel = (first + place) % images.channels",
+        "channel = place % images.channels",
     ),
 }
 
