@@ -13,9 +13,9 @@
 //         STREAMS 0 whole codes, 1 signed digits, 2 two-phase digits (of codes below 1024); CONVERTERS 0 one LSB for
 //         all, 1 an LSB a column, 2 also gain and offset of every converter; GATE also counts the conversions inside
 //         the range, in the high half of each sum; IMPLICIT rows are patches, gathered from images with zeros where they
-//         reach over an edge: 1 lines in the order channel_position, as patches.cuh says, 2 position_channel, for C and lines of
-//         a tile that are multiples of 8; INT8 products of bytes, 1 if the sums of a tile stay below 2^22,
-//         2 larger ones: conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0)
+//         reach over an edge: 1 lines in the order channel_position, as patches.cuh says, 2 position_channel, C and lines
+//         of a tile multiples of 8; INT8 products of bytes, 1 if the sums of a tile stay below 2^22, 2 larger ones:
+//         conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0)
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/mma.cuh"

@@ -3,18 +3,20 @@
 //
 // Axes    G groups, T tiles of K driven lines (padded to a multiple of 64), S planes, N sensed lines, M rows of this
 //         call, P passes. In panels of 128 x 64 (panels.cuh), M and N padded to 128: a [P, M, G, T, K],
-//         b [S, G, N, T, K]; IMPLICIT: a images [N, height, width, G, C]. words [P, S, M, G * N] not padded; y and gate [rows, G * N], or images [N, G * N, pixels].
+//         b [S, G, N, T, K] (IMPLICIT: a images [N, height, width, G, C], C padded to a multiple of 8). words
+//         [P, S, M, G * N] not padded; y and gate [rows, G * N], or images [N, G * N, pixels].
 // Launch  128 rows by BLOCK_N columns a block, 384 threads: warpgroups 0 and 1 multiply 64 rows each, one thread of the
-//         third copies, or all of them gather; grid (blocks, splits, P S G). Codes are integers: sums over tiles, and over splits of the tiles
-//         by atomics, have the same bits on any launch. Shared memory (dynamic): 1024 + STAGES * (stage_bytes + 16).
+//         third copies (IMPLICIT: all of them gather); grid (blocks, splits, P S G). Codes are integers: sums over tiles,
+//         and over splits of the tiles by atomics, have the same bits on any launch. Shared memory (dynamic):
+//         1024 + STAGES * (stage_bytes + 16).
 //         CLUSTER 2: an even number of row blocks; the two of a cluster copy half of each panel of b, for both
 // Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
 // Macros  CLUSTER 1, or 2 blocks that share panels; BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the
 //         pipeline; TERMS 1 fp16 conductances, 2 high and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE
 //         state-dependent part (a second product, bf16; BLOCK_N 128); CONVERTERS 0 one LSB for all, 1 an LSB a column;
 //         GATE also counts the conversions inside the range, in the high half of each sum; IMPLICIT rows are patches,
-//         gathered from images with zeros where they reach over an edge: lines in the order position_channel, C and lines of a
-//         tile multiples of 8 (one pass of whole codes; BLOCK_N 128, CLUSTER 1, no VARIANCE)
+//         gathered from images with zeros where they reach over an edge, lines in the order position_channel, C and
+//         lines of a tile multiples of 8 (one pass of whole codes; BLOCK_N 128, CLUSTER 1, no VARIANCE)
 // Wrapper gpuxbar/ops/fused_tile_mvm_sm90.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/panels.cuh"
@@ -47,9 +49,9 @@ namespace gpuxbar {
 constexpr int HALVES = BLOCK_N / PANEL_ROWS;  // panels of b side by side
 constexpr u32 PANEL_BYTES = 2 * PANEL;
 constexpr u32 STAGE_BYTES = PANEL_BYTES * (1 + HALVES * (TERMS + VARIANCE));
-constexpr u32 BULK_BYTES = STAGE_BYTES - (IMPLICIT ? PANEL_BYTES : 0);
-constexpr u32 CONSUMERS = 8 * CLUSTER;       // warps that free a stage
-constexpr u32 GATHERERS = IMPLICIT ? 4 : 0;  // warps that fill the left panel of a stage
+constexpr u32 BULK_BYTES = STAGE_BYTES - (IMPLICIT ? PANEL_BYTES : 0);  // what bulk copies bring of it
+constexpr u32 CONSUMERS = 8 * CLUSTER;                                  // warps that free a stage
+constexpr u32 GATHERERS = IMPLICIT ? 4 : 0;                             // warps that fill the left panel of a stage
 constexpr int PRODUCER_REGISTERS = IMPLICIT ? 40 : 24, CONSUMER_REGISTERS = IMPLICIT ? 232 : 240;
 constexpr int SUMS = 64, CODES = PAIRED ? 32 : 64;  // registers of a thread, for each half
 

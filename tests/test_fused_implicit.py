@@ -172,6 +172,7 @@ def test_the_planner_gathers_where_unfolding_costs_more():
     plan = plan_tile_mvm(LAYER, "sm_80", 108)
     assert (plan.strategy, plan.chunks) == ("implicit", 3), plan.explain()
     assert "implicit: " in plan.explain()
+    assert "implicit drives 256 lines for a tile of 128, in the order channel_position" in plan.explain()
     # of 16 lines up to 144 would be driven, for many columns
     short = Case(8192, 1, 4608, 512, 1, 16, images=(128, 8, 8, 9))
     assert plan_tile_mvm(short, "sm_80", 108).strategy == "fused"
@@ -184,6 +185,7 @@ def test_tiles_of_whole_channels_are_gathered_without_waste():
     assert plan_tile_mvm(by_channel, "sm_90", 132).strategy == "wgmma"
     plan = plan_tile_mvm(by_position, "sm_90", 132)
     assert (plan.strategy, plan.block_n, plan.chunks) == ("implicit-wgmma", 128, 0), plan.explain()
+    assert "implicit drives 128 lines for a tile of 128, in the order position_channel" in plan.explain()
     assert plan_tile_mvm(by_position, "sm_80", 108).strategy == "implicit"
     us = {}
     for case in (by_channel, by_position):

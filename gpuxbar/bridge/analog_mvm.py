@@ -162,15 +162,8 @@ def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
     if len(weight) != 4:
         return None
     return ConvGeometry(
-        weight[1],
-        image[2],
-        image[3],
-        (weight[2], weight[3]),
-        way.stride,
-        way.padding,
-        way.dilation,
-        way.line_order,
-    )
+        weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation, way.line_order
+    )  # fmt: skip
 
 
 def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str) -> Tensor:

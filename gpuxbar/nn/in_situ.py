@@ -132,7 +132,8 @@ class InSitu(Programmed):
 
         Args:
             devices: A map for the layer's law, float16 [K, 2 slices, G * I, O], NumPy array or tensor: see `ops.device_map`;
-                wordlines in the order of `mapping.line_order`. It joins the state dict. None: the seed's devices again. A captured step keeps the map it was captured with.
+                wordlines in the order of `mapping.line_order`. It joins the state dict. None: the seed's devices again. A
+                captured step keeps the map it was captured with.
         """
         self.require_law()
         law = self.spec.update

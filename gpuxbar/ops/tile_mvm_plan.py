@@ -291,12 +291,23 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     why = (
         *(_line(name, us, table) for name, (us, _) in times.items()),
         *epilogue.why,
+        *_lines(case, obstacles["implicit"]),
         f"rates of {table.architecture}: {table.source}",
         f"{chosen}: blocks of {BLOCK_M} x {plan.block_n}, {plan.stages} stages, tiles split {plan.splits} ways",
     )
     if strategy == "auto" and best > epilogue_us:
         return replace(epilogue, why=why)
     return replace(plan, why=why)
+
+
+def _lines(case: Case, obstacle: str | None) -> list[str]:
+    """How many lines a tile drives where patches are gathered, if they can be."""
+    if obstacle:
+        return []
+    lines = min(case.tile, case.drive)
+    return [
+        f"implicit drives {_padded(case, True)} lines for a tile of {lines}, in the order {case.line_order}"
+    ]
 
 
 def _line(name: str, us: float, table: Rates) -> str:
