@@ -80,14 +80,16 @@ VARIANTS = {
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7))],
     "fused_tile_mvm_sm90.cu": [
-        {"CLUSTER": cluster, "BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance,
+        *({"IMPLICIT": 1, "BLOCK_N": 128, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": 4}
+          for terms, noise, converters, gate in [(1, 2, 0, 0), (2, 2, 1, 1)]),
+        *({"CLUSTER": cluster, "BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance,
          "CONVERTERS": converters, "GATE": gate, "STAGES": stages}
         for cluster, block_n, terms, noise, variance, converters, gate, stages in
         [(1, 128, 1, 1, 0, 0, 1, 4), (1, 128, 2, 2, 0, 1, 1, 4), (1, 256, 1, 0, 0, 0, 0, 4), (1, 256, 1, 1, 0, 0, 0, 4),
          (1, 256, 1, 2, 0, 0, 0, 4), (1, 256, 2, 1, 0, 0, 0, 2), (1, 256, 2, 2, 0, 0, 0, 2), (1, 128, 1, 2, 1, 0, 0, 4),
          (1, 128, 1, 2, 1, 1, 1, 4), (1, 128, 2, 1, 1, 1, 1, 3), (1, 128, 2, 2, 1, 0, 0, 3), (2, 256, 1, 0, 0, 0, 0, 4),
          (2, 256, 1, 1, 0, 0, 0, 4), (2, 256, 1, 2, 0, 0, 0, 4), (2, 256, 2, 2, 0, 0, 0, 2), (2, 128, 1, 2, 1, 1, 1, 4),
-         (2, 128, 2, 1, 1, 1, 1, 3)]
+         (2, 128, 2, 1, 1, 1, 1, 3)])
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}, {"INT8": 1, "TRANSPOSED": 1}],
     "pulse_trains.cu": [{"CONV": 0}, {"CONV": 1}],
@@ -106,7 +108,8 @@ VARIANTS = {
         for block_n, terms, noise, variance, streams, converters, gate, implicit in
         [(128, 1, 1, 0, 0, 0, 1, 0), (128, 2, 2, 0, 1, 2, 1, 0), (128, 2, 1, 1, 2, 1, 1, 0), (256, 1, 0, 0, 0, 0, 0, 0),
          (256, 1, 1, 0, 0, 0, 0, 0), (256, 1, 2, 0, 0, 0, 0, 0), (256, 1, 1, 0, 2, 0, 0, 0),
-         (128, 2, 2, 0, 1, 2, 1, 1), (128, 2, 1, 1, 2, 1, 1, 1), (256, 1, 1, 0, 0, 0, 0, 1)])
+         (128, 2, 2, 0, 1, 2, 1, 1), (128, 2, 1, 1, 2, 1, 1, 1), (256, 1, 1, 0, 0, 0, 0, 1),
+         (128, 2, 2, 0, 1, 2, 1, 2), (256, 1, 2, 0, 0, 0, 0, 2)])
     ],
 }  # fmt: skip
 
