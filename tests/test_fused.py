@@ -274,7 +274,7 @@ def test_the_choice_follows_the_table():
 @pytest.mark.parametrize(
     ("strategy", "text"),
     [
-        ("warp", "`strategy` must be one of auto, collapsed, fused, implicit, wgmma, cluster, epilogue, got 'warp'; choose one"),
+        ("warp", "`strategy` must be one of auto, collapsed, fused, implicit, wgmma, implicit-wgmma, cluster, epilogue, got 'warp'; choose one"),
         ("collapsed", "`strategy` must be possible, got 'collapsed' where an ADC converts every tile; choose 'auto'"),
     ],
 )  # fmt: skip

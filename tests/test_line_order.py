@@ -189,6 +189,8 @@ def test_pulse_trains_of_lines(mode):
         optimizer.step()
     torch.testing.assert_close(conv.g_cells, linear.g_cells, rtol=0, atol=0)
     torch.testing.assert_close(conv.pulse_count, linear.pulse_count, rtol=0, atol=0)
+    read = conv.weight.flatten(1)[:, LINES["position_channel"]]
+    torch.testing.assert_close(read, linear.weight, rtol=0, atol=0)
     assert conv.pulse_count.float().mean() > 1
     lines, errors = conv.as_lines(x.detach(), grad)
     torch.testing.assert_close(lines, rows, rtol=0, atol=0)
