@@ -1,7 +1,7 @@
 """Train neural networks as if every matrix product ran on analog resistive crossbars."""
 
 from gpuxbar import nn, ops, optim, spec
-from gpuxbar.nn import age, calibrate, convert, program, unprogram
+from gpuxbar.nn import age, calibrate, convert, program, same_reads, unprogram
 from gpuxbar.optim import capture_step
 from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, presets, save_spec
 
@@ -20,6 +20,7 @@ __all__ = [
     "optim",
     "presets",
     "program",
+    "same_reads",
     "save_spec",
     "spec",
     "unprogram",

@@ -20,6 +20,7 @@ from gpuxbar import ops, reference
 from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
 from gpuxbar.experiments import Run
 from gpuxbar.experiments import train as run_training
+from gpuxbar.experiments.messages import show_error
 from gpuxbar.experiments.staircase import plot_staircase
 from gpuxbar.launch import explain
 from gpuxbar.launch.host import compiler
@@ -75,7 +76,7 @@ def train(
         )  # fmt: skip
         records = run_training(run)
     except (ValueError, OSError, CompileError) as error:
-        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        show_error(error)
         raise typer.Exit(2) from error
     table = Table("mode", "test accuracy", "seconds per epoch", title=str(run.folder))
     for mode in dict.fromkeys(r["mode"] for r in records):
@@ -128,7 +129,7 @@ def devices(
         if out is not None:
             save_spec(device.spec(), out)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        show_error(error)
         raise typer.Exit(2) from error
     window = f"{device.window.g_min:g} to {device.window.g_max:g} S ({device.window_source})"
     for what, is_ in (
@@ -169,7 +170,7 @@ def fit(
         if out is not None:
             save_spec(CrossbarSpec(device=found.window, update=found.law), out)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        show_error(error)
         raise typer.Exit(2) from error
     table = Table(
         "hold-out", "pulses", "variance explained", "distance", "limit", title=f"{csv.name}: {found.law.law}"

@@ -262,7 +262,7 @@ def test_without_a_gpu_it_refuses(tmp_path):
         capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 2
-    assert "bench: `device` must be an NVIDIA GPU, got none" in done.stdout
+    assert "bench: `device` must be an NVIDIA GPU, got none" in done.stderr
     assert not record.exists()
 
 

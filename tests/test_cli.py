@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,3 +190,11 @@ def test_in_situ_training_by_a_named_algorithm(in_tmp):
     wrong = run(app, [*settings, "--name", "wrong", "--optimizer", "agd"])
     assert wrong.exit_code == 2
     assert "train: `optimizer` must be an in-situ algorithm, got 'agd'; did you mean" in wrong.output
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuxbar", "train", "--preset", "nope"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "`name` must be a preset, got 'nope'" in " ".join(done.stderr.split())

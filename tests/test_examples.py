@@ -26,6 +26,7 @@ EXPECTED = {
     "08_age_a_network.py": (["1"], "age_a_network.png", r"drift compensated( +0\.\d{3}){6}"),
     "09_look_at_ir_drop.py": ([], "ir_drop.png", r"nodal solution agree to \de-0[67]\n"),
     "10_slice_and_carry.py": (["1"], "slice_and_carry.png", r"periodic, 2 x 4 bits +0\.\d{3}"),
+    "11_sequences.py": (["1"], "sequences.png", r"Recurrent: ideal 0\.\d{3}, trained on crossbars 0\.\d{3}"),
     "mnist_in_situ.py": (
         [
             "--data",

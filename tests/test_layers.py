@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gpuxbar as gx
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
@@ -122,6 +125,17 @@ def test_convert_reports_every_module():
         gx.convert(model, spec(), rules={"head": None})
 
 
+def test_the_report_knows_converted_and_lazy_layers():
+    settings = spec(tile={"rows": 4, "cols": 4})
+    once, report = gx.convert(nn.Sequential(nn.Linear(8, 4), nn.LazyLinear(3)), settings)
+    assert report.rows[1].why == "lazy: pass a batch through it first"
+    once = nn.Sequential(once[0], nn.Linear(4, 2))
+    twice, again = gx.convert(once, spec(), example=torch.randn(3, 8))
+    assert again.rows[0] == replace(report.rows[0], type="AnalogLinear", why="already so")
+    assert [row.runs for row in again.rows] == ["analog", "analog"]
+    assert twice[0].spec == once[0].spec
+
+
 def test_convert_keeps_sharing_and_names_what_it_leaves():
     class Tied(nn.Module):
         def __init__(self):
@@ -141,7 +155,8 @@ def test_convert_keeps_sharing_and_names_what_it_leaves():
     assert converted.head.weight is converted.embed.weight
     runs = {row.module: row.runs for row in report.rows}
     assert runs == {
-        "embed": "digital", "first, again": "analog", "head": "analog", "attention": "digital", "attention.out_proj": "digital",
+        "embed": "digital", "first, again": "analog", "head": "analog",
+        **{f"attention.{name}_proj": "analog" for name in ("q", "k", "v", "out")},
     }  # fmt: skip
     tokens = torch.randint(7, (5,))
     torch.testing.assert_close(converted(tokens), model(tokens), rtol=1e-4, atol=1e-5)
@@ -157,6 +172,50 @@ def test_uncalibrated_and_empty_are_refused():
         layer(torch.randn(2, 4))
     with pytest.raises(ValueError, match="at least one sample"):
         AnalogLinear(4, 2, spec=spec())(torch.empty(0, 4))
+
+
+class Keyed(nn.Module):
+    """Takes and gives dicts."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+
+    def forward(self, x, scale=1.0):
+        return {"y": self.body(x) * scale}
+
+
+def test_models_and_batches_of_any_form_are_converted_and_calibrated():
+    batch = {"x": torch.randn(6, 8), "scale": 2.0}
+    for example in (batch, tuple(batch.values())):
+        model, report = gx.convert(Keyed(), spec(**NOISY), example=example)
+        assert report.rows[0].macs == 32
+    gx.calibrate(model, [batch], step=lambda batch: model(**batch)["y"].square().mean())
+    layer = model.body
+    assert layer.calibrated
+    alone, _ = gx.convert(nn.Sequential(model.body), spec(**NOISY))
+    alone[0].weight.data.copy_(layer.weight)
+    gx.calibrate(alone, [(batch["x"], None)], loss=lambda y, _: y.square().sum())
+    for name in ("adc_lsb", "back_adc_lsb"):
+        assert torch.equal(getattr(layer, name), getattr(alone[0], name))
+    for frozen in layer.parameters():
+        frozen.requires_grad_(False)
+    gx.calibrate(model, [batch], step=lambda batch: model(**batch)["y"])
+
+
+def test_calibrate_and_convert_refuse_by_name():
+    model, _ = gx.convert(nn.Sequential(nn.Linear(8, 4)), spec(**NOISY))
+    for batch, what in (({"x": 1}, "dict"), ((torch.ones(1, 8), 0, 0), "tuple of 3"), ((1, 2), "tuple of 2")):
+        with pytest.raises(
+            TypeError, match=rf"a batch of `loader` must be a tensor or a pair .* got {what}; pass step"
+        ):
+            gx.calibrate(model, [batch])
+    with pytest.raises(ValueError, match="`loader` must give at least one batch"):
+        gx.calibrate(model, [])
+    with pytest.raises(ValueError, match="`loss` must be None with `step`"):
+        gx.calibrate(model, [], loss=nn.functional.cross_entropy, step=print)
+    with pytest.raises(TypeError, match="`spec` must be a CrossbarSpec, got dict"):
+        gx.convert(nn.Linear(2, 2), {"tile": {"rows": 64}})
 
 
 @pytest.mark.parametrize("scheme", ["subtracted", "offset"])
@@ -181,22 +240,10 @@ def test_opcheck(kind, scheme):
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
-    back = (
-        grad_y,
-        weight,
-        g,
-        noise_var,
-        w_max,
-        layer.back_adc_lsb,
-        layer.back_adc_error,
-        step,
-        layer.back_packed,
-        layer.packed_state,
-        version,
-        image,
-        plan,
-    )
+    back = grad_y, weight, g, noise_var, w_max, layer.back_adc_lsb, layer.back_adc_error, step, image, plan
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
+    packing = torch.zeros(8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64), version
+    torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed_packed.default, (*back, *packing))
     weight = weight.reshape(1, 3, -1)
     if scheme == "subtracted":
         settings_json = layer.spec.model_dump_json()
@@ -376,8 +423,9 @@ def test_updates_draw_anew():
     assert torch.corrcoef(torch.stack(noise))[0, 1].abs() < 4 / 3000**0.5
 
 
-@pytest.mark.parametrize("in_situ", [False, True])
-def test_compiled_models_have_no_graph_break(in_situ):
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within inductor
+@pytest.mark.parametrize(("in_situ", "backend"), [(False, "inductor"), (True, "aot_eager")])
+def test_compiled_models_have_no_graph_break(in_situ, backend):
     model, _ = gx.convert(small_network(), spec(**NOISY, update={"law": "agarwal", "nu": 0.1}))
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
     gx.calibrate(model, [x])
@@ -386,7 +434,7 @@ def test_compiled_models_have_no_graph_break(in_situ):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     loss, grads = step_of(model, x, t)
     model.load_state_dict(state)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     found_loss, found = step_of(compiled, x, t)
     torch.testing.assert_close(found_loss, loss)
     torch.testing.assert_close(found, grads)
@@ -411,6 +459,45 @@ def test_mixed_precision():
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert p.grad.dtype == torch.float32
         assert (p.grad - grad).norm() < 0.02 * grad.norm()
+
+
+def test_checkpointed_layers_read_the_same_twice():
+    model, _ = gx.convert(small_network(), spec(**{**NOISY, "dac": {"bits": 8, "range": "ema"}}))
+    x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    gx.calibrate(model, [x])
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    loss, grads = step_of(model, x, t)
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def again(x):
+        return checkpoint(model, x, use_reentrant=False, context_fn=lambda: gx.same_reads(model))
+
+    model.load_state_dict(state)
+    model.zero_grad()
+    found = nn.functional.cross_entropy(again(x), t)
+    found.backward()
+    assert torch.equal(found, loss)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True))
+    assert all(torch.equal(v, after[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_precisions(dtype):
+    """Weights, inputs and outputs change; ranges and arrays do not."""
+    model, _ = gx.convert(nn.Sequential(nn.Linear(20, 6), nn.LayerNorm(6), nn.Linear(6, 3)), spec(**NOISY))
+    x = torch.randn(9, 20)
+    gx.calibrate(model, [x])
+    lsb = model[0].adc_lsb.clone()
+    with torch.no_grad():  # weights that every precision has
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    other = copy.deepcopy(model).to(dtype)
+    for m in (model, other):
+        m[2](m[1](m[0](x.bfloat16().to(m[0].weight.dtype)))).square().sum().backward()
+    assert torch.equal(other[0].adc_lsb, lsb)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert q.grad.dtype == dtype
+        assert (q.grad - p.grad).norm() < 0.1 * p.grad.norm()
 
 
 @pytest.mark.parametrize("scheme", ["differential", "subtracted", "offset"])

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 from gpuxbar.bench import CASES, Case, OracleMismatch, measure
 from gpuxbar.bench.fused import CONVOLUTIONS, READS
 from gpuxbar.bench.record import append, environment, rewrite_readme, rows_of
+from gpuxbar.experiments.messages import show_error
 
 ROOT = Path(__file__).parents[2]
 app = typer.Typer(add_completion=False)
@@ -59,7 +59,7 @@ def bench(
         else:
             _measure(console, _chosen(names or []), threads, rounds, record)
     except (ValueError, OSError, OracleMismatch) as error:
-        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        show_error(error)
         raise typer.Exit(2) from error
 
 

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from gpuxbar import ops, reference
@@ -31,6 +30,7 @@ from gpuxbar.bench.convolution import ideal_convolution_us
 from gpuxbar.bench.record import append, environment
 from gpuxbar.bench.steps import IDEAL, STEP_SIZE, STEP_TARGET, check_steps, time_steps
 from gpuxbar.bridge.arrays import explain_gpu
+from gpuxbar.experiments.messages import show_error
 from gpuxbar.launch import CudaDevice, Device, Kernel
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_plan import Case, Plan, plan_tile_mvm
@@ -531,7 +531,7 @@ def main(
         if not checks:
             _report(console, subject, record)
     except (OSError, OracleMismatch) as error:
-        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        show_error(error)
         raise typer.Exit(2) from error
 
 

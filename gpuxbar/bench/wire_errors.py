@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from gpuxbar import ops, reference
 from gpuxbar.bench.record import append, environment, put_table, rows_of
+from gpuxbar.experiments.messages import show_error
 
 __all__ = ["CASES", "MARKERS", "Pair", "draw", "errors", "table"]
 
@@ -158,7 +158,7 @@ def main(
         if picture is not None:
             draw(rows).savefig(picture, dpi=120)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        show_error(error)
         raise typer.Exit(2) from error
 
 

@@ -89,7 +89,7 @@ def analog_mvm(
         v = _drive(x, dac_lsb, read, device, f"{way.name}: `x`")
         y, gate = _read(
             v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, way, read, device, conv=conv, want_gate=want_gate,
-            packed=_packed(packed, packed_state, 0, version, device),
+            packed=_packed(packed, packed_state, version, 0, device),
             col_scale=array(scale) if plain else None, bias=array(bias) if plain and bias is not None else None,
         )  # fmt: skip
         if not plain:
@@ -100,14 +100,12 @@ def analog_mvm(
     return y, v, gate
 
 
-def _transposed_shape(
-    grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, packed, state, version, image, plan
-):
+def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan, *packing):
     shape = tuple(image) or (grad_y.shape[0], _plan(plan).groups * _plan(plan).inputs)
     return grad_y.new_empty(shape, dtype=torch.float32)
 
 
-@operator(_transposed_shape, mutates_args=("packed", "packed_state"))
+@operator(_transposed_shape)
 def analog_mvm_transposed(
     grad_y: Tensor,
     weight: Tensor,
@@ -117,13 +115,39 @@ def analog_mvm_transposed(
     adc_lsb: Tensor,
     adc_error: Tensor | None,
     step: Tensor,
-    packed: Tensor | None,
-    packed_state: Tensor | None,
-    version: Tensor | None,
     image: list[int],
     plan: str,
 ) -> Tensor:
     """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
+    return _transposed(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan)
+
+
+# apart from the one above: torch's inductor fails on an operator of one result that changes optional arguments, all None
+@operator(_transposed_shape, mutates_args=("packed", "packed_state"))
+def analog_mvm_transposed_packed(
+    grad_y: Tensor,
+    weight: Tensor,
+    g: Tensor,
+    noise_var: Tensor | None,
+    w_max: Tensor,
+    adc_lsb: Tensor,
+    adc_error: Tensor | None,
+    step: Tensor,
+    image: list[int],
+    plan: str,
+    packed: Tensor,
+    packed_state: Tensor,
+    version: Tensor,
+) -> Tensor:
+    """`analog_mvm_transposed` that keeps packed conductances in `packed`."""
+    packing = packed, packed_state, version
+    return _transposed(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan, packing)
+
+
+def _transposed(
+    grad_y: Tensor, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, adc_lsb: Tensor,
+    adc_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     way = _plan(plan)
     read = way.backward
     with on_device(grad_y, f"{way.name} backward") as device:
@@ -141,7 +165,7 @@ def analog_mvm_transposed(
             v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
         grad_x, _ = _read(
             v, g, noise_var, lsb, adc_lsb, adc_error, step, way, read, device, transposed=True,
-            conv=conv if plain else None, packed=_packed(packed, packed_state, 1, version, device),
+            conv=conv if plain else None, packed=None if packing is None else _packed(*packing, 1, device),
         )  # fmt: skip
         if plain:
             return grad_x
@@ -212,8 +236,8 @@ def _read(
 def _packed(
     memory: Tensor | None,
     states: Tensor | None,
-    direction: int,
     version: Tensor | None,
+    direction: int,
     device: Device | None,
 ) -> ops.PackedConductance | None:
     if memory is None or states is None or version is None or device is None:
@@ -274,9 +298,9 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     gated = (grad_y * gate if gate.numel() else grad_y).contiguous()
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
-        grad_x = analog_mvm_transposed(
-            gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, *ctx.packing, ctx.image, ctx.plan
-        )
+        read = gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
+        packed = ctx.packing[0] is not None
+        grad_x = analog_mvm_transposed_packed(*read, *ctx.packing) if packed else analog_mvm_transposed(*read)
     if ctx.needs_input_grad[1]:
         x = v.to(gated.dtype, copy=True).mul_(dac_lsb.reshape(-1, *[1] * (v.dim() - 1)))
         if ctx.image:

@@ -2,7 +2,19 @@
 
 from gpuxbar.nn.ageing import age, program, unprogram
 from gpuxbar.nn.calibrate import calibrate
+from gpuxbar.nn.checkpoint import same_reads
 from gpuxbar.nn.convert import Report, convert
-from gpuxbar.nn.layers import AnalogConv2d, AnalogLinear
+from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLinear
 
-__all__ = ["AnalogConv2d", "AnalogLinear", "Report", "age", "calibrate", "convert", "program", "unprogram"]
+__all__ = [
+    "AnalogConv1d",
+    "AnalogConv2d",
+    "AnalogLinear",
+    "Report",
+    "age",
+    "calibrate",
+    "convert",
+    "program",
+    "same_reads",
+    "unprogram",
+]

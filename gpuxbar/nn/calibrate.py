@@ -25,6 +25,7 @@ def calibrate(
     loader: Iterable[Any],
     batches: int = 4,
     loss: Callable[[Tensor, Any], Tensor] | None = None,
+    step: Callable[[Any], Tensor] | None = None,
 ) -> None:
     """Set every "calibrated" ADC range to a percentile of the partial sums of some batches.
 
@@ -37,7 +38,15 @@ def calibrate(
         loader: Batches, or (batch, target) pairs.
         batches: How many of them to use, at least 1.
         loss: Called as loss(output, target) for the gradients; None: a fixed random gradient of the output.
+        step: For batches of other forms: called as step(batch), passes one through the model and returns the loss, or a
+            tensor of outputs to take a fixed random gradient of.
+
+    Raises:
+        TypeError: A batch is not of these forms.
+        ValueError: `loader` gave no batch, or both `loss` and `step` are given.
     """
+    if loss is not None and step is not None:
+        raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer) and _wanted(m)]
     if not layers:
         return
@@ -56,18 +65,26 @@ def calibrate(
             for index, batch in enumerate(loader):
                 if index == batches:
                     break
-                x, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
-                followed = [p for p in model.parameters() if p.requires_grad]
-                if x.is_floating_point():  # so that gradients reach the layers of a frozen model too
-                    x = x.detach().requires_grad_()
-                    followed.append(x)
+                followed: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
                 with torch.enable_grad():
-                    y = model(x)
-                    value = (y * _noise_like(y)).sum() if loss is None else loss(y, target)
-                torch.autograd.grad(value, followed, allow_unused=True)
+                    if step is not None:
+                        y = step(batch)
+                    else:
+                        x, target = _pair(batch)
+                        if x.is_floating_point():  # so that gradients reach the layers of a frozen model too
+                            x = x.detach().requires_grad_()
+                            followed.append(x)
+                        y = model(x) if loss is None else loss(model(x), target)
+                    value = y if y.dim() == 0 else (y * _noise_like(y)).sum()
+                if followed:
+                    torch.autograd.grad(value, followed, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
+    if not seen:
+        raise ValueError(
+            "calibrate: `loader` must give at least one batch that reaches a layer, got none; look at the loader"
+        )
     for (layer, backward), currents in seen.items():
         adc = layer.spec.backward_adc if backward else layer.spec.adc
         read = layer.plan.backward if backward else layer.plan.forward
@@ -112,6 +129,22 @@ def _without_adcs(model: nn.Module) -> Any:
             module.training = mode
 
 
+def _pair(batch: Any) -> tuple[Tensor, Any]:
+    """What goes into the model, and the target."""
+    x, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+    if not isinstance(x, Tensor):
+        what = (
+            f"{type(batch).__name__} of {len(batch)}"
+            if isinstance(batch, (tuple, list))
+            else type(x).__name__
+        )
+        raise TypeError(
+            f"calibrate: a batch of `loader` must be a tensor or a pair of a tensor and its target, got {what}; pass "
+            "step=lambda batch: ..., which runs the model on it"
+        )
+    return x, target
+
+
 def _noise_like(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
 
@@ -135,7 +168,7 @@ def _currents(layer: AnalogLayer, read: Read, x: Tensor) -> Tensor:
 def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
     """The same of a gradient of the output."""
     if isinstance(layer, AnalogConv2d):
-        grad_y = grad_y.movedim(-3, -1)
+        grad_y = grad_y.movedim(layer.channels_at, -1)
     return _partial_sums(layer, layer.plan.backward, grad_y.reshape(-1, grad_y.shape[-1]), transposed=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatchcase
 from math import ceil
@@ -10,13 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from gpuxbar.mapping import Planes
-from gpuxbar.nn.layers import AnalogConv2d, AnalogLinear
+from gpuxbar.nn.attention import UnfusedAttention
+from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
+from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
+from gpuxbar.nn.transposed import UnfusedConvTranspose
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
 
 __all__ = ["Report", "Row", "convert"]
+
+NO_FORM = "no crossbar form of this type"
+LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d
+FUSED: dict[type[nn.Module], Any] = {
+    nn.MultiheadAttention: UnfusedAttention,
+    **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), UnfusedRNN),
+    **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), UnfusedCell),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), UnfusedConvTranspose),
+}
 
 
 @dataclass(frozen=True)
@@ -62,99 +76,204 @@ def convert(
     model: nn.Module,
     spec: CrossbarSpec,
     rules: dict[str, dict[str, Any] | None] | None = None,
-    example: Tensor | None = None,
+    example: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
 ) -> tuple[nn.Module, Report]:
-    """A copy of a model with its Linear and Conv2d layers on crossbars, and the report.
+    """A copy of a model with its layers on crossbars, and the report.
+
+    Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU, RNN and their
+    cells, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj` or
+    `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Layers of other types, subclasses of these among
+    them, stay digital and are named in the report.
 
     Args:
         model: Any model; it is not changed.
         spec: The crossbars of every layer.
-        rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win.
-        example: A batch; one pass of it through `model` counts the multiply-accumulates of a sample.
+        rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win. The
+            name of an attention, recurrent or transposed module stands for its layers.
+        example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
+            multiply-accumulates of a sample.
 
     Returns:
-        The model and the report. Layers of other types, subclasses of Linear and Conv2d among them, stay digital and are
-        named there, as are products that are no layer's own (attention projections held as plain parameters).
+        The model and the report.
 
     Raises:
+        TypeError: `spec` is not a CrossbarSpec.
         ValueError: A rule matches no layer.
     """
-    rules = rules or {}
+    if not isinstance(spec, CrossbarSpec):
+        raise TypeError(
+            f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
+        )
+    choices = _Rules(rules or {})
+    model, owners = _unfuse(copy.deepcopy(model), choices)
     positions = _positions(model, example)
-    model = copy.deepcopy(model)
+    rows = []
+    for module, names in _places(model).items():
+        label, kind = ", ".join(names), type(module).__name__
+        if type(module) in FUSED.values():  # a bias, beside layers that follow
+            continue
+        if isinstance(module, AnalogLayer):
+            rows.append(
+                Row(label, kind, "analog", "already so", _tiles(module), _macs(module, names, positions))
+            )
+        elif type(module) not in LAYERS:
+            rows.append(Row(label, kind, "digital", _why_not(module, names, choices)))
+        else:
+            overrides, why = choices.of([*names, *owners.get(module, ())])
+            macs = _macs(module, names, positions)
+            if overrides is None:
+                rows.append(Row(label, kind, "digital", why, macs=macs))
+                continue
+            layer = _analog(module, spec.with_overrides(overrides), names[0])
+            model = _replaced(model, names, layer)
+            rows.append(Row(label, kind, "analog", why, _tiles(layer), macs, layer.clip_rate()))
+    choices.require_used([row.module for row in rows if row.why != NO_FORM])
+    _call_layers(model)
+    return model, Report(tuple(rows))
+
+
+class _Rules:
+    """Which spec a layer gets, and which of the rules said so of any layer."""
+
+    def __init__(self, rules: dict[str, dict[str, Any] | None]):
+        self.rules = rules
+        self.used: set[str] = set()
+
+    def of(self, names: Iterable[str]) -> tuple[dict[str, Any] | None, str]:
+        """Overrides of the spec of a layer with these names, None to stay digital, and why."""
+        found: tuple[dict[str, Any] | None, str] = {}, "default"
+        for pattern, change in self.rules.items():
+            if any(fnmatchcase(name, pattern) for name in names):
+                self.used.add(pattern)
+                found = change, f"rule {pattern}"
+        return found
+
+    def require_used(self, layers: list[str]) -> None:
+        """Refuse rules that matched nothing."""
+        unused = [pattern for pattern in self.rules if pattern not in self.used]
+        if unused:
+            raise ValueError(
+                f"convert: `rules` must each match a layer, got no match for {unused}; {nearest(unused[0], layers)}"
+            )
+
+
+def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:
+    """Why a module of another type stays digital."""
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: pass a batch through it first"
+    return NO_FORM if _as_layers(type(module)) is None else rules.of(names)[1]
+
+
+def _tiles(layer: AnalogLayer) -> int:
+    tile = layer.spec.tile
+    tiles = layer.groups_ * ceil(layer.inputs / tile.rows) * ceil(layer.outputs / tile.cols)
+    return tiles * len(Planes.of(layer.spec, collapse=False).slice_scale)
+
+
+def _macs(layer: nn.Module, names: list[str], positions: dict[str, int]) -> int:
+    return layer.get_parameter("weight").numel() * positions.get(names[0], 1)
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Modules that hold parameters, with all their names."""
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if any(True for _ in module.parameters(recurse=False)):
             places.setdefault(module, []).append(name)
-    used: set[str] = set()
-    rows = []
-    for module, names in places.items():
-        label, kind = ", ".join(names), type(module)
-        if kind not in (nn.Linear, nn.Conv2d):
-            rows.append(Row(label, kind.__name__, "digital", "no crossbar form of this type"))
-            continue
-        overrides: dict[str, Any] | None = {}
-        why = "default"
-        for pattern, change in rules.items():
-            if any(fnmatchcase(name, pattern) for name in names):
-                used.add(pattern)
-                overrides, why = change, f"rule {pattern}"
-        assert isinstance(module, (nn.Linear, nn.Conv2d))
-        macs = module.weight.numel() * positions.get(names[0], 1)
-        if overrides is None:
-            rows.append(Row(label, kind.__name__, "digital", why, macs=macs))
-            continue
-        layer = _analog(module, spec.with_overrides(overrides), names[0])
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            if name:
-                setattr(model.get_submodule(parent), leaf, layer)
-            else:
-                model = layer
-        tile = layer.spec.tile
-        tiles = layer.groups_ * ceil(layer.inputs / tile.rows) * ceil(layer.outputs / tile.cols)
-        count = tiles * len(Planes.of(layer.spec, collapse=False).slice_scale)
-        rows.append(Row(label, kind.__name__, "analog", why, count, macs, layer.clip_rate()))
-    unused = [pattern for pattern in rules if pattern not in used]
-    if unused:
-        layers = [row.module for row in rows if row.type in ("Linear", "Conv2d")]
-        raise ValueError(
-            f"convert: `rules` must each match a layer, got no match for {unused}; {nearest(unused[0], layers)}"
-        )
-    return model, Report(tuple(rows))
+    return places
 
 
-def _positions(model: nn.Module, example: Tensor | None) -> dict[str, int]:
+def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, list[str]]]:
+    """The model with fused modules as layers, where any of these is to be analog; and whose layers they are, by name."""
+    owners: dict[nn.Module, list[str]] = {}
+    for module, names in _places(model).items():
+        make = _as_layers(type(module))
+        if make is None:
+            continue
+        parts = make(module)
+        layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
+        choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)]) for leaf in layers]
+        if any(overrides is not None for overrides, _ in choices):
+            model = _replaced(model, names, parts)
+            owners |= dict.fromkeys(layers.values(), names)
+    return model, owners
+
+
+def _as_layers(kind: type[nn.Module]) -> Callable[[Any], nn.Module] | None:
+    """What makes layers of modules of a type, None where nothing does."""
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return _transposed_linear
+    return FUSED.get(kind)
+
+
+def _transposed_linear(module: nn.Module) -> nn.Linear:
+    """The layer of GPT-2 in the transformers library, whose weight is [I, O], as a Linear."""
+    weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+    layer = nn.Linear(weight.shape[0], weight.shape[1], True, weight.device, weight.dtype)
+    layer.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    layer.bias = bias
+    return layer.train(module.training)
+
+
+def _replaced(model: nn.Module, names: list[str], module: nn.Module) -> nn.Module:
+    """The model with another module under these names."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if not name:
+            return module
+        setattr(model.get_submodule(parent), leaf, module)
+    return model
+
+
+def _call_layers(model: nn.Module) -> None:
+    """Keep torch's encoders from their fused inference, which takes the weights of layers and never calls them."""
+    for module in model.modules():
+        if any(isinstance(layer, AnalogLayer) for layer in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+
+
+def _positions(model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, Any] | None) -> dict[str, int]:
     """Output positions of every layer for one sample, by module name."""
     if example is None:
         return {}
     watched = copy.deepcopy(model).eval()
     found: dict[str, int] = {}
+    args = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
+    options = example if isinstance(example, dict) else {}
+    samples = next((len(x) for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()), 1)
 
-    def count(name: str, layer: nn.Linear | nn.Conv2d, y: Tensor) -> None:
-        found[name] = found.get(name, 0) + y.numel() // len(layer.weight) // len(example)
+    def count(name: str, layer: nn.Module, y: Tensor) -> None:
+        found[name] = found.get(name, 0) + y.numel() // len(layer.get_parameter("weight")) // samples
 
     for name, module in watched.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (*LAYERS, AnalogLayer)):
             module.register_forward_hook(lambda layer, _, y, name=name: count(name, layer, y))
     with torch.no_grad():
-        watched(example)
+        watched(*args, **options)
     return found
 
 
-def _analog(module: nn.Linear | nn.Conv2d, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv2d:
+def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv2d:
+    weight, bias = module.get_parameter("weight"), dict(module.named_parameters()).get("bias")
+    where: dict[str, Any] = {"spec": spec, "name": name, "device": weight.device, "dtype": weight.dtype}
     layer: AnalogLinear | AnalogConv2d
-    where: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
-        layer = AnalogLinear(
-            module.in_features, module.out_features, module.bias is not None, spec=spec, name=name, **where
-        )
+        layer = AnalogLinear(module.in_features, module.out_features, bias is not None, **where)
     else:
-        layer = AnalogConv2d(
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+        options: tuple[Any, ...] = (
             module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
-            module.groups, module.bias is not None, module.padding_mode, spec=spec, name=name, **where,
+            module.groups, bias is not None, module.padding_mode,
         )  # fmt: skip
+        layer = (AnalogConv1d if isinstance(module, nn.Conv1d) else AnalogConv2d)(*options, **where)
     # the same Parameter objects, so that weights shared with other modules stay shared
-    layer.weight, layer.bias = module.weight, module.bias
+    if layer.weight.dim() == weight.dim():
+        layer.weight = weight
+    else:
+        layer.weight = nn.Parameter(weight.detach().unsqueeze(2), weight.requires_grad)
+    layer.bias = bias
     layer.train(module.training)
     return layer

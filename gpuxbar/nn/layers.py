@@ -1,4 +1,4 @@
-"""`nn.Linear` and `nn.Conv2d` on crossbars: hardware-aware training with any torch optimiser."""
+"""`nn.Linear`, `nn.Conv1d` and `nn.Conv2d` on crossbars: hardware-aware training with any torch optimiser."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from gpuxbar.ops import PackedConductance
 from gpuxbar.reference import Purpose, normals, uniforms
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
-__all__ = ["AnalogConv2d", "AnalogLayer", "AnalogLinear"]
+__all__ = ["AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
 TEST_INPUTS = 32  # of a test read
 
 
 class AnalogLayer(InSitu):
-    """What both layers share: programming when the weights change, read counter, converter ranges.
+    """What the layers share: programming when the weights change, read counter, converter ranges.
 
     Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
     weights they fix every random number, so a checkpoint resumes bit for bit. `adc_lsb` and `back_adc_lsb` are the
     currents of an ADC step forwards and backwards, A, NaN until calibrated; `dac_max` is the running DAC range.
+    Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
     weight: Tensor
@@ -254,7 +255,8 @@ class AnalogLayer(InSitu):
         bias = None if self.bias is None else self.bias.float()
         watched = self.pulsed and torch.is_grad_enabled()
         y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias)
-        return self.streams.watch(y, self.weight, x) if watched else y
+        y = self.streams.watch(y, self.weight, x) if watched else y
+        return y.to(self.weight.dtype)
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
@@ -287,6 +289,16 @@ class AnalogLayer(InSitu):
             self.read_step.clone(), *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, new in self._buffers.items():
+            old = buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *more)
         self.look_at_ranges()
@@ -317,6 +329,8 @@ class AnalogLinear(nn.Linear, AnalogLayer):
 class AnalogConv2d(nn.Conv2d, AnalogLayer):
     """`nn.Conv2d`, with every option of it, read from crossbar tiles."""
 
+    channels_at = -3  # axis of an input
+
     def __init__(self, *args: Any, spec: CrossbarSpec, name: str = "conv", **options: Any):
         super().__init__(*args, **options)
         # what nn.Conv2d pads by name or by other than zeros is padded before the read
@@ -335,3 +349,44 @@ class AnalogConv2d(nn.Conv2d, AnalogLayer):
     def forward(self, input: Tensor) -> Tensor:
         y = self.read(self.padded(input))
         return y if input.dim() == 4 else y[0]
+
+
+class AnalogConv1d(AnalogConv2d):
+    """`nn.Conv1d`, with every option of it, read from crossbar tiles; its weight is [O, I / groups, 1, size]."""
+
+    channels_at = -2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: int | tuple[int] | str = 0,
+        dilation: int | tuple[int] = 1,
+        *args: Any,
+        spec: CrossbarSpec,
+        name: str = "conv",
+        **options: Any,
+    ):
+        def flat(value: int | tuple[int], height: int) -> tuple[int, int]:
+            return height, value if isinstance(value, int) else value[0]
+
+        pads = padding if isinstance(padding, str) else flat(padding, 0)
+        super().__init__(
+            in_channels, out_channels, flat(kernel_size, 1), flat(stride, 1), pads, flat(dilation, 1), *args, spec=spec,
+            name=name, **options,
+        )  # fmt: skip
+
+    def padded(self, x: Tensor) -> Tensor:
+        return super().padded(x.unsqueeze(-2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.read(self.padded(input)).squeeze(-2)
+        return y if input.dim() == 3 else y[0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.dim() == 3:  # of an nn.Conv1d
+            state_dict[f"{prefix}weight"] = weight.unsqueeze(2)
+        super()._load_from_state_dict(state_dict, prefix, *more)

@@ -1,0 +1,49 @@
+"""Activation checkpointing: a pass that is computed again reads what it read the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import nn
+
+from gpuxbar.nn.layers import AnalogLayer
+
+__all__ = ["same_reads"]
+
+
+def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for `torch.utils.checkpoint`, within which the layers of a module read the same twice.
+
+    Without them a recomputed pass draws noise of its own, and a gradient belongs to another read than the loss does.
+
+        checkpoint(block, x, use_reentrant=False, context_fn=lambda: gx.same_reads(block))
+
+    Args:
+        module: What is checkpointed, or any module that holds it.
+
+    Returns:
+        The context of the first pass and that of the second.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, AnalogLayer)]
+    counters = [buffer for layer in layers for buffer in (layer.read_step, layer.dac_max)]
+    before = [counter.clone() for counter in counters]
+
+    @contextmanager
+    def first() -> Iterator[None]:
+        for counter, value in zip(counters, before, strict=True):
+            value.copy_(counter)
+        yield
+
+    @contextmanager
+    def second() -> Iterator[None]:
+        after = [counter.clone() for counter in counters]
+        for counter, value in zip(counters, before, strict=True):
+            counter.copy_(value)
+        try:
+            yield
+        finally:
+            for counter, value in zip(counters, after, strict=True):
+                counter.copy_(value)
+
+    return first(), second()

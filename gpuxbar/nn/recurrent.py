@@ -1,0 +1,175 @@
+"""`nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells with each product a layer of its own, so that they can run on crossbars."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+__all__ = ["UnfusedCell", "UnfusedRNN"]
+
+
+class UnfusedCell(nn.Module):
+    """An `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell` as two layers, `ih` of the input and `hh` of the state.
+
+    It computes the same, and loads its state dicts.
+
+    Args:
+        cell: The module to take parameters and options from.
+    """
+
+    def __init__(self, cell: nn.RNNCellBase):
+        super().__init__()
+        self.input_size, self.hidden_size = cell.input_size, cell.hidden_size
+        if isinstance(cell, nn.RNNCell):
+            self.mode = f"RNN_{cell.nonlinearity.upper()}"
+        else:
+            self.mode = "LSTM" if isinstance(cell, nn.LSTMCell) else "GRU"
+        self.ih, self.hh = _layer(cell, "ih"), _layer(cell, "hh")
+        self.train(cell.training)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """As the cell's: a step from state `hx`, which of an LSTM is (h, c)."""
+        batched = input.dim() == 2
+        x = input if batched else input[None]
+        if hx is None:
+            h = c = x.new_zeros(len(x), self.hidden_size)
+        else:
+            h, c = hx if self.mode == "LSTM" else (hx, hx)
+            h, c = (h, c) if batched else (h[None], c[None])
+        h, c = _step(self.mode, self.ih(x), self.hh(h), h, c)
+        h, c = (h, c) if batched else (h[0], c[0])
+        return (h, c) if self.mode == "LSTM" else h
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        _rename(state_dict, prefix, ("ih", "hh"))
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+class UnfusedRNN(nn.Module):
+    """An `nn.LSTM`, `nn.GRU` or `nn.RNN` as layers `ih_l0`, `hh_l0` and so on, stepped through in time.
+
+    It computes the same, and loads its state dicts. All inputs of a layer are read at once, states one step after another.
+
+    Args:
+        rnn: The module to take parameters and options from.
+    """
+
+    def __init__(self, rnn: nn.RNNBase):
+        super().__init__()
+        self.mode, self.input_size, self.hidden_size = rnn.mode, rnn.input_size, rnn.hidden_size
+        self.num_layers, self.bias, self.batch_first = rnn.num_layers, rnn.bias, rnn.batch_first
+        self.dropout, self.bidirectional, self.proj_size = rnn.dropout, rnn.bidirectional, rnn.proj_size
+        self.suffixes = [
+            f"_l{depth}{way}"
+            for depth in range(rnn.num_layers)
+            for way in ("", "_reverse")[: 1 + rnn.bidirectional]
+        ]
+        self.parts = ("ih", "hh", "hr") if rnn.proj_size else ("ih", "hh")
+        for suffix in self.suffixes:
+            for part in self.parts:
+                self.add_module(part + suffix, _layer(rnn, part + suffix))
+        self.train(rnn.training)
+
+    def flatten_parameters(self) -> None:
+        """Nothing to flatten; here so that models which call it go on to work."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """As the module's: the output of every step, and the last state, which of an LSTM is (h, c)."""
+        packed, lengths, batched = input if isinstance(input, PackedSequence) else None, None, True
+        if packed is not None:
+            x, lengths = pad_packed_sequence(packed)
+        else:
+            assert isinstance(input, Tensor)
+            batched = input.dim() == 3
+            x = input if batched else input[:, None]
+            x = x.transpose(0, 1) if self.batch_first and batched else x
+        h, c = self._states(x, hx, batched)
+        ways = 1 + self.bidirectional
+        states = []
+        for depth in range(self.num_layers):
+            source = functional.dropout(x, self.dropout, self.training) if depth else x
+            both = range(depth * ways, (depth + 1) * ways)
+            found = [self._run(self.suffixes[i], source, h[i], c[i], lengths) for i in both]
+            x = torch.cat([outputs for outputs, _ in found], 2)
+            states += [state for _, state in found]
+        last_h, last_c = zip(*states, strict=True)
+        h, c = torch.stack(last_h), torch.stack(last_c)
+        h, c = (h, c) if batched else (h[:, 0], c[:, 0])
+        state = (h, c) if self.mode == "LSTM" else h
+        if packed is not None:
+            assert lengths is not None
+            return pack_padded_sequence(x, lengths, enforce_sorted=packed.sorted_indices is None), state
+        if not batched:
+            return x[:, 0], state
+        return x.transpose(0, 1) if self.batch_first else x, state
+
+    def _states(self, x: Tensor, hx: Any, batched: bool) -> tuple[Tensor, Tensor]:
+        """First states of all layers, [layers, N, H]."""
+        if hx is None:
+            shape = len(self.suffixes), x.shape[1]
+            return x.new_zeros(*shape, self.proj_size or self.hidden_size), x.new_zeros(
+                *shape, self.hidden_size
+            )
+        h, c = hx if self.mode == "LSTM" else (hx, hx)
+        return (h, c) if batched else (h[:, None], c[:, None])
+
+    def _run(
+        self, suffix: str, x: Tensor, h: Tensor, c: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Outputs and last state of a layer in one direction over x [T, N, I]; states stand still beyond a sequence's length."""
+        layers = dict(self.named_children())
+        hh, hr = layers["hh" + suffix], layers.get("hr" + suffix)
+        gates = layers["ih" + suffix](x).unbind()
+        alive = None
+        if lengths is not None:
+            alive = (torch.arange(len(x))[:, None] < lengths)[..., None].to(x.device)
+        outputs = [h] * len(x)
+        for t in reversed(range(len(x))) if suffix.endswith("_reverse") else range(len(x)):
+            new_h, new_c = _step(self.mode, gates[t], hh(h), h, c)
+            new_h = new_h if hr is None else hr(new_h)
+            if alive is not None:
+                new_h, new_c = torch.where(alive[t], new_h, h), torch.where(alive[t], new_c, c)
+            h, c = new_h, new_c
+            outputs[t] = h
+        return torch.stack(outputs), (h, c)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        _rename(state_dict, prefix, tuple(part + suffix for part in self.parts for suffix in self.suffixes))
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The next state (h, c) from the products x of the input and y of the state; c is used by the LSTM alone."""
+    if mode == "LSTM":
+        i, f, g, o = (x + y).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    if mode == "GRU":
+        (xr, xz, xn), (yr, yz, yn) = x.chunk(3, 1), y.chunk(3, 1)
+        n, z = (xn + (xr + yr).sigmoid() * yn).tanh(), (xz + yz).sigmoid()
+        h = n + z * (h - n)
+        return h, h
+    h = (x + y).tanh() if mode == "RNN_TANH" else (x + y).relu()
+    return h, h
+
+
+def _layer(source: nn.Module, name: str) -> nn.Linear:
+    """A Linear of `weight_{name}` and, where there is one, `bias_{name}`."""
+    weight = source.get_parameter(f"weight_{name}")
+    bias = dict(source.named_parameters()).get(f"bias_{name}")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+    layer.weight = weight
+    layer.register_parameter("bias", bias)
+    return layer
+
+
+def _rename(state_dict: dict[str, Any], prefix: str, names: tuple[str, ...]) -> None:
+    """Keys of the fused module become those of its layers."""
+    for name in names:
+        for kind in ("weight", "bias"):
+            if f"{prefix}{kind}_{name}" in state_dict:
+                state_dict[f"{prefix}{name}.{kind}"] = state_dict.pop(f"{prefix}{kind}_{name}")

@@ -1,0 +1,274 @@
+"""Attention and recurrent modules as layers: the same functions as torch's, then on crossbars."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import gpuxbar as gx
+from gpuxbar.nn import AnalogConv1d, AnalogLinear
+from gpuxbar.nn.attention import UnfusedAttention
+from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
+from gpuxbar.nn.transposed import UnfusedConvTranspose
+
+CONVERTERS = {"dac": {"bits": 8}, "adc": {"bits": 8}, "tile": {"rows": 16, "cols": 16}}
+RNNS = [
+    (nn.LSTM, {}),
+    (nn.LSTM, {"num_layers": 2, "bidirectional": True, "bias": False, "batch_first": True}),
+    (nn.LSTM, {"num_layers": 2, "bidirectional": True, "proj_size": 5}),
+    (nn.GRU, {"num_layers": 2, "bidirectional": True}),
+    (nn.RNN, {"batch_first": True}),
+    (nn.RNN, {"nonlinearity": "relu", "bidirectional": True}),
+]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"kdim": 12, "vdim": 20}, {"add_bias_kv": True, "add_zero_attn": True}]
+)
+def test_attention_of_layers_is_torchs(options, batch_first):
+    torch.manual_seed(0)
+    fused = nn.MultiheadAttention(16, 4, batch_first=batch_first, **options)
+    parts = UnfusedAttention(nn.MultiheadAttention(16, 4, batch_first=batch_first, **options))
+    parts.load_state_dict(fused.state_dict())
+    inputs = torch.randn(3, 5, 16), torch.randn(3, 7, fused.kdim), torch.randn(3, 7, fused.vdim)
+    if not batch_first:
+        inputs = tuple(x.transpose(0, 1) for x in inputs)
+    padding = torch.arange(7) >= torch.tensor([[3], [7], [5]])
+    for mask in (None, torch.rand(5, 7) > 0.7, torch.randn(12, 5, 7)):
+        if mask is not None and mask.dtype == torch.bool:
+            mask[:, 0] = False
+        for wanted in ((True, True), (True, False), (False, True)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # masks of two types
+                expected = fused(*inputs, padding, wanted[0], mask, wanted[1])
+            torch.testing.assert_close(parts(*inputs, padding, wanted[0], mask, wanted[1]), expected)
+    one = [x.select(0 if batch_first else 1, 0) for x in inputs]
+    torch.testing.assert_close(parts(*one, padding[0]), fused(*one, padding[0]))
+
+
+def test_attention_gradients_and_dropout():
+    torch.manual_seed(0)
+    fused = nn.MultiheadAttention(16, 4)
+    parts = UnfusedAttention(fused)
+    x = torch.randn(5, 3, 16)
+    for module in (fused, parts):
+        module(x, x, x)[0].sin().sum().backward()
+    fused_rows = torch.cat([getattr(parts, f"{name}_proj").weight.grad for name in "qkv"])
+    torch.testing.assert_close(fused_rows, fused.in_proj_weight.grad)
+    parts.dropout = 0.5
+    assert not torch.equal(parts(x, x, x)[0], parts(x, x, x)[0])
+    assert torch.equal(parts.eval()(x, x, x)[0], parts(x, x, x)[0])
+    with pytest.raises(ValueError, match="`attn_mask` must be given with `is_causal`, got None"):
+        parts(x, x, x, is_causal=True)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(("kind", "options"), RNNS)
+def test_recurrence_of_layers_is_torchs(kind, options):
+    torch.manual_seed(0)
+    fused = kind(6, 9, **options)
+    parts = UnfusedRNN(kind(6, 9, **options))
+    parts.load_state_dict(fused.state_dict())
+    x = torch.randn(4, 7, 6) if fused.batch_first else torch.randn(7, 4, 6)
+    state = fused(x)[1]
+    torch.testing.assert_close(parts(x), fused(x))
+    torch.testing.assert_close(parts(x, state), fused(x, state))
+    torch.testing.assert_close(parts(x[0]), fused(x[0]))
+    for lengths in ([7, 5, 2, 1], [2, 7, 1, 5]):
+        packed = pack_padded_sequence(x, torch.tensor(lengths), fused.batch_first, lengths == [7, 5, 2, 1])
+        (y, last), (expected, expected_last) = parts(packed, state), fused(packed, state)
+        torch.testing.assert_close(y.data, expected.data)
+        torch.testing.assert_close(last, expected_last)
+        assert torch.equal(y.batch_sizes, expected.batch_sizes)
+        for order in ("sorted_indices", "unsorted_indices"):
+            torch.testing.assert_close(getattr(y, order), getattr(expected, order))
+    for module in (fused, parts):
+        module.zero_grad()
+        module(x)[0].sin().sum().backward()
+    for name, layer in parts.named_children():
+        torch.testing.assert_close(layer.weight.grad, getattr(fused, f"weight_{name}").grad)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_of_layers_are_torchs(kind):
+    torch.manual_seed(0)
+    fused, parts = kind(6, 9), UnfusedCell(kind(6, 9))
+    parts.load_state_dict(fused.state_dict())
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(parts(x), fused(x))
+    torch.testing.assert_close(parts(x, fused(x)), fused(x, fused(x)))
+    first = fused(x)
+    first = tuple(s[0] for s in first) if kind is nn.LSTMCell else first[0]
+    torch.testing.assert_close(parts(x[0], first), fused(x[0], first))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "groups": 2}, {"padding": 2, "padding_mode": "reflect"}, {"padding": "same", "dilation": (2,)}]
+)  # fmt: skip
+def test_ideal_convolution_of_sequences_is_torchs(options):
+    torch.manual_seed(0)
+    plain = nn.Conv1d(4, 6, 3, **options)
+    layer = AnalogConv1d(4, 6, 3, **options, spec=gx.CrossbarSpec(tile={"rows": 7, "cols": 2}))
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(3, 4, 9)
+    torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(layer(x[0]), plain(x[0]))
+    for module in (layer, plain):
+        module(x).sin().sum().backward()
+    torch.testing.assert_close(layer.weight.grad.squeeze(2), plain.weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.ConvTranspose2d, {}),
+        (nn.ConvTranspose2d, {"stride": (2, 3), "padding": (1, 0), "output_padding": (1, 2), "groups": 2}),
+        (nn.ConvTranspose2d, {"dilation": 2, "bias": False}),
+        (nn.ConvTranspose1d, {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}),
+    ],
+)
+def test_transposed_convolution_of_a_layer_is_torchs(kind, options):
+    torch.manual_seed(0)
+    fused = kind(4, 6, 3, **options)
+    parts = UnfusedConvTranspose(kind(4, 6, 3, **options))
+    parts.load_state_dict(fused.state_dict())
+    x = torch.randn(3, 4, *(5, 4)[: fused.weight.dim() - 2])
+    torch.testing.assert_close(parts(x), fused(x))
+    torch.testing.assert_close(parts(x[0]), fused(x[0]))
+    larger = [n + s - 1 for n, s in zip(fused(x).shape[2:], fused.stride, strict=True)]
+    larger = [n - more for n, more in zip(larger, fused.output_padding, strict=True)]
+    torch.testing.assert_close(parts(x, larger), fused(x, larger))
+    taken = UnfusedConvTranspose(fused)
+    torch.testing.assert_close(taken(x), fused(x))
+    for module in (taken, fused):
+        module(x).sin().sum().backward()
+    torch.testing.assert_close(taken.product.weight.grad, taken._by_output(fused.weight.grad))
+    with pytest.raises(ValueError, match="`output_size` must be from"):
+        parts(x, [99, 99])
+
+
+class Network(nn.Module):
+    """One of everything that reads weights without a layer of torch's that crossbars have."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.up = nn.ConvTranspose1d(16, 16, 2, stride=2)
+        self.lstm = nn.LSTM(16, 8, batch_first=True)
+        self.cell = nn.GRUCell(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x, padding=None):
+        x = self.encoder(x, src_key_padding_mask=padding)
+        x = self.lstm(self.up(self.conv(x.transpose(1, 2))).transpose(1, 2))[0]
+        return self.head(self.cell(x[:, -1]))
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return Network()
+
+
+def test_conversion_reaches_every_product_with_weights(network):
+    x = torch.randn(2, 5, 16)
+    model, report = gx.convert(network, gx.CrossbarSpec(), example=x)
+    rows = {row.module: row for row in report.rows}
+    assert {name for name, row in rows.items() if row.runs == "digital"} == {
+        f"encoder.layers.{i}.norm{k}" for i in (0, 1) for k in (1, 2)
+    }
+    assert rows["encoder.layers.1.self_attn.v_proj"].macs == 16 * 16 * 5
+    assert rows["lstm.hh_l0"].macs == 32 * 8 * 10
+    assert rows["up.product"].macs == 16 * 32 * 5
+    assert rows["cell.ih"].macs == 24 * 8
+    assert rows["conv"].macs == 16 * 48 * 5
+    torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+    loaded, _ = gx.convert(Network(), gx.CrossbarSpec())
+    loaded.load_state_dict(network.state_dict(), strict=False)
+    torch.testing.assert_close(loaded(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_rules_name_fused_modules_or_their_layers(network):
+    rules = {
+        "encoder.layers.*": {"adc": {"bits": 6}},
+        "encoder.layers.1.self_attn": None,
+        "lstm": None,
+        "encoder.layers.0.self_attn.q_proj": None,
+    }
+    model, report = gx.convert(network, gx.CrossbarSpec(), rules)
+    rows = {row.module: (row.type, row.runs, row.why) for row in report.rows}
+    assert rows["lstm"] == ("LSTM", "digital", "rule lstm")
+    assert rows["encoder.layers.1.self_attn"][:2] == ("MultiheadAttention", "digital")
+    assert rows["encoder.layers.0.self_attn.q_proj"][1:] == (
+        "digital",
+        "rule encoder.layers.0.self_attn.q_proj",
+    )
+    assert rows["encoder.layers.0.self_attn.k_proj"][1:] == ("analog", "rule encoder.layers.*")
+    assert model.encoder.layers[0].self_attn.k_proj.spec.adc.bits == 6
+    with pytest.raises(ValueError, match=r"did you mean `encoder\.layers\.0\.self_attn\.q_proj`"):
+        gx.convert(network, gx.CrossbarSpec(), {"encoder.layers.0.self_attn.q_prj": None})
+
+
+def test_layers_of_gpt_2_are_linear():
+    """`Conv1D` of the transformers library, which tests do without: known by its name, a product with [I, O]."""
+
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    block = nn.ModuleDict({"c_attn": Conv1D(), "c_proj": Conv1D()})
+    model, report = gx.convert(block, gx.CrossbarSpec(), {"c_proj": None})
+    assert [(row.type, row.runs) for row in report.rows] == [("Linear", "analog"), ("Conv1D", "digital")]
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model["c_attn"](x), block["c_attn"](x))
+
+
+@pytest.mark.parametrize("rules", [{}, {"*self_attn": None}])
+@pytest.mark.parametrize("padded", [False, True])
+def test_inference_of_encoders_calls_the_layers(network, rules, padded):
+    """Without gradients torch fuses an encoder's layer, from its weights: converters would never be seen."""
+    model, _ = gx.convert(network, gx.CrossbarSpec.model_validate(CONVERTERS), rules)
+    x = torch.randn(2, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+    gx.calibrate(model, [x])
+    model.eval()
+    layers = [m for m in model.modules() if isinstance(m, AnalogLinear)]
+    before = [layer.read_step.item() for layer in layers]
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        y = model(x, padding)
+    assert all(layer.read_step.item() > step for layer, step in zip(layers, before, strict=True))
+    torch.testing.assert_close(y, again(x, padding).detach())
+
+
+def test_all_of_it_trains_in_situ(network):
+    spec = gx.CrossbarSpec.model_validate(
+        {**CONVERTERS, "update": {"law": "soft_bounds", "up": 2, "down": 2}}
+    )
+    model, _ = gx.convert(network, spec)
+    torch.manual_seed(0)
+    target = torch.arange(16) % 4
+    x = torch.randn(4, 1, 16)[target] + 0.3 * torch.randn(16, 5, 16)
+    gx.calibrate(model, [x])
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=3.0)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
