@@ -12,8 +12,9 @@
 //         2 high and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16);
 //         STREAMS 0 whole codes, 1 signed digits, 2 two-phase digits (of codes below 1024); CONVERTERS 0 one LSB for
 //         all, 1 an LSB a column, 2 also gain and offset of every converter; GATE also counts the conversions inside
-//         the range, in the high half of each sum; IMPLICIT rows are patches, gathered from images as patches.cuh
-//         says, with zeros where they reach over an edge; INT8 products of bytes, 1 if the sums of a tile stay below 2^22,
+//         the range, in the high half of each sum; IMPLICIT rows are patches, gathered from images with zeros where they
+//         reach over an edge: 1 lines in the order channel_position, as patches.cuh says, 2 position_channel, for C and lines of
+//         a tile that are multiples of 8; INT8 products of bytes, 1 if the sums of a tile stay below 2^22,
 //         2 larger ones: conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0)
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
@@ -138,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    i64 noise_row0,  // and in the counters
                    int rows, int groups, int sense, int tiles, int planes, int k, int streams, int stream_bits,
                    int adc_per_column, float code_min, float code_max, int rows_per_scale, int tile_lines,
-                   int positions, int chunks, int channels,  // of a patch: patches.cuh; C (IMPLICIT)
+                   int positions, int chunks, int channels,  // of a patch: patches.cuh (IMPLICIT 1); C (IMPLICIT)
                    int height, int width, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w,
                    int dilation_h, int dilation_w, int out_w,
                    int pixels,  // of an image, for y and gate in image layout; or 0
@@ -187,8 +188,13 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const u32 b_from = block.b_line + row * b_row + line;
     const int a_rows = rows - block.m0 - (int)row, b_rows = sense - block.n0 - (int)row;
 #if IMPLICIT
-    const int tile = block.first_tile + (int)line / k, at_chunk = (int)line % k / 8, position = at_chunk / chunks;
-    const int channel = 8 * (first_chunk(tile * tile_lines, positions) + at_chunk % chunks);
+    const int first = (block.first_tile + (int)line / k) * tile_lines, place = (int)line % k;
+#if IMPLICIT == 1
+    const int position = place / 8 / chunks;
+    const int channel = 8 * (first_chunk(first, positions) + place / 8 % chunks);
+#else
+    const int position = (first + place) / channels, channel = (first + place) % channels;
+#endif
     const int down = position / kernel_w * dilation_h, right = position % kernel_w * dilation_w;
     const u32 offset = (down * width + right) * pixel_size + channel;
     const bool driven = position < positions && channel < channels;

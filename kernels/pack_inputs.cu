@@ -54,7 +54,8 @@ extern "C" __global__ void __launch_bounds__(256)
                 i64 row0,                      // first row of this call
                 int rows, int groups, int drive, int tiles, int tile, int k, int stream_bits, int streams, int phases,
                 int channels, int height, int width, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
-                int pad_w, int dilation_h, int dilation_w, int out_h, int out_w) {
+                int pad_w, int dilation_h, int dilation_w, int out_h, int out_w, int channel_step,
+                int position_step) {  // lines of a patch: images.cuh
   __shared__ Source block[32][33];
   const int lines = groups * tiles * k;
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
@@ -74,7 +75,8 @@ extern "C" __global__ void __launch_bounds__(256)
       const i64 image = (row0 + row) / pixels;
       const int pixel = (int)((row0 + row) % pixels);
 #if CONV == 1
-      const int channel = d / (kernel_h * kernel_w), ky = d / kernel_w % kernel_h, kx = d % kernel_w;
+      const int channel = d / channel_step % channels, position = d / position_step % (kernel_h * kernel_w);
+      const int ky = position / kernel_w, kx = position % kernel_w;
       const int iy = pixel / out_w * stride_h + ky * dilation_h - pad_h;
       const int ix = pixel % out_w * stride_w + kx * dilation_w - pad_w;
       if (iy >= 0 && iy < height && ix >= 0 && ix < width)

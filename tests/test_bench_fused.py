@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_device_is_asked_for_the_kernels_it_has():
 
 def test_the_checks_pass_on_the_cpu_build(monkeypatch):
     monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])  # the others take long here
-    monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:1])
+    monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:2])
     found = fused.check(subject(kernels=fused.FUSED[:2]))
     assert list(found) == list(CHECKS)
     assert found["two runs"] == found["fused and cuBLAS + epilogue"] == "same bits"
@@ -63,7 +64,7 @@ FAULTS = {  # check, what is wrong, what it says
     "seed": ("matches the float64 oracle", {"seed": lambda seed: seed ^ 1}, r"results are off \(KERNEL, exact, 3 x 70 x 9\)"),
     "scale": ("matches the float64 oracle", {"v_lsb": lambda v: 1.01 * v}, "results are off"),
     "variance": ("matches the float64 oracle", {"noise_var": lambda s: 1.5 * s}, r"results are off \(KERNEL, variance, 3 x"),
-    "patches": ("convolutions", {"v_lsb": lambda v: 1.01 * v}, r"results are off \(KERNEL, exact, 5 channels of 9 x 7\)"),
+    "patches": ("convolutions", {"v_lsb": lambda v: 1.01 * v}, r"results are off \(KERNEL, exact, 5 channels of 9 x 7, channel_position\)"),
     "step": ("fused and cuBLAS + epilogue", {"step": lambda step: step + 1}, "not those of cuBLAS"),
     "sigma": ("noise", {"read_noise": lambda sigma: 1.03 * sigma}, "its variance lies"),
     "same-step": ("noise", {"step": lambda step: 3}, "its steps lies"),
@@ -81,9 +82,19 @@ def test_a_fault_of_a_kernel_voids_the_table(monkeypatch, name, kernel):
 
 
 def test_what_gathers_patches_is_checked_too(monkeypatch):
-    monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:1])
-    with pytest.raises(OracleMismatch, match=r"results are off \(implicit, exact, 5 channels"):
-        CHECKS["convolutions"](subject(faulty=("implicit",), seed=lambda seed: seed ^ 1))
+    for at, text in enumerate(
+        ("5 channels of 9 x 7, channel_position", "8 channels of 6 x 5, position_channel")
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[at : at + 1])
+            with pytest.raises(OracleMismatch, match=rf"results are off \(implicit, exact, {text}\)"):
+                CHECKS["convolutions"](subject(("fused",), faulty=("implicit",), seed=lambda seed: seed ^ 1))
+
+
+def test_bytes_are_checked_too(monkeypatch):
+    monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])
+    with pytest.raises(OracleMismatch, match=r"results are off \(fused, adc, bytes, 3 x 70 x 9\)"):
+        CHECKS["bytes"](subject(g_offset=lambda offset: 0.0))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -139,40 +150,53 @@ def test_every_failed_check_is_named(monkeypatch):
         fused.check(subject())
 
 
+SMALL = {
+    "matrix": fused.Read("small", 70, 27, 40),
+    "tiles": fused.Read("small", 70, 27, 40, 9),
+    "bytes": fused.Read("small", 70, 27, 40, 9, noise="none", precision="int8"),
+    "images": fused.Read("small", 2 * 36, 27, 40, images=2),
+    "by-position": fused.Read("small", 2 * 36, 72, 40, 24, images=2, line_order="position_channel"),
+}
+
+
 @pytest.mark.parametrize(
-    ("strategy", "images"),
+    ("strategy", "name", "splits"),
     [
-        ("fused", 0),
-        ("wgmma", 0),
-        ("epilogue", 0),
-        ("fused", 2),
-        ("wgmma", 2),
-        ("implicit", 2),
-        ("epilogue", 2),
+        *((strategy, "matrix", 1) for strategy in ("fused", "wgmma", "epilogue")),
+        *((strategy, "images", 1) for strategy in ("fused", "wgmma", "implicit", "epilogue")),
+        *((strategy, "tiles", 3) for strategy in ("fused", "wgmma")),
+        ("fused", "bytes", 1),
+        ("fused", "bytes", 3),
+        ("implicit", "by-position", 1),
+        ("implicit", "by-position", 3),
     ],
 )
-def test_what_is_timed_is_the_read(strategy, images):
-    """A replay multiplies and converts again, from operands packed before, into the same array; or from codes."""
-    read = fused.Read("small", 2 * 36 if images else 70, 27, 40, images=images)
+def test_what_is_timed_is_the_read(strategy, name, splits):
+    """A replay multiplies and converts again, from operands packed before, into the same array; or from codes. What is added
+    to is set to 0 again."""
+    read = SMALL[name]
     assert strategy in (*read.kernels(fused.FUSED), "epilogue")
-    recorder = Recorder(ShimDevice(multiprocessors=1))
+    recorder = Recorder(ShimDevice(multiprocessors=splits))
     codes = np.random.default_rng(0).integers(-127, 128, read.codes_shape).astype(np.int16)
-    g = (np.random.default_rng(1).integers(-2047, 2048, (27, 40)) * fused.G_STEP).astype(np.float32)
-    y = ops.tile_mvm(codes, g, device=recorder, strategy=strategy, **read.settings())
+    levels = np.random.default_rng(1).integers(-read.top, read.top + 1, (read.inputs, 40))
+    g = ((levels + 130 * read.case.int8) * fused.G_STEP).astype(np.float32)
+    y = ops.tile_mvm(codes, g, device=recorder, strategy=strategy, **read.settings(strategy))
     expected = y.copy()
     kernel = dict.fromkeys(("wgmma", "cluster"), "fused_tile_mvm_sm90") | {"epilogue": "adc_accumulate"}
     kernel = kernel.get(strategy, "fused_tile_mvm")
     pack = "pack_images" if strategy == "implicit" else "pack_inputs"
-    for names, launches in ((PRODUCTS, [kernel]), (FROM_CODES, [pack, kernel])):
+    after = ["shift_add"] * (splits > 1)
+    for names, launches in ((PRODUCTS, [kernel, *after]), (FROM_CODES, [pack, kernel, *after])):
         y.fill(np.nan)
         recorder.inner.launches.clear()
         recorder.replay(names)
         np.testing.assert_array_equal(y, expected)
         assert recorder.inner.launches == launches
+    assert not recorder.unused
 
 
-@pytest.mark.parametrize(("name", "images"), [("matrix", 0), ("images", 2)])
-def test_every_way_of_a_read_is_timed(monkeypatch, name, images):
+@pytest.mark.parametrize("name", ["matrix", "bytes", "images", "by-position"])
+def test_every_way_of_a_read_is_timed(monkeypatch, name):
     """On the emulated GPU, by a clock that counts the calls of a graph."""
     cupy = SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray, abs=np.abs, empty=np.empty)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -183,20 +207,23 @@ def test_every_way_of_a_read_is_timed(monkeypatch, name, images):
     monkeypatch.setattr(
         fused, "ideal_convolution_us", lambda *arguments: ideal.setdefault("us", arguments[3])
     )
-    read = fused.Read(name, 2 * 36 if images else 70, 27, 40, variance=not images, images=images)
+    read = replace(SMALL[name], variance=name == "matrix")
     kernels = read.kernels(fused.FUSED)
-    count = float(max(2, -(-(1 << 13) // (2 * (np.prod(read.codes_shape) + 27 * 40)))))
+    assert kernels == {"matrix": fused.FUSED, "bytes": ("fused",)}.get(name, (*fused.FUSED, "implicit"))
+    size = 1 if name == "bytes" else 2
+    count = float(max(2, -(-(1 << 13) // (size * (np.prod(read.codes_shape) + read.inputs * 40)))))
     fields = {"read": count, "from codes": count, "call": count}
     expected = dict.fromkeys(kernels, fields) | {
         "epilogue": {"read": count, "from codes": count},
         "ideal": {"read": count},
     }
     assert fused._time(read, kernels) == expected
-    assert bool(ideal) == bool(images)
+    assert bool(ideal) == bool(read.images)
 
 
-def test_the_ideal_convolution_is_that_of_the_read():
-    conv = ops.ConvGeometry(3, 6, 5, (3, 2), (2, 1), (1, 1))
+@pytest.mark.parametrize("order", ["channel_position", "position_channel"])
+def test_the_ideal_convolution_is_that_of_the_read(order):
+    conv = ops.ConvGeometry(3, 6, 5, (3, 2), (2, 1), (1, 1), line_order=order)
     rng = np.random.default_rng(0)
     images, kernels = rng.integers(-9, 9, (2, 3, 6, 5)), rng.integers(-9, 9, (conv.inputs, 4))
     y = torch.nn.functional.conv2d(
@@ -228,6 +255,10 @@ def test_floors_are_work_over_rates():
         1e-3 * (2 * (72 * 3 + 27 * 50) + 4 * 72 * 50)
     )  # patches are not stored
     assert set(images) == {"products", "memory"}
+    # of bytes, at twice the rate of halves
+    octets = fused.Read("bytes", 100, 300, 50, noise="none", precision="int8").floors(RATES, "fused")
+    assert octets["products"] == pytest.approx(2e-6 * 100 * 300 * 50 / 6.0)
+    assert octets["memory"] == pytest.approx(1e-3 * (100 * 300 + 300 * 50 + 4 * 100 * 50))
 
 
 def test_explain_gives_the_plan_of_every_read():
@@ -346,7 +377,8 @@ TARGETS = {  # H200: us of a kernel's read of 4096 x 4096 x 4096, by generator, 
 def test_every_target_has_its_read():
     assert CONVOLUTIONS[-1].targets == {"implicit": Target(28, 2.2)}
     for read in CONVOLUTIONS:
-        assert read.plan("sm_90", 132, "implicit").chunks
+        plan = read.plan("sm_90", 132, "implicit")
+        assert (plan.strategy, plan.chunks > 0) == ("implicit", read.line_order == "channel_position")
     for kernel, targets in TARGETS.items():
         cubes = {
             (r.noise, r.precision, r.tile): r
@@ -356,4 +388,6 @@ def test_every_target_has_its_read():
         assert {key: r.targets[kernel].us for key, r in cubes.items() if kernel in r.targets} == targets
         for noise in ("none", "exact", "fast"):
             assert {(noise, "fp16", tile) for tile in (64, 128, 256, 512)} <= set(cubes)
-        assert all(kernel == r.plan("sm_90", 132, kernel).strategy for r in READS)
+        assert ("none", "int8", 512) in cubes
+    for r in READS:
+        assert all(kernel == r.plan("sm_90", 132, kernel).strategy for kernel in r.kernels(fused.FUSED))

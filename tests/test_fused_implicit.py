@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import cuda_shim
@@ -46,6 +47,9 @@ READS = {  # geometry, groups, images, rows of a tile, planes, settings, device
     "whole-chunks": (ConvGeometry(16, 9, 8, (1, 1), (2, 3)), 1, 5, 8, 2, NOISY, {}),
     "chunks-of-rows": (ConvGeometry(9, 7, 7, (3, 3), (1, 1), (1, 1)), 1, 4, 33, 2, NOISY, {"workspace": 1}),
     "splits": (ConvGeometry(20, 5, 5, (3, 3), (1, 1), (1, 1)), 1, 2, 50, 1, NOISY, {"multiprocessors": 4}),
+    "by-position": (ConvGeometry(16, 5, 6, (3, 3), (1, 1), (1, 1), (1, 2), "position_channel"), 2, 3, 40, 1, NOISY, {"eager": True}),
+    "whole-tiles": (ConvGeometry(64, 4, 3, (2, 3), (2, 1), (0, 1), (1, 1), "position_channel"), 1, 4, 128, 2, NOISY, {"multiprocessors": 4, "workspace": 1}),
+    "one-tile-by-position": (ConvGeometry(8, 3, 4, (3, 1), (1, 1), (1, 0), (1, 1), "position_channel"), 1, 2, 500, 1, NOISY, {}),
     "two-phase": (ConvGeometry(9, 5, 5, (2, 2)), 1, 3, 16, 1,
                   {"stream_bits": 4, "streams": 2, "phases": 2, "adc_signed": False}, {"order": 12}),
 }  # fmt: skip
@@ -66,9 +70,10 @@ def test_gathered_patches_are_the_unfolded_read_bit_for_bit(name):
     assert np.unique(mine).size > 50  # not all clipped, nor all zero
 
 
-def test_state_dependent_noise_and_two_terms_match_the_oracle():
+@pytest.mark.parametrize(("channels", "order"), [(11, "channel_position"), (16, "position_channel")])
+def test_state_dependent_noise_and_two_terms_match_the_oracle(channels, order):
     """Variances that bf16 holds, conductances that fp16 does not."""
-    conv = ConvGeometry(11, 5, 6, (3, 3), (1, 1), (1, 1))
+    conv = ConvGeometry(channels, 5, 6, (3, 3), (1, 1), (1, 1), line_order=order)
     codes, g = convolution(conv, 1, 3, 8)
     codes %= 16
     g *= np.float32(1.0001)
@@ -78,9 +83,9 @@ def test_state_dependent_noise_and_two_terms_match_the_oracle():
         "read_noise": 2.0**-22,
     }
     device = ShimDevice()
-    y = read(codes, g, conv, 20, "implicit", device, precision="fp16x2", **s)
+    y = read(codes, g, conv, 24, "implicit", device, precision="fp16x2", **s)
     more = {"v_lsb": 2.0**-10, "adc_bits": 8, "adc_lsb": LSB, "seed": SEED, "step": 3}
-    assert_matches(y, reference.tile_mvm(codes, g, conv=conv, tile=20, **more, **s), LSB)
+    assert_matches(y, reference.tile_mvm(codes, g, conv=conv, tile=24, **more, **s), LSB)
 
 
 MUTANTS = {  # file, text, what to put in its place
@@ -90,6 +95,11 @@ MUTANTS = {  # file, text, what to put in its place
     "stage-freed-early": ("fused_tile_mvm.cu", "fill(stage == 0 ? STAGES - 1 : stage - 1", "fill(stage"),
     "wait-too-weak": ("fused_tile_mvm.cu", "copy_wait<STAGES - 2>()", "copy_wait<STAGES - 1>()"),
     "lines-of-the-tile-before": ("pack_sensed.cu", "d >= first && ", ""),
+    "channels-of-the-first-tile": (
+        "fused_tile_mvm.cu",
+        "channel = (first + place) % channels",
+        "channel = place % channels",
+    ),
 }
 
 
@@ -105,13 +115,15 @@ def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
     monkeypatch.setattr(
         cuda_shim, "build", lambda wanted, *rest: build(mutant if wanted == file else wanted, *rest)
     )
-    conv = ConvGeometry(20, 5, 6, (3, 3), (1, 1), (1, 2))
+    conv, tile = ConvGeometry(20, 5, 6, (3, 3), (1, 1), (1, 2)), 50
+    if name == "channels-of-the-first-tile":
+        conv, tile = replace(conv, channels=16, line_order="position_channel"), 40
     codes, g = convolution(conv, 1, 3, 8)
-    expected = read(codes, g, conv, 50, "epilogue", ShimDevice())
+    expected = read(codes, g, conv, tile, "epilogue", ShimDevice())
     found = False
     for eager, order in ((False, FORWARD), (True, REVERSE)):
         device = ShimDevice(order, eager=eager, multiprocessors=1)
-        found |= not np.array_equal(read(codes, g, conv, 50, "implicit", device), expected)
+        found |= not np.array_equal(read(codes, g, conv, tile, "implicit", device), expected)
     assert found == (name != "none")
 
 
@@ -127,11 +139,36 @@ def test_the_planner_gathers_where_unfolding_costs_more():
     assert plan_tile_mvm(short, "sm_80", 108).strategy == "fused"
 
 
+def test_tiles_of_whole_channels_are_gathered_without_waste():
+    """ResNet-50's layer3: in the order of positions 128 lines are driven as 128, else as 256."""
+    by_channel = Case(6272, 1, 2304, 256, 1, 128, noise="fast", images=(32, 16, 16, 9))
+    by_position = replace(by_channel, line_order="position_channel")
+    assert plan_tile_mvm(by_channel, "sm_90", 132).strategy == "wgmma"
+    plan = plan_tile_mvm(by_position, "sm_90", 132)
+    assert (plan.strategy, plan.chunks) == ("implicit", 0), plan.explain()
+    us = {}
+    for case in (by_channel, by_position):
+        for line in plan_tile_mvm(case, "sm_90", 132).why:
+            if found := re.match(r"(fused|implicit): (\d+) us", line):
+                us[case.line_order, found[1]] = int(found[2])
+    assert us["position_channel", "implicit"] < us["position_channel", "fused"]  # patches are not moved
+    assert us["channel_position", "fused"] == us["position_channel", "fused"]
+    assert us["channel_position", "implicit"] > 1.3 * us["position_channel", "implicit"]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"images": None}, r"no patches drive the lines \(those of a convolution read forwards do\)"),
         ({"images": (1, 20000, 3, 9)}, "images of 20000 x 3 are too large for its indices"),
+        (
+            {"line_order": "position_channel", "tile": 100},
+            "64 channels in tiles of 100 lines are no chunks of eight channels",
+        ),
+        (
+            {"line_order": "position_channel", "drive": 540},
+            "60 channels in tiles of 128 lines are no chunks of eight channels",
+        ),
         ({"images": (70000, 3, 3, 9)}, "70000 images are too many for its indices"),
         ({"images": (60000, 400, 400, 9)}, "the operands are too large for its indices"),
         ({"adc_bits": 0}, "nothing is converted"),

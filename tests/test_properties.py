@@ -116,7 +116,8 @@ def geometries(draw):
     reach = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
     height, width = (draw(st.integers(max(1, r), max(1, r) + 7)) for r in reach)
     stride = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
-    return ConvGeometry(draw(st.integers(1, 4)), height, width, kernel, stride, padding, dilation)
+    order = draw(st.sampled_from(["channel_position", "position_channel"]))
+    return ConvGeometry(draw(st.integers(1, 4)), height, width, kernel, stride, padding, dilation, order)
 
 
 def assert_codes_close(y, expected, step):

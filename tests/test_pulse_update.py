@@ -168,6 +168,9 @@ GEOMETRIES = {
     "same": ConvGeometry(2, 7, 9, (3, 3), padding=(1, 1)),
     "strided": ConvGeometry(3, 8, 6, (2, 3), stride=(2, 1), padding=(0, 2), dilation=(3, 2)),
     "one-pixel": ConvGeometry(5, 1, 1, (1, 1)),
+    "by-position": ConvGeometry(
+        3, 6, 5, (3, 2), stride=(1, 2), padding=(1, 0), line_order="position_channel"
+    ),
 }
 
 

@@ -66,7 +66,11 @@ def bench(
 def _explain(console: Console, arch: str, multiprocessors: int) -> None:
     if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
         raise ValueError(f"bench: `explain` must name an architecture, got {arch!r}; give one such as sm_90")
-    where_bytes_pay = [replace(r, precision="int8") for r in READS if r.noise == "none" or r.tile >= 512]
+    where_bytes_pay = [
+        replace(r, precision="int8")
+        for r in READS
+        if not r.case.int8 and (r.noise == "none" or r.tile >= 512)
+    ]
     for read in (*READS, *where_bytes_pay, *CONVOLUTIONS):
         title = f"{read.name}: {read.size}, noise {read.noise}"
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpuxbar.bridge.lines import of_lines
 from gpuxbar.ops import ConvGeometry
 
 __all__ = ["ideal_convolution_us", "weights"]
@@ -54,4 +55,5 @@ def ideal_convolution_us(
 
 def weights(conv: ConvGeometry, kernels: np.ndarray) -> Tensor:
     """What `torch.nn.functional.conv2d` takes, of [inputs, outputs]."""
-    return torch.from_numpy(kernels.T.copy()).reshape(-1, conv.channels, *conv.kernel)
+    lines = torch.from_numpy(kernels.T.copy())
+    return of_lines(lines, (len(lines), conv.channels, *conv.kernel), conv.line_order)

@@ -33,7 +33,7 @@ from gpuxbar.bridge.arrays import explain_gpu
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.launch import CudaDevice, Device, Kernel
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.ops.tile_mvm_plan import Case, Plan, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_plan import INT8_RATE, Case, Plan, plan_tile_mvm
 
 __all__ = ["CHECKS", "CONVOLUTIONS", "READS", "Read", "Recorder", "Subject", "Target", "check"]
 
@@ -61,7 +61,8 @@ class Target:
 class Read:
     """A read to time by every fused kernel that can compute it; `targets` of the kernels that have one.
 
-    `images`: above 0, the rows are the pixels of so many square images, convolved by 3 x 3.
+    `images`: above 0, the rows are the pixels of so many square images, convolved by 3 x 3, whose channels and positions lie
+    on the lines in `line_order`. Of bytes ("int8") cuBLAS + epilogue reads the same codes and levels as halves.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Read:
     precision: str = "fp16"
     variance: bool = False
     images: int = 0
+    line_order: str = "channel_position"
     targets: Mapping[str, Target] = field(default_factory=dict)
 
     @property
@@ -80,14 +82,14 @@ class Read:
         if not self.images:
             return None
         side = isqrt(self.rows // self.images)
-        return ConvGeometry(self.inputs // 9, side, side, (3, 3), (1, 1), (1, 1))
+        return ConvGeometry(self.inputs // 9, side, side, (3, 3), (1, 1), (1, 1), line_order=self.line_order)
 
     @property
     def size(self) -> str:
         size = f"{self.rows} x {self.inputs} x {self.outputs}"
         if self.conv is not None:
             side, channels = self.conv.height, self.conv.channels
-            size = f"{self.images} images of {side} x {side}, {channels} channels"
+            size = f"{self.images} images of {side} x {side}, {channels} channels, {self.line_order}"
         return f"{size}, {self.tile}-row tiles, {self.precision}"
 
     @property
@@ -95,7 +97,7 @@ class Read:
         """What the planner sees."""
         images = None if self.conv is None else (self.images, self.conv.height + 2, self.conv.width + 2, 9)
         return Case(self.rows, 1, self.inputs, self.outputs, 1, self.tile, noise=self.noise, variance=self.variance,
-                    precision=self.precision, images=images)  # fmt: skip
+                    precision=self.precision, images=images, line_order=self.line_order)  # fmt: skip
 
     def plan(self, arch: str, multiprocessors: int, strategy: str = "auto") -> Plan:
         """What the planner chooses, or makes of a strategy."""
@@ -103,14 +105,22 @@ class Read:
 
     def kernels(self, of_device: Sequence[str]) -> tuple[str, ...]:
         """The strategies to time, of those that a device has."""
+        if self.case.int8:
+            return FUSED[:1]
         return (*of_device, "implicit") if self.images else tuple(of_device)
 
-    def settings(self) -> dict[str, Any]:
+    @property
+    def top(self) -> int:
+        """The largest level: 11 bits of a half, 8 of a byte."""
+        return 127 if self.case.int8 else 2047
+
+    def settings(self, strategy: str = "auto") -> dict[str, Any]:
         """Of `ops.tile_mvm`."""
+        precision = "fp16" if self.case.int8 and strategy == "epilogue" else self.precision
         noise = {"read_noise": 0.0 if self.noise == "none" else LSB / 2, "generator": self.noise}
         if self.noise == "none":
             noise["generator"] = "exact"
-        return {**COMMON, **noise, "tile_rows": self.tile, "precision": self.precision, "conv": self.conv}
+        return {**COMMON, **noise, "tile_rows": self.tile, "precision": precision, "conv": self.conv}
 
     @property
     def codes_shape(self) -> tuple[int, ...]:
@@ -124,11 +134,13 @@ class Read:
         """Microseconds that the products, the noise and the memory alone take at the ceilings of a device."""
         conversions = self.rows * self.case.tiles * self.outputs
         products = self.case.terms + self.variance
-        halves = prod(self.codes_shape) + self.inputs * self.outputs * products
+        operands = prod(self.codes_shape) + self.inputs * self.outputs * products
         multiply = rates["wgmma TFLOP/s" if kernel in FUSED[1:] else "mma.sync TFLOP/s"]
+        multiply *= INT8_RATE if self.case.int8 else 1.0
+        size = 1 if self.case.int8 else 2
         floors = {
             "products": 2e-6 * self.rows * self.inputs * self.outputs * products / multiply,
-            "memory": 1e-3 * (2 * halves + 4 * self.rows * self.outputs) / rates["copy GB/s"],
+            "memory": 1e-3 * (size * operands + 4 * self.rows * self.outputs) / rates["copy GB/s"],
         }
         if self.noise != "none":
             floors["noise"] = 1e-3 * conversions / rates[f"{self.noise} Gnormal/s"]
@@ -136,7 +148,8 @@ class Read:
 
 
 COMMON: dict[str, Any] = {
-    "v_lsb": 2.0**-10, "adc_bits": 8, "adc_lsb": LSB, "g_range": 2.0**-20, "seed": 2**40 + 1, "step": 3,
+    "v_lsb": 2.0**-10, "adc_bits": 8, "adc_lsb": LSB, "g_range": 2.0**-20, "g_step": G_STEP, "g_offset": 130 * G_STEP,
+    "seed": 2**40 + 1, "step": 3,
 }  # fmt: skip
 CUBE = (4096, 4096, 4096)
 READS = (
@@ -152,6 +165,7 @@ READS = (
     Read("adc-only-64", *CUBE, 64, noise="none"),
     Read("adc-only-256", *CUBE, 256, noise="none", targets={"wgmma": Target(240)}),
     Read("adc-only-512", *CUBE, 512, noise="none"),
+    Read("adc-only-512-bytes", *CUBE, 512, noise="none", precision="int8"),
     Read("fast-two-halves", *CUBE, precision="fp16x2", targets={"fused": Target(620), "wgmma": Target(620)}),
     Read("transformer", 8192, 1024, 4096, targets={"wgmma": Target(175)}),
     Read("small-batch", 128, 4096, 4096),
@@ -160,7 +174,16 @@ READS = (
 CONVOLUTIONS = (
     Read("resnet18-layer1", 128 * 32 * 32, 576, 64, images=128),
     Read("resnet18-layer3", 128 * 8 * 8, 2304, 256, images=128),
-    Read("resnet50-layer3", 32 * 14 * 14, 2304, 256, images=32, targets={"implicit": Target(28, 2.2)}),
+    Read("resnet50-layer3", 32 * 14 * 14, 2304, 256, images=32),
+    Read(
+        "resnet50-layer3-by-position",
+        32 * 14 * 14,
+        2304,
+        256,
+        images=32,
+        line_order="position_channel",
+        targets={"implicit": Target(28, 2.2)},
+    ),
 )
 
 
@@ -190,6 +213,7 @@ class Recorder:
     inner: Device
     steps: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
     arrays: list[Any] = field(default_factory=list)
+    unused: list[Any] = field(default_factory=list)  # zeros that no kernel has taken yet
 
     def __post_init__(self) -> None:
         self.workspace, self.arch = self.inner.workspace, self.inner.arch
@@ -199,10 +223,18 @@ class Recorder:
         self.arrays.append(self.inner.empty(shape, dtype))
         return self.arrays[-1]
 
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        self.unused.append(self.inner.zeros(shape, dtype))
+        self.arrays.append(self.unused[-1])
+        return self.unused[-1]
+
     def launch(
         self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], values: Mapping[str, Any],
         macros: Mapping[str, int] | None = None, shared: int = 0,
     ) -> None:  # fmt: skip
+        for zeros in [array for array in self.unused if any(array is value for value in values.values())]:
+            self._run(kernel.name, partial(zeros.fill, 0))  # a kernel that adds to zeros needs them again
+            self.unused = [array for array in self.unused if array is not zeros]
         self._run(kernel.name, partial(self.inner.launch, kernel, grid, block, values, macros, shared))
 
     def matmul(self, *operands: Any) -> None:
@@ -246,10 +278,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "streams": {"stream_bits": 4, "streams": 2, "read_noise": LSB / 3},
     "variance": {"read_noise": LSB / 3, "noise_var": 2.0**-52},
 }
-ODD_CONVOLUTIONS = (  # geometry, images, outputs, lines of a tile; the last as timed
+ODD_CONVOLUTIONS = (  # geometry, images, outputs, lines of a tile; the last ones as timed
     (ConvGeometry(5, 9, 7, (3, 2), (2, 1), (1, 1)), 3, 9, 20),
+    (ConvGeometry(8, 6, 5, (3, 2), (2, 1), (1, 1), (1, 2), "position_channel"), 3, 9, 24),
     (ConvGeometry(16, 6, 5, (3, 3), (1, 1), (1, 1), (1, 2)), 2, 70, 64),
     (ConvGeometry(256, 14, 14, (3, 3), (1, 1), (1, 1)), 2, 256, 128),
+    (ConvGeometry(256, 14, 14, (3, 3), (1, 1), (1, 1), line_order="position_channel"), 2, 256, 128),
 )
 
 
@@ -275,9 +309,22 @@ def _convolutions_match_the_oracle(subject: Subject) -> str:
         codes = codes.reshape(images, conv.channels, conv.height, conv.width)
         for way in ("exact", "fast"):
             s = {**COMMON, **WAYS[way], "conv": conv}
-            name = f"{way}, {conv.channels} channels of {conv.height} x {conv.width}"
+            name = f"{way}, {conv.channels} channels of {conv.height} x {conv.width}, {conv.line_order}"
             kernels = (*subject.kernels, "implicit")
             worst = max(worst, _against_the_oracle(subject, kernels, codes, g, tile, 1, name, s))
+    return f"at most {worst:.1e} of the codes fell to the other side of a rounding edge"
+
+
+def _bytes_match_the_oracle(subject: Subject) -> str:
+    """Of whole levels around an offset, which only the first fused kernel multiplies as bytes."""
+    worst = 0.0
+    for rows, inputs, outputs, tile in ODD_SHAPES:
+        codes, g = _operands(rows, inputs, outputs, top=127)
+        g += np.float32(COMMON["g_offset"])
+        for way in ("adc", "fast"):
+            s = {**COMMON, **WAYS[way], "precision": "int8"}
+            name = f"{way}, bytes, {rows} x {inputs} x {outputs}"
+            worst = max(worst, _against_the_oracle(subject, FUSED[:1], codes, g, tile, 1, name, s))
     return f"at most {worst:.1e} of the codes fell to the other side of a rounding edge"
 
 
@@ -286,7 +333,9 @@ def _against_the_oracle(
     s: dict[str, Any],
 ) -> float:  # fmt: skip
     """The largest share of results of a kernel that differ."""
-    oracle = {key: value for key, value in s.items() if key not in ("precision", "g_range")}
+    oracle = {
+        key: value for key, value in s.items() if key not in ("precision", "g_range", "g_step", "g_offset")
+    }
     expected = reference.tile_mvm(codes, g, tile=tile, **oracle)
     s = {"precision": "fp16", **s}
     return max(
@@ -379,6 +428,7 @@ def _ceilings_compute(subject: Subject) -> str:
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "matches the float64 oracle": _matches_the_oracle,
     "convolutions": _convolutions_match_the_oracle,
+    "bytes": _bytes_match_the_oracle,
     "two runs": _repeats,
     "fused and cuBLAS + epilogue": _equals_the_epilogue,
     "noise": _noise_is_normal,
@@ -469,17 +519,18 @@ def _time(read: Read, kernels: Sequence[str]) -> dict[str, dict[str, float]]:
     import cupy
 
     # every call packs operands of its own: together they do not fit the cache
-    count = max(2, -(-CACHE_BYTES // (2 * (prod(read.codes_shape) + read.inputs * read.outputs))))
+    size = 1 if read.case.int8 else 2
+    count = max(2, -(-CACHE_BYTES // (size * (prod(read.codes_shape) + read.inputs * read.outputs))))
     rng = np.random.default_rng(0)
     inputs = [cupy.asarray(rng.integers(-127, 128, read.codes_shape).astype(np.int16)) for _ in range(count)]
-    g = cupy.asarray((rng.integers(-2047, 2048, (read.inputs, read.outputs)) * G_STEP).astype(np.float32))
-    settings = read.settings() | ({"noise_var": cupy.abs(g) * 2.0**-30} if read.variance else {})
+    levels = rng.integers(-read.top, read.top + 1, (read.inputs, read.outputs))
+    g = cupy.asarray((levels * G_STEP + (COMMON["g_offset"] if read.case.int8 else 0.0)).astype(np.float32))
+    variance = {"noise_var": cupy.abs(g) * 2.0**-30} if read.variance else {}
     times = {}
     for strategy in (*kernels, "epilogue"):
         recorders = [Recorder(CudaDevice()) for _ in inputs]
-
-        def call(codes: Any, device: Device, strategy: str = strategy) -> Any:
-            return ops.tile_mvm(codes, g, device=device, strategy=strategy, **settings)
+        settings = read.settings(strategy) | variance
+        call = partial(_call, g, strategy, settings)
 
         for codes, recorder in zip(inputs, recorders, strict=True):
             call(codes, recorder)
@@ -498,6 +549,10 @@ def _time(read: Read, kernels: Sequence[str]) -> dict[str, dict[str, float]]:
         )
     times[IDEAL_PRODUCT] = {"read": us}
     return times
+
+
+def _call(g: Any, strategy: str, settings: dict[str, Any], codes: Any, device: Device) -> Any:
+    return ops.tile_mvm(codes, g, device=device, strategy=strategy, **settings)
 
 
 def _ideal_product_us(read: Read, inputs: Sequence[Any], g: Any) -> float:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import gradient, operator
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
@@ -67,7 +67,8 @@ def analog_mvm(
     Args:
         x: Inputs inside the DAC range, float32 [B, G * I] or images [N, channels, height, width].
         weight: The layer's weight; receives the gradient, its values are not used.
-        g: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping.
+        g: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping; the wordlines of a
+            convolution in the order of its plan.
         back_g: The same where the transposed read sees another matrix, or None.
         noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2, or None.
         w_max: Weight of a full pair, float32 [G * O].
@@ -172,10 +173,7 @@ def _transposed(
         grad_x = _less_reference(grad_x, way, transposed=True)
         if conv is None:
             return grad_x
-        patches = grad_x.unflatten(0, (image[0], -1)).transpose(1, 2)
-        return functional.fold(
-            patches, (conv.height, conv.width), conv.kernel, conv.dilation, conv.padding, conv.stride
-        )
+        return fold_lines(grad_x, tuple(image), weight.shape, way)
 
 
 def abs_max(x: Tensor, per_sample: bool) -> Tensor:
@@ -188,7 +186,14 @@ def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
     if len(weight) != 4:
         return None
     return ConvGeometry(
-        weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation
+        weight[1],
+        image[2],
+        image[3],
+        (weight[2], weight[3]),
+        way.stride,
+        way.padding,
+        way.dilation,
+        way.line_order,
     )
 
 

@@ -54,7 +54,9 @@ def pulse_update(
     conv = None
     if patch is not None:
         kernel, stride, padding, dilation = ((patch[i], patch[i + 1]) for i in range(0, 8, 2))
-        conv = ConvGeometry(x.shape[1] // groups, x.shape[2], x.shape[3], kernel, stride, padding, dilation)
+        conv = ConvGeometry(
+            x.shape[1] // groups, x.shape[2], x.shape[3], kernel, stride, padding, dilation, crossbar.mapping.line_order
+        )  # fmt: skip
     with on_device(g, "pulses") as device:
         weights = ops.pulse_update(
             array(g), array(x), array(d), rate=rate, train=crossbar.pulses, law=crossbar.update, w_max=array(w_max),

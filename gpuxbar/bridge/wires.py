@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.lines import by_line, of_lines
 from gpuxbar.bridge.operator import gradient, operator, spec_of
 from gpuxbar.launch import Device
 from gpuxbar.mapping import Planes
@@ -107,11 +108,12 @@ def weight_through_wires_gradient(
     planes = Planes.of(crossbar, collapse=False)
     window = planes.unit * (crossbar.device.g_max - crossbar.device.g_min)
     base, slices = 2.0 ** (crossbar.mapping.slice_bits or 0), crossbar.mapping.slices
-    shape = (groups, weight.shape[0] // groups, -1)
+    order = crossbar.mapping.line_order
     full = w_max.view(groups, -1, 1)
     with on_device(grad, "wires backward") as device:
         tiles = _tiles(cells.view(-1, cells.shape[1] // groups, cells.shape[2]), crossbar)
-        seen = _tiles((grad.detach().float().view(shape) * full).mT, crossbar).repeat(len(cells), 1, 1, 1, 1)
+        seen = by_line(grad.detach().float(), groups, order) * full
+        seen = _tiles(seen.mT, crossbar).repeat(len(cells), 1, 1, 1, 1)
         moved = tensor(
             ops.effective_conductance_gradient(
                 array(tiles), array(seen), **_ohms(crossbar.parasitics, swap=False), device=device
@@ -124,9 +126,9 @@ def weight_through_wires_gradient(
     if pairs:
         out = positive + negative
     else:
-        sign = weight.detach().float().reshape(shape).sign()
+        sign = by_line(weight.detach().float(), groups, order).sign()
         out = positive * (1 + sign) + negative * (1 - sign)
-    return (window / 2 * out / full).view_as(grad).to(grad.dtype)
+    return of_lines(window / 2 * out / full, grad.shape, order).to(grad.dtype).contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -45,6 +45,9 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """An uninitialised C-contiguous array."""
 
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A C-contiguous array of zeros."""
+
     def launch(
         self,
         kernel: Kernel,
@@ -81,6 +84,11 @@ class CudaDevice:
         self.workspace = workspace
         self.empty = empty or cupy.empty
         self.arch, self.multiprocessors = _properties(cupy.cuda.runtime.getDevice())
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
+        array = self.empty(shape, dtype)
+        array.fill(0)
+        return array
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...], values: Mapping[str, Any],

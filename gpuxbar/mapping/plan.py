@@ -61,7 +61,8 @@ class ReadPlan:
         precision, g_range: Arithmetic of the products on a GPU, and the largest magnitude of a cell, S.
         g_step, g_offset: Conductance between levels, and of level 0, S, where levels are multiplied (int8).
         reference: (rows, columns) of a tile with a reference line each way; (0, 0): no reference lines.
-        stride, padding, dilation: Of the convolution; unused by a linear layer.
+        stride, padding, dilation: Of the convolution; unused by a linear layer, as is
+        line_order: Of its channels and positions on the wordlines of a group; see `spec.Mapping`.
         why: Which collapses were taken, in words.
     """
 
@@ -83,6 +84,7 @@ class ReadPlan:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    line_order: str = "channel_position"
     why: tuple[str, ...] = ()
 
     @property
@@ -127,7 +129,8 @@ def plan_reads(
     g_step, g_offset = planes.levels(spec) if spec.precision == "int8" else (None, 0.0)
     plan = ReadPlan(
         forward, backward, groups, inputs, outputs, planes.unit, planes.slice_scale, spec.generator, seed, name,
-        spec.precision, planes.largest(spec), g_step, g_offset, reference=reference, why=(why,),
+        spec.precision, planes.largest(spec), g_step, g_offset, reference=reference,
+        line_order=spec.mapping.line_order, why=(why,),
     )  # fmt: skip
     return plan, planes
 

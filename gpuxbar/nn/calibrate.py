@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gpuxbar.bridge.analog_mvm import abs_max
+from gpuxbar.bridge.lines import unfold_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.layers import AnalogConv2d, AnalogLayer
 
@@ -160,8 +160,7 @@ def _currents(layer: AnalogLayer, read: Read, x: Tensor) -> Tensor:
     """Magnitudes of the partial sums of some rows of an input, A: [conversions * rows, sensed lines]."""
     if isinstance(layer, AnalogConv2d):
         x = layer.padded(x)[:16]
-        x = functional.unfold(x, layer.kernel_size, layer.dilation, layer.plan.padding, layer.stride)
-        x = x.transpose(1, 2).flatten(0, 1)
+        x = unfold_lines(x, layer.weight.shape, layer.plan)
     return _partial_sums(layer, read, x.reshape(-1, x.shape[-1]), transposed=False)
 
 

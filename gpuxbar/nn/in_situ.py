@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gpuxbar import ops
 from gpuxbar.bridge.carry import carry
 from gpuxbar.bridge.device_update import device_update
+from gpuxbar.bridge.lines import by_line, of_lines, unfold_lines
 from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
 from gpuxbar.bridge.reprogram import program_pairs
@@ -62,6 +62,14 @@ class InSitu(Programmed):
     def in_situ(self) -> bool:
         return self.g_cells is not None
 
+    def by_line(self, weight: Tensor) -> Tensor:
+        """Weights (or their changes), shape of `weight`, as the array holds them: [G, O, I], in its order of wordlines."""
+        return by_line(weight, self.groups_, self.plan.line_order)
+
+    def of_lines(self, lines: Tensor) -> Tensor:
+        """The inverse of `by_line`."""
+        return of_lines(lines, self.weight.shape, self.plan.line_order)
+
     @property
     def pulsed(self) -> bool:
         """Trained in situ by pulse trains: a backward pass keeps inputs and errors, and makes no weight gradient."""
@@ -86,7 +94,7 @@ class InSitu(Programmed):
         """
         self.require_law()
         self.require_unprogrammed("begin_in_situ")
-        weight = self.weight.detach().reshape(self.groups_, self.outputs, self.inputs).float()
+        weight = self.by_line(self.weight.detach().float())
         rows = weight.abs().amax(2).reshape(-1)
         top = rows.amax()
         if not 0 < top < torch.inf:
@@ -117,14 +125,14 @@ class InSitu(Programmed):
                 f"{self.name}: `refresh` must follow begin_in_situ(), got a layer that is not trained in situ; build "
                 "InSituSGD first"
             )
-        self._write_pairs(self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs))
+        self._write_pairs(self.by_line(self.weight.detach().float()))
 
     def set_device_map(self, devices: Any) -> None:
         """Train measured devices in place of those that the seed draws, from the next update on.
 
         Args:
-            devices: A map for the layer's law, float16 [K, 2 slices, G * I, O], NumPy array or tensor: see `ops.device_map`. It
-                joins the state dict. None: the seed's devices again. A captured step keeps the map it was captured with.
+            devices: A map for the layer's law, float16 [K, 2 slices, G * I, O], NumPy array or tensor: see `ops.device_map`;
+                wordlines in the order of `mapping.line_order`. It joins the state dict. None: the seed's devices again. A captured step keeps the map it was captured with.
         """
         self.require_law()
         law = self.spec.update
@@ -218,7 +226,7 @@ class InSitu(Programmed):
             self.device_map,
             patch,
         )
-        self._show(read.view_as(self.weight))
+        self._show(self.of_lines(read))
 
     @torch.no_grad()
     def relax(self) -> None:
@@ -243,9 +251,7 @@ class InSitu(Programmed):
         """Inputs and errors as the lines of the array see them: [B, G * I] and [B, G * O]."""
         if x.dim() == 2:
             return x, d
-        way = self.plan
-        patches = functional.unfold(x, self.weight.shape[2:], way.dilation, way.padding, way.stride)
-        return patches.transpose(1, 2).flatten(0, 1), d.flatten(2).transpose(1, 2).flatten(0, 1)
+        return unfold_lines(x, self.weight.shape, self.plan), d.flatten(2).transpose(1, 2).flatten(0, 1)
 
     def trained_cells(self) -> Cells:
         """What reads find: both planes, or their analog difference, through the wires."""
@@ -273,7 +279,7 @@ class InSitu(Programmed):
         assert self.g_cells is not None
         assert self.w_max is not None
         assert self.update_step is not None
-        dw = change.float().reshape(self.groups_, self.outputs, self.inputs).contiguous()
+        dw = self.by_line(change.float()).contiguous()
         spec, seed = self.static[1], self.plan.seed
         read = device_update(
             self.g_cells,
@@ -286,7 +292,7 @@ class InSitu(Programmed):
             self.pulse_count,
             self.device_map,
         )
-        return read.view_as(change)
+        return self.of_lines(read)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)

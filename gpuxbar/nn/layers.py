@@ -97,7 +97,9 @@ class AnalogLayer(InSitu):
     def _setup_packing(self, device: torch.device) -> None:
         """Buffers for what reads on a GPU keep of the conductances, None unless they do: memory of both directions, and the
         states of `ops.PackedConductance`, int64 [2, 2]."""
-        way, positions = self.plan, int(np.prod(self.weight.shape[2:])) if self.weight.dim() == 4 else 0
+        way = self.plan
+        gathered = self.weight.dim() == 4 and way.line_order == "channel_position"
+        positions = int(np.prod(self.weight.shape[2:])) if gathered else 0
         rows, cols = way.reference_lines
         for name, read, lines, transposed in (
             ("packed", way.forward, (self.inputs, self.outputs + cols), False),
@@ -173,7 +175,7 @@ class AnalogLayer(InSitu):
 
     def _written_weight(self) -> Tensor:
         """The weights [G, O, I] as they are written, with the reference lines of an offset mapping: weights of 0."""
-        weight = self.weight.detach().float().reshape(self.groups_, self.outputs, self.inputs)
+        weight = self.by_line(self.weight.detach().float())
         rows, cols = self.plan.reference_lines
         return functional.pad(weight, (0, rows, 0, cols)) if rows else weight
 

@@ -71,19 +71,18 @@ def fused_tile_mvm(
     """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
     patches = dict.fromkeys(_PATCHES, 1)
     images = None
-    if plan.chunks:
+    if plan.strategy == "implicit":
         patches = _patches(s["conv"], plan.chunks)
         images = _packed_images(device, v, s["groups"], patches["channels"])
     shape = Padded.of(g.shape, rows, inputs, s, 8 * plan.chunks * patches["positions"])
-    operand = right_operand(
-        device, g, shape, inputs, s, positions=patches["positions"], chunks=patches["chunks"]
-    )
+    positions = patches["positions"] if plan.chunks else 1
+    operand = right_operand(device, g, shape, inputs, s, positions=positions, chunks=max(plan.chunks, 1))
     int8 = s["precision"] == "int8"
     converters = s["adc_gain"] is not None or s["adc_offset"] is not None
     macros = {
         "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2,
         "NOISE": generator_of(s), "VARIANCE": int(operand.spread is not None),
-        "STREAMS": 0 if int8 or not s["stream_bits"] else s["phases"], "IMPLICIT": int(images is not None),
+        "STREAMS": 0 if int8 or not s["stream_bits"] else s["phases"], "IMPLICIT": 0 if images is None else 1 if plan.chunks else 2,
         "INT8": (1 if shape.tile * 127 * 128 < 2**22 else 2) if int8 else 0,
     }  # fmt: skip
     more = {
@@ -135,9 +134,7 @@ def read_fused(
     def read(y: Any, gate: Any, row0: int, y_row0: int, rows: int) -> None:
         inputs, more = images, dict[str, Any]()
         if int8 and s["g_offset"]:  # level 0 conducts too
-            code_sums = device.empty((shape.passes, rows, shape.groups, shape.tiles), "int32")
-            code_sums.fill(0)
-            more["code_sums"] = code_sums
+            more["code_sums"] = device.zeros((shape.passes, rows, shape.groups, shape.tiles), "int32")
         if inputs is None:
             inputs = pack_inputs(
                 device, v, shape, row0, rows, s, "int8" if int8 else "float16", digits=digits, panel_rows=panel_rows,
@@ -145,9 +142,8 @@ def read_fused(
             )  # fmt: skip
         words = None
         if by_words:
-            words = device.empty((shape.passes, shape.planes, rows, outputs), "int32")
-            if plan.splits > 1:
-                words.fill(0)
+            memory = device.zeros if plan.splits > 1 else device.empty
+            words = memory((shape.passes, shape.planes, rows, outputs), "int32")
         shared = {
             "slice_scale": s["slice_scale"], "adc_lsb": lsb, "row_scale": row_scale, "col_scale": s["col_scale"],
             "bias": s["bias"], "words": words, "adc_lsb_value": lsb_value, "row0": row0, "y_row0": y_row0,

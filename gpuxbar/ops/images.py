@@ -6,7 +6,7 @@ import ctypes
 
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["Conv"]
+__all__ = ["Conv", "line_steps"]
 
 
 class Conv(ctypes.Structure):
@@ -16,7 +16,7 @@ class Conv(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "channels", "height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h",
-            "dilation_w", "out_h", "out_w",
+            "dilation_w", "out_h", "out_w", "channel_step", "position_step",
         )
     ]  # fmt: skip
 
@@ -26,5 +26,13 @@ class Conv(ctypes.Structure):
         if conv is None:
             return cls()
         return cls(
-            conv.channels, conv.height, conv.width, *conv.kernel, *conv.stride, *conv.padding, *conv.dilation, *conv.out
+            conv.channels, conv.height, conv.width, *conv.kernel, *conv.stride, *conv.padding, *conv.dilation, *conv.out,
+            *line_steps(conv),
         )  # fmt: skip
+
+
+def line_steps(conv: ConvGeometry) -> tuple[int, int]:
+    """Driven lines of a patch from one channel to the next, and from one position of the kernel to the next."""
+    if conv.line_order == "position_channel":
+        return 1, conv.channels
+    return conv.kernel[0] * conv.kernel[1], 1

@@ -230,6 +230,7 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
         adc_bits=s["adc_bits"], adc_signed=s["adc_signed"], noise=("none", "exact", "fast")[generator_of(s)],
         variance=s["noise_var"] is not None, converters=2 if errors else int(np.size(s["adc_lsb"]) > 1),
         gate=s["want_gate"], precision=s["precision"], codes=v.dtype.name == "int16", images=_images(v, s),
+        line_order="channel_position" if s["conv"] is None else s["conv"].line_order,
     )  # fmt: skip
     plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
     if plan.strategy in ("fused", "implicit"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 from gpuxbar.launch.device import Precision
+from gpuxbar.ops.images import line_steps
 from gpuxbar.reference.random import Purpose
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _PLACES = ("height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
-           "dilation_h", "dilation_w", "out_h", "out_w")  # fmt: skip
+           "dilation_h", "dilation_w", "out_h", "out_w", "channel_step", "position_step")  # fmt: skip
 _PLACE_ARGUMENTS: dict[str, Any] = dict.fromkeys(_PLACES, _INT)
 
 PACK_INPUTS = Kernel(
@@ -56,6 +57,7 @@ FOLD = Kernel(
     patches=In("float32"),
     images=Out("float32"),
     planes=_INT,
+    channels=_INT,
     **_PLACE_ARGUMENTS,
     size=_LONG,
 )
@@ -126,9 +128,10 @@ def fold_patches(
         patches = device.empty((count, outputs), "float32")
         read(patches, None, row0, 0, count)
         part = images[row0 // conv.pixels : (row0 + count) // conv.pixels]
+        squares = len(part) * -(-conv.height * conv.width // 32) * -(-planes // 32)
         device.launch(
-            FOLD, (min(-(-part.size // 256), 65536),), (256,),
-            {"patches": patches, "images": part, "planes": planes, **_places(conv), "size": part.size},
+            FOLD, (min(squares, 65536),), (256,),
+            {"patches": patches, "images": part, "planes": planes, "channels": conv.channels, **_places(conv), "size": part.size},
         )  # fmt: skip
     return images
 
@@ -290,5 +293,7 @@ def split_value(value: Any) -> tuple[Any, Any]:
 
 
 def _places(conv: Any) -> dict[str, int]:
-    values = (conv.height, conv.width, *conv.kernel, *conv.stride, *conv.padding, *conv.dilation, *conv.out)
+    values = (
+        conv.height, conv.width, *conv.kernel, *conv.stride, *conv.padding, *conv.dilation, *conv.out, *line_steps(conv),
+    )  # fmt: skip
     return dict(zip(_PLACES, values, strict=True))

@@ -63,6 +63,7 @@ class Case:
         codes: Whether int16 codes drive the lines.
         images: Of a convolution read forwards: images, their height and width with padding, and the
             positions of the kernel; else None.
+        line_order: Of these positions and the channels on the driven lines (`ConvGeometry`).
     """
 
     rows: int
@@ -83,6 +84,7 @@ class Case:
     precision: str = "fp16"
     codes: bool = True
     images: tuple[int, int, int, int] | None = None
+    line_order: str = "channel_position"
 
     @property
     def tiles(self) -> int:
@@ -113,7 +115,10 @@ class Case:
 
     @property
     def chunks(self) -> int:
-        """Chunks of eight channels that hold every tile's share of a patch."""
+        """Chunks of eight channels at each position that hold every tile's share of a patch; 0 where the lines of a tile are
+        such chunks themselves."""
+        if self.line_order == "position_channel":
+            return 0
         return gathered_chunks(self.drive, self.tile, self.positions)
 
     @property
@@ -200,7 +205,8 @@ def rates(arch: str) -> Rates:
 class Plan:
     """A choice with its reasons; `block_n`, `stages` and `splits` shape the fused kernels.
 
-    `chunks`: of eight channels that a tile gathers (implicit); else 0. `cluster`: blocks that share panels.
+    `chunks`: of eight channels that a tile gathers at every position (implicit, in the line order channel_position); else 0.
+    `cluster`: blocks that share panels.
     """
 
     strategy: str
@@ -349,6 +355,11 @@ def _implicit_obstacle(case: Case, arch: str) -> str | None:
         return f"images of {case.images[1]} x {case.images[2]} are too large for its indices"
     if case.images[0] > 65535:
         return f"{case.images[0]} images are too many for its indices"
+    channels = case.drive // case.positions
+    if case.line_order == "position_channel" and (channels % 8 or (case.tiles > 1 and case.tile % 8)):
+        return (
+            f"{channels} channels in tiles of {case.tile} lines are no chunks of eight channels of a position"
+        )
     return _obstacle(case, arch, implicit=True)
 
 
@@ -365,7 +376,7 @@ def _wgmma_obstacle(case: Case, arch: str) -> str | None:
 
 def _padded(case: Case, implicit: bool = False) -> int:
     """Driven lines of a tile as the fused kernel sees them."""
-    lines = 8 * case.chunks * case.positions if implicit else case.tile
+    lines = (implicit and 8 * case.chunks * case.positions) or case.tile
     step = step_lines(case.precision)
     return -(-lines // step) * step
 

@@ -65,10 +65,10 @@ class MixedPrecision(InSituOptimizer):
         part = self.parts[weight]
         assert isinstance(part, Accumulator)
         pulse = pulse_weight(layer)
-        velocity = self._velocity(weight, group["momentum"]).view_as(part.waiting)
+        velocity = layer.by_line(self._velocity(weight, group["momentum"]))
         part.waiting -= group["lr"] * velocity / pulse
         part.steps += 1
         if part.steps % group["transfer_every"] == 0:
             pulses = part.waiting.trunc()
             part.waiting -= pulses
-            layer.update_cells((pulses * pulse).view_as(weight))
+            layer.update_cells(layer.of_lines(pulses * pulse))

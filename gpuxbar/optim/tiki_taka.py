@@ -165,11 +165,11 @@ class TikiTaka(InSituOptimizer):
         assert isinstance(fast, Fast)
         assert weight.grad is not None
         change = torch.zeros(layer.groups_, layer.outputs, layer.inputs, device=weight.device)
-        fast.collect(weight.grad.float().reshape(change.shape), group["fast_lr"])
+        fast.collect(layer.by_line(weight.grad.float()), group["fast_lr"])
         if fast.steps % group["transfer_every"] == 0:
             lines = fast.read(group["lines"], group["fast_lr"])
             change[..., lines.at] = self._transfer(fast, lines, pulse_weight(layer), group)
-            layer.update_cells(change.view_as(weight))
+            layer.update_cells(layer.of_lines(change))
 
     def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
         """Weight changes of the lines read."""

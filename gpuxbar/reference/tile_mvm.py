@@ -17,12 +17,18 @@ import numpy as np
 
 from gpuxbar.reference.random import Purpose, normals
 
-__all__ = ["ConvGeometry", "fold", "stream_digits", "tile_mvm", "tile_spans", "unfold"]
+__all__ = ["LINE_ORDERS", "ConvGeometry", "fold", "stream_digits", "tile_mvm", "tile_spans", "unfold"]
+
+LINE_ORDERS = ("channel_position", "position_channel")
 
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Shape of a convolution read: input [N, groups * channels, height, width], zero padding."""
+    """Shape of a convolution read: input [N, groups * channels, height, width], zero padding.
+
+    `line_order`: of a patch on the wordlines of a group, "channel_position" (all positions of the kernel for one channel, then
+    for the next) or "position_channel" (all channels at one position, then at the next).
+    """
 
     channels: int
     height: int
@@ -31,8 +37,13 @@ class ConvGeometry:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    line_order: str = "channel_position"
 
     def __post_init__(self) -> None:
+        if self.line_order not in LINE_ORDERS:
+            raise ValueError(
+                f"ConvGeometry: `line_order` must be one of {', '.join(LINE_ORDERS)}, got {self.line_order!r}; choose one"
+            )
         for name, low in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
             if min(getattr(self, name)) < low:
                 raise ValueError(
@@ -83,6 +94,8 @@ def unfold(x: np.ndarray, conv: ConvGeometry) -> np.ndarray:
     patches = np.empty((n, oh, ow, planes, kh, kw), dtype=x.dtype)
     for ky, kx, rows, cols in _taps(conv):
         patches[..., ky, kx] = padded[:, :, rows, cols].transpose(0, 2, 3, 1)
+    if conv.line_order == "position_channel":
+        patches = np.moveaxis(patches.reshape(n, oh, ow, -1, conv.channels, kh, kw), 4, 6)
     return patches.reshape(n * oh * ow, planes * kh * kw)
 
 
@@ -90,6 +103,8 @@ def fold(patches: np.ndarray, n: int, conv: ConvGeometry) -> np.ndarray:
     """Adjoint of `unfold`: images [n, groups * channels, height, width]."""
     (ph, pw), (kh, kw), (oh, ow) = conv.padding, conv.kernel, conv.out
     planes = patches.shape[1] // (kh * kw)
+    if conv.line_order == "position_channel":
+        patches = np.moveaxis(patches.reshape(n, oh, ow, -1, kh, kw, conv.channels), 6, 4)
     cells = patches.reshape(n, oh, ow, planes, kh, kw)
     padded = np.zeros((n, planes, conv.height + 2 * ph, conv.width + 2 * pw), dtype=patches.dtype)
     for ky, kx, rows, cols in _taps(conv):

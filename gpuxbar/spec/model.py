@@ -64,6 +64,11 @@ class Mapping(Part):
     `scale`: one weight scale per "tensor", or per output "column": its largest weight is a full pair. `w_max`: the
     weight of a full pair instead; larger ones are clipped.
     `headroom`: in-situ training begins with a weight scale of this times the largest weight, and weights stay inside it.
+    `line_order`: of a convolution's weights on the wordlines of a group: "channel_position" (all positions of the kernel for
+    one channel, then for the next: torch's own layout, flattened) or "position_channel" (all channels at one position, then
+    at the next, as accelerators of channels-last images do). It decides which weights share a tile: 128 rows of a 3 x 3
+    kernel hold 14.2 channels, or two whole blocks of 64 channels of a position, which a GPU gathers from the images without
+    waste. Weights and their gradients keep torch's layout.
     """
 
     scheme: Literal["differential", "subtracted", "offset"] = "differential"
@@ -72,6 +77,7 @@ class Mapping(Part):
     scale: Literal["tensor", "column"] = "tensor"
     w_max: float | None = Field(None, gt=0)
     headroom: float = Field(4.0, ge=1, le=1000)
+    line_order: Literal["channel_position", "position_channel"] = "channel_position"
 
     @model_validator(mode="after")
     def _sliced(self) -> Mapping:

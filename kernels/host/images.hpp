@@ -59,18 +59,25 @@ void pack_patches(const Conv& c, const Drive& drive, i64 groups, i64 group, cons
       }
     }
     float* to = a;
-    for (i64 channel = 0; channel < c.channels; ++channel)
+    const auto pack_line = [&](i64 channel, i64 ky, i64 kx) {
+      const float* tap = window.data() + (channel * lines + ky * c.dilation_h - top) * width + kx * c.dilation_w;
+      for (auto run = begin; run != end; ++run) {
+        const float* from = tap + run->y * c.stride_h * width + run->x * c.stride_w;
+        if (c.stride_w == 1)
+          copy(to + run->first, from, run->count);
+        else
+          for (i64 i = 0; i < run->count; ++i) to[run->first + i] = from[i * c.stride_w];
+      }
+      to += ROW;
+    };
+    if (c.position_step == 1)
+      for (i64 channel = 0; channel < c.channels; ++channel)
+        for (i64 ky = 0; ky < c.kernel_h; ++ky)
+          for (i64 kx = 0; kx < c.kernel_w; ++kx) pack_line(channel, ky, kx);
+    else
       for (i64 ky = 0; ky < c.kernel_h; ++ky)
-        for (i64 kx = 0; kx < c.kernel_w; ++kx, to += ROW) {
-          const float* tap = window.data() + (channel * lines + ky * c.dilation_h - top) * width + kx * c.dilation_w;
-          for (auto run = begin; run != end; ++run) {
-            const float* from = tap + run->y * c.stride_h * width + run->x * c.stride_w;
-            if (c.stride_w == 1)
-              copy(to + run->first, from, run->count);
-            else
-              for (i64 i = 0; i < run->count; ++i) to[run->first + i] = from[i * c.stride_w];
-          }
-        }
+        for (i64 kx = 0; kx < c.kernel_w; ++kx)
+          for (i64 channel = 0; channel < c.channels; ++channel) pack_line(channel, ky, kx);
   }
 }
 

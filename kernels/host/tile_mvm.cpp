@@ -228,7 +228,9 @@ struct Folded {
 
   // Adds column k of a block.
   void add(i64 first_image, i64 k, const std::vector<Run>& runs, const float* sum) {
-    const i64 channel = k / (c.kernel_h * c.kernel_w), ky = k / c.kernel_w % c.kernel_h, kx = k % c.kernel_w;
+    const i64 channel = k / c.channel_step % c.channels;
+    const i64 position = k / c.position_step % (c.kernel_h * c.kernel_w);
+    const i64 ky = position / c.kernel_w, kx = position % c.kernel_w;
     for (const Run& run : runs) {
       const i64 y =
           ((run.image - first_image) * c.channels + channel) * height + run.y * c.stride_h + ky * c.dilation_h;

@@ -79,6 +79,11 @@ class ShimDevice:
         array.view(np.uint8).fill(0xFF)
         return array
 
+    def zeros(self, shape, dtype):
+        array = self.empty(shape, dtype)
+        array.fill(0)
+        return array
+
     def launch(self, kernel, grid, block, values, macros=None, shared=0):
         arguments = kernel.bind(values)
         self.launches.append(kernel.name)

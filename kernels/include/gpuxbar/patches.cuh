@@ -1,4 +1,5 @@
-// patches: the order of a tile's driven lines when a convolution's patches are gathered from its images.
+// patches: the order of a tile's driven lines when a convolution's patches are gathered from its images, for lines in the
+// order channel_position. (In the order position_channel eight lines are eight channels of a position: nothing to do.)
 //
 // A read drives the lines d = channel * positions + position of a patch, `tile` of them a tile, so a tile ends amid the
 // positions of a channel. What a tile needs is gathered eight channels at a time: at every position the same `chunks`

@@ -1,0 +1,49 @@
+"""A convolution's weights and patches on the wordlines of its array: the one place where `mapping.line_order` permutes.
+
+Torch's layout of a weight, flattened, is the order "channel_position": then everything here is a view. Of a weight in
+torch's memory format channels_last, "position_channel" is one.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from gpuxbar.mapping import ReadPlan
+
+__all__ = ["by_line", "fold_lines", "of_lines", "unfold_lines"]
+
+
+def by_line(weight: Tensor, groups: int, line_order: str) -> Tensor:
+    """A weight [G * O, I] or [G * O, channels, height, width] by the lines of its array, [G, O, I]."""
+    if _permuted(weight.shape, line_order):
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.reshape(groups, len(weight) // groups, -1)
+
+
+def of_lines(lines: Tensor, shape: tuple[int, ...], line_order: str) -> Tensor:
+    """The inverse of `by_line`: [G, O, I] with the shape of a weight."""
+    if _permuted(shape, line_order):
+        outputs, channels, height, width = shape
+        return lines.reshape(outputs, height, width, channels).permute(0, 3, 1, 2)
+    return lines.reshape(shape)
+
+
+def unfold_lines(x: Tensor, weight: tuple[int, ...], way: ReadPlan) -> Tensor:
+    """Patches [N * pixels, G * I] of images [N, G * channels, height, width], for a weight of a shape."""
+    patches = functional.unfold(x, weight[2:], way.dilation, way.padding, way.stride)
+    if _permuted(weight, way.line_order):
+        patches = patches.unflatten(1, (way.groups, weight[1], -1)).transpose(2, 3).flatten(1, 3)
+    return patches.transpose(1, 2).flatten(0, 1)
+
+
+def fold_lines(patches: Tensor, image: tuple[int, ...], weight: tuple[int, ...], way: ReadPlan) -> Tensor:
+    """The adjoint of `unfold_lines`: images of shape `image`."""
+    patches = patches.unflatten(0, (image[0], -1)).transpose(1, 2)
+    if _permuted(weight, way.line_order):
+        patches = patches.unflatten(1, (way.groups, -1, weight[1])).transpose(2, 3).flatten(1, 3)
+    return functional.fold(patches, image[2:], weight[2:], way.dilation, way.padding, way.stride)
+
+
+def _permuted(weight: tuple[int, ...], line_order: str) -> bool:
+    return line_order == "position_channel" and len(weight) == 4
