@@ -297,6 +297,33 @@ def test_without_a_gpu_it_refuses(tmp_path):
     assert not record.exists()
 
 
+OTHERS = ["noise and ADC behind the product", *(op.name for op in fused.device_ops.TIMED)]
+
+
+def test_updates_and_wires_are_checked():
+    """On the emulated GPU; and the seed of one kernel is another."""
+
+    class Changed(ShimDevice):
+        def launch(self, kernel, grid, block, values, macros=None, shared=0):
+            if kernel.name == "device_update":
+                values = {**values, "seed": values["seed"] ^ 1}
+            super().launch(kernel, grid, block, values, macros, shared)
+
+    there = np.copy  # updates are in place
+    assert fused.device_ops.check(ShimDevice(), there, np.asarray).startswith("off by ")
+    with pytest.raises(OracleMismatch, match=r"^update, devices drawn: off by .*, more than 1e-05$"):
+        fused.device_ops.check(Changed(), there, np.asarray)
+
+
+def test_updates_and_wires_of_the_size_that_is_timed(monkeypatch):
+    monkeypatch.setattr(fused.device_ops, "TILES", 3)
+    monkeypatch.setattr(fused.device_ops, "SIDE", 20)
+    for name, value in {"INPUTS": 128, "OUTPUTS": 40, "BATCH": 5}.items():
+        monkeypatch.setattr(fused.device_ops, name, value)
+    shapes = [op.build(ShimDevice(), np.copy)().shape for op in fused.device_ops.TIMED]
+    assert shapes == [(1, 40, 128)] * 3 + [(3, 20, 20)] * 3
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     """A GPU whose checks and clock are stubs."""
@@ -313,25 +340,30 @@ def emulated(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(fused, "CHECKS", {"light": lambda subject: "green"})
     monkeypatch.setattr(fused, "check_steps", lambda: "replayed")
+    monkeypatch.setattr(fused.device_ops, "check", lambda *_: "exact")
     monkeypatch.setattr(fused, "_ceilings", lambda: {**RATES, "copy GB/s": 4000.0, "fast Gnormal/s": 2000.0})
     monkeypatch.setattr(
         fused, "_time", lambda read, kernels: {k: us[k] for k in (*kernels, "epilogue", "ideal")}
     )
+    monkeypatch.setattr(fused, "_conversions_us", lambda read: 500.0)
+    monkeypatch.setattr(fused, "_op_us", lambda op, subject: 80.0)
     monkeypatch.setattr(fused, "time_step", dict(zip(STEPS, (10.0, 15.0, 25.0), strict=True)).__getitem__)
     monkeypatch.setattr(fused, "_gpu", lambda without, exact: subject())
 
 
 def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     done = run(fused.app, ["--checks"])
-    assert (done.exit_code, done.output) == (0, "light: green\n")
+    assert (done.exit_code, done.output) == (0, "light: green\nupdates and wires: exact\n")
     path = tmp_path / "rows.jsonl"
     done = run(fused.app, ["--record", str(path)], env={"COLUMNS": "300"})
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["case"] for row in rows] == [
         *(read.name for read in (*READS, *CONVOLUTIONS)),
+        *OTHERS,
         *(f"resnet18-step, {kind}" for kind in STEPS),
     ]
+    assert {row["us"] for row in rows if row["case"] == "update, devices drawn"} == {80.0}
     assert rows[0]["us"]["wgmma"] == {"read": 350.0, "from codes": 370.0, "call": 390.0}
     assert rows[0]["floors"]["wgmma"]["noise"] == pytest.approx(4096 * 4096 * 32 / 2000.0 * 1e-3)
     assert rows[0]["targets"]["fused"] == {"us": 430, "speedup": 2.6}
@@ -347,6 +379,7 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     conv = CONVOLUTIONS[-1]
     assert [line for line in lines if line.startswith(f"{conv.name} {conv.size} implicit 27 <= 28, 2.2 x ")]
     assert "mma.sync TFLOP/s 3" in lines
+    assert "update, devices drawn 16.8 M cells 80 (missed) <= 75" in lines
     assert f"{STEPS[1]} 15.00 1.50 <= 2" in lines
     assert f"{STEPS[2]} 25.00 2.50 (missed) <= 2" in lines
 
@@ -372,7 +405,8 @@ def test_a_failed_check_voids_its_table(tmp_path, emulated, monkeypatch, which, 
     status, text, cases = recorded(tmp_path / "rows.jsonl")
     assert status == 2
     assert f"error {'reads: light' if which == 'read' else 'captured steps'}: off by one" in text
-    assert cases == (steps if which == "read" else [read.name for read in (*READS, *CONVOLUTIONS)])
+    reads = [read.name for read in (*READS, *CONVOLUTIONS)]
+    assert cases == [*OTHERS, *steps] if which == "read" else [*reads, *OTHERS]
 
 
 def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
@@ -399,6 +433,7 @@ def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
     assert f"error {STEPS[1]}: no room for {STEPS[1]}" in text
     assert cases == [
         *(read.name for read in (*READS, *CONVOLUTIONS) if read is not READS[1]),
+        *OTHERS,
         f"resnet18-step, {STEPS[0]}",
     ]
 

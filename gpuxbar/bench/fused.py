@@ -1,12 +1,15 @@
-"""`python -m gpuxbar.bench.fused`: proof and speed of the fused reads, and of a whole training step, on a GPU.
+"""`python -m gpuxbar.bench.fused`: proof and speed of the reads, updates, wires and a whole training step, on a GPU.
 
 First the checks of every fused kernel the device has, against the float64 oracle and against cuBLAS + epilogue, on new
-memory that holds NaN, and a captured training step against the same without capture; one that fails leaves no number.
-Then ceilings of the device (what bounds a read, each alone), then reads as replays of CUDA graphs over inputs that do not
-fit its cache together, beside their ideal products and convolutions, then steps of ResNet-18. Below 8 minutes by estimate. What is found is
-printed and recorded as it comes, and what fails takes nothing else with it, unless it leaves the device unusable: `--without`
-leaves a kernel out then. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks` (and memcheck, initcheck,
-synccheck) looks at the same small reads. Not yet run on a GPU; the checks run on the CPU build of the kernels in the tests.
+memory that holds NaN, of updates and wires, and of a captured training step against the same without capture; where one fails, no
+number of its table is made. Then ceilings of the device (what bounds a read, each alone), then reads as replays of CUDA
+graphs over inputs that do not fit its cache together, beside their ideal products and convolutions, then updates and wires,
+then steps of ResNet-18. Below 8 minutes by estimate.
+
+What is found is printed and recorded as it comes, and what fails takes nothing else with it, unless it leaves the device
+unusable: `--without` leaves a kernel out then. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks`
+(and memcheck, initcheck, synccheck) looks at the same small cases. Not yet run on a GPU; the checks run on the CPU build of
+the kernels in the tests.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpuxbar import ops, reference
-from gpuxbar.bench import ceilings
+from gpuxbar.bench import ceilings, device_ops
 from gpuxbar.bench.cases import OracleMismatch
 from gpuxbar.bench.convolution import ideal_convolution_us
 from gpuxbar.bench.record import append, environment
@@ -599,7 +602,7 @@ def main(
         typer.Option(metavar="KERNEL", help="Leave one of Hopper's kernels out: wgmma or cluster."),
     ] = None,
 ) -> None:
-    """Prove and time the fused reads and a training step on this machine's GPU."""
+    """Prove and time the fused reads, updates, wires and a training step on this machine's GPU."""
     report = Report(Console(), record)
     try:
         _check_without(without or [])
@@ -608,13 +611,21 @@ def main(
         show_error(error)
         raise typer.Exit(2) from error
     proven = report.attempt("reads", lambda: check(subject, report.say)) is not None
+    others = report.attempt(
+        "updates and wires", lambda: device_ops.check(subject.device, subject.there, subject.back)
+    )
+    if others is not None:
+        report.say(f"updates and wires: {others}")
     if not checks:
         steps = report.attempt("captured steps", check_steps)
+        if steps is not None:
+            report.say(f"captured steps: {steps}")
         report.about = {"gpu": _gpu_name(), **environment(ROOT)}
         if proven:
             report.attempt("ceilings", lambda: _time_reads(report, subject))
+        if others is not None:
+            _time_others(report, subject)
         if steps is not None:
-            report.say(f"captured steps: {steps}")
             _time_steps(report)
     if report.failed:
         raise typer.Exit(2)
@@ -691,6 +702,41 @@ def _time_reads(report: Report, subject: Subject) -> bool:
         )  # fmt: skip
     report.console.print(reads)
     return True
+
+
+def _time_others(report: Report, subject: Subject) -> None:
+    """Print and record what noise and ADC behind cuBLAS's product, updates and wires take."""
+    table = Table("what", "size", "us", "target (H200)", title="conversions, updates and wires")
+    timed: list[tuple[str, str, float | None, Callable[[], float]]]
+    timed = [("noise and ADC behind the product", READS[0].size, None, partial(_conversions_us, READS[0]))]
+    timed += [(op.name, op.size, op.target_us, partial(_op_us, op, subject)) for op in device_ops.TIMED]
+    for name, size, target, run in timed:
+        us = report.attempt(name, run)
+        if us is not None:
+            missed = target is not None and us > target
+            table.add_row(
+                name, size, f"{us:.0f}{' (missed)' * missed}", "" if target is None else f"<= {target:g}"
+            )
+            report.say(f"{name}: {us:.0f} us")
+            report.add({"case": name, "size": size, "us": us, "target": target})
+    report.console.print(table)
+
+
+def _op_us(op: device_ops.Timed, subject: Subject) -> float:
+    return _replays_us([op.build(CudaDevice(), subject.there)])
+
+
+def _conversions_us(read: Read) -> float:
+    """Of what follows cuBLAS's product: every partial sum is read once, and converted."""
+    import cupy
+
+    rng, recorder = np.random.default_rng(0), Recorder(CudaDevice())
+    codes = cupy.asarray(rng.integers(-127, 128, read.codes_shape).astype(np.int16))
+    g = cupy.asarray(
+        (rng.integers(-read.top, read.top + 1, (read.inputs, read.outputs)) * G_STEP).astype(np.float32)
+    )
+    _call(g, "epilogue", read.settings("epilogue"), codes, recorder)
+    return _replays_us([partial(recorder.replay, ("adc_accumulate",))])
 
 
 def _time_steps(report: Report) -> None:
