@@ -607,6 +607,7 @@ def main(
     try:
         _check_without(without or [])
         subject = _gpu(without or [], exact=checks)
+        report.about = {"gpu": _gpu_name(), **environment(ROOT)}
     except (OSError, ValueError) as error:
         show_error(error)
         raise typer.Exit(2) from error
@@ -620,7 +621,6 @@ def main(
         steps = report.attempt("captured steps", check_steps)
         if steps is not None:
             report.say(f"captured steps: {steps}")
-        report.about = {"gpu": _gpu_name(), **environment(ROOT)}
         if proven:
             report.attempt("ceilings", lambda: _time_reads(report, subject))
         if others is not None:
