@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
@@ -130,17 +129,7 @@ def convert(
             rows.append(Row(label, kind, "analog", why, _tiles(layer), macs, layer.clip_rate()))
     choices.require_used([row.module for row in rows if row.why != NO_FORM])
     _call_layers(model)
-    _keep_from_broadcasts(model)
     return model, Report(tuple(rows))
-
-
-def _keep_from_broadcasts(model: nn.Module) -> None:
-    """Have `DistributedDataParallel` send no buffer that every process makes of the weights: cells, also packed ones."""
-    kept = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    for prefix, layer in model.named_modules():
-        if isinstance(layer, AnalogLayer):
-            kept |= {f"{prefix}.{name}".lstrip(".") for name in layer._non_persistent_buffers_set}
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(kept))
 
 
 class _Rules:
