@@ -438,6 +438,16 @@ def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
     ]
 
 
+def test_a_mistake_shows_its_trace_and_voids_its_table_alone(tmp_path, emulated, monkeypatch):
+    monkeypatch.setattr(fused.device_ops, "check", lambda *_: None.shape)
+    status, text, cases = recorded(tmp_path / "rows.jsonl")
+    assert status == 2
+    assert "error updates and wires: 'NoneType' object has no attribute 'shape'" in text
+    assert "Traceback" in text
+    steps = [f"resnet18-step, {kind}" for kind in STEPS]
+    assert cases == [*(read.name for read in (*READS, *CONVOLUTIONS)), *steps]
+
+
 def test_the_kernel_that_fails_is_named(monkeypatch):
     class Refusing(ShimDevice):
         def launch(self, kernel, *more, **settings):

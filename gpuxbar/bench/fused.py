@@ -1,10 +1,10 @@
 """`python -m gpuxbar.bench.fused`: proof and speed of the reads, updates, wires and a whole training step, on a GPU.
 
 First the checks of every fused kernel the device has, against the float64 oracle and against cuBLAS + epilogue, on new
-memory that holds NaN, of updates and wires, and of a captured training step against the same without capture; where one fails, no
-number of its table is made. Then ceilings of the device (what bounds a read, each alone), then reads as replays of CUDA
-graphs over inputs that do not fit its cache together, beside their ideal products and convolutions, then updates and wires,
-then steps of ResNet-18. Below 8 minutes by estimate.
+memory that holds NaN; where one fails, no number of a read is given. Then ceilings of the device (what bounds a read, each
+alone), and reads as replays of CUDA graphs over inputs that do not fit its cache together, beside their ideal products and
+convolutions. Then updates and wires, and steps of ResNet-18, each after a check of its own: of small ones against the oracle, and
+of a captured step against the same without capture. Below 8 minutes by estimate.
 
 What is found is printed and recorded as it comes, and what fails takes nothing else with it, unless it leaves the device
 unusable: `--without` leaves a kernel out then. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks`
@@ -611,22 +611,13 @@ def main(
     except (OSError, ValueError) as error:
         show_error(error)
         raise typer.Exit(2) from error
-    proven = report.attempt("reads", lambda: check(subject, report.say)) is not None
-    others = report.attempt(
-        "updates and wires", lambda: device_ops.check(subject.device, subject.there, subject.back)
-    )
-    if others is not None:
-        report.say(f"updates and wires: {others}")
-    if not checks:
-        steps = report.attempt("captured steps", check_steps)
-        if steps is not None:
-            report.say(f"captured steps: {steps}")
-        if proven:
-            report.attempt("ceilings", lambda: _time_reads(report, subject))
-        if others is not None:
-            _time_others(report, subject)
-        if steps is not None:
-            _time_steps(report)
+    arrays = subject.device, subject.there, subject.back
+    if report.attempt("reads", lambda: check(subject, report.say)) and not checks:
+        report.attempt("ceilings", lambda: _time_reads(report, subject))
+    if report.attempt("updates and wires", lambda: device_ops.check(*arrays), say=True) and not checks:
+        _time_others(report, subject)
+    if not checks and report.attempt("captured steps", check_steps, say=True):
+        _time_steps(report)
     if report.failed:
         raise typer.Exit(2)
 
@@ -643,14 +634,22 @@ class Report:
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def attempt(self, name: str, run: Callable[[], Any]) -> Any:
-        """What it gives; None, and its error on the screen, if it fails."""
+    def attempt(self, name: str, run: Callable[[], Any], say: bool = False) -> Any:
+        """What it gives, said if asked for; None, and its error on the screen, if it fails.
+
+        Of an error that is no device's, a mistake in Python, the trace is shown too; what comes after it may still be right.
+        """
         try:
-            return run()
-        except FAILURES as error:
+            found = run()
+        except Exception as error:
             self.failed = True
             show_error(OracleMismatch(f"{name}: {error}"))
+            if not isinstance(error, FAILURES):
+                self.console.print_exception()
             return None
+        if say:
+            self.say(f"{name}: {found}")
+        return found
 
     def add(self, row: dict[str, Any]) -> None:
         if self.record is not None:
@@ -672,7 +671,7 @@ def _gpu_name() -> str:
     return name.decode()
 
 
-def _time_reads(report: Report, subject: Subject) -> bool:
+def _time_reads(report: Report, subject: Subject) -> None:
     """Print and record the ceilings, and every read beside them."""
     limits = _ceilings()
     report.about["ceilings"] = limits
@@ -701,7 +700,6 @@ def _time_reads(report: Report, subject: Subject) -> bool:
             {"case": read.name, "size": read.size, "us": us, "floors": floors, "targets": targets, "plan": plan.strategy}
         )  # fmt: skip
     report.console.print(reads)
-    return True
 
 
 def _time_others(report: Report, subject: Subject) -> None:
