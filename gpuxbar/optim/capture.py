@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,7 +102,13 @@ def _captured(step: Callable[[], Tensor], restore: Callable[[], None]) -> tuple[
     """The result of a step, and what runs it again into the same memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+    with (
+        torch.cuda.stream(stream),
+        torch.random.fork_rng(devices=[torch.cuda.current_device()]),
+        warnings.catch_warnings(),
+    ):
+        # PyTorch would have Adam's steps in a graph alone
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         for _ in range(WARM_UPS):
             step()
         restore()
