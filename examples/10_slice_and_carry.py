@@ -1,4 +1,7 @@
-"""Learn digits on non-linear, noisy devices: one pair a weight, or slices of them with carries. Writes slice_and_carry.png."""
+"""Learn digits on non-linear, noisy devices: one pair a weight, or slices with carries, by changes or by pulse trains.
+
+Writes slice_and_carry.png.
+"""
 
 import sys
 
@@ -29,6 +32,14 @@ SPECS = {
     # the lowest slice takes all of it
     "periodic, 2 x 4 bits": {
         "update": LAW,
+        "mapping": {"slices": 2, "slice_bits": 4},
+        "carry": {"scheme": "periodic", "interval": 4, "headroom_bits": 3},
+    },
+    # the same, moved by coincidences of pulse trains instead of by their mean
+    "pair, pulses": {"update": LAW, "pulses": {"length": 31}},
+    "periodic, pulses": {
+        "update": LAW,
+        "pulses": {"length": 31},
         "mapping": {"slices": 2, "slice_bits": 4},
         "carry": {"scheme": "periodic", "interval": 4, "headroom_bits": 3},
     },

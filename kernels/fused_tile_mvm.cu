@@ -13,9 +13,9 @@
 //         STREAMS 0 whole codes, 1 signed digits, 2 two-phase digits (of codes below 1024); CONVERTERS 0 one LSB for
 //         all, 1 an LSB a column, 2 also gain and offset of every converter; GATE also counts the conversions inside
 //         the range, in the high half of each sum; IMPLICIT rows are patches, gathered from images with zeros where they
-//         reach over an edge: 1 lines in the order channel_position, as patches.cuh says, 2 position_channel, for C and lines of
-//         a tile that are multiples of 8; INT8 products of bytes, 1 if the sums of a tile stay below 2^22,
-//         2 larger ones: conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0)
+//         reach over an edge: 1 lines in the order channel_position, as patches.cuh says, 2 position_channel, C and lines
+//         of a tile multiples of 8; INT8 products of bytes, 1 if the sums of a tile stay below 2^22, 2 larger ones:
+//         conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0)
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/mma.cuh"
@@ -91,8 +91,7 @@ struct Block : Part {
   float volts_squared;
   volatile float offset_amperes;  // of a code 1 and the conductance of level 0 (INT8)
 #if IMPLICIT
-  u32 corner[BLOCK_M];         // where the first pixel of a row's patch lies in a, modulo 2^32: it may lie over an edge
-  i16 y[BLOCK_M], x[BLOCK_M];  // of that pixel
+  Patches<BLOCK_M> patches;
 #endif
 
   // What the DAC drives of two codes in this pass, times 2^shift.
@@ -139,10 +138,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    i64 noise_row0,  // and in the counters
                    int rows, int groups, int sense, int tiles, int planes, int k, int streams, int stream_bits,
                    int adc_per_column, float code_min, float code_max, int rows_per_scale, int tile_lines,
-                   int positions, int chunks, int channels,  // of a patch: patches.cuh (IMPLICIT 1); C (IMPLICIT)
-                   int height, int width, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w,
-                   int dilation_h, int dilation_w, int out_w,
-                   int pixels,  // of an image, for y and gate in image layout; or 0
+                   Images images,  // whose patches are the rows (IMPLICIT)
+                   int chunks,     // of a patch: patches.cuh (IMPLICIT 1)
+                   int pixels,     // of an image, for y and gate in image layout; or 0
                    u32 purpose) {
   __shared__ Block block;
   const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
@@ -169,14 +167,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   __syncthreads();
   block.invert(scales, sense, 256);
 #if IMPLICIT
-  const u32 pixel_size = groups * channels;
   if (thread_index() < BLOCK_M) {
-    const u32 i = thread_index();
-    const i64 row = row0 + (block.m0 + (int)i < rows ? block.m0 + (int)i : 0);
-    const int pixel = (int)(row % pixels), top = pixel / out_w * stride_h - pad_h;
-    const int left = pixel % out_w * stride_w - pad_w;
-    block.y[i] = (i16)top, block.x[i] = (i16)left;
-    block.corner[i] = (((u32)(row / pixels) * height + top) * width + left) * pixel_size + block.group * channels;
+    const int row = block.m0 + (int)thread_index();
+    block.patches.locate(images, thread_index(), row0 + (row < rows ? row : 0), block.group);
   }
   __syncthreads();
 #endif
@@ -191,18 +184,16 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const int first = (block.first_tile + (int)line / k) * tile_lines, place = (int)line % k;
 #if IMPLICIT == 1
     const int position = place / 8 / chunks;
-    const int channel = 8 * (first_chunk(first, positions) + place / 8 % chunks);
+    const int channel = 8 * (first_chunk(first, images.positions) + place / 8 % chunks);
 #else
-    const int position = (first + place) / channels, channel = (first + place) % channels;
+    const int position = (first + place) / images.channels, channel = (first + place) % images.channels;
 #endif
-    const int down = position / kernel_w * dilation_h, right = position % kernel_w * dilation_w;
-    const u32 offset = (down * width + right) * pixel_size + channel;
-    const bool driven = position < positions && channel < channels;
+    const Tap tap(images, position, channel);
+    const bool driven = position < images.positions && channel < images.channels;
 #pragma unroll
     for (int i = 0; i < BLOCK_M; i += 32) {
-      const bool inside = (u32)(block.y[row + i] + down) < (u32)height && (u32)(block.x[row + i] + right) < (u32)width;
-      const bool real = driven && inside && i < a_rows;
-      copy_async(to + place_a(row + i, chunk), a + (real ? block.corner[row + i] + offset : 0), real);
+      const bool real = driven && block.patches.inside(images, row + i, tap) && i < a_rows;
+      copy_async(to + place_a(row + i, chunk), a + (real ? block.patches.corner[row + i] + tap.offset : 0), real);
     }
 #else
     const u32 a_from = block.a_line + row * a_row + line;

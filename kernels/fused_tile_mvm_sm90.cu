@@ -1,21 +1,26 @@
 // fused_tile_mvm_sm90: fused_tile_mvm for Hopper (sm_90a): products of whole warpgroups out of shared memory, fed by bulk
-// copies of operands packed in panels. Same counters, same codes.
+// copies of operands packed in panels, or by patches gathered from images. Same counters, same codes.
 //
 // Axes    G groups, T tiles of K driven lines (padded to a multiple of 64), S planes, N sensed lines, M rows of this
 //         call, P passes. In panels of 128 x 64 (panels.cuh), M and N padded to 128: a [P, M, G, T, K],
-//         b [S, G, N, T, K]. words [P, S, M, G * N] not padded; y and gate [rows, G * N], or images [N, G * N, pixels].
+//         b [S, G, N, T, K] (IMPLICIT: a images [N, height, width, G, C], C padded to a multiple of 8). words
+//         [P, S, M, G * N] not padded; y and gate [rows, G * N], or images [N, G * N, pixels].
 // Launch  128 rows by BLOCK_N columns a block, 384 threads: warpgroups 0 and 1 multiply 64 rows each, one thread of the
-//         third copies; grid (blocks, splits, P S G). Codes are integers: sums over tiles, and over splits of the tiles
-//         by atomics, have the same bits on any launch. Shared memory (dynamic): 1024 + STAGES * (stage_bytes + 16).
+//         third copies (IMPLICIT: all of them gather); grid (blocks, splits, P S G). Codes are integers: sums over tiles,
+//         and over splits of the tiles by atomics, have the same bits on any launch. Shared memory (dynamic):
+//         1024 + STAGES * (stage_bytes + 16).
 //         CLUSTER 2: an even number of row blocks; the two of a cluster copy half of each panel of b, for both
 // Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
 // Macros  CLUSTER 1, or 2 blocks that share panels; BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the
 //         pipeline; TERMS 1 fp16 conductances, 2 high and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE
 //         state-dependent part (a second product, bf16; BLOCK_N 128); CONVERTERS 0 one LSB for all, 1 an LSB a column;
-//         GATE also counts the conversions inside the range, in the high half of each sum
+//         GATE also counts the conversions inside the range, in the high half of each sum; IMPLICIT rows are patches,
+//         gathered from images with zeros where they reach over an edge, lines in the order position_channel, C and
+//         lines of a tile multiples of 8 (one pass of whole codes; BLOCK_N 128, CLUSTER 1, no VARIANCE)
 // Wrapper gpuxbar/ops/fused_tile_mvm_sm90.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/panels.cuh"
+#include "gpuxbar/patches.cuh"
 #include "gpuxbar/wgmma.cuh"
 
 #ifndef STAGES
@@ -27,8 +32,14 @@
 #ifndef VARIANCE
 #define VARIANCE 0
 #endif
-#if VARIANCE && PAIRED
-#error "VARIANCE leaves registers for BLOCK_N 128 only"
+#ifndef IMPLICIT
+#define IMPLICIT 0
+#endif
+#if VARIANCE + IMPLICIT + PAIRED > 1
+#error "VARIANCE, IMPLICIT and BLOCK_N 256 leave no registers for one another"
+#endif
+#if IMPLICIT && CLUSTER > 1
+#error "IMPLICIT goes without CLUSTER"
 #endif
 
 extern __shared__ __align__(1024) unsigned char gx_smem[];
@@ -38,12 +49,18 @@ namespace gpuxbar {
 constexpr int HALVES = BLOCK_N / PANEL_ROWS;  // panels of b side by side
 constexpr u32 PANEL_BYTES = 2 * PANEL;
 constexpr u32 STAGE_BYTES = PANEL_BYTES * (1 + HALVES * (TERMS + VARIANCE));
-constexpr u32 CONSUMERS = 8 * CLUSTER;              // warps that free a stage
+constexpr u32 BULK_BYTES = STAGE_BYTES - (IMPLICIT ? PANEL_BYTES : 0);  // what bulk copies bring of it
+constexpr u32 CONSUMERS = 8 * CLUSTER;                                  // warps that free a stage
+constexpr u32 GATHERERS = IMPLICIT ? 4 : 0;                             // warps that fill the left panel of a stage
+constexpr int PRODUCER_REGISTERS = IMPLICIT ? 40 : 24, CONSUMER_REGISTERS = IMPLICIT ? 232 : 240;
 constexpr int SUMS = 64, CODES = PAIRED ? 32 : 64;  // registers of a thread, for each half
 
 // What is the same for all threads of a block.
 struct Block : Part {
   volatile u32 key_lo, key_hi;  // seed; volatile: read at each use, so as not to stay in registers
+#if IMPLICIT
+  Patches<BLOCK_M> patches;
+#endif
 
   // 1 / LSB of a column, read anew too.
   GPUXBAR_FN float inverse(int column) const {
@@ -102,8 +119,19 @@ GPUXBAR_FN void copy_right(u32 to, const void* from, u32 landed) {
 }
 #endif
 
+#if IMPLICIT
+constexpr u32 UNDER_WAY = STAGES - 2;  // steps whose gathered copies a warp does not wait for
+
+// Makes what a warp has gathered of a step known to the products, and counts it as landed.
+GPUXBAR_FN void deliver(u32 landed) {
+  copies_fence();
+  __syncwarp();
+  if (Place().lane() == 0) barrier_arrive(landed);
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
-    fused_tile_mvm_sm90(const Operand* __restrict__ a,    // [P, M, G, T, K]   digits, fp16
+    fused_tile_mvm_sm90(const Operand* __restrict__ a,    // [P, M, G, T, K]   digits, or codes of images, fp16
                         const Operand* __restrict__ b,    // [S, G, N, T, K]   conductance times a power of 2, fp16
                         const Operand* __restrict__ low,  // like b, or null: what fp16 leaves of it (TERMS 2)
                         const i16* __restrict__ spread,   // like b, or null: noise variance, bf16  A^2/V^2 (VARIANCE)
@@ -124,8 +152,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
                         i64 y_row0,      // and in y
                         i64 noise_row0,  // and in the counters
                         int rows, int groups, int sense, int tiles, int planes, int k, int adc_per_column,
-                        float code_min, float code_max, int rows_per_scale,
-                        int pixels,  // of an image, for y and gate in image layout; or 0
+                        float code_min, float code_max, int rows_per_scale, int tile_lines,
+                        Images images,  // whose patches are the rows (IMPLICIT)
+                        int pixels,     // of an image, for y and gate in image layout; or 0
                         u32 purpose) {
   __shared__ Block block;
   const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
@@ -141,18 +170,25 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     block.sigma = read_noise ? *read_noise : read_noise_value;
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(full + 8 * stage, 1);
+      barrier_init(full + 8 * stage, 1 + GATHERERS);
       barrier_init(empty + 8 * stage, CONSUMERS);
     }
     barrier_fence();
   }
   everyone();
   block.invert(scales, sense, 384);
+#if IMPLICIT
+  if (thread_index() < BLOCK_M) {
+    const int row = block.m0 + (int)thread_index();
+    block.patches.locate(images, thread_index(), row0 + (row < rows ? row : 0), block.group);
+  }
+#endif
   __syncthreads();
 
   if (Place().warpgroup() == 2) {
-    registers_release<24>();
-    if (thread_index() != 256) return;
+    registers_release<PRODUCER_REGISTERS>();
+    const bool copies = thread_index() == 256;
+    if (!IMPLICIT && !copies) return;
     const int tile_panels = k / PANEL_LINES, row_panels = tiles * tile_panels;  // of a row of panels of one group
     const int row_blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS, column_blocks = (sense + PANEL_ROWS - 1) / PANEL_ROWS;
     const i64 skipped = (i64)block.first_tile * tile_panels;
@@ -167,21 +203,44 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     for (u32 at = 0; at < steps; ++at) {
       const u32 stage = at % STAGES, to = stages + stage * STAGE_BYTES, landed = full + 8 * stage;
       wait_released(empty + 8 * stage, at / STAGES & 1 ^ 1);
-      barrier_expect(landed, STAGE_BYTES);
-      copy_bulk(to, a_from, PANEL_BYTES, landed);
+      if (copies) {
+        barrier_expect(landed, BULK_BYTES);
+        if (!IMPLICIT) copy_bulk(to, a_from, PANEL_BYTES, landed);
 #pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        const i64 from = b_at + half * next_half;
-        copy_right(to + (1 + half) * PANEL_BYTES, b + from, landed);
-        if (TERMS == 2) copy_right(to + (1 + HALVES + half) * PANEL_BYTES, low + from, landed);
-        if (VARIANCE) copy_right(to + (1 + HALVES * TERMS) * PANEL_BYTES, spread + from, landed);
+        for (int half = 0; half < HALVES; ++half) {
+          const i64 from = b_at + half * next_half;
+          copy_right(to + (1 + half) * PANEL_BYTES, b + from, landed);
+          if (TERMS == 2) copy_right(to + (1 + HALVES + half) * PANEL_BYTES, low + from, landed);
+          if (VARIANCE) copy_right(to + (1 + HALVES * TERMS) * PANEL_BYTES, spread + from, landed);
+        }
       }
       a_from += PANEL, b_at += PANEL;
+#if IMPLICIT
+      // Eight threads gather a row of 128 bytes, 16 rows at a time.
+      const int row = (int)(thread_index() - 256) >> 3, chunk = (int)thread_index() & 7;
+      const int line =
+          (block.first_tile + (int)at / tile_panels) * tile_lines + (int)at % tile_panels * PANEL_LINES + 8 * chunk;
+      const Tap tap(images, line / images.channels, line % images.channels);
+      const u32 place = to + 2 * panel_chunk(row, chunk);
+      for (int i = 0; i < BLOCK_M; i += 16) {
+        const bool real = line < images.positions * images.channels && block.m0 + row + i < rows &&
+                          block.patches.inside(images, row + i, tap);
+        copy_async(place + i * 2 * PANEL_LINES, a + (real ? block.patches.corner[row + i] + tap.offset : 0), real);
+      }
+      copy_commit();
+      if (at < UNDER_WAY) continue;
+      copy_wait<UNDER_WAY>();
+      deliver(full + 8 * ((at - UNDER_WAY) % STAGES));
+#endif
     }
+#if IMPLICIT
+    copy_wait<0>();
+    for (u32 at = steps < UNDER_WAY ? 0 : steps - UNDER_WAY; at < steps; ++at) deliver(full + 8 * (at % STAGES));
+#endif
     return;
   }
 
-  registers_claim<240>();
+  registers_claim<CONSUMER_REGISTERS>();
   float sums[HALVES][SUMS];
 #if VARIANCE
   float variances[SUMS];

@@ -1,17 +1,20 @@
 // pulse_update: coincidences of pulse trains through the device law, in place, and the weights read out afterwards.
 //
-// Axes    B samples; G groups of I wordlines and O bitlines; two planes of devices: g [2, G * I, O].
-// Launch  256 threads: a block of 32 wordlines x 32 bitlines of both planes, four bitlines of a wordline a thread; grid
+// Axes    B samples; G groups of I wordlines and O bitlines; two planes of devices a slice, positive ones first:
+//         g [2 slices, G * I, O]. Pulses go to the lowest slice.
+// Launch  256 threads: a block of 32 wordlines x 32 bitlines of all planes, four bitlines of a wordline a thread; grid
 //         (ceil(O / 32), ceil(I / 32), G). Trains of 32 samples at a time lie in shared memory; a cell takes the samples
 //         in order, in registers. The result does not depend on the launch.
-// Random  normals and uniforms of (plane, wordline, bitline, sample): see philox.cuh; `step` is read from memory where
+// Random  normals and uniforms of (plane or side, wordline, bitline, sample): see philox.cuh; `step` is read from memory where
 //         given.
 // Macros  LAW  the law (enum Law)    AGGREGATED  coincidences are counted over the batch, and cells move once
 //         IMPLIED  coincidences are the product of numbers of slots    COUNTED  pulses are counted, and devices fail
+//         SLICED  several pairs a weight
 // Wrapper gpuxbar/ops/pulse_update.py      Oracle gpuxbar/reference/pulse_update.py
 #include "gpuxbar/endurance.cuh"
 #include "gpuxbar/pulses.cuh"
 #include "gpuxbar/quad.cuh"
+#include "gpuxbar/slices.cuh"
 
 namespace gpuxbar {
 
@@ -26,6 +29,10 @@ namespace gpuxbar {
 #endif
 #ifndef COUNTED
 #define COUNTED 0
+#endif
+
+#ifndef SLICED
+#define SLICED 0
 #endif
 
 constexpr int CHUNK = 32;  // samples
@@ -65,17 +72,17 @@ GPUXBAR_FN void coincide(const Trains& trains, int b, int line, int quad, int ra
   }
 }
 
-// A plane's four cells after coincidences, of which `raise` raise the weight; `sample` chooses the noise. Their pulses are
+// Four cells of one side after coincidences, of which `raise` raise the weight; `sample` chooses the noise. Their pulses are
 // added to `more`.
 GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const int raise[4], const int all[4],
-                      i32 more[4], u32 group, u32 row, u32 plane, u32 sample, u32 step, u64 seed) {
+                      i32 more[4], u32 group, u32 row, u32 side, u32 sample, u32 step, u64 seed) {
   const float noise = s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
-  const Normals4 z = draw(noise, PULSE_CYCLE, group, row, 2 * sample + plane, step, seed);
+  const Normals4 z = draw(noise, PULSE_CYCLE, group, row, 2 * sample + side, step, seed);
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const float raising = quad.free[q] * (float)raise[q], lowering = quad.free[q] * (float)(all[q] - raise[q]);
-    const float ups = pulses_up(s.sides, plane == 0, raising, lowering);
-    const float downs = pulses_down(s.sides, plane == 0, raising, lowering);
+    const float ups = pulses_up(s.sides, side == 0, raising, lowering);
+    const float downs = pulses_down(s.sides, side == 0, raising, lowering);
     if (COUNTED) more[q] += (i32)(ups + downs);
 #if AGGREGATED
     x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], x[q], ups, downs, z.z[q]);
@@ -87,16 +94,16 @@ GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const in
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-    pulse_update(float* __restrict__ g,                // [2, G * I, O] S
+    pulse_update(float* __restrict__ g,                // [2 slices, G * I, O] S
                  int* __restrict__ pulse_count,        // like g, below 0: failed after so many; null unless COUNTED
-                 const u16* __restrict__ device_map,   // [K, 2, G * I, O] normals of the devices; null: drawn
+                 const u16* __restrict__ device_map,   // [K, 2 slices, G * I, O] normals of the devices; null: drawn
                  const u32* __restrict__ input_words,  // [B, G * I]    trains
                  const u32* __restrict__ error_words,  // [B, G * O]
                  const float* __restrict__ length,     // [B, G]        slots of a train
                  float* __restrict__ w,                // [G, O, I]     weight read out
                  const float* __restrict__ w_max,      // [G * O]       weight of a full pair
                  const i64* __restrict__ step,         // [1], or null: step_value
-                 UpdateLaw law, Endurance endurance, i64 step_value, u64 seed, float g_min,
+                 UpdateLaw law, Endurance endurance, Slices slices, i64 step_value, u64 seed, float g_min,
                  float range,  // g_max - g_min, S
                  float stuck_low, float stuck_high, int batch, int groups, int inputs, int outputs) {
   __shared__ Trains trains;
@@ -108,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   const u32 when = (u32)(step ? *step : step_value), columns = (u32)(o0 + quad) >> 2;
   const i64 row = (i64)group * inputs + i0 + line;
   const float inverse_range = 1.0f / range;
-  const bool still = law.sides == REFERENCE;  // the second plane
+  const bool still = law.sides == REFERENCE;  // the second side
+  const i32 pairs = SLICED ? slices.count : 1;
   float pair[4] = {};
 #if AGGREGATED
   int raise[4] = {}, all[4] = {};
@@ -120,21 +128,22 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   }
 #endif
 #pragma unroll 1
-  for (u32 plane = 0; plane < 2; ++plane) {
+  for (u32 side = 0; side < 2; ++side) {
+    const u32 plane = side * (u32)pairs;
     const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
     Quad cells;
     float x[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) x[q] = q < count ? (g[first + q] - g_min) * inverse_range : 0.0f;
-    const DeviceMap map{device_map, 2 * (i64)groups * inputs * outputs};
+    const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
     if (inside) cells.make(law, map, first, count, columns, (u32)row, plane, seed, stuck_low, stuck_high);
     i32 more[4] = {};
     if (COUNTED)
       for (int q = 0; q < count; ++q) cells.free[q] = pulse_count[first + q] < 0 ? 0.0f : cells.free[q];
 #if AGGREGATED
-    if (inside && !(plane && still)) pulse(cells, x, law, raise, all, more, columns, (u32)row, plane, 0, when, seed);
+    if (inside && !(side && still)) pulse(cells, x, law, raise, all, more, columns, (u32)row, side, 0, when, seed);
 #else
-    for (int b0 = 0; b0 < (plane && still ? 0 : batch); b0 += CHUNK) {
+    for (int b0 = 0; b0 < (side && still ? 0 : batch); b0 += CHUNK) {
       const int samples =
           stage(trains, input_words, error_words, length, b0, batch, group, groups, i0, inputs, o0, outputs);
       if (!inside) continue;
@@ -142,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         int raise[4] = {}, all[4] = {};
         coincide(trains, b, line, quad, raise, all);
         if (all[0] | all[1] | all[2] | all[3])
-          pulse(cells, x, law, raise, all, more, columns, (u32)row, plane, (u32)(b0 + b), when, seed);
+          pulse(cells, x, law, raise, all, more, columns, (u32)row, side, (u32)(b0 + b), when, seed);
       }
     }
 #endif
@@ -156,15 +165,23 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         if (taken < 0) x[q] = failed_share(endurance, x[q]);
       }
     }
-    const float sign = plane ? -inverse_range : inverse_range;
+    const float share = SLICED ? inverse_range * slice_weight(slices, 0) : inverse_range;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       float cell = q < count ? g[first + q] : g_min;            // read anew: registers are scarce
       if (q < count && x[q] != (cell - g_min) * inverse_range)  // a cell that did not move keeps its bits
         g[first + q] = cell = fma(x[q], range, g_min);
-      pair[q] = fma(cell, sign, pair[q]);
+      pair[q] = fma(cell, side ? -share : share, pair[q]);
     }
   }
+#pragma unroll 1
+  for (i32 k = 1; k < pairs; ++k)
+#pragma unroll 1
+    for (u32 side = 0; side < 2; ++side) {
+      const i64 first = (((i64)side * pairs + k) * groups * inputs + row) * outputs + o0 + quad;
+      const float share = inverse_range * slice_weight(slices, k);
+      for (int q = 0; q < count; ++q) pair[q] = fma(g[first + q], side ? -share : share, pair[q]);
+    }
 #pragma unroll
   for (int q = 0; q < 4; ++q)
     if (q < count) weight[line][quad + q] = pair[q] * w_max[(i64)group * outputs + o0 + quad + q];

@@ -76,7 +76,9 @@ def test_a_network_is_trained_by_pulses_against_its_oracle():
     assert set(row["ms"]) == {"ideal", "gpuxbar"}
 
 
-@pytest.mark.parametrize("build", [updates.expected_update, updates.in_situ_step])
+@pytest.mark.parametrize(
+    "build", [updates.expected_update, partial(updates.expected_update, sliced=True), updates.in_situ_step]
+)
 def test_updates_agree_with_their_oracle(build, monkeypatch):
     case = Case("update", "small", 1.0, partial(cases.update, build, 5, 70, 37))
     row = measure(case, rounds=2)
@@ -84,6 +86,17 @@ def test_updates_agree_with_their_oracle(build, monkeypatch):
     assert set(row["ms"]) == {"ideal", "gpuxbar"}
     right = ops.device_update
     monkeypatch.setattr(ops, "device_update", lambda g, dw, **s: right(g, 2 * dw, **s))
+    with pytest.raises(OracleMismatch, match="cells are off by"):
+        measure(case, rounds=1)
+
+
+def test_carries_agree_with_their_oracle(monkeypatch):
+    case = Case("carry", "small", 1.0, partial(cases.update, updates.carries, 5, 70, 37))
+    row = measure(case, rounds=2)
+    assert row["error"] < 3e-6
+    assert set(row["ms"]) == {"ideal", "gpuxbar"}
+    right = ops.carry
+    monkeypatch.setattr(ops, "carry", lambda g, **s: right(g, **s | {"seed": 2}))
     with pytest.raises(OracleMismatch, match="cells are off by"):
         measure(case, rounds=1)
 
@@ -228,11 +241,12 @@ def test_table_of_updates(tmp_path):
     readme.write_text(
         f"<!-- {kind}: generated, see `python -m gpuxbar.bench --readme` -->\nold\n<!-- /{kind} -->\n"
     )
-    rewrite_readme(readme, [row, row | {"case": "update"}, slow])
+    rewrite_readme(readme, [row, row | {"case": "update"}, row | {"case": "carry", "target": None}, slow])
     text = readme.read_text()
     assert "| pulse-constant: 8 x 8 | 2.0 | 1.50 | <= 5 | 40 | 1e-07 |" in text
     assert "| lenet5-in-situ-step: 8 x 8 | 2.0 | 9.00 (missed) | <= 4 |  | 1e-07 |" in text
     assert "| update: 8 x 8 |" in text
+    assert "| carry: 8 x 8 | 2.0 | 1.50 |  | 40 | 1e-07 |" in text
     assert "not yet run on a GPU | <= 75 us |" in text
     assert "old" not in text
 

@@ -82,13 +82,15 @@ def test_a_fault_of_a_kernel_voids_the_table(monkeypatch, name, kernel):
 
 
 def test_what_gathers_patches_is_checked_too(monkeypatch):
-    for at, text in enumerate(
-        ("5 channels of 9 x 7, channel_position", "8 channels of 6 x 5, position_channel")
+    for at, kernel, text in (
+        (0, "implicit", "5 channels of 9 x 7, channel_position"),
+        (1, "implicit", "8 channels of 6 x 5, position_channel"),
+        (1, "implicit-wgmma", "8 channels of 6 x 5, position_channel"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[at : at + 1])
-            with pytest.raises(OracleMismatch, match=rf"results are off \(implicit, exact, {text}\)"):
-                CHECKS["convolutions"](subject(("fused",), faulty=("implicit",), seed=lambda seed: seed ^ 1))
+            with pytest.raises(OracleMismatch, match=rf"results are off \({kernel}, exact, {text}\)"):
+                CHECKS["convolutions"](subject(faulty=(kernel,), seed=lambda seed: seed ^ 1))
 
 
 def test_bytes_are_checked_too(monkeypatch):
@@ -169,6 +171,7 @@ SMALL = {
         ("fused", "bytes", 3),
         ("implicit", "by-position", 1),
         ("implicit", "by-position", 3),
+        ("implicit-wgmma", "by-position", 3),
     ],
 )
 def test_what_is_timed_is_the_read(strategy, name, splits):
@@ -182,9 +185,11 @@ def test_what_is_timed_is_the_read(strategy, name, splits):
     g = ((levels + 130 * read.case.int8) * fused.G_STEP).astype(np.float32)
     y = ops.tile_mvm(codes, g, device=recorder, strategy=strategy, **read.settings(strategy))
     expected = y.copy()
-    kernel = dict.fromkeys(("wgmma", "cluster"), "fused_tile_mvm_sm90") | {"epilogue": "adc_accumulate"}
+    kernel = dict.fromkeys(("wgmma", "implicit-wgmma"), "fused_tile_mvm_sm90") | {
+        "epilogue": "adc_accumulate"
+    }
     kernel = kernel.get(strategy, "fused_tile_mvm")
-    pack = "pack_images" if strategy == "implicit" else "pack_inputs"
+    pack = "pack_images" if strategy.startswith("implicit") else "pack_inputs"
     after = ["shift_add"] * (splits > 1)
     for names, launches in ((PRODUCTS, [kernel, *after]), (FROM_CODES, [pack, kernel, *after])):
         y.fill(np.nan)
@@ -209,7 +214,8 @@ def test_every_way_of_a_read_is_timed(monkeypatch, name):
     )
     read = replace(SMALL[name], variance=name == "matrix")
     kernels = read.kernels(fused.FUSED)
-    assert kernels == {"matrix": fused.FUSED, "bytes": ("fused",)}.get(name, (*fused.FUSED, "implicit"))
+    more = {"images": ("implicit",), "by-position": ("implicit", "implicit-wgmma")}.get(name, ())
+    assert kernels == (("fused",) if name == "bytes" else (*fused.FUSED, *more))
     size = 1 if name == "bytes" else 2
     count = float(max(2, -(-(1 << 13) // (size * (np.prod(read.codes_shape) + read.inputs * 40)))))
     fields = {"read": count, "from codes": count, "call": count}
@@ -333,7 +339,8 @@ def emulated(monkeypatch):
         "fused": {"read": 400.0, "from codes": 420.0, "call": 450.0},
         "wgmma": {"read": 350.0, "from codes": 370.0, "call": 390.0},
         "cluster": {"read": 330.0, "from codes": 350.0, "call": 370.0},
-        "implicit": {"read": 27.0, "from codes": 30.0, "call": 35.0},
+        "implicit": {"read": 37.0, "from codes": 40.0, "call": 45.0},
+        "implicit-wgmma": {"read": 27.0, "from codes": 30.0, "call": 35.0},
         "epilogue": {"read": 1000.0, "from codes": 1100.0},
         "ideal": {"read": 200.0},
     }
@@ -377,7 +384,9 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     assert f"fast {size} fused 400 (missed) <= 430, 2.6 x {share} 2.50 0.50 420 450 wgmma" in lines
     assert any(line.startswith(f"fast {size} wgmma 350 (missed) <= 340 ") for line in lines)
     conv = CONVOLUTIONS[-1]
-    assert [line for line in lines if line.startswith(f"{conv.name} {conv.size} implicit 27 <= 28, 2.2 x ")]
+    assert [
+        line for line in lines if line.startswith(f"{conv.name} {conv.size} implicit-wgmma 27 <= 28, 2.2 x ")
+    ]
     assert "mma.sync TFLOP/s 3" in lines
     assert "update, devices drawn 16.8 M cells 80 (missed) <= 75" in lines
     assert f"{STEPS[1]} 15.00 1.50 <= 2" in lines
@@ -472,7 +481,8 @@ TARGETS = {  # H200: us of a kernel's read of 4096 x 4096 x 4096, by generator, 
 
 
 def test_every_target_has_its_read():
-    assert CONVOLUTIONS[-1].targets == {"implicit": Target(28, 2.2)}
+    assert CONVOLUTIONS[-1].targets == {"implicit-wgmma": Target(28, 2.2)}
+    assert CONVOLUTIONS[-1].kernels(fused.FUSED[:1]) == ("fused", "implicit")
     for read in CONVOLUTIONS:
         plan = read.plan("sm_90", 132, "implicit")
         assert (plan.strategy, plan.chunks > 0) == ("implicit", read.line_order == "channel_position")

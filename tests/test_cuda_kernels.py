@@ -83,14 +83,16 @@ VARIANTS = {
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7))],
     "fused_tile_mvm_sm90.cu": [
-        {"CLUSTER": cluster, "BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance,
+        *({"IMPLICIT": 1, "BLOCK_N": 128, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": 4}
+          for terms, noise, converters, gate in [(1, 2, 0, 0), (2, 2, 1, 1)]),
+        *({"CLUSTER": cluster, "BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance,
          "CONVERTERS": converters, "GATE": gate, "STAGES": stages}
         for cluster, block_n, terms, noise, variance, converters, gate, stages in
         [(1, 128, 1, 1, 0, 0, 1, 4), (1, 128, 2, 2, 0, 1, 1, 4), (1, 256, 1, 0, 0, 0, 0, 4), (1, 256, 1, 1, 0, 0, 0, 4),
          (1, 256, 1, 2, 0, 0, 0, 4), (1, 256, 2, 1, 0, 0, 0, 2), (1, 256, 2, 2, 0, 0, 0, 2), (1, 128, 1, 2, 1, 0, 0, 4),
          (1, 128, 1, 2, 1, 1, 1, 4), (1, 128, 2, 1, 1, 1, 1, 3), (1, 128, 2, 2, 1, 0, 0, 3), (2, 256, 1, 0, 0, 0, 0, 4),
          (2, 256, 1, 1, 0, 0, 0, 4), (2, 256, 1, 2, 0, 0, 0, 4), (2, 256, 2, 2, 0, 0, 0, 2), (2, 128, 1, 2, 1, 1, 1, 4),
-         (2, 128, 2, 1, 1, 1, 1, 3)]
+         (2, 128, 2, 1, 1, 1, 1, 3)])
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}, {"INT8": 1, "TRANSPOSED": 1}],
     "pulse_trains.cu": [{"CONV": 0}, {"CONV": 1}],
@@ -98,7 +100,7 @@ VARIANTS = {
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit, "COUNTED": counted}
         for law, aggregated, implicit, counted in
         [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), *((law, 0, 0, 0) for law in range(1, 8)), (0, 0, 0, 1), (0, 1, 0, 1)]
-    ],
+    ] + [{"LAW": law, "AGGREGATED": aggregated, "IMPLIED": 0, "COUNTED": 0, "SLICED": 1} for law, aggregated in [(0, 0), (0, 1), (1, 0)]],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
         *({"BLOCK_N": block_n, "TERMS": 1, "INT8": int8, "NOISE": noise, "VARIANCE": 0, "CONVERTERS": converters, "GATE": gate}
@@ -110,7 +112,7 @@ VARIANTS = {
         [(128, 1, 1, 0, 0, 0, 1, 0), (128, 2, 2, 0, 1, 2, 1, 0), (128, 2, 1, 1, 2, 1, 1, 0), (256, 1, 0, 0, 0, 0, 0, 0),
          (256, 1, 1, 0, 0, 0, 0, 0), (256, 1, 2, 0, 0, 0, 0, 0), (256, 1, 1, 0, 2, 0, 0, 0),
          (128, 2, 2, 0, 1, 2, 1, 1), (128, 2, 1, 1, 2, 1, 1, 1), (256, 1, 1, 0, 0, 0, 0, 1),
-         (128, 2, 2, 0, 1, 2, 1, 2), (128, 2, 1, 1, 2, 1, 1, 2), (256, 1, 1, 0, 0, 0, 0, 2), (256, 1, 2, 0, 0, 0, 0, 2)])
+         (128, 2, 2, 0, 1, 2, 1, 2), (256, 1, 2, 0, 0, 0, 0, 2)])
     ],
 }  # fmt: skip
 
@@ -325,7 +327,7 @@ from gpuxbar import ops
 from gpuxbar.bench import ceilings
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_cuda import FOLD
-from gpuxbar.spec import Agarwal, Carry, ConstantStep, Endurance, PulseTrain, Retention, presets
+from gpuxbar.spec import Agarwal, Carry, ConstantStep, Endurance, Programming, PulseTrain, Retention, presets
 device = ShimDevice(order=5, flags=SANITIZE, workspace=1 << 16)
 rng = np.random.default_rng(0)
 conv = ConvGeometry(3, 7, 5, (3, 2), (2, 1), (1, 1))
@@ -348,8 +350,12 @@ for mode in ("exact", "aggregated"):
                      train=PulseTrain(mode=mode), law=ConstantStep(pulses=50), w_max=ones, g_min=0, g_max=1, **wear, device=device)
 slices = dict(slices=3, slice_bits=2, g_min=0, g_max=1, hidden=np.zeros((6, 18, 7), np.float32), device=device)
 digits = rng.uniform(size=(6, 18, 7)).astype(np.float32)
-ops.carry(digits, rule=Carry(), updates=64, write_noise=0.01, stuck_at_g_min=0.1, pulse_count=np.zeros((6, 18, 7), np.int32), **slices)
+ops.carry(digits, rule=Carry(), updates=64, programming=Programming(write_noise=0.01, stuck_at_g_min=0.1), pulse_count=np.zeros((6, 18, 7), np.int32), **slices)
 ops.device_update(digits, rng.normal(size=(1, 7, 18)).astype(np.float32), law=Agarwal(write_noise=0.01), w_max=ones, carry=Carry(), **slices)
+del slices["hidden"]
+for mode in ("exact", "aggregated"):
+    ops.pulse_update(digits, rng.normal(size=(3, 18)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32), rate=0.1,
+                     train=PulseTrain(mode=mode), law=ConstantStep(pulses=50), w_max=ones, carry=Carry(scheme="periodic"), **slices)
 ops.relax(cells, law=Retention(tau=3.0, spread=0.1), g_min=0, g_max=1, pulse_count=wear["pulse_count"], stuck_at_g_min=0.1, device=device)
 ops.drift(cells, 60.0, law=presets.pcm().drift, g_max=1.0, device=device)
 weight = rng.normal(size=(3, 37, 11)).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 
 import cuda_shim
@@ -55,25 +56,31 @@ READS = {  # geometry, groups, images, rows of a tile, planes, settings, device
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", READS)
-def test_gathered_patches_are_the_unfolded_read_bit_for_bit(name):
+BY_POSITION = [name for name, read in READS.items() if read[0].line_order == "position_channel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [*((n, "implicit") for n in READS), *((n, "implicit-wgmma") for n in BY_POSITION)],
+)
+def test_gathered_patches_are_the_unfolded_read_bit_for_bit(name, strategy):
     """The same lines share a tile, whatever their order: partial sums, counters and codes are those of cuBLAS's way."""
     conv, groups, images, tile, planes, s, how = READS[name]
     codes, g = convolution(conv, groups, images, 8, planes)
     s = {**s, "groups": groups, "row_scale": np.linspace(1, 2, images, dtype=np.float32)}
     device = ShimDevice(**{"multiprocessors": 1, **how})
-    mine = read(codes, g, conv, tile, "implicit", device, **s)
+    mine = read(codes, g, conv, tile, strategy, device, **s)
     theirs = read(codes, g, conv, tile, "epilogue", ShimDevice(), **s)
     assert "pack_images" in device.launches
     assert "pack_inputs" not in device.launches
+    assert ("fused_tile_mvm_sm90" in device.launches) == (strategy == "implicit-wgmma")
     np.testing.assert_array_equal(np.stack(mine), np.stack(theirs))
     assert np.unique(mine).size > 50  # not all clipped, nor all zero
 
 
-@pytest.mark.parametrize(("channels", "order"), [(11, "channel_position"), (16, "position_channel")])
-def test_state_dependent_noise_and_two_terms_match_the_oracle(channels, order):
+def test_state_dependent_noise_and_two_terms_match_the_oracle():
     """Variances that bf16 holds, conductances that fp16 does not."""
-    conv = ConvGeometry(channels, 5, 6, (3, 3), (1, 1), (1, 1), line_order=order)
+    conv = ConvGeometry(11, 5, 6, (3, 3), (1, 1), (1, 1))
     codes, g = convolution(conv, 1, 3, 8)
     codes %= 16
     g *= np.float32(1.0001)
@@ -83,38 +90,69 @@ def test_state_dependent_noise_and_two_terms_match_the_oracle(channels, order):
         "read_noise": 2.0**-22,
     }
     device = ShimDevice()
-    y = read(codes, g, conv, 24, "implicit", device, precision="fp16x2", **s)
+    y = read(codes, g, conv, 20, "implicit", device, precision="fp16x2", **s)
     more = {"v_lsb": 2.0**-10, "adc_bits": 8, "adc_lsb": LSB, "seed": SEED, "step": 3}
-    assert_matches(y, reference.tile_mvm(codes, g, conv=conv, tile=24, **more, **s), LSB)
+    assert_matches(y, reference.tile_mvm(codes, g, conv=conv, tile=20, **more, **s), LSB)
 
 
 MUTANTS = {  # file, text, what to put in its place
     "none": ("fused_tile_mvm.cu", "copy_commit", "copy_commit"),
-    "padding-of-the-other-axis": ("fused_tile_mvm.cu", "stride_h - pad_h", "stride_h - pad_w"),
-    "no-zeros-over-an-edge": ("fused_tile_mvm.cu", "+ offset : 0), real)", "+ offset : 0), i < a_rows)"),
+    "the-first-channels-alone": (
+        "fused_tile_mvm.cu",
+        "tap(images, position, channel)",
+        "tap(images, position, 0)",
+    ),
+    "no-zeros-over-an-edge": (
+        "fused_tile_mvm.cu",
+        "+ tap.offset : 0), real)",
+        "+ tap.offset : 0), i < a_rows)",
+    ),
     "stage-freed-early": ("fused_tile_mvm.cu", "fill(stage == 0 ? STAGES - 1 : stage - 1", "fill(stage"),
     "wait-too-weak": ("fused_tile_mvm.cu", "copy_wait<STAGES - 2>()", "copy_wait<STAGES - 1>()"),
     "lines-of-the-tile-before": ("pack_sensed.cu", "d >= first && ", ""),
     "channels-of-the-first-tile": (
         "fused_tile_mvm.cu",
-        "channel = (first + place) % channels",
-        "channel = place % channels",
+        "channel = (first + place) % images.channels",
+        "channel = place % images.channels",
     ),
 }
 
 
+HOPPER_MUTANTS = {  # of fused_tile_mvm_sm90.cu; the CPU twins report them
+    "gathered-but-not-fenced": ("copies_fence();", ""),
+    "a-step-delivered-before-it-landed": ("copy_wait<UNDER_WAY>()", "copy_wait<UNDER_WAY + 1>()"),
+}
+
+
+@pytest.fixture
+def seeded(tmp_path, monkeypatch):
+    """Builds the kernels with one text replaced in one of them."""
+    root = tmp_path / "kernels"
+    shutil.copytree(kernel_dir(), root)
+    monkeypatch.setattr(cuda_shim, "kernel_dir", lambda: root)
+
+    def seed(file, old, new):
+        text = (root / file).read_text()
+        assert old in text
+        (root / file).write_text(text.replace(old, new))
+
+    return seed
+
+
+@pytest.mark.parametrize("name", HOPPER_MUTANTS)
+def test_seeded_bugs_of_the_gathering_warps_are_found(name, seeded):
+    """By late copies alone: an early one hides that nobody waited for it."""
+    seeded("fused_tile_mvm_sm90.cu", *HOPPER_MUTANTS[name])
+    conv = ConvGeometry(64, 3, 4, (3, 3), (1, 1), (1, 1), line_order="position_channel")
+    codes, g = convolution(conv, 1, 3, 8)
+    with pytest.raises(RuntimeError, match=r"^fused_tile_mvm_sm90: .*operand not landed, or not fenced"):
+        read(codes, g, conv, 128, "implicit-wgmma", ShimDevice(REVERSE, multiprocessors=1))
+
+
 @pytest.mark.parametrize("name", MUTANTS)
-def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
+def test_seeded_bugs_are_found(name, seeded):
     """Red in at least one of early and late copies; the unchanged kernel is green in both."""
-    file, old, new = MUTANTS[name]
-    text = (kernel_dir() / file).read_text()
-    assert old in text
-    mutant = tmp_path / file
-    mutant.write_text(text.replace(old, new))
-    build = cuda_shim.build
-    monkeypatch.setattr(
-        cuda_shim, "build", lambda wanted, *rest: build(mutant if wanted == file else wanted, *rest)
-    )
+    seeded(*MUTANTS[name])
     conv, tile = ConvGeometry(20, 5, 6, (3, 3), (1, 1), (1, 2)), 50
     if name == "channels-of-the-first-tile":
         conv, tile = replace(conv, channels=16, line_order="position_channel"), 40
@@ -134,6 +172,7 @@ def test_the_planner_gathers_where_unfolding_costs_more():
     plan = plan_tile_mvm(LAYER, "sm_80", 108)
     assert (plan.strategy, plan.chunks) == ("implicit", 3), plan.explain()
     assert "implicit: " in plan.explain()
+    assert "implicit drives 256 lines for a tile of 128, in the order channel_position" in plan.explain()
     # of 16 lines up to 144 would be driven, for many columns
     short = Case(8192, 1, 4608, 512, 1, 16, images=(128, 8, 8, 9))
     assert plan_tile_mvm(short, "sm_80", 108).strategy == "fused"
@@ -145,13 +184,16 @@ def test_tiles_of_whole_channels_are_gathered_without_waste():
     by_position = replace(by_channel, line_order="position_channel")
     assert plan_tile_mvm(by_channel, "sm_90", 132).strategy == "wgmma"
     plan = plan_tile_mvm(by_position, "sm_90", 132)
-    assert (plan.strategy, plan.chunks) == ("implicit", 0), plan.explain()
+    assert (plan.strategy, plan.block_n, plan.chunks) == ("implicit-wgmma", 128, 0), plan.explain()
+    assert "implicit drives 128 lines for a tile of 128, in the order position_channel" in plan.explain()
+    assert plan_tile_mvm(by_position, "sm_80", 108).strategy == "implicit"
     us = {}
     for case in (by_channel, by_position):
         for line in plan_tile_mvm(case, "sm_90", 132).why:
-            if found := re.match(r"(fused|implicit): (\d+) us", line):
+            if found := re.match(r"([a-z-]+): (\d+) us", line):
                 us[case.line_order, found[1]] = int(found[2])
     assert us["position_channel", "implicit"] < us["position_channel", "fused"]  # patches are not moved
+    assert us["position_channel", "implicit-wgmma"] < us["position_channel", "wgmma"]
     assert us["channel_position", "fused"] == us["position_channel", "fused"]
     assert us["channel_position", "implicit"] > 1.3 * us["position_channel", "implicit"]
 
@@ -177,3 +219,23 @@ def test_tiles_of_whole_channels_are_gathered_without_waste():
 def test_what_it_cannot_gather(change, reason):
     with pytest.raises(ValueError, match=rf"got 'implicit' where {reason}.*; choose 'auto'"):
         plan_tile_mvm(replace(LAYER, **change), "sm_80", 108, "implicit")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"line_order": "channel_position"}, "the lines are in the order channel_position"),
+        ({"tile": 100}, "64 channels in tiles of 100 lines are no chunks"),
+        ({"stream_bits": 4, "streams": 2}, "digits are cut out of the codes"),
+        ({"variance": True}, "the noise depends on the state"),
+        ({"converters": 2}, "converters have a gain or offset of their own"),
+        ({"images": None}, "no patches drive the lines"),
+    ],
+)
+def test_what_hopper_cannot_gather(change, reason):
+    case = replace(LAYER, line_order="position_channel")
+    assert plan_tile_mvm(case, "sm_90", 132, "implicit-wgmma").block_n == 128
+    with pytest.raises(ValueError, match=rf"got 'implicit-wgmma' where {reason}.*; choose 'auto'"):
+        plan_tile_mvm(replace(case, **change), "sm_90", 132, "implicit-wgmma")
+    with pytest.raises(ValueError, match="got 'implicit-wgmma' where sm_80 has no wgmma"):
+        plan_tile_mvm(case, "sm_80", 108, "implicit-wgmma")

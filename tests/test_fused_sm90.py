@@ -162,7 +162,7 @@ MUTANTS = {
     "no wait for the last products": ("products_wait<0>();", ""),
     "a stage freed early": ("((at - 1) % STAGES));\n#if", "(at % STAGES));\n#if"),
     "a dropped arrival": ("if (at != first) release", "if (at != first && Place().warpgroup() == 0) release"),
-    "too few bytes": ("barrier_expect(landed, STAGE_BYTES)", "barrier_expect(landed, PANEL_BYTES)"),
+    "too few bytes": ("barrier_expect(landed, BULK_BYTES)", "barrier_expect(landed, PANEL_BYTES)"),
     "the phase of a stage": ("at / STAGES & 1)", "at / STAGES & 1 ^ 1)"),
     "no fence": ("products_fence();", ""),
 }

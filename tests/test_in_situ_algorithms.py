@@ -46,29 +46,36 @@ def spec(**parts):
 
 
 class Array:
-    """Pairs of devices in float64."""
+    """Pairs of devices in float64; of sliced weights with a dumped carry, which comes before an update."""
 
-    def __init__(self, g, w_max, law, seed):
-        self.g, self.w_max, self.seed, self.law = g.astype(np.float64), w_max, seed, law
+    def __init__(self, g, w_max, law, seed, carry=None):
+        self.g, self.w_max, self.seed, self.law, self.carry = g.astype(np.float64), w_max, seed, law, carry
+        self.lie = {} if carry is None else {"slices": len(g) // 2, "slice_bits": 2}
         self.step = 1  # beginning to train in situ counts as one update
         self.w = None
 
     def write(self, change):
+        window = {"g_min": 1e-6, "g_max": 1e-5, "seed": self.seed}
+        if self.carry is not None:
+            self.g, _ = reference.carry(self.g, rule=self.carry, updates=self.step - 1, **self.lie, **window)
         self.g, _, self.w = reference.device_update(
             self.g,
             change,
             law=self.law,
             w_max=self.w_max,
-            g_min=1e-6,
-            g_max=1e-5,
-            seed=self.seed,
             step=self.step,
+            carry=self.carry,
+            **self.lie,
+            **window,
         )
         self.step += 1
 
 
 def recursion(name, slow, fast, grads, settings, sides):
-    """Weights of the slow array after every gradient [G, O, I], by the equations, one wordline at a time."""
+    """Weights of the slow array after every gradient [G, O, I], by the equations, one wordline at a time.
+
+    `sides`: nominal steps of a device, 200 to a full weight, that a pulse makes.
+    """
     groups, _, inputs = grads[0].shape
     lr, every = settings["lr"], settings.get("transfer_every", 1)
     full = slow.w_max.reshape(groups, -1, 1).astype(np.float64)
@@ -130,26 +137,31 @@ def recursion(name, slow, fast, grads, settings, sides):
     return out, waiting if "v2" in name or name == "agad" else chi
 
 
-@pytest.mark.parametrize("sides", ["both", "reference"])
+@pytest.mark.parametrize(("sides", "carry"), [
+    ("both", None), ("reference", None),
+    ("both", {"scheme": "accumulate", "interval": 3}), ("both", {"scheme": "periodic", "interval": 1, "headroom_bits": 3}),
+], ids=["both", "reference", "accumulate", "periodic"])  # fmt: skip
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_of_the_equations(name, sides):
+def test_steps_are_those_of_the_equations(name, sides, carry):
     torch.manual_seed(1)
-    law = {**LAW, "sides": sides}
-    layer = AnalogConv2d(
-        4, 6, (2, 2), groups=2, spec=spec(update=law, mapping={"scheme": "subtracted", "scale": "column"})
-    )
+    law, mapping = {**LAW, "sides": sides}, {"scheme": "subtracted", "scale": "column"}
+    if carry:
+        mapping |= {"slices": 3, "slice_bits": 2}
+    layer = AnalogConv2d(4, 6, (2, 2), groups=2, spec=spec(update=law, mapping=mapping, carry=carry))
     opt = build_optimizer(name, layer, **SETTINGS[name])
     dumped = layer.spec.update.model_dump()
     w_max = layer.w_max.numpy()
-    slow, fast = Array(layer.g_cells.numpy(), w_max, dumped, layer.plan.seed), None
+    rule = layer.spec.carry and layer.spec.carry.model_dump()
+    slow, fast = Array(layer.g_cells.numpy(), w_max, dumped, layer.plan.seed, rule), None
     part = opt.parts.get(layer.weight)
     if hasattr(part, "array"):
         assert part.array.plan.seed != layer.plan.seed
-        fast = Array(np.full(layer.g_cells.shape, 5.5e-6), w_max, dumped, part.array.plan.seed)
+        fast = Array(np.full((2, *layer.g_cells.shape[1:]), 5.5e-6), w_max, dumped, part.array.plan.seed)
     rng = np.random.default_rng(2)
     bias = rng.normal(size=(2, 3, 8))
     grads = [bias + 0.5 * rng.normal(size=(2, 3, 8)) for _ in range(24)]
-    expected, waiting = recursion(name, slow, fast, grads, SETTINGS[name], 2 if sides == "both" else 1)
+    steps = (2 if sides == "both" else 1) * (layer.spec.carry.window(2) / 63 if carry else 1)
+    expected, waiting = recursion(name, slow, fast, grads, SETTINGS[name], steps)
     moved = 0
     before = layer.weight.detach().clone()
     for step, (grad, want) in enumerate(zip(grads, expected, strict=True), 1):
@@ -216,7 +228,13 @@ NOISY = {
 }
 
 
-def build(name, seed=0, **settings):
+SLICED = {
+    **NOISY, "mapping": {"slices": 3, "slice_bits": 2}, "carry": {"interval": 2}, "endurance": {"pulses": 500},
+    "retention": {"tau": 500.0},
+}  # fmt: skip
+
+
+def build(name, seed=0, parts=NOISY, **settings):
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1),
@@ -226,7 +244,7 @@ def build(name, seed=0, **settings):
         nn.Flatten(),
         nn.Linear(64, 10),
     )
-    model, _ = gx.convert(model, spec(**NOISY))
+    model, _ = gx.convert(model, spec(**parts))
     return model, build_optimizer(name, model, **{**SETTINGS[name], "lr": 0.02, "momentum": 0.5, **settings})
 
 
@@ -239,9 +257,13 @@ def advance(model, opt, steps, first=0):
         opt.step()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_run_continues_bit_for_bit(name):
-    model, opt = build(name)
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [*((name, NOISY) for name in OPTIMIZERS), ("agad", SLICED), ("mixed-precision", SLICED)],
+    ids=[*OPTIMIZERS, "agad-sliced", "mixed-precision-sliced"],
+)
+def test_a_resumed_run_continues_bit_for_bit(name, parts):
+    model, opt = build(name, parts=parts)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
     advance(model, opt, 4)
     scheduler.step()
@@ -250,7 +272,9 @@ def test_a_resumed_run_continues_bit_for_bit(name):
     advance(model, opt, 5, first=4)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    again, opt2 = build(name, seed=3)  # other weights, other ranges: all of it comes from the checkpoint
+    again, opt2 = build(
+        name, seed=3, parts=parts
+    )  # other weights, other ranges: all of it comes from the checkpoint
     again.load_state_dict(saved[0])
     opt2.load_state_dict(saved[1])
     torch.optim.lr_scheduler.StepLR(opt2, 2, 0.5).load_state_dict(saved[2])
@@ -396,6 +420,12 @@ def test_errors():
         ValueError, match=r"linear: `spec.update` must be an update law to train in situ, got None"
     ):
         build_optimizer("agad", sliced, lr=0.1)
+    pulsed = AnalogLinear(4, 3, spec=spec(pulses={}))
+    with pytest.raises(
+        ValueError,
+        match=r"TikiTaka: `spec\.pulses` must be None, got a pulse train for linear; pulse trains are InSituSGD's",
+    ):
+        build_optimizer("tiki-taka", pulsed, lr=0.1)
     saved = build_optimizer("agad", copy.deepcopy(layer), lr=0.1).state_dict()
     with pytest.raises(
         ValueError, match=r"`state_dict` must be of the same algorithm and layers, got .* \[0\] where \[\]"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
 import torch
+from torch import nn
 
 import gpuxbar as gx
 from gpuxbar.nn import AnalogLinear
@@ -134,3 +136,14 @@ def test_a_weight_whose_layer_is_gone_is_refused():
         ValueError, match=r"`params` must be weights of living layers, got one of shape \(7, 12\)"
     ):
         gx.optim.InSituSGD([weight], lr=0.05)
+
+
+def test_a_weight_on_two_arrays_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    tied, _ = gx.convert(model, gx.CrossbarSpec(update={"law": "ideal"}))
+    for copied in (tied, copy.deepcopy(tied)):
+        with pytest.raises(ValueError, match=r"must each be one layer's weight, got one that . and . hold"):
+            gx.optim.InSituSGD(copied.parameters(), lr=0.1)
+    copied[1].weight = nn.Parameter(copied[1].weight.detach().clone())
+    gx.optim.InSituSGD(copied.parameters(), lr=0.1)

@@ -12,7 +12,7 @@ from torch import nn
 
 from gpuxbar import ops, reference
 from gpuxbar.launch.host import set_threads
-from gpuxbar.nn import convert
+from gpuxbar.nn import calibrate, convert
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import InSituSGD
 from gpuxbar.reference import pulse_trains
@@ -561,6 +561,28 @@ def test_streams_are_kept_until_a_step_and_forgotten_by_zero_grad():
     with torch.no_grad():
         model(torch.ones(4, 3))
     assert model[0].streams.pairs == []
+
+
+def test_calibration_pulses_nothing():
+    model, _ = pulsed(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED, adc={"bits": 8}))
+    calibrate(model, [torch.ones(4, 3)])
+    model(torch.ones(4, 3)).sum().backward()
+    calibrate(model, [torch.ones(4, 3)])
+    assert len(model[0].streams.pairs) == 1
+
+
+def test_a_frozen_layer_is_not_pulsed():
+    model, optimiser = pulsed(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)), CrossbarSpec(**PULSED)
+    )
+    model[1].weight.requires_grad_(False)
+    before = [layer.weight.detach().clone() for layer in model]
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(torch.randn(5, 8)).square().mean().backward()
+        optimiser.step()
+    same = [torch.equal(layer.weight, weight) for layer, weight in zip(model, before, strict=True)]
+    assert same == [False, True, False]
 
 
 def test_a_scaled_loss_pulses_alike():

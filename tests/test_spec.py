@@ -143,8 +143,8 @@ def test_values_of_a_command_line(text, value):
         ),
         (
             {**SLICED, "update": {"law": "constant_step"}, "pulses": {}},
-            "CrossbarSpec: `pulses` must be None for sliced weights, got a train with 2 slices; update them without pulse "
-            "trains, or use mapping.slices=1",
+            "CrossbarSpec: `carry.scheme` must be periodic with pulse trains, got 'accumulate': coincidences count a product "
+            "out and cut no digits of it; choose it, or update without pulses",
         ),
         (
             {**SLICED, "carry": {"interval": 0}},

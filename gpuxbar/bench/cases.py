@@ -217,6 +217,14 @@ CASES = (
         partial(update, partial(updates.expected_update, stored=True)),
     ),
     Case(
+        "update-sliced", f"{UPDATE}: kernel, 4 slices of 2 bits, all of which take a digit", None,
+        partial(update, partial(updates.expected_update, sliced=True)),
+    ),
+    Case(
+        "carry", "1024 x 1024, batch 256, 4 slices of 2 bits: carries with write noise, out of half of the lowest digits", None,
+        partial(update, updates.carries),
+    ),
+    Case(
         "update-step",
         f"{UPDATE}: InSituSGD, with its outer product",
         2.0,
@@ -338,7 +346,7 @@ def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) ->
         y = layer(driven)
         # pulse trains need no weight gradient; their update is checked by itself
         found = torch.autograd.grad(y, (driven,) if layer.pulsed else (driven, layer.weight), grad)
-        layer.streams.take()
+        layer.streams.forget()
         return y.detach(), *found
 
     found = results()

@@ -38,7 +38,7 @@ from gpuxbar.bridge.arrays import explain_gpu
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.launch import CudaDevice, Device, Kernel
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.ops.tile_mvm_plan import INT8_RATE, Case, Plan, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_plan import HOPPER, INT8_RATE, Case, Plan, plan_tile_mvm
 
 __all__ = ["CHECKS", "CONVOLUTIONS", "READS", "Read", "Recorder", "Subject", "Target", "check"]
 
@@ -117,7 +117,7 @@ class Read:
         """The strategies to time, of those that a device has."""
         if self.case.int8:
             return FUSED[:1]
-        return (*of_device, "implicit") if self.images else tuple(of_device)
+        return (*of_device, *(_gathering(of_device, self.line_order) if self.images else ()))
 
     @property
     def top(self) -> int:
@@ -145,7 +145,7 @@ class Read:
         conversions = self.rows * self.case.tiles * self.outputs
         products = self.case.terms + self.variance
         operands = prod(self.codes_shape) + self.inputs * self.outputs * products
-        multiply = rates["wgmma TFLOP/s" if kernel in FUSED[1:] else "mma.sync TFLOP/s"]
+        multiply = rates["wgmma TFLOP/s" if kernel in HOPPER else "mma.sync TFLOP/s"]
         multiply *= INT8_RATE if self.case.int8 else 1.0
         size = 1 if self.case.int8 else 2
         floors = {
@@ -155,6 +155,12 @@ class Read:
         if self.noise != "none":
             floors["noise"] = 1e-3 * conversions / rates[f"{self.noise} Gnormal/s"]
         return floors
+
+
+def _gathering(of_device: Sequence[str], line_order: str) -> tuple[str, ...]:
+    """The strategies that gather patches, on a device with these fused ones."""
+    hopper = "wgmma" in of_device and line_order == "position_channel"
+    return ("implicit", "implicit-wgmma") if hopper else ("implicit",)
 
 
 COMMON: dict[str, Any] = {
@@ -192,7 +198,7 @@ CONVOLUTIONS = (
         256,
         images=32,
         line_order="position_channel",
-        targets={"implicit": Target(28, 2.2)},
+        targets={"implicit-wgmma": Target(28, 2.2)},
     ),
 )
 
@@ -325,7 +331,7 @@ def _convolutions_match_the_oracle(subject: Subject) -> str:
         for way in ("exact", "fast"):
             s = {**COMMON, **WAYS[way], "conv": conv}
             name = f"{way}, {conv.channels} channels of {conv.height} x {conv.width}, {conv.line_order}"
-            kernels = (*subject.kernels, "implicit")
+            kernels = (*subject.kernels, *_gathering(subject.kernels, conv.line_order))
             worst = max(worst, _against_the_oracle(subject, kernels, codes, g, tile, 1, name, s))
     return f"at most {worst:.1e} of the codes fell to the other side of a rounding edge"
 

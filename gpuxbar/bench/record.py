@@ -241,7 +241,7 @@ def rewrite_readme(readme: Path, rows: list[dict[str, Any]]) -> None:
 
 def _kind(case: str) -> str:
     """The table that a case's row belongs to."""
-    if case.startswith(("update", "pulse")) or case.endswith("in-situ-step"):
+    if case.startswith(("update", "carry", "pulse")) or case.endswith("in-situ-step"):
         return "updates"
     return next((kind for kind in ("wires-training", "wires") if case.startswith(kind)), "reads")
 

@@ -14,9 +14,9 @@ import torch
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.optim import InSituSGD
-from gpuxbar.spec import ConstantStep, CrossbarSpec, PulseTrain, SoftBounds, UpdateLaw
+from gpuxbar.spec import Carry, ConstantStep, CrossbarSpec, Programming, PulseTrain, SoftBounds, UpdateLaw
 
-__all__ = ["CONSTANT", "COUNTED_SOFT", "LAW", "expected_update", "in_situ_step", "pulse_update"]
+__all__ = ["CONSTANT", "COUNTED_SOFT", "LAW", "carries", "expected_update", "in_situ_step", "pulse_update"]
 
 Run = dict[str, Callable[[], object]]
 
@@ -28,26 +28,30 @@ LAW = SoftBounds(up=2, down=2, spread=0.1, cycle=0.3, **SPREADS)
 CONSTANT = ConstantStep(cycle=0.3, **SPREADS)
 # pulses of such devices may be counted ahead where they all lead one way and make no noise
 COUNTED_SOFT = SoftBounds(up=2, down=2, spread=0.1, sides="one_sided", **SPREADS)
+SLICES, SLICE_BITS, CARRY = 4, 2, Carry()
 
 
 def expected_update(
-    batch: int = 256, inputs: int = 1024, outputs: int = 1024, stored: bool = False
+    batch: int = 256, inputs: int = 1024, outputs: int = 1024, stored: bool = False, sliced: bool = False
 ) -> tuple[Run, Callable[[], float]]:
     """`ops.device_update` of a gradient, in outer products of the batch; the check is in shares of the window.
 
-    `stored`: the devices come from a map and are not drawn anew.
+    `stored`: the devices come from a map and are not drawn anew. `sliced`: changes are so large that every slice takes a digit.
     """
     rng = np.random.default_rng(0)
     x, d = torch.randn(batch, inputs), torch.randn(batch, outputs)
-    dw = rng.normal(0, 1e-3, (1, outputs, inputs)).astype(np.float32)
-    g = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], (2, inputs, outputs)).astype(np.float32)
-    w_max = np.ones(outputs, np.float32)
-    devices = ops.draw_device_map(LAW, (2, inputs, outputs), seed=1) if stored else None
+    size = (1, outputs, inputs)
+    dw = (rng.uniform(-0.4, 0.4, size) if sliced else rng.normal(0, 1e-3, size)).astype(np.float32)
+    shape = (2 * SLICES if sliced else 2, inputs, outputs)
+    g = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], shape).astype(np.float32)
+    settings: dict[str, Any] = {"w_max": np.ones(outputs, np.float32), **WINDOW, "seed": 1, "step": 3}
+    if sliced:
+        settings |= {"slices": SLICES, "slice_bits": SLICE_BITS}
+    rule, dumped = (CARRY, CARRY.model_dump()) if sliced else (None, None)
+    devices = ops.draw_device_map(LAW, shape, seed=1) if stored else None
 
     def ours(cells: np.ndarray) -> object:
-        return ops.device_update(
-            cells, dw, law=LAW, w_max=w_max, **WINDOW, seed=1, step=3, device_map=devices
-        )
+        return ops.device_update(cells, dw, law=LAW, carry=rule, device_map=devices, **settings)
 
     def check() -> float:
         rows = min(inputs, 64)
@@ -56,7 +60,7 @@ def expected_update(
         if devices is not None:
             planes = dict(zip(ops.spread_names(LAW), devices[:, :, :rows], strict=True))
         expected, _, _ = reference.device_update(
-            g[:, :rows], part, law=LAW.model_dump(), w_max=w_max, **WINDOW, seed=1, step=3, device_map=planes
+            g[:, :rows], part, law=LAW.model_dump(), carry=dumped, device_map=planes, **settings
         )
         cells = g.copy()
         ours(cells)
@@ -64,6 +68,38 @@ def expected_update(
 
     worked = g.copy()
     return {"ideal": lambda: d.T @ x, "gpuxbar": lambda: ours(worked)}, check
+
+
+def carries(batch: int = 256, inputs: int = 1024, outputs: int = 1024) -> tuple[Run, Callable[[], float]]:
+    """`ops.carry` where the lowest digits are anywhere in their window, in outer products of the batch.
+
+    They are put back before every carry, with the other sign, so that higher digits stay where they are in the mean.
+    """
+    rng = np.random.default_rng(0)
+    x, d = torch.randn(batch, inputs), torch.randn(batch, outputs)
+    start = np.full((2 * SLICES, inputs, outputs), 0.5 * sum(WINDOW.values()), np.float32)
+    start[::SLICES] = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], (2, inputs, outputs))
+    settings: dict[str, Any] = {
+        "slices": SLICES, "slice_bits": SLICE_BITS, "updates": CARRY.interval, **WINDOW, "seed": 1,
+    }  # fmt: skip
+    writes = Programming(write_noise=1e-8)
+    worked, lowest = start.copy(), [start[::SLICES].copy(), start[::SLICES][::-1].copy()]
+
+    def ours() -> None:
+        lowest.reverse()
+        worked[::SLICES] = lowest[0]
+        ops.carry(worked, rule=CARRY, programming=writes, **settings)
+
+    def check() -> float:
+        rows = min(inputs, 64)
+        expected, _ = reference.carry(
+            start[:, :rows], rule=CARRY.model_dump(), **writes.model_dump(), **settings
+        )
+        cells = start.copy()
+        ops.carry(cells, rule=CARRY, programming=writes, **settings)
+        return float(np.abs(cells[:, :rows] - expected).max() / (WINDOW["g_max"] - WINDOW["g_min"]))
+
+    return {"ideal": lambda: d.T @ x, "gpuxbar": ours}, check
 
 
 def in_situ_step(

@@ -186,15 +186,8 @@ def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
     if len(weight) != 4:
         return None
     return ConvGeometry(
-        weight[1],
-        image[2],
-        image[3],
-        (weight[2], weight[3]),
-        way.stride,
-        way.padding,
-        way.dilation,
-        way.line_order,
-    )
+        weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation, way.line_order
+    )  # fmt: skip
 
 
 def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str) -> Tensor:
@@ -226,6 +219,8 @@ def _read(
         if adc_error is not None:
             more |= {"adc_gain": array(adc_error[0]), "adc_offset": array(adc_error[1])}
     more["tile_cols" if transposed else "tile_rows"] = read.tile or None
+    conv = more.get("conv")
+    more["row_offset"] = way.rank * len(v) * (1 if conv is None else conv.pixels)
     found = ops.tile_mvm(
         array(v), array(driven_lines(g, way, transposed)), noise_var=variance, transposed=transposed,
         groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits, streams=read.streams, phases=read.phases,

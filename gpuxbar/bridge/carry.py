@@ -35,5 +35,5 @@ def carry(
             array(g), rule=crossbar.carry, slices=mapping.slices, slice_bits=mapping.slice_bits, updates=array(updates),
             g_min=window.g_min, g_max=window.g_max, balanced=crossbar.update.sides != "one_sided",
             hidden=None if hidden is None else array(hidden), pulse_count=None if pulse_count is None else array(pulse_count),
-            seed=seed, device=device, **crossbar.programming.model_dump(),
+            programming=crossbar.programming, seed=seed, device=device,
         )  # fmt: skip

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator, spec_of
+from gpuxbar.bridge.operator import operator, slices_of, spec_of
 
 __all__ = ["device_update"]
 
@@ -41,16 +39,13 @@ def device_update(
     """
     crossbar = spec_of(spec)
     assert crossbar.update is not None
-    window, stuck, mapping = crossbar.device, crossbar.programming, crossbar.mapping
-    lie: dict[str, Any] = {}
-    if crossbar.carry is not None:
-        lie = {"slices": mapping.slices, "slice_bits": mapping.slice_bits, "carry": crossbar.carry}
+    window, stuck = crossbar.device, crossbar.programming
     with on_device(g, "update") as device:
         weights = ops.device_update(
             array(g), array(dw), hidden=None if hidden is None else array(hidden), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
             stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),
             endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
             device_map=None if device_map is None else array(device_map),
-            device=device, **lie,
+            device=device, **slices_of(crossbar),
         )  # fmt: skip
         return tensor(weights)

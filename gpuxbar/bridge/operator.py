@@ -14,12 +14,20 @@ import torch
 
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["gradient", "operator", "spec_of"]
+__all__ = ["gradient", "operator", "slices_of", "spec_of"]
 
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
 
 # operators take specs as JSON, so that a compiled graph sees a constant
 spec_of = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
+
+
+def slices_of(crossbar: CrossbarSpec) -> dict[str, Any]:
+    """How weights lie on slices, as `ops` take it; nothing for one pair."""
+    if crossbar.carry is None:
+        return {}
+    mapping = crossbar.mapping
+    return {"slices": mapping.slices, "slice_bits": mapping.slice_bits, "carry": crossbar.carry}
 
 
 def operator(

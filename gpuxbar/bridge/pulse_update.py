@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator, spec_of
+from gpuxbar.bridge.operator import operator, slices_of, spec_of
 from gpuxbar.ops import ConvGeometry
 
 __all__ = ["pulse_update"]
@@ -34,7 +34,7 @@ def pulse_update(
     """Pulse pairs of devices for a batch of inputs and errors; returns the weights read out, [G, O, I].
 
     Args:
-        g: Conductances of the positive and the negative devices, float32 [2, G * I, O], S; changed in place.
+        g: Conductances of the positive and the negative devices, float32 [2 slices, G * I, O], S; changed in place.
         x: Inputs, float32 [B, G * I], or images [N, G * channels, height, width] with `patch`; finite.
         d: Gradient of the outputs, float32 [B, G * O] or images [N, G * O, height, width]; finite.
         w_max: Weight of a full pair, float32 [G * O].
@@ -44,7 +44,7 @@ def pulse_update(
         spec: The layer's `CrossbarSpec` as JSON, with an update law and pulse trains.
         seed: The layer's seed.
         pulse_count: Pulses that devices have taken, int32 like `g`; changed in place; given with an endurance.
-        device_map: Normals of the devices, float16 [K, 2, G * I, O], in place of those that the seed draws.
+        device_map: Normals of the devices, float16 [K, 2 slices, G * I, O], in place of those that the seed draws.
         patch: Kernel, stride, padding and dilation, two numbers each, of a convolution; None for a matrix.
     """
     crossbar = spec_of(spec)
@@ -63,6 +63,6 @@ def pulse_update(
             g_min=window.g_min, g_max=window.g_max, groups=groups, conv=conv, stuck_at_g_min=stuck.stuck_at_g_min,
             stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step), device=device,
             endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
-            device_map=None if device_map is None else array(device_map),
+            device_map=None if device_map is None else array(device_map), **slices_of(crossbar),
         )  # fmt: skip
         return tensor(weights)

@@ -63,6 +63,7 @@ class ReadPlan:
         reference: (rows, columns) of a tile with a reference line each way; (0, 0): no reference lines.
         stride, padding, dilation: Of the convolution; unused by a linear layer, as is
         line_order: Of its channels and positions on the wordlines of a group; see `spec.Mapping`.
+        rank: Which part of a batch that several processes share; it draws the noise of its own rows.
         why: Which collapses were taken, in words.
     """
 
@@ -85,6 +86,7 @@ class ReadPlan:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     line_order: str = "channel_position"
+    rank: int = 0
     why: tuple[str, ...] = ()
 
     @property

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.ops.slices import Slices
 from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["AuxiliaryArray", "pulse_weight"]
@@ -15,7 +16,8 @@ WITHOUT_STEPS = 1000  # pulses over the window of a device whose law has no step
 
 
 class AuxiliaryArray(AnalogLayer):
-    """Pairs of devices of a layer's spec, one for each of its weights; they start in mid-window, where they read 0.
+    """Pairs of devices of a layer's spec, one for each of its weights, sliced ones too; they start in mid-window, where they
+    read 0, and a full one weighs as much as a full weight of the layer.
 
     Devices, wires and converters are those of the layer's spec, drawn from a seed of their own. A read drives one
     wordline fully, so the range of the ADC, unless it is fixed, is the current of one cell at g_max.
@@ -68,13 +70,18 @@ class AuxiliaryArray(AnalogLayer):
 
 
 def pulse_weight(layer: InSitu) -> Tensor:
-    """Weight change of one nominal pulse on a pair, float32 [G, O, 1]; a law without steps counts 1,000 to the window."""
+    """Weight change of one nominal pulse on a pair, of a sliced weight on its lowest one, float32 [G, O, 1].
+
+    A law without steps counts 1,000 to the window.
+    """
     assert layer.w_max is not None
     law = layer.spec.update
     assert law is not None
     pulses = law.nominal_pulses or WITHOUT_STEPS
     sides = 2 if law.sides == "both" else 1
-    return (layer.w_max * (sides / pulses)).view(layer.groups_, -1, 1)
+    mapping = layer.spec.mapping
+    lowest = Slices.of(mapping.slices, mapping.slice_bits, layer.spec.carry).lowest_share
+    return (layer.w_max * (lowest * sides / pulses)).view(layer.groups_, -1, 1)
 
 
 def _line_read(spec: CrossbarSpec) -> CrossbarSpec:
@@ -85,6 +92,8 @@ def _line_read(spec: CrossbarSpec) -> CrossbarSpec:
         {
             "dac": {"range": "tensor", "max": None},
             "adc": adc,
+            "mapping": {"slices": 1, "slice_bits": None},
+            "carry": None,
             "backward": {"mode": "ideal", "dac": None, "adc": None},
         }
     )

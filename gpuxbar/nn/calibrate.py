@@ -106,6 +106,7 @@ def _without_adcs(model: nn.Module) -> Any:
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     plans = {layer: layer.plan for layer in layers}
+    pairs = {layer: list(layer.streams.pairs) for layer in layers}
     model.eval()
     try:
         for layer in layers:
@@ -120,6 +121,7 @@ def _without_adcs(model: nn.Module) -> Any:
     finally:
         for layer, plan in plans.items():
             layer.set_plan(plan)
+            layer.streams.pairs = pairs[layer]
             layer.look_at_ranges()
         for buffer, value in buffers.items():
             buffer.copy_(value)

@@ -132,7 +132,8 @@ class InSitu(Programmed):
 
         Args:
             devices: A map for the layer's law, float16 [K, 2 slices, G * I, O], NumPy array or tensor: see `ops.device_map`;
-                wordlines in the order of `mapping.line_order`. It joins the state dict. None: the seed's devices again. A captured step keeps the map it was captured with.
+                wordlines in the order of `mapping.line_order`. It joins the state dict. None: the seed's devices again. A
+                captured step keeps the map it was captured with.
         """
         self.require_law()
         law = self.spec.update
@@ -196,7 +197,10 @@ class InSitu(Programmed):
 
     @torch.no_grad()
     def update_pulses(self, rate: float) -> None:
-        """Pulse the cells for the inputs and errors since the last update; the weight becomes what they read."""
+        """Pulse the cells for the inputs and errors since the last update; the weight becomes what they read.
+
+        Before that, slices carry where it is time (see `spec.Carry`).
+        """
         self.require_unprogrammed("weight")
         assert self.g_cells is not None
         assert self.w_max is not None
@@ -204,6 +208,7 @@ class InSitu(Programmed):
         pairs = self.streams.take()
         if not pairs:
             return
+        self._carry()
         if len({x.shape[1:] for x, _ in pairs}) > 1:  # images of several sizes have lines alone in common
             pairs = [self.as_lines(x, d) for x, d in pairs]
         x, d = (
@@ -305,18 +310,25 @@ class InSitu(Programmed):
     def _own_weight(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None:
-            weight.analog = Owner(self)  # type: ignore[attr-defined]
+            owner = getattr(weight, "analog", Owner())
+            others = [
+                layer
+                for layer in owner.layers()
+                if layer is not self and layer._parameters["weight"] is weight
+            ]
+            weight.analog = Owner(self, *others)  # type: ignore[attr-defined]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         if self.g_cells is None and f"{prefix}g_cells" in state_dict:
             device = self.weight.device
             planes = 2 * self.spec.mapping.slices
-            self.g_cells = torch.empty(planes, self.groups_ * self.inputs, self.outputs, device=device)
+            shape = planes, self.groups_ * self.inputs, self.outputs
+            self.g_cells = torch.empty(shape, dtype=torch.float32, device=device)
             held = f"{prefix}g_held" in state_dict
             self.g_held = torch.empty_like(self.g_cells) if held else None
             if f"{prefix}pulse_count" in state_dict:
                 self.pulse_count = torch.zeros_like(self.g_cells, dtype=torch.int32)
-            self.w_max = torch.empty(self.groups_ * self.outputs, device=device)
+            self.w_max = torch.empty(self.groups_ * self.outputs, dtype=torch.float32, device=device)
             self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
             self.carry_step = None if self.spec.carry is None else torch.zeros_like(self.update_step)
         devices = state_dict.get(f"{prefix}device_map")
@@ -326,10 +338,14 @@ class InSitu(Programmed):
 
 
 class Owner:
-    """Weak link from a weight to its layer. A copied or pickled one is empty: the copied layer links its weight anew."""
+    """Weak links from a weight to its layers. A copied or pickled one is empty: copied layers link their weights anew."""
 
-    def __init__(self, layer: InSitu | None = None):
-        self.layer = None if layer is None else weakref.ref(layer)
+    def __init__(self, *layers: InSitu):
+        self.links = [weakref.ref(layer) for layer in layers]
+
+    def layers(self) -> list[InSitu]:
+        """Those that live."""
+        return [layer for layer in (link() for link in self.links) if layer is not None]
 
     def __reduce__(self) -> Any:
         return Owner, ()
@@ -343,10 +359,15 @@ def layer_of(parameter: Tensor) -> InSitu | None:
     owner = getattr(parameter, "analog", None)
     if owner is None:
         return None
-    layer = None if owner.layer is None else owner.layer()
-    if layer is None:
+    layers = [layer for layer in owner.layers() if layer._parameters.get("weight") is parameter]
+    if not layers:
         raise ValueError(
             f"in-situ optimiser: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "
             "crossbar layer is gone; build the optimiser from model.parameters()"
         )
-    return layer
+    if len(layers) > 1:
+        raise ValueError(
+            f"in-situ optimiser: `params` must each be one layer's weight, got one that {' and '.join(layer.name for layer in layers)} "
+            "hold on arrays of their own; use one layer in all these places, or untie them"
+        )
+    return layers[0]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.reprogram import program_devices, reprogram
@@ -79,14 +80,20 @@ class AnalogLayer(InSitu):
                 self.register_buffer(f"{key}_error", error, persistent=False)
             else:
                 self.register_buffer(f"{key}_error", None)
-        self.register_buffer("dac_max", torch.full((1,), spec.dac.max or 0.0, device=device))
+        self.register_buffer(
+            "dac_max", torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
+        )
         # wires act on every device, so planes are programmed apart and merged behind them
         planes = 2 * spec.mapping.slices if spec.parasitics.active else len(self.plan.slice_scale)
         shape = (planes, sensed[1], self.outputs + extra_cols)
-        self.register_buffer("cells", torch.zeros(shape, device=device), persistent=False)
-        noise = torch.zeros(shape, device=device) if spec.read_noise.sigma_g else None
+        self.register_buffer(
+            "cells", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False
+        )
+        noise = torch.zeros(shape, dtype=torch.float32, device=device) if spec.read_noise.sigma_g else None
         self.register_buffer("cell_variance", noise, persistent=False)
-        self.register_buffer("full_pair", torch.zeros(sensed[0], device=device), persistent=False)
+        self.register_buffer(
+            "full_pair", torch.zeros(sensed[0], dtype=torch.float32, device=device), persistent=False
+        )
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self._setup_packing(device)
         self.look_at_ranges()
@@ -125,10 +132,10 @@ class AnalogLayer(InSitu):
     def _full_scale(self, adc: ADC, dac: DAC, read: Read, lines: int, count: int) -> Tensor:
         """Current of one ADC step, A; NaN until calibrated."""
         if not read.adc_bits:
-            return torch.ones(count)
+            return torch.ones(count, dtype=torch.float32)
         worst = dac.v_read * self.spec.device.g_max * min(read.tile, lines)
         full = adc.i_max or (float("nan") if adc.range == "calibrated" else worst)
-        return torch.full((count,), full / read.adc_code_max)
+        return torch.full((count,), full / read.adc_code_max, dtype=torch.float32)
 
     def _converter_errors(self, key: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
         """Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed]; drawn once per seed."""
@@ -255,7 +262,16 @@ class AnalogLayer(InSitu):
         self.require_calibrated()
         x, lsb = self._dac_lsb(x.float().contiguous())
         bias = None if self.bias is None else self.bias.float()
-        watched = self.pulsed and torch.is_grad_enabled()
+        watched = self.pulsed and self.weight.requires_grad and torch.is_grad_enabled()
+        if (
+            watched
+            and self.streams.group is None
+            and DistributedDataParallel._get_active_ddp_module() is not None
+        ):
+            raise ValueError(
+                f"{self.name}: pulse trains must be shared by all ranks of DistributedDataParallel, got a model that it wraps "
+                "itself; wrap it by gpuxbar.distribute(model)"
+            )
         y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias)
         y = self.streams.watch(y, self.weight, x) if watched else y
         return y.to(self.weight.dtype)

@@ -63,8 +63,8 @@ class Programmed(Wires):
     def hold(self, g: Tensor, w_max: Tensor) -> None:
         """Read these devices from now on, and start their time."""
         self.g_programmed, self.w_programmed = g, w_max
-        self.age = torch.zeros(1, device=g.device)
-        self.gain = torch.ones(1, device=g.device)
+        self.age = torch.zeros(1, dtype=torch.float32, device=g.device)
+        self.gain = torch.ones(1, dtype=torch.float32, device=g.device)
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
         self._held_version = self.weight._version
         self.look_after(0.0)

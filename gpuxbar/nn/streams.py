@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 __all__ = ["Streams"]
 
@@ -15,6 +15,7 @@ class Streams:
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.group: Any = None  # of processes whose samples count together; None: this one's alone
 
     def watch(self, y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """`y`, whose gradient will be kept beside `x`; `weight` gets no gradient but makes `y` need one."""
@@ -22,9 +23,27 @@ class Streams:
         return watched
 
     def take(self) -> list[tuple[Tensor, Tensor]]:
-        """All pairs so far, which are forgotten."""
+        """All pairs so far, of all processes of the group, which are forgotten."""
         pairs, self.pairs = self.pairs, []
-        return pairs
+        if self.group is None:
+            return pairs
+        ranks = distributed.get_world_size(self.group)
+        return [(_of_all(x, self.group), _of_all(grad_y, self.group) / ranks) for x, grad_y in pairs]
+
+    def forget(self) -> None:
+        """Forget all pairs."""
+        self.pairs = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pairs": self.pairs, "group": None}  # a copied or saved layer is this process's alone
+
+
+def _of_all(part: Tensor, group: Any) -> Tensor:
+    """The parts of all processes one after another."""
+    part = part.contiguous()
+    parts = [torch.empty_like(part) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, part, group=group)
+    return torch.cat(parts)
 
 
 class _Watch(torch.autograd.Function):

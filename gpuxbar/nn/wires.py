@@ -55,7 +55,9 @@ class Wires(nn.Module):
         shape = (planes, *devices[1:])
         for name, needed in (("seen", wires.active), ("seen_back", wires.swapped)):
             self.register_buffer(
-                name, torch.zeros(shape, device=device) if needed else None, persistent=False
+                name,
+                torch.zeros(shape, dtype=torch.float32, device=device) if needed else None,
+                persistent=False,
             )
         self.register_buffer("solved", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
         anchored = wires.active and wires.anchor is not None

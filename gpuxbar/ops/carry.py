@@ -8,11 +8,12 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, InOut, Kernel, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, require_finite
+from gpuxbar.ops.checks import check_array, check_window, require_finite
 from gpuxbar.ops.endurance import check_counts
-from gpuxbar.ops.program import Programming, check_settings, write_values
+from gpuxbar.ops.program import Programming, write_values
 from gpuxbar.ops.slices import Slices, check_slices
 from gpuxbar.spec import Carry
+from gpuxbar.spec import Programming as Writes
 
 __all__ = ["KERNEL", "carry"]
 
@@ -31,12 +32,7 @@ def carry(
     balanced: bool = True,
     hidden: Any = None,
     pulse_count: Any = None,
-    write_noise: float = 0.0,
-    write_noise_slope: float = 0.0,
-    write_noise_curve: float = 0.0,
-    device_spread: float = 0.0,
-    stuck_at_g_min: float = 0.0,
-    stuck_at_g_max: float = 0.0,
+    programming: Writes | None = None,
     seed: int = 0,
     device: Device | None = None,
 ) -> None:
@@ -60,7 +56,7 @@ def carry(
         balanced: Whether pairs are written around the middle of the window, or with one device at `g_min`.
         hidden: Conductances that devices with write noise of their law hold, like `g`; a written one holds what it shows.
         pulse_count: Pulses that devices have taken, int32 like `g`; those below 0 have failed, and stay as they are.
-        write_noise, ..., stuck_at_g_max: Of a write; see `program`, which draws the same spread and stuck cells.
+        programming: What a write leaves; `program` draws the same spread and stuck cells. None: what is aimed at.
         seed: Of the draws.
         device: Where CuPy arrays are run; None: CuPy's current device.
 
@@ -83,13 +79,10 @@ def carry(
             )
     if pulse_count is not None:
         check_counts(OP, pulse_count, g.shape)
-    settings: dict[str, Any] = {
-        "g_min": g_min, "g_max": g_max, "write_noise": write_noise, "write_noise_slope": write_noise_slope,
-        "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
-        "stuck_at_g_max": stuck_at_g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": rule.headroom_bits,
-        "balanced": balanced, "levels": None, "merge": "none", "sigma_g": 0.0, "exponent": 0.5, "seed": seed,
-    }  # fmt: skip
-    check_settings(OP, settings)
+    check_window(OP, g_min, g_max)
+    settings: dict[str, Any] = {"g_min": g_min, "g_max": g_max, "balanced": balanced, "seed": seed}
+    settings |= (programming or Writes()).model_dump()
+    writes = write_values({"slice_bits": slice_bits, "headroom_bits": rule.headroom_bits, **settings})
     lie = Slices.of(slices, slice_bits, rule)
     _, rows, cols = g.shape
     if device is not None or backend(g) == "cuda":
@@ -98,27 +91,25 @@ def carry(
         (device or cuda_device()).launch(
             KERNEL, (min(-(-size // 256), 1 << 16),), (256,),
             {"g": g, "hidden": hidden, "pulse_count": pulse_count, "updates": None if by_value else updates.reshape(-1),
-             "p": Programming(**write_values(settings)), "slices": lie, "updates_value": updates if by_value else 0,
+             "p": Programming(**writes), "slices": lie, "updates_value": updates if by_value else 0,
              "interval": rule.interval, "rows": rows, "cols": cols, "size": size},
         )  # fmt: skip
         return
     count = int(np.asarray(updates).reshape(-1)[0])
     if backend(g) == "reference":
         require_finite(OP, "g", int((~np.isfinite(g)).sum()), "bad data")
-        unused = ("slices", "slice_bits", "headroom_bits", "levels", "merge", "sigma_g", "exponent")
         after, written = reference.carry(
             g, rule=rule.model_dump(), slices=slices, slice_bits=slice_bits, updates=count, pulse_count=pulse_count,
-            **{name: value for name, value in settings.items() if name not in unused},
+            **settings,
         )  # fmt: skip
         g[written] = after[written]
         if hidden is not None:
             hidden[written] = g[written]
         return
-    writes = Programming(**write_values(settings), step=count)
     bad = np.zeros(1, np.int64)
     host_call(
-        library(), "gpuxbar_carry", np.frombuffer(bytes(writes), np.uint8), np.frombuffer(bytes(lie), np.uint8), g, hidden,
-        pulse_count, rule.interval, rows, cols, bad,
+        library(), "gpuxbar_carry", np.frombuffer(bytes(Programming(**writes, step=count)), np.uint8),
+        np.frombuffer(bytes(lie), np.uint8), g, hidden, pulse_count, rule.interval, rows, cols, bad,
     )  # fmt: skip
     require_finite(OP, "g", int(bad[0]), "bad data")
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
+from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
+from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand
 from gpuxbar.ops.tile_mvm_cuda import (
     chunks,
@@ -22,16 +23,11 @@ from gpuxbar.ops.tile_mvm_cuda import (
 )
 from gpuxbar.ops.tile_mvm_plan import BLOCK_M, Plan, padded_channels, stage_bytes
 from gpuxbar.reference.random import Purpose, round_keys
-from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["KERNELS", "fused_tile_mvm", "read_fused"]
+__all__ = ["KERNELS", "fused_tile_mvm", "packed_images", "read_fused"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of the rounds of Philox
-_PATCHES: dict[str, Any] = dict.fromkeys(
-    ("positions", "chunks", "channels", "height", "width", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
-     "dilation_h", "dilation_w", "out_w"), _INT,
-)  # fmt: skip
 
 PACK_IMAGES = Kernel(
     "pack_images.cu",
@@ -50,7 +46,7 @@ FUSED_TILE_MVM = Kernel(
     read_noise_value=_FLOAT, step_value=_LONG, **_KEYS, row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
-    adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, tile_lines=_INT, **_PATCHES, pixels=_INT,
+    adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, tile_lines=_INT, images=Struct("Images", Images), chunks=_INT, pixels=_INT,
     purpose=Scalar("uint32"),
 )  # fmt: skip
 SHIFT_ADD = Kernel(
@@ -69,13 +65,11 @@ def fused_tile_mvm(
     device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any], plan: Plan
 ) -> Any:
     """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
-    patches = dict.fromkeys(_PATCHES, 1)
-    images = None
+    conv, images = s["conv"], None
     if plan.strategy == "implicit":
-        patches = _patches(s["conv"], plan.chunks)
-        images = _packed_images(device, v, s["groups"], patches["channels"])
-    shape = Padded.of(g.shape, rows, inputs, s, 8 * plan.chunks * patches["positions"])
-    positions = patches["positions"] if plan.chunks else 1
+        images = packed_images(device, v, s["groups"], padded_channels(conv.channels))
+    positions = conv.kernel[0] * conv.kernel[1] if plan.chunks else 1
+    shape = Padded.of(g.shape, rows, inputs, s, 8 * plan.chunks * positions)
     operand = right_operand(device, g, shape, inputs, s, positions=positions, chunks=max(plan.chunks, 1))
     int8 = s["precision"] == "int8"
     converters = s["adc_gain"] is not None or s["adc_offset"] is not None
@@ -88,7 +82,7 @@ def fused_tile_mvm(
     more = {
         "spread": operand.spread, "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
         "volts_squared": s["v_lsb"] ** 2, "offset_amperes": s["v_lsb"] * s["g_offset"] if int8 else 0.0, "streams": s["streams"], "stream_bits": s["stream_bits"],
-        "tile_lines": shape.tile, **patches, **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)),
+        "tile_lines": shape.tile, "images": Images() if images is None else Images.of(conv, s["groups"]), "chunks": plan.chunks, **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)),
     }  # fmt: skip
     stage = stage_bytes(plan.block_n, macros["TERMS"] + macros["VARIANCE"])
 
@@ -115,14 +109,14 @@ def read_fused(
 
     `launch`: of the kernel, given its grid, the arguments that all fused kernels have, and whether there is a gate.
     `panel_rows`: 0 packs codes as they are (as bytes the digits of every pass); else those, in panels of that many rows.
-    `images`: packed, if the kernel gathers its rows from them.
+    `images`: packed codes, if the kernel gathers its rows from them.
     """
     conv, row_scale = s["conv"], s["row_scale"]
     outputs, conversions = shape.groups * shape.sense, shape.passes * shape.planes
     by_words = plan.splits * conversions > 1
     int8 = s["precision"] == "int8"
     digits = int8 or panel_rows > 0
-    packed = shape.passes if digits else int(images is None)
+    packed = 0 if images is not None else shape.passes if digits else 1
     per_row = (1 if int8 else 2) * packed * shape.batch * shape.k + (
         4 * conversions * outputs if by_words else 0
     )
@@ -178,16 +172,7 @@ def read_fused(
     return y if gate is None else (y, gate)
 
 
-def _patches(conv: ConvGeometry, chunks: int) -> dict[str, int]:
-    """How the kernel gathers patches; the channels are those of a group, padded."""
-    values = (
-        conv.kernel[0] * conv.kernel[1], chunks, padded_channels(conv.channels), conv.height, conv.width,
-        conv.kernel[1], *conv.stride, *conv.padding, *conv.dilation, conv.out[1],
-    )  # fmt: skip
-    return dict(zip(_PATCHES, values, strict=True))
-
-
-def _packed_images(device: Device, v: Any, groups: int, padded: int) -> Any:
+def packed_images(device: Device, v: Any, groups: int, padded: int) -> Any:
     """Codes [N, G * channels, height, width] as fp16 [N, height, width, G, padded]: as large as the codes, all at once."""
     count, lines, height, width = v.shape
     a = device.empty((count, height, width, groups, padded), "float16")

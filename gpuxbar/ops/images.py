@@ -1,12 +1,13 @@
-"""The convolution whose patches drive an array as the kernels take it."""
+"""The convolution whose patches drive an array, as the kernels take it."""
 
 from __future__ import annotations
 
 import ctypes
 
+from gpuxbar.ops.tile_mvm_plan import padded_channels
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["Conv", "line_steps"]
+__all__ = ["Conv", "Images", "line_steps"]
 
 
 class Conv(ctypes.Structure):
@@ -28,6 +29,26 @@ class Conv(ctypes.Structure):
         return cls(
             conv.channels, conv.height, conv.width, *conv.kernel, *conv.stride, *conv.padding, *conv.dilation, *conv.out,
             *line_steps(conv),
+        )  # fmt: skip
+
+
+class Images(ctypes.Structure):
+    """Twin of `struct Images` in kernels/include/gpuxbar/patches.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in (
+            "channels", "height", "width", "positions", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h",
+            "dilation_w", "out_w", "pixels",
+        )),
+        ("pixel_size", ctypes.c_uint32),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, conv: ConvGeometry, groups: int) -> Images:
+        channels = padded_channels(conv.channels)
+        return cls(
+            channels, conv.height, conv.width, conv.kernel[0] * conv.kernel[1], conv.kernel[1], *conv.stride, *conv.padding,
+            *conv.dilation, conv.out[1], conv.pixels, groups * channels,
         )  # fmt: skip
 
 

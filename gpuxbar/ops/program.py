@@ -12,7 +12,7 @@ from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array, check_window, require_finite
 from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
 
-__all__ = ["Programming", "check_settings", "program", "reprogram", "write_values"]
+__all__ = ["Programming", "program", "reprogram", "write_values"]
 
 LOWER = "lower the rate"
 MERGES = ("none", "subtract", "all", "offset")  # in the order of `enum Merge` in programming.cuh
@@ -96,7 +96,7 @@ def program(
         "write_noise": write_noise, "write_noise_slope": write_noise_slope, "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
         "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
     }  # fmt: skip
-    check_settings(op, settings)
+    _check_settings(op, settings)
     where = "cuda" if device is not None else backend(weight)
     shape = (_planes(settings), groups * inputs, outputs)
     if where == "cuda":
@@ -186,7 +186,7 @@ def reprogram(
         "write_noise": write_noise, "write_noise_slope": write_noise_slope, "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
         "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
     }  # fmt: skip
-    check_settings(op, settings)
+    _check_settings(op, settings)
     if scale not in ("tensor", "column"):
         raise ValueError(f"{op}: `scale` must be 'tensor' or 'column', got {scale!r}; choose one")
     if full_weight is not None and not 0 < full_weight < float("inf"):
@@ -252,7 +252,7 @@ def _planes(settings: dict[str, Any]) -> int:
     ]
 
 
-def check_settings(op: str, s: dict[str, Any]) -> None:
+def _check_settings(op: str, s: dict[str, Any]) -> None:
     """Refuse settings out of range."""
     check_window(op, s["g_min"], s["g_max"])
     if s["merge"] not in MERGES:

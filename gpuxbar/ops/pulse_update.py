@@ -26,8 +26,9 @@ from gpuxbar.ops.device_map import by_name, check_map
 from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.laws import Parameters, parameters
+from gpuxbar.ops.slices import Slices, check_slices
 from gpuxbar.reference.tile_mvm import ConvGeometry
-from gpuxbar.spec import Endurance, PulseTrain, UpdateLaw, check_train
+from gpuxbar.spec import Carry, Endurance, PulseTrain, UpdateLaw, check_train
 
 __all__ = ["KERNELS", "pulse_update"]
 
@@ -49,6 +50,9 @@ def pulse_update(
     g_max: float,
     groups: int = 1,
     conv: ConvGeometry | None = None,
+    slices: int = 1,
+    slice_bits: int | None = None,
+    carry: Carry | None = None,
     endurance: Endurance | None = None,
     pulse_count: Any = None,
     device_map: Any = None,
@@ -63,10 +67,13 @@ def pulse_update(
     Devices move by one pulse of their law for every coincidence of a wordline's and a bitline's train, sample by sample
     or once for the batch (see `spec.PulseTrain`); weights so change by -rate d^T x in the mean, as long as devices are
     in mid-window and no train is clipped. One pulse of a pair is 2 w_max / pulses of weight, of one side w_max / pulses.
+    Of a sliced weight the lowest slice is pulsed; its window spans w_max (2**(slice_bits + headroom_bits) - 1) /
+    (2**(slices slice_bits) - 1), and its pulses are that much smaller. `ops.carry` moves up what it gathers.
     Stuck cells never move; results are kept inside the device's window. The outer product of the batch is never formed.
 
     Args:
-        g: Conductances of the positive and the negative devices, float32 [2, G * I, O], S; updated in place.
+        g: Conductances of the positive devices, least significant slice first, then of the negative ones, float32
+            [2 slices, G * I, O], S; updated in place.
         x: Inputs, float32 [B, G * I]; finite. With `conv` the images [N, G * channels, height, width] whose patches are the
             samples, image by image.
         d: Errors, the gradient of the loss by the outputs, float32 [B, G * O]; finite. With `conv` images of the outputs,
@@ -74,15 +81,17 @@ def pulse_update(
         rate: Learning rate, above 0.
         train: The pulse trains.
         law: An update law of the spec with pulses and without write noise.
-        w_max: Weight of a full pair, float32 [G * O], above 0.
+        w_max: Weight of a full pair (of slices: whose digits are all 2**slice_bits - 1), float32 [G * O], above 0.
         g_min, g_max: Conductance window, S.
         groups: Arrays side by side, G.
         conv: Shape of the convolution whose patches drive the wordlines; no patch matrix is made.
+        slices, slice_bits, carry: Pairs of a weight, bits of each, and a carry of scheme "periodic"; 1, None and None for one
+            pair.
         endurance: How many pulses devices bear; None: any number. Devices that fail do so after the batch, and never move
             again.
         pulse_count: Pulses that devices have taken, int32 like `g` and updated in place, zeros at first; given with an
             endurance and only with it. A device that failed has minus its count.
-        device_map: Normals of the devices, float16 [K, 2, G * I, O], in place of those that the seed draws; see
+        device_map: Normals of the devices, float16 [K, 2 slices, G * I, O], in place of those that the seed draws; see
             `ops.device_map`. None: drawn.
         stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, the same cells as `program` draws for this seed.
         seed, step: Device spread depends on the seed, trains and the noise of pulses on both; `step` is an integer or an
@@ -90,7 +99,7 @@ def pulse_update(
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
-        Weights after the update, float32 [G, O, I]: w_max (g_pos - g_neg) / (g_max - g_min).
+        Weights after the update, float32 [G, O, I], as `device_update` reads them.
 
     Raises:
         TypeError: An array has another dtype.
@@ -100,13 +109,14 @@ def pulse_update(
     Source:
         Gokmen and Vlasov, Frontiers in Neuroscience 2016.
     """
-    check_train(OP, train, law)
+    check_train(OP, train, law, carry)
     assert law.nominal_pulses is not None
     check_array(OP, "g", g, "float32", 3)
     axes = 2 if conv is None else 4
     for name, array, rank in (("x", x, axes), ("d", d, axes), ("w_max", w_max, 1)):
         check_array(OP, name, array, "float32", rank)
     check_numbers(OP, "rate", rate, "", "give the learning rate")
+    check_slices(OP, slices, slice_bits, carry)
     batch, rows, cols = _lines(x, d, groups, conv)
     if groups < 1 or rows % groups or cols % groups:
         raise ValueError(
@@ -115,7 +125,7 @@ def pulse_update(
         )
     inputs, outputs = rows // groups, cols // groups
     for name, array, shape in (
-        ("g", g, (2, rows, outputs)),
+        ("g", g, (2 * slices, rows, outputs)),
         (
             "x",
             x,
@@ -136,11 +146,14 @@ def pulse_update(
     check_endurance(OP, endurance, pulse_count, law, g.shape)
     check_window(OP, g_min, g_max)
     check_map(OP, device_map, law, g.shape)
-    # wanted pulses for an input and an error of 1
-    scale = rate * law.nominal_pulses / (2 if law.sides == "both" else 1) / w_max
+    lie = Slices.of(slices, slice_bits, carry)
+    sides = 2 if law.sides == "both" else 1
+    scale = (
+        rate * law.nominal_pulses / (sides * lie.lowest_share) / w_max
+    )  # pulses for an input and an error of 1
     update: dict[str, Any] = {
-        "law": parameters(law, g_min, g_max), "endurance": Wear.of(endurance), "seed": seed, "g_min": g_min,
-        "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,
+        "law": parameters(law, g_min, g_max), "endurance": Wear.of(endurance), "slices": lie, "seed": seed,
+        "g_min": g_min, "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,
         "inputs": inputs, "outputs": outputs,
     }  # fmt: skip
     where = "cuda" if device is not None else backend(g)
@@ -168,7 +181,7 @@ def pulse_update(
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
         cells, weights = reference.pulse_update(
             g, x, d, rate=rate, train=train.model_dump(), law=law.model_dump(), w_max=w_max, g_min=g_min, g_max=g_max,
-            groups=groups, conv=conv, endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
+            groups=groups, conv=conv, slices=slices, slice_bits=slice_bits, carry=None if carry is None else carry.model_dump(), endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
             device_map=by_name(device_map, law), stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
         )  # fmt: skip
         g[...] = cells
@@ -220,7 +233,7 @@ class Update(ctypes.Structure):
     """Twin of `struct Update` in kernels/host/pulse_update.cpp."""
 
     _fields_ = [
-        ("law", Parameters), ("train", Train), ("endurance", Wear), ("conv", Conv),
+        ("law", Parameters), ("train", Train), ("endurance", Wear), ("slices", Slices), ("conv", Conv),
         *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
     ]  # fmt: skip
@@ -254,7 +267,7 @@ def _cuda(
         PULSE_UPDATE, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
         {"g": g, "pulse_count": pulse_count, "device_map": device_map, "w": weights, "w_max": w_max, "batch": batch, **trains, **when, **update},
         {"LAW": update["law"].law, "AGGREGATED": int(aggregated), "IMPLIED": int(implicit),
-         "COUNTED": int(pulse_count is not None)},
+         "COUNTED": int(pulse_count is not None), "SLICED": int(update["slices"].count > 1)},
     )  # fmt: skip
     return weights
 
@@ -270,7 +283,7 @@ PULSE_UPDATE = Kernel(
     "pulse_update.cu",
     g=InOut("float32", "S X O"), pulse_count=InOut("int32", "S X O", optional=True), device_map=In("float16", "K S X O", optional=True), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
     w=Out("float32", "G O I"), w_max=In("float32", "D"), step=In("int64", "one", optional=True),
-    law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), step_value=Scalar("int64"), seed=Scalar("uint64"), g_min=Scalar("float32"),
+    law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), step_value=Scalar("int64"), seed=Scalar("uint64"), g_min=Scalar("float32"),
     range=Scalar("float32"), stuck_low=Scalar("float32"), stuck_high=Scalar("float32"), batch=Scalar("int32"),
     groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip

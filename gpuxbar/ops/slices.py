@@ -25,6 +25,11 @@ class Slices(ctypes.Structure):
         lowest = carry.scheme == "periodic"
         return cls(slices, slice_bits, lowest, 2.0 ** (slices * slice_bits) - 1, carry.window(slice_bits))
 
+    @property
+    def lowest_share(self) -> float:
+        """Share of a full weight of the whole window of the lowest slice."""
+        return float(self.window / self.full)
+
 
 def check_slices(op: str, slices: int, slice_bits: int | None, carry: Carry | None) -> None:
     """Refuse slices without bits or without a carry, and a carry without slices."""

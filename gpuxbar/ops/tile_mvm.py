@@ -16,7 +16,7 @@ from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
 from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
-from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_plan import HOPPER, Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = ["tile_mvm"]
@@ -104,7 +104,7 @@ def tile_mvm(
             between levels is read as the nearest, and codes beyond +-127 as these.
         packed: On a GPU, `g` (and `noise_var`) as the last read packed them, kept for the next one; None: packed anew.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
-        strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma", "cluster" or "epilogue" (see `ops.tile_mvm_plan`);
+        strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma", "implicit-wgmma", "cluster" or "epilogue" (see `ops.tile_mvm_plan`);
             "auto" takes the fastest by `ops/tuning.tsv`, but never "cluster".
 
     Returns:
@@ -235,7 +235,7 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
     plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
     if plan.strategy in ("fused", "implicit"):
         return fused_tile_mvm(device, v, g, rows, inputs, s, plan)
-    if plan.strategy in ("wgmma", "cluster"):
+    if plan.strategy in HOPPER:
         return fused_tile_mvm_sm90(device, v, g, rows, inputs, s, plan)
     if plan.strategy == "collapsed":
         s = {**s, "tile": max(drive, 1)}

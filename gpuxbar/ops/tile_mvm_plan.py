@@ -1,9 +1,10 @@
-"""Which of six ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
+"""Which of seven ways a read takes on a GPU, and why: plain numbers in, a plan and its reasons out.
 
 collapsed   nothing is converted per tile: planes and tiles merge into one product by cuBLAS
 fused       one kernel multiplies on tensor cores and converts in registers (kernels/fused_tile_mvm.cu)
 implicit    the same for a convolution read forwards, whose patches the kernel gathers from the images
 wgmma       the same as fused on Hopper, by products of whole warpgroups (kernels/fused_tile_mvm_sm90.cu)
+implicit-wgmma  the same as implicit on Hopper, by the products of wgmma
 cluster     the same as wgmma, two blocks sharing conductances; never chosen by "auto" before it has been timed
 epilogue    cuBLAS writes the partial sums of every tile, one kernel converts them (kernels/adc_accumulate.cu)
 
@@ -21,6 +22,7 @@ from math import inf
 from pathlib import Path
 
 __all__ = [
+    "HOPPER",
     "STRATEGIES",
     "Case",
     "Plan",
@@ -35,7 +37,8 @@ __all__ = [
     "wgmma_bytes",
 ]
 
-STRATEGIES = ("auto", "collapsed", "fused", "implicit", "wgmma", "cluster", "epilogue")
+STRATEGIES = ("auto", "collapsed", "fused", "implicit", "wgmma", "implicit-wgmma", "cluster", "epilogue")
+GATHERING, HOPPER = ("implicit", "implicit-wgmma"), ("wgmma", "implicit-wgmma", "cluster")
 BLOCK_M, STEP = 128, 64  # rows of a block, driven lines of a stage (of bytes 128): kernels/fused_tile_mvm.cu
 # Of products of bytes, to those of fp16: the least by the data sheets of the architectures in the table.
 INT8_RATE = 2.0
@@ -252,6 +255,7 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         "fused": _obstacle(case, arch),
         "implicit": _implicit_obstacle(case, arch),
         "wgmma": _wgmma_obstacle(case, arch),
+        "implicit-wgmma": _implicit_wgmma_obstacle(case, arch),
         "cluster": _wgmma_obstacle(case, arch),
     }
     if obstacle := obstacles.get(strategy):
@@ -271,7 +275,8 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     if all(obstacles.values()):
         return replace(epilogue, why=(f"fused is impossible: {obstacles['fused']}", *epilogue.why))
     times = {}
-    shapes = {"fused": _fused, "implicit": _implicit, "wgmma": _wgmma}  # the first of equals is chosen
+    # the first of equals is chosen
+    shapes = {"fused": _fused, "implicit": _implicit, "wgmma": _wgmma, "implicit-wgmma": _implicit_wgmma}
     if strategy == "cluster":
         shapes["cluster"] = _cluster
     for name, shape in shapes.items():
@@ -286,12 +291,23 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     why = (
         *(_line(name, us, table) for name, (us, _) in times.items()),
         *epilogue.why,
+        *_lines(case, obstacles["implicit"]),
         f"rates of {table.architecture}: {table.source}",
         f"{chosen}: blocks of {BLOCK_M} x {plan.block_n}, {plan.stages} stages, tiles split {plan.splits} ways",
     )
     if strategy == "auto" and best > epilogue_us:
         return replace(epilogue, why=why)
     return replace(plan, why=why)
+
+
+def _lines(case: Case, obstacle: str | None) -> list[str]:
+    """How many lines a tile drives where patches are gathered, if they can be."""
+    if obstacle:
+        return []
+    lines = min(case.tile, case.drive)
+    return [
+        f"implicit drives {_padded(case, True)} lines for a tile of {lines}, in the order {case.line_order}"
+    ]
 
 
 def _line(name: str, us: float, table: Rates) -> str:
@@ -374,6 +390,19 @@ def _wgmma_obstacle(case: Case, arch: str) -> str | None:
     return _obstacle(case, arch)
 
 
+def _implicit_wgmma_obstacle(case: Case, arch: str) -> str | None:
+    """Why the Hopper kernel cannot gather patches; None if it can."""
+    if obstacle := _wgmma_obstacle(case, arch) or _implicit_obstacle(case, arch):
+        return obstacle
+    if case.line_order != "position_channel":
+        return f"the lines are in the order {case.line_order} (of position_channel, eight are 16 bytes of an image)"
+    if case.stream_bits:
+        return "digits are cut out of the codes that are gathered"
+    if case.variance:
+        return "the noise depends on the state (noise_var)"
+    return None
+
+
 def _padded(case: Case, implicit: bool = False) -> int:
     """Driven lines of a tile as the fused kernel sees them."""
     lines = (implicit and 8 * case.chunks * case.positions) or case.tile
@@ -416,6 +445,12 @@ def _wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | 
     return _split(case, Plan("wgmma", (), block_n, stages), multiprocessors)
 
 
+def _implicit_wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+    """As `_wgmma`, with patches gathered inside, which leaves registers for 128 columns."""
+    plan = None if block_n == 256 else _wgmma(case, arch, multiprocessors, block_n)
+    return plan and replace(plan, strategy="implicit-wgmma")
+
+
 def _cluster(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
     """As `_wgmma`, two blocks a cluster."""
     plan = _wgmma(case, arch, multiprocessors, block_n)
@@ -449,15 +484,14 @@ def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> flo
     blocks = _blocks(case, plan) * plan.splits
     waves = -(-blocks // multiprocessors) * multiprocessors / max(blocks, 1)
     outputs = _blocks(case, plan) * BLOCK_M * plan.block_n
-    tflops, alone = (
-        (table.wgmma_tflops, 0.25) if plan.strategy in ("wgmma", "cluster") else (table.mma_tflops, 0.5)
-    )
-    lines = case.tiles * _padded(case, plan.strategy == "implicit")
+    tflops, alone = (table.wgmma_tflops, 0.25) if plan.strategy in HOPPER else (table.mma_tflops, 0.5)
+    gathers = plan.strategy in GATHERING
+    lines = case.tiles * _padded(case, gathers)
     tflops *= INT8_RATE if case.int8 else 1.0
     product = 2e-6 * outputs * lines * (case.terms + case.variance) / tflops
     convert = 1e-3 * outputs * case.tiles / getattr(table, f"{case.noise}_gs")
     words = 0 if case.planes * case.passes * plan.splits == 1 else 8 * outputs
-    inputs = case.image_size if plan.strategy == "implicit" else case.rows * case.groups * lines
+    inputs = case.image_size if gathers else case.rows * case.groups * lines
     moved = (2 * inputs * (1 + case.passes) if case.int8 else 4 * inputs) + words
     launches = 3 + (words > 0) * 2
     work = max(product, convert) + min(product, convert) * alone

@@ -71,11 +71,6 @@ class InSituOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: `spec.pulses` must be None, got a pulse train for {layer.name}; pulse trains are "
                 "InSituSGD's"
             )
-        if layer.spec.carry is not None:
-            raise ValueError(
-                f"{type(self).__name__}: `spec.mapping.slices` must be 1, got {layer.spec.mapping.slices} for {layer.name}; "
-                "sliced weights are InSituSGD's"
-            )
 
     def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module | None:
         """What is kept for a layer beside its cells."""

@@ -29,12 +29,14 @@ def build_optimizer(name: str, model: nn.Module, **settings: Any) -> InSituOptim
     """The optimiser of a name over all parameters of a model with crossbar layers.
 
     Args:
-        name: sgd, tiki-taka, tiki-taka-v2, chopped-tiki-taka-v2, agad or mixed-precision.
+        name: sgd, tiki-taka, tiki-taka-v2, chopped-tiki-taka-v2, agad or mixed-precision. All train single pairs and sliced
+            weights, by the expected-value update; sgd also by pulse trains (`spec.pulses`).
         model: A converted model; its crossbar layers begin in-situ training unless they have begun.
         settings: Of the optimiser's class; `lr` at least.
 
     Raises:
-        ValueError: The name is unknown, a setting is out of range, no layer is on a crossbar, or one has no update law.
+        ValueError: The name is unknown, a setting is out of range, no layer is on a crossbar, or one has no update law, or pulse
+            trains that the algorithm does not follow.
         TypeError: A setting is not one of the optimiser's.
     """
     if name not in OPTIMIZERS:

@@ -97,4 +97,4 @@ class InSituSGD(InSituOptimizer):
 
     def _forget_streams(self) -> None:
         for layer in self._layers():
-            layer.streams.take()
+            layer.streams.forget()

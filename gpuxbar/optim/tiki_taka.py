@@ -9,6 +9,8 @@ the gradient has a direction. What the algorithms differ in is the way from A to
     v2 chopped  the sign of A flips at random           offsets of A average out
     AGAD        the sign of A flips regularly           offsets of A are measured before each flip and subtracted
 
+Weights of C may be sliced; A is one pair for each of them, and pulses of C are those of its lowest slice.
+
 v is what A reads, in units of the gradient. A weight changes by its gradient times `fast_lr` of its range over the largest
 gradient of the layer (a running mean), and v is A's weight divided by the same, so `lr` is a rate in the sense of SGD, times
 the number of reads for which A remembers.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuxbar.reference.device_update import Cells, deviation
+from gpuxbar.reference.device_update import Cells, deviation, sliced
 from gpuxbar.reference.endurance import wear
 from gpuxbar.reference.laws import moved
 from gpuxbar.reference.random import Purpose, normals, uniforms, words
@@ -96,6 +96,9 @@ def pulse_update(
     g_max: float,
     groups: int = 1,
     conv: ConvGeometry | None = None,
+    slices: int = 1,
+    slice_bits: int | None = None,
+    carry: dict[str, Any] | None = None,
     endurance: dict[str, Any] | None = None,
     pulse_count: Array | None = None,
     device_map: dict[str, Array] | None = None,
@@ -104,9 +107,9 @@ def pulse_update(
     seed: int = 0,
     step: int = 0,
 ) -> tuple[Array, Array]:
-    """(conductances [2, G * I, O], weights read out [G, O, I]); `law` and `train` are dumped specs.
+    """(conductances [2 slices, G * I, O], weights read out [G, O, I]); `law`, `train` and `carry` are dumped specs.
 
-    `pulse_count`, [2, G * I, O], is updated in place where given; `device_map` as for `device_update`. With `conv`, x and d are
+    `pulse_count`, [2 slices, G * I, O], is updated in place where given; `device_map` as for `device_update`. With `conv`, x and d are
     images.
     """
     if conv is not None:
@@ -114,7 +117,8 @@ def pulse_update(
     batch, n_in, n_out = len(x), x.shape[1] // groups, d.shape[1] // groups
     span, pulses = g_max - g_min, law.get("pulses", law.get("levels"))
     w_max = np.asarray(w_max, np.float64)
-    of_pulse = w_max * (2 if law["sides"] == "both" else 1) / pulses
+    _, digit_weights = sliced(np.zeros(()), slices, slice_bits, carry)
+    of_pulse = w_max * digit_weights[0] * (2 if law["sides"] == "both" else 1) / pulses
     unit = rate / of_pulse.reshape(groups, n_out).max(1)
     x_slots, e_slots, length = pulse_trains(
         np.asarray(x, np.float64), rate * np.asarray(d, np.float64) / of_pulse, train=train, unit=unit, groups=groups,
@@ -134,22 +138,22 @@ def pulse_update(
         bursts = [(np.maximum(c, 0), np.maximum(-c, 0)) for c in counts]
     rows = np.arange(groups * n_in)
     cells = np.array(g, np.float64)
-    for plane in range(2):
+    for side, plane in enumerate((0, slices)):  # of the lowest slice
         devices = Cells.draw(law, rows, n_out, plane, seed, -g_min / span, device_map)
         u = uniforms(rows, n_out, purpose=Purpose.STUCK, slot=plane, seed=seed)
         free = ~((u < stuck_at_g_min) | (u > 1.0 - stuck_at_g_max))
-        if plane and law["sides"] == "reference":
+        if side and law["sides"] == "reference":
             free[:] = False
         if pulse_count is not None:
             free &= pulse_count[plane] >= 0
         taken = np.zeros(free.shape, np.int64)
         share = (cells[plane] - g_min) / span
         for sample, (raising, lowering) in enumerate(bursts):
-            up, down = (lowering, raising) if plane else (raising, lowering)
+            up, down = (lowering, raising) if side else (raising, lowering)
             if law["sides"] == "one_sided":
                 down = np.zeros_like(down)
             z = normals(
-                rows, n_out, purpose=Purpose.PULSE_CYCLE, slot=2 * sample + plane, step=step, seed=seed
+                rows, n_out, purpose=Purpose.PULSE_CYCLE, slot=2 * sample + side, step=step, seed=seed
             )
             new = _after(devices, share, up / pulses, down / pulses, z)
             share = np.where(free & (up + down > 0), new, share)
@@ -159,7 +163,7 @@ def pulse_update(
             if endurance["failed"] != "held":
                 share = np.where(fails, {"g_min": 0.0, "g_max": 1.0}[endurance["failed"]], share)
         cells[plane] = np.where(share != (cells[plane] - g_min) / span, g_min + span * share, cells[plane])
-    pair = (cells[0] - cells[1]) / span
+    pair = np.tensordot(digit_weights, cells[:slices] - cells[slices:], axes=1) / span
     weights = pair.reshape(groups, n_in, n_out).transpose(0, 2, 1) * w_max.reshape(groups, n_out, 1)
     return cells, weights
 

@@ -21,7 +21,7 @@ class Carry(Part):
 
     `scheme`: "accumulate": a wanted change is cut into signed digits, and every slice takes its own through its devices'
     law; what is below a unit goes to the lowest slice, whose devices are analog. "periodic": the lowest slice takes all
-    of it, as far as its window goes, and the others only change by carries.
+    of it, as far as its window goes, and the others only change by carries; so with pulse trains, which know no digits.
 
     A carry moves excess up, from the lowest slice to the highest: of a digit of b or more in size, whole multiples of b
     leave, and the next slice gains as many units. Digits keep what they have beyond whole units, so a carry changes no

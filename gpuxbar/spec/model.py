@@ -472,7 +472,7 @@ class CrossbarSpec(Part):
                 "law='constant_step', say, or leave endurance.pulses out"
             )
         if self.pulses is not None:
-            check_train("CrossbarSpec", self.pulses, self.update)
+            check_train("CrossbarSpec", self.pulses, self.update, self.carry)
         return self
 
     @model_validator(mode="after")
@@ -493,11 +493,6 @@ class CrossbarSpec(Part):
             raise ValueError(
                 f"CrossbarSpec: `device.levels` must be None with carry, got {self.device.levels}; a window of "
                 "2**(slice_bits + headroom_bits) - 1 units follows from it, and updates leave devices between levels"
-            )
-        if self.carry is not None and self.pulses is not None:
-            raise ValueError(
-                f"CrossbarSpec: `pulses` must be None for sliced weights, got a train with {slices} slices; update them "
-                "without pulse trains, or use mapping.slices=1"
             )
         return self
 

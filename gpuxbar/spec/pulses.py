@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from gpuxbar.spec.carry import Carry
 from gpuxbar.spec.laws import ConstantStep, Ideal, LinearStep, LookupTable, UpdateLaw
 from gpuxbar.spec.part import Part
 
@@ -29,6 +30,10 @@ class PulseTrain(Part):
     `mode`: "exact" (samples in sequence, each moving every device) or "aggregated" (the same trains, counted over the
     batch; a device moves once, up and down). Both are alike where the order of pulses does not matter: for constant
     steps off the bounds of the window, and for any noiseless law with one-sided devices, which pulses only raise.
+
+    A sliced weight takes pulses on its lowest slice, and the others change by carries of scheme "periodic". A pulse there is a
+    small step (see `ops.pulse_update`), and a sample makes at most `length` of them. The scheme "accumulate" is refused: it
+    needs the digits of a product, and coincidences count the product out without making any.
     Source: Gokmen and Vlasov, Frontiers in Neuroscience 2016; Rasch et al., aihwkit, AICAS 2021.
     """
 
@@ -39,8 +44,8 @@ class PulseTrain(Part):
     mode: Literal["exact", "aggregated"] = "exact"
 
 
-def check_train(op: str, train: PulseTrain, law: UpdateLaw | None) -> None:
-    """Refuse a train that a law cannot follow, or whose pulses may not be counted ahead."""
+def check_train(op: str, train: PulseTrain, law: UpdateLaw | None, carry: Carry | None = None) -> None:
+    """Refuse a train that a law or slices cannot follow, or whose pulses may not be counted ahead."""
     if law is None or isinstance(law, Ideal):
         raise ValueError(
             f"{op}: `law` must be one with pulses to follow a pulse train, got {'none' if law is None else 'ideal'}; "
@@ -54,6 +59,11 @@ def check_train(op: str, train: PulseTrain, law: UpdateLaw | None) -> None:
         raise ValueError(
             f"{op}: `write_noise` must be 0 S with pulse trains, got {law.write_noise:g} S; leave it out, or update "
             "without pulses"
+        )
+    if carry is not None and carry.scheme != "periodic":
+        raise ValueError(
+            f"{op}: `carry.scheme` must be periodic with pulse trains, got {carry.scheme!r}: coincidences count a product out "
+            "and cut no digits of it; choose it, or update without pulses"
         )
     if train.mode == "aggregated" and not (_constant(law) or (law.sides == "one_sided" and _noiseless(law))):
         raise ValueError(

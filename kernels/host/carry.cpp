@@ -62,16 +62,20 @@ void write_pairs(const Programming& p, const Slices& s, const Arrays& a, const S
     const u32 plane = (u32)(n * s.count + k);
     const i64 first = place(a, at, plane);
     const WriteDraws z(p, CARRY, plane, at.row, at.col0);
-    alignas(64) float value[WIDE_ROW];
+    alignas(64) float value[WIDE_ROW], own[WIDE_ROW];
     const float sign = n ? -1.0f : 1.0f;
     const Programming settings = p;
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j)
+    for (int j = 0; j < WIDE_ROW; ++j) {
       value[j] = written(settings, digit_target(settings, sign * digit[j]), z.spread[j], z.noise[j], z.u[j]);
-    for (i64 j = 0; j < at.count; ++j) {
-      if (chosen[j] == 0.0f || stuck(p, z.u[j]) || (a.pulse_count && a.pulse_count[first + j] < 0)) continue;
-      a.g[first + j] = value[j];
-      if (a.hidden) a.hidden[first + j] = value[j];
+      own[j] = stuck(settings, z.u[j]) ? 0.0f : chosen[j];
+    }
+    if (a.pulse_count)
+      for (i64 j = 0; j < at.count; ++j) own[j] = a.pulse_count[first + j] < 0 ? 0.0f : own[j];
+    for (float* cells : {a.g, a.hidden}) {
+      if (!cells) continue;
+#pragma omp simd
+      for (i64 j = 0; j < at.count; ++j) cells[first + j] = own[j] != 0.0f ? value[j] : cells[first + j];
     }
   }
 }

@@ -1,6 +1,6 @@
 // pulse_update on the CPU: pulse trains of a batch, their coincidences through the device law, and the weights read out.
 //
-// First the trains of every line, 32 samples of it together; patches of images are gathered on the way. Then blocks of 64
+// A sliced weight is pulsed on its lowest slice. First the trains of every line, 32 samples of it together; patches of images are gathered on the way. Then blocks of 64
 // wordlines by 64 bitlines: exact, chunks of samples in sequence, every device at its own pace; aggregated, coincidences
 // are counted over the batch, 32 samples a word, and the devices move once. Every train and cell is a function of its own
 // place, so the bits do not depend on threads.
@@ -11,6 +11,7 @@
 #include "cells.hpp"
 #include "gpuxbar/endurance.cuh"
 #include "gpuxbar/pulses.cuh"
+#include "gpuxbar/slices.cuh"
 #include "images.hpp"
 
 using namespace gpuxbar;
@@ -28,6 +29,7 @@ struct Update {
   UpdateLaw law;
   Train train;
   Endurance endurance;
+  Slices slices;
   Conv conv;  // whose patches and pixels drive the lines; without pixels, matrices do
   i64 batch, groups, inputs, outputs, step;
   u64 seed;
@@ -35,6 +37,12 @@ struct Update {
   float stuck_low, stuck_high;
 
   i64 blocks() const { return (batch + SAMPLES - 1) / SAMPLES; }
+  // Planes of devices that can move: of the lowest slice, both sides or the positive one.
+  u32 sides() const { return law.sides == REFERENCE ? 1u : 2u; }
+  // A row of devices of the lowest slice.
+  Place place(u32 side, i64 group, i64 line, i64 col0) const {
+    return Place{side * (u32)slices.count, (u32)(group * inputs + line), col0};
+  }
 };
 
 // Trains of `count` lines on one side of an array; planes hold zeros for the lines behind these.
@@ -52,7 +60,7 @@ struct Trains {
 };
 
 struct Arrays {
-  float* g;            // [2, G * I, O] S
+  float* g;            // [2 slices, G * I, O] S
   i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
   DeviceMap map;       // planes like g
   const float* x;      // [B, G * I], or images [N, G * channels, height, width]
@@ -313,6 +321,7 @@ void pulse_row(const Update& u, const Place& at, const Row& row, i64 b0, const E
   const UpdateLaw s = u.law;
   const float each = 1.0f / s.pulses;
   const bool positive = at.plane == 0, noise = noisy(s);
+  const u32 side = positive ? 0u : 1u;
   alignas(64) float z[WIDE_ROW] = {}, up[WIDE_ROW], d[WIDE_ROW];
   alignas(64) Lines slots;
   for (i64 turn = 0; turn < events.turns; ++turn) {
@@ -325,7 +334,7 @@ void pulse_row(const Update& u, const Place& at, const Row& row, i64 b0, const E
       const float pulses = up[j] + pulses_down(s.sides, positive, raise, lower);
       d[j] = pulses * each;
       more[j] += (i32)pulses;
-      slots[j] = 2 * ((u32)b0 + Events::sample(event[j])) + at.plane;
+      slots[j] = 2 * ((u32)b0 + Events::sample(event[j])) + side;
     }
     if (noise) draw_normals_at(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, at.row, at.col0, slots, z);
 #pragma omp simd
@@ -407,13 +416,14 @@ void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 line
 }
 
 struct alignas(64) Block {
+  // of the lowest slice, [side]
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
   alignas(64) Counts raise, all;
   bool counted;  // whether devices can fail, which the next three are for
   bool failed[2][LINES][WIDE_ROW];
   i32 more[2][LINES][WIDE_ROW];  // pulses of this update
 
-  const bool* failures(u32 plane, i64 line) const { return counted ? failed[plane][line] : nullptr; }
+  const bool* failures(u32 side, i64 line) const { return counted ? failed[side][line] : nullptr; }
 };
 
 template <class L, bool IMPLICIT>
@@ -426,10 +436,10 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
     for (i64 i = 0; i < lines; ++i) {
       events.find<IMPLICIT>(a.inputs.of_line(group, i0 + i) + b0, a.errors.of_line(group, o0) + b0,
                             u.blocks() * SAMPLES, length + b0, samples, count);
-      for (u32 plane = 0; events.turns && plane < (u.law.sides == REFERENCE ? 1u : 2u); ++plane) {
-        const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-        const Row row(u, a.map, at, count, block.failures(plane, i));
-        pulse_row<L>(u, at, row, b0, events, block.more[plane][i], block.x[plane][i]);
+      for (u32 side = 0; events.turns && side < u.sides(); ++side) {
+        const Place at = u.place(side, group, i0 + i, o0);
+        const Row row(u, a.map, at, count, block.failures(side, i));
+        pulse_row<L>(u, at, row, b0, events, block.more[side][i], block.x[side][i]);
       }
     }
   }
@@ -447,18 +457,18 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
   else
     count_implied(u, a, group, i0, lines, o0, count, block.raise, block.all);
   const UpdateLaw s = u.law;
-  for (u32 plane = 0; plane < (s.sides == REFERENCE ? 1u : 2u); ++plane)
+  for (u32 side = 0; side < u.sides(); ++side)
     for (i64 i = 0; i < lines; ++i) {
-      const Place at{plane, (u32)(group * u.inputs + i0 + i), o0};
-      const Row row(u, a.map, at, count, block.failures(plane, i));
+      const Place at = u.place(side, group, i0 + i, o0);
+      const Row row(u, a.map, at, count, block.failures(side, i));
       alignas(64) float z[WIDE_ROW] = {};
-      if (noisy(u.law)) draw_normals(Draw{PULSE_CYCLE, plane, (u32)u.step, u.seed}, at.row, at.col0, z);
+      if (noisy(u.law)) draw_normals(Draw{PULSE_CYCLE, side, (u32)u.step, u.seed}, at.row, at.col0, z);
       alignas(64) float ups[WIDE_ROW], downs[WIDE_ROW];
-      share_pulses(s.sides, plane == 0, row.free, block.raise[i], block.all[i], ups, downs);
-      float* x = block.x[plane][i];
+      share_pulses(s.sides, side == 0, row.free, block.raise[i], block.all[i], ups, downs);
+      float* x = block.x[side][i];
 #pragma omp simd
       for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[j]);
-      for (int j = 0; j < WIDE_ROW; ++j) block.more[plane][i][j] = (i32)(ups[j] + downs[j]);
+      for (int j = 0; j < WIDE_ROW; ++j) block.more[side][i][j] = (i32)(ups[j] + downs[j]);
     }
 }
 
@@ -485,40 +495,50 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
   block.counted = a.pulse_count != nullptr;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const float inverse_range = 1.0f / u.range;
-  const auto cells = [&](u32 plane, i64 i) {
-    return a.g + ((i64)plane * u.groups * u.inputs + group * u.inputs + i0 + i) * u.outputs + o0;
+  const auto cells = [&](u32 side, i32 slice, i64 i) {
+    const i64 plane = side * u.slices.count + slice;
+    return a.g + ((plane * u.groups + group) * u.inputs + i0 + i) * u.outputs + o0;
   };
-  for (u32 plane = 0; plane < 2; ++plane)
+  for (u32 side = 0; side < 2; ++side)
     for (i64 i = 0; i < lines; ++i) {
-      const float* from = cells(plane, i);
-      float *x = block.x[plane][i], *before = block.before[plane][i];
+      const float* from = cells(side, 0, i);
+      float *x = block.x[side][i], *before = block.before[side][i];
       std::fill(x, x + WIDE_ROW, 0.0f);
       for (i64 j = 0; j < count; ++j) before[j] = x[j] = (from[j] - u.g_min) * inverse_range;
-      std::fill(block.more[plane][i], block.more[plane][i] + WIDE_ROW, 0);
-      std::fill(block.failed[plane][i], block.failed[plane][i] + WIDE_ROW, false);
+      std::fill(block.more[side][i], block.more[side][i] + WIDE_ROW, 0);
+      std::fill(block.failed[side][i], block.failed[side][i] + WIDE_ROW, false);
       if (block.counted)
-        for (i64 j = 0; j < count; ++j) block.failed[plane][i][j] = a.pulse_count[from - a.g + j] < 0;
+        for (i64 j = 0; j < count; ++j) block.failed[side][i][j] = a.pulse_count[from - a.g + j] < 0;
     }
   if (aggregated)
     pulse_at_once<L>(u, a, group, i0, o0, block);
   else
     pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, block);
-  for (u32 plane = 0; plane < 2; ++plane)
+  for (u32 side = 0; side < 2; ++side)
     for (i64 i = 0; i < lines; ++i) {
-      float *to = cells(plane, i), *x = block.x[plane][i], *before = block.before[plane][i];
+      float *to = cells(side, 0, i), *x = block.x[side][i], *before = block.before[side][i];
       if (block.counted)
-        wear_row(u, Place{plane, (u32)(group * u.inputs + i0 + i), o0}, block.more[plane][i], count,
-                 a.pulse_count + (to - a.g), x);
-      for (i64 j = 0; j < count; ++j) {
+        wear_row(u, u.place(side, group, i0 + i, o0), block.more[side][i], count, a.pulse_count + (to - a.g), x);
+#pragma omp simd
+      for (i64 j = 0; j < count; ++j)
         to[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : to[j];  // a cell that did not move keeps its bits
-        x[j] = plane ? fma(-to[j], inverse_range, block.x[0][i][j]) : to[j] * inverse_range;
-      }
     }
   const i64 output = group * u.outputs + o0;
-  for (i64 i = 0; i < lines; ++i)
+  auto& weight = block.x[0];
+  for (i64 i = 0; i < lines; ++i) {
+    float* sum = weight[i];
+    std::fill(sum, sum + count, 0.0f);
+    for (i32 slice = 0; slice < u.slices.count; ++slice)
+      for (u32 side = 0; side < 2; ++side) {
+        const float share = inverse_range * slice_weight(u.slices, slice), by = side ? -share : share;
+        const float* from = cells(side, slice, i);
 #pragma omp simd
-    for (i64 j = 0; j < count; ++j) block.x[1][i][j] *= a.w_max[output + j];
-  transpose(block.x[1][0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
+        for (i64 j = 0; j < count; ++j) sum[j] = fma(from[j], by, sum[j]);
+      }
+#pragma omp simd
+    for (i64 j = 0; j < count; ++j) sum[j] *= a.w_max[output + j];
+  }
+  transpose(weight[0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
 }
 
 }  // namespace
@@ -528,7 +548,7 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
                                      const float* w_max, u32* inputs, u32* errors, float* length, i32* slots,
                                      const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
-  const DeviceMap map{device_map, 2 * u.groups * u.inputs * u.outputs};
+  const DeviceMap map{device_map, 2 * u.slices.count * u.groups * u.inputs * u.outputs};
   const bool planes = aggregated && !u.train.implicit;
   const auto trains = [&](u32* words, i64 count) {
     const i64 together = planes ? 2 * WIDE : EIGHT;

@@ -6,7 +6,7 @@
 // waits for it and no thread can go on otherwise, those in registers too; until then its sums are poisoned. Operands in
 // shared memory are found by decoding their descriptors, swizzle included. Errors: addresses outside or misaligned,
 // barriers not made, too many arrivals, products of one warpgroup that differ, sums touched in flight, products not
-// fenced, copies or products under way at the end; arrivals and copies at a block of the cluster whose barriers are not
+// fenced, operands that a thread's own copies brought and that it has not fenced, copies or products under way at the end; arrivals and copies at a block of the cluster whose barriers are not
 // made yet, or that has ended. A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
 #pragma once
 #include <deque>
@@ -26,12 +26,14 @@ struct Products {  // of a warp
   size_t count = 0;
   bool fenced = false;
 };
+struct Own { int thread; bool landed; };  // a copy of a thread's own that it has not fenced yet
 struct Hopper {  // what a block has under way
   unsigned char* memory = gx_smem;  // its own
   std::map<unsigned, Barrier> barriers;
   std::vector<Bulk> copies;
   Products products[32];
   std::vector<std::pair<uint64_t, uint64_t>> operands[8];  // of all products of a warpgroup
+  std::map<unsigned, Own> unfenced;  // by their place, of 16 bytes
 };
 static thread_local Hopper hopper;
 
@@ -59,11 +61,23 @@ inline void land(Hopper& in, const Bulk& copy) {
   if (Barrier* const b = barrier_at(in, copy.barrier, "copy_bulk")) b->bytes -= copy.bytes, settle(*b);
 }
 
-// The bits of element (row, k) of the matrix a descriptor names.
-inline unsigned element(uint64_t descriptor, int row, int k) {
+// Where element (row, k) of the matrix a descriptor names lies.
+inline unsigned place_of(uint64_t descriptor, int row, int k) {
   const unsigned first = unsigned(descriptor & 0x3FFF) << 4, unit = unsigned(descriptor >> 32 & 0x3FFF) << 4;
-  const unsigned plain = first + row / 8 * unit + row % 8 * 128 + 2 * k, place = plain ^ ((plain >> 7 & 7) << 4);
+  const unsigned plain = first + row / 8 * unit + row % 8 * 128 + 2 * k;
+  return plain ^ ((plain >> 7 & 7) << 4);
+}
+// Whether it was brought by copies that are fenced: from the start of a product on, since it may read at once.
+inline bool known(uint64_t descriptor, int row, int k) {
+  if (!hopper.unfenced.count(place_of(descriptor, row, k) & ~15u)) return true;
+  tls.blk->fail("multiply_warpgroup: operand not landed, or not fenced");
+  return false;
+}
+// Its bits.
+inline unsigned element(uint64_t descriptor, int row, int k) {
+  const unsigned place = place_of(descriptor, row, k);
   if (place + 2 > tls.blk->dyn_size) return tls.blk->fail("multiply_warpgroup: operand outside shared memory"), 0;
+  if (!known(descriptor, row, k)) return 0;
   uint16_t h;
   memcpy(&h, gx_smem + place, 2);
   return h;
@@ -107,6 +121,8 @@ inline void multiply_start(void** lanes) {
   if (mine.count == operands.size()) operands.emplace_back(first.a, first.b);
   if (operands[mine.count++] != std::make_pair(first.a, first.b))
     return tls.blk->fail("multiply_warpgroup: warps of a warpgroup differ");
+  for (int row = 0; row < 16 && !first.registers && !hopper.unfenced.empty(); ++row)
+    if (!known(first.a, 16 * (warp % 4) + row, 0) || !known(first.a, 16 * (warp % 4) + row, 8)) return;
   const bool fresh = !mine.sums.count(first.c);
   Sums& sums = mine.sums[first.c];
   if ((fresh || first.registers) && !mine.fenced)
@@ -157,6 +173,8 @@ static const bool installed = [] {
     land(hopper, last);
     return true;
   };
+  hooks.copying = [](unsigned place) { hopper.unfenced[place] = {tls.lin, false}; };
+  hooks.landed = [](unsigned place) { hopper.unfenced[place].landed = true; };
   hooks.end = [] {
     if (!hopper.copies.empty()) tls.blk->fail("the block ended with bulk copies under way");
     for (int w = 0; w < 32; ++w) {
@@ -225,6 +243,12 @@ static inline void cluster_barrier() {
   }, 0, cluster.phase);
 }
 #endif
+
+static inline void copies_fence() {
+  auto& unfenced = shim::hopper.unfenced;
+  for (auto at = unfenced.begin(); at != unfenced.end();)
+    at = at->second.thread == shim::tls.lin && at->second.landed ? unfenced.erase(at) : std::next(at);
+}
 
 template <int COUNT> inline void registers_release() {}
 template <int COUNT> inline void registers_claim() {}

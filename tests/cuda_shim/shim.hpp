@@ -84,10 +84,12 @@ struct Lane {  // one CUDA thread
   std::vector<Copy> open; std::vector<std::vector<Copy>> groups;
 };
 struct Block;  // forward
-struct Hooks {  // of hopper.hpp, for each block: at its start, to let one event under way happen, at its end
+struct Hooks {  // of hopper.hpp, for each block: at its start, to let one event under way happen, at its end, and when a thread's copy starts and lands
   void (*begin)() = [] {};
   bool (*happen)() = [] { return false; };
   void (*end)() = [] {};
+  void (*copying)(unsigned) = [](unsigned) {};
+  void (*landed)(unsigned) = [](unsigned) {};
 };
 static Hooks hooks;
 struct Ctx { uint3 tid, bid, bdim, gdim; Lane* lane; int lin; Block* blk; };

@@ -39,6 +39,11 @@ inline unsigned float_to_bfloat(float x) {
   return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
 }
 
+inline void land_async(const Copy& copy) {
+  memcpy(gx_smem + copy.to, copy.data, 16);
+  hooks.landed(copy.to);
+}
+
 struct Matrices { uint32_t* r; unsigned address; };
 inline void load_all(void** lanes) {
   for (int m = 0; m < 4; ++m) {
@@ -109,7 +114,8 @@ static inline void copy_async(unsigned to, const void* from, bool real) {
   if (reinterpret_cast<uintptr_t>(from) % 16) return shim::tls.blk->fail("copy_async: global address is misaligned");
   shim::Copy copy{to, {}};
   if (real) memcpy(copy.data, from, 16);
-  if (shim::tls.blk->eager) return void(memcpy(gx_smem + to, copy.data, 16));
+  shim::hooks.copying(to);
+  if (shim::tls.blk->eager) return shim::land_async(copy);
   memset(gx_smem + to, 0x7E, 16);
   shim::tls.lane->open.push_back(copy);
 }
@@ -120,7 +126,7 @@ static inline void copy_commit() {
 template <int PENDING> inline void copy_wait() {
   auto& groups = shim::tls.lane->groups;
   while (groups.size() > PENDING) {
-    for (const shim::Copy& copy : groups.front()) memcpy(gx_smem + copy.to, copy.data, 16);
+    for (const shim::Copy& copy : groups.front()) shim::land_async(copy);
     groups.erase(groups.begin());
   }
 }

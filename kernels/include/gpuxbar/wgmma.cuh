@@ -62,6 +62,9 @@ GPUXBAR_FN void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
                : "memory");
 }
 
+// Makes what this thread's copies (copy_async) brought, once waited for, known to products: before it arrives anywhere.
+GPUXBAR_FN void copies_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- clusters: blocks that run at the same time and reach each other's shared memory
 
 // Of this block in its cluster.

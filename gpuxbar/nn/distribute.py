@@ -1,0 +1,44 @@
+"""Data-parallel training: every process holds the same arrays and reads its part of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpuxbar.nn.layers import AnalogLayer
+
+__all__ = ["distribute"]
+
+
+def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """A converted model under `DistributedDataParallel`, trained as one process would with the batches of all ranks as one.
+
+    Each rank's reads draw the noise of its own rows of that batch. Updates of devices are the same everywhere: for pulse
+    trains the ranks exchange what they read and its errors, averaged as gradients are. Conductances that follow from weights are
+    not sent. Batches must be of one size on all ranks.
+
+    Args:
+        model: With its layers on their device; build the optimiser from its parameters.
+        options: Of `DistributedDataParallel`.
+
+    Raises:
+        ValueError: torch.distributed is not initialised.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        raise ValueError(
+            "distribute: torch.distributed must be initialised, got no process group; call "
+            "torch.distributed.init_process_group, as torchrun's scripts do"
+        )
+    group = options.get("process_group") or distributed.group.WORLD
+    derived = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, AnalogLayer):
+            layer.set_plan(replace(layer.plan, rank=distributed.get_rank(group)))
+            layer.streams.group = group
+            prefix = f"{name}." if name else ""
+            derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, derived)
+    return DistributedDataParallel(model, **options)

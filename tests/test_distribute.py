@@ -1,0 +1,95 @@
+"""Two processes that share a batch train as one does: the same reads, the same updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gpuxbar as gx
+
+SPECS = {
+    "digital": {},
+    "in situ": {"update": {"law": "soft_bounds"}},
+    "pulses": {"update": {"law": "soft_bounds"}, "pulses": {}},
+}
+READS = {
+    "tile": {"rows": 8, "cols": 8},
+    "mapping": {"scheme": "subtracted"},
+    "dac": {"bits": 8, "range": "sample"},
+    "adc": {"bits": 8, "range": "worst_case"},
+    "read_noise": {"sigma": 2e-7},
+}
+
+
+def network(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+    return gx.convert(model, gx.CrossbarSpec.model_validate({**READS, **SPECS[kind]}))[0]
+
+
+def train(kind, model, run, x):
+    """The first outputs, and the weights after two steps."""
+    make = torch.optim.SGD if kind == "digital" else gx.optim.InSituSGD
+    optimiser = make(model.parameters(), lr=0.5)
+    first = None
+    for _ in range(2):
+        optimiser.zero_grad()
+        y = run(x)
+        first = y.detach() if first is None else first
+        y.square().mean().backward()
+        optimiser.step()
+    return first, [p.detach().clone() for p in model.parameters()]
+
+
+def batch():
+    return torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    found = {}
+    for kind in SPECS:
+        model = network(kind)
+        found[kind] = train(kind, model, gx.distribute(model), batch()[4 * rank : 4 * rank + 4])
+    model = network("digital")
+    names = {buffer: name for name, buffer in model.named_buffers()}
+    sent = [names[buffer] for buffer in gx.distribute(model).modules_buffers]
+    model = network("pulses")
+    gx.optim.InSituSGD(model.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match=r"wrap it by gpuxbar\.distribute\(model\)"):
+        DistributedDataParallel(model)(batch())
+    torch.save((found, sent), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(work, (str(folder),), 2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_ranks_train_as_one_process(ranks, kind):
+    model = network(kind)
+    y, weights = train(kind, model, model, batch())
+    parts = [found[kind] for found, _ in ranks]
+    assert torch.equal(torch.cat([part for part, _ in parts]), y)  # noise included
+    for one, two, alone in zip(parts[0][1], parts[1][1], weights, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_what_follows_from_weights_is_not_sent(ranks):
+    _, sent = ranks[0]
+    assert "0.read_step" in sent
+    assert not any(name.endswith(("cells", "full_pair", "written")) for name in sent)
+
+
+def test_it_needs_a_process_group():
+    with pytest.raises(ValueError, match=r"torch\.distributed must be initialised, got no process group"):
+        gx.distribute(network("digital"))
