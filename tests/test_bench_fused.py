@@ -303,6 +303,33 @@ def test_without_a_gpu_it_refuses(tmp_path):
     assert not record.exists()
 
 
+OTHERS = ["noise and ADC behind the product", *(op.name for op in fused.device_ops.TIMED)]
+
+
+def test_updates_and_wires_are_checked():
+    """On the emulated GPU; and the seed of one kernel is another."""
+
+    class Changed(ShimDevice):
+        def launch(self, kernel, grid, block, values, macros=None, shared=0):
+            if kernel.name == "device_update":
+                values = {**values, "seed": values["seed"] ^ 1}
+            super().launch(kernel, grid, block, values, macros, shared)
+
+    there = np.copy  # updates are in place
+    assert fused.device_ops.check(ShimDevice(), there, np.asarray).startswith("off by ")
+    with pytest.raises(OracleMismatch, match=r"^update, devices drawn: off by .*, more than 1e-05$"):
+        fused.device_ops.check(Changed(), there, np.asarray)
+
+
+def test_updates_and_wires_of_the_size_that_is_timed(monkeypatch):
+    monkeypatch.setattr(fused.device_ops, "TILES", 3)
+    monkeypatch.setattr(fused.device_ops, "SIDE", 20)
+    for name, value in {"INPUTS": 128, "OUTPUTS": 40, "BATCH": 5}.items():
+        monkeypatch.setattr(fused.device_ops, name, value)
+    shapes = [op.build(ShimDevice(), np.copy)().shape for op in fused.device_ops.TIMED]
+    assert shapes == [(1, 40, 128)] * 3 + [(3, 20, 20)] * 3
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     """A GPU whose checks and clock are stubs."""
@@ -320,29 +347,34 @@ def emulated(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(fused, "CHECKS", {"light": lambda subject: "green"})
     monkeypatch.setattr(fused, "check_steps", lambda: "replayed")
+    monkeypatch.setattr(fused.device_ops, "check", lambda *_: "exact")
     monkeypatch.setattr(fused, "_ceilings", lambda: {**RATES, "copy GB/s": 4000.0, "fast Gnormal/s": 2000.0})
     monkeypatch.setattr(
         fused, "_time", lambda read, kernels: {k: us[k] for k in (*kernels, "epilogue", "ideal")}
     )
-    monkeypatch.setattr(fused, "time_steps", lambda: dict(zip(STEPS, (10.0, 15.0, 25.0), strict=True)))
-    monkeypatch.setattr(fused, "_gpu", subject)
+    monkeypatch.setattr(fused, "_conversions_us", lambda read: 500.0)
+    monkeypatch.setattr(fused, "_op_us", lambda op, subject: 80.0)
+    monkeypatch.setattr(fused, "time_step", dict(zip(STEPS, (10.0, 15.0, 25.0), strict=True)).__getitem__)
+    monkeypatch.setattr(fused, "_gpu", lambda without, exact: subject())
 
 
 def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     done = run(fused.app, ["--checks"])
-    assert (done.exit_code, done.output) == (0, "light: green\ncaptured steps: replayed\n")
+    assert (done.exit_code, done.output) == (0, "light: green\nupdates and wires: exact\n")
     path = tmp_path / "rows.jsonl"
     done = run(fused.app, ["--record", str(path)], env={"COLUMNS": "300"})
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["case"] for row in rows] == [
         *(read.name for read in (*READS, *CONVOLUTIONS)),
-        "resnet18-step",
+        *OTHERS,
+        *(f"resnet18-step, {kind}" for kind in STEPS),
     ]
+    assert {row["us"] for row in rows if row["case"] == "update, devices drawn"} == {80.0}
     assert rows[0]["us"]["wgmma"] == {"read": 350.0, "from codes": 370.0, "call": 390.0}
     assert rows[0]["floors"]["wgmma"]["noise"] == pytest.approx(4096 * 4096 * 32 / 2000.0 * 1e-3)
     assert rows[0]["targets"]["fused"] == {"us": 430, "speedup": 2.6}
-    assert rows[-1]["ms"][STEPS[2]] == 25.0
+    assert rows[-1]["ms"] == 25.0
     assert all(row["gpu"] == "Emulated" for row in rows)
     assert all({"commit", "date", "ceilings"} <= set(row) for row in rows)
     lines = [" ".join(line.replace("│", " ").split()) for line in done.output.splitlines()]
@@ -356,24 +388,89 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
         line for line in lines if line.startswith(f"{conv.name} {conv.size} implicit-wgmma 27 <= 28, 2.2 x ")
     ]
     assert "mma.sync TFLOP/s 3" in lines
+    assert "update, devices drawn 16.8 M cells 80 (missed) <= 75" in lines
     assert f"{STEPS[1]} 15.00 1.50 <= 2" in lines
     assert f"{STEPS[2]} 25.00 2.50 (missed) <= 2" in lines
 
 
-@pytest.mark.parametrize("which", ["read", "step"])
-def test_a_failed_check_voids_the_table(tmp_path, emulated, monkeypatch, which):
-    def red(*_):
-        raise OracleMismatch("off by one")
+def recorded(path, *arguments):
+    """What the command ends with, says and records."""
+    done = run(fused.app, ["--record", str(path), *arguments])
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return done.exit_code, done.output, [row["case"] for row in rows]
 
+
+@pytest.mark.parametrize("which", ["read", "step"])
+@pytest.mark.parametrize("error", [OracleMismatch, RuntimeError])
+def test_a_failed_check_voids_its_table(tmp_path, emulated, monkeypatch, which, error):
+    def red(*_):
+        raise error("off by one")
+
+    steps = [f"resnet18-step, {kind}" for kind in STEPS]
     if which == "read":
         monkeypatch.setattr(fused, "CHECKS", {"light": red})
     else:
         monkeypatch.setattr(fused, "check_steps", red)
-    path = tmp_path / "rows.jsonl"
-    done = run(fused.app, ["--record", str(path)])
-    assert done.exit_code == 2
-    assert f"error {'light: ' * (which == 'read')}off by one" in done.output
-    assert not path.exists()
+    status, text, cases = recorded(tmp_path / "rows.jsonl")
+    assert status == 2
+    assert f"error {'reads: light' if which == 'read' else 'captured steps'}: off by one" in text
+    reads = [read.name for read in (*READS, *CONVOLUTIONS)]
+    assert cases == [*OTHERS, *steps] if which == "read" else [*reads, *OTHERS]
+
+
+def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
+    """Rows are recorded as they come: those before a failure, and those after it."""
+    path, time, step = tmp_path / "rows.jsonl", fused._time, fused.time_step
+
+    def timed(read, kernels):
+        if read is READS[1]:
+            assert len(path.read_text().splitlines()) == 1
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
+        return time(read, kernels)
+
+    monkeypatch.setattr(fused, "_time", timed)
+
+    def small(kind):
+        if kind == STEPS[0]:
+            return step(kind)
+        raise MemoryError(f"no room for {kind}")
+
+    monkeypatch.setattr(fused, "time_step", small)
+    status, text, cases = recorded(path)
+    assert status == 2
+    assert f"error {READS[1].name}: CUDA_ERROR_INVALID_VALUE" in text
+    assert f"error {STEPS[1]}: no room for {STEPS[1]}" in text
+    assert cases == [
+        *(read.name for read in (*READS, *CONVOLUTIONS) if read is not READS[1]),
+        *OTHERS,
+        f"resnet18-step, {STEPS[0]}",
+    ]
+
+
+def test_a_mistake_shows_its_trace_and_voids_its_table_alone(tmp_path, emulated, monkeypatch):
+    monkeypatch.setattr(fused.device_ops, "check", lambda *_: None.shape)
+    status, text, cases = recorded(tmp_path / "rows.jsonl")
+    assert status == 2
+    assert "error updates and wires: 'NoneType' object has no attribute 'shape'" in text
+    assert "Traceback" in text
+    steps = [f"resnet18-step, {kind}" for kind in STEPS]
+    assert cases == [*(read.name for read in (*READS, *CONVOLUTIONS)), *steps]
+
+
+def test_the_kernel_that_fails_is_named(monkeypatch):
+    class Refusing(ShimDevice):
+        def launch(self, kernel, *more, **settings):
+            if kernel.name == "fused_tile_mvm_sm90":
+                raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+            super().launch(kernel, *more, **settings)
+
+    on = Subject(Refusing(), np.asarray, np.asarray)
+    monkeypatch.setattr(fused, "CHECKS", {"two runs": CHECKS["two runs"]})
+    with pytest.raises(OracleMismatch, match="two runs: wgmma fails: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        fused.check(on)
+    left = Subject(Refusing(), np.asarray, np.asarray, without=("wgmma", "cluster"))
+    assert CHECKS["two runs"](left) == "same bits"
+    assert "must be one of wgmma, cluster, got 'fused'" in run(fused.app, ["--without", "fused"]).output
 
 
 TARGETS = {  # H200: us of a kernel's read of 4096 x 4096 x 4096, by generator, precision and rows of a tile

@@ -38,6 +38,11 @@ SETTINGS = {
         "carry": {"scheme": "periodic", "interval": 1},
     },
 }  # fmt: skip
+FAST = {"fast_lr": 0.5, "lines": 7}  # so that lines come round within a few steps
+ALGORITHMS = {
+    "mixed-precision": {}, "tiki-taka": FAST, "tiki-taka-v2": FAST, "agad": {**FAST, "period": 1},
+}  # fmt: skip
+SETTINGS |= {name: {**BASE, "update": AGARWAL} for name in ALGORITHMS}
 
 
 class Run:
@@ -51,7 +56,10 @@ class Run:
         )
         self.model, _ = gx.convert(model, gx.CrossbarSpec.model_validate(SETTINGS[kind]))
         self.model.to(device)
-        if "update" in SETTINGS[kind]:
+        if kind in ALGORITHMS:
+            more = {"lr": 10 * lr, "momentum": 0.9, **ALGORITHMS[kind]}
+            self.optimizer = gx.optim.build_optimizer(kind, self.model, **more)
+        elif "update" in SETTINGS[kind]:
             momentum = 0.0 if "pulses" in SETTINGS[kind] else 0.9
             self.optimizer = gx.optim.InSituSGD(self.model.parameters(), lr=lr, momentum=momentum)
         else:
@@ -72,7 +80,9 @@ class Run:
 
     def state(self):
         more = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-        return [t.detach().clone() for t in (*self.model.parameters(), *self.model.buffers(), *more)]
+        parts = nn.ModuleList(getattr(self.optimizer, "parts", {}).values())
+        held = (t for root in (self.model, parts) for t in (*root.parameters(), *root.buffers()))
+        return [t.detach().clone() for t in (*held, *more)]
 
 
 @pytest.fixture
@@ -216,13 +226,31 @@ def test_a_model_must_be_on_a_gpu():
 
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
-    [({"optimizer": torch.optim.RMSprop}, TypeError, "`optimizer` must be InSituSGD, SGD, Adam or AdamW, got RMSprop"),
+    [({"optimizer": torch.optim.RMSprop}, TypeError, "`optimizer` must be one of InSituSGD, MixedPrecision, .* AdamW, got RMSprop"),
      ({"dampening": 0.5, "momentum": 0.9}, ValueError, "`dampening` must be 0, got 0.5"),
      ({"optimizer": torch.optim.AdamW}, ValueError, "`capturable` must be True, got False for AdamW")],
 )  # fmt: skip
 def test_an_optimiser_must_keep_its_counts_on_the_device(tape, changes, error, text):
     with pytest.raises(error, match=f"capture_step: {text}"):
         gx.capture_step(*plain(**changes), functional.mse_loss, (torch.zeros(1, 3), torch.zeros(1, 2)))
+
+
+def test_a_graph_transfers_at_every_step_or_at_none(tape):
+    run = Run("tiki-taka")
+    run.optimizer.param_groups[0]["transfer_every"] = 3
+    with pytest.raises(
+        ValueError, match=r"capture_step: `transfer_every` must be 1, got 3 for TikiTaka: a graph does"
+    ):
+        run.captured()
+
+
+def test_choppers_are_drawn_on_the_host(tape):
+    run = Run("tiki-taka")
+    run.optimizer = gx.optim.build_optimizer("chopped-tiki-taka-v2", run.model, lr=0.1)
+    with pytest.raises(
+        TypeError, match=r"must be one of .*, got ChoppedTikiTakaV2, which may count on the host"
+    ):
+        run.captured()
 
 
 def test_batches_and_rates_must_be_those_captured(tape):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,8 @@ from test_tile_mvm import (
 
 from gpuxbar import ops, reference
 from gpuxbar.bench.ceilings import KERNELS as CEILINGS
-from gpuxbar.launch import In, Kernel, Out, Scalar
+from gpuxbar.launch import CudaDevice, In, Kernel, Out, Scalar
+from gpuxbar.launch import device as device_module
 from gpuxbar.launch.cubin import cubin, resources
 from gpuxbar.launch.kernel import Array
 from gpuxbar.launch.nvrtc import CompileError
@@ -414,6 +417,63 @@ def test_bind_names_the_argument(name):
         values["m"] = 1
     with pytest.raises(error, match=text):
         EXAMPLE.bind(values)
+
+
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 70000), (2**31,)])
+def test_more_blocks_than_cuda_can_launch_are_refused(grid):
+    blocks = " x ".join(map(str, grid))
+    with pytest.raises(
+        ValueError, match=f"x: the grid must be at most 2147483647 x 65535 x 65535 blocks, got {blocks};"
+    ):
+        EXAMPLE.check_grid(grid)
+    EXAMPLE.check_grid((2**31 - 1, 65535, 65535))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A `CudaDevice` without a GPU, and what its kernel was called with."""
+    calls = []
+
+    class Function:
+        def __call__(self, grid, block, arguments, shared_mem):
+            calls.append((grid, arguments, shared_mem, self.max_dynamic_shared_size_bytes))
+
+    class Array(np.ndarray):
+        pass
+
+    runtime = SimpleNamespace(getDevice=lambda: 0)
+    cupy = SimpleNamespace(ndarray=Array, empty=np.empty, cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(device_module, "_properties", lambda ordinal: ("sm_90", 132))
+    monkeypatch.setattr(device_module, "_function", lambda *_: Function())
+    return (
+        CudaDevice(),
+        calls,
+        {k: v.view(Array) if isinstance(v, np.ndarray) else v for k, v in GOOD.items()},
+    )
+
+
+def test_a_kernel_takes_what_was_declared(stand_in):
+    """Scalars of the declared width, null pointers, and leave to use more shared memory than a kernel gets unasked."""
+    device, calls, good = stand_in
+    kernel = Kernel("x.cu", **EXAMPLE.arguments, c=In("float32", "M", optional=True))
+    device.launch(kernel, (3,), (32,), {**good, "c": None}, shared=50_000)
+    device.launch(kernel, (0,), (32,), {**good, "c": None})
+    [(grid, arguments, shared, most)] = calls
+    assert (grid, shared, most) == ((3,), 50_000, 50_000)
+    assert arguments[:2] == (good["a"], good["b"])
+    assert [(type(x), int(x)) for x in arguments[2:]] == [(np.int32, 2), (np.uintp, 0)]
+
+
+def test_a_gpu_takes_no_array_of_the_host(stand_in):
+    device, calls, good = stand_in
+    with pytest.raises(
+        TypeError, match=r"x: `b` must be a CuPy array, got ndarray; move it by cupy\.asarray"
+    ):
+        device.launch(EXAMPLE, (1,), (32,), {**good, "b": np.asarray(good["b"]).view(np.ndarray)})
+    with pytest.raises(ValueError, match="x: the grid must be at most"):
+        device.launch(EXAMPLE, (1, 70000), (32,), good)
+    assert not calls
 
 
 def test_bind_casts_scalars():

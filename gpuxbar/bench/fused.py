@@ -1,10 +1,15 @@
-"""`python -m gpuxbar.bench.fused`: proof and speed of the fused reads, and of a whole training step, on a GPU.
+"""`python -m gpuxbar.bench.fused`: proof and speed of the reads, updates, wires and a whole training step, on a GPU.
 
 First the checks of every fused kernel the device has, against the float64 oracle and against cuBLAS + epilogue, on new
-memory that holds NaN, and a captured training step against the same without capture; one that fails leaves no number.
-Then ceilings of the device (what bounds a read, each alone), then reads as replays of CUDA graphs over inputs that do not
-fit its cache together, beside their ideal products and convolutions, then steps of ResNet-18. Below 8 minutes by estimate. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks` (and memcheck, initcheck,
-synccheck) looks at the same small reads. Not yet run on a GPU; the checks run on the CPU build of the kernels in the tests.
+memory that holds NaN; where one fails, no number of a read is given. Then ceilings of the device (what bounds a read, each
+alone), and reads as replays of CUDA graphs over inputs that do not fit its cache together, beside their ideal products and
+convolutions. Then updates and wires, and steps of ResNet-18, each after a check of its own: of small ones against the oracle, and
+of a captured step against the same without capture. Below 8 minutes by estimate.
+
+What is found is printed and recorded as it comes, and what fails takes nothing else with it, unless it leaves the device
+unusable: `--without` leaves a kernel out then. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks`
+(and memcheck, initcheck, synccheck) looks at the same small cases. Not yet run on a GPU; the checks run on the CPU build of
+the kernels in the tests.
 """
 
 from __future__ import annotations
@@ -24,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gpuxbar import ops, reference
-from gpuxbar.bench import ceilings
+from gpuxbar.bench import ceilings, device_ops
 from gpuxbar.bench.cases import OracleMismatch
 from gpuxbar.bench.convolution import ideal_convolution_us
 from gpuxbar.bench.record import append, environment
-from gpuxbar.bench.steps import IDEAL, STEP_SIZE, STEP_TARGET, check_steps, time_steps
+from gpuxbar.bench.steps import IDEAL, STEP_SIZE, STEP_TARGET, STEPS, check_steps, time_step
 from gpuxbar.bridge.arrays import explain_gpu
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.launch import CudaDevice, Device, Kernel
@@ -45,6 +50,11 @@ PRODUCTS = ("fused_tile_mvm", "fused_tile_mvm_sm90", "matmul", "adc_accumulate",
 FROM_CODES = (*PRODUCTS, "pack_inputs", "pack_images")
 # Strategies of one kernel for any codes; all but the first are Hopper's.
 FUSED = ("fused", "wgmma", "cluster")
+FAILURES = (
+    OracleMismatch,
+    RuntimeError,
+    MemoryError,
+)  # wrong results, and what CUDA, cuBLAS or PyTorch refuse
 IDEAL_PRODUCT = "ideal"  # among the times of a read: by cuBLAS or cuDNN
 
 
@@ -195,21 +205,26 @@ CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A device, and how arrays get there and back."""
+    """A device, how arrays get there and back, and Hopper's kernels that are left out."""
 
     device: Device
     there: Callable[[np.ndarray], Any]
     back: Callable[[Any], np.ndarray]
+    without: tuple[str, ...] = ()
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The fused strategies that the device has."""
-        return FUSED if self.device.arch == "sm_90" else FUSED[:1]
+        """The fused strategies that the device has, less those left out."""
+        known = FUSED if self.device.arch == "sm_90" else FUSED[:1]
+        return tuple(kernel for kernel in known if kernel not in self.without)
 
     def read(self, codes: np.ndarray, g: np.ndarray, strategy: str, **s: Any) -> np.ndarray:
         moved = {k: self.there(v) if isinstance(v, np.ndarray) else v for k, v in s.items()}
-        y = ops.tile_mvm(self.there(codes), self.there(g), device=self.device, strategy=strategy, **moved)
-        return self.back(y)
+        try:
+            y = ops.tile_mvm(self.there(codes), self.there(g), device=self.device, strategy=strategy, **moved)
+            return self.back(y)  # waits, so that what a kernel does wrong shows here
+        except RuntimeError as error:
+            raise RuntimeError(f"{strategy} fails: {error}") from error
 
 
 @dataclass
@@ -442,8 +457,8 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
 }
 
 
-def check(subject: Subject) -> dict[str, str]:
-    """What every check found.
+def check(subject: Subject, say: Callable[[str], object] = lambda line: None) -> dict[str, str]:
+    """What every check found; each is said as it comes.
 
     Raises:
         OracleMismatch: One failed; the message names all that did.
@@ -452,8 +467,9 @@ def check(subject: Subject) -> dict[str, str]:
     for name, run in CHECKS.items():
         try:
             found[name] = run(subject)
-        except OracleMismatch as error:
+        except FAILURES as error:
             red.append(f"{name}: {error}")
+        say(f"{name}: {found.get(name, 'FAILED')}")
     if red:
         raise OracleMismatch("; ".join(red))
     return found
@@ -462,20 +478,23 @@ def check(subject: Subject) -> dict[str, str]:
 # ---- timing
 
 
-def _gpu() -> Subject:
-    """CuPy's current device; new memory holds NaN."""
+def _gpu(without: Sequence[str] = (), exact: bool = False) -> Subject:
+    """CuPy's current device; new memory holds NaN, or what it held (`exact`), and is then no larger than asked for."""
     kind, why = explain_gpu()
     if kind != "cuda":
         raise OSError(f"bench: `device` must be an NVIDIA GPU, got none ({why}); run on a machine with one")
     import cupy
 
+    if exact:
+        cupy.cuda.set_allocator(None)  # not from a pool, whose blocks a sanitizer takes for one
+
     def empty(shape: tuple[int, ...], dtype: str) -> Any:
         array = cupy.empty(shape, dtype)
-        if array.nbytes:
+        if array.nbytes and not exact:
             array.data.memset_async(0xFF, array.nbytes)
         return array
 
-    return Subject(CudaDevice(empty), cupy.asarray, cupy.asnumpy)
+    return Subject(CudaDevice(empty), cupy.asarray, cupy.asnumpy, tuple(without))
 
 
 def _replays_us(calls: Sequence[Callable[[], object]]) -> float:
@@ -580,64 +599,168 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     record: Annotated[Path | None, typer.Option(help="JSON-lines file to append the rows to.")] = None,
-    checks: Annotated[bool, typer.Option("--checks", help="Check only, as for compute-sanitizer.")] = False,
+    checks: Annotated[
+        bool,
+        typer.Option("--checks", help="Check reads only, in memory of exact size: for compute-sanitizer."),
+    ] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KERNEL", help="Leave one of Hopper's kernels out: wgmma or cluster."),
+    ] = None,
 ) -> None:
-    """Prove and time the fused reads and a training step on this machine's GPU."""
-    console = Console()
+    """Prove and time the fused reads, updates, wires and a training step on this machine's GPU."""
+    report = Report(Console(), record)
     try:
-        subject = _gpu()
-        found = check(subject) | {"captured steps": check_steps()}
-        for name, text in found.items():
-            console.print(f"{name}: {text}", highlight=False)
-        if not checks:
-            _report(console, subject, record)
-    except (OSError, OracleMismatch) as error:
+        _check_without(without or [])
+        subject = _gpu(without or [], exact=checks)
+        report.about = {"gpu": _gpu_name(), **environment(ROOT)}
+    except (OSError, ValueError) as error:
         show_error(error)
         raise typer.Exit(2) from error
+    arrays = subject.device, subject.there, subject.back
+    if report.attempt("reads", lambda: check(subject, report.say)) and not checks:
+        report.attempt("ceilings", lambda: _time_reads(report, subject))
+    if report.attempt("updates and wires", lambda: device_ops.check(*arrays), say=True) and not checks:
+        _time_others(report, subject)
+    if not checks and report.attempt("captured steps", check_steps, say=True):
+        _time_steps(report)
+    if report.failed:
+        raise typer.Exit(2)
 
 
-def _report(console: Console, subject: Subject, record: Path | None) -> None:
+@dataclass
+class Report:
+    """What was found, printed and recorded as it comes."""
+
+    console: Console
+    record: Path | None
+    about: dict[str, Any] = field(default_factory=dict)
+    failed: bool = False
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def attempt(self, name: str, run: Callable[[], Any], say: bool = False) -> Any:
+        """What it gives, said if asked for; None, and its error on the screen, if it fails.
+
+        Of an error that is no device's, a mistake in Python, the trace is shown too; what comes after it may still be right.
+        """
+        try:
+            found = run()
+        except Exception as error:
+            self.failed = True
+            show_error(OracleMismatch(f"{name}: {error}"))
+            if not isinstance(error, FAILURES):
+                self.console.print_exception()
+            return None
+        if say:
+            self.say(f"{name}: {found}")
+        return found
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.record is not None:
+            append(self.record, row | self.about)
+
+
+def _check_without(without: Sequence[str]) -> None:
+    for kernel in without:
+        if kernel not in FUSED[1:]:
+            raise ValueError(
+                f"bench: `without` must be one of {', '.join(FUSED[1:])}, got {kernel!r}; every other read needs the first"
+            )
+
+
+def _gpu_name() -> str:
     import cupy
 
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    gpu, limits = properties["name"].decode(), _ceilings()
-    about: dict[str, Any] = {"gpu": gpu, "ceilings": limits, **environment(ROOT)}
-    bounds = Table("ceiling", "rate", title=f"{gpu}: each alone")
+    name: bytes = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"]
+    return name.decode()
+
+
+def _time_reads(report: Report, subject: Subject) -> None:
+    """Print and record the ceilings, and every read beside them."""
+    limits = _ceilings()
+    report.about["ceilings"] = limits
+    bounds = Table("ceiling", "rate", title=f"{report.about['gpu']}: each alone")
     for name, rate in limits.items():
         bounds.add_row(name, f"{rate:.0f}")
-    console.print(bounds)
+    report.console.print(bounds)
     reads = Table(
         "read", "size", "kernel", "us", "target (H200)", "of its ceiling", "x cuBLAS + epilogue", "x ideal", "from codes",
         "call", "plan", title="reads, us",
     )  # fmt: skip
     device = subject.device
-    rows: list[dict[str, Any]] = []
     for read in (*READS, *CONVOLUTIONS):
         kernels = read.kernels(subject.kernels)
-        us = _time(read, kernels)
+        us = report.attempt(read.name, partial(_time, read, kernels))
+        if us is None:
+            continue
+        report.say(f"{read.name}: " + ", ".join(f"{way} {times['read']:.0f} us" for way, times in us.items()))
         plan = read.plan(device.arch, device.multiprocessors)
         floors = {kernel: read.floors(limits, kernel) for kernel in kernels}
         for kernel in kernels:
             cells = _cells(us, kernel, read.targets.get(kernel), floors[kernel])
             reads.add_row(read.name, read.size, kernel, *cells, plan.strategy)
         targets = {kernel: vars(target) for kernel, target in read.targets.items()}
-        rows.append(
+        report.add(
             {"case": read.name, "size": read.size, "us": us, "floors": floors, "targets": targets, "plan": plan.strategy}
         )  # fmt: skip
-    console.print(reads)
+    report.console.print(reads)
+
+
+def _time_others(report: Report, subject: Subject) -> None:
+    """Print and record what noise and ADC behind cuBLAS's product, updates and wires take."""
+    table = Table("what", "size", "us", "target (H200)", title="conversions, updates and wires")
+    timed: list[tuple[str, str, float | None, Callable[[], float]]]
+    timed = [("noise and ADC behind the product", READS[0].size, None, partial(_conversions_us, READS[0]))]
+    timed += [(op.name, op.size, op.target_us, partial(_op_us, op, subject)) for op in device_ops.TIMED]
+    for name, size, target, run in timed:
+        us = report.attempt(name, run)
+        if us is not None:
+            missed = target is not None and us > target
+            table.add_row(
+                name, size, f"{us:.0f}{' (missed)' * missed}", "" if target is None else f"<= {target:g}"
+            )
+            report.say(f"{name}: {us:.0f} us")
+            report.add({"case": name, "size": size, "us": us, "target": target})
+    report.console.print(table)
+
+
+def _op_us(op: device_ops.Timed, subject: Subject) -> float:
+    return _replays_us([op.build(CudaDevice(), subject.there)])
+
+
+def _conversions_us(read: Read) -> float:
+    """Of what follows cuBLAS's product: every partial sum is read once, and converted."""
+    import cupy
+
+    rng, recorder = np.random.default_rng(0), Recorder(CudaDevice())
+    codes = cupy.asarray(rng.integers(-127, 128, read.codes_shape).astype(np.int16))
+    g = cupy.asarray(
+        (rng.integers(-read.top, read.top + 1, (read.inputs, read.outputs)) * G_STEP).astype(np.float32)
+    )
+    _call(g, "epilogue", read.settings("epilogue"), codes, recorder)
+    return _replays_us([partial(recorder.replay, ("adc_accumulate",))])
+
+
+def _time_steps(report: Report) -> None:
+    """Print and record every step of ResNet-18."""
     steps = Table(title="training steps of ResNet-18 (32 x 32) in CUDA graphs")
     for head in ("step", "ms", "of ideal", "target (H200)"):
         steps.add_column(head)
-    ms = time_steps()
-    for name, value in ms.items():
-        ratio = value / ms[IDEAL]
-        target = f"<= {STEP_TARGET:g}" if name != IDEAL else ""
-        steps.add_row(name, f"{value:.2f}", f"{ratio:.2f}{' (missed)' * (ratio > STEP_TARGET)}", target)
-    console.print(steps)
-    rows.append({"case": "resnet18-step", "size": STEP_SIZE, "ms": ms, "target": STEP_TARGET})
-    if record is not None:
-        for row in rows:
-            append(record, row | about)
+    found: dict[str, float] = {}
+    for kind in STEPS:
+        ms = report.attempt(kind, partial(time_step, kind))
+        if ms is None:
+            continue
+        found[kind] = ms
+        ratio, target = "", ""
+        if kind != IDEAL and IDEAL in found:
+            times = ms / found[IDEAL]
+            ratio, target = f"{times:.2f}{' (missed)' * (times > STEP_TARGET)}", f"<= {STEP_TARGET:g}"
+        steps.add_row(kind, f"{ms:.2f}", ratio, target)
+        report.add({"case": f"resnet18-step, {kind}", "size": STEP_SIZE, "ms": ms, "target": STEP_TARGET})
+    report.console.print(steps)
 
 
 def _cells(

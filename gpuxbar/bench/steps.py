@@ -16,7 +16,7 @@ from gpuxbar.nn import calibrate, convert
 from gpuxbar.optim import InSituSGD, capture_step
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["IDEAL", "STEPS", "STEP_SIZE", "STEP_TARGET", "Step", "check_steps", "time_steps"]
+__all__ = ["IDEAL", "STEPS", "STEP_SIZE", "STEP_TARGET", "Step", "check_steps", "time_step"]
 
 BATCH, REPLAYS = 128, 20
 STEP_SIZE = f"batch {BATCH}, 32 x 32, 128 x 128 tiles, 8-bit DAC and ADC, noise of the fast generator, fp16"
@@ -95,9 +95,9 @@ def check_steps(device: str = "cuda", steps: int = 3, widths: tuple[int, ...] = 
     return "same bits as without capture"
 
 
-def time_steps() -> dict[str, float]:
-    """Median milliseconds of each of STEPS."""
-    return {kind: _milliseconds(Step(kind, resnet18(3, 10), BATCH, 32, "cuda").captured()) for kind in STEPS}
+def time_step(kind: str) -> float:
+    """Median milliseconds of one of STEPS."""
+    return _milliseconds(Step(kind, resnet18(3, 10), BATCH, 32, "cuda").captured())
 
 
 def _milliseconds(run: Callable[[], Tensor]) -> float:

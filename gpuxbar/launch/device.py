@@ -13,7 +13,7 @@ import numpy as np
 
 from gpuxbar.launch.cubin import cubin
 from gpuxbar.launch.cublas import gemm_strided_batched
-from gpuxbar.launch.kernel import Kernel
+from gpuxbar.launch.kernel import Array, Kernel
 from gpuxbar.launch.trace import span
 
 __all__ = ["CudaDevice", "Device", "Precision", "cuda_device"]
@@ -95,6 +95,14 @@ class CudaDevice:
         macros: Mapping[str, int] | None = None, shared: int = 0,
     ) -> None:  # fmt: skip
         arguments = kernel.bind(values)
+        for name, value in zip(kernel.arguments, arguments, strict=True):
+            # CuPy would pass the values of a NumPy array where the kernel takes an address
+            array = isinstance(kernel.arguments[name], Array) and value is not None
+            if array and not isinstance(value, self._cupy.ndarray):
+                raise TypeError(
+                    f"{kernel.name}: `{name}` must be a CuPy array, got {type(value).__name__}; move it by cupy.asarray"
+                )
+        kernel.check_grid(grid)
         if 0 in grid:  # CuPy would round an empty grid up to one block
             return
         function = _function(kernel.file, kernel.name, kernel.arch or self.arch, tuple(sorted((macros or {}).items())),

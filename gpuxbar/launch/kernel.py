@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+GRID = (2**31 - 1, 65535, 65535)  # blocks along each axis that CUDA can launch
+
 __all__ = ["Array", "In", "InOut", "Kernel", "Out", "Scalar", "Struct"]
 
 
@@ -77,6 +79,14 @@ class Kernel:
             )
         sizes: dict[str, tuple[int, str]] = {}
         return [self._bound(name, values[name], sizes) for name in self.arguments]
+
+    def check_grid(self, grid: tuple[int, ...]) -> None:
+        """Refuse more blocks than CUDA can launch, which it calls an invalid argument."""
+        if any(size > most for size, most in zip(grid, GRID, strict=False)):
+            raise ValueError(
+                f"{self.name}: the grid must be at most {' x '.join(map(str, GRID))} blocks, got "
+                f"{' x '.join(map(str, grid))}; split the array into smaller ones"
+            )
 
     def _bound(self, name: str, value: Any, sizes: dict[str, tuple[int, str]]) -> Any:
         declared = self.arguments[name]

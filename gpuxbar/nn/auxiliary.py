@@ -62,10 +62,10 @@ class AuxiliaryArray(AnalogLayer):
 
         The same wordline of every group is read at once.
         """
-        count, device = len(lines), self.weight.device
-        x = torch.zeros(count, self.groups_, self.inputs, device=device)
-        x[torch.arange(count, device=device), :, lines] = 1
-        y = self.read(x.view(count, -1)).view(count, self.groups_, self.outputs).permute(1, 2, 0)
+        count = len(lines)
+        driven = torch.arange(self.inputs, device=lines.device) == lines[:, None]
+        x = driven.float().repeat(1, self.groups_)
+        y = self.read(x).view(count, self.groups_, self.outputs).permute(1, 2, 0)
         return y - self.reference.view(self.groups_, self.outputs, -1)[..., lines]
 
 

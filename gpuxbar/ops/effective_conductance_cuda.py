@@ -86,6 +86,7 @@ LEAF = 16  # cells along the side of a leaf, and at most along that of the coars
 Operand = tuple[
     Any, int, int, int
 ]  # array, offset, elements to the next matrix of the batch, to the next row
+CHUNK = 8  # workspaces of the device for the exact solution of a chunk: 128 tiles of 128 x 128, 95 launches, in 512 MB
 BASE = 32  # largest matrix inverted in shared memory
 
 
@@ -106,7 +107,8 @@ def effective_conductance_cuda(
     tree = 4 * 4 * 4096 << sum(bits)
     coarse = 4 * (4096 + LEAF * LEAF + rows + cols)
     per_tile = {"exact": tree, "mean_field": 4 * rows * cols + coarse}.get(method, 4 * rows * cols)
-    chunk = max(device.workspace // per_tile // (shared or 1), 1) * (shared or 1)
+    room = device.workspace * (CHUNK if method == "exact" else 1)
+    chunk = max(room // per_tile // (shared or 1), 1) * (shared or 1)
     for first in range(0, len(g), chunk):
         part, found = g[first : first + chunk], out[first : first + chunk]
         if method == "exact":

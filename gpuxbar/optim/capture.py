@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.optim.base import InSituOptimizer
 from gpuxbar.optim.in_situ import InSituSGD
+from gpuxbar.optim.mixed_precision import MixedPrecision
+from gpuxbar.optim.tiki_taka import AGAD, TikiTaka, TikiTakaV2
 
 __all__ = ["CapturedStep", "capture_step"]
 
 OP = "capture_step"
+IN_SITU = (InSituSGD, MixedPrecision, TikiTaka, TikiTakaV2, AGAD)
+DIGITAL = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 WARM_UPS = 3  # compile and load kernels, choose algorithms, make the optimiser's state
 
 
@@ -68,7 +74,8 @@ def capture_step(
 
     Args:
         model: On one CUDA device; any model of PyTorch, with or without crossbar layers.
-        optimizer: `InSituSGD`, or torch's SGD without dampening, Adam or AdamW with capturable=True.
+        optimizer: `InSituSGD`; `MixedPrecision`, `TikiTaka`, `TikiTakaV2` or `AGAD` with transfer_every=1; or torch's SGD
+            without dampening, Adam or AdamW with capturable=True.
         loss_fn: Of the model's output and the target, to one number.
         batch: (x, target) on that device; the shapes and dtypes of every later batch.
 
@@ -95,7 +102,13 @@ def _captured(step: Callable[[], Tensor], restore: Callable[[], None]) -> tuple[
     """The result of a step, and what runs it again into the same memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+    with (
+        torch.cuda.stream(stream),
+        torch.random.fork_rng(devices=[torch.cuda.current_device()]),
+        warnings.catch_warnings(),
+    ):
+        # PyTorch would have Adam's steps in a graph alone
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         for _ in range(WARM_UPS):
             step()
         restore()
@@ -107,12 +120,14 @@ def _captured(step: Callable[[], Tensor], restore: Callable[[], None]) -> tuple[
 
 def _keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """What puts model and optimiser back in place; state that the optimiser makes in between becomes 0, its beginning."""
-    layers = [layer for layer in model.modules() if isinstance(layer, AnalogLayer)]
+    parts = list(optimizer.parts.values()) if isinstance(optimizer, InSituOptimizer) else []
+    layers = [layer for root in (model, *parts) for layer in root.modules() if isinstance(layer, AnalogLayer)]
     for layer in layers:
         if layer.solve_all:  # all tiles at once, as no step of the graph should
             layer.conductances()
-    kept = {t: t.detach().clone() for t in (*model.parameters(), *model.buffers())}
+    kept = {t: t.detach().clone() for root in (model, *parts) for t in (*root.parameters(), *root.buffers())}
     kept |= {t: t.clone() for t in _state(optimizer)}
+    counts = [part.get_extra_state() for part in parts]
 
     @torch.no_grad()
     def restore() -> None:
@@ -121,6 +136,8 @@ def _keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], 
                 t.zero_()
         for t, value in kept.items():
             t.copy_(value)
+        for part, count in zip(parts, counts, strict=True):
+            part.set_extra_state(count)
         for layer in layers:
             if layer.in_situ:
                 layer.conductances()  # looks at the restored weight, for which a capture must not wait
@@ -153,12 +170,17 @@ def _check_place(model: nn.Module) -> None:
 def _check_kind(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse what counts, or looks at values, on the host."""
     name = type(optimizer).__name__
-    if type(optimizer) not in (InSituSGD, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    if type(optimizer) not in (*IN_SITU, *DIGITAL):
+        known = ", ".join(kind.__name__ for kind in (*IN_SITU, *DIGITAL))
         raise TypeError(
-            f"{OP}: `optimizer` must be InSituSGD, SGD, Adam or AdamW, got {name}, which may count on the host; "
-            "train without a graph"
+            f"{OP}: `optimizer` must be one of {known}, got {name}, which may count on the host; train without a graph"
         )
     for group in optimizer.param_groups:
+        if group.get("transfer_every", 1) != 1:
+            raise ValueError(
+                f"{OP}: `transfer_every` must be 1, got {group['transfer_every']} for {name}: a graph does the same at every "
+                "step; leave it 1, or train without a graph"
+            )
         if group.get("dampening"):
             raise ValueError(
                 f"{OP}: `dampening` must be 0, got {group['dampening']:g}: {name} leaves it out of the first step; leave it out"

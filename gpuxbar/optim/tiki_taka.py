@@ -47,12 +47,11 @@ BUFFERED = {**FAST, "max_pulses": POSITIVE}
 
 
 class Lines(NamedTuple):
-    """Wordlines of a fast array: which, int64 [n], and the same on the host; how often each was read before, [n]; what they
-    read in units of the gradient, float32 [G, O, n]."""
+    """Wordlines of a fast array: which, int64 [n]; how often each was read before, int64 [n]; what they read in units of the
+    gradient, float32 [G, O, n]."""
 
     at: Tensor
-    places: np.ndarray
-    sweeps: np.ndarray
+    sweeps: Tensor
     values: Tensor
 
 
@@ -61,8 +60,8 @@ class Fast(nn.Module):
 
     Buffers: `scale`, running mean of the largest gradient, float32 [1]; `sign` that gradients are written with,
     float32 [G, 1, I]; `waiting`, the buffer H in pulses, `offset`, what A read before its last flip, and `mean`, its
-    running mean since: float32 [G, O, I], empty where the algorithm has none.
-    Counters: `steps`, `transfers`, and `reads` of wordlines.
+    running mean since: float32 [G, O, I], empty where the algorithm has none; `reads` of wordlines, int64 [1].
+    Counters of the host: `steps`, for `transfer_every` above 1, and `transfers`.
     """
 
     scale: Tensor
@@ -70,6 +69,7 @@ class Fast(nn.Module):
     waiting: Tensor
     offset: Tensor
     mean: Tensor
+    reads: Tensor
 
     def __init__(self, layer: AnalogLayer, zero_shift: int, buffers: tuple[str, ...]):
         super().__init__()
@@ -81,13 +81,14 @@ class Fast(nn.Module):
         self.register_buffer("sign", torch.ones(layer.groups_, 1, layer.inputs, device=device))
         for name in ("waiting", "offset", "mean"):
             self.register_buffer(name, torch.zeros(shape if name in buffers else 0, device=device))
-        self.steps = self.transfers = self.reads = 0
+        self.register_buffer("reads", torch.zeros(1, dtype=torch.int64, device=device))
+        self.steps = self.transfers = 0
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"steps": self.steps, "transfers": self.transfers, "reads": self.reads}
+        return {"steps": self.steps, "transfers": self.transfers}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.steps, self.transfers, self.reads = (state[key] for key in ("steps", "transfers", "reads"))
+        self.steps, self.transfers = state["steps"], state["transfers"]
 
     def collect(self, grad: Tensor, fast_lr: float) -> None:
         """Write a gradient [G, O, I] to the array."""
@@ -102,12 +103,13 @@ class Fast(nn.Module):
     def read(self, count: int, fast_lr: float) -> Lines:
         """Read the next lines."""
         inputs = self.array.inputs
-        sweeps, places = np.divmod(self.reads + np.arange(min(count, inputs)), inputs)
-        at = torch.from_numpy(places).to(self.scale.device)
+        count = min(count, inputs)
+        ahead = self.reads + torch.arange(count, device=self.reads.device)
+        at = ahead % inputs
         values = self.array.read_lines(at) / self.unit(fast_lr, self.scale)
         self.transfers += 1
-        self.reads += len(places)
-        return Lines(at, places, sweeps, values)
+        self.reads += count
+        return Lines(at, ahead // inputs, values)
 
     def unit(self, fast_lr: float, scale: Tensor) -> Tensor:
         """Change of a weight of the array for a gradient of 1, [G, O, 1]."""
@@ -233,7 +235,7 @@ class ChoppedTikiTakaV2(TikiTakaV2):
         signed = lines._replace(values=lines.values * fast.sign[..., lines.at])
         change = super()._transfer(fast, signed, pulse, group)
         array = fast.array
-        rows = np.arange(array.groups_)[:, None] * array.inputs + lines.places
+        rows = np.arange(array.groups_)[:, None] * array.inputs + lines.at.cpu().numpy()
         draw = uniforms(rows.ravel(), 1, purpose=Purpose.CHOPPER, step=fast.transfers, seed=array.plan.seed)
         flips = np.where(draw.reshape(array.groups_, 1, -1) < group["flip"], -1.0, 1.0).astype(np.float32)
         fast.sign[..., lines.at] *= torch.from_numpy(flips).to(lines.at.device)
@@ -265,19 +267,15 @@ class AGAD(TikiTakaV2):
 
     def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
         period, at = group["period"], lines.at
-
-        def where(mask: np.ndarray) -> Tensor:
-            return torch.from_numpy(mask).to(at.device)
-
         # offsets are kept as weights: the scale of the gradient drifts
         unit = fast.unit(group["fast_lr"], fast.scale)
         moved = (lines.values - fast.offset[..., at] / unit) * fast.sign[..., at]
-        known = where(lines.sweeps >= period)
+        known = lines.sweeps >= period
         change = super()._transfer(fast, lines._replace(values=moved * known), pulse, group)
         mean = fast.mean[..., at]
         mean = mean + min(TAIL / period, 1.0) * (lines.values * unit - mean)
         fast.mean[..., at] = mean
-        ends = where((lines.sweeps + 1) % period == 0)
+        ends = (lines.sweeps + 1) % period == 0
         fast.offset[..., at] = torch.where(ends, mean, fast.offset[..., at])
         fast.sign[..., at] *= torch.where(ends, -1.0, 1.0)
         return change

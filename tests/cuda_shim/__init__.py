@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -89,6 +90,14 @@ class ShimDevice:
         self.launches.append(kernel.name)
         self.macros.append(macros or {})
         self.grids.append(grid)
+        kernel.check_grid(grid)
+        text = (kernel_dir() / kernel.file).read_text()
+        threads = re.search(
+            rf"__launch_bounds__\((\d+)[^)]*\)\s*(?:CLUSTERED\s*)?{kernel.name}\(", text
+        ).group(1)
+        assert np.prod(block) <= int(threads), (kernel.name, block)
+        assert grid[0] % (macros or {}).get("CLUSTER", 1) == 0, (kernel.name, grid)
+        assert shared <= 227 << 10, (kernel.name, shared)  # what a block of Hopper's may have
         if 0 in grid:
             return
         library = ctypes.CDLL(str(build(kernel.file, kernel.name, macros or {}, self.flags)))
