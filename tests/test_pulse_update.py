@@ -514,6 +514,19 @@ def test_images_of_several_sizes_add_up():
     assert not torch.equal(layer.g_cells, before)
 
 
+@pytest.mark.parametrize("train", [None, {"length": 31}])
+def test_the_reference_backend_resumes(train, monkeypatch):
+    """Weights are what the float32 cells read, not the float64 ones that they were rounded from."""
+    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    spec = CrossbarSpec(update={"law": "soft_bounds"}, pulses=train)
+    model, optimiser = pulsed(nn.Sequential(nn.Linear(5, 4)), spec)
+    model(torch.ones(3, 5)).square().sum().backward()
+    optimiser.step()
+    again, _ = pulsed(nn.Sequential(nn.Linear(5, 4)), spec)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(torch.ones(3, 5)), model(torch.ones(3, 5)))
+
+
 def test_training_by_pulses_learns_and_resumes_bit_for_bit():
     torch.manual_seed(0)
     x = torch.randn(128, 10)

@@ -132,16 +132,22 @@ def device_update(
     step = int(np.asarray(step).reshape(-1)[0])
     if where == "reference":
         require_finite(OP, "dw", int((~np.isfinite(dw)).sum()), "lower the rate")
-        shown, held, weights = reference.device_update(
+        sliced: dict[str, Any] = {
+            "slices": slices,
+            "slice_bits": slice_bits,
+            "carry": None if carry is None else carry.model_dump(),
+        }
+        shown, held, _ = reference.device_update(
             g, dw, law=law.model_dump(), w_max=w_max, hidden=hidden,
             endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
-            device_map=by_name(device_map, law), seed=seed, step=step, slices=slices, slice_bits=slice_bits,
-            carry=None if carry is None else carry.model_dump(), **window,
+            device_map=by_name(device_map, law), seed=seed, step=step, **sliced, **window,
         )  # fmt: skip
         g[...] = shown
         if hidden is not None:
             hidden[...] = held
-        return weights.astype(np.float32)
+        # of the cells as they are kept, in float32
+        read = reference.read_out(g, w_max=w_max, groups=groups, g_min=g_min, g_max=g_max, **sliced)
+        return read.astype(np.float32)
     weights = np.empty(dw.shape, np.float32)
     bad = np.zeros(1, np.int64)
     if dw.size:

@@ -179,13 +179,21 @@ def pulse_update(
     if where == "reference":
         for name, array in (("x", x), ("d", d)):
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
-        cells, weights = reference.pulse_update(
-            g, x, d, rate=rate, train=train.model_dump(), law=law.model_dump(), w_max=w_max, g_min=g_min, g_max=g_max,
-            groups=groups, conv=conv, slices=slices, slice_bits=slice_bits, carry=None if carry is None else carry.model_dump(), endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
+        sliced: dict[str, Any] = {
+            "slices": slices,
+            "slice_bits": slice_bits,
+            "carry": None if carry is None else carry.model_dump(),
+        }
+        span: dict[str, Any] = {"g_min": g_min, "g_max": g_max}
+        cells, _ = reference.pulse_update(
+            g, x, d, rate=rate, train=train.model_dump(), law=law.model_dump(), w_max=w_max, groups=groups, conv=conv,
+            endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
             device_map=by_name(device_map, law), stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed, step=step,
+            **sliced, **span,
         )  # fmt: skip
         g[...] = cells
-        return weights.astype(np.float32)
+        # of the cells as they are kept, in float32
+        return reference.read_out(g, w_max=w_max, groups=groups, **sliced, **span).astype(np.float32)
     weights, bad = np.empty(shape, np.float32), np.zeros(2, np.int64)
     if weights.size:
         blocks = -(-batch // TOGETHER)

@@ -2,7 +2,7 @@
 
 from gpuxbar.reference.carry import carry
 from gpuxbar.reference.dac_quantize import dac_quantize
-from gpuxbar.reference.device_update import device_update, drawn_devices
+from gpuxbar.reference.device_update import device_update, drawn_devices, read_out
 from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
 from gpuxbar.reference.laws import symmetry_point
@@ -38,6 +38,7 @@ __all__ = [
     "program",
     "pulse_trains",
     "pulse_update",
+    "read_out",
     "relax",
     "reprogram",
     "solve_for_inputs",

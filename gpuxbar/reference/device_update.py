@@ -142,7 +142,7 @@ def device_update(
     rows = np.arange(groups * n_in)
     held = np.array(g if hidden is None else hidden, np.float64)
     shown = np.array(g, np.float64)
-    asked, digit_weights = sliced(share, slices, slice_bits, carry)
+    asked, _ = sliced(share, slices, slice_bits, carry)
     for plane, own in enumerate((*asked, *-asked)):
         wanted = np.clip(
             {"both": own / 2, "reference": own * (plane < slices), "one_sided": np.maximum(own, 0.0)}[
@@ -179,6 +179,24 @@ def device_update(
                     )
     if hidden is None:
         shown = held
-    pair = np.tensordot(digit_weights, shown[:slices] - shown[slices:], axes=1) / span
-    weights = pair.reshape(groups, n_in, n_out).transpose(0, 2, 1) * per_output
-    return shown, held, weights
+    lie: dict[str, Any] = {"slices": slices, "slice_bits": slice_bits, "carry": carry}
+    return shown, held, read_out(shown, w_max=w_max, groups=groups, g_min=g_min, g_max=g_max, **lie)
+
+
+def read_out(
+    g: np.ndarray,
+    *,
+    w_max: np.ndarray,
+    groups: int,
+    g_min: float,
+    g_max: float,
+    slices: int = 1,
+    slice_bits: int | None = None,
+    carry: dict[str, Any] | None = None,
+) -> np.ndarray:
+    """Weights [G, O, I] that pairs [2 slices, G * I, O] stand for; of sliced ones after a carry."""
+    _, digit_weights = sliced(np.zeros(()), slices, slice_bits, carry)
+    cells = np.asarray(g, np.float64)
+    pair = np.tensordot(digit_weights, cells[:slices] - cells[slices:], axes=1) / (g_max - g_min)
+    by_group = pair.reshape(groups, len(pair) // groups, -1).transpose(0, 2, 1)
+    return by_group * np.asarray(w_max, np.float64).reshape(groups, -1, 1)

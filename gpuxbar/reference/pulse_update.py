@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuxbar.reference.device_update import Cells, deviation, sliced
+from gpuxbar.reference.device_update import Cells, deviation, read_out, sliced
 from gpuxbar.reference.endurance import wear
 from gpuxbar.reference.laws import moved
 from gpuxbar.reference.random import Purpose, normals, uniforms, words
@@ -163,8 +163,8 @@ def pulse_update(
             if endurance["failed"] != "held":
                 share = np.where(fails, {"g_min": 0.0, "g_max": 1.0}[endurance["failed"]], share)
         cells[plane] = np.where(share != (cells[plane] - g_min) / span, g_min + span * share, cells[plane])
-    pair = np.tensordot(digit_weights, cells[:slices] - cells[slices:], axes=1) / span
-    weights = pair.reshape(groups, n_in, n_out).transpose(0, 2, 1) * w_max.reshape(groups, n_out, 1)
+    lie: dict[str, Any] = {"slices": slices, "slice_bits": slice_bits, "carry": carry}
+    weights = read_out(cells, w_max=w_max, groups=groups, g_min=g_min, g_max=g_max, **lie)
     return cells, weights
 
 
