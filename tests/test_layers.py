@@ -468,8 +468,8 @@ def float64_default():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("in_situ", [False, True])
-def test_a_default_of_float64_changes_weights_alone(float64_default, in_situ):
+@pytest.mark.parametrize("name", [None, "sgd", "agad", "mixed-precision"])
+def test_a_default_of_float64_changes_weights_alone(float64_default, name):
     wires = {"r_wordline": 1.0, "r_bitline": 1.0}
     settings = spec(
         **{**NOISY, "read_noise": {"sigma_g": 1e-8}}, parasitics=wires, update={"law": "soft_bounds"}
@@ -477,14 +477,14 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, in_situ):
     model, _ = gx.convert(small_network(), settings)
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
     gx.calibrate(model, [x])
-    make = gx.optim.InSituSGD if in_situ else torch.optim.SGD
-    optimiser = make(model.parameters(), lr=0.01)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimiser = sgd if name is None else gx.optim.build_optimizer(name, model, lr=0.01)
     step_of(model, x, t)
     optimiser.step()
     resumed, _ = gx.convert(small_network(), settings)
     resumed.load_state_dict(model.state_dict())
     assert torch.equal(resumed(x), model(x))
-    if not in_situ:
+    if name is None:
         gx.program(model)
         gx.age(model, "1h")
     assert model(x).dtype == torch.float64

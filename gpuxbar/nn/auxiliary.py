@@ -31,7 +31,9 @@ class AuxiliaryArray(AnalogLayer):
         super().__init__()
         assert layer.w_max is not None
         self.weight = nn.Parameter(
-            torch.zeros(layer.groups_ * layer.outputs, layer.inputs, device=layer.weight.device),
+            torch.zeros(
+                layer.groups_ * layer.outputs, layer.inputs, dtype=torch.float32, device=layer.weight.device
+            ),
             requires_grad=False,
         )
         self.bias = None

@@ -22,7 +22,7 @@ class Accumulator(nn.Module):
     def __init__(self, layer: AnalogLayer):
         super().__init__()
         shape = (layer.groups_, layer.outputs, layer.inputs)
-        self.register_buffer("waiting", torch.zeros(shape, device=layer.weight.device))
+        self.register_buffer("waiting", torch.zeros(shape, dtype=torch.float32, device=layer.weight.device))
         self.steps = 0
 
     def get_extra_state(self) -> dict[str, int]:

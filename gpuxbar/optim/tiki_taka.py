@@ -77,10 +77,14 @@ class Fast(nn.Module):
         if zero_shift:
             self.array.shift_zero(zero_shift)
         shape, device = (layer.groups_, layer.outputs, layer.inputs), layer.weight.device
-        self.register_buffer("scale", torch.zeros(1, device=device))
-        self.register_buffer("sign", torch.ones(layer.groups_, 1, layer.inputs, device=device))
+        self.register_buffer("scale", torch.zeros(1, dtype=torch.float32, device=device))
+        self.register_buffer(
+            "sign", torch.ones(layer.groups_, 1, layer.inputs, dtype=torch.float32, device=device)
+        )
         for name in ("waiting", "offset", "mean"):
-            self.register_buffer(name, torch.zeros(shape if name in buffers else 0, device=device))
+            self.register_buffer(
+                name, torch.zeros(shape if name in buffers else 0, dtype=torch.float32, device=device)
+            )
         self.register_buffer("reads", torch.zeros(1, dtype=torch.int64, device=device))
         self.steps = self.transfers = 0
 
@@ -166,7 +170,9 @@ class TikiTaka(InSituOptimizer):
         fast = self.parts[weight]
         assert isinstance(fast, Fast)
         assert weight.grad is not None
-        change = torch.zeros(layer.groups_, layer.outputs, layer.inputs, device=weight.device)
+        change = torch.zeros(
+            layer.groups_, layer.outputs, layer.inputs, dtype=torch.float32, device=weight.device
+        )
         fast.collect(layer.by_line(weight.grad.float()), group["fast_lr"])
         if fast.steps % group["transfer_every"] == 0:
             lines = fast.read(group["lines"], group["fast_lr"])
