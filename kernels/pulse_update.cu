@@ -88,7 +88,8 @@ GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const in
     x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], x[q], ups, downs, z.z[q]);
 #else
     const float d = (ups + downs) * (1.0f / s.pulses);
-    x[q] = moved<LawOf<LAW>>(s, quad.device[q], x[q], d, ups > 0.0f, z.z[q], s.scatter);
+    const bool rising = ups > 0.0f;
+    x[q] = moved<LawOf<LAW>>(s, device_of(s, quad.device[q], rising), x[q], d, rising, z.z[q], s.scatter);
 #endif
   }
 }

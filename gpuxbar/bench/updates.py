@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gpuxbar import ops, reference
+from gpuxbar.bridge.outer_product import weight_gradient
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.optim import InSituSGD
 from gpuxbar.spec import Carry, ConstantStep, CrossbarSpec, Programming, PulseTrain, SoftBounds, UpdateLaw
@@ -105,14 +106,17 @@ def carries(batch: int = 256, inputs: int = 1024, outputs: int = 1024) -> tuple[
 def in_situ_step(
     batch: int = 256, inputs: int = 1024, outputs: int = 1024
 ) -> tuple[Run, Callable[[], float]]:
-    """Outer product and update through `InSituSGD`, in outer products; its cells are checked by `expected_update`."""
+    """Outer product, as a layer's backward makes it, and update through `InSituSGD`, in outer products of PyTorch's.
+
+    The cells are checked by `expected_update`.
+    """
     x, d = torch.randn(batch, inputs), torch.randn(batch, outputs)
     spec = CrossbarSpec.model_validate({"device": WINDOW, "update": LAW.model_dump()})
     layer = AnalogLinear(inputs, outputs, bias=False, spec=spec)
     optimiser = InSituSGD(layer.parameters(), lr=1e-5)
 
     def ours() -> object:
-        layer.weight.grad = d.T @ x
+        layer.weight.grad = weight_gradient(d, x)
         return optimiser.step()
 
     _, check = expected_update(batch, min(inputs, 64), outputs)

@@ -20,6 +20,7 @@ from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import gradient, operator
+from gpuxbar.bridge.outer_product import weight_gradient
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
@@ -306,7 +307,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
         if ctx.image:
             grad_w = conv2d_weight(x, weight.shape, gated, way.stride, way.padding, way.dilation, way.groups)
         else:
-            grad_w = gated.t() @ x
+            grad_w = weight_gradient(gated, x)
         grad_w = grad_w.to(weight.dtype)
     return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 12
 

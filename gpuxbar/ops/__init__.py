@@ -8,6 +8,7 @@ from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.drift import drift
 from gpuxbar.ops.effective_conductance import Method, effective_conductance
 from gpuxbar.ops.effective_conductance_gradient import effective_conductance_gradient
+from gpuxbar.ops.outer_product import outer_product
 from gpuxbar.ops.packed_conductance import PackedConductance
 from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
@@ -30,6 +31,7 @@ __all__ = [
     "drift",
     "effective_conductance",
     "effective_conductance_gradient",
+    "outer_product",
     "program",
     "pulse_update",
     "relax",

@@ -7,6 +7,7 @@ from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
 from gpuxbar.reference.laws import symmetry_point
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
+from gpuxbar.reference.outer_product import outer_product
 from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
@@ -34,6 +35,7 @@ __all__ = [
     "nodal_conductance",
     "node_voltages",
     "normals",
+    "outer_product",
     "philox",
     "program",
     "pulse_trains",

@@ -14,6 +14,16 @@ struct Place {
   i64 col0;
 };
 
+// Do work for each of `count` cells of a row, in vectors.
+template <class Work>
+inline void each_cell(i64 count, Work&& work) {
+  if (count == WIDE_ROW)
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) work(j);
+  else
+    for (i64 j = 0; j < count; ++j) work(j);
+}
+
 // Planes of a map of devices of this law.
 static inline int map_planes(const UpdateLaw& s) {
   return (s.step_spread != 0.0f) + (s.asymmetry_spread != 0.0f) + (s.low_spread != 0.0f) + (s.high_spread != 0.0f) +
@@ -22,43 +32,59 @@ static inline int map_planes(const UpdateLaw& s) {
 
 // The spreads of a row of devices; parameters without spread draw nothing.
 struct Draws {
-  alignas(64) float step[WIDE_ROW] = {}, asymmetry[WIDE_ROW] = {}, low[WIDE_ROW] = {}, high[WIDE_ROW] = {},
-                    up[WIDE_ROW] = {}, down[WIDE_ROW] = {};
+  alignas(64) float normal[6][WIDE_ROW];  // in the order of `Spreads`
 
   // `first`, `count`: index of the row's first cell in a plane of the map, and how many there are.
   Draws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const Place& at, u64 seed) {
-    if (map.normal) {
-      const auto next = [&](float spread, float* to) {
-        if (spread == 0.0f) return;
-#pragma omp simd
-        for (i64 j = 0; j < count; ++j) to[j] = half_value(map.normal[first + j]);
-        map.normal += map.cells;
-      };
-      next(s.step_spread, step);
-      next(s.asymmetry_spread, asymmetry);
-      next(s.low_spread, low);
-      next(s.high_spread, high);
-      next(s.spread_up, up);
-      next(s.spread_down, down);
-      return;
+    const float spread[6] = {s.step_spread, s.asymmetry_spread, s.low_spread,
+                             s.high_spread, s.spread_up,        s.spread_down};
+    if (map.normal)
+      read(spread, map, first, count);
+    else
+      draw(spread, at, seed);
+  }
+
+  void read(const float (&spread)[6], DeviceMap map, i64 first, i64 count) {
+    for (int k = 0; k < 6; ++k) {
+      float* to = normal[k];
+      std::fill(to, to + WIDE_ROW, 0.0f);
+      if (spread[k] == 0.0f) continue;
+      each_cell(count, [&](i64 j) { to[j] = half_value(map.normal[first + j]); });
+      map.normal += map.cells;
     }
-    const auto draw = [&](float spread, Purpose purpose, float* a, float* b) {
-      if (spread != 0.0f) draw_pairs(Draw{purpose, at.plane, 0, seed}, at.row, at.col0, a, b);
-    };
-    draw(s.step_spread + s.asymmetry_spread, UPDATE_SPREAD_STEP, step, asymmetry);
-    draw(s.low_spread + s.high_spread, UPDATE_SPREAD_WINDOW, low, high);
-    draw(abs(s.spread_up) + abs(s.spread_down), UPDATE_SPREAD_SHAPE, up, down);
+  }
+
+  // All words first: many chains of rounds, then of normals, keep the processor busy.
+  void draw(const float (&spread)[6], const Place& at, u64 seed) {
+    constexpr Purpose OF[3] = {UPDATE_SPREAD_STEP, UPDATE_SPREAD_WINDOW, UPDATE_SPREAD_SHAPE};
+    alignas(64) u32 word[3][WIDE_ROW];
+    const auto wanted = [&](int k) { return spread[2 * k] != 0.0f || spread[2 * k + 1] != 0.0f; };
+    for (int k = 0; k < 3; ++k)
+      if (wanted(k)) draw_fast_words(Draw{OF[k], at.plane, 0, seed}, at.row, at.col0, word[k]);
+    for (int k = 0; k < 3; ++k) {
+      float *a = normal[2 * k], *b = normal[2 * k + 1];
+      if (!wanted(k)) {
+        std::fill(a, a + 2 * WIDE_ROW, 0.0f);
+        continue;
+      }
+#pragma omp simd
+      for (int j = 0; j < WIDE_ROW; ++j) {
+        const Pair pair = normal_pair_fast(word[k][j]);
+        a[j] = pair.a;
+        b[j] = pair.b;
+      }
+    }
   }
 };
 
 GPUXBAR_FN Spreads spreads(const Draws& z, int j) {
-  return Spreads{z.step[j], z.asymmetry[j], z.low[j], z.high[j], z.up[j], z.down[j]};
+  return Spreads{z.normal[0][j], z.normal[1][j], z.normal[2][j], z.normal[3][j], z.normal[4][j], z.normal[5][j]};
 }
 
 // `moved` for cell j of a row; a struct made in a simd loop itself would keep it from vectorising.
 template <class L>
 GPUXBAR_FN float moved_cell(const UpdateLaw& s, const Draws& z, int j, float x, float d, bool rising, float noise) {
-  return moved<L>(s, spreads(z, j), x, d, rising, noise, s.scatter);
+  return moved<L>(s, device_of(s, spreads(z, j), rising), x, d, rising, noise, s.scatter);
 }
 
 static inline bool noisy(const UpdateLaw& s) {

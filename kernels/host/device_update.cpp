@@ -62,45 +62,77 @@ void wear_row(const Update& u, const Place& at, const float* d, i64 count, i32* 
   std::copy(now, now + count, taken);
 }
 
-// One row of one plane of a block: x in and out in shares of the window, `shown` beside it with write noise.
-template <class L>
-void move_row(const Update& u, DeviceMap map, i64 first, const Place& at, const float* change, i64 count, i32* taken,
-              float* x, float* shown) {
-  const Draws draws(u.law, map, first, count, at, u.seed);
-  alignas(64) float z[WIDE_ROW] = {}, free[WIDE_ROW], write[WIDE_ROW] = {};
-  if (noisy(u.law)) draw_normals(Draw{CYCLE, at.plane, (u32)u.step, u.seed}, at.row, at.col0, z);
-  if (shown) draw_normals(Draw{UPDATE_WRITE, at.plane, (u32)u.step, u.seed}, at.row, at.col0, write);
-  draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
-  if (taken)
-    for (i64 j = 0; j < count; ++j) free[j] = taken[j] < 0 ? 0.0f : free[j];
+// A row of devices on one side of their pairs, in shares of the window.
+struct alignas(64) Row {
+  using Cells = float[WIDE_ROW];
+  Place at;
+  i64 first;                                                 // place of the first device in its arrays
+  alignas(64) Cells x, before, shown, shown_before;          // the last two with write noise
+  alignas(64) Cells d, rising;                               // size of the change, and 1 where it is upwards
+  alignas(64) Cells low, width, inverse_width, gain, shape;  // of `Device`
+  alignas(64) Cells noise;
+};
+
+// What the devices are, and what they are asked for.
+void prepare(const Update& u, const Arrays& a, const float* change, i64 count, Row& r) {
   const UpdateLaw s = u.law;
-  const bool positive = at.plane < (u32)u.slices.count;
-  alignas(64) float wanted[WIDE_ROW], d[WIDE_ROW];
+  const bool positive = r.at.plane < (u32)u.slices.count;
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
-    wanted[j] = device_share(s.sides, positive, change[j]);
-    d[j] = free[j] * pulsed(s, wanted[j]);
+    const float wanted = device_share(s.sides, positive, change[j]);
+    r.d[j] = pulsed(s, wanted);
+    r.rising[j] = wanted > 0.0f ? 1.0f : 0.0f;
   }
+  const i32* taken = a.pulse_count ? a.pulse_count + r.first : nullptr;
+  if (u.stuck_low + u.stuck_high > 0.0f) {
+    alignas(64) float free[WIDE_ROW];
+    draw_free(u.stuck_low, u.stuck_high, r.at, u.seed, free);
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) x[j] = moved_cell<L>(s, draws, j, x[j], d[j], wanted[j] > 0.0f, z[j]);
-  if (shown)
+    for (int j = 0; j < WIDE_ROW; ++j) r.d[j] *= free[j];
+  }
+  if (taken)
+    for (i64 j = 0; j < count; ++j) r.d[j] = taken[j] < 0 ? 0.0f : r.d[j];
+  const Draws draws(s, a.map, r.first, count, r.at, u.seed);
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j)
-      shown[j] = d[j] > 0.0f ? max(fma(s.write_noise, write[j], x[j]), s.floor) : shown[j];
-  if (taken) wear_row(u, at, d, count, taken, x, shown);
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const Device device = device_of(s, spreads(draws, j), r.rising[j] > 0.0f);
+    r.low[j] = device.low, r.width[j] = device.width, r.inverse_width[j] = device.inverse_width;
+    r.gain[j] = device.gain, r.shape[j] = device.shape;
+  }
+  if (noisy(s))
+    draw_normals(Draw{CYCLE, r.at.plane, (u32)u.step, u.seed}, r.at.row, r.at.col0, r.noise);
+  else
+    std::fill(r.noise, r.noise + WIDE_ROW, 0.0f);
+}
+
+template <class L>
+void move(const UpdateLaw s, Row& r) {
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const Device device{r.low[j], r.width[j], r.inverse_width[j], r.gain[j], r.shape[j]};
+    r.x[j] = moved<L>(s, device, r.x[j], r.d[j], r.rising[j] > 0.0f, r.noise[j], s.scatter);
+  }
+}
+
+// What touched devices show.
+void show(const Update& u, Row& r) {
+  const UpdateLaw s = u.law;
+  alignas(64) float write[WIDE_ROW];
+  draw_normals(Draw{UPDATE_WRITE, r.at.plane, (u32)u.step, u.seed}, r.at.row, r.at.col0, write);
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j)
+    r.shown[j] = r.d[j] > 0.0f ? max(fma(s.write_noise, write[j], r.x[j]), s.floor) : r.shown[j];
 }
 
 // A cell that did not move keeps its bits.
 void write_back(float* cells, const float* x, const float* before, float g_min, float range, i64 count) {
-#pragma omp simd
-  for (i64 j = 0; j < count; ++j) cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j];
+  each_cell(count, [=](i64 j) { cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j]; });
 }
 
 // Shares of the window of `count` cells, 0 in the others.
-void load_shares(const float* cells, float g_min, float inverse_range, i64 count, float* x) {
+void load_shares(const float* cells, float g_min, float inverse_range, i64 count, float* x, float* before) {
   std::fill(x + count, x + WIDE_ROW, 0.0f);
-#pragma omp simd
-  for (i64 j = 0; j < count; ++j) x[j] = (cells[j] - g_min) * inverse_range;
+  each_cell(count, [=](i64 j) { x[j] = before[j] = (cells[j] - g_min) * inverse_range; });
 }
 
 // Ask for the cells of a row ahead of their use: rows of a block lie too far apart to be foreseen.
@@ -110,40 +142,39 @@ void fetch(T* cells) {
   for (int j = 0; j < WIDE_ROW; j += LINE) __builtin_prefetch(cells + j, std::is_const_v<T> ? 0 : 1);
 }
 
-// What a row of pairs of slice k is asked for, in shares of its window; false if nothing.
-bool digits(const Slices slices, const float* change, i32 k, float* digit) {
+bool any(const float* change) {
   u32 asked = 0;
 #pragma omp simd reduction(| : asked)
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    digit[j] = slice_change(slices, change[j], k);
-    asked |= float_bits(digit[j]) << 1;  // any but a zero of either sign
-  }
+  for (int j = 0; j < WIDE_ROW; ++j) asked |= float_bits(change[j]) << 1;  // any but a zero of either sign
   return asked != 0;
 }
 
-// Move a row of devices, the first of them at place `first` of its arrays.
+// Move the devices of `sides` rows of as many pairs. Each step of the work is done for both before the next: many short
+// chains of operations keep a processor busy, few long ones do not.
 template <class L>
-void update_row(const Update& u, const Arrays& a, const Place& at, const float* change, i64 first, i64 count) {
-  float *cells = a.g + first, *held = a.hidden ? a.hidden + first : cells;
-  alignas(64) float x[WIDE_ROW], before[WIDE_ROW], shown[WIDE_ROW], shown_before[WIDE_ROW];
+void update_rows(const Update& u, const Arrays& a, i32 sides, const float* change, i64 count, Row* rows) {
   const float inverse_range = 1.0f / u.range;
-  load_shares(held, u.g_min, inverse_range, count, x);
-  std::copy(x, x + WIDE_ROW, before);
-  if (a.hidden) {
-    load_shares(cells, u.g_min, inverse_range, count, shown);
-    std::copy(shown, shown + WIDE_ROW, shown_before);
+  float* held = a.hidden ? a.hidden : a.g;
+  for (Row* r = rows; r < rows + sides; ++r) {
+    load_shares(held + r->first, u.g_min, inverse_range, count, r->x, r->before);
+    if (a.hidden) load_shares(a.g + r->first, u.g_min, inverse_range, count, r->shown, r->shown_before);
   }
-  i32* taken = a.pulse_count ? a.pulse_count + first : nullptr;
-  move_row<L>(u, a.map, first, at, change, count, taken, x, a.hidden ? shown : nullptr);
-  write_back(held, x, before, u.g_min, u.range, count);
-  if (a.hidden) write_back(cells, shown, shown_before, u.g_min, u.range, count);
+  for (Row* r = rows; r < rows + sides; ++r) prepare(u, a, change, count, *r);
+  for (Row* r = rows; r < rows + sides; ++r) move<L>(u.law, *r);
+  for (Row* r = rows; r < rows + sides; ++r) {
+    if (a.hidden) show(u, *r);
+    if (a.pulse_count) wear_row(u, r->at, r->d, count, a.pulse_count + r->first, r->x, a.hidden ? r->shown : nullptr);
+    write_back(held + r->first, r->x, r->before, u.g_min, u.range, count);
+    if (a.hidden) write_back(a.g + r->first, r->shown, r->shown_before, u.g_min, u.range, count);
+  }
 }
 
 template <class L>
 void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   alignas(64) static thread_local Block change, weight;
-  alignas(64) float inverse[WIDE_ROW] = {};
+  alignas(64) float inverse[WIDE_ROW] = {}, digit[WIDE_ROW];
+  Row rows[2];
   const i64 output = group * u.outputs + o0, corner = output * u.inputs + i0;
   const float* top = a.w_max + output;
   for (i64 j = 0; j < count; ++j) inverse[j] = 1.0f / top[j];
@@ -162,21 +193,23 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
           for (int k = 0; k < map_planes(u.law); ++k) fetch(a.map.normal + k * a.map.cells + ahead);
       }
     std::fill(weight[i], weight[i] + count, 0.0f);
+    const i64 row = group * u.inputs + i0 + i;
     for (i32 k = 0; k < u.slices.count; ++k) {
-      alignas(64) float digit[WIDE_ROW];
-      const bool whole = u.slices.count == 1;
-      const bool asked = whole || digits(u.slices, change[i], k, digit);
       for (i32 side = 0; side < 2; ++side) {
         const u32 plane = (u32)(side * u.slices.count + k);
-        const i64 row = group * u.inputs + i0 + i, first = ((i64)plane * u.groups * u.inputs + row) * u.outputs + o0;
-        float* cells = a.g + first;
-        if (asked && (side == 0 || u.law.sides != REFERENCE))
-          update_row<L>(u, a, Place{plane, (u32)row, o0}, whole ? change[i] : digit, first, count);
-        const float share = inverse_range * slice_weight(u.slices, k), by = side ? -share : share;
-        float* sum = weight[i];
-#pragma omp simd
-        for (i64 j = 0; j < count; ++j) sum[j] = fma(cells[j], by, sum[j]);
+        rows[side].at = Place{plane, (u32)row, o0};
+        rows[side].first = ((i64)plane * u.groups * u.inputs + row) * u.outputs + o0;
       }
+      if (u.slices.count == 1)
+        std::copy(change[i], change[i] + WIDE_ROW, digit);
+      else
+#pragma omp simd
+        for (int j = 0; j < WIDE_ROW; ++j) digit[j] = slice_change(u.slices, change[i][j], k);
+      if (any(digit)) update_rows<L>(u, a, u.law.sides == REFERENCE ? 1 : 2, digit, count, rows);
+      const float share = inverse_range * slice_weight(u.slices, k);
+      const float *positive = a.g + rows[0].first, *negative = a.g + rows[1].first;
+      float* sum = weight[i];
+      each_cell(count, [=](i64 j) { sum[j] = fma(negative[j], -share, fma(positive[j], share, sum[j])); });
     }
 #pragma omp simd
     for (i64 j = 0; j < count; ++j) weight[i][j] *= top[j];

@@ -40,30 +40,25 @@ static inline void draw_normals(const Draw& d, u32 row, i64 col0, float* z) {
       n[2 * q][j] = pair.a;
       n[2 * q + 1][j] = pair.b;
     }
-  for (int j = 0; j < GROUPS; ++j)
-    for (int q = 0; q < 4; ++q) z[4 * j + q] = n[q][j];
+  interleave(n, z);
 }
 
-// Two standard normals of each of columns col0 .. col0 + 63 of a row, by the fast generator: of columns 2 j and 2 j + 1.
-static inline void draw_pairs(const Draw& d, u32 row, i64 col0, float* a, float* b) {
-  alignas(64) u32 w[4][GROUPS], word[WIDE_ROW];
+// The fast generator's words of columns col0 .. col0 + 63 of a row: two normals of each.
+static inline void draw_fast_words(const Draw& d, u32 row, i64 col0, u32* word) {
+  alignas(64) u32 w[4][GROUPS];
   draw_words<7>(d, row, col0, w);
-  for (int j = 0; j < GROUPS; ++j)
-    for (int q = 0; q < 4; ++q) word[4 * j + q] = w[q][j];
-#pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    const Pair pair = normal_pair_fast(word[j]);
-    a[j] = pair.a;
-    b[j] = pair.b;
-  }
+  interleave(w, word);
 }
 
 // Uniforms in (0, 1) of columns col0 .. col0 + 63 of a row.
 static inline void draw_uniforms(const Draw& d, u32 row, i64 col0, float* u) {
   alignas(64) u32 w[4][GROUPS];
+  alignas(64) float n[4][GROUPS];
   draw_words(d, row, col0, w);
-  for (int j = 0; j < GROUPS; ++j)
-    for (int q = 0; q < 4; ++q) u[4 * j + q] = uniform(w[q][j]);
+  for (int q = 0; q < 4; ++q)
+#pragma omp simd
+    for (int j = 0; j < GROUPS; ++j) n[q][j] = uniform(w[q][j]);
+  interleave(n, u);
 }
 
 // The words of counters that differ in group, row and slot: words[q][j] is word q of counter j.

@@ -146,6 +146,32 @@ inline void transpose(const Value* from, i64 from_stride, i64 rows, i64 columns,
     }
 }
 
+// to = a[0], b[0], a[1], b[1] ..
+inline void zip(Vec a, Vec b, Vec (&to)[2]) {
+  VecIndex first;
+  for (int k = 0; k < LANES; ++k) first[k] = k / 2 + (k & 1 ? LANES : 0);
+  to[0] = __builtin_shuffle(a, b, first);
+  to[1] = __builtin_shuffle(a, b, first + LANES / 2);
+}
+
+// to[4 j + q] = from[q][j] for COUNT values of each of four rows.
+template <int COUNT, class Value>
+inline void interleave(const Value (*from)[COUNT], Value* to) {
+  static_assert(sizeof(Value) == sizeof(float) && COUNT % LANES == 0);
+  for (int j = 0; j < COUNT; j += LANES) {
+    const auto row = [&](int q) { return *(const Vec*)(from[q] + j); };
+    Vec even[2], odd[2], both[2];
+    zip(row(0), row(2), even);
+    zip(row(1), row(3), odd);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      zip(even[half], odd[half], both);
+      *(Vec*)(to + 4 * j + 2 * half * LANES) = both[0];
+      *(Vec*)(to + 4 * j + (2 * half + 1) * LANES) = both[1];
+    }
+  }
+}
+
 // 0, 2, 4 ..
 inline Wide even_lanes() {
   Wide steps;

@@ -13,8 +13,8 @@ struct Pair {
   float a, b;
 };
 
-// cos and sin of 2 pi phase / 2^32. The host evaluates one octant by polynomials: branch-free, vectorises,
-// absolute error below 1.5e-7.
+// cos and sin of 2 pi phase / 2^32. The host goes by half the angle, where no quadrants need be told apart: with
+// S = sqrt(2) sin and C = sqrt(2) cos of it, 1 - S^2 and S C; branch-free, vectorises, absolute error below 3e-7.
 GPUXBAR_FN Pair turn(u32 phase) {
 #if defined(__CUDA_ARCH__)
   Pair p;
@@ -23,22 +23,17 @@ GPUXBAR_FN Pair turn(u32 phase) {
   asm("sin.approx.ftz.f32 %0, %1;" : "=f"(p.b) : "f"(angle));
   return p;
 #else
-  const u32 quadrant = (phase + 0x20000000u) >> 30;      // nearest multiple of a quarter turn
-  const i32 rest = (i32)(phase - (quadrant << 30));      // in [-1/8, 1/8) turn
-  const float t = (float)rest * 1.4629180792671596e-9f;  // rad
+  const float t = (float)(i32)phase * 4.6566128730773926e-10f;  // half turns, in [-1, 1]
   const float t2 = t * t;
-  float c = fma(t2, 2.4427048e-5f, -1.3887316e-3f);
-  c = fma(c, t2, 4.1666646e-2f);
-  c = fma(c, t2, -0.5f);
-  c = fma(c, t2, 1.0f);
-  float s = fma(t2, -1.9515296e-4f, 8.3321609e-3f);
-  s = fma(s, t2, -1.6666655e-1f);
-  s = fma(s * t2, t, t);
-  const float even = quadrant & 1u ? s : c;
-  const float odd = quadrant & 1u ? c : s;
-  const u32 sign_cos = ((quadrant + 1u) & 2u) << 30;
-  const u32 sign_sin = (quadrant & 2u) << 30;
-  return Pair{bits_float(float_bits(even) ^ sign_cos), bits_float(float_bits(odd) ^ sign_sin)};
+  float s = fma(t2, 2.14505837e-4f, -6.61025693e-3f);
+  s = fma(s, t2, 0.112698575f);
+  s = fma(s, t2, -0.913530712f);
+  s = fma(s, t2, 2.22144146f) * t;
+  float c = fma(t2, 1.21366481e-3f, -2.94306717e-2f);
+  c = fma(c, t2, 0.358716323f);
+  c = fma(c, t2, -1.74471275f);
+  c = fma(c, t2, 1.41421350f);
+  return Pair{fma(-s, s, 1.0f), s * c};
 #endif
 }
 

@@ -63,8 +63,6 @@ GPUXBAR_FN float log2_fast(float x) {
 GPUXBAR_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GPUXBAR_FN float round_even(float x) { return __builtin_rintf(x); }
 GPUXBAR_FN float floor(float x) { return __builtin_floorf(x); }
-GPUXBAR_FN float min(float a, float b) { return a < b ? a : b; }
-GPUXBAR_FN float max(float a, float b) { return a > b ? a : b; }
 GPUXBAR_FN float abs(float x) { return __builtin_fabsf(x); }
 GPUXBAR_FN u32 float_bits(float x) {
   u32 u;
@@ -75,6 +73,18 @@ GPUXBAR_FN float bits_float(u32 u) {
   float x;
   __builtin_memcpy(&x, &u, sizeof x);
   return x;
+}
+// Against a constant that is not negative, floats are in the order of their bits as integers, for which compilers have
+// one instruction: a comparison of floats and a choice are two or more.
+GPUXBAR_FN float min(float a, float b) {
+  if (__builtin_constant_p(b) && b >= 0.0f)
+    return bits_float((u32)((i32)float_bits(a) < (i32)float_bits(b) ? (i32)float_bits(a) : (i32)float_bits(b)));
+  return a < b ? a : b;
+}
+GPUXBAR_FN float max(float a, float b) {
+  if (__builtin_constant_p(b) && b >= 0.0f)
+    return bits_float((u32)((i32)float_bits(a) > (i32)float_bits(b) ? (i32)float_bits(a) : (i32)float_bits(b)));
+  return a > b ? a : b;
 }
 GPUXBAR_FN u64 double_bits(double x) {
   u64 u;

@@ -121,14 +121,14 @@ GPUXBAR_FN float pulses_down(i32 sides, bool positive, float raise, float lower)
 
 // x after pulses both ways whose order does not matter.
 template <class L>
-GPUXBAR_FN float after_pulses(const UpdateLaw& s, const Spreads& device, float x, float ups, float downs, float z) {
-  const Window window = device_window(s, device);
-  const float y = min(max((x - window.low) * (1.0f / window.width), 0.0f), 1.0f), each = 1.0f / s.pulses;
-  const Change up = change_of<L>(s, device, window.width, y, ups * each, true);
-  const Change down = change_of<L>(s, device, window.width, y, downs * each, false);
-  const float from = fma(y, window.width, window.low) + (up.size - down.size);
-  const float to = fma(sqrt_fast(up.variance + down.variance), z, from);
-  return ups + downs > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
+GPUXBAR_FN float after_pulses(const UpdateLaw& s, const Spreads& z, float x, float ups, float downs, float noise) {
+  const Device rising = device_of(s, z, true), falling = device_of(s, z, false);
+  const float y = min(max((x - rising.low) * rising.inverse_width, 0.0f), 1.0f), each = 1.0f / s.pulses;
+  const Change up = change_of<L>(s, rising, y, ups * each, true);
+  const Change down = change_of<L>(s, falling, y, downs * each, false);
+  const float from = fma(y, rising.width, rising.low) + (up.size - down.size);
+  const float to = fma(sqrt_fast(up.variance + down.variance), noise, from);
+  return ups + downs > 0.0f ? min(max(to, rising.low), rising.low + rising.width) : x;
 }
 
 }  // namespace gpuxbar

@@ -57,9 +57,17 @@ GPUXBAR_FN float device_gain(const UpdateLaw& s, const Spreads& z, bool rising) 
   return abs(common + (rising ? a : -a));
 }
 
-GPUXBAR_FN Direction device_direction(const UpdateLaw& s, const Spreads& z, bool rising) {
+// A device one way: all that a change of it depends on but the place in its window.
+struct Device {
+  float low, width, inverse_width;
+  float gain;   // its step over the nominal one
+  float shape;  // its parameter of the law
+};
+
+GPUXBAR_FN Device device_of(const UpdateLaw& s, const Spreads& z, bool rising) {
+  const Window window = device_window(s, z);
   const float up = fma(s.spread_up, z.up, s.shape_up), down = fma(s.spread_down, z.down, s.shape_down);
-  return Direction{rising ? up : down, rising ? s.second_up : s.second_down, rising ? s.node_up : s.node_down};
+  return Device{window.low, window.width, 1.0f / window.width, device_gain(s, z, rising), rising ? up : down};
 }
 
 // What a device of a pair is asked for, signed, when its weight is to change by `change` of w_max.
@@ -81,29 +89,27 @@ struct Change {
 
 // What a wanted change of size d does to a device at share y of its window.
 template <class L>
-GPUXBAR_FN Change change_of(const UpdateLaw& s, const Spreads& device, float width, float y, float d, bool rising) {
-  const L law(device_direction(s, device, rising));
-  const float gain = device_gain(s, device, rising), n = d * s.pulses;
-  const float size = width * law.change(rising ? y : 1.0f - y, d * gain * (1.0f / width));
+GPUXBAR_FN Change change_of(const UpdateLaw& s, const Device& device, float y, float d, bool rising) {
+  const L law(Direction{device.shape, rising ? s.second_up : s.second_down, rising ? s.node_up : s.node_down});
+  const float n = d * s.pulses;
+  const float size = device.width * law.change(rising ? y : 1.0f - y, d * device.gain * device.inverse_width);
   const float per_size = fma(size, s.cycle2 + s.pulse_cycle2 / max(n, 1e-30f), s.gamma2);
-  return Change{size, fma(size, per_size, n * s.range_cycle2 * gain * gain)};
+  return Change{size, fma(size, per_size, n * s.range_cycle2 * device.gain * device.gain)};
 }
 
 // x after a change of size d; z is the update's normal, `scatter` the law's table where the kernel keeps it.
 template <class L>
-GPUXBAR_FN float moved(const UpdateLaw& s, const Spreads& device, float x, float d, bool rising, float z,
+GPUXBAR_FN float moved(const UpdateLaw& s, const Device& device, float x, float d, bool rising, float z,
                        const float (*scatter)[NODES * SCORES]) {
-  const Window window = device_window(s, device);
-  const float y = min(max((x - window.low) * (1.0f / window.width), 0.0f), 1.0f);
-  const Change change = change_of<L>(s, device, window.width, y, d, rising);
+  const float y = min(max((x - device.low) * device.inverse_width, 0.0f), 1.0f);
+  const Change change = change_of<L>(s, device, y, d, rising);
   float noise;
   if constexpr (MEASURED<L>)
-    noise =
-        sqrt_fast(d * s.pulses) * device_gain(s, device, rising) / s.pulses * scattered(scatter[rising ? 0 : 1], y, z);
+    noise = sqrt_fast(d * s.pulses) * device.gain / s.pulses * scattered(scatter[rising ? 0 : 1], y, z);
   else
     noise = sqrt_fast(change.variance) * z;
-  const float to = noise + (fma(y, window.width, window.low) + (rising ? change.size : -change.size));
-  return d > 0.0f ? min(max(to, window.low), window.low + window.width) : x;
+  const float to = noise + (fma(y, device.width, device.low) + (rising ? change.size : -change.size));
+  return d > 0.0f ? min(max(to, device.low), device.low + device.width) : x;
 }
 
 }  // namespace gpuxbar

@@ -1,0 +1,70 @@
+// outer_product on the CPU: dw[o][i] = sum_b d[b][o] x[b][i].
+//
+// Outputs and inputs are packed in panels that a block's register tiles find in the caches, and the batch in pieces whose
+// sums are added, so that no sum is longer than a piece. Every weight is summed in one order, so the bits do not depend on
+// threads. Oracle: gpuxbar/reference/outer_product.py.
+#include <algorithm>
+#include <memory>
+
+#include "wide.hpp"
+
+using namespace gpuxbar;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int TILE = 8;  // outputs of a register tile
+#else
+constexpr int TILE = 6;
+#endif
+constexpr int DEEP = 2;     // vectors of inputs of a register tile
+constexpr i64 TALL = 48;    // outputs of a panel
+constexpr i64 WIDE = 64;    // inputs of a panel
+constexpr i64 PIECE = 256;  // samples whose products are summed in registers
+static_assert(TALL % TILE == 0 && WIDE % (DEEP * LANES) == 0);
+
+constexpr i64 panels(i64 lines, i64 size) { return (lines + size - 1) / size; }
+
+// Panel `p` of SIZE lines of samples [batch, lines], zeros behind the last line.
+template <i64 SIZE>
+void pack(const float* from, i64 batch, i64 lines, i64 p, float* to) {
+  const i64 count = std::min(SIZE, lines - p * SIZE);
+  for (i64 b = 0; b < batch; ++b, to += SIZE)
+    std::fill(std::copy_n(from + b * lines + p * SIZE, count, to), to + SIZE, 0.0f);
+}
+
+// Products of `depth` samples of two panels, added to a block or, the first of them, put there.
+void multiply(i64 depth, const float* d, const float* x, bool first, float (*block)[WIDE]) {
+  for (i64 j = 0; j < WIDE; j += DEEP * LANES)
+    for (i64 i = 0; i < TALL; i += TILE) {
+      float* to = block[i] + j;
+      register_tile<LANES, TILE, DEEP>(depth, d + i, TALL, x + j, WIDE, first ? nullptr : to, WIDE, 1.0f, to, WIDE);
+    }
+}
+
+}  // namespace
+
+extern "C" void gpuxbar_outer_product(const float* d,  // [B, O]
+                                      const float* x,  // [B, I]
+                                      float* dw,       // [O, I]
+                                      i64 batch, i64 outputs, i64 inputs) {
+  const i64 tall = panels(outputs, TALL), wide = panels(inputs, WIDE);
+  const std::unique_ptr<float[]> left(new float[tall * TALL * batch]), right(new float[wide * WIDE * batch]);
+#pragma omp parallel
+  {
+#pragma omp for schedule(static) nowait
+    for (i64 p = 0; p < tall; ++p) pack<TALL>(d, batch, outputs, p, left.get() + p * TALL * batch);
+#pragma omp for schedule(static)
+    for (i64 p = 0; p < wide; ++p) pack<WIDE>(x, batch, inputs, p, right.get() + p * WIDE * batch);
+#pragma omp for collapse(2) schedule(static)
+    for (i64 p = 0; p < tall; ++p)
+      for (i64 q = 0; q < wide; ++q) {
+        alignas(64) float block[TALL][WIDE] = {};
+        for (i64 b = 0; b < batch; b += PIECE)
+          multiply(std::min(PIECE, batch - b), left.get() + (p * batch + b) * TALL,
+                   right.get() + (q * batch + b) * WIDE, b == 0, block);
+        const i64 rows = std::min(TALL, outputs - p * TALL), columns = std::min(WIDE, inputs - q * WIDE);
+        for (i64 i = 0; i < rows; ++i) std::copy_n(block[i], columns, dw + (p * TALL + i) * inputs + q * WIDE);
+      }
+  }
+}

@@ -1,0 +1,83 @@
+"""The gradient of a matrix of weights against float64, and where a layer takes it from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gpuxbar import ops, reference
+from gpuxbar.bridge import outer_product as bridge
+from gpuxbar.launch import set_threads
+from gpuxbar.nn import AnalogLinear
+from gpuxbar.spec import CrossbarSpec
+
+SHAPES = [
+    pytest.param(1, 1, 1, id="one"),
+    pytest.param(7, 5, 3, id="less-than-a-tile"),
+    pytest.param(257, 49, 65, id="a-line-more-than-panels-and-pieces"),
+    pytest.param(600, 96, 128, id="whole-panels-in-pieces"),
+    pytest.param(0, 4, 6, id="no-sample"),
+    pytest.param(9, 0, 6, id="no-output"),
+]
+
+
+def case(batch, outputs, inputs):
+    rng = np.random.default_rng(batch + outputs)
+    return rng.normal(size=(batch, outputs)).astype(np.float32), rng.normal(size=(batch, inputs)).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize(("batch", "outputs", "inputs"), SHAPES)
+def test_sums_match_the_oracle(batch, outputs, inputs):
+    d, x = case(batch, outputs, inputs)
+    found, expected = ops.outer_product(d, x), reference.outer_product(d, x)
+    # no worse than twice what float32 NumPy makes of it
+    plain = np.abs(d.T @ x - expected).max(initial=0)
+    assert found.shape == (outputs, inputs)
+    assert np.abs(found - expected).max(initial=0) <= max(2 * plain, 1e-6)
+
+
+def test_bits_do_not_depend_on_threads():
+    d, x = case(300, 100, 200)
+    one = ops.outer_product(d, x)
+    try:
+        set_threads(2)
+        two = ops.outer_product(d, x)
+    finally:
+        set_threads(torch.get_num_threads())
+    np.testing.assert_array_equal(one, two)
+
+
+def test_without_a_compiler_the_reference_serves(monkeypatch):
+    d, x = case(7, 5, 3)
+    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    np.testing.assert_array_equal(ops.outer_product(d, x), reference.outer_product(d, x).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("d", "x", "message"),
+    [
+        (np.ones((3, 2)), np.ones((3, 2), np.float32), "`d` must be an array of float32, got float64"),
+        (np.ones((3, 2), np.float32), np.ones(3, np.float32), "`x` must have 2 axes, got 1"),
+        (np.ones((3, 2), np.float32), np.ones((4, 2), np.float32), "`x` must have the batch of d, 3, got 4"),
+    ],
+)
+def test_bad_input_is_named(d, x, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.outer_product(d, x)
+
+
+def test_operator_is_sound():
+    d, x = (torch.from_numpy(a) for a in case(7, 5, 3))
+    torch.library.opcheck(torch.ops.gpuxbar.outer_product.default, (d, x))
+
+
+@pytest.mark.parametrize("worth", [0, 1 << 30], ids=["ours", "torch"])
+def test_a_layer_takes_its_gradient_from_either(monkeypatch, worth):
+    monkeypatch.setattr(bridge, "WORTH_PACKING", worth)
+    layer = AnalogLinear(9, 7, bias=False, spec=CrossbarSpec())
+    x, d = torch.randn(5, 9), torch.randn(5, 7)
+    layer(x).backward(d)
+    torch.testing.assert_close(layer.weight.grad, d.T @ x, rtol=1e-5, atol=1e-5)
