@@ -63,7 +63,7 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], floa
   return true;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
     device_update(float* __restrict__ g,               // [2 slices, G * I, O] S
                   float* __restrict__ hidden,          // like g, what devices with write noise hold; else null
                   int* __restrict__ pulse_count,       // like g, below 0: failed after so many; null unless COUNTED

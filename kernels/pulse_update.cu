@@ -94,7 +94,7 @@ GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const in
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256, SLICED ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(256, 2)
     pulse_update(float* __restrict__ g,                // [2 slices, G * I, O] S
                  int* __restrict__ pulse_count,        // like g, below 0: failed after so many; null unless COUNTED
                  const u16* __restrict__ device_map,   // [K, 2 slices, G * I, O] normals of the devices; null: drawn

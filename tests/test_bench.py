@@ -66,12 +66,17 @@ def test_pulses_agree_with_their_oracle(law, mode, monkeypatch):
         measure(case, rounds=1)
 
 
-def test_a_network_is_trained_by_pulses_against_its_oracle():
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(cases.in_situ_training_step, (1, 28, 28), 3),
+        partial(cases.transformer_step, 16, 5, 3),
+        partial(cases.lstm_step, 16, 4, 3),
+    ],
+)
+def test_networks_are_trained_against_their_oracle(build):
     torch.manual_seed(0)
-    row = measure(
-        Case("lenet5-in-situ-step", "small", 1.0, partial(cases.in_situ_training_step, (1, 28, 28), 3)),
-        rounds=2,
-    )
+    row = measure(Case("step", "small", 1.0, build), rounds=2)
     assert 0 < row["error"] < 1e-3
     assert set(row["ms"]) == {"ideal", "gpuxbar"}
 

@@ -138,11 +138,41 @@ def update(build: Callable[..., Any], *settings: Any) -> Contenders:
 
 def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
     """Forward, backward and SGD of a network; reads non-ideal in both directions, the update digital."""
-    ideal, analog, x, target = _networks(shape, batch)
-    models = {"ideal": ideal, "gpuxbar": analog, "plain torch": on_tiles(ideal, Tiles(TILE, noise=NOISE))}
+    ideal = _network(shape)
+    x, target = _labelled((batch, *shape), batch)
+    return _steps(ideal, x, target, {"plain torch": on_tiles(ideal, Tiles(TILE, noise=NOISE))})
+
+
+def transformer_step(width: int = 256, tokens: int = 64, batch: int = 8) -> Contenders:
+    """The same of an encoder layer with four heads, fourfold inside, and a classifier of its tokens."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+    ideal = nn.Sequential(encoder, nn.Flatten(0, 1), nn.Linear(width, 10))
+    return _steps(ideal, *_labelled((batch, tokens, width), batch * tokens), {})
+
+
+def lstm_step(width: int = 256, tokens: int = 35, batch: int = 32) -> Contenders:
+    """The same of an LSTM and a classifier of its last output."""
+    torch.manual_seed(0)
+    ideal = Recurrent(width)
+    return _steps(ideal, *_labelled((batch, tokens, width), batch), {})
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(width, width, batch_first=True), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.lstm(x)[0][:, -1])
+        return y
+
+
+def _steps(ideal: nn.Module, x: Tensor, target: Tensor, others: dict[str, nn.Module]) -> Contenders:
+    analog = _twin(ideal, x)
     steps = {
         name: partial(_step, m, torch.optim.SGD(m.parameters(), 0.01), x, target)
-        for name, m in models.items()
+        for name, m in {"ideal": ideal, "gpuxbar": analog, **others}.items()
     }
     return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
 
@@ -154,7 +184,9 @@ def in_situ_training_step(shape: tuple[int, int, int], batch: int) -> Contenders
         "update": updates.CONSTANT.model_dump(),
         "pulses": {"mode": "aggregated"},
     }
-    ideal, analog, x, target = _networks(shape, batch, more)
+    ideal = _network(shape)
+    x, target = _labelled((batch, *shape), batch)
+    analog = _twin(ideal, x, more)
     optimisers = {
         "ideal": torch.optim.SGD(ideal.parameters(), 0.01),
         "gpuxbar": InSituSGD(analog.parameters(), 0.01),
@@ -164,13 +196,18 @@ def in_situ_training_step(shape: tuple[int, int, int], batch: int) -> Contenders
     return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
 
 
-def _networks(
-    shape: tuple[int, int, int], batch: int, more: dict[str, Any] | None = None
-) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """A network, its crossbar twin with converters and read noise, inputs and labels."""
+def _network(shape: tuple[int, int, int]) -> nn.Module:
     torch.manual_seed(0)
-    x, target = torch.randn(batch, *shape), torch.randint(10, (batch,))
-    _, ideal = network(shape, 10)
+    return network(shape, 10)[1]
+
+
+def _labelled(shape: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
+    """Inputs, and labels of ten classes."""
+    return torch.randn(shape), torch.randint(10, (count,))
+
+
+def _twin(ideal: nn.Module, x: Tensor, more: dict[str, Any] | None = None) -> nn.Module:
+    """A network on crossbars, with converters and read noise."""
     spec = CrossbarSpec.model_validate(
         {
             "tile": {"rows": TILE, "cols": TILE}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8},
@@ -179,7 +216,7 @@ def _networks(
     )  # fmt: skip
     analog, _ = convert(ideal, spec)
     calibrate(analog, [x])
-    return ideal, analog, x, target
+    return analog
 
 
 def scaling(calls: int = 20) -> Contenders:
@@ -209,6 +246,8 @@ CASES = (
     Case("conv", CONV, 3.0, conv, memory_mb=32),
     Case("lenet5-step", "28 x 28, batch 64: training step", 2.2, partial(training_step, (1, 28, 28), 64)),
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),
+    Case("transformer-step", "encoder layer of 256, 8 x 64 tokens: training step", 2.0, transformer_step),
+    Case("lstm-step", "LSTM of 256, 35 tokens, batch 32: training step", 2.0, lstm_step),
     Case("update", f"{UPDATE}: kernel", 2.0, partial(update, updates.expected_update)),
     Case(
         "update-map",
