@@ -150,18 +150,19 @@ def test_declaration_is_the_parameter_list(name):
 
 def variants(file, arch):
     """The macros to compile a file with; the fused kernel as deep a pipeline as the architecture's memory holds."""
+    hopper = arch == "sm_90a"  # what has to be built for it alone; all else runs there as built for sm_90
     for macros in VARIANTS.get(file, [{}]):
         if file == "fused_tile_mvm_sm90.cu":
-            if arch == "sm_90a":
+            if hopper:
                 yield macros
         elif file == "ceilings.cu":  # of tensor cores where there are any that can
-            if macros["UNIT"] < 3 or (macros["UNIT"] == 3 and arch != "sm_75") or arch == "sm_90a":
+            if hopper == (macros["UNIT"] > 3) and not (macros["UNIT"] == 3 and arch == "sm_75"):
                 yield macros
+        elif hopper:
+            return
         elif file != "fused_tile_mvm.cu":
             yield macros
-        elif arch != "sm_90a" and (
-            stages := pipeline(arch, macros["BLOCK_N"], macros["TERMS"] + macros["VARIANCE"])
-        ):
+        elif stages := pipeline(arch, macros["BLOCK_N"], macros["TERMS"] + macros["VARIANCE"]):
             yield {**macros, "STAGES": stages}
 
 
