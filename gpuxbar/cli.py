@@ -6,6 +6,7 @@ import platform
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -81,9 +82,7 @@ def train(
     table = Table("mode", "test accuracy", "seconds per epoch", title=str(run.folder))
     for mode in dict.fromkeys(r["mode"] for r in records):
         rows = [r for r in records if r["mode"] == mode]
-        table.add_row(
-            mode, f"{rows[-1]['accuracy']:.3f}", f"{sum(r['seconds'] for r in rows) / len(rows):.2f}"
-        )
+        table.add_row(mode, f"{rows[-1]['accuracy']:.3f}", f"{median(r['seconds'] for r in rows):.2f}")
     console.print(table)
 
 

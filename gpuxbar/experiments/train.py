@@ -15,7 +15,7 @@ from torch import nn
 
 from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.experiments.networks import network
-from gpuxbar.launch import set_threads
+from gpuxbar.launch import explain, set_threads
 from gpuxbar.nn import calibrate, convert
 from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.spec import CrossbarSpec, save_spec
@@ -62,6 +62,10 @@ def train(run: Run) -> list[dict[str, Any]]:
     if run.threads is not None:
         torch.set_num_threads(run.threads)
         set_threads(run.threads)
+    if run.device == "cpu" and modes != ("ideal",):
+        with Progress(transient=True) as progress:  # now, so that it is no epoch's time
+            progress.add_task("building kernels", total=None)
+            explain()
     data = load_data(run.data, run.data_dir, run.download)
     saved = _open(run, data)
     _write(

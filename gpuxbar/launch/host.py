@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +80,32 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
     target = cache_dir() / f"host-{key.hexdigest()[:24]}.so"
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        built = Path(scratch) / target.name
-        command = [cxx, *flags, f"-I{root / 'include'}", *map(str, sources), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CompileError(
-                f"host kernels: {cxx} failed with status {done.returncode}; "
-                f"set CXX to a C++17 compiler with OpenMP\n{done.stderr}"
+    with (
+        tempfile.TemporaryDirectory(dir=target.parent) as scratch,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        to_build = zip(sources, objects, strict=True)
+        list(
+            pool.map(
+                _run,
+                ([cxx, *flags, f"-I{root / 'include'}", "-c", str(s), "-o", str(o)] for s, o in to_build),
             )
+        )
+        built = Path(scratch) / target.name
+        _run([cxx, *flags, *map(str, objects), "-o", str(built)])
         os.replace(built, target)
     return target
+
+
+def _run(command: list[str]) -> None:
+    """Run a compiler."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(
+            f"host kernels: {command[0]} failed with status {done.returncode}; "
+            f"set CXX to a C++17 compiler with OpenMP\n{done.stderr}"
+        )
 
 
 def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
