@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
+import cuda_shim
 import pytest
 
 from gpuxbar.launch import CudaDevice
+from gpuxbar.launch.sources import kernel_dir
 
 
 @pytest.fixture
@@ -14,6 +18,21 @@ def cuda_device():
     if not cupy.cuda.is_available():
         pytest.skip("no NVIDIA GPU or driver was found")
     return PoisonedDevice()
+
+
+@pytest.fixture
+def seeded(tmp_path, monkeypatch):
+    """Builds the kernels for the CPU with one text replaced in one of them."""
+    root = tmp_path / "kernels"
+    shutil.copytree(kernel_dir(), root)
+    monkeypatch.setattr(cuda_shim, "kernel_dir", lambda: root)
+
+    def seed(file, old, new):
+        text = (root / file).read_text()
+        assert old in text, f"{old} is not in {file}"
+        (root / file).write_text(text.replace(old, new))
+
+    return seed
 
 
 class PoisonedDevice(CudaDevice):

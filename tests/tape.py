@@ -154,6 +154,16 @@ def _again(function, args, kwargs, out):
             old.copy_(new)
 
 
+def bridge_to(monkeypatch, device, array, tensor):
+    """Every operator runs on a device, with these in place of `bridge.arrays`' ways from tensors to arrays and back."""
+    replacements = {"on_device": lambda *_: nullcontext(device), "array": array, "tensor": tensor}
+    for module in MODULES:
+        for name, replacement in replacements.items():
+            found = sys.modules[f"gpuxbar.bridge.{module}"]
+            if hasattr(found, name):
+                monkeypatch.setattr(found, name, replacement)
+
+
 @contextmanager
 def gpu_path(monkeypatch, **settings):
     """CPU tensors take the CUDA path, over the CPU build of its kernels, and the tape of steps is given."""
@@ -167,12 +177,7 @@ def gpu_path(monkeypatch, **settings):
         with _disable_current_modes():
             return torch.from_numpy(a.values)
 
-    replacements = {"on_device": lambda *_: nullcontext(device), "array": array, "tensor": tensor}
-    for module in MODULES:
-        for name, replacement in replacements.items():
-            found = sys.modules[f"gpuxbar.bridge.{module}"]
-            if hasattr(found, name):
-                monkeypatch.setattr(found, name, replacement)
+    bridge_to(monkeypatch, device, array, tensor)
     scales = sys.modules["gpuxbar.bridge.analog_mvm"]._slice_scale
     scales.cache_clear()  # arrays of the one kind are not for the other
     try:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 
-import cuda_shim
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
 from test_tile_mvm import SEED, assert_matches
 
 from gpuxbar import ops, reference
-from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
 
@@ -122,21 +119,6 @@ HOPPER_MUTANTS = {  # of fused_tile_mvm_sm90.cu; the CPU twins report them
     "gathered-but-not-fenced": ("copies_fence();", ""),
     "a-step-delivered-before-it-landed": ("copy_wait<UNDER_WAY>()", "copy_wait<UNDER_WAY + 1>()"),
 }
-
-
-@pytest.fixture
-def seeded(tmp_path, monkeypatch):
-    """Builds the kernels with one text replaced in one of them."""
-    root = tmp_path / "kernels"
-    shutil.copytree(kernel_dir(), root)
-    monkeypatch.setattr(cuda_shim, "kernel_dir", lambda: root)
-
-    def seed(file, old, new):
-        text = (root / file).read_text()
-        assert old in text
-        (root / file).write_text(text.replace(old, new))
-
-    return seed
 
 
 @pytest.mark.parametrize("name", HOPPER_MUTANTS)

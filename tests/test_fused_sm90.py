@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 
-import cuda_shim
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
 from test_tile_mvm import G_MAX, SEED, assert_matches, case, settings
 
 from gpuxbar import ops, reference
-from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.packed_conductance import PACK_SENSED
 from gpuxbar.ops.tile_mvm_plan import SHARED, STATIC_SHARED, Case, Plan, plan_tile_mvm, wgmma_bytes
@@ -184,21 +181,6 @@ CLUSTER_MUTANTS = {
 HEADER_MUTANTS = {
     "a swizzle": ("panels.cuh", "^ (row & 7)", "^ (row & 3)"),
 }
-
-
-@pytest.fixture
-def seeded(tmp_path, monkeypatch):
-    """Builds the kernels with one text replaced in one of them."""
-    root = tmp_path / "kernels"
-    shutil.copytree(kernel_dir(), root)
-    monkeypatch.setattr(cuda_shim, "kernel_dir", lambda: root)
-
-    def seed(file, old, new):
-        text = (root / file).read_text()
-        assert text.count(old) >= 1, f"{old} is not in {file}"
-        (root / file).write_text(text.replace(old, new))
-
-    return seed
 
 
 def survives(variance, rows):

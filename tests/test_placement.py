@@ -4,12 +4,11 @@ do. On the CPU alone a forgotten `device=` would show nowhere, and on a GPU too 
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from tape import MODULES
+from tape import bridge_to
 from test_capture import ALGORITHMS, SETTINGS
 from torch import nn
 from torch.nn import functional
@@ -75,12 +74,7 @@ def idle(monkeypatch):
     def tensor(a):
         return torch.empty(a.shape, dtype=getattr(torch, a.dtype.name), device="meta")
 
-    replacements = {"on_device": lambda *_: nullcontext(device), "array": array, "tensor": tensor}
-    for module in MODULES:
-        for name, replacement in replacements.items():
-            found = sys.modules[f"gpuxbar.bridge.{module}"]
-            if hasattr(found, name):
-                monkeypatch.setattr(found, name, replacement)
+    bridge_to(monkeypatch, device, array, tensor)
     monkeypatch.setattr(AnalogLayer, "look_at_ranges", lambda layer: setattr(layer, "calibrated", True))
     monkeypatch.setattr(
         InSitu, "_require_read_out", lambda layer: setattr(layer, "_read_version", layer.weight._version)

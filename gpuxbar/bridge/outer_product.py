@@ -16,8 +16,6 @@ WORTH_PACKING = 1 << 22  # products; fewer are done sooner by PyTorch, which nee
 @operator(lambda d, x: d.new_empty(d.shape[1], x.shape[1]))
 def outer_product(d: Tensor, x: Tensor) -> Tensor:
     """Sum of the outer products of a batch, [O, I], of float32 [B, O] and [B, I] of the CPU: see `ops.outer_product`."""
-    if d.device.type != "cpu":
-        return d.t() @ x
     return tensor(ops.outer_product(array(d), array(x)))
 
 

@@ -85,13 +85,9 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
-        to_build = zip(sources, objects, strict=True)
-        list(
-            pool.map(
-                _run,
-                ([cxx, *flags, f"-I{root / 'include'}", "-c", str(s), "-o", str(o)] for s, o in to_build),
-            )
-        )
+        compiling = [cxx, *flags, f"-I{root / 'include'}", "-c"]
+        for _ in pool.map(lambda s, o: _run([*compiling, str(s), "-o", str(o)]), sources, objects):
+            pass  # an error of any is raised here
         built = Path(scratch) / target.name
         _run([cxx, *flags, *map(str, objects), "-o", str(built)])
         os.replace(built, target)

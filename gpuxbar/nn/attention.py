@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gpuxbar.nn.linear import linear_of
+
 __all__ = ["UnfusedAttention"]
 
 
@@ -33,11 +35,11 @@ class UnfusedAttention(nn.Module):
         fused = (parameters.get(f"in_proj_{kind}") for kind in ("weight", "bias"))
         weights, biases = ([None] * 3 if f is None else _thirds(f) for f in fused)
         q, k, v = (
-            _linear(parameters[f"{name}_proj_weight"] if weight is None else weight, bias)
+            linear_of(parameters[f"{name}_proj_weight"] if weight is None else weight, bias)
             for name, weight, bias in zip("qkv", weights, biases, strict=True)
         )
         self.q_proj, self.k_proj, self.v_proj = q, k, v
-        self.out_proj = _linear(parameters["out_proj.weight"], parameters.get("out_proj.bias"))
+        self.out_proj = linear_of(parameters["out_proj.weight"], parameters.get("out_proj.bias"))
         self.bias_k, self.bias_v = attention.bias_k, attention.bias_v
         self.train(attention.training)
 
@@ -113,13 +115,6 @@ class UnfusedAttention(nn.Module):
 
 def _thirds(fused: nn.Parameter) -> list[nn.Parameter]:
     return [nn.Parameter(part.clone(), fused.requires_grad) for part in fused.detach().chunk(3)]
-
-
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
-    layer.weight = weight
-    layer.register_parameter("bias", bias)
-    return layer
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
 from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
+from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.transposed import UnfusedConvTranspose
 from gpuxbar.spec import CrossbarSpec
@@ -208,11 +209,9 @@ def _as_layers(kind: type[nn.Module]) -> Callable[[Any], nn.Module] | None:
 
 def _transposed_linear(module: nn.Module) -> nn.Linear:
     """The layer of GPT-2 in the transformers library, whose weight is [I, O], as a Linear."""
-    weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
-    layer = nn.Linear(weight.shape[0], weight.shape[1], True, weight.device, weight.dtype)
-    layer.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
-    layer.bias = bias
-    return layer.train(module.training)
+    weight = module.get_parameter("weight")
+    by_output = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    return linear_of(by_output, module.get_parameter("bias")).train(module.training)
 
 
 def _replaced(model: nn.Module, names: list[str], module: nn.Module) -> nn.Module:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from gpuxbar.nn.linear import linear_of
+
 __all__ = ["UnfusedCell", "UnfusedRNN"]
 
 
@@ -159,12 +161,8 @@ def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor
 
 def _layer(source: nn.Module, name: str) -> nn.Linear:
     """A Linear of `weight_{name}` and, where there is one, `bias_{name}`."""
-    weight = source.get_parameter(f"weight_{name}")
     bias = dict(source.named_parameters()).get(f"bias_{name}")
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
-    layer.weight = weight
-    layer.register_parameter("bias", bias)
-    return layer
+    return linear_of(source.get_parameter(f"weight_{name}"), bias)
 
 
 def _rename(state_dict: dict[str, Any], prefix: str, names: tuple[str, ...]) -> None:
