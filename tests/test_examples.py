@@ -51,6 +51,22 @@ EXPECTED = {
         "mnist_in_situ.png",
         r"agad \| not measured \| \d+\.\d % \| not measured",
     ),
+    "sensitivity.py": (
+        [
+            "--data",
+            "digits",
+            "--epochs",
+            "1",
+            "--seeds",
+            "1",
+            "--axes",
+            "spread of nu between devices",
+            "--record",
+            "rows.jsonl",
+        ],
+        "sensitivity.png",
+        r"spread of nu between devices \| 0: \d+\.\d, .* 3: \d+\.\d \|",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "GPU_ROWS",
     "append",
     "environment",
+    "put_table",
     "readme_tables",
     "rewrite_readme",
     "rows_of",
@@ -251,6 +252,7 @@ def _markers(kind: str) -> tuple[str, str]:
 
 
 def put_table(readme: Path, table: str, start: str, end: str) -> None:
+    """Put a table between two lines of a README, in place of what is there."""
     text = readme.read_text()
     if start not in text or end not in text:
         raise ValueError(
