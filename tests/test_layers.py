@@ -583,3 +583,17 @@ def test_values_that_are_not_finite_are_named(direction):
         else:
             with pytest.raises(ValueError, match="the gradient of the output must be finite, got 6 NaN"):
                 layer(x).backward(torch.full((2, 3), float("inf")))
+
+
+def test_noise_about_no_current_shuts_no_gate():
+    """Inputs of one sign leave the phase of the other undriven: its conversions are noise around 0, the end of the range."""
+    torch.manual_seed(0)
+    x, gradients = torch.rand(16, 30), []
+    for sigma in (0.0, 1e-9):
+        spec = gx.presets.isaac().with_overrides({"tile": {"rows": 8}, "read_noise": {"sigma": sigma}})
+        layer = AnalogLinear(30, 5, spec=spec)
+        nn.init.constant_(layer.weight, 0.5)
+        rows = x.clone().requires_grad_()
+        layer(rows).sum().backward()
+        gradients.append(rows.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
