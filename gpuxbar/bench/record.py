@@ -131,8 +131,9 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "ideal" in row["ms"]:
             plain = row["ratio"].get("plain torch")
+            target = "" if row["target"] is None else f"<= {row['target']:g}"
             out.append(
-                f"| {row['case']}: {row['size']} | {row['ms']['ideal'][1]:.1f} | {_verdict(row)} | <= {row['target']:g} "
+                f"| {row['case']}: {row['size']} | {row['ms']['ideal'][1]:.1f} | {_verdict(row)} | {target} "
                 f"| {'' if plain is None else f'{plain:.2f}'} | {row['error']:.0e} |"
             )
     speedups = [row for row in rows if "ideal" not in row["ms"]]
