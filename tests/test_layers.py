@@ -430,9 +430,9 @@ def test_compiled_models_have_no_graph_break(in_situ, backend, monkeypatch, tmp_
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, _ = gx.convert(small_network(), spec(**NOISY, update={"law": "agarwal", "nu": 0.1}))
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
-    gx.calibrate(model, [x])
     if in_situ:
         gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    gx.calibrate(model, [x])
     state = {k: v.clone() for k, v in model.state_dict().items()}
     loss, grads = step_of(model, x, t)
     model.load_state_dict(state)
@@ -478,9 +478,9 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, name):
     )
     model, _ = gx.convert(small_network(), settings)
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
-    gx.calibrate(model, [x])
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
     optimiser = sgd if name is None else gx.optim.build_optimizer(name, model, lr=0.01)
+    gx.calibrate(model, [x])
     step_of(model, x, t)
     optimiser.step()
     resumed, _ = gx.convert(small_network(), settings)
@@ -491,6 +491,21 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, name):
         gx.age(model, "1h")
     assert model(x).dtype == torch.float64
     assert {b.dtype for b in model.buffers() if b.is_floating_point()} == {torch.float32}
+
+
+def test_in_situ_training_asks_for_ranges_of_its_own():
+    """Pairs amid their window carry other currents than programmed ones."""
+    model, _ = gx.convert(small_network(), spec(**CONVERTED, update={"law": "ideal"}))
+    x = torch.randn(16, 1, 8, 8)
+    gx.calibrate(model, [x])
+    ideal = model(x)
+    gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match="calibrated before use, and anew once an in-situ optimiser has begun"
+    ):
+        model(x)
+    gx.calibrate(model, [x])
+    assert (model(x) - ideal).abs().max() < 0.3 * ideal.abs().max()
 
 
 def test_checkpointed_layers_read_the_same_twice():
@@ -560,6 +575,7 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
         results.append(step_of(model, x, t))
         if law:
             optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1)
+            gx.calibrate(model, [x])
             optimiser.step()
             results[-1][1].append(model[4].weight.detach().clone())
             results[-1][1].append(model(x).detach())

@@ -186,12 +186,12 @@ def _steps(
 ) -> Contenders:
     spec = spec or CrossbarSpec.model_validate(SPEC)
     analog, _ = convert(ideal, spec)
-    calibrate(analog, [x])
     make = torch.optim.SGD if spec.update is None else InSituSGD
     steps = {
         name: partial(_step, m, (make if m is analog else torch.optim.SGD)(m.parameters(), 0.01), x, target)
         for name, m in {"ideal": ideal, "gpuxbar": analog, **others}.items()
     }
+    calibrate(analog, [x])
     return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
 
 

@@ -153,6 +153,14 @@ class AnalogLayer(InSitu):
             (self.back_adc_lsb, self.plan.backward, self.spec.backward_adc),
         )
 
+    def begin_in_situ(self) -> None:
+        """See `InSitu.begin_in_situ`; ranges calibrated before do not fit the currents of such pairs, and are forgotten."""
+        super().begin_in_situ()
+        for lsb, read, adc in self._converters():
+            if read.adc_bits and adc.range == "calibrated":
+                lsb.fill_(torch.nan)
+        self.look_at_ranges()
+
     def rewrite(self) -> None:
         """Write the present weights once more, with new write noise (not for layers trained in situ)."""
         self.require_unprogrammed("rewrite")
@@ -281,7 +289,8 @@ class AnalogLayer(InSitu):
         """Refuse to read without an ADC range."""
         if not self.calibrated:
             raise ValueError(
-                f"{self.name}: the ADC range must be calibrated before use; call gpuxbar.calibrate(model, loader)"
+                f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
+                "gpuxbar.calibrate(model, loader)"
             )
 
     def _devices(self) -> Tensor:
