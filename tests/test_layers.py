@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 import gpuxbar as gx
@@ -491,6 +492,24 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, name):
         gx.age(model, "1h")
     assert model(x).dtype == torch.float64
     assert {b.dtype for b in model.buffers() if b.is_floating_point()} == {torch.float32}
+
+
+def test_converted_layers_keep_hooks_and_computed_weights_stay_digital():
+    called = []
+    plain, pruned, attention = nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+    plain.register_forward_pre_hook(lambda *_: called.append("before"))
+    plain.register_forward_hook(lambda *_, **__: called.append("after"), with_kwargs=True)
+    plain.register_full_backward_hook(lambda *_: called.append("backwards"))
+    attention.register_forward_hook(lambda *_: called.append("attention"))
+    l1_unstructured(pruned, "weight", 0.5)
+    pruned.weight = pruned.weight.detach()  # as a forward pass without gradients leaves it
+    model, report = gx.convert(nn.ModuleList([plain, pruned, attention]), spec(**{**CONVERTED, "adc": {}}))
+    assert {row.module: row.why for row in report.rows}["1"].startswith("its weight is computed anew")
+    assert (report.rows[0].runs, report.rows[1].runs) == ("analog", "digital")
+    x = torch.randn(2, 4, requires_grad=True)
+    model[0](x).sum().backward()
+    model[2](x, x, x)
+    assert called == ["before", "after", "backwards", "attention"]
 
 
 def test_in_situ_training_asks_for_ranges_of_its_own():
