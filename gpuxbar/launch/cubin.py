@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuxbar.launch.nvrtc import compile_cubin, nvrtc_version
-from gpuxbar.launch.sources import cache_dir, kernel_dir
+from gpuxbar.launch.sources import cache_dir, kernel_dir, once
 
 __all__ = ["Resources", "cubin", "options", "resources"]
 
@@ -51,10 +51,13 @@ def cubin(file: str, arch: str, macros: Mapping[str, int]) -> tuple[Path, str]:
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_dir() / f"{Path(file).stem}-{arch}-{key.hexdigest()[:24]}.cubin"
     log_path = target.with_suffix(".log")
-    if not (target.exists() and log_path.exists()):
+
+    def make() -> None:
         binary, log = compile_cubin((root / file).read_text(), file, [*flags, f"-I{root / 'include'}"])
         _write(log_path, log.encode())
         _write(target, binary)
+
+    once(target, make)
     return target, log_path.read_text()
 
 
