@@ -17,7 +17,7 @@ from gpuxbar.launch.sources import cache_dir, kernel_dir, once
 
 HERE = Path(__file__).parent
 FLAGS = (
-    "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-march=native",
+    "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-march=native",
     "-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init", "-Wno-unknown-pragmas", "-Wno-attributes",
 )  # fmt: skip
 SANITIZE = (
@@ -31,42 +31,40 @@ FORWARD, REVERSE = 0, 1  # thread orders; above 1: seeds of random ones
 def build(file, name, macros, flags=()):
     """Path of the shared library of one kernel file and set of macros."""
     root = kernel_dir()
-    parts = ["block", "tensor", *(["hopper"] if "wgmma.cuh" in (root / file).read_text() else [])]
-    first, kernel = HERE / f"{parts[-1]}.hpp", root / file
-    text = f'#include "{first}"\n#include "{kernel}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
+    kernel = root / file
+    twins = "hopper" if "wgmma.cuh" in kernel.read_text() else "tensor"
+    text = f'#include "{HERE / twins}.hpp"\n#include "{kernel}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
     sources = sorted([kernel, *HERE.glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")])
     defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
-    objects = [_runtime(part, flags) for part in parts]
-    return _compile(f"{name}.so", text, sources, ["-O1", "-shared", *flags, *defines], objects)
+    return _compile(name, text, sources, ["-O1", *flags, *defines], _runtime(twins, flags))
 
 
 @cache
-def _runtime(part, flags):
-    """Path of the object file of a part of what runs the kernels."""
-    source = HERE / f"{part}.cpp"
-    sources = [source, *sorted(HERE.glob("*.hpp"))]
-    return _compile(f"{part}.o", f'#include "{source}"\n', sources, ["-O2", "-c", *flags])
+def _runtime(twins, flags):
+    """Path of the shared library of what runs kernels."""
+    parts = [HERE / f"{part}.cpp" for part in ("block", "tensor", "hopper")[: 2 + (twins == "hopper")]]
+    text = "".join(f'#include "{part}"\n' for part in parts)
+    return _compile(twins, text, [*parts, *sorted(HERE.glob("*.hpp"))], ["-O2", *flags])
 
 
-def _compile(name, text, sources, flags, objects=()):
-    """Path of what a text, which includes the sources, is compiled to, linked with the objects."""
+def _compile(name, text, sources, flags, library=None):
+    """Path of the shared library of a text, which includes the sources and needs another library."""
     command = [os.environ.get("CXX", "g++"), *FLAGS, *flags]
-    what = (command, name, [path.name for path in objects])  # not where the files lie
+    what = (command, name, library and library.name)  # not where the files lie
     key = hashlib.sha256(repr(what).encode())
     for path in sources:
         key.update(path.read_bytes())
-    stem, suffix = name.split(".")
-    target = cache_dir() / f"shim-{stem}-{key.hexdigest()[:20]}.{suffix}"
+    target = cache_dir() / f"shim-{name}-{key.hexdigest()[:20]}.so"
 
     def make():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            source, built = Path(scratch) / f"{stem}.cpp", Path(scratch) / name
+            source, built = Path(scratch) / f"{name}.cpp", Path(scratch) / target.name
             source.write_text(text)
-            include = f"-I{kernel_dir() / 'include'}"
+            links = [f"-Wl,-soname,{target.name}", "-Wl,-rpath,$ORIGIN", *([str(library)] if library else [])]
             # sanitizers are not for g++
             environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
             done = subprocess.run(
-                [*command, include, "-o", str(built), str(source), *map(str, objects)],
+                [*command, f"-I{kernel_dir() / 'include'}", "-o", str(built), str(source), *links],
                 capture_output=True, text=True, env=environment, check=False,
             )  # fmt: skip
             if done.returncode:

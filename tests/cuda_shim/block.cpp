@@ -10,11 +10,31 @@
 thread_local unsigned char gx_smem[shim::kMaxDynSmem];
 
 namespace shim {
-namespace {
-constexpr size_t kStack = 128 << 10;
-}
 __thread Ctx tls;
 Hooks hooks;
+
+namespace {
+constexpr size_t kStack = 128 << 10;
+
+struct Stacks {  // of the fibers of an OS thread, kept for its next blocks
+  std::vector<char*> all, free;
+  ~Stacks() {
+    for (char* s : all) {
+#ifdef __SANITIZE_ADDRESS__
+      __asan_unpoison_memory_region(s, kStack);  // for what is mapped here next
+#endif
+      munmap(s - 4096, kStack + 4096);
+    }
+  }
+  char* take() {
+    if (!free.empty()) { char* s = free.back(); free.pop_back(); return s; }
+    char* m = static_cast<char*>(mmap(nullptr, kStack + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0));
+    mprotect(m, 4096, PROT_NONE);  // guard page below the stack
+    all.push_back(m + 4096); return m + 4096;
+  }
+};
+thread_local Stacks stacks;
+}  // namespace
 
 extern "C" void shim_switch(void** save, void* load) __attribute__((visibility("hidden")));
 asm(R"(.text
@@ -55,20 +75,6 @@ int Cluster::alive() const {
   return threads;
 }
 
-Block::~Block() {
-  for (char* s : stacks) {
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(s, kStack);  // for what is mapped here next
-#endif
-    munmap(s - 4096, kStack + 4096);
-  }
-}
-char* Block::stack() {
-  if (!free_stacks.empty()) { char* s = free_stacks.back(); free_stacks.pop_back(); return s; }
-  char* m = static_cast<char*>(mmap(nullptr, kStack + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0));
-  mprotect(m, 4096, PROT_NONE);  // guard page below the stack
-  stacks.push_back(m + 4096); return m + 4096;
-}
 void Block::enter(int t) {
   tls.lin = t; tls.lane = &lane[t];
   const unsigned bx = tls.bdim.x, by = tls.bdim.y;
@@ -151,9 +157,9 @@ void Block::resume(int t) { enter(t); shim_switch(&main_sp, lane[t].sp); }
 
 bool Block::run() {
   err.clear(); lane.assign(nt, Lane()); next = 0; alive = nt; hooks.begin();
-  free_stacks = stacks;
+  stacks.free = stacks.all;
   while (next < nt) {  // start every thread (each fiber carries on with further ones until it blocks)
-    void* f = make_fiber(stack(), &Block::body);
+    void* f = make_fiber(stacks.take(), &Block::body);
     shim_switch(&main_sp, f);
   }
   const int nw = (nt + 31) / 32;

@@ -6,7 +6,6 @@
 #include <vector>
 #include "shim.hpp"
 
-#pragma GCC visibility push(hidden)
 namespace shim {
 enum class St : uint8_t { Run, Bar, Warp, Poll, Done };
 struct Copy { unsigned to; unsigned char data[16]; };  // an asynchronous copy under way: see tensor.cpp
@@ -54,19 +53,17 @@ struct Cluster {  // blocks that take turns; whoever has the turn may touch ever
 };
 
 struct Block {  // of one OS thread, reused for every block it runs in a launch
-  std::vector<Lane> lane; std::vector<int> perm; std::vector<char*> stacks; std::vector<char*> free_stacks;
+  std::vector<Lane> lane; std::vector<int> perm;
   void* main_sp = nullptr; int nt = 0, next = 0, alive = 0; std::string err;
   void (*call)(void*) = nullptr; void* call_arg = nullptr;
   size_t dyn_size = 0; bool eager = false, greedy = false;
   Cluster* cluster = nullptr; int rank = 0;
 
   void fail(const std::string& why) { if (err.empty()) err = why; }
-  ~Block();
   bool run();  // one block; false: err says why
   void block_here(St s);
 
  private:
-  char* stack();
   void enter(int t);
   static void body();  // a fiber: runs threads to completion until none is left to start
   void resume(int t);
@@ -77,4 +74,3 @@ struct Block {  // of one OS thread, reused for every block it runs in a launch
 void warp_call(void* arg, void (*call)(void**), bool late = false);  // the whole warp's arguments, once all have arrived
 void wait_until(bool (*ready)(const Lane&), uint64_t val, uint64_t res);
 }  // namespace shim
-#pragma GCC visibility pop

@@ -11,7 +11,7 @@
 #pragma once
 #include "tensor.hpp"
 
-#pragma GCC visibility push(hidden)
+#pragma GCC visibility push(default)
 namespace gpuxbar {
 
 void barrier_init(unsigned barrier, unsigned arrivals);

@@ -64,7 +64,7 @@ struct Lane;
 struct Block;
 struct Ctx { uint3 tid, bid, bdim, gdim; Lane* lane; int lin; Block* blk; };
 
-#pragma GCC visibility push(hidden)
+#pragma GCC visibility push(default)
 extern __thread Ctx tls;
 void bar(int v, uint64_t* count, int* all);
 uint64_t warp_op(Op op, uint32_t mask, uint64_t v, int src = 0);
@@ -82,7 +82,7 @@ template <class T> inline T unbits(uint64_t b) { T v; memcpy(static_cast<void*>(
 #define warpSize 32
 // Convention for kernels: dynamic shared memory is declared as
 //   extern __shared__ unsigned char gx_smem[];      (at namespace scope)
-extern thread_local unsigned char gx_smem[shim::kMaxDynSmem] __attribute__((aligned(1024), visibility("hidden")));
+extern thread_local unsigned char gx_smem[shim::kMaxDynSmem] __attribute__((aligned(1024), visibility("default")));
 
 // synchronisation and warp collectives
 static inline void __syncthreads() { shim::bar(1, nullptr, nullptr); }

@@ -7,7 +7,7 @@
 #pragma once
 #include "shim.hpp"
 
-#pragma GCC visibility push(hidden)
+#pragma GCC visibility push(default)
 namespace gpuxbar {
 
 static inline unsigned thread_index() { return threadIdx.x; }
