@@ -199,6 +199,7 @@ def seal(file, lines, root):
     return f"{digest.hexdigest()[:32]}  {file}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_to_the_recorded_registers(arch):
     """Another count may be right: look at it, then record it with `python tests/test_cuda_kernels.py`.
@@ -364,6 +365,7 @@ def test_dac_codes(shape):
         np.testing.assert_array_equal(codes, ops.dac_quantize(x, lsb=lsb, code_max=127))
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
     """Every kernel under ASan and UBSan, in a process that preloads them; a seeded overrun is found."""
     import os
