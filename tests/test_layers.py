@@ -424,6 +424,7 @@ def test_updates_draw_anew():
     assert torch.corrcoef(torch.stack(noise))[0, 1].abs() < 4 / 3000**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within inductor
 @pytest.mark.parametrize(("in_situ", "backend"), [(False, "inductor"), (True, "aot_eager")])
 def test_compiled_models_have_no_graph_break(in_situ, backend, monkeypatch, tmp_path):
