@@ -35,7 +35,8 @@ GPUXBAR_FN u32 adc_code_biased(float steps, float code_min, float code_max) {
 // Whether a current in ADC steps is inside the range, to rounding. One-sided currents are never below it but by noise or an
 // offset, which shut no gate: else noise alone would shut half of the gates of lines that nothing drives.
 GPUXBAR_FN bool in_range(float steps, float code_min, float code_max) {
-  return steps <= code_max + 0.5f && (code_min >= 0.0f || steps >= code_min - 0.5f);
+  const float beyond = steps - min(max(steps, code_min), code_max);
+  return (code_min < 0.0f ? abs(beyond) : beyond) <= 0.5f;
 }
 
 // Part of a gate that one unit of digital weight inside the range makes, of `weights` on every tile. Without any weight no
