@@ -109,24 +109,3 @@ def test_a_plan_says_why():
     assert plan.why == (
         "tiles, planes and streams merge: every current is a whole number of ADC steps, and none is cut off",
     )
-
-
-def test_a_checkpoint_brings_no_range_that_the_spec_says():
-    """Ranges that are fixed are the spec's, whatever was saved with; calibrated ones are not set by a read without an ADC."""
-    bare = gx.CrossbarSpec(dac={"bits": 4})
-    fixed = bare.with_overrides({"adc": {"bits": 8, "range": "worst_case"}})
-    found = bare.with_overrides({"adc": {"bits": 8}})
-    torch.manual_seed(0)
-    layers = [AnalogLinear(INPUTS, OUTPUTS, spec=spec) for spec in (bare, fixed, found)]
-    x = torch.randn(5, INPUTS)
-    expected = layers[1](x)
-    layers[1].load_state_dict({**layers[0].state_dict(), **dict(layers[1].named_parameters())})
-    layers[1].read_step.zero_()
-    torch.testing.assert_close(layers[1](x), expected, rtol=0, atol=0)
-    layers[2].load_state_dict(layers[0].state_dict())
-    with pytest.raises(ValueError, match="the ADC range must be calibrated before use"):
-        layers[2](x)
-    gx.calibrate(layers[2], [(x, expected)], loss=torch.nn.functional.mse_loss)
-    layers[0].load_state_dict(layers[2].state_dict())
-    layers[1].load_state_dict(layers[2].state_dict())
-    assert layers[1].adc_lsb.item() == pytest.approx(0.2 * 1e-5 * INPUTS / 127)

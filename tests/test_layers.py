@@ -341,7 +341,7 @@ def test_calibration_leaves_no_trace():
     gx.calibrate(model, [torch.randn(16, 1, 8, 8)])
     after = model.state_dict()
     changed = [k for k in before if not torch.equal(before[k], after[k])]
-    assert changed == [f"{k}.{lsb}" for k in (0, 5, 7) for lsb in ("adc_lsb", "back_adc_lsb")]
+    assert changed == [f"{k}.{lsb}" for k in (0, 5, 7) for lsb in ("adc_range", "back_adc_range")]
     assert [m.training for m in (model[0], model[4], model)] == [True, False, True]
 
 
@@ -511,6 +511,31 @@ def test_converted_layers_keep_hooks_and_computed_weights_stay_digital():
     model[0](x).sum().backward()
     model[2](x, x, x)
     assert called == ["before", "after", "backwards", "attention"]
+
+
+def test_a_checkpoint_brings_calibrated_ranges_alone():
+    """A range holds for any number of bits; fixed ones are the spec's, whatever was saved; a read without an ADC sets none."""
+    bare = spec(dac={"bits": 4})
+    specs = {
+        "bare": bare,
+        "fixed": bare.with_overrides({"adc": {"bits": 8, "range": "worst_case"}}),
+        "fine": bare.with_overrides({"adc": {"bits": 12}}),
+        "coarse": bare.with_overrides({"adc": {"bits": 8}}),
+    }
+    layers = {name: AnalogLinear(20, 6, spec=each) for name, each in specs.items()}
+    x, state = torch.randn(50, 20), layers["bare"].state_dict()
+    worst = layers["fixed"].adc_range.clone()
+    for layer in layers.values():
+        layer.load_state_dict(state)
+    with pytest.raises(ValueError, match="the ADC range must be calibrated before use"):
+        layers["coarse"](x)
+    gx.calibrate(layers["fine"], [x])
+    expected, state = layers["fine"](x), layers["fine"].state_dict()
+    for layer in layers.values():
+        layer.load_state_dict(state)
+    assert torch.equal(layers["fixed"].adc_range, worst)
+    assert 0 < (layers["coarse"](x) - expected).abs().max() < 0.05 * expected.abs().max()
+    torch.testing.assert_close(layers["bare"](x), expected, rtol=0, atol=0.005)
 
 
 def test_in_situ_training_asks_for_ranges_of_its_own():

@@ -23,7 +23,7 @@ from gpuxbar.spec.errors import nearest
 
 __all__ = ["Run", "train"]
 
-FORMAT = "gpuxbar-run-2"
+FORMAT = "gpuxbar-run-3"
 STYLES = {"ideal": "k--", "hardware-aware": "C0-o", "in-situ": "C1-s"}
 
 

@@ -89,8 +89,8 @@ def calibrate(
         adc = layer.spec.backward_adc if backward else layer.spec.adc
         read = layer.plan.backward if backward else layer.plan.forward
         if read.adc_bits and adc.range == "calibrated":
-            lsb = layer.back_adc_lsb if backward else layer.adc_lsb
-            lsb.copy_(_range(torch.cat(currents), adc.percentile, adc.per == "column") / read.adc_code_max)
+            full = layer.back_adc_range if backward else layer.adc_range
+            full.copy_(_range(torch.cat(currents), adc.percentile, adc.per == "column"))
         layer.look_at_ranges()
 
 

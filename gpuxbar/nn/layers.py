@@ -32,8 +32,9 @@ class AnalogLayer(InSitu):
     """What the layers share: programming when the weights change, read counter, converter ranges.
 
     Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
-    weights they fix every random number, so a checkpoint resumes bit for bit. `adc_lsb` and `back_adc_lsb` are the
-    currents of an ADC step forwards and backwards, A, NaN until calibrated, 0 where nothing is converted; `dac_max` is the running DAC range.
+    weights they fix every random number, so a checkpoint resumes bit for bit. `adc_range` and
+    `back_adc_range` are the currents of an ADC's largest code forwards and backwards, A, NaN until calibrated, 0 where nothing
+    is converted; `dac_max` is the running DAC range.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
@@ -41,6 +42,8 @@ class AnalogLayer(InSitu):
     bias: Any  # Tensor or None, which nn.Linear and nn.Conv2d declare differently
     read_step: Tensor
     write_step: Tensor
+    adc_range: Tensor
+    back_adc_range: Tensor
     adc_lsb: Tensor
     back_adc_lsb: Tensor
     dac_max: Tensor
@@ -73,10 +76,13 @@ class AnalogLayer(InSitu):
             ("back_adc", spec.backward_adc, self.plan.backward, self.outputs, sensed[1]),
         )
         for key, adc, read, lines, size in directions:
-            step = full_current(read, spec, adc, lines) / read.adc_code_max if read.adc_bits else 0.0
+            full = full_current(read, spec, adc, lines) if read.adc_bits else 0.0
             count = size if adc.per == "column" else 1
-            lsb = torch.full((count,), step, dtype=torch.float32, device=device)  # current of a step, A
-            self.register_buffer(f"{key}_lsb", lsb)
+            self.register_buffer(
+                f"{key}_range", torch.full((count,), full, dtype=torch.float32, device=device)
+            )
+            lsb = torch.zeros(count, dtype=torch.float32, device=device)  # current of a step, A
+            self.register_buffer(f"{key}_lsb", lsb, persistent=False)
             if adc.gain_std or adc.offset_std:
                 error = self._converter_errors(key, adc, read, lines, size).to(device)
                 self.register_buffer(f"{key}_error", error, persistent=False)
@@ -143,22 +149,25 @@ class AnalogLayer(InSitu):
         return torch.stack([1 + adc.gain_std * found[0], adc.offset_std * found[1]])
 
     def look_at_ranges(self) -> None:
-        """Remember whether ADC ranges are set, so that reading them never waits for a GPU."""
-        self.calibrated = not any((~(lsb > 0)).any() for lsb, read, _ in self._converters() if read.adc_bits)
+        """Take over the ADC ranges, and remember whether all are set, so that reading them never waits for a GPU."""
+        self.calibrated = True
+        for full, lsb, read, _ in self._converters():
+            lsb.copy_(full / max(read.adc_code_max, 1))
+            self.calibrated &= not read.adc_bits or bool((full > 0).all())
 
-    def _converters(self) -> tuple[tuple[Tensor, Read, ADC], ...]:
-        """Current of an ADC step, the read and its ADC, forwards and backwards."""
+    def _converters(self) -> tuple[tuple[Tensor, Tensor, Read, ADC], ...]:
+        """Currents of the largest code and of a step of an ADC, the read and its ADC, forwards and backwards."""
         return (
-            (self.adc_lsb, self.plan.forward, self.spec.adc),
-            (self.back_adc_lsb, self.plan.backward, self.spec.backward_adc),
+            (self.adc_range, self.adc_lsb, self.plan.forward, self.spec.adc),
+            (self.back_adc_range, self.back_adc_lsb, self.plan.backward, self.spec.backward_adc),
         )
 
     def begin_in_situ(self) -> None:
         """See `InSitu.begin_in_situ`; ranges calibrated before do not fit the currents of such pairs, and are forgotten."""
         super().begin_in_situ()
-        for lsb, read, adc in self._converters():
+        for full, _, read, adc in self._converters():
             if read.adc_bits and adc.range == "calibrated":
-                lsb.fill_(torch.nan)
+                full.fill_(torch.nan)
         self.look_at_ranges()
 
     def rewrite(self) -> None:
@@ -328,11 +337,11 @@ class AnalogLayer(InSitu):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        own = [lsb.clone() for lsb, _, _ in self._converters()]
+        own = [full.clone() for full, *_ in self._converters()]
         super()._load_from_state_dict(state_dict, prefix, *more)
-        for kept, (lsb, read, adc) in zip(own, self._converters(), strict=True):
+        for kept, (full, _, read, adc) in zip(own, self._converters(), strict=True):
             if not read.adc_bits or adc.range != "calibrated":  # the spec says it, whatever was saved
-                lsb.copy_(kept)
+                full.copy_(kept)
         self.look_at_ranges()
 
 
