@@ -162,7 +162,7 @@ def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
 
 def _merged(read: Read, spec: CrossbarSpec, planes: Planes, lines: int) -> Read:
     """The read as one product over all driven lines, with the summed variance of what it merges."""
-    slices = sum(s * s for s in planes.slice_scale) if planes.merge != "offset" else 1.0
+    slices = sum(s * s for s in planes.slice_scale)
     noise = read.noise * sqrt(slices * ceil(lines / read.tile))
     read = replace(read, tile=0, noise=noise)
     if spec.read_noise.sigma_g and read.streams > 1:
