@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from gpuxbar import ops
 from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure, parasitics, updates
 from gpuxbar.bench.__main__ import app
+from gpuxbar.bench.cases import Contenders
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bench.record import END, START, readme_tables, rewrite_readme, rows_of
@@ -31,6 +34,18 @@ SMALL = {
     "conv": partial(cases.conv, 2, 17, 9, 5),
     "lenet5-step": partial(cases.training_step, (1, 28, 28), 3),
 }
+
+
+def test_times_are_of_a_piece_and_their_percentiles(monkeypatch):
+    """By a clock on which the calls of a round take 4, 8, 12, ... ms."""
+    clock = (t for k in range(1, 99) for t in (0.0, 4e-3 * ((k + 1) // 2)))  # before and after a call
+    timer = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(import_module("gpuxbar.bench.measure"), "time", timer)
+    contenders = Contenders({"whole": int, "quarters": int}, lambda: 0.5, pieces={"quarters": 4})
+    row = measure(Case("clock", "small", 1.0, lambda: contenders), rounds=11)
+    # the first round is not counted: 8, 12, ..., 48 ms
+    assert row["ms"] == {"whole": [16.0, 28.0, 40.0], "quarters": [4.0, 7.0, 10.0]}
+    assert (row["ratio"], row["error"]) == ({"quarters": 0.25}, 0.5)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -250,6 +250,10 @@ def test_a_header_change_is_a_new_build(tmp_path, monkeypatch):
     header = root / "include/gpuxbar/portable.cuh"
     header.write_text(header.read_text() + "\n// changed\n")
     assert cubin("fold.cu", "sm_90", {})[0] != before
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "nvrtc_version", lambda: (0, 0))  # so is another compiler
+        other, _ = cubin("fold.cu", "sm_90", {})
+    assert other not in (before, cubin("fold.cu", "sm_90", {})[0])
     header.write_text("not CUDA")
     with pytest.raises(CompileError, match=r"fold\.cu"):
         cubin("fold.cu", "sm_90", {})

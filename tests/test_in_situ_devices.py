@@ -49,6 +49,24 @@ def test_devices_with_write_noise_hold_what_they_do_not_show():
     torch.testing.assert_close(layer.weight, (pair * layer.w_max).T)
 
 
+@pytest.mark.parametrize("scheme", ["differential", "subtracted"])
+def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme):
+    """Standard deviation of a product: sqrt(sum x^2 (s(g_pos) + s(g_neg))), s(g) = sigma_g^2 g / g_max."""
+    torch.manual_seed(0)
+    noise = {"sigma_g": 2e-8, "exponent": 0.5}
+    spec = gx.CrossbarSpec.model_validate(
+        {"mapping": {"scheme": scheme}, "read_noise": noise, "update": {"law": "agarwal"}}
+    )
+    layer = AnalogLinear(20, 3, bias=False, spec=spec)
+    layer.begin_in_situ()
+    x, window = torch.randn(20), spec.device
+    with torch.no_grad():
+        y = layer(x.expand(4000, 20))
+    variance = x.square() @ (2e-8**2 * layer.g_cells.sum(0) / window.g_max)
+    expected = variance.sqrt() * layer.w_max / (window.g_max - window.g_min)
+    torch.testing.assert_close(y.std(0), expected, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("name", ["reram-sb", "pcm"])
 def test_a_resumed_run_equals_an_uninterrupted_one(name):
     whole, first = layer_on(name), layer_on(name)

@@ -357,6 +357,38 @@ def test_streams_are_calibrated_by_what_they_drive():
     assert found[1] > 1.2 * found[0]
 
 
+@pytest.mark.parametrize("percentile", [30.0, 75.0])
+def test_a_range_is_the_percentile_of_the_partial_sums(percentile):
+    """Of one tile without an ADC the partial sums are its products."""
+    torch.manual_seed(0)
+    parts = {"tile": {"rows": 32}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8}}
+    x, ranges = torch.randn(50, 32), []
+    ideal = AnalogLinear(32, 8, bias=False, spec=spec(**parts))
+    for which in (percentile, 100.0):
+        layer = AnalogLinear(32, 8, bias=False, spec=spec(adc={"bits": 8, "percentile": which}, **parts))
+        layer.load_state_dict(ideal.state_dict(), strict=False)
+        gx.calibrate(layer, [x])
+        ranges.append(layer.adc_lsb.item())
+    sums = ideal(x).detach().abs().flatten().sort().values
+    wanted = sums[round(len(sums) * percentile / 100) - 1] / sums[-1]
+    assert ranges[0] / ranges[1] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["differential", "subtracted"])
+def test_two_phases_read_what_one_does(scheme):
+    """Of inputs of one sign too, which one of the phases drives alone."""
+    torch.manual_seed(0)
+    parts = {"tile": {"rows": 16}, "mapping": {"scheme": scheme}, "adc": {"bits": 10, "percentile": 100}}
+    layer = AnalogLinear(30, 20, spec=spec(dac={"bits": 8, "polarity": "two_phase"}, **parts))
+    x, ranges = torch.randn(40, 30), []
+    for inputs in (x, x.abs(), -x.abs()):
+        gx.calibrate(layer, [inputs])
+        ranges.append(layer.adc_lsb.item())
+        ideal = nn.functional.linear(inputs, layer.weight, layer.bias)
+        assert (layer(inputs) - ideal).abs().max() < 0.02 * ideal.abs().max()
+    assert ranges[1] == ranges[2]
+
+
 def test_converter_errors_are_of_the_converter():
     """Gain and offset are drawn once: two reads without noise agree; they bias each column by its own."""
     adc = {"bits": 14, "range": "worst_case", "gain_std": 0.05}

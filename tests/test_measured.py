@@ -9,13 +9,13 @@ import pytest
 
 from gpuxbar import ops, reference
 from gpuxbar.experiments.measured import fit_law, fit_table, read_pulses
-from gpuxbar.spec import Agarwal, LinearStep, LookupTable, NeuroSim, SoftBounds, SpecError
+from gpuxbar.spec import Agarwal, ConstantStep, LinearStep, LookupTable, NeuroSim, SoftBounds, SpecError
 
 G_MIN, G_MAX = 1e-6, 11e-6  # S
 
 
-def measurement(law, *, count=6000, devices=1, skewed=False, seed=0):
-    """Columns of a measurement of single pulses on devices of a law, by the oracle."""
+def measurement(law, *, count=6000, devices=1, skewed=False, gamma=0.0, seed=0):
+    """Columns of a measurement of single pulses on devices of a law, by the oracle; `gamma`: noise by the square root of a step."""
     rng = np.random.default_rng(seed)
     dumped = law.model_dump()
     nominal = 1 / dumped.get("pulses", dumped.get("levels"))
@@ -25,7 +25,7 @@ def measurement(law, *, count=6000, devices=1, skewed=False, seed=0):
     t = gain * np.where(rising, 1 + law.asymmetry, law.asymmetry - 1) * nominal
     step = reference.laws.moved(dumped, y, t) - y
     noise = rng.exponential(size=count) - 1 if skewed else rng.normal(size=count)
-    step = step + 0.3 * nominal * gain * noise
+    step = step + (gamma * np.sqrt(np.abs(step)) if gamma else 0.3 * nominal * gain) * noise
     return G_MIN + (G_MAX - G_MIN) * y, (G_MAX - G_MIN) * step, np.where(rising, 1, -1), device
 
 
@@ -106,6 +106,32 @@ def test_laws_are_found_again(tmp_path, law, found):
     fit = fit_law(fitted(tmp_path, law, count=20000), law.law, **WINDOW)
     for name, value in found.items():
         assert getattr(fit.law, name) == pytest.approx(value, rel=0.07, abs=0.04), name
+
+
+def test_noise_by_the_square_root_of_a_step_is_found_again(tmp_path):
+    fit = fit_law(fitted(tmp_path, Agarwal(nu=3.0, pulses=150), count=20000, gamma=0.02), "agarwal", **WINDOW)
+    assert fit.law.gamma == pytest.approx(0.02, rel=0.03)
+    assert fit.passed
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.15])
+def test_the_error_of_few_pulses_is_no_spread_of_devices(tmp_path, spread):
+    """24 pulses of a device, each off by 0.3 of a step, leave its mean off by 0.06."""
+    law = ConstantStep(pulses=200, step_spread=spread)
+    fit = fit_law(fitted(tmp_path, law, count=15000, devices=500), "constant_step", **WINDOW)
+    assert fit.law.step_spread == pytest.approx(spread, rel=0.05, abs=0.03)
+
+
+def test_what_is_held_out_takes_no_part_in_the_fit(tmp_path):
+    pulses = fitted(tmp_path, ConstantStep(pulses=200), count=4000)
+    right = fit_law(pulses, "constant_step", **WINDOW)
+    held = np.isin(pulses.g_before, right.held_out.g_before)
+    assert held.mean() == pytest.approx(0.2, abs=0.02)
+    wrong = type(pulses)(pulses.g_before, np.where(held, 3, 1) * pulses.dg, pulses.rising, pulses.device)
+    found = fit_law(wrong, "constant_step", **WINDOW)
+    assert found.law == right.law
+    assert right.passed
+    assert not found.passed
 
 
 @pytest.mark.parametrize(

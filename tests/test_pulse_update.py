@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from gpuxbar import ops, reference
 from gpuxbar.launch.host import set_threads
-from gpuxbar.nn import calibrate, convert
+from gpuxbar.nn import AnalogLinear, calibrate, convert
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import InSituSGD
 from gpuxbar.reference import pulse_trains
@@ -632,3 +633,12 @@ def test_momentum_is_refused_with_pulses():
         ValueError, match=r"`momentum` must be 0 for layers with pulse trains, got 0\.9 for 0"
     ):
         InSituSGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_a_copied_layer_is_of_no_group_of_processes():
+    layer = AnalogLinear(3, 2, spec=CrossbarSpec(**PULSED))
+    layer.streams.group = threading.Lock()  # which cannot be copied, as a group of processes
+    layer.streams.pairs = [(torch.ones(1, 3), torch.ones(1, 2))]
+    copied = copy.deepcopy(layer).streams
+    assert copied.group is None
+    assert torch.equal(copied.pairs[0][0], torch.ones(1, 3))

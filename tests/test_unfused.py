@@ -95,6 +95,18 @@ def test_recurrence_of_layers_is_torchs(kind, options):
         torch.testing.assert_close(layer.weight.grad, getattr(fused, f"weight_{name}").grad)
 
 
+def test_what_lies_between_the_layers_of_a_recurrence_drops_out():
+    """And not what goes into the first: its last state is torch's, that of the second another at every call."""
+    torch.manual_seed(0)
+    fused = nn.LSTM(6, 9, num_layers=2, dropout=0.5)
+    parts, x = UnfusedRNN(fused), torch.randn(7, 4, 6)
+    (_, (h, _)), (_, (other, _)), (_, (expected, _)) = parts(x), parts(x), fused(x)
+    torch.testing.assert_close(h[0], expected[0])
+    torch.testing.assert_close(h[0], other[0])
+    assert not torch.isclose(h[1], other[1]).any()
+    torch.testing.assert_close(parts.eval()(x), fused.eval()(x))
+
+
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_cells_of_layers_are_torchs(kind):
     torch.manual_seed(0)

@@ -200,7 +200,7 @@ def _exact(read: Read, spec: CrossbarSpec, adc: ADC, lines: int) -> bool:
 
 def _merged(read: Read, spec: CrossbarSpec, planes: Planes, lines: int) -> Read:
     """The read as one product over all driven lines, with the summed variance of what it merges."""
-    slices = sum(s * s for s in planes.slice_scale) if planes.merge != "offset" else 1.0
+    slices = sum(s * s for s in planes.slice_scale)
     noise = read.noise * sqrt(slices * ceil(lines / read.tile))
     read = replace(read, tile=0, noise=noise, adc_bits=0)
     if spec.read_noise.sigma_g and read.streams > 1:

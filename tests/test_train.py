@@ -1,0 +1,64 @@
+"""A recorded training run: the order of its batches, and what its losses and accuracies are of."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch import nn
+
+from gpuxbar.experiments import Run, train
+from gpuxbar.experiments.data import Data
+from gpuxbar.experiments.networks import network
+from gpuxbar.spec import CrossbarSpec
+
+BATCHES = []
+
+
+class Watched(Data):
+    """Data that writes down which training images are taken."""
+
+    def batch(self, part, *, test=False, device="cpu"):
+        if not test:
+            BATCHES.append(part.tolist())
+        return super().batch(part, test=test, device=device)
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """150 random images to train on and 300 to test on."""
+    rng = torch.Generator().manual_seed(0)
+    x, x_test = (torch.randint(256, (n, 1, 8, 8), generator=rng, dtype=torch.uint8) for n in (150, 300))
+    t, t_test = (torch.randint(3, (n,), generator=rng) for n in (150, 300))
+    made = Watched("noise", x, t, x_test, t_test, torch.full((1, 1, 1), 128.0), torch.full((1, 1, 1), 74.0))
+    monkeypatch.setattr(import_module("gpuxbar.experiments.train"), "load_data", lambda *_: made)
+    BATCHES.clear()
+    return made
+
+
+def test_what_is_recorded_is_of_every_image_once(data, tmp_path):
+    """At a rate of 0, of the untrained network; the last batches are short ones."""
+    records = train(
+        Run(tmp_path / "run", CrossbarSpec(), modes=("ideal",), epochs=2, batch=64, lr=0.0, seed=3)
+    )
+    torch.manual_seed(3)
+    model = network(data.shape, 3)[1]
+    with torch.no_grad():
+        x, t = Data.batch(data, slice(None))
+        loss = nn.functional.cross_entropy(model(x), t).item()
+        x, t = Data.batch(data, slice(None), test=True)
+        accuracy = (model(x).argmax(1) == t).double().mean().item()
+    assert [record["loss"] for record in records] == pytest.approx([loss, loss], rel=1e-6)
+    assert [record["accuracy"] for record in records] == [accuracy, accuracy]
+
+
+def test_every_epoch_has_an_order_of_its_own_and_every_mode_the_same(data, tmp_path):
+    train(Run(tmp_path / "run", CrossbarSpec(), modes=("ideal", "hardware-aware"), epochs=2, batch=64))
+    epochs = [part for part in BATCHES if len(part) < 150]  # not what converters are calibrated by
+    sizes = [len(part) for part in epochs]
+    assert sizes == [64, 64, 22] * 4
+    orders = [[k for part in epochs[i : i + 3] for k in part] for i in range(0, 12, 3)]
+    assert all(sorted(order) == list(range(150)) for order in orders)
+    assert orders[0] != orders[1]
+    assert orders[:2] == orders[2:]
