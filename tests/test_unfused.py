@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_a_sequence_reads_its_devices_as_steps_would(more, monkeypatch):
         runs.append(found)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     outputs = [y for y in runs[0] if y.shape == (5, 3, 10)]
-    assert not any(torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in pairwise(outputs))
     assert looks == {"of a sequence": 7 * 2 * 3, "of steps": 7 * 2 * (1 + 2 * 5)}
 
 

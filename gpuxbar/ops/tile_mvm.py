@@ -342,7 +342,7 @@ def _check_drive(v: Any, conv: ConvGeometry | None, groups: int, drive: int, tra
 
 
 class _Params(ctypes.Structure):
-    """Twin of `struct TileMvm` in kernels/host/tile_mvm.cpp."""
+    """Twin of `struct TileMvm` in kernels/host/read.hpp."""
 
     _fields_ = [
         *[
