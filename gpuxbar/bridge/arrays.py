@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,4 +75,4 @@ def explain_gpu() -> tuple[str, str]:
 
 def tensor(a: Any) -> Tensor:
     """A view of an array."""
-    return torch.from_dlpack(a)
+    return torch.from_numpy(a) if isinstance(a, np.ndarray) else torch.from_dlpack(a)
