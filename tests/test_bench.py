@@ -30,6 +30,7 @@ SMALL = {
     "linear": partial(cases.linear, 13, 300, 37),
     "linear-clean": partial(cases.linear, 13, 300, 37, noise=0.0),
     "linear-transposed": partial(cases.linear, 13, 37, 300, transposed=True),
+    "linear-one": partial(cases.linear, 1, 37, 300),
     "linear-fast": partial(cases.linear, 13, 300, 37, generator="fast"),
     "conv": partial(cases.conv, 2, 17, 9, 5),
     "lenet5-step": partial(cases.training_step, (1, 28, 28), 3),

@@ -202,6 +202,37 @@ def test_same_bits_for_any_chunk_of_the_batch():
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_few_vectors_are_read_as_many_are(mode, groups, transposed):
+    shape = (
+        (61, 150, 300, 48) if not transposed else (61, 300, 150, 48)
+    )  # of whole strips of bitlines, and parts of them
+    batch, rows, cols, tile = shape
+    rng = np.random.default_rng(0)
+    _, g = case(1, rows, cols, planes=2, groups=groups)
+    s, _ = settings(mode, shape, g, groups, transposed)
+    drive, sensed = (cols, groups * rows) if transposed else (rows, groups * cols)
+    codes = rng.integers(-127, 128, (batch, groups * drive)).astype(np.int16)
+    scale = rng.uniform(0.5, 2.0, batch).astype(np.float32)
+    s |= {
+        "slice_scale": np.array([1.0, -4.0], np.float32),
+        "tile_rows": tile,
+        "tile_cols": tile,
+        "want_gate": True,
+    }
+    s |= {name: rng.normal(size=sensed).astype(np.float32) for name in ("col_scale", "bias")}
+    if "adc_lsb" in s:
+        s["adc_lsb"] = (s["adc_lsb"] * rng.uniform(0.5, 2.0, sensed)).astype(np.float32)
+    whole = ops.tile_mvm(codes, g, row_scale=scale, **s)
+    for part in (slice(0, 1), slice(1, 3), slice(3, 20), slice(13, 61)):
+        s["row_offset"] = 5 + part.start
+        few = ops.tile_mvm(codes[part], g, row_scale=scale[part], **s)
+        for of_whole, found in zip(whole, few, strict=True):
+            np.testing.assert_array_equal(found, of_whole[part])
+
+
 def test_steps_seeds_and_directions_draw_apart():
     v, g = np.zeros((4, 8), np.float32), np.zeros((8, 8), np.float32)
     draw = lambda **s: ops.tile_mvm(v, g, read_noise=1.0, **s)  # noqa: E731

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpuxbar as gx
-from gpuxbar.nn import AnalogConv1d, AnalogLinear
+from gpuxbar.nn import AnalogConv1d, AnalogLinear, recurrent
 from gpuxbar.nn.attention import UnfusedAttention
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.transposed import UnfusedConvTranspose
@@ -105,6 +106,73 @@ def test_what_lies_between_the_layers_of_a_recurrence_drops_out():
     torch.testing.assert_close(h[0], other[0])
     assert not torch.isclose(h[1], other[1]).any()
     torch.testing.assert_close(parts.eval()(x), fused.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"programming": {"write_noise": 1e-7}, "read_noise": {"sigma": 1e-7, "sigma_g": 1e-7}},
+        {"parasitics": {"r_wordline": 2.0, "r_bitline": 2.0, "terminations": "role"}},
+    ],
+    ids=["noise", "wires"],
+)
+def test_a_sequence_reads_its_devices_as_steps_would(more, monkeypatch):
+    torch.manual_seed(0)
+    plain = nn.LSTM(6, 9, bidirectional=True, proj_size=5)
+    models = [gx.convert(plain, gx.CrossbarSpec.model_validate({**CONVERTERS, **more}))[0] for _ in range(2)]
+    x, runs = torch.randn(5, 3, 6), []
+    looks = {"of a sequence": 0, "of steps": 0}
+    for model, name in zip(models, looks, strict=True):
+        gx.calibrate(model, [x], step=lambda batch, model=model: model(batch)[0])
+        if name == "of steps":
+            monkeypatch.setattr(recurrent, "_steady", lambda layer: layer)
+        for layer in model.children():
+            monkeypatch.setattr(layer, "conductances", counted(layer.conductances, looks, name))
+        optimiser = torch.optim.SGD(model.parameters(), 0.1)
+        found = []
+        for change in changes(model, optimiser):
+            optimiser.zero_grad()
+            y = model(x)[0]
+            y.sin().sum().backward()
+            found += [y.detach(), *(p.grad.clone() for p in model.parameters())]
+            change()
+        runs.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    outputs = [y for y in runs[0] if y.shape == (5, 3, 10)]
+    assert not any(torch.equal(a, b) for a, b in pairwise(outputs))
+    assert looks == {"of a sequence": 7 * 2 * 3, "of steps": 7 * 2 * (1 + 2 * 5)}
+
+
+def counted(function, counts, name):
+    def call():
+        counts[name] += 1
+        return function()
+
+    return call
+
+
+def changes(model, optimiser):
+    """Every way to change a recurrent weight between two forwards."""
+    weight = model.get_submodule("hh_l0").weight
+    state = copy.deepcopy(model.state_dict())
+
+    def in_place():
+        with torch.no_grad():
+            weight.mul_(-1)
+
+    def by_data():
+        weight.data[3, 2] += 0.5
+
+    def by_another_storage():
+        weight.data = weight.detach() * 2
+
+    def by_numpy():
+        weight.detach().numpy()[0, 0] -= 1
+
+    def loaded():
+        model.load_state_dict(state)
+
+    return [optimiser.step, in_place, by_data, by_another_storage, by_numpy, loaded, lambda: None]
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])

@@ -219,6 +219,7 @@ def scaling(calls: int = 20) -> Contenders:
 
 
 LINEAR = "1024 x 1024, batch 256, 128 x 128 tiles, 8-bit DAC and ADC"
+ONE = "1024 x 1024, one vector, 128 x 128 tiles, 8-bit DAC and ADC"
 CONV = "64 -> 64, 3 x 3, 32 x 32, batch 32, 128-row tiles, 8-bit DAC and ADC, noise"
 UPDATE = "1024 x 1024, batch 256, soft bounds with every spread and cycle noise"
 PULSES = "1024 x 1024, batch 256, 31 slots, every spread"
@@ -241,6 +242,7 @@ CASES = (
     Case("linear-fast", f"{LINEAR}, noise of the fast generator", 1.8, partial(linear, generator="fast")),
     Case("linear-clean", f"{LINEAR}, no noise", 1.25, partial(linear, noise=0.0)),
     Case("linear-transposed", f"{LINEAR}, noise, driven backwards", 1.8, partial(linear, transposed=True)),
+    Case("linear-one", f"{ONE}, noise", 2.5, partial(linear, batch=1)),
     Case("conv", CONV, 3.0, conv, memory_mb=32),
     Case("lenet5-step", "28 x 28, batch 64: training step", 2.2, partial(training_step, (1, 28, 28), 64)),
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),

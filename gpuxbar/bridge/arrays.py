@@ -8,9 +8,10 @@ every operator enters it anew.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,16 @@ from gpuxbar.launch import CudaDevice, Device, span
 __all__ = ["array", "explain_gpu", "on_device", "tensor"]
 
 
-@contextmanager
-def on_device(t: Tensor, name: str) -> Iterator[Device | None]:
+def on_device(t: Tensor, name: str) -> AbstractContextManager[Device | None]:
     """The device that the ops run on for a tensor; None is the CPU. On a GPU, a profiler sees a span of that name."""
-    if t.device.type == "cpu":
-        yield None
-        return
+    return ON_CPU if t.is_cpu else _on_gpu(t, name)
+
+
+ON_CPU: AbstractContextManager[None] = nullcontext()
+
+
+@contextmanager
+def _on_gpu(t: Tensor, name: str) -> Iterator[Device]:
     if t.device.type != "cuda":
         raise NotImplementedError(
             f"gpuxbar: tensors must be on the CPU or a CUDA device, got {t.device}; call .cpu() or .cuda()"
@@ -50,7 +55,7 @@ def on_device(t: Tensor, name: str) -> Iterator[Device | None]:
 def array(t: Tensor) -> Any:
     """A view of a tensor; of a contiguous copy if it is not contiguous."""
     t = (t.detach() if t.requires_grad else t).contiguous()
-    if t.device.type == "cpu":
+    if t.is_cpu:
         return t.numpy()
     import cupy
 
@@ -74,4 +79,4 @@ def explain_gpu() -> tuple[str, str]:
 
 def tensor(a: Any) -> Tensor:
     """A view of an array."""
-    return torch.from_dlpack(a)
+    return torch.from_numpy(a) if isinstance(a, np.ndarray) else torch.from_dlpack(a)

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -108,20 +109,23 @@ def _run(command: list[str]) -> None:
 
 def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
     """Call a host kernel: arrays go as pointers, None as a null pointer, integers as int64, floats as double."""
-    converted: list[object] = []
-    for arg in args:
-        if arg is None:
-            converted.append(ctypes.c_void_p(None))
-        elif isinstance(arg, np.ndarray):
-            converted.append(ctypes.c_void_p(arg.ctypes.data))
-        elif isinstance(arg, float):
-            converted.append(ctypes.c_double(arg))
-        else:
-            converted.append(ctypes.c_int64(int(arg)))  # type: ignore[call-overload]
     assert lib is not None  # else `backend` had chosen the reference
     function = getattr(lib, name)
-    function.restype = None
-    function(*converted)
+    if function.argtypes is None:
+        function.restype, function.argtypes = None, [_c_type(arg) for arg in args]
+    function(*[_c_value(arg) for arg in args])
+
+
+def _c_type(arg: object) -> Any:
+    if arg is None or isinstance(arg, np.ndarray):
+        return ctypes.c_void_p
+    return ctypes.c_double if isinstance(arg, float) else ctypes.c_int64
+
+
+def _c_value(arg: Any) -> Any:
+    if isinstance(arg, np.ndarray):
+        return arg.ctypes.data
+    return arg if arg is None or isinstance(arg, float) else int(arg)
 
 
 def set_threads(count: int) -> None:

@@ -272,7 +272,8 @@ class AnalogLayer(InSitu):
             x = x.clamp_min(0)
         return x, top / max(dac.code_max, 1)
 
-    def read(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Products of x with the devices of now, or with `cells`, `conductances()` that have not changed since."""
         if x.shape[0] == 0:
             raise ValueError(
                 f"{self.name}: `x` must hold at least one sample, got shape {tuple(x.shape)}; skip empty batches"
@@ -290,7 +291,7 @@ class AnalogLayer(InSitu):
                 f"{self.name}: pulse trains must be shared by all ranks of DistributedDataParallel, got a model that it wraps "
                 "itself; wrap it by gpuxbar.distribute(model)"
             )
-        y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias)
+        y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias, cells)
         y = self.streams.watch(y, self.weight, x) if watched else y
         return y.to(self.weight.dtype)
 
@@ -308,9 +309,11 @@ class AnalogLayer(InSitu):
             return self.aged
         return self.cells if self.g_cells is None else self.g_cells
 
-    def _products(self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None) -> Tensor:
+    def _products(
+        self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None, cells: Cells | None = None
+    ) -> Tensor:
         """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
-        cells = self.conductances()
+        cells = self.conductances() if cells is None else cells
         self.read_step += 1
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             weight = weight_through_wires(
@@ -362,8 +365,9 @@ class AnalogLinear(nn.Linear, AnalogLayer):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.setup(spec, name, 1)
 
-    def forward(self, input: Tensor) -> Tensor:
-        flat = self.read(input.reshape(-1, input.shape[-1]))
+    def forward(self, input: Tensor, cells: Cells | None = None) -> Tensor:
+        """As `nn.Linear`'s; `cells` see `read`."""
+        flat = self.read(input.reshape(-1, input.shape[-1]), cells)
         return flat.reshape(*input.shape[:-1], self.out_features)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from gpuxbar.nn.layers import AnalogLinear
 from gpuxbar.nn.linear import linear_of
 
 __all__ = ["UnfusedCell", "UnfusedRNN"]
@@ -54,7 +57,8 @@ class UnfusedCell(nn.Module):
 class UnfusedRNN(nn.Module):
     """An `nn.LSTM`, `nn.GRU` or `nn.RNN` as layers `ih_l0`, `hh_l0` and so on, stepped through in time.
 
-    It computes the same, and loads its state dicts. All inputs of a layer are read at once, states one step after another.
+    It computes the same, and loads its state dicts. All inputs of a layer are read at once, states one step after another;
+    crossbars look for changed weights once a sequence.
 
     Args:
         rnn: The module to take parameters and options from.
@@ -124,7 +128,8 @@ class UnfusedRNN(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Outputs and last state of a layer in one direction over x [T, N, I]; states stand still beyond a sequence's length."""
         layers = dict(self.named_children())
-        hh, hr = layers["hh" + suffix], layers.get("hr" + suffix)
+        hh, hr = (_steady(layers.get(part + suffix)) for part in ("hh", "hr"))
+        assert hh is not None
         gates = layers["ih" + suffix](x).unbind()
         alive = None
         if lengths is not None:
@@ -157,6 +162,11 @@ def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor
         return h, h
     h = (x + y).tanh() if mode == "RNN_TANH" else (x + y).relu()
     return h, h
+
+
+def _steady(layer: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+    """A layer to be called over and over before anything changes its weights: its devices are looked at now."""
+    return partial(layer, cells=layer.conductances()) if isinstance(layer, AnalogLinear) else layer
 
 
 def _layer(source: nn.Module, name: str) -> nn.Linear:

@@ -49,7 +49,11 @@ def _dtypes(names: tuple[str, ...]) -> tuple[np.dtype[Any], ...]:
 
 def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, zero: bool = False) -> None:
     """Refuse numbers that are not finite and above 0 (or at least 0); values on a GPU are not read back."""
-    if is_cupy(value) or (isinstance(value, (int, float)) and 0 < value < inf):
+    if is_cupy(value):
+        return
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, (int, float)) and (0 < value < inf or (zero and value == 0)):
         return
     values = np.asarray(value)
     low = f"{'at least' if zero else 'above'} 0 {unit}".rstrip()
@@ -77,4 +81,12 @@ def require_finite(op: str, name: str, bad: int, way_out: str) -> None:
 
 def scalar_array(xp: Any, value: Any, dtype: str = "float32") -> Any:
     """A one-dimensional array of a number or an array, so that kernels read every scalar from memory."""
+    if (
+        xp is np
+        and isinstance(value, np.ndarray)
+        and value.ndim == 1
+        and value.dtype == dtype
+        and value.flags.c_contiguous
+    ):
+        return value
     return xp.ascontiguousarray(xp.asarray(value, dtype=dtype)).reshape(-1)

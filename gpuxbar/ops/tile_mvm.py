@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -22,6 +24,7 @@ from gpuxbar.reference.tile_mvm import ConvGeometry
 __all__ = ["tile_mvm"]
 
 OP = "tile_mvm"
+INT16 = np.dtype("int16")
 
 
 def tile_mvm(
@@ -130,43 +133,26 @@ def tile_mvm(
             f"{OP}: `g` must hold at least one cell, got shape {tuple(g.shape)}; only a batch may be empty"
         )
     bits = 0 if adc_bits is None else adc_bits
-    _check_adc(adc_bits, adc_signed, adc_lsb)
-    if generator not in ("exact", "fast"):
-        raise ValueError(f"{OP}: `generator` must be 'exact' or 'fast', got {generator!r}; choose one")
-    for name, size in (("tile_rows", tile_rows), ("tile_cols", tile_cols)):
-        if size is not None and size < 1:
-            raise ValueError(f"{OP}: `{name}` must be at least 1, got {size}; None reads the whole line")
-    if stream_bits and v.dtype.name != "int16":
-        raise TypeError(
-            f"{OP}: `v` must be int16 codes with stream_bits={stream_bits}, got {v.dtype.name}; quantise it with dac_quantize"
-        )
-    _check_streams(stream_bits, streams, phases)
-    _check_scalars(v_lsb, read_noise, step)
-    planes, rows, cols = g.shape
-    if groups < 1 or rows % groups:
+    read = _read(
+        v.shape, v.dtype == INT16, g.shape, tile_rows, tile_cols, transposed, groups, stream_bits, streams, phases, adc_bits,
+        adc_signed, generator, conv, want_gate, precision, g_range, g_step, g_offset,
+    )  # fmt: skip
+    if conv is not None and transposed and (want_gate or bias is not None):
         raise ValueError(
-            f"{OP}: `groups` must divide the {rows} rows of `g`, got {groups}; stack equal arrays"
+            f"{OP}: `want_gate` and `bias` must not be given with a transposed convolution, whose results are sums of "
+            "patches; add the bias to the result"
         )
-    inputs = rows // groups
-    drive, sense = (cols, inputs) if transposed else (inputs, cols)
-    _check_drive(v, conv, groups, drive, transposed)
-    outputs = groups * sense
-    batch = v.shape[0] * (1 if conv is None else conv.pixels)
-    tile = (tile_cols if transposed else tile_rows) or max(drive, 1)
-    tiles = -(-drive // tile)
-    vectors: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "col_scale": (col_scale, (outputs,)),
-        "bias": (bias, (outputs,)),
-        "slice_scale": (slice_scale, (planes,)),
-    }
-    vectors |= {
-        "adc_gain": (adc_gain, (planes, tiles, outputs)),
-        "adc_offset": (adc_offset, (planes, tiles, outputs)),
-    }
-    vectors |= {"noise_var": (noise_var, g.shape)}
-    for name, (array, shape) in vectors.items():
+    _check_adc_lsb(adc_bits, adc_lsb)
+    _check_scalars(v_lsb, read_noise, step)
+    outputs, batch, inputs, tile = read.outputs, read.batch, read.inputs, read.tile
+    vectors = {
+        "col_scale": col_scale, "bias": bias, "slice_scale": slice_scale, "adc_gain": adc_gain, "adc_offset": adc_offset,
+        "noise_var": noise_var,
+    }  # fmt: skip
+    for name, array in vectors.items():
         if array is None:
             continue
+        shape = read.shapes[name]
         check_array(OP, name, array, "float32", len(shape))
         if array.shape != shape:
             raise ValueError(
@@ -180,14 +166,6 @@ def tile_mvm(
         "row_offset": row_offset, "row_scale": row_scale, "col_scale": col_scale, "bias": bias, "conv": conv,
         "want_gate": want_gate,
     }  # fmt: skip
-    if conv is not None and transposed and (want_gate or bias is not None):
-        raise ValueError(
-            f"{OP}: `want_gate` and `bias` must not be given with a transposed convolution, whose results are sums of "
-            "patches; add the bias to the result"
-        )
-    _check_precision(precision, g_range, v)
-    if precision == "int8":
-        _check_levels(g_step, g_offset)
     if packed is not None:
         check_packed(OP, packed)
     where = "cuda" if device is not None else backend(v)
@@ -202,7 +180,7 @@ def tile_mvm(
         ):
             rule = f"1 or {outputs} values" if allowed else f"a length that divides the {batch} rows"
             raise ValueError(f"{OP}: `{name}` must have {rule}, got {count}; see the axes of the result")
-    if where != "cuda" and v.dtype.name == "float32" and not np.isfinite(v).all():
+    if where != "cuda" and v.dtype != INT16 and not np.isfinite(v).all():
         require_finite(OP, "v", int((~np.isfinite(v)).sum()), "bad data")
     if where == "cuda":
         more = {
@@ -217,7 +195,7 @@ def tile_mvm(
     if where == "reference":
         out = reference.tile_mvm(v, g, **{**settings, "step": int(np.asarray(step).reshape(-1)[0])})
         return tuple(a.astype(np.float32) for a in out) if want_gate else out.astype(np.float32)
-    return _host(v, g, batch, inputs, outputs, settings)
+    return _host(read, v, g, settings)
 
 
 def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, Any]) -> Any:
@@ -253,7 +231,77 @@ def _images(v: Any, s: dict[str, Any]) -> tuple[int, int, int, int] | None:
     return v.shape[0], height, width, conv.kernel[0] * conv.kernel[1]
 
 
-def _check_adc(bits: int | None, signed: bool, lsb: Any) -> None:
+@dataclass(frozen=True)
+class _Read:
+    """What shapes and settings alone say of a read: it is looked at once for all reads alike.
+
+    Attributes:
+        shapes: Of the vectors, by name.
+        y_shape: Of the result.
+        params: `_Params` with all but pointers, scalars and counts of values, as bytes.
+    """
+
+    batch: int
+    inputs: int
+    outputs: int
+    tile: int
+    shapes: dict[str, tuple[int, ...]]
+    y_shape: tuple[int, ...]
+    params: bytes
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _read(
+    v: tuple[int, ...], codes: bool, g: tuple[int, int, int], tile_rows: int | None, tile_cols: int | None, transposed: bool,
+    groups: int, stream_bits: int, streams: int, phases: int, adc_bits: int | None, adc_signed: bool, generator: str,
+    conv: ConvGeometry | None, want_gate: bool, precision: str, g_range: float | None, g_step: float | None, g_offset: float,
+) -> _Read:  # fmt: skip
+    """Check shapes and settings, for arrays of shape `v` and `g`."""
+    _check_adc(adc_bits, adc_signed)
+    if generator not in ("exact", "fast"):
+        raise ValueError(f"{OP}: `generator` must be 'exact' or 'fast', got {generator!r}; choose one")
+    for name, size in (("tile_rows", tile_rows), ("tile_cols", tile_cols)):
+        if size is not None and size < 1:
+            raise ValueError(f"{OP}: `{name}` must be at least 1, got {size}; None reads the whole line")
+    if stream_bits and not codes:
+        raise TypeError(
+            f"{OP}: `v` must be int16 codes with stream_bits={stream_bits}, got float32; quantise it with dac_quantize"
+        )
+    _check_streams(stream_bits, streams, phases)
+    planes, rows, cols = g
+    if groups < 1 or rows % groups:
+        raise ValueError(
+            f"{OP}: `groups` must divide the {rows} rows of `g`, got {groups}; stack equal arrays"
+        )
+    inputs = rows // groups
+    drive, sense = (cols, inputs) if transposed else (inputs, cols)
+    _check_drive(v, conv, groups, drive, transposed)
+    _check_precision(precision, g_range, codes)
+    if precision == "int8":
+        _check_levels(g_step, g_offset)
+    outputs = groups * sense
+    batch = v[0] * (1 if conv is None else conv.pixels)
+    tile = (tile_cols if transposed else tile_rows) or max(drive, 1)
+    converters = (planes, -(-drive // tile), outputs)
+    shapes: dict[str, tuple[int, ...]] = {
+        "col_scale": (outputs,), "bias": (outputs,), "slice_scale": (planes,), "adc_gain": converters,
+        "adc_offset": converters, "noise_var": g,
+    }  # fmt: skip
+    if conv is None:
+        y_shape: tuple[int, ...] = (batch, outputs)
+    elif transposed:
+        y_shape = (v[0], groups * conv.channels, conv.height, conv.width)
+    else:
+        y_shape = (v[0], outputs, *conv.out)
+    params = _Params(
+        batch=batch, groups=groups, inputs=inputs, cols=cols, planes=planes, tile=tile, rows_per_scale=1,
+        is_code=codes, transposed=transposed, stream_bits=stream_bits, streams=streams, phases=phases,
+        adc_bits=adc_bits or 0, adc_signed=adc_signed, fast=generator == "fast",
+    )  # fmt: skip
+    return _Read(batch, inputs, outputs, tile, shapes, y_shape, bytes(params))
+
+
+def _check_adc(bits: int | None, signed: bool) -> None:
     if bits is None:
         return
     if not isinstance(bits, (int, np.integer)) or not 1 <= bits <= 16:
@@ -262,6 +310,11 @@ def _check_adc(bits: int | None, signed: bool, lsb: Any) -> None:
         raise ValueError(
             f"{OP}: `adc_bits` must be 2 to 16 for signed currents, got 1; set adc_signed=False or add a bit"
         )
+
+
+def _check_adc_lsb(bits: int | None, lsb: Any) -> None:
+    if bits is None:
+        return
     if lsb is None:
         raise ValueError(
             f"{OP}: `adc_lsb` must be given with adc_bits={bits}, got None; it is the current of one step, A"
@@ -294,7 +347,7 @@ def _check_scalars(v_lsb: float, read_noise: Any, step: Any) -> None:
         raise ValueError(f"{OP}: `step` must be one integer, got {step!r}; count the reads")
 
 
-def _check_precision(precision: str, g_range: float | None, v: Any) -> None:
+def _check_precision(precision: str, g_range: float | None, codes: bool) -> None:
     known = ("fp32", "tf32", "fp16", "fp16x2", "int8")
     if precision not in known:
         raise ValueError(
@@ -306,9 +359,9 @@ def _check_precision(precision: str, g_range: float | None, v: Any) -> None:
         raise ValueError(
             f"{OP}: `g_range` must be above 0 S with precision={precision!r}, got {g_range}; give the largest conductance"
         )
-    if v.dtype.name != "int16":
+    if not codes:
         raise TypeError(
-            f"{OP}: `v` must be int16 codes with precision={precision!r}, got {v.dtype.name}; quantise it with dac_quantize"
+            f"{OP}: `v` must be int16 codes with precision={precision!r}, got float32; quantise it with dac_quantize"
         )
 
 
@@ -323,26 +376,28 @@ def _check_levels(g_step: float | None, g_offset: float) -> None:
         )
 
 
-def _check_drive(v: Any, conv: ConvGeometry | None, groups: int, drive: int, transposed: bool) -> None:
+def _check_drive(
+    v: tuple[int, ...], conv: ConvGeometry | None, groups: int, drive: int, transposed: bool
+) -> None:
     side = "columns" if transposed else "rows"
     if conv is None:
-        want: tuple[int, ...] = (v.shape[0], groups * drive)
+        want: tuple[int, ...] = (v[0], groups * drive)
     elif transposed:
-        want = (v.shape[0], groups * drive, *conv.out)
+        want = (v[0], groups * drive, *conv.out)
     else:
         if conv.inputs != drive:
             raise ValueError(
                 f"{OP}: `conv` must have {drive} inputs a group, the {side} of `g`, got {conv.inputs}; check its kernel and channels"
             )
-        want = (v.shape[0], groups * conv.channels, conv.height, conv.width)
-    if tuple(v.shape) != want:
+        want = (v[0], groups * conv.channels, conv.height, conv.width)
+    if v != want:
         raise ValueError(
-            f"{OP}: `v` must have shape {want} to drive the {side} of `g`, got {tuple(v.shape)}; check the axes"
+            f"{OP}: `v` must have shape {want} to drive the {side} of `g`, got {v}; check the axes"
         )
 
 
 class _Params(ctypes.Structure):
-    """Twin of `struct TileMvm` in kernels/host/tile_mvm.cpp."""
+    """Twin of `struct TileMvm` in kernels/host/read.hpp."""
 
     _fields_ = [
         *[
@@ -358,55 +413,30 @@ class _Params(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _host(v: np.ndarray, g: np.ndarray, batch: int, inputs: int, outputs: int, s: dict[str, Any]) -> Any:
-    conv: ConvGeometry | None = s["conv"]
-    if conv is None:
-        shape: tuple[int, ...] = (batch, outputs)
-    elif s["transposed"]:
-        shape = (v.shape[0], s["groups"] * conv.channels, conv.height, conv.width)
-    else:
-        shape = (v.shape[0], outputs, *conv.out)
-    y = np.empty(shape, dtype=np.float32)
-    gate = np.empty(shape, dtype=np.float32) if s["want_gate"] else None
-    planes, _, cols = g.shape
+def _host(read: _Read, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> Any:
+    y = np.empty(read.y_shape, dtype=np.float32)
+    gate = np.empty(read.y_shape, dtype=np.float32) if s["want_gate"] else None
+    row_scale = None if s["row_scale"] is None else scalar_array(np, s["row_scale"])
+    adc_lsb = scalar_array(np, s["adc_lsb"] if s["adc_bits"] else 1.0)
     arrays = {
-        "v": v,
-        "g": g,
-        "noise_var": s["noise_var"],
-        "slice_scale": np.ones(planes, np.float32) if s["slice_scale"] is None else s["slice_scale"],
-        "adc_lsb": scalar_array(np, s["adc_lsb"] if s["adc_bits"] else 1.0),
-        "adc_gain": s["adc_gain"],
-        "adc_offset": s["adc_offset"],
-        "read_noise": scalar_array(np, s["read_noise"]),
-        "step": scalar_array(np, s["step"], "int64"),
-        "row_scale": None if s["row_scale"] is None else scalar_array(np, s["row_scale"]),
-        "col_scale": s["col_scale"],
-        "bias": s["bias"],
-        "y": y,
-        "gate": gate,
-    }
-    params = _Params(**{name: None if a is None else a.ctypes.data for name, a in arrays.items()})
-    if conv is not None:
-        geometry = Conv.of(conv)
-        params.conv = ctypes.cast(ctypes.pointer(geometry), ctypes.c_void_p)
-    params.batch, params.groups, params.inputs, params.cols, params.planes = (
-        batch,
-        s["groups"],
-        inputs,
-        cols,
-        planes,
-    )
-    params.tile = s["tile"]
-    params.rows_per_scale = 1 if arrays["row_scale"] is None else batch // max(1, arrays["row_scale"].size)
-    params.row_offset = s["row_offset"]
-    params.is_code = int(v.dtype == np.int16)
-    params.transposed = int(s["transposed"])
-    params.stream_bits, params.streams, params.phases = s["stream_bits"], s["streams"], s["phases"]
-    params.adc_bits, params.adc_signed = s["adc_bits"], int(s["adc_signed"])
-    params.adc_per_column = int(arrays["adc_lsb"].size > 1)
-    params.fast = int(s["generator"] == "fast")
+        "v": v, "g": g, "noise_var": s["noise_var"], "adc_lsb": adc_lsb, "adc_gain": s["adc_gain"],
+        "adc_offset": s["adc_offset"], "read_noise": scalar_array(np, s["read_noise"]),
+        "step": scalar_array(np, s["step"], "int64"), "row_scale": row_scale, "col_scale": s["col_scale"],
+        "bias": s["bias"], "y": y, "gate": gate,
+        "slice_scale": np.ones(len(g), np.float32) if s["slice_scale"] is None else s["slice_scale"],
+    }  # fmt: skip
+    params = _Params.from_buffer_copy(read.params)
+    for name, array in arrays.items():
+        if array is not None:
+            setattr(params, name, array.ctypes.data)
+    if s["conv"] is not None:
+        geometry = Conv.of(s["conv"])
+        params.conv = ctypes.addressof(geometry)
+    if row_scale is not None:
+        params.rows_per_scale = read.batch // max(1, row_scale.size)
+    params.row_offset, params.adc_per_column = s["row_offset"], int(adc_lsb.size > 1)
     params.seed, params.v_lsb = s["seed"] & 0xFFFFFFFFFFFFFFFF, s["v_lsb"]
-    if batch and y.size:
+    if read.batch and y.size:
         lib = library()
         assert lib is not None  # else `backend` had chosen the reference
         lib.gpuxbar_tile_mvm(ctypes.byref(params))

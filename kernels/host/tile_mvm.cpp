@@ -9,46 +9,17 @@
 #include <memory>
 #include <vector>
 
+#include "few_rows.hpp"
 #include "gpuxbar/converter.cuh"
 #include "images.hpp"
 #include "lanes.hpp"
+#include "read.hpp"
 
 using namespace gpuxbar;
 
 namespace {
 
 constexpr i64 PACKED = 1 << 20;  // floats of packed conductance held at a time
-
-}  // namespace
-
-// Mirrored field by field in gpuxbar/ops/tile_mvm.py.
-struct TileMvm {
-  const void* v;             // driven values, int16 codes or float32
-  const float* g;            // [planes, groups * inputs, cols] S
-  const float* noise_var;    // like g, or null: A^2/V^2
-  const float* slice_scale;  // [planes]
-  const float* adc_lsb;      // [1] or [groups * sense] A
-  const float* adc_gain;     // [planes, tiles, groups * sense] or null
-  const float* adc_offset;   // [planes, tiles, groups * sense] or null, A
-  const float* read_noise;   // [1] A
-  const i64* step;           // [1]
-  const float* row_scale;    // [batch / rows_per_scale] or null
-  const float* col_scale;    // [groups * sense] or null
-  const float* bias;         // [groups * sense] or null
-  float* y;
-  float* gate;       // like y, or null
-  const Conv* conv;  // or null
-  i64 batch, groups, inputs, cols, planes, tile, rows_per_scale, row_offset;
-  i64 is_code, transposed, stream_bits, streams, phases, adc_bits, adc_signed, adc_per_column, fast;
-  u64 seed;
-  double v_lsb;
-};
-
-namespace {
-
-struct Shape {
-  i64 drive, sense, tiles, passes;
-};
 
 // COLS bitlines of a group, from a multiple of COLS in the numbering of all outputs; `begin` .. `end` - 1 are real.
 struct Panel {
@@ -58,42 +29,6 @@ struct Panel {
         begin(std::max<i64>(0, group * s.sense - column)),
         end(std::min<i64>(COLS, (group + 1) * s.sense - column)),
         local(column - group * s.sense) {}
-};
-
-// One pass of the DAC: which bits of a code are driven, and their digital weight.
-struct Pass {
-  int shift, phase;
-  float weight;
-};
-
-Pass pass_of(const TileMvm& p, i64 index) {
-  const int stream = (int)(index % p.streams), shift = (int)(stream * p.stream_bits);
-  const float weight = (float)(1ull << shift);
-  if (p.phases == 1) return Pass{shift, 0, weight};
-  return index < p.streams ? Pass{shift, 1, weight} : Pass{shift, -1, weight};
-}
-
-// The voltage of element `e` of the driven array in a pass.
-struct Driver {
-  const TileMvm& p;
-  Pass pass;
-  float lsb;
-  u32 mask;
-  Driver(const TileMvm& p, Pass pass)
-      : p(p), pass(pass), lsb((float)p.v_lsb), mask(p.stream_bits ? (1u << p.stream_bits) - 1 : 0xFFFFu) {}
-  // `count` values from src on
-  void operator()(float* dst, i64 src, i64 count) const {
-    if (!p.is_code) {
-      const float* x = (const float*)p.v + src;
-      for (i64 i = 0; i < count; ++i) dst[i] = x[i] * lsb;
-    } else if (p.stream_bits == 0) {
-      const i16* x = (const i16*)p.v + src;
-      for (i64 i = 0; i < count; ++i) dst[i] = (float)x[i] * lsb;
-    } else {
-      const i16* x = (const i16*)p.v + src;
-      for (i64 i = 0; i < count; ++i) dst[i] = lsb * stream_digit(x[i], pass.shift, mask, pass.phase);
-    }
-  }
 };
 
 // a[k][i]: the voltage of wordline k for row `row0 + i` of a matrix.
@@ -320,6 +255,10 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   for (i64 plane = 0; plane < p.planes; ++plane)
     for (i64 pass = 0; pass < s.passes; ++pass) weights += gpuxbar::abs(p.slice_scale[plane]) * pass_of(p, pass).weight;
   const float share = gpuxbar::gate_part(weights, s.tiles);
+  if (!p.conv && p.batch <= FEW) {
+    read_few(p, s, share);
+    return;
+  }
 
   const i64 panel_size = s.drive * COLS, block_size = s.drive * ROWS;
   const i64 most = (s.sense + COLS - 1) / COLS + 1, together = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));

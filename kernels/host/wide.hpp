@@ -82,18 +82,18 @@ inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i
   V sum[ROWS][COLS] = {};
   for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
     V right[COLS];
-#pragma GCC unroll 3
+#pragma GCC unroll 8
     for (int j = 0; j < COLS; ++j) right[j] = *(const V*)(b + j * STEP);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       const V left = at[i] - V{};
-#pragma GCC unroll 3
+#pragma GCC unroll 8
       for (int j = 0; j < COLS; ++j) sum[i][j] += left * right[j];
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 3
+#pragma GCC unroll 8
     for (int j = 0; j < COLS; ++j) {
       const V start = c0 ? *(const V*)(c0 + i * ldc0 + j * STEP) : V{};
       *(V*)(c + i * ldc + j * STEP) = start + sign * sum[i][j];

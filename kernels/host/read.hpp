@@ -1,0 +1,72 @@
+// read: what a read of tiles is told, and what drives its lines.
+#pragma once
+#include "gpuxbar/converter.cuh"
+#include "images.hpp"
+
+namespace gpuxbar {
+
+// Mirrored field by field in gpuxbar/ops/tile_mvm.py.
+struct TileMvm {
+  const void* v;             // driven values, int16 codes or float32
+  const float* g;            // [planes, groups * inputs, cols] S
+  const float* noise_var;    // like g, or null: A^2/V^2
+  const float* slice_scale;  // [planes]
+  const float* adc_lsb;      // [1] or [groups * sense] A
+  const float* adc_gain;     // [planes, tiles, groups * sense] or null
+  const float* adc_offset;   // [planes, tiles, groups * sense] or null, A
+  const float* read_noise;   // [1] A
+  const i64* step;           // [1]
+  const float* row_scale;    // [batch / rows_per_scale] or null
+  const float* col_scale;    // [groups * sense] or null
+  const float* bias;         // [groups * sense] or null
+  float* y;
+  float* gate;       // like y, or null
+  const Conv* conv;  // or null
+  i64 batch, groups, inputs, cols, planes, tile, rows_per_scale, row_offset;
+  i64 is_code, transposed, stream_bits, streams, phases, adc_bits, adc_signed, adc_per_column, fast;
+  u64 seed;
+  double v_lsb;
+};
+
+// Lines a group drives and senses, tiles along the driven ones, passes of the DAC.
+struct Shape {
+  i64 drive, sense, tiles, passes;
+};
+
+// One pass of the DAC: which bits of a code are driven, and their digital weight.
+struct Pass {
+  int shift, phase;
+  float weight;
+};
+
+inline Pass pass_of(const TileMvm& p, i64 index) {
+  const int stream = (int)(index % p.streams), shift = (int)(stream * p.stream_bits);
+  const float weight = (float)(1ull << shift);
+  if (p.phases == 1) return Pass{shift, 0, weight};
+  return index < p.streams ? Pass{shift, 1, weight} : Pass{shift, -1, weight};
+}
+
+// The voltage of element `e` of the driven array in a pass.
+struct Driver {
+  const TileMvm& p;
+  Pass pass;
+  float lsb;
+  u32 mask;
+  Driver(const TileMvm& p, Pass pass)
+      : p(p), pass(pass), lsb((float)p.v_lsb), mask(p.stream_bits ? (1u << p.stream_bits) - 1 : 0xFFFFu) {}
+  // `count` values from src on
+  void operator()(float* dst, i64 src, i64 count) const {
+    if (!p.is_code) {
+      const float* x = (const float*)p.v + src;
+      for (i64 i = 0; i < count; ++i) dst[i] = x[i] * lsb;
+    } else if (p.stream_bits == 0) {
+      const i16* x = (const i16*)p.v + src;
+      for (i64 i = 0; i < count; ++i) dst[i] = (float)x[i] * lsb;
+    } else {
+      const i16* x = (const i16*)p.v + src;
+      for (i64 i = 0; i < count; ++i) dst[i] = lsb * stream_digit(x[i], pass.shift, mask, pass.phase);
+    }
+  }
+};
+
+}  // namespace gpuxbar
