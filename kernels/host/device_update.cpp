@@ -15,7 +15,7 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 64;
-constexpr int AHEAD = 16;  // rows between asking for cells and moving them
+constexpr int AHEAD = 4;  // rows between asking for cells and moving them; many would push each other out of a cache
 
 // Twin of `Update` in gpuxbar/ops/device_update.py.
 struct Update {
