@@ -68,11 +68,12 @@ extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
                   float* __restrict__ hidden,          // like g, what devices with write noise hold; else null
                   int* __restrict__ pulse_count,       // like g, below 0: failed after so many; null unless COUNTED
                   const u16* __restrict__ device_map,  // [K, 2 slices, G * I, O] normals of the devices; null: drawn
-                  const float* __restrict__ dw,        // [G, O, I]     wanted weight change
+                  const float* __restrict__ dw,        // [G, O, I]     wanted weight change, over `factor`
                   float* __restrict__ w,               // [G, O, I]     weight read out
                   const float* __restrict__ w_max,     // [G * O]       weight of a full pair
                   const i64* __restrict__ step,        // [1], or null: step_value
-                  UpdateLaw law, Endurance endurance, Slices slices, i64 step_value, u64 seed, float g_min,
+                  UpdateLaw law, Endurance endurance, Slices slices, float factor, i64 step_value, u64 seed,
+                  float g_min,
                   float range,  // g_max - g_min, S
                   float stuck_low, float stuck_high, int groups, int inputs, int outputs) {
   __shared__ float block[32][33];  // [wordline][bitline]: wanted changes, then weights
@@ -99,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
     float top[4], change[4], weight[4] = {};
     for (int q = 0; q < 4; ++q) {
       top[q] = q < count ? w_max[(i64)group * outputs + o0 + quad + q] : 1.0f;
-      change[q] = q < count ? block[line][quad + q] * (1.0f / top[q]) : 0.0f;
+      change[q] = q < count ? block[line][quad + q] * (factor / top[q]) : 0.0f;
     }
     const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)hidden) & 15) == 0;
     const i32 pairs = SLICED ? slices.count : 1;

@@ -77,19 +77,20 @@ GPUXBAR_FN void coincide(const Trains& trains, int b, int line, int quad, int ra
 GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const int raise[4], const int all[4],
                       i32 more[4], u32 group, u32 row, u32 side, u32 sample, u32 step, u64 seed) {
   const float noise = s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
-  const Normals4 z = draw(noise, PULSE_CYCLE, group, row, 2 * sample + side, step, seed);
+  const Normals8 z = draw_pairs(noise, PULSE_CYCLE, group, row, sample, step, seed);
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
+    const float own = side == 0 ? z.z[2 * q] : z.z[2 * q + 1];
     const float raising = quad.free[q] * (float)raise[q], lowering = quad.free[q] * (float)(all[q] - raise[q]);
     const float ups = pulses_up(s.sides, side == 0, raising, lowering);
     const float downs = pulses_down(s.sides, side == 0, raising, lowering);
     if (COUNTED) more[q] += (i32)(ups + downs);
 #if AGGREGATED
-    x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], x[q], ups, downs, z.z[q]);
+    x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], x[q], ups, downs, own);
 #else
     const float d = (ups + downs) * (1.0f / s.pulses);
     const bool rising = ups > 0.0f;
-    x[q] = moved<LawOf<LAW>>(s, device_of(s, quad.device[q], rising), x[q], d, rising, z.z[q], s.scatter);
+    x[q] = moved<LawOf<LAW>>(s, device_of(s, quad.device[q], rising), x[q], d, rising, own, s.scatter);
 #endif
   }
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
@@ -107,6 +109,28 @@ def test_host_matches_oracle(name, shape):
 
 
 ORDERS = [FORWARD, REVERSE, 11, 12]
+
+
+@pytest.mark.parametrize("where", ["host", "kernel", "reference"])
+def test_a_factor_of_the_change_and_a_place_for_the_weights(where, monkeypatch):
+    """A rate of a gradient is as a scaled gradient, and the weights land where they are wanted."""
+    if where == "reference":
+        monkeypatch.setattr("gpuxbar.launch.host.library", lambda: None)
+    g, dw, w_max = case(2, 19, 21)
+    device, cells, place = ShimDevice() if where == "kernel" else None, g.copy(), np.full_like(dw, np.nan)
+    settings = {"law": LAWS["soft-noise"], "w_max": w_max, **WINDOW, "seed": SEED, "step": 3}
+    read = ops.device_update(cells, dw, factor=-0.5, out=place, device=device, **settings)
+    assert read is place
+    scaled = g.copy()  # by a power of 2: the same bits
+    np.testing.assert_array_equal(
+        ops.device_update(scaled, np.float32(-0.5) * dw, device=device, **settings), place
+    )
+    np.testing.assert_array_equal(scaled, cells)
+    expected, _, weights = reference.device_update(
+        g, dw, factor=-0.5, **{**settings, "law": LAWS["soft-noise"].model_dump()}
+    )
+    np.testing.assert_allclose(cells, expected, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
+    np.testing.assert_allclose(place, weights, rtol=0, atol=6e-6 * w_max.max())
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 37), (3, 71, 19), (2, 128, 33)])
@@ -329,6 +353,13 @@ BAD = {
     "w_max": ({"w_max": np.ones(3, np.float32)}, ValueError, r"`w_max` must have shape \(4,\)"),
     "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max, got 1e-06 S and 1e-07 S"),
     "nan": ({"dw": np.full((1, 4, 3), np.nan, np.float32)}, ValueError, "`dw` must be finite, got 12 NaN"),
+    "factor": ({"factor": -math.inf}, ValueError, "`factor` must be finite, got -inf; lower the rate"),
+    "out": (
+        {"out": np.empty((1, 3, 4), np.float32)},
+        ValueError,
+        r"`out` must have shape \(1, 4, 3\) for dw",
+    ),
+    "out-dtype": ({"out": np.empty((1, 4, 3))}, TypeError, "`out` must be an array of float32, got float64"),
 }
 
 

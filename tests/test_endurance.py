@@ -191,7 +191,7 @@ def test_opcheck():
     spec = layer_on(pulses={"length": 15}).spec.model_dump_json()
     g, count = torch.rand(2, 5, 6) * 9e-6 + 1e-6, torch.zeros(2, 5, 6, dtype=torch.int32)
     step = torch.ones(1, dtype=torch.int64)
-    args = (g, None, torch.randn(1, 6, 5), torch.ones(6), step, spec, 3, count)
+    args = (g, None, torch.randn(1, 6, 5), -0.1, torch.empty(1, 6, 5), torch.ones(6), step, spec, 3, count)
     torch.library.opcheck(torch.ops.gpuxbar.device_update.default, args)
     trains = (g, torch.randn(4, 5), torch.randn(4, 6), torch.ones(6), step, 0.1, 1, spec, 3, count)
     torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, trains)

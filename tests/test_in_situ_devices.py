@@ -138,14 +138,29 @@ def test_only_layers_trained_in_situ_are_refreshed():
     assert layer_on("pcm").saturation() == 0
 
 
+def test_a_step_sets_the_weight_where_it_lies_and_autograd_knows():
+    layer = layer_on("reram-sb")
+    optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.5)
+    x = torch.randn(3, layer.weight.shape[1], requires_grad=True)
+    y = x @ layer.weight.T  # its gradient needs the weight as it was
+    layer.weight.grad = torch.ones_like(layer.weight)
+    place, before = layer.weight.data_ptr(), layer.weight.detach().clone()
+    optimiser.step()
+    assert layer.weight.data_ptr() == place
+    assert (layer.weight < before).float().mean() > 0.7
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_opcheck():
     torch.manual_seed(0)
     spec = published_device("reram-sb").spec().model_dump_json()
     g = torch.rand(2, 5, 6) * 9e-6 + 1e-6
-    args = (g, g.clone(), torch.randn(1, 6, 5), torch.ones(6), torch.ones(1, dtype=torch.int64), spec, 3)
+    change = (torch.randn(1, 6, 5), -0.1, torch.empty(1, 6, 5))
+    args = (g, g.clone(), *change, torch.ones(6), torch.ones(1, dtype=torch.int64), spec, 3)
     torch.library.opcheck(torch.ops.gpuxbar.device_update.default, args)
     quiet = published_device("ecram").spec().model_dump_json()
-    torch.library.opcheck(torch.ops.gpuxbar.device_update.default, (args[0], None, *args[2:5], quiet, 3))
+    torch.library.opcheck(torch.ops.gpuxbar.device_update.default, (args[0], None, *args[2:7], quiet, 3))
 
 
 def test_a_weight_whose_layer_is_gone_is_refused():

@@ -51,8 +51,10 @@ def expected_update(
     rule, dumped = (CARRY, CARRY.model_dump()) if sliced else (None, None)
     devices = ops.draw_device_map(LAW, shape, seed=1) if stored else None
 
+    weight = np.empty(size, np.float32)
+
     def ours(cells: np.ndarray) -> object:
-        return ops.device_update(cells, dw, law=LAW, carry=rule, device_map=devices, **settings)
+        return ops.device_update(cells, dw, out=weight, law=LAW, carry=rule, device_map=devices, **settings)
 
     def check() -> float:
         rows = min(inputs, 64)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gpuxbar import ops
-from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.arrays import array, on_device
 from gpuxbar.bridge.operator import operator, slices_of, spec_of
 
 __all__ = ["device_update"]
 
 
-@operator(lambda g, hidden, dw, *_: torch.empty_like(dw), mutates_args=("g", "hidden", "pulse_count"))
+@operator(lambda *_: None, mutates_args=("g", "hidden", "weight", "pulse_count"))
 def device_update(
     g: Tensor,
     hidden: Tensor | None,
     dw: Tensor,
+    factor: float,
+    weight: Tensor,
     w_max: Tensor,
     step: Tensor,
     spec: str,
     seed: int,
     pulse_count: Tensor | None = None,
     device_map: Tensor | None = None,
-) -> Tensor:
-    """Move pairs of devices by wanted weight changes through the device's law; returns the weights read out.
+) -> None:
+    """Move pairs of devices by wanted weight changes through the device's law, and read the weights out.
 
     Args:
         g: Conductances of the positive and the negative devices, float32 [2 slices, G * I, O], S; changed in place.
         hidden: What devices with write noise hold, where `g` is what they show: like `g`; None without write noise.
-        dw: Wanted weight changes, float32 [G, O, I]; finite.
+        dw: Wanted weight changes over `factor`, float32 [G, O, I]; finite.
+        factor: What `dw` is multiplied by.
+        weight: What the pairs read as afterwards, like `dw`; set in place.
         w_max: Weight of a full pair, float32 [G * O].
         step: Update counter, int64 [1]; same value, same noise.
         spec: The layer's `CrossbarSpec` as JSON, with an update law.
@@ -41,11 +44,10 @@ def device_update(
     assert crossbar.update is not None
     window, stuck = crossbar.device, crossbar.programming
     with on_device(g, "update") as device:
-        weights = ops.device_update(
-            array(g), array(dw), hidden=None if hidden is None else array(hidden), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
+        ops.device_update(
+            array(g), array(dw), factor=factor, out=array(weight), hidden=None if hidden is None else array(hidden), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
             stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),
             endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
             device_map=None if device_map is None else array(device_map),
             device=device, **slices_of(crossbar),
         )  # fmt: skip
-        return tensor(weights)

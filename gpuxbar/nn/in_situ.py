@@ -175,17 +175,17 @@ class InSitu(Programmed):
         self.g_held = self.g_cells.clone() if self.spec.update.write_noise else None
         self.restart_wires()
         with torch.no_grad():
-            self._show(self._moved(torch.zeros_like(self.weight)))
+            self._move(torch.zeros_like(self.weight))
 
     @torch.no_grad()
-    def update_cells(self, change: Tensor) -> None:
-        """Move the cells by a wanted weight change, shape of `weight`; the weight becomes what they read.
+    def update_cells(self, change: Tensor, factor: float = 1.0) -> None:
+        """Move the cells by factor * change, a wanted weight change of the shape of `weight`; the weight becomes what they read.
 
         Before that, slices carry where it is time (see `spec.Carry`).
         """
         self.require_unprogrammed("weight")
         self._carry()
-        self._show(self._moved(change))
+        self._move(change, factor)
 
     def _carry(self) -> None:
         """Carry where the updates so far say so, and count the one to come."""
@@ -243,13 +243,16 @@ class InSitu(Programmed):
         for cells in (self.g_cells, self.g_held):
             if cells is not None:
                 relax(cells, self.pulse_count, self.static[1], self.plan.seed)
-        self._show(self._moved(torch.zeros_like(self.weight)))
+        self._move(torch.zeros_like(self.weight))
 
     def _show(self, read: Tensor) -> None:
-        """Count an update, after which the cells read as this weight."""
+        """Count an update, after which the cells read as this weight, which may lie in the layer's own."""
         assert self.update_step is not None
         self.update_step += 1
-        self.weight.copy_(read)
+        if self.weight.is_set_to(read):
+            torch.autograd.graph.increment_version(self.weight)
+        else:
+            self.weight.copy_(read)
         self._read_version = self.weight._version
 
     def as_lines(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +274,9 @@ class InSitu(Programmed):
     def _require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""
         with torch.no_grad():
-            off = self.weight != self._moved(torch.zeros_like(self.weight))
+            read = torch.empty_like(self.by_line(self.weight), dtype=torch.float32)
+            self._update(torch.zeros_like(self.weight), 1.0, read)
+            off = self.weight != self.of_lines(read)
         if off.any():
             raise ValueError(
                 f"{self.name}: `weight` must be what the cells read once trained in situ, got {int(off.sum())} other "
@@ -279,25 +284,36 @@ class InSitu(Programmed):
             )
         self._read_version = self.weight._version
 
-    def _moved(self, change: Tensor) -> Tensor:
-        """The weight read out after a wanted change; a change of 0 moves nothing."""
+    def _move(self, change: Tensor, factor: float = 1.0) -> None:
+        """Move the cells by factor * change; the weight becomes what they read. A change of 0 moves nothing."""
+        lines = self.by_line(self.weight.detach())
+        own = (
+            lines.is_contiguous()
+            and lines.dtype == torch.float32
+            and self.weight.is_set_to(self.of_lines(lines))
+        )
+        read = lines if own else torch.empty(lines.shape, device=lines.device)
+        self._update(change, factor, read)
+        self._show(self.of_lines(read))
+
+    def _update(self, change: Tensor, factor: float, read: Tensor) -> None:
+        """Move the cells by factor * change, and put what they read into `read`, [G, O, I]."""
         assert self.g_cells is not None
         assert self.w_max is not None
         assert self.update_step is not None
-        dw = self.by_line(change.float()).contiguous()
-        spec, seed = self.static[1], self.plan.seed
-        read = device_update(
+        device_update(
             self.g_cells,
             self.g_held,
-            dw,
+            self.by_line(change.float()).contiguous(),
+            factor,
+            read,
             self.w_max,
             self.update_step,
-            spec,
-            seed,
+            self.static[1],
+            self.plan.seed,
             self.pulse_count,
             self.device_map,
         )
-        return self.of_lines(read)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ def device_update(
     g: Any,
     dw: Any,
     *,
+    factor: float = 1.0,
+    out: Any = None,
     law: UpdateLaw,
     w_max: Any,
     g_min: float,
@@ -56,7 +59,7 @@ def device_update(
 ) -> Any:
     """Apply wanted weight changes to pairs of devices, in place, and read the weights out.
 
-    Half of a change goes to each side of a pair, as +-dw / (2 w_max) of the window, or all of it to one side (see
+    Half of a change goes to each side of a pair, as +-factor dw / (2 w_max) of the window, or all of it to one side (see
     `spec.Law.sides`), at most the whole window; there it goes through the device's law (see `spec.laws`). A change of 0
     moves nothing and draws no noise; stuck cells never move; results are kept inside the device's window.
 
@@ -67,7 +70,9 @@ def device_update(
     Args:
         g: Conductances of the positive devices, least significant slice first, then of the negative ones, float32
             [2 slices, G * I, O], S; updated in place.
-        dw: Wanted weight changes, float32 [G, O, I]; finite.
+        dw: Wanted weight changes over `factor`, float32 [G, O, I]; finite.
+        factor: What `dw` is multiplied by, such as minus a learning rate; finite.
+        out: Where the weights go, like `dw`; None: a new array.
         law: An update law of the spec.
         w_max: Weight of a full pair (of slices: whose digits are all 2**slice_bits - 1), float32 [G * O], above 0.
         g_min, g_max: Conductance window, S.
@@ -85,13 +90,13 @@ def device_update(
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
-        Weights after the update, float32 [G, O, I]: w_max (g_pos - g_neg) / (g_max - g_min) of one pair; of slices,
+        Weights after the update, float32 [G, O, I], which is `out` where given: w_max (g_pos - g_neg) / (g_max - g_min) of one pair; of slices,
         w_max / (2**(slices slice_bits) - 1) times the sum of their digits times 2**(k slice_bits).
 
     Raises:
         TypeError: An array has another dtype.
-        ValueError: Shapes disagree, an array is not contiguous, or `dw` holds NaN or infinity (checked on the CPU; on a GPU
-            no value is read back, and such a change moves its cells to a bound); `g` is unchanged.
+        ValueError: Shapes disagree, an array is not contiguous, `factor` is not finite, or `dw` holds NaN or infinity (checked on the CPU; on a GPU
+            no value is read back, and such a change moves its cells to a bound); `g` and `out` are unchanged.
 
     Source:
         Each law's own; see `spec.laws`.
@@ -99,14 +104,18 @@ def device_update(
     check_array(OP, "g", g, "float32", 3)
     check_array(OP, "dw", dw, "float32", 3)
     check_array(OP, "w_max", w_max, "float32", 1)
-    if hidden is not None:
-        check_array(OP, "hidden", hidden, "float32", 3)
+    for name, array in (("hidden", hidden), ("out", out)):
+        if array is not None:
+            check_array(OP, name, array, "float32", 3)
+    if not math.isfinite(factor):
+        raise ValueError(f"{OP}: `factor` must be finite, got {factor:g}; lower the rate")
     check_slices(OP, slices, slice_bits, carry)
     groups, outputs, inputs = dw.shape
     for name, array, shape in (
         ("g", g, (2 * slices, groups * inputs, outputs)),
         ("w_max", w_max, (groups * outputs,)),
         ("hidden", hidden, (2 * slices, groups * inputs, outputs)),
+        ("out", out, (groups, outputs, inputs)),
     ):
         if array is not None and tuple(array.shape) != shape:
             raise ValueError(
@@ -126,7 +135,7 @@ def device_update(
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
         return _cuda(
-            device or cuda_device(), g, hidden, pulse_count, device_map, dw, law, Wear.of(endurance),
+            device or cuda_device(), g, hidden, pulse_count, device_map, dw, factor, out, law, Wear.of(endurance),
             Slices.of(slices, slice_bits, carry), w_max, step, seed, window,
         )  # fmt: skip
     step = int(np.asarray(step).reshape(-1)[0])
@@ -138,7 +147,7 @@ def device_update(
             "carry": None if carry is None else carry.model_dump(),
         }
         shown, held, _ = reference.device_update(
-            g, dw, law=law.model_dump(), w_max=w_max, hidden=hidden,
+            g, dw, factor=factor, law=law.model_dump(), w_max=w_max, hidden=hidden,
             endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
             device_map=by_name(device_map, law), seed=seed, step=step, **sliced, **window,
         )  # fmt: skip
@@ -147,14 +156,16 @@ def device_update(
             hidden[...] = held
         # of the cells as they are kept, in float32
         read = reference.read_out(g, w_max=w_max, groups=groups, g_min=g_min, g_max=g_max, **sliced)
-        return read.astype(np.float32)
-    weights = np.empty(dw.shape, np.float32)
+        weights = np.empty(dw.shape, np.float32) if out is None else out
+        weights[...] = read
+        return weights
+    weights = np.empty(dw.shape, np.float32) if out is None else out
     bad = np.zeros(1, np.int64)
     if dw.size:
         update = Update(
             law=parameters(law, g_min, g_max), endurance=Wear.of(endurance),
             slices=Slices.of(slices, slice_bits, carry), groups=groups, inputs=inputs, outputs=outputs, step=step, seed=seed,
-            g_min=g_min, range=g_max - g_min, stuck_low=stuck_at_g_min, stuck_high=stuck_at_g_max,
+            g_min=g_min, range=g_max - g_min, stuck_low=stuck_at_g_min, stuck_high=stuck_at_g_max, factor=factor,
         )  # fmt: skip
         host_call(
             library(), "gpuxbar_device_update", g, hidden, pulse_count, device_map, dw, weights, w_max,
@@ -170,23 +181,23 @@ class Update(ctypes.Structure):
     _fields_ = [
         ("law", Parameters), ("endurance", Wear), ("slices", Slices),
         *((name, ctypes.c_int64) for name in ("groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
-        *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
+        *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high", "factor")),
     ]  # fmt: skip
 
 
 def _cuda(
-    device: Device, g: Any, hidden: Any, pulse_count: Any, device_map: Any, dw: Any, law: UpdateLaw, endurance: Wear,
+    device: Device, g: Any, hidden: Any, pulse_count: Any, device_map: Any, dw: Any, factor: float, out: Any, law: UpdateLaw, endurance: Wear,
     slices: Slices, w_max: Any, step: Any, seed: int, window: dict[str, Any],
 ) -> Any:  # fmt: skip
     groups, outputs, inputs = dw.shape
-    weights = device.empty(dw.shape, "float32")
+    weights = device.empty(dw.shape, "float32") if out is None else out
     by_value = isinstance(step, int)
     settings = parameters(law, window["g_min"], window["g_max"])
     device.launch(
         KERNEL, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
         {"g": g, "hidden": hidden, "pulse_count": pulse_count, "device_map": device_map, "endurance": endurance, "slices": slices,
          "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
-         "law": settings, "step_value": step if by_value else 0, "seed": seed, "g_min": window["g_min"],
+         "law": settings, "factor": factor, "step_value": step if by_value else 0, "seed": seed, "g_min": window["g_min"],
          "range": window["g_max"] - window["g_min"], "stuck_low": window["stuck_at_g_min"],
          "stuck_high": window["stuck_at_g_max"], "groups": groups, "inputs": inputs, "outputs": outputs},
         {"LAW": settings.law, "COUNTED": int(pulse_count is not None), "SLICED": int(slices.count > 1)},
@@ -198,7 +209,7 @@ KERNEL = Kernel(
     "device_update.cu",
     g=InOut("float32", "S R O"), hidden=InOut("float32", "S R O", optional=True),
     pulse_count=InOut("int32", "S R O", optional=True), device_map=In("float16", "K S R O", optional=True), dw=In("float32", "G O I"), w=Out("float32", "G O I"), w_max=In("float32", "C"),
-    step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), step_value=Scalar("int64"),
+    step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), factor=Scalar("float32"), step_value=Scalar("int64"),
     seed=Scalar("uint64"), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
     stuck_high=Scalar("float32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip

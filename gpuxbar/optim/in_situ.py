@@ -61,7 +61,7 @@ class InSituSGD(InSituOptimizer):
         if layer.pulsed:
             layer.update_pulses(group["lr"] / getattr(self, "grad_scale", 1.0))
         else:
-            layer.update_cells(-group["lr"] * self._velocity(weight, group["momentum"]))
+            layer.update_cells(self._velocity(weight, group["momentum"]), -group["lr"])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -113,6 +113,7 @@ def device_update(
     g: np.ndarray,
     dw: np.ndarray,
     *,
+    factor: float = 1.0,
     law: dict[str, Any],
     w_max: np.ndarray,
     g_min: float,
@@ -131,14 +132,16 @@ def device_update(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(conductances shown and held, [2 slices, G * I, O] each, weights read out [G, O, I]); `law` and `carry` are dumped specs.
 
-    `pulse_count`, [2 slices, G * I, O], is updated in place where given. `device_map`: normals of the devices in place of drawn
+    Wanted are factor * dw. `pulse_count`, [2 slices, G * I, O], is updated in place where given. `device_map`: normals of the devices in place of drawn
     ones, like g each, 0 where none are given: "step", "asymmetry", "low", "high" ends of the window, the law's own parameter
     "up" and "down".
     """
     groups, n_out, n_in = dw.shape
     span = g_max - g_min
     per_output = np.asarray(w_max, np.float64).reshape(groups, n_out, 1)
-    share = (np.asarray(dw, np.float64) / per_output).transpose(0, 2, 1).reshape(groups * n_in, n_out)
+    share = (
+        (factor * np.asarray(dw, np.float64) / per_output).transpose(0, 2, 1).reshape(groups * n_in, n_out)
+    )
     rows = np.arange(groups * n_in)
     held = np.array(g if hidden is None else hidden, np.float64)
     shown = np.array(g, np.float64)

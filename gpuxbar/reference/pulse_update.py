@@ -153,9 +153,15 @@ def pulse_update(
             if law["sides"] == "one_sided":
                 down = np.zeros_like(down)
             z = normals(
-                rows, n_out, purpose=Purpose.PULSE_CYCLE, slot=2 * sample + side, step=step, seed=seed
+                rows,
+                2 * n_out,
+                purpose=Purpose.PULSE_CYCLE,
+                slot=sample,
+                step=step,
+                seed=seed,
+                generator="fast",
             )
-            new = _after(devices, share, up / pulses, down / pulses, z)
+            new = _after(devices, share, up / pulses, down / pulses, z[:, side::2])
             share = np.where(free & (up + down > 0), new, share)
             taken += np.where(free, up + down, 0).astype(np.int64)
         if pulse_count is not None and endurance is not None:

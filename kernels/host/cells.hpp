@@ -81,12 +81,6 @@ GPUXBAR_FN Spreads spreads(const Draws& z, int j) {
   return Spreads{z.normal[0][j], z.normal[1][j], z.normal[2][j], z.normal[3][j], z.normal[4][j], z.normal[5][j]};
 }
 
-// `moved` for cell j of a row; a struct made in a simd loop itself would keep it from vectorising.
-template <class L>
-GPUXBAR_FN float moved_cell(const UpdateLaw& s, const Draws& z, int j, float x, float d, bool rising, float noise) {
-  return moved<L>(s, device_of(s, spreads(z, j), rising), x, d, rising, noise, s.scatter);
-}
-
 static inline bool noisy(const UpdateLaw& s) {
   return s.law == LOOKUP_TABLE || s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2 > 0.0f;
 }

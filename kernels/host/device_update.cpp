@@ -15,7 +15,7 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 64;
-constexpr int AHEAD = 16;  // rows between asking for cells and moving them
+constexpr int AHEAD = 4;  // rows between asking for cells and moving them; many would push each other out of a cache
 
 // Twin of `Update` in gpuxbar/ops/device_update.py.
 struct Update {
@@ -26,6 +26,7 @@ struct Update {
   u64 seed;
   float g_min, range;  // S
   float stuck_low, stuck_high;
+  float factor;  // of wanted changes
 };
 
 struct Arrays {
@@ -177,7 +178,7 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
   Row rows[2];
   const i64 output = group * u.outputs + o0, corner = output * u.inputs + i0;
   const float* top = a.w_max + output;
-  for (i64 j = 0; j < count; ++j) inverse[j] = 1.0f / top[j];
+  for (i64 j = 0; j < count; ++j) inverse[j] = u.factor / top[j];
   transpose(a.dw + corner, u.inputs, count, lines, change[0], WIDE_ROW);
   const float inverse_range = 1.0f / u.range;
   for (i64 i = 0; i < lines; ++i) {

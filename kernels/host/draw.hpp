@@ -77,15 +77,29 @@ static inline void draw_words_at(u32 purpose, u32 step, u64 seed, const u32 (&gr
 
 typedef u32 Lines[WIDE_ROW];
 
-// Standard normals of columns col0 .. col0 + 63 of a row, each of a slot of its own.
-static inline void draw_normals_at(const Draw& d, u32 row, i64 col0, const Lines& slots, float* z) {
+// Two normals of each of columns col0 .. col0 + 63 of a row by the fast generator, every column in a slot of its own.
+static inline void draw_pairs_at(const Draw& d, u32 row, i64 col0, const Lines& slots, float* a, float* b) {
   alignas(64) Lines words[4], group, line;
   for (int j = 0; j < WIDE_ROW; ++j) group[j] = ((u32)col0 + (u32)j) / 4, line[j] = row;
-  draw_words_at<10>(d.purpose, d.step, d.seed, group, line, slots, words);
+  draw_words_at<7>(d.purpose, d.step, d.seed, group, line, slots, words);
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
-    const Pair pair = normal_pair(j & 2 ? words[2][j] : words[0][j], j & 2 ? words[3][j] : words[1][j]);
-    z[j] = j & 1 ? pair.b : pair.a;
+    const u32 even = j & 2 ? words[2][j] : words[0][j], odd = j & 2 ? words[3][j] : words[1][j];
+    const Pair pair = normal_pair_fast(j & 1 ? odd : even);
+    a[j] = pair.a;
+    b[j] = pair.b;
+  }
+}
+
+// The same of one slot.
+static inline void draw_pairs(const Draw& d, u32 row, i64 col0, float* a, float* b) {
+  alignas(64) u32 word[WIDE_ROW];
+  draw_fast_words(d, row, col0, word);
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const Pair pair = normal_pair_fast(word[j]);
+    a[j] = pair.a;
+    b[j] = pair.b;
   }
 }
 

@@ -245,7 +245,7 @@ struct Row {
   }
 };
 
-// `after_pulses` for cell j of a row, see moved_cell.
+// `after_pulses` for cell j of a row; a struct made in a simd loop itself would keep it from vectorising.
 template <class L>
 GPUXBAR_FN float both_ways(const UpdateLaw& s, const Draws& z, int j, float x, float ups, float downs, float noise) {
   return after_pulses<L>(s, spreads(z, j), x, ups, downs, noise);
@@ -315,30 +315,55 @@ struct alignas(64) Events {
   }
 };
 
-// A row of devices of one plane after the events of a chunk of samples from b0 on; their pulses are added to `more`.
+// A row of devices of one plane both ways, [0] down and [1] up: all that stays the same from pulse to pulse.
+struct alignas(64) Pulsed {
+  float free[WIDE_ROW], low[WIDE_ROW], width[WIDE_ROW], inverse_width[WIDE_ROW];
+  float gain[2][WIDE_ROW], shape[2][WIDE_ROW];
+
+  Pulsed(const UpdateLaw& s, const Row& row) {
+    std::copy_n(row.free, WIDE_ROW, free);
+    for (int up = 0; up < 2; ++up)
+#pragma omp simd
+      for (int j = 0; j < WIDE_ROW; ++j) {
+        const Device device = device_of(s, spreads(row.draws, j), up != 0);
+        low[j] = device.low, width[j] = device.width, inverse_width[j] = device.inverse_width;
+        gain[up][j] = device.gain, shape[up][j] = device.shape;
+      }
+  }
+};
+
+// Cell j of a row, as `device_of` makes it; a struct made in a simd loop itself would keep it from vectorising.
+GPUXBAR_FN Device device_at(const Pulsed& row, int j, bool rising) {
+  const float gain = rising ? row.gain[1][j] : row.gain[0][j], shape = rising ? row.shape[1][j] : row.shape[0][j];
+  return Device{row.low[j], row.width[j], row.inverse_width[j], gain, shape};
+}
+
+// Devices of one plane after an event each; their pulses are added to `more`. What does not wait for the last event comes
+// first: its operations fill those of others.
 template <class L>
-void pulse_row(const Update& u, const Place& at, const Row& row, i64 b0, const Events& events, i32* more, float* x) {
-  const UpdateLaw s = u.law;
+void pulse_row(const UpdateLaw s, bool positive, const Pulsed& row, const u32* event, const float* z, i32* more,
+               float* x) {
   const float each = 1.0f / s.pulses;
-  const bool positive = at.plane == 0, noise = noisy(s);
-  const u32 side = positive ? 0u : 1u;
-  alignas(64) float z[WIDE_ROW] = {}, up[WIDE_ROW], d[WIDE_ROW];
-  alignas(64) Lines slots;
-  for (i64 turn = 0; turn < events.turns; ++turn) {
-    const u32* event = events.in_turn[turn];
+  alignas(64) float up[WIDE_ROW], d[WIDE_ROW];
+  alignas(64) float from[WIDE_ROW], by[WIDE_ROW], per_square[WIDE_ROW], fixed[WIDE_ROW];
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
-      const float n = row.free[j] * Events::pulses(event[j]);
-      const float raise = Events::raises(event[j]) ? n : 0.0f, lower = n - raise;
-      up[j] = pulses_up(s.sides, positive, raise, lower);
-      const float pulses = up[j] + pulses_down(s.sides, positive, raise, lower);
-      d[j] = pulses * each;
-      more[j] += (i32)pulses;
-      slots[j] = 2 * ((u32)b0 + Events::sample(event[j])) + side;
-    }
-    if (noise) draw_normals_at(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, at.row, at.col0, slots, z);
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const float n = row.free[j] * Events::pulses(event[j]);
+    const float raise = Events::raises(event[j]) ? n : 0.0f, lower = n - raise;
+    up[j] = pulses_up(s.sides, positive, raise, lower);
+    const float pulses = up[j] + pulses_down(s.sides, positive, raise, lower);
+    d[j] = pulses * each;
+    more[j] += (i32)pulses;
+  }
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) x[j] = moved_cell<L>(s, row.draws, j, x[j], d[j], up[j] > 0.0f, z[j]);
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const Effort effort = effort_of<L>(s, device_at(row, j, up[j] > 0.0f), d[j], up[j] > 0.0f);
+    from[j] = effort.reach.from, by[j] = effort.reach.by, per_square[j] = effort.per_square, fixed[j] = effort.fixed;
+  }
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const Effort effort{Reach{from[j], by[j]}, per_square[j], fixed[j]};
+    x[j] = moved<L>(s, device_at(row, j, up[j] > 0.0f), effort, x[j], d[j], up[j] > 0.0f, z[j], s.scatter);
   }
 }
 
@@ -431,15 +456,27 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
   static thread_local Events events;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const float* length = a.length + group * u.blocks() * SAMPLES;
+  const UpdateLaw s = u.law;
+  alignas(64) float z[2][WIDE_ROW] = {};
+  alignas(64) Lines slots;
   for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
     const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
     for (i64 i = 0; i < lines; ++i) {
       events.find<IMPLICIT>(a.inputs.of_line(group, i0 + i) + b0, a.errors.of_line(group, o0) + b0,
                             u.blocks() * SAMPLES, length + b0, samples, count);
-      for (u32 side = 0; events.turns && side < u.sides(); ++side) {
-        const Place at = u.place(side, group, i0 + i, o0);
-        const Row row(u, a.map, at, count, block.failures(side, i));
-        pulse_row<L>(u, at, row, b0, events, block.more[side][i], block.x[side][i]);
+      if (!events.turns) continue;
+      const auto devices = [&](u32 side) {
+        return Pulsed(s, Row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i)));
+      };
+      const Pulsed rows[2] = {devices(0), devices(1)};
+      for (i64 turn = 0; turn < events.turns; ++turn) {
+        const u32* event = events.in_turn[turn];
+        for (int j = 0; j < WIDE_ROW; ++j) slots[j] = (u32)b0 + Events::sample(event[j]);
+        if (noisy(s))
+          draw_pairs_at(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, (u32)(group * u.inputs + i0 + i), o0, slots, z[0],
+                        z[1]);
+        for (u32 side = 0; side < u.sides(); ++side)
+          pulse_row<L>(s, side == 0, rows[side], event, z[side], block.more[side][i], block.x[side][i]);
       }
     }
   }
@@ -457,19 +494,19 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
   else
     count_implied(u, a, group, i0, lines, o0, count, block.raise, block.all);
   const UpdateLaw s = u.law;
-  for (u32 side = 0; side < u.sides(); ++side)
-    for (i64 i = 0; i < lines; ++i) {
-      const Place at = u.place(side, group, i0 + i, o0);
-      const Row row(u, a.map, at, count, block.failures(side, i));
-      alignas(64) float z[WIDE_ROW] = {};
-      if (noisy(u.law)) draw_normals(Draw{PULSE_CYCLE, side, (u32)u.step, u.seed}, at.row, at.col0, z);
-      alignas(64) float ups[WIDE_ROW], downs[WIDE_ROW];
+  alignas(64) float z[2][WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW];
+  for (i64 i = 0; i < lines; ++i) {
+    if (noisy(s))
+      draw_pairs(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, (u32)(group * u.inputs + i0 + i), o0, z[0], z[1]);
+    for (u32 side = 0; side < u.sides(); ++side) {
+      const Row row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i));
       share_pulses(s.sides, side == 0, row.free, block.raise[i], block.all[i], ups, downs);
       float* x = block.x[side][i];
 #pragma omp simd
-      for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[j]);
+      for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[side][j]);
       for (int j = 0; j < WIDE_ROW; ++j) block.more[side][i][j] = (i32)(ups[j] + downs[j]);
     }
+  }
 }
 
 // Count the pulses of a row of devices, and leave those that fail by them where they fail.

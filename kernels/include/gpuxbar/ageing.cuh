@@ -40,7 +40,7 @@ struct Retention {
 // Conductance after that time, S: z is a standard normal, u uniform in (0, 1).
 GPUXBAR_FN float relaxed(const Retention& s, float g, float z, float u) {
   const float x = min(s.rate * exp(-s.spread * z), 80.0f);
-  const float to = fma(s.g_rest - g, x * decay_share(x), g);
+  const float to = fma(s.g_rest - g, gone(x), g);
   return u < s.stuck_low || u > 1.0f - s.stuck_high ? g : to;
 }
 

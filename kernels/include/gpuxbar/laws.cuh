@@ -2,7 +2,7 @@
 //
 // In shares of the device's own window every law is a flow: with v the share already gone in the direction of the
 // change (v = y upwards, v = 1 - y downwards), dv/dt = f(v), where f = 1 is the nominal step. A wanted change is the
-// time t the flow runs; `change(v, t)` is the distance covered, in closed form. So pulses of one direction add up
+// time t the flow runs; `change(v, reach(t))` is the distance covered, in closed form. So pulses of one direction add up
 // exactly: n pulses are one change of n times the time.
 //
 // Source: Agarwal et al., IJCNN 2016 (asymmetric, symmetric); Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021; Fusi and
@@ -35,17 +35,22 @@ struct Direction {
   const float* node;
 };
 
-// (1 - exp(-y)) / y, to float precision for small y too.
-GPUXBAR_FN float decay_share(float y) {
-  float p = fma(y, 1.9841270e-4f, -1.3888889e-3f);
-  p = fma(p, y, 8.3333333e-3f);
-  p = fma(p, y, -4.1666667e-2f);
-  p = fma(p, y, 0.16666667f);
-  p = fma(p, y, -0.5f);
-  p = fma(p, y, 1.0f);
-  const float large = (1.0f - exp(min(max(-y, -80.0f), 80.0f))) / y;
-  return abs(y) < 0.35f ? p : large;
+// 1 - exp(-y), to float precision for small y too: with exp(-y) = 2^-k exp(-r), |r| <= ln(2) / 2.
+GPUXBAR_FN float gone(float y) {
+  const float bounded = min(max(y, -80.0f), 80.0f), k = round_even(bounded * 1.442695041f);
+  const float r = fma(k, 2.12194440e-4f, fma(k, -0.693359375f, bounded));
+  float p = fma(r, 1.9841270e-4f, -1.3888889e-3f);
+  p = fma(p, r, 8.3333333e-3f);
+  p = fma(p, r, -4.1666667e-2f);
+  p = fma(p, r, 0.16666667f);
+  p = fma(p, r, -0.5f);
+  p = fma(p, r, 1.0f);
+  const float scale = bits_float((u32)(127 - (i32)k) << 23);
+  return fma(scale, r * p, 1.0f - scale);
 }
+
+// (1 - exp(-y)) / y
+GPUXBAR_FN float decay_share(float y) { return y == 0.0f ? 1.0f : gone(y) / y; }
 
 // -ln(1 - q) for q < 1, to float precision for small q too; beyond, as large as it gets.
 GPUXBAR_FN float minus_log_rest(float q) {
@@ -58,41 +63,53 @@ GPUXBAR_FN float minus_log_rest(float q) {
   return abs(q) < 0.3f ? s * p : large;
 }
 
-// Distance covered by dv/dt = start - pull v.
-GPUXBAR_FN float approach(float v, float t, float start, float pull) {
-  return fma(-pull, v, start) * t * decay_share(pull * t);
+// What a law makes of a time wherever the device is. Where f is linear in v, the distance covered is from - by v.
+struct Reach {
+  float from, by;
+};
+
+// Of dv/dt = start - pull v.
+GPUXBAR_FN Reach approach(float t, float start, float pull) {
+  return Reach{start * t * decay_share(pull * t), gone(pull * t)};
 }
+GPUXBAR_FN float covered(const Reach& reach, float v) { return fma(-reach.by, v, reach.from); }
 
 // f = 1 + slope - 2 slope v: the nominal step in mid-window. Slope 0 is a constant step.
 struct LinearStep {
   float slope;
   GPUXBAR_METHOD explicit LinearStep(const Direction& d) : slope(d.shape) {}
-  GPUXBAR_METHOD float change(float v, float t) const { return approach(v, t, 1.0f + slope, 2.0f * slope); }
+  GPUXBAR_METHOD Reach reach(float t) const { return approach(t, 1.0f + slope, 2.0f * slope); }
+  GPUXBAR_METHOD float change(float v, const Reach& reach) const { return covered(reach, v); }
 };
 
 // f = rate (1 - v)
 struct SoftBounds {
   float rate;
   GPUXBAR_METHOD explicit SoftBounds(const Direction& d) : rate(max(d.shape, 0.0f)) {}
-  GPUXBAR_METHOD float change(float v, float t) const { return approach(v, t, rate, rate); }
+  GPUXBAR_METHOD Reach reach(float t) const {
+    const float share = gone(rate * t);
+    return Reach{share, share};
+  }
+  GPUXBAR_METHOD float change(float v, const Reach& reach) const { return reach.by * (1.0f - v); }
 };
 
 // f = nu / (1 - exp(-nu)) - nu v, so that t = 1 just spans the window
 struct Agarwal {
   float nu;
   GPUXBAR_METHOD explicit Agarwal(const Direction& d) : nu(max(d.shape, 0.0f)) {}
-  GPUXBAR_METHOD float change(float v, float t) const { return approach(v, t, 1.0f / decay_share(nu), nu); }
+  GPUXBAR_METHOD Reach reach(float t) const { return approach(t, 1.0f / decay_share(nu), nu); }
+  GPUXBAR_METHOD float change(float v, const Reach& reach) const { return covered(reach, v); }
 };
 
 // u = sigmoid(alpha (2v - 1)) grows logistically, u' = 2 alpha u (1 - u); v = a u + b spans 0 .. 1 as t does
 struct AgarwalSymmetric {
   float alpha;
   GPUXBAR_METHOD explicit AgarwalSymmetric(const Direction& d) : alpha(max(d.shape, 1e-3f)) {}
-  GPUXBAR_METHOD float change(float v, float t) const {
+  GPUXBAR_METHOD Reach reach(float t) const { return Reach{0.0f, gone(2.0f * alpha * t)}; }
+  GPUXBAR_METHOD float change(float v, const Reach& reach) const {
     const float b = exp(-alpha), a = (1.0f + b) / (1.0f - b);  // v = a u - b / (1 - b)
-    const float u = (v + b / (1.0f - b)) / a, y = 2.0f * alpha * t;
-    const float gone = y * decay_share(y);  // 1 - exp(-y)
-    return a * u * (1.0f - u) * gone / fma(-gone, 1.0f - u, 1.0f);
+    const float u = (v + b / (1.0f - b)) / a;
+    return a * u * (1.0f - u) * reach.by / fma(-reach.by, 1.0f - u, 1.0f);
   }
 };
 
@@ -118,16 +135,18 @@ GPUXBAR_FN float rate_of_label(float label) {
 struct NeuroSim {
   float rate;
   GPUXBAR_METHOD explicit NeuroSim(const Direction& d) : rate(rate_of_label(d.shape)) {}
-  GPUXBAR_METHOD float change(float v, float t) const { return approach(v, t, 1.0f / decay_share(rate), rate); }
+  GPUXBAR_METHOD Reach reach(float t) const { return approach(t, 1.0f / decay_share(rate), rate); }
+  GPUXBAR_METHOD float change(float v, const Reach& reach) const { return covered(reach, v); }
 };
 
 // f = max(1 - amplitude exp(rate v), 0)
 struct ExponentialStep {
   float amplitude, rate;
   GPUXBAR_METHOD explicit ExponentialStep(const Direction& d) : amplitude(d.shape), rate(d.second) {}
-  GPUXBAR_METHOD float change(float v, float t) const {
-    const float f = max(fma(-amplitude, exp(min(rate * v, 80.0f)), 1.0f), 0.0f), y = rate * t;
-    return minus_log_rest(f * y * decay_share(y)) / rate;
+  GPUXBAR_METHOD Reach reach(float t) const { return Reach{0.0f, gone(rate * t)}; }
+  GPUXBAR_METHOD float change(float v, const Reach& reach) const {
+    const float f = max(fma(-amplitude, exp(min(rate * v, 80.0f)), 1.0f), 0.0f);
+    return minus_log_rest(f * reach.by) / rate;
   }
 };
 
@@ -135,13 +154,14 @@ struct ExponentialStep {
 struct PowerStep {
   float exponent;
   GPUXBAR_METHOD explicit PowerStep(const Direction& d) : exponent(max(d.shape, 0.0f)) {}
-  GPUXBAR_METHOD float change(float v, float t) const {
+  GPUXBAR_METHOD Reach reach(float t) const { return Reach{t, 0.0f}; }
+  GPUXBAR_METHOD float change(float v, const Reach& reach) const {
     const float rest = max(1.0f - v, 1e-6f);
     float d = 1.0f - exponent;  // rest^d falls by d t
     d = abs(d) < 1e-7f ? 1e-7f : d;
-    const float q = d * t * exp(min(-d * 0.6931471806f * log2_fast(rest), 80.0f));
+    const float q = d * reach.from * exp(min(-d * 0.6931471806f * log2_fast(rest), 80.0f));
     const float y = minus_log_rest(min(q, 1.0f)) / d;
-    return rest * y * decay_share(y);
+    return rest * gone(y);
   }
 };
 
@@ -150,9 +170,10 @@ struct PiecewiseStep {
   const float* node;
   float factor;
   GPUXBAR_METHOD explicit PiecewiseStep(const Direction& d) : node(d.node), factor(max(d.shape, 0.0f)) {}
-  GPUXBAR_METHOD float change(float v, float t) const {
+  GPUXBAR_METHOD Reach reach(float t) const { return Reach{t * factor, 0.0f}; }
+  GPUXBAR_METHOD float change(float v, const Reach& reach) const {
     constexpr float WIDTH = 1.0f / (NODES - 1);
-    float at = v, left = t * factor;
+    float at = v, left = reach.from;
 #pragma unroll
     for (int k = 0; k < NODES - 1; ++k) {
       const float end = (float)(k + 1) * WIDTH, pull = (node[k] - node[k + 1]) * (NODES - 1);
@@ -161,9 +182,9 @@ struct PiecewiseStep {
       const float q = pull * (end - at) / max(f, 1e-9f);
       const float rest = end - at, x = min(q, 1.0f);
       const float full = abs(x) < 1e-6f ? rest / max(f, 1e-9f) : minus_log_rest(x) / pull;
-      const float run = rest > 0.0f ? min(left, full) : 0.0f;
-      at += rest > 0.0f ? min(approach(0.0f, run, f, pull), rest) : 0.0f;
-      left -= run;
+      const float taken = rest > 0.0f ? min(left, full) : 0.0f;
+      at += rest > 0.0f ? min(approach(taken, f, pull).from, rest) : 0.0f;
+      left -= taken;
     }
     return at - v;
   }

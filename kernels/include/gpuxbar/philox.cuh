@@ -40,7 +40,8 @@ enum Purpose : u32 {
   // pulse trains
   PULSE_INPUT = 33,  // slots of wordlines; group: slot of the train, row: eight lines, slot: sample
   PULSE_ERROR = 34,  // slots of bitlines
-  PULSE_CYCLE = 35,  // noise of a sample's pulses; slot: 2 sample + plane
+  // noise of a sample's pulses, by the fast generator; slot: sample, columns 2 bitline and 2 bitline + 1: the two devices
+  PULSE_CYCLE = 35,
 };
 
 struct Counter {

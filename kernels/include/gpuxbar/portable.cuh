@@ -74,16 +74,18 @@ GPUXBAR_FN float bits_float(u32 u) {
   __builtin_memcpy(&x, &u, sizeof x);
   return x;
 }
-// Against a constant that is not negative, floats are in the order of their bits as integers, for which compilers have
-// one instruction: a comparison of floats and a choice are two or more.
+// Against a constant, floats are in the order of their bits as integers (signed, or unsigned and backwards where it is
+// negative), for which there is one instruction: a comparison of floats and a choice are two or more.
 GPUXBAR_FN float min(float a, float b) {
-  if (__builtin_constant_p(b) && b >= 0.0f)
-    return bits_float((u32)((i32)float_bits(a) < (i32)float_bits(b) ? (i32)float_bits(a) : (i32)float_bits(b)));
+  const u32 u = float_bits(a), v = float_bits(b), back = u > v ? u : v;
+  const i32 i = (i32)u, j = (i32)v, least = i < j ? i : j;
+  if (__builtin_constant_p(b)) return bits_float(b < 0.0f ? back : (u32)least);
   return a < b ? a : b;
 }
 GPUXBAR_FN float max(float a, float b) {
-  if (__builtin_constant_p(b) && b >= 0.0f)
-    return bits_float((u32)((i32)float_bits(a) > (i32)float_bits(b) ? (i32)float_bits(a) : (i32)float_bits(b)));
+  const u32 u = float_bits(a), v = float_bits(b), back = u < v ? u : v;
+  const i32 i = (i32)u, j = (i32)v, most = i > j ? i : j;
+  if (__builtin_constant_p(b)) return bits_float(b < 0.0f ? back : (u32)most);
   return a > b ? a : b;
 }
 GPUXBAR_FN u64 double_bits(double x) {

@@ -124,8 +124,8 @@ template <class L>
 GPUXBAR_FN float after_pulses(const UpdateLaw& s, const Spreads& z, float x, float ups, float downs, float noise) {
   const Device rising = device_of(s, z, true), falling = device_of(s, z, false);
   const float y = min(max((x - rising.low) * rising.inverse_width, 0.0f), 1.0f), each = 1.0f / s.pulses;
-  const Change up = change_of<L>(s, rising, y, ups * each, true);
-  const Change down = change_of<L>(s, falling, y, downs * each, false);
+  const Change up = change_of<L>(s, rising, effort_of<L>(s, rising, ups * each, true), y, true);
+  const Change down = change_of<L>(s, falling, effort_of<L>(s, falling, downs * each, false), y, false);
   const float from = fma(y, rising.width, rising.low) + (up.size - down.size);
   const float to = fma(sqrt_fast(up.variance + down.variance), noise, from);
   return ups + downs > 0.0f ? min(max(to, rising.low), rising.low + rising.width) : x;

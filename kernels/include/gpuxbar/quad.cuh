@@ -7,9 +7,9 @@
 namespace gpuxbar {
 
 // Two normals of each of four neighbouring cells by the fast generator, zeros where both deviations are 0.
-GPUXBAR_FN Normals8 draw_pairs(float deviations, u32 purpose, u32 group, u32 row, u32 plane, u64 seed) {
+GPUXBAR_FN Normals8 draw_pairs(float deviations, u32 purpose, u32 group, u32 row, u32 slot, u32 step, u64 seed) {
   if (deviations == 0.0f) return Normals8{};
-  return normals8_fast(counter(group, row, purpose, plane, 0), (u32)seed, (u32)(seed >> 32));
+  return normals8_fast(counter(group, row, purpose, slot, step), (u32)seed, (u32)(seed >> 32));
 }
 
 // What the devices keep for all time: their spreads, and 1 for those that move, 0 for stuck ones.
@@ -33,10 +33,11 @@ struct Quad {
   }
 
   GPUXBAR_FN void draw_spreads(const UpdateLaw& s, u32 group, u32 row, u32 plane, u64 seed) {
-    const Normals8 step = draw_pairs(s.step_spread + s.asymmetry_spread, UPDATE_SPREAD_STEP, group, row, plane, seed);
-    const Normals8 window = draw_pairs(s.low_spread + s.high_spread, UPDATE_SPREAD_WINDOW, group, row, plane, seed);
+    const Normals8 step =
+        draw_pairs(s.step_spread + s.asymmetry_spread, UPDATE_SPREAD_STEP, group, row, plane, 0, seed);
+    const Normals8 window = draw_pairs(s.low_spread + s.high_spread, UPDATE_SPREAD_WINDOW, group, row, plane, 0, seed);
     const Normals8 shape =
-        draw_pairs(abs(s.spread_up) + abs(s.spread_down), UPDATE_SPREAD_SHAPE, group, row, plane, seed);
+        draw_pairs(abs(s.spread_up) + abs(s.spread_down), UPDATE_SPREAD_SHAPE, group, row, plane, 0, seed);
 #pragma unroll
     for (int q = 0; q < 4; ++q)
       device[q] = Spreads{step.z[2 * q],       step.z[2 * q + 1], window.z[2 * q],

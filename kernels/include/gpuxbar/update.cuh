@@ -87,22 +87,37 @@ struct Change {
   float size, variance;
 };
 
-// What a wanted change of size d does to a device at share y of its window.
+// What a wanted change is to a device wherever it is in its window.
+struct Effort {
+  Reach reach;
+  float per_square, fixed;  // variance of the noise: per change squared, and whatever the change
+};
+
+GPUXBAR_FN Direction direction(const UpdateLaw& s, float shape, bool rising) {
+  return Direction{shape, rising ? s.second_up : s.second_down, rising ? s.node_up : s.node_down};
+}
+
 template <class L>
-GPUXBAR_FN Change change_of(const UpdateLaw& s, const Device& device, float y, float d, bool rising) {
-  const L law(Direction{device.shape, rising ? s.second_up : s.second_down, rising ? s.node_up : s.node_down});
+GPUXBAR_FN Effort effort_of(const UpdateLaw& s, const Device& device, float d, bool rising) {
   const float n = d * s.pulses;
-  const float size = device.width * law.change(rising ? y : 1.0f - y, d * device.gain * device.inverse_width);
-  const float per_size = fma(size, s.cycle2 + s.pulse_cycle2 / max(n, 1e-30f), s.gamma2);
-  return Change{size, fma(size, per_size, n * s.range_cycle2 * device.gain * device.gain)};
+  const Reach reach = L(direction(s, device.shape, rising)).reach(d * device.gain * device.inverse_width);
+  return Effort{reach, s.cycle2 + s.pulse_cycle2 / max(n, 1e-30f), n * s.range_cycle2 * device.gain * device.gain};
+}
+
+// The same for the device at share y of its window.
+template <class L>
+GPUXBAR_FN Change change_of(const UpdateLaw& s, const Device& device, const Effort& effort, float y, bool rising) {
+  const L law(direction(s, device.shape, rising));
+  const float size = device.width * law.change(rising ? y : 1.0f - y, effort.reach);
+  return Change{size, fma(size, fma(size, effort.per_square, s.gamma2), effort.fixed)};
 }
 
 // x after a change of size d; z is the update's normal, `scatter` the law's table where the kernel keeps it.
 template <class L>
-GPUXBAR_FN float moved(const UpdateLaw& s, const Device& device, float x, float d, bool rising, float z,
-                       const float (*scatter)[NODES * SCORES]) {
+GPUXBAR_FN float moved(const UpdateLaw& s, const Device& device, const Effort& effort, float x, float d, bool rising,
+                       float z, const float (*scatter)[NODES * SCORES]) {
   const float y = min(max((x - device.low) * device.inverse_width, 0.0f), 1.0f);
-  const Change change = change_of<L>(s, device, y, d, rising);
+  const Change change = change_of<L>(s, device, effort, y, rising);
   float noise;
   if constexpr (MEASURED<L>)
     noise = sqrt_fast(d * s.pulses) * device.gain / s.pulses * scattered(scatter[rising ? 0 : 1], y, z);
@@ -110,6 +125,12 @@ GPUXBAR_FN float moved(const UpdateLaw& s, const Device& device, float x, float 
     noise = sqrt_fast(change.variance) * z;
   const float to = noise + (fma(y, device.width, device.low) + (rising ? change.size : -change.size));
   return d > 0.0f ? min(max(to, device.low), device.low + device.width) : x;
+}
+
+template <class L>
+GPUXBAR_FN float moved(const UpdateLaw& s, const Device& device, float x, float d, bool rising, float z,
+                       const float (*scatter)[NODES * SCORES]) {
+  return moved<L>(s, device, effort_of<L>(s, device, d, rising), x, d, rising, z, scatter);
 }
 
 }  // namespace gpuxbar
