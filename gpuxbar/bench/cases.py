@@ -384,7 +384,7 @@ def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) ->
         driven = x.clone().requires_grad_()
         y = layer(driven)
         # pulse trains need no weight gradient; their update is checked by itself
-        found = torch.autograd.grad(y, (driven,) if layer.pulsed else (driven, layer.weight), grad)
+        found = torch.autograd.grad(y, (driven,) if layer.keeps_operands else (driven, layer.weight), grad)
         layer.streams.forget()
         return y.detach(), *found
 
