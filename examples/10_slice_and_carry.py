@@ -35,6 +35,12 @@ SPECS = {
         "mapping": {"slices": 2, "slice_bits": 4},
         "carry": {"scheme": "periodic", "interval": 4, "headroom_bits": 3},
     },
+    # the bits of inputs by the digits of errors: no change is ever formed, slices gather what every sample asks of them
+    "streamed, 4 x 2 bits": {
+        "update": LAW,
+        "mapping": {"slices": 4, "slice_bits": 2},
+        "carry": {"scheme": "streamed", "interval": 1, "headroom_bits": 3},
+    },
     # the same, moved by coincidences of pulse trains instead of by their mean
     "pair, pulses": {"update": LAW, "pulses": {"length": 31}},
     "periodic, pulses": {

@@ -82,7 +82,13 @@ def test_networks_are_trained_against_their_oracle(build):
 
 
 @pytest.mark.parametrize(
-    "build", [updates.expected_update, partial(updates.expected_update, sliced=True), updates.in_situ_step]
+    "build",
+    [
+        updates.expected_update,
+        partial(updates.expected_update, sliced=True),
+        updates.in_situ_step,
+        updates.streamed,
+    ],
 )
 def test_updates_agree_with_their_oracle(build, monkeypatch):
     case = Case("update", "small", 1.0, partial(cases.update, build, 5, 70, 37))

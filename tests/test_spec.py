@@ -153,7 +153,7 @@ def test_values_of_a_command_line(text, value):
         ),
         (
             {**SLICED, "carry": {"scheme": "streamed", "input_bits": 9}},
-            "CrossbarSpec: `carry.input_bits` must be an integer from 1 and up to 8, got 9; the default is 8",
+            "CrossbarSpec: `carry.input_bits` must be an integer from 1 to 8, got 9; the default is 8",
         ),
         (
             {

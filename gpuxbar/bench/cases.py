@@ -260,6 +260,13 @@ CASES = (
         partial(update, partial(updates.expected_update, sliced=True)),
     ),
     Case(
+        "update-streamed",
+        "1024 x 1024, batch 32, every spread and cycle noise: kernels, inputs of 8 bits into 4 slices of 2 bits, all of which "
+        "take digits",
+        None,
+        partial(update, updates.streamed),
+    ),
+    Case(
         "carry", "1024 x 1024, batch 256, 4 slices of 2 bits: carries with write noise, out of half of the lowest digits", None,
         partial(update, updates.carries),
     ),
