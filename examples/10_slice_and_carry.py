@@ -1,4 +1,4 @@
-"""Learn digits on non-linear, noisy devices: one pair a weight, or slices with carries, by changes or by pulse trains.
+"""Learn digits on non-linear, noisy devices: one pair a weight, or slices with carries, by changes, bit streams or pulse trains.
 
 Writes slice_and_carry.png.
 """
@@ -34,6 +34,12 @@ SPECS = {
         "update": LAW,
         "mapping": {"slices": 2, "slice_bits": 4},
         "carry": {"scheme": "periodic", "interval": 4, "headroom_bits": 3},
+    },
+    # nobody forms a change: bits of inputs meet digits of errors, and slices gather what each sample asks for
+    "streamed, 4 x 2 bits": {
+        "update": LAW,
+        "mapping": {"slices": 4, "slice_bits": 2},
+        "carry": {"scheme": "streamed", "interval": 16, "headroom_bits": 2},
     },
     # the same, moved by coincidences of pulse trains instead of by their mean
     "pair, pulses": {"update": LAW, "pulses": {"length": 31}},

@@ -7,6 +7,7 @@
 //         runs along its array. The result does not depend on the launch.
 // Random  normals and uniforms of (plane, wordline, bitline): see philox.cuh; `step` is read from memory where given.
 // Macros  LAW  the law (enum Law)    COUNTED  pulses are counted, and devices fail    SLICED  several pairs a weight
+//         DIGITS  of which changes are asked for, not of weights
 // Wrapper gpuxbar/ops/device_update.py      Oracle gpuxbar/reference/device_update.py
 #include "gpuxbar/endurance.cuh"
 #include "gpuxbar/quad.cuh"
@@ -22,6 +23,9 @@ namespace gpuxbar {
 #endif
 #ifndef SLICED
 #define SLICED 0
+#endif
+#ifndef DIGITS
+#define DIGITS 0
 #endif
 
 // Four cells of one wordline: shares of the window in, moved in place, and what they show with write noise. False if
@@ -68,10 +72,11 @@ extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
                   float* __restrict__ hidden,          // like g, what devices with write noise hold; else null
                   int* __restrict__ pulse_count,       // like g, below 0: failed after so many; null unless COUNTED
                   const u16* __restrict__ device_map,  // [K, 2 slices, G * I, O] normals of the devices; null: drawn
-                  const float* __restrict__ dw,        // [G, O, I]     wanted weight change, over `factor`
-                  float* __restrict__ w,               // [G, O, I]     weight read out
-                  const float* __restrict__ w_max,     // [G * O]       weight of a full pair
-                  const i64* __restrict__ step,        // [1], or null: step_value
+                  const float* __restrict__ dw,  // [G, O, I]     wanted weight change, over `factor`; null if DIGITS
+                  const float* __restrict__ digits,  // [slices, G, I, O] wanted units; null unless DIGITS
+                  float* __restrict__ w,             // [G, O, I]     weight read out
+                  const float* __restrict__ w_max,   // [G * O]       weight of a full pair
+                  const i64* __restrict__ step,      // [1], or null: step_value
                   UpdateLaw law, Endurance endurance, Slices slices, float factor, i64 step_value, u64 seed,
                   float g_min,
                   float range,  // g_max - g_min, S
@@ -85,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
     scatter = table;
   }
   const int group = blockIdx.z, i0 = blockIdx.y * 32, o0 = blockIdx.x * 32;
-  for (int o = threadIdx.x >> 5; o < 32 && o0 + o < outputs; o += 8) {
+  for (int o = threadIdx.x >> 5; !DIGITS && o < 32 && o0 + o < outputs; o += 8) {
     const int i = threadIdx.x & 31;
     if (i0 + i < inputs) block[i][o] = dw[((i64)group * outputs + o0 + o) * inputs + i0 + i];
   }
@@ -100,13 +105,15 @@ extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
     float top[4], change[4], weight[4] = {};
     for (int q = 0; q < 4; ++q) {
       top[q] = q < count ? w_max[(i64)group * outputs + o0 + quad + q] : 1.0f;
-      change[q] = q < count ? block[line][quad + q] * (factor / top[q]) : 0.0f;
+      change[q] = !DIGITS && q < count ? block[line][quad + q] * (factor / top[q]) : 0.0f;
     }
-    const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)hidden) & 15) == 0;
+    const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)hidden | (u64)digits) & 15) == 0;
     const i32 pairs = SLICED ? slices.count : 1;
     const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
     for (i32 k = 0; k < pairs; ++k) {
       const float share = SLICED ? inverse_range * slice_weight(slices, k) : inverse_range;
+      float asked[4];  // units
+      if (DIGITS) load(digits + ((i64)k * groups * inputs + row) * outputs + o0 + quad, asked, count, whole, 0.0f);
 #pragma unroll
       for (i32 side = 0; side < 2; ++side) {
         const u32 plane = (u32)(side * pairs + k);
@@ -119,7 +126,10 @@ extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
           if (!hidden) held[q] = cell[q];
           was[q] = x[q] = (held[q] - g_min) * inverse_range;
           shown[q] = (cell[q] - g_min) * inverse_range;
-          wanted[q] = device_share(law.sides, side == 0, SLICED ? slice_change(slices, change[q], k) : change[q]);
+          wanted[q] = device_share(law.sides, side == 0,
+                                   DIGITS   ? asked[q] / slices.window
+                                   : SLICED ? slice_change(slices, change[q], k)
+                                            : change[q]);
         }
         i32 taken[4] = {};
         if (COUNTED)

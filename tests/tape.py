@@ -20,7 +20,7 @@ aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive}  # fmt: skip
 COPIES = {aten.lift_fresh}  # torch.tensor(...)
 MODULES = (
-    "analog_mvm", "reprogram", "carry", "device_update", "pulse_update", "wires", "effective_conductance",
+    "analog_mvm", "reprogram", "carry", "device_update", "pulse_update", "streamed_update", "wires", "effective_conductance",
 )  # fmt: skip
 
 
@@ -70,6 +70,12 @@ class DeviceArray:
 
     def __rtruediv__(self, other):
         return self.computed(lambda: (other / self.values).astype(self.dtype))
+
+    def __abs__(self):
+        return self.computed(lambda: abs(self.values))
+
+    def max(self, axis):
+        return self.computed(lambda: self.values.max(axis))
 
     def min(self, axis):
         return self.computed(lambda: self.values.min(axis))

@@ -99,15 +99,21 @@ def test_networks_are_trained_against_their_oracle(build):
 
 
 @pytest.mark.parametrize(
-    "build", [updates.expected_update, partial(updates.expected_update, sliced=True), updates.in_situ_step]
+    ("build", "name"),
+    [
+        (updates.expected_update, "device_update"),
+        (partial(updates.expected_update, sliced=True), "device_update"),
+        (updates.in_situ_step, "device_update"),
+        (updates.streamed, "streamed_update"),
+    ],
 )
-def test_updates_agree_with_their_oracle(build, monkeypatch):
+def test_updates_agree_with_their_oracle(build, name, monkeypatch):
     case = Case("update", "small", 1.0, partial(cases.update, build, 5, 70, 37))
     row = measure(case, rounds=2)
     assert row["error"] < 3e-6
     assert set(row["ms"]) == {"ideal", "gpuxbar"}
-    right = ops.device_update
-    monkeypatch.setattr(ops, "device_update", lambda g, dw, **s: right(g, 2 * dw, **s))
+    right = getattr(ops, name)
+    monkeypatch.setattr(ops, name, lambda g, change, *more, **s: right(g, -change, *more, **s))
     with pytest.raises(OracleMismatch, match="cells are off by"):
         measure(case, rounds=1)
 

@@ -37,6 +37,10 @@ SETTINGS = {
         **BASE, "update": {"law": "soft_bounds", "cycle": 0.1}, "pulses": {}, "mapping": {"slices": 3, "slice_bits": 2},
         "carry": {"scheme": "periodic", "interval": 1},
     },
+    "streamed": {
+        **BASE, "update": {"law": "soft_bounds", "write_noise": 1e-7}, "mapping": {"slices": 3, "slice_bits": 2},
+        "carry": {"scheme": "streamed", "interval": 2},
+    },
 }  # fmt: skip
 FAST = {"fast_lr": 0.5, "lines": 7}  # so that lines come round within a few steps
 ALGORITHMS = {
@@ -60,7 +64,7 @@ class Run:
             more = {"lr": 10 * lr, "momentum": 0.9, **ALGORITHMS[kind]}
             self.optimizer = gx.optim.build_optimizer(kind, self.model, **more)
         elif "update" in SETTINGS[kind]:
-            momentum = 0.0 if "pulses" in SETTINGS[kind] else 0.9
+            momentum = 0.0 if kind == "streamed" or "pulses" in SETTINGS[kind] else 0.9
             self.optimizer = gx.optim.InSituSGD(self.model.parameters(), lr=lr, momentum=momentum)
         else:
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)

@@ -44,6 +44,7 @@ from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.relax import KERNEL as RELAX
+from gpuxbar.ops.streamed_update import KERNELS as STREAMED
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_plan import pipeline
 
@@ -63,6 +64,7 @@ KERNELS = {
         *CONDUCTANCE_GRADIENT,
         *ANCHOR,
         *PULSES,
+        *STREAMED,
         *CEILINGS,
     )
 }
@@ -84,7 +86,7 @@ VARIANTS = {
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
-    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7))],
+    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}],
     "fused_tile_mvm_sm90.cu": [
         *({"IMPLICIT": 1, "BLOCK_N": 128, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": 4}
           for terms, noise, converters, gate in [(1, 2, 0, 0), (2, 2, 1, 1)]),
@@ -99,6 +101,7 @@ VARIANTS = {
     ],
     "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}, {"INT8": 1, "TRANSPOSED": 1}],
     "pulse_trains.cu": [{"CONV": 0}, {"CONV": 1}],
+    "streamed_lines.cu": [{"CONV": 0}, {"CONV": 1}],
     "pulse_update.cu": [
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit, "COUNTED": counted}
         for law, aggregated, implicit, counted in
@@ -409,6 +412,9 @@ slices = dict(slices=3, slice_bits=2, g_min=0, g_max=1, hidden=np.zeros((6, 18, 
 digits = rng.uniform(size=(6, 18, 7)).astype(np.float32)
 ops.carry(digits, rule=Carry(), updates=64, programming=Programming(write_noise=0.01, stuck_at_g_min=0.1), pulse_count=np.zeros((6, 18, 7), np.int32), **slices)
 ops.device_update(digits, rng.normal(size=(1, 7, 18)).astype(np.float32), law=Agarwal(write_noise=0.01), w_max=ones, carry=Carry(), **slices)
+streamed = dict(rate=1.0, law=Agarwal(write_noise=0.01), w_max=ones, carry=Carry(scheme="streamed", input_bits=5), **slices)
+ops.streamed_update(digits, rng.normal(size=(3, 18)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32), **streamed)
+ops.streamed_update(digits, x, rng.normal(size=(3, 7, *conv.out)).astype(np.float32), conv=conv, **streamed)
 del slices["hidden"]
 for mode in ("exact", "aggregated"):
     ops.pulse_update(digits, rng.normal(size=(3, 18)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32), rate=0.1,

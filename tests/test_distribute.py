@@ -16,7 +16,11 @@ SPECS = {
     "digital": {},
     "in situ": {"update": {"law": "soft_bounds"}},
     "pulses": {"update": {"law": "soft_bounds"}, "pulses": {}},
-}
+    "streams": {
+        "update": {"law": "soft_bounds"}, "mapping": {"scheme": "differential", "slices": 3, "slice_bits": 2},
+        "carry": {"scheme": "streamed"},
+    },
+}  # fmt: skip
 READS = {
     "tile": {"rows": 8, "cols": 8},
     "mapping": {"scheme": "subtracted"},

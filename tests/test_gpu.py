@@ -367,6 +367,26 @@ def test_slices_are_pulsed_as_the_oracle_says(cuda_device, mode):
     np.testing.assert_allclose(from_gpu(read), weights, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("images", [False, True], ids=["matrix", "images"])
+def test_slices_are_streamed_as_the_oracle_says(cuda_device, images):
+    """Of whole codes and units in powers of two, which no backend can cut otherwise."""
+    s, rng = lie(3, 2, 3, scheme="streamed", input_bits=6), np.random.default_rng(1)
+    conv = ops.ConvGeometry(2, 7, 9, (3, 3), stride=(2, 1), padding=(1, 1)) if images else None
+    inputs = conv.inputs if conv else 37
+    shapes = ((3, 4, 7, 9), (3, 10, *conv.out)) if conv else ((40, 74), (40, 10))
+    x, d = (rng.integers(-63, 64, shape).astype(np.float32) for shape in shapes)
+    x[0].fill(63)
+    g, w_max = sliced_cells(6, 2 * inputs, 5), np.full(10, 63, np.float32)
+    law = Agarwal(nu=1, gamma=0.05)
+    more = {"rate": 2.0**-7, "groups": 2, "conv": conv, "law": law, **WINDOW, "seed": 7, "step": 3, **s}
+    oracle = {key: value for key, value in dumped(more).items() if key != "conv"}
+    expected, _, weights = reference.streamed_update(g, x, d, w_max=w_max, conv=conv, **oracle)
+    cells = to_gpu(g)
+    read = ops.streamed_update(cells, to_gpu(x), to_gpu(d), w_max=to_gpu(w_max), device=cuda_device, **more)
+    np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * RANGE)
+    np.testing.assert_allclose(from_gpu(read), weights, rtol=0, atol=1e-4 * 63)
+
+
 @pytest.mark.parametrize("op", ["device_update", "pulse_update"])
 def test_devices_wear_out_as_the_oracle_says(cuda_device, op):
     rng, g, count, w_max = wear_case(2, 37, 35)

@@ -147,6 +147,29 @@ def test_values_of_a_command_line(text, value):
             "out and cut no digits of it; choose it, or update without pulses",
         ),
         (
+            {**SLICED, "carry": {"scheme": "periodic", "input_bits": 4}},
+            "CrossbarSpec: `carry`: `input_bits` must be left out without scheme='streamed', got 4 for 'periodic'; only there inputs go bit by "
+            "bit",
+        ),
+        (
+            {**SLICED, "carry": {"scheme": "streamed", "input_bits": 9}},
+            "CrossbarSpec: `carry.input_bits` must be an integer from 1 to 8, got 9; the default is 8",
+        ),
+        (
+            {
+                **SLICED,
+                "carry": {"scheme": "streamed"},
+                "parasitics": {"r_wordline": 1.0, "gradient": "exact"},
+            },
+            "CrossbarSpec: `parasitics.gradient` must be straight_through with carry.scheme='streamed', got 'exact'; inputs "
+            "and errors are multiplied in the array and make no gradient: choose it, or carry.scheme='accumulate'",
+        ),
+        (
+            {**SLICED, "update": {"law": "constant_step"}, "carry": {"scheme": "streamed"}, "pulses": {}},
+            "CrossbarSpec: `carry.scheme` must be periodic with pulse trains, got 'streamed': coincidences count a product "
+            "out and cut no digits of it; choose it, or update without pulses",
+        ),
+        (
             {**SLICED, "carry": {"interval": 0}},
             "CrossbarSpec: `carry.interval` must be an integer from 1 and below 2147483648, got 0; the default is 64",
         ),

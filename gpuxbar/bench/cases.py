@@ -268,6 +268,13 @@ CASES = (
         partial(update, partial(updates.expected_update, sliced=True)),
     ),
     Case(
+        "update-streamed",
+        "1024 x 1024, batch 32, every spread and cycle noise: kernels, inputs of 8 bits into 4 slices of 2 bits, all of which "
+        "take digits",
+        None,
+        partial(update, updates.streamed),
+    ),
+    Case(
         "carry", "1024 x 1024, batch 256, 4 slices of 2 bits: carries with write noise, out of half of the lowest digits", None,
         partial(update, updates.carries),
     ),
@@ -397,7 +404,7 @@ def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) ->
         driven = x.clone().requires_grad_()
         y = layer(driven)
         # pulse trains need no weight gradient; their update is checked by itself
-        found = torch.autograd.grad(y, (driven,) if layer.pulsed else (driven, layer.weight), grad)
+        found = torch.autograd.grad(y, (driven,) if layer.keeps_operands else (driven, layer.weight), grad)
         layer.streams.forget()
         return y.detach(), *found
 

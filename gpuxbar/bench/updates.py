@@ -17,7 +17,16 @@ from gpuxbar.nn import AnalogLinear
 from gpuxbar.optim import InSituSGD
 from gpuxbar.spec import Carry, ConstantStep, CrossbarSpec, Programming, PulseTrain, SoftBounds, UpdateLaw
 
-__all__ = ["CONSTANT", "COUNTED_SOFT", "LAW", "carries", "expected_update", "in_situ_step", "pulse_update"]
+__all__ = [
+    "CONSTANT",
+    "COUNTED_SOFT",
+    "LAW",
+    "carries",
+    "expected_update",
+    "in_situ_step",
+    "pulse_update",
+    "streamed",
+]
 
 Run = dict[str, Callable[[], object]]
 
@@ -71,6 +80,44 @@ def expected_update(
 
     worked = g.copy()
     return {"ideal": lambda: d.T @ x, "gpuxbar": lambda: ours(worked)}, check
+
+
+def streamed(batch: int = 32, inputs: int = 1024, outputs: int = 1024) -> tuple[Run, Callable[[], float]]:
+    """`ops.streamed_update` of normal inputs, of 8 bits, and errors that ask for digits of all slices.
+
+    In outer products of the batch. The check is in shares of the window, where errors ask for whole numbers of 2^-12 units:
+    no digit of them lies on an edge.
+    """
+    rng = np.random.default_rng(0)
+    rule, full = Carry(scheme="streamed"), 2.0 ** (SLICES * SLICE_BITS) - 1
+    top = 2.0**rule.input_bits - 1
+    x = np.clip(rng.normal(0, top / 3, (batch, inputs)), -top, top).astype(np.float32)
+    x[0, 0] = top  # so that a code is 1, and an error what it asks for, in units
+    d = (np.rint(rng.uniform(-1, 1, (batch, outputs)) * 4096) / 4096).astype(np.float32)
+    g = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], (2 * SLICES, inputs, outputs)).astype(np.float32)
+    settings: dict[str, Any] = {
+        "rate": 1.0, "w_max": np.full(outputs, full, np.float32), **WINDOW, "slices": SLICES, "slice_bits": SLICE_BITS,
+        "seed": 1, "step": 3,
+    }  # fmt: skip
+
+    def check() -> float:
+        lines, samples = min(inputs, 64), min(batch, 8)
+        cells, part, error = (
+            np.ascontiguousarray(a) for a in (g[:, :lines], x[:samples, :lines], d[:samples])
+        )
+        expected, _, _ = reference.streamed_update(
+            cells, part, error, law=LAW.model_dump(), carry=rule.model_dump(), **settings
+        )
+        ops.streamed_update(cells, part, error, law=LAW, carry=rule, **settings)
+        return float(np.abs(cells - expected).max() / (WINDOW["g_max"] - WINDOW["g_min"]))
+
+    worked = g.copy()
+    tx, td = torch.from_numpy(x), torch.from_numpy(d)
+    run: Run = {
+        "ideal": lambda: td.T @ tx,
+        "gpuxbar": lambda: ops.streamed_update(worked, x, d, law=LAW, carry=rule, **settings),
+    }
+    return run, check
 
 
 def carries(batch: int = 256, inputs: int = 1024, outputs: int = 1024) -> tuple[Run, Callable[[], float]]:

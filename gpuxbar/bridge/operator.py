@@ -11,10 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["gradient", "operator", "slices_of", "spec_of"]
+__all__ = ["conv_of", "gradient", "operator", "slices_of", "spec_of"]
 
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
 
@@ -28,6 +30,23 @@ def slices_of(crossbar: CrossbarSpec) -> dict[str, Any]:
         return {}
     mapping = crossbar.mapping
     return {"slices": mapping.slices, "slice_bits": mapping.slice_bits, "carry": crossbar.carry}
+
+
+def conv_of(patch: list[int] | None, x: Tensor, groups: int, crossbar: CrossbarSpec) -> ConvGeometry | None:
+    """The convolution of images x by a kernel, stride, padding and dilation, two numbers each."""
+    if patch is None:
+        return None
+    kernel, stride, padding, dilation = ((patch[i], patch[i + 1]) for i in range(0, 8, 2))
+    return ConvGeometry(
+        x.shape[1] // groups,
+        x.shape[2],
+        x.shape[3],
+        kernel,
+        stride,
+        padding,
+        dilation,
+        crossbar.mapping.line_order,
+    )
 
 
 def operator(

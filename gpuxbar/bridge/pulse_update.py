@@ -6,8 +6,7 @@ from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator, slices_of, spec_of
-from gpuxbar.ops import ConvGeometry
+from gpuxbar.bridge.operator import conv_of, operator, slices_of, spec_of
 
 __all__ = ["pulse_update"]
 
@@ -51,12 +50,7 @@ def pulse_update(
     assert crossbar.update is not None
     assert crossbar.pulses is not None
     window, stuck = crossbar.device, crossbar.programming
-    conv = None
-    if patch is not None:
-        kernel, stride, padding, dilation = ((patch[i], patch[i + 1]) for i in range(0, 8, 2))
-        conv = ConvGeometry(
-            x.shape[1] // groups, x.shape[2], x.shape[3], kernel, stride, padding, dilation, crossbar.mapping.line_order
-        )  # fmt: skip
+    conv = conv_of(patch, x, groups, crossbar)
     with on_device(g, "pulses") as device:
         weights = ops.pulse_update(
             array(g), array(x), array(d), rate=rate, train=crossbar.pulses, law=crossbar.update, w_max=array(w_max),

@@ -15,6 +15,7 @@ from gpuxbar.bridge.lines import by_line, of_lines, unfold_lines
 from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
 from gpuxbar.bridge.reprogram import program_pairs
+from gpuxbar.bridge.streamed_update import streamed_update
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.programmed import Programmed
@@ -71,9 +72,9 @@ class InSitu(Programmed):
         return of_lines(lines, self.weight.shape, self.plan.line_order)
 
     @property
-    def pulsed(self) -> bool:
-        """Trained in situ by pulse trains: a backward pass keeps inputs and errors, and makes no weight gradient."""
-        return self.in_situ and self.spec.pulses is not None
+    def keeps_operands(self) -> bool:
+        """Trained in situ by products in the array: a backward pass keeps inputs and errors, and makes no weight gradient."""
+        return self.in_situ and self.spec.updates_in_array
 
     def require_law(self) -> None:
         """Refuse to train in situ without an update law."""
@@ -196,10 +197,10 @@ class InSitu(Programmed):
         self.carry_step += 1
 
     @torch.no_grad()
-    def update_pulses(self, rate: float) -> None:
-        """Pulse the cells for the inputs and errors since the last update; the weight becomes what they read.
+    def update_in_array(self, rate: float) -> None:
+        """Move the cells by products of the inputs and errors since the last update; the weight becomes what they read.
 
-        Before that, slices carry where it is time (see `spec.Carry`).
+        By pulse trains (`spec.pulses`) or bit streams (`spec.carry.scheme`). Before that, slices carry where it is time (see `spec.Carry`).
         """
         self.require_unprogrammed("weight")
         assert self.g_cells is not None
@@ -217,20 +218,14 @@ class InSitu(Programmed):
         )
         way = self.plan
         patch = [*self.weight.shape[2:], *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None
-        read = pulse_update(
-            self.g_cells,
-            x,
-            d,
-            self.w_max,
-            self.update_step,
-            rate,
-            self.groups_,
-            self.static[1],
-            way.seed,
-            self.pulse_count,
-            self.device_map,
+        settings = (
+            x, d, self.w_max, self.update_step, rate, self.groups_, self.static[1], way.seed, self.pulse_count, self.device_map,
             patch,
-        )
+        )  # fmt: skip
+        if self.spec.pulses is not None:
+            read = pulse_update(self.g_cells, *settings)
+        else:
+            read = streamed_update(self.g_cells, self.g_held, *settings)
         self._show(self.of_lines(read))
 
     @torch.no_grad()

@@ -281,15 +281,15 @@ class AnalogLayer(InSitu):
         self.require_calibrated()
         x, lsb = self._dac_lsb(x.float().contiguous())
         bias = None if self.bias is None else self.bias.float()
-        watched = self.pulsed and self.weight.requires_grad and torch.is_grad_enabled()
+        watched = self.keeps_operands and self.weight.requires_grad and torch.is_grad_enabled()
         if (
             watched
             and self.streams.group is None
             and DistributedDataParallel._get_active_ddp_module() is not None
         ):
             raise ValueError(
-                f"{self.name}: pulse trains must be shared by all ranks of DistributedDataParallel, got a model that it wraps "
-                "itself; wrap it by gpuxbar.distribute(model)"
+                f"{self.name}: pulse trains and bit streams must be shared by all ranks of DistributedDataParallel, got a model "
+                "that it wraps itself; wrap it by gpuxbar.distribute(model)"
             )
         y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias, cells)
         y = self.streams.watch(y, self.weight, x) if watched else y

@@ -1,4 +1,4 @@
-"""What a layer pulsed in situ keeps of a step: inputs and errors, instead of a weight gradient."""
+"""What a layer updated by products in its array keeps of a step: inputs and errors, instead of a weight gradient."""
 
 from __future__ import annotations
 

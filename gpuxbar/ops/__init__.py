@@ -14,6 +14,7 @@ from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
 from gpuxbar.ops.relax import relax
 from gpuxbar.ops.solve_for_inputs import solve_for_inputs, solve_for_inputs_gradient
+from gpuxbar.ops.streamed_update import streamed_update
 from gpuxbar.ops.tile_mvm import tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
@@ -39,5 +40,6 @@ __all__ = [
     "solve_for_inputs",
     "solve_for_inputs_gradient",
     "spread_names",
+    "streamed_update",
     "tile_mvm",
 ]

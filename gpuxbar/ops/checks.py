@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from gpuxbar.launch import is_cupy
+from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["check_array", "check_numbers", "check_window", "require_finite", "scalar_array"]
+__all__ = ["check_array", "check_lines", "check_numbers", "check_window", "require_finite", "scalar_array"]
 
 
 def check_array(
@@ -61,6 +62,35 @@ def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, ze
         if not good.all():
             got = f"{values[~good].flat[0]:g} {unit}".rstrip()
             raise ValueError(f"{op}: `{name}` must be {rule}, got {got}; {way_out}")
+
+
+def check_lines(
+    op: str, g: Any, x: Any, d: Any, w_max: Any, groups: int, conv: ConvGeometry | None, slices: int
+) -> tuple[int, int, int]:
+    """Refuse inputs and errors that are not those of arrays g, [2 slices, G * I, O]; returns samples, I and O."""
+    axes = 2 if conv is None else 4
+    for name, array, rank in (("x", x, axes), ("d", d, axes), ("w_max", w_max, 1)):
+        check_array(op, name, array, "float32", rank)
+    batch, rows = (len(x), x.shape[1]) if conv is None else (len(x) * conv.pixels, groups * conv.inputs)
+    cols = d.shape[1]
+    if groups < 1 or rows % groups or cols % groups:
+        raise ValueError(
+            f"{op}: `groups` must divide the inputs and the outputs, got {groups} for {rows} inputs and {cols} outputs; "
+            "give the layer's groups"
+        )
+    images = conv and (len(x), groups * conv.channels, conv.height, conv.width)
+    for name, array, shape in (
+        ("g", g, (2 * slices, rows, cols // groups)),
+        ("x", x, images or (batch, rows)),
+        ("d", d, (batch, cols) if conv is None else (len(x), cols, *conv.out)),
+        ("w_max", w_max, (cols,)),
+    ):
+        if tuple(array.shape) != shape:
+            raise ValueError(
+                f"{op}: `{name}` must have shape {shape} for x {tuple(x.shape)} in {groups} groups, "
+                f"got {tuple(array.shape)}; check the axes"
+            )
+    return batch, rows // groups, cols // groups
 
 
 def check_window(op: str, g_min: float, g_max: float) -> None:

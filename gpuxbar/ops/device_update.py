@@ -40,6 +40,7 @@ def device_update(
     *,
     factor: float = 1.0,
     out: Any = None,
+    digits: Any = None,
     law: UpdateLaw,
     w_max: Any,
     g_min: float,
@@ -70,9 +71,11 @@ def device_update(
     Args:
         g: Conductances of the positive devices, least significant slice first, then of the negative ones, float32
             [2 slices, G * I, O], S; updated in place.
-        dw: Wanted weight changes over `factor`, float32 [G, O, I]; finite.
+        dw: Wanted weight changes over `factor`, float32 [G, O, I]; finite. None with `digits`.
+        digits: Wanted changes of the digits of sliced weights, in place of those of `dw`: float32 [slices, G, I, O], units of
+            each digit; finite. None: those of `dw`.
         factor: What `dw` is multiplied by, such as minus a learning rate; finite.
-        out: Where the weights go, like `dw`; None: a new array.
+        out: Where the weights go, float32 [G, O, I]; None: a new array.
         law: An update law of the spec.
         w_max: Weight of a full pair (of slices: whose digits are all 2**slice_bits - 1), float32 [G * O], above 0.
         g_min, g_max: Conductance window, S.
@@ -95,14 +98,13 @@ def device_update(
 
     Raises:
         TypeError: An array has another dtype.
-        ValueError: Shapes disagree, an array is not contiguous, `factor` is not finite, or `dw` holds NaN or infinity (checked on the CPU; on a GPU
-            no value is read back, and such a change moves its cells to a bound); `g` and `out` are unchanged.
+        ValueError: Shapes disagree, an array is not contiguous, `factor` is not finite, or a change holds NaN or infinity (checked
+            on the CPU; on a GPU no value is read back, and such a change moves its cells to a bound); `g` and `out` are unchanged.
 
     Source:
         Each law's own; see `spec.laws`.
     """
     check_array(OP, "g", g, "float32", 3)
-    check_array(OP, "dw", dw, "float32", 3)
     check_array(OP, "w_max", w_max, "float32", 1)
     for name, array in (("hidden", hidden), ("out", out)):
         if array is not None:
@@ -110,8 +112,8 @@ def device_update(
     if not math.isfinite(factor):
         raise ValueError(f"{OP}: `factor` must be finite, got {factor:g}; lower the rate")
     check_slices(OP, slices, slice_bits, carry)
-    groups, outputs, inputs = dw.shape
-    for name, array, shape in (
+    name, change, (groups, outputs, inputs) = _change(dw, digits, slices)
+    for other, array, shape in (
         ("g", g, (2 * slices, groups * inputs, outputs)),
         ("w_max", w_max, (groups * outputs,)),
         ("hidden", hidden, (2 * slices, groups * inputs, outputs)),
@@ -119,7 +121,8 @@ def device_update(
     ):
         if array is not None and tuple(array.shape) != shape:
             raise ValueError(
-                f"{OP}: `{name}` must have shape {shape} for dw {tuple(dw.shape)}, got {tuple(array.shape)}; check the axes"
+                f"{OP}: `{other}` must have shape {shape} for {name} {tuple(change.shape)}, got {tuple(array.shape)}; check "
+                "the axes"
             )
     if (hidden is None) != (law.write_noise == 0):
         raise ValueError(
@@ -135,19 +138,19 @@ def device_update(
     where = "cuda" if device is not None else backend(g)
     if where == "cuda":
         return _cuda(
-            device or cuda_device(), g, hidden, pulse_count, device_map, dw, factor, out, law, Wear.of(endurance),
-            Slices.of(slices, slice_bits, carry), w_max, step, seed, window,
+            device or cuda_device(), g, hidden, pulse_count, device_map, dw, digits, factor, out, (groups, outputs, inputs), law,
+            Wear.of(endurance), Slices.of(slices, slice_bits, carry), w_max, step, seed, window,
         )  # fmt: skip
     step = int(np.asarray(step).reshape(-1)[0])
     if where == "reference":
-        require_finite(OP, "dw", int((~np.isfinite(dw)).sum()), "lower the rate")
+        require_finite(OP, name, int((~np.isfinite(change)).sum()), "lower the rate")
         sliced: dict[str, Any] = {
             "slices": slices,
             "slice_bits": slice_bits,
             "carry": None if carry is None else carry.model_dump(),
         }
         shown, held, _ = reference.device_update(
-            g, dw, factor=factor, law=law.model_dump(), w_max=w_max, hidden=hidden,
+            g, dw, digits=digits, factor=factor, law=law.model_dump(), w_max=w_max, hidden=hidden,
             endurance=None if endurance is None else endurance.model_dump(), pulse_count=pulse_count,
             device_map=by_name(device_map, law), seed=seed, step=step, **sliced, **window,
         )  # fmt: skip
@@ -156,23 +159,38 @@ def device_update(
             hidden[...] = held
         # of the cells as they are kept, in float32
         read = reference.read_out(g, w_max=w_max, groups=groups, g_min=g_min, g_max=g_max, **sliced)
-        weights = np.empty(dw.shape, np.float32) if out is None else out
+        weights = np.empty((groups, outputs, inputs), np.float32) if out is None else out
         weights[...] = read
         return weights
-    weights = np.empty(dw.shape, np.float32) if out is None else out
+    weights = np.empty((groups, outputs, inputs), np.float32) if out is None else out
     bad = np.zeros(1, np.int64)
-    if dw.size:
+    if weights.size:
         update = Update(
             law=parameters(law, g_min, g_max), endurance=Wear.of(endurance),
             slices=Slices.of(slices, slice_bits, carry), groups=groups, inputs=inputs, outputs=outputs, step=step, seed=seed,
             g_min=g_min, range=g_max - g_min, stuck_low=stuck_at_g_min, stuck_high=stuck_at_g_max, factor=factor,
         )  # fmt: skip
         host_call(
-            library(), "gpuxbar_device_update", g, hidden, pulse_count, device_map, dw, weights, w_max,
+            library(), "gpuxbar_device_update", g, hidden, pulse_count, device_map, dw, digits, weights, w_max,
             np.frombuffer(bytes(update), np.uint8), bad,
         )  # fmt: skip
-    require_finite(OP, "dw", int(bad[0]), "lower the rate")
+    require_finite(OP, name, int(bad[0]), "lower the rate")
     return weights
+
+
+def _change(dw: Any, digits: Any, slices: int) -> tuple[str, Any, tuple[int, int, int]]:
+    """Name and array of what is wanted, and the shape of the weights, [G, O, I]."""
+    if digits is None:
+        check_array(OP, "dw", dw, "float32", 3)
+        return "dw", dw, dw.shape
+    check_array(OP, "digits", digits, "float32", 4)
+    if dw is not None or slices == 1 or len(digits) != slices:
+        raise ValueError(
+            f"{OP}: `digits` must be those of slices, in place of dw, got {len(digits)} for {slices} "
+            f"slice{'s' if slices > 1 else ''} {'with' if dw is not None else 'without'} dw; pass one of dw and digits"
+        )
+    _, groups, inputs, outputs = digits.shape
+    return "digits", digits, (groups, outputs, inputs)
 
 
 class Update(ctypes.Structure):
@@ -186,21 +204,22 @@ class Update(ctypes.Structure):
 
 
 def _cuda(
-    device: Device, g: Any, hidden: Any, pulse_count: Any, device_map: Any, dw: Any, factor: float, out: Any, law: UpdateLaw, endurance: Wear,
-    slices: Slices, w_max: Any, step: Any, seed: int, window: dict[str, Any],
+    device: Device, g: Any, hidden: Any, pulse_count: Any, device_map: Any, dw: Any, digits: Any, factor: float, out: Any,
+    shape: tuple[int, int, int], law: UpdateLaw, endurance: Wear, slices: Slices, w_max: Any, step: Any, seed: int,
+    window: dict[str, Any],
 ) -> Any:  # fmt: skip
-    groups, outputs, inputs = dw.shape
-    weights = device.empty(dw.shape, "float32") if out is None else out
+    groups, outputs, inputs = shape
+    weights = device.empty(shape, "float32") if out is None else out
     by_value = isinstance(step, int)
     settings = parameters(law, window["g_min"], window["g_max"])
     device.launch(
         KERNEL, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
         {"g": g, "hidden": hidden, "pulse_count": pulse_count, "device_map": device_map, "endurance": endurance, "slices": slices,
-         "dw": dw, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
+         "dw": dw, "digits": digits, "w": weights, "w_max": w_max, "step": None if by_value else step.reshape(-1),
          "law": settings, "factor": factor, "step_value": step if by_value else 0, "seed": seed, "g_min": window["g_min"],
          "range": window["g_max"] - window["g_min"], "stuck_low": window["stuck_at_g_min"],
          "stuck_high": window["stuck_at_g_max"], "groups": groups, "inputs": inputs, "outputs": outputs},
-        {"LAW": settings.law, "COUNTED": int(pulse_count is not None), "SLICED": int(slices.count > 1)},
+        {"LAW": settings.law, "COUNTED": int(pulse_count is not None), "SLICED": int(slices.count > 1), "DIGITS": int(digits is not None)},
     )  # fmt: skip
     return weights
 
@@ -208,7 +227,8 @@ def _cuda(
 KERNEL = Kernel(
     "device_update.cu",
     g=InOut("float32", "S R O"), hidden=InOut("float32", "S R O", optional=True),
-    pulse_count=InOut("int32", "S R O", optional=True), device_map=In("float16", "K S R O", optional=True), dw=In("float32", "G O I"), w=Out("float32", "G O I"), w_max=In("float32", "C"),
+    pulse_count=InOut("int32", "S R O", optional=True), device_map=In("float16", "K S R O", optional=True), dw=In("float32", "G O I", optional=True),
+    digits=In("float32", "D G I O", optional=True), w=Out("float32", "G O I"), w_max=In("float32", "C"),
     step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), factor=Scalar("float32"), step_value=Scalar("int64"),
     seed=Scalar("uint64"), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
     stuck_high=Scalar("float32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),

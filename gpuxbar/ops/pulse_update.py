@@ -21,7 +21,7 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_array, check_numbers, check_window, require_finite
+from gpuxbar.ops.checks import check_array, check_lines, check_numbers, check_window, require_finite
 from gpuxbar.ops.device_map import by_name, check_map
 from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.images import Conv
@@ -112,33 +112,9 @@ def pulse_update(
     check_train(OP, train, law, carry)
     assert law.nominal_pulses is not None
     check_array(OP, "g", g, "float32", 3)
-    axes = 2 if conv is None else 4
-    for name, array, rank in (("x", x, axes), ("d", d, axes), ("w_max", w_max, 1)):
-        check_array(OP, name, array, "float32", rank)
     check_numbers(OP, "rate", rate, "", "give the learning rate")
     check_slices(OP, slices, slice_bits, carry)
-    batch, rows, cols = _lines(x, d, groups, conv)
-    if groups < 1 or rows % groups or cols % groups:
-        raise ValueError(
-            f"{OP}: `groups` must divide the inputs and the outputs, got {groups} for {rows} inputs and {cols} outputs; "
-            "give the layer's groups"
-        )
-    inputs, outputs = rows // groups, cols // groups
-    for name, array, shape in (
-        ("g", g, (2 * slices, rows, outputs)),
-        (
-            "x",
-            x,
-            (batch, rows) if conv is None else (len(x), groups * conv.channels, conv.height, conv.width),
-        ),
-        ("d", d, (batch, cols) if conv is None else (len(x), cols, *conv.out)),
-        ("w_max", w_max, (cols,)),
-    ):
-        if tuple(array.shape) != shape:
-            raise ValueError(
-                f"{OP}: `{name}` must have shape {shape} for x {tuple(x.shape)} in {groups} groups, "
-                f"got {tuple(array.shape)}; check the axes"
-            )
+    batch, inputs, outputs = check_lines(OP, g, x, d, w_max, groups, conv, slices)
     if batch > SAMPLES:
         raise ValueError(
             f"{OP}: `x` must hold at most {SAMPLES} samples, got {batch}; split the batch into several steps"
@@ -209,13 +185,6 @@ def pulse_update(
     for name, count in zip("xd", bad.tolist(), strict=True):
         require_finite(OP, name, count, "bad data")
     return weights
-
-
-def _lines(x: Any, d: Any, groups: int, conv: ConvGeometry | None) -> tuple[int, int, int]:
-    """Samples, inputs and outputs of all groups."""
-    if conv is None:
-        return len(x), x.shape[1], d.shape[1]
-    return len(x) * conv.pixels, groups * conv.inputs, d.shape[1]
 
 
 def _padded(lines: int, train: PulseTrain) -> int:

@@ -71,6 +71,11 @@ class InSituOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: `spec.pulses` must be None, got a pulse train for {layer.name}; pulse trains are "
                 "InSituSGD's"
             )
+        if layer.spec.updates_in_array:
+            raise ValueError(
+                f"{type(self).__name__}: `spec.carry.scheme` must be accumulate or periodic, got 'streamed' for {layer.name}; "
+                "bit streams are InSituSGD's"
+            )
 
     def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module | None:
         """What is kept for a layer beside its cells."""
@@ -90,7 +95,7 @@ class InSituOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 layer = layer_of(parameter)
-                if layer is not None and (layer.pulsed or parameter.grad is not None):
+                if layer is not None and (layer.keeps_operands or parameter.grad is not None):
                     assert isinstance(layer, AnalogLayer)
                     self._write(layer, parameter, group)
                 elif parameter.grad is not None:

@@ -26,8 +26,8 @@ class InSituSGD(InSituOptimizer):
     pairs of other conductances, so "calibrated" ADC ranges must be calibrated afterwards. Currents grow with the weights from
     then on; calibrate from time to time, each epoch, say.
 
-    A layer whose spec has `pulses` is pulsed for the inputs and errors of its backward passes since the last step; its
-    weight gets no gradient. `zero_grad` of this optimiser forgets them. A `GradScaler` may scale the loss; its `unscale_`,
+    A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in its array of the inputs and
+    errors of its backward passes since the last step; its weight gets no gradient. `zero_grad` of this optimiser forgets them. A `GradScaler` may scale the loss; its `unscale_`,
     which reaches gradients alone, is refused.
 
     Args:
@@ -51,31 +51,36 @@ class InSituSGD(InSituOptimizer):
 
     def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
         layer.require_law()
-        if layer.spec.pulses is not None and group["momentum"]:
+        if layer.spec.updates_in_array and group["momentum"]:
+            by, without = (
+                ("pulse trains", "set pulses=None")
+                if layer.spec.pulses is not None
+                else ("bit streams", "set carry.scheme='accumulate'")
+            )
             raise ValueError(
-                f"InSituSGD: `momentum` must be 0 for layers with pulse trains, got {group['momentum']} for {layer.name}; "
-                "leave it out, or set pulses=None"
+                f"InSituSGD: `momentum` must be 0 for layers with {by}, got {group['momentum']} for {layer.name}; "
+                f"leave it out, or {without}"
             )
 
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
-        if layer.pulsed:
-            layer.update_pulses(group["lr"] / getattr(self, "grad_scale", 1.0))
+        if layer.keeps_operands:
+            layer.update_in_array(group["lr"] / getattr(self, "grad_scale", 1.0))
         else:
             layer.update_cells(self._velocity(weight, group["momentum"]), -group["lr"])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `step` itself undoes what a `GradScaler` did."""
-        return any(layer.pulsed for layer in self._layers())
+        return any(layer.keeps_operands for layer in self._layers())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient or was pulsed; returns the loss of `closure`, if given."""
+        """Update every parameter that has a gradient, or whose layer kept inputs and errors; returns the loss of `closure`, if given."""
         if hasattr(self, "found_inf"):
             if self.grad_scale is None:
                 raise ValueError(
-                    "InSituSGD: `scaler.unscale_` must not be called with pulse trains, whose errors it does not reach; leave "
-                    "it out, `scaler.step` unscales"
+                    "InSituSGD: `scaler.unscale_` must not be called with pulse trains or bit streams, whose errors it does not "
+                    "reach; leave it out, `scaler.step` unscales"
                 )
             if self.found_inf:
                 self._forget_streams()

@@ -12,6 +12,7 @@ from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.relax import relax
+from gpuxbar.reference.streamed_update import streamed_digits, streamed_update
 from gpuxbar.reference.tile_mvm import ConvGeometry, fold, tile_mvm, unfold
 from gpuxbar.reference.wire_currents import (
     effective_conductance_gradient,
@@ -45,6 +46,8 @@ __all__ = [
     "reprogram",
     "solve_for_inputs",
     "solve_for_inputs_gradient",
+    "streamed_digits",
+    "streamed_update",
     "symmetry_point",
     "tile_mvm",
     "unfold",

@@ -90,6 +90,14 @@ def deviation(law: dict[str, Any], size: np.ndarray, wanted: np.ndarray, gain: n
     return size * law["cycle"] / np.sqrt(np.maximum(pulses, 1e-30))
 
 
+def digits_of(units: np.ndarray, slices: int, base: int) -> np.ndarray:
+    """Signed digits, [slices, ...], of numbers up to a full one in size; the lowest has what is below a unit, too."""
+    whole, part = np.divmod(np.minimum(np.abs(units), base**slices - 1), 1)
+    digits = np.stack([whole.astype(np.int64) // base**k % base for k in range(slices)]).astype(float)
+    digits[0] += part
+    return np.asarray(digits * np.sign(units))
+
+
 def sliced(
     share: np.ndarray, slices: int, slice_bits: int | None, carry: dict[str, Any] | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -102,17 +110,15 @@ def sliced(
     if carry["scheme"] == "periodic":
         digits = np.concatenate([units[None], np.zeros((slices - 1, *share.shape))])
     else:
-        whole, part = np.divmod(np.minimum(np.abs(units), full), 1)
-        digits = np.stack([whole.astype(np.int64) // base**k % base for k in range(slices)]).astype(float)
-        digits[0] += part
-        digits *= np.sign(units)
+        digits = digits_of(units, slices, base)
     return digits / window, float(base) ** np.arange(slices) * window / full
 
 
 def device_update(
     g: np.ndarray,
-    dw: np.ndarray,
+    dw: np.ndarray | None,
     *,
+    digits: np.ndarray | None = None,
     factor: float = 1.0,
     law: dict[str, Any],
     w_max: np.ndarray,
@@ -132,20 +138,25 @@ def device_update(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(conductances shown and held, [2 slices, G * I, O] each, weights read out [G, O, I]); `law` and `carry` are dumped specs.
 
-    Wanted are factor * dw. `pulse_count`, [2 slices, G * I, O], is updated in place where given. `device_map`: normals of the devices in place of drawn
+    Wanted are factor * dw, or in their place `digits`, [slices, G, I, O], changes of digits in units. `pulse_count`,
+    [2 slices, G * I, O], is updated in place where given. `device_map`: normals of the devices in place of drawn
     ones, like g each, 0 where none are given: "step", "asymmetry", "low", "high" ends of the window, the law's own parameter
     "up" and "down".
     """
-    groups, n_out, n_in = dw.shape
     span = g_max - g_min
-    per_output = np.asarray(w_max, np.float64).reshape(groups, n_out, 1)
-    share = (
-        (factor * np.asarray(dw, np.float64) / per_output).transpose(0, 2, 1).reshape(groups * n_in, n_out)
-    )
+    if digits is not None and carry is not None and slice_bits is not None:
+        _, groups, n_in, n_out = digits.shape
+        window_units = 2 ** (slice_bits + carry["headroom_bits"]) - 1
+        asked = np.asarray(digits, np.float64).reshape(slices, groups * n_in, n_out) / window_units
+    else:
+        assert dw is not None
+        groups, n_out, n_in = dw.shape
+        per_output = np.asarray(w_max, np.float64).reshape(groups, n_out, 1)
+        change = factor * np.asarray(dw, np.float64) / per_output
+        asked, _ = sliced(change.transpose(0, 2, 1).reshape(groups * n_in, n_out), slices, slice_bits, carry)
     rows = np.arange(groups * n_in)
     held = np.array(g if hidden is None else hidden, np.float64)
     shown = np.array(g, np.float64)
-    asked, _ = sliced(share, slices, slice_bits, carry)
     for plane, own in enumerate((*asked, *-asked)):
         wanted = np.clip(
             {"both": own / 2, "reference": own * (plane < slices), "one_sided": np.maximum(own, 0.0)}[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gpuxbar.spec.part import Part
 
@@ -22,6 +22,11 @@ class Carry(Part):
     `scheme`: "accumulate": a wanted change is cut into signed digits, and every slice takes its own through its devices'
     law; what is below a unit goes to the lowest slice, whose devices are analog. "periodic": the lowest slice takes all
     of it, as far as its window goes, and the others only change by carries; so with pulse trains, which know no digits.
+    "streamed": nobody forms the wanted change. For every sample, the bits of the inputs' codes drive wordlines one after
+    the other, and bitlines are driven with the digits of what each bit asks for (see `ops.streamed_update`): slices gather
+    sums of digits, where "accumulate" gives them the digits of the sum, so they outgrow their base and saturate sooner, and
+    more of them are written. Layers keep inputs and errors of their backward passes and make no weight gradient. A change that
+    is given whole, as to `device_update`, is cut as by "accumulate".
 
     A carry moves excess up, from the lowest slice to the highest: of a digit of b or more in size, whole multiples of b
     leave, and the next slice gains as many units. Digits keep what they have beyond whole units, so a carry changes no
@@ -31,7 +36,8 @@ class Carry(Part):
     devices of them; with one-sided devices those too of which both have gained a unit. A pair with a stuck or failed device
     neither gives nor takes.
 
-    `interval`: updates between carries, which come just before the next update. "accumulate" carries through
+    `input_bits`: bits of the magnitude of an input's code, with "streamed"; a sign comes with it.
+    `interval`: updates between carries, which come just before the next update. "accumulate" and "streamed" carry through
     all slices at once; with "periodic", slice k gives up its excess every interval * b**k updates, as often as the slice
     below can have filled it.
 
@@ -40,12 +46,23 @@ class Carry(Part):
 
     Source: Ankit et al., "PANTHER", IEEE Transactions on Computers 2020 (accumulate, headroom, carry resolution step); Agarwal
     et al., "Achieving ideal accuracies in analog neuromorphic computing using periodic carry", VLSI Technology 2017 (periodic).
+    The bits, signs and digits of "streamed" are this library's formulation of outer products in slices, PANTHER's idea.
     CrossSim V2 reads exactly, too, but moves all of a digit beyond a threshold, where here whole units of the next one move.
     """
 
-    scheme: Literal["accumulate", "periodic"] = "accumulate"
+    scheme: Literal["accumulate", "periodic", "streamed"] = "accumulate"
+    input_bits: int = Field(8, ge=1, le=8)
     interval: int = Field(64, ge=1, lt=2**31)
     headroom_bits: int = Field(2, ge=1, le=8)
+
+    @model_validator(mode="after")
+    def _streamed(self) -> Carry:
+        if self.scheme != "streamed" and self.input_bits != 8:
+            raise ValueError(
+                f"Carry: `input_bits` must be left out without scheme='streamed', got {self.input_bits} for {self.scheme!r}; "
+                "only there inputs go bit by bit"
+            )
+        return self
 
     def window(self, slice_bits: int) -> int:
         """Units over the window of a device."""

@@ -445,10 +445,15 @@ class CrossbarSpec(Part):
                 f"CrossbarSpec: `device.levels` must be 2**slice_bits = {2**self.mapping.slice_bits} for "
                 f"sliced weights, got {self.device.levels}; leave it None"
             )
-        if self.pulses is not None and self.parasitics.exact_gradient:
+        if self.updates_in_array and self.parasitics.exact_gradient:
+            by, without = (
+                ("pulses", "pulses=None")
+                if self.pulses is not None
+                else ("carry.scheme='streamed'", "carry.scheme='accumulate'")
+            )
             raise ValueError(
-                "CrossbarSpec: `parasitics.gradient` must be straight_through with pulses, got 'exact'; pulse trains multiply "
-                "inputs and errors in the array and make no gradient: choose it, or pulses=None"
+                f"CrossbarSpec: `parasitics.gradient` must be straight_through with {by}, got 'exact'; inputs and errors are "
+                f"multiplied in the array and make no gradient: choose it, or {without}"
             )
         if self.endurance.pulses is not None and (self.update is None or self.update.nominal_pulses is None):
             got = "None" if self.update is None else repr(self.update.law)
@@ -522,6 +527,11 @@ class CrossbarSpec(Part):
     def headroom_bits(self) -> int:
         """Bits by which a device's window exceeds a digit; see `Carry`."""
         return 0 if self.carry is None else self.carry.headroom_bits
+
+    @property
+    def updates_in_array(self) -> bool:
+        """Whether updates multiply inputs and errors in the array, by pulse trains or bit streams, and need no gradient."""
+        return self.pulses is not None or (self.carry is not None and self.carry.scheme == "streamed")
 
     @property
     def backward_dac(self) -> DAC:

@@ -80,7 +80,8 @@ def txsim_in_situ(tile: int = 64, nu: float = 0.1, gamma: float = 0.05) -> Cross
     and gamma up to 5.
     Chosen here: gamma read in percent (5 is 0.05), since the unit is not certain; one continuous pair of
     devices a weight; exact converters. The sliced weights of PANTHER, on which the paper builds, are
-    `with_overrides({"mapping": {"slices": 16, "slice_bits": 2}, "carry": {"scheme": "accumulate"}})`.
+    `with_overrides({"mapping": {"slices": 16, "slice_bits": 2}, "carry": {"scheme": "streamed"}})`, or with the scheme
+    "accumulate", which cuts the digits of a change that is formed before: see `Carry`.
     Whether nu = 1 fails, as the paper has it, depends on what a write adds up: such a pair decays with every write,
     by nu / 2 of |dw| w / w_max, so it fails when every few samples are written, and learns when minibatches and
     momentum cancel opposite changes before.

@@ -33,7 +33,8 @@ class PulseTrain(Part):
 
     A sliced weight takes pulses on its lowest slice, and the others change by carries of scheme "periodic". A pulse there is a
     small step (see `ops.pulse_update`), and a sample makes at most `length` of them. The scheme "accumulate" is refused: it
-    needs the digits of a product, and coincidences count the product out without making any.
+    needs the digits of a product, and coincidences count the product out without making any. Its scheme "streamed", which
+    drives lines with bits and digits instead, goes without pulse trains.
     Source: Gokmen and Vlasov, Frontiers in Neuroscience 2016; Rasch et al., aihwkit, AICAS 2021.
     """
 

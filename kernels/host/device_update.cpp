@@ -30,13 +30,14 @@ struct Update {
 };
 
 struct Arrays {
-  float* g;            // [2 slices, G * I, O] S
-  float* hidden;       // like g: what devices hold where they show it with write noise; else null
-  i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
-  DeviceMap map;       // planes like g
-  const float* dw;     // [G, O, I]
-  float* w;            // [G, O, I]
-  const float* w_max;  // [G * O]
+  float* g;             // [2 slices, G * I, O] S
+  float* hidden;        // like g: what devices hold where they show it with write noise; else null
+  i32* pulse_count;     // like g: pulses taken, below 0 by failed devices; null where none fail
+  DeviceMap map;        // planes like g
+  const float* dw;      // [G, O, I], or null: `digits`
+  const float* digits;  // [slices, G * I, O], wanted units of every slice, or null
+  float* w;             // [G, O, I]
+  const float* w_max;   // [G * O]
 };
 
 using Block = float[LINES][WIDE_ROW];
@@ -136,6 +137,12 @@ void load_shares(const float* cells, float g_min, float inverse_range, i64 count
   each_cell(count, [=](i64 j) { x[j] = before[j] = (cells[j] - g_min) * inverse_range; });
 }
 
+// What pairs are asked for, in shares of their window, 0 behind the last one.
+void load_digits(const float* units, float window, i64 count, float* asked) {
+  std::fill(asked + count, asked + WIDE_ROW, 0.0f);
+  each_cell(count, [=](i64 j) { asked[j] = units[j] / window; });
+}
+
 // Ask for the cells of a row ahead of their use: rows of a block lie too far apart to be foreseen.
 template <class T>
 void fetch(T* cells) {
@@ -179,7 +186,7 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
   const i64 output = group * u.outputs + o0, corner = output * u.inputs + i0;
   const float* top = a.w_max + output;
   for (i64 j = 0; j < count; ++j) inverse[j] = u.factor / top[j];
-  transpose(a.dw + corner, u.inputs, count, lines, change[0], WIDE_ROW);
+  if (a.dw) transpose(a.dw + corner, u.inputs, count, lines, change[0], WIDE_ROW);
   const float inverse_range = 1.0f / u.range;
   for (i64 i = 0; i < lines; ++i) {
     std::fill(change[i] + count, change[i] + WIDE_ROW, 0.0f);
@@ -201,7 +208,9 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
         rows[side].at = Place{plane, (u32)row, o0};
         rows[side].first = ((i64)plane * u.groups * u.inputs + row) * u.outputs + o0;
       }
-      if (u.slices.count == 1)
+      if (a.digits)
+        load_digits(a.digits + ((k * u.groups * u.inputs) + row) * u.outputs + o0, u.slices.window, count, digit);
+      else if (u.slices.count == 1)
         std::copy(change[i], change[i] + WIDE_ROW, digit);
       else
 #pragma omp simd
@@ -221,11 +230,12 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
 }  // namespace
 
 extern "C" void gpuxbar_device_update(float* g, float* hidden, i32* pulse_count, const u16* device_map, const float* dw,
-                                      float* w, const float* w_max, const Update* update, i64* bad) {
+                                      const float* digits, float* w, const float* w_max, const Update* update,
+                                      i64* bad) {
   const Update u = *update;
   const i64 size = u.groups * u.inputs * u.outputs;
-  const Arrays a{g, hidden, pulse_count, DeviceMap{device_map, 2 * u.slices.count * size}, dw, w, w_max};
-  *bad = count_not_finite(dw, size);
+  const Arrays a{g, hidden, pulse_count, DeviceMap{device_map, 2 * u.slices.count * size}, dw, digits, w, w_max};
+  *bad = dw ? count_not_finite(dw, size) : count_not_finite(digits, u.slices.count * size);
   if (*bad) return;
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
   with_law(u.law.law, [&](auto law) {

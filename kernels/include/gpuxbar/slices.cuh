@@ -21,15 +21,20 @@ GPUXBAR_FN float power_of_two(i32 n) { return bits_float((u32)(n + 127) << 23); 
 // Share of a full weight of the whole window of slice k.
 GPUXBAR_FN float slice_weight(const Slices& s, i32 k) { return power_of_two(k * s.bits) * (s.window / s.full); }
 
-// What the pair of slice k is asked for, in shares of its window, when the weight is to change by `change` of a full one.
+// What slice k takes of a change of `units` of the weight, at most a full one, in units of the slice.
 // Powers of two scale exactly and numbers of 24 bits have exact floors, so the digits add up to the change.
-GPUXBAR_FN float slice_change(const Slices& s, float change, i32 k) {
-  const float units = change * s.full, size = min(abs(units), s.full), unit = power_of_two(-k * s.bits);
+GPUXBAR_FN float slice_units(const Slices& s, float units, i32 k) {
+  const float size = min(abs(units), s.full), unit = power_of_two(-k * s.bits);
   const float from = k == 0 ? size : floor(size * unit);
   const float above = power_of_two(s.bits) * floor(size * (unit * power_of_two(-s.bits)));
   const float digit = k + 1 < s.count ? from - above : from;
   const float asked = s.lowest ? (k == 0 ? abs(units) : 0.0f) : digit;
-  return (units < 0.0f ? -asked : asked) / s.window;
+  return units < 0.0f ? -asked : asked;
+}
+
+// What the pair of slice k is asked for, in shares of its window, when the weight is to change by `change` of a full one.
+GPUXBAR_FN float slice_change(const Slices& s, float change, i32 k) {
+  return slice_units(s, change * s.full, k) / s.window;
 }
 
 // Slices that give up their excess after so many updates: none, or the lowest ones.
