@@ -233,6 +233,29 @@ def test_few_vectors_are_read_as_many_are(mode, groups, transposed):
             np.testing.assert_array_equal(found, of_whole[part])
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [(1, 3), (5, 6), (4, 40), (3, 70)], ids=["dot", "small", "lines", "wide"])
+def test_same_bits_for_any_chunk_of_images(size, transposed):
+    conv = ConvGeometry(3, *size, (3, 3), padding=(1, 1))
+    rng = np.random.default_rng(4)
+    g = rng.uniform(-G_MAX, G_MAX, (conv.inputs, 5)).astype(np.float32)
+    codes = rng.integers(-127, 128, (11, 5 if transposed else 3, *size)).astype(np.int16)
+    s = {
+        "adc_bits": 8,
+        "adc_lsb": 1e-7,
+        "read_noise": 1e-7,
+        "v_lsb": 1e-3,
+        "seed": SEED,
+        "conv": conv,
+        "transposed": transposed,
+    }
+    whole = ops.tile_mvm(codes, g, **s)
+    parts = [ops.tile_mvm(codes[i : i + 3], g, row_offset=i * conv.pixels, **s) for i in range(0, 11, 3)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    expected = reference.tile_mvm(codes, g[None], tile=conv.inputs, **s)
+    assert_matches(whole, expected, 1e-7, weight=3, share=2e-2)
+
+
 def test_steps_seeds_and_directions_draw_apart():
     v, g = np.zeros((4, 8), np.float32), np.zeros((8, 8), np.float32)
     draw = lambda **s: ops.tile_mvm(v, g, read_noise=1.0, **s)  # noqa: E731

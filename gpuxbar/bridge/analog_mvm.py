@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import gradient, operator
-from gpuxbar.bridge.outer_product import weight_gradient
+from gpuxbar.bridge.outer_product import conv_weight_gradient, weight_gradient
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
@@ -303,10 +302,10 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
         packed = ctx.packing[0] is not None
         grad_x = analog_mvm_transposed_packed(*read, *ctx.packing) if packed else analog_mvm_transposed(*read)
     if ctx.needs_input_grad[1]:
-        x = v.to(gated.dtype, copy=True).mul_(dac_lsb.reshape(-1, *[1] * (v.dim() - 1)))
         if ctx.image:
-            grad_w = conv2d_weight(x, weight.shape, gated, way.stride, way.padding, way.dilation, way.groups)
+            grad_w = conv_weight_gradient(gated, v, dac_lsb, weight.shape, way)
         else:
+            x = v.to(gated.dtype, copy=True).mul_(dac_lsb.reshape(-1, 1))
             grad_w = weight_gradient(gated, x)
         grad_w = grad_w.to(weight.dtype)
     return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 12

@@ -1,14 +1,18 @@
-"""The gradient of a matrix of weights as a PyTorch operator."""
+"""Gradients of weights as PyTorch operators."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, tensor
 from gpuxbar.bridge.operator import operator
+from gpuxbar.mapping import ReadPlan
+from gpuxbar.ops import ConvGeometry
 
-__all__ = ["outer_product", "weight_gradient"]
+__all__ = ["conv_outer_product", "conv_weight_gradient", "outer_product", "weight_gradient"]
 
 WORTH_PACKING = 1 << 22  # products; fewer are done sooner by PyTorch, which needs no operator
 
@@ -25,3 +29,32 @@ def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
         return d.t() @ x
     found: Tensor = outer_product(d, x)
     return found
+
+
+@operator(lambda d, x, scale, shape, *geometry: d.new_empty(shape))
+def conv_outer_product(
+    d: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """Gradient of a convolution's weights of a shape, on the CPU: see `ops.conv_outer_product`."""
+    conv = ConvGeometry(
+        shape[1], x.shape[2], x.shape[3], (shape[2], shape[3]), (stride[0], stride[1]), (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
+    )  # fmt: skip
+    return tensor(
+        ops.conv_outer_product(array(d), array(x), array(scale), conv, groups=x.shape[1] // shape[1])
+    )
+
+
+def conv_weight_gradient(d: Tensor, x: Tensor, scale: Tensor, shape: torch.Size, way: ReadPlan) -> Tensor:
+    """Gradient of weights of a shape, of which images x in units of `scale`, [1] or [N], made others, for gradients d."""
+    if d.device.type == "cpu":
+        found: Tensor = conv_outer_product(d, x, scale, shape, way.stride, way.padding, way.dilation)
+        return found
+    x = x.to(d.dtype, copy=True).mul_(scale.reshape(-1, 1, 1, 1))
+    return conv2d_weight(x, shape, d, way.stride, way.padding, way.dilation, way.groups)

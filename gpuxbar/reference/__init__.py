@@ -7,7 +7,7 @@ from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
 from gpuxbar.reference.laws import symmetry_point
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
-from gpuxbar.reference.outer_product import outer_product
+from gpuxbar.reference.outer_product import conv_outer_product, outer_product
 from gpuxbar.reference.program import fingerprint, program, reprogram
 from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
@@ -25,6 +25,7 @@ __all__ = [
     "ConvGeometry",
     "Purpose",
     "carry",
+    "conv_outer_product",
     "dac_quantize",
     "device_update",
     "drawn_devices",

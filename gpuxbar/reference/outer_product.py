@@ -1,12 +1,28 @@
-"""The gradient of a matrix of weights, in NumPy float64: the oracle of `ops.outer_product`."""
+"""Gradients of weights, in NumPy float64: the oracles of `ops.outer_product` and `ops.conv_outer_product`."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-__all__ = ["outer_product"]
+from gpuxbar.reference.tile_mvm import ConvGeometry, unfold
+
+__all__ = ["conv_outer_product", "outer_product"]
 
 
 def outer_product(d: np.ndarray, x: np.ndarray) -> np.ndarray:
     """sum_b d[b, o] x[b, i]"""
     return d.astype(np.float64).T @ x.astype(np.float64)
+
+
+def conv_outer_product(
+    d: np.ndarray, x: np.ndarray, scale: np.ndarray, conv: ConvGeometry, groups: int
+) -> np.ndarray:
+    """sum_{n, pixel} d[n, o, pixel] patch[n, pixel, k], the lines k of a patch in the order of a weight"""
+    patches = unfold(
+        x * scale.astype(np.float64)[:, None, None, None], replace(conv, line_order="channel_position")
+    )
+    by_group = patches.reshape(len(patches), groups, -1)
+    errors = d.astype(np.float64).transpose(0, 2, 3, 1).reshape(len(patches), groups, -1)
+    return np.einsum("bgo,bgi->goi", errors, by_group).reshape(d.shape[1], conv.channels, *conv.kernel)

@@ -8,22 +8,14 @@
 
 namespace gpuxbar {
 
-constexpr int ROWS = 48;  // driven vectors of a block
+constexpr int ROWS = 64;  // driven vectors of a block; whole lines of most images
 constexpr int COLS = 16;  // bitlines of a panel; a multiple of the columns of a counter
 #if defined(__AVX512F__)
-constexpr int MICRO = 8;  // columns of the register tile
+constexpr int MICRO = 8, DEEP = 2;  // columns and vectors of the register tile
 #else
-constexpr int MICRO = 4;
+constexpr int MICRO = 4, DEEP = 3;
 #endif
-constexpr int DEEP = 3;  // vectors of the register tile
-static_assert(ROWS % (DEEP * LANES) == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
-
-// The first `count` lanes; 0 in the others.
-inline Vec first_lanes(Vec v, i32 count) {
-  VecIndex lane;
-  for (int k = 0; k < LANES; ++k) lane[k] = k;
-  return (Vec)((VecIndex)v & (lane < count));
-}
+static_assert(ROWS % LANES == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
 
 // A plane of a block: [COLS][ROWS].
 struct alignas(64) Plane {
@@ -41,9 +33,9 @@ inline void multiply_block(i64 rows, i64 begin, i64 end, i64 length, const float
   for (i64 i = 0; i < rows; i += DEEP * LANES)
     for (i64 j = begin / MICRO * MICRO; j < end; j += MICRO) {
       float* to = c.at + j * ROWS + i;
-      if (rows - i > 2 * LANES)
-        multiply<3>(length, a + i, b + j, to);
-      else if (rows - i > LANES)
+      if (rows - i > (DEEP - 1) * LANES)
+        multiply<DEEP>(length, a + i, b + j, to);
+      else if (DEEP > 2 && rows - i > LANES)
         multiply<2>(length, a + i, b + j, to);
       else
         multiply<1>(length, a + i, b + j, to);

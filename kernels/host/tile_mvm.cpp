@@ -11,6 +11,7 @@
 
 #include "few_rows.hpp"
 #include "gpuxbar/converter.cuh"
+#include "fold.hpp"
 #include "images.hpp"
 #include "lanes.hpp"
 #include "read.hpp"
@@ -150,53 +151,9 @@ void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const C
     }
 }
 
-// The images of a unit of work that patches fold back into: [images][channels][height][width], with their padding.
-struct Folded {
-  const Conv& c;
-  i64 height, width;
-  std::vector<float> at;
-  Folded(const Conv& c, i64 images)
-      : c(c),
-        height(c.height + 2 * c.pad_h),
-        width(c.width + 2 * c.pad_w),
-        at(images * c.channels * height * width + LANES) {}
-
-  // Adds column k of a block.
-  void add(i64 first_image, i64 k, const std::vector<Run>& runs, const float* sum) {
-    const i64 channel = k / c.channel_step % c.channels;
-    const i64 position = k / c.position_step % (c.kernel_h * c.kernel_w);
-    const i64 ky = position / c.kernel_w, kx = position % c.kernel_w;
-    for (const Run& run : runs) {
-      const i64 y =
-          ((run.image - first_image) * c.channels + channel) * height + run.y * c.stride_h + ky * c.dilation_h;
-      float* to = at.data() + y * width + run.x * c.stride_w + kx * c.dilation_w;
-      const float* from = sum + run.first;
-      i64 i = 0;
-      if (c.stride_w == 1) {
-        for (; i + LANES <= run.count; i += LANES) *(Vec*)(to + i) += *(const Vec*)(from + i);
-        if (i < run.count) *(Vec*)(to + i) += first_lanes(*(const Vec*)(from + i), (i32)(run.count - i));
-      } else {
-        for (; i < run.count; ++i) to[i * c.stride_w] += from[i];
-      }
-    }
-  }
-
-  // Adds the images, without their padding, to those of y, and forgets them.
-  void store(const TileMvm& p, i64 group, i64 first_image, i64 images) {
-    for (i64 plane = 0; plane < images * c.channels; ++plane) {
-      const i64 image = first_image + plane / c.channels, channel = group * c.channels + plane % c.channels;
-      float* __restrict__ to = p.y + (image * p.groups * c.channels + channel) * c.height * c.width;
-      const float* __restrict__ from = at.data() + (plane * height + c.pad_h) * width + c.pad_w;
-      for (i64 y = 0; y < c.height; ++y, to += c.width, from += width)
-        for (i64 x = 0; x < c.width; ++x) to[x] += from[x];
-    }
-    std::fill(at.begin(), at.end(), 0.0f);
-  }
-};
-
 // Adds a block's sums to y in its layout: rows of a matrix, images, or folded images.
 void store(const TileMvm& p, const Shape& s, i64 group, const Panel& panel, const Driven& d,
-           const std::vector<Run>& runs, bool first, float share, Folded* folded, i64 first_image, Block& w) {
+           const std::vector<Run>& runs, bool first, float share, Folded* folded, Block& w) {
   const i64 sensed = p.groups * s.sense;
   for (i64 j = panel.begin; j < panel.end; ++j) {
     const i64 column = panel.column + j;
@@ -209,7 +166,7 @@ void store(const TileMvm& p, const Shape& s, i64 group, const Panel& panel, cons
       if (first)
         for (i64 i = 0; i < ROWS; ++i) sum[i] += bias;
     } else if (folded) {
-      folded->add(first_image, panel.local + j, runs, sum);
+      folded->place(j, sum);
     } else {
       const i64 pixels = p.conv->out_h * p.conv->out_w;
       for (i64 i = 0; i < d.rows;) {
@@ -223,6 +180,7 @@ void store(const TileMvm& p, const Shape& s, i64 group, const Panel& panel, cons
       }
     }
   }
+  if (folded) folded->add(panel.local, panel.begin, panel.end);
   if (p.conv) return;
   for (i64 i = 0; i < d.rows; ++i) {
     const i64 at = (d.row0 + i) * sensed + panel.column;
@@ -245,7 +203,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   // a unit of work is whole images where results fold, so that no two threads meet in one
   const i64 pixels = p.conv ? p.conv->out_h * p.conv->out_w : 1;
   const bool folds = p.conv && p.transposed;
-  const i64 unit_rows = folds ? std::max<i64>(1, (ROWS + pixels - 1) / pixels) * pixels : ROWS;
+  const i64 unit_rows = folds ? std::max<i64>(1, ROWS / pixels) * pixels : ROWS;
   const i64 units = (p.batch + unit_rows - 1) / unit_rows;
   if (folds) {
     const Conv& c = *p.conv;
@@ -294,9 +252,10 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
             const i64 unit = task / parts, part = task % parts;
             const i64 q0 = panel0 + (end - panel0) * part / parts, q1 = panel0 + (end - panel0) * (part + 1) / parts;
             const i64 unit_end = std::min(p.batch, (unit + 1) * unit_rows);
-            for (i64 row0 = unit * unit_rows; row0 < unit_end; row0 += ROWS) {
-              const i64 rows = std::min<i64>(ROWS, unit_end - row0);
+            for (i64 row0 = unit * unit_rows, rows; row0 < unit_end; row0 += rows) {
+              rows = folds ? folded->rows(row0, unit_end) : std::min<i64>(ROWS, unit_end - row0);
               const std::vector<Run> runs = p.conv ? runs_of(*p.conv, row0, rows) : std::vector<Run>();
+              if (folds) folded->start(runs, unit * unit_rows / pixels);
               for (i64 i = 0; i < ROWS; ++i)
                 work->row_scale[i] = p.row_scale && i < rows ? p.row_scale[(row0 + i) / p.rows_per_scale] : 1.0f;
               if (rows < ROWS) std::fill_n(a, block_size * s.passes, 0.0f);
@@ -326,10 +285,11 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
                                 plane, pass, weight, *work);
                 }
                 store(p, s, group, panel, Driven{nullptr, nullptr, row0, rows}, runs, plane == 0, share, folded.get(),
-                      unit * unit_rows / pixels, *work);
+                      *work);
               }
             }
-            if (folds) folded->store(p, group, unit * unit_rows / pixels, (unit_end - unit * unit_rows) / pixels);
+            if (folds)
+              folded->store(p.y, p.groups, group, unit * unit_rows / pixels, (unit_end - unit * unit_rows) / pixels);
           }
         }
     }

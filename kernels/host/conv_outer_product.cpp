@@ -1,0 +1,169 @@
+// conv_outer_product on the CPU: the gradient of a convolution's weights, straight from what the DAC drove.
+//
+// No patch matrix is made. Both sides are laid out line by line at one distance, the inputs by the strides' phases and with
+// their padding, the gradients with zeros behind every line: then a weight is one dot product of two runs of memory, the
+// inputs' shifted by its tap. Register tiles hold OUT outputs by TAPS taps over some images at a time. Every weight is summed
+// in one order, so the bits do not depend on threads. Oracle: gpuxbar/reference/outer_product.py.
+#include <algorithm>
+#include <vector>
+
+#include "gpuxbar/images.cuh"
+#include "wide.hpp"
+
+using namespace gpuxbar;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int OUT = 8;  // outputs of a register tile
+#else
+constexpr int OUT = 4;
+#endif
+constexpr int TAPS = 3;        // lines of a patch of a register tile
+constexpr i64 LAID = 1 << 13;  // floats of a register tile's gradients laid out at a time, a part of the first cache
+
+// Where images of one group lie once they are laid out.
+struct Layout {
+  const Conv& c;
+  i64 outputs, pitch, plane, channel, inputs_size, depth, gradients_size;
+  Layout(const Conv& c, i64 outputs)
+      : c(c),
+        outputs((outputs + OUT - 1) / OUT * OUT),
+        pitch(c.out_w + (c.kernel_w - 1) * c.dilation_w / c.stride_w),
+        plane((c.out_h + (c.kernel_h - 1) * c.dilation_h / c.stride_h) * pitch),
+        channel(c.stride_h * c.stride_w * plane),
+        inputs_size(c.channels * channel + LANES),
+        depth((c.out_h * pitch + LANES - 1) / LANES * LANES),
+        gradients_size(this->outputs * depth) {}
+
+  // Where the dot products of line k of a patch, in the order of a weight, start.
+  i64 start(i64 k) const {
+    const i64 taps = c.kernel_h * c.kernel_w, y = k % taps / c.kernel_w * c.dilation_h,
+              x = k % c.kernel_w * c.dilation_w;
+    const i64 phase = y % c.stride_h * c.stride_w + x % c.stride_w;
+    return k / taps * channel + phase * plane + y / c.stride_h * pitch + x / c.stride_w;
+  }
+};
+
+// Lays out a channel; the padding holds zeros already.
+template <class Value>
+void lay_inputs(const Layout& l, const Value* from, float scale, float* to) {
+  const Conv& c = l.c;
+  for (i64 phase = 0; phase < c.stride_h * c.stride_w; ++phase, to += l.plane) {
+    const i64 left = c.pad_w - phase % c.stride_w, step = c.stride_w;  // x = place * step - left
+    const i64 begin = left > 0 ? (left + step - 1) / step : 0;
+    const i64 end = std::min(l.pitch, (c.width + left + step - 1) / step);
+    for (i64 line = 0; line * l.pitch < l.plane; ++line) {
+      const i64 y = line * c.stride_h + phase / c.stride_w - c.pad_h;
+      if (y < 0 || y >= c.height) continue;
+      const Value* x = from + y * c.width - left;
+      float* line_to = to + line * l.pitch;
+      if (step == 1)
+        for (i64 i = begin; i < end; ++i) line_to[i] = (float)x[i] * scale;
+      else
+        for (i64 i = begin; i < end; ++i) line_to[i] = (float)x[i * step] * scale;
+    }
+  }
+}
+
+// The first address from there on that a vector does not share between two lines of a cache.
+inline float* aligned(float* at) { return (float*)(((u64)at + 4 * LANES - 1) / (4 * LANES) * (4 * LANES)); }
+
+// The sums of N vectors, a power of two up to LANES: that of vector k in lane k, and in those N lanes on.
+template <int STEP, int N>
+inline Vec lane_sums(const Vec (&v)[N]) {
+  VecIndex same, other;  // half of the lanes take the first of two vectors
+  for (int k = 0; k < LANES; ++k) same[k] = k & STEP ? LANES + k : k, other[k] = same[k] ^ STEP;
+  if constexpr (N > 1) {
+    alignas(4 * LANES) Vec half[N / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i)
+      half[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], same) + __builtin_shuffle(v[2 * i], v[2 * i + 1], other);
+    return lane_sums<2 * STEP>(half);
+  } else if constexpr (STEP < LANES) {
+    alignas(4 * LANES) Vec sum[1] = {v[0] + __builtin_shuffle(v[0], v[0], other)};
+    return lane_sums<2 * STEP>(sum);
+  } else {
+    return v[0];
+  }
+}
+
+// Adds the products of some images to `outputs` rows of dw, at most OUT: those of COUNT lines of a patch, where they start.
+template <int COUNT>
+void multiply(const Layout& l, const float* d, const float* x, const i64* start, i64 images, i64 outputs, float* dw,
+              i64 lines) {
+  alignas(4 * LANES) Vec sum[COUNT][OUT] = {};
+  const float* right[COUNT];
+  for (int t = 0; t < COUNT; ++t) right[t] = x + start[t];
+  for (i64 image = 0; image < images; ++image) {
+    for (i64 i = 0; i < l.depth; i += LANES) {
+      Vec tap[COUNT];
+#pragma GCC unroll 3
+      for (int t = 0; t < COUNT; ++t) tap[t] = *(const Vec*)(right[t] + i);
+#pragma GCC unroll 8
+      for (int o = 0; o < OUT; ++o) {
+        Vec left = *(const Vec*)(d + o * l.depth + i);
+        asm("" : "+v"(left));  // one load, not one for every product
+#pragma GCC unroll 3
+        for (int t = 0; t < COUNT; ++t) sum[t][o] += left * tap[t];
+      }
+    }
+    d += l.gradients_size;
+    for (int t = 0; t < COUNT; ++t) right[t] += l.inputs_size;
+  }
+#pragma GCC unroll 3
+  for (int t = 0; t < COUNT; ++t) {
+    const Vec found = lane_sums<1>(sum[t]);
+    for (i64 o = 0; o < outputs; ++o) dw[o * lines + t] += found[o];
+  }
+}
+
+}  // namespace
+
+extern "C" void gpuxbar_conv_outer_product(const float* d,      // [N, G * O, out_h, out_w]
+                                           const void* x,       // codes or float32 [N, G * channels, height, width]
+                                           const float* scale,  // [1] or [N]: value of one unit of x
+                                           const Conv* conv,
+                                           float* dw,  // [G * O, channels, kernel_h, kernel_w]
+                                           i64 images, i64 groups, i64 outputs, i64 is_code, i64 scale_count) {
+  const Conv& c = *conv;
+  const Layout l(c, outputs);
+  const i64 lines = c.channels * c.kernel_h * c.kernel_w, chunks = (lines + TAPS - 1) / TAPS, tiles = l.outputs / OUT;
+  const i64 most = std::clamp<i64>(LAID / (OUT * l.depth), 1, std::max<i64>(images, 1));
+  std::vector<float> inputs(most * l.inputs_size), memory(most * l.gradients_size + LANES);
+  float* const gradients = aligned(memory.data());
+  std::vector<i64> starts(lines);
+  for (i64 k = 0; k < lines; ++k) starts[k] = l.start(k);
+  std::fill_n(dw, groups * outputs * lines, 0.0f);
+#pragma omp parallel
+  for (i64 group = 0; group < groups; ++group)
+    for (i64 first = 0; first < images; first += most) {
+      const i64 count = std::min(most, images - first);
+#pragma omp for collapse(2) schedule(static) nowait
+      for (i64 i = 0; i < count; ++i)
+        for (i64 k = 0; k < c.channels; ++k) {
+          const i64 image = first + i, from = ((image * groups + group) * c.channels + k) * c.height * c.width;
+          const float unit = scale[scale_count > 1 ? image : 0];
+          float* to = inputs.data() + i * l.inputs_size + k * l.channel;
+          if (is_code)
+            lay_inputs(l, (const i16*)x + from, unit, to);
+          else
+            lay_inputs(l, (const float*)x + from, unit, to);
+        }
+#pragma omp for collapse(2) schedule(static)
+      for (i64 i = 0; i < count; ++i)
+        for (i64 o = 0; o < outputs; ++o) {
+          const float* from = d + (((first + i) * groups + group) * outputs + o) * c.out_h * c.out_w;
+          float* to = gradients + i * l.gradients_size + o * l.depth;
+          for (i64 y = 0; y < c.out_h; ++y) std::copy_n(from + y * c.out_w, c.out_w, to + y * l.pitch);
+        }
+#pragma omp for collapse(2) schedule(static)
+      for (i64 tile = 0; tile < tiles; ++tile)
+        for (i64 chunk = 0; chunk < chunks; ++chunk) {
+          const i64 k = chunk * TAPS, o = tile * OUT;
+          const auto part = lines - k >= 3 ? multiply<3> : lines - k == 2 ? multiply<2> : multiply<1>;
+          part(l, gradients + o * l.depth, inputs.data(), starts.data() + k, count, std::min<i64>(OUT, outputs - o),
+               dw + (group * outputs + o) * lines + k, lines);
+        }
+    }
+}
