@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -21,7 +23,7 @@ from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.cases import Contenders
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
-from gpuxbar.bench.record import END, START, readme_tables, rewrite_readme, rows_of
+from gpuxbar.bench.record import END, START, _commit, readme_tables, rewrite_readme, rows_of
 
 run = CliRunner().invoke
 ROOT = Path(__file__).parent.parent
@@ -317,3 +319,22 @@ def test_tables_of_wires(tmp_path):
 @pytest.mark.skipif(not RESULTS.exists(), reason="an installed package has no recorded rows")
 def test_the_readme_holds_the_recorded_rows():
     assert readme_tables(rows_of(RESULTS)) in (ROOT / "README.md").read_text()
+
+
+def test_a_row_tells_code_that_is_not_the_commits(tmp_path):
+    """Recorded rows and the README may differ from it."""
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    for name in ("README.md", "code.py"):
+        (tmp_path / name).touch()
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "x")
+    clean = _commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "README.md").write_text("table")
+    assert _commit(tmp_path) == clean
+    (tmp_path / "code.py").write_text("change")
+    assert _commit(tmp_path) == f"{clean}+dirty"

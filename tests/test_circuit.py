@@ -139,3 +139,9 @@ def test_netlists_and_pictures_take_one_input():
     for title in ("", "two\nlines"):
         with pytest.raises(ValueError, match="netlist: `title` must be one line, got"):
             circuit.netlist(**GOOD, title=title)
+
+
+def test_only_a_cell_of_0_S_is_left_out():
+    text = circuit.netlist(np.ones(1), np.array([[1e-12, 0.0]]), r_wordline=1.0, r_bitline=1.0)
+    assert f"rd0_0 w0_0 b0_0 {1 / 1e-12!r}" in text
+    assert "rd0_1" not in text

@@ -29,6 +29,21 @@ def metrics(folder):
     return [(r["mode"], r["epoch"], r["loss"], r["accuracy"]) for r in rows]
 
 
+def test_the_table_shows_the_last_accuracy_and_the_median_time(monkeypatch):
+    records = [
+        {"mode": mode, "epoch": k, "loss": 1.0, "accuracy": accuracy, "seconds": seconds}
+        for mode in ("ideal", "in-situ")
+        for k, (accuracy, seconds) in enumerate([(0.5, 1.0), (0.7, 9.0), (0.9, 2.0)])
+    ]
+    monkeypatch.setattr("gpuxbar.cli.run_training", lambda settings: records)
+    done = run(app, ["train"])
+    assert done.exit_code == 0, done.output
+    assert re.findall(r"(ideal|in-situ)\W+(\S+)\W+(\S+)", done.output) == [
+        ("ideal", "0.900", "2.00"),
+        ("in-situ", "0.900", "2.00"),
+    ]
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(in_tmp):
     whole = run(app, ["train", "--epochs", "2", "--batch", "256", "--name", "whole"])
     assert whole.exit_code == 0, whole.output

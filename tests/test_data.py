@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,15 @@ class Deep(Pictures):
 class Faces:
     def __init__(self, root, people=2):
         raise AssertionError("never made")
+
+
+@pytest.mark.parametrize("part", ["x", "t", "x_test", "t_test"])
+def test_data_is_told_from_data_that_differs_anywhere(part):
+    data = load_data("digits")
+    other = getattr(data, part).clone()
+    other[-1] += 1
+    assert replace(data, name="digits").identity() == data.identity()
+    assert replace(data, **{part: other}).identity() != data.identity()
 
 
 @pytest.fixture

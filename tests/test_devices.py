@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gpuxbar.cli import app
+from gpuxbar.experiments.measured import fit_table, read_pulses
 from gpuxbar.experiments.staircase import plot_staircase, staircase
 from gpuxbar.reference.laws import moved, symmetry_point
 from gpuxbar.spec import Device, Ideal, NeuroSim, SoftBounds, SpecError
@@ -108,7 +109,9 @@ def test_a_measurement_is_fitted_reported_and_saved(tmp_path):
     np.savetxt(csv, rows, delimiter=",", header="g_before [uS],dg [uS],direction", comments="")
     done = CliRunner().invoke(app, ["fit", str(csv), "--bins", "5", "--out", str(out), "--plot", str(plot)])
     assert done.exit_code == 0, done.output
-    assert "hold-out" in done.output
+    held_out = fit_table(read_pulses(csv), bins=5).held_out.rising
+    found = dict(re.findall(r"(potentiation|depression)\W+(\d+)", done.output))
+    assert found == {"potentiation": str(held_out.sum()), "depression": str((~held_out).sum())}
     assert plot.read_bytes()[:4] == b"\x89PNG"
     from gpuxbar import load_spec
 

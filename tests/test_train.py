@@ -62,3 +62,14 @@ def test_every_epoch_has_an_order_of_its_own_and_every_mode_the_same(data, tmp_p
     assert all(sorted(order) == list(range(150)) for order in orders)
     assert orders[0] != orders[1]
     assert orders[:2] == orders[2:]
+
+
+def test_converters_are_calibrated_before_every_epoch_by_the_loss_of_the_same_images(
+    data, tmp_path, monkeypatch
+):
+    module, calls = import_module("gpuxbar.experiments.train"), []
+    monkeypatch.setattr(module, "calibrate", lambda model, loader, loss: calls.append((loader[0], loss)))
+    train(Run(tmp_path / "run", CrossbarSpec(), modes=("ideal", "hardware-aware"), epochs=2, batch=64))
+    assert len(calls) == 2
+    assert {loss for _, loss in calls} == {nn.functional.cross_entropy}
+    assert torch.equal(calls[0][0][0], calls[1][0][0])
