@@ -9,18 +9,16 @@ stopped. `--readme` puts the table of all results between the markers of a READM
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 from matplotlib.figure import Figure
 from rich.progress import Progress
-from torch import nn
 
 import gpuxbar as gx
-from gpuxbar.bench.record import append, environment
+from gpuxbar.bench.record import put_table
+from gpuxbar.bench.study import Study, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import set_threads
@@ -53,93 +51,33 @@ def train(data, images, judge, device, algorithm, settings, epochs, batch, seed,
     spec = published_device(device).spec(**CROSSBARS, seed=seed)
     model, _ = gx.convert(model, spec)
     optimiser = build_optimizer(algorithm, model, **settings)
-    curve = []
-    for epoch in range(epochs):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
-        for part in images[order].split(batch):
-            x, t = data.batch(part)
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x), t).backward()
-            optimiser.step()
-            advance(len(part))
-        with torch.no_grad():
-            x, t = judge
-            curve.append((model(x).argmax(1) == t).float().mean().item())
-    return curve
+    return learn(model, optimiser, data, images, judge, epochs=epochs, batch=batch, advance=advance)
 
 
-class Record:
-    """The lines of a file, one a training; each is made once."""
-
-    def __init__(self, path, progress):
-        self.path, self.progress = path, progress
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def curve(self, key, images, run):
-        """Of the training that `key` describes, which `run` makes where no line has it."""
-        for row in self.rows:
-            if row["training"] == key:
-                return row["curve"]
-        label = f"{key['device']}: {key['algorithm']}, {key['purpose']} {key['settings']} {key['seed']}"
-        bar = self.progress.add_task(label, total=key["epochs"] * images)
-        started = time.perf_counter()
-        curve = run(lambda count: self.progress.advance(bar, count))
-        seconds = time.perf_counter() - started
-        self.progress.remove_task(bar)
-        row = {"training": key, "curve": curve, "seconds": seconds, **environment(ROOT)}
-        append(self.path, row)
-        self.rows.append(row)
-        return curve
-
-
-def compare(record, data, device, algorithm, chosen):
+def compare(study, data, device, algorithm, chosen):
     """Curves of the best settings of an algorithm on a device, one a seed."""
     order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(9))
     apart, rest = order.split([len(order) // 7, len(order) - len(order) // 7])
     same = {
         "data": chosen.data, "device": device, "algorithm": algorithm, "batch": chosen.batch, "crossbars": CROSSBARS,
     }  # fmt: skip
-    tried = []
-    for settings in TRIES[algorithm][: chosen.tries]:
-        key = {
-            **same,
-            "purpose": "try",
-            "settings": settings,
-            "epochs": chosen.try_epochs,
-            "seed": 0,
-        }
-        curve = record.curve(
-            key,
-            len(rest),
-            lambda advance, s=settings: train(
-                data,
-                rest,
-                data.batch(apart),
-                device,
-                algorithm,
-                s,
-                chosen.try_epochs,
-                chosen.batch,
-                0,
-                advance,
+
+    def curve(purpose, settings, epochs, seed, images, judge):
+        key = {**same, "purpose": purpose, "settings": settings, "epochs": epochs, "seed": seed}
+        label = f"{device}: {algorithm}, {purpose} {settings} {seed}"
+        return study.curve(
+            key, label, epochs * len(images),
+            lambda advance: train(
+                data, images, judge, device, algorithm, settings, epochs, chosen.batch, seed, advance
             ),
-        )
-        tried.append((mean(curve[-2:]), settings))
-    best = max(tried, key=lambda pair: pair[0])[1]
-    curves = []
-    for seed in range(chosen.seeds):
-        key = {**same, "purpose": "test", "settings": best, "epochs": chosen.epochs, "seed": seed}
-        curves.append(
-            record.curve(
-                key,
-                len(data.x),
-                lambda advance, seed=seed: train(
-                    data, torch.arange(len(data.x)), data.batch(slice(None), test=True), device, algorithm, best,
-                    chosen.epochs, chosen.batch, seed, advance,
-                ),
-            )
         )  # fmt: skip
-    return best, curves
+
+    def held_out(settings):
+        return mean(curve("try", settings, chosen.try_epochs, 0, rest, data.batch(apart))[-2:])
+
+    best = max(TRIES[algorithm][: chosen.tries], key=held_out)
+    every, test = torch.arange(len(data.x)), data.batch(slice(None), test=True)
+    return best, [curve("test", best, chosen.epochs, seed, every, test) for seed in range(chosen.seeds)]
 
 
 def cell(results, device, algorithm):
@@ -149,17 +87,16 @@ def cell(results, device, algorithm):
     return f"{mean(last):.1f} +- {stdev(last):.1f} %" if len(last) > 1 else f"{last[0]:.1f} %"
 
 
-def table(results, chosen, rows):
+def table(results, chosen, where):
     lines = ["| algorithm | " + " | ".join(DEVICES) + " |", "|---|" + "---|" * len(DEVICES)]
     for algorithm in OPTIMIZERS:
         cells = [cell(results, device, algorithm) for device in DEVICES]
         lines.append(f"| {algorithm} | " + " | ".join(cells) + " |")
-    where = sorted({f"{row['cpu']}; gpuxbar {row['gpuxbar']} at {row['commit']}" for row in rows})
     note = (
         f"Test accuracy on {chosen.data} after {chosen.epochs} epochs, batch {chosen.batch}: mean and standard deviation of "
         f"{chosen.seeds} seeds, at the best of {chosen.tries} settings tried; "
     )
-    return "\n".join([*lines, "", note + "; ".join(where) + "."])
+    return "\n".join([*lines, "", note + where + "."])
 
 
 def plot(results):
@@ -193,18 +130,17 @@ def main():
     set_threads(1)
     data, results = load_data(chosen.data), {}
     with Progress() as progress:
-        record = Record(chosen.record, progress)
+        study = Study(chosen.record, ROOT, progress)
         for device in chosen.devices:
             for algorithm in chosen.algorithms:
-                results[device, algorithm] = compare(record, data, device, algorithm, chosen)
+                results[device, algorithm] = compare(study, data, device, algorithm, chosen)
     for (device, algorithm), (best, _) in results.items():
         print(f"{device}, {algorithm}: best of the tries {best}")
-    text = table(results, chosen, record.rows)
+    text = table(results, chosen, study.where())
     print(text)
     plot(results)
     if chosen.readme:
-        head, _, rest = chosen.readme.read_text().partition(START)
-        chosen.readme.write_text(f"{head}{START}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+        put_table(chosen.readme, text, START, END)
 
 
 if __name__ == "__main__":

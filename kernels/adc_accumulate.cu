@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
             const float steps = fma(current[j], gain, offset);
             codes[j] += (i32)adc_code(steps, code_min, code_max);
 #if GATE
-            inside[j] += min(max(steps, code_min), code_max) == steps ? share : 0.0f;
+            inside[j] += in_range(steps, code_min, code_max) ? share : 0.0f;
 #endif
           }
 #else

@@ -11,6 +11,11 @@ from gpuxbar.launch import CudaDevice
 from gpuxbar.launch.sources import kernel_dir
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def cuda_device():
     """CuPy's current device, new arrays of which hold NaN; skips where there is no CuPy or no GPU."""

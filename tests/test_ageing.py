@@ -240,7 +240,7 @@ ERRORS = {
     "digital-free": (lambda: gx.unprogram(network()), "unprogram: `model` must have crossbar layers, got none"),
     "weight": (changed, "3: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write"),
     "rewrite": (lambda: programmed()[3].rewrite(), "3: `rewrite` must wait until the layer is free"),
-    "ranges": (uncalibrated, "0: the ADC range must be calibrated before use; call gpuxbar.calibrate"),
+    "ranges": (uncalibrated, "0: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call gpuxbar.calibrate"),
 }  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def test_pulses_agree_with_their_oracle(law, mode, monkeypatch):
 @pytest.mark.parametrize(
     "build",
     [
-        partial(cases.in_situ_training_step, (1, 28, 28), 3),
+        partial(cases.spec_step, cases.PULSED, batch=3),
+        partial(cases.spec_step, cases.TXSIM, (1, 8, 8), 3),
         partial(cases.transformer_step, 16, 5, 3),
         partial(cases.lstm_step, 16, 4, 3),
     ],

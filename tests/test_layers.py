@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 import gpuxbar as gx
@@ -423,6 +424,7 @@ def test_updates_draw_anew():
     assert torch.corrcoef(torch.stack(noise))[0, 1].abs() < 4 / 3000**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within inductor
 @pytest.mark.parametrize(("in_situ", "backend"), [(False, "inductor"), (True, "aot_eager")])
 def test_compiled_models_have_no_graph_break(in_situ, backend, monkeypatch, tmp_path):
@@ -430,9 +432,9 @@ def test_compiled_models_have_no_graph_break(in_situ, backend, monkeypatch, tmp_
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, _ = gx.convert(small_network(), spec(**NOISY, update={"law": "agarwal", "nu": 0.1}))
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
-    gx.calibrate(model, [x])
     if in_situ:
         gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    gx.calibrate(model, [x])
     state = {k: v.clone() for k, v in model.state_dict().items()}
     loss, grads = step_of(model, x, t)
     model.load_state_dict(state)
@@ -478,9 +480,9 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, name):
     )
     model, _ = gx.convert(small_network(), settings)
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
-    gx.calibrate(model, [x])
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
     optimiser = sgd if name is None else gx.optim.build_optimizer(name, model, lr=0.01)
+    gx.calibrate(model, [x])
     step_of(model, x, t)
     optimiser.step()
     resumed, _ = gx.convert(small_network(), settings)
@@ -491,6 +493,39 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, name):
         gx.age(model, "1h")
     assert model(x).dtype == torch.float64
     assert {b.dtype for b in model.buffers() if b.is_floating_point()} == {torch.float32}
+
+
+def test_converted_layers_keep_hooks_and_computed_weights_stay_digital():
+    called = []
+    plain, pruned, attention = nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+    plain.register_forward_pre_hook(lambda *_: called.append("before"))
+    plain.register_forward_hook(lambda *_, **__: called.append("after"), with_kwargs=True)
+    plain.register_full_backward_hook(lambda *_: called.append("backwards"))
+    attention.register_forward_hook(lambda *_: called.append("attention"))
+    l1_unstructured(pruned, "weight", 0.5)
+    pruned.weight = pruned.weight.detach()  # as a forward pass without gradients leaves it
+    model, report = gx.convert(nn.ModuleList([plain, pruned, attention]), spec(**{**CONVERTED, "adc": {}}))
+    assert {row.module: row.why for row in report.rows}["1"].startswith("its weight is computed anew")
+    assert (report.rows[0].runs, report.rows[1].runs) == ("analog", "digital")
+    x = torch.randn(2, 4, requires_grad=True)
+    model[0](x).sum().backward()
+    model[2](x, x, x)
+    assert called == ["before", "after", "backwards", "attention"]
+
+
+def test_in_situ_training_asks_for_ranges_of_its_own():
+    """Pairs amid their window carry other currents than programmed ones."""
+    model, _ = gx.convert(small_network(), spec(**CONVERTED, update={"law": "ideal"}))
+    x = torch.randn(16, 1, 8, 8)
+    gx.calibrate(model, [x])
+    ideal = model(x)
+    gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match="calibrated before use, and anew once an in-situ optimiser has begun"
+    ):
+        model(x)
+    gx.calibrate(model, [x])
+    assert (model(x) - ideal).abs().max() < 0.3 * ideal.abs().max()
 
 
 def test_checkpointed_layers_read_the_same_twice():
@@ -560,6 +595,7 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
         results.append(step_of(model, x, t))
         if law:
             optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1)
+            gx.calibrate(model, [x])
             optimiser.step()
             results[-1][1].append(model[4].weight.detach().clone())
             results[-1][1].append(model(x).detach())
@@ -583,3 +619,17 @@ def test_values_that_are_not_finite_are_named(direction):
         else:
             with pytest.raises(ValueError, match="the gradient of the output must be finite, got 6 NaN"):
                 layer(x).backward(torch.full((2, 3), float("inf")))
+
+
+def test_noise_about_no_current_shuts_no_gate():
+    """Inputs of one sign leave the phase of the other undriven: its conversions are noise around 0, the end of the range."""
+    torch.manual_seed(0)
+    x, gradients = torch.rand(16, 30), []
+    for sigma in (0.0, 1e-9):
+        spec = gx.presets.isaac().with_overrides({"tile": {"rows": 8}, "read_noise": {"sigma": sigma}})
+        layer = AnalogLinear(30, 5, spec=spec)
+        nn.init.constant_(layer.weight, 0.5)
+        rows = x.clone().requires_grad_()
+        layer(rows).sum().backward()
+        gradients.append(rows.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -135,6 +137,20 @@ def test_an_unwritable_cache_warns_once_and_leaves_nothing_behind(tmp_path):
     folder, there = done.stdout.split()
     assert there == "True"
     assert not Path(folder).exists()
+
+
+def test_who_wants_a_build_that_another_makes_waits_for_it(tmp_path):
+    target, made = tmp_path / "a.so", []
+
+    def make():
+        made.append(target.exists())
+        time.sleep(0.05)
+        target.touch()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: sources.once(target, make), range(4))) == [target] * 4
+    assert made == [False]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_without_a_compiler_the_reference_serves_after_one_warning(tmp_path):

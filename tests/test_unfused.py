@@ -330,8 +330,8 @@ def test_all_of_it_trains_in_situ(network):
     torch.manual_seed(0)
     target = torch.arange(16) % 4
     x = torch.randn(4, 1, 16)[target] + 0.3 * torch.randn(16, 5, 16)
-    gx.calibrate(model, [x])
     optimiser = gx.optim.InSituSGD(model.parameters(), lr=3.0)
+    gx.calibrate(model, [x])
     losses = []
     for _ in range(30):
         optimiser.zero_grad()

@@ -22,13 +22,17 @@ from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import InSituSGD
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.spec import CrossbarSpec, presets
 
 __all__ = ["CASES", "Case", "Contenders", "OracleMismatch", "threads"]
 
 TILE = 128
 V_READ, G_MAX = 0.2, 10e-6  # V, S
 NOISE = 0.3  # of an ADC step
+SPEC = {
+    "tile": {"rows": TILE, "cols": TILE}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8}, "adc": {"bits": 8},
+    "read_noise": {"sigma": 1e-7},
+}  # fmt: skip
 
 
 class OracleMismatch(Exception):
@@ -168,31 +172,26 @@ class Recurrent(nn.Module):
         return y
 
 
-def _steps(ideal: nn.Module, x: Tensor, target: Tensor, others: dict[str, nn.Module]) -> Contenders:
-    analog = _twin(ideal, x)
+def spec_step(spec: CrossbarSpec, shape: tuple[int, int, int] = (1, 28, 28), batch: int = 64) -> Contenders:
+    """The same of a network on the crossbars of a spec, in situ where that has a law."""
+    return _steps(_network(shape), *_labelled((batch, *shape), batch), {}, spec)
+
+
+def _steps(
+    ideal: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    others: dict[str, nn.Module],
+    spec: CrossbarSpec | None = None,
+) -> Contenders:
+    spec = spec or CrossbarSpec.model_validate(SPEC)
+    analog, _ = convert(ideal, spec)
+    make = torch.optim.SGD if spec.update is None else InSituSGD
     steps = {
-        name: partial(_step, m, torch.optim.SGD(m.parameters(), 0.01), x, target)
+        name: partial(_step, m, (make if m is analog else torch.optim.SGD)(m.parameters(), 0.01), x, target)
         for name, m in {"ideal": ideal, "gpuxbar": analog, **others}.items()
     }
-    return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
-
-
-def in_situ_training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
-    """Forward, backward and InSituSGD of a network by counted pulse trains; reads as in `training_step`."""
-    more = {
-        "device": updates.WINDOW,
-        "update": updates.CONSTANT.model_dump(),
-        "pulses": {"mode": "aggregated"},
-    }
-    ideal = _network(shape)
-    x, target = _labelled((batch, *shape), batch)
-    analog = _twin(ideal, x, more)
-    optimisers = {
-        "ideal": torch.optim.SGD(ideal.parameters(), 0.01),
-        "gpuxbar": InSituSGD(analog.parameters(), 0.01),
-    }
-    models = {"ideal": ideal, "gpuxbar": analog}
-    steps = {name: partial(_step, m, optimisers[name], x, target) for name, m in models.items()}
+    calibrate(analog, [x])
     return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]
 
 
@@ -204,19 +203,6 @@ def _network(shape: tuple[int, int, int]) -> nn.Module:
 def _labelled(shape: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
     """Inputs, and labels of ten classes."""
     return torch.randn(shape), torch.randint(10, (count,))
-
-
-def _twin(ideal: nn.Module, x: Tensor, more: dict[str, Any] | None = None) -> nn.Module:
-    """A network on crossbars, with converters and read noise."""
-    spec = CrossbarSpec.model_validate(
-        {
-            "tile": {"rows": TILE, "cols": TILE}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8},
-            "adc": {"bits": 8}, "read_noise": {"sigma": 1e-7}, **(more or {}),
-        }
-    )  # fmt: skip
-    analog, _ = convert(ideal, spec)
-    calibrate(analog, [x])
-    return analog
 
 
 def scaling(calls: int = 20) -> Contenders:
@@ -238,6 +224,18 @@ CONV = "64 -> 64, 3 x 3, 32 x 32, batch 32, 128-row tiles, 8-bit DAC and ADC, no
 UPDATE = "1024 x 1024, batch 256, soft bounds with every spread and cycle noise"
 PULSES = "1024 x 1024, batch 256, 31 slots, every spread"
 SPARSE, DENSE = "0.06 coincidences a device and sample", "0.6 coincidences a device and sample"
+TXSIM = presets.txsim_in_situ().with_overrides(
+    {
+        "parasitics": {
+            "r_wordline": 2.5, "r_bitline": 2.5, "r_source": 100.0, "r_sink": 100.0, "anchor": "ladder", "refresh_interval": 10,
+        }
+    }
+)  # fmt: skip
+SLICES = {"mapping": {"slices": 16, "slice_bits": 2}, "carry": {"scheme": "accumulate"}}
+PULSED = CrossbarSpec.model_validate(
+    {**SPEC, "device": updates.WINDOW, "update": updates.CONSTANT, "pulses": {"mode": "aggregated"}}
+)
+WIRES = "LeNet-5, batch 64: training step with TxSim's law, and wires of 2.5 ohm a segment, a tenth of the tiles solved a step"
 AIHWKIT = 36.0, 43.0  # its exact sequence in outer products: constant step, soft bounds
 CASES = (
     Case("linear", f"{LINEAR}, noise", 1.8, linear, memory_mb=8),
@@ -250,6 +248,14 @@ CASES = (
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),
     Case("transformer-step", "encoder layer of 256, 8 x 64 tokens: training step", 2.0, transformer_step),
     Case("lstm-step", "LSTM of 256, 35 tokens, batch 32: training step", 2.0, lstm_step),
+    Case(
+        "txsim-step", "LeNet-5, batch 64: training step, 16 slices, 1-bit streams, exact conversions of TxSim's preset", 2.2,
+        partial(spec_step, presets.txsim()),
+    ),
+    Case(
+        "isaac-step", "LeNet-5, batch 64: training step, 8 slices, 1-bit streams, 8-bit conversions of ISAAC's preset, noise", None,
+        partial(spec_step, presets.isaac().with_overrides({"read_noise": {"sigma": 1e-7}})),
+    ),
     Case("update", f"{UPDATE}: kernel", 2.0, partial(update, updates.expected_update)),
     Case(
         "update-map",
@@ -293,11 +299,16 @@ CASES = (
     ),
     Case(
         "lenet5-in-situ-step", "28 x 28, batch 64: training step by pulses, counted over the batch", 4.0,
-        partial(in_situ_training_step, (1, 28, 28), 64),
+        partial(spec_step, PULSED),
     ),
     Case(
         "resnet20-in-situ-step", "32 x 32, batch 32: training step by pulses, counted over the batch", 5.0,
-        partial(in_situ_training_step, (3, 32, 32), 32),
+        partial(spec_step, PULSED, (3, 32, 32), 32),
+    ),
+    Case("txsim-in-situ-step", f"{WIRES}: one pair a weight", None, partial(spec_step, TXSIM)),
+    Case(
+        "txsim-sliced-in-situ-step", f"{WIRES}: 16 slices of 2 bits", None,
+        partial(spec_step, TXSIM.with_overrides(SLICES)),
     ),
     Case("linear-two-threads", f"{LINEAR}, noise: one thread's time over two's", 1.7, scaling, speedup=True),
 )  # fmt: skip

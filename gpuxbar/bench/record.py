@@ -19,6 +19,7 @@ __all__ = [
     "GPU_ROWS",
     "append",
     "environment",
+    "put_table",
     "readme_tables",
     "rewrite_readme",
     "rows_of",
@@ -130,8 +131,9 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "ideal" in row["ms"]:
             plain = row["ratio"].get("plain torch")
+            target = "" if row["target"] is None else f"<= {row['target']:g}"
             out.append(
-                f"| {row['case']}: {row['size']} | {row['ms']['ideal'][1]:.1f} | {_verdict(row)} | <= {row['target']:g} "
+                f"| {row['case']}: {row['size']} | {row['ms']['ideal'][1]:.1f} | {_verdict(row)} | {target} "
                 f"| {'' if plain is None else f'{plain:.2f}'} | {row['error']:.0e} |"
             )
     speedups = [row for row in rows if "ideal" not in row["ms"]]
@@ -251,6 +253,7 @@ def _markers(kind: str) -> tuple[str, str]:
 
 
 def put_table(readme: Path, table: str, start: str, end: str) -> None:
+    """Put a table between two lines of a README, in place of what is there."""
     text = readme.read_text()
     if start not in text or end not in text:
         raise ValueError(

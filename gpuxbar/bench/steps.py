@@ -39,10 +39,10 @@ class Step:
         self.model, self.kind = model.to(device).train(), kind
         if kind != IDEAL:
             self.model, _ = convert(self.model, CrossbarSpec.model_validate(SPEC))
-            calibrate(self.model, [self.batch], loss=functional.cross_entropy)
-        in_situ = kind == IN_SITU
-        make: Callable[..., Any] = InSituSGD if in_situ else torch.optim.SGD
+        make: Callable[..., Any] = InSituSGD if kind == IN_SITU else torch.optim.SGD
         self.optimizer = make(self.model.parameters(), lr=0.01, momentum=0.9)
+        if kind != IDEAL:
+            calibrate(self.model, [self.batch], loss=functional.cross_entropy)
 
     def loss(self, y: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(y.float(), target)

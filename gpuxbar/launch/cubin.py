@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuxbar.launch.nvrtc import compile_cubin, nvrtc_version
-from gpuxbar.launch.sources import cache_dir, kernel_dir
+from gpuxbar.launch.sources import cache_dir, kernel_dir, once
 
-__all__ = ["Resources", "cubin", "options", "resources"]
+__all__ = ["Resources", "closure", "cubin", "options", "resources"]
 
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.M)
 _ENTRY = re.compile(
@@ -47,14 +47,17 @@ def cubin(file: str, arch: str, macros: Mapping[str, int]) -> tuple[Path, str]:
     root = kernel_dir()
     flags = options(arch, macros)
     key = hashlib.sha256(repr((nvrtc_version(), flags)).encode())
-    for path in _closure(root / file, root / "include"):
+    for path in closure(root / file, root / "include"):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_dir() / f"{Path(file).stem}-{arch}-{key.hexdigest()[:24]}.cubin"
     log_path = target.with_suffix(".log")
-    if not (target.exists() and log_path.exists()):
+
+    def make() -> None:
         binary, log = compile_cubin((root / file).read_text(), file, [*flags, f"-I{root / 'include'}"])
         _write(log_path, log.encode())
         _write(target, binary)
+
+    once(target, make)
     return target, log_path.read_text()
 
 
@@ -69,7 +72,7 @@ def resources(log: str) -> dict[str, Resources]:
     return found
 
 
-def _closure(path: Path, include: Path) -> list[Path]:
+def closure(path: Path, include: Path) -> list[Path]:
     """A file and every quoted header it reaches, each once, in a fixed order."""
     seen: set[Path] = set()
     todo = [path]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpuxbar.launch.nvrtc import CompileError
-from gpuxbar.launch.sources import cache_dir, kernel_dir
+from gpuxbar.launch.sources import cache_dir, kernel_dir, once
 
 __all__ = ["build", "compiler", "host_call", "library", "set_threads"]
 
@@ -79,20 +79,22 @@ def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
     for path in (*sources, *headers):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_dir() / f"host-{key.hexdigest()[:24]}.so"
-    if target.exists():
-        return target
+    return once(target, lambda: _build(cxx, flags, sources, target))
+
+
+def _build(cxx: str, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+    """Compile the sources side by side and link them."""
     with (
         tempfile.TemporaryDirectory(dir=target.parent) as scratch,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
-        compiling = [cxx, *flags, f"-I{root / 'include'}", "-c"]
+        compiling = [cxx, *flags, f"-I{kernel_dir() / 'include'}", "-c"]
         for _ in pool.map(lambda s, o: _run([*compiling, str(s), "-o", str(o)]), sources, objects):
             pass  # an error of any is raised here
         built = Path(scratch) / target.name
         _run([cxx, *flags, *map(str, objects), "-o", str(built)])
         os.replace(built, target)
-    return target
 
 
 def _run(command: list[str]) -> None:

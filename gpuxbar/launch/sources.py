@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["cache_dir", "kernel_dir"]
+__all__ = ["cache_dir", "kernel_dir", "once"]
 
 
 def kernel_dir() -> Path:
@@ -42,3 +44,24 @@ def cache_dir() -> Path:
             stacklevel=2,
         )
         return scratch
+
+
+def once(target: Path, make: Callable[[], object]) -> Path:
+    """`target`, made unless it is there: of processes that want it at a time, one makes it and the others wait.
+
+    `make` puts it there whole (`os.replace`). Where files cannot be locked, each process makes it, to no harm.
+    """
+    if target.exists():
+        return target
+    lock = target.with_suffix(".lock")
+    with open(lock, "w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            if not target.exists():
+                make()
+        finally:
+            lock.unlink(missing_ok=True)
+    return target

@@ -1,7 +1,8 @@
 """Everything static about reading a layer forwards and backwards, and which exact collapses it takes.
 
 Without an ADC a read is linear: planes, streams and tiles merge into one product, and their independent Gaussian noises
-into one draw of the summed variance. With one, every conversion is computed. Two things keep their place without an ADC:
+into one draw of the summed variance. With one, every conversion is computed, unless all are exact: where every current is
+a whole number of ADC steps inside the range, codes are the currents. Two things keep their place without an ADC:
 the streams of a read whose noise depends on what each of them drives, and the reference lines of an offset mapping,
 whose noise all outputs of a tile share.
 """
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from math import ceil, sqrt
+from math import ceil, nan, sqrt
 
 from gpuxbar.mapping.planes import Planes
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
-__all__ = ["Read", "ReadPlan", "plan_reads"]
+__all__ = ["Read", "ReadPlan", "full_current", "plan_reads"]
+
+WHOLE = 1e-6  # relative rounding of a count of ADC steps
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Read:
         if not self.adc_bits:
             return 0
         return 2 ** (self.adc_bits - 1) - 1 if self.adc_signed else 2**self.adc_bits - 1
+
+    @property
+    def v_max(self) -> float:
+        """Voltage of the largest digit, V."""
+        return self.v_lsb * (2**self.stream_bits - 1 if self.stream_bits else max(self.code_max, 1))
 
 
 @dataclass(frozen=True)
@@ -110,15 +118,20 @@ def plan_reads(
     spec: CrossbarSpec, *, inputs: int, outputs: int, groups: int, seed: int, name: str = ""
 ) -> tuple[ReadPlan, Planes]:
     """Plan both directions of a layer with `inputs` wordlines and `outputs` bitlines a group."""
-    linear = spec.adc.bits is None and spec.backward_adc.bits is None
-    planes = Planes.of(spec, collapse=linear)
     forward = _read(spec, spec.dac, spec.adc, spec.tile.rows)
     backward = _read(spec, spec.backward_dac, spec.backward_adc, spec.tile.cols)
+    converted = [(forward, spec.adc, inputs)] if forward.adc_bits else []
+    if backward.adc_bits and spec.backward.mode == "analog":
+        converted.append((backward, spec.backward_adc, outputs))
+    linear = all(_exact(read, spec, adc, lines) for read, adc, lines in converted)
+    planes = Planes.of(spec, collapse=linear)
     if linear:
         uncollapsed = Planes.of(spec, collapse=False)
         forward = _merged(forward, spec, uncollapsed, inputs)
         backward = _merged(backward, spec, uncollapsed, outputs)
         why = "tiles and planes merge: no ADC quantises in either direction"
+        if converted:
+            why = "tiles, planes and streams merge: every current is a whole number of ADC steps, and none is cut off"
         if forward.streams > 1:
             why += "; streams do not: the noise depends on what each drives"
         if planes.merge == "offset":
@@ -160,11 +173,36 @@ def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
     )
 
 
+def full_current(read: Read, spec: CrossbarSpec, adc: ADC, lines: int) -> float:
+    """Current of the largest ADC code of a read that drives `lines`, A; NaN where it is calibrated."""
+    if adc.range == "calibrated":
+        return nan
+    return adc.i_max or read.v_max * spec.device.g_max * min(read.tile, lines)
+
+
+def _exact(read: Read, spec: CrossbarSpec, adc: ADC, lines: int) -> bool:
+    """Whether conversions leave the currents of a read as they are: whole ADC steps in its range, and nothing beside them.
+
+    Only of float32 products: lower precisions hold the levels of a slice, but not of all slices merged.
+    """
+    noise, offset = spec.read_noise, spec.mapping.scheme == "offset"
+    if noise.sigma or noise.sigma_g or adc.gain_std or adc.offset_std or adc.range == "calibrated":
+        return False
+    if not read.code_max or spec.levels is None or spec.off_levels or offset or spec.precision != "fp32":
+        return False
+    lowest = 0.0 if spec.mapping.scheme == "subtracted" else spec.device.g_min
+    window = spec.device.g_max - spec.device.g_min
+    full = full_current(read, spec, adc, lines)
+    steps = [read.v_lsb * g * read.adc_code_max / full for g in (lowest, window / (spec.levels - 1))]
+    whole = all(abs(count - round(count)) <= WHOLE * count for count in steps)
+    return whole and read.v_max * (lowest + window) * min(read.tile, lines) <= (1 + WHOLE) * full
+
+
 def _merged(read: Read, spec: CrossbarSpec, planes: Planes, lines: int) -> Read:
     """The read as one product over all driven lines, with the summed variance of what it merges."""
     slices = sum(s * s for s in planes.slice_scale) if planes.merge != "offset" else 1.0
     noise = read.noise * sqrt(slices * ceil(lines / read.tile))
-    read = replace(read, tile=0, noise=noise)
+    read = replace(read, tile=0, noise=noise, adc_bits=0)
     if spec.read_noise.sigma_g and read.streams > 1:
         return read
     passes = sum(4.0 ** (read.stream_bits * k) for k in range(read.streams)) * read.phases

@@ -117,7 +117,7 @@ def convert(
             rows.append(
                 Row(label, kind, "analog", "already so", _tiles(module), _macs(module, names, positions))
             )
-        elif type(module) not in LAYERS:
+        elif not _is_layer(module):
             rows.append(Row(label, kind, "digital", _why_not(module, names, choices)))
         else:
             overrides, why = choices.of([*names, *owners.get(module, ())])
@@ -162,7 +162,14 @@ def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:
     """Why a module of another type stays digital."""
     if isinstance(module, LazyModuleMixin):
         return "lazy: pass a batch through it first"
+    if type(module) in LAYERS:
+        return "its weight is computed anew: make it a parameter, as torch.nn.utils.prune.remove does"
     return NO_FORM if _as_layers(type(module)) is None else rules.of(names)[1]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module becomes an analog layer: one of the types, with a weight of its own."""
+    return type(module) in LAYERS and "weight" in module._parameters
 
 
 def _tiles(layer: AnalogLayer) -> int:
@@ -215,7 +222,10 @@ def _transposed_linear(module: nn.Module) -> nn.Linear:
 
 
 def _replaced(model: nn.Module, names: list[str], module: nn.Module) -> nn.Module:
-    """The model with another module under these names."""
+    """The model with another module under these names, and with the hooks of the one that was there."""
+    for kind, value in vars(model.get_submodule(names[0])).items():
+        if kind.startswith(("_forward_", "_backward_", "_is_full_backward_hook")):
+            setattr(module, kind, value)
     for name in names:
         parent, _, leaf = name.rpartition(".")
         if not name:
@@ -248,7 +258,7 @@ def _positions(model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, A
         found[name] = found.get(name, 0) + y.numel() // len(layer.get_parameter("weight")) // samples
 
     for name, module in watched.named_modules():
-        if isinstance(module, (*LAYERS, AnalogLayer)):
+        if _is_layer(module) or isinstance(module, AnalogLayer):
             module.register_forward_hook(lambda layer, _, y, name=name: count(name, layer, y))
     with torch.no_grad():
         watched(*args, **options)

@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.reprogram import program_devices, reprogram
 from gpuxbar.bridge.wires import weight_through_wires
-from gpuxbar.mapping import plan_reads
+from gpuxbar.mapping import full_current, plan_reads
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.ops import PackedConductance
 from gpuxbar.reference import Purpose, normals, uniforms
-from gpuxbar.spec import ADC, DAC, CrossbarSpec
+from gpuxbar.spec import ADC, CrossbarSpec
 
 __all__ = ["AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
@@ -33,7 +33,7 @@ class AnalogLayer(InSitu):
 
     Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
     weights they fix every random number, so a checkpoint resumes bit for bit. `adc_lsb` and `back_adc_lsb` are the
-    currents of an ADC step forwards and backwards, A, NaN until calibrated; `dac_max` is the running DAC range.
+    currents of an ADC step forwards and backwards, A, NaN until calibrated, 0 where nothing is converted; `dac_max` is the running DAC range.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
@@ -69,12 +69,14 @@ class AnalogLayer(InSitu):
         extra_rows, extra_cols = self.plan.reference_lines
         sensed = (groups * (self.outputs + extra_cols), groups * (self.inputs + extra_rows))
         directions = (
-            ("adc", spec.adc, spec.dac, self.plan.forward, self.inputs, sensed[0]),
-            ("back_adc", spec.backward_adc, spec.backward_dac, self.plan.backward, self.outputs, sensed[1]),
+            ("adc", spec.adc, self.plan.forward, self.inputs, sensed[0]),
+            ("back_adc", spec.backward_adc, self.plan.backward, self.outputs, sensed[1]),
         )
-        for key, adc, dac, read, lines, size in directions:
-            lsb = self._full_scale(adc, dac, read, lines, size if adc.per == "column" else 1)
-            self.register_buffer(f"{key}_lsb", lsb.to(device))
+        for key, adc, read, lines, size in directions:
+            step = full_current(read, spec, adc, lines) / read.adc_code_max if read.adc_bits else 0.0
+            count = size if adc.per == "column" else 1
+            lsb = torch.full((count,), step, dtype=torch.float32, device=device)  # current of a step, A
+            self.register_buffer(f"{key}_lsb", lsb)
             if adc.gain_std or adc.offset_std:
                 error = self._converter_errors(key, adc, read, lines, size).to(device)
                 self.register_buffer(f"{key}_error", error, persistent=False)
@@ -129,14 +131,6 @@ class AnalogLayer(InSitu):
         self.plan = plan
         self.static = (plan.dumps(), self.spec.model_dump_json())
 
-    def _full_scale(self, adc: ADC, dac: DAC, read: Read, lines: int, count: int) -> Tensor:
-        """Current of one ADC step, A; NaN until calibrated."""
-        if not read.adc_bits:
-            return torch.ones(count, dtype=torch.float32)
-        worst = dac.v_read * self.spec.device.g_max * min(read.tile, lines)
-        full = adc.i_max or (float("nan") if adc.range == "calibrated" else worst)
-        return torch.full((count,), full / read.adc_code_max, dtype=torch.float32)
-
     def _converter_errors(self, key: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
         """Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed]; drawn once per seed."""
         planes, tiles = len(self.plan.slice_scale), -(-lines // (read.tile or lines))
@@ -150,7 +144,22 @@ class AnalogLayer(InSitu):
 
     def look_at_ranges(self) -> None:
         """Remember whether ADC ranges are set, so that reading them never waits for a GPU."""
-        self.calibrated = not any(t.isnan().any() for t in (self.adc_lsb, self.back_adc_lsb))
+        self.calibrated = not any((~(lsb > 0)).any() for lsb, read, _ in self._converters() if read.adc_bits)
+
+    def _converters(self) -> tuple[tuple[Tensor, Read, ADC], ...]:
+        """Current of an ADC step, the read and its ADC, forwards and backwards."""
+        return (
+            (self.adc_lsb, self.plan.forward, self.spec.adc),
+            (self.back_adc_lsb, self.plan.backward, self.spec.backward_adc),
+        )
+
+    def begin_in_situ(self) -> None:
+        """See `InSitu.begin_in_situ`; ranges calibrated before do not fit the currents of such pairs, and are forgotten."""
+        super().begin_in_situ()
+        for lsb, read, adc in self._converters():
+            if read.adc_bits and adc.range == "calibrated":
+                lsb.fill_(torch.nan)
+        self.look_at_ranges()
 
     def rewrite(self) -> None:
         """Write the present weights once more, with new write noise (not for layers trained in situ)."""
@@ -281,7 +290,8 @@ class AnalogLayer(InSitu):
         """Refuse to read without an ADC range."""
         if not self.calibrated:
             raise ValueError(
-                f"{self.name}: the ADC range must be calibrated before use; call gpuxbar.calibrate(model, loader)"
+                f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
+                "gpuxbar.calibrate(model, loader)"
             )
 
     def _devices(self) -> Tensor:
@@ -321,7 +331,11 @@ class AnalogLayer(InSitu):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        own = [lsb.clone() for lsb, _, _ in self._converters()]
         super()._load_from_state_dict(state_dict, prefix, *more)
+        for kept, (lsb, read, adc) in zip(own, self._converters(), strict=True):
+            if not read.adc_bits or adc.range != "calibrated":  # the spec says it, whatever was saved
+                lsb.copy_(kept)
         self.look_at_ranges()
 
 

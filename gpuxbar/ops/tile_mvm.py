@@ -97,8 +97,8 @@ def tile_mvm(
         row_scale: Factor of each row (or run of rows), float32 [B'], B a multiple of B'.
         col_scale, bias: Factor of, and value added to, each output, float32 [outputs].
         conv: Shape of the convolution whose patches are read; no patch matrix is made on the CPU.
-        want_gate: Also return the share of each output's conversions (by digital weight) inside the ADC range; 0 where none
-            has any weight.
+        want_gate: Also return the share of each output's conversions (by digital weight) that are inside the ADC range, to half
+            a step; only its top counts for unsigned ones, whose currents noise alone brings below 0. 0 without any weight.
         precision: Arithmetic of the tile products on a GPU: "fp32", "tf32", "fp16" or "fp16x2" (conductances as
             a high and a low half, 22 bits; codes up to 2048 are exact), or "int8": exact products of codes (or digits)
             within +-127 by levels, by data sheets at twice the rate of halves. On the CPU every product is float32.

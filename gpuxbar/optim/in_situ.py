@@ -22,9 +22,9 @@ class InSituSGD(InSituOptimizer):
     read out of its conductances; biases and parameters of digital layers change by -lr * step. Momentum is kept
     digitally for both: step = momentum * step + grad.
 
-    Layers begin in-situ training here unless they have begun (see `InSitu.begin_in_situ`). Currents grow with the
-    weights from then on: ADC ranges calibrated before leave room for `mapping.headroom`, ranges calibrated from time
-    to time (each epoch, say) give better resolution.
+    Layers begin in-situ training here unless they have begun (see `InSitu.begin_in_situ`): their weights are programmed onto
+    pairs of other conductances, so "calibrated" ADC ranges must be calibrated afterwards. Currents grow with the weights from
+    then on; calibrate from time to time, each epoch, say.
 
     A layer whose spec has `pulses` is pulsed for the inputs and errors of its backward passes since the last step; its
     weight gets no gradient. `zero_grad` of this optimiser forgets them. A `GradScaler` may scale the loss; its `unscale_`,

@@ -215,7 +215,9 @@ def tile_mvm(
                     steps = current / lsb
                     code = np.clip(np.rint(steps), code_min, code_max)
                     y += weight * code * lsb
-                    gate += abs(weight) * ((steps >= code_min) & (steps <= code_max))
+                    gate += abs(weight) * (
+                        (steps <= code_max + 0.5) & ((steps >= code_min - 0.5) | (not adc_signed))
+                    )
                 else:
                     y += weight * current
                     gate += abs(weight)

@@ -390,31 +390,16 @@ class CrossbarSpec(Part):
         """Products of bytes are exact, or refused."""
         if self.precision != "int8":
             return self
-        mapping, programming, drift = self.mapping, self.programming, self.drift
-        levels = 2**mapping.slice_bits if mapping.slice_bits else self.device.levels
+        mapping = self.mapping
+        levels = self.levels or 2
         most = 128 if mapping.scheme == "subtracted" else 256
         directions = [(self.dac, self.adc)]
         if self.backward.mode == "analog":
             directions.append((self.backward_dac, self.backward_adc))
         digits = [2**dac.stream_bits - 1 if dac.stream_bits else dac.code_max for dac, _ in directions]
-        noise = (programming.write_noise, programming.write_noise_slope, programming.write_noise_curve)
         obstacles = {
-            "devices are continuous (device.levels=None)": levels is None,
-            f"devices have {levels} levels ({most} fit 8 bits)": levels is not None and levels > most,
-            "writes leave noise or spread between levels": any(noise) or programming.device_spread > 0,
-            "wires take from levels": self.parasitics.active,
-            "devices drift off their levels": any(
-                (
-                    drift.nu,
-                    drift.nu_slope,
-                    drift.nu_min,
-                    drift.nu_std,
-                    drift.nu_std_slope,
-                    drift.nu_std_min,
-                    drift.flicker,
-                )
-            ),
-            "in-situ updates end between levels": self.update is not None,
+            self.off_levels: self.off_levels is not None,
+            f"devices have {levels} levels ({most} fit 8 bits)": levels > most,
             "the noise of a read depends on the cell (read_noise.sigma_g)": self.read_noise.sigma_g > 0,
             "an ADC or DAC is missing": any(dac.bits is None or adc.bits is None for dac, adc in directions),
             f"digits up to {max(digits)} are driven (127 fit 8 bits)": max(digits) > 127,
@@ -499,6 +484,39 @@ class CrossbarSpec(Part):
     def with_overrides(self, overrides: dict[str, Any]) -> CrossbarSpec:
         """A copy with a nested dictionary laid over it: `{"adc": {"bits": 6}}`; validated anew."""
         return CrossbarSpec.model_validate(_merged(self.model_dump(), overrides))
+
+    @property
+    def levels(self) -> int | None:
+        """Conductances that a write aims at; None: any in the window."""
+        return 2**self.mapping.slice_bits if self.mapping.slice_bits else self.device.levels
+
+    @property
+    def off_levels(self) -> str | None:
+        """Why a read finds conductances between levels; None where it finds levels alone (stuck cells are such)."""
+        programming, drift = self.programming, self.drift
+        left = (
+            programming.write_noise,
+            programming.write_noise_slope,
+            programming.write_noise_curve,
+            programming.device_spread,
+        )
+        drifts = (
+            drift.nu,
+            drift.nu_slope,
+            drift.nu_min,
+            drift.nu_std,
+            drift.nu_std_slope,
+            drift.nu_std_min,
+            drift.flicker,
+        )
+        reasons = {
+            "devices are continuous (device.levels=None)": self.levels is None,
+            "writes leave noise or spread between levels": any(left),
+            "wires take from levels": self.parasitics.active,
+            "devices drift off their levels": any(drifts),
+            "in-situ updates end between levels": self.update is not None,
+        }
+        return next((reason for reason, found in reasons.items() if found), None)
 
     @property
     def headroom_bits(self) -> int:

@@ -39,7 +39,8 @@ def txsim(tile: int = 64) -> CrossbarSpec:
     positive and negative weights on arrays of their own; 2-bit devices; 1-bit DACs; 32-bit weights, so 16 slices.
     Chosen here: 8-bit inputs, scaled by each sample (the paper keeps 32 digital bits; this library's DACs take up
     to 8), driven as a positive and a negative phase; ADCs with a step of one `g_min`, of which every current is a
-    multiple, so that conversions are exact until noise, spread or fewer bits are asked for.
+    multiple, so that conversions are exact until noise, spread, wires or fewer bits are asked for. While they are, a read
+    is one product; then it is 448 conversions for every tile and output, unless `adc={"bits": None}` leaves them out.
     Not in it: the paper's wire, source and sink resistances and its process variation, whose values it does not give;
     set them with `parasitics` and `programming`.
 

@@ -137,7 +137,7 @@ void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const C
         for (i64 i = 0; i < lanes; ++i) {
           const float steps = fma(psum[i], gain, offset);
           codes[i] += (i32)adc_code(steps, code_min, code_max);
-          gate[i] += min(max(steps, code_min), code_max) == steps ? share : 0.0f;
+          gate[i] += in_range(steps, code_min, code_max) ? share : 0.0f;
         }
     }
   }

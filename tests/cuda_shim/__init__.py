@@ -7,16 +7,18 @@ import hashlib
 import os
 import re
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from gpuxbar.launch.sources import cache_dir, kernel_dir
+from gpuxbar.launch.sources import cache_dir, kernel_dir, once
 
 HERE = Path(__file__).parent
 FLAGS = (
-    "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-march=native",
-    "-fvisibility=hidden", "-fno-gnu-unique", "-Wno-unknown-pragmas", "-Wno-attributes",
+    "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing", "-march=native",
+    "-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init", "-Wno-unknown-pragmas", "-Wno-attributes",
 )  # fmt: skip
 SANITIZE = (
     "-fsanitize=address,bounds,alignment,shift,integer-divide-by-zero,signed-integer-overflow",
@@ -29,31 +31,47 @@ FORWARD, REVERSE = 0, 1  # thread orders; above 1: seeds of random ones
 def build(file, name, macros, flags=()):
     """Path of the shared library of one kernel file and set of macros."""
     root = kernel_dir()
+    kernel = root / file
+    twins = "hopper" if "wgmma.cuh" in kernel.read_text() else "tensor"
+    text = f'#include "{HERE / twins}.hpp"\n#include "{kernel}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
+    sources = sorted([kernel, *HERE.glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")])
     defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *defines]
-    twins = HERE / ("hopper.hpp" if "wgmma.cuh" in (root / file).read_text() else "tensor.hpp")
-    text = f'#include "{twins}"\n#include "{root / file}"\nSHIM_EXPORT({name}, gpuxbar::{name})\n'
-    key = hashlib.sha256(repr((command, name)).encode())  # not where the files lie
-    for path in sorted([root / file, *HERE.glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")]):
+    return _compile(name, text, sources, ["-O1", *flags, *defines], _runtime(twins, flags))
+
+
+@cache
+def _runtime(twins, flags):
+    """Path of the shared library of what runs kernels."""
+    parts = [HERE / f"{part}.cpp" for part in ("block", "tensor", "hopper")[: 2 + (twins == "hopper")]]
+    text = "".join(f'#include "{part}"\n' for part in parts)
+    return _compile(twins, text, [*parts, *sorted(HERE.glob("*.hpp"))], ["-O2", *flags])
+
+
+def _compile(name, text, sources, flags, library=None):
+    """Path of the shared library of a text, which includes the sources and needs another library."""
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags]
+    what = (command, name, library and library.name)  # not where the files lie
+    key = hashlib.sha256(repr(what).encode())
+    for path in sources:
         key.update(path.read_bytes())
     target = cache_dir() / f"shim-{name}-{key.hexdigest()[:20]}.so"
-    if not target.exists():
-        source = target.with_suffix(f".{os.getpid()}.cpp")
-        source.write_text(text)
-        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # sanitizers are not for g++
-        scratch = target.with_suffix(f".{os.getpid()}.tmp")
-        done = subprocess.run(
-            [*command, f"-I{root / 'include'}", "-o", str(scratch), str(source)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
-        source.unlink()
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        os.replace(scratch, target)
-    return target
+
+    def make():
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            source, built = Path(scratch) / f"{name}.cpp", Path(scratch) / target.name
+            source.write_text(text)
+            links = [f"-Wl,-soname,{target.name}", "-Wl,-rpath,$ORIGIN", *([str(library)] if library else [])]
+            # sanitizers are not for g++
+            environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+            done = subprocess.run(
+                [*command, f"-I{kernel_dir() / 'include'}", "-o", str(built), str(source), *links],
+                capture_output=True, text=True, env=environment, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            os.replace(built, target)
+
+    return once(target, make)
 
 
 def tf32(x):

@@ -32,6 +32,13 @@ GPUXBAR_FN u32 adc_code_biased(float steps, float code_min, float code_max) {
   return float_bits(min(max(steps, code_min), code_max) + 12582912.0f);
 }
 
+// Whether a current in ADC steps is inside the range, to rounding. One-sided currents are never below it but by noise or an
+// offset, which shut no gate: else noise alone would shut half of the gates of lines that nothing drives.
+GPUXBAR_FN bool in_range(float steps, float code_min, float code_max) {
+  const float beyond = steps - min(max(steps, code_min), code_max);
+  return (code_min < 0.0f ? abs(beyond) : beyond) <= 0.5f;
+}
+
 // Part of a gate that one unit of digital weight inside the range makes, of `weights` on every tile. Without any weight no
 // conversion counts, and the gate is 0.
 GPUXBAR_FN float gate_part(float weights, i64 tiles) { return weights > 0.0f ? 1.0f / (weights * (float)tiles) : 0.0f; }

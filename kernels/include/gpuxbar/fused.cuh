@@ -107,7 +107,7 @@ GPUXBAR_FN Pair noise_of(const u32 (&random)[4], int e) {
 // Code of a current in steps of the ADC plus ADC_BIAS; under GATE 2^16 more inside the range.
 GPUXBAR_FN u32 counted_code(float steps, float code_min, float code_max) {
   u32 code = adc_code_biased(steps, code_min, code_max);
-  if (GATE && min(max(steps, code_min), code_max) == steps) code += 1u << 16;
+  if (GATE && in_range(steps, code_min, code_max)) code += 1u << 16;
   return code;
 }
 
