@@ -173,7 +173,7 @@ inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, 
           codes[j] += (i32)adc_code(steps, code_min, code_max);
         else
           sum[j] = fma(weight, psum[j], sum[j]);
-        if (p.gate) gate[j] += !p.adc_bits || min(max(steps, code_min), code_max) == steps ? share : 0.0f;
+        if (p.gate) gate[j] += !p.adc_bits || in_range(steps, code_min, code_max) ? share : 0.0f;
       }
     }
   }
