@@ -217,9 +217,29 @@ def test_results_do_not_depend_on_threads_or_chunks(monkeypatch):
     assert not np.array_equal(results[0][1], results[3][1])
 
 
-@pytest.mark.parametrize("device", DEVICES[:2], ids=IDS[:2])
+def test_writes_of_one_direction_are_those_of_a_sequence():
+    """And opposite ones are not: they cancel before a non-linear law sees them."""
+    s, law = streamed((3, 2, 4), 4), Agarwal(nu=3.0)
+    x, d, w_max = exact(s, 6, 1, 5, 7)
+    x, d = np.abs(x), np.abs(d) / 8
+    x[:, 0] = 15 / 16  # so that codes are the same one by one
+    off = []
+    for signs in (np.ones((6, 1)), np.array([1, -1, 1, -1, 1, -1]).reshape(6, 1)):
+        together, one_by_one = (from_digits(np.zeros((3, 5, 7)), s) for _ in range(2))
+        errors = (signs * d).astype(np.float32)
+        more = {"rate": 0.5, "law": law, "w_max": w_max, **WINDOW, **s}
+        ops.streamed_update(together, x, errors, **more)
+        for b in range(6):
+            ops.streamed_update(one_by_one, x[b : b + 1], errors[b : b + 1], **more)
+        off.append(np.abs(together - one_by_one).max() / RANGE)
+    assert off[0] < 1e-5
+    assert off[1] > 0.01
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=IDS)
 @pytest.mark.parametrize("order", ["channel_position", "position_channel"])
-def test_a_convolution_is_its_patches(order, device):
+def test_a_convolution_is_its_patches(order, device, monkeypatch):
+    """In chunks that begin within an image, too."""
     s = streamed((3, 2, 2), 6)
     conv = ConvGeometry(2, 6, 7, (3, 2), (2, 1), (1, 1), (1, 2), order)
     rng, groups, outputs = np.random.default_rng(0), 2, 5
@@ -234,15 +254,13 @@ def test_a_convolution_is_its_patches(order, device):
         **WINDOW,
         **s,
     }
-    patches = np.ascontiguousarray(reference.unfold(x, conv), dtype=np.float32)
-    if groups > 1:
-        patches = np.concatenate(
-            [reference.unfold(x[:, 2 * k : 2 * k + 2], conv) for k in range(groups)], axis=1
-        ).astype(np.float32)
+    patches = reference.unfold(x, conv).astype(np.float32)
     pixels = np.ascontiguousarray(d.transpose(0, 2, 3, 1).reshape(-1, groups * outputs))
     one, other = (cells(6, groups * conv.inputs, outputs) for _ in range(2))
     before = one.copy()
-    read = ops.streamed_update(one, x, d, conv=conv, device=device, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["gpuxbar.ops.streamed_update"], "WORKSPACE", 5000)
+        read = ops.streamed_update(one, x, d, conv=conv, device=device, **more)
     whole = ops.streamed_update(other, patches, pixels, device=device, **more)
     np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(read, whole)
