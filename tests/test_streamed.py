@@ -61,17 +61,19 @@ def streamed(shape, input_bits, **rule):
 
 
 def exact(s, batch, groups, inputs, outputs, seed=0):
-    """Inputs of whole codes, a sixteenth each, and errors and full weights that ask for powers of two of units.
+    """Inputs of whole codes, a sixteenth each, half of it but in the first group, and errors and full weights that ask for powers of two of units.
 
     At a rate of 1/2 a stream asks for a full weight at most, and of some outputs for digits of every slice.
     """
     rng = np.random.default_rng(seed)
     bits, most = s["slices"] * s["slice_bits"], 2 ** s["carry"].input_bits - 1
     x = rng.integers(-most, most + 1, (batch, groups * inputs)).astype(np.float32) / 16
-    x.reshape(batch, groups, inputs)[0, :, 0] = most / 16
+    by_group = x.reshape(batch, groups, inputs)
+    by_group[0, :, 0] = most / 16
+    by_group[:, 1:] /= 2
     d = rng.uniform(-0.98, 0.98, (batch, groups * outputs))
     d *= 2.0 ** (bits - s["carry"].input_bits + rng.integers(0, 7, groups * outputs))
-    d[0, 0] = 0.98 * 2.0 ** (bits - s["carry"].input_bits + 6)
+    d[:, 0] = 0.98 * 2.0 ** (bits - s["carry"].input_bits + 6)
     w_max = ((2**bits - 1) * 2.0 ** rng.integers(0, 2, groups * outputs)).astype(np.float32)
     w_max[0] = 2**bits - 1
     return x, (np.rint(d * 64) / 64).astype(np.float32), w_max
@@ -105,8 +107,8 @@ def test_updates_match_the_oracle(shape, input_bits, name, device):
     top = s["carry"].window(shape[1]) / 2.0 ** shape[1]  # in full weights, of the highest slice
     np.testing.assert_allclose(read, weights, rtol=0, atol=4e-6 * top * w_max.max())
     moved = (g != before).reshape(2, s["slices"], -1).mean(2)
-    assert (moved[0] > 0.01).all()  # every slice
-    assert (moved[1] > 0.01).all() == (law.sides != "reference")
+    assert (moved[0] > 0).all()  # every slice
+    assert (moved[1] > 0).all() == (law.sides != "reference")
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=IDS)
