@@ -59,8 +59,9 @@ def streamed_update(
     a full weight; but slices gather sums of digits, of any sign and beyond the base, not the digits of a sum.
 
     Each slice's pair is then asked for its digits, in shares of its window, at most the whole window, in one step of its
-    law, as by `device_update`: opposite writes of a batch cancel before the law sees them. For samples in sequence, update after
-    each. The outer product of the batch is never formed.
+    law, as by `device_update`: opposite writes of a batch cancel before the law sees them. Writes of one direction are as if
+    made one after the other, since laws are flows and the noise of their pulses adds up (Agarwal's `cycle`, a share of a whole
+    change, is smaller one by one). For samples in sequence, update after each. The outer product of the batch is never formed.
 
     Args:
         g: Conductances of the positive devices, least significant slice first, then of the negative ones, float32
