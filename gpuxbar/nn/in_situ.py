@@ -292,7 +292,7 @@ class InSitu(Programmed):
             and lines.dtype == torch.float32
             and self.weight.is_set_to(self.of_lines(lines))
         )
-        read = lines if own else torch.empty(lines.shape, device=lines.device)
+        read = lines if own else torch.empty(lines.shape, dtype=torch.float32, device=lines.device)
         self._update(change, factor, read)
         self._show(self.of_lines(read))
 
