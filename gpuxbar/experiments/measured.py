@@ -322,8 +322,13 @@ def _device_ratios(pulses: Pulses, step: np.ndarray, mean: np.ndarray) -> tuple[
     weight = np.maximum(np.bincount(pulses.device, mean**2, count), 1e-30)
     ratio = np.bincount(pulses.device, step * mean, count) / weight
     rest = (step - ratio[pulses.device] * mean) * mean
-    error = np.bincount(pulses.device, rest**2, count) / weight**2
-    return ratio, float(np.sqrt(max(ratio.var(ddof=1) - error.mean(), 0.0)))
+    pulsed = np.bincount(pulses.device, minlength=count)
+    known = pulsed > 1  # a single pulse tells no error
+    if known.sum() < 3:
+        return ratio, 0.0
+    own = pulsed[known] / (pulsed[known] - 1)  # each ratio is fitted to its device's own pulses
+    error = own * np.bincount(pulses.device, rest**2, count)[known] / weight[known] ** 2
+    return ratio, float(np.sqrt(max(ratio[known].var(ddof=1) - error.mean(), 0.0)))
 
 
 def _quantiles(y: np.ndarray, rest: np.ndarray, bins: int) -> tuple[tuple[float, ...], ...]:
