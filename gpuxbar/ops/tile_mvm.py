@@ -133,10 +133,14 @@ def tile_mvm(
             f"{OP}: `g` must hold at least one cell, got shape {tuple(g.shape)}; only a batch may be empty"
         )
     bits = 0 if adc_bits is None else adc_bits
-    read = _read(
+    alike = (
         v.shape, v.dtype == INT16, g.shape, tile_rows, tile_cols, transposed, groups, stream_bits, streams, phases, adc_bits,
         adc_signed, generator, conv, want_gate, precision, g_range, g_step, g_offset,
     )  # fmt: skip
+    try:
+        read = _read(*alike)
+    except TypeError:  # lists cannot be kept: looked at every time, and refused by name where numbers are due
+        read = _read.__wrapped__(*alike)
     if conv is not None and transposed and (want_gate or bias is not None):
         raise ValueError(
             f"{OP}: `want_gate` and `bias` must not be given with a transposed convolution, whose results are sums of "
