@@ -28,7 +28,7 @@ class Folded {
         apart(reach + (most_lines * pitch + LANES - 1) / LANES * LANES),
         column(images * apart),
         at(images * c.channels * height * width + LANES * c.stride_w),
-        laid(COLS * column) {}
+        laid(COLS * column + LANES) {}  // a vector reads past the end of a line
 
   // How many rows the block that starts at row0 has.
   i64 rows(i64 row0, i64 end) const {
