@@ -103,7 +103,9 @@ void multiply(const Layout& l, const float* d, const float* x, const i64* start,
 #pragma GCC unroll 8
       for (int o = 0; o < OUT; ++o) {
         Vec left = *(const Vec*)(d + o * l.depth + i);
+#if defined(__AVX512F__)
         asm("" : "+v"(left));  // one load, not one for every product
+#endif
 #pragma GCC unroll 3
         for (int t = 0; t < COUNT; ++t) sum[t][o] += left * tap[t];
       }

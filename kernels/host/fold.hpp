@@ -28,7 +28,7 @@ class Folded {
         apart(reach + (most_lines * pitch + LANES - 1) / LANES * LANES),
         column(images * apart),
         at(images * c.channels * height * width + LANES * c.stride_w),
-        laid(COLS * column) {}
+        laid(COLS * column + LANES) {}  // a vector reads past the end of a line
 
   // How many rows the block that starts at row0 has.
   i64 rows(i64 row0, i64 end) const {
@@ -74,14 +74,15 @@ class Folded {
     }
   }
 
-  // Adds the images, without their padding, to those of y, [N, groups * channels, height, width], and forgets them.
-  void store(float* y, i64 groups, i64 group, i64 first_image, i64 images) {
+  // Adds the images, without their padding, to those of y, [N, groups * channels, height, width], or puts the first of
+  // them there, and forgets them.
+  void store(float* y, i64 groups, i64 group, i64 first_image, i64 images, bool first) {
     for (i64 plane = 0; plane < images * c.channels; ++plane) {
       const i64 image = first_image + plane / c.channels, channel = group * c.channels + plane % c.channels;
       float* __restrict__ to = y + (image * groups * c.channels + channel) * c.height * c.width;
       const float* __restrict__ from = at.data() + (plane * height + c.pad_h) * width + c.pad_w;
       for (i64 line = 0; line < c.height; ++line, to += c.width, from += width)
-        for (i64 x = 0; x < c.width; ++x) to[x] += from[x];
+        for (i64 x = 0; x < c.width; ++x) to[x] = (first ? 0.0f : to[x]) + from[x];
     }
     std::fill(at.begin(), at.end(), 0.0f);
   }

@@ -108,14 +108,14 @@ void noise(const TileMvm& p, const Panel& panel, const Driven& d, u32 slot, i64 
     add_noise<false>(draws, (u32)panel.column, row, d.rows, panel.begin, panel.end, sigma, deviation, w.psum);
 }
 
-// Adds all tiles of one pass and plane to the block's sums.
+// Adds all tiles of one pass and plane to the block's sums, which the first pass starts.
 void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const Converters& adc, const Driven& d,
                    const float* b, const float* b2, i64 plane, i64 pass, float weight, Block& w) {
   const i64 lanes = (d.rows + LANES - 1) / LANES * LANES;
   const float code_max = p.adc_signed ? (float)((1 << (p.adc_bits - 1)) - 1) : (float)((1 << p.adc_bits) - 1);
   const float code_min = p.adc_signed ? -code_max : 0.0f, share = gpuxbar::abs(weight);
-  if (p.adc_bits) std::memset(w.codes, 0, sizeof w.codes);
   for (i64 t = 0; t < s.tiles; ++t) {
+    const bool first = pass == 0 && t == 0;
     const i64 k0 = t * p.tile, length = std::min(p.tile, s.drive - k0);
     multiply_block(d.rows, panel.begin, panel.end, length, d.a + k0 * ROWS, b + k0 * COLS, w.psum);
     noise(p, panel, d, (u32)((pass * p.planes + plane) * s.tiles + t), k0, length, b2, w);
@@ -123,7 +123,9 @@ void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const C
       const float* psum = w.psum.at + j * ROWS;
       float *sum = w.sum.at + j * ROWS, *gate = w.gate.at + j * ROWS;
       i32* codes = w.codes + j * ROWS;
+      if (first && p.gate) std::fill_n(gate, lanes, 0.0f);
       if (!p.adc_bits) {
+        if (first) std::fill_n(sum, lanes, 0.0f);
         for (i64 i = 0; i < lanes; ++i) sum[i] = fma(weight, psum[i], sum[i]);
         if (p.gate)
           for (i64 i = 0; i < lanes; ++i) gate[i] += share;
@@ -132,6 +134,7 @@ void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const C
       const i64 converter = (plane * s.tiles + t) * p.groups * s.sense + panel.column + j;
       const float gain = adc.inverse[j] * (p.adc_gain ? p.adc_gain[converter] : 1.0f);
       const float offset = p.adc_offset ? p.adc_offset[converter] * adc.inverse[j] : 0.0f;
+      if (t == 0) std::fill_n(codes, lanes, 0);
       if (!p.gate)
         for (i64 i = 0; i < lanes; ++i) codes[i] += (i32)adc_code(fma(psum[i], gain, offset), code_min, code_max);
       else
@@ -147,24 +150,27 @@ void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const C
       const float step = weight * adc.lsb[j];
       float* sum = w.sum.at + j * ROWS;
       const i32* codes = w.codes + j * ROWS;
-      for (i64 i = 0; i < lanes; ++i) sum[i] = fma(step, (float)codes[i], sum[i]);
+      if (pass == 0)
+        for (i64 i = 0; i < lanes; ++i) sum[i] = fma(step, (float)codes[i], 0.0f);
+      else
+        for (i64 i = 0; i < lanes; ++i) sum[i] = fma(step, (float)codes[i], sum[i]);
     }
 }
 
 // Adds a block's sums to y in its layout: rows of a matrix, images, or folded images.
 void store(const TileMvm& p, const Shape& s, i64 group, const Panel& panel, const Driven& d,
            const std::vector<Run>& runs, bool first, float share, Folded* folded, Block& w) {
-  const i64 sensed = p.groups * s.sense;
+  const i64 sensed = p.groups * s.sense, lanes = (d.rows + LANES - 1) / LANES * LANES;
   for (i64 j = panel.begin; j < panel.end; ++j) {
     const i64 column = panel.column + j;
     const float scale = p.col_scale ? p.col_scale[column] : 1.0f, bias = p.bias ? p.bias[column] : 0.0f;
     float *sum = w.sum.at + j * ROWS, *gate = w.gate.at + j * ROWS;
-    for (i64 i = 0; i < ROWS; ++i) sum[i] *= w.row_scale[i] * scale;
+    for (i64 i = 0; i < lanes; ++i) sum[i] *= w.row_scale[i] * scale;
     if (p.gate)
-      for (i64 i = 0; i < ROWS; ++i) gate[i] *= share;
+      for (i64 i = 0; i < lanes; ++i) gate[i] *= share;
     if (!p.conv) {
       if (first)
-        for (i64 i = 0; i < ROWS; ++i) sum[i] += bias;
+        for (i64 i = 0; i < lanes; ++i) sum[i] += bias;
     } else if (folded) {
       folded->place(j, sum);
     } else {
@@ -205,10 +211,6 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   const bool folds = p.conv && p.transposed;
   const i64 unit_rows = folds ? std::max<i64>(1, ROWS / pixels) * pixels : ROWS;
   const i64 units = (p.batch + unit_rows - 1) / unit_rows;
-  if (folds) {
-    const Conv& c = *p.conv;
-    std::memset(p.y, 0, sizeof(float) * (p.batch / pixels) * p.groups * c.channels * c.height * c.width);
-  }
   float weights = 0.0f;
   for (i64 plane = 0; plane < p.planes; ++plane)
     for (i64 pass = 0; pass < s.passes; ++pass) weights += gpuxbar::abs(p.slice_scale[plane]) * pass_of(p, pass).weight;
@@ -275,8 +277,6 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
                 const Panel panel(s, group, q);
                 const Converters adc(p, panel);
                 const i64 at = (q - panel0) * panel_size;
-                std::memset(&work->sum, 0, sizeof work->sum);
-                if (p.gate) std::memset(&work->gate, 0, sizeof work->gate);
                 for (i64 pass = 0; pass < s.passes; ++pass) {
                   const Pass way = pass_of(p, pass);
                   const float weight = (way.phase < 0 ? -way.weight : way.weight) * p.slice_scale[plane];
@@ -289,7 +289,8 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
               }
             }
             if (folds)
-              folded->store(p.y, p.groups, group, unit * unit_rows / pixels, (unit_end - unit * unit_rows) / pixels);
+              folded->store(p.y, p.groups, group, unit * unit_rows / pixels, (unit_end - unit * unit_rows) / pixels,
+                            plane == 0 && panel0 == 0);
           }
         }
     }
