@@ -184,6 +184,7 @@ def gpu_path(monkeypatch, **settings):
             return torch.from_numpy(a.values)
 
     bridge_to(monkeypatch, device, array, tensor)
+    monkeypatch.setattr(sys.modules["gpuxbar.bridge.outer_product"], "_on_cpu", lambda _: False)
     scales = sys.modules["gpuxbar.bridge.analog_mvm"]._slice_scale
     scales.cache_clear()  # arrays of the one kind are not for the other
     try:

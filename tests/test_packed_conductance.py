@@ -225,7 +225,8 @@ def loaded(layer):
     with torch.no_grad():
         if other.in_situ:
             other.g_cells.copy_(other.g_cells.flip(0))
-            other.weight.copy_(other._moved(torch.zeros_like(other.weight)))
+            other._move(torch.zeros_like(other.weight))
+            other.update_step.copy_(layer.update_step)
         else:
             other.weight.neg_()
     layer.load_state_dict(other.state_dict())

@@ -25,7 +25,7 @@ def outer_product(d: Tensor, x: Tensor) -> Tensor:
 
 def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     """Gradient of weights [O, I] of which inputs x [B, I] made outputs, for gradients d [B, O] of these."""
-    if d.device.type != "cpu" or d.numel() * x.shape[1] < WORTH_PACKING:
+    if not _on_cpu(d) or d.numel() * x.shape[1] < WORTH_PACKING:
         return d.t() @ x
     found: Tensor = outer_product(d, x)
     return found
@@ -53,8 +53,12 @@ def conv_outer_product(
 
 def conv_weight_gradient(d: Tensor, x: Tensor, scale: Tensor, shape: torch.Size, way: ReadPlan) -> Tensor:
     """Gradient of weights of a shape, of which images x in units of `scale`, [1] or [N], made others, for gradients d."""
-    if d.device.type == "cpu":
+    if _on_cpu(d):
         found: Tensor = conv_outer_product(d, x, scale, shape, way.stride, way.padding, way.dilation)
         return found
     x = x.to(d.dtype, copy=True).mul_(scale.reshape(-1, 1, 1, 1))
     return conv2d_weight(x, shape, d, way.stride, way.padding, way.dilation, way.groups)
+
+
+def _on_cpu(d: Tensor) -> bool:
+    return d.device.type == "cpu"

@@ -240,11 +240,11 @@ class InSitu(Programmed):
                 relax(cells, self.pulse_count, self.static[1], self.plan.seed)
         self._move(torch.zeros_like(self.weight))
 
-    def _show(self, read: Tensor) -> None:
-        """Count an update, after which the cells read as this weight, which may lie in the layer's own."""
+    def _show(self, read: Tensor | None) -> None:
+        """Count an update, after which the cells read as this weight; None: it has been written into the layer's."""
         assert self.update_step is not None
         self.update_step += 1
-        if self.weight.is_set_to(read):
+        if read is None:
             torch.autograd.graph.increment_version(self.weight)
         else:
             self.weight.copy_(read)
@@ -285,11 +285,11 @@ class InSitu(Programmed):
         own = (
             lines.is_contiguous()
             and lines.dtype == torch.float32
-            and self.weight.is_set_to(self.of_lines(lines))
+            and lines.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
         )
         read = lines if own else torch.empty(lines.shape, dtype=torch.float32, device=lines.device)
         self._update(change, factor, read)
-        self._show(self.of_lines(read))
+        self._show(None if own else self.of_lines(read))
 
     def _update(self, change: Tensor, factor: float, read: Tensor) -> None:
         """Move the cells by factor * change, and put what they read into `read`, [G, O, I]."""
