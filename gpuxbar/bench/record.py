@@ -115,7 +115,7 @@ def updates_table(rows: list[dict[str, Any]]) -> str:
         other = row["ratio"].get("aihwkit")
         target = "" if row["target"] is None else f"<= {row['target']:g}"
         out.append(
-            f"| {row['case']}: {row['size']} | {row['ms']['ideal'][1]:.1f} | {_verdict(row)} | {target} "
+            f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {target} "
             f"| {'' if other is None else f'{other:.0f}'} | {row['error']:.0e} |"
         )
     out.extend(f"| H200, 16.8 M cells: {what} | | {NOT_RUN} | {target} | | |" for what, target in GPU_UPDATES)
@@ -133,7 +133,7 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
             plain = row["ratio"].get("plain torch")
             target = "" if row["target"] is None else f"<= {row['target']:g}"
             out.append(
-                f"| {row['case']}: {row['size']} | {row['ms']['ideal'][1]:.1f} | {_verdict(row)} | {target} "
+                f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {target} "
                 f"| {'' if plain is None else f'{plain:.2f}'} | {row['error']:.0e} |"
             )
     speedups = [row for row in rows if "ideal" not in row["ms"]]
@@ -161,6 +161,10 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
             )
     out += ["", *_machines(rows)]
     return "\n".join(out)
+
+
+def _ms(time: float) -> str:
+    return f"{time:.1f}" if time >= 1 else f"{time:.2g}"
 
 
 def _verdict(row: dict[str, Any], low: bool = True) -> str:
