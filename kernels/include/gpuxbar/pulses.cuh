@@ -21,8 +21,14 @@ struct Train {
 GPUXBAR_FN i32 popcount(u32 word) {
 #if defined(__CUDA_ARCH__)
   return __popc(word);
-#else
+#elif defined(__AVX512VPOPCNTDQ__)
   return __builtin_popcount(word);
+#else  // in vectors; not as compilers know it, who would make it an instruction that is none of vectors
+  word -= word >> 1 & 0x55555555u;
+  word = (word & 0x33333333u) + (word >> 2 & 0x33333333u);
+  word = (word + (word >> 4)) & 0x0F0F0F0Fu;
+  word += word >> 8;
+  return (i32)((word + (word >> 16)) & 0x3Fu);
 #endif
 }
 
