@@ -301,7 +301,7 @@ CASES = (
         partial(update, updates.pulse_update, updates.LAW, "exact"),
     ),
     Case(
-        "pulse-exact-dense", f"{PULSES}: soft bounds with cycle noise, in sequence; {DENSE}", AIHWKIT[1],
+        "pulse-exact-dense", f"{PULSES}: soft bounds with cycle noise, in sequence; {DENSE}", None,
         partial(update, updates.pulse_update, updates.LAW, "exact", 1.0),
     ),
     Case(
