@@ -37,6 +37,18 @@ def test_layers_train_on_every_published_device(name):
     assert (layer.g_held is not None) == (layer.spec.update.write_noise > 0)
 
 
+def test_weights_lie_in_memory_as_they_like():
+    layers = [layer_on("reram-sb") for _ in range(2)]
+    layers[1].weight = nn.Parameter(layers[1].weight.detach().t().contiguous().t())
+    for layer in layers:
+        train(layer, gx.optim.InSituSGD(layer.parameters(), lr=0.05), 2)
+        with torch.no_grad():
+            layer.weight.mul_(1.0)  # another version, so that the next read looks whether the cells read it
+        layer(torch.zeros(1, 12))
+    assert not layers[1].weight.is_contiguous()
+    torch.testing.assert_close(layers[1].weight, layers[0].weight, rtol=1e-4, atol=1e-6)
+
+
 def test_devices_with_write_noise_hold_what_they_do_not_show():
     layer = layer_on("reram-sb")
     optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)

@@ -180,7 +180,7 @@ class InSitu(Programmed):
 
     @torch.no_grad()
     def update_cells(self, change: Tensor, factor: float = 1.0) -> None:
-        """Move the cells by factor * change, a wanted weight change of the shape of `weight`; the weight becomes what they read.
+        """Move the cells by factor * change, of the shape of `weight`; the weight becomes what they read.
 
         Before that, slices carry where it is time (see `spec.Carry`).
         """
@@ -200,7 +200,8 @@ class InSitu(Programmed):
     def update_in_array(self, rate: float) -> None:
         """Move the cells by products of the inputs and errors since the last update; the weight becomes what they read.
 
-        By pulse trains (`spec.pulses`) or bit streams (`spec.carry.scheme`). Before that, slices carry where it is time (see `spec.Carry`).
+        By pulse trains (`spec.pulses`) or bit streams (`spec.carry.scheme`). Before that, slices carry where it is time (see
+        `spec.Carry`).
         """
         self.require_unprogrammed("weight")
         assert self.g_cells is not None
@@ -269,7 +270,7 @@ class InSitu(Programmed):
     def _require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""
         with torch.no_grad():
-            read = torch.empty_like(self.by_line(self.weight), dtype=torch.float32)
+            read = self._blank()
             self._update(torch.zeros_like(self.weight), 1.0, read)
             off = self.weight != self.of_lines(read)
         if off.any():
@@ -287,9 +288,14 @@ class InSitu(Programmed):
             and lines.dtype == torch.float32
             and lines.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
         )
-        read = lines if own else torch.empty(lines.shape, dtype=torch.float32, device=lines.device)
+        read = lines if own else self._blank()
         self._update(change, factor, read)
         self._show(None if own else self.of_lines(read))
+
+    def _blank(self) -> Tensor:
+        """Room for a weight as the array reads it, float32 [G, O, I]."""
+        shape = self.groups_, self.outputs, self.inputs
+        return torch.empty(shape, dtype=torch.float32, device=self.weight.device)
 
     def _update(self, change: Tensor, factor: float, read: Tensor) -> None:
         """Move the cells by factor * change, and put what they read into `read`, [G, O, I]."""
