@@ -86,17 +86,15 @@ def calibrate(
             "calibrate: `loader` must give at least one batch that reaches a layer, got none; look at the loader"
         )
     for (layer, backward), currents in seen.items():
-        adc = layer.spec.backward_adc if backward else layer.spec.adc
-        read = layer.plan.backward if backward else layer.plan.forward
-        if read.adc_bits and adc.range == "calibrated":
-            full = layer.back_adc_range if backward else layer.adc_range
-            full.copy_(_range(torch.cat(currents), adc.percentile, adc.per == "column"))
+        converter = layer.converters()[backward]
+        if converter.calibrated:
+            adc = converter.adc
+            converter.full.copy_(_range(torch.cat(currents), adc.percentile, adc.per == "column"))
         layer.look_at_ranges()
 
 
 def _wanted(layer: AnalogLayer) -> bool:
-    reads = ((layer.plan.forward, layer.spec.adc), (layer.plan.backward, layer.spec.backward_adc))
-    return any(read.adc_bits and adc.range == "calibrated" for read, adc in reads)
+    return any(converter.calibrated for converter in layer.converters())
 
 
 @contextmanager

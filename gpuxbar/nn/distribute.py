@@ -17,8 +17,8 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
     """A converted model under `DistributedDataParallel`, trained as one process would with the batches of all ranks as one.
 
     Each rank's reads draw the noise of its own rows of that batch. Updates of devices are the same everywhere: for pulse
-    trains and bit streams the ranks exchange what they read and its errors, averaged as gradients are. Conductances that follow from weights are
-    not sent. Batches must be of one size on all ranks.
+    trains and bit streams the ranks exchange what they read and its errors, averaged as gradients are. Conductances that
+    follow from weights are not sent. Batches must be of one size on all ranks.
 
     Args:
         model: With its layers on their device; build the optimiser from its parameters.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,27 @@ __all__ = ["AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 TEST_INPUTS = 32  # of a test read
 
 
+class Converter(NamedTuple):
+    """The ADCs of one direction: currents of the largest code and of a step, the read they convert, and their settings."""
+
+    full: Tensor
+    lsb: Tensor
+    read: Read
+    adc: ADC
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its range is that of `calibrate`, not the spec's."""
+        return bool(self.read.adc_bits) and self.adc.range == "calibrated"
+
+
 class AnalogLayer(InSitu):
     """What the layers share: programming when the weights change, read counter, converter ranges.
 
     Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
-    weights they fix every random number, so a checkpoint resumes bit for bit. `adc_range` and
-    `back_adc_range` are the currents of an ADC's largest code forwards and backwards, A, NaN until calibrated, 0 where nothing
-    is converted; `dac_max` is the running DAC range.
+    weights they fix every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the
+    currents of an ADC's largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted; `dac_max`
+    is the running DAC range.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
@@ -151,23 +165,23 @@ class AnalogLayer(InSitu):
     def look_at_ranges(self) -> None:
         """Take over the ADC ranges, and remember whether all are set, so that reading them never waits for a GPU."""
         self.calibrated = True
-        for full, lsb, read, _ in self._converters():
+        for full, lsb, read, _ in self.converters():
             lsb.copy_(full / max(read.adc_code_max, 1))
             self.calibrated &= not read.adc_bits or bool((full > 0).all())
 
-    def _converters(self) -> tuple[tuple[Tensor, Tensor, Read, ADC], ...]:
-        """Currents of the largest code and of a step of an ADC, the read and its ADC, forwards and backwards."""
+    def converters(self) -> tuple[Converter, Converter]:
+        """Those of the forward and of the transposed read."""
         return (
-            (self.adc_range, self.adc_lsb, self.plan.forward, self.spec.adc),
-            (self.back_adc_range, self.back_adc_lsb, self.plan.backward, self.spec.backward_adc),
+            Converter(self.adc_range, self.adc_lsb, self.plan.forward, self.spec.adc),
+            Converter(self.back_adc_range, self.back_adc_lsb, self.plan.backward, self.spec.backward_adc),
         )
 
     def begin_in_situ(self) -> None:
         """See `InSitu.begin_in_situ`; ranges calibrated before do not fit the currents of such pairs, and are forgotten."""
         super().begin_in_situ()
-        for full, _, read, adc in self._converters():
-            if read.adc_bits and adc.range == "calibrated":
-                full.fill_(torch.nan)
+        for converter in self.converters():
+            if converter.calibrated:
+                converter.full.fill_(torch.nan)
         self.look_at_ranges()
 
     def rewrite(self) -> None:
@@ -340,11 +354,11 @@ class AnalogLayer(InSitu):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        own = [full.clone() for full, *_ in self._converters()]
+        own = [converter.full.clone() for converter in self.converters()]
         super()._load_from_state_dict(state_dict, prefix, *more)
-        for kept, (full, _, read, adc) in zip(own, self._converters(), strict=True):
-            if not read.adc_bits or adc.range != "calibrated":  # the spec says it, whatever was saved
-                full.copy_(kept)
+        for full, converter in zip(own, self.converters(), strict=True):
+            if not converter.calibrated:  # the spec says it, whatever was saved
+                converter.full.copy_(full)
         self.look_at_ranges()
 
 

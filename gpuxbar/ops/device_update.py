@@ -93,8 +93,8 @@ def device_update(
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
-        Weights after the update, float32 [G, O, I], which is `out` where given: w_max (g_pos - g_neg) / (g_max - g_min) of one pair; of slices,
-        w_max / (2**(slices slice_bits) - 1) times the sum of their digits times 2**(k slice_bits).
+        Weights after the update, float32 [G, O, I], `out` where given: w_max (g_pos - g_neg) / (g_max - g_min) of one pair;
+        of slices, w_max / (2**(slices slice_bits) - 1) times the sum of their digits times 2**(k slice_bits).
 
     Raises:
         TypeError: An array has another dtype.

@@ -27,8 +27,8 @@ class InSituSGD(InSituOptimizer):
     then on; calibrate from time to time, each epoch, say.
 
     A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in its array of the inputs and
-    errors of its backward passes since the last step; its weight gets no gradient. `zero_grad` of this optimiser forgets them. A `GradScaler` may scale the loss; its `unscale_`,
-    which reaches gradients alone, is refused.
+    errors of its backward passes since the last step; its weight gets no gradient. `zero_grad` of this optimiser forgets
+    them. A `GradScaler` may scale the loss; its `unscale_`, which reaches gradients alone, is refused.
 
     Args:
         params: Parameters or groups, as for any torch optimiser.
@@ -75,7 +75,7 @@ class InSituSGD(InSituOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, or whose layer kept inputs and errors; returns the loss of `closure`, if given."""
+        """Update what has a gradient, or whose layer kept inputs and errors; returns the loss of `closure`, if given."""
         if hasattr(self, "found_inf"):
             if self.grad_scale is None:
                 raise ValueError(

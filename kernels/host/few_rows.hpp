@@ -147,8 +147,7 @@ inline void strip_noise(const TileMvm& p, const Strip& strip, u32 slot, i64 plan
 // Adds all tiles of one pass and plane to the strip's sums; `a`, `a2`: voltages of the pass and their squares, [drive][batch].
 inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, const float* a, const float* a2,
                           i64 plane, i64 pass, float weight, StripWork& w) {
-  const float code_max = p.adc_signed ? (float)((1 << (p.adc_bits - 1)) - 1) : (float)((1 << p.adc_bits) - 1);
-  const float code_min = p.adc_signed ? -code_max : 0.0f, share = gpuxbar::abs(weight);
+  const float code_max = p.code_max(), code_min = p.code_min(), share = gpuxbar::abs(weight);
   alignas(64) float lsb[STRIP], gain[STRIP], offset[STRIP];
   for (i64 j = strip.begin; j < strip.end; ++j)
     lsb[j] = p.adc_bits ? p.adc_lsb[p.adc_per_column ? strip.column + j : 0] : 1.0f;
@@ -194,10 +193,9 @@ inline void store_strip(const TileMvm& p, const Shape& s, const Strip& strip, bo
     if (first && p.bias)
       for (i64 j = strip.begin; j < strip.end; ++j) sum[j] += p.bias[strip.column + j];
     for (i64 j = strip.begin; j < strip.end; ++j) p.y[at + j] = (first ? 0.0f : p.y[at + j]) + sum[j];
-    if (p.gate)
-      for (i64 j = strip.begin; j < strip.end; ++j) gate[j] *= share;
-    if (p.gate)
-      for (i64 j = strip.begin; j < strip.end; ++j) p.gate[at + j] = (first ? 0.0f : p.gate[at + j]) + gate[j];
+    if (!p.gate) continue;
+    for (i64 j = strip.begin; j < strip.end; ++j) gate[j] *= share;
+    for (i64 j = strip.begin; j < strip.end; ++j) p.gate[at + j] = (first ? 0.0f : p.gate[at + j]) + gate[j];
   }
 }
 

@@ -26,6 +26,10 @@ struct TileMvm {
   i64 is_code, transposed, stream_bits, streams, phases, adc_bits, adc_signed, adc_per_column, fast;
   u64 seed;
   double v_lsb;
+
+  // Largest and smallest ADC code.
+  float code_max() const { return (float)((1 << (adc_signed ? adc_bits - 1 : adc_bits)) - 1); }
+  float code_min() const { return adc_signed ? -code_max() : 0.0f; }
 };
 
 // Lines a group drives and senses, tiles along the driven ones, passes of the DAC.

@@ -112,8 +112,7 @@ void noise(const TileMvm& p, const Panel& panel, const Driven& d, u32 slot, i64 
 void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const Converters& adc, const Driven& d,
                    const float* b, const float* b2, i64 plane, i64 pass, float weight, Block& w) {
   const i64 lanes = (d.rows + LANES - 1) / LANES * LANES;
-  const float code_max = p.adc_signed ? (float)((1 << (p.adc_bits - 1)) - 1) : (float)((1 << p.adc_bits) - 1);
-  const float code_min = p.adc_signed ? -code_max : 0.0f, share = gpuxbar::abs(weight);
+  const float code_max = p.code_max(), code_min = p.code_min(), share = gpuxbar::abs(weight);
   for (i64 t = 0; t < s.tiles; ++t) {
     const bool first = pass == 0 && t == 0;
     const i64 k0 = t * p.tile, length = std::min(p.tile, s.drive - k0);
