@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from gpuxbar.bench.cases import Contenders
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bench.record import END, START, _commit, readme_tables, rewrite_readme, rows_of
+from gpuxbar.bench.study import Study
 
 run = CliRunner().invoke
 ROOT = Path(__file__).parent.parent
@@ -338,3 +340,18 @@ def test_a_row_tells_code_that_is_not_the_commits(tmp_path):
     assert _commit(tmp_path) == clean
     (tmp_path / "code.py").write_text("change")
     assert _commit(tmp_path) == f"{clean}+dirty"
+
+
+def test_a_study_makes_each_training_once(tmp_path):
+    made = []
+
+    def make(accuracy):
+        return lambda advance: made.append(accuracy) or advance(5) or [accuracy]
+
+    for _ in range(2):  # an interrupted study is begun anew
+        with Progress(disable=True) as progress:
+            study = Study(tmp_path / "rows.jsonl", ROOT, progress)
+            assert study.curve({"lr": 0.1}, "first", 5, make(0.5)) == [0.5]
+            assert study.curve({"lr": 0.2}, "second", 5, make(0.75)) == [0.75]
+    assert made == [0.5, 0.75]
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(study.rows) == 2
