@@ -220,9 +220,11 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   }
 
   const i64 panel_size = s.drive * COLS, block_size = s.drive * ROWS;
-  const i64 most = (s.sense + COLS - 1) / COLS + 1, together = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));
-  std::unique_ptr<float[]> packed(new float[std::min(most, together) * panel_size]);
-  std::unique_ptr<float[]> packed_var(p.noise_var ? new float[std::min(most, together) * panel_size] : nullptr);
+  // panels and planes packed at a time; a block's voltages are packed once for all of them
+  const i64 most = (s.sense + COLS - 1) / COLS + 1, fit = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));
+  const i64 together = std::min(most, fit), held = std::min(p.planes, std::max<i64>(1, fit / together));
+  std::unique_ptr<float[]> packed(new float[held * together * panel_size]);
+  std::unique_ptr<float[]> packed_var(p.noise_var ? new float[held * together * panel_size] : nullptr);
 
 #pragma omp parallel
   {
@@ -235,15 +237,16 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
     for (i64 group = 0; group < p.groups; ++group) {
       const i64 panels = ((group + 1) * s.sense + COLS - 1) / COLS - group * s.sense / COLS;
       for (i64 panel0 = 0; panel0 < panels; panel0 += together)
-        for (i64 plane = 0; plane < p.planes; ++plane) {
-          const i64 end = std::min(panels, panel0 + together);
-#pragma omp for schedule(static)
-          for (i64 q = panel0; q < end; ++q) {
-            const Panel panel(s, group, q);
-            pack_panel(p, s, p.g, plane, group, panel, packed.get() + (q - panel0) * panel_size);
-            if (p.noise_var)
-              pack_panel(p, s, p.noise_var, plane, group, panel, packed_var.get() + (q - panel0) * panel_size);
-          }
+        for (i64 plane0 = 0; plane0 < p.planes; plane0 += held) {
+          const i64 end = std::min(panels, panel0 + together), plane_end = std::min(p.planes, plane0 + held);
+          const auto place = [&](i64 plane, i64 q) { return ((plane - plane0) * together + q - panel0) * panel_size; };
+#pragma omp for collapse(2) schedule(static)
+          for (i64 plane = plane0; plane < plane_end; ++plane)
+            for (i64 q = panel0; q < end; ++q) {
+              const Panel panel(s, group, q);
+              pack_panel(p, s, p.g, plane, group, panel, packed.get() + place(plane, q));
+              if (p.noise_var) pack_panel(p, s, p.noise_var, plane, group, panel, packed_var.get() + place(plane, q));
+            }
           // few units share out their panels too; each packs its voltages anew
           const i64 wanted = 4 * omp_get_num_threads();
           const i64 parts =
@@ -272,24 +275,25 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
               }
               if (a2)
                 for (i64 e = 0; e < block_size * s.passes; ++e) a2[e] = a[e] * a[e];
-              for (i64 q = q0; q < q1; ++q) {
-                const Panel panel(s, group, q);
-                const Converters adc(p, panel);
-                const i64 at = (q - panel0) * panel_size;
-                for (i64 pass = 0; pass < s.passes; ++pass) {
-                  const Pass way = pass_of(p, pass);
-                  const float weight = (way.phase < 0 ? -way.weight : way.weight) * p.slice_scale[plane];
-                  const Driven d{a + pass * block_size, a2 ? a2 + pass * block_size : nullptr, row0, rows};
-                  convert_panel(p, s, panel, adc, d, packed.get() + at, packed_var ? packed_var.get() + at : nullptr,
-                                plane, pass, weight, *work);
+              for (i64 plane = plane0; plane < plane_end; ++plane)
+                for (i64 q = q0; q < q1; ++q) {
+                  const Panel panel(s, group, q);
+                  const Converters adc(p, panel);
+                  const float* b = packed.get() + place(plane, q);
+                  const float* b2 = packed_var ? packed_var.get() + place(plane, q) : nullptr;
+                  for (i64 pass = 0; pass < s.passes; ++pass) {
+                    const Pass way = pass_of(p, pass);
+                    const float weight = (way.phase < 0 ? -way.weight : way.weight) * p.slice_scale[plane];
+                    const Driven d{a + pass * block_size, a2 ? a2 + pass * block_size : nullptr, row0, rows};
+                    convert_panel(p, s, panel, adc, d, b, b2, plane, pass, weight, *work);
+                  }
+                  store(p, s, group, panel, Driven{nullptr, nullptr, row0, rows}, runs, plane == 0, share, folded.get(),
+                        *work);
                 }
-                store(p, s, group, panel, Driven{nullptr, nullptr, row0, rows}, runs, plane == 0, share, folded.get(),
-                      *work);
-              }
             }
             if (folds)
               folded->store(p.y, p.groups, group, unit * unit_rows / pixels, (unit_end - unit * unit_rows) / pixels,
-                            plane == 0 && panel0 == 0);
+                            plane0 == 0 && panel0 == 0);
           }
         }
     }
