@@ -5,6 +5,7 @@
 // order: the same bits on any thread count and batch split. Meaning and oracle: gpuxbar/reference/tile_mvm.py.
 #include <omp.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -71,10 +72,11 @@ struct Block {
   alignas(64) float row_scale[ROWS];
 };
 
-// What one block drives: voltages and their squares (or null), [drive][ROWS].
+// What one block drives in a pass: voltages and their squares (or null), [drive][ROWS], and whether any is not 0.
 struct Driven {
   const float *a, *a2;
   i64 row0, rows;
+  bool live;
 };
 
 // Converters of a panel's columns.
@@ -116,7 +118,10 @@ void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const C
   for (i64 t = 0; t < s.tiles; ++t) {
     const bool first = pass == 0 && t == 0;
     const i64 k0 = t * p.tile, length = std::min(p.tile, s.drive - k0);
-    multiply_block(d.rows, panel.begin, panel.end, length, d.a + k0 * ROWS, b + k0 * COLS, w.psum);
+    if (d.live)
+      multiply_block(d.rows, panel.begin, panel.end, length, d.a + k0 * ROWS, b + k0 * COLS, w.psum);
+    else
+      std::fill_n(w.psum.at + panel.begin * ROWS, (panel.end - panel.begin) * ROWS, 0.0f);
     noise(p, panel, d, (u32)((pass * p.planes + plane) * s.tiles + t), k0, length, b2, w);
     for (i64 j = panel.begin; j < panel.end; ++j) {
       const float* psum = w.psum.at + j * ROWS;
@@ -233,6 +238,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
     float* a2 = p.noise_var ? a + block_size * s.passes : nullptr;
     std::unique_ptr<Block> work(new Block);
     std::vector<float> window;
+    std::vector<char> live(s.passes);  // a phase of signed inputs, or a high bit, is often silent
     std::unique_ptr<Folded> folded(folds ? new Folded(*p.conv, unit_rows / pixels) : nullptr);
     for (i64 group = 0; group < p.groups; ++group) {
       const i64 panels = ((group + 1) * s.sense + COLS - 1) / COLS - group * s.sense / COLS;
@@ -272,6 +278,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
                   pack_pixels<ROWS>(*p.conv, drive, p.groups, group, s.drive, row0, rows, to);
                 else
                   pack_patches<ROWS>(*p.conv, drive, p.groups, group, runs, window, to);
+                live[pass] = s.passes == 1 || std::any_of(to, to + block_size, [](float v) { return v != 0.0f; });
               }
               if (a2)
                 for (i64 e = 0; e < block_size * s.passes; ++e) a2[e] = a[e] * a[e];
@@ -284,11 +291,12 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
                   for (i64 pass = 0; pass < s.passes; ++pass) {
                     const Pass way = pass_of(p, pass);
                     const float weight = (way.phase < 0 ? -way.weight : way.weight) * p.slice_scale[plane];
-                    const Driven d{a + pass * block_size, a2 ? a2 + pass * block_size : nullptr, row0, rows};
+                    const Driven d{a + pass * block_size, a2 ? a2 + pass * block_size : nullptr, row0, rows,
+                                   live[pass] != 0};
                     convert_panel(p, s, panel, adc, d, b, b2, plane, pass, weight, *work);
                   }
-                  store(p, s, group, panel, Driven{nullptr, nullptr, row0, rows}, runs, plane == 0, share, folded.get(),
-                        *work);
+                  store(p, s, group, panel, Driven{nullptr, nullptr, row0, rows, true}, runs, plane == 0, share,
+                        folded.get(), *work);
                 }
             }
             if (folds)
