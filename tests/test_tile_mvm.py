@@ -194,6 +194,24 @@ def test_collapsed_noise_has_the_variance_of_the_tiles():
     assert np.std(collapsed - clean) == pytest.approx(2e-6, rel=4 * np.sqrt(0.5 / n))
 
 
+@pytest.mark.parametrize(
+    "shape", [(70, 40, 24, 3), (49, 40, 1040, 30), (49, 1040, 1040, 2)], ids=["all", "planes", "panels"]
+)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_silent_passes_and_many_planes_match_oracle(shape, transposed):
+    """Inputs of one sign leave a phase undriven, small ones the high bits; noise and offsets are converted all the same.
+    More planes and panels than are packed at a time give what few do."""
+    batch, rows, cols, planes = shape
+    _, g = case(batch, rows, cols, planes=planes)
+    codes = np.random.default_rng(2).integers(0, 32, (batch, cols if transposed else rows)).astype(np.int16)
+    s, _ = settings("errors", (batch, rows, cols, 128), g, 1, transposed)
+    s |= {"stream_bits": 4, "streams": 2, "phases": 2, "read_noise": 1e-6 if cols < 1000 else 0.0}
+    s["slice_scale"] = np.linspace(1, -0.5, planes).astype(np.float32)
+    y = ops.tile_mvm(codes, g, tile_rows=128, tile_cols=128, **s)
+    expected = reference.tile_mvm(codes, g, tile=128, **s)
+    assert_matches(y, expected, s["adc_lsb"], weight=16, share=1e-2)
+
+
 def test_same_bits_for_any_chunk_of_the_batch():
     codes, g = case(101, 70, 37)
     s = {"tile_rows": 32, "adc_bits": 8, "adc_lsb": 1e-7, "read_noise": 1e-7, "v_lsb": 1e-3, "seed": SEED}
