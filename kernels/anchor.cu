@@ -60,6 +60,7 @@ extern "C" __global__ void __launch_bounds__(256)
   float most = (float)old / (float)interval;  // NaN is never more
   if (estimate / tolerance > most) most = estimate / tolerance;
   if (gone / far > most) most = gone / far;
+  if (gone == 0.0f) most = 0.0f;  // where it was solved
   urgency[tile] = old < 0 ? bits_float(0x7F800000u) : most;
 }
 

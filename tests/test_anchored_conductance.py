@@ -84,10 +84,23 @@ def test_the_most_urgent_tiles_are_solved_first():
 def test_tiles_never_solved_come_first():
     (g,) = drifting((5, 8, 8), 1)
     anchor = Anchor.new(g.shape)
-    for expected in ([0, 1, -1, -1, -1], [1, 2, 2, 0, -1], [2, 0, 3, 1, 1]):
+    for expected in ([0, 1, -1, -1, -1], [1, 2, 2, 0, -1], [2, 3, 3, 1, 1]):
         found = ops.anchored_conductance(g, anchor, refresh_interval=3, tolerance=1.0, **STRONG)
         assert list(anchor.age) == expected
     assert errors(found, ops.effective_conductance(g, **STRONG)).max() < 1e-6
+
+
+def test_a_tile_that_has_not_moved_is_left_alone():
+    """However long ago it was solved; once it moves, it is due."""
+    (g,) = drifting((3, 8, 8), 1)
+    anchor, settings = Anchor.new(g.shape), {"refresh_interval": 3, "tolerance": 1.0, **STRONG}
+    for step in range(6):
+        found = ops.anchored_conductance(g, anchor, solve_all=step == 0, **settings)
+    assert list(anchor.age) == [5, 6, 7]
+    assert errors(found, ops.effective_conductance(g, **STRONG)).max() < 1e-6
+    g[1, 4, 4] *= 1.001
+    ops.anchored_conductance(g, anchor, **settings)
+    assert list(anchor.age) == [6, 0, 8]
 
 
 def test_a_solved_tile_is_exact_and_reading_changes_nothing():
@@ -143,6 +156,7 @@ def test_cuda_kernels_do_the_same(approximation, order, arithmetic):
     shim, launches = ShimDevice(order), set()
     for step, g in enumerate(drifting(shape, 8)):
         g[step % 4] *= 1.0 + 0.1 * step  # up to 70 % away, out of turn
+        g[6] = 3e-5 if step < 6 else g[6]  # at rest, then moved
         moved = np.array([step != 5], np.int32)  # what is on the device decides
         s |= {"solve_all": step == 0, "tolerance": 1e-3 if step > 3 else 1.0}
         expected = ops.anchored_conductance(g, host, update=step != 5, **s)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
@@ -63,7 +63,7 @@ def refresh_wires(
         if device is None and torch.equal(state, key):
             return
         moved = None if anchored is None else array((anchored != key).int())
-        blocks = _tiles(cells.view(-1, cells.shape[1] // groups, cells.shape[2]), crossbar)
+        blocks = _tiles(_arrays(cells, groups), crossbar)
         base = 2 ** (crossbar.mapping.slice_bits or 0)
         for swap, target in enumerate((seen, seen_back)):
             if target is None:
@@ -72,10 +72,9 @@ def refresh_wires(
             if offset is not None:
                 parts = (offset, start, age, slope, error)
                 anchor = ops.Anchor(*(array(part[swap]) for part in parts if part is not None))
-            effective = _untiled(
-                _solve(blocks, wires, bool(swap), device, anchor, moved, solve_all), cells, groups
-            )
-            target.copy_(merged(effective, merge, base))
+            solved = _solve(blocks, wires, bool(swap), device, anchor, moved, solve_all)
+            joined = merged(solved.unflatten(0, (-1, groups)), merge, base)
+            _untile(joined.flatten(0, 1), into=_arrays(target, groups))
         state.copy_(key)
         if anchored is not None:
             anchored.copy_(key)
@@ -111,15 +110,15 @@ def weight_through_wires_gradient(
     order = crossbar.mapping.line_order
     full = w_max.view(groups, -1, 1)
     with on_device(grad, "wires backward") as device:
-        tiles = _tiles(cells.view(-1, cells.shape[1] // groups, cells.shape[2]), crossbar)
+        tiles = _tiles(_arrays(cells, groups), crossbar)
         seen = by_line(grad.detach().float(), groups, order) * full
         seen = _tiles(seen.mT, crossbar).repeat(len(cells), 1, 1, 1, 1)
-        moved = tensor(
-            ops.effective_conductance_gradient(
-                array(tiles), array(seen), **_ohms(crossbar.parasitics, swap=False), device=device
-            )
+        by_tile = ops.effective_conductance_gradient(
+            array(tiles), array(seen), **_ohms(crossbar.parasitics, swap=False), device=device
         )
-    moved = _untiled(moved, cells, groups).view(2, slices, groups, -1, cells.shape[2]).mT
+        by_cell = torch.empty_like(cells)
+        _untile(tensor(by_tile), into=_arrays(by_cell, groups))
+    moved = by_cell.view(2, slices, groups, -1, cells.shape[2]).mT
     for k in range(slices):
         moved[:, k] *= base**k
     positive, negative = moved.sum(1)
@@ -200,23 +199,39 @@ def _shape(lines: int, outputs: int, spec: CrossbarSpec) -> tuple[int, int, int,
     return -(-lines // rows), -(-outputs // cols), rows, cols
 
 
+def _arrays(planes: Tensor, groups: int) -> Tensor:
+    """Planes [S, G * I, O] as arrays [S * G, I, O]."""
+    return planes.view(-1, planes.shape[1] // groups, planes.shape[2])
+
+
 def _tiles(arrays: Tensor, spec: CrossbarSpec) -> Tensor:
     """Arrays [n, I, O] cut into tiles [n, T, U, R, C]; an edge tile is filled up with open cells where lines end."""
-    n, lines, outputs = arrays.shape
-    t, u, rows, cols = _shape(lines, outputs, spec)
-    arrays = functional.pad(arrays, (0, u * cols - outputs))
-    last = (t - 1) * rows  # bitlines end at the top, so the last row tile is filled up there
-    fill = arrays.new_zeros(n, t * rows - lines, u * cols)
-    arrays = torch.cat([arrays[:, :last], fill, arrays[:, last:]], 1)
-    return arrays.view(n, t, rows, u, cols).transpose(2, 3).contiguous()
+    t, u, rows, cols = shape = _shape(arrays.shape[1], arrays.shape[2], spec)
+    whole = arrays.shape[1:] == (t * rows, u * cols)
+    tiles = (arrays.new_empty if whole else arrays.new_zeros)(len(arrays), *shape)
+    for part, same in _blocks(arrays, tiles):
+        same.copy_(part)
+    return tiles
 
 
-def _untiled(tiles: Tensor, like: Tensor, groups: int) -> Tensor:
-    """The inverse, as planes of the shape of `like`."""
-    n, t, u, rows, cols = tiles.shape
-    planes, wordlines, outputs = like.shape
-    lines = wordlines // groups
-    arrays = tiles.transpose(2, 3).reshape(n, t * rows, u * cols)[..., :outputs]
-    last = (t - 1) * rows
-    arrays = torch.cat([arrays[:, :last], arrays[:, last + t * rows - lines :]], 1)
-    return arrays.reshape(planes, wordlines, outputs)
+def _untile(tiles: Tensor, into: Tensor) -> None:
+    """The inverse, into arrays [n, I, O]."""
+    for part, same in _blocks(into, tiles):
+        part.copy_(same)
+
+
+def _blocks(arrays: Tensor, tiles: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The cells of arrays and the same cells in their tiles, both [n, t, u, r, c]: whole tiles, then those at the edges."""
+    rows, cols = tiles.shape[3:]
+    for down, high in _spans(arrays.shape[1], rows):
+        for across, wide in _spans(arrays.shape[2], cols):
+            part = arrays[:, down.start * rows : down.stop * rows, across.start * cols : across.stop * cols]
+            part = part.unflatten(2, (-1, wide)).unflatten(1, (-1, high)).transpose(2, 3)
+            # bitlines end at the top, so the last row tile is filled up there
+            yield part, tiles[:, down, across, rows - high :, :wide]
+
+
+def _spans(lines: int, size: int) -> list[tuple[slice, int]]:
+    """The whole tiles along an axis, and one for the rest, each with the lines that it has."""
+    whole, rest = divmod(lines, size)
+    return [(slice(0, whole), size), (slice(whole, whole + 1), rest)][: 2 if rest else 1]

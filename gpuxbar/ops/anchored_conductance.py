@@ -9,7 +9,13 @@ import numpy as np
 from gpuxbar.launch import Device, backend, cuda_device
 from gpuxbar.ops.anchored_conductance_cuda import apply_cuda, update_cuda
 from gpuxbar.ops.checks import check_array
-from gpuxbar.ops.effective_conductance import Arithmetic, effective_conductance
+from gpuxbar.ops.effective_conductance import (
+    Arithmetic,
+    Method,
+    corrected_conductance,
+    effective_conductance,
+    relative_distance,
+)
 
 __all__ = ["Anchor", "Approximation", "anchored_conductance"]
 
@@ -18,7 +24,6 @@ Approximation = Literal["ladder", "mean_field"]
 CHUNK = 256  # tiles solved or compared at a time
 FAR = 0.3  # relative drift beyond which no estimate is trusted
 LEAST = 1e-5  # below which an error is one of rounding
-TINY = np.float32(1e-30)  # S**2; far below the square of a conductance
 APPROXIMATIONS = ("ladder", "mean_field")
 
 
@@ -71,9 +76,10 @@ def anchored_conductance(
 
     with M the approximation and g_0 the tile's conductances at its last exact solution; right after it G_eff is exact.
     An update solves tiles anew, at most ceil(T / refresh_interval) of the T, so that no step costs more than another: of
-    those that are due, the most urgent. A tile is due `refresh_interval` updates after it was solved, or when its
-    estimated error passes `tolerance`, or 30 % away from g_0 whatever the estimate; how urgent it is says the largest of
-    the three ratios, equal ones go by number, and tiles never solved come first. What has to wait keeps its estimate.
+    those that are due, the most urgent. A tile that has moved is due `refresh_interval` updates after it was solved, or
+    when its estimated error passes `tolerance`, or 30 % away from g_0 whatever the estimate; how urgent it is says the
+    largest of the three ratios, equal ones go by number, and tiles never solved come first. What has to wait keeps its
+    estimate, and a tile that is where it was solved is left alone.
     The estimate costs no solution of its own: where a tile is solved, the relative error before (Frobenius norms) over
     the drift |g - g_0| / |g_0| is its slope, and slope times drift its error from then on. A difference of two arrays
     has an error 3 to 10 times that of the tiles.
@@ -100,21 +106,18 @@ def anchored_conductance(
         TypeError, ValueError: As `effective_conductance`, and for settings or arrays of `anchor` that do not fit.
     """
     _check(g, anchor, approximation, refresh_interval, tolerance, update)
-    wires: dict[str, Any] = {
-        "r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink,
-        "arithmetic": arithmetic, "device": device,
-    }  # fmt: skip
-    found = effective_conductance(g, method=approximation, **wires)
-    if not g.size:
-        return found
-    tiles, out, offset, start = (a.reshape(-1, *g.shape[-2:]) for a in (g, found, anchor.offset, anchor.g))
+    lines = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
+    tiles, offset, start = (a.reshape(-1, *g.shape[-2:]) for a in (g, anchor.offset, anchor.g))
     most = len(tiles) if solve_all else -(-len(tiles) // refresh_interval)
 
-    def solve(part: Any) -> Any:
-        return effective_conductance(part, method="exact", **wires)
+    def solve(part: Any, method: Method = "exact") -> Any:
+        return effective_conductance(part, method=method, arithmetic=arithmetic, device=device, **lines)
 
     if device is not None or backend(g) == "cuda":
-        where = device or cuda_device()
+        where, found = device or cuda_device(), solve(g, approximation)
+        if not g.size:
+            return found
+        out = found.reshape(tiles.shape)
         if solve_all or update is not False:
             moved = None if solve_all or update is True else update
             update_cuda(
@@ -123,24 +126,23 @@ def anchored_conductance(
             )  # fmt: skip
         apply_cuda(where, out, offset)
         return found
-    if solve_all or np.any(update):
-        drift = _over_chunks(lambda part: _distance(tiles[part], start[part]), len(tiles))
+    found, drift = corrected_conductance(g, anchor.offset, anchor.g, method=approximation, **lines)
+    out = found.reshape(tiles.shape)
+    if g.size and (solve_all or np.any(update)):
         anchor.error[...] = anchor.slope * drift
         anchor.age[...] = np.where((anchor.age < 0) | solve_all, -1, anchor.age + 1)
         due = _due(anchor, drift, most, refresh_interval, tolerance)
         for first in range(0, len(due), CHUNK):
             part = due[first : first + CHUNK]
-            exact = solve(tiles[part])
-            before = np.maximum(out[part] + offset[part], 0.0)
-            moved = (anchor.age[part] >= 0) & (drift[part] > LEAST)
-            slope = _distance(before, exact) / np.maximum(drift[part], LEAST)
-            anchor.slope[part] = np.where(moved, slope, anchor.slope[part])
-            offset[part], start[part] = exact - out[part], tiles[part]
+            exact, alone = solve(tiles[part]), solve(tiles[part], approximation)
+            learns = (anchor.age[part] >= 0) & (drift[part] > LEAST)
+            slope = relative_distance(out[part], exact) / np.maximum(drift[part], LEAST)
+            anchor.slope[part] = np.where(learns, slope, anchor.slope[part])
+            offset[part], start[part] = exact - alone, tiles[part]
+            out[part] = np.maximum(alone + offset[part], 0.0)
             anchor.error[part] = 0.0
             # at first all are solved at once; then 1 / refresh_interval of them at every update
             anchor.age[part] = np.where(anchor.age[part] < 0, part % refresh_interval, 0)
-    out += offset
-    np.maximum(out, 0.0, out=out)
     return found
 
 
@@ -148,19 +150,9 @@ def _due(anchor: Anchor, drift: Any, most: int, refresh_interval: int, tolerance
     """The tiles to solve, `most` or fewer: those of urgency 1 or above, from the most urgent on."""
     ages = anchor.age.astype(np.float32) / np.float32(refresh_interval)
     worst = np.maximum(anchor.error / np.float32(tolerance), drift / np.float32(FAR))
-    urgency = np.where(anchor.age < 0, np.inf, np.maximum(ages, worst))
+    urgency = np.where(anchor.age < 0, np.inf, np.where(drift > 0, np.maximum(ages, worst), 0.0))
     first = np.argsort(-urgency, kind="stable")[:most]
     return first[urgency[first] >= 1]
-
-
-def _over_chunks(measure: Any, count: int) -> Any:
-    return np.concatenate([measure(slice(first, first + CHUNK)) for first in range(0, count, CHUNK)])
-
-
-def _distance(a: Any, b: Any) -> Any:
-    """|a - b| / |b| of every tile, float32 [T]; 0 where both are 0."""
-    apart, size = (x.reshape(len(x), -1) for x in (a - b, b))
-    return np.sqrt(np.einsum("te,te->t", apart, apart) / np.maximum(np.einsum("te,te->t", size, size), TINY))
 
 
 def _check(

@@ -17,6 +17,7 @@ OP = "effective_conductance"
 Method = Literal["none", "first_order", "ladder", "mean_field", "exact"]
 Arithmetic = Literal["fp32", "3xtf32", "tf32"]
 ARITHMETICS = ("fp32", "3xtf32", "tf32")
+TINY = np.float32(1e-30)  # S**2; far below the square of a conductance
 BLOCKS = 16  # side of the coarse tile of "mean_field"
 
 
@@ -94,7 +95,7 @@ def effective_conductance(
     given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
     if where == "cuda":
         return _cuda(device or cuda_device(), g, given, method, arithmetic, shared_drivers)
-    lines = {name: per_line(OP, name, value, rows, cols) for name, value in given.items()}
+    lines = per_lines(OP, given, rows, cols)
     if not g.size:
         return np.empty_like(g)
     if where == "reference":
@@ -104,16 +105,44 @@ def effective_conductance(
         ).astype(np.float32)
     if shared_drivers:
         return _shared(g, lines)
-    return _host(g, lines, method, None)
+    return _host(g, lines, method)
 
 
-def _host(g: np.ndarray, lines: dict[str, np.ndarray], method: Method, admittance: np.ndarray | None) -> Any:
+def corrected_conductance(
+    g: np.ndarray, offset: np.ndarray, start: np.ndarray, *, method: Method, **given: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """An approximation plus `offset`, down to 0, and how far from `start` every tile is: `relative_distance`, [T].
+
+    For `anchored_conductance` on the CPU, in one pass over memory.
+    """
+    if backend(g) == "reference" or not g.size:
+        found = effective_conductance(g, method=method, **given)
+        return np.maximum(found + offset, 0.0), relative_distance(g, start)
+    drift = np.empty(g.size // (g.shape[-2] * g.shape[-1]), np.float32)
+    return _host(g, per_lines(OP, given, *g.shape[-2:]), method, None, offset, start, drift), drift
+
+
+def relative_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a - b| / |b| of every tile of [..., R, C], [T]; 0 where both are 0."""
+    apart, size = (np.einsum("trc,trc->t", x, x) for x in (x.reshape(-1, *a.shape[-2:]) for x in (a - b, b)))
+    return np.sqrt(apart / np.maximum(size, TINY))
+
+
+def _host(
+    g: np.ndarray,
+    lines: dict[str, np.ndarray],
+    method: Method,
+    admittance: np.ndarray | None = None,
+    *correction: np.ndarray,
+) -> np.ndarray:
+    """By the kernel; `correction`: offset, start and drift as `corrected_conductance` has them."""
     out = np.empty_like(g)
     bad = np.zeros(2, np.int64)
     rows, cols = g.shape[-2:]
     host_call(
         library(), "gpuxbar_effective_conductance", g, lines["r_wordline"], lines["r_bitline"], lines["r_source"],
-        lines["r_sink"], out, admittance, g.size // (rows * cols), rows, cols, reference.METHODS.index(method), BLOCKS, bad,
+        lines["r_sink"], out, admittance, *(correction or (None,) * 3), g.size // (rows * cols), rows, cols,
+        reference.METHODS.index(method), BLOCKS, bad,
     )  # fmt: skip
     if bad[0] >= 0:
         check_conductance(OP, g)
@@ -129,7 +158,8 @@ def _shared(g: np.ndarray, lines: dict[str, np.ndarray]) -> np.ndarray:
     """(1 + Y r_source)^-1 G with Y the sum of the tiles' admittances at ideal drivers; see `reference.close`."""
     rows = g.shape[-2]
     admittance = np.empty((*g.shape[:-1], rows), np.float32)
-    bare = _host(g, {**lines, "r_source": np.zeros_like(lines["r_source"])}, "exact", admittance)
+    ideal = {**lines, "r_source": np.zeros_like(lines["r_source"])}
+    bare = _host(g, ideal, "exact", admittance)
     together = admittance.astype(np.float64).sum(-3, keepdims=True)
     closing = np.linalg.inv(np.eye(rows) + together * lines["r_source"].astype(np.float64))
     return np.matmul(closing.astype(np.float32), bare)
@@ -190,6 +220,11 @@ def per_line(op: str, name: str, value: Any, rows: int, cols: int) -> np.ndarray
             "0 is an ideal conductor"
         )
     return np.ascontiguousarray(np.broadcast_to(resistance.reshape(-1), (count,)))
+
+
+def per_lines(op: str, given: dict[str, Any], rows: int, cols: int) -> dict[str, np.ndarray]:
+    """Every resistance for every line."""
+    return {name: per_line(op, name, value, rows, cols) for name, value in given.items()}
 
 
 def check_conductance(op: str, g: np.ndarray) -> None:

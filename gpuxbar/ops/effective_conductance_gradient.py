@@ -9,7 +9,7 @@ import numpy as np
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array
-from gpuxbar.ops.effective_conductance import check_conductance, device_lines, per_line
+from gpuxbar.ops.effective_conductance import check_conductance, device_lines, per_lines
 from gpuxbar.ops.effective_conductance_gradient_cuda import effective_conductance_gradient_cuda
 
 __all__ = ["effective_conductance_gradient"]
@@ -64,7 +64,7 @@ def effective_conductance_gradient(
             return place.empty(g.shape, "float32")
         tiles, grads = g.reshape(-1, rows, cols), grad.reshape(-1, rows, cols)
         return effective_conductance_gradient_cuda(place, tiles, grads, lines).reshape(g.shape)
-    wires = {name: per_line(OP, name, value, rows, cols) for name, value in given.items()}
+    wires = per_lines(OP, given, rows, cols)
     check_conductance(OP, g)
     if not np.isfinite(grad).all():
         wrong = grad[~np.isfinite(grad)].flat[0]

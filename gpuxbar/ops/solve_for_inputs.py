@@ -9,7 +9,7 @@ import numpy as np
 from gpuxbar import reference
 from gpuxbar.launch import backend, host_call, library
 from gpuxbar.ops.checks import check_array
-from gpuxbar.ops.effective_conductance import check_conductance, per_line, tile_name
+from gpuxbar.ops.effective_conductance import check_conductance, per_lines, tile_name
 
 __all__ = ["solve_for_inputs", "solve_for_inputs_gradient"]
 
@@ -140,7 +140,7 @@ def _checked(
     check_conductance(op, g)
     _check_finite(op, "v", v, "V")
     given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
-    return {name: per_line(op, name, value, rows, cols) for name, value in given.items()}
+    return per_lines(op, given, rows, cols)
 
 
 def _check_finite(op: str, name: str, x: np.ndarray, unit: str) -> None:

@@ -293,6 +293,33 @@ bool sound(const float* x, i64 count, bool signs) {
   return largest < 0x7F800000u;
 }
 
+// Adds to a tile's approximation what it was off by at its last exact solution, down to 0.
+void correct(float* g_eff, const float* offset, i64 count) {
+  for (i64 e = 0; e < count; ++e) {
+    const float x = g_eff[e] + offset[e];
+    g_eff[e] = x < 0.0f ? 0.0f : x;
+  }
+}
+
+// |g - anchor| / |anchor|; 0 where both are 0.
+float moved(const float* g, const float* anchor, i64 count) {
+  Lane apart{}, size{};
+  i64 e = 0;
+  for (; e + LEAVES <= count; e += LEAVES) {
+    const Lane b = load(anchor + e), off = load(g + e) - b;
+    apart += off * off;
+    size += b * b;
+  }
+  for (int lane = 0; e < count; ++e, ++lane) {
+    const float off = g[e] - anchor[e];
+    apart[lane] += off * off;
+    size[lane] += anchor[e] * anchor[e];
+  }
+  float away = 0.0f, whole = 0.0f;
+  for (int lane = 0; lane < LEAVES; ++lane) away += apart[lane], whole += size[lane];
+  return sqrt_fast(away / std::max(whole, 1e-30f));  // far below the square of a conductance
+}
+
 void note(i64* first, i64 tile) {
 #pragma omp critical
   if (*first < 0 || tile < *first) *first = tile;
@@ -303,11 +330,13 @@ void note(i64* first, i64 tile) {
 enum Method { NONE, FIRST_ORDER, LADDER, MEAN_FIELD, EXACT };
 
 // Effective conductances of tiles; `admittance` [tiles, rows, rows] or null: of the drivers' ends (exact only).
+// offset, anchor [tiles, rows, cols], drift [tiles] or null: an approximation is corrected by `offset`, and `drift` is how
+// far, relatively, the tile is from `anchor`.
 // bad[0]: first tile with a conductance that is negative or not finite, bad[1]: whose result is not finite; or -1.
 extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wordline, const float* r_bitline,
                                               const float* r_source, const float* r_sink, float* g_eff,
-                                              float* admittance, i64 tiles, i64 rows, i64 cols, i64 method, i64 blocks,
-                                              i64* bad) {
+                                              float* admittance, const float* offset, const float* anchor, float* drift,
+                                              i64 tiles, i64 rows, i64 cols, i64 method, i64 blocks, i64* bad) {
   const Lines lines{r_wordline, r_bitline, r_source, r_sink};
   const Coarse coarse(rows, cols, lines, blocks);
   const Ladder alone(rows, cols, lines);
@@ -330,12 +359,14 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
     for (i64 tile = 0; tile < tiles; ++tile) {
       const float* const from = g + tile * rows * cols;
       float* const to = g_eff + tile * rows * cols;
+      if (drift) drift[tile] = moved(from, anchor + tile * rows * cols, rows * cols);
       if (method == LADDER) {
         const Ladder::Sound sound = alone.solve(from, to, work);
         if (!sound.given)
           note(bad, tile);
         else if (!sound.found)
           note(bad + 1, tile);
+        if (offset) correct(to, offset + tile * rows * cols, rows * cols);
         continue;
       }
       if (!sound(from, rows * cols, true)) {
@@ -358,6 +389,7 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
             std::memcpy(admittance + (tile * rows + r) * rows, q.part(L, L) + (builder.pad + r) * q.ld + builder.pad,
                         sizeof(float) * rows);
       }
+      if (offset) correct(to, offset + tile * rows * cols, rows * cols);
       if (!sound(to, rows * cols, false)) note(bad + 1, tile);
     }
   }
