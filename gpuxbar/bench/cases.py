@@ -235,7 +235,8 @@ SLICES = {"mapping": {"slices": 16, "slice_bits": 2}, "carry": {"scheme": "accum
 PULSED = CrossbarSpec.model_validate(
     {**SPEC, "device": updates.WINDOW, "update": updates.CONSTANT, "pulses": {"mode": "aggregated"}}
 )
-WIRES = "LeNet-5, batch 64: training step with TxSim's law, and wires of 2.5 ohm a segment, a tenth of the tiles solved a step"
+WIRES = "training step with TxSim's law, and wires of 2.5 ohm a segment, a tenth of the tiles solved a step"
+PAIR, SLICED = "one pair a weight", "16 slices of 2 bits"
 AIHWKIT = 36.0, 43.0  # its exact sequence in outer products: constant step, soft bounds
 CASES = (
     Case("linear", f"{LINEAR}, noise", 1.8, linear, memory_mb=8),
@@ -312,10 +313,18 @@ CASES = (
         "resnet20-in-situ-step", "32 x 32, batch 32: training step by pulses, counted over the batch", 5.0,
         partial(spec_step, PULSED, (3, 32, 32), 32),
     ),
-    Case("txsim-in-situ-step", f"{WIRES}: one pair a weight", None, partial(spec_step, TXSIM)),
+    Case("txsim-in-situ-step", f"LeNet-5, batch 64: {WIRES}: {PAIR}", None, partial(spec_step, TXSIM)),
     Case(
-        "txsim-sliced-in-situ-step", f"{WIRES}: 16 slices of 2 bits", None,
+        "txsim-sliced-in-situ-step", f"LeNet-5, batch 64: {WIRES}: {SLICED}", None,
         partial(spec_step, TXSIM.with_overrides(SLICES)),
+    ),
+    Case(
+        "txsim-resnet20-in-situ-step", f"ResNet-20, batch 32: {WIRES}: {PAIR}", 2.0,
+        partial(spec_step, TXSIM, (3, 32, 32), 32),
+    ),
+    Case(
+        "txsim-sliced-resnet20-in-situ-step", f"ResNet-20, batch 32: {WIRES}: {SLICED}", None,
+        partial(spec_step, TXSIM.with_overrides(SLICES), (3, 32, 32), 32),
     ),
     Case("linear-two-threads", f"{LINEAR}, noise: one thread's time over two's", 1.7, scaling, speedup=True),
 )  # fmt: skip
