@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpuxbar.launch import library, set_threads
+from gpuxbar.launch import set_threads
+from gpuxbar.launch import threads as kernel_threads
 
 ROOT = Path(__file__).parent.parent
 EXPECTED = {
@@ -51,7 +52,7 @@ def test_every_example_is_tried():
 @pytest.fixture
 def threads():
     """As many threads after an example as before it."""
-    of_torch, of_kernels = torch.get_num_threads(), library().omp_get_max_threads()
+    of_torch, of_kernels = torch.get_num_threads(), kernel_threads()
     yield
     torch.set_num_threads(of_torch)
     set_threads(of_kernels)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from typer.testing import CliRunner
 
 import gpuxbar as gx
 from gpuxbar.cli import app
-from gpuxbar.launch import host, sources
+from gpuxbar.launch import explain, host, sources
 from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.nn import AnalogLinear
 
@@ -51,12 +53,12 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_compiler(tmp_path):
-    """A maker of compilers: shell scripts that find "$out", the file to be built."""
+    """A maker of compilers: shell scripts that find "$out", the file to be built, or are `asked` about themselves."""
 
-    def make(name, body):
+    def make(name, body, asked="exit 0"):
         path = tmp_path / name
-        find_out = 'while [ "$1" != -o ]; do [ $# -gt 0 ] || exit 0; shift; done; out=$2\n'
-        path.write_text(f"#!/bin/sh\n{find_out}{body}\n")
+        find_out = 'all="$*"; while [ "$1" != -o ]; do [ $# -gt 0 ] || break; shift; done; out=$2\n'
+        path.write_text(f'#!/bin/sh\n{find_out}[ "$out" ] || {{ {asked}; }}\n{body}\n')
         path.chmod(0o755)
         return str(path)
 
@@ -81,7 +83,7 @@ def test_builds_at_once_leave_one_whole_library(cache, fake_compiler):
 def test_an_interrupted_build_is_not_found_by_the_next(cache, fake_compiler):
     flag = cache.parent / "interrupted"
     cxx = fake_compiler("cxx", f'printf part > "$out"; [ -e {flag} ] || kill -9 $$; printf whole > "$out"')
-    with pytest.raises(CompileError, match=r"cxx failed with status -9; set CXX to a C\+\+17 compiler"):
+    with pytest.raises(CompileError, match=r"cxx failed with status -9; set CXX to g\+\+ 8"):
         host.build(cxx)
     assert list(cache.iterdir()) == []
     flag.touch()
@@ -94,15 +96,98 @@ def test_a_build_is_found_again_by_sources_flags_and_compiler_only(cache, fake_c
     built, runs = host.build(cxx), log.read_text()
     assert host.build(cxx) == built
     assert log.read_text() == runs != ""
-    assert host.build(cxx, (*host.FLAGS, "-DX")) != host.build(cxx)
+    assert host.build(cxx, ("-DX",)) != built
+
+
+def test_a_build_is_not_found_by_another_cpu_that_shares_the_cache(cache, fake_compiler, monkeypatch):
+    """What a compiler says of a CPU is what it would use of it: a build for more instructions would end the process."""
+    cxx = fake_compiler("cxx", 'touch "$out"', asked='echo "#define __$CPU 1"; exit 0')
+    built = []
+    for cpu in ("AVX512F__", "AVX2__", "AVX512F__"):
+        monkeypatch.setenv("CPU", cpu)
+        built.append(host.build(cxx))
+    assert built[0] == built[2] != built[1]
+
+
+def test_flags_of_the_environment_come_last(cache, fake_compiler, monkeypatch):
+    log = cache.parent / "log"
+    cxx = fake_compiler("cxx", f'echo "$all" >> {log}; touch "$out"')
+    before = host.build(cxx)
+    monkeypatch.setenv("GPUXBAR_CXXFLAGS", "-march=x86-64-v3 '-DX=a b'")
+    log.unlink()
+    assert host.build(cxx) != before
+    assert all("-fopenmp -march=x86-64-v3 -DX=a b -" in line for line in log.read_text().splitlines())
+
+
+@pytest.fixture
+def only_threads(cache, monkeypatch):
+    """The host kernels without any but what is asked about threads, loaded anew."""
+    root = cache.parent / "kernels"
+    for part in ("host/threads.cpp", "host/threads.hpp", "include/gpuxbar/portable.cuh"):
+        (root / part).parent.mkdir(parents=True, exist_ok=True)
+        (root / part).write_bytes((sources.kernel_dir() / part).read_bytes())
+    monkeypatch.setattr(host, "kernel_dir", lambda: root)
+    host.library.cache_clear()
+    yield
+    host.library.cache_clear()
+
+
+NO_OPENMP = """for flag in $all; do [ $flag != -fopenmp ] || {{ echo "unsupported option '-fopenmp'" >&2; exit 1; }}; done
+exec {cxx} $all"""
+
+
+@pytest.mark.usefixtures("only_threads")
+def test_without_openmp_kernels_run_on_one_thread_after_one_warning(fake_compiler, monkeypatch):
+    refusing = NO_OPENMP.format(cxx=host.compiler())
+    monkeypatch.setenv("CXX", fake_compiler("cxx", refusing, asked=refusing))
+    with pytest.warns(
+        RuntimeWarning, match=r"found no OpenMP with .*/cxx: NumPy and CPU tensors run on one thread"
+    ):
+        host.library()
+    host.set_threads(2)
+    assert host.threads() == 1
+    assert explain() == ("host", f"host kernels built with {host.compiler()}; one thread, for want of OpenMP")
+
+
+@pytest.mark.usefixtures("only_threads")
+def test_what_does_not_load_is_named(fake_compiler, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler("cxx", 'echo text > "$out"'))
+    with pytest.raises(
+        CompileError, match=r"what .*/cxx built must load into this Python, got .*; set CXX to a "
+    ):
+        host.library()
+
+
+def test_a_full_disk_is_told_from_a_failing_compiler(cache, fake_compiler, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CompileError) as caught:
+        host.build(fake_compiler("cxx", "exit 1"))
+    assert re.fullmatch(
+        rf"gpuxbar: the build cache {cache} must have room for host-\w+\.so, got No space left on device; "
+        "free some or set GPUXBAR_CACHE to another folder",
+        str(caught.value),
+    )
+    assert list(cache.iterdir()) == []
+
+
+def test_a_build_is_found_in_a_cache_that_cannot_be_written(cache, fake_compiler, monkeypatch):
+    cxx = fake_compiler("cxx", 'touch "$out"')
+    built = host.build(cxx)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "cache_dir", lambda: pytest.fail("asked for a folder to write to"))
+        assert host.build(cxx) == built
 
 
 def test_a_failing_compiler_is_reported_with_its_words(cache, fake_compiler):
-    cxx = fake_compiler("cxx", "echo unknown flag -fopenmp >&2; exit 3")
+    cxx = fake_compiler("cxx", "echo no such header >&2; exit 3")
     with pytest.raises(CompileError) as caught:
         host.build(cxx)
     assert str(caught.value) == (
-        f"host kernels: {cxx} failed with status 3; set CXX to a C++17 compiler with OpenMP\nunknown flag -fopenmp\n"
+        f"host kernels: {cxx} failed with status 3; set CXX to g++ 8 or clang++ 10 or later, "
+        "GPUXBAR_CXXFLAGS to flags that it lacks\nno such header\n"
     )
 
 

@@ -2,7 +2,7 @@
 
 from gpuxbar.launch.backend import Backend, backend, explain, is_cupy
 from gpuxbar.launch.device import CudaDevice, Device, cuda_device
-from gpuxbar.launch.host import host_call, library, set_threads
+from gpuxbar.launch.host import host_call, library, set_threads, threads
 from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar, Struct
 from gpuxbar.launch.trace import span
 
@@ -24,4 +24,5 @@ __all__ = [
     "library",
     "set_threads",
     "span",
+    "threads",
 ]

@@ -39,6 +39,8 @@ def explain() -> tuple[Backend, str]:
     """The backend of NumPy arrays and CPU tensors, and the reason."""
     if os.environ.get("GPUXBAR_BACKEND") == "reference":
         return "reference", "GPUXBAR_BACKEND=reference is set"
-    if host.library() is None:
+    lib = host.library()
+    if lib is None:
         return "reference", "no C++ compiler was found"
-    return "host", f"host kernels built with {host.compiler()}"
+    threads = f"threads: {host.threads()}" if lib.gpuxbar_openmp() else "one thread, for want of OpenMP"
+    return "host", f"host kernels built with {host.compiler()}; {threads}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuxbar.launch.nvrtc import compile_cubin, nvrtc_version
-from gpuxbar.launch.sources import cache_dir, kernel_dir, once
+from gpuxbar.launch.sources import cached, kernel_dir, once
 
 __all__ = ["Resources", "closure", "cubin", "options", "resources"]
 
@@ -49,7 +49,7 @@ def cubin(file: str, arch: str, macros: Mapping[str, int]) -> tuple[Path, str]:
     key = hashlib.sha256(repr((nvrtc_version(), flags)).encode())
     for path in closure(root / file, root / "include"):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
-    target = cache_dir() / f"{Path(file).stem}-{arch}-{key.hexdigest()[:24]}.cubin"
+    target = cached(f"{Path(file).stem}-{arch}-{key.hexdigest()[:24]}.cubin")
     log_path = target.with_suffix(".log")
 
     def make() -> None:

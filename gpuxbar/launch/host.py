@@ -1,6 +1,7 @@
 """The host backend's shared library: `kernels/host/*.cpp`, built on first use with the system compiler.
 
-The cache key covers sources, headers, flags and compiler, so an edited header never runs stale code.
+The cache key covers sources, headers, flags and all that the compiler says of itself, its libraries and this CPU, so that
+neither an edited header runs stale code nor a CPU the code of another that shares the cache.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,24 +23,31 @@ from typing import Any
 import numpy as np
 
 from gpuxbar.launch.nvrtc import CompileError
-from gpuxbar.launch.sources import cache_dir, kernel_dir, once
+from gpuxbar.launch.sources import cached, kernel_dir, once
 
-__all__ = ["build", "compiler", "host_call", "library", "set_threads"]
+__all__ = ["build", "compiler", "host_call", "library", "set_threads", "threads"]
 
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
-    "-fopenmp",
+    "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native",
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fPIC",
-    "-shared",
     "-Wno-unknown-pragmas",
     "-Wno-ignored-attributes",
     "-Wno-psabi",
 )
+# without OpenMP's library, which Apple's compiler has not, kernels run on one thread
+THREADS = ("-fopenmp", "-fopenmp-simd")
+ABOUT = """
+#include <cstddef>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+"""
+ROOM = 16 << 20  # bytes, several times those of a build
 
 
 def compiler() -> str | None:
@@ -64,36 +74,75 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    return ctypes.CDLL(str(build(cxx)))
+    path = build(cxx)
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompileError(
+            f"host kernels: what {cxx} built must load into this Python, got {error}; "
+            "set CXX to a compiler of this Python's environment"
+        ) from error
+    lib.gpuxbar_openmp.restype = lib.gpuxbar_threads.restype = ctypes.c_int64
+    if not lib.gpuxbar_openmp():
+        warnings.warn(
+            f"gpuxbar found no OpenMP with {cxx}: NumPy and CPU tensors run on one thread; "
+            "install its library (libomp) or set CXX to a compiler that has it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return lib
 
 
-def build(cxx: str, flags: tuple[str, ...] = FLAGS) -> Path:
-    """Compile the host kernels unless a build of the same sources, flags, compiler and CPU is cached."""
+def build(cxx: str, more: tuple[str, ...] = ()) -> Path:
+    """Compile the host kernels, with `more` flags and then those of `$GPUXBAR_CXXFLAGS`, unless such a build is cached."""
     root = kernel_dir()
     sources = sorted((root / "host").glob("*.cpp"))
     headers = sorted([*(root / "host").glob("*.hpp"), *(root / "include" / "gpuxbar").glob("*.cuh")])
-    # the predefined macros name the compiler's version and every instruction set of this CPU that it would use
-    command = [cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull]
-    macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256("\0".join([macros, *flags]).encode())
+    command, macros = _command(cxx, (*more, *shlex.split(os.environ.get("GPUXBAR_CXXFLAGS", ""))))
+    key = hashlib.sha256("\0".join([macros, *command[1:]]).encode())
     for path in (*sources, *headers):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
-    target = cache_dir() / f"host-{key.hexdigest()[:24]}.so"
-    return once(target, lambda: _build(cxx, flags, sources, target))
+    target = cached(f"host-{key.hexdigest()[:24]}.so")
+    return once(target, lambda: _build(command, sources, target))
 
 
-def _build(cxx: str, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+def _command(cxx: str, more: tuple[str, ...]) -> tuple[list[str], str]:
+    """The compiler with flags that it takes, with OpenMP if it can, and the macros that it then defines.
+
+    They name its version, those of its libraries, and every instruction set of this CPU that it would use.
+    """
+    for threads in THREADS:
+        command = [cxx, *FLAGS, threads, *more]
+        done = subprocess.run(
+            [*command, "-dM", "-E", "-x", "c++", "-"],
+            input=ABOUT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return command, done.stdout
+    raise CompileError(_refusal(command, done))
+
+
+def _build(command: list[str], sources: list[Path], target: Path) -> None:
     """Compile the sources side by side and link them."""
     with (
         tempfile.TemporaryDirectory(dir=target.parent) as scratch,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
-        compiling = [cxx, *flags, f"-I{kernel_dir() / 'include'}", "-c"]
-        for _ in pool.map(lambda s, o: _run([*compiling, str(s), "-o", str(o)]), sources, objects):
-            pass  # an error of any is raised here
-        built = Path(scratch) / target.name
-        _run([cxx, *flags, *map(str, objects), "-o", str(built)])
+        compiling = [command[0], f"-I{kernel_dir() / 'include'}", *command[1:], "-c"]
+        try:
+            for _ in pool.map(lambda s, o: _run([*compiling, str(s), "-o", str(o)]), sources, objects):
+                pass  # an error of any is raised here
+            built = Path(scratch) / target.name
+            _run([command[0], "-shared", *map(str, objects), *command[1:], "-o", str(built)])
+        except CompileError:
+            (Path(scratch) / "room").write_bytes(
+                bytes(ROOM)
+            )  # the compiler's message may not tell that there is none
+            raise
         os.replace(built, target)
 
 
@@ -101,10 +150,14 @@ def _run(command: list[str]) -> None:
     """Run a compiler."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CompileError(
-            f"host kernels: {command[0]} failed with status {done.returncode}; "
-            f"set CXX to a C++17 compiler with OpenMP\n{done.stderr}"
-        )
+        raise CompileError(_refusal(command, done))
+
+
+def _refusal(command: list[str], done: subprocess.CompletedProcess[str]) -> str:
+    return (
+        f"host kernels: {command[0]} failed with status {done.returncode}; "
+        f"set CXX to g++ 8 or clang++ 10 or later, GPUXBAR_CXXFLAGS to flags that it lacks\n{done.stderr}"
+    )
 
 
 def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
@@ -132,4 +185,10 @@ def set_threads(count: int) -> None:
     """Threads of the host kernels called from this thread; results do not depend on it."""
     lib = library()
     if lib is not None:
-        lib.omp_set_num_threads(ctypes.c_int(count))
+        host_call(lib, "gpuxbar_set_threads", count)
+
+
+def threads() -> int:
+    """How many threads host kernels called from this thread run on; 1 without OpenMP and on the reference."""
+    lib = library()
+    return 1 if lib is None else int(lib.gpuxbar_threads())

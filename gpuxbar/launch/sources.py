@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["cache_dir", "kernel_dir", "once"]
+from gpuxbar.launch.nvrtc import CompileError
+
+__all__ = ["cache_dir", "cached", "kernel_dir", "once"]
 
 
 def kernel_dir() -> Path:
@@ -26,10 +29,16 @@ def kernel_dir() -> Path:
     )
 
 
+def cached(name: str) -> Path:
+    """Where the build of this name is, in a cache that may be read-only, or else where it is to be made."""
+    ready = _wanted_dir() / name
+    return ready if ready.exists() else cache_dir() / name
+
+
 @lru_cache(maxsize=1)
 def cache_dir() -> Path:
     """The build cache: `$GPUXBAR_CACHE`, else ~/.cache/gpuxbar; a temporary folder (one warning) if unwritable."""
-    wanted = Path(os.environ.get("GPUXBAR_CACHE") or Path.home() / ".cache" / "gpuxbar")
+    wanted = _wanted_dir()
     try:
         wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=wanted):
@@ -54,14 +63,26 @@ def once(target: Path, make: Callable[[], object]) -> Path:
     if target.exists():
         return target
     lock = target.with_suffix(".lock")
-    with open(lock, "w") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl  # not on Windows
+    try:
+        with open(lock, "w") as file:
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl  # not on Windows
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            if not target.exists():
-                make()
-        finally:
-            lock.unlink(missing_ok=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                if not target.exists():
+                    make()
+            finally:
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CompileError(
+            f"gpuxbar: the build cache {target.parent} must have room for {target.name}, got {error.strerror}; "
+            "free some or set GPUXBAR_CACHE to another folder"
+        ) from error
     return target
+
+
+def _wanted_dir() -> Path:
+    return Path(os.environ.get("GPUXBAR_CACHE") or Path.home() / ".cache" / "gpuxbar")

@@ -72,16 +72,15 @@ inline float* aligned(float* at) { return (float*)(((u64)at + 4 * LANES - 1) / (
 // The sums of N vectors, a power of two up to LANES: that of vector k in lane k, and in those N lanes on.
 template <int STEP, int N>
 inline Vec lane_sums(const Vec (&v)[N]) {
-  VecIndex same, other;  // half of the lanes take the first of two vectors
-  for (int k = 0; k < LANES; ++k) same[k] = k & STEP ? LANES + k : k, other[k] = same[k] ^ STEP;
+  const auto same = [](int k) { return k & STEP ? LANES + k : k; };  // half of the lanes take the first of two vectors
+  const auto other = [](int k) { return k & STEP ? LANES + (k ^ STEP) : k ^ STEP; };
   if constexpr (N > 1) {
     alignas(4 * LANES) Vec half[N / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < N / 2; ++i)
-      half[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], same) + __builtin_shuffle(v[2 * i], v[2 * i + 1], other);
+    for (int i = 0; i < N / 2; ++i) half[i] = pick(v[2 * i], v[2 * i + 1], same) + pick(v[2 * i], v[2 * i + 1], other);
     return lane_sums<2 * STEP>(half);
   } else if constexpr (STEP < LANES) {
-    alignas(4 * LANES) Vec sum[1] = {v[0] + __builtin_shuffle(v[0], v[0], other)};
+    alignas(4 * LANES) Vec sum[1] = {v[0] + pick(v[0], v[0], other)};
     return lane_sums<2 * STEP>(sum);
   } else {
     return v[0];

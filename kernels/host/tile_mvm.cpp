@@ -3,8 +3,6 @@
 // A block of ROWS driven vectors meets panels of COLS bitlines; the partial sums of one tile stay in the first
 // cache until they are converted, so they never reach memory. Every output is the work of one thread in a fixed
 // order: the same bits on any thread count and batch split. Meaning and oracle: gpuxbar/reference/tile_mvm.py.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -16,6 +14,7 @@
 #include "images.hpp"
 #include "lanes.hpp"
 #include "read.hpp"
+#include "threads.hpp"
 
 using namespace gpuxbar;
 
@@ -254,9 +253,8 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
               if (p.noise_var) pack_panel(p, s, p.noise_var, plane, group, panel, packed_var.get() + place(plane, q));
             }
           // few units share out their panels too; each packs its voltages anew
-          const i64 wanted = 4 * omp_get_num_threads();
-          const i64 parts =
-              folds || omp_get_num_threads() == 1 ? 1 : std::min(end - panel0, (wanted + units - 1) / units);
+          const i64 wanted = 4 * threads_here();
+          const i64 parts = folds || threads_here() == 1 ? 1 : std::min(end - panel0, (wanted + units - 1) / units);
 #pragma omp for schedule(dynamic, 1)
           for (i64 task = 0; task < units * parts; ++task) {
             const i64 unit = task / parts, part = task % parts;

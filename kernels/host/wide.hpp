@@ -1,6 +1,7 @@
 // wide: vectors of the host kernels, philox.cuh's rounds on a whole vector of counters, transposed tiles.
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "gpuxbar/philox.cuh"
 
@@ -30,7 +31,6 @@ struct Floats<8> {
   typedef float Vec __attribute__((vector_size(32), aligned(4)));
 };
 
-typedef i32 VecIndex __attribute__((vector_size(4 * LANES)));
 typedef u64 Wide __attribute__((vector_size(4 * LANES), may_alias));
 
 // Product of the low halves of 64-bit lanes.
@@ -111,22 +111,30 @@ inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i
     }
 }
 
+// Lane k of the result is lane `from(k)` of `a` and `b` side by side; `from` captures nothing, so that its values are constants.
+template <class V, class From, int... K>
+inline V pick(V a, V b, From from, std::integer_sequence<int, K...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, from(K)...);
+#else  // the same from g++ 12 on
+  return __builtin_shuffle(a, b, decltype(a < b){from(K)...});
+#endif
+}
+template <class V, class From>
+inline V pick(V a, V b, From from) {
+  return pick(a, b, from, std::make_integer_sequence<int, sizeof(V) / sizeof a[0]>{});
+}
+
 // The steps of a transposition from STRIDE on: each swaps the lanes of rows that lie so far apart. N rows of N floats.
 template <int STRIDE, class V, int N>
 inline void swap_lanes(V (&rows)[N]) {
   static_assert(sizeof(V) == 4 * N);
-  using Index = decltype(V{} < V{});  // integers as wide
-  Index first, second;
-  for (int k = 0; k < N; ++k) {
-    first[k] = k & STRIDE ? N + k - STRIDE : k;
-    second[k] = k & STRIDE ? N + k : k + STRIDE;
-  }
 #pragma GCC unroll 16
   for (int r = 0; r < N; ++r) {
     if (r & STRIDE) continue;
     const V a = rows[r], b = rows[r + STRIDE];
-    rows[r] = __builtin_shuffle(a, b, first);
-    rows[r + STRIDE] = __builtin_shuffle(a, b, second);
+    rows[r] = pick(a, b, [](int k) { return k & STRIDE ? N + k - STRIDE : k; });
+    rows[r + STRIDE] = pick(a, b, [](int k) { return k & STRIDE ? N + k : k + STRIDE; });
   }
   if constexpr (2 * STRIDE < N) swap_lanes<2 * STRIDE>(rows);
 }
@@ -159,10 +167,8 @@ inline void transpose(const Value* from, i64 from_stride, i64 rows, i64 columns,
 
 // to = a[0], b[0], a[1], b[1] ..
 inline void zip(Vec a, Vec b, Vec (&to)[2]) {
-  VecIndex first;
-  for (int k = 0; k < LANES; ++k) first[k] = k / 2 + (k & 1 ? LANES : 0);
-  to[0] = __builtin_shuffle(a, b, first);
-  to[1] = __builtin_shuffle(a, b, first + LANES / 2);
+  to[0] = pick(a, b, [](int k) { return k / 2 + (k & 1 ? LANES : 0); });
+  to[1] = pick(a, b, [](int k) { return k / 2 + (k & 1 ? LANES : 0) + LANES / 2; });
 }
 
 // to[4 j + q] = from[q][j] for COUNT values of each of four rows.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpuxbar.launch.sources import cache_dir, kernel_dir, once
+from gpuxbar.launch.sources import cached, kernel_dir, once
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -54,7 +54,7 @@ def _compile(name, text, sources, flags, library=None):
     key = hashlib.sha256(repr(what).encode())
     for path in sources:
         key.update(path.read_bytes())
-    target = cache_dir() / f"shim-{name}-{key.hexdigest()[:20]}.so"
+    target = cached(f"shim-{name}-{key.hexdigest()[:20]}.so")
 
     def make():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

@@ -207,9 +207,9 @@ GPUXBAR_FN float scattered(const float* table, float y, float z) {
 }
 
 template <class L>
-constexpr bool MEASURED = false;
+inline constexpr bool MEASURED = false;
 template <>
-constexpr bool MEASURED<LookupTable> = true;
+inline constexpr bool MEASURED<LookupTable> = true;
 
 template <int INDEX, class First, class... Rest>
 struct Pick : Pick<INDEX - 1, Rest...> {};

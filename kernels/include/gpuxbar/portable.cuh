@@ -107,14 +107,14 @@ GPUXBAR_FN float exp(float x) {
   p = __builtin_fmaf(p, r, 1.0f);
   return p * bits_float((u32)((i32)n + 127) << 23);
 }
-#if defined(__FLT16_MAX__)
-GPUXBAR_FN u16 half_bits(float x) {
-  const _Float16 h = (_Float16)x;
-  u16 bits;
-  __builtin_memcpy(&bits, &h, sizeof bits);
-  return bits;
+GPUXBAR_FN u16 half_bits(float x) {  // in integers: not every C++ compiler knows fp16
+  const u32 bits = float_bits(x), sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
+  if (size > 0x7F800000u) return (u16)(sign | 0x7E00u);   // NaN
+  if (size >= 0x477FF000u) return (u16)(sign | 0x7C00u);  // 65520 and above
+  // below 2^-14 in steps of 2^-24, to which adding 1/2 rounds
+  if (size < 0x38800000u) return (u16)(sign | (float_bits(bits_float(size) + 0.5f) - 0x3F000000u));
+  return (u16)(sign | (size - 0x37FFF001u + (size >> 13 & 1u)) >> 13);
 }
-#endif
 // A product by 2^112 moves the exponent; branch-free, so that loops vectorise.
 GPUXBAR_FN float half_value(u16 h) {
   const u32 size = (u32)(h & 0x7FFFu) << 13;

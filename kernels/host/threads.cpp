@@ -1,0 +1,31 @@
+// What the host kernels' threads are asked for.
+#include "threads.hpp"
+
+using namespace gpuxbar;
+
+// Threads of the next kernels called from this thread of the process.
+extern "C" void gpuxbar_set_threads(i64 count) {
+#if defined(_OPENMP)
+  omp_set_num_threads((int)count);
+#else
+  (void)count;  // one, whatever is asked for
+#endif
+}
+
+// How many threads kernels called from here run on.
+extern "C" i64 gpuxbar_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// The month of OpenMP's version, 0 where the compiler has none.
+extern "C" i64 gpuxbar_openmp() {
+#if defined(_OPENMP)
+  return _OPENMP;
+#else
+  return 0;
+#endif
+}
