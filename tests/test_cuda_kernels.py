@@ -46,7 +46,8 @@ from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.relax import KERNEL as RELAX
 from gpuxbar.ops.streamed_update import KERNELS as STREAMED
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
-from gpuxbar.ops.tile_mvm_plan import pipeline
+from gpuxbar.ops.tile_mvm_cuda import chunks
+from gpuxbar.ops.tile_mvm_plan import SHARED, STATIC_SHARED, pipeline, stage_bytes, wgmma_bytes
 
 KERNELS = {
     k.name: k
@@ -191,6 +192,24 @@ def register_line(arch, kernel, macros, start):
     return f"{start}{used.registers}\t{used.shared}"
 
 
+def test_what_a_block_takes_of_shared_memory_it_gets():
+    """The stages that the planner gives a fused kernel beside what the kernel declares, as compiled."""
+    fused = {"fused_tile_mvm", "fused_tile_mvm_sm90"}
+    checked = set()
+    for line in REGISTERS.read_text().splitlines()[1:]:
+        arch, name, macros, _, declared = line.split("\t")
+        if name in fused:
+            m = {key: int(value) for key, value in (pair.split("=") for pair in macros.split())}
+            panels = m["TERMS"] + m["VARIANCE"] if "VARIANCE" in m else m["TERMS"]
+            stages = stage_bytes(m["BLOCK_N"], panels) * m["STAGES"]
+            if name == "fused_tile_mvm_sm90":
+                stages = wgmma_bytes(m["BLOCK_N"], panels, m["STAGES"])
+            assert int(declared) <= STATIC_SHARED, line
+            assert stages + STATIC_SHARED <= SHARED[arch.removesuffix("a")], line
+            checked.add((arch, name))
+    assert len(checked) == 7  # one of them on Hopper alone
+
+
 def seal(file, lines, root):
     """A digest of a kernel file and its headers, comments aside, of compiler and options, and of its lines in the record."""
     mine = {kernel.name for kernel in KERNELS.values() if kernel.file == file}
@@ -330,6 +349,13 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
     expected = reference.tile_mvm(codes, g, tile=4, **s)
     assert device.launches.count("adc_accumulate") > 1
     assert_convolution_matches(y, expected)
+
+
+def test_a_chunk_fits_a_grid():
+    """Rows that take next to no memory, as a convolution's with a few outputs, are still no more blocks than CUDA launches."""
+    parts = list(chunks(5_000_000, 1 << 40, 128))
+    assert sum(count for _, count in parts) == 5_000_000
+    assert all(row0 % 128 == 0 and -(-count // 32) <= 65535 for row0, count in parts)
 
 
 def test_same_bits_for_any_chunk():

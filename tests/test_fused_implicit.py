@@ -116,7 +116,7 @@ MUTANTS = {  # file, text, what to put in its place
 
 
 HOPPER_MUTANTS = {  # of fused_tile_mvm_sm90.cu; the CPU twins report them
-    "gathered-but-not-fenced": ("copies_fence();", ""),
+    "gathered-but-not-fenced": ("async_fence();", ""),
     "a-step-delivered-before-it-landed": ("copy_wait<UNDER_WAY>()", "copy_wait<UNDER_WAY + 1>()"),
 }
 

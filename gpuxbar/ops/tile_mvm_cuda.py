@@ -138,6 +138,7 @@ def fold_patches(
 
 def chunks(rows: int, affordable: int, unit: int) -> Iterator[tuple[int, int]]:
     """(first row, rows) of chunks that are affordable, in whole units where a unit is (or must be) affordable."""
+    affordable = min(affordable, 32 * 65535)  # in blocks of 32 rows, as many as a grid may have downwards
     size = max(affordable // unit * unit, unit if unit != 32 else max(1, min(affordable, unit)))
     for row0 in range(0, rows, size):
         yield row0, min(size, rows - row0)
