@@ -34,6 +34,7 @@ from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
 from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops.anchored_conductance_cuda import KERNELS as ANCHOR
 from gpuxbar.ops.carry import KERNEL as CARRY
+from gpuxbar.ops.chop import KERNEL as CHOP
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.drift import KERNEL as DRIFT
@@ -61,6 +62,7 @@ KERNELS = {
         DRIFT,
         RELAX,
         CARRY,
+        CHOP,
         *EFFECTIVE_CONDUCTANCE,
         *CONDUCTANCE_GRADIENT,
         *ANCHOR,
@@ -446,6 +448,7 @@ for mode in ("exact", "aggregated"):
     ops.pulse_update(digits, rng.normal(size=(3, 18)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32), rate=0.1,
                      train=PulseTrain(mode=mode), law=ConstantStep(pulses=50), w_max=ones, carry=Carry(scheme="periodic"), **slices)
 ops.relax(cells, law=Retention(tau=3.0, spread=0.1), g_min=0, g_max=1, pulse_count=wear["pulse_count"], stuck_at_g_min=0.1, device=device)
+ops.chop(np.ones((2, 9), np.float32), np.arange(3, 8), flip=0.5, step=1, device=device)
 ops.drift(cells, 60.0, law=presets.pcm().drift, g_max=1.0, device=device)
 weight = rng.normal(size=(3, 37, 11)).astype(np.float32)
 window = dict(g_min=1e-6, g_max=1e-5, device_spread=0.1, write_noise=1e-7, stuck_at_g_min=0.1, sigma_g=1e-7, device=device)

@@ -322,6 +322,14 @@ def test_relaxing_matches_oracle(cuda_device, shape):
     np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * DRIFT_G_MAX)
 
 
+def test_chopping_matches_oracle(cuda_device):
+    sign, lines = np.ones((3, 700), np.float32), np.random.default_rng(0).permutation(700)[:300]
+    expected = reference.chop(sign, lines, flip=0.3, step=9, seed=7)
+    chopped = to_gpu(sign)
+    ops.chop(chopped, to_gpu(lines), flip=0.3, step=to_gpu(np.array([9])), seed=7, device=cuda_device)
+    np.testing.assert_array_equal(from_gpu(chopped), expected)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_slices_match_oracle(cuda_device, scheme):
     """Updates, then carries whose time is told in device memory."""

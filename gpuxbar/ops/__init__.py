@@ -2,6 +2,7 @@
 
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.carry import carry
+from gpuxbar.ops.chop import chop
 from gpuxbar.ops.conv_outer_product import conv_outer_product
 from gpuxbar.ops.dac_quantize import dac_quantize
 from gpuxbar.ops.device_map import device_map, draw_device_map, spread_names
@@ -26,6 +27,7 @@ __all__ = [
     "PackedConductance",
     "anchored_conductance",
     "carry",
+    "chop",
     "conv_outer_product",
     "dac_quantize",
     "device_map",
