@@ -22,6 +22,7 @@ from math import inf
 from pathlib import Path
 
 __all__ = [
+    "GATHERING",
     "HOPPER",
     "STRATEGIES",
     "Case",
