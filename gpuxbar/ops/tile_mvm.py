@@ -220,7 +220,7 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
         rows, s["groups"], drive, sense, planes, s["tile"], s["streams"], s["phases"], s["stream_bits"],
         adc_bits=s["adc_bits"], adc_signed=s["adc_signed"], noise=("none", "exact", "fast")[generator_of(s)],
         variance=s["noise_var"] is not None, converters=2 if errors else int(np.size(s["adc_lsb"]) > 1),
-        gate=s["want_gate"], precision=s["precision"], codes=s["dac"] is not None or v.dtype.name == "int16", images=_images(v, s),
+        gate=s["want_gate"], precision=s["precision"], codes=s["dac"] is not None or v.dtype.name == "int16", dac=s["dac"] is not None, images=_images(v, s),
         line_order="channel_position" if s["conv"] is None else s["conv"].line_order,
     )  # fmt: skip
     plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
