@@ -28,6 +28,13 @@ namespace gpuxbar {
 #define DIGITS 0
 #endif
 
+// The seed, anew for every plane: the keys of the generator's rounds, made once, would lie in twenty registers.
+GPUXBAR_FN u64 anew(u64 seed) {
+  u32 low = (u32)seed, high = (u32)(seed >> 32);
+  asm volatile("" : "+r"(low), "+r"(high));
+  return (u64)high << 32 | low;
+}
+
 // Four cells of one wordline: shares of the window in, moved in place, and what they show with write noise. False if
 // none is to move. `taken` are their counts of pulses.
 GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], float wanted[4], i32 taken[4],
@@ -67,7 +74,7 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], floa
   return true;
 }
 
-extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
+extern "C" __global__ void __launch_bounds__(256, 2)
     device_update(float* __restrict__ g,               // [2 slices, G * I, O] S
                   float* __restrict__ hidden,          // like g, what devices with write noise hold; else null
                   int* __restrict__ pulse_count,       // like g, below 0: failed after so many; null unless COUNTED
@@ -102,11 +109,9 @@ extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
     const u32 when = (u32)(step ? *step : step_value);
     const i64 row = (i64)group * inputs + i0 + line;
     const float inverse_range = 1.0f / range;
-    float top[4], change[4], weight[4] = {};
-    for (int q = 0; q < 4; ++q) {
-      top[q] = q < count ? w_max[(i64)group * outputs + o0 + quad + q] : 1.0f;
-      change[q] = !DIGITS && q < count ? block[line][quad + q] * (factor / top[q]) : 0.0f;
-    }
+    const float* const top = w_max + (i64)group * outputs + o0 + quad;
+    float change[4], weight[4] = {};
+    for (int q = 0; q < 4; ++q) change[q] = !DIGITS && q < count ? block[line][quad + q] * (factor / top[q]) : 0.0f;
     const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)hidden | (u64)digits) & 15) == 0;
     const i32 pairs = SLICED ? slices.count : 1;
     const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
@@ -136,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(256, SLICED ? 1 : 2)
           for (int q = 0; q < count; ++q) taken[q] = pulse_count[first + q];
         const bool touched =
             update_quad(law, x, shown, wanted, taken, endurance, map, first, count, (u32)(o0 + quad) >> 2, (u32)row,
-                        plane, when, seed, stuck_low, stuck_high, scatter);
+                        plane, when, anew(seed), stuck_low, stuck_high, scatter);
         if (COUNTED && touched)
           for (int q = 0; q < count; ++q) pulse_count[first + q] = taken[q];
         if (touched) {

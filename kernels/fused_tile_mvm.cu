@@ -6,7 +6,7 @@
 //         b [S, G, N, T, K], words [P, S, M, G * N]; y and gate [rows, G * N], or images [N, G * N, pixels].
 // Launch  128 rows by BLOCK_N columns a block, 256 threads (8 warps of 64 x BLOCK_N / 4); grid (blocks, splits, P S G).
 //         Codes are integers: sums over tiles, and over splits of the tiles by atomics, have the same bits on any
-//         launch. Shared memory (dynamic): STAGES * stage_bytes + 4 BLOCK_N, stages filled by asynchronous copies.
+//         launch. Shared memory (dynamic): STAGES * stage_bytes, stages filled by asynchronous copies.
 // Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
 // Macros  BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the pipeline; TERMS 1 fp16 conductances,
 //         2 high and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16);

@@ -102,7 +102,7 @@ GPUXBAR_FN void everyone() { __syncthreads(); }
 GPUXBAR_FN void release(u32 empty) {
   if (Place().lane() == 0) barrier_arrive(empty);
 }
-GPUXBAR_FN void wait_released(u32 empty, u32 parity) { barrier_wait(empty, parity); }
+GPUXBAR_FN void wait(u32 barrier, u32 parity) { barrier_wait(barrier, parity); }
 
 // A panel of b: of a cluster, each block copies its share of the rows to all.
 GPUXBAR_FN void copy_right(u32 to, const void* from, u32 landed) { copy_bulk(to, from, PANEL_BYTES, landed); }
@@ -112,7 +112,7 @@ GPUXBAR_FN void everyone() { cluster_barrier(); }
 GPUXBAR_FN void release(u32 empty) {
   if (Place().lane() < CLUSTER) barrier_arrive_at(empty, Place().lane());
 }
-GPUXBAR_FN void wait_released(u32 empty, u32 parity) { barrier_wait_cluster(empty, parity); }
+GPUXBAR_FN void wait(u32 barrier, u32 parity) { barrier_wait_cluster(barrier, parity); }
 GPUXBAR_FN void copy_right(u32 to, const void* from, u32 landed) {
   const u32 bytes = PANEL_BYTES / CLUSTER, share = cluster_rank() * bytes;
   copy_bulk_to((1 << CLUSTER) - 1, to + share, (const u8*)from + share, bytes, landed);
@@ -124,7 +124,7 @@ constexpr u32 UNDER_WAY = STAGES - 2;  // steps whose gathered copies a warp doe
 
 // Makes what a warp has gathered of a step known to the products, and counts it as landed.
 GPUXBAR_FN void deliver(u32 landed) {
-  copies_fence();
+  async_fence();
   __syncwarp();
   if (Place().lane() == 0) barrier_arrive(landed);
 }
@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     const u32 steps = (block.last_tile - block.first_tile) * tile_panels;
     for (u32 at = 0; at < steps; ++at) {
       const u32 stage = at % STAGES, to = stages + stage * STAGE_BYTES, landed = full + 8 * stage;
-      wait_released(empty + 8 * stage, at / STAGES & 1 ^ 1);
+      wait(empty + 8 * stage, at / STAGES & 1 ^ 1);
       if (copies) {
         barrier_expect(landed, BULK_BYTES);
         if (!IMPLICIT) copy_bulk(to, a_from, PANEL_BYTES, landed);
@@ -256,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
   for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
     for (const u32 first = at; at < first + k / PANEL_LINES; ++at) {
       const u32 stage = at % STAGES, from = stages + stage * STAGE_BYTES;
-      barrier_wait(full + 8 * stage, at / STAGES & 1);
+      wait(full + 8 * stage, at / STAGES & 1);
       const u64 left = descriptor(from + Place().warpgroup() * (PANEL_BYTES / 2));
       products_fence();
 #pragma unroll
@@ -288,6 +288,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
       for (int part = 0; part < PANEL_LINES / 16; ++part)
         multiply_warpgroup_bfloat(variances, squares[part], right + 2 * part, at != first || part);
       products_commit();
+      async_fence();  // the digits have been read: bulk copies may follow
 #endif
     }
 

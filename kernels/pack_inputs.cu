@@ -4,7 +4,8 @@
 //         a [P, M, G, T, K]. The source is a matrix [rows, G, drive], the images of a convolution whose
 //         patches are the rows, or the images of its output gradient.
 // Launch  a 32 x 32 block of (row, line) each, 256 threads; grid (ceil(G T K / 32), ceil(M / 32)).
-// Macros  CODES source int16, else float32; HALF operand fp16 (digits exactly), INT8 operand int8 (digits up to 127, beyond
+// Macros  CODES source int16, else float32; DAC source float32, of which codes are made on the way (CODES; CONV 0 or 2, which
+//         look at a value once); HALF operand fp16 (digits exactly), INT8 operand int8 (digits up to 127, beyond
 //         which they saturate), else float32;
 //         PANELS a in panels of 128 x 64 (M padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         CONV 0 matrix, 1 patches of [N, G * channels, height, width], 2 images [N, G * drive, out_h, out_w]
@@ -14,6 +15,9 @@
 
 #ifndef CODES
 #define CODES 1
+#endif
+#ifndef DAC
+#define DAC 0
 #endif
 #ifndef HALF
 #define HALF 0
@@ -28,12 +32,21 @@
 #define CONV 0
 #endif
 
+#if DAC && (!CODES || CONV == 1)
+#error "DAC goes with CODES, and without CONV 1"
+#endif
+
 namespace gpuxbar {
 
 #if CODES
-using Source = i16;
+using Value = i16;
 #else
+using Value = float;
+#endif
+#if DAC
 using Source = float;
+#else
+using Source = Value;
 #endif
 #if HALF
 using Operand = u16;
@@ -47,29 +60,42 @@ GPUXBAR_FN float operand(float x) { return x; }
 #endif
 
 extern "C" __global__ void __launch_bounds__(256)
-    pack_inputs(const Source* __restrict__ v,  // the source, C-contiguous
-                Operand* __restrict__ a,       // [P, M, G, T, K]  digits (or values without a DAC)
-                float* __restrict__ squares,   // like a, or null: digits squared
-                int* __restrict__ code_sums,   // [P, M, G, T], zeros, or null: digits summed over a tile (INT8)
-                i64 row0,                      // first row of this call
+    pack_inputs(const Source* __restrict__ v,   // the source, C-contiguous
+                Operand* __restrict__ a,        // [P, M, G, T, K]  digits (or values without a DAC)
+                float* __restrict__ squares,    // like a, or null: digits squared
+                int* __restrict__ code_sums,    // [P, M, G, T], zeros, or null: digits summed over a tile (INT8)
+                const float* __restrict__ lsb,  // [1], or a value for each row or image: of one code, above 0 (DAC)
+                i16* __restrict__ codes,        // like v, or null: what the DAC makes of it (DAC)
+                float code_min, float code_max, i64 lsb_count,
+                i64 row0,  // first row of this call
                 int rows, int groups, int drive, int tiles, int tile, int k, int stream_bits, int streams, int phases,
                 int channels, int height, int width, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
                 int pad_w, int dilation_h, int dilation_w, int out_h, int out_w, int channel_step,
                 int position_step) {  // lines of a patch: images.cuh
-  __shared__ Source block[32][33];
+  __shared__ Value block[32][33];
   const int lines = groups * tiles * k;
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
   const int line0 = blockIdx.x * 32, first = blockIdx.y * 32;
+  // The value at a place of row or image n.
+  const auto take = [&](i64 at, i64 n) -> Value {
+#if DAC
+    const i16 code = (i16)(i32)dac_code(v[at], 1.0f / lsb[lsb_count > 1 ? n : 0], code_min, code_max);
+    if (codes) codes[at] = code;
+    return code;
+#else
+    return v[at];
+#endif
+  };
 
   // A matrix is read along its lines, images along their pixels: both coalesce.
   for (int i = y; i < 32; i += 8) {
     const int line = line0 + (CONV ? i : x), row = first + (CONV ? x : i);
     const int group = line / (tiles * k), at = line % (tiles * k);
     const int d = at / k * tile + at % k;  // the driven line
-    Source value = 0;
+    Value value = 0;
     if (line < lines && row < rows && at % k < tile && d < drive) {
 #if CONV == 0
-      value = v[(row0 + row) * groups * drive + (i64)group * drive + d];
+      value = take((row0 + row) * groups * drive + (i64)group * drive + d, row0 + row);
 #else
       const int pixels = out_h * out_w;
       const i64 image = (row0 + row) / pixels;
@@ -80,9 +106,9 @@ extern "C" __global__ void __launch_bounds__(256)
       const int iy = pixel / out_w * stride_h + ky * dilation_h - pad_h;
       const int ix = pixel % out_w * stride_w + kx * dilation_w - pad_w;
       if (iy >= 0 && iy < height && ix >= 0 && ix < width)
-        value = v[(((image * groups + group) * channels + channel) * height + iy) * width + ix];
+        value = take((((image * groups + group) * channels + channel) * height + iy) * width + ix, image);
 #else
-      value = v[((image * groups + group) * drive + d) * pixels + pixel];
+      value = take(((image * groups + group) * drive + d) * pixels + pixel, image);
 #endif
 #endif
     }
@@ -97,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if (line >= lines) return;
   const int stored = PANELS ? (int)gridDim.y * 32 : rows;
   for (int i = y; i < 32 && first + i < stored; i += 8) {
-    const Source value = block[i][x];
+    const Value value = block[i][x];
     for (int pass = 0; pass < streams * phases; ++pass) {
 #if CODES
       const int shift = pass % streams * stream_bits;

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive}  # fmt: skip
 COPIES = {aten.lift_fresh}  # torch.tensor(...)
 MODULES = (
-    "analog_mvm", "reprogram", "carry", "device_update", "pulse_update", "streamed_update", "wires", "effective_conductance",
+    "analog_mvm", "reprogram", "carry", "device_update", "pulse_update", "streamed_update", "wires", "effective_conductance", "chop",
 )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
 from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops.anchored_conductance_cuda import KERNELS as ANCHOR
 from gpuxbar.ops.carry import KERNEL as CARRY
+from gpuxbar.ops.chop import KERNEL as CHOP
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.drift import KERNEL as DRIFT
@@ -46,7 +47,8 @@ from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.relax import KERNEL as RELAX
 from gpuxbar.ops.streamed_update import KERNELS as STREAMED
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
-from gpuxbar.ops.tile_mvm_plan import pipeline
+from gpuxbar.ops.tile_mvm_cuda import chunks
+from gpuxbar.ops.tile_mvm_plan import SHARED, STATIC_SHARED, pipeline, stage_bytes, wgmma_bytes
 
 KERNELS = {
     k.name: k
@@ -60,6 +62,7 @@ KERNELS = {
         DRIFT,
         RELAX,
         CARRY,
+        CHOP,
         *EFFECTIVE_CONDUCTANCE,
         *CONDUCTANCE_GRADIENT,
         *ANCHOR,
@@ -83,10 +86,11 @@ VARIANTS = {
         for noise, variance, gate, images, vector in
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
-    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}],
+    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}, {"CODES": 1, "HALF": 1, "CONV": 0, "DAC": 1}, {"CODES": 1, "HALF": 1, "CONV": 2, "DAC": 1, "PANELS": 1}],
+    "pack_images.cu": [{"DAC": 0}, {"DAC": 1}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
-    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}],
+    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), *({"LAW": law, "COUNTED": 1, "SLICED": 1} for law in (0, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}, {"LAW": 8, "COUNTED": 1, "SLICED": 1, "DIGITS": 1}],
     "fused_tile_mvm_sm90.cu": [
         *({"IMPLICIT": 1, "BLOCK_N": 128, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": 4}
           for terms, noise, converters, gate in [(1, 2, 0, 0), (2, 2, 1, 1)]),
@@ -189,6 +193,24 @@ def register_line(arch, kernel, macros, start):
     assert "wgmma" not in log, log  # a warning that products run one after the other
     assert used.shared <= 48 * 1024
     return f"{start}{used.registers}\t{used.shared}"
+
+
+def test_what_a_block_takes_of_shared_memory_it_gets():
+    """The stages that the planner gives a fused kernel beside what the kernel declares, as compiled."""
+    fused = {"fused_tile_mvm", "fused_tile_mvm_sm90"}
+    checked = set()
+    for line in REGISTERS.read_text().splitlines()[1:]:
+        arch, name, macros, _, declared = line.split("\t")
+        if name in fused:
+            m = {key: int(value) for key, value in (pair.split("=") for pair in macros.split())}
+            panels = m["TERMS"] + m["VARIANCE"] if "VARIANCE" in m else m["TERMS"]
+            stages = stage_bytes(m["BLOCK_N"], panels) * m["STAGES"]
+            if name == "fused_tile_mvm_sm90":
+                stages = wgmma_bytes(m["BLOCK_N"], panels, m["STAGES"])
+            assert int(declared) <= STATIC_SHARED, line
+            assert stages + STATIC_SHARED <= SHARED[arch.removesuffix("a")], line
+            checked.add((arch, name))
+    assert len(checked) == 7  # one of them on Hopper alone
 
 
 def seal(file, lines, root):
@@ -332,6 +354,13 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
     assert_convolution_matches(y, expected)
 
 
+def test_a_chunk_fits_a_grid():
+    """Rows that take next to no memory, as a convolution's with a few outputs, are still no more blocks than CUDA launches."""
+    parts = list(chunks(5_000_000, 1 << 40, 128))
+    assert sum(count for _, count in parts) == 5_000_000
+    assert all(row0 % 128 == 0 and -(-count // 32) <= 65535 for row0, count in parts)
+
+
 def test_same_bits_for_any_chunk():
     codes, g = case(101, 70, 36)
     s = {"tile_rows": 32, "adc_bits": 8, "adc_lsb": 1e-7, "read_noise": 1e-7, "v_lsb": 1e-3, "seed": SEED}
@@ -420,6 +449,7 @@ for mode in ("exact", "aggregated"):
     ops.pulse_update(digits, rng.normal(size=(3, 18)).astype(np.float32), rng.normal(size=(3, 7)).astype(np.float32), rate=0.1,
                      train=PulseTrain(mode=mode), law=ConstantStep(pulses=50), w_max=ones, carry=Carry(scheme="periodic"), **slices)
 ops.relax(cells, law=Retention(tau=3.0, spread=0.1), g_min=0, g_max=1, pulse_count=wear["pulse_count"], stuck_at_g_min=0.1, device=device)
+ops.chop(np.ones((2, 9), np.float32), np.arange(3, 8), flip=0.5, step=1, device=device)
 ops.drift(cells, 60.0, law=presets.pcm().drift, g_max=1.0, device=device)
 weight = rng.normal(size=(3, 37, 11)).astype(np.float32)
 window = dict(g_min=1e-6, g_max=1e-5, device_spread=0.1, write_noise=1e-7, stuck_at_g_min=0.1, sigma_g=1e-7, device=device)

@@ -116,7 +116,7 @@ MUTANTS = {  # file, text, what to put in its place
 
 
 HOPPER_MUTANTS = {  # of fused_tile_mvm_sm90.cu; the CPU twins report them
-    "gathered-but-not-fenced": ("copies_fence();", ""),
+    "gathered-but-not-fenced": ("async_fence();", ""),
     "a-step-delivered-before-it-landed": ("copy_wait<UNDER_WAY>()", "copy_wait<UNDER_WAY + 1>()"),
 }
 
@@ -178,6 +178,22 @@ def test_tiles_of_whole_channels_are_gathered_without_waste():
     assert us["position_channel", "implicit-wgmma"] < us["position_channel", "wgmma"]
     assert us["channel_position", "fused"] == us["position_channel", "fused"]
     assert us["channel_position", "implicit"] > 1.3 * us["position_channel", "implicit"]
+
+
+def test_unfolding_takes_a_pass_of_the_dac():
+    """Gathering does not; nor does a read of what is no image."""
+
+    def us(**change):
+        lines = plan_tile_mvm(replace(LAYER, **change), "sm_80", 108).why
+        return {
+            line.split(":")[0]: int(re.search(r": (\d+) us", line)[1]) for line in lines if " us, " in line
+        }
+
+    without, with_dac = us(), us(dac=True)
+    assert with_dac["implicit"] == without["implicit"]
+    for name in ("fused", "cuBLAS + epilogue"):
+        assert without[name] < with_dac[name] < 1.5 * without[name]
+    assert us(images=None, dac=True) == us(images=None)
 
 
 @pytest.mark.parametrize(

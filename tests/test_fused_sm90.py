@@ -155,17 +155,21 @@ def test_convolution_in_chunks(plan):
 
 
 MUTANTS = {
-    "no wait for a stage": ("barrier_wait(full + 8 * stage, at / STAGES & 1);", ""),
+    "no wait for a stage": ("wait(full + 8 * stage, at / STAGES & 1);", ""),
     "no wait for the last products": ("products_wait<0>();", ""),
     "a stage freed early": ("((at - 1) % STAGES));\n#if", "(at % STAGES));\n#if"),
     "a dropped arrival": ("if (at != first) release", "if (at != first && Place().warpgroup() == 0) release"),
     "too few bytes": ("barrier_expect(landed, BULK_BYTES)", "barrier_expect(landed, PANEL_BYTES)"),
     "the phase of a stage": ("at / STAGES & 1)", "at / STAGES & 1 ^ 1)"),
     "no fence": ("products_fence();", ""),
+    "barriers unknown to copies": ("barrier_fence();", ""),
+    "registers that nobody has released": ("registers_release<PRODUCER_REGISTERS>();", ""),
+    "more registers than there are": ("? 232 : 240", "? 232 : 248"),
 }
 VARIANCE_MUTANTS = {
     "squares made while they are multiplied": ("products_wait<HALVES>();", "products_wait<HALVES + 1>();"),
     "no fence before the squares": ("products_fence();\n#pragma unroll\n      for (int part", "\n#pragma unroll\n      for (int part"),
+    "digits copied over before they are known to be read": ("async_fence();  // the digits", "// the digits"),
     "the panel of the variances": ("descriptor(from + (1 + TERMS) * PANEL_BYTES)", "descriptor(from + TERMS * PANEL_BYTES)"),
     "the rows of the squares": ("(place.thread >> 5) * 16", "(place.thread >> 5 & 3) * 16"),
     "the chunks of the squares": ("panel_chunk(row, 2 * part +", "panel_chunk(row + 1, 2 * part +"),
@@ -176,7 +180,7 @@ CLUSTER_MUTANTS = {
     "a copy to its own block alone": ("(1 << CLUSTER) - 1", "1 << cluster_rank()"),
     "the same share by both": ("cluster_rank() * bytes", "0 * bytes"),
     "a stage freed by its own block alone": ("barrier_arrive_at(empty, Place().lane())", "barrier_arrive_at(empty, cluster_rank())"),
-    "no wait for a free stage": ("wait_released(empty + 8 * stage, at / STAGES & 1 ^ 1);", ""),
+    "no wait for a free stage": ("wait(empty + 8 * stage, at / STAGES & 1 ^ 1);", ""),
 }  # fmt: skip
 HEADER_MUTANTS = {
     "a swizzle": ("panels.cuh", "^ (row & 7)", "^ (row & 3)"),

@@ -322,6 +322,40 @@ def test_relaxing_matches_oracle(cuda_device, shape):
     np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * DRIFT_G_MAX)
 
 
+@pytest.mark.parametrize("strategy", ["fused", "epilogue"])
+def test_a_dac_on_the_way_gives_the_same_bits(cuda_device, strategy):
+    rng = np.random.default_rng(0)
+    x, g = (
+        rng.normal(size=(300, 200)).astype(np.float32),
+        rng.integers(-8, 9, (1, 200, 72)).astype(np.float32),
+    )
+    s = {
+        "tile_rows": 64,
+        "adc_bits": 8,
+        "adc_lsb": 40.0,
+        "precision": "fp16",
+        "g_range": 8.0,
+        "strategy": strategy,
+    }
+    lsb, codes = (
+        to_gpu(rng.uniform(0.01, 0.03, 300).astype(np.float32)),
+        to_gpu(np.zeros((300, 200), np.int16)),
+    )
+    apart = ops.dac_quantize(to_gpu(x), lsb=lsb, code_max=127, device=cuda_device)
+    dac = ops.Dac(lsb, 127, codes=codes)
+    y = ops.tile_mvm(to_gpu(x), to_gpu(g), dac=dac, device=cuda_device, **s)
+    np.testing.assert_array_equal(from_gpu(codes), from_gpu(apart))
+    np.testing.assert_array_equal(from_gpu(y), run(cuda_device, ops.tile_mvm, from_gpu(apart), g, **s))
+
+
+def test_chopping_matches_oracle(cuda_device):
+    sign, lines = np.ones((3, 700), np.float32), np.random.default_rng(0).permutation(700)[:300]
+    expected = reference.chop(sign, lines, flip=0.3, step=9, seed=7)
+    chopped = to_gpu(sign)
+    ops.chop(chopped, to_gpu(lines), flip=0.3, step=to_gpu(np.array([9])), seed=7, device=cuda_device)
+    np.testing.assert_array_equal(from_gpu(chopped), expected)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_slices_match_oracle(cuda_device, scheme):
     """Updates, then carries whose time is told in device memory."""

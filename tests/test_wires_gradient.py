@@ -129,6 +129,37 @@ def test_cuda_lines_of_their_own_and_chunks():
     )
 
 
+class Counted(ShimDevice):
+    """Adds up the multiplications of cuBLAS products since each merge of blocks began to be undone."""
+
+    def __init__(self):
+        super().__init__()
+        self.work = []
+
+    def launch(self, kernel, *arguments, **more):
+        if kernel.name == "conductance_gradient_parts":
+            self.work.append(0)
+        super().launch(kernel, *arguments, **more)
+
+    def matmul(self, a, b, c, shape, *more):
+        if self.work:
+            self.work[-1] += int(np.prod(shape))
+        super().matmul(a, b, c, shape, *more)
+
+
+def test_cuda_leaves_out_what_is_zero():
+    """A whole tile's gradients lie between left and lower ports: 20 n^3 of 46 n^3, to undo its own merge; else all."""
+    g, grad = case(32, 32)  # two tiles
+    device = Counted()
+    ops.effective_conductance_gradient(g, grad, device=device, **WIRES["mild"])
+    k, e = 16, 48  # joined and other ports of leaves
+    every = 2 * k**3 + 4 * e * e * k + 4 * k * k * e + 8 * k**3 + 4 * (e * k * k + k**3)
+    assert device.work == [
+        2 * (20 + 1) * 32**3,
+        4 * every,
+    ]  # 1: of its joined sides, which no merge needed before
+
+
 def test_cuda_of_no_tile():
     empty = np.zeros((3, 0, 4), np.float32)
     got = ops.effective_conductance_gradient(empty, empty, device=ShimDevice(), **WIRES["mild"])

@@ -8,6 +8,7 @@ is the caller's `clamp`. Reference lines of an offset mapping count as constant.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -36,7 +37,7 @@ def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
     conv = _geometry(way, weight.shape, x.shape)
     shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
     y = x.new_empty(shape, dtype=torch.float32)
-    v = x.new_empty(x.shape, dtype=torch.int16 if way.forward.code_max else x.dtype)
+    v = x.new_empty(x.shape if want_gate else 0, dtype=torch.int16 if way.forward.code_max else x.dtype)
     return y, v, x.new_empty(shape if want_gate and way.forward.adc_bits else 0, dtype=torch.float32)
 
 
@@ -80,16 +81,16 @@ def analog_mvm(
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
             `ops.PackedConductance`, whose states are `packed_state`, int64 [2, 2], and whose number is `version`, int64 [1].
         plan: `mapping.ReadPlan` as JSON.
-        want_gate: Whether backward will follow; without, the gate is empty.
+        want_gate: Whether backward will follow; without, codes and gate are empty.
     """
     way = _plan(plan)
-    read, want_gate = way.forward, want_gate and way.forward.adc_bits > 0
+    read, keep, want_gate = way.forward, want_gate, want_gate and way.forward.adc_bits > 0
     conv = _geometry(way, weight.shape, x.shape)
     scale, plain = w_max * way.unit, way.reference == (0, 0)
     with on_device(x, way.name) as device:
-        v = _drive(x, dac_lsb, read, device, f"{way.name}: `x`")
+        v, dac, codes = _drive(x, dac_lsb, read, device, f"{way.name}: `x`", keep)
         y, gate = _read(
-            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, way, read, device, conv=conv, want_gate=want_gate,
+            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, way, read, device, dac=dac, conv=conv, want_gate=want_gate,
             packed=_packed(packed, packed_state, version, 0, device),
             col_scale=array(scale) if plain else None, bias=array(bias) if plain and bias is not None else None,
         )  # fmt: skip
@@ -98,7 +99,7 @@ def analog_mvm(
             y = _less_reference(y, way, transposed=False) * scale.view(along)
             y = y if bias is None else y + bias.detach().view(along)
             gate = _own_lines(gate, way, transposed=False)[0].contiguous() if want_gate else gate
-    return y, v, gate
+    return y, codes, gate
 
 
 def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan, *packing):
@@ -159,13 +160,15 @@ def _transposed(
             lsb = full / max(read.code_max, 1)
         else:
             lsb = abs_max(driven, read.per_sample) / max(read.code_max, 1)
-        v = _drive(driven, lsb, read, device, f"{way.name}: the gradient of the output")
+        v, dac, _ = _drive(driven, lsb, read, device, f"{way.name}: the gradient of the output", keep=False)
         conv = _geometry(way, weight.shape, tuple(image)) if image else None
         plain = way.reference == (0, 0)
         if conv is not None and not plain:
             v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
+            if dac is not None and lsb.numel() > 1:
+                dac = replace(dac, lsb=array(lsb.repeat_interleave(conv.pixels)))
         grad_x, _ = _read(
-            v, g, noise_var, lsb, adc_lsb, adc_error, step, way, read, device, transposed=True,
+            v, g, noise_var, lsb, adc_lsb, adc_error, step, way, read, device, dac=dac, transposed=True,
             conv=conv if plain else None, packed=None if packing is None else _packed(*packing, 1, device),
         )  # fmt: skip
         if plain:
@@ -190,8 +193,14 @@ def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
     )  # fmt: skip
 
 
-def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str) -> Tensor:
-    """What the DAC drives: codes, or values relative to the largest without a DAC."""
+def _drive(
+    x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str, keep: bool
+) -> tuple[Tensor, ops.Dac | None, Tensor]:  # fmt: skip
+    """What drives the lines, codes or values relative to the largest without a DAC; the same to `keep`, or nothing.
+
+    On a GPU the DAC works on the way to the products: what drives the lines are values then, and the codes to keep come with
+    the read.
+    """
     if device is None:
         extremes = [lsb] if read.code_max else [lsb, *torch.aminmax(x)]  # a DAC looks at every value itself
         if not all(np.isfinite(array(value)).all() for value in extremes):
@@ -199,12 +208,14 @@ def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str)
             raise ValueError(
                 f"{what} must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
             )
-    if read.code_max:
-        codes = ops.dac_quantize(
-            array(x), lsb=array(lsb), code_max=read.code_max, signed=read.signed, device=device
-        )
-        return tensor(codes)
-    return x / lsb.reshape(-1, *[1] * (x.dim() - 1))
+    if not read.code_max:
+        v = x / lsb.reshape(-1, *[1] * (x.dim() - 1))
+    elif device is None:
+        v = tensor(ops.dac_quantize(array(x), lsb=array(lsb), code_max=read.code_max, signed=read.signed))
+    else:
+        codes = x.new_empty(x.shape if keep else 0, dtype=torch.int16)
+        return x, ops.Dac(array(lsb), read.code_max, read.signed, array(codes) if keep else None), codes
+    return v, None, v if keep else v.new_empty(0)
 
 
 def _read(

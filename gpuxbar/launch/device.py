@@ -107,7 +107,7 @@ class CudaDevice:
             return
         function = _function(kernel.file, kernel.name, kernel.arch or self.arch, tuple(sorted((macros or {}).items())),
                              self._cupy.cuda.runtime.getDevice())  # fmt: skip
-        if shared > 48 << 10:  # more than a kernel gets unasked
+        if shared:  # with what a kernel declares it may be more than it gets unasked, 48 KB
             function.max_dynamic_shared_size_bytes = shared
         with span(kernel.name):
             function(

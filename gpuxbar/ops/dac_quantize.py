@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,73 @@ from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
 
-__all__ = ["KERNEL", "dac_quantize"]
+__all__ = ["KERNEL", "Dac", "check_dac", "dac_quantize"]
 
 KERNEL = Kernel(
     "dac_quantize.cu",
     x=In("float32"), lsb=In("float32", "L"), codes=Out("int16"), code_min=Scalar("float32"), code_max=Scalar("float32"),
     per_row=Scalar("int64"), lsb_count=Scalar("int64"), size=Scalar("int64"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dac:
+    """What makes codes of the digital values of a read on the way to its products; see `dac_quantize`.
+
+    Attributes:
+        lsb: Value of one code, above 0: a number, or float32 [1] or one per leading index.
+        code_max: Largest code, 1 to 32767.
+        signed: Whether negative codes exist.
+        codes: int16, shape of the values: receives their codes. None: the read alone needs them.
+    """
+
+    lsb: Any
+    code_max: int
+    signed: bool = True
+    codes: Any = None
+
+    def quantize(self, x: Any, device: Device | None = None) -> Any:
+        """The codes of values, in `codes` if there is such an array."""
+        if device is not None:
+            return _cuda(device, x, self)
+        found = dac_quantize(x, lsb=self.lsb, code_max=self.code_max, signed=self.signed)
+        if self.codes is None:
+            return found
+        self.codes[...] = found
+        return self.codes
+
+    def there(self, device: Device) -> Dac:
+        """The same with `lsb` in memory of a device."""
+        if not isinstance(self.lsb, (int, float)):
+            return self
+        lsb = device.empty((1,), "float32")
+        lsb.fill(self.lsb)
+        return replace(self, lsb=lsb)
+
+    def arguments(self) -> dict[str, Any]:
+        """For a kernel that quantises on the way."""
+        code_min = -self.code_max if self.signed else 0
+        return {
+            "lsb": self.lsb, "codes": self.codes, "code_min": code_min, "code_max": self.code_max, "lsb_count": self.lsb.size,
+        }  # fmt: skip
+
+
+NO_DAC: dict[str, Any] = {"lsb": None, "codes": None, "code_min": 0, "code_max": 0, "lsb_count": 0}
+
+
+def check_dac(op: str, dac: Dac, v: Any) -> None:
+    """Refuse a DAC that cannot make codes of the values v; these are looked at where they are quantised."""
+    check_array(op, "v", v, "float32", (2, 4))
+    _check_code_max(op, dac.code_max)
+    if not isinstance(dac.lsb, (int, float)):
+        check_array(op, "dac.lsb", dac.lsb, "float32", 1)
+        _check_count(op, dac.lsb, v, "dac.lsb")
+    if dac.codes is not None:
+        check_array(op, "dac.codes", dac.codes, "int16", v.ndim)
+        if dac.codes.shape != v.shape:
+            raise ValueError(
+                f"{op}: `dac.codes` must have the shape of `v`, {tuple(v.shape)}, got {tuple(dac.codes.shape)}; allocate it like `v`"
+            )
 
 
 def dac_quantize(
@@ -43,15 +104,14 @@ def dac_quantize(
             alike), or `code_max` is out of range.
     """
     check_array("dac_quantize", "x", x, "float32", range(1, 8))
-    if not 1 <= code_max <= 32767:
-        raise ValueError(
-            f"dac_quantize: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes"
-        )
+    _check_code_max("dac_quantize", code_max)
     where = "cuda" if device is not None else backend(x)
     if where == "cuda":
-        return _cuda(device or cuda_device(), x, lsb, code_max, signed)
+        if not isinstance(lsb, (int, float)):
+            _check_count("dac_quantize", lsb, x)
+        return _cuda(device or cuda_device(), x, Dac(lsb, code_max, signed))
     lsb = scalar_array(np, lsb)
-    _check_count(lsb, x)
+    _check_count("dac_quantize", lsb, x)
     if where == "reference":
         require_finite("dac_quantize", "x", int((~np.isfinite(x)).sum()), "bad data")
         _check_lsb(lsb)
@@ -78,25 +138,25 @@ def dac_quantize(
     return codes
 
 
-def _cuda(device: Device, x: Any, lsb: Any, code_max: int, signed: bool) -> Any:
-    if isinstance(lsb, (int, float)):
-        value, lsb = lsb, device.empty((1,), "float32")
-        lsb.fill(value)
-    _check_count(lsb, x)
-    codes = device.empty(x.shape, "int16")
+def _cuda(device: Device, x: Any, dac: Dac) -> Any:
+    codes = device.empty(x.shape, "int16") if dac.codes is None else dac.codes
     if x.size:
         device.launch(
             KERNEL, (min(-(-x.size // 1024), 65536),), (256,),
-            {"x": x, "lsb": lsb, "codes": codes, "code_min": -code_max if signed else 0, "code_max": code_max,
-             "per_row": x.size // len(x), "lsb_count": lsb.size, "size": x.size},
+            {**replace(dac.there(device), codes=codes).arguments(), "x": x, "per_row": x.size // len(x), "size": x.size},
         )  # fmt: skip
     return codes
 
 
-def _check_count(lsb: Any, x: Any) -> None:
+def _check_code_max(op: str, code_max: int) -> None:
+    if not 1 <= code_max <= 32767:
+        raise ValueError(f"{op}: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes")
+
+
+def _check_count(op: str, lsb: Any, x: Any, name: str = "lsb") -> None:
     if lsb.size not in (1, len(x)):
         raise ValueError(
-            f"dac_quantize: `lsb` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
+            f"{op}: `{name}` must have 1 or {len(x)} values, got {lsb.size}; give one, or one per leading index"
         )
 
 

@@ -1,7 +1,8 @@
 """`effective_conductance_gradient` on a CUDA device: the levels of the block merge undone, from the tile to its cells.
 
-A merge is undone by thirteen batched products on what its level kept, the columns of its joined sides; leaves by
-one kernel in shared memory, which merges them anew. Everything is float32, the number of launches depends on the tile's
+A merge is undone by fourteen batched products on what its level kept, the columns of its joined sides; leaves by
+one kernel in shared memory, which merges them anew. Of a whole tile, gradients between its left and lower ports alone are
+not 0: its own merge, a third of the work, takes less than half of it. Everything is float32, the number of launches depends on the tile's
 size only, and nothing waits for the device. Not yet run on a GPU.
 
 With D the gradient of a merged block, B = [[B1, 0], [0, B2]] the joined sides' columns of its parts and T = [[A F, -F'],
@@ -13,7 +14,7 @@ operations of its merge.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar
 from gpuxbar.ops.effective_conductance_cuda import (
@@ -119,10 +120,39 @@ def _levels(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int]
     return levels
 
 
+class Ports(NamedTuple):
+    """Some neighbours among a block's other ports: which block of a pair, the first of them, and how many."""
+
+    block: int
+    at: int
+    size: int
+
+
+def _related(level: Level, whole_tile: bool) -> list[tuple[Ports, tuple[Ports, ...]]]:
+    """Other ports of a pair, with those that they have gradients with: at most one group of a block, block 0 first.
+
+    Of a block's ports those come first that have most.
+    """
+    p, q, e = level.rows, level.cols, level.rest
+    if not whole_tile:
+        all_ports = Ports(0, 0, e), Ports(1, 0, e)
+        return [(ports, all_ports) for ports in all_ports]
+    left: tuple[Ports, ...] = (Ports(0, 0, p),)
+    if level.along_rows:  # left, top, bottom | right, and right, top, bottom | left
+        bottom: tuple[Ports, ...] = (Ports(0, p + q, q), Ports(1, p + q, q))
+    else:  # left, right, bottom | top, and left, right, top | bottom
+        left, bottom = (*left, Ports(1, 0, p)), (Ports(0, 2 * p, q),)
+    pairs = [(ports, bottom) for ports in left] + [(ports, left) for ports in bottom]
+    return sorted(pairs, key=lambda pair: -len(pair[1]))
+
+
 def _parts(level: Level, whole: Any, above: Level | None) -> Any:
     """Gradients of a level's blocks from those of its pairs `whole`, which are about to be joined as `above`."""
     device, pairs, k, e = level.device, level.pairs, level.joined, level.rest
     parts, cross = level.new(2 * level.ports, level.ports), level.new(2 * e, e)
+    related = _related(level, whole_tile=above is None)
+    if above is None:
+        parts[0].fill(0.0)  # between the joined side and ports without a gradient
     device.launch(
         PARTS, grid(whole.size), (256,),
         {"whole": whole, "parts": parts[0], "cross": cross[0], "block_rows": level.rows, "block_cols": level.cols,
@@ -140,8 +170,8 @@ def _parts(level: Level, whole: Any, above: Level | None) -> Any:
         TURN, grid(pairs * k * k), (256,), {"f": f[0], "t": t[0], "k": k, "size": pairs * k * k}
     )  # fmt: skip
 
-    def multiply(m: int, n: int, depth: int, a: Operand, b: Operand, c: Operand) -> None:
-        product(device, "fp32", (pairs, m, n, depth), a, b, c, 1.0, 0.0)
+    def multiply(m: int, n: int, depth: int, a: Operand, b: Operand, c: Operand, beta: float = 0.0) -> None:
+        product(device, "fp32", (pairs, m, n, depth), a, b, c, 1.0, beta)
 
     def grad(block: int, row: int, col: int) -> Operand:
         array, _, stride, ld = parts
@@ -149,15 +179,28 @@ def _parts(level: Level, whole: Any, above: Level | None) -> Any:
 
     multiply(k, k, k, level.block(1, e, e), f, t)
     multiply(k, k, k, f, level.block(0, e, e), _at(t, k, k))
-    multiply(e, k, e, grad(0, 0, 0), level.block(0, 0, e), u)
-    multiply(e, k, e, cross, level.block(1, 0, e), _at(u, 0, k))
-    multiply(e, k, e, _at(cross, e, 0), level.block(0, 0, e), _at(u, e, 0))
-    multiply(e, k, e, grad(1, 0, 0), level.block(1, 0, e), _at(u, e, k))
-    multiply(k, 2 * k, e, level.block(0, e, 0), u, h)
-    multiply(k, 2 * k, e, level.block(1, e, 0), _at(u, e, 0), _at(h, k, 0))
-    multiply(2 * k, 2 * k, 2 * k, h, t, g)
+    width = [0, 0]  # of D B in the rows of a block: the rest of it is 0
+    for own, others in related:
+        row = own.block * e + own.at
+        for other in others:
+            d = grad(own.block, own.at, other.at) if own.block == other.block else _at(cross, row, other.at)
+            to = _at(u, row, other.block * k)
+            multiply(own.size, k, other.size, d, level.block(other.block, other.at, e), to)
+        wide, more = len(others) * k, width[own.block] > 0
+        multiply(
+            k,
+            wide,
+            own.size,
+            level.block(own.block, e, own.at),
+            _at(u, row, 0),
+            _at(h, own.block * k, 0),
+            float(more),
+        )
+        multiply(own.size, k, wide, _at(u, row, 0), _at(t, 0, own.block * k), grad(own.block, own.at, e))
+        width[own.block] = max(wide, width[own.block])
     for block in range(2):
-        multiply(e, k, 2 * k, _at(u, block * e, 0), _at(t, 0, block * k), grad(block, 0, e))
+        multiply(k, 2 * k, width[block], _at(h, block * k, 0), t, _at(g, block * k, 0))
+    for block in range(2):
         multiply(k, k, 2 * k, _at(t, block * k, 0), _at(g, 0, block * k), grad(block, e, e))
     return parts[0]
 

@@ -13,12 +13,13 @@ import numpy as np
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, library
 from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
+from gpuxbar.ops.dac_quantize import Dac, check_dac
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
 from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
-from gpuxbar.ops.tile_mvm_plan import HOPPER, Case, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = ["tile_mvm"]
@@ -61,6 +62,7 @@ def tile_mvm(
     g_step: float | None = None,
     g_offset: float = 0.0,
     packed: PackedConductance | None = None,
+    dac: Dac | None = None,
     device: Device | None = None,
     strategy: str = "auto",
 ) -> Any:
@@ -105,6 +107,8 @@ def tile_mvm(
         g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
         g_step, g_offset: For "int8": g = g_offset + level * g_step with whole levels from -128 to 127, S. On a GPU what lies
             between levels is read as the nearest, and codes beyond +-127 as these.
+        dac: Makes DAC codes of float32 `v`, digital values then, on the way: on a GPU in the kernel that puts them in order
+            for the products, but for the patches of a convolution that are unfolded, which look at a value many times.
         packed: On a GPU, `g` (and `noise_var`) as the last read packed them, kept for the next one; None: packed anew.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
         strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma", "implicit-wgmma", "cluster" or "epilogue" (see `ops.tile_mvm_plan`);
@@ -132,9 +136,14 @@ def tile_mvm(
         raise ValueError(
             f"{OP}: `g` must hold at least one cell, got shape {tuple(g.shape)}; only a batch may be empty"
         )
+    where = "cuda" if device is not None else backend(v)
+    if dac is not None:
+        check_dac(OP, dac, v)
+        if where != "cuda":
+            v, dac = dac.quantize(v), None
     bits = 0 if adc_bits is None else adc_bits
     alike = (
-        v.shape, v.dtype == INT16, g.shape, tile_rows, tile_cols, transposed, groups, stream_bits, streams, phases, adc_bits,
+        v.shape, dac is not None or v.dtype == INT16, g.shape, tile_rows, tile_cols, transposed, groups, stream_bits, streams, phases, adc_bits,
         adc_signed, generator, conv, want_gate, precision, g_range, g_step, g_offset,
     )  # fmt: skip
     try:
@@ -172,7 +181,6 @@ def tile_mvm(
     }  # fmt: skip
     if packed is not None:
         check_packed(OP, packed)
-    where = "cuda" if device is not None else backend(v)
     for name, count, allowed in (
         ("adc_lsb", np.size(adc_lsb) if bits else 1, (1, outputs)),
         ("row_scale", 1 if row_scale is None else np.size(row_scale), None),
@@ -193,6 +201,7 @@ def tile_mvm(
             "g_step": g_step,
             "g_offset": g_offset,
             "packed": packed,
+            "dac": dac,
             "strategy": strategy,
         }
         return _cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
@@ -211,10 +220,17 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
         rows, s["groups"], drive, sense, planes, s["tile"], s["streams"], s["phases"], s["stream_bits"],
         adc_bits=s["adc_bits"], adc_signed=s["adc_signed"], noise=("none", "exact", "fast")[generator_of(s)],
         variance=s["noise_var"] is not None, converters=2 if errors else int(np.size(s["adc_lsb"]) > 1),
-        gate=s["want_gate"], precision=s["precision"], codes=v.dtype.name == "int16", images=_images(v, s),
+        gate=s["want_gate"], precision=s["precision"], codes=s["dac"] is not None or v.dtype.name == "int16", dac=s["dac"] is not None, images=_images(v, s),
         line_order="channel_position" if s["conv"] is None else s["conv"].line_order,
     )  # fmt: skip
     plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
+    if s["dac"] is not None:
+        unfolds = case.images is not None and plan.strategy not in GATHERING
+        v, s = (
+            (s["dac"].quantize(v, device), {**s, "dac": None})
+            if unfolds
+            else (v, {**s, "dac": s["dac"].there(device)})
+        )
     if plan.strategy in ("fused", "implicit"):
         return fused_tile_mvm(device, v, g, rows, inputs, s, plan)
     if plan.strategy in HOPPER:

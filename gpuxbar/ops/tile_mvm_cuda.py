@@ -14,6 +14,7 @@ from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 from gpuxbar.launch.device import Precision
+from gpuxbar.ops.dac_quantize import NO_DAC
 from gpuxbar.ops.images import line_steps
 from gpuxbar.reference.random import Purpose
 
@@ -31,6 +32,7 @@ PACK_INPUTS = Kernel(
     "pack_inputs.cu",
     v=In("int16|float32"), a=Out("float32|float16|int8", "P M G T K"),
     squares=Out("float32", "P M G T K", optional=True), code_sums=InOut("int32", "P M G T", optional=True),
+    lsb=In("float32", "L", optional=True), codes=Out("int16", optional=True), code_min=_FLOAT, code_max=_FLOAT, lsb_count=_LONG,
     row0=_LONG, rows=_INT, groups=_INT, drive=_INT, tiles=_INT, tile=_INT, k=_INT, stream_bits=_INT, streams=_INT,
     phases=_INT, channels=_INT, **_PLACE_ARGUMENTS,
 )  # fmt: skip
@@ -138,6 +140,7 @@ def fold_patches(
 
 def chunks(rows: int, affordable: int, unit: int) -> Iterator[tuple[int, int]]:
     """(first row, rows) of chunks that are affordable, in whole units where a unit is (or must be) affordable."""
+    affordable = min(affordable, 32 * 65535)  # in blocks of 32 rows, as many as a grid may have downwards
     size = max(affordable // unit * unit, unit if unit != 32 else max(1, min(affordable, unit)))
     for row0 in range(0, rows, size):
         yield row0, min(size, rows - row0)
@@ -220,7 +223,7 @@ def pack_inputs(
     `code_sums`: zeros, int32 [P, rows, G, T], to which the sum of every tile's digits is added.
     `panel_rows`: above 0, in panels (kernels/include/gpuxbar/panels.cuh), rows padded to a multiple of it.
     """
-    conv = s["conv"]
+    conv, dac = s["conv"], s["dac"]
     stream_bits, streams, phases = (s["stream_bits"], s["streams"], s["phases"]) if digits else (0, 1, 1)
     stored = -(-rows // panel_rows) * panel_rows if panel_rows else rows
     a = device.empty((streams * phases, stored, shape.groups, shape.tiles, shape.k), dtype)
@@ -229,8 +232,8 @@ def pack_inputs(
         PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-stored // 32)), (256,),
         {"v": v, "a": a, "squares": squares, "code_sums": code_sums, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
          "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": stream_bits,
-         "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places},
-        {"CODES": int(v.dtype.name == "int16"), "HALF": int(dtype == "float16"), "INT8": int(dtype == "int8"),
+         "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places, **(dac.arguments() if dac else NO_DAC)},
+        {"CODES": int(dac is not None or v.dtype.name == "int16"), "DAC": int(dac is not None), "HALF": int(dtype == "float16"), "INT8": int(dtype == "int8"),
          "CONV": 0 if conv is None else 2 if s["transposed"] else 1, "PANELS": int(panel_rows > 0)},
     )  # fmt: skip
     return a

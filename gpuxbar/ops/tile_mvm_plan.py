@@ -22,6 +22,7 @@ from math import inf
 from pathlib import Path
 
 __all__ = [
+    "GATHERING",
     "HOPPER",
     "STRATEGIES",
     "Case",
@@ -64,6 +65,7 @@ class Case:
         variance: Whether the noise depends on the state (`noise_var`).
         converters: 0 one LSB for all columns, 1 an LSB a column, 2 also gain or offset of every converter.
         codes: Whether int16 codes drive the lines.
+        dac: Whether these are made on the way, which takes a pass of its own where patches are unfolded.
         images: Of a convolution read forwards: images, their height and width with padding, and the
             positions of the kernel; else None.
         line_order: Of these positions and the channels on the driven lines (`ConvGeometry`).
@@ -86,6 +88,7 @@ class Case:
     gate: bool = False
     precision: str = "fp16"
     codes: bool = True
+    dac: bool = False
     images: tuple[int, int, int, int] | None = None
     line_order: str = "channel_position"
 
@@ -492,8 +495,9 @@ def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> flo
     convert = 1e-3 * outputs * case.tiles / getattr(table, f"{case.noise}_gs")
     words = 0 if case.planes * case.passes * plan.splits == 1 else 8 * outputs
     inputs = case.image_size if gathers else case.rows * case.groups * lines
-    moved = (2 * inputs * (1 + case.passes) if case.int8 else 4 * inputs) + words
-    launches = 3 + (words > 0) * 2
+    apart = 0 if gathers else _dac_bytes(case)
+    moved = (2 * inputs * (1 + case.passes) if case.int8 else 4 * inputs) + words + apart
+    launches = 3 + (words > 0) * 2 + (apart > 0)
     work = max(product, convert) + min(product, convert) * alone
     return waves * work + 1e-3 * moved / table.memory_gbs + launches * table.launch_us
 
@@ -508,4 +512,11 @@ def _epilogue_us(case: Case, table: Rates) -> float:
     if case.variance:
         product += 2e-6 * rows * lines * case.planes * case.sense * 12.0 / table.cublas_tflops
         psums *= 2
-    return product + 1e-3 * (psums + inputs) / table.memory_gbs + 4 * table.launch_us
+    apart = _dac_bytes(case)
+    launches = 4 + (apart > 0)
+    return product + 1e-3 * (psums + inputs + apart) / table.memory_gbs + launches * table.launch_us
+
+
+def _dac_bytes(case: Case) -> int:
+    """What a pass of the DAC before patches are unfolded moves."""
+    return 6 * case.image_size if case.dac else 0

@@ -13,12 +13,12 @@ from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import InSituOptimizer
 from gpuxbar.optim.in_situ import InSituSGD
 from gpuxbar.optim.mixed_precision import MixedPrecision
-from gpuxbar.optim.tiki_taka import AGAD, TikiTaka, TikiTakaV2
+from gpuxbar.optim.tiki_taka import AGAD, ChoppedTikiTakaV2, TikiTaka, TikiTakaV2
 
 __all__ = ["CapturedStep", "capture_step"]
 
 OP = "capture_step"
-IN_SITU = (InSituSGD, MixedPrecision, TikiTaka, TikiTakaV2, AGAD)
+IN_SITU = (InSituSGD, MixedPrecision, TikiTaka, TikiTakaV2, ChoppedTikiTakaV2, AGAD)
 DIGITAL = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 WARM_UPS = 3  # compile and load kernels, choose algorithms, make the optimiser's state
 
@@ -74,8 +74,8 @@ def capture_step(
 
     Args:
         model: On one CUDA device; any model of PyTorch, with or without crossbar layers.
-        optimizer: `InSituSGD`; `MixedPrecision`, `TikiTaka`, `TikiTakaV2` or `AGAD` with transfer_every=1; or torch's SGD
-            without dampening, Adam or AdamW with capturable=True.
+        optimizer: `InSituSGD`; `MixedPrecision`, `TikiTaka`, `TikiTakaV2`, `ChoppedTikiTakaV2` or `AGAD` with transfer_every=1;
+            or torch's SGD without dampening, Adam or AdamW with capturable=True.
         loss_fn: Of the model's output and the target, to one number.
         batch: (x, target) on that device; the shapes and dtypes of every later batch.
 

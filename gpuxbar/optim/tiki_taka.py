@@ -20,14 +20,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gpuxbar.bridge.chop import chop
 from gpuxbar.nn.auxiliary import AuxiliaryArray, pulse_weight
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
-from gpuxbar.reference import Purpose, uniforms
 
 __all__ = ["AGAD", "ChoppedTikiTakaV2", "TikiTaka", "TikiTakaV2"]
 
@@ -61,7 +60,7 @@ class Fast(nn.Module):
     Buffers: `scale`, running mean of the largest gradient, float32 [1]; `sign` that gradients are written with,
     float32 [G, 1, I]; `waiting`, the buffer H in pulses, `offset`, what A read before its last flip, and `mean`, its
     running mean since: float32 [G, O, I], empty where the algorithm has none; `reads` of wordlines, int64 [1].
-    Counters of the host: `steps`, for `transfer_every` above 1, and `transfers`.
+    Counter of the host: `steps`, for `transfer_every` above 1.
     """
 
     scale: Tensor
@@ -86,13 +85,13 @@ class Fast(nn.Module):
                 name, torch.zeros(shape if name in buffers else 0, dtype=torch.float32, device=device)
             )
         self.register_buffer("reads", torch.zeros(1, dtype=torch.int64, device=device))
-        self.steps = self.transfers = 0
+        self.steps = 0
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"steps": self.steps, "transfers": self.transfers}
+        return {"steps": self.steps}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.steps, self.transfers = state["steps"], state["transfers"]
+        self.steps = state["steps"]
 
     def collect(self, grad: Tensor, fast_lr: float) -> None:
         """Write a gradient [G, O, I] to the array."""
@@ -111,7 +110,6 @@ class Fast(nn.Module):
         ahead = self.reads + torch.arange(count, device=self.reads.device)
         at = ahead % inputs
         values = self.array.read_lines(at) / self.unit(fast_lr, self.scale)
-        self.transfers += 1
         self.reads += count
         return Lines(at, ahead // inputs, values)
 
@@ -240,11 +238,7 @@ class ChoppedTikiTakaV2(TikiTakaV2):
     def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
         signed = lines._replace(values=lines.values * fast.sign[..., lines.at])
         change = super()._transfer(fast, signed, pulse, group)
-        array = fast.array
-        rows = np.arange(array.groups_)[:, None] * array.inputs + lines.at.cpu().numpy()
-        draw = uniforms(rows.ravel(), 1, purpose=Purpose.CHOPPER, step=fast.transfers, seed=array.plan.seed)
-        flips = np.where(draw.reshape(array.groups_, 1, -1) < group["flip"], -1.0, 1.0).astype(np.float32)
-        fast.sign[..., lines.at] *= torch.from_numpy(flips).to(lines.at.device)
+        chop(fast.sign.squeeze(1), lines.at, fast.reads, group["flip"], fast.array.plan.seed)
         return change
 
 

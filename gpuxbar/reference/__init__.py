@@ -1,6 +1,7 @@
 """The equations in NumPy float64: oracle of the other backends, and fallback without a compiler."""
 
 from gpuxbar.reference.carry import carry
+from gpuxbar.reference.chop import chop
 from gpuxbar.reference.dac_quantize import dac_quantize
 from gpuxbar.reference.device_update import device_update, drawn_devices, read_out
 from gpuxbar.reference.drift import drift
@@ -25,6 +26,7 @@ __all__ = [
     "ConvGeometry",
     "Purpose",
     "carry",
+    "chop",
     "conv_outer_product",
     "dac_quantize",
     "device_update",

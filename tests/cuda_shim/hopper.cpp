@@ -1,5 +1,6 @@
 // hopper: what hopper.hpp declares.
 #include "hopper.hpp"
+#include <algorithm>
 #include <deque>
 #include <map>
 #include "block.hpp"
@@ -8,7 +9,7 @@
 namespace shim {
 namespace {
 
-struct Barrier { unsigned arrivals, pending; long bytes; unsigned phase; };
+struct Barrier { unsigned arrivals, pending; long bytes; unsigned phase; int maker; bool fenced; };
 struct Bulk { unsigned to; const unsigned char* from; unsigned bytes, barrier; };
 struct Sums { float* c[32]; float value[32][64]; int products; };  // of a warp, while products add to them
 struct Wgmma { Sums* sums; const uint32_t* registers[32]; uint64_t a, b; bool add; };  // registers: a, or null
@@ -20,6 +21,7 @@ struct Products {  // of a warp
   bool fenced = false;
 };
 struct Own { int thread; bool landed; };  // a copy of a thread's own that it has not fenced yet
+struct Read { int warp; uint32_t lanes; unsigned places[32]; };  // of a warp, which these lanes have not fenced yet
 struct Hopper {  // what a block has under way
   unsigned char* memory = gx_smem;  // its own
   std::map<unsigned, Barrier> barriers;
@@ -27,6 +29,9 @@ struct Hopper {  // what a block has under way
   Products products[32];
   std::vector<std::pair<uint64_t, uint64_t>> operands[8];  // of all products of a warpgroup
   std::map<unsigned, Own> unfenced;  // by their place, of 16 bytes
+  std::vector<Read> reads;
+  std::vector<unsigned> registers;   // of each thread
+  unsigned spare = 0;                // and those that others have given back
 };
 thread_local Hopper hopper;
 
@@ -157,6 +162,7 @@ void products_settle(void** lanes) {
 const bool installed = [] {
   hooks.begin = [] {
     hopper = Hopper();
+    hopper.registers.assign(tls.blk->nt, 65536u / tls.blk->nt / 8 * 8);  // as __launch_bounds__ lets a launch have
     if (tls.blk->cluster) tls.blk->cluster->state[tls.blk->rank] = &hopper;
   };
   hooks.happen = [] {
@@ -168,8 +174,15 @@ const bool installed = [] {
   };
   hooks.copying = [](unsigned place) { hopper.unfenced[place] = {tls.lin, false}; };
   hooks.landed = [](unsigned place) { hopper.unfenced[place].landed = true; };
+  hooks.reading = [](const unsigned* places) {
+    hopper.reads.push_back({tls.lin / 32, ~0u, {}});
+    memcpy(hopper.reads.back().places, places, sizeof hopper.reads.back().places);
+  };
   hooks.end = [] {
     if (!hopper.copies.empty()) tls.blk->fail("the block ended with bulk copies under way");
+    for (int t = 0; t < tls.blk->nt; ++t)
+      if (hopper.registers[t] != hopper.registers[t / 128 * 128])
+        tls.blk->fail("registers_claim: warps of a warpgroup differ");
     for (int w = 0; w < 32; ++w) {
       const Products& mine = hopper.products[w];
       if (!mine.sums.empty()) tls.blk->fail("the block ended with products under way");
@@ -187,7 +200,10 @@ namespace gpuxbar {
 void barrier_init(unsigned barrier, unsigned arrivals) {
   if (barrier % 8 || barrier + 8 > shim::tls.blk->dyn_size)
     return shim::tls.blk->fail("barrier_init: shared address is misaligned or outside");
-  shim::hopper.barriers[barrier] = {arrivals, arrivals, 0, 0};
+  shim::hopper.barriers[barrier] = {arrivals, arrivals, 0, 0, shim::tls.lin, false};
+}
+void barrier_fence() {
+  for (auto& [place, barrier] : shim::hopper.barriers) barrier.fenced |= barrier.maker == shim::tls.lin;
 }
 void barrier_arrive(unsigned barrier) { shim::arrive(shim::hopper, barrier, 0, "barrier_arrive"); }
 void barrier_expect(unsigned barrier, unsigned bytes) {
@@ -200,6 +216,11 @@ void barrier_wait(unsigned barrier, unsigned parity) {
 static void shim_copy(shim::Hopper& in, unsigned to, const void* from, unsigned bytes, unsigned barrier) {
   if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16 || to + bytes > shim::tls.blk->dyn_size)
     return shim::tls.blk->fail("copy_bulk: misaligned or outside shared memory");
+  if (const auto found = in.barriers.find(barrier); found != in.barriers.end() && !found->second.fenced)
+    return shim::tls.blk->fail("copy_bulk: barrier not fenced");
+  for (const shim::Read& read : in.reads)
+    for (const unsigned place : read.places)
+      if (place >= to && place < to + bytes) return shim::tls.blk->fail("copy_bulk: reads of its place not fenced");
   const shim::Bulk copy{to, static_cast<const unsigned char*>(from), bytes, barrier};
   if (shim::tls.blk->eager) return shim::land(in, copy);
   memset(in.memory + to, 0x7E, bytes);
@@ -213,7 +234,7 @@ unsigned cluster_rank() { return shim::tls.blk->rank; }
 static shim::Hopper* shim_peer(unsigned rank, unsigned barrier, const char* what) {
   const shim::Cluster& cluster = *shim::tls.blk->cluster;
   auto* const peer = static_cast<shim::Hopper*>(int(rank) < cluster.size && !cluster.ended[rank] ? cluster.state[rank] : nullptr);
-  if (peer && peer->barriers.count(barrier)) return peer;
+  if (peer && peer->barriers.count(barrier) && peer->barriers[barrier].fenced) return peer;
   return shim::tls.blk->fail(std::string(what) + ": the block has no such barrier yet, or has ended"), nullptr;
 }
 void barrier_arrive_at(unsigned barrier, unsigned rank) {
@@ -234,10 +255,24 @@ void cluster_barrier() {
   }, 0, cluster.phase);
 }
 
-void copies_fence() {
+void async_fence() {
   auto& unfenced = shim::hopper.unfenced;
   for (auto at = unfenced.begin(); at != unfenced.end();)
     at = at->second.thread == shim::tls.lin && at->second.landed ? unfenced.erase(at) : std::next(at);
+  auto& reads = shim::hopper.reads;
+  for (shim::Read& read : reads)
+    if (read.warp == shim::tls.lin / 32) read.lanes &= ~(1u << shim::tls.lin % 32);
+  reads.erase(std::remove_if(reads.begin(), reads.end(), [](const shim::Read& read) { return !read.lanes; }), reads.end());
+}
+
+void registers_change(unsigned count, bool more) {
+  const unsigned own = shim::hopper.registers[shim::tls.lin];
+  if (count % 8 || count < 24 || count > 256 || (more ? count < own : count > own))
+    return shim::tls.blk->fail("registers_claim: not 24 to 256 by eights, or no change this way");
+  if (more) shim::wait_until([](const shim::Lane& l) { return shim::hopper.spare >= l.val; }, count - own, 0);
+  shim::hopper.spare += own - count;
+  shim::hopper.registers[shim::tls.lin] = count;
+  shim::warp_op(shim::Op::Sync, ~0u, 0);
 }
 
 void products_fence() {

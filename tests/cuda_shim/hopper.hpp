@@ -5,9 +5,12 @@
 // few bytes, shows); until then its place is poisoned. A product reads its operands at the latest moment, when its warp
 // waits for it and no thread can go on otherwise, those in registers too; until then its sums are poisoned. Operands in
 // shared memory are found by decoding their descriptors, swizzle included. Errors: addresses outside or misaligned,
-// barriers not made, too many arrivals, products of one warpgroup that differ, sums touched in flight, products not
-// fenced, operands that a thread's own copies brought and that it has not fenced, copies or products under way at the end; arrivals and copies at a block of the cluster whose barriers are not
-// made yet, or that has ended. A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
+// barriers not made, or met by copies or the cluster and not fenced, too many arrivals, products of one warpgroup that
+// differ, sums touched in flight, products not fenced, copies or products under way at the end; arrivals and copies at a
+// block of the cluster whose barriers are not made yet, or that has ended. Between a thread's own accesses of shared memory
+// and what products and bulk copies do there an async_fence is demanded: operands that its copies brought, places that it read
+// (by load_matrices) and that a bulk copy writes. Registers are counted: a claim waits until others have released what it takes.
+// A barrier must not be waited for two phases ahead: parity cannot tell, here as there.
 #pragma once
 #include "tensor.hpp"
 
@@ -15,7 +18,7 @@
 namespace gpuxbar {
 
 void barrier_init(unsigned barrier, unsigned arrivals);
-static inline void barrier_fence() {}
+void barrier_fence();
 void barrier_arrive(unsigned barrier);
 void barrier_expect(unsigned barrier, unsigned bytes);
 void barrier_wait(unsigned barrier, unsigned parity);
@@ -27,10 +30,11 @@ static inline void barrier_wait_cluster(unsigned barrier, unsigned parity) { bar
 void copy_bulk_to(unsigned blocks, unsigned to, const void* from, unsigned bytes, unsigned barrier);
 void cluster_barrier();
 
-void copies_fence();
+void async_fence();
 
-template <int COUNT> inline void registers_release() {}
-template <int COUNT> inline void registers_claim() {}
+void registers_change(unsigned count, bool more);
+template <int COUNT> inline void registers_release() { registers_change(COUNT, false); }
+template <int COUNT> inline void registers_claim() { registers_change(COUNT, true); }
 
 void products_fence();
 void products_commit();

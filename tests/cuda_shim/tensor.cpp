@@ -19,18 +19,21 @@ void land_async(const Copy& copy) {
 
 struct Matrices { uint32_t* r; unsigned address; };
 void load_all(void** lanes) {
+  unsigned places[32];
+  for (int l = 0; l < 32; ++l) places[l] = static_cast<Matrices*>(lanes[l])->address;
   for (int m = 0; m < 4; ++m) {
     unsigned banks = 0;
     for (int i = 0; i < 8; ++i) {
-      const unsigned address = static_cast<Matrices*>(lanes[8 * m + i])->address;
+      const unsigned address = places[8 * m + i];
       if (!shared_ok(address, "load_matrices")) return;
       banks |= 1u << (address >> 4 & 7);
     }
     if (banks != 0xFF) tls.blk->fail("load_matrices: rows of one matrix share banks");
     for (int l = 0; l < 32; ++l)
       memcpy(static_cast<Matrices*>(lanes[l])->r + m,
-             gx_smem + static_cast<Matrices*>(lanes[8 * m + l / 4])->address + 4 * (l % 4), 4);
+             gx_smem + places[8 * m + l / 4] + 4 * (l % 4), 4);
   }
+  hooks.reading(places);
 }
 
 struct Product { float* c; const uint32_t* a; uint32_t b[2]; };

@@ -32,7 +32,7 @@ GPUXBAR_FN void barrier_init(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes the barriers known to bulk copies; before the block's own barrier.
+// Makes the barriers known to bulk copies and to the cluster; by the thread that made them, before the block's own barrier.
 GPUXBAR_FN void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 GPUXBAR_FN void barrier_arrive(u32 barrier) {
@@ -62,8 +62,11 @@ GPUXBAR_FN void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
                : "memory");
 }
 
-// Makes what this thread's copies (copy_async) brought, once waited for, known to products: before it arrives anywhere.
-GPUXBAR_FN void copies_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Products and bulk copies reach shared memory by a path of their own, the async proxy. Orders what this thread itself did
+// there, by copies (copy_async) that it has waited for too, before what they do: neither would products see what was copied,
+// nor a bulk copy wait for what is read. By every thread that did something, before it arrives anywhere. (The other way
+// round nothing is needed: bulk copies and products that were waited for are over.)
+GPUXBAR_FN void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- clusters: blocks that run at the same time and reach each other's shared memory
 
@@ -79,26 +82,29 @@ GPUXBAR_FN void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Arrives at the barrier of the same address in a block of the cluster.
+// Arrives at the barrier of the same address in a block of the cluster. Ordered are accesses of shared memory alone:
+// mbarrier.arrive.release.cluster would wait for all memory of the device at every step.
 GPUXBAR_FN void barrier_arrive_at(u32 barrier, u32 rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "fence.release.sync_restrict::shared::cta.cluster;\n"
+      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
 
-// barrier_wait for arrivals from the cluster.
+// barrier_wait for arrivals and copies from the cluster; of shared memory alone, too.
 GPUXBAR_FN void barrier_wait_cluster(u32 barrier, u32 parity) {
   u32 ended;
   do {
     asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(ended)
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (!ended);
+  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 }
 
 // copy_bulk to the same address in every block of a mask of ranks; arrives at the barrier of each.
