@@ -60,7 +60,9 @@ def test_a_model_ages_and_compensation_helps(name):
     assert errors[False] > 0.5
     assert errors[True] < (0.75 if name == "offset" else 0.5) * errors[False]
     gx.unprogram(model)
-    assert error(model) == pytest.approx(fresh, rel=0.2)
+    for layer in (model[0], model[3]):
+        layer.write_step.zero_()  # writes as before, with the same noise
+    assert error(model) == pytest.approx(fresh, rel=0.05)
 
 
 @pytest.mark.parametrize("name", SPECS)
