@@ -238,7 +238,12 @@ class AnalogLayer(InSitu):
         self.look_after(0.0)
         before = self._test_read()
         self.look_after(seconds)
-        self.gain.copy_(before / now.clamp_min(1e-30))
+        if before.item() > 0 == now.item():
+            raise ValueError(
+                f"{self.name}: `compensate` must be False where a test read finds nothing, got codes of 0 at an age of {seconds:g} "
+                "s; leave it out, or give the ADC a smaller range"
+            )
+        self.gain.copy_(torch.where(before > 0, before / now, 1.0))
 
     def _test_read(self) -> Tensor:
         """Sum of the magnitudes of the products with fixed inputs that fill the DAC's range, float32 [1]."""

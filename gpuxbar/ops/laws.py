@@ -63,7 +63,7 @@ def parameters(law: UpdateLaw, g_min: float, g_max: float) -> Parameters:
 def _floor(g_min: float, span: float) -> np.float32:
     """The share of a window where g = 0, rounded up as far as float32 takes not to make g negative."""
     floor, low, width = np.float32(-g_min / span), np.float32(g_min), np.float32(span)
-    while min(floor * width + low, float(floor) * float(width) + float(low)) < 0:
+    while min(float(floor * width + low), float(floor) * float(width) + float(low)) < 0:
         floor = np.nextafter(floor, np.float32(0))
     return floor
 
