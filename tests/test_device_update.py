@@ -346,6 +346,22 @@ def test_results_stay_inside_the_window_and_do_not_depend_on_threads():
     assert results[0][0].max() <= np.float32(G_MAX) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("g_max", [9.0313e-6, 1.1e-5, 9.5857e-5])
+def test_no_conductance_is_negative(g_max):
+    """Of devices whose own windows would begin below 0."""
+    g, dw, w_max = case(2, 90, 65, size=3.0)
+    ops.device_update(
+        g,
+        -np.abs(dw),
+        law=ConstantStep(low_spread=0.5, sides="reference"),
+        w_max=w_max,
+        g_min=G_MIN,
+        g_max=g_max,
+    )
+    assert g.min() == pytest.approx(0.0, abs=1e-12)
+    assert g.min() >= 0
+
+
 GOOD = {"g": np.full((2, 3, 4), 5e-6, np.float32), "dw": np.zeros((1, 4, 3), np.float32), "w_max": np.ones(4, np.float32)}  # fmt: skip
 BAD = {
     "dtype": ({"dw": np.zeros((1, 4, 3))}, TypeError, "`dw` must be an array of float32, got float64"),

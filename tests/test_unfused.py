@@ -211,6 +211,7 @@ def test_ideal_convolution_of_sequences_is_torchs(options):
         (nn.ConvTranspose2d, {"stride": (2, 3), "padding": (1, 0), "output_padding": (1, 2), "groups": 2}),
         (nn.ConvTranspose2d, {"dilation": 2, "bias": False}),
         (nn.ConvTranspose1d, {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2}),
+        (nn.ConvTranspose2d, {"dilation": 3, "padding": 1, "output_padding": (2, 1)}),
     ],
 )
 def test_transposed_convolution_of_a_layer_is_torchs(kind, options):

@@ -25,7 +25,7 @@ from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
 
-__all__ = ["abs_max", "analog_mvm", "driven_lines"]
+__all__ = ["abs_max", "analog_mvm", "driven_gradient", "driven_lines"]
 
 _plan = lru_cache(maxsize=4096)(ReadPlan.loads)
 TINY = 1e-30  # a range of 0 drives code 0 whatever its step
@@ -153,13 +153,7 @@ def _transposed(
     way = _plan(plan)
     read = way.backward
     with on_device(grad_y, f"{way.name} backward") as device:
-        driven = grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
-        if read.full:
-            full = read.full * way.unit * w_max.amax().reshape(1)
-            driven = driven.clamp(-full, full)
-            lsb = full / max(read.code_max, 1)
-        else:
-            lsb = abs_max(driven, read.per_sample) / max(read.code_max, 1)
+        driven, lsb = driven_gradient(grad_y, w_max, way)
         v, dac, _ = _drive(driven, lsb, read, device, f"{way.name}: the gradient of the output", keep=False)
         conv = _geometry(way, weight.shape, tuple(image)) if image else None
         plain = way.reference == (0, 0)
@@ -177,6 +171,18 @@ def _transposed(
         if conv is None:
             return grad_x
         return fold_lines(grad_x, tuple(image), weight.shape, way)
+
+
+def driven_gradient(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tensor, Tensor]:
+    """What a transposed read drives, inside the range of its DAC, and the value of one code, [1] or [len(grad_y)]."""
+    read = way.backward
+    driven = grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
+    if read.full:
+        full = read.full * way.unit * w_max.amax().reshape(1)
+        driven = driven.clamp(-full, full)
+    else:
+        full = abs_max(driven, read.per_sample)
+    return driven, full / max(read.code_max, 1)
 
 
 def abs_max(x: Tensor, per_sample: bool) -> Tensor:

@@ -13,7 +13,6 @@ from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.lines import by_line, of_lines
 from gpuxbar.bridge.operator import gradient, operator, spec_of
 from gpuxbar.launch import Device
-from gpuxbar.mapping import Planes
 from gpuxbar.spec import CrossbarSpec, Parasitics
 
 __all__ = ["merged", "refresh_wires", "tiles_shape", "weight_through_wires"]
@@ -92,7 +91,7 @@ def weight_through_wires(
         w_max: Weight of a full pair, float32 [G * O].
         groups: Arrays side by side along the wordlines.
         pairs: Whether a change moves both devices of a pair by a half, as in-situ training does; else it moves the
-            device on the weight's side. All slices move by the same share of their window.
+            device on the weight's side. All slices move by the same digit.
         spec: The layer's `CrossbarSpec` as JSON.
     """
     return weight.clone()
@@ -104,9 +103,8 @@ def weight_through_wires_gradient(
 ) -> Tensor:
     """Gradient of the weight, shape and dtype of `grad`."""
     crossbar = spec_of(spec)
-    planes = Planes.of(crossbar, collapse=False)
-    window = planes.unit * (crossbar.device.g_max - crossbar.device.g_min)
     base, slices = 2.0 ** (crossbar.mapping.slice_bits or 0), crossbar.mapping.slices
+    digit = 1 / sum(base**k for k in range(slices))  # of every slice, together a full weight
     order = crossbar.mapping.line_order
     full = w_max.view(groups, -1, 1)
     with on_device(grad, "wires backward") as device:
@@ -127,7 +125,7 @@ def weight_through_wires_gradient(
     else:
         sign = by_line(weight.detach().float(), groups, order).sign()
         out = positive * (1 + sign) + negative * (1 - sign)
-    return of_lines(window / 2 * out / full, grad.shape, order).to(grad.dtype).contiguous()
+    return of_lines(digit / 2 * out / full, grad.shape, order).to(grad.dtype).contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

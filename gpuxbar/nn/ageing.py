@@ -51,8 +51,8 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
 
     Raises:
         TypeError: `time` is neither a number nor text.
-        ValueError: The model is not programmed, `time` is no time, or an ADC range that a test read needs is not
-            calibrated.
+        ValueError: The model is not programmed, `time` is no time, an ADC range that a test read needs is not
+            calibrated, or a layer's test read finds nothing at that age.
 
     Source:
         Joshi et al., Nature Communications 2020; the factor: Le Gallo et al., Advanced Electronic Materials 2018.

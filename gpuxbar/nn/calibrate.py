@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpuxbar.bridge.analog_mvm import abs_max
+from gpuxbar.bridge.analog_mvm import driven_gradient
 from gpuxbar.bridge.lines import unfold_lines
 from gpuxbar.mapping.plan import Read
+from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.layers import AnalogConv2d, AnalogLayer
 
 __all__ = ["calibrate"]
 
-ROWS = 64  # rows of a batch that are looked at
+ROWS = 64  # of a batch are looked at for a layer, and more while these make fewer partial sums than
+SUMS = 1 << 20
+IMAGES = 16  # are cut into rows at least
 
 
 def calibrate(
@@ -29,9 +33,10 @@ def calibrate(
 ) -> None:
     """Set every "calibrated" ADC range to a percentile of the partial sums of some batches.
 
-    Layers run without ADCs while what drives them is watched; of a batch and layer up to 64 rows are looked at. The
-    range of the transposed read comes from gradients; DACs scale them to their own range, so that their size does not
-    matter, only their distribution over the lines of a tile.
+    Layers run without ADCs while what drives them, as their DACs do, is watched; of a batch and layer at least 64 rows are
+    looked at, and more where these make few partial sums. The range of the transposed read comes from gradients; DACs, unless
+    their range is fixed, scale them to their own range, so that their size does not matter, only their distribution over the
+    lines of a tile.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
@@ -53,7 +58,7 @@ def calibrate(
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
 
     def watch(layer: AnalogLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
-        seen.setdefault((layer, False), []).append(_currents(layer, layer.plan.forward, args[0].detach()))
+        seen.setdefault((layer, False), []).append(_currents(layer, args[0].detach(), y))
         if y.requires_grad:
             y.register_hook(
                 lambda grad: seen.setdefault((layer, True), []).append(_back_currents(layer, grad))
@@ -156,30 +161,41 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
     return sample.kthvalue(rank, dim=0).values.clamp_min(1e-15)
 
 
-def _currents(layer: AnalogLayer, read: Read, x: Tensor) -> Tensor:
-    """Magnitudes of the partial sums of some rows of an input, A: [conversions * rows, sensed lines]."""
-    if isinstance(layer, AnalogConv2d):
-        x = layer.padded(x)[:16]
-        x = unfold_lines(x, layer.weight.shape, layer.plan)
-    return _partial_sums(layer, read, x.reshape(-1, x.shape[-1]), transposed=False)
+def _currents(layer: AnalogLayer, x: Tensor, y: Tensor) -> Tensor:
+    """Magnitudes of the partial sums of some rows of an input, which gave y, A: [conversions * rows, sensed lines]."""
+    x = (layer.padded(x) if isinstance(layer, AnalogConv2d) else x.reshape(-1, x.shape[-1])).float()
+    x, lsb = layer.dac_inputs(x, layer.dac_top(x))
+    codes = x / lsb.view(-1, *[1] * (x.dim() - 1))
+    if codes.dim() == 4:
+        pixels = y.numel() // (len(codes) * len(layer.weight))
+        codes = codes[
+            _spread(codes, max(IMAGES, _rows(layer, layer.plan.forward, transposed=False) // pixels))
+        ]
+        codes = unfold_lines(codes, layer.weight.shape, layer.plan)
+    return _partial_sums(layer, layer.conductances(), layer.plan.forward, codes, transposed=False)
 
 
 def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
     """The same of a gradient of the output."""
     if isinstance(layer, AnalogConv2d):
-        grad_y = grad_y.movedim(layer.channels_at, -1)
-    return _partial_sums(layer, layer.plan.backward, grad_y.reshape(-1, grad_y.shape[-1]), transposed=True)
-
-
-def _partial_sums(layer: AnalogLayer, read: Read, rows: Tensor, transposed: bool) -> Tensor:
+        grad_y = grad_y if grad_y.dim() > -layer.channels_at else grad_y[None]
+    else:
+        grad_y = grad_y.reshape(-1, grad_y.shape[-1])
     cells = layer.conductances()
+    driven, lsb = driven_gradient(grad_y.float(), cells.w_max, layer.plan)
+    codes = (driven / lsb.view(-1, *[1] * (driven.dim() - 1))).movedim(1, -1)
+    return _partial_sums(
+        layer, cells, layer.plan.backward, codes.reshape(-1, codes.shape[-1]), transposed=True
+    )
+
+
+def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, transposed: bool) -> Tensor:
+    """Of some of the rows of `codes`, which need not be whole; relative to the largest value without a DAC."""
     g = cells.back_g if transposed and cells.back_g is not None else cells.g
-    g, w_max = layer.lines(g, transposed), cells.w_max
+    g = layer.lines(g, transposed)
     planes, groups = len(g), layer.groups_
-    if transposed:
-        rows = rows * w_max * layer.plan.unit
-    rows = rows[torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()].float()
-    volts = torch.stack(_passes(rows, read)) * read.v_lsb
+    codes = codes[_spread(codes, _rows(layer, read, transposed))]
+    volts = torch.stack(_passes(codes, read)) * read.v_lsb
     by_group = g.view(planes, groups, -1, g.shape[-1])
     if transposed:
         by_group = by_group.transpose(2, 3)
@@ -193,10 +209,20 @@ def _partial_sums(layer: AnalogLayer, read: Read, rows: Tensor, transposed: bool
     return torch.cat(out)
 
 
-def _passes(rows: Tensor, read: Read) -> list[Tensor]:
+def _rows(layer: AnalogLayer, read: Read, transposed: bool) -> int:
+    """How many rows of a batch are looked at."""
+    driven, sensed = (layer.outputs, layer.inputs) if transposed else (layer.inputs, layer.outputs)
+    passes, tiles = read.streams * read.phases, ceil(driven / (read.tile or driven))
+    return max(ROWS, SUMS // (passes * len(layer.plan.slice_scale) * tiles * layer.groups_ * sensed))
+
+
+def _spread(x: Tensor, count: int) -> Tensor:
+    """Places of `count` parts of x, from the first to the last; of all, where it has fewer."""
+    return torch.linspace(0, len(x) - 1, min(count, len(x)), device=x.device).long()
+
+
+def _passes(codes: Tensor, read: Read) -> list[Tensor]:
     """What the DAC drives in every pass, in codes (or relative to the largest value without a DAC)."""
-    lsb = abs_max(rows, read.per_sample).view(-1, 1) / max(read.code_max, 1)
-    codes = rows / lsb
     if read.code_max:
         codes = codes.round().clamp(-read.code_max if read.signed else 0, read.code_max)
     if not read.stream_bits:

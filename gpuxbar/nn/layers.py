@@ -220,6 +220,8 @@ class AnalogLayer(InSitu):
 
     def program(self) -> None:
         """Write the present weights once (not those of cells trained in situ) and read these devices from now on."""
+        if self.in_situ:
+            self.require_read_out()
         self.write_step += 1
         if self.g_cells is not None and self.w_max is not None:
             self.hold(self.g_cells.clone(), self.w_max.clone())
@@ -236,7 +238,12 @@ class AnalogLayer(InSitu):
         self.look_after(0.0)
         before = self._test_read()
         self.look_after(seconds)
-        self.gain.copy_(before / now.clamp_min(1e-30))
+        if before.item() > 0 == now.item():
+            raise ValueError(
+                f"{self.name}: `compensate` must be False where a test read finds nothing, got codes of 0 at an age of {seconds:g} "
+                "s; leave it out, or give the ADC a smaller range"
+            )
+        self.gain.copy_(torch.where(before > 0, before / now, 1.0))
 
     def _test_read(self) -> Tensor:
         """Sum of the magnitudes of the products with fixed inputs that fill the DAC's range, float32 [1]."""
@@ -270,17 +277,21 @@ class AnalogLayer(InSitu):
         bound = limit.view(-1, 1) * (1 - 1e-6) if isinstance(limit, Tensor) else limit
         return (weight > bound).float().mean().item()
 
-    def _dac_lsb(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def dac_top(self, x: Tensor) -> Tensor:
+        """Digital value of the DAC's largest code where it drives x, [1] or [len(x)]."""
+        dac = self.spec.dac
+        if dac.range == "fixed":
+            return self.dac_max
+        seen = abs_max(x.detach(), dac.range == "sample")
+        if dac.range != "ema":
+            return seen
+        old = torch.where(self.dac_max > 0, self.dac_max, seen)
+        return dac.momentum * old + (1 - dac.momentum) * seen if self.training else old
+
+    def dac_inputs(self, x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
         """The input inside the DAC's range, and the value of one code, [1] or [len(x)]."""
         dac = self.spec.dac
-        if dac.range in ("sample", "tensor"):
-            top = abs_max(x.detach(), dac.range == "sample")
-        else:
-            if dac.range == "ema" and self.training:
-                seen = abs_max(x.detach(), False)
-                old = torch.where(self.dac_max > 0, self.dac_max, seen)
-                self.dac_max.copy_(dac.momentum * old + (1 - dac.momentum) * seen)
-            top = self.dac_max.clamp_min(1e-30)
+        if dac.range in ("fixed", "ema"):
             x = torch.minimum(torch.maximum(x, -top), top)
         if not dac.signed:
             x = x.clamp_min(0)
@@ -293,7 +304,9 @@ class AnalogLayer(InSitu):
                 f"{self.name}: `x` must hold at least one sample, got shape {tuple(x.shape)}; skip empty batches"
             )
         self.require_calibrated()
-        x, lsb = self._dac_lsb(x.float().contiguous())
+        x = x.float().contiguous()
+        top = self.dac_top(x)
+        x, lsb = self.dac_inputs(x, top)
         bias = None if self.bias is None else self.bias.float()
         watched = self.keeps_operands and self.weight.requires_grad and torch.is_grad_enabled()
         if (
@@ -306,6 +319,8 @@ class AnalogLayer(InSitu):
                 "that it wraps itself; wrap it by gpuxbar.distribute(model)"
             )
         y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias, cells)
+        if self.spec.dac.range == "ema" and self.training:
+            self.dac_max.copy_(top)
         y = self.streams.watch(y, self.weight, x) if watched else y
         return y.to(self.weight.dtype)
 
@@ -328,7 +343,7 @@ class AnalogLayer(InSitu):
     ) -> Tensor:
         """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
         cells = self.conductances() if cells is None else cells
-        self.read_step += 1
+        step = self.read_step + 1
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             weight = weight_through_wires(
                 weight, self._devices(), cells.w_max, self.groups_, self.in_situ, self.static[1]
@@ -338,10 +353,12 @@ class AnalogLayer(InSitu):
             self.packed_state is not None
         ):  # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version.clone()
-        return analog_mvm(
-            x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error,
-            self.read_step.clone(), *packing, self.static[0], torch.is_grad_enabled(),
+        y = analog_mvm(
+            x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error, step,
+            *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
+        self.read_step.copy_(step)  # only now: a read that is refused leaves no trace
+        return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
@@ -354,11 +371,13 @@ class AnalogLayer(InSitu):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        own = [converter.full.clone() for converter in self.converters()]
+        said = [converter.full for converter in self.converters() if not converter.calibrated]
+        if self.spec.dac.range == "fixed":
+            said.append(self.dac_max)
+        own = [full.clone() for full in said]
         super()._load_from_state_dict(state_dict, prefix, *more)
-        for full, converter in zip(own, self.converters(), strict=True):
-            if not converter.calibrated:  # the spec says it, whatever was saved
-                converter.full.copy_(full)
+        for full, value in zip(said, own, strict=True):  # the spec says it, whatever was saved
+            full.copy_(value)
         self.look_at_ranges()
 
 

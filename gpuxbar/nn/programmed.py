@@ -12,10 +12,20 @@ from gpuxbar.bridge.wires import merged
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.wires import Wires
+from gpuxbar.reference.tile_mvm import LINE_ORDERS
 
-__all__ = ["Programmed"]
+__all__ = ["Mark", "Programmed"]
 
-HELD = ("g_programmed", "w_programmed", "age", "gain", "ageings")  # buffers of the state dict
+Mark = tuple[int, int]
+
+HELD = ("g_programmed", "w_programmed", "written_as", "age", "gain", "ageings")  # buffers of the state dict
+WRITTEN_AS = (
+    "g_min",
+    "g_max",
+    "slice_bits",
+    "headroom_bits",
+    "line_order",
+)  # what conductances mean by a weight
 
 
 class Programmed(Wires):
@@ -24,6 +34,8 @@ class Programmed(Wires):
     Buffers, None unless programmed, then part of the state dict:
     `g_programmed`: conductances of all devices as written, float32 [2 slices (1 of an offset mapping), G * I, O], S.
     `w_programmed`: weight of a full pair, float32 [G * O].
+    `written_as`: the settings by which they hold weights, float32 [5]: window of a device, S, bits of a slice and of its room for
+    carries (0 without), and place of the line order among those known (0 where all are one). A checkpoint of others is refused.
     `age`: time since, s, float32 [1]; `ageings`: how often the devices were looked at, int64 [1].
     `gain`: factor that compensates for drift, float32 [1]; 1 without compensation.
     With the layer's seed and `write_step` they fix the aged devices, which are made anew when a checkpoint is loaded.
@@ -38,6 +50,7 @@ class Programmed(Wires):
     age: Tensor | None
     gain: Tensor | None
     ageings: Tensor | None
+    written_as: Tensor | None
     aged: Tensor | None
     aged_variance: Tensor | None
 
@@ -46,7 +59,11 @@ class Programmed(Wires):
             self.register_buffer(name, None)
         for name in ("aged", "aged_variance"):  # what reads find, or what the wires are solved for
             self.register_buffer(name, None, persistent=False)
-        self._held_version: int | None = None  # of the weight that was programmed
+        self._held: Mark | None = None  # of the weight that was programmed
+
+    def mark(self) -> Mark:
+        """Which weight the layer has, and how often it was changed in place."""
+        return id(self.weight), self.weight._version
 
     @property
     def programmed(self) -> bool:
@@ -63,11 +80,18 @@ class Programmed(Wires):
     def hold(self, g: Tensor, w_max: Tensor) -> None:
         """Read these devices from now on, and start their time."""
         self.g_programmed, self.w_programmed = g, w_max
+        self.written_as = self._written_as().to(g.device)
         self.age = torch.zeros(1, dtype=torch.float32, device=g.device)
         self.gain = torch.ones(1, dtype=torch.float32, device=g.device)
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
-        self._held_version = self.weight._version
+        self._held = self.mark()
         self.look_after(0.0)
+
+    def _written_as(self) -> Tensor:
+        device, mapping = self.spec.device, self.spec.mapping
+        order = LINE_ORDERS.index(self.plan.line_order) if self.weight.dim() == 4 else 0
+        settings = device.g_min, device.g_max, mapping.slice_bits or 0, self.spec.headroom_bits, order
+        return torch.tensor(settings, dtype=torch.float32)
 
     def release(self) -> None:
         """Read the layer's own weights again."""
@@ -112,7 +136,7 @@ class Programmed(Wires):
         assert self.w_programmed is not None
         assert self.gain is not None
         assert self.ageings is not None
-        if not torch.compiler.is_compiling() and self.weight._version != self._held_version:
+        if not torch.compiler.is_compiling() and self._held != self.mark():
             raise ValueError(
                 f"{self.name}: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write "
                 "it, or gpuxbar.unprogram(model) to go on training"
@@ -123,18 +147,32 @@ class Programmed(Wires):
             return Cells(self.aged, None, self.aged_variance, w_max, self.ageings)
         return self.through_wires(self.aged, self.aged_variance, w_max, self.ageings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": self._held == self.mark()}  # a copied weight has marks of its own
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.programmed:
-            self._held_version = self.weight._version  # a copied weight counts its changes anew
+        self._held = self.mark() if state["_held"] else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         saved = {name: state_dict[f"{prefix}{name}"] for name in HELD if f"{prefix}{name}" in state_dict}
+        if "written_as" in saved:
+            self._require_written_as(saved["written_as"])
         if not self.programmed:
             for name, value in saved.items():
                 setattr(self, name, torch.empty_like(value, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *more)
         if saved:
-            self._held_version = self.weight._version
+            self._held = self.mark()
             self._make_aged()
         self.forget_wires()
+
+    def _require_written_as(self, saved: Tensor) -> None:
+        """Refuse programmed devices that would mean other weights here."""
+        settings = zip(WRITTEN_AS, saved.tolist(), self._written_as().tolist(), strict=True)
+        others = [f"{name} {theirs:g} (here {ours:g})" for name, theirs, ours in settings if theirs != ours]
+        if others:
+            raise ValueError(
+                f"{self.name}: `state_dict` must be of devices that hold weights as here, got {', '.join(others)}; convert with "
+                "the spec that they were programmed with, or load the model as it was before gpuxbar.program"
+            )

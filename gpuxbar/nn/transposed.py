@@ -48,10 +48,14 @@ class UnfusedConvTranspose(nn.Module):
         )  # [groups, inputs / groups, outputs * places]
         return by_group.transpose(1, 2).flatten(0, 1)[..., None, None].contiguous()
 
+    def _whole(self, image: Sequence[int]) -> tuple[int, ...]:
+        """Height and width of all patches where they lie."""
+        options = zip(image, self.stride, self.dilation, self.kernel_size, strict=True)
+        return tuple((n - 1) * s + d * (k - 1) + 1 for n, s, d, k in options)
+
     def _size(self, image: Sequence[int], wanted: Sequence[int] | None) -> tuple[int, ...]:
         """Height and width of the output."""
-        options = zip(image, self.stride, self.padding, self.dilation, self.kernel_size, strict=True)
-        least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in options]
+        least = [n - 2 * p for n, p in zip(self._whole(image), self.padding, strict=True)]
         if wanted is None:
             return tuple(n + more for n, more in zip(least, self.output_padding, strict=True))
         size = (1, wanted[-1]) if self.flat else tuple(wanted[-2:])
@@ -69,7 +73,13 @@ class UnfusedConvTranspose(nn.Module):
         x = x if x.dim() == 4 else x[None]
         size = self._size(x.shape[2:], output_size)
         patches = self.product(x).flatten(2)
-        y = functional.fold(patches, size, self.kernel_size, self.dilation, self.padding, self.stride)
+        y = functional.fold(
+            patches, self._whole(x.shape[2:]), self.kernel_size, self.dilation, 0, self.stride
+        )
+        # what padding cuts off; an output may end beyond all patches
+        y = functional.pad(
+            y, [n for i in (1, 0) for n in (-self.padding[i], size[i] + self.padding[i] - y.shape[2 + i])]
+        )
         bias: Tensor | None = self._parameters["bias"]
         y = y if bias is None else y + bias.view(-1, 1, 1)
         y = y.squeeze(-2) if self.flat else y

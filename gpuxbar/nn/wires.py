@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,7 @@ ANCHOR = (
     "wire_slope",
     "wire_error_",
 )  # buffers, in the order of ops.Anchor
+FOLLOWED = {"tile", "device", "mapping", "programming", "parasitics", "update", "carry", "seed"}
 
 
 class Wires(nn.Module):
@@ -29,7 +33,8 @@ class Wires(nn.Module):
     (None without wires); `solved`, the state of the devices they belong to, int64 [1].
     Buffers of the state dict, None without `parasitics.anchor`: `wire_offset`, `wire_start`, `wire_age`, `wire_slope` and
     `wire_error_`, an `ops.Anchor` for each matrix that reads see, and `wire_state`, the state of the devices that
-    they belong to, int64 [1]. With them a checkpoint resumes bit for bit.
+    they belong to, int64 [1]; `wire_settings`, a checksum of the settings of the spec that devices and wires follow from, int64
+    [1]. With them a checkpoint resumes bit for bit; one of other settings makes every tile be solved anew.
     `solve_all`: whether the next read must solve every tile, since some never were; kept on the host, so that a read on a
     GPU does not wait to know it.
     """
@@ -47,6 +52,7 @@ class Wires(nn.Module):
     wire_slope: Tensor | None
     wire_error_: Tensor | None
     wire_state: Tensor | None
+    wire_settings: Tensor | None
     solve_all: bool
 
     def setup_wires(self, devices: tuple[int, ...], planes: int, device: torch.device) -> None:
@@ -67,6 +73,8 @@ class Wires(nn.Module):
             self.register_buffer(name, both if anchored else None)
         state = torch.zeros(1, dtype=torch.int64, device=device) if anchored else None
         self.register_buffer("wire_state", state)
+        settings = torch.tensor([_checksum(self.spec)], device=device) if anchored else None
+        self.register_buffer("wire_settings", settings)
         self.solve_all = anchored
 
     def through_wires(self, devices: Tensor, variance: Tensor | None, w_max: Tensor, state: Tensor) -> Cells:
@@ -114,3 +122,16 @@ class Wires(nn.Module):
             self.wire_age.fill_(-1)
             self.wire_state.zero_()
         self.forget_wires()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        own = self.wire_settings
+        saved = state_dict.get(f"{prefix}wire_settings")
+        if own is not None and saved is not None:
+            state_dict[f"{prefix}wire_settings"] = own
+        super()._load_from_state_dict(state_dict, prefix, *more)
+        if own is not None and saved is not None and saved.item() != own.item():
+            self.restart_wires()
+
+
+def _checksum(spec: CrossbarSpec) -> int:
+    return zlib.crc32(spec.model_dump_json(include=FOLLOWED).encode())

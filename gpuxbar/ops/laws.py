@@ -54,10 +54,18 @@ def parameters(law: UpdateLaw, g_min: float, g_max: float) -> Parameters:
         "pulses": law.nominal_pulses or 1.0,  # without steps, a change is one
         "step_spread": law.step_spread, "asymmetry": law.asymmetry,
         "asymmetry_spread": law.asymmetry_spread, "low_spread": law.low_spread, "high_spread": law.high_spread,
-        "floor": -g_min / span, "write_noise": law.write_noise / span, "law": LAWS[type(law)],
+        "floor": _floor(g_min, span), "write_noise": law.write_noise / span, "law": LAWS[type(law)],
         "lognormal": law.lognormal_steps, "integer_pulses": law.integer_pulses, "sides": SIDES[law.sides],
     }  # fmt: skip
     return Parameters(**common, **_noise(law), **_shape(law))
+
+
+def _floor(g_min: float, span: float) -> np.float32:
+    """The share of a window where g = 0, rounded up as far as float32 takes not to make g negative."""
+    floor, low, width = np.float32(-g_min / span), np.float32(g_min), np.float32(span)
+    while min(float(floor * width + low), float(floor) * float(width) + float(low)) < 0:
+        floor = np.nextafter(floor, np.float32(0))
+    return floor
 
 
 def _noise(law: UpdateLaw) -> dict[str, float]:

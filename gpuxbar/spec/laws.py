@@ -83,6 +83,15 @@ class Ideal(Law):
 
     law: Literal["ideal"] = "ideal"
 
+    @model_validator(mode="after")
+    def _without_pulses(self) -> Ideal:
+        if self.integer_pulses:
+            raise ValueError(
+                "Ideal: `integer_pulses` must be false, got true; its devices take any change and know no pulses: choose "
+                "law='constant_step', or leave it out"
+            )
+        return self
+
 
 class ConstantStep(Stepping):
     """f = 1: equal steps up to hard bounds.

@@ -86,10 +86,10 @@ class Mapping(Part):
                 f"Mapping: `slice_bits` must be set for {self.slices} slices, got None; "
                 "give the bits of one device, for instance 2"
             )
-        if self.slices > 1 and self.scheme == "offset":
+        if self.slice_bits is not None and self.scheme == "offset":
             raise ValueError(
                 "Mapping: `scheme` must be differential or subtracted for sliced weights, got offset; "
-                "choose one of these or slices=1"
+                "choose one of these, or slices=1 and slice_bits=None"
             )
         if self.slices * (self.slice_bits or 1) > 32:
             raise ValueError(
@@ -107,7 +107,7 @@ class DAC(Part):
     `polarity`: signed inputs driven as one "bipolar" voltage or in "two_phase" (positive, then negative).
     `range`: the digital value of the largest code: "sample" (abs-max of each row of a linear layer, each
     image of a convolution), "tensor" (abs-max of the call), "ema" (running mean of abs-max over training
-    calls, factor `momentum`), "fixed" (`max`). `v_read`: voltage of the largest digit, V.
+    calls, factor `momentum`; before the first, that of the call), "fixed" (`max`). `v_read`: voltage of the largest digit, V.
     """
 
     bits: int | None = Field(None, ge=1, le=8)
@@ -430,6 +430,15 @@ class CrossbarSpec(Part):
         return self
 
     @model_validator(mode="after")
+    def _centred(self) -> CrossbarSpec:
+        if self.mapping.scheme == "offset" and self.device.levels == 2:
+            raise ValueError(
+                "CrossbarSpec: `device.levels` must be at least 3 with mapping.scheme='offset', got 2; one of them is the weight "
+                "0: choose more levels, or a pair"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _updatable(self) -> CrossbarSpec:
         if self.update is not None and self.mapping.scheme == "offset":
             raise ValueError(
@@ -483,6 +492,11 @@ class CrossbarSpec(Part):
             raise ValueError(
                 f"CrossbarSpec: `device.levels` must be None with carry, got {self.device.levels}; a window of "
                 "2**(slice_bits + headroom_bits) - 1 units follows from it, and updates leave devices between levels"
+            )
+        if self.update is not None and self.mapping.slice_bits is not None and self.device.levels is not None:
+            raise ValueError(
+                f"CrossbarSpec: `device.levels` must be None for sliced weights that are trained in situ, got "
+                f"{self.device.levels}; updates leave devices between levels"
             )
         return self
 

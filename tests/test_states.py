@@ -1,0 +1,231 @@
+"""What a layer keeps of its past: checkpoints of other settings, copies, other weights, reads that were refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import gpuxbar as gx
+from gpuxbar.nn import AnalogConv2d, AnalogLinear
+
+TRAINED = {"update": {"law": "constant_step"}}
+
+
+def linear(**settings):
+    torch.manual_seed(0)
+    return AnalogLinear(20, 8, spec=gx.CrossbarSpec.model_validate(settings))
+
+
+def inputs(n=32):
+    return torch.randn(n, 20, generator=torch.Generator().manual_seed(1))
+
+
+def state_of(layer):
+    return {key: value.clone() for key, value in layer.state_dict().items()}
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def error(y, layer):
+    ideal = nn.functional.linear(inputs(), layer.weight, layer.bias)
+    return ((y - ideal).abs().max() / ideal.abs().max()).item()
+
+
+def test_a_running_range_that_has_seen_nothing_is_that_of_the_call():
+    layer = linear(dac={"bits": 8, "range": "ema"}).eval()
+    assert error(layer(inputs()), layer) < 0.02
+    assert layer.dac_max == 0
+    layer.train()(inputs())
+    assert layer.dac_max == inputs().abs().max()
+    assert torch.equal(
+        layer.eval()(2 * inputs()), layer(inputs().sign() * layer.dac_max.minimum(2 * inputs().abs()))
+    )
+
+
+@pytest.mark.parametrize("other", [{"range": "tensor"}, {"range": "fixed", "max": 40.0}])
+def test_the_spec_says_a_fixed_range_whatever_was_saved(other):
+    layer = linear(dac={"bits": 8, "range": "fixed", "max": 4.0})
+    layer.load_state_dict(linear(dac={"bits": 8, **other}).state_dict())
+    assert layer.dac_max == 4.0
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.full((3, 20), torch.nan), torch.full((3, 20), torch.inf), torch.zeros(3, 19), torch.zeros(0, 20)],
+)
+def test_a_refused_read_leaves_no_trace(x):
+    layer = linear(dac={"bits": 8, "range": "ema"})
+    layer(inputs())
+    before = state_of(layer)
+    with pytest.raises(ValueError, match="must"):
+        layer(x)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "dac", [{"range": "tensor"}, {"range": "fixed", "max": 0.1}, {"range": "fixed", "max": 40.0}]
+)
+def test_ranges_are_calibrated_as_the_dac_drives(dac):
+    """Of every partial sum, the largest; a DAC whose range clips drives more lines fully, a wide one fewer."""
+    layer = linear(tile={"rows": 8}, dac={"bits": 8, **dac}, adc={"bits": 8, "percentile": 100})
+    gx.calibrate(layer, [inputs()])
+    top = dac.get("max", inputs().abs().max())
+    volts = (inputs().clamp(-top, top) / top * 127).round() / 127 * layer.spec.dac.v_read
+    g = layer.conductances().g
+    sums = [volts[:, t : t + 8] @ plane[t : t + 8] for plane in g for t in (0, 8, 16)]
+    assert layer.adc_range.item() == pytest.approx(max(s.abs().max().item() for s in sums), rel=1e-5)
+
+
+def test_images_are_calibrated_by_the_range_of_the_image():
+    """Dim patches of images with a bright pixel, which is under no kernel, drive little."""
+    spec = gx.CrossbarSpec.model_validate({"dac": {"bits": 8, "range": "sample"}, "adc": {"bits": 8}})
+    layer, ranges = AnalogConv2d(1, 2, 1, stride=2, spec=spec), []
+    for corner in (0.1, 1.0):
+        x = torch.full((40, 1, 4, 4), 0.1)
+        x[:, 0, 3, 3] = corner
+        gx.calibrate(layer, [x])
+        ranges.append(layer.adc_range.item())
+    assert ranges[1] / ranges[0] == pytest.approx(13 / 127)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_copies_trained_in_situ_are_read_in_any_precision(dtype):
+    model, _ = gx.convert(nn.Sequential(nn.Linear(20, 8)), gx.CrossbarSpec.model_validate(TRAINED))
+    model = model.to(dtype)
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    x = inputs().to(dtype)
+    model(x).square().mean().backward()
+    optimiser.step()
+    y = model(x)
+    for other in (copy.deepcopy(model), saved(model)):
+        other[0].load_state_dict(model[0].state_dict())
+        assert torch.equal(other(x), y)
+        with torch.no_grad():
+            other[0].weight[0, 0] += 0.1
+        with pytest.raises(ValueError, match="must be what the cells read"):
+            other(x)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("programmed", [True, False])
+def test_a_copy_is_as_good_as_the_original(copied, programmed):
+    """Changed weights are refused, be they changed before or after the copy, and once or as often as before."""
+    layer = linear(**TRAINED)
+    layer.begin_in_situ()
+    text = "must be what the cells read"
+    if programmed:
+        gx.program(layer)
+        text = "must stay as it was programmed"
+    twin = copied(layer)
+    assert torch.equal(twin(inputs()), layer(inputs()))
+    with torch.no_grad():
+        twin.weight.mul_(2)
+    for changed in (twin, copied(twin)):
+        with pytest.raises(ValueError, match=text):
+            changed(inputs())
+
+
+@pytest.mark.parametrize("programmed", [True, False])
+def test_other_weights_for_a_call_are_not_read_from_the_same_devices(programmed):
+    layer = linear(**TRAINED)
+    if programmed:
+        gx.program(layer)
+    else:
+        layer.begin_in_situ()
+    y = layer(inputs())
+    other = torch.zeros_like(layer.weight)
+    while other._version != layer.weight._version:
+        other.add_(1)
+    with pytest.raises(ValueError, match="`weight` must"):
+        functional_call(layer, {"weight": other}, inputs())
+    torch.testing.assert_close(layer(inputs()), y)
+
+
+@pytest.mark.parametrize("act", ["update", "relax", "program"])
+def test_a_weight_that_something_else_changed_is_not_lost(act):
+    layer = linear(**TRAINED, retention={"tau": 10.0})
+    layer.begin_in_situ()
+    with torch.no_grad():
+        layer.weight.mul_(0.5)
+    before = state_of(layer)
+    acts = {
+        "update": lambda: layer.update_cells(torch.ones_like(layer.weight)),
+        "relax": layer.relax,
+        "program": layer.program,
+    }
+    with pytest.raises(ValueError, match="must be what the cells read"):
+        acts[act]()
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"device": {"g_max": 2e-5}}, r"g_max 1e-05 \(here 2e-05\)"),
+        ({"mapping": {"slices": 2, "slice_bits": 4}}, r"slice_bits 3 \(here 4\)"),
+        (
+            {"mapping": {"slices": 2, "slice_bits": 3, "line_order": "position_channel"}},
+            r"line_order 0 \(here 1\)",
+        ),
+    ],
+)
+def test_programmed_devices_that_mean_other_weights_are_refused(change, text):
+    settings = {"mapping": {"slices": 2, "slice_bits": 3}}
+    layer, other = (
+        AnalogConv2d(3, 4, 2, spec=gx.CrossbarSpec.model_validate({**settings, **more}))
+        for more in ({}, change)
+    )
+    gx.program(layer)
+    before = state_of(other)
+    with pytest.raises(ValueError, match=f"must be of devices that hold weights as here, got {text}"):
+        other.load_state_dict(layer.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [{"r_wordline": 2.0}, {"anchor": "mean_field"}, {"r_sink": 20.0}])
+def test_anchors_of_other_wires_are_solved_anew(change):
+    wires = {"r_wordline": 20.0, "terminations": "line", "anchor": "ladder", "refresh_interval": 10}
+    device = {"g_max": 1e-4}
+    layer, fresh, loaded = (
+        linear(device=device, parasitics={**wires, **more}) for more in ({}, change, change)
+    )
+    layer(inputs())
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded(inputs()), fresh(inputs()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"update": {"law": "ideal", "integer_pulses": True}},
+            "`update`: `integer_pulses` must be false, got true",
+        ),
+        (
+            {"mapping": {"scheme": "offset"}, "device": {"levels": 2}},
+            "`device.levels` must be at least 3 with",
+        ),
+        (
+            {"mapping": {"scheme": "offset", "slice_bits": 2}},
+            "`mapping`: `scheme` must be differential or subtracted",
+        ),
+        (
+            {"mapping": {"slice_bits": 1}, "device": {"levels": 2}, **TRAINED},
+            "`device.levels` must be None for sliced",
+        ),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(settings, text):
+    with pytest.raises(gx.SpecError, match=re.escape(text)):
+        gx.CrossbarSpec(**settings)
