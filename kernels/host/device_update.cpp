@@ -143,11 +143,13 @@ void load_digits(const float* units, float window, i64 count, float* asked) {
   each_cell(count, [=](i64 j) { asked[j] = units[j] / window; });
 }
 
-// Ask for the cells of a row ahead of their use: rows of a block lie too far apart to be foreseen.
+// Ask for the cells of a row ahead of their use: rows of a block lie too far apart to be foreseen. Cells that do not begin
+// with a line of the caches end in one more.
 template <class T>
 void fetch(T* cells) {
-  constexpr int LINE = 64 / sizeof(T);
-  for (int j = 0; j < WIDE_ROW; j += LINE) __builtin_prefetch(cells + j, std::is_const_v<T> ? 0 : 1);
+  constexpr int LINE = 64 / sizeof(T), WRITTEN = !std::is_const_v<T>;
+  for (int j = 0; j < WIDE_ROW; j += LINE) __builtin_prefetch(cells + j, WRITTEN);
+  __builtin_prefetch(cells + WIDE_ROW - 1, WRITTEN);
 }
 
 bool any(const float* change) {
