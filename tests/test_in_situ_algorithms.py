@@ -81,7 +81,7 @@ def recursion(name, slow, fast, grads, settings, sides):
     full = slow.w_max.reshape(groups, -1, 1).astype(np.float64)
     pulse = full * sides / 200
     velocity, chi, waiting, mean, offset = (np.zeros(grads[0].shape) for _ in range(5))
-    sign, scale, reads, out = np.ones((groups, inputs)), 0.0, 0, []
+    sign, scale, reads, transfers, out = np.ones((groups, inputs)), 0.0, 0, 0, []
     for step, grad in enumerate(grads, 1):
         velocity = settings.get("momentum", 0.0) * velocity + grad
         change = np.zeros(grad.shape)
@@ -98,7 +98,7 @@ def recursion(name, slow, fast, grads, settings, sides):
             unit = settings["fast_lr"] * full / scale
             fast.write(-grad * sign[:, None] * unit)
             if step % every == 0:
-                after = reads + min(settings["lines"], inputs)
+                transfers += 1
                 for line in [(reads + k) % inputs for k in range(min(settings["lines"], inputs))]:
                     sweep = reads // inputs
                     reads += 1
@@ -124,7 +124,7 @@ def recursion(name, slow, fast, grads, settings, sides):
                                 np.array([group * inputs + line]),
                                 1,
                                 purpose=Purpose.CHOPPER,
-                                step=after,
+                                step=transfers,
                                 seed=fast.seed,
                             )
                             sign[group, line] *= -1 if u < settings["flip"] else 1

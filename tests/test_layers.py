@@ -656,7 +656,7 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
             optimiser.step()
             results[-1][1].append(model[4].weight.detach().clone())
             results[-1][1].append(model(x).detach())
-    assert {"program", "adc_accumulate", "dac_quantize"} <= {
+    assert {"program", "adc_accumulate", "pack_inputs"} <= {
         name.split("_kernel")[0] for name in device.launches
     }
     for host, cuda in zip(results[0][1], results[1][1], strict=True):

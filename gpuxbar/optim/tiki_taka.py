@@ -238,7 +238,8 @@ class ChoppedTikiTakaV2(TikiTakaV2):
     def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
         signed = lines._replace(values=lines.values * fast.sign[..., lines.at])
         change = super()._transfer(fast, signed, pulse, group)
-        chop(fast.sign.squeeze(1), lines.at, fast.reads, group["flip"], fast.array.plan.seed)
+        transfers = fast.reads // len(lines.at)
+        chop(fast.sign.squeeze(1), lines.at, transfers, group["flip"], fast.array.plan.seed)
         return change
 
 
