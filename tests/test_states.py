@@ -205,6 +205,16 @@ def test_anchors_of_other_wires_are_solved_anew(change):
     assert torch.equal(loaded(inputs()), fresh(inputs()))
 
 
+def test_gradients_of_values_are_driven_in_one_phase():
+    """Whatever the polarity of an unsigned DAC without bits says."""
+    layer = linear(dac={"signed": False, "polarity": "two_phase"}, adc={"bits": 12, "range": "worst_case"})
+    x = inputs().abs().requires_grad_()
+    grad = torch.randn(32, 8, generator=torch.Generator().manual_seed(2))
+    layer(x).backward(grad)
+    ideal = grad @ layer.weight.detach()
+    assert (x.grad - ideal).abs().max() < 0.02 * ideal.abs().max()
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -219,6 +229,14 @@ def test_anchors_of_other_wires_are_solved_anew(change):
         (
             {"mapping": {"scheme": "offset", "slice_bits": 2}},
             "`mapping`: `scheme` must be differential or subtracted",
+        ),
+        (
+            {"dac": {"polarity": "two_phase"}, "adc": {"bits": 8}},
+            "`dac`: `bits` must be set with polarity='two_phase'",
+        ),
+        (
+            {"backward": {"dac": {"signed": False, "bits": 8}}},
+            "`backward.dac.signed` must be true, got false",
         ),
         (
             {"mapping": {"slice_bits": 1}, "device": {"levels": 2}, **TRAINED},
