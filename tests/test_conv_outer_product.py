@@ -100,3 +100,16 @@ def test_operator_is_sound():
     tensors = (torch.from_numpy(a) for a in (d, x, scale))
     more = [8, 2, 3, 3], list(conv.stride), list(conv.padding), list(conv.dilation)
     torch.library.opcheck(torch.ops.gpuxbar.conv_outer_product.default, (*tensors, *more))
+
+
+def test_nothing_beyond_the_images_counts():
+    """Of kernels as wide as the image, whose last dot products end beyond it, among memory full of NaN."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        kernel, height = int(rng.integers(2, 40)), int(rng.integers(1, 4))
+        conv = ConvGeometry(1, height, kernel + int(rng.integers(0, 20)), (1, kernel))
+        x = rng.integers(-5, 5, (1, 1, height, conv.width)).astype(np.int16)
+        d = rng.normal(size=(1, 1, *conv.out)).astype(np.float32)
+        freed = [np.full(int(size), np.nan, np.float32) for size in rng.integers(50, 1000, 400)]
+        del freed
+        assert np.isfinite(ops.conv_outer_product(d, x, np.ones(1, np.float32), conv)).all()

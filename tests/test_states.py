@@ -205,6 +205,16 @@ def test_anchors_of_other_wires_are_solved_anew(change):
     assert torch.equal(loaded(inputs()), fresh(inputs()))
 
 
+def test_gradients_of_values_are_driven_in_one_phase():
+    """Whatever the polarity of an unsigned DAC without bits says."""
+    layer = linear(dac={"signed": False, "polarity": "two_phase"}, adc={"bits": 12, "range": "worst_case"})
+    x = inputs().abs().requires_grad_()
+    grad = torch.randn(32, 8, generator=torch.Generator().manual_seed(2))
+    layer(x).backward(grad)
+    ideal = grad @ layer.weight.detach()
+    assert (x.grad - ideal).abs().max() < 0.02 * ideal.abs().max()
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -221,6 +231,14 @@ def test_anchors_of_other_wires_are_solved_anew(change):
             "`mapping`: `scheme` must be differential or subtracted",
         ),
         (
+            {"dac": {"polarity": "two_phase"}, "adc": {"bits": 8}},
+            "`dac`: `bits` must be set with polarity='two_phase'",
+        ),
+        (
+            {"backward": {"dac": {"signed": False, "bits": 8}}},
+            "`backward.dac.signed` must be true, got false",
+        ),
+        (
             {"mapping": {"slice_bits": 1}, "device": {"levels": 2}, **TRAINED},
             "`device.levels` must be None for sliced",
         ),
@@ -229,3 +247,48 @@ def test_anchors_of_other_wires_are_solved_anew(change):
 def test_settings_without_a_meaning_are_refused(settings, text):
     with pytest.raises(gx.SpecError, match=re.escape(text)):
         gx.CrossbarSpec(**settings)
+
+
+def test_gradients_of_gradients_are_refused():
+    """They would lack what goes through the arrays, where digital layers let the rest through."""
+    layer, x = linear(dac={"bits": 8}), inputs().requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x.sin()).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, {"transfer_every": 5}])
+def test_what_is_kept_of_gradients_takes_in_no_nan(settings):
+    layer = linear(**TRAINED)
+    optimiser = gx.optim.MixedPrecision([layer.weight], lr=0.1, **settings)
+    for _ in range(2):
+        layer(inputs()).square().mean().backward()
+        optimiser.step()
+    layer.weight.grad[0, 0] = torch.inf
+    before, kept = state_of(layer), copy.deepcopy(optimiser.state_dict())
+    with pytest.raises(
+        ValueError, match="MixedPrecision: the gradient of linear must be finite, got 1 NaN or infinite"
+    ):
+        optimiser.step()
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert torch.equal(optimiser.state_dict()["parts"][0]["waiting"], kept["parts"][0]["waiting"])
+    for key, value in kept["state"].get(0, {}).items():
+        assert torch.equal(optimiser.state_dict()["state"][0][key], value)
+
+
+@pytest.mark.parametrize(
+    "how", [{"pulses": {}}, {"carry": {"scheme": "streamed"}, "mapping": {"slices": 2, "slice_bits": 4}}]
+)
+def test_a_rate_of_nothing_moves_nothing(how):
+    layer = linear(**TRAINED, **how)
+    optimiser = gx.optim.InSituSGD([layer.weight], lr=0.1)
+    warm = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: step / 2)
+    moved = []
+    for _ in range(2):
+        before = layer.g_cells.clone()
+        layer(inputs()).square().mean().backward()
+        optimiser.step()
+        moved.append(not torch.equal(layer.g_cells, before))
+        warm.step()
+    assert moved == [False, True]
+    assert layer.update_step == 3  # with the first writing

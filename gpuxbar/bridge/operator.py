@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
@@ -76,7 +77,7 @@ def operator(
 def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give an operator its gradient, from the same functions as `torch.library.register_autograd`.
 
-    That one reads the schema anew at every call, which costs more than a small layer.
+    That one reads the schema anew at every call, which costs more than a small layer. Gradients of gradients are refused.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -89,7 +90,7 @@ def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[...,
             return op(*args)
 
     name = op._schema.name.split("::")[1]
-    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    body = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
     function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
 
     def differentiable(*args: Any) -> Any:

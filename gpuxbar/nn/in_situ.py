@@ -203,8 +203,8 @@ class InSitu(Programmed):
     def update_in_array(self, rate: float) -> None:
         """Move the cells by products of the inputs and errors since the last update; the weight becomes what they read.
 
-        By pulse trains (`spec.pulses`) or bit streams (`spec.carry.scheme`). Before that, slices carry where it is time (see
-        `spec.Carry`).
+        By pulse trains (`spec.pulses`) or bit streams (`spec.carry.scheme`); a rate of 0, as at the start of a warm-up, moves
+        nothing. Before that, slices carry where it is time (see `spec.Carry`).
         """
         self.require_unprogrammed("weight")
         assert self.g_cells is not None
@@ -215,6 +215,9 @@ class InSitu(Programmed):
         if not pairs:
             return
         self._carry()
+        if rate == 0:
+            self._move(torch.zeros_like(self.weight))
+            return
         if len({x.shape[1:] for x, _ in pairs}) > 1:  # images of several sizes have lines alone in common
             pairs = [self.as_lines(x, d) for x, d in pairs]
         x, d = (

@@ -115,6 +115,7 @@ class InSituOptimizer(torch.optim.Optimizer):
         assert parameter.grad is not None
         if not momentum:
             return parameter.grad
+        self._require_finite(parameter)
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = parameter.grad.clone()
@@ -122,6 +123,15 @@ class InSituOptimizer(torch.optim.Optimizer):
             state["momentum"].mul_(momentum).add_(parameter.grad)
         velocity: Tensor = state["momentum"]
         return velocity
+
+    def _require_finite(self, parameter: Tensor) -> None:
+        """Refuse a gradient of devices before what is kept of gradients takes it in; on a CPU, where looking is free."""
+        layer, grad = layer_of(parameter), parameter.grad
+        if layer is not None and grad is not None and grad.is_cpu and not torch.isfinite(grad.sum()):
+            raise ValueError(
+                f"{type(self).__name__}: the gradient of {layer.name} must be finite, got {int((~grad.isfinite()).sum())} NaN or "
+                "infinite values; look for a diverging loss or bad data"
+            )
 
     def _named_parts(self) -> dict[int, nn.Module]:
         """Modules by the place of their weight among all parameters."""

@@ -131,6 +131,11 @@ class DAC(Part):
                 f"DAC: `bits` must be set with `stream_bits`, got None; streams of {self.stream_bits} bits "
                 "cut a quantised code"
             )
+        if self.signed and self.polarity == "two_phase" and self.bits is None:
+            raise ValueError(
+                "DAC: `bits` must be set with polarity='two_phase', got None; phases drive the positive and the negative part of a "
+                "quantised code: set it, or polarity='bipolar'"
+            )
         if (self.range == "fixed") != (self.max is not None):
             raise ValueError(
                 f"DAC: `max` goes with range='fixed' and only with it, got range={self.range!r} and "
@@ -162,7 +167,8 @@ class ADC(Part):
 
     `bits`: resolution (`None`: no conversion). `range`: the current of the largest code: "calibrated" (the
     `percentile` of partial sums seen by `gpuxbar.calibrate`), "fixed" (`i_max`, A), "worst_case" (every cell
-    of a line at `g_max`, every input at `v_read`). `per`: one range per "layer" or per output "column".
+    of a line at `g_max`, every input at `v_read`). Codes are signed, unless currents have one sign: of voltages of one sign (of
+    unsigned or two-phase DACs) on devices that are not subtracted before. `per`: one range per "layer" or per output "column".
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; both drawn
     once per converter.
     """
@@ -422,6 +428,11 @@ class CrossbarSpec(Part):
 
     @model_validator(mode="after")
     def _transposed(self) -> CrossbarSpec:
+        if not self.backward_dac.signed:
+            raise ValueError(
+                "CrossbarSpec: `backward.dac.signed` must be true, got false; gradients have both signs, and one of them would be "
+                "lost: leave it out"
+            )
         if self.backward_dac.range == "ema":
             raise ValueError(
                 "CrossbarSpec: `backward.dac.range` must be sample, tensor or fixed, got 'ema'; gradients shrink as "
@@ -554,7 +565,10 @@ class CrossbarSpec(Part):
             return self.backward.dac
         bits = None if self.dac.bits is None else max(self.dac.bits, 2)
         dynamic = "tensor" if self.dac.range in ("fixed", "ema") else self.dac.range
-        return self.dac.model_copy(update={"signed": True, "bits": bits, "range": dynamic, "max": None})
+        polarity = "bipolar" if bits is None else self.dac.polarity
+        return self.dac.model_copy(
+            update={"signed": True, "bits": bits, "range": dynamic, "max": None, "polarity": polarity}
+        )
 
     @property
     def backward_adc(self) -> ADC:

@@ -32,7 +32,7 @@ struct Layout {
         pitch(c.out_w + (c.kernel_w - 1) * c.dilation_w / c.stride_w),
         plane((c.out_h + (c.kernel_h - 1) * c.dilation_h / c.stride_h) * pitch),
         channel(c.stride_h * c.stride_w * plane),
-        inputs_size(c.channels * channel + LANES),
+        inputs_size(c.channels * channel + (pitch - c.out_w) + LANES),  // what the last line's dot products read beyond
         depth((c.out_h * pitch + LANES - 1) / LANES * LANES),
         gradients_size(this->outputs * depth) {}
 

@@ -8,6 +8,15 @@ namespace gpuxbar {
 constexpr int WIDE_ROW = 64;             // columns handled at a time, from a multiple of 4
 constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
 
+// Pair q of normals of counters, of whose words k is words[k]: fast ones take a word, exact ones two.
+template <bool FAST, int N>
+static inline Pair pair_of(const u32 (&words)[4][N], int q, i64 i) {
+  if constexpr (FAST)
+    return normal_pair_fast(words[q][i]);
+  else
+    return normal_pair(words[2 * q][i], words[2 * q + 1][i]);
+}
+
 // Where a row of draws is: see philox.cuh.
 struct Draw {
   u32 purpose, slot, step;

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <memory>
 
-#include "gpuxbar/normal.cuh"
+#include "draw.hpp"
 #include "read.hpp"
 #include "wide.hpp"
 
@@ -106,11 +106,9 @@ inline void add_strip_noise(u32 third, const TileMvm& p, u32 column, u32 row, i6
     philox_lanes<FAST ? 7 : 10>(WideCounter{counter, row_, third_, step}, WideCounter{counter + 1, row_, third_, step},
                                 (u32)p.seed, (u32)(p.seed >> 32), words[0], words[1], words[2], words[3]);
     for (int q = 0; q < PAIRS; ++q) {
-      const u32* radius_word = FAST ? words[q] : words[2 * q];
-      const u32* phase_word = FAST ? words[q] : words[2 * q + 1];
 #pragma omp simd
       for (int i = 0; i < LANES; ++i) {
-        const Pair pair = FAST ? normal_pair_fast(radius_word[i]) : normal_pair(radius_word[i], phase_word[i]);
+        const Pair pair = pair_of<FAST>(words, q, i);
         z[2 * q][i] = pair.a;
         z[2 * q + 1][i] = pair.b;
       }

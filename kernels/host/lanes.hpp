@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "gpuxbar/normal.cuh"
+#include "draw.hpp"
 #include "wide.hpp"
 
 namespace gpuxbar {
@@ -70,12 +70,10 @@ inline void add_noise(const Draws& d, u32 column, u32 row, i64 rows, i64 begin, 
     draw_words<FAST ? 7 : 10>(d, (column + (u32)j) / EACH, row, rows, words);
     for (int q = 0; q < PAIRS; ++q) {
       float* first = c.at + (j + 2 * q) * ROWS;
-      const u32* radius_word = FAST ? words[q] : words[2 * q];
-      const u32* phase_word = FAST ? words[q] : words[2 * q + 1];
       if (!deviation) {
 #pragma omp simd
         for (i64 i = 0; i < lanes; ++i) {
-          const Pair z = FAST ? normal_pair_fast(radius_word[i]) : normal_pair(radius_word[i], phase_word[i]);
+          const Pair z = pair_of<FAST>(words, q, i);
           first[i] = fma(sigma, z.a, first[i]);
           first[ROWS + i] = fma(sigma, z.b, first[ROWS + i]);
         }
@@ -83,7 +81,7 @@ inline void add_noise(const Draws& d, u32 column, u32 row, i64 rows, i64 begin, 
         const float* spread = deviation->at + (j + 2 * q) * ROWS;
 #pragma omp simd
         for (i64 i = 0; i < lanes; ++i) {
-          const Pair z = FAST ? normal_pair_fast(radius_word[i]) : normal_pair(radius_word[i], phase_word[i]);
+          const Pair z = pair_of<FAST>(words, q, i);
           first[i] = fma(spread[i], z.a, first[i]);
           first[ROWS + i] = fma(spread[ROWS + i], z.b, first[ROWS + i]);
         }
