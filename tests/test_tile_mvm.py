@@ -127,6 +127,31 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
     assert_convolution_matches(y, expected)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
+@pytest.mark.parametrize("mode", ["plain", "streams", "bias", "state-noise"])
+def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
+    conv = ConvGeometry(3, 4, 32, (3, 5), (1, 1), (1, 4), (1, 2), line_order)
+    rng = np.random.default_rng(5)
+    g = rng.uniform(-G_MAX, G_MAX, (2 if mode == "streams" else 1, conv.inputs, 9)).astype(np.float32)
+    codes = rng.integers(-127, 128, (3, 9, *conv.out) if transposed else (3, 3, 4, 32)).astype(np.int16)
+    s = {
+        "transposed": transposed, "conv": conv, "v_lsb": 0.2 / 127, "adc_bits": 8, "adc_lsb": 1e-7, "read_noise": 1e-7,
+        "seed": SEED, "step": 3, "want_gate": not transposed, "row_scale": np.linspace(1, 2, 3).astype(np.float32),
+    }  # fmt: skip
+    if mode == "streams":
+        s |= {"stream_bits": 4, "streams": 2, "phases": 2, "slice_scale": np.array([1.0, -0.5], np.float32)}
+    elif mode == "bias" and not transposed:
+        s |= {
+            name: rng.normal(size=9).astype(np.float32) * scale
+            for name, scale in (("bias", 1e-6), ("col_scale", 1.0))
+        }
+    elif mode == "state-noise":
+        s["noise_var"] = rng.uniform(0, 1e-13, g.shape).astype(np.float32)
+    y = ops.tile_mvm(codes, g, tile_rows=20, tile_cols=20, **s)
+    assert_convolution_matches(y, reference.tile_mvm(codes, g, tile=20, **s))
+
+
 def test_unfold_is_the_convolution_of_torch():
     import torch
 

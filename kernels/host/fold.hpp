@@ -50,6 +50,17 @@ class Folded {
     if ((i64)parts.size() * parts[0].lines * parts[0].count < before) std::fill(laid.begin(), laid.end(), 0.0f);
   }
 
+  // Where the block that follows is laid out, if every vector of its rows is part of a line: vector v of column j at the
+  // returned address + j * column + vector[v]. Else null.
+  float* places(i64* vector) {
+    for (const Part& part : parts) {
+      if (part.count % LANES) return nullptr;
+      for (i64 line = 0; line < part.lines; ++line)
+        for (i64 x = 0; x < part.count; x += LANES) *vector++ = (&part - parts.data()) * apart + line * pitch + x;
+    }
+    return laid.data() + reach;
+  }
+
   // Lays out column j of a panel.
   void place(i64 j, const float* sum) {
     float* to = laid.data() + j * column + reach;
@@ -143,7 +154,12 @@ class Folded {
 
   const Conv& c;
   const i64 height, width, most_lines;
-  const i64 reach, pitch, apart, column;  // of what is laid out: zeros of a line, and from line to line, image, column
+  const i64 reach, pitch, apart;  // of what is laid out: zeros of a line, and from line to line, image to image
+
+ public:
+  const i64 column;  // from column to column
+
+ private:
   std::vector<float> at, laid;
   std::vector<Part> parts;
 };
