@@ -306,6 +306,58 @@ def test_dac_codes_match_oracle():
     assert codes.min() == 0
 
 
+FITTED = [
+    pytest.param((7, 33), False, id="matrix"),
+    pytest.param((3, 5, 4, 9), False, id="images"),
+    pytest.param((3, 5, 4, 9), True, id="a-range-each"),
+    pytest.param((1, 40, 1, 1), True, id="one-pixel"),
+    pytest.param((0, 3), False, id="empty"),
+]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("shape", "per_sample"), FITTED)
+def test_fitted_dac_is_a_dac_with_the_range_of_its_values(shape, per_sample, signed):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32) * 1e-4
+    scale = rng.uniform(0.5, 2.0, shape[1]).astype(np.float32)
+    codes, lsb = ops.dac_fit(x, scale, code_max=127, signed=signed, per_sample=per_sample)
+    values = x * scale.reshape(-1, *[1] * (len(shape) - 2))
+    np.testing.assert_array_equal(
+        codes, ops.dac_quantize(values, lsb=lsb, code_max=127, signed=signed) if x.size else codes
+    )
+    expected, step = reference.dac_fit(x, scale, code_max=127, signed=signed, per_sample=per_sample)
+    np.testing.assert_allclose(lsb, step, rtol=3e-7)  # a product and a quotient in float32
+    assert codes.shape == shape
+    assert np.abs(codes - expected).max(initial=0) <= 1
+    assert np.count_nonzero(codes != expected) <= 1e-3 * x.size
+
+
+def test_fitted_dac_of_nothing_drives_nothing():
+    codes, lsb = ops.dac_fit(np.zeros((2, 3), np.float32), np.ones(3, np.float32), code_max=7)
+    assert not codes.any()
+    assert lsb == pytest.approx([1e-30 / 7])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_fitted_dac_refuses_what_is_not_finite(value):
+    x = np.ones((3, 5, 2, 2), np.float32)
+    x[1, 2, 0], x[2, 0, 1, 1] = value, 3e38
+    scale = np.array([2, 1, 1, 1, 1], np.float32)  # the product is infinite
+    with pytest.raises(ValueError, match=r"^dac_fit: `x` must be finite, got 3 NaN or infinite"):
+        ops.dac_fit(x, scale, code_max=127)
+    with pytest.raises(ValueError, match=r"^a gradient must be finite, got 3 NaN or infinite"):
+        ops.dac_fit(x, scale, code_max=127, what="a gradient")
+
+
+def test_fitted_dac_refuses_scales_of_other_channels():
+    x = np.ones((3, 5), np.float32)
+    with pytest.raises(ValueError, match=r"^dac_fit: `scale` must have 5 values, got 3; give one for each"):
+        ops.dac_fit(x, np.ones(3, np.float32), code_max=127)
+    with pytest.raises(ValueError, match=r"^dac_fit: `code_max` must be 1 to 32767, got 0"):
+        ops.dac_fit(x, np.ones(5, np.float32), code_max=0)
+
+
 GOOD = {"v": np.zeros((2, 3), np.float32), "g": np.zeros((3, 4), np.float32)}
 BAD = {
     "dtype": (

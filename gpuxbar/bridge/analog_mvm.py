@@ -23,11 +23,11 @@ from gpuxbar.bridge.outer_product import conv_weight_gradient, weight_gradient
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
+from gpuxbar.reference import SMALLEST_RANGE
 
 __all__ = ["abs_max", "analog_mvm", "driven_lines"]
 
 _plan = lru_cache(maxsize=4096)(ReadPlan.loads)
-TINY = 1e-30  # a range of 0 drives code 0 whatever its step
 
 
 def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
@@ -152,14 +152,7 @@ def _transposed(
     way = _plan(plan)
     read = way.backward
     with on_device(grad_y, f"{way.name} backward") as device:
-        driven = grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
-        if read.full:
-            full = read.full * way.unit * w_max.amax().reshape(1)
-            driven = driven.clamp(-full, full)
-            lsb = full / max(read.code_max, 1)
-        else:
-            lsb = abs_max(driven, read.per_sample) / max(read.code_max, 1)
-        v = _drive(driven, lsb, read, device, f"{way.name}: the gradient of the output")
+        v, lsb = _drive_gradient(grad_y, w_max, way, device)
         conv = _geometry(way, weight.shape, tuple(image)) if image else None
         plain = way.reference == (0, 0)
         if conv is not None and not plain:
@@ -176,10 +169,31 @@ def _transposed(
         return fold_lines(grad_x, tuple(image), weight.shape, way)
 
 
+def _drive_gradient(
+    grad_y: Tensor, w_max: Tensor, way: ReadPlan, device: Device | None
+) -> tuple[Tensor, Tensor]:
+    """What the DAC drives for a gradient of the output, with the value of one unit of it."""
+    read, scale = way.backward, w_max * way.unit
+    what = f"{way.name}: the gradient of the output"
+    if device is None and read.code_max and not read.full:
+        codes, lsb = ops.dac_fit(
+            array(grad_y), array(scale), code_max=read.code_max, signed=read.signed, per_sample=read.per_sample, what=what
+        )  # fmt: skip
+        return tensor(codes), tensor(lsb)
+    driven = grad_y * scale.reshape(-1, *[1] * (grad_y.dim() - 2))
+    if read.full:
+        full = read.full * way.unit * w_max.amax().reshape(1)
+        driven = driven.clamp(-full, full)
+        lsb = full / max(read.code_max, 1)
+    else:
+        lsb = abs_max(driven, read.per_sample) / max(read.code_max, 1)
+    return _drive(driven, lsb, read, device, what), lsb
+
+
 def abs_max(x: Tensor, per_sample: bool) -> Tensor:
     """Largest magnitude, float32 [1] or one for each leading index; never 0."""
     low, high = torch.aminmax(x.flatten(1), dim=1) if per_sample else torch.aminmax(x)
-    return torch.maximum(-low, high).clamp_min(TINY).reshape(-1)
+    return torch.maximum(-low, high).clamp_min(SMALLEST_RANGE).reshape(-1)
 
 
 def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:

@@ -3,7 +3,7 @@
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.carry import carry
 from gpuxbar.ops.conv_outer_product import conv_outer_product
-from gpuxbar.ops.dac_quantize import dac_quantize
+from gpuxbar.ops.dac_quantize import dac_fit, dac_quantize
 from gpuxbar.ops.device_map import device_map, draw_device_map, spread_names
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.drift import drift
@@ -27,6 +27,7 @@ __all__ = [
     "anchored_conductance",
     "carry",
     "conv_outer_product",
+    "dac_fit",
     "dac_quantize",
     "device_map",
     "device_update",

@@ -1,7 +1,7 @@
 """The equations in NumPy float64: oracle of the other backends, and fallback without a compiler."""
 
 from gpuxbar.reference.carry import carry
-from gpuxbar.reference.dac_quantize import dac_quantize
+from gpuxbar.reference.dac_quantize import SMALLEST_RANGE, dac_fit, dac_quantize
 from gpuxbar.reference.device_update import device_update, drawn_devices, read_out
 from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
@@ -22,10 +22,12 @@ from gpuxbar.reference.wire_currents import (
 
 __all__ = [
     "METHODS",
+    "SMALLEST_RANGE",
     "ConvGeometry",
     "Purpose",
     "carry",
     "conv_outer_product",
+    "dac_fit",
     "dac_quantize",
     "device_update",
     "drawn_devices",

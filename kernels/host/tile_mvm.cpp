@@ -373,25 +373,3 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
     }
   }
 }
-
-extern "C" void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* codes, i64 rows, i64 per_row, i64 lsb_count,
-                                     i64 code_max, i64 is_signed, i64* bad) {
-  const float top = (float)code_max, bottom = is_signed ? -top : 0.0f;
-  i64 not_finite = 0;
-#pragma omp parallel for reduction(+ : not_finite) schedule(static)
-  for (i64 block = 0; block < (rows * per_row + 4095) / 4096; ++block) {
-    const i64 end = std::min(rows * per_row, (block + 1) * 4096);
-    for (i64 e = block * 4096; e < end;) {
-      const i64 row = e / per_row, stop = std::min(end, (row + 1) * per_row);
-      const float inverse = 1.0f / lsb[lsb_count > 1 ? row : 0];
-      i64 odd = 0;
-      for (i64 k = e; k < stop; ++k) {
-        odd += (float_bits(x[k]) & 0x7F800000u) == 0x7F800000u;
-        codes[k] = (i16)(i32)dac_code(x[k], inverse, bottom, top);
-      }
-      not_finite += odd;
-      e = stop;
-    }
-  }
-  *bad = not_finite;
-}
