@@ -38,6 +38,16 @@ inline void copy(float* to, const float* from, i64 count) {
   }
 }
 
+// N floats, or every second of 2 N.
+template <int STRIDE, int N>
+inline typename Floats<N>::Vec every(const float* from) {
+  using V = typename Floats<N>::Vec;
+  if constexpr (STRIDE == 1) return *(const V*)from;
+  decltype(V{} < V{}) even;
+  for (int i = 0; i < N; ++i) even[i] = 2 * i;
+  return __builtin_shuffle(*(const V*)from, *(const V*)(from + N), even);
+}
+
 // The lines of an image that the patches of at most ROW neighbouring pixels touch, [channels][lines][width] with their
 // padding: every line of an array is driven by a shifted part of them.
 template <int ROW>
@@ -53,7 +63,7 @@ struct PatchLines {
         lines((touched(c) - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1),
         size(c.channels * lines * width),
         places(c.channels * c.kernel_h * c.kernel_w),
-        values(size) {
+        values(size + LANES) {  // a vector reads past the end of a line
     for (i64 channel = 0; channel < c.channels; ++channel)
       for (i64 y = 0; y < c.kernel_h; ++y)
         for (i64 x = 0; x < c.kernel_w; ++x)
@@ -89,19 +99,13 @@ struct PatchLines {
     for (auto begin = runs.begin(), end = begin; begin != runs.end(); begin = end) {
       while (end != runs.end() && end->image == begin->image) ++end;
       fill(drive, groups, group, *begin, *(end - 1), values.data());
-      const float* first[ROW];
-      for (auto run = begin; run != end; ++run) first[run - begin] = values.data() + pixel(*begin, *run);
-      float* to = a;
-      for (const i64 place : places) {
-        for (auto run = begin; run != end; ++run) {
-          const float* from = first[run - begin] + place;
-          if (c.stride_w == 1)
-            copy(to + run->first, from, run->count);
-          else
-            for (i64 i = 0; i < run->count; ++i) to[run->first + i] = from[i * c.stride_w];
-        }
-        to += ROW;
-      }
+      const auto shortest = std::min_element(begin, end, [](const Run& a, const Run& b) { return a.count < b.count; });
+      if (c.stride_w == 1)
+        pack_lines<1>(begin, end, shortest->count, a);
+      else if (c.stride_w == 2)
+        pack_lines<2>(begin, end, shortest->count, a);
+      else
+        pack_vectors<1, 1>(begin, end, a);
     }
   }
 
@@ -109,6 +113,44 @@ struct PatchLines {
   static i64 touched(const Conv& c) {
     const bool whole = ROW % c.out_w == 0 && c.out_h * c.out_w % ROW == 0;
     return whole ? ROW / c.out_w : std::min<i64>(c.out_h, (ROW + c.out_w - 2) / c.out_w + 1);
+  }
+
+ private:
+  using Place = std::vector<Run>::const_iterator;
+
+  // Packs runs of which none is shorter than `count`.
+  template <int STRIDE>
+  void pack_lines(Place begin, Place end, i64 count, float* a) const {
+    if (count >= LANES)
+      pack_vectors<LANES, STRIDE>(begin, end, a);
+    else if (count >= 8)
+      pack_vectors<8, STRIDE>(begin, end, a);
+    else
+      pack_vectors<1, STRIDE>(begin, end, a);
+  }
+
+  // The same in vectors of N, the last one of a run over its predecessor; N = 1 serves all strides.
+  template <int N, int STRIDE>
+  void pack_vectors(Place begin, Place end, float* to) const {
+    const float* from[ROW];
+    i64 row[ROW];
+    int count = 0;
+    for (auto run = begin; run != end; ++run)
+      for (i64 i = 0; i < run->count; i += N, ++count) {
+        const i64 at = std::min(i, run->count - N);
+        from[count] = values.data() + pixel(*begin, *run) + at * c.stride_w;
+        row[count] = run->first + at;
+      }
+    for (const i64 place : places) {
+      for (int i = 0; i < count; ++i) {
+        const float* first = from[i] + place;
+        if constexpr (N == 1)
+          to[row[i]] = *first;
+        else
+          *(typename Floats<N>::Vec*)(to + row[i]) = every<STRIDE, N>(first);
+      }
+      to += ROW;
+    }
   }
 };
 

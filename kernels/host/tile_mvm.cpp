@@ -107,8 +107,12 @@ class Reader {
     first = row0, rows = count, lanes = (count + LANES - 1) / LANES * LANES;
     const std::vector<Run> runs = p.conv ? runs_of(*p.conv, row0, count) : std::vector<Run>();
     if (folded) folded->start(runs, image0);
-    for (i64 i = 0; i < ROWS; ++i)
-      row_scale[i] = p.row_scale && i < count ? p.row_scale[(row0 + i) / p.rows_per_scale] : 1.0f;
+    std::fill_n(row_scale, ROWS, 1.0f);
+    if (p.row_scale)
+      for (i64 i = 0, run; i < count; i += run) {
+        run = std::min(count - i, p.rows_per_scale - (row0 + i) % p.rows_per_scale);
+        std::fill_n(row_scale + i, run, p.row_scale[(row0 + i) / p.rows_per_scale]);
+      }
     if (count < ROWS) std::fill(voltages.begin(), voltages.end(), 0.0f);
     for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * LANES;
     if (direct)
@@ -252,7 +256,7 @@ class Reader {
   // Adds a panel's sums, unless they were sent there, and gates to y in its layout: rows of a matrix, images, or folded
   // images.
   void store(const Panel& panel, bool first_plane, bool sent) {
-    const i64 sensed = p.groups * s.sense;
+    const i64 sensed = p.groups * s.sense, first_image = first / pixels, first_pixel = first % pixels;
     for (i64 j = panel.begin; j < panel.end; ++j) {
       const i64 column = panel.column + j;
       const float bias = first_plane && p.bias ? p.bias[column] : 0.0f;
