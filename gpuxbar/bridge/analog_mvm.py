@@ -84,7 +84,7 @@ def analog_mvm(
     """
     way = _plan(plan)
     read, want_gate = way.forward, want_gate and way.forward.adc_bits > 0
-    conv = _geometry(way, weight.shape, x.shape)
+    conv = _kept_geometry(plan, weight.shape, x.shape)
     scale, plain = w_max * way.unit, way.reference == (0, 0)
     with on_device(x, way.name) as device:
         v = _drive(x, dac_lsb, read, device, f"{way.name}: `x`")
@@ -153,7 +153,7 @@ def _transposed(
     read = way.backward
     with on_device(grad_y, f"{way.name} backward") as device:
         v, lsb = _drive_gradient(grad_y, w_max, way, device)
-        conv = _geometry(way, weight.shape, tuple(image)) if image else None
+        conv = _kept_geometry(plan, weight.shape, tuple(image)) if image else None
         plain = way.reference == (0, 0)
         if conv is not None and not plain:
             v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
@@ -202,6 +202,12 @@ def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
     return ConvGeometry(
         weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation, way.line_order
     )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _kept_geometry(plan: str, weight: torch.Size, image: tuple[int, ...]) -> ConvGeometry | None:
+    """Looked at once; its plan is JSON, whose hash is kept."""
+    return _geometry(_plan(plan), weight, image)
 
 
 def _drive(x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str) -> Tensor:
