@@ -127,6 +127,31 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
     assert_convolution_matches(y, expected)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
+@pytest.mark.parametrize("mode", ["plain", "streams", "bias", "state-noise"])
+def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
+    conv = ConvGeometry(3, 4, 32, (3, 5), (1, 1), (1, 4), (1, 2), line_order)
+    rng = np.random.default_rng(5)
+    g = rng.uniform(-G_MAX, G_MAX, (2 if mode == "streams" else 1, conv.inputs, 9)).astype(np.float32)
+    codes = rng.integers(-127, 128, (3, 9, *conv.out) if transposed else (3, 3, 4, 32)).astype(np.int16)
+    s = {
+        "transposed": transposed, "conv": conv, "v_lsb": 0.2 / 127, "adc_bits": 8, "adc_lsb": 1e-7, "read_noise": 1e-7,
+        "seed": SEED, "step": 3, "want_gate": not transposed, "row_scale": np.linspace(1, 2, 3).astype(np.float32),
+    }  # fmt: skip
+    if mode == "streams":
+        s |= {"stream_bits": 4, "streams": 2, "phases": 2, "slice_scale": np.array([1.0, -0.5], np.float32)}
+    elif mode == "bias" and not transposed:
+        s |= {
+            name: rng.normal(size=9).astype(np.float32) * scale
+            for name, scale in (("bias", 1e-6), ("col_scale", 1.0))
+        }
+    elif mode == "state-noise":
+        s["noise_var"] = rng.uniform(0, 1e-13, g.shape).astype(np.float32)
+    y = ops.tile_mvm(codes, g, tile_rows=20, tile_cols=20, **s)
+    assert_convolution_matches(y, reference.tile_mvm(codes, g, tile=20, **s))
+
+
 def test_unfold_is_the_convolution_of_torch():
     import torch
 
@@ -297,6 +322,58 @@ def test_dac_codes_match_oracle():
             on_edge = np.abs(steps - np.floor(steps) - 0.5) < 1e-4
             assert ((codes == expected) | on_edge).all()
     assert codes.min() == 0
+
+
+FITTED = [
+    pytest.param((7, 33), False, id="matrix"),
+    pytest.param((3, 5, 4, 9), False, id="images"),
+    pytest.param((3, 5, 4, 9), True, id="a-range-each"),
+    pytest.param((1, 40, 1, 1), True, id="one-pixel"),
+    pytest.param((0, 3), False, id="empty"),
+]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("shape", "per_sample"), FITTED)
+def test_fitted_dac_is_a_dac_with_the_range_of_its_values(shape, per_sample, signed):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32) * 1e-4
+    scale = rng.uniform(0.5, 2.0, shape[1]).astype(np.float32)
+    codes, lsb = ops.dac_fit(x, scale, code_max=127, signed=signed, per_sample=per_sample)
+    values = x * scale.reshape(-1, *[1] * (len(shape) - 2))
+    np.testing.assert_array_equal(
+        codes, ops.dac_quantize(values, lsb=lsb, code_max=127, signed=signed) if x.size else codes
+    )
+    expected, step = reference.dac_fit(x, scale, code_max=127, signed=signed, per_sample=per_sample)
+    np.testing.assert_allclose(lsb, step, rtol=3e-7)  # a product and a quotient in float32
+    assert codes.shape == shape
+    assert np.abs(codes - expected).max(initial=0) <= 1
+    assert np.count_nonzero(codes != expected) <= 1e-3 * x.size
+
+
+def test_fitted_dac_of_nothing_drives_nothing():
+    codes, lsb = ops.dac_fit(np.zeros((2, 3), np.float32), np.ones(3, np.float32), code_max=7)
+    assert not codes.any()
+    assert lsb == pytest.approx([1e-30 / 7])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_fitted_dac_refuses_what_is_not_finite(value):
+    x = np.ones((3, 5, 2, 2), np.float32)
+    x[1, 2, 0], x[2, 0, 1, 1] = value, 3e38
+    scale = np.array([2, 1, 1, 1, 1], np.float32)  # the product is infinite
+    with pytest.raises(ValueError, match=r"^dac_fit: `x` must be finite, got 3 NaN or infinite"):
+        ops.dac_fit(x, scale, code_max=127)
+    with pytest.raises(ValueError, match=r"^a gradient must be finite, got 3 NaN or infinite"):
+        ops.dac_fit(x, scale, code_max=127, what="a gradient")
+
+
+def test_fitted_dac_refuses_scales_of_other_channels():
+    x = np.ones((3, 5), np.float32)
+    with pytest.raises(ValueError, match=r"^dac_fit: `scale` must have 5 values, got 3; give one for each"):
+        ops.dac_fit(x, np.ones(3, np.float32), code_max=127)
+    with pytest.raises(ValueError, match=r"^dac_fit: `code_max` must be 1 to 32767, got 0"):
+        ops.dac_fit(x, np.ones(5, np.float32), code_max=0)
 
 
 GOOD = {"v": np.zeros((2, 3), np.float32), "g": np.zeros((3, 4), np.float32)}

@@ -24,11 +24,11 @@ from gpuxbar.bridge.outer_product import conv_weight_gradient, weight_gradient
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
+from gpuxbar.reference import SMALLEST_RANGE
 
 __all__ = ["abs_max", "analog_mvm", "driven_gradient", "driven_lines"]
 
 _plan = lru_cache(maxsize=4096)(ReadPlan.loads)
-TINY = 1e-30  # a range of 0 drives code 0 whatever its step
 
 
 def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
@@ -85,7 +85,7 @@ def analog_mvm(
     """
     way = _plan(plan)
     read, keep, want_gate = way.forward, want_gate, want_gate and way.forward.adc_bits > 0
-    conv = _geometry(way, weight.shape, x.shape)
+    conv = _kept_geometry(plan, weight.shape, x.shape)
     scale, plain = w_max * way.unit, way.reference == (0, 0)
     with on_device(x, way.name) as device:
         v, dac, codes = _drive(x, dac_lsb, read, device, f"{way.name}: `x`", keep)
@@ -153,9 +153,8 @@ def _transposed(
     way = _plan(plan)
     read = way.backward
     with on_device(grad_y, f"{way.name} backward") as device:
-        driven, lsb = driven_gradient(grad_y, w_max, way)
-        v, dac, _ = _drive(driven, lsb, read, device, f"{way.name}: the gradient of the output", keep=False)
-        conv = _geometry(way, weight.shape, tuple(image)) if image else None
+        v, dac, lsb = _drive_gradient(grad_y, w_max, way, device)
+        conv = _kept_geometry(plan, weight.shape, tuple(image)) if image else None
         plain = way.reference == (0, 0)
         if conv is not None and not plain:
             v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
@@ -173,6 +172,22 @@ def _transposed(
         return fold_lines(grad_x, tuple(image), weight.shape, way)
 
 
+def _drive_gradient(
+    grad_y: Tensor, w_max: Tensor, way: ReadPlan, device: Device | None
+) -> tuple[Tensor, ops.Dac | None, Tensor]:  # fmt: skip
+    """What drives the lines for a gradient of the output, as `_drive` has it, and the value of one unit of it."""
+    read, what = way.backward, f"{way.name}: the gradient of the output"
+    if device is None and read.code_max and not read.full:
+        codes, lsb = ops.dac_fit(
+            array(grad_y), array(w_max * way.unit), code_max=read.code_max, signed=read.signed, per_sample=read.per_sample,
+            what=what,
+        )  # fmt: skip
+        return tensor(codes), None, tensor(lsb)
+    driven, lsb = driven_gradient(grad_y, w_max, way)
+    v, dac, _ = _drive(driven, lsb, read, device, what, keep=False)
+    return v, dac, lsb
+
+
 def driven_gradient(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tensor, Tensor]:
     """What a transposed read drives, inside the range of its DAC, and the value of one code, [1] or [len(grad_y)]."""
     read = way.backward
@@ -188,7 +203,7 @@ def driven_gradient(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tenso
 def abs_max(x: Tensor, per_sample: bool) -> Tensor:
     """Largest magnitude, float32 [1] or one for each leading index; never 0."""
     low, high = torch.aminmax(x.flatten(1), dim=1) if per_sample else torch.aminmax(x)
-    return torch.maximum(-low, high).clamp_min(TINY).reshape(-1)
+    return torch.maximum(-low, high).clamp_min(SMALLEST_RANGE).reshape(-1)
 
 
 def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
@@ -197,6 +212,12 @@ def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
     return ConvGeometry(
         weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation, way.line_order
     )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _kept_geometry(plan: str, weight: torch.Size, image: tuple[int, ...]) -> ConvGeometry | None:
+    """Looked at once; its plan is JSON, whose hash is kept."""
+    return _geometry(_plan(plan), weight, image)
 
 
 def _drive(

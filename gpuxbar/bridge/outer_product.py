@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -14,6 +16,7 @@ from gpuxbar.ops import ConvGeometry
 
 __all__ = ["conv_outer_product", "conv_weight_gradient", "outer_product", "weight_gradient"]
 
+_geometry = lru_cache(maxsize=4096)(ConvGeometry)
 WORTH_PACKING = 1 << 22  # products; fewer are done sooner by PyTorch, which needs no operator
 
 
@@ -42,7 +45,7 @@ def conv_outer_product(
     dilation: list[int],
 ) -> Tensor:
     """Gradient of a convolution's weights of a shape, on the CPU: see `ops.conv_outer_product`."""
-    conv = ConvGeometry(
+    conv = _geometry(
         shape[1], x.shape[2], x.shape[3], (shape[2], shape[3]), (stride[0], stride[1]), (padding[0], padding[1]),
         (dilation[0], dilation[1]),
     )  # fmt: skip

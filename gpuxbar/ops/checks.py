@@ -12,7 +12,15 @@ import numpy as np
 from gpuxbar.launch import is_cupy
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["check_array", "check_lines", "check_numbers", "check_window", "require_finite", "scalar_array"]
+__all__ = [
+    "check_array",
+    "check_lines",
+    "check_numbers",
+    "check_window",
+    "require_finite",
+    "require_finite_values",
+    "scalar_array",
+]
 
 
 def check_array(
@@ -103,9 +111,14 @@ def check_window(op: str, g_min: float, g_max: float) -> None:
 
 def require_finite(op: str, name: str, bad: int, way_out: str) -> None:
     """Refuse an array of which `bad` values are NaN or infinite; they come of a diverging loss, or of what is said."""
+    require_finite_values(f"{op}: `{name}`", bad, way_out)
+
+
+def require_finite_values(what: str, bad: int, way_out: str) -> None:
+    """`require_finite` for values that are called otherwise."""
     if bad:
         raise ValueError(
-            f"{op}: `{name}` must be finite, got {bad} NaN or infinite values; look for a diverging loss or {way_out}"
+            f"{what} must be finite, got {bad} NaN or infinite values; look for a diverging loss or {way_out}"
         )
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
+from gpuxbar.ops.checks import check_array, check_numbers, require_finite, require_finite_values, scalar_array
 
-__all__ = ["KERNEL", "Dac", "check_dac", "dac_quantize"]
+__all__ = ["KERNEL", "Dac", "check_dac", "dac_fit", "dac_quantize"]
 
 KERNEL = Kernel(
     "dac_quantize.cu",
@@ -136,6 +136,66 @@ def dac_quantize(
         require_finite("dac_quantize", "x", int(bad[0]), "bad data")
     _check_lsb(lsb)  # behind the values: a step taken from bad ones is bad itself
     return codes
+
+
+def dac_fit(
+    x: Any,
+    scale: Any,
+    *,
+    code_max: int,
+    signed: bool = True,
+    per_sample: bool = False,
+    what: str = "dac_fit: `x`",
+) -> tuple[Any, Any]:
+    """Round scaled values to codes of a DAC whose range fits them, on the CPU.
+
+    lsb  = largest |scale[c] x[n, c, ...]| / code_max
+    code = dac_quantize(scale[c] x[n, c, ...], lsb)
+
+    Args:
+        x: Values, NumPy float32 [n, channels, ...], C-contiguous; finite.
+        scale: Factor of each channel, float32 [channels].
+        code_max: Largest code, 1 to 32767.
+        signed: Whether negative codes exist.
+        per_sample: Fit the range to each leading index, not to all.
+        what: What the error about values that are not finite calls them.
+
+    Returns:
+        (codes, lsb): int16, shape of `x`, and the value of one code, float32 [1] or [n]. A range below 1e-30 counts as 1e-30.
+
+    Raises:
+        TypeError: An array is not float32, or is not NumPy's.
+        ValueError: An array is not contiguous, `scale` has another length, `code_max` is out of range, or scaled values are
+            NaN or infinite.
+    """
+    op = "dac_fit"
+    check_array(op, "x", x, "float32", range(2, 8))
+    check_array(op, "scale", scale, "float32", 1)
+    _check_code_max(op, code_max)
+    rows, channels = x.shape[:2]
+    if len(scale) != channels:
+        raise ValueError(
+            f"{op}: `scale` must have {channels} values, got {len(scale)}; give one for each channel of `x`"
+        )
+    where = backend(x)
+    if where == "cuda":
+        raise TypeError(
+            f"{op}: `x` must be a NumPy array, got CuPy's; on a GPU, scale it and call dac_quantize"
+        )
+    if where == "reference":
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad = int((~np.isfinite(x * scale.reshape(-1, *[1] * (x.ndim - 2)))).sum())
+        require_finite_values(what, bad, "bad data")
+        codes, lsb = reference.dac_fit(x, scale, code_max=code_max, signed=signed, per_sample=per_sample)
+        return codes, lsb.astype(np.float32)
+    codes, lsb = np.empty(x.shape, np.int16), np.empty(rows if per_sample else 1, np.float32)
+    count = np.zeros(1, np.int64)
+    host_call(
+        library(), "gpuxbar_dac_fit", x, scale, codes, lsb, rows, channels, x.size // max(1, rows * channels), lsb.size,
+        code_max, int(signed), reference.SMALLEST_RANGE, count,
+    )  # fmt: skip
+    require_finite_values(what, int(count[0]), "bad data")
+    return codes, lsb
 
 
 def _cuda(device: Device, x: Any, dac: Dac) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 from gpuxbar.ops.tile_mvm_plan import padded_channels
 from gpuxbar.reference.tile_mvm import ConvGeometry
@@ -22,8 +23,9 @@ class Conv(ctypes.Structure):
     ]  # fmt: skip
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def of(cls, conv: ConvGeometry | None) -> Conv:
-        """Without a convolution, one without outputs."""
+        """Made once, not to be changed. Without a convolution, one without outputs."""
         if conv is None:
             return cls()
         return cls(

@@ -2,7 +2,7 @@
 
 from gpuxbar.reference.carry import carry
 from gpuxbar.reference.chop import chop
-from gpuxbar.reference.dac_quantize import dac_quantize
+from gpuxbar.reference.dac_quantize import SMALLEST_RANGE, dac_fit, dac_quantize
 from gpuxbar.reference.device_update import device_update, drawn_devices, read_out
 from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
@@ -23,11 +23,13 @@ from gpuxbar.reference.wire_currents import (
 
 __all__ = [
     "METHODS",
+    "SMALLEST_RANGE",
     "ConvGeometry",
     "Purpose",
     "carry",
     "chop",
     "conv_outer_product",
+    "dac_fit",
     "dac_quantize",
     "device_update",
     "drawn_devices",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class ConvGeometry:
                 f"with padding {self.padding} and dilation {self.dilation}; pad more or take a smaller kernel"
             )
 
-    @property
+    @cached_property
     def out(self) -> tuple[int, int]:
         """Output height and width."""
         size = (self.height, self.width)
@@ -66,12 +67,12 @@ class ConvGeometry:
         )
         return h, w
 
-    @property
+    @cached_property
     def pixels(self) -> int:
         """Output pixels of one image."""
         return self.out[0] * self.out[1]
 
-    @property
+    @cached_property
     def inputs(self) -> int:
         """Wordlines of one group."""
         return self.channels * self.kernel[0] * self.kernel[1]

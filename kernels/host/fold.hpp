@@ -28,7 +28,14 @@ class Folded {
         apart(reach + (most_lines * pitch + LANES - 1) / LANES * LANES),
         column(images * apart),
         at(images * c.channels * height * width + LANES * c.stride_w),
-        laid(COLS * column + LANES) {}  // a vector reads past the end of a line
+        laid(COLS * column + LANES),  // a vector reads past the end of a line
+        taps(c.channels * c.kernel_h * c.kernel_w) {
+    for (i64 channel = 0; channel < c.channels; ++channel)
+      for (i64 ky = 0; ky < c.kernel_h; ++ky)
+        for (i64 kx = 0; kx < c.kernel_w; ++kx)
+          taps[channel * c.channel_step + (ky * c.kernel_w + kx) * c.position_step] =
+              Tap{(channel * height + ky * c.dilation_h) * width, kx};
+  }
 
   // How many rows the block that starts at row0 has.
   i64 rows(i64 row0, i64 end) const {
@@ -50,6 +57,17 @@ class Folded {
     if ((i64)parts.size() * parts[0].lines * parts[0].count < before) std::fill(laid.begin(), laid.end(), 0.0f);
   }
 
+  // Where the block that follows is laid out, if every vector of its rows is part of a line: vector v of column j at the
+  // returned address + j * column + vector[v]. Else null.
+  float* places(i64* vector) {
+    for (const Part& part : parts) {
+      if (part.count % LANES) return nullptr;
+      for (i64 line = 0; line < part.lines; ++line)
+        for (i64 x = 0; x < part.count; x += LANES) *vector++ = (&part - parts.data()) * apart + line * pitch + x;
+    }
+    return laid.data() + reach;
+  }
+
   // Lays out column j of a panel.
   void place(i64 j, const float* sum) {
     float* to = laid.data() + j * column + reach;
@@ -61,16 +79,15 @@ class Folded {
 
   // Adds columns begin .. end - 1 of a panel whose first column is line `local` of the group.
   void add(i64 local, i64 begin, i64 end) {
-    for (i64 j = begin, taps; j < end; j += taps) {
-      const i64 k = local + j, position = k / c.position_step % (c.kernel_h * c.kernel_w);
-      const Taps first{j, k / c.channel_step % c.channels, position / c.kernel_w, position % c.kernel_w};
-      taps = c.position_step == 1 ? std::min({(i64)3, end - j, c.kernel_w - first.kx}) : 1;
-      if (taps == 3)
-        add_taps<3>(first);
-      else if (taps == 2)
-        add_taps<2>(first);
+    for (i64 j = begin, count; j < end; j += count) {
+      const Tap& first = taps[local + j];
+      count = c.position_step == 1 ? std::min({(i64)3, end - j, c.kernel_w - first.kx}) : 1;
+      if (count == 3)
+        add_taps<3>(j, first);
+      else if (count == 2)
+        add_taps<2>(j, first);
       else
-        add_taps<1>(first);
+        add_taps<1>(j, first);
     }
   }
 
@@ -93,18 +110,19 @@ class Folded {
     i64 image, y, x, lines, count;
   };
 
-  // Columns from j on are of taps (ky, kx), (ky, kx + 1) .. of a channel.
-  struct Taps {
-    i64 column, channel, ky, kx;
+  // A line of a patch: where the line of the padded images that it meets at the first pixel begins, and how far along.
+  struct Tap {
+    i64 line, kx;
   };
 
+  // Adds columns from j on, of TAPS neighbours on a line of the kernel.
   template <int TAPS>
-  void add_taps(const Taps& first) {
+  void add_taps(i64 j, const Tap& first) {
     const bool flat = c.stride_h == 1 && c.stride_w == 1;
-    const float* from = laid.data() + first.column * column + reach;
+    const float* from = laid.data() + j * column + reach;
     for (const Part& part : parts) {
-      const i64 y = (part.image * c.channels + first.channel) * height + part.y * c.stride_h + first.ky * c.dilation_h;
-      float* to = at.data() + y * width + part.x * c.stride_w;
+      const i64 y = part.image * c.channels * height + part.y * c.stride_h;
+      float* to = at.data() + y * width + first.line + part.x * c.stride_w;
       if (flat)
         add_lines<TAPS>(from, first.kx, (part.lines - 1) * pitch + part.count + reach, to);
       else
@@ -129,22 +147,43 @@ class Folded {
   // A pixel of the line meets every stride_w-th of the images: taps that differ by whole strides meet the same ones.
   template <int TAPS>
   void add_strided(const float* from, i64 kx, i64 count, float* to) {
-    for (i64 phase = 0; phase < c.stride_w; ++phase)
-      for (i64 i = 0; i < count; i += LANES) {
-        Vec sum{};
-        for (int t = 0; t < TAPS; ++t) {
-          const i64 shift = (kx + t) * c.dilation_w;
-          if (shift % c.stride_w == phase) sum += *(const Vec*)(from + t * column + i - shift / c.stride_w);
-        }
-        for (i64 lane = 0; lane < std::min<i64>(LANES, count - i); ++lane)
-          to[(i + lane) * c.stride_w + phase] += sum[lane];
+    using Part = Floats<8>::Vec;
+    i64 i = 0;
+    if (c.stride_w == 2) {
+      typedef i32 Index __attribute__((vector_size(32)));
+      constexpr Index low{0, 8, 1, 9, 2, 10, 3, 11}, high{4, 12, 5, 13, 6, 14, 7, 15};
+      for (; i + 8 <= count; i += 8) {
+        const Part even = sum_taps<TAPS, Part>(from + i, kx, 0), odd = sum_taps<TAPS, Part>(from + i, kx, 1);
+        *(Part*)(to + 2 * i) += __builtin_shuffle(even, odd, low);
+        *(Part*)(to + 2 * i + 8) += __builtin_shuffle(even, odd, high);
       }
+    }
+    for (; i < count; ++i)
+      for (i64 phase = 0; phase < c.stride_w; ++phase)
+        to[i * c.stride_w + phase] += sum_taps<TAPS, float>(from + i, kx, phase);
+  }
+
+  // Of the taps that are `phase` behind whole strides.
+  template <int TAPS, class Value>
+  Value sum_taps(const float* from, i64 kx, i64 phase) const {
+    Value sum{};
+    for (int t = 0; t < TAPS; ++t) {
+      const i64 shift = (kx + t) * c.dilation_w;
+      if (shift % c.stride_w == phase) sum += *(const Value*)(from + t * column - shift / c.stride_w);
+    }
+    return sum;
   }
 
   const Conv& c;
   const i64 height, width, most_lines;
-  const i64 reach, pitch, apart, column;  // of what is laid out: zeros of a line, and from line to line, image, column
+  const i64 reach, pitch, apart;  // of what is laid out: zeros of a line, and from line to line, image to image
+
+ public:
+  const i64 column;  // from column to column
+
+ private:
   std::vector<float> at, laid;
+  std::vector<Tap> taps;  // of every line
   std::vector<Part> parts;
 };
 

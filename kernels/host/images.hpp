@@ -38,48 +38,121 @@ inline void copy(float* to, const float* from, i64 count) {
   }
 }
 
-// a[k][i]: what patch i of a block drives line k of a group with, rows of ROW. The lines that the block's patches of an
-// image touch are driven once into `window`, zero-padded, [channels][lines][width], and each tap of the kernel copies its
-// part. `drive(to, from, count)` fetches consecutive values from element `from` of the images on.
-template <int ROW, class Drive>
-void pack_patches(const Conv& c, const Drive& drive, i64 groups, i64 group, const std::vector<Run>& runs,
-                  std::vector<float>& window, float* a) {
-  const i64 width = c.width + 2 * c.pad_w;
-  for (auto begin = runs.begin(), end = begin; begin != runs.end(); begin = end) {
-    while (end != runs.end() && end->image == begin->image) ++end;
-    const i64 top = begin->y * c.stride_h;
-    const i64 lines = ((end - 1)->y - begin->y) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
-    window.assign(c.channels * lines * width, 0.0f);
+// N floats, or every second of 2 N.
+template <int STRIDE, int N>
+inline typename Floats<N>::Vec every(const float* from) {
+  using V = typename Floats<N>::Vec;
+  if constexpr (STRIDE == 1) return *(const V*)from;
+  decltype(V{} < V{}) even;
+  for (int i = 0; i < N; ++i) even[i] = 2 * i;
+  return __builtin_shuffle(*(const V*)from, *(const V*)(from + N), even);
+}
+
+// The lines of an image that the patches of at most ROW neighbouring pixels touch, [channels][lines][width] with their
+// padding: every line of an array is driven by a shifted part of them.
+template <int ROW>
+struct PatchLines {
+  const Conv& c;
+  const i64 width, lines, size;
+  std::vector<i64> places;  // of the first value of every driven line
+  std::vector<float> values;
+
+  explicit PatchLines(const Conv& c)
+      : c(c),
+        width(c.width + 2 * c.pad_w),
+        lines((touched(c) - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1),
+        size(c.channels * lines * width),
+        places(c.channels * c.kernel_h * c.kernel_w),
+        values(size + LANES) {  // a vector reads past the end of a line
+    for (i64 channel = 0; channel < c.channels; ++channel)
+      for (i64 y = 0; y < c.kernel_h; ++y)
+        for (i64 x = 0; x < c.kernel_w; ++x)
+          places[channel * c.channel_step + (y * c.kernel_w + x) * c.position_step] =
+              (channel * lines + y * c.dilation_h) * width + x * c.dilation_w;
+  }
+
+  // Fetches what the patches from one run to another of an image touch; padding at the sides of `to` holds zeros, and is
+  // left alone. `drive(to, from, count)` fetches consecutive values from element `from` of the images on.
+  template <class Drive>
+  void fill(const Drive& drive, i64 groups, i64 group, const Run& begin, const Run& back, float* to) const {
+    const i64 filled = (back.y - begin.y) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1;
+    const i64 top = begin.y * c.stride_h - c.pad_h;
     for (i64 channel = 0; channel < c.channels; ++channel) {
-      const i64 image = (begin->image * groups + group) * c.channels + channel;
-      for (i64 line = 0; line < lines; ++line) {
-        const i64 y = top + line - c.pad_h;
-        if (y < 0 || y >= c.height) continue;
-        drive(window.data() + (channel * lines + line) * width + c.pad_w, (image * c.height + y) * c.width, c.width);
-      }
-    }
-    float* to = a;
-    const auto pack_line = [&](i64 channel, i64 ky, i64 kx) {
-      const float* tap = window.data() + (channel * lines + ky * c.dilation_h - top) * width + kx * c.dilation_w;
-      for (auto run = begin; run != end; ++run) {
-        const float* from = tap + run->y * c.stride_h * width + run->x * c.stride_w;
-        if (c.stride_w == 1)
-          copy(to + run->first, from, run->count);
+      const i64 from = ((begin.image * groups + group) * c.channels + channel) * c.height;
+      float* line = to + channel * lines * width + c.pad_w;
+      for (i64 y = top; y < top + filled; ++y, line += width)
+        if (y < 0 || y >= c.height)
+          std::fill_n(line, c.width, 0.0f);
         else
-          for (i64 i = 0; i < run->count; ++i) to[run->first + i] = from[i * c.stride_w];
+          drive(line, (from + y) * c.width, c.width);
+    }
+  }
+
+  // How far a run's first pixel is from the first of another run, at which the window begins.
+  i64 pixel(const Run& begin, const Run& run) const {
+    return (run.y - begin.y) * c.stride_h * width + run.x * c.stride_w;
+  }
+
+  // a[k][i]: what patch i of a block drives line k of a group with, rows of ROW.
+  template <class Drive>
+  void pack(const Drive& drive, i64 groups, i64 group, const std::vector<Run>& runs, float* a) {
+    for (auto begin = runs.begin(), end = begin; begin != runs.end(); begin = end) {
+      while (end != runs.end() && end->image == begin->image) ++end;
+      fill(drive, groups, group, *begin, *(end - 1), values.data());
+      const auto shortest = std::min_element(begin, end, [](const Run& a, const Run& b) { return a.count < b.count; });
+      if (c.stride_w == 1)
+        pack_lines<1>(begin, end, shortest->count, a);
+      else if (c.stride_w == 2)
+        pack_lines<2>(begin, end, shortest->count, a);
+      else
+        pack_vectors<1, 1>(begin, end, a);
+    }
+  }
+
+  // Output lines of ROW pixels, wherever these begin.
+  static i64 touched(const Conv& c) {
+    const bool whole = ROW % c.out_w == 0 && c.out_h * c.out_w % ROW == 0;
+    return whole ? ROW / c.out_w : std::min<i64>(c.out_h, (ROW + c.out_w - 2) / c.out_w + 1);
+  }
+
+ private:
+  using Place = std::vector<Run>::const_iterator;
+
+  // Packs runs of which none is shorter than `count`.
+  template <int STRIDE>
+  void pack_lines(Place begin, Place end, i64 count, float* a) const {
+    if (count >= LANES)
+      pack_vectors<LANES, STRIDE>(begin, end, a);
+    else if (count >= 8)
+      pack_vectors<8, STRIDE>(begin, end, a);
+    else
+      pack_vectors<1, STRIDE>(begin, end, a);
+  }
+
+  // The same in vectors of N, the last one of a run over its predecessor; N = 1 serves all strides.
+  template <int N, int STRIDE>
+  void pack_vectors(Place begin, Place end, float* to) const {
+    const float* from[ROW];
+    i64 row[ROW];
+    int count = 0;
+    for (auto run = begin; run != end; ++run)
+      for (i64 i = 0; i < run->count; i += N, ++count) {
+        const i64 at = std::min(i, run->count - N);
+        from[count] = values.data() + pixel(*begin, *run) + at * c.stride_w;
+        row[count] = run->first + at;
+      }
+    for (const i64 place : places) {
+      for (int i = 0; i < count; ++i) {
+        const float* first = from[i] + place;
+        if constexpr (N == 1)
+          to[row[i]] = *first;
+        else
+          *(typename Floats<N>::Vec*)(to + row[i]) = every<STRIDE, N>(first);
       }
       to += ROW;
-    };
-    if (c.position_step == 1)
-      for (i64 channel = 0; channel < c.channels; ++channel)
-        for (i64 ky = 0; ky < c.kernel_h; ++ky)
-          for (i64 kx = 0; kx < c.kernel_w; ++kx) pack_line(channel, ky, kx);
-    else
-      for (i64 ky = 0; ky < c.kernel_h; ++ky)
-        for (i64 kx = 0; kx < c.kernel_w; ++kx)
-          for (i64 channel = 0; channel < c.channels; ++channel) pack_line(channel, ky, kx);
+    }
   }
-}
+};
 
 // The same of images that drive the bitlines, `lines` of a group: a pixel is a row, from row0 on.
 template <int ROW, class Drive>

@@ -15,6 +15,7 @@ constexpr int MICRO = 8, DEEP = 2;  // columns and vectors of the register tile
 #else
 constexpr int MICRO = 4, DEEP = 3;
 #endif
+constexpr int VECTORS = ROWS / LANES;
 static_assert(ROWS % LANES == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
 
 // A plane of a block: [COLS][ROWS].
@@ -22,23 +23,34 @@ struct alignas(64) Plane {
   float at[COLS * ROWS];
 };
 
-// c[j][i] = sum_k a[k][i] b[k][j] for V vectors of rows and MICRO columns.
+// What drives a block's rows: vector v of those on wordline k lies at a + line[k] + vector[v].
+struct Rows {
+  const float* a;
+  const i64* line;
+  i64 vector[VECTORS];
+};
+
+// c[j][i] = sum_k a[k][i] b[k][j] for V vectors of rows, from vector `first` on, and MICRO columns.
 template <int V>
-inline void multiply(i64 length, const float* a, const float* b, float* c) {
-  register_tile<LANES, MICRO, V>(length, b, COLS, a, ROWS, nullptr, 0, 1.0f, c, ROWS);
+inline void multiply(i64 length, const Rows& rows, i64 first, const float* b, float* c) {
+  const float* part[V];
+  for (int v = 0; v < V; ++v) part[v] = rows.a + rows.vector[first + v];
+  const i64* line = rows.line;
+  const auto right = [=](i64 k, int v) { return part[v] + line[k]; };
+  register_tile<LANES, MICRO, V>(length, b, COLS, right, nullptr, 0, 1.0f, c, ROWS);
 }
 
-// Columns begin .. end - 1 (whole register tiles around them) of a block of `rows` rows over `length` wordlines.
-inline void multiply_block(i64 rows, i64 begin, i64 end, i64 length, const float* a, const float* b, Plane& c) {
-  for (i64 i = 0; i < rows; i += DEEP * LANES)
+// Columns begin .. end - 1 (whole register tiles around them) of a block of `count` rows over `length` wordlines.
+inline void multiply_block(i64 count, i64 begin, i64 end, i64 length, const Rows& rows, const float* b, Plane& c) {
+  for (i64 i = 0; i < count; i += DEEP * LANES)
     for (i64 j = begin / MICRO * MICRO; j < end; j += MICRO) {
       float* to = c.at + j * ROWS + i;
-      if (rows - i > (DEEP - 1) * LANES)
-        multiply<DEEP>(length, a + i, b + j, to);
-      else if (DEEP > 2 && rows - i > LANES)
-        multiply<2>(length, a + i, b + j, to);
+      if (count - i > (DEEP - 1) * LANES)
+        multiply<DEEP>(length, rows, i / LANES, b + j, to);
+      else if (DEEP > 2 && count - i > LANES)
+        multiply<2>(length, rows, i / LANES, b + j, to);
       else
-        multiply<1>(length, a + i, b + j, to);
+        multiply<1>(length, rows, i / LANES, b + j, to);
     }
 }
 

@@ -6,6 +6,7 @@
 // place, so the bits do not depend on threads.
 // Meaning and oracle: gpuxbar/reference/pulse_update.py.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "cells.hpp"
@@ -97,7 +98,9 @@ inline u32 across(const u32 (&words)[SAMPLES], int bit) {
 class Trainer {
  public:
   Trainer(const Update& u, const Arrays& a)
-      : u(u), a(a), inputs(a.inputs.lines * SAMPLES), errors(a.errors.lines * SAMPLES) {}
+      : u(u), a(a), inputs(a.inputs.lines * SAMPLES), errors(a.errors.lines * SAMPLES) {
+    if (u.conv.out_h) patches.emplace(u.conv);
+  }
 
   void fire(i64 group, i64 block) {
     const i64 b0 = block * SAMPLES, samples = std::min<i64>(SAMPLES, u.batch - b0);
@@ -133,7 +136,7 @@ class Trainer {
       const auto from = [](const float* images) {
         return [=](float* to, i64 first, i64 count) { std::copy_n(images + first, count, to); };
       };
-      pack_patches<SAMPLES>(u.conv, from(a.x), u.groups, group, runs_of(u.conv, b0, samples), window, inputs.data());
+      patches->pack(from(a.x), u.groups, group, runs_of(u.conv, b0, samples), inputs.data());
       pack_pixels<SAMPLES>(u.conv, from(a.d), u.groups, group, u.outputs, b0, samples, errors.data());
     } else {
       const i64 first = b0 * u.groups + group, by_input = u.groups * u.inputs, by_output = u.groups * u.outputs;
@@ -229,7 +232,8 @@ class Trainer {
 
   const Update& u;
   const Arrays& a;
-  std::vector<float> inputs, errors, window;
+  std::vector<float> inputs, errors;
+  std::optional<PatchLines<SAMPLES>> patches;
   i32 most = 0;  // slots of the block
   alignas(64) i32 length[SAMPLES];
   alignas(64) float per_input[SAMPLES], per_error[SAMPLES];

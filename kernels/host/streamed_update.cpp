@@ -3,6 +3,7 @@
 // Blocks of samples; patches of images are gathered on the way. Every value is a function of its own place, so the bits do
 // not depend on threads. Meaning and oracle: gpuxbar/reference/streamed_update.py.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "gpuxbar/streams.cuh"
@@ -30,12 +31,14 @@ auto from(const float* images) {
 // Values of samples on the lines of a group, sample by sample.
 class Samples {
  public:
-  explicit Samples(const Lines& l) : l(l) {}
+  explicit Samples(const Lines& l) : l(l) {
+    if (l.conv.out_h) patches.emplace(l.conv);
+  }
 
   const float* inputs(const float* x, i64 group, i64 b0, i64 samples, i64* stride) {
     if (!l.conv.out_h) return of_matrix(x, group, b0, l.inputs, stride);
     packed.resize(l.inputs * SAMPLES);
-    pack_patches<SAMPLES>(l.conv, from(x), l.groups, group, runs_of(l.conv, b0, samples), window, packed.data());
+    patches->pack(from(x), l.groups, group, runs_of(l.conv, b0, samples), packed.data());
     return of_images(l.inputs, samples, stride);
   }
 
@@ -60,7 +63,8 @@ class Samples {
   }
 
   const Lines& l;
-  std::vector<float> window, packed, rows;
+  std::optional<PatchLines<SAMPLES>> patches;
+  std::vector<float> packed, rows;
 };
 
 }  // namespace

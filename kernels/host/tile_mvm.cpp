@@ -4,8 +4,8 @@
 // cache until they are converted, so they never reach memory. Every output is the work of one thread in a fixed
 // order: the same bits on any thread count and batch split. Meaning and oracle: gpuxbar/reference/tile_mvm.py.
 #include <algorithm>
-#include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "few_rows.hpp"
@@ -64,141 +64,257 @@ void pack_panel(const TileMvm& p, const Shape& s, const float* m, i64 plane, i64
   }
 }
 
-// Everything one block does with one panel; [COLS][ROWS] each.
-struct Block {
-  Plane psum, variance, sum, gate;
+// Converters of a panel's columns.
+struct Converters {
+  alignas(64) float lsb[COLS], inverse[COLS];
+  Converters(const TileMvm& p, const Panel& panel) {
+    std::fill_n(lsb, COLS, p.adc_bits ? p.adc_lsb[0] : 1.0f);
+    if (p.adc_bits && p.adc_per_column)
+      std::copy(p.adc_lsb + panel.column + panel.begin, p.adc_lsb + panel.column + panel.end, lsb + panel.begin);
+    for (i64 j = 0; j < COLS; ++j) inverse[j] = 1.0f / lsb[j];
+  }
+};
+
+// Where the sums of a block go: vector v of the rows of column j to `to + j * column + vector[v]`.
+struct Way {
+  float* to;
+  i64 column;
+  i64 vector[VECTORS];
+};
+
+// Reads one block of rows after the other, for one thread.
+class Reader {
+ public:
+  // `images`: the most whose patches are folded together; `share` of a gate: see gate_part.
+  Reader(const TileMvm& p, const Shape& s, i64 images, float share)
+      : p(p), s(s), share(share), pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
+    if (p.conv && p.transposed) folded.emplace(*p.conv, images);
+    if (p.conv && !p.transposed) patches.emplace(*p.conv);
+    // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie
+    direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0;
+    size = direct ? patches->size : s.drive * ROWS;
+    voltages.resize(size * s.passes);
+    live.resize(s.passes);
+    if (p.noise_var) squares.resize(size * s.passes);
+    if (!direct) packed.resize(s.drive);
+    for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * ROWS;
+  }
+
+  // Rows of the block that begins at row0, before `end`.
+  i64 count(i64 row0, i64 end) const { return folded ? folded->rows(row0, end) : std::min<i64>(ROWS, end - row0); }
+
+  // Drives the lines of a group for `count` rows from row0 on; folded are images from `image0` on.
+  void drive(i64 group, i64 row0, i64 count, i64 image0) {
+    first = row0, rows = count, lanes = (count + LANES - 1) / LANES * LANES;
+    const std::vector<Run> runs = p.conv ? runs_of(*p.conv, row0, count) : std::vector<Run>();
+    if (folded) folded->start(runs, image0);
+    std::fill_n(row_scale, ROWS, 1.0f);
+    if (p.row_scale)
+      for (i64 i = 0, run; i < count; i += run) {
+        run = std::min(count - i, p.rows_per_scale - (row0 + i) % p.rows_per_scale);
+        std::fill_n(row_scale + i, run, p.row_scale[(row0 + i) / p.rows_per_scale]);
+      }
+    if (count < ROWS) std::fill(voltages.begin(), voltages.end(), 0.0f);
+    for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * LANES;
+    if (direct)
+      for (const Run& run : runs)
+        for (i64 i = 0; i < run.count; i += LANES)
+          vector[(run.first + i) / LANES] = patches->pixel(runs.front(), run) + i;
+    for (i64 pass = 0; pass < s.passes; ++pass) {
+      const Driver drive(p, pass_of(p, pass));
+      float* to = voltages.data() + pass * size;
+      if (!p.conv)
+        pack_matrix(p, s, drive, group, row0, count, to);
+      else if (p.transposed)
+        pack_pixels<ROWS>(*p.conv, drive, p.groups, group, s.drive, row0, count, to);
+      else if (direct)
+        patches->fill(drive, p.groups, group, runs.front(), runs.back(), to);
+      else
+        patches->pack(drive, p.groups, group, runs, to);
+      live[pass] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
+    }
+    for (i64 e = 0; e < (i64)squares.size(); ++e) squares[e] = voltages[e] * voltages[e];
+  }
+
+  // Reads a panel of a plane, whose packed conductances and variances are b and b2, and adds the block's results to y.
+  void read(const Panel& panel, const float* b, const float* b2, i64 plane) {
+    const Converters adc(p, panel);
+    const bool sent = send_to(panel, plane == 0);
+    if (s.passes > 1 || !p.adc_bits) std::fill_n(sum.at, COLS * ROWS, 0.0f);
+    if (p.gate) std::fill_n(gate.at, COLS * ROWS, 0.0f);
+    for (i64 pass = 0; pass < s.passes; ++pass)
+      for (i64 tile = 0; tile < s.tiles; ++tile) {
+        sum_currents(panel, b, b2, plane, pass, tile);
+        convert(panel, adc, plane, pass, tile);
+      }
+    store(panel, plane == 0, sent);
+  }
+
+  // Adds folded images to y, or puts the first of them there.
+  void fold(i64 group, i64 image0, i64 images, bool first_of_all) {
+    if (folded) folded->store(p.y, p.groups, group, image0, images, first_of_all);
+  }
+
+ private:
+  // Decides where sums go: to their place in y or in what is folded, if they are alone there and whole vectors of rows lie
+  // together, and true; else to `sum`.
+  bool send_to(const Panel& panel, bool first_plane) {
+    way = Way{sum.at, ROWS, {}};
+    for (i64 v = 0; v < VECTORS; ++v) way.vector[v] = v * LANES;
+    const i64 image = first / pixels, pixel = first % pixels;
+    if (folded) {
+      float* const laid = folded->places(way.vector);
+      if (laid) way.to = laid, way.column = folded->column;
+      return laid;
+    }
+    const bool in_place = p.conv && first_plane && !p.bias && lanes == rows && pixel + rows <= pixels;
+    if (in_place) way.to = p.y + (image * p.groups * s.sense + panel.column) * pixels + pixel, way.column = pixels;
+    return in_place;
+  }
+
+  // The partial sums of a tile in a pass, with read noise.
+  void sum_currents(const Panel& panel, const float* b, const float* b2, i64 plane, i64 pass, i64 tile) {
+    const i64 k0 = tile * p.tile, length = std::min(p.tile, s.drive - k0);
+    if (live[pass])
+      multiply_block(rows, panel.begin, panel.end, length, driven(voltages, pass, k0), b + k0 * COLS, psum);
+    else
+      std::fill_n(psum.at + panel.begin * ROWS, (panel.end - panel.begin) * ROWS, 0.0f);
+    const float sigma = p.read_noise[0];
+    if (!(sigma > 0.0f) && !p.noise_var) return;
+    const u32 purpose = p.transposed ? READ_TRANSPOSED : READ, row = (u32)(p.row_offset + first);
+    const u32 slot = (u32)((pass * p.planes + plane) * s.tiles + tile);
+    const Draws draws{purpose << 24 | slot, (u32)*p.step, (u32)p.seed, (u32)(p.seed >> 32)};
+    if (p.noise_var) {
+      multiply_block(rows, panel.begin, panel.end, length, driven(squares, pass, k0), b2 + k0 * COLS, variance);
+      for (i64 e = panel.begin * ROWS; e < panel.end * ROWS; ++e)
+        variance.at[e] = sqrt_fast(fma(sigma, sigma, max(variance.at[e], 0.0f)));
+    }
+    const Plane* deviation = p.noise_var ? &variance : nullptr;
+    if (p.fast)
+      add_noise<true>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, sigma, deviation, psum);
+    else
+      add_noise<false>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, sigma, deviation, psum);
+  }
+
+  // What drives the lines from k0 on in a pass: `values` are voltages or their squares.
+  Rows driven(const std::vector<float>& values, i64 pass, i64 k0) const {
+    Rows found{values.data() + pass * size, (direct ? patches->places : packed).data() + k0, {}};
+    std::copy_n(vector, VECTORS, found.vector);
+    return found;
+  }
+
+  // Converts partial sums; behind the last tile of the last pass, sums of all are sent on their way.
+  void convert(const Panel& panel, const Converters& adc, i64 plane, i64 pass, i64 tile) {
+    const Pass bits = pass_of(p, pass);
+    const float weight = (bits.phase < 0 ? -bits.weight : bits.weight) * p.slice_scale[plane];
+    const float code_max = p.code_max(), code_min = p.code_min(), part = gpuxbar::abs(weight);
+    const i64 count = lanes;
+    const bool begun = tile > 0, last = tile == s.tiles - 1, done = last && pass == s.passes - 1;
+    for (i64 j = panel.begin; j < panel.end; ++j) {
+      const float* current = psum.at + j * ROWS;
+      float *total = sum.at + j * ROWS, *open = gate.at + j * ROWS;
+      i32* code_sum = codes + j * ROWS;
+      if (!p.adc_bits) {
+        for (i64 i = 0; i < count; ++i) total[i] = fma(weight, current[i], total[i]);
+        if (p.gate)
+          for (i64 i = 0; i < count; ++i) open[i] += part;
+        if (done) send(panel, j, [=](i64 i) { return total[i]; });
+        continue;
+      }
+      const i64 converter = (plane * s.tiles + tile) * p.groups * s.sense + panel.column + j;
+      const float gain = adc.inverse[j] * (p.adc_gain ? p.adc_gain[converter] : 1.0f);
+      const float offset = p.adc_offset ? p.adc_offset[converter] * adc.inverse[j] : 0.0f;
+      const float step = weight * adc.lsb[j];
+      const auto steps = [=](i64 i) { return fma(current[i], gain, offset); };
+      const auto code = [=](i64 i) { return adc_code(steps(i), code_min, code_max); };
+      const auto code_of_all = [=](i64 i) { return (float)(code_sum[i] + (i32)code(i)); };
+      if (p.gate)
+        for (i64 i = 0; i < count; ++i) open[i] += in_range(steps(i), code_min, code_max) ? part : 0.0f;
+      const auto add = [&](const auto& codes) {
+        if (s.passes == 1) return send(panel, j, [=](i64 i) { return fma(step, codes(i), 0.0f); });
+        for (i64 i = 0; i < count; ++i) total[i] = fma(step, codes(i), total[i]);
+        if (done) send(panel, j, [=](i64 i) { return total[i]; });
+      };
+      if (last && begun)
+        add(code_of_all);
+      else if (last)
+        add(code);
+      else if (begun)
+        for (i64 i = 0; i < count; ++i) code_sum[i] += (i32)code(i);
+      else
+        for (i64 i = 0; i < count; ++i) code_sum[i] = (i32)code(i);
+    }
+  }
+
+  // Sends column j of a panel: `value(i)` of row i, times its scales.
+  template <class Value>
+  void send(const Panel& panel, i64 j, const Value& value) {
+    const float scale = p.col_scale ? p.col_scale[panel.column + j] : 1.0f;
+    for (i64 i = 0; i < lanes; i += LANES) {
+      float* to = way.to + j * way.column + way.vector[i / LANES];
+#pragma omp simd
+      for (int lane = 0; lane < LANES; ++lane)
+        to[lane] = fma(value(i + lane), row_scale[i + lane] * scale, 0.0f);  // 0, never -0
+    }
+  }
+
+  // Adds a panel's sums, unless they were sent there, and gates to y in its layout: rows of a matrix, images, or folded
+  // images.
+  void store(const Panel& panel, bool first_plane, bool sent) {
+    const i64 sensed = p.groups * s.sense, first_image = first / pixels, first_pixel = first % pixels;
+    for (i64 j = panel.begin; j < panel.end; ++j) {
+      const i64 column = panel.column + j;
+      const float bias = first_plane && p.bias ? p.bias[column] : 0.0f;
+      float *total = sum.at + j * ROWS, *open = gate.at + j * ROWS;
+      if (p.gate)
+        for (i64 i = 0; i < lanes; ++i) open[i] *= share;
+      if (!p.conv) {
+        for (i64 i = 0; i < lanes; ++i) total[i] += bias;
+      } else if (folded) {
+        if (!sent) folded->place(j, total);
+      } else {
+        for (i64 i = 0; i < rows;) {
+          const i64 image = (first + i) / pixels, pixel = (first + i) % pixels,
+                    run = std::min(rows - i, pixels - pixel);
+          const i64 at = (image * sensed + column) * pixels + pixel;
+          if (!sent)
+            for (i64 r = 0; r < run; ++r) p.y[at + r] = (first_plane ? bias : p.y[at + r]) + total[i + r];
+          if (p.gate)
+            for (i64 r = 0; r < run; ++r) p.gate[at + r] = (first_plane ? 0.0f : p.gate[at + r]) + open[i + r];
+          i += run;
+        }
+      }
+    }
+    if (folded) folded->add(panel.local, panel.begin, panel.end);
+    if (p.conv) return;
+    for (i64 i = 0; i < rows; ++i) {
+      const i64 at = (first + i) * sensed + panel.column;
+      for (i64 j = panel.begin; j < panel.end; ++j)
+        p.y[at + j] = (first_plane ? 0.0f : p.y[at + j]) + sum.at[j * ROWS + i];
+      if (p.gate)
+        for (i64 j = panel.begin; j < panel.end; ++j)
+          p.gate[at + j] = (first_plane ? 0.0f : p.gate[at + j]) + gate.at[j * ROWS + i];
+    }
+  }
+
+  const TileMvm& p;
+  const Shape& s;
+  const float share;
+  const i64 pixels;
+  std::optional<PatchLines<ROWS>> patches;
+  std::optional<Folded> folded;
+  bool direct;                           // lines of images drive, not packed patches
+  i64 size;                              // of the voltages of a pass
+  std::vector<float> voltages, squares;  // squares only where noise depends on them
+  std::vector<char> live;              // of passes: a phase of inputs of one sign, or a high bit, often drives nothing
+  std::vector<i64> packed;             // where packed lines begin
+  i64 first = 0, rows = 0, lanes = 0;  // of the block; lanes: rows in whole vectors
+  i64 vector[VECTORS] = {};            // where vectors of rows lie on a driven line
+  Way way{};
+  Plane psum, variance, sum, gate;  // of a panel, [COLS][ROWS]
   alignas(64) i32 codes[COLS * ROWS];
   alignas(64) float row_scale[ROWS];
 };
-
-// What one block drives in a pass: voltages and their squares (or null), [drive][ROWS], and whether any is not 0.
-struct Driven {
-  const float *a, *a2;
-  i64 row0, rows;
-  bool live;
-};
-
-// Converters of a panel's columns.
-struct Converters {
-  float lsb[COLS], inverse[COLS];
-  Converters(const TileMvm& p, const Panel& panel) {
-    for (i64 j = 0; j < COLS; ++j) {
-      const bool real = j >= panel.begin && j < panel.end;
-      lsb[j] = !p.adc_bits ? 1.0f : p.adc_lsb[p.adc_per_column && real ? panel.column + j : 0];
-      inverse[j] = 1.0f / lsb[j];
-    }
-  }
-};
-
-// Adds read noise to the partial sums over `length` wordlines from k0.
-void noise(const TileMvm& p, const Panel& panel, const Driven& d, u32 slot, i64 k0, i64 length, const float* b2,
-           Block& w) {
-  const float sigma = p.read_noise[0];
-  if (!(sigma > 0.0f) && !p.noise_var) return;
-  const u32 purpose = p.transposed ? READ_TRANSPOSED : READ, row = (u32)(p.row_offset + d.row0);
-  const Draws draws{purpose << 24 | slot, (u32)*p.step, (u32)p.seed, (u32)(p.seed >> 32)};
-  if (p.noise_var) {
-    multiply_block(d.rows, panel.begin, panel.end, length, d.a2 + k0 * ROWS, b2 + k0 * COLS, w.variance);
-    for (i64 e = panel.begin * ROWS; e < panel.end * ROWS; ++e)
-      w.variance.at[e] = sqrt_fast(fma(sigma, sigma, max(w.variance.at[e], 0.0f)));
-  }
-  const Plane* deviation = p.noise_var ? &w.variance : nullptr;
-  if (p.fast)
-    add_noise<true>(draws, (u32)panel.column, row, d.rows, panel.begin, panel.end, sigma, deviation, w.psum);
-  else
-    add_noise<false>(draws, (u32)panel.column, row, d.rows, panel.begin, panel.end, sigma, deviation, w.psum);
-}
-
-// Adds all tiles of one pass and plane to the block's sums, which the first pass starts.
-void convert_panel(const TileMvm& p, const Shape& s, const Panel& panel, const Converters& adc, const Driven& d,
-                   const float* b, const float* b2, i64 plane, i64 pass, float weight, Block& w) {
-  const i64 lanes = (d.rows + LANES - 1) / LANES * LANES;
-  const float code_max = p.code_max(), code_min = p.code_min(), share = gpuxbar::abs(weight);
-  for (i64 t = 0; t < s.tiles; ++t) {
-    const bool first = pass == 0 && t == 0;
-    const i64 k0 = t * p.tile, length = std::min(p.tile, s.drive - k0);
-    if (d.live)
-      multiply_block(d.rows, panel.begin, panel.end, length, d.a + k0 * ROWS, b + k0 * COLS, w.psum);
-    else
-      std::fill_n(w.psum.at + panel.begin * ROWS, (panel.end - panel.begin) * ROWS, 0.0f);
-    noise(p, panel, d, (u32)((pass * p.planes + plane) * s.tiles + t), k0, length, b2, w);
-    for (i64 j = panel.begin; j < panel.end; ++j) {
-      const float* psum = w.psum.at + j * ROWS;
-      float *sum = w.sum.at + j * ROWS, *gate = w.gate.at + j * ROWS;
-      i32* codes = w.codes + j * ROWS;
-      if (first && p.gate) std::fill_n(gate, lanes, 0.0f);
-      if (!p.adc_bits) {
-        if (first) std::fill_n(sum, lanes, 0.0f);
-        for (i64 i = 0; i < lanes; ++i) sum[i] = fma(weight, psum[i], sum[i]);
-        if (p.gate)
-          for (i64 i = 0; i < lanes; ++i) gate[i] += share;
-        continue;
-      }
-      const i64 converter = (plane * s.tiles + t) * p.groups * s.sense + panel.column + j;
-      const float gain = adc.inverse[j] * (p.adc_gain ? p.adc_gain[converter] : 1.0f);
-      const float offset = p.adc_offset ? p.adc_offset[converter] * adc.inverse[j] : 0.0f;
-      if (t == 0) std::fill_n(codes, lanes, 0);
-      if (!p.gate)
-        for (i64 i = 0; i < lanes; ++i) codes[i] += (i32)adc_code(fma(psum[i], gain, offset), code_min, code_max);
-      else
-        for (i64 i = 0; i < lanes; ++i) {
-          const float steps = fma(psum[i], gain, offset);
-          codes[i] += (i32)adc_code(steps, code_min, code_max);
-          gate[i] += in_range(steps, code_min, code_max) ? share : 0.0f;
-        }
-    }
-  }
-  if (p.adc_bits)
-    for (i64 j = panel.begin; j < panel.end; ++j) {
-      const float step = weight * adc.lsb[j];
-      float* sum = w.sum.at + j * ROWS;
-      const i32* codes = w.codes + j * ROWS;
-      if (pass == 0)
-        for (i64 i = 0; i < lanes; ++i) sum[i] = fma(step, (float)codes[i], 0.0f);
-      else
-        for (i64 i = 0; i < lanes; ++i) sum[i] = fma(step, (float)codes[i], sum[i]);
-    }
-}
-
-// Adds a block's sums to y in its layout: rows of a matrix, images, or folded images.
-void store(const TileMvm& p, const Shape& s, i64 group, const Panel& panel, const Driven& d,
-           const std::vector<Run>& runs, bool first, float share, Folded* folded, Block& w) {
-  const i64 sensed = p.groups * s.sense, lanes = (d.rows + LANES - 1) / LANES * LANES;
-  for (i64 j = panel.begin; j < panel.end; ++j) {
-    const i64 column = panel.column + j;
-    const float scale = p.col_scale ? p.col_scale[column] : 1.0f, bias = p.bias ? p.bias[column] : 0.0f;
-    float *sum = w.sum.at + j * ROWS, *gate = w.gate.at + j * ROWS;
-    for (i64 i = 0; i < lanes; ++i) sum[i] *= w.row_scale[i] * scale;
-    if (p.gate)
-      for (i64 i = 0; i < lanes; ++i) gate[i] *= share;
-    if (!p.conv) {
-      if (first)
-        for (i64 i = 0; i < lanes; ++i) sum[i] += bias;
-    } else if (folded) {
-      folded->place(j, sum);
-    } else {
-      const i64 pixels = p.conv->out_h * p.conv->out_w;
-      for (i64 i = 0; i < d.rows;) {
-        const i64 image = (d.row0 + i) / pixels, pixel = (d.row0 + i) % pixels,
-                  run = std::min(d.rows - i, pixels - pixel);
-        const i64 at = (image * sensed + column) * pixels + pixel;
-        for (i64 r = 0; r < run; ++r) p.y[at + r] = (first ? bias : p.y[at + r]) + sum[i + r];
-        if (p.gate)
-          for (i64 r = 0; r < run; ++r) p.gate[at + r] = (first ? 0.0f : p.gate[at + r]) + gate[i + r];
-        i += run;
-      }
-    }
-  }
-  if (folded) folded->add(panel.local, panel.begin, panel.end);
-  if (p.conv) return;
-  for (i64 i = 0; i < d.rows; ++i) {
-    const i64 at = (d.row0 + i) * sensed + panel.column;
-    for (i64 j = panel.begin; j < panel.end; ++j) p.y[at + j] = (first ? 0.0f : p.y[at + j]) + w.sum.at[j * ROWS + i];
-    if (p.gate)
-      for (i64 j = panel.begin; j < panel.end; ++j)
-        p.gate[at + j] = (first ? 0.0f : p.gate[at + j]) + w.gate.at[j * ROWS + i];
-  }
-}
 
 }  // namespace
 
@@ -212,7 +328,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   // a unit of work is whole images where results fold, so that no two threads meet in one
   const i64 pixels = p.conv ? p.conv->out_h * p.conv->out_w : 1;
   const bool folds = p.conv && p.transposed;
-  const i64 unit_rows = folds ? std::max<i64>(1, ROWS / pixels) * pixels : ROWS;
+  const i64 unit_images = std::max<i64>(1, ROWS / pixels), unit_rows = folds ? unit_images * pixels : ROWS;
   const i64 units = (p.batch + unit_rows - 1) / unit_rows;
   float weights = 0.0f;
   for (i64 plane = 0; plane < p.planes; ++plane)
@@ -223,22 +339,16 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
     return;
   }
 
-  const i64 panel_size = s.drive * COLS, block_size = s.drive * ROWS;
-  // panels and planes packed at a time; a block's voltages are packed once for all of them
-  const i64 most = (s.sense + COLS - 1) / COLS + 1, fit = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));
-  const i64 together = std::min(most, fit), held = std::min(p.planes, std::max<i64>(1, fit / together));
+  // panels and planes packed at a time; a block drives its lines once for all of them
+  const i64 panel_size = s.drive * COLS, fit = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));
+  const i64 together = std::min((s.sense + COLS - 1) / COLS + 1, fit);
+  const i64 held = std::min(p.planes, std::max<i64>(1, fit / together));
   std::unique_ptr<float[]> packed(new float[held * together * panel_size]);
   std::unique_ptr<float[]> packed_var(p.noise_var ? new float[held * together * panel_size] : nullptr);
 
 #pragma omp parallel
   {
-    std::unique_ptr<float[]> voltages(new float[block_size * s.passes * (p.noise_var ? 2 : 1)]);
-    float* a = voltages.get();
-    float* a2 = p.noise_var ? a + block_size * s.passes : nullptr;
-    std::unique_ptr<Block> work(new Block);
-    std::vector<float> window;
-    std::vector<char> live(s.passes);  // a phase of signed inputs, or a high bit, is often silent
-    std::unique_ptr<Folded> folded(folds ? new Folded(*p.conv, unit_rows / pixels) : nullptr);
+    const std::unique_ptr<Reader> reader(new Reader(p, s, unit_images, share));
     for (i64 group = 0; group < p.groups; ++group) {
       const i64 panels = ((group + 1) * s.sense + COLS - 1) / COLS - group * s.sense / COLS;
       for (i64 panel0 = 0; panel0 < panels; panel0 += together)
@@ -252,78 +362,27 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
               pack_panel(p, s, p.g, plane, group, panel, packed.get() + place(plane, q));
               if (p.noise_var) pack_panel(p, s, p.noise_var, plane, group, panel, packed_var.get() + place(plane, q));
             }
-          // few units share out their panels too; each packs its voltages anew
+          // few units share out their panels too; each drives its lines anew
           const i64 wanted = 4 * threads_here();
           const i64 parts = folds || threads_here() == 1 ? 1 : std::min(end - panel0, (wanted + units - 1) / units);
 #pragma omp for schedule(dynamic, 1)
           for (i64 task = 0; task < units * parts; ++task) {
-            const i64 unit = task / parts, part = task % parts;
+            const i64 unit = task / parts, part = task % parts, image0 = unit * unit_rows / pixels;
             const i64 q0 = panel0 + (end - panel0) * part / parts, q1 = panel0 + (end - panel0) * (part + 1) / parts;
             const i64 unit_end = std::min(p.batch, (unit + 1) * unit_rows);
             for (i64 row0 = unit * unit_rows, rows; row0 < unit_end; row0 += rows) {
-              rows = folds ? folded->rows(row0, unit_end) : std::min<i64>(ROWS, unit_end - row0);
-              const std::vector<Run> runs = p.conv ? runs_of(*p.conv, row0, rows) : std::vector<Run>();
-              if (folds) folded->start(runs, unit * unit_rows / pixels);
-              for (i64 i = 0; i < ROWS; ++i)
-                work->row_scale[i] = p.row_scale && i < rows ? p.row_scale[(row0 + i) / p.rows_per_scale] : 1.0f;
-              if (rows < ROWS) std::fill_n(a, block_size * s.passes, 0.0f);
-              for (i64 pass = 0; pass < s.passes; ++pass) {
-                const Driver drive(p, pass_of(p, pass));
-                float* to = a + pass * block_size;
-                if (!p.conv)
-                  pack_matrix(p, s, drive, group, row0, rows, to);
-                else if (p.transposed)
-                  pack_pixels<ROWS>(*p.conv, drive, p.groups, group, s.drive, row0, rows, to);
-                else
-                  pack_patches<ROWS>(*p.conv, drive, p.groups, group, runs, window, to);
-                live[pass] = s.passes == 1 || std::any_of(to, to + block_size, [](float v) { return v != 0.0f; });
-              }
-              if (a2)
-                for (i64 e = 0; e < block_size * s.passes; ++e) a2[e] = a[e] * a[e];
+              rows = reader->count(row0, unit_end);
+              reader->drive(group, row0, rows, image0);
               for (i64 plane = plane0; plane < plane_end; ++plane)
                 for (i64 q = q0; q < q1; ++q) {
-                  const Panel panel(s, group, q);
-                  const Converters adc(p, panel);
-                  const float* b = packed.get() + place(plane, q);
-                  const float* b2 = packed_var ? packed_var.get() + place(plane, q) : nullptr;
-                  for (i64 pass = 0; pass < s.passes; ++pass) {
-                    const Pass way = pass_of(p, pass);
-                    const float weight = (way.phase < 0 ? -way.weight : way.weight) * p.slice_scale[plane];
-                    const Driven d{a + pass * block_size, a2 ? a2 + pass * block_size : nullptr, row0, rows,
-                                   live[pass] != 0};
-                    convert_panel(p, s, panel, adc, d, b, b2, plane, pass, weight, *work);
-                  }
-                  store(p, s, group, panel, Driven{nullptr, nullptr, row0, rows, true}, runs, plane == 0, share,
-                        folded.get(), *work);
+                  const i64 at = place(plane, q);
+                  reader->read(Panel(s, group, q), packed.get() + at, packed_var ? packed_var.get() + at : nullptr,
+                               plane);
                 }
             }
-            if (folds)
-              folded->store(p.y, p.groups, group, unit * unit_rows / pixels, (unit_end - unit * unit_rows) / pixels,
-                            plane0 == 0 && panel0 == 0);
+            reader->fold(group, image0, (unit_end - unit * unit_rows) / pixels, plane0 == 0 && panel0 == 0);
           }
         }
     }
   }
-}
-
-extern "C" void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* codes, i64 rows, i64 per_row, i64 lsb_count,
-                                     i64 code_max, i64 is_signed, i64* bad) {
-  const float top = (float)code_max, bottom = is_signed ? -top : 0.0f;
-  i64 not_finite = 0;
-#pragma omp parallel for reduction(+ : not_finite) schedule(static)
-  for (i64 block = 0; block < (rows * per_row + 4095) / 4096; ++block) {
-    const i64 end = std::min(rows * per_row, (block + 1) * 4096);
-    for (i64 e = block * 4096; e < end;) {
-      const i64 row = e / per_row, stop = std::min(end, (row + 1) * per_row);
-      const float inverse = 1.0f / lsb[lsb_count > 1 ? row : 0];
-      i64 odd = 0;
-      for (i64 k = e; k < stop; ++k) {
-        odd += (float_bits(x[k]) & 0x7F800000u) == 0x7F800000u;
-        codes[k] = (i16)(i32)dac_code(x[k], inverse, bottom, top);
-      }
-      not_finite += odd;
-      e = stop;
-    }
-  }
-  *bad = not_finite;
 }

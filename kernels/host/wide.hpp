@@ -85,21 +85,21 @@ inline void philox_lanes(const WideCounter& even, const WideCounter& odd, u32 ke
   *(Wide*)w = (a.w & low) | b.w << 32;
 }
 
-// c[i][j] = c0[i][j] + sign * sum_k at[k][i] b[k][j] for ROWS x COLS vectors in registers; c0 may be null or c.
-template <int STEP, int ROWS, int COLS>
-inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
+// c[i][j] = c0[i][j] + sign * sum_k at[k][i] right(k, j) for ROWS x COLS vectors in registers; c0 may be null or c.
+template <int STEP, int ROWS, int COLS, class Right>
+inline void register_tile(i64 depth, const float* at, i64 lda, const Right& right, const float* c0, i64 ldc0,
                           float sign, float* c, i64 ldc) {
   using V = typename Floats<STEP>::Vec;
   V sum[ROWS][COLS] = {};
-  for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
-    V right[COLS];
+  for (i64 k = 0; k < depth; ++k, at += lda) {
+    V along[COLS];
 #pragma GCC unroll 8
-    for (int j = 0; j < COLS; ++j) right[j] = *(const V*)(b + j * STEP);
+    for (int j = 0; j < COLS; ++j) along[j] = *(const V*)right(k, j);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       const V left = at[i] - V{};
 #pragma GCC unroll 8
-      for (int j = 0; j < COLS; ++j) sum[i][j] += left * right[j];
+      for (int j = 0; j < COLS; ++j) sum[i][j] += left * along[j];
     }
   }
 #pragma GCC unroll 8
@@ -109,6 +109,14 @@ inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i
       const V start = c0 ? *(const V*)(c0 + i * ldc0 + j * STEP) : V{};
       *(V*)(c + i * ldc + j * STEP) = start + sign * sum[i][j];
     }
+}
+
+// The same of right(k, j) = b[k][j].
+template <int STEP, int ROWS, int COLS>
+inline void register_tile(i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
+                          float sign, float* c, i64 ldc) {
+  const auto right = [=](i64 k, int j) { return b + k * ldb + j * STEP; };
+  register_tile<STEP, ROWS, COLS>(depth, at, lda, right, c0, ldc0, sign, c, ldc);
 }
 
 // Lane k of the result is lane `from(k)` of `a` and `b` side by side; `from` captures nothing, so that its values are constants.

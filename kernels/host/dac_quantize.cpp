@@ -1,0 +1,92 @@
+// dac_quantize and dac_fit on the CPU: digital values to DAC codes, by a given step or by the one that fits the values.
+//
+// Oracle: gpuxbar/reference/dac_quantize.py.
+#include <algorithm>
+#include <vector>
+
+#include "gpuxbar/converter.cuh"
+
+using namespace gpuxbar;
+
+namespace {
+
+constexpr u32 NOT_FINITE = 0x7F800000u;  // the bits of infinity; those of NaN are above
+
+// Values [rows, channels, each], those of a channel times its scale.
+struct Scaled {
+  const float *x, *scale;
+  i64 channels, each;
+
+  // Visits a row in runs: `visit(first, count, value)`, where value(i) is that of element first + i.
+  template <class Visit>
+  void row(i64 row, const Visit& visit) const {
+    const i64 begin = row * channels * each;
+    if (each == 1) {
+      visit(begin, channels, [x = x + begin, s = scale](i64 i) { return x[i] * s[i]; });
+      return;
+    }
+    for (i64 c = 0; c < channels; ++c)
+      visit(begin + c * each, each, [x = x + begin + c * each, s = scale[c]](i64 i) { return x[i] * s; });
+  }
+};
+
+}  // namespace
+
+extern "C" void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* codes, i64 rows, i64 per_row, i64 lsb_count,
+                                     i64 code_max, i64 is_signed, i64* bad) {
+  const float top = (float)code_max, bottom = is_signed ? -top : 0.0f;
+  i64 not_finite = 0;
+#pragma omp parallel for reduction(+ : not_finite) schedule(static)
+  for (i64 block = 0; block < (rows * per_row + 4095) / 4096; ++block) {
+    const i64 end = std::min(rows * per_row, (block + 1) * 4096);
+    for (i64 e = block * 4096; e < end;) {
+      const i64 row = e / per_row, stop = std::min(end, (row + 1) * per_row);
+      const float inverse = 1.0f / lsb[lsb_count > 1 ? row : 0];
+      i64 odd = 0;
+      for (i64 k = e; k < stop; ++k) {
+        odd += (float_bits(x[k]) & 0x7F800000u) == 0x7F800000u;
+        codes[k] = (i16)(i32)dac_code(x[k], inverse, bottom, top);
+      }
+      not_finite += odd;
+      e = stop;
+    }
+  }
+  *bad = not_finite;
+}
+
+extern "C" void gpuxbar_dac_fit(const float* x,      // [rows, channels, each]
+                                const float* scale,  // [channels]
+                                i16* codes,          // like x
+                                float* lsb,          // [lsb_count]: for each row, or one for all
+                                i64 rows, i64 channels, i64 each, i64 lsb_count, i64 code_max, i64 is_signed,
+                                double smallest, i64* bad) {
+  const Scaled values{x, scale, channels, each};
+  const float top = (float)code_max, bottom = is_signed ? -top : 0.0f;
+  std::vector<u32> largest(rows);  // as bits, which have the order of magnitudes
+#pragma omp parallel for schedule(static)
+  for (i64 row = 0; row < rows; ++row) {
+    u32 most = 0;
+    values.row(row, [&](i64, i64 count, const auto& value) {
+      for (i64 i = 0; i < count; ++i) most = std::max(most, float_bits(value(i)) & 0x7FFFFFFFu);
+    });
+    largest[row] = most;
+  }
+  const u32 most = rows ? *std::max_element(largest.begin(), largest.end()) : 0;
+  *bad = 0;
+  if (most >= NOT_FINITE) {
+    for (i64 row = 0; row < rows; ++row)
+      values.row(row, [&](i64, i64 count, const auto& value) {
+        for (i64 i = 0; i < count; ++i) *bad += (float_bits(value(i)) & NOT_FINITE) == NOT_FINITE;
+      });
+    return;
+  }
+  for (i64 k = 0; k < lsb_count; ++k)
+    lsb[k] = std::max(bits_float(lsb_count > 1 ? largest[k] : most), (float)smallest) / top;
+#pragma omp parallel for schedule(static)
+  for (i64 row = 0; row < rows; ++row) {
+    const float inverse = 1.0f / lsb[lsb_count > 1 ? row : 0];
+    values.row(row, [&](i64 first, i64 count, const auto& value) {
+      for (i64 i = 0; i < count; ++i) codes[first + i] = (i16)(i32)dac_code(value(i), inverse, bottom, top);
+    });
+  }
+}
