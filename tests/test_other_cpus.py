@@ -1,0 +1,45 @@
+"""The host kernels as a CPU without AVX-512 runs them: what other tests say of them, once more, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TESTS = {
+    "random": ["test_normals_depend_on_place_only", "test_normals_have_their_moments_and_tails"],
+    "tile_mvm": [
+        "test_host_matches_oracle", "test_convolution_matches_oracle", "test_few_vectors_are_read_as_many_are",
+        "test_same_bits_for_any_chunk_of_images", "test_dac_codes_match_oracle",
+    ],
+    "outer_product": ["test_sums_match_the_oracle"],
+    "conv_outer_product": ["test_sums_match_the_oracle_and_torch"],
+    "program": ["test_results_do_not_depend_on_threads", "test_moments_of_the_draws"],
+    "device_update": ["test_host_matches_oracle"],
+    "pulse_update": [
+        "test_host_matches_oracle", "test_chunks_of_samples_follow_one_another",
+        "test_counted_is_the_sequence_without_noise", "test_the_same_bits_on_any_number_of_threads",
+    ],
+    "effective_conductance": ["test_host_matches_oracle[shape5-strong-exact]", "test_host_matches_oracle[shape7-rows-ladder]"],
+    "wires_gradient": ["test_host_matches_oracle[shape5-mild]"],
+    "solve_for_inputs": ["test_host_matches_oracle[shape5-strong]"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="is of x86 only")
+def test_kernels_for_avx2():
+    """Built for Haswell, of 2013: vectors of 8 floats, and bits counted and events packed without AVX-512."""
+    names = [f"{HERE / f'test_{file}.py'}::{test}" for file, tests in TESTS.items() for test in tests]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names],
+        env={**outside, "GPUXBAR_CXXFLAGS": "-march=haswell"},
+        cwd=HERE.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
