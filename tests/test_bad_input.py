@@ -167,6 +167,8 @@ def test_layers_refuse_wrong_shapes_and_empty_batches():
     ):
         with pytest.raises(ValueError, match=text):
             layer(x)
+    with pytest.raises(TypeError, match=r"linear: `x` must be real, got torch\.complex64"):
+        linear(torch.zeros(2, 4, dtype=torch.complex64))
 
 
 def test_layers_take_any_strides_and_float_types():

@@ -80,7 +80,7 @@ def test_reads_are_those_of_every_conversion(name):
         {"adc": {"bits": 6, "i_max": 63 * 2e-7}},  # 8 lines of 10 units are cut off
         {"adc": {"bits": 6, "i_max": 63 * 4e-7}},  # the step is two units
         {"device": {"g_max": 1.05e-5}},
-        {"dac": {"bits": None, "stream_bits": None}},
+        {"dac": {"bits": None, "stream_bits": None, "polarity": "bipolar"}},
         {"mapping": {"slices": 1, "slice_bits": None}},
         {"programming": {"write_noise": 1e-9}},
         {"programming": {"device_spread": 0.01}},

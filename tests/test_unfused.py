@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from itertools import pairwise
 
@@ -202,6 +203,42 @@ def test_ideal_convolution_of_sequences_is_torchs(options):
     for module in (layer, plain):
         module(x).sin().sum().backward()
     torch.testing.assert_close(layer.weight.grad.squeeze(2), plain.weight.grad)
+
+
+WRONG = {
+    "key": ({"key": torch.randn(1, 4, 8)}, ValueError, "`key` must have 4 vectors for each of the 2 samples of `query`, got 4 for 1"),
+    "value": ({"value": torch.randn(2, 5, 8)}, ValueError, "`value` must have 4 vectors for each of the 2 samples"),
+    "bytes": ({"key_padding_mask": torch.ones(2, 4, dtype=torch.uint8)}, TypeError, "`key_padding_mask` must be bool"),
+    "pairs": ({"attn_mask": torch.zeros(1, 4)}, ValueError, "`attn_mask` must have shape (3, 4) or (4, 3, 4), got (1, 4)"),
+    "heads": ({"attn_mask": torch.zeros(2, 3, 4)}, ValueError, "`attn_mask` must have shape (3, 4) or (4, 3, 4), got (2, 3, 4)"),
+    "padding": ({"key_padding_mask": torch.ones(1, 4).bool()}, ValueError, "`key_padding_mask` must have shape (2, 4), got (1, 4)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_attention_broadcasts_nothing(name):
+    change, kind, text = WRONG[name]
+    parts = UnfusedAttention(nn.MultiheadAttention(8, 2, batch_first=True))
+    arguments = {"query": torch.randn(2, 3, 8), "key": torch.randn(2, 4, 8), "value": torch.randn(2, 4, 8)}
+    with pytest.raises(kind, match=re.escape(f"attention: {text}")):
+        parts(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("kind", "x", "state", "text"),
+    [
+        (nn.LSTM, (5, 2, 3), [(1, 1, 4)] * 2, "LSTM: `hx` must be of shape (1, 2, 4) for this input, got (1, 1, 4)"),
+        (nn.LSTM, (5, 2, 3), [(1, 2, 4), (2, 2, 4)], "LSTM: `hx` must be of shape (1, 2, 4) for this input, got (2, 2, 4)"),
+        (nn.GRU, (5, 2, 3), [(2, 2, 4)], "GRU: `hx` must be of shape (1, 2, 4) for this input, got (2, 2, 4)"),
+        (nn.LSTMCell, (2, 3), [(2, 4), (2, 1)], "LSTM: `hx` must be of shape (2, 4) for this input, got (2, 1)"),
+        (nn.RNNCell, (2, 3), [(1, 4)], "RNN_TANH: `hx` must be of shape (2, 4) for this input, got (1, 4)"),
+    ],
+)  # fmt: skip
+def test_states_are_not_broadcast(kind, x, state, text):
+    model, _ = gx.convert(kind(3, 4), gx.CrossbarSpec())
+    hx = tuple(map(torch.zeros, state))
+    with pytest.raises(ValueError, match=re.escape(text)):
+        model(torch.randn(x), hx if len(hx) > 1 else hx[0])
 
 
 @pytest.mark.parametrize(

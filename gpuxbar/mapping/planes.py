@@ -49,7 +49,9 @@ class Planes:
         slices = [float(base**k) for k in range(mapping.slices)]
         unit = 1.0 / (device.g_max - device.g_min)
         if mapping.scheme == "offset":
-            return cls((1.0,), 2.0 * unit, "offset")
+            # a full weight lies half a window off the middle; of an even number of levels, the last is not used
+            steps = 2 if device.levels is None else device.levels - 1
+            return cls((1.0,), unit * steps / (steps // 2), "offset")
         if mapping.slice_bits is not None:
             # digits of base - 1 make weight 1; a window holds that, and more where there is headroom
             unit *= (base * 2**spec.headroom_bits - 1) / (base**mapping.slices - 1)

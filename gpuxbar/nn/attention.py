@@ -66,6 +66,7 @@ class UnfusedAttention(nn.Module):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             inputs = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        self._check(*inputs, attn_mask, key_padding_mask)
         q, k, v = self.q_proj(inputs[0]), self.k_proj(inputs[1]), self.v_proj(inputs[2])
         batch = len(q)
         if self.bias_k is not None:
@@ -90,6 +91,37 @@ class UnfusedAttention(nn.Module):
         if not batched:
             return y[0], None if shares is None else shares[0]
         return y if self.batch_first else y.transpose(0, 1), shares
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+    ) -> None:
+        """Refuse what would be broadcast, or added to scores where it was meant to hide some."""
+        batch, length = len(query), key.shape[1]
+        for name, x in (("key", key), ("value", value)):
+            if x.shape[:2] != (batch, length):
+                raise ValueError(
+                    f"attention: `{name}` must have {length} vectors for each of the {batch} samples of `query`, got "
+                    f"{x.shape[1]} for {len(x)}; expand it"
+                )
+        pairs = (query.shape[1], length), (batch * self.num_heads, query.shape[1], length)
+        for name, mask, shapes in (
+            ("attn_mask", attn_mask, pairs), ("key_padding_mask", key_padding_mask, ((batch, length),)),
+        ):  # fmt: skip
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(
+                    f"attention: `{name}` must be bool, where True hides, or floats, which are added, got {mask.dtype}; call .bool()"
+                )
+            if tuple(mask.shape) not in shapes:
+                raise ValueError(
+                    f"attention: `{name}` must have shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}; expand it"
+                )
 
     def _mask(self, pairs: Tensor | None, keys: Tensor | None, extra: int, q: Tensor) -> Tensor | None:
         """What is added to the scores [N, heads, L, S + extra], from masks [L, S] or [N * heads, L, S], and [N, S]."""

@@ -303,6 +303,10 @@ class AnalogLayer(InSitu):
             raise ValueError(
                 f"{self.name}: `x` must hold at least one sample, got shape {tuple(x.shape)}; skip empty batches"
             )
+        if x.is_complex():
+            raise TypeError(
+                f"{self.name}: `x` must be real, got {x.dtype}; take real and imaginary parts apart"
+            )
         self.require_calibrated()
         x = x.float().contiguous()
         top = self.dac_top(x)

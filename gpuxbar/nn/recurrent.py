@@ -45,6 +45,7 @@ class UnfusedCell(nn.Module):
         else:
             h, c = hx if self.mode == "LSTM" else (hx, hx)
             h, c = (h, c) if batched else (h[None], c[None])
+            _check_states(self.mode, (h, c), ((len(x), self.hidden_size),) * 2)
         h, c = _step(self.mode, self.ih(x), self.hh(h), h, c)
         h, c = (h, c) if batched else (h[0], c[0])
         return (h, c) if self.mode == "LSTM" else h
@@ -121,7 +122,12 @@ class UnfusedRNN(nn.Module):
                 *shape, self.hidden_size
             )
         h, c = hx if self.mode == "LSTM" else (hx, hx)
-        return (h, c) if batched else (h[:, None], c[:, None])
+        h, c = (h, c) if batched else (h[:, None], c[:, None])
+        where = len(self.suffixes), x.shape[1]
+        _check_states(
+            self.mode, (h, c), ((*where, self.proj_size or self.hidden_size), (*where, self.hidden_size))
+        )
+        return h, c
 
     def _run(
         self, suffix: str, x: Tensor, h: Tensor, c: Tensor, lengths: Tensor | None
@@ -147,6 +153,16 @@ class UnfusedRNN(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         _rename(state_dict, prefix, tuple(part + suffix for part in self.parts for suffix in self.suffixes))
         super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+def _check_states(mode: str, states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Refuse states that would be broadcast, or of which some would not be used."""
+    for state, shape in zip(states, shapes, strict=True):
+        if tuple(state.shape) != shape:
+            raise ValueError(
+                f"{mode}: `hx` must be of shape {shape} for this input, got {tuple(state.shape)}; give a state for every layer and "
+                "sample"
+            )
 
 
 def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
