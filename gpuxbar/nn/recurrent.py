@@ -166,7 +166,7 @@ def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor
 
 def _steady(layer: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
     """A layer to be called over and over before anything changes its weights: its devices are looked at now."""
-    return partial(layer, cells=layer.conductances()) if isinstance(layer, AnalogLinear) else layer
+    return partial(layer, steady=layer.steady()) if isinstance(layer, AnalogLinear) else layer
 
 
 def _layer(source: nn.Module, name: str) -> nn.Linear:
