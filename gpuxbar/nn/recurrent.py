@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from gpuxbar.bridge.lstm_gates import lstm_gates
+from gpuxbar.bridge.lstm_sequence import lstm_sequence
 from gpuxbar.nn.layers import AnalogLinear
 from gpuxbar.nn.linear import linear_of
 
@@ -128,14 +131,23 @@ class UnfusedRNN(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Outputs and last state of a layer in one direction over x [T, N, I]; states stand still beyond a sequence's length."""
         layers = dict(self.named_children())
+        products, order = layers["ih" + suffix](x), range(len(x))[:: -1 if suffix.endswith("_reverse") else 1]
+        layer = layers["hh" + suffix]
+        if (
+            self.mode == "LSTM"
+            and lengths is None
+            and not self.proj_size
+            and _unwatched(layer, products, h, c)
+        ):
+            return _lstm_at_once(layer, products, h, c, order)
         hh, hr = (_steady(layers.get(part + suffix)) for part in ("hh", "hr"))
         assert hh is not None
-        gates = layers["ih" + suffix](x).unbind()
+        gates = products.unbind()
         alive = None
         if lengths is not None:
             alive = (torch.arange(len(x))[:, None] < lengths)[..., None].to(x.device)
         outputs = [h] * len(x)
-        for t in reversed(range(len(x))) if suffix.endswith("_reverse") else range(len(x)):
+        for t in order:
             new_h, new_c = _step(self.mode, gates[t], hh(h), h, c)
             new_h = new_h if hr is None else hr(new_h)
             if alive is not None:
@@ -151,6 +163,9 @@ class UnfusedRNN(nn.Module):
 
 def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The next state (h, c) from the products x of the input and y of the state; c is used by the LSTM alone."""
+    if mode == "LSTM" and all(v.is_cpu and v.dtype == torch.float32 for v in (x, y, c)):
+        h, c, _ = lstm_gates(x, y, c)
+        return h, c
     if mode == "LSTM":
         i, f, g, o = (x + y).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -162,6 +177,47 @@ def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor
         return h, h
     h = (x + y).tanh() if mode == "RNN_TANH" else (x + y).relu()
     return h, h
+
+
+def _unwatched(layer: nn.Module, *values: Tensor) -> TypeGuard[AnalogLinear]:
+    """Whether a layer's reads on the CPU need no call and no graph each: none looks at them, and they pass gradients straight."""
+    if type(layer) is not AnalogLinear or torch.compiler.is_compiling() or _has_any_global_hook():
+        return False
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    dac, wires = layer.spec.dac, layer.spec.parasitics
+    return (
+        not any(hooks)
+        and not layer.keeps_operands
+        and not wires.exact_gradient
+        and (dac.signed and dac.range in ("sample", "tensor"))
+        and all(len(v) and v.is_cpu and v.dtype == torch.float32 for v in (*values, layer.weight))
+        and all(type(v) in (Tensor, nn.Parameter) for v in values)
+    )
+
+
+def _lstm_at_once(
+    layer: AnalogLinear, products: Tensor, h: Tensor, c: Tensor, order: range
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`_run` of an LSTM whose layer of the state is `_unwatched`."""
+    layer.require_calibrated()
+    cells = layer.conductances()
+    steps = layer.read_step + torch.arange(1, len(order) + 1)
+    layer.read_step += len(order)
+    converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
+    outputs, h, c = lstm_sequence(
+        products,
+        h,
+        c,
+        layer.weight,
+        layer.bias,
+        cells[:4],
+        converters,
+        steps,
+        layer.plan,
+        layer.static[0],
+        order,
+    )
+    return outputs, (h, c)
 
 
 def _steady(layer: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
