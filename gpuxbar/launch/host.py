@@ -22,7 +22,7 @@ import numpy as np
 from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import cache_dir, kernel_dir, once
 
-__all__ = ["build", "compiler", "host_call", "library", "set_threads"]
+__all__ = ["address", "build", "compiler", "host_call", "library", "set_threads"]
 
 FLAGS = (
     "-std=c++17",
@@ -116,6 +116,13 @@ def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
     function(*[_c_value(arg) for arg in args])
 
 
+def address(array: np.ndarray) -> int:
+    """Where the values of a C-contiguous array lie: sooner known of its buffer than of `array.ctypes`, if it has one to write to."""
+    if array.flags.writeable and array.size:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+    return array.ctypes.data
+
+
 def _c_type(arg: object) -> Any:
     if arg is None or isinstance(arg, np.ndarray):
         return ctypes.c_void_p
@@ -124,7 +131,7 @@ def _c_type(arg: object) -> Any:
 
 def _c_value(arg: Any) -> Any:
     if isinstance(arg, np.ndarray):
-        return arg.ctypes.data
+        return address(arg)
     return arg if arg is None or isinstance(arg, float) else int(arg)
 
 

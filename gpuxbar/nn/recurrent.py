@@ -202,7 +202,6 @@ def _lstm_at_once(
     layer.require_calibrated()
     cells = layer.conductances()
     steps = layer.read_step + torch.arange(1, len(order) + 1)
-    layer.read_step += len(order)
     converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
     outputs, h, c = lstm_sequence(
         products,
@@ -217,6 +216,7 @@ def _lstm_at_once(
         layer.static[0],
         order,
     )
+    layer.read_step += len(order)
     return outputs, (h, c)
 
 
