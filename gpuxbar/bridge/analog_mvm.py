@@ -295,7 +295,13 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     way = _plan(ctx.plan)
     grad_y = grad_y.float()
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
-    gated = (grad_y * gate if gate.numel() else grad_y).contiguous()
+    samples = None if ctx.image else Samples.of(weight)
+    gated, of_product = grad_y.contiguous(), gate if gate.numel() else None
+    if of_product is not None and (ctx.needs_input_grad[0] or ctx.image or samples):
+        gated, of_product = (
+            gated * gate,
+            None,
+        )  # what the weight's gradient alone needs, its product does on the way
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
         read = gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
@@ -304,10 +310,10 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     if ctx.needs_input_grad[1]:
         if ctx.image:
             grad_w = conv_weight_gradient(gated, v, dac_lsb, weight.shape, way).to(weight.dtype)
-        elif (samples := Samples.of(weight)) is not None:
+        elif samples is not None:
             samples.leave(gated, v, dac_lsb)
         else:
-            grad_w = codes_gradient(gated, v, dac_lsb).to(weight.dtype)
+            grad_w = codes_gradient(gated, v, dac_lsb, of_product).to(weight.dtype)
     return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 12
 
 

@@ -26,23 +26,23 @@ __all__ = [
 WORTH_PACKING = 1 << 22  # products; fewer are done sooner by PyTorch, which needs no operator
 
 
-@operator(lambda d, x: d.new_empty(d.shape[1], x.shape[1]))
-def outer_product(d: Tensor, x: Tensor) -> Tensor:
+@operator(lambda d, x, gate=None: d.new_empty(d.shape[1], x.shape[1]))
+def outer_product(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
     """Sum of the outer products of a batch, [O, I], of float32 [B, O] and [B, I] of the CPU: see `ops.outer_product`."""
-    return tensor(ops.outer_product(array(d), array(x)))
+    return tensor(ops.outer_product(array(d), array(x), None if gate is None else array(gate)))
 
 
-def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
-    """Gradient of weights [O, I] of which inputs x [B, I] made outputs, for gradients d [B, O] of these."""
+def weight_gradient(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Gradient of weights [O, I] of which inputs x [B, I] made outputs, for gradients d [B, O] of these, times `gate` if given."""
     if not _on_cpu(d) or d.numel() * x.shape[1] < WORTH_PACKING:
-        return d.t() @ x
-    found: Tensor = outer_product(d, x)
+        return (d if gate is None else d * gate).t() @ x
+    found: Tensor = outer_product(d, x, gate)
     return found
 
 
-def codes_gradient(d: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def codes_gradient(d: Tensor, codes: Tensor, scale: Tensor, gate: Tensor | None = None) -> Tensor:
     """`weight_gradient` for inputs as codes [B, I] in units of `scale`, [1] or [B]."""
-    return weight_gradient(d, codes.to(d.dtype, copy=True).mul_(scale.reshape(-1, 1)))
+    return weight_gradient(d, codes.to(d.dtype, copy=True).mul_(scale.reshape(-1, 1)), gate)
 
 
 class Samples:

@@ -117,10 +117,11 @@ def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
 
 
 def address(array: np.ndarray) -> int:
-    """Where the values of a C-contiguous array lie: sooner known of its buffer than of `array.ctypes`, if it has one to write to."""
-    if array.flags.writeable and array.size:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
-    return array.ctypes.data
+    """Where the values of a C-contiguous array lie."""
+    try:  # several times as fast as `ctypes`
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # not to be written to, or empty
+        return array.ctypes.data
 
 
 def _c_type(arg: object) -> Any:

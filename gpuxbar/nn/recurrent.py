@@ -103,7 +103,7 @@ class UnfusedRNN(nn.Module):
             source = functional.dropout(x, self.dropout, self.training) if depth else x
             both = range(depth * ways, (depth + 1) * ways)
             found = [self._run(self.suffixes[i], source, h[i], c[i], lengths) for i in both]
-            x = torch.cat([outputs for outputs, _ in found], 2)
+            x = torch.cat([outputs for outputs, _ in found], 2) if len(found) > 1 else found[0][0]
             states += [state for _, state in found]
         last_h, last_c = zip(*states, strict=True)
         h, c = torch.stack(last_h), torch.stack(last_c)

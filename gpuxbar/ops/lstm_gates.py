@@ -33,10 +33,10 @@ def lstm_gates(x: Any, y: Any, c: Any) -> tuple[Any, Any, Any]:
     Source:
         Hochreiter and Schmidhuber, Neural Computation 9 (1997), with the forget gate of Gers et al., ibid. 12 (2000).
     """
-    batch, width = _state("c", c)
+    where, batch, width = _state(c)
     for name, array in (("x", x), ("y", y)):
         _check(name, array, (batch, 4 * width))
-    if backend(c) == "reference":
+    if where == "reference":
         h, after, gates = (a.astype(np.float32) for a in reference.lstm_gates(x, y, c))
         return h, after, gates
     h, after, gates = np.empty_like(c), np.empty_like(c), np.empty((batch, 5 * width), np.float32)
@@ -58,11 +58,11 @@ def lstm_gates_gradient(grad_h: Any, grad_c: Any, gates: Any, c: Any) -> tuple[A
     Raises:
         TypeError, ValueError: As `lstm_gates`.
     """
-    batch, width = _state("c", c)
+    where, batch, width = _state(c)
     for name, array in (("grad_h", grad_h), ("grad_c", grad_c)):
         _check(name, array, (batch, width))
     _check("gates", gates, (batch, 5 * width))
-    if backend(c) == "reference":
+    if where == "reference":
         grad_x, before = (
             a.astype(np.float32) for a in reference.lstm_gates_gradient(grad_h, grad_c, gates, c)
         )
@@ -74,15 +74,13 @@ def lstm_gates_gradient(grad_h: Any, grad_c: Any, gates: Any, c: Any) -> tuple[A
     return grad_x, before
 
 
-def _state(name: str, array: Any) -> tuple[int, int]:
-    """Shape of a cell state."""
-    check_array(OP, name, array, "float32", 2)
-    if backend(array) == "cuda":
-        raise TypeError(
-            f"{OP}: `{name}` must be a NumPy array, got CuPy's; on a GPU, step by PyTorch's functions"
-        )
-    batch, width = array.shape
-    return batch, width
+def _state(c: Any) -> tuple[str, int, int]:
+    """The backend of a cell state, and its shape."""
+    check_array(OP, "c", c, "float32", 2)
+    where = backend(c)
+    if where == "cuda":
+        raise TypeError(f"{OP}: `c` must be a NumPy array, got CuPy's; on a GPU, step by PyTorch's functions")
+    return where, *c.shape
 
 
 def _check(name: str, array: Any, shape: tuple[int, int]) -> None:
