@@ -77,6 +77,15 @@ def test_bits_of_gates_do_not_depend_on_threads():
         np.testing.assert_array_equal(a, b)
 
 
+def test_arrays_that_cannot_be_written_to_are_read():
+    arrays = products(3, 2)
+    expected = ops.lstm_gates(*arrays)
+    for a in arrays:
+        a.flags.writeable = False
+    for a, b in zip(ops.lstm_gates(*arrays), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_bad_input_is_named():
     x, y, c = products(3, 2)
     with pytest.raises(ValueError, match=r"`y` must have shape \(3, 8\) for this cell state, got \(3, 4\)"):

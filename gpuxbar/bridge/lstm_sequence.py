@@ -51,19 +51,19 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, cells: Arrays, converters: Arrays,
-        steps: Tensor, way: ReadPlan, plan: str, order: range, want_gate: bool,
+        steps: Tensor, way: ReadPlan, plan: str, order: range, keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         read, outputs, kept = way.forward, x.new_empty(*x.shape[:2], h.shape[1]), []
         ctx.steps, ctx.plan, ctx.order, ctx.has_bias = steps.split(1), plan, order, bias is not None
         for t, step in zip(order, ctx.steps, strict=True):
             lsb = abs_max(h, read.per_sample) / max(read.code_max, 1)
             y, v, gate = analog_mvm.plain(
-                h, weight, *cells, bias, lsb, *converters, step, *NOT_PACKED, plan, want_gate
+                h, weight, *cells, bias, lsb, *converters, step, *NOT_PACKED, plan, keep
             )
             before = c
             h, c, gates = lstm_gates.plain(x[t], y, before)
             outputs[t] = h
-            kept += [v, lsb, gate, gates, before]
+            kept += [v, lsb, gate, gates, before] if keep else []
         g, back_g, noise_var, w_max = cells
         transposed = g if back_g is None else back_g, noise_var, w_max, converters[1], converters[3]
         # A change of the weight, which alone changes g and w_max, is caught here.

@@ -61,7 +61,12 @@ class UnfusedRNN(nn.Module):
     """An `nn.LSTM`, `nn.GRU` or `nn.RNN` as layers `ih_l0`, `hh_l0` and so on, stepped through in time.
 
     It computes the same, and loads its state dicts. All inputs of a layer are read at once, states one step after another;
-    crossbars look for changed weights once a sequence.
+    crossbars look for changed weights once a sequence, and a weight gets one gradient from the samples of all steps.
+
+    On the CPU, the steps of an LSTM in float32 are one function, in which the layer `hh` is not called; outputs and gradients
+    are those of single steps bit for bit, but for the order of the sums that make the gradients of weight and bias. Single
+    steps are taken where the layer has hooks, is updated by products in its array, feels its wires in the gradient or has a
+    DAC range other than that of the state's values, and with a projection or sequences of several lengths.
 
     Args:
         rnn: The module to take parameters and options from.
@@ -204,18 +209,8 @@ def _lstm_at_once(
     steps = layer.read_step + torch.arange(1, len(order) + 1)
     converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
     outputs, h, c = lstm_sequence(
-        products,
-        h,
-        c,
-        layer.weight,
-        layer.bias,
-        cells[:4],
-        converters,
-        steps,
-        layer.plan,
-        layer.static[0],
-        order,
-    )
+        products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.plan, layer.static[0], order
+    )  # fmt: skip
     layer.read_step += len(order)
     return outputs, (h, c)
 
