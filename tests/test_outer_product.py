@@ -39,6 +39,12 @@ def test_sums_match_the_oracle(batch, outputs, inputs):
     assert np.abs(found - expected).max(initial=0) <= max(2 * plain, 1e-6)
 
 
+def test_a_gate_is_a_factor():
+    d, x = case(257, 49, 65)
+    gate = np.random.default_rng(0).integers(0, 3, d.shape).astype(np.float32) / 2
+    np.testing.assert_array_equal(ops.outer_product(d, x, gate), ops.outer_product(d * gate, x))
+
+
 def test_bits_do_not_depend_on_threads():
     d, x = case(300, 100, 200)
     one = ops.outer_product(d, x)
@@ -69,15 +75,27 @@ def test_bad_input_is_named(d, x, message):
         ops.outer_product(d, x)
 
 
+def test_a_gate_of_another_shape_is_named():
+    d, x = case(7, 5, 3)
+    with pytest.raises(ValueError, match=r"`gate` must have the shape of d, \(7, 5\), got \(7, 3\)"):
+        ops.outer_product(d, x, x)
+
+
 def test_operator_is_sound():
     d, x = (torch.from_numpy(a) for a in case(7, 5, 3))
     torch.library.opcheck(torch.ops.gpuxbar.outer_product.default, (d, x))
+    torch.library.opcheck(torch.ops.gpuxbar.outer_product.default, (d, x, torch.rand(d.shape)))
 
 
 @pytest.mark.parametrize("worth", [0, 1 << 30], ids=["ours", "torch"])
-def test_a_layer_takes_its_gradient_from_either(monkeypatch, worth):
+@pytest.mark.parametrize("adc", [{}, {"bits": 4, "range": "fixed", "i_max": 5e-7}], ids=["open", "clipping"])
+def test_a_layer_takes_its_gradient_from_either(monkeypatch, worth, adc):
+    """And the same whether its input needs one or not: the gates of the ADCs then meet the gradient elsewhere."""
     monkeypatch.setattr(bridge, "WORTH_PACKING", worth)
-    layer = AnalogLinear(9, 7, bias=False, spec=CrossbarSpec())
+    layer = AnalogLinear(9, 7, bias=False, spec=CrossbarSpec(adc=adc))
     x, d = torch.randn(5, 9), torch.randn(5, 7)
     layer(x).backward(d)
-    torch.testing.assert_close(layer.weight.grad, d.T @ x, rtol=1e-5, atol=1e-5)
+    alone, layer.weight.grad = layer.weight.grad, None
+    layer(x.requires_grad_()).backward(d)
+    torch.testing.assert_close(layer.weight.grad, alone)
+    assert torch.allclose(alone, d.T @ x, atol=1e-5) == (not adc)

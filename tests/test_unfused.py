@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpuxbar as gx
+from gpuxbar.bridge import outer_product
 from gpuxbar.nn import AnalogConv1d, AnalogLinear, recurrent
 from gpuxbar.nn.attention import UnfusedAttention
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
@@ -121,27 +122,60 @@ def test_a_sequence_reads_its_devices_as_steps_would(more, monkeypatch):
     torch.manual_seed(0)
     plain = nn.LSTM(6, 9, bidirectional=True, proj_size=5)
     models = [gx.convert(plain, gx.CrossbarSpec.model_validate({**CONVERTERS, **more}))[0] for _ in range(2)]
-    x, runs = torch.randn(5, 3, 6), []
+    x, outputs = torch.randn(5, 3, 6), []
     looks = {"of a sequence": 0, "of steps": 0}
+    optimisers = [torch.optim.SGD(model.parameters(), 0.1) for model in models]
     for model, name in zip(models, looks, strict=True):
         gx.calibrate(model, [x], step=lambda batch, model=model: model(batch)[0])
-        if name == "of steps":
-            monkeypatch.setattr(recurrent, "_steady", lambda layer: layer)
         for layer in model.children():
             monkeypatch.setattr(layer, "conductances", counted(layer.conductances, looks, name))
-        optimiser = torch.optim.SGD(model.parameters(), 0.1)
-        found = []
-        for change in changes(model, optimiser):
-            optimiser.zero_grad()
-            y = model(x)[0]
-            y.sin().sum().backward()
-            found += [y.detach(), *(p.grad.clone() for p in model.parameters())]
-            change()
-        runs.append(found)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    outputs = [y for y in runs[0] if y.shape == (5, 3, 10)]
+    for one, other in zip(*map(changes, models, optimisers), strict=True):
+        y, gradients = gradients_of(models[0], x)
+        with monkeypatch.context() as patch:
+            patch.setattr(recurrent, "_steady", lambda layer: layer)
+            y_of_steps, gradients_of_steps = gradients_of(models[1], x)
+        assert torch.equal(y, y_of_steps)
+        torch.testing.assert_close(gradients, gradients_of_steps)  # sums in another order
+        for p, gradient in zip(models[1].parameters(), gradients, strict=True):
+            p.grad = gradient.clone()
+        outputs.append(y)
+        one(), other()
     assert not any(torch.equal(a, b) for a, b in pairwise(outputs))
     assert looks == {"of a sequence": 7 * 2 * 3, "of steps": 7 * 2 * (1 + 2 * 5)}
+
+
+def gradients_of(model, x):
+    """Outputs of a sequence, and new gradients of all parameters."""
+    model.zero_grad()
+    y = model(x)[0]
+    y.sin().sum().backward()
+    return y.detach(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"parasitics": {"r_wordline": 2.0, "gradient": "exact"}}], ids=["plain", "wires"]
+)
+def test_steps_share_one_gradient_of_a_weight(more, monkeypatch):
+    """Whatever part of the graph a backward pass goes through, and how often."""
+    torch.manual_seed(0)
+    model = gx.convert(nn.LSTM(6, 9), gx.CrossbarSpec(tile={"rows": 16, "cols": 16}, **more))[0]
+    weight, x, made = model.hh_l0.weight, torch.randn(5, 3, 6, requires_grad=True), []
+    product = outer_product.weight_gradient
+    monkeypatch.setattr(
+        outer_product, "weight_gradient", lambda d, x, gate: made.append(len(d)) or product(d, x, gate)
+    )
+
+    def gradient(*outputs):
+        return torch.autograd.grad([y.sin().sum() for y in outputs], weight, retain_graph=True)[0]
+
+    y = model(x)[0]
+    whole = gradient(y)
+    assert torch.equal(gradient(y), whole)  # once more
+    torch.autograd.grad(y.sin().sum(), x, retain_graph=True)  # not as far as the weight
+    assert torch.equal(gradient(y), whole)
+    torch.testing.assert_close(gradient(y[:2]) + gradient(y[2:]), whole)
+    torch.testing.assert_close(gradient(y, y[:3]), whole + gradient(y[:3]))
+    assert ([n for n in made if n == 15] == made) == (not more)
 
 
 def counted(function, counts, name):

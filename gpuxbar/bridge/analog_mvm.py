@@ -20,7 +20,7 @@ from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import gradient, operator
-from gpuxbar.bridge.outer_product import conv_weight_gradient, weight_gradient
+from gpuxbar.bridge.outer_product import Samples, codes_gradient, conv_weight_gradient
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
@@ -333,7 +333,13 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     way = _plan(ctx.plan)
     grad_y = grad_y.float()
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
-    gated = (grad_y * gate if gate.numel() else grad_y).contiguous()
+    samples = None if ctx.image else Samples.of(weight)
+    gated, of_product = grad_y.contiguous(), gate if gate.numel() else None
+    if of_product is not None and (ctx.needs_input_grad[0] or ctx.image or samples):
+        gated, of_product = (
+            gated * gate,
+            None,
+        )  # what the weight's gradient alone needs, its product does on the way
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
         read = gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
@@ -341,11 +347,11 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
         grad_x = analog_mvm_transposed_packed(*read, *ctx.packing) if packed else analog_mvm_transposed(*read)
     if ctx.needs_input_grad[1]:
         if ctx.image:
-            grad_w = conv_weight_gradient(gated, v, dac_lsb, weight.shape, way)
+            grad_w = conv_weight_gradient(gated, v, dac_lsb, weight.shape, way).to(weight.dtype)
+        elif samples is not None:
+            samples.leave(gated, v, dac_lsb)
         else:
-            x = v.to(gated.dtype, copy=True).mul_(dac_lsb.reshape(-1, 1))
-            grad_w = weight_gradient(gated, x)
-        grad_w = grad_w.to(weight.dtype)
+            grad_w = codes_gradient(gated, v, dac_lsb, of_product).to(weight.dtype)
     return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 12
 
 

@@ -53,7 +53,7 @@ def conv_of(patch: list[int] | None, x: Tensor, groups: int, crossbar: CrossbarS
 def operator(
     fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function an operator of its name; its annotations are the schema.
+    """Make a function an operator of its name; its annotations are the schema. The function itself is its `plain`.
 
     Args:
         fake: Shapes and dtypes of the results, for tracing.
@@ -68,7 +68,7 @@ def operator(
             LIBRARY.impl(name, function, key)
         torch.library.register_fake(f"gpuxbar::{name}", fake, lib=LIBRARY)
         found = getattr(torch.ops.gpuxbar, name).default
-        found.__doc__ = function.__doc__
+        found.__doc__, found.plain = function.__doc__, function
         return found
 
     return wrap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +15,84 @@ from gpuxbar.bridge.operator import operator
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.ops import ConvGeometry
 
-__all__ = ["conv_outer_product", "conv_weight_gradient", "outer_product", "weight_gradient"]
+__all__ = [
+    "Samples",
+    "codes_gradient",
+    "conv_outer_product",
+    "conv_weight_gradient",
+    "outer_product",
+    "shared_weight",
+]
 
 _geometry = lru_cache(maxsize=4096)(ConvGeometry)
 WORTH_PACKING = 1 << 22  # products; fewer are done sooner by PyTorch, which needs no operator
 
 
-@operator(lambda d, x: d.new_empty(d.shape[1], x.shape[1]))
-def outer_product(d: Tensor, x: Tensor) -> Tensor:
+@operator(lambda d, x, gate=None: d.new_empty(d.shape[1], x.shape[1]))
+def outer_product(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
     """Sum of the outer products of a batch, [O, I], of float32 [B, O] and [B, I] of the CPU: see `ops.outer_product`."""
-    return tensor(ops.outer_product(array(d), array(x)))
+    return tensor(ops.outer_product(array(d), array(x), None if gate is None else array(gate)))
 
 
-def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
-    """Gradient of weights [O, I] of which inputs x [B, I] made outputs, for gradients d [B, O] of these."""
+def weight_gradient(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Gradient of weights [O, I] of which inputs x [B, I] made outputs, for gradients d [B, O] of these, times `gate` if given."""
     if not _on_cpu(d) or d.numel() * x.shape[1] < WORTH_PACKING:
-        return d.t() @ x
-    found: Tensor = outer_product(d, x)
+        return (d if gate is None else d * gate).t() @ x
+    found: Tensor = outer_product(d, x, gate)
     return found
+
+
+def codes_gradient(d: Tensor, codes: Tensor, scale: Tensor, gate: Tensor | None = None) -> Tensor:
+    """`weight_gradient` for inputs as codes [B, I] in units of `scale`, [1] or [B]."""
+    return weight_gradient(d, codes.to(d.dtype, copy=True).mul_(scale.reshape(-1, 1)), gate)
+
+
+class Samples:
+    """What the products with a weight leave in a backward pass, from which one gradient for all of them is made."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.backward_pass = -1  # that they are of
+
+    @staticmethod
+    def of(weight: Tensor) -> Samples | None:
+        """Those of a `shared_weight`; None: every product gives its own gradient."""
+        return getattr(weight.grad_fn, "samples", None)
+
+    def leave(self, d: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """A product's gradients [B, O] of outputs, and its inputs as codes [B, I] in units of `scale`, [1] or [B]."""
+        now = torch._C._current_graph_task_id()
+        if now != self.backward_pass:  # an earlier one did not go on to the weight
+            self.parts, self.backward_pass = [], now
+        self.parts.append((d, codes, scale.expand(len(d))))
+
+    def gradient(self) -> Tensor | None:
+        """Of the weight, [O, I], from what this backward pass has left; None: nothing."""
+        parts, self.parts = self.parts, []
+        if not parts or self.backward_pass != torch._C._current_graph_task_id():
+            return None
+        return codes_gradient(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def shared_weight(weight: Tensor) -> Tensor:
+    """A weight for many products, which gets one gradient from the samples of all; those of a compiled graph each give theirs."""
+    if torch.compiler.is_compiling():
+        return weight
+    shared: Tensor = _Shared.apply(weight)  # type: ignore[no-untyped-call]
+    return shared
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.samples = Samples()
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        (grad,), found = grads, ctx.samples.gradient()  # `grad`: of uses that are no products
+        return grad if found is None else found if grad is None else grad + found
 
 
 @operator(lambda d, x, scale, shape, *geometry: d.new_empty(shape))

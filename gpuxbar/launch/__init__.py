@@ -2,7 +2,7 @@
 
 from gpuxbar.launch.backend import Backend, backend, explain, is_cupy
 from gpuxbar.launch.device import CudaDevice, Device, cuda_device
-from gpuxbar.launch.host import host_call, library, set_threads, threads
+from gpuxbar.launch.host import address, host_call, library, set_threads, threads
 from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar, Struct
 from gpuxbar.launch.trace import span
 
@@ -16,6 +16,7 @@ __all__ = [
     "Out",
     "Scalar",
     "Struct",
+    "address",
     "backend",
     "cuda_device",
     "explain",

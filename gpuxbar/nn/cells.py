@@ -1,4 +1,4 @@
-"""What a read finds in a layer's arrays."""
+"""What reads find in a layer's arrays, and share until these change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Cells"]
+__all__ = ["Cells", "Steady"]
 
 
 class Cells(NamedTuple):
@@ -25,3 +25,15 @@ class Cells(NamedTuple):
     noise_var: Tensor | None
     w_max: Tensor
     version: Tensor
+
+
+class Steady(NamedTuple):
+    """What many reads share before anything changes the layer.
+
+    Attributes:
+        cells: What they find.
+        weight: What their gradients go to: the layer's weight, which gets one gradient of all.
+    """
+
+    cells: Cells
+    weight: Tensor

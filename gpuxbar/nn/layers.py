@@ -13,11 +13,12 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
+from gpuxbar.bridge.outer_product import shared_weight
 from gpuxbar.bridge.reprogram import program_devices, reprogram
 from gpuxbar.bridge.wires import weight_through_wires
 from gpuxbar.mapping import full_current, plan_reads
 from gpuxbar.mapping.plan import Read, ReadPlan
-from gpuxbar.nn.cells import Cells
+from gpuxbar.nn.cells import Cells, Steady
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.ops import PackedConductance
 from gpuxbar.reference import Purpose, normals, uniforms
@@ -297,8 +298,12 @@ class AnalogLayer(InSitu):
             x = x.clamp_min(0)
         return x, top / max(dac.code_max, 1)
 
-    def read(self, x: Tensor, cells: Cells | None = None) -> Tensor:
-        """Products of x with the devices of now, or with `cells`, `conductances()` that have not changed since."""
+    def steady(self) -> Steady:
+        """For reads over and over before anything changes the layer."""
+        return Steady(self.conductances(), shared_weight(self.weight))
+
+    def read(self, x: Tensor, steady: Steady | None = None) -> Tensor:
+        """Products of x with the devices of now, or of `steady()` if nothing has changed since."""
         if x.shape[0] == 0:
             raise ValueError(
                 f"{self.name}: `x` must hold at least one sample, got shape {tuple(x.shape)}; skip empty batches"
@@ -312,7 +317,8 @@ class AnalogLayer(InSitu):
         top = self.dac_top(x)
         x, lsb = self.dac_inputs(x, top)
         bias = None if self.bias is None else self.bias.float()
-        watched = self.keeps_operands and self.weight.requires_grad and torch.is_grad_enabled()
+        cells, weight = (None, self.weight) if steady is None else steady
+        watched = self.keeps_operands and weight.requires_grad and torch.is_grad_enabled()
         if (
             watched
             and self.streams.group is None
@@ -322,10 +328,10 @@ class AnalogLayer(InSitu):
                 f"{self.name}: pulse trains and bit streams must be shared by all ranks of DistributedDataParallel, got a model "
                 "that it wraps itself; wrap it by gpuxbar.distribute(model)"
             )
-        y = self._products(x, self.weight.detach() if watched else self.weight, lsb, bias, cells)
+        y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
         if self.spec.dac.range == "ema" and self.training:
             self.dac_max.copy_(top)
-        y = self.streams.watch(y, self.weight, x) if watched else y
+        y = self.streams.watch(y, weight, x) if watched else y
         return y.to(self.weight.dtype)
 
     def require_calibrated(self) -> None:
@@ -402,9 +408,9 @@ class AnalogLinear(nn.Linear, AnalogLayer):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.setup(spec, name, 1)
 
-    def forward(self, input: Tensor, cells: Cells | None = None) -> Tensor:
-        """As `nn.Linear`'s; `cells` see `read`."""
-        flat = self.read(input.reshape(-1, input.shape[-1]), cells)
+    def forward(self, input: Tensor, steady: Steady | None = None) -> Tensor:
+        """As `nn.Linear`'s; `steady` see `read`."""
+        flat = self.read(input.reshape(-1, input.shape[-1]), steady)
         return flat.reshape(*input.shape[:-1], self.out_features)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from gpuxbar.bridge.lstm_gates import lstm_gates
+from gpuxbar.bridge.lstm_sequence import lstm_sequence
 from gpuxbar.nn.layers import AnalogLinear
 from gpuxbar.nn.linear import linear_of
 
@@ -59,7 +62,12 @@ class UnfusedRNN(nn.Module):
     """An `nn.LSTM`, `nn.GRU` or `nn.RNN` as layers `ih_l0`, `hh_l0` and so on, stepped through in time.
 
     It computes the same, and loads its state dicts. All inputs of a layer are read at once, states one step after another;
-    crossbars look for changed weights once a sequence.
+    crossbars look for changed weights once a sequence, and a weight gets one gradient from the samples of all steps.
+
+    On the CPU, the steps of an LSTM in float32 are one function, in which the layer `hh` is not called; outputs and gradients
+    are those of single steps bit for bit, but for the order of the sums that make the gradients of weight and bias. Single
+    steps are taken where the layer has hooks, is updated by products in its array, feels its wires in the gradient or has a
+    DAC range other than that of the state's values, and with a projection or sequences of several lengths.
 
     Args:
         rnn: The module to take parameters and options from.
@@ -101,7 +109,7 @@ class UnfusedRNN(nn.Module):
             source = functional.dropout(x, self.dropout, self.training) if depth else x
             both = range(depth * ways, (depth + 1) * ways)
             found = [self._run(self.suffixes[i], source, h[i], c[i], lengths) for i in both]
-            x = torch.cat([outputs for outputs, _ in found], 2)
+            x = torch.cat([outputs for outputs, _ in found], 2) if len(found) > 1 else found[0][0]
             states += [state for _, state in found]
         last_h, last_c = zip(*states, strict=True)
         h, c = torch.stack(last_h), torch.stack(last_c)
@@ -134,14 +142,23 @@ class UnfusedRNN(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Outputs and last state of a layer in one direction over x [T, N, I]; states stand still beyond a sequence's length."""
         layers = dict(self.named_children())
+        products, order = layers["ih" + suffix](x), range(len(x))[:: -1 if suffix.endswith("_reverse") else 1]
+        layer = layers["hh" + suffix]
+        if (
+            self.mode == "LSTM"
+            and lengths is None
+            and not self.proj_size
+            and _unwatched(layer, products, h, c)
+        ):
+            return _lstm_at_once(layer, products, h, c, order)
         hh, hr = (_steady(layers.get(part + suffix)) for part in ("hh", "hr"))
         assert hh is not None
-        gates = layers["ih" + suffix](x).unbind()
+        gates = products.unbind()
         alive = None
         if lengths is not None:
             alive = (torch.arange(len(x))[:, None] < lengths)[..., None].to(x.device)
         outputs = [h] * len(x)
-        for t in reversed(range(len(x))) if suffix.endswith("_reverse") else range(len(x)):
+        for t in order:
             new_h, new_c = _step(self.mode, gates[t], hh(h), h, c)
             new_h = new_h if hr is None else hr(new_h)
             if alive is not None:
@@ -167,6 +184,9 @@ def _check_states(mode: str, states: tuple[Tensor, Tensor], shapes: tuple[tuple[
 
 def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The next state (h, c) from the products x of the input and y of the state; c is used by the LSTM alone."""
+    if mode == "LSTM" and all(v.is_cpu and v.dtype == torch.float32 for v in (x, y, c)):
+        h, c, _ = lstm_gates(x, y, c)
+        return h, c
     if mode == "LSTM":
         i, f, g, o = (x + y).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -180,9 +200,40 @@ def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor
     return h, h
 
 
+def _unwatched(layer: nn.Module, *values: Tensor) -> TypeGuard[AnalogLinear]:
+    """Whether a layer's reads on the CPU need no call and no graph each: none looks at them, and they pass gradients straight."""
+    if type(layer) is not AnalogLinear or torch.compiler.is_compiling() or _has_any_global_hook():
+        return False
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    dac, wires = layer.spec.dac, layer.spec.parasitics
+    return (
+        not any(hooks)
+        and not layer.keeps_operands
+        and not wires.exact_gradient
+        and (dac.signed and dac.range in ("sample", "tensor"))
+        and all(len(v) and v.is_cpu and v.dtype == torch.float32 for v in (*values, layer.weight))
+        and all(type(v) in (Tensor, nn.Parameter) for v in values)
+    )
+
+
+def _lstm_at_once(
+    layer: AnalogLinear, products: Tensor, h: Tensor, c: Tensor, order: range
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`_run` of an LSTM whose layer of the state is `_unwatched`."""
+    layer.require_calibrated()
+    cells = layer.conductances()
+    steps = layer.read_step + torch.arange(1, len(order) + 1)
+    converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
+    outputs, h, c = lstm_sequence(
+        products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.plan, layer.static[0], order
+    )  # fmt: skip
+    layer.read_step += len(order)
+    return outputs, (h, c)
+
+
 def _steady(layer: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
     """A layer to be called over and over before anything changes its weights: its devices are looked at now."""
-    return partial(layer, cells=layer.conductances()) if isinstance(layer, AnalogLinear) else layer
+    return partial(layer, steady=layer.steady()) if isinstance(layer, AnalogLinear) else layer
 
 
 def _layer(source: nn.Module, name: str) -> nn.Linear:

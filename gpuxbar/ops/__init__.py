@@ -10,6 +10,7 @@ from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.drift import drift
 from gpuxbar.ops.effective_conductance import Method, effective_conductance
 from gpuxbar.ops.effective_conductance_gradient import effective_conductance_gradient
+from gpuxbar.ops.lstm_gates import lstm_gates, lstm_gates_gradient
 from gpuxbar.ops.outer_product import outer_product
 from gpuxbar.ops.packed_conductance import PackedConductance
 from gpuxbar.ops.program import program, reprogram
@@ -38,6 +39,8 @@ __all__ = [
     "drift",
     "effective_conductance",
     "effective_conductance_gradient",
+    "lstm_gates",
+    "lstm_gates_gradient",
     "outer_product",
     "program",
     "pulse_update",

@@ -15,29 +15,36 @@ __all__ = ["outer_product"]
 OP = "outer_product"
 
 
-def outer_product(d: Any, x: Any) -> Any:
-    """Sum the outer products of a batch: dw[o, i] = sum_b d[b, o] x[b, i].
+def outer_product(d: Any, x: Any, gate: Any = None) -> Any:
+    """Sum the outer products of a batch: dw[o, i] = sum_b d[b, o] gate[b, o] x[b, i].
 
     Args:
         d: Gradients of the outputs, NumPy float32 [B, O].
         x: Inputs, NumPy float32 [B, I].
+        gate: Factors of d, NumPy float32 [B, O]; None: 1.
 
     Returns:
         Gradient of the weights, float32 [O, I]; the same bits on any number of threads.
 
     Raises:
         TypeError: An array has another dtype, or is not NumPy's.
-        ValueError: The batches differ, or an array is not contiguous.
+        ValueError: The batches of d and x or the shapes of d and gate differ, or an array is not contiguous.
     """
     check_array(OP, "d", d, "float32", 2)
     check_array(OP, "x", x, "float32", 2)
     if len(d) != len(x):
         raise ValueError(f"{OP}: `x` must have the batch of d, {len(d)}, got {len(x)}; check the axes")
+    if gate is not None:
+        check_array(OP, "gate", gate, "float32", 2)
+        if gate.shape != d.shape:
+            raise ValueError(
+                f"{OP}: `gate` must have the shape of d, {d.shape}, got {gate.shape}; check the axes"
+            )
     where = backend(d)
     if where == "cuda":
         raise TypeError(f"{OP}: `d` must be a NumPy array, got CuPy's; on a GPU, write d.T @ x")
     if where == "reference":
-        return reference.outer_product(d, x).astype(np.float32)
+        return reference.outer_product(d if gate is None else d * gate, x).astype(np.float32)
     dw = np.empty((d.shape[1], x.shape[1]), np.float32)
-    host_call(library(), "gpuxbar_outer_product", d, x, dw, len(d), *dw.shape)
+    host_call(library(), "gpuxbar_outer_product", d, gate, x, dw, len(d), *dw.shape)
     return dw

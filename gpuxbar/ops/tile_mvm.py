@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import Device, backend, cuda_device, library
+from gpuxbar.launch import Device, address, backend, cuda_device, library
 from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
 from gpuxbar.ops.dac_quantize import Dac, check_dac
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
@@ -448,7 +448,7 @@ def _host(read: _Read, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> Any:
     params = _Params.from_buffer_copy(read.params)
     for name, array in arrays.items():
         if array is not None:
-            setattr(params, name, array.ctypes.data)
+            setattr(params, name, address(array))
     if s["conv"] is not None:
         geometry = Conv.of(s["conv"])
         params.conv = ctypes.addressof(geometry)

@@ -7,6 +7,7 @@ from gpuxbar.reference.device_update import device_update, drawn_devices, read_o
 from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
 from gpuxbar.reference.laws import symmetry_point
+from gpuxbar.reference.lstm_gates import lstm_gates, lstm_gates_gradient
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
 from gpuxbar.reference.outer_product import conv_outer_product, outer_product
 from gpuxbar.reference.program import fingerprint, program, reprogram
@@ -38,6 +39,8 @@ __all__ = [
     "effective_conductance_gradient",
     "fingerprint",
     "fold",
+    "lstm_gates",
+    "lstm_gates_gradient",
     "nodal_conductance",
     "node_voltages",
     "normals",

@@ -1,4 +1,4 @@
-// outer_product on the CPU: dw[o][i] = sum_b d[b][o] x[b][i].
+// outer_product on the CPU: dw[o][i] = sum_b d[b][o] gate[b][o] x[b][i].
 //
 // Outputs and inputs are packed in panels that a block's register tiles find in the caches, and the batch in pieces whose
 // sums are added, so that no sum is longer than a piece. Every weight is summed in one order, so the bits do not depend on
@@ -25,12 +25,18 @@ static_assert(TALL % TILE == 0 && WIDE % (DEEP * LANES) == 0);
 
 constexpr i64 panels(i64 lines, i64 size) { return (lines + size - 1) / size; }
 
-// Panel `p` of SIZE lines of samples [batch, lines], zeros behind the last line.
+// Panel `p` of SIZE lines of samples [batch, lines], times `gate` unless that is null; zeros behind the last line.
 template <i64 SIZE>
-void pack(const float* from, i64 batch, i64 lines, i64 p, float* to) {
+void pack(const float* from, const float* gate, i64 batch, i64 lines, i64 p, float* to) {
   const i64 count = std::min(SIZE, lines - p * SIZE);
-  for (i64 b = 0; b < batch; ++b, to += SIZE)
-    std::fill(std::copy_n(from + b * lines + p * SIZE, count, to), to + SIZE, 0.0f);
+  for (i64 b = 0; b < batch; ++b, to += SIZE) {
+    const i64 at = b * lines + p * SIZE;
+    if (gate)
+      for (i64 j = 0; j < count; ++j) to[j] = from[at + j] * gate[at + j];
+    else
+      std::copy_n(from + at, count, to);
+    std::fill(to + count, to + SIZE, 0.0f);
+  }
 }
 
 // Products of `depth` samples of two panels, added to a block or, the first of them, put there.
@@ -44,18 +50,19 @@ void multiply(i64 depth, const float* d, const float* x, bool first, float (*blo
 
 }  // namespace
 
-extern "C" void gpuxbar_outer_product(const float* d,  // [B, O]
-                                      const float* x,  // [B, I]
-                                      float* dw,       // [O, I]
+extern "C" void gpuxbar_outer_product(const float* d,     // [B, O]
+                                      const float* gate,  // [B, O], or null
+                                      const float* x,     // [B, I]
+                                      float* dw,          // [O, I]
                                       i64 batch, i64 outputs, i64 inputs) {
   const i64 tall = panels(outputs, TALL), wide = panels(inputs, WIDE);
   const std::unique_ptr<float[]> left(new float[tall * TALL * batch]), right(new float[wide * WIDE * batch]);
 #pragma omp parallel
   {
 #pragma omp for schedule(static) nowait
-    for (i64 p = 0; p < tall; ++p) pack<TALL>(d, batch, outputs, p, left.get() + p * TALL * batch);
+    for (i64 p = 0; p < tall; ++p) pack<TALL>(d, gate, batch, outputs, p, left.get() + p * TALL * batch);
 #pragma omp for schedule(static)
-    for (i64 p = 0; p < wide; ++p) pack<WIDE>(x, batch, inputs, p, right.get() + p * WIDE * batch);
+    for (i64 p = 0; p < wide; ++p) pack<WIDE>(x, nullptr, batch, inputs, p, right.get() + p * WIDE * batch);
 #pragma omp for collapse(2) schedule(static)
     for (i64 p = 0; p < tall; ++p)
       for (i64 q = 0; q < wide; ++q) {

@@ -1,0 +1,101 @@
+"""All steps of an LSTM's layer on the CPU as one function: what single steps do, without operators and a graph for each.
+
+Gradient: that of `analog_mvm` for every step, the transposed reads one after another; the weight's is one product of all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, analog_mvm_transposed
+from gpuxbar.bridge.lstm_gates import lstm_gates, lstm_gates_gradient
+from gpuxbar.bridge.outer_product import codes_gradient
+from gpuxbar.mapping.plan import ReadPlan
+
+__all__ = ["lstm_sequence"]
+
+Arrays = tuple[Tensor | None, ...]
+NOT_PACKED = (None,) * 4
+
+
+def lstm_sequence(
+    x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, cells: Arrays, converters: Arrays, steps: Tensor,
+    way: ReadPlan, plan: str, order: range,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Step an LSTM through a sequence; the DAC follows the values of each state.
+
+    Args:
+        x: Products of the inputs, float32 [T, N, 4 H].
+        h, c: First state, float32 [N, H].
+        weight: The layer's of the state; receives the gradient, its values are not used.
+        bias: Added to its products, float32 [4 H], or None.
+        cells: `g`, `back_g`, `noise_var` and `w_max` of `analog_mvm`.
+        converters: `adc_lsb`, `back_adc_lsb`, `adc_error` and `back_adc_error` of it.
+        steps: Read counters in the order of the steps, int64 [T].
+        way, plan: The layer's reads, and the same as JSON.
+        order: Of the inputs.
+
+    Returns:
+        Outputs, float32 [T, N, H], and the last state (h, c).
+    """
+    settings = cells, converters, steps, way, plan, order, torch.is_grad_enabled()
+    found: tuple[Tensor, Tensor, Tensor] = _Sequence.apply(x, h, c, weight, bias, *settings)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Sequence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, cells: Arrays, converters: Arrays,
+        steps: Tensor, way: ReadPlan, plan: str, order: range, keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        read, outputs, kept = way.forward, x.new_empty(*x.shape[:2], h.shape[1]), []
+        ctx.steps, ctx.plan, ctx.order, ctx.has_bias = steps.split(1), plan, order, bias is not None
+        for t, step in zip(order, ctx.steps, strict=True):
+            lsb = abs_max(h, read.per_sample) / max(read.code_max, 1)
+            y, v, gate = analog_mvm.plain(
+                h, weight, *cells, bias, lsb, *converters, step, *NOT_PACKED, plan, keep
+            )
+            before = c
+            h, c, gates = lstm_gates.plain(x[t], y, before)
+            outputs[t] = h
+            kept += [v, lsb, gate, gates, before] if keep else []
+        g, back_g, noise_var, w_max = cells
+        transposed = g if back_g is None else back_g, noise_var, w_max, converters[1], converters[3]
+        # A change of the weight, which alone changes g and w_max, is caught here.
+        ctx.save_for_backward(weight, *transposed, *kept)
+        return outputs, h, c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad_outputs, grad_h, grad_c = grads
+        # a second derivative is refused even where none of these has one
+        return _gradients(ctx, grad_outputs, grad_h, grad_c, torch.zeros(0, requires_grad=True))
+
+
+@once_differentiable
+def _gradients(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, _: Tensor) -> tuple[Any, ...]:
+    weight, g, noise_var, w_max, adc_lsb, adc_error, *kept = ctx.saved_tensors
+    codes, units, gates_of_adc, gates, cells = (kept[k::5] for k in range(5))
+    grad_x = grad_outputs.new_empty(*grad_outputs.shape[:2], len(weight))
+    gated = torch.empty_like(grad_x) if gates_of_adc[0].numel() else grad_x
+    for k in reversed(range(len(ctx.order))):
+        t = ctx.order[k]
+        grad_x[t], grad_c = lstm_gates_gradient.plain(grad_h + grad_outputs[t], grad_c, gates[k], cells[k])
+        if gated is not grad_x:
+            torch.mul(grad_x[t], gates_of_adc[k], out=gated[t])
+        if k or ctx.needs_input_grad[1]:
+            grad_h = analog_mvm_transposed.plain(
+                gated[t], weight, g, noise_var, w_max, adc_lsb, adc_error, ctx.steps[k], [], ctx.plan
+            )
+    grad_w = None
+    if ctx.needs_input_grad[3]:
+        d = gated[list(ctx.order)] if ctx.order.step < 0 else gated  # in the order of the codes
+        units = [unit.expand(grad_x.shape[1]) for unit in units]
+        grad_w = codes_gradient(d.flatten(0, 1), torch.cat(codes), torch.cat(units))
+    grad_bias = grad_x.sum((0, 1)) if ctx.has_bias else None
+    return grad_x, grad_h, grad_c, grad_w, grad_bias, *(None,) * 7
