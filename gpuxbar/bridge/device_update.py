@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device
 from gpuxbar.bridge.operator import operator, slices_of, spec_of
 
-__all__ = ["device_update"]
+__all__ = ["device_update", "require_finite_gradient"]
+
+
+def require_finite_gradient(grad: Tensor, what: str) -> None:
+    """Refuse a gradient that is not finite, on a CPU; on a GPU, looking would wait for the device."""
+    with on_device(grad, "update") as device:
+        if device is None and not np.isfinite(array(grad.sum().float())):
+            bad = int((~torch.isfinite(grad)).sum())
+            raise ValueError(
+                f"{what} must be finite, got {bad} NaN or infinite values; look for a diverging loss or bad data"
+            )
 
 
 @operator(lambda *_: None, mutates_args=("g", "hidden", "weight", "pulse_count"))

@@ -20,7 +20,7 @@ from gpuxbar.nn.layers import AnalogConv2d, AnalogLayer
 __all__ = ["calibrate"]
 
 ROWS = 64  # of a batch are looked at for a layer, and more while these make fewer partial sums than
-SUMS = 1 << 20
+SUMS = 1 << 18
 IMAGES = 16  # are cut into rows at least
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.nn.in_situ import InSitu, layer_of
 from gpuxbar.nn.layers import AnalogLayer
 
@@ -125,13 +126,10 @@ class InSituOptimizer(torch.optim.Optimizer):
         return velocity
 
     def _require_finite(self, parameter: Tensor) -> None:
-        """Refuse a gradient of devices before what is kept of gradients takes it in; on a CPU, where looking is free."""
-        layer, grad = layer_of(parameter), parameter.grad
-        if layer is not None and grad is not None and grad.is_cpu and not torch.isfinite(grad.sum()):
-            raise ValueError(
-                f"{type(self).__name__}: the gradient of {layer.name} must be finite, got {int((~grad.isfinite()).sum())} NaN or "
-                "infinite values; look for a diverging loss or bad data"
-            )
+        """Refuse a gradient of devices before what is kept of gradients takes it in."""
+        layer = layer_of(parameter)
+        if layer is not None and parameter.grad is not None:
+            require_finite_gradient(parameter.grad, f"{type(self).__name__}: the gradient of {layer.name}")
 
     def _named_parts(self) -> dict[int, nn.Module]:
         """Modules by the place of their weight among all parameters."""
