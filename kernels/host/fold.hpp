@@ -60,10 +60,12 @@ class Folded {
   // Where the block that follows is laid out, if every vector of its rows is part of a line: vector v of column j at the
   // returned address + j * column + vector[v]. Else null.
   float* places(i64* vector) {
+    i64 from = 0;
     for (const Part& part : parts) {
       if (part.count % LANES) return nullptr;
       for (i64 line = 0; line < part.lines; ++line)
-        for (i64 x = 0; x < part.count; x += LANES) *vector++ = (&part - parts.data()) * apart + line * pitch + x;
+        for (i64 x = 0; x < part.count; x += LANES) *vector++ = from + line * pitch + x;
+      from += apart;
     }
     return laid.data() + reach;
   }

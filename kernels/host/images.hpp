@@ -99,13 +99,12 @@ struct PatchLines {
     for (auto begin = runs.begin(), end = begin; begin != runs.end(); begin = end) {
       while (end != runs.end() && end->image == begin->image) ++end;
       fill(drive, groups, group, *begin, *(end - 1), values.data());
-      const auto shortest = std::min_element(begin, end, [](const Run& a, const Run& b) { return a.count < b.count; });
       if (c.stride_w == 1)
-        pack_lines<1>(begin, end, shortest->count, a);
+        pack_runs<1>(begin, end, a);
       else if (c.stride_w == 2)
-        pack_lines<2>(begin, end, shortest->count, a);
+        pack_runs<2>(begin, end, a);
       else
-        pack_vectors<1, 1>(begin, end, a);
+        pack_vectors<1, 1>(begin, end, ROW + 1, a);
     }
   }
 
@@ -116,31 +115,29 @@ struct PatchLines {
   }
 
  private:
-  using Place = std::vector<Run>::const_iterator;
+  using Runs = std::vector<Run>::const_iterator;
 
-  // Packs runs of which none is shorter than `count`.
   template <int STRIDE>
-  void pack_lines(Place begin, Place end, i64 count, float* a) const {
-    if (count >= LANES)
-      pack_vectors<LANES, STRIDE>(begin, end, a);
-    else if (count >= 8)
-      pack_vectors<8, STRIDE>(begin, end, a);
-    else
-      pack_vectors<1, STRIDE>(begin, end, a);
+  void pack_runs(Runs begin, Runs end, float* a) const {
+    pack_vectors<LANES, STRIDE>(begin, end, ROW + 1, a);
+    pack_vectors<8, STRIDE>(begin, end, LANES, a);
+    pack_vectors<1, STRIDE>(begin, end, 8, a);
   }
 
-  // The same in vectors of N, the last one of a run over its predecessor; N = 1 serves all strides.
+  // Packs runs of N or more, but fewer than `below`, in vectors of N, the last one over its predecessor. N = 1 serves all
+  // strides.
   template <int N, int STRIDE>
-  void pack_vectors(Place begin, Place end, float* to) const {
+  void pack_vectors(Runs begin, Runs end, i64 below, float* to) const {
     const float* from[ROW];
     i64 row[ROW];
     int count = 0;
     for (auto run = begin; run != end; ++run)
-      for (i64 i = 0; i < run->count; i += N, ++count) {
+      for (i64 i = 0; i < run->count && run->count >= N && run->count < below; i += N, ++count) {
         const i64 at = std::min(i, run->count - N);
         from[count] = values.data() + pixel(*begin, *run) + at * c.stride_w;
         row[count] = run->first + at;
       }
+    if (!count) return;
     for (const i64 place : places) {
       for (int i = 0; i < count; ++i) {
         const float* first = from[i] + place;
