@@ -17,8 +17,9 @@ constexpr int ACROSS = 4;  // vectors of the register tile
 #else
 constexpr int ACROSS = 2;
 #endif
-constexpr int DOWN = 6;  // rows of it
-static_assert(STRIP % (ACROSS * LANES) == 0 && STRIP % 8 == 0);
+constexpr int DOWN = 6;    // rows of it
+constexpr int PAIRED = 4;  // vectors of one of two rows: fewer sums would wait for each other
+static_assert(STRIP % (ACROSS * LANES) == 0 && STRIP % (PAIRED * LANES) == 0 && STRIP % 8 == 0);
 
 // Bitlines of a group, from a multiple of STRIP in the numbering of all outputs; `begin` .. `end` - 1 are real.
 struct Strip {
@@ -73,7 +74,7 @@ inline void multiply_strip(const TileMvm& p, const Strip& strip, const float* m,
   }
   i64 i = 0;
   for (; i + DOWN <= p.batch; i += DOWN) multiply_rows<DOWN, ACROSS>(p, strip, length, a, b, line, i, c);
-  for (; i + 2 <= p.batch; i += 2) multiply_rows<2, ACROSS>(p, strip, length, a, b, line, i, c);
+  for (; i + 2 <= p.batch; i += 2) multiply_rows<2, PAIRED>(p, strip, length, a, b, line, i, c);
   if (i < p.batch) multiply_rows<1, STRIP / LANES>(p, strip, length, a, b, line, i, c);
 }
 
