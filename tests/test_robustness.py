@@ -83,7 +83,7 @@ def test_builds_at_once_leave_one_whole_library(cache, fake_compiler):
 def test_an_interrupted_build_is_not_found_by_the_next(cache, fake_compiler):
     flag = cache.parent / "interrupted"
     cxx = fake_compiler("cxx", f'printf part > "$out"; [ -e {flag} ] || kill -9 $$; printf whole > "$out"')
-    with pytest.raises(CompileError, match=r"cxx failed with status -9; set CXX to g\+\+ 9"):
+    with pytest.raises(CompileError, match=r"cxx failed with status -9; set CXX to g\+\+ 11"):
         host.build(cxx)
     assert list(cache.iterdir()) == []
     flag.touch()
@@ -186,7 +186,7 @@ def test_a_failing_compiler_is_reported_with_its_words(cache, fake_compiler):
     with pytest.raises(CompileError) as caught:
         host.build(cxx)
     assert str(caught.value) == (
-        f"host kernels: {cxx} failed with status 3; set CXX to g++ 9 or clang++ 14 or later, "
+        f"host kernels: {cxx} failed with status 3; set CXX to g++ 11 or clang++ 14 or later, "
         "GPUXBAR_CXXFLAGS to flags that it lacks\nno such header\n"
     )
 

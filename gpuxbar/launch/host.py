@@ -156,7 +156,7 @@ def _run(command: list[str]) -> None:
 def _refusal(command: list[str], done: subprocess.CompletedProcess[str]) -> str:
     return (
         f"host kernels: {command[0]} failed with status {done.returncode}; "
-        f"set CXX to g++ 9 or clang++ 14 or later, GPUXBAR_CXXFLAGS to flags that it lacks\n{done.stderr}"
+        f"set CXX to g++ 11 or clang++ 14 or later, GPUXBAR_CXXFLAGS to flags that it lacks\n{done.stderr}"
     )
 
 

@@ -9,6 +9,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 11
+#error g++ 11 or later is needed: reads that g++ 9 builds crash
+#endif
+
 namespace gpuxbar {
 
 #if defined(__AVX512F__)
