@@ -54,6 +54,13 @@ def test_a_running_range_that_has_seen_nothing_is_that_of_the_call():
     )
 
 
+def test_a_running_range_goes_on_by_its_momentum():
+    layer = linear(dac={"bits": 8, "range": "ema", "momentum": 0.75})
+    for factor in (1.0, 2.0):
+        layer(factor * inputs())
+    torch.testing.assert_close(layer.dac_max, 1.25 * inputs().abs().max().view(1))
+
+
 @pytest.mark.parametrize("other", [{"range": "tensor"}, {"range": "fixed", "max": 40.0}])
 def test_the_spec_says_a_fixed_range_whatever_was_saved(other):
     layer = linear(dac={"bits": 8, "range": "fixed", "max": 4.0})
@@ -98,6 +105,21 @@ def test_images_are_calibrated_by_the_range_of_the_image():
         gx.calibrate(layer, [x])
         ranges.append(layer.adc_range.item())
     assert ranges[1] / ranges[0] == pytest.approx(13 / 127)
+
+
+def test_images_are_calibrated_as_they_are_padded():
+    """A bright pixel in the corner comes under every weight of a kernel only around the edges."""
+    spec = gx.CrossbarSpec.model_validate({"adc": {"bits": 8, "percentile": 100}})
+    layer, ranges = AnalogConv2d(1, 2, 3, padding=1, padding_mode="circular", spec=spec), []
+    nn.init.constant_(layer.weight, 0.01)
+    with torch.no_grad():
+        layer.weight[:, :, 2, 2] = 1.0
+    x = torch.zeros(1, 1, 4, 4)
+    x[..., 0, 0] = 1.0
+    for images in (x, x.roll((2, 2), (2, 3))):
+        gx.calibrate(layer, [images])
+        ranges.append(layer.adc_range.item())
+    assert ranges[0] == pytest.approx(ranges[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -203,6 +225,11 @@ def test_a_weight_that_something_else_changed_is_not_lost(act):
     ("change", "text"),
     [
         ({"device": {"g_max": 2e-5}}, r"g_max 1e-05 \(here 2e-05\)"),
+        ({"device": {"g_min": 2e-6}}, r"g_min 1e-06 \(here 2e-06\)"),
+        (
+            {**TRAINED, "carry": {"scheme": "accumulate", "headroom_bits": 2}},
+            r"headroom_bits 0 \(here 2\)",
+        ),
         ({"mapping": {"slices": 2, "slice_bits": 4}}, r"slice_bits 3 \(here 4\)"),
         (
             {"mapping": {"slices": 2, "slice_bits": 3, "line_order": "position_channel"}},
@@ -243,13 +270,19 @@ def test_programmed_devices_age_alike_in_a_model_of_another_seed_and_name():
     assert not torch.equal(other(inputs()), layer(inputs()))
 
 
-@pytest.mark.parametrize("change", [{"r_wordline": 2.0}, {"anchor": "mean_field"}, {"r_sink": 20.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parasitics": {"r_wordline": 2.0}}, {"parasitics": {"anchor": "mean_field"}}, {"parasitics": {"r_sink": 20.0}},
+        {"device": {"g_max": 9e-5}}, {"seed": 1},
+    ],
+)  # fmt: skip
 def test_anchors_of_other_wires_are_solved_anew(change):
     wires = {"r_wordline": 20.0, "terminations": "line", "anchor": "ladder", "refresh_interval": 10}
-    device = {"g_max": 1e-4}
-    layer, fresh, loaded = (
-        linear(device=device, parasitics={**wires, **more}) for more in ({}, change, change)
+    base = gx.CrossbarSpec.model_validate(
+        {"device": {"g_max": 1e-4}, "programming": {"stuck_at_g_min": 0.1}, "parasitics": wires}
     )
+    layer, fresh, loaded = (linear(**base.with_overrides(more).model_dump()) for more in ({}, change, change))
     layer(inputs())
     loaded.load_state_dict(layer.state_dict())
     assert torch.equal(loaded(inputs()), fresh(inputs()))
