@@ -18,6 +18,7 @@ from rich.progress import Progress
 from torch import nn
 from typer.testing import CliRunner
 
+import gpuxbar as gx
 from gpuxbar import ops
 from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure, parasitics, updates
 from gpuxbar.bench.__main__ import app
@@ -26,6 +27,8 @@ from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bench.record import END, START, _commit, readme_tables, rewrite_readme, rows_of
 from gpuxbar.bench.study import Study
+from gpuxbar.nn import AnalogLinear
+from gpuxbar.spec import CrossbarSpec
 
 run = CliRunner().invoke
 ROOT = Path(__file__).parent.parent
@@ -157,6 +160,27 @@ def test_a_wrong_result_is_refused_without_a_number(tmp_path, monkeypatch):
     assert "oracle" in result.output
     assert "results are off" in result.output
     assert not record.exists()
+
+
+@pytest.mark.parametrize("ranged", ["sample", "tensor"])
+def test_layers_are_compared_on_values_off_the_edges_of_codes(ranged):
+    spec = {
+        "dac": {"bits": 4, "range": ranged},
+        "adc": {"bits": 12},
+    }
+    torch.manual_seed(0)
+    layer = AnalogLinear(30, 20, spec=CrossbarSpec.model_validate(spec))
+    lines = torch.arange(-15, 15) / 2
+    x = torch.stack([lines.clamp(-7), 3 * lines.clamp(-7)])  # every other one on an edge
+    top = layer.dac_top(x)
+    found = cases._off_edges(x, top / 7, layer.plan.forward)
+    torch.testing.assert_close(layer.dac_top(found), top)
+    codes = found / (top / 7).view(-1, 1)
+    assert (codes - codes.round()).abs().max() <= 0.3 + 1e-5
+    assert (codes - codes.round()).abs().mean() > 0.1
+    gx.calibrate(layer, [x])
+    grad = torch.arange(-15, 15)[:20].expand(2, 20) / 2
+    assert cases._layer_error(layer, x, grad) < 1e-5
 
 
 def test_a_wrong_layer_is_refused(monkeypatch):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from cuda_shim import FORWARD, REVERSE, ShimDevice
 
+import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.bridge.chop import chop
+from gpuxbar.nn import AnalogLinear
 
 SEED = 2**40 + 7
 
@@ -73,3 +75,13 @@ def test_bad_input_is_refused(name):
     with pytest.raises(error, match=f"chop: {text}"):
         ops.chop(values.pop("sign"), values.pop("lines"), step=1, **values)
     np.testing.assert_array_equal(before, change.get("sign", np.ones((2, 5))))
+
+
+def test_every_transfer_draws_anew():
+    layer = AnalogLinear(40, 8, spec=gx.CrossbarSpec.model_validate({"update": {"law": "constant_step"}}))
+    optimiser = gx.optim.ChoppedTikiTakaV2([layer.weight], lr=0.1, lines=40, flip=0.3)
+    fast = optimiser.parts[layer.weight]
+    for _ in range(2):
+        layer.weight.grad = torch.ones(8, 40)
+        optimiser.step()
+    assert 0 < (fast.sign < 0).sum() < 40  # the same draws would take back what they flipped

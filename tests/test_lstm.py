@@ -181,6 +181,7 @@ def test_what_needs_single_steps_gets_them(monkeypatch):
     at_once.clear()
     for more in (
         {"dac": {"bits": 8, "range": "fixed", "max": 1.0}},
+        {"dac": {"bits": 8, "signed": False}},
         {"update": {"law": "soft_bounds", "up": 2, "down": 2}, "pulses": {}},
     ):
         model = lstm_of(**more)
@@ -191,6 +192,9 @@ def test_what_needs_single_steps_gets_them(monkeypatch):
     model = lstm_of()
     model.hh_l0.register_forward_pre_hook(lambda *_: None)
     model(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    lstm_of()(x)
+    handle.remove()
     model = lstm_of()
     model(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2, 1])))
     model = lstm_of().bfloat16()

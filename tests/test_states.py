@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import gpuxbar as gx
+from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
 TRAINED = {"update": {"law": "constant_step"}}
@@ -51,6 +52,13 @@ def test_a_running_range_that_has_seen_nothing_is_that_of_the_call():
     assert torch.equal(
         layer.eval()(2 * inputs()), layer(inputs().sign() * layer.dac_max.minimum(2 * inputs().abs()))
     )
+
+
+def test_a_running_range_goes_on_by_its_momentum():
+    layer = linear(dac={"bits": 8, "range": "ema", "momentum": 0.75})
+    for factor in (1.0, 2.0):
+        layer(factor * inputs())
+    torch.testing.assert_close(layer.dac_max, 1.25 * inputs().abs().max().view(1))
 
 
 @pytest.mark.parametrize("other", [{"range": "tensor"}, {"range": "fixed", "max": 40.0}])
@@ -97,6 +105,21 @@ def test_images_are_calibrated_by_the_range_of_the_image():
         gx.calibrate(layer, [x])
         ranges.append(layer.adc_range.item())
     assert ranges[1] / ranges[0] == pytest.approx(13 / 127)
+
+
+def test_images_are_calibrated_as_they_are_padded():
+    """A bright pixel in the corner comes under every weight of a kernel only around the edges."""
+    spec = gx.CrossbarSpec.model_validate({"adc": {"bits": 8, "percentile": 100}})
+    layer, ranges = AnalogConv2d(1, 2, 3, padding=1, padding_mode="circular", spec=spec), []
+    nn.init.constant_(layer.weight, 0.01)
+    with torch.no_grad():
+        layer.weight[:, :, 2, 2] = 1.0
+    x = torch.zeros(1, 1, 4, 4)
+    x[..., 0, 0] = 1.0
+    for images in (x, x.roll((2, 2), (2, 3))):
+        gx.calibrate(layer, [images])
+        ranges.append(layer.adc_range.item())
+    assert ranges[0] == pytest.approx(ranges[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -152,6 +175,35 @@ def test_other_weights_for_a_call_are_not_read_from_the_same_devices(programmed)
     torch.testing.assert_close(layer(inputs()), y)
 
 
+@pytest.mark.parametrize("programmed", [True, False])
+def test_another_weight_in_the_place_of_a_freed_one_is_refused(programmed):
+    layer = linear(**TRAINED)
+    if programmed:
+        gx.program(layer)
+    else:
+        layer.begin_in_situ()
+    version = layer.weight._version
+    place = id(layer.weight)
+    for _ in range(50):
+        layer.weight = nn.Parameter(torch.zeros(8, 20))
+        if id(layer.weight) == place:
+            break
+    with torch.no_grad():
+        while layer.weight._version != version:
+            layer.weight.add_(1)
+    with pytest.raises(ValueError, match="`weight` must"):
+        layer(inputs())
+
+
+def test_a_weight_of_nan_is_not_what_cells_read():
+    layer = linear(**TRAINED)
+    layer.begin_in_situ()
+    with torch.no_grad():
+        layer.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="must be what the cells read once trained in situ, got 1 other"):
+        layer(inputs())
+
+
 @pytest.mark.parametrize("act", ["update", "relax", "program"])
 def test_a_weight_that_something_else_changed_is_not_lost(act):
     layer = linear(**TRAINED, retention={"tau": 10.0})
@@ -173,6 +225,11 @@ def test_a_weight_that_something_else_changed_is_not_lost(act):
     ("change", "text"),
     [
         ({"device": {"g_max": 2e-5}}, r"g_max 1e-05 \(here 2e-05\)"),
+        ({"device": {"g_min": 2e-6}}, r"g_min 1e-06 \(here 2e-06\)"),
+        (
+            {**TRAINED, "carry": {"scheme": "accumulate", "headroom_bits": 2}},
+            r"headroom_bits 0 \(here 2\)",
+        ),
         ({"mapping": {"slices": 2, "slice_bits": 4}}, r"slice_bits 3 \(here 4\)"),
         (
             {"mapping": {"slices": 2, "slice_bits": 3, "line_order": "position_channel"}},
@@ -193,13 +250,39 @@ def test_programmed_devices_that_mean_other_weights_are_refused(change, text):
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
-@pytest.mark.parametrize("change", [{"r_wordline": 2.0}, {"anchor": "mean_field"}, {"r_sink": 20.0}])
+def test_programmed_devices_age_alike_in_a_model_of_another_seed_and_name():
+    drift = {"drift": {"nu": 0.05, "nu_std": 0.02}}
+    layer = linear(**drift)
+    other = AnalogLinear(20, 8, spec=gx.CrossbarSpec.model_validate({**drift, "seed": 2**62 + 5}), name="b")
+    gx.program(layer)
+    gx.age(layer, "1h")
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(inputs()), layer(inputs()))
+    twin = saved(other)
+    for model in (layer, other, twin):
+        gx.age(model, "1y")
+    assert torch.equal(other(inputs()), layer(inputs()))
+    assert torch.equal(twin(inputs()), layer(inputs()))
+    gx.program(other)
+    gx.program(layer)
+    for model in (layer, other):
+        gx.age(model, "1y")
+    assert not torch.equal(other(inputs()), layer(inputs()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parasitics": {"r_wordline": 2.0}}, {"parasitics": {"anchor": "mean_field"}}, {"parasitics": {"r_sink": 20.0}},
+        {"device": {"g_max": 9e-5}}, {"seed": 1},
+    ],
+)  # fmt: skip
 def test_anchors_of_other_wires_are_solved_anew(change):
     wires = {"r_wordline": 20.0, "terminations": "line", "anchor": "ladder", "refresh_interval": 10}
-    device = {"g_max": 1e-4}
-    layer, fresh, loaded = (
-        linear(device=device, parasitics={**wires, **more}) for more in ({}, change, change)
+    base = gx.CrossbarSpec.model_validate(
+        {"device": {"g_max": 1e-4}, "programming": {"stuck_at_g_min": 0.1}, "parasitics": wires}
     )
+    layer, fresh, loaded = (linear(**base.with_overrides(more).model_dump()) for more in ({}, change, change))
     layer(inputs())
     loaded.load_state_dict(layer.state_dict())
     assert torch.equal(loaded(inputs()), fresh(inputs()))
@@ -255,6 +338,45 @@ def test_gradients_of_gradients_are_refused():
     (grad,) = torch.autograd.grad(layer(x.sin()).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("algorithm", ["InSituSGD", "MixedPrecision", "TikiTaka"])
+@pytest.mark.parametrize("bad", ["nan", "weight", "programmed"])
+def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
+    model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 8), linear(**TRAINED))
+    optimiser = getattr(gx.optim, algorithm)(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    last, text = model[2], "`weight` must"
+    if bad == "nan":
+        last.weight.grad[1, 1], text = torch.nan, f"{algorithm}: the gradient of linear must be finite, got 1"
+    elif bad == "weight":
+        last.weight.data[0, 0] += 1.0
+        torch.autograd.graph.increment_version(last.weight)
+    else:
+        gx.program(last)
+    before, kept = state_of(model), copy.deepcopy(optimiser.state_dict())
+    with pytest.raises(ValueError, match=text):
+        optimiser.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert str(optimiser.state_dict()) == str(kept)
+
+
+def test_errors_of_pulse_trains_are_refused_before_a_step_changes_anything():
+    model = nn.Sequential(linear(**TRAINED), linear(**TRAINED, pulses={}))
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    model[0].weight.grad = torch.ones(8, 20)
+    model[1](inputs()).sum().mul(torch.nan).backward()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="InSituSGD: the gradient of linear must be finite, got 256 NaN"):
+        optimiser.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 6e4), (torch.float32, 3e38)])
+def test_gradients_whose_sum_overflows_are_finite(dtype, value):
+    require_finite_gradient(torch.full((9,), value, dtype=dtype), "it")
 
 
 @pytest.mark.parametrize("settings", [{"momentum": 0.9}, {"transfer_every": 5}])

@@ -424,3 +424,29 @@ def test_all_of_it_trains_in_situ(network):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+def test_second_derivatives_through_a_shared_weight_are_refused(kind):
+    torch.manual_seed(0)
+    model, _ = gx.convert(kind(6, 5), gx.CrossbarSpec.model_validate({"dac": {"bits": 8}}))
+    x = torch.randn(1, 3, 6)  # a single step, whose gradient no other read passes on
+    (grad,) = torch.autograd.grad(model(x)[0].square().sum(), model.hh_l0.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_shared_weight_gets_the_gradient_of_all_its_products_and_of_other_uses(clips):
+    torch.manual_seed(0)
+    adc = {"bits": 6, "range": "fixed", "i_max": 2e-6 if clips else 2e-5}
+    dac = {"bits": 8, "range": "sample"}
+    layer = AnalogLinear(20, 8, spec=gx.CrossbarSpec.model_validate({"dac": dac, "adc": adc}))
+    x = torch.randn(12, 20) * torch.arange(1.0, 13.0)[:, None]
+    expected = torch.autograd.grad(layer(x).sum() + layer.weight.square().sum(), layer.weight)[0]
+    steady = layer.steady()
+    y = [layer(part, steady=steady) for part in x.split(5)]
+    loss = torch.cat(y).sum() + steady.weight.square().sum()
+    for _ in range(2):
+        found = torch.autograd.grad(loss, layer.weight, retain_graph=True)[0]
+        torch.testing.assert_close(found, expected)

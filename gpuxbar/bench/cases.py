@@ -17,8 +17,10 @@ from torch.nn import functional
 from gpuxbar import ops, reference
 from gpuxbar.bench import updates
 from gpuxbar.bench.plain import Tiles, on_tiles
+from gpuxbar.bridge.analog_mvm import driven_gradient
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import set_threads
+from gpuxbar.mapping.plan import Read
 from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import InSituSGD
@@ -386,14 +388,14 @@ def _layers_error(model: nn.Module, step: Callable[[], object]) -> float:
     """Each crossbar layer on two samples of a step, forwards and backwards, by the library and by the oracle."""
     layers = [m for m in model.modules() if isinstance(m, (AnalogLinear, AnalogConv2d))]
     seen: dict[nn.Module, dict[str, Tensor]] = {layer: {} for layer in layers}
-    rng = torch.Generator().manual_seed(0)
-
-    def nudged(values: Tensor) -> Tensor:  # what came out of converters sits on the edges of the next ones
-        return values.detach()[:2] * (1 + 0.01 * torch.rand(values[:2].shape, generator=rng))
 
     def watch(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        seen[layer]["x"] = nudged(args[0])
-        y.register_hook(lambda grad: seen[layer].update(grad=nudged(grad)))
+        def rows(values: Tensor) -> Tensor:  # as the layer drives them
+            found = values.detach()[:2]
+            return found if isinstance(layer, AnalogConv2d) else found.reshape(-1, found.shape[-1])
+
+        seen[layer]["x"] = rows(args[0])
+        y.register_hook(lambda grad: seen[layer].update(grad=rows(grad)))
 
     hooks = [layer.register_forward_hook(watch) for layer in layers]
     step()
@@ -405,8 +407,15 @@ def _layers_error(model: nn.Module, step: Callable[[], object]) -> float:
 def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) -> float:
     """Error that 98 % of a result's and the gradients' values stay below, relative to their root mean square.
 
-    The other 2 % are left to codes on a rounding edge and to what they carry into the gradients.
+    DACs drive values off the edges of their codes, where a difference in the last place would become one of a code. The other
+    2 % are left to ADC codes on an edge.
     """
+    _, lsb = layer.dac_inputs(x, layer.dac_top(x))
+    x = _off_edges(x, lsb, layer.plan.forward)
+    w_max = layer.conductances().w_max
+    driven, lsb = driven_gradient(grad, w_max, layer.plan)
+    scale = (w_max * layer.plan.unit).view(-1, *[1] * (grad.dim() - 2))
+    grad = _off_edges(driven, lsb, layer.plan.backward) / scale
 
     def results() -> tuple[Tensor, ...]:
         layer.read_step.fill_(7)  # the same draws
@@ -430,6 +439,16 @@ def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) ->
             "2e-3 is allowed"
         )
     return worst
+
+
+def _off_edges(values: Tensor, lsb: Tensor, read: Read) -> Tensor:
+    """Values of the same codes of a DAC, each at most 0.3 of a code from its middle; the largest code, which sets `lsb`, on it."""
+    if not read.code_max:
+        return values
+    unit = lsb.view(-1, *[1] * (values.dim() - 1))
+    codes = (values / unit).round()
+    off = 0.6 * torch.rand(codes.shape, generator=torch.Generator().manual_seed(0)) - 0.3
+    return (codes + off * (codes.abs() < read.code_max)) * unit
 
 
 @contextmanager

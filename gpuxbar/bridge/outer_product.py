@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
@@ -90,9 +91,17 @@ class _Shared(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
-        (grad,), found = grads, ctx.samples.gradient()  # `grad`: of uses that are no products
-        return grad if found is None else found if grad is None else grad + found
+    def backward(ctx: Any, *grads: Any) -> Tensor | None:
+        # a second derivative is refused even where all samples were left, and none of these has one
+        found: Tensor | None = _sum(ctx.samples, grads[0], torch.zeros(0, requires_grad=True))
+        return found
+
+
+@once_differentiable
+def _sum(samples: Samples, grad: Tensor | None, _: Tensor) -> Tensor | None:
+    """Gradient of a weight from the samples of its products, and from uses that are no products."""
+    found = samples.gradient()
+    return grad if found is None else found if grad is None else grad + found
 
 
 @operator(lambda d, x, scale, shape, *geometry: d.new_empty(shape))

@@ -276,8 +276,11 @@ class InSitu(Programmed):
 
     def require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""
-        if not torch.compiler.is_compiling() and self._read != self.mark():
+        if not torch.compiler.is_compiling() and not self._is_read_out():
             self._compare_read_out()
+
+    def _is_read_out(self) -> bool:
+        return self._read is not None and self._read.is_of(self.weight)
 
     def _compare_read_out(self) -> None:
         assert self.w_max is not None
@@ -287,7 +290,7 @@ class InSitu(Programmed):
             # other machines round sums otherwise, and weights of a lower precision hold less
             last = ROUNDING * torch.finfo(torch.float32).eps * self.w_max.view(self.groups_, -1, 1)
             off = (self.by_line(self.weight.float()) - read).abs()
-            off = off > last + torch.finfo(self.weight.dtype).eps * read.abs()
+            off = ~(off <= last + torch.finfo(self.weight.dtype).eps * read.abs())  # NaN is off
         if off.any():
             raise ValueError(
                 f"{self.name}: `weight` must be what the cells read once trained in situ, got {int(off.sum())} other "
@@ -336,7 +339,7 @@ class InSitu(Programmed):
         self._own_weight()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_read": self._read == self.mark()}
+        return super().__getstate__() | {"_read": self._is_read_out()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ from gpuxbar.reference.tile_mvm import LINE_ORDERS
 
 __all__ = ["Mark", "Programmed"]
 
-Mark = tuple[int, int]
-
-HELD = ("g_programmed", "w_programmed", "written_as", "age", "gain", "ageings")  # buffers of the state dict
+HELD = (
+    "g_programmed",
+    "w_programmed",
+    "written_as",
+    "device_seed",
+    "age",
+    "gain",
+    "ageings",
+)  # buffers of the state dict
 WRITTEN_AS = (
     "g_min",
     "g_max",
@@ -26,6 +33,18 @@ WRITTEN_AS = (
     "headroom_bits",
     "line_order",
 )  # what conductances mean by a weight
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """Which weight a layer had, which is held so that no other takes its place in memory, and how often it was changed in place."""
+
+    weight: Tensor
+    version: int
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether this is that weight, unchanged."""
+        return self.weight is weight and self.version == weight._version
 
 
 class Programmed(Wires):
@@ -38,7 +57,8 @@ class Programmed(Wires):
     carries (0 without), and place of the line order among those known (0 where all are one). A checkpoint of others is refused.
     `age`: time since, s, float32 [1]; `ageings`: how often the devices were looked at, int64 [1].
     `gain`: factor that compensates for drift, float32 [1]; 1 without compensation.
-    With the layer's seed and `write_step` they fix the aged devices, which are made anew when a checkpoint is loaded.
+    `device_seed`: the seed of the layer that was programmed, int64 [1]; its devices age alike in a layer of another seed or name.
+    With `write_step` they fix the aged devices, which are made anew when a checkpoint is loaded.
     """
 
     weight: Tensor
@@ -51,6 +71,7 @@ class Programmed(Wires):
     gain: Tensor | None
     ageings: Tensor | None
     written_as: Tensor | None
+    device_seed: Tensor | None
     aged: Tensor | None
     aged_variance: Tensor | None
 
@@ -61,9 +82,12 @@ class Programmed(Wires):
             self.register_buffer(name, None, persistent=False)
         self._held: Mark | None = None  # of the weight that was programmed
 
+    def _is_held(self) -> bool:
+        return self._held is not None and self._held.is_of(self.weight)
+
     def mark(self) -> Mark:
-        """Which weight the layer has, and how often it was changed in place."""
-        return id(self.weight), self.weight._version
+        """The layer's weight as it is now."""
+        return Mark(self.weight, self.weight._version)
 
     @property
     def programmed(self) -> bool:
@@ -81,6 +105,7 @@ class Programmed(Wires):
         """Read these devices from now on, and start their time."""
         self.g_programmed, self.w_programmed = g, w_max
         self.written_as = self._written_as().to(g.device)
+        self.device_seed = torch.tensor([self.plan.seed], device=g.device)
         self.age = torch.zeros(1, dtype=torch.float32, device=g.device)
         self.gain = torch.ones(1, dtype=torch.float32, device=g.device)
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
@@ -113,9 +138,10 @@ class Programmed(Wires):
 
     def _make_aged(self) -> None:
         assert self.g_programmed is not None
+        assert self.device_seed is not None
         assert self.age is not None
-        step = int(self.write_step.item())
-        devices = drift(self.g_programmed, self.age.item(), step, self.static[1], self.plan.seed)
+        step, seed = int(self.write_step.item()), int(self.device_seed.item())
+        devices = drift(self.g_programmed, self.age.item(), step, self.static[1], seed)
         variance = self.device_variance(devices)
         if self.seen is None and self.planes.merge != "offset":
             base = 2 ** (self.spec.mapping.slice_bits or 0)
@@ -136,7 +162,7 @@ class Programmed(Wires):
         assert self.w_programmed is not None
         assert self.gain is not None
         assert self.ageings is not None
-        if not torch.compiler.is_compiling() and self._held != self.mark():
+        if not torch.compiler.is_compiling() and not self._is_held():
             raise ValueError(
                 f"{self.name}: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write "
                 "it, or gpuxbar.unprogram(model) to go on training"
@@ -148,7 +174,7 @@ class Programmed(Wires):
         return self.through_wires(self.aged, self.aged_variance, w_max, self.ageings)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": self._held == self.mark()}  # a copied weight has marks of its own
+        return self.__dict__ | {"_held": self._is_held()}  # a copied weight has marks of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -158,7 +184,8 @@ class Programmed(Wires):
         saved = {name: state_dict[f"{prefix}{name}"] for name in HELD if f"{prefix}{name}" in state_dict}
         if "written_as" in saved:
             self._require_written_as(saved["written_as"])
-        if not self.programmed:
+        if saved and not self.programmed:
+            self.device_seed = torch.tensor([self.plan.seed], device=self.weight.device)
             for name, value in saved.items():
                 setattr(self, name, torch.empty_like(value, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *more)

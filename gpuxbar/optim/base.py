@@ -30,6 +30,9 @@ MOMENTUM = Rule("at least 0 and below 1", lambda value: 0 <= value < 1, "0.9")
 class InSituOptimizer(torch.optim.Optimizer):
     """An optimiser that writes crossbar weights through their devices, and others by SGD with momentum.
 
+    A step that meets a layer it cannot write, or on a CPU a gradient of a layer that is not finite, is refused before it changes
+    anything.
+
     A subclass has `rules`, one a setting, and `_write`, which turns a gradient into writes of a layer's cells; what it
     keeps for a layer beyond its cells is the module that `_begin` returns. At the end of a step all cells lose what
     `spec.retention` says, whether they were written or not. The state dict holds these modules too:
@@ -93,6 +96,8 @@ class InSituOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self._require_ready(parameter)
         for group in self.param_groups:
             for parameter in group["params"]:
                 layer = layer_of(parameter)
@@ -116,7 +121,6 @@ class InSituOptimizer(torch.optim.Optimizer):
         assert parameter.grad is not None
         if not momentum:
             return parameter.grad
-        self._require_finite(parameter)
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = parameter.grad.clone()
@@ -125,11 +129,19 @@ class InSituOptimizer(torch.optim.Optimizer):
         velocity: Tensor = state["momentum"]
         return velocity
 
-    def _require_finite(self, parameter: Tensor) -> None:
-        """Refuse a gradient of devices before what is kept of gradients takes it in."""
+    def _require_ready(self, parameter: Tensor) -> None:
+        """Refuse a layer that cannot be written, and a gradient that cannot be written to it."""
         layer = layer_of(parameter)
-        if layer is not None and parameter.grad is not None:
-            require_finite_gradient(parameter.grad, f"{type(self).__name__}: the gradient of {layer.name}")
+        if layer is None:
+            return
+        errors = [] if parameter.grad is None else [parameter.grad]
+        if layer.streams.group is None:  # else all ranks refuse together, once they have each other's
+            errors += [grad_y for _, grad_y in layer.streams.pairs]
+        if errors:
+            layer.require_unprogrammed("weight")
+            layer.require_read_out()
+        for error in errors:
+            require_finite_gradient(error, f"{type(self).__name__}: the gradient of {layer.name}")
 
     def _named_parts(self) -> dict[int, nn.Module]:
         """Modules by the place of their weight among all parameters."""

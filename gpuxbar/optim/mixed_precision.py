@@ -65,7 +65,6 @@ class MixedPrecision(InSituOptimizer):
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
         part = self.parts[weight]
         assert isinstance(part, Accumulator)
-        self._require_finite(weight)
         pulse = pulse_weight(layer)
         velocity = layer.by_line(self._velocity(weight, group["momentum"]))
         part.waiting -= group["lr"] * velocity / pulse
