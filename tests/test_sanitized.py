@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.launch.host import compiler
+from gpuxbar.launch.sources import kernel_dir
 
 FOLD = r"""
 #include "fold.hpp"
