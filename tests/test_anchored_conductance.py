@@ -9,6 +9,7 @@ from test_effective_conductance import RON, WIRES, tiles
 
 from gpuxbar import ops
 from gpuxbar.ops import Anchor
+from gpuxbar.ops.effective_conductance import corrected_conductance
 
 STRONG = {"r_wordline": 2.5, "r_bitline": 2.5, "r_source": 1000.0, "r_sink": 1000.0}
 
@@ -43,6 +44,17 @@ def test_error_stays_small_and_is_known(approximation, bound):
             assert off.max() / 3 < anchor.error.max() < 3 * off.max()
         assert (found >= 0).all()
     assert bound / 10 < max(worst) < bound
+
+
+@pytest.mark.parametrize("cell", [0, 15, 16, -1])
+def test_drift_of_any_cell_counts(cell):
+    """Of 35 cells, three of which fill no vector."""
+    (g,) = drifting((2, 5, 7), 1)
+    start = g.copy()
+    start[1].flat[cell] += np.float32(0.3 / RON)
+    found, drift = corrected_conductance(g, np.zeros_like(g), start, method="ladder", **STRONG)
+    np.testing.assert_array_equal(found, ops.effective_conductance(g, method="ladder", **STRONG))
+    np.testing.assert_allclose(drift, errors(g, start), rtol=1e-6)
 
 
 def test_every_tile_has_its_turn():

@@ -237,6 +237,26 @@ def test_silent_passes_and_many_planes_match_oracle(shape, transposed):
     assert_matches(y, expected, s["adc_lsb"], weight=16, share=1e-2)
 
 
+@pytest.mark.parametrize("batch", [5, 60], ids=["few", "block"])
+def test_codes_of_one_sign_drive_every_stream(batch):
+    """A stream of negative digits alone is not silent."""
+    _, g = case(1, 40, 24)
+    codes = -np.random.default_rng(2).integers(1, 128, (batch, 40)).astype(np.int16)
+    s = {"stream_bits": 4, "streams": 2, "v_lsb": 1e-3}
+    y, expected = ops.tile_mvm(codes, g, **s), reference.tile_mvm(codes, g, **s)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_folded_panels_and_planes_that_take_turns_add_up():
+    """A transposed convolution of more planes and panels than are packed at a time."""
+    conv = ConvGeometry(64, 6, 6, (3, 3))
+    rng = np.random.default_rng(5)
+    g = rng.uniform(-G_MAX, G_MAX, (2, conv.inputs, 2048)).astype(np.float32)
+    v = rng.uniform(-1, 1, (1, 2048, *conv.out)).astype(np.float32)
+    s = {"conv": conv, "transposed": True, "slice_scale": np.array([1.0, -0.5], np.float32)}
+    assert_convolution_matches(ops.tile_mvm(v, g, **s), reference.tile_mvm(v, g, **s))
+
+
 def test_same_bits_for_any_chunk_of_the_batch():
     codes, g = case(101, 70, 37)
     s = {"tile_rows": 32, "adc_bits": 8, "adc_lsb": 1e-7, "read_noise": 1e-7, "v_lsb": 1e-3, "seed": SEED}
@@ -329,6 +349,7 @@ FITTED = [
     pytest.param((3, 5, 4, 9), False, id="images"),
     pytest.param((3, 5, 4, 9), True, id="a-range-each"),
     pytest.param((1, 40, 1, 1), True, id="one-pixel"),
+    pytest.param((3, 1, 5, 7), False, id="one-channel"),
     pytest.param((0, 3), False, id="empty"),
 ]
 

@@ -155,23 +155,24 @@ class Folded {
       typedef i32 Index __attribute__((vector_size(32)));
       constexpr Index low{0, 8, 1, 9, 2, 10, 3, 11}, high{4, 12, 5, 13, 6, 14, 7, 15};
       for (; i + 8 <= count; i += 8) {
-        const Part even = sum_taps<TAPS, Part>(from + i, kx, 0), odd = sum_taps<TAPS, Part>(from + i, kx, 1);
+        const Part even = sum_taps<TAPS, 8>(from + i, kx, 0), odd = sum_taps<TAPS, 8>(from + i, kx, 1);
         *(Part*)(to + 2 * i) += __builtin_shuffle(even, odd, low);
         *(Part*)(to + 2 * i + 8) += __builtin_shuffle(even, odd, high);
       }
     }
     for (; i < count; ++i)
       for (i64 phase = 0; phase < c.stride_w; ++phase)
-        to[i * c.stride_w + phase] += sum_taps<TAPS, float>(from + i, kx, phase);
+        to[i * c.stride_w + phase] += sum_taps<TAPS, 1>(from + i, kx, phase);
   }
 
-  // Of the taps that are `phase` behind whole strides.
-  template <int TAPS, class Value>
-  Value sum_taps(const float* from, i64 kx, i64 phase) const {
-    Value sum{};
+  // N sums of the taps that are `phase` behind whole strides.
+  template <int TAPS, int N>
+  typename Floats<N>::Vec sum_taps(const float* from, i64 kx, i64 phase) const {
+    using V = typename Floats<N>::Vec;
+    V sum{};
     for (int t = 0; t < TAPS; ++t) {
       const i64 shift = (kx + t) * c.dilation_w;
-      if (shift % c.stride_w == phase) sum += *(const Value*)(from + t * column - shift / c.stride_w);
+      if (shift % c.stride_w == phase) sum += *(const V*)(from + t * column - shift / c.stride_w);
     }
     return sum;
   }

@@ -30,9 +30,10 @@ struct Rows {
   i64 vector[VECTORS];
 };
 
-// c[j][i] = sum_k a[k][i] b[k][j] for V vectors of rows, from vector `first` on, and MICRO columns.
+// c[j][i] = sum_k a[k][i] b[k][j] for V vectors of rows, from vector `first` on, and MICRO columns. A function of
+// its own has the registers for itself: among the caller's values, the loop would fetch its pointers anew at every step.
 template <int V>
-inline void multiply(i64 length, const Rows& rows, i64 first, const float* b, float* c) {
+__attribute__((noinline)) void multiply(i64 length, const Rows& rows, i64 first, const float* b, float* c) {
   const float* part[V];
   for (int v = 0; v < V; ++v) part[v] = rows.a + rows.vector[first + v];
   const i64* line = rows.line;

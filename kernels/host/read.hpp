@@ -27,8 +27,8 @@ struct TileMvm {
   u64 seed;
   double v_lsb;
 
-  // Largest and smallest ADC code.
-  float code_max() const { return (float)((1 << (adc_signed ? adc_bits - 1 : adc_bits)) - 1); }
+  // Largest and smallest ADC code; 0 without an ADC.
+  float code_max() const { return adc_bits ? (float)((1 << (adc_signed ? adc_bits - 1 : adc_bits)) - 1) : 0.0f; }
   float code_min() const { return adc_signed ? -code_max() : 0.0f; }
 };
 

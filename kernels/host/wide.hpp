@@ -34,6 +34,10 @@ template <>
 struct Floats<8> {
   typedef float Vec __attribute__((vector_size(32), aligned(4)));
 };
+template <>
+struct Floats<1> {
+  typedef float Vec;
+};
 
 typedef u64 Wide __attribute__((vector_size(4 * LANES), may_alias));
 
