@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -186,20 +187,23 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-def layer_of(**overrides):
+def layer_on(spec, **overrides):
     torch.manual_seed(0)
     return AnalogLinear(
-        12, 7, spec=gx.CrossbarSpec.model_validate(PULSED).with_overrides(overrides), name="layer"
+        12, 7, spec=gx.CrossbarSpec.model_validate(spec).with_overrides(overrides), name="layer"
     )
+
+
+layer_of = partial(layer_on, PULSED)
 
 
 def run(layer, steps, seed=0):
     train(layer, gx.optim.InSituSGD(layer.parameters(), lr=0.05), steps, seed)
 
 
-@pytest.mark.parametrize("overrides", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_a_resumed_run_equals_an_uninterrupted_one(overrides):
-    whole, first, second = (layer_of(**overrides) for _ in range(3))
+def trained_and_resumed(make):
+    """A layer after ten steps; one that was saved and loaded after five is the same."""
+    whole, first, second = (make() for _ in range(3))
     run(whole, 5)
     run(whole, 5, seed=1)
     run(first, 5)
@@ -208,6 +212,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(overrides):
     for key, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
     assert whole.carry_step.item() == 10
+    return whole
+
+
+@pytest.mark.parametrize("overrides", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_a_resumed_run_equals_an_uninterrupted_one(overrides):
+    whole = trained_and_resumed(partial(layer_of, **overrides))
     if overrides:
         used = (whole.pulse_count != 0).reshape(2, 4, -1).any(2)
         assert used.tolist() == [[True, False, False, False]] * 2

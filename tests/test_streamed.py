@@ -6,8 +6,8 @@ where backends may cut it otherwise.
 
 from __future__ import annotations
 
-import copy
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,13 +26,13 @@ from test_carry import (
     lie,
     units_of,
 )
-from test_in_situ_devices import train
+from test_pulse_slices import layer_on, trained_and_resumed
 from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.launch import set_threads
-from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.nn import AnalogConv2d
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import Agarwal, Carry, ConstantStep, Endurance, Ideal, SoftBounds
 
@@ -372,27 +372,12 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-def layer_of(**overrides):
-    torch.manual_seed(0)
-    spec = gx.CrossbarSpec.model_validate(STREAMED).with_overrides(overrides)
-    return AnalogLinear(12, 7, spec=spec, name="layer")
-
-
-def run(layer, steps, seed=0):
-    train(layer, gx.optim.InSituSGD(layer.parameters(), lr=0.05), steps, seed)
+layer_of = partial(layer_on, STREAMED)
 
 
 @pytest.mark.parametrize("overrides", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_a_resumed_run_equals_an_uninterrupted_one(overrides):
-    whole, first, second = (layer_of(**overrides) for _ in range(3))
-    run(whole, 5)
-    run(whole, 5, seed=1)
-    run(first, 5)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    run(second, 5, seed=1)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
-    assert whole.carry_step.item() == 10
+    whole = trained_and_resumed(partial(layer_of, **overrides))
     assert whole.weight.grad is None
     if overrides:
         used = (whole.pulse_count != 0).reshape(2, 4, -1).any(2)

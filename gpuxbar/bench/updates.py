@@ -108,13 +108,7 @@ def streamed(batch: int = 32, inputs: int = 1024, outputs: int = 1024) -> tuple[
             cells, x, d, law=LAW.model_dump(), carry=rule.model_dump(), **settings
         )[0]
 
-    worked = g.copy()
-    tx, td = torch.from_numpy(x), torch.from_numpy(d)
-    run: Run = {
-        "ideal": lambda: td.T @ tx,
-        "gpuxbar": lambda: ours(worked, x, d),
-    }
-    return run, lambda: _part_error(ours, oracle, g, x, d)
+    return _of_samples(ours, oracle, g, x, d)
 
 
 def carries(batch: int = 256, inputs: int = 1024, outputs: int = 1024) -> tuple[Run, Callable[[], float]]:
@@ -194,14 +188,23 @@ def pulse_update(
             cells, x, d, law=law.model_dump(), train=train.model_dump(), **settings
         )[0]
 
-    worked = g.copy()
-    tx, td = torch.from_numpy(x), torch.from_numpy(d)
-    run: Run = {
-        "ideal": lambda: td.T @ tx,
-        "gpuxbar": lambda: ours(worked, x, d),
-    }
+    run, check = _of_samples(ours, oracle, g, x, d)
     if mode == "exact" and find_spec("aihwkit") is not None:
-        run["aihwkit"] = partial(_aihwkit(law, train, wanted, outputs, inputs).update, tx, td)
+        tile = _aihwkit(law, train, wanted, outputs, inputs)
+        run["aihwkit"] = partial(tile.update, torch.from_numpy(x), torch.from_numpy(d))
+    return run, check
+
+
+def _of_samples(
+    ours: Callable[..., object],
+    oracle: Callable[..., np.ndarray],
+    g: np.ndarray,
+    x: np.ndarray,
+    d: np.ndarray,
+) -> tuple[Run, Callable[[], float]]:
+    """An update of cells by samples beside their outer product, and its check."""
+    worked, tx, td = g.copy(), torch.from_numpy(x), torch.from_numpy(d)
+    run: Run = {"ideal": lambda: td.T @ tx, "gpuxbar": lambda: ours(worked, x, d)}
     return run, lambda: _part_error(ours, oracle, g, x, d)
 
 

@@ -336,10 +336,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     samples = None if ctx.image else Samples.of(weight)
     gated, of_product = grad_y.contiguous(), gate if gate.numel() else None
     if of_product is not None and (ctx.needs_input_grad[0] or ctx.image or samples):
-        gated, of_product = (
-            gated * gate,
-            None,
-        )  # what the weight's gradient alone needs, its product does on the way
+        gated = gated * gate
+        of_product = None  # else the weight's gradient alone needs it, whose product does it on the way
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
         read = gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
