@@ -24,7 +24,6 @@ Pair = tuple[Any, np.ndarray]  # what the device finds, and the oracle
 
 INPUTS, OUTPUTS, BATCH = 4096, 2048, 256
 TILES, SIDE = 6000, 128
-RANGE = WINDOW["g_max"] - WINDOW["g_min"]
 SETTINGS: dict[str, Any] = {**WINDOW, "seed": 1, "step": 3}
 TRAIN = PulseTrain(length=31, bound_management=False, mode="aggregated")
 
