@@ -207,6 +207,15 @@ def test_in_situ_training_by_a_named_algorithm(in_tmp):
     assert "train: `optimizer` must be an in-situ algorithm, got 'agd'; did you mean" in wrong.output
 
 
+def test_bench_is_a_command():
+    listed = run(app, ["bench", "--list"])
+    assert listed.exit_code == 0, listed.output
+    assert "lenet5-step" in listed.output
+    why = run(app, ["bench", "--explain", "sm_90"])
+    assert why.exit_code == 0, why.output
+    assert "strategy: wgmma" in why.output
+
+
 def test_the_package_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "gpuxbar", "train", "--preset", "nope"], capture_output=True, text=True

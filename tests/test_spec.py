@@ -49,6 +49,15 @@ def test_a_spec_survives_copies():
     assert spec.adc.bits == 5
 
 
+def test_a_spec_shows_what_differs_from_the_defaults():
+    assert str(gx.CrossbarSpec()) == "CrossbarSpec()"
+    shown = str(gx.presets.demo())
+    assert shown == (
+        "CrossbarSpec(mapping=Mapping(scheme='subtracted'), dac=DAC(bits=8), adc=ADC(bits=8, percentile=100.0), "
+        "read_noise=ReadNoise(sigma=2e-08), update=Agarwal(nu=0.1, gamma=0.02, cycle=0.1))"
+    )
+
+
 def test_files_may_be_partial_and_write_numbers_as_people_do(tmp_path):
     (tmp_path / "a.yaml").write_text("device: {g_max: 2e-5}\nread_noise:\n  sigma: 1E-6\n")
     spec = gx.load_spec(tmp_path / "a.yaml")
