@@ -183,6 +183,25 @@ def test_values_of_a_command_line(text, value):
             "CrossbarSpec: `carry.interval` must be an integer from 1 and below 2147483648, got 0; the default is 64",
         ),
         (
+            {"update": {"law": "agarwal"}, "refresh": {"interval": 10}},
+            "CrossbarSpec: `update.sides` must be one_sided with refresh.interval, got 'both'; only such pairs fill up: choose it, "
+            "or refresh.interval=None",
+        ),
+        (
+            {"refresh": {"interval": 10}},
+            "CrossbarSpec: `update.sides` must be one_sided with refresh.interval, got no law; only such pairs fill up: choose it, "
+            "or refresh.interval=None",
+        ),
+        (
+            {**SLICED, "update": {"law": "agarwal", "sides": "one_sided"}, "refresh": {"interval": 10}},
+            "CrossbarSpec: `refresh.interval` must be None for 2 slices, got 10; carries write pairs anew of which both devices "
+            "have gained a unit",
+        ),
+        (
+            {"refresh": {"interval": 0}},
+            "CrossbarSpec: `refresh.interval` must be an integer from 1 and below 2147483648, or null, got 0; the default is null",
+        ),
+        (
             {"update": {"law": "agarwl"}},
             "CrossbarSpec: `update.law` must be a known law, got 'agarwl'; did you mean `agarwal`?",
         ),

@@ -33,6 +33,7 @@ from gpuxbar.spec.model import (
     Tile,
 )
 from gpuxbar.spec.pulses import PulseTrain, check_train
+from gpuxbar.spec.refresh import Refresh
 
 __all__ = [
     "ADC",
@@ -59,6 +60,7 @@ __all__ = [
     "Programming",
     "PulseTrain",
     "ReadNoise",
+    "Refresh",
     "Retention",
     "SoftBounds",
     "SpecError",
