@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import explain, set_threads
-from gpuxbar.nn import calibrate, convert
+from gpuxbar.nn import calibrate, convert, telemetry
 from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.spec import CrossbarSpec, save_spec
 from gpuxbar.spec.errors import nearest
@@ -56,7 +56,7 @@ class Run:
 
 
 def train(run: Run) -> list[dict[str, Any]]:
-    """Run or resume; returns one record per mode and epoch, as written to metrics.jsonl."""
+    """Run or resume; returns one record per mode and epoch, as written to metrics.jsonl, with `telemetry` of crossbar layers."""
     modes = _modes(run)
     _check_device(run.device)
     if run.threads is not None:
@@ -94,9 +94,14 @@ def train(run: Run) -> list[dict[str, Any]]:
                 loss = _epoch(model, optimiser, data, run, epoch)
                 seconds = time.perf_counter() - started
                 accuracy = _accuracy(model, data, run.device)
-                records.append(
-                    {"mode": mode, "epoch": epoch, "loss": loss, "accuracy": accuracy, "seconds": seconds}
-                )
+                record = {
+                    "mode": mode,
+                    "epoch": epoch,
+                    "loss": loss,
+                    "accuracy": accuracy,
+                    "seconds": seconds,
+                }
+                records.append(record | ({} if mode == "ideal" else {"layers": _layers(model)}))
                 saved["states"][mode] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
                 _write(run, saved)
                 progress.advance(bar)
@@ -161,6 +166,11 @@ def _accuracy(model: nn.Module, data: Data, device: str) -> float:
             x, t = data.batch(slice(start, start + 256), test=True, device=device)
             right += int((model(x).argmax(1) == t).sum())
     return right / len(data.x_test)
+
+
+def _layers(model: nn.Module) -> list[dict[str, Any]]:
+    """Telemetry of the crossbar layers."""
+    return [asdict(layer) for layer in telemetry(model).layers]
 
 
 def _identity(run: Run, data: Data) -> dict[str, Any]:
