@@ -227,7 +227,7 @@ def training_table(rows: list[dict[str, Any]]) -> str:
         )
     first = rows[0]
     runs = f"{first['epochs']} epochs of digits on {first['threads']} CPU threads, {len(first['on_exact_wires'])} networks each."
-    return "\n".join([*out, "", runs])
+    return "\n".join([*out, "", runs, *_machines(rows)])
 
 
 def rewrite_readme(readme: Path, rows: list[dict[str, Any]]) -> None:
