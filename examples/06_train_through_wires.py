@@ -108,7 +108,7 @@ for name, alike in runs.items():
             "on_exact_wires": deployed, "ms_a_step": ms, "estimated_error": error, "threads": torch.get_num_threads(),
             "wires": WIRES,
         }  # fmt: skip
-        append(Path(sys.argv[3]), row | environment(Path(__file__).parent))
+        append(Path(sys.argv[3]), row | environment(Path(__file__).parent.parent))
 axis.set(xlabel="epoch", ylabel="test accuracy")
 axis.grid(alpha=0.3)
 axis.legend(fontsize=7)
