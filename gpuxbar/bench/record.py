@@ -1,4 +1,4 @@
-"""Recorded rows: one JSON line a measured case, and the README tables made of them."""
+"""Recorded rows: one JSON line a measured case, and the tables of the READMEs made of them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,30 @@ __all__ = [
     "environment",
     "put_table",
     "readme_tables",
-    "rewrite_readme",
+    "rewrite_readmes",
     "rows_of",
+    "summary_table",
     "training_table",
     "updates_table",
     "wires_table",
 ]
 
 START, END = (
-    "<!-- gpuxbar.bench: generated, see `python -m gpuxbar.bench --readme` -->",
+    "<!-- gpuxbar.bench: generated, see `gpuxbar bench --readme` -->",
     "<!-- /gpuxbar.bench -->",
 )
+READS = "reads on tiles of 128 x 128 both ways, 8-bit DAC and ADC, noise"
+SUMMARY = {  # case: training step, what is computed as on crossbars
+    "lenet5-step": ("LeNet-5, batch 64", READS),
+    "resnet20-step": ("ResNet-20, batch 32", READS),
+    "transformer-step": ("transformer layer of 256, 8 x 64 tokens", READS),
+    "lstm-step": ("LSTM of 256, 35 tokens, batch 32", READS),
+    "resnet20-in-situ-step": ("ResNet-20, batch 32", "the same reads, updates by pulse trains"),
+    "txsim-resnet20-in-situ-step": (
+        "ResNet-20, batch 32", "TxSim's devices, law and tiles in situ, wires solved for a tenth of the tiles a step",
+    ),
+    "txsim-sliced-resnet20-in-situ-step": ("ResNet-20, batch 32", "the same, each weight in 16 slices of 2 bits"),
+}  # fmt: skip
 NOT_RUN = "not yet run on a GPU"
 # what a GPU is to show, per case: H200, 4096 x 4096 x 4096, 128-row tiles
 GPU_ROWS = (
@@ -42,6 +55,12 @@ GPU_ROWS = (
 GPU_WIRES = (
     ("exact", "<= 40 ms in all"), ("mean field", "<= 3 ms in all"), ("ladder", "<= 1 ms in all"),
 )  # fmt: skip
+
+
+PAGES = {  # where the tables stand
+    "summary": "README.md", "wires-training": "README.md", "reads": "examples/README.md", "updates": "examples/README.md",
+    "wires": "examples/README.md",
+}  # fmt: skip
 
 
 def environment(root: Path) -> dict[str, Any]:
@@ -75,7 +94,8 @@ def _commit(root: Path) -> str:
         return done.stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--", ".", ":!examples/results", ":!README.md")
+        pages = (f":!{page}" for page in {*PAGES.values()})
+        dirty = git("status", "--porcelain", "--", ".", ":!examples/results", *pages)
         return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -230,19 +250,28 @@ def training_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*out, "", runs, *_machines(rows)])
 
 
-def rewrite_readme(readme: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the tables of the rows between the markers of a README: each kind of rows has a place of its own."""
+def summary_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of what training steps cost, of the rows of all cases of `SUMMARY`."""
+    out = ["| training step | as on crossbars | times the ideal step of PyTorch |", "|---|---|---|"]
+    found = {row["case"]: row for row in rows}
+    for case, (step, what) in SUMMARY.items():
+        out.append(f"| {step} | {what} | {found[case]['ratio']['gpuxbar']:.2f} |")
+    return "\n".join([*out, "", *_machines([found[case] for case in SUMMARY])])
+
+
+def rewrite_readmes(root: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the tables of the rows between the markers of the pages under `root`: each kind of rows has a place of its own."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(_kind(row["case"]), []).append(row)
-    for kind, table, start, end in (
-        ("reads", readme_tables, START, END),
-        ("updates", updates_table, *_markers("updates")),
-        ("wires", wires_table, *_markers("wires")),
-        ("wires-training", training_table, *_markers("wires-training")),
-    ):
-        if kind in kinds:
-            put_table(readme, table(kinds[kind]), start, end)
+    if {row["case"] for row in rows} >= SUMMARY.keys():
+        kinds["summary"] = rows
+    tables = {
+        "reads": readme_tables, "updates": updates_table, "wires": wires_table, "wires-training": training_table,
+        "summary": summary_table,
+    }  # fmt: skip
+    for kind, of_kind in kinds.items():
+        put_table(root / PAGES[kind], tables[kind](of_kind), *_markers(kind))
 
 
 def _kind(case: str) -> str:
@@ -253,6 +282,8 @@ def _kind(case: str) -> str:
 
 
 def _markers(kind: str) -> tuple[str, str]:
+    if kind == "reads":
+        return START, END
     return START.replace("gpuxbar.bench:", f"gpuxbar.bench {kind}:"), END.replace("bench", f"bench {kind}")
 
 
