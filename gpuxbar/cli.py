@@ -186,6 +186,8 @@ def fit(
         table.add_row(
             way, str(count), f"{found.explained[k]:.3f}", f"{found.distance[k]:.3f}", f"{found.limit[k]:.3f}"
         )
+    if found.law.law != "lookup_table":
+        console.print(f"[bold]law[/bold] {escape(repr(found.law))}", highlight=False, soft_wrap=True)
     console.print(table)
     outcome = "passes" if found.passed else "fails"
     console.print(f"the law's distribution {outcome} the hold-out check at 1 %", highlight=False)

@@ -144,6 +144,7 @@ def test_a_measurement_is_fitted_reported_and_saved(tmp_path):
     assert load_spec(out).update.law == "lookup_table"
     law = CliRunner().invoke(app, ["fit", str(csv), "--law", "soft_bounds", "--out", str(out)])
     assert law.exit_code == 0, law.output
+    assert re.search(r"law SoftBounds\(.*pulses=", law.output)
     assert load_spec(out).update.law == "soft_bounds"
     wrong = CliRunner().invoke(app, ["fit", str(csv), "--bins", "4"])
     assert wrong.exit_code == 2

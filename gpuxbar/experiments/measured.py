@@ -152,6 +152,16 @@ def fit_table(
         bins: 2, 3, 5 or 9.
         g_min, g_max: Window, S; the extremes of `g_before` if None.
         seed: Of the choice of the held-out pulses.
+
+    Returns:
+        The law, its window, and how it does on what was held out.
+
+    Raises:
+        ValueError: `bins` is another number, a bin has too few pulses, pulses lie outside the window, or changes do not go the
+            way of their direction.
+
+    Source:
+        Agarwal et al., IJCNN 2016 (tables of measured changes).
     """
     _require_bins("fit_table", bins)
     window, train, test = _prepared("fit_table", pulses, g_min, g_max, seed)
@@ -210,6 +220,12 @@ def fit_law(
             "power_step", "soft_bounds".
         bins: Of a piecewise step: as for `fit_table`.
         g_min, g_max, seed: As for `fit_table`.
+
+    Returns:
+        The law, its window, and how it does on what was held out.
+
+    Raises:
+        ValueError: The law is not one of these; else as `fit_table`.
     """
     known = (*SHAPES, "piecewise_step")
     if law not in known:

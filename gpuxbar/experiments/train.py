@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ def train(run: Run) -> list[dict[str, Any]]:
                 if mode != "ideal":  # converter ranges follow the weights
                     sample = data.sample(256, device=run.device)
                     calibrate(model, [sample], loss=nn.functional.cross_entropy)
-                loss = _epoch(model, optimiser, data, run, epoch)
+                loss = _epoch(model, optimiser, data, run, epoch, partial(progress.advance, bar))
                 seconds = time.perf_counter() - started
                 accuracy = _accuracy(model, data, run.device)
                 record = {
@@ -104,7 +106,7 @@ def train(run: Run) -> list[dict[str, Any]]:
                 records.append(record | ({} if mode == "ideal" else {"layers": _layers(model)}))
                 saved["states"][mode] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
                 _write(run, saved)
-                progress.advance(bar)
+                progress.update(bar, completed=epoch + 1)
     _plot(records, run.folder / "curves.png")
     return records
 
@@ -143,8 +145,10 @@ def _check_device(device: str) -> None:
         raise ValueError("train: `device` must be there, got cuda and no usable GPU; train on cpu")
 
 
-def _epoch(model: nn.Module, optimiser: Any, data: Data, run: Run, epoch: int) -> float:
-    """One pass over the training part in an order of its own; returns the mean loss."""
+def _epoch(
+    model: nn.Module, optimiser: Any, data: Data, run: Run, epoch: int, advance: Callable[[float], None]
+) -> float:
+    """One pass over the training part in an order of its own, whose share done `advance` hears; returns the mean loss."""
     order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(run.seed + epoch))
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     model.train()
@@ -155,6 +159,7 @@ def _epoch(model: nn.Module, optimiser: Any, data: Data, run: Run, epoch: int) -
         loss.backward()
         optimiser.step()
         total += loss.detach() * len(part)
+        advance(len(part) / len(data.x))
     return total.item() / len(data.x)
 
 

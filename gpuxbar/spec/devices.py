@@ -299,7 +299,13 @@ DEVICES: dict[str, Callable[[], PublishedDevice]] = {
 
 
 def published_device(name: str) -> PublishedDevice:
-    """A device of the literature by name."""
+    """A device of the literature by name, as `gpuxbar devices` lists them.
+
+    `published_device("pcm").spec(refresh={"interval": 40})` is a crossbar of them, otherwise ideal but for what is laid over it.
+
+    Raises:
+        SpecError: The name is unknown.
+    """
     if name not in DEVICES:
         raise SpecError(f"published_device: `name` must be a device, got {name!r}; {nearest(name, DEVICES)}")
     return DEVICES[name]()
