@@ -24,6 +24,7 @@ from gpuxbar import ops
 from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure, parasitics, updates
 from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.cases import Contenders
+from gpuxbar.bench.gpu_table import gpu_table
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bench.record import END, START, SUMMARY, _commit, readme_tables, rewrite_readmes, rows_of
@@ -269,7 +270,7 @@ def place(kind):
     return f"<!-- gpuxbar.bench {kind}: generated, see `gpuxbar bench --readme` -->\nold\n<!-- /gpuxbar.bench {kind} -->\n"
 
 
-def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
+def test_readme_tables_say_what_is_missed(tmp_path):
     row = {
         "case": "linear", "size": "8 x 8", "threads": 1, "ms": {"ideal": [1, 2, 3], "gpuxbar": [2, 3, 4]}, "target": 1.2,
         "ratio": {"gpuxbar": 1.5, "plain torch": 3.0}, "error": 1e-7, "target_mb": 8, "extra_mb": {"ideal": 1.0, "gpuxbar": 2.0, "plain torch": 4.0},
@@ -278,13 +279,12 @@ def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
     better = row | {"ratio": {"gpuxbar": 1.1, "plain torch": 3.0}}
     file, readme = tmp_path / "rows.jsonl", page(tmp_path)
     file.write_text("".join(json.dumps(r) + "\n" for r in (better, row)))
-    readme.write_text(f"# head\n{START}\nold\n{END}\ntail\n")
+    readme.write_text(f"# head\n{START}\nold\n{END}\n{place('gpu')}tail\n")
     result = run(app, ["--readme", "--record", str(file), "--root", str(tmp_path)])
     assert result.exit_code == 0, result.output
     text = readme.read_text()
     assert "| linear: 8 x 8 | 2.0 | 1.50 (missed) | <= 1.2 | 3.00 | 1e-07 |" in text
     assert "| linear | 1.0 | 2.0 | <= 8 | 4.0 |" in text
-    assert "not yet run on a GPU" in text
     assert "a CPU, 2 cores; torch 2, numpy 2, gpuxbar 0 at abc, 2030-01-02." in text
     assert text.startswith("# head")
     assert text.endswith("tail\n")
@@ -296,6 +296,29 @@ def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
     with pytest.raises(ValueError, match="must have the lines"):
         rewrite_readmes(tmp_path, [row])
     assert run(app, ["--readme", "--record", str(tmp_path / "none")]).exit_code == 2
+
+
+def test_targets_on_a_gpu_stand_beside_what_was_measured():
+    text = gpu_table([])
+    for cells in (
+        "read, fast: 4096 x 4096 x 4096, 128-row tiles, fp16, noise fast | fused | <= 430 us, 2.6 x cuBLAS + epilogue",
+        "update, devices from a map: 16.8 M cells |  | <= 98 us",
+        "wires, exact: 6000 tiles of 128 x 128 |  | <= 40000 us",
+    ):
+        assert f"| {cells} | not yet run on a GPU |" in text
+    step = "resnet18-step, non-ideal reads and updates"
+    rows = [
+        {"case": "fast", "us": {"epilogue": {"read": 1150.2}, "fused": {"read": 421.7}}, "gpu": "an H200"},
+        {"case": "wires, exact", "us": 31234.0},
+        {"case": "resnet18-step, ideal, bf16", "ms": 5.0},
+        {"case": step, "ms": 9.0},
+    ]
+    text = gpu_table(rows)
+    assert "| cuBLAS + epilogue | <= 1200 us | 1150 us |" in text
+    assert "| fused | <= 430 us, 2.6 x cuBLAS + epilogue | 422 us |" in text
+    assert "| <= 40000 us | 31234 us |" in text
+    assert "| <= 2 of the ideal step in bf16 | 1.80 |" in text
+    assert text.endswith("an H200.")
 
 
 def test_table_of_updates(tmp_path):
@@ -312,7 +335,6 @@ def test_table_of_updates(tmp_path):
     assert "| lenet5-in-situ-step: 8 x 8 | 2.0 | 9.00 (missed) | <= 4 |  | 1e-07 |" in text
     assert "| update: 8 x 8 |" in text
     assert "| carry: 8 x 8 | 2.0 | 1.50 |  | 40 | 1e-07 |" in text
-    assert "not yet run on a GPU | <= 75 us |" in text
     assert "old" not in text
 
 
@@ -341,7 +363,6 @@ def test_tables_of_wires(tmp_path):
     text = long.read_text() + short.read_text()
     assert "| wires-exact-64: 4 tiles | 2 (missed) | <= 1 ms | sparse LU 5 |  | 1e-07 |" in text
     assert "| wires-ladder: 4 tiles | 0.5 | <= 3 of a copy | copy 0.4 |  | 1e-07 |" in text
-    assert "exact | not yet run on a GPU | <= 40 ms in all |" in text
     assert "| ladder | 0.950 | 0.900 (0.875, 0.925) | 12 | 1e-02 |" in text
     assert text.count("a CPU, 2 cores; torch 2, numpy 2, gpuxbar 0 at abc, 2030-01-02.") == 2
     assert "old" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.table import Table
 
 from gpuxbar.bench import CASES, Case, OracleMismatch, measure
 from gpuxbar.bench.fused import CONVOLUTIONS, READS
-from gpuxbar.bench.record import append, environment, rewrite_readmes, rows_of
+from gpuxbar.bench.gpu_table import gpu_table
+from gpuxbar.bench.record import append, environment, markers, put_table, rewrite_readmes, rows_of
 from gpuxbar.experiments.messages import show_error
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,9 @@ def bench(
                 else [record]
             )
             rewrite_readmes(root, [row for each in records for row in rows_of(each)])
+            on_gpu = root / "examples/results/gpu.jsonl"
+            found = [json.loads(line) for line in on_gpu.read_text().splitlines()] if on_gpu.exists() else []
+            put_table(root / "examples/README.md", gpu_table(found), *markers("gpu"))
         else:
             _measure(console, _chosen(names or []), threads, rounds, record)
     except (ValueError, OSError, OracleMismatch) as error:

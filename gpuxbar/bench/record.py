@@ -16,9 +16,9 @@ import torch
 import gpuxbar
 
 __all__ = [
-    "GPU_ROWS",
     "append",
     "environment",
+    "markers",
     "put_table",
     "readme_tables",
     "rewrite_readmes",
@@ -45,18 +45,6 @@ SUMMARY = {  # case: training step, what is computed as on crossbars
     ),
     "txsim-sliced-resnet20-in-situ-step": ("ResNet-20, batch 32", "the same, each weight in 16 slices of 2 bits"),
 }  # fmt: skip
-NOT_RUN = "not yet run on a GPU"
-# what a GPU is to show, per case: H200, 4096 x 4096 x 4096, 128-row tiles
-GPU_ROWS = (
-    ("noise and ADC behind the product", ">= 85 % of the copy bandwidth"),
-    ("product with noise and ADC", "<= 1.2 ms"),
-)
-
-GPU_WIRES = (
-    ("exact", "<= 40 ms in all"), ("mean field", "<= 3 ms in all"), ("ladder", "<= 1 ms in all"),
-)  # fmt: skip
-
-
 PAGES = {  # where the tables stand
     "summary": "README.md", "wires-training": "README.md", "reads": "examples/README.md", "updates": "examples/README.md",
     "wires": "examples/README.md",
@@ -120,11 +108,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return list(last.values())
 
 
-GPU_UPDATES = (
-    ("expected-value update, spread drawn anew", "<= 75 us"), ("pulse trains, counted over the batch", ""),
-)  # fmt: skip
-
-
 def updates_table(rows: list[dict[str, Any]]) -> str:
     """Markdown of the rows about updates: ratios to the ideal outer product, or to the ideal training step."""
     out = [
@@ -138,12 +121,11 @@ def updates_table(rows: list[dict[str, Any]]) -> str:
             f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {target} "
             f"| {'' if other is None else f'{other:.0f}'} | {row['error']:.0e} |"
         )
-    out.extend(f"| H200, 16.8 M cells: {what} | | {NOT_RUN} | {target} | | |" for what, target in GPU_UPDATES)
     return "\n".join([*out, "", *_machines(rows)])
 
 
 def readme_tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown of the rows: times and ratios, memory, what has not been run."""
+    """Markdown of the rows: times and ratios, memory."""
     out = [
         "| case | ideal, ms | gpuxbar / ideal | target | plain PyTorch / ideal | error |",
         "|---|---|---|---|---|---|",
@@ -161,9 +143,6 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
         out.append(
             f"| {row['case']}: {row['size']} | | {_verdict(row, low=False)} | >= {row['target']:g} | | {row['error']:.0e} |"
         )
-    out.extend(
-        f"| H200, 4096 x 4096 x 4096: {what} | | {NOT_RUN} | {target} | | |" for what, target in GPU_ROWS
-    )
     memory = [row for row in rows if row["extra_mb"]]
     if memory:
         out += [
@@ -225,10 +204,6 @@ def wires_table(rows: list[dict[str, Any]]) -> str:
             f"| {row['case']}: {row['size']} | {ms:.3g}{' (missed)' * missed} | {target} | {text} "
             f"| {'' if memory is None else f'{memory:.1f}'} | {row['error']:.0e} |"
         )
-    out.extend(
-        f"| H200, 6000 tiles of 128 x 128: {what} | {NOT_RUN} | {target} | | | |"
-        for what, target in GPU_WIRES
-    )
     return "\n".join([*out, "", *_machines(rows)])
 
 
@@ -271,7 +246,7 @@ def rewrite_readmes(root: Path, rows: list[dict[str, Any]]) -> None:
         "summary": summary_table,
     }  # fmt: skip
     for kind, of_kind in kinds.items():
-        put_table(root / PAGES[kind], tables[kind](of_kind), *_markers(kind))
+        put_table(root / PAGES[kind], tables[kind](of_kind), *markers(kind))
 
 
 def _kind(case: str) -> str:
@@ -281,7 +256,8 @@ def _kind(case: str) -> str:
     return next((kind for kind in ("wires-training", "wires") if case.startswith(kind)), "reads")
 
 
-def _markers(kind: str) -> tuple[str, str]:
+def markers(kind: str) -> tuple[str, str]:
+    """The lines between which a kind of table stands."""
     if kind == "reads":
         return START, END
     return START.replace("gpuxbar.bench:", f"gpuxbar.bench {kind}:"), END.replace("bench", f"bench {kind}")
