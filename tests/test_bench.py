@@ -213,7 +213,7 @@ def test_the_command_measures_and_records(tmp_path):
     assert all(case.name in listed for case in CASES)
     unknown = run(app, ["lineal"])
     assert unknown.exit_code == 2
-    assert "`case` must be one of linear, " in unknown.output
+    assert "`case` must be a case, got 'lineal'; did you mean `linear`?" in unknown.output
 
 
 @pytest.mark.parametrize(

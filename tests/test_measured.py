@@ -194,6 +194,15 @@ def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, message):
         read_pulses("m.csv")
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b"\xff\xfe\x00")
+    for name in ("m.csv", "none.csv"):
+        with pytest.raises(
+            ValueError, match=rf"read_pulses: `.*{name}` must be a readable text file, got .*; check it"
+        ):
+            read_pulses(tmp_path / name)
+
+
 def test_a_table_that_cannot_be_filled_is_refused_by_bin(tmp_path):
     pulses = fitted(tmp_path, SoftBounds(pulses=100), count=3000)
     swapped = type(pulses)(pulses.g_before, -pulses.dg, pulses.rising, pulses.device)

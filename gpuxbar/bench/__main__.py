@@ -18,6 +18,7 @@ from gpuxbar.bench.fused import CONVOLUTIONS, READS
 from gpuxbar.bench.gpu_table import gpu_table
 from gpuxbar.bench.record import append, environment, markers, put_table, rewrite_readmes, rows_of
 from gpuxbar.experiments.messages import show_error
+from gpuxbar.spec.errors import nearest
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ("cpu", "updates", "parasitics-bench", "parasitics-training")
@@ -98,7 +99,7 @@ def _chosen(names: list[str]) -> list[Case]:
     known = {case.name: case for case in CASES}
     for name in names:
         if name not in known:
-            raise ValueError(f"bench: `case` must be one of {', '.join(known)}, got {name!r}; see --list")
+            raise ValueError(f"bench: `case` must be a case, got {name!r}; {nearest(name, known)}")
     return [known[name] for name in names] or list(CASES)
 
 

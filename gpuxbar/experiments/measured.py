@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,13 @@ class Fit:
 
 def read_pulses(path: str | Path) -> Pulses:
     """Read a CSV of single pulses; a wrong file raises a ValueError that names column, unit or line."""
-    with open(path, newline="", encoding="utf-8") as file:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"read_pulses: `{path}` must be a readable text file, got {error}; check it"
+        ) from error
+    with StringIO(text, newline="") as file:
         lines = csv.reader(file)
         header = [cell.strip() for cell in next(lines, [])]
         columns = {name: _column(path, header, name) for name in ("g_before", "dg")}

@@ -345,7 +345,7 @@ class Backward(Part):
 class CrossbarSpec(Part):
     """Everything about a layer on crossbars. Defaults are ideal.
 
-    `seed`: of every random number; two layers of a model never share draws. `generator`: "exact" or "fast"
+    `seed`: of every random number, with the layer's name: two layers that `gpuxbar.convert` made never share draws. `generator`: "exact" or "fast"
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
     "fp16", "fp16x2" (conductances as a high and a low half, 22 bits) or "int8" (levels, exact); half precisions need a DAC,
     whose codes they hold exactly, and int8 also an ADC, devices that hold their levels and digits up to 127; on a CPU every
