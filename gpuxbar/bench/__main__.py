@@ -1,4 +1,4 @@
-"""`python -m gpuxbar.bench`: parse, measure, print, record."""
+"""`gpuxbar bench`: parse, measure, print, record."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def pcm() -> PublishedDevice:
     return PublishedDevice(
         "pcm", law, window, f"Nandakumar et al., Frontiers in Neuroscience 2020 (GST phase change memory); {AIHWKIT}",
         "Joshi et al., Nature Communications 2020",
-        "crystallising pulses only: pairs saturate and are to be refreshed; the part of the cycle noise that does not scale with "
+        "crystallising pulses only: pairs saturate unless the spec's `refresh` writes them anew; the part of the cycle noise that does not scale with "
         "the step is not in it",
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ class Refresh(Part):
     GPU a look at the count waits for the device. `above`: only weights of which a device shows more than this share of the
     window are written. They are written as `spec.programming` says, with its noise; pulses of a refresh are not counted.
 
-    Steps of phase-change memory are largest in low devices, so training on refreshed pairs bears lower rates.
+    Steps of phase-change memory are largest in low devices, so training on refreshed pairs bears lower rates only.
     Source: Nandakumar et al., Frontiers in Neuroscience 2020 (refresh of saturated pairs); Rasch et al., aihwkit, AICAS 2021.
     """
 
