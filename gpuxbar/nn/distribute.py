@@ -18,8 +18,7 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
 
     Each rank's reads draw the noise of its own rows of that batch. Updates of devices are the same everywhere: for pulse
     trains and bit streams the ranks exchange what they read and its errors, averaged as gradients are. Conductances that
-    follow from weights are not sent. Batches must be of one size on all ranks. DACs whose range follows the data take that of
-    their rank's rows: with range "sample" or "fixed" it is what one process would take, with "tensor" and "ema" it need not be.
+    follow from weights are not sent. Batches must be of one size on all ranks.
 
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
