@@ -179,7 +179,12 @@ def fit(
         show_error(error)
         raise typer.Exit(2) from error
     table = Table(
-        "hold-out", "pulses", "variance explained", "distance", "limit", title=f"{csv.name}: {found.law.law}"
+        "hold-out",
+        "pulses",
+        "variance explained",
+        "distance, worst third",
+        "limit",
+        title=f"{csv.name}: {found.law.law}",
     )
     for k, way in enumerate(("potentiation", "depression")):
         count = int((found.held_out.rising == (k == 0)).sum())

@@ -11,12 +11,14 @@ from gpuxbar import ops, reference
 from gpuxbar.experiments.measured import fit_law, fit_table, read_pulses
 from gpuxbar.spec import (
     Agarwal,
+    AgarwalSymmetric,
     ConstantStep,
     ExponentialStep,
     LinearStep,
     LookupTable,
     NeuroSim,
     PiecewiseStep,
+    PowerStep,
     SoftBounds,
     SpecError,
 )
@@ -109,6 +111,9 @@ def test_devices_made_of_a_table_move_as_measured(tmp_path):
         (LinearStep(pulses=150, slope_up=0.6, slope_down=0.2), {"slope_up": 0.6, "slope_down": 0.2}),
         (Agarwal(nu=3.0, pulses=150), {"nu": 3.0}),
         (NeuroSim(nonlinearity_ltp=2.4, nonlinearity_ltd=-1.5, levels=97), {"nonlinearity_ltp": 2.4, "nonlinearity_ltd": -1.5, "levels": 97}),
+        (PowerStep(pulses=150, exponent_up=1.6, exponent_down=0.5), {"exponent_up": 1.6, "exponent_down": 0.5}),
+        (PowerStep(pulses=150), {"exponent_up": 1.0, "exponent_down": 1.0}),
+        (AgarwalSymmetric(alpha=2.0, pulses=150), {"alpha": 2.0}),
         (PiecewiseStep(pulses=150, up=(1.6, 1.2, 0.2), down=(0.5, 1, 1.5)), {"pulses": 150}),
     ],
     ids=lambda value: getattr(value, "law", ""),
@@ -146,6 +151,17 @@ def test_the_steps_of_an_exponential_law_are_found_again(tmp_path, a):
         ]
         np.testing.assert_allclose(*steps, rtol=0.05, atol=0.03 / 150)
     assert fit.passed
+
+
+def test_a_law_that_is_right_on_average_alone_fails(tmp_path):
+    """Steps that shrink by half on their way, hidden in noise: over all conductances they look like constant ones."""
+    pulses = fitted(tmp_path, LinearStep(pulses=150, slope_up=0.3, slope_down=0.3), count=20000)
+    constant = fit_law(pulses, "constant_step", **WINDOW)
+    up = np.sort(constant.rank[constant.held_out.rising])
+    over_all = np.abs(up - np.arange(len(up)) / len(up)).max()
+    assert over_all < 1.63 / len(up) ** 0.5 < constant.limit[0] < constant.distance[0]
+    assert not constant.passed
+    assert fit_law(pulses, "linear_step", **WINDOW).passed
 
 
 def test_noise_by_the_square_root_of_a_step_is_found_again(tmp_path):
