@@ -4,9 +4,9 @@ Converters are ideal, so that only wires tell the networks apart; no gain is fit
 Writes train_through_wires.png. Arguments: epochs, networks of each kind, and a JSON-lines file to append the results to.
 """
 
-import json
 import sys
 import time
+from pathlib import Path
 from statistics import mean, median
 
 import torch
@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 import gpuxbar as gx
+from gpuxbar.bench.record import append, environment
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
 SEEDS = int(sys.argv[2]) if len(sys.argv) > 2 else 3
@@ -107,8 +108,7 @@ for name, alike in runs.items():
             "on_exact_wires": deployed, "ms_a_step": ms, "estimated_error": error, "threads": torch.get_num_threads(),
             "wires": WIRES,
         }  # fmt: skip
-        with open(sys.argv[3], "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(Path(sys.argv[3]), row | environment(Path(__file__).parent.parent))
 axis.set(xlabel="epoch", ylabel="test accuracy")
 axis.grid(alpha=0.3)
 axis.legend(fontsize=7)

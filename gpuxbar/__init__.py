@@ -1,7 +1,7 @@
 """Train neural networks as if every matrix product ran on analog resistive crossbars."""
 
 from gpuxbar import nn, ops, optim, spec
-from gpuxbar.nn import age, calibrate, convert, distribute, program, same_reads, unprogram
+from gpuxbar.nn import age, calibrate, convert, distribute, program, same_reads, telemetry, unprogram
 from gpuxbar.optim import capture_step
 from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, presets, save_spec
 
@@ -24,5 +24,6 @@ __all__ = [
     "same_reads",
     "save_spec",
     "spec",
+    "telemetry",
     "unprogram",
 ]

@@ -18,11 +18,12 @@ from rich.table import Table
 
 import gpuxbar
 from gpuxbar import ops, reference
+from gpuxbar.bench.__main__ import bench
 from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
 from gpuxbar.experiments import Run
 from gpuxbar.experiments import train as run_training
 from gpuxbar.experiments.messages import show_error
-from gpuxbar.experiments.staircase import plot_staircase
+from gpuxbar.experiments.staircase import plot_staircases
 from gpuxbar.launch import explain
 from gpuxbar.launch.host import compiler
 from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
@@ -108,28 +109,30 @@ def _settings(path: Path | None, name: str | None, overrides: list[str]) -> Cros
 @app.command()
 def devices(
     name: Annotated[str | None, typer.Argument(help="A device; all are listed if none is given.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG of its staircases.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of its staircases, or of those of all.")] = None,
     out: Annotated[Path | None, typer.Option(help="YAML of an otherwise ideal spec of it.")] = None,
 ) -> None:
     """List devices of the literature, or show one: its law, sources and staircase."""
     console = Console()
-    if name is None:
-        table = Table("device", "law", "window (S)", "source", title="gpuxbar devices")
-        for each in (make() for make in DEVICES.values()):
-            table.add_row(
-                each.name, each.law.law, f"{each.window.g_min:.3g} to {each.window.g_max:.3g}", each.source
-            )
-        console.print(table)
-        return
     try:
-        device = published_device(name)
+        chosen = [published_device(each) for each in (DEVICES if name is None else [name])]
         if plot is not None:
-            plot_staircase(device.law, device.window, plot, title=name)
+            plot_staircases({each.name: (each.law, each.window) for each in chosen}, plot)
         if out is not None:
-            save_spec(device.spec(), out)
+            if name is None:
+                raise ValueError(f"devices: `name` must be a device with --out, got none and {out}; name one")
+            save_spec(chosen[0].spec(), out)
     except (ValueError, OSError) as error:
         show_error(error)
         raise typer.Exit(2) from error
+    if name is None:
+        table = Table("device", "law", "window (uS)", "source", title="gpuxbar devices")
+        for each in chosen:
+            window = f"{each.window.g_min * 1e6:.3g} to {each.window.g_max * 1e6:.3g}"
+            table.add_row(each.name, each.law.law, window, each.source.partition(";")[0])
+        console.print(table)
+        return
+    [device] = chosen
     window = f"{device.window.g_min:g} to {device.window.g_max:g} S ({device.window_source})"
     for what, is_ in (
         ("source", device.source), ("window", window), ("valid", device.valid), ("law", repr(device.law)),
@@ -143,7 +146,7 @@ def fit(
         Path, typer.Argument(help="Columns g_before [uS], dg [uS], direction, and device if several.")
     ],
     law: Annotated[str, typer.Option(help="table, or a parametric law such as soft_bounds.")] = "table",
-    bins: Annotated[int, typer.Option(help="Conductances of a table: 2, 3, 5 or 9.")] = 9,
+    bins: Annotated[int, typer.Option(help="Conductances of a table or piecewise_step: 2, 3, 5 or 9.")] = 9,
     g_min: Annotated[
         float | None, typer.Option(help="Window, S; the smallest g_before if not given.")
     ] = None,
@@ -163,7 +166,11 @@ def fit(
     try:
         pulses = read_pulses(csv)
         window: dict[str, Any] = {"g_min": g_min, "g_max": g_max}
-        found = fit_table(pulses, bins=bins, **window) if law == "table" else fit_law(pulses, law, **window)
+        found = (
+            fit_table(pulses, bins=bins, **window)
+            if law == "table"
+            else fit_law(pulses, law, bins=bins, **window)
+        )
         if plot is not None:
             plot_fit(found, plot)
         if out is not None:
@@ -172,16 +179,26 @@ def fit(
         show_error(error)
         raise typer.Exit(2) from error
     table = Table(
-        "hold-out", "pulses", "variance explained", "distance", "limit", title=f"{csv.name}: {found.law.law}"
+        "hold-out",
+        "pulses",
+        "variance explained",
+        "distance, worst third",
+        "limit",
+        title=f"{csv.name}: {found.law.law}",
     )
     for k, way in enumerate(("potentiation", "depression")):
         count = int((found.held_out.rising == (k == 0)).sum())
         table.add_row(
             way, str(count), f"{found.explained[k]:.3f}", f"{found.distance[k]:.3f}", f"{found.limit[k]:.3f}"
         )
+    if found.law.law != "lookup_table":
+        console.print(f"[bold]law[/bold] {escape(repr(found.law))}", highlight=False, soft_wrap=True)
     console.print(table)
     outcome = "passes" if found.passed else "fails"
     console.print(f"the law's distribution {outcome} the hold-out check at 1 %", highlight=False)
+
+
+app.command()(bench)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from functools import partial
@@ -23,9 +24,10 @@ from gpuxbar import ops
 from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure, parasitics, updates
 from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.cases import Contenders
+from gpuxbar.bench.gpu_table import gpu_table
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
-from gpuxbar.bench.record import END, START, _commit, readme_tables, rewrite_readme, rows_of
+from gpuxbar.bench.record import END, START, SUMMARY, _commit, readme_tables, rewrite_readmes, rows_of
 from gpuxbar.bench.study import Study
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.spec import CrossbarSpec
@@ -211,7 +213,7 @@ def test_the_command_measures_and_records(tmp_path):
     assert all(case.name in listed for case in CASES)
     unknown = run(app, ["lineal"])
     assert unknown.exit_code == 2
-    assert "`case` must be one of linear, " in unknown.output
+    assert "`case` must be a case, got 'lineal'; did you mean `linear`?" in unknown.output
 
 
 @pytest.mark.parametrize(
@@ -256,22 +258,33 @@ def test_extra_memory_sees_what_a_call_touches():
     assert mb >= 1.0  # the result alone is 256 x 1024 floats
 
 
-def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
+def page(root, *kinds):
+    """The file of the long tables, with places for these."""
+    file = root / "examples" / "README.md"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(place(kind) for kind in kinds))
+    return file
+
+
+def place(kind):
+    return f"<!-- gpuxbar.bench {kind}: generated, see `gpuxbar bench --readme` -->\nold\n<!-- /gpuxbar.bench {kind} -->\n"
+
+
+def test_readme_tables_say_what_is_missed(tmp_path):
     row = {
         "case": "linear", "size": "8 x 8", "threads": 1, "ms": {"ideal": [1, 2, 3], "gpuxbar": [2, 3, 4]}, "target": 1.2,
         "ratio": {"gpuxbar": 1.5, "plain torch": 3.0}, "error": 1e-7, "target_mb": 8, "extra_mb": {"ideal": 1.0, "gpuxbar": 2.0, "plain torch": 4.0},
         "cpu": "a CPU", "cores": 2, "torch": "2", "numpy": "2", "gpuxbar": "0", "commit": "abc", "date": "2030-01-02T03:04:05",
     }  # fmt: skip
     better = row | {"ratio": {"gpuxbar": 1.1, "plain torch": 3.0}}
-    file, readme = tmp_path / "rows.jsonl", tmp_path / "README.md"
+    file, readme = tmp_path / "rows.jsonl", page(tmp_path)
     file.write_text("".join(json.dumps(r) + "\n" for r in (better, row)))
-    readme.write_text(f"# head\n{START}\nold\n{END}\ntail\n")
-    result = run(app, ["--readme", "--record", str(file), "--readme-file", str(readme)])
+    readme.write_text(f"# head\n{START}\nold\n{END}\n{place('gpu')}tail\n")
+    result = run(app, ["--readme", "--record", str(file), "--root", str(tmp_path)])
     assert result.exit_code == 0, result.output
     text = readme.read_text()
     assert "| linear: 8 x 8 | 2.0 | 1.50 (missed) | <= 1.2 | 3.00 | 1e-07 |" in text
     assert "| linear | 1.0 | 2.0 | <= 8 | 4.0 |" in text
-    assert "not yet run on a GPU" in text
     assert "a CPU, 2 cores; torch 2, numpy 2, gpuxbar 0 at abc, 2030-01-02." in text
     assert text.startswith("# head")
     assert text.endswith("tail\n")
@@ -281,8 +294,31 @@ def test_readme_tables_say_what_is_missed_and_what_was_not_run(tmp_path):
     assert "| update: 8 x 8 | 2.0 | 1.10 | <= 1.2 |  | 1e-07 |" in readme_tables([update])
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="must have the lines"):
-        rewrite_readme(readme, [row])
+        rewrite_readmes(tmp_path, [row])
     assert run(app, ["--readme", "--record", str(tmp_path / "none")]).exit_code == 2
+
+
+def test_targets_on_a_gpu_stand_beside_what_was_measured():
+    text = gpu_table([])
+    for cells in (
+        "read, fast: 4096 x 4096 x 4096, 128-row tiles, fp16, noise fast | fused | <= 430 us, 2.6 x cuBLAS + epilogue",
+        "update, devices from a map: 16.8 M cells |  | <= 98 us",
+        "wires, exact: 6000 tiles of 128 x 128 |  | <= 40000 us",
+    ):
+        assert f"| {cells} | not yet run on a GPU |" in text
+    step = "resnet18-step, non-ideal reads and updates"
+    rows = [
+        {"case": "fast", "us": {"epilogue": {"read": 1150.2}, "fused": {"read": 421.7}}, "gpu": "an H200"},
+        {"case": "wires, exact", "us": 31234.0},
+        {"case": "resnet18-step, ideal, bf16", "ms": 5.0},
+        {"case": step, "ms": 9.0},
+    ]
+    text = gpu_table(rows)
+    assert "| cuBLAS + epilogue | <= 1200 us | 1150 us |" in text
+    assert "| fused | <= 430 us, 2.6 x cuBLAS + epilogue | 422 us |" in text
+    assert "| <= 40000 us | 31234 us |" in text
+    assert "| <= 2 of the ideal step in bf16 | 1.80 |" in text
+    assert text.endswith("an H200.")
 
 
 def test_table_of_updates(tmp_path):
@@ -292,18 +328,13 @@ def test_table_of_updates(tmp_path):
         "torch": "2", "numpy": "2", "gpuxbar": "0", "commit": "abc", "date": "2030-01-02T03:04:05",
     }  # fmt: skip
     slow = row | {"case": "lenet5-in-situ-step", "ratio": {"gpuxbar": 9.0}, "target": 4.0}
-    readme = tmp_path / "README.md"
-    kind = "gpuxbar.bench updates"
-    readme.write_text(
-        f"<!-- {kind}: generated, see `python -m gpuxbar.bench --readme` -->\nold\n<!-- /{kind} -->\n"
-    )
-    rewrite_readme(readme, [row, row | {"case": "update"}, row | {"case": "carry", "target": None}, slow])
+    readme = page(tmp_path, "updates")
+    rewrite_readmes(tmp_path, [row, row | {"case": "update"}, row | {"case": "carry", "target": None}, slow])
     text = readme.read_text()
     assert "| pulse-constant: 8 x 8 | 2.0 | 1.50 | <= 5 | 40 | 1e-07 |" in text
     assert "| lenet5-in-situ-step: 8 x 8 | 2.0 | 9.00 (missed) | <= 4 |  | 1e-07 |" in text
     assert "| update: 8 x 8 |" in text
     assert "| carry: 8 x 8 | 2.0 | 1.50 |  | 40 | 1e-07 |" in text
-    assert "not yet run on a GPU | <= 75 us |" in text
     assert "old" not in text
 
 
@@ -326,25 +357,44 @@ def test_tables_of_wires(tmp_path):
         "case": "wires-training: ladder", "trained": "ladder", "epochs": 3, "on_exact_wires": [0.875, 0.925], "ms_a_step": 12.3,
         "estimated_error": 0.01, "threads": 2, "accuracy": 0.95,
     }  # fmt: skip
-    readme = tmp_path / "README.md"
-    blocks = "".join(
-        f"<!-- gpuxbar.bench {kind}: generated, see `python -m gpuxbar.bench --readme` -->\nold\n"
-        f"<!-- /gpuxbar.bench {kind} -->\n"
-        for kind in ("wires", "wires-training")
-    )
-    readme.write_text(blocks)
-    rewrite_readme(readme, [row, row | ladder, trained])
-    text = readme.read_text()
+    long, short = page(tmp_path, "wires"), tmp_path / "README.md"
+    short.write_text(place("wires-training"))
+    rewrite_readmes(tmp_path, [row, row | ladder, row | trained])
+    text = long.read_text() + short.read_text()
     assert "| wires-exact-64: 4 tiles | 2 (missed) | <= 1 ms | sparse LU 5 |  | 1e-07 |" in text
     assert "| wires-ladder: 4 tiles | 0.5 | <= 3 of a copy | copy 0.4 |  | 1e-07 |" in text
-    assert "exact | not yet run on a GPU | <= 40 ms in all |" in text
     assert "| ladder | 0.950 | 0.900 (0.875, 0.925) | 12 | 1e-02 |" in text
+    assert text.count("a CPU, 2 cores; torch 2, numpy 2, gpuxbar 0 at abc, 2030-01-02.") == 2
     assert "old" not in text
 
 
+def test_the_summary_is_of_all_its_cases(tmp_path):
+    row = {
+        "threads": 1, "ms": {"ideal": [1, 2, 3], "gpuxbar": [2, 3, 4]}, "target": None, "error": 1e-7, "extra_mb": {}, "size": "",
+        "cpu": "a CPU", "cores": 2, "torch": "2", "numpy": "2", "gpuxbar": "0", "commit": "abc", "date": "2030-01-02T03:04:05",
+    }  # fmt: skip
+    rows = [row | {"case": case, "ratio": {"gpuxbar": k + 0.5}} for k, case in enumerate(SUMMARY)]
+    readme = tmp_path / "README.md"
+    for some in (rows[1:], rows):
+        page(tmp_path, "updates").write_text(f"{START}\n{END}\n{place('updates')}")
+        readme.write_text(place("summary"))
+        rewrite_readmes(tmp_path, some)
+        assert ("old" in readme.read_text()) == (some is not rows)
+    text = readme.read_text()
+    assert all(f"| {step} | {what} | {k}.50 |" in text for k, (step, what) in enumerate(SUMMARY.values()))
+    assert text.count("a CPU, 2 cores") == 1
+
+
 @pytest.mark.skipif(not RESULTS.exists(), reason="an installed package has no recorded rows")
-def test_the_readme_holds_the_recorded_rows():
-    assert readme_tables(rows_of(RESULTS)) in (ROOT / "README.md").read_text()
+def test_the_readmes_hold_the_recorded_rows(tmp_path):
+    pages = [Path("README.md"), Path("examples/README.md")]
+    shutil.copytree(RESULTS.parent, tmp_path / "examples" / "results")
+    for each in pages:
+        shutil.copy(ROOT / each, tmp_path / each)
+    result = run(app, ["--readme", "--root", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for each in pages:
+        assert (tmp_path / each).read_text() == (ROOT / each).read_text()
 
 
 def test_a_row_tells_code_that_is_not_the_commits(tmp_path):

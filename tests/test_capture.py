@@ -248,6 +248,16 @@ def test_a_graph_transfers_at_every_step_or_at_none(tape):
         run.captured()
 
 
+def test_refreshes_of_every_so_many_updates_are_refused(tape, monkeypatch):
+    one_sided = {"law": "soft_bounds", "sides": "one_sided"}
+    monkeypatch.setitem(SETTINGS, "refreshed", {**BASE, "update": one_sided, "refresh": {"interval": 5}})
+    with pytest.raises(
+        ValueError,
+        match=r"capture_step: `refresh.interval` must be None, got 5 for \w+: a graph does the same",
+    ):
+        Run("refreshed").captured()
+
+
 def test_batches_and_rates_must_be_those_captured(tape):
     run = Run("digital")
     step = run.captured()

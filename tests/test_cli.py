@@ -26,7 +26,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["mode"], r["epoch"], r["loss"], r["accuracy"]) for r in rows]
+    return [(r["mode"], r["epoch"], r["loss"], r["accuracy"], r.get("layers")) for r in rows]
 
 
 def test_the_table_shows_the_last_accuracy_and_the_median_time(monkeypatch):
@@ -66,7 +66,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(in_tmp):
         assert part.exit_code == 0, part.output
     expected = [row for row in metrics(in_tmp / "runs/whole") if row[0] != "ideal"]
     assert len(expected) == 4
-    assert sorted(metrics(in_tmp / "runs/part")) == sorted(expected)
+    assert sorted(metrics(in_tmp / "runs/part"), key=str) == sorted(expected, key=str)
+    assert [{layer["state"] for layer in row[4]} for row in expected[1::2]] == [
+        {"hardware-aware"},
+        {"in situ"},
+    ]
     for name in ("spec.yaml", "curves.png", "checkpoint.pt"):
         assert (in_tmp / "runs/whole" / name).stat().st_size > 0
     again = run(app, ["train", "--name", "whole"])
@@ -205,6 +209,15 @@ def test_in_situ_training_by_a_named_algorithm(in_tmp):
     wrong = run(app, [*settings, "--name", "wrong", "--optimizer", "agd"])
     assert wrong.exit_code == 2
     assert "train: `optimizer` must be an in-situ algorithm, got 'agd'; did you mean" in wrong.output
+
+
+def test_bench_is_a_command():
+    listed = run(app, ["bench", "--list"])
+    assert listed.exit_code == 0, listed.output
+    assert "lenet5-step" in listed.output
+    why = run(app, ["bench", "--explain", "sm_90"])
+    assert why.exit_code == 0, why.output
+    assert "strategy: wgmma" in why.output
 
 
 def test_the_package_runs_as_a_module():

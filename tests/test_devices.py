@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from gpuxbar.cli import app
 from gpuxbar.experiments.measured import fit_table, read_pulses
-from gpuxbar.experiments.staircase import plot_staircase, staircase
+from gpuxbar.experiments.staircase import plot_staircases, staircase
 from gpuxbar.reference.laws import moved, symmetry_point
 from gpuxbar.spec import Device, Ideal, NeuroSim, SoftBounds, SpecError
 from gpuxbar.spec.devices import DEVICES, published_device
@@ -43,6 +43,27 @@ def test_steps_at_weight_0_are_the_published_ones(name):
         if name == "pcm" and way < 0:  # at its lower bound: the flow's rate there, whatever the bound
             step = abs(moved(law, np.array(1e-3), np.array(t)) - 1e-3) * width / small
         assert step == pytest.approx(size, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "levels", "r_on", "on_off"),
+    [
+        ("ag-asi", (2.4, -4.88), 97, 26e6, 12.5),
+        ("alox-hfo2", (1.94, -0.61), 40, 16.9e3, 4.43),
+        ("pcmo", (3.68, -6.76), 50, 23e6, 6.84),
+        ("taox-tio2", (1.85, -1.79), 102, 5e6, 2),
+    ],
+)
+def test_neurosims_devices_bend_as_their_labels_say(name, labels, levels, r_on, on_off):
+    """Chen, Peng and Yu, IEEE TCAD 2018, Table I; a label of 10.1 would leave a line by the whole window."""
+    device = published_device(name)
+    low, high = device.window.g_min, device.window.g_max
+    assert (1 / high, high / low) == (pytest.approx(r_on), pytest.approx(on_off))
+    quiet = device.law.model_copy(update={"cycle": 0.0})
+    y = (staircase(quiet, device.window, devices=1)[:, 0].astype(float) - low) / (high - low)
+    line = np.arange(levels + 1) / levels
+    for label, path in zip(labels, (y[: levels + 1], 1 - y[levels:]), strict=True):
+        assert (path - line).max() == pytest.approx(abs(label) / 10.1, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["capacitor", "ecram", "ecram-mo", "reram-sb"])
@@ -86,11 +107,16 @@ def test_an_unknown_device_is_answered_with_the_nearest():
         published_device("reram-eS2")
 
 
-def test_devices_are_listed_and_drawn(tmp_path):
-    listed = CliRunner().invoke(app, ["devices"])
-    assert listed.exit_code == 0
+def test_devices_are_listed_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpuxbar.experiments.staircase.MOST", 8)
+    every, plot = tmp_path / "every.png", tmp_path / "ecram.png"
+    listed = CliRunner().invoke(app, ["devices", "--plot", str(every)])
+    assert listed.exit_code == 0, listed.output
     assert all(name in listed.output for name in DEVICES)
-    plot = tmp_path / "ecram.png"
+    assert every.read_bytes()[:4] == b"\x89PNG"
+    nameless = CliRunner().invoke(app, ["devices", "--out", str(tmp_path / "spec.yaml")])
+    assert nameless.exit_code == 2
+    assert "`name` must be a device with --out, got none" in nameless.output
     shown = CliRunner().invoke(app, ["devices", "ecram", "--plot", str(plot)])
     assert shown.exit_code == 0, shown.output
     assert "Tang et al., IEDM 2018" in shown.output
@@ -118,8 +144,9 @@ def test_a_measurement_is_fitted_reported_and_saved(tmp_path):
     assert load_spec(out).update.law == "lookup_table"
     law = CliRunner().invoke(app, ["fit", str(csv), "--law", "soft_bounds", "--out", str(out)])
     assert law.exit_code == 0, law.output
+    assert re.search(r"law SoftBounds\(.*pulses=", law.output)
     assert load_spec(out).update.law == "soft_bounds"
     wrong = CliRunner().invoke(app, ["fit", str(csv), "--bins", "4"])
     assert wrong.exit_code == 2
     assert "must be 2, 3, 5 or 9, got 4" in wrong.output
-    plot_staircase(load_spec(out).update, load_spec(out).device, plot, pulses=10)
+    plot_staircases({"fitted": (load_spec(out).update, load_spec(out).device)}, plot, pulses=10)

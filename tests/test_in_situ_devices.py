@@ -130,6 +130,61 @@ def test_refresh_lets_saturated_pairs_move_again():
     assert answers[1] > 1  # far from its bound this device makes more than nominal steps
 
 
+REFRESH = {"interval": 3, "above": 0.4}
+
+
+def test_pairs_that_fill_up_are_refreshed_as_the_spec_says():
+    """Just before every third update, and these alone; else a layer moves as one without refresh."""
+    quiet = {"step_spread": 0.0, "asymmetry_spread": 0.0, "high_spread": 0.0, "cycle": 0.0}
+    layer, other = (layer_on("pcm", update=quiet, refresh=refresh) for refresh in (REFRESH, {}))
+    for one in (layer, other):
+        one.begin_in_situ()
+    window = layer.spec.device
+    top = window.g_min + REFRESH["above"] * (window.g_max - window.g_min)
+    change = torch.zeros_like(layer.weight)
+    change[:, :5] = 0.02 * layer.w_max.max()
+    for step in range(6):
+        due = step == 3
+        assert torch.equal(layer.g_cells, other.g_cells) == (step < 4)
+        before, weight = layer.g_cells.clone(), layer.weight.detach().clone()
+        full = before.amax(0) > top
+        for one in (layer, other):
+            one.update_cells(change if step % 2 else -change)
+        if due:
+            assert 0 < full.sum() < full.numel()
+            assert (layer.g_cells[:, full].amin(0) < before[:, full].amin(0)).all()
+            assert torch.equal(layer.g_cells[:, ~full], other.g_cells[:, ~full])
+            layer.refresh()
+            other.refresh()
+            torch.testing.assert_close(layer.weight[:, 5:], weight[:, 5:], rtol=1e-5, atol=1e-6)
+    assert layer.refresh_step.item() == 6
+
+
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("pcm", {}),
+        ("gokmen-vlasov", {"update": {"sides": "one_sided"}, "pulses": {"length": 31}}),
+        ("reram-sb", {"update": {"sides": "one_sided"}}),  # with write noise: what is held is written too
+    ],
+)
+def test_refreshes_go_on_where_a_run_is_resumed(device, settings):
+    whole, first, second = (layer_on(device, refresh=REFRESH, **settings) for _ in range(3))
+    optimisers = [gx.optim.InSituSGD(layer.parameters(), lr=0.05) for layer in (whole, first)]
+    for layer, optimiser in zip((whole, first), optimisers, strict=True):
+        train(layer, optimiser, 2)
+    second.load_state_dict(first.state_dict())
+    train(whole, optimisers[0], 3, seed=1)
+    train(second, gx.optim.InSituSGD(second.parameters(), lr=0.05), 3, seed=1)
+    never = layer_on(device, **settings)
+    optimiser = gx.optim.InSituSGD(never.parameters(), lr=0.05)
+    train(never, optimiser, 2)
+    train(never, optimiser, 3, seed=1)
+    assert not torch.equal(whole.weight, never.weight)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
 def test_each_refresh_writes_with_its_own_noise():
     layer = layer_on("reram-sb", programming={"write_noise": 2e-7})
     layer.begin_in_situ()

@@ -9,7 +9,19 @@ import pytest
 
 from gpuxbar import ops, reference
 from gpuxbar.experiments.measured import fit_law, fit_table, read_pulses
-from gpuxbar.spec import Agarwal, ConstantStep, LinearStep, LookupTable, NeuroSim, SoftBounds, SpecError
+from gpuxbar.spec import (
+    Agarwal,
+    AgarwalSymmetric,
+    ConstantStep,
+    ExponentialStep,
+    LinearStep,
+    LookupTable,
+    NeuroSim,
+    PiecewiseStep,
+    PowerStep,
+    SoftBounds,
+    SpecError,
+)
 
 G_MIN, G_MAX = 1e-6, 11e-6  # S
 
@@ -99,13 +111,57 @@ def test_devices_made_of_a_table_move_as_measured(tmp_path):
         (LinearStep(pulses=150, slope_up=0.6, slope_down=0.2), {"slope_up": 0.6, "slope_down": 0.2}),
         (Agarwal(nu=3.0, pulses=150), {"nu": 3.0}),
         (NeuroSim(nonlinearity_ltp=2.4, nonlinearity_ltd=-1.5, levels=97), {"nonlinearity_ltp": 2.4, "nonlinearity_ltd": -1.5, "levels": 97}),
+        (PowerStep(pulses=150, exponent_up=1.6, exponent_down=0.5), {"exponent_up": 1.6, "exponent_down": 0.5}),
+        (PowerStep(pulses=150), {"exponent_up": 1.0, "exponent_down": 1.0}),
+        (AgarwalSymmetric(alpha=2.0, pulses=150), {"alpha": 2.0}),
+        (PiecewiseStep(pulses=150, up=(1.6, 1.2, 0.2), down=(0.5, 1, 1.5)), {"pulses": 150}),
     ],
     ids=lambda value: getattr(value, "law", ""),
 )  # fmt: skip
 def test_laws_are_found_again(tmp_path, law, found):
-    fit = fit_law(fitted(tmp_path, law, count=20000), law.law, **WINDOW)
+    fit = fit_law(fitted(tmp_path, law, count=20000), law.law, bins=3, **WINDOW)
+    if law.law == "piecewise_step":
+        np.testing.assert_allclose((fit.law.up, fit.law.down), (law.up, law.down), atol=0.03)
     for name, value in found.items():
         assert getattr(fit.law, name) == pytest.approx(value, rel=0.07, abs=0.04), name
+
+
+@pytest.mark.parametrize("a", [0.4, -1.0])
+def test_the_steps_of_an_exponential_law_are_found_again(tmp_path, a):
+    """Its amplitudes, rates, a and b say some things twice, so what they make is compared: the mean step everywhere."""
+    law = ExponentialStep(
+        pulses=150,
+        amplitude_up=0.2,
+        amplitude_down=-0.4,
+        rate_up=2.0,
+        rate_down=1.0,
+        a=a,
+        b=-0.2,
+        asymmetry=0.1,
+    )
+    fit = fit_law(fitted(tmp_path, law, count=20000), "exponential_step", **WINDOW)
+    y = np.linspace(0.05, 0.95, 19)
+    for way in (1, -1):
+        steps = [
+            reference.laws.moved(
+                one.model_dump(), y, np.full(19, way * (1 + way * one.asymmetry) / one.pulses)
+            )
+            - y
+            for one in (law, fit.law)
+        ]
+        np.testing.assert_allclose(*steps, rtol=0.05, atol=0.03 / 150)
+    assert fit.passed
+
+
+def test_a_law_that_is_right_on_average_alone_fails(tmp_path):
+    """Steps that shrink by half on their way, hidden in noise: over all conductances they look like constant ones."""
+    pulses = fitted(tmp_path, LinearStep(pulses=150, slope_up=0.3, slope_down=0.3), count=20000)
+    constant = fit_law(pulses, "constant_step", **WINDOW)
+    up = np.sort(constant.rank[constant.held_out.rising])
+    over_all = np.abs(up - np.arange(len(up)) / len(up)).max()
+    assert over_all < 1.63 / len(up) ** 0.5 < constant.limit[0] < constant.distance[0]
+    assert not constant.passed
+    assert fit_law(pulses, "linear_step", **WINDOW).passed
 
 
 def test_noise_by_the_square_root_of_a_step_is_found_again(tmp_path):
@@ -154,6 +210,15 @@ def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, message):
         read_pulses("m.csv")
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b"\xff\xfe\x00")
+    for name in ("m.csv", "none.csv"):
+        with pytest.raises(
+            ValueError, match=rf"read_pulses: `.*{name}` must be a readable text file, got .*; check it"
+        ):
+            read_pulses(tmp_path / name)
+
+
 def test_a_table_that_cannot_be_filled_is_refused_by_bin(tmp_path):
     pulses = fitted(tmp_path, SoftBounds(pulses=100), count=3000)
     swapped = type(pulses)(pulses.g_before, -pulses.dg, pulses.rising, pulses.device)
@@ -166,6 +231,7 @@ def test_a_table_that_cannot_be_filled_is_refused_by_bin(tmp_path):
         (lambda: fit_table(pulses, bins=5, g_min=2e-6, g_max=1e-6),
          "fit_table: column 'g_before' must span a window of conductances of at least 0, got 2e-06 to 1e-06 S; give g_min"),
         (lambda: fit_table(pulses, bins=4), "fit_table: `bins` must be 2, 3, 5 or 9, got 4; choose one of these"),
+        (lambda: fit_law(pulses, "piecewise_step", bins=4), "fit_law: `bins` must be 2, 3, 5 or 9, got 4; choose one of these"),
         (lambda: fit_law(pulses, "soft_bound"),
          "fit_law: `law` must be a law that can be fitted, got 'soft_bound'; did you mean `soft_bounds`?"),
         (lambda: fit_table(swapped, bins=3), "fit_table: column 'dg' must rise with direction +1 and fall with -1, got a mean"),

@@ -49,6 +49,15 @@ def test_a_spec_survives_copies():
     assert spec.adc.bits == 5
 
 
+def test_a_spec_shows_what_differs_from_the_defaults():
+    assert str(gx.CrossbarSpec()) == "CrossbarSpec()"
+    shown = str(gx.presets.demo())
+    assert shown == (
+        "CrossbarSpec(mapping=Mapping(scheme='subtracted'), dac=DAC(bits=8), adc=ADC(bits=8, percentile=100.0), "
+        "read_noise=ReadNoise(sigma=2e-08), update=Agarwal(nu=0.1, gamma=0.02, cycle=0.1))"
+    )
+
+
 def test_files_may_be_partial_and_write_numbers_as_people_do(tmp_path):
     (tmp_path / "a.yaml").write_text("device: {g_max: 2e-5}\nread_noise:\n  sigma: 1E-6\n")
     spec = gx.load_spec(tmp_path / "a.yaml")
@@ -172,6 +181,25 @@ def test_values_of_a_command_line(text, value):
         (
             {**SLICED, "carry": {"interval": 0}},
             "CrossbarSpec: `carry.interval` must be an integer from 1 and below 2147483648, got 0; the default is 64",
+        ),
+        (
+            {"update": {"law": "agarwal"}, "refresh": {"interval": 10}},
+            "CrossbarSpec: `update.sides` must be one_sided with refresh.interval, got 'both'; only such pairs fill up: choose it, "
+            "or refresh.interval=None",
+        ),
+        (
+            {"refresh": {"interval": 10}},
+            "CrossbarSpec: `update.sides` must be one_sided with refresh.interval, got no law; only such pairs fill up: choose it, "
+            "or refresh.interval=None",
+        ),
+        (
+            {**SLICED, "update": {"law": "agarwal", "sides": "one_sided"}, "refresh": {"interval": 10}},
+            "CrossbarSpec: `refresh.interval` must be None for 2 slices, got 10; carries write pairs anew of which both devices "
+            "have gained a unit",
+        ),
+        (
+            {"refresh": {"interval": 0}},
+            "CrossbarSpec: `refresh.interval` must be an integer from 1 and below 2147483648, or null, got 0; the default is null",
         ),
         (
             {"update": {"law": "agarwl"}},

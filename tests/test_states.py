@@ -343,7 +343,7 @@ def test_gradients_of_gradients_are_refused():
 @pytest.mark.parametrize("algorithm", ["InSituSGD", "MixedPrecision", "TikiTaka"])
 @pytest.mark.parametrize("bad", ["nan", "weight", "programmed"])
 def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
-    model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 8), linear(**TRAINED))
+    model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 8), linear(**TRAINED, seed=1))
     optimiser = getattr(gx.optim, algorithm)(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -363,8 +363,28 @@ def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
     assert str(optimiser.state_dict()) == str(kept)
 
 
+@pytest.mark.parametrize(
+    ("op", "act"),
+    [
+        ("calibrate", lambda model: gx.calibrate(model, [inputs()])),
+        ("program", gx.program),
+        ("InSituSGD", lambda model: gx.optim.InSituSGD(model.parameters(), lr=0.1)),
+    ],
+)
+def test_layers_of_one_seed_are_refused(op, act):
+    """Made by hand, without names: their devices and noise would be the same."""
+    model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 20), linear(**TRAINED))
+    with pytest.raises(
+        ValueError, match=rf"{op}: crossbar layers must each have a name, .*, got 'linear' twice; their"
+    ):
+        act(model)
+    assert not any(model[k].in_situ or model[k].programmed for k in (0, 2))
+    shared = nn.Sequential(model[0], nn.Linear(8, 20), model[0])  # one layer in two places is one array
+    act(shared)
+
+
 def test_errors_of_pulse_trains_are_refused_before_a_step_changes_anything():
-    model = nn.Sequential(linear(**TRAINED), linear(**TRAINED, pulses={}))
+    model = nn.Sequential(linear(**TRAINED), linear(**TRAINED, pulses={}, seed=1))
     optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1)
     model[0].weight.grad = torch.ones(8, 20)
     model[1](inputs()).sum().mul(torch.nan).backward()

@@ -1,4 +1,4 @@
-"""Speed and memory against the ideal product and against plain PyTorch: `python -m gpuxbar.bench --list`."""
+"""Speed and memory against the ideal product and against plain PyTorch: `gpuxbar bench --list`."""
 
 from gpuxbar.bench.cases import Case, Contenders, OracleMismatch
 from gpuxbar.bench.measure import CASES, measure

@@ -1,7 +1,8 @@
-"""`python -m gpuxbar.bench`: parse, measure, print, record."""
+"""`gpuxbar bench`: parse, measure, print, record."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,13 @@ from rich.table import Table
 
 from gpuxbar.bench import CASES, Case, OracleMismatch, measure
 from gpuxbar.bench.fused import CONVOLUTIONS, READS
-from gpuxbar.bench.record import append, environment, rewrite_readme, rows_of
+from gpuxbar.bench.gpu_table import gpu_table
+from gpuxbar.bench.record import append, environment, markers, put_table, rewrite_readmes, rows_of
 from gpuxbar.experiments.messages import show_error
+from gpuxbar.spec.errors import nearest
 
 ROOT = Path(__file__).parents[2]
+RECORDS = ("cpu", "updates", "parasitics-bench", "parasitics-training")
 app = typer.Typer(add_completion=False)
 
 
@@ -31,7 +35,10 @@ def bench(
         int | None, typer.Option(min=1, help="Runs of each contender; as many as fit 4 s if not given.")
     ] = None,
     record: Annotated[
-        Path | None, typer.Option(help="JSON-lines file to append to or, with --readme, to read.")
+        Path | None,
+        typer.Option(
+            help="JSON-lines file to append to or, with --readme, to read; all of examples/results if not given."
+        ),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print the cases and stop.")] = False,
     explain: Annotated[
@@ -42,9 +49,9 @@ def bench(
     ] = None,
     multiprocessors: Annotated[int, typer.Option(min=1, help="Of the GPU of --explain.")] = 132,
     readme: Annotated[
-        bool, typer.Option("--readme", help="Rewrite the README's tables from the recorded rows.")
+        bool, typer.Option("--readme", help="Rewrite the tables of the READMEs from the recorded rows.")
     ] = False,
-    readme_file: Annotated[Path, typer.Option(help="The README to rewrite.")] = ROOT / "README.md",
+    root: Annotated[Path, typer.Option(help="Folder of README.md and examples/ for --readme.")] = ROOT,
 ) -> None:
     """Time the library against the ideal product and against plain PyTorch, after checking its results."""
     console = Console()
@@ -55,7 +62,15 @@ def bench(
         elif explain is not None:
             _explain(console, explain, multiprocessors)
         elif readme:
-            rewrite_readme(readme_file, rows_of(record or ROOT / "examples" / "results" / "cpu.jsonl"))
+            records = (
+                [root / "examples/results" / f"{name}.jsonl" for name in RECORDS]
+                if record is None
+                else [record]
+            )
+            rewrite_readmes(root, [row for each in records for row in rows_of(each)])
+            on_gpu = root / "examples/results/gpu.jsonl"
+            found = [json.loads(line) for line in on_gpu.read_text().splitlines()] if on_gpu.exists() else []
+            put_table(root / "examples/README.md", gpu_table(found), *markers("gpu"))
         else:
             _measure(console, _chosen(names or []), threads, rounds, record)
     except (ValueError, OSError, OracleMismatch) as error:
@@ -84,7 +99,7 @@ def _chosen(names: list[str]) -> list[Case]:
     known = {case.name: case for case in CASES}
     for name in names:
         if name not in known:
-            raise ValueError(f"bench: `case` must be one of {', '.join(known)}, got {name!r}; see --list")
+            raise ValueError(f"bench: `case` must be a case, got {name!r}; {nearest(name, known)}")
     return [known[name] for name in names] or list(CASES)
 
 

@@ -1,4 +1,4 @@
-"""Recorded rows: one JSON line a measured case, and the README tables made of them."""
+"""Recorded rows: one JSON line a measured case, and the tables of the READMEs made of them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,39 @@ import torch
 import gpuxbar
 
 __all__ = [
-    "GPU_ROWS",
     "append",
     "environment",
+    "markers",
     "put_table",
     "readme_tables",
-    "rewrite_readme",
+    "rewrite_readmes",
     "rows_of",
+    "summary_table",
     "training_table",
     "updates_table",
     "wires_table",
 ]
 
 START, END = (
-    "<!-- gpuxbar.bench: generated, see `python -m gpuxbar.bench --readme` -->",
+    "<!-- gpuxbar.bench: generated, see `gpuxbar bench --readme` -->",
     "<!-- /gpuxbar.bench -->",
 )
-NOT_RUN = "not yet run on a GPU"
-# what a GPU is to show, per case: H200, 4096 x 4096 x 4096, 128-row tiles
-GPU_ROWS = (
-    ("noise and ADC behind the product", ">= 85 % of the copy bandwidth"),
-    ("product with noise and ADC", "<= 1.2 ms"),
-)
-
-GPU_WIRES = (
-    ("exact", "<= 40 ms in all"), ("mean field", "<= 3 ms in all"), ("ladder", "<= 1 ms in all"),
-)  # fmt: skip
+READS = "reads on tiles of 128 x 128 both ways, 8-bit DAC and ADC, noise"
+SUMMARY = {  # case: training step, what is computed as on crossbars
+    "lenet5-step": ("LeNet-5, batch 64", READS),
+    "resnet20-step": ("ResNet-20, batch 32", READS),
+    "transformer-step": ("transformer layer of 256, 8 x 64 tokens", READS),
+    "lstm-step": ("LSTM of 256, 35 tokens, batch 32", READS),
+    "resnet20-in-situ-step": ("ResNet-20, batch 32", "the same reads, updates by pulse trains"),
+    "txsim-resnet20-in-situ-step": (
+        "ResNet-20, batch 32", "TxSim's devices, law and tiles in situ, wires solved for a tenth of the tiles a step",
+    ),
+    "txsim-sliced-resnet20-in-situ-step": ("ResNet-20, batch 32", "the same, each weight in 16 slices of 2 bits"),
+}  # fmt: skip
+PAGES = {  # where the tables stand
+    "summary": "README.md", "wires-training": "README.md", "reads": "examples/README.md", "updates": "examples/README.md",
+    "wires": "examples/README.md",
+}  # fmt: skip
 
 
 def environment(root: Path) -> dict[str, Any]:
@@ -75,7 +82,8 @@ def _commit(root: Path) -> str:
         return done.stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--", ".", ":!examples/results", ":!README.md")
+        pages = (f":!{page}" for page in {*PAGES.values()})
+        dirty = git("status", "--porcelain", "--", ".", ":!examples/results", *pages)
         return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -100,11 +108,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return list(last.values())
 
 
-GPU_UPDATES = (
-    ("expected-value update, spread drawn anew", "<= 75 us"), ("pulse trains, counted over the batch", ""),
-)  # fmt: skip
-
-
 def updates_table(rows: list[dict[str, Any]]) -> str:
     """Markdown of the rows about updates: ratios to the ideal outer product, or to the ideal training step."""
     out = [
@@ -118,12 +121,11 @@ def updates_table(rows: list[dict[str, Any]]) -> str:
             f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {target} "
             f"| {'' if other is None else f'{other:.0f}'} | {row['error']:.0e} |"
         )
-    out.extend(f"| H200, 16.8 M cells: {what} | | {NOT_RUN} | {target} | | |" for what, target in GPU_UPDATES)
     return "\n".join([*out, "", *_machines(rows)])
 
 
 def readme_tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown of the rows: times and ratios, memory, what has not been run."""
+    """Markdown of the rows: times and ratios, memory."""
     out = [
         "| case | ideal, ms | gpuxbar / ideal | target | plain PyTorch / ideal | error |",
         "|---|---|---|---|---|---|",
@@ -141,9 +143,6 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
         out.append(
             f"| {row['case']}: {row['size']} | | {_verdict(row, low=False)} | >= {row['target']:g} | | {row['error']:.0e} |"
         )
-    out.extend(
-        f"| H200, 4096 x 4096 x 4096: {what} | | {NOT_RUN} | {target} | | |" for what, target in GPU_ROWS
-    )
     memory = [row for row in rows if row["extra_mb"]]
     if memory:
         out += [
@@ -205,10 +204,6 @@ def wires_table(rows: list[dict[str, Any]]) -> str:
             f"| {row['case']}: {row['size']} | {ms:.3g}{' (missed)' * missed} | {target} | {text} "
             f"| {'' if memory is None else f'{memory:.1f}'} | {row['error']:.0e} |"
         )
-    out.extend(
-        f"| H200, 6000 tiles of 128 x 128: {what} | {NOT_RUN} | {target} | | | |"
-        for what, target in GPU_WIRES
-    )
     return "\n".join([*out, "", *_machines(rows)])
 
 
@@ -227,22 +222,31 @@ def training_table(rows: list[dict[str, Any]]) -> str:
         )
     first = rows[0]
     runs = f"{first['epochs']} epochs of digits on {first['threads']} CPU threads, {len(first['on_exact_wires'])} networks each."
-    return "\n".join([*out, "", runs])
+    return "\n".join([*out, "", runs, *_machines(rows)])
 
 
-def rewrite_readme(readme: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the tables of the rows between the markers of a README: each kind of rows has a place of its own."""
+def summary_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of what training steps cost, of the rows of all cases of `SUMMARY`."""
+    out = ["| training step | as on crossbars | times the ideal step of PyTorch |", "|---|---|---|"]
+    found = {row["case"]: row for row in rows}
+    for case, (step, what) in SUMMARY.items():
+        out.append(f"| {step} | {what} | {found[case]['ratio']['gpuxbar']:.2f} |")
+    return "\n".join([*out, "", *_machines([found[case] for case in SUMMARY])])
+
+
+def rewrite_readmes(root: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the tables of the rows between the markers of the pages under `root`: each kind of rows has a place of its own."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(_kind(row["case"]), []).append(row)
-    for kind, table, start, end in (
-        ("reads", readme_tables, START, END),
-        ("updates", updates_table, *_markers("updates")),
-        ("wires", wires_table, *_markers("wires")),
-        ("wires-training", training_table, *_markers("wires-training")),
-    ):
-        if kind in kinds:
-            put_table(readme, table(kinds[kind]), start, end)
+    if {row["case"] for row in rows} >= SUMMARY.keys():
+        kinds["summary"] = rows
+    tables = {
+        "reads": readme_tables, "updates": updates_table, "wires": wires_table, "wires-training": training_table,
+        "summary": summary_table,
+    }  # fmt: skip
+    for kind, of_kind in kinds.items():
+        put_table(root / PAGES[kind], tables[kind](of_kind), *markers(kind))
 
 
 def _kind(case: str) -> str:
@@ -252,7 +256,10 @@ def _kind(case: str) -> str:
     return next((kind for kind in ("wires-training", "wires") if case.startswith(kind)), "reads")
 
 
-def _markers(kind: str) -> tuple[str, str]:
+def markers(kind: str) -> tuple[str, str]:
+    """The lines between which a kind of table stands."""
+    if kind == "reads":
+        return START, END
     return START.replace("gpuxbar.bench:", f"gpuxbar.bench {kind}:"), END.replace("bench", f"bench {kind}")
 
 

@@ -10,7 +10,9 @@ import numpy as np
 from gpuxbar import ops
 from gpuxbar.spec import Device, UpdateLaw
 
-__all__ = ["plot_staircase", "staircase"]
+__all__ = ["plot_staircases", "staircase"]
+
+MOST = 2000  # pulses that are drawn unasked
 
 
 def staircase(
@@ -21,7 +23,7 @@ def staircase(
     `pulses`: as many as nominally span the window if None, 1000 for an ideal law; at most 2000.
     """
     nominal = law.nominal_pulses or 1000.0
-    count = min(round(nominal), 2000) if pulses is None else pulses
+    count = min(round(nominal), MOST) if pulses is None else pulses
     if not 1 <= count <= 100_000:
         raise ValueError(f"staircase: `pulses` must be 1 to 100000, got {count}; draw fewer")
     # where the window has more pulses than are drawn, each stands for several
@@ -43,21 +45,34 @@ def staircase(
     return np.array(path)
 
 
-def plot_staircase(
-    law: UpdateLaw, window: Device, path: str | Path, *, title: str = "", **settings: Any
-) -> None:
-    """Draw staircases of single devices, and of the nominal one without noise and spread, to a PNG."""
+def plot_staircases(devices: dict[str, tuple[UpdateLaw, Device]], path: str | Path, **settings: Any) -> None:
+    """Draw staircases of single devices, and of the nominal one without noise and spread, to a PNG: a panel a law and window."""
     from matplotlib.figure import Figure
 
+    columns = min(len(devices), 4)
+    rows = -(-len(devices) // columns)
+    size = (6, 3.5) if len(devices) == 1 else (2.9 * columns, 2 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (title, (law, window)) in zip(axes, devices.items(), strict=False):
+        _draw(axis, law, window, settings)
+        axis.set_title(title, fontsize="medium")
+    for axis in axes[len(devices) :]:
+        axis.remove()
+    figure.supxlabel("pulse (up, then down)", fontsize="medium")
+    figure.supylabel("conductance (uS)", fontsize="medium")
+    axes[0].legend(loc="upper right", fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def _draw(axis: Any, law: UpdateLaw, window: Device, settings: dict[str, Any]) -> None:
     spreads = {name for name in type(law).model_fields if name.endswith("spread")}
     quiet = dict.fromkeys(spreads | {"gamma", "cycle", "write_noise"} & type(law).model_fields.keys(), 0.0)
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axis = figure.subplots()
     axis.plot(staircase(law, window, **settings) * 1e6, color="tab:blue", alpha=0.25, linewidth=0.7)
-    if law.law != "lookup_table":  # its scatter is part of it
-        nominal = staircase(law.model_copy(update=quiet), window, **{**settings, "devices": 1})
-        axis.plot(nominal * 1e6, color="black", label="nominal device")
-        axis.legend(loc="upper right")
-    axis.set(xlabel="pulse (up, then down)", ylabel="conductance (uS)", title=title)
+    nominal = (
+        law if law.law == "lookup_table" else law.model_copy(update=quiet)
+    )  # a table's scatter is part of it
+    axis.plot(
+        staircase(nominal, window, **{**settings, "devices": 1}) * 1e6, color="black", label="nominal device"
+    )
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)

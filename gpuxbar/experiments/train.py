@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import explain, set_threads
-from gpuxbar.nn import calibrate, convert
+from gpuxbar.nn import calibrate, convert, telemetry
 from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.spec import CrossbarSpec, save_spec
 from gpuxbar.spec.errors import nearest
@@ -56,7 +58,7 @@ class Run:
 
 
 def train(run: Run) -> list[dict[str, Any]]:
-    """Run or resume; returns one record per mode and epoch, as written to metrics.jsonl."""
+    """Run or resume; returns one record per mode and epoch, as written to metrics.jsonl, with `telemetry` of crossbar layers."""
     modes = _modes(run)
     _check_device(run.device)
     if run.threads is not None:
@@ -91,15 +93,20 @@ def train(run: Run) -> list[dict[str, Any]]:
                 if mode != "ideal":  # converter ranges follow the weights
                     sample = data.sample(256, device=run.device)
                     calibrate(model, [sample], loss=nn.functional.cross_entropy)
-                loss = _epoch(model, optimiser, data, run, epoch)
+                loss = _epoch(model, optimiser, data, run, epoch, partial(progress.advance, bar))
                 seconds = time.perf_counter() - started
                 accuracy = _accuracy(model, data, run.device)
-                records.append(
-                    {"mode": mode, "epoch": epoch, "loss": loss, "accuracy": accuracy, "seconds": seconds}
-                )
+                record = {
+                    "mode": mode,
+                    "epoch": epoch,
+                    "loss": loss,
+                    "accuracy": accuracy,
+                    "seconds": seconds,
+                }
+                records.append(record | ({} if mode == "ideal" else {"layers": _layers(model)}))
                 saved["states"][mode] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
                 _write(run, saved)
-                progress.advance(bar)
+                progress.update(bar, completed=epoch + 1)
     _plot(records, run.folder / "curves.png")
     return records
 
@@ -138,8 +145,10 @@ def _check_device(device: str) -> None:
         raise ValueError("train: `device` must be there, got cuda and no usable GPU; train on cpu")
 
 
-def _epoch(model: nn.Module, optimiser: Any, data: Data, run: Run, epoch: int) -> float:
-    """One pass over the training part in an order of its own; returns the mean loss."""
+def _epoch(
+    model: nn.Module, optimiser: Any, data: Data, run: Run, epoch: int, advance: Callable[[float], None]
+) -> float:
+    """One pass over the training part in an order of its own, whose share done `advance` hears; returns the mean loss."""
     order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(run.seed + epoch))
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     model.train()
@@ -150,6 +159,7 @@ def _epoch(model: nn.Module, optimiser: Any, data: Data, run: Run, epoch: int) -
         loss.backward()
         optimiser.step()
         total += loss.detach() * len(part)
+        advance(len(part) / len(data.x))
     return total.item() / len(data.x)
 
 
@@ -161,6 +171,11 @@ def _accuracy(model: nn.Module, data: Data, device: str) -> float:
             x, t = data.batch(slice(start, start + 256), test=True, device=device)
             right += int((model(x).argmax(1) == t).sum())
     return right / len(data.x_test)
+
+
+def _layers(model: nn.Module) -> list[dict[str, Any]]:
+    """Telemetry of the crossbar layers."""
+    return [asdict(layer) for layer in telemetry(model).layers]
 
 
 def _identity(run: Run, data: Data) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Layers on crossbars, conversion of models, calibration of converters."""
+"""Layers on crossbars, conversion of models, calibration of converters, and a look at what became of their arrays."""
 
 from gpuxbar.nn.ageing import age, program, unprogram
 from gpuxbar.nn.calibrate import calibrate
@@ -6,17 +6,20 @@ from gpuxbar.nn.checkpoint import same_reads
 from gpuxbar.nn.convert import Report, convert
 from gpuxbar.nn.distribute import distribute
 from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLinear
+from gpuxbar.nn.telemetry import Telemetry, telemetry
 
 __all__ = [
     "AnalogConv1d",
     "AnalogConv2d",
     "AnalogLinear",
     "Report",
+    "Telemetry",
     "age",
     "calibrate",
     "convert",
     "distribute",
     "program",
     "same_reads",
+    "telemetry",
     "unprogram",
 ]

@@ -8,7 +8,7 @@ from numbers import Real
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.layers import AnalogLayer, require_apart
 
 __all__ = ["age", "program", "unprogram"]
 
@@ -86,6 +86,7 @@ def _layers(op: str, model: nn.Module) -> list[AnalogLayer]:
         raise ValueError(
             f"{op}: `model` must have crossbar layers, got none; make them with gpuxbar.convert(model, spec)"
         )
+    require_apart(op, layers)
     return layers
 
 

@@ -15,7 +15,7 @@ from gpuxbar.bridge.analog_mvm import driven_gradient
 from gpuxbar.bridge.lines import unfold_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.layers import AnalogConv2d, AnalogLayer
+from gpuxbar.nn.layers import AnalogConv2d, AnalogLayer, require_apart
 
 __all__ = ["calibrate"]
 
@@ -52,6 +52,7 @@ def calibrate(
     """
     if loss is not None and step is not None:
         raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
+    require_apart("calibrate", (m for m in model.modules() if isinstance(m, AnalogLayer)))
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer) and _wanted(m)]
     if not layers:
         return

@@ -18,6 +18,7 @@ from gpuxbar.nn.attention import UnfusedAttention
 from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
 from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
+from gpuxbar.nn.table import columns
 from gpuxbar.nn.transposed import UnfusedConvTranspose
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
@@ -64,13 +65,8 @@ class Report:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        head = tuple(field.name for field in fields(Row))
         cells = [(*astuple(row)[:-1], f"{row.clipped:.2%}") for row in self.rows]
-        table = [head, *(tuple(map(str, row)) for row in cells)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table
-        )
+        return columns([field.name for field in fields(Row)], [tuple(map(str, row)) for row in cells])
 
 
 def convert(

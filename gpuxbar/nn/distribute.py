@@ -8,7 +8,7 @@ from typing import Any
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.layers import AnalogLayer, require_apart
 
 __all__ = ["distribute"]
 
@@ -32,6 +32,7 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
             "distribute: torch.distributed must be initialised, got no process group; call "
             "torch.distributed.init_process_group, as torchrun's scripts do"
         )
+    require_apart("distribute", (layer for layer in model.modules() if isinstance(layer, AnalogLayer)))
     group = options.get("process_group") or distributed.group.WORLD
     derived = []
     for name, layer in model.named_modules():

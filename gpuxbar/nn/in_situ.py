@@ -38,6 +38,7 @@ class InSitu(Programmed):
     `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max, sliced ones after a carry.
     `update_step`: number of updates (and of steps of `spec.retention`), int64 [1]; with the layer's seed it fixes the noise of an update.
     `carry_step`: number of updates, which carries between slices follow, int64 [1]; None without `spec.carry`.
+    `refresh_step`: number of updates, which refreshes follow, int64 [1]; None without `spec.refresh.interval`.
     """
 
     weight: Tensor
@@ -52,10 +53,11 @@ class InSitu(Programmed):
     w_max: Tensor | None
     update_step: Tensor | None
     carry_step: Tensor | None
+    refresh_step: Tensor | None
 
     def setup_in_situ(self) -> None:
         for name in (
-            "g_cells", "g_held", "pulse_count", "device_map", "w_max", "update_step", "carry_step",
+            "g_cells", "g_held", "pulse_count", "device_map", "w_max", "update_step", "carry_step", "refresh_step",
         ):  # fmt: skip
             self.register_buffer(name, None)
         self.streams = Streams()
@@ -114,21 +116,33 @@ class InSitu(Programmed):
     def start_cells(self, weight: Tensor, w_max: Tensor) -> None:
         """Program weights [G, O, I] onto pairs; `w_max`, float32 [G * O]: weight of a full pair."""
         self.w_max = w_max.contiguous()
-        self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
-        self.carry_step = None if self.spec.carry is None else torch.zeros_like(self.update_step)
+        self._start_counting()
         self._write_pairs(weight)
 
-    def refresh(self) -> None:
+    def _start_counting(self) -> None:
+        self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
+        self.carry_step = None if self.spec.carry is None else torch.zeros_like(self.update_step)
+        self.refresh_step = None if self.spec.refresh.interval is None else torch.zeros_like(self.update_step)
+
+    def refresh(self, above: float | None = None) -> None:
         """Write the present weights onto the pairs anew, as a one-sided law needs before its devices saturate.
 
-        Both devices of every pair are reset and programmed; write noise and spread of `spec.programming` apply.
+        Both devices of a pair are reset and programmed; write noise and spread of `spec.programming` apply. `spec.refresh` does
+        it every so many updates.
+
+        Args:
+            above: Write only weights of which a device shows more than this share of the window; None: all.
         """
-        if not self.in_situ:
+        if self.g_cells is None:
             raise ValueError(
                 f"{self.name}: `refresh` must follow begin_in_situ(), got a layer that is not trained in situ; build "
                 "InSituSGD first"
             )
-        self._write_pairs(self.by_line(self.weight.detach().float()))
+        window = self.spec.device
+        full = None
+        if above is not None:
+            full = self.g_cells.amax(0) > window.g_min + above * (window.g_max - window.g_min)
+        self._write_pairs(self.by_line(self.weight.detach().float()), full)
 
     def set_device_map(self, devices: Any) -> None:
         """Train measured devices in place of those that the seed draws, from the next update on.
@@ -162,21 +176,28 @@ class InSitu(Programmed):
         window = self.spec.device
         return ((self.g_cells.max() - window.g_min) / (window.g_max - window.g_min)).item()
 
-    def _write_pairs(self, weight: Tensor) -> None:
-        """Program pairs with weights [G, O, I]."""
+    def _write_pairs(self, weight: Tensor, where: Tensor | None = None) -> None:
+        """Program pairs with weights [G, O, I]; `where`, bool [G * I, O]: only these."""
         self.require_unprogrammed("weight")
         assert self.spec.update is not None
         assert self.w_max is not None
         assert self.update_step is not None
         share = weight / self.w_max.reshape(self.groups_, -1, 1)
         cells = program_pairs(share.contiguous(), self.update_step, self.static[1], self.plan.seed)
-        if self.g_cells is not None and self.pulse_count is not None:  # failed devices cannot be written
-            cells = torch.where(self.pulse_count < 0, self.g_cells, cells)
-        elif self.spec.endurance.pulses is not None:
-            self.pulse_count = torch.zeros_like(cells, dtype=torch.int32)
-        self.g_cells = cells
-        self.g_held = self.g_cells.clone() if self.spec.update.write_noise else None
-        self.restart_wires()
+        if self.g_cells is None:
+            self.g_cells = cells
+            self.g_held = cells.clone() if self.spec.update.write_noise else None
+            if self.spec.endurance.pulses is not None:
+                self.pulse_count = torch.zeros_like(cells, dtype=torch.int32)
+        else:  # in place: a captured step knows these arrays
+            keep = torch.zeros_like(cells, dtype=torch.bool) if where is None else ~where.expand_as(cells)
+            if self.pulse_count is not None:  # failed devices cannot be written
+                keep |= self.pulse_count < 0
+            for held in (self.g_cells, self.g_held):
+                if held is not None:
+                    held.copy_(torch.where(keep, held, cells))
+        if where is None:
+            self.restart_wires()
         with torch.no_grad():
             self._move(torch.zeros_like(self.weight))
 
@@ -184,27 +205,33 @@ class InSitu(Programmed):
     def update_cells(self, change: Tensor, factor: float = 1.0) -> None:
         """Move the cells by factor * change, of the shape of `weight`; the weight becomes what they read.
 
-        Before that, slices carry where it is time (see `spec.Carry`).
+        Before that, slices carry and pairs are refreshed where it is time (see `spec.Carry`, `spec.Refresh`).
         """
         self.require_unprogrammed("weight")
         self.require_read_out()
-        self._carry()
+        self._make_room()
         self._move(change, factor)
 
-    def _carry(self) -> None:
-        """Carry where the updates so far say so, and count the one to come."""
-        if self.carry_step is None:
-            return
+    def _make_room(self) -> None:
+        """Carry and refresh where the updates so far say so, and count the one to come."""
         assert self.g_cells is not None
-        carry(self.g_cells, self.g_held, self.pulse_count, self.carry_step, self.static[1], self.plan.seed)
-        self.carry_step += 1
+        if self.carry_step is not None:
+            carry(
+                self.g_cells, self.g_held, self.pulse_count, self.carry_step, self.static[1], self.plan.seed
+            )
+            self.carry_step += 1
+        if self.refresh_step is not None:
+            refresh, so_far = self.spec.refresh, int(self.refresh_step)
+            if so_far and so_far % (refresh.interval or 1) == 0:
+                self.refresh(refresh.above)
+            self.refresh_step += 1
 
     @torch.no_grad()
     def update_in_array(self, rate: float) -> None:
         """Move the cells by products of the inputs and errors since the last update; the weight becomes what they read.
 
         By pulse trains (`spec.pulses`) or bit streams (`spec.carry.scheme`); a rate of 0, as at the start of a warm-up, moves
-        nothing. Before that, slices carry where it is time (see `spec.Carry`).
+        nothing. Before that, slices carry and pairs are refreshed where it is time (see `spec.Carry`, `spec.Refresh`).
         """
         self.require_unprogrammed("weight")
         assert self.g_cells is not None
@@ -214,7 +241,7 @@ class InSitu(Programmed):
         pairs = self.streams.take()
         if not pairs:
             return
-        self._carry()
+        self._make_room()
         if rate == 0:
             self._move(torch.zeros_like(self.weight))
             return
@@ -368,8 +395,7 @@ class InSitu(Programmed):
             if f"{prefix}pulse_count" in state_dict:
                 self.pulse_count = torch.zeros_like(self.g_cells, dtype=torch.int32)
             self.w_max = torch.empty(self.groups_ * self.outputs, dtype=torch.float32, device=device)
-            self.update_step = torch.zeros(1, dtype=torch.int64, device=device)
-            self.carry_step = None if self.spec.carry is None else torch.zeros_like(self.update_step)
+            self._start_counting()
         devices = state_dict.get(f"{prefix}device_map")
         if devices is not None and self.device_map is None:
             self.device_map = torch.empty_like(devices, device=self.weight.device)

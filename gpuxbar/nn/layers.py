@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -391,8 +392,22 @@ class AnalogLayer(InSitu):
         self.look_at_ranges()
 
 
+def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:
+    """Refuse layers of one seed: their devices and their noise would be the same."""
+    seen: dict[int, AnalogLayer] = {}
+    for layer in layers:
+        if seen.setdefault(layer.plan.seed, layer) is not layer:
+            raise ValueError(
+                f"{op}: crossbar layers must each have a name, or a seed in their spec, of their own, got {layer.name!r} twice; "
+                "their devices and noise would be alike: pass name=... to each, as gpuxbar.convert does"
+            )
+
+
 class AnalogLinear(nn.Linear, AnalogLayer):
-    """`nn.Linear` read from crossbar tiles; `spec` describes them, `name` keys the layer's random numbers."""
+    """`nn.Linear` read from crossbar tiles, which `spec` describes.
+
+    `name` and the spec's seed key the layer's random numbers: give each layer of a model a name of its own.
+    """
 
     def __init__(
         self,
@@ -415,7 +430,7 @@ class AnalogLinear(nn.Linear, AnalogLayer):
 
 
 class AnalogConv2d(nn.Conv2d, AnalogLayer):
-    """`nn.Conv2d`, with every option of it, read from crossbar tiles."""
+    """`nn.Conv2d`, with every option of it, read from crossbar tiles; `spec` and `name` as of `AnalogLinear`."""
 
     channels_at = -3  # axis of an input
 
@@ -440,7 +455,10 @@ class AnalogConv2d(nn.Conv2d, AnalogLayer):
 
 
 class AnalogConv1d(AnalogConv2d):
-    """`nn.Conv1d`, with every option of it, read from crossbar tiles; its weight is [O, I / groups, 1, size]."""
+    """`nn.Conv1d`, with every option of it, read from crossbar tiles; its weight is [O, I / groups, 1, size].
+
+    `spec` and `name` as of `AnalogLinear`.
+    """
 
     channels_at = -2
 

@@ -41,7 +41,7 @@ OWN: dict[type, tuple[str | None, str | None, bool]] = {
 
 
 def spread_names(law: UpdateLaw) -> tuple[str, ...]:
-    """The device parameters in which devices of a law differ, in the order of a map's planes."""
+    """The device parameters in which devices of a law differ, in the order of a map's planes; () where all are alike."""
     values = parameters(law, 0.0, 1.0)
     return tuple(name for name, field in SPREADS.items() if getattr(values, field) != 0)
 
@@ -142,7 +142,16 @@ def device_map(
 
 
 def draw_device_map(law: UpdateLaw, shape: tuple[int, int, int], *, seed: int) -> np.ndarray:
-    """The map, float16 [K, *shape], of the devices that `seed` draws for an array [2 slices, G * I, O]; rounded to 11 bits."""
+    """The map of the devices that a seed draws, to look at or to change: those that `device_update` has without a map.
+
+    Args:
+        law: Of `gpuxbar.spec`.
+        shape: [2 slices, G * I, O], as conductances lie.
+        seed: Of the array.
+
+    Returns:
+        Normals, float16 [K, *shape], a plane for each of `spread_names(law)`; rounded to 11 bits.
+    """
     planes, rows, cols = shape
     drawn = [reference.drawn_devices(np.arange(rows), cols, plane, seed) for plane in range(planes)]
     names = spread_names(law)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.nn.in_situ import InSitu, layer_of
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.layers import AnalogLayer, require_apart
 
 __all__ = ["LR", "MOMENTUM", "InSituOptimizer", "Rule"]
 
@@ -59,6 +59,8 @@ class InSituOptimizer(torch.optim.Optimizer):
         layers = [layer for layer in map(layer_of, group["params"]) if layer is not None]
         for layer in layers:
             self._check(layer, group)
+        known = [layer_of(parameter) for each in self.param_groups for parameter in each["params"]]
+        require_apart(type(self).__name__, (layer for layer in known if isinstance(layer, AnalogLayer)))
         for layer in layers:
             if not layer.in_situ:
                 layer.begin_in_situ()

@@ -175,6 +175,12 @@ def _check_kind(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise TypeError(
             f"{OP}: `optimizer` must be one of {known}, got {name}, which may count on the host; train without a graph"
         )
+    for layer in model.modules():
+        if isinstance(layer, AnalogLayer) and layer.spec.refresh.interval is not None:
+            raise ValueError(
+                f"{OP}: `refresh.interval` must be None, got {layer.spec.refresh.interval} for {layer.name}: a graph does the same "
+                "at every step; call `refresh` between steps, or train without a graph"
+            )
     for group in optimizer.param_groups:
         if group.get("transfer_every", 1) != 1:
             raise ValueError(

@@ -3,6 +3,7 @@
 from gpuxbar.spec import presets
 from gpuxbar.spec.ageing import Drift, Endurance, Retention
 from gpuxbar.spec.carry import Carry
+from gpuxbar.spec.devices import PublishedDevice, published_device
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.io import load_spec, parse_value, save_spec
 from gpuxbar.spec.laws import (
@@ -33,6 +34,7 @@ from gpuxbar.spec.model import (
     Tile,
 )
 from gpuxbar.spec.pulses import PulseTrain, check_train
+from gpuxbar.spec.refresh import Refresh
 
 __all__ = [
     "ADC",
@@ -57,8 +59,10 @@ __all__ = [
     "PiecewiseStep",
     "PowerStep",
     "Programming",
+    "PublishedDevice",
     "PulseTrain",
     "ReadNoise",
+    "Refresh",
     "Retention",
     "SoftBounds",
     "SpecError",
@@ -68,5 +72,6 @@ __all__ = [
     "load_spec",
     "parse_value",
     "presets",
+    "published_device",
     "save_spec",
 ]

@@ -212,18 +212,64 @@ def pcm() -> PublishedDevice:
     return PublishedDevice(
         "pcm", law, window, f"Nandakumar et al., Frontiers in Neuroscience 2020 (GST phase change memory); {AIHWKIT}",
         "Joshi et al., Nature Communications 2020",
-        "crystallising pulses only: pairs saturate and are to be refreshed; the part of the cycle noise that does not scale with "
+        "crystallising pulses only: pairs saturate unless the spec's `refresh` writes them anew; the part of the cycle noise that does not scale with "
         "the step is not in it",
     )  # fmt: skip
 
 
+def _neurosim(name: str, what: str, labels: tuple[float, float], levels: int, r_on: float, on_off: float, cycle: float, valid: str) -> PublishedDevice:  # fmt: skip
+    """A column of the table of analog devices in the article on NeuroSim; its LTD labels are written with a minus there."""
+    law = NeuroSim(nonlinearity_ltp=labels[0], nonlinearity_ltd=labels[1], levels=levels, cycle=cycle)
+    source = f"{what}; labels {labels[0]:g} and -{labels[1]:g}, {levels} levels of Chen, Peng and Yu, IEEE TCAD 2018, Table I"
+    window = Device(g_min=1 / (r_on * on_off), g_max=1 / r_on)
+    return PublishedDevice(name, law, window, source, "R_on and on/off ratio of the same table", valid)
+
+
 def ag_asi() -> PublishedDevice:
-    law = NeuroSim(nonlinearity_ltp=2.4, nonlinearity_ltd=4.88, levels=97, cycle=0.035)
-    return PublishedDevice(
-        "ag-asi", law, Device(g_min=3.076923e-9, g_max=38.46153e-9),
-        "MLP+NeuroSim V3 (Chen, Peng and Yu, IEEE TCAD 2018), labels 2.4 and -4.88 (Ag:a-Si)", "the same",
-        "97 levels up, taken as 97 down (100 in the source)",
-    )  # fmt: skip
+    what = "Jo et al., Nano Letters 2010 (Ag:a-Si)"
+    return _neurosim(
+        "ag-asi",
+        what,
+        (2.4, 4.88),
+        97,
+        26e6,
+        12.5,
+        0.035,
+        "97 levels up, taken as 97 down (100 in MLP+NeuroSim V3)",
+    )
+
+
+def alox_hfo2() -> PublishedDevice:
+    what = "Woo et al., IEEE Electron Device Letters 2016 (AlOx/HfO2)"
+    return _neurosim("alox-hfo2", what, (1.94, 0.61), 40, 16.9e3, 4.43, 0.05, "identical pulses")
+
+
+def pcmo() -> PublishedDevice:
+    what = "Park et al., IEDM 2013 (PCMO)"
+    return _neurosim(
+        "pcmo",
+        what,
+        (3.68, 6.76),
+        50,
+        23e6,
+        6.84,
+        0.01,
+        "identical pulses; cycle noise, below 1 %, is taken as 1 %",
+    )
+
+
+def taox_tio2() -> PublishedDevice:
+    what = "Gao et al., Nanotechnology 2015 (TaOx/TiO2)"
+    return _neurosim(
+        "taox-tio2",
+        what,
+        (1.85, 1.79),
+        102,
+        5e6,
+        2,
+        0.01,
+        "identical pulses; cycle noise, below 1 %, is taken as 1 %",
+    )
 
 
 def fefet() -> PublishedDevice:
@@ -246,14 +292,20 @@ def txsim_ag_si() -> PublishedDevice:
 DEVICES: dict[str, Callable[[], PublishedDevice]] = {
     make().name: make
     for make in (
-        ag_asi, capacitor, ecram, ecram_mo, fefet, gokmen_vlasov, idealized, pcm, reram_array_hfo2, reram_array_om, reram_es,
-        reram_sb, txsim_ag_si,
+        ag_asi, alox_hfo2, capacitor, ecram, ecram_mo, fefet, gokmen_vlasov, idealized, pcm, pcmo, reram_array_hfo2,
+        reram_array_om, reram_es, reram_sb, taox_tio2, txsim_ag_si,
     )
 }  # fmt: skip
 
 
 def published_device(name: str) -> PublishedDevice:
-    """A device of the literature by name."""
+    """A device of the literature by name, as `gpuxbar devices` lists them.
+
+    `published_device("pcm").spec(refresh={"interval": 40})` is a crossbar of them, otherwise ideal but for what is laid over it.
+
+    Raises:
+        SpecError: The name is unknown.
+    """
     if name not in DEVICES:
         raise SpecError(f"published_device: `name` must be a device, got {name!r}; {nearest(name, DEVICES)}")
     return DEVICES[name]()

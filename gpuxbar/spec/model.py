@@ -14,6 +14,7 @@ from gpuxbar.spec.carry import Carry
 from gpuxbar.spec.laws import UpdateLaw
 from gpuxbar.spec.part import Part
 from gpuxbar.spec.pulses import PulseTrain, check_train
+from gpuxbar.spec.refresh import Refresh
 
 __all__ = [
     "ADC",
@@ -344,7 +345,7 @@ class Backward(Part):
 class CrossbarSpec(Part):
     """Everything about a layer on crossbars. Defaults are ideal.
 
-    `seed`: of every random number; two layers of a model never share draws. `generator`: "exact" or "fast"
+    `seed`: of every random number, with the layer's name: two layers that `gpuxbar.convert` made never share draws. `generator`: "exact" or "fast"
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
     "fp16", "fp16x2" (conductances as a high and a low half, 22 bits) or "int8" (levels, exact); half precisions need a DAC,
     whose codes they hold exactly, and int8 also an ADC, devices that hold their levels and digits up to 127; on a CPU every
@@ -354,7 +355,8 @@ class CrossbarSpec(Part):
     tf32. `update`: the device's own law, used by `gpuxbar.optim.InSituSGD`; needs pairs. `carry`: how sliced ones are
     trained by it. `pulses`: how its steps are pulsed, None: as one step of the wanted size. `drift`: of conductances after
     `gpuxbar.program`. `retention`: what
-    devices trained in situ lose between updates. `endurance`: pulses that they bear.
+    devices trained in situ lose between updates. `endurance`: pulses that they bear. `refresh`: when pairs of one-sided ones
+    are written anew.
     """
 
     tile: Tile = Tile()
@@ -376,6 +378,7 @@ class CrossbarSpec(Part):
     drift: Drift = Drift()
     retention: Retention = Retention()
     endurance: Endurance = Endurance()
+    refresh: Refresh = Refresh()
 
     @model_validator(mode="after")
     def _precise(self) -> CrossbarSpec:
@@ -483,6 +486,23 @@ class CrossbarSpec(Part):
             )
         if self.pulses is not None:
             check_train("CrossbarSpec", self.pulses, self.update, self.carry)
+        return self
+
+    @model_validator(mode="after")
+    def _refreshed(self) -> CrossbarSpec:
+        if self.refresh.interval is None:
+            return self
+        if self.update is None or self.update.sides != "one_sided":
+            got = "no law" if self.update is None else repr(self.update.sides)
+            raise ValueError(
+                f"CrossbarSpec: `update.sides` must be one_sided with refresh.interval, got {got}; only such pairs fill up: choose "
+                "it, or refresh.interval=None"
+            )
+        if self.mapping.slices > 1:
+            raise ValueError(
+                f"CrossbarSpec: `refresh.interval` must be None for {self.mapping.slices} slices, got {self.refresh.interval}; "
+                "carries write pairs anew of which both devices have gained a unit"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +24,17 @@ class Part(BaseModel):
 
     # pydantic builds nested parts without this method, and so reports the whole path from the outermost one
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Only what differs from the defaults is shown."""
+        fields = type(self).model_fields
+        return (
+            (name, value)
+            for name, value in super().__repr_args__()
+            if name is None or value != fields[name].default
+        )
+
+    __str__ = BaseModel.__repr__
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:

@@ -1,0 +1,49 @@
+"""The table of a model's arrays."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import gpuxbar as gx
+
+WIRES = {
+    "r_wordline": 2.0, "r_bitline": 2.0, "r_source": 100.0, "r_sink": 100.0, "anchor": "ladder", "refresh_interval": 4,
+}  # fmt: skip
+
+
+def test_telemetry_tells_what_became_of_the_arrays():
+    torch.manual_seed(0)
+    spec = gx.CrossbarSpec(
+        device={"g_max": 1e-4},
+        update={"law": "constant_step", "pulses": 50},
+        parasitics=WIRES,
+        endurance={"pulses": 1.0, "failed": "g_max"},
+    )
+    digital = nn.Sequential(nn.Linear(20, 9), nn.ReLU(), nn.Linear(9, 4), nn.Linear(4, 2))
+    model, _ = gx.convert(digital, spec, rules={"3": None})
+    fresh = gx.telemetry(model).layers
+    assert [(row.layer, row.state, row.reads, row.updates) for row in fresh] == [
+        ("0", "hardware-aware", 0, 0), ("2", "hardware-aware", 0, 0),
+    ]  # fmt: skip
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(torch.randn(5, 20)).square().mean().backward()
+        optimiser.step()
+    model(torch.randn(1, 20))
+    states = {key: value.clone() for key, value in model.state_dict().items()}
+    found = gx.telemetry(model)
+    for row, layer in zip(found.layers, (model[0], model[2]), strict=True):
+        assert (row.state, row.reads, row.updates) == ("in situ", 4, 4)  # the first is that of beginning
+        assert (row.clipped, row.saturation) == (layer.clip_rate(), layer.saturation())
+        assert 0 < row.wire_error == layer.wire_error()
+        assert 0 < row.worn == layer.worn()
+        assert row.age == 0
+    assert str(found).splitlines()[0].split("  ")[0] == "layer"
+    assert len(str(found).splitlines()) == 3
+    assert all(torch.equal(value, states[key]) for key, value in model.state_dict().items())
+    gx.program(model)
+    gx.age(model, "1h")
+    assert [(row.state, row.age) for row in gx.telemetry(model).layers] == [("programmed", 3600.0)] * 2
+    assert gx.telemetry(digital).layers == ()
