@@ -28,7 +28,7 @@ def inputs(n=32):
 
 
 def state_of(layer):
-    return {key: value.clone() for key, value in layer.state_dict().items()}
+    return copy.deepcopy(layer.state_dict())
 
 
 def saved(model):
@@ -341,9 +341,10 @@ def test_gradients_of_gradients_are_refused():
 
 
 @pytest.mark.parametrize("algorithm", ["InSituSGD", "MixedPrecision", "TikiTaka"])
-@pytest.mark.parametrize("bad", ["nan", "weight", "programmed"])
+@pytest.mark.parametrize("bad", ["nan", "weight", "programmed", "idle", "rate"])
 def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
-    model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 8), linear(**TRAINED))
+    forgets = {"retention": {"tau": 50.0}} if bad == "idle" else {}
+    model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 8), linear(**TRAINED, **forgets))
     optimiser = getattr(gx.optim, algorithm)(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -354,8 +355,12 @@ def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
     elif bad == "weight":
         last.weight.data[0, 0] += 1.0
         torch.autograd.graph.increment_version(last.weight)
+    elif bad == "rate":
+        optimiser.param_groups[0]["lr"], text = torch.inf, f"{algorithm}: `lr` must be finite and at least 0"
     else:
         gx.program(last)
+        if bad == "idle":  # not updated, but its devices would decay
+            last.weight.grad = None
     before, kept = state_of(model), copy.deepcopy(optimiser.state_dict())
     with pytest.raises(ValueError, match=text):
         optimiser.step()
@@ -372,6 +377,41 @@ def test_errors_of_pulse_trains_are_refused_before_a_step_changes_anything():
     with pytest.raises(ValueError, match="InSituSGD: the gradient of linear must be finite, got 256 NaN"):
         optimiser.step()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_refused_group_does_not_stay():
+    model = nn.Sequential(linear(**TRAINED), linear(**TRAINED))
+    optimiser = gx.optim.InSituSGD([model[0].weight], lr=0.1)
+    with pytest.raises(ValueError, match="`lr` must be above 0, got -1"):
+        optimiser.add_param_group({"params": [model[1].weight], "lr": -1})
+    assert len(optimiser.param_groups) == 1
+    assert not model[1].in_situ
+
+
+def test_settings_of_a_scheduler_are_looked_at():
+    """Torch's one-cycle schedule sets a momentum, which pulse trains have not."""
+    layer = linear(**TRAINED, pulses={})
+    optimiser = gx.optim.InSituSGD([layer.weight], lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=9)
+    layer(inputs()).sum().backward()
+    with pytest.raises(ValueError, match=r"`momentum` must be 0 for layers with pulse trains, got 0\.95"):
+        optimiser.step()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, saved])
+@pytest.mark.parametrize("algorithm", ["InSituSGD", "AGAD"])
+def test_an_optimiser_is_copied_with_its_model(algorithm, how):
+    layer = linear(**TRAINED)
+    optimiser = getattr(gx.optim, algorithm)([layer.weight], lr=0.1)
+    runs = (layer, optimiser), how((layer, optimiser))
+    for one, its_optimiser in runs:
+        for _ in range(2):
+            its_optimiser.zero_grad()
+            one(inputs()).square().mean().backward()
+            its_optimiser.step()
+    assert not torch.equal(layer.weight, linear().weight)
+    assert torch.equal(layer.weight, runs[1][0].weight)
+    assert str(optimiser.state_dict()) == str(runs[1][1].state_dict())
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 6e4), (torch.float32, 3e38)])
