@@ -250,6 +250,38 @@ def test_programmed_devices_that_mean_other_weights_are_refused(change, text):
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = linear()
+        self.embed = nn.Embedding(8, 20)
+        self.embed.weight = self.out.weight
+
+    def forward(self, indices):
+        return self.out(self.embed(indices))
+
+
+def test_programmed_devices_of_a_shared_weight_are_loaded():
+    """The embedding, too, loads it; a weight that changes before anything is read is still another."""
+    words, models = torch.tensor([1, 5, 5]), [Tied() for _ in range(2)]
+    gx.program(models[0])
+    with torch.no_grad():
+        models[1].out.weight += 1.0
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(models[1](words), models[0](words))
+    models[1].load_state_dict(models[0].state_dict())
+    with torch.no_grad():
+        models[1].embed.weight += 1.0
+    with pytest.raises(ValueError, match="`weight` must stay as it was programmed"):
+        models[1](words)
+    models[1].load_state_dict(models[0].state_dict())
+    gx.unprogram(models[1])
+    with torch.no_grad():
+        models[1].embed.weight += 1.0
+    gx.program(models[1])
+    models[1](words)
+
+
 def test_programmed_devices_age_alike_in_a_model_of_another_seed_and_name():
     drift = {"drift": {"nu": 0.05, "nu_std": 0.02}}
     layer = linear(**drift)
