@@ -250,6 +250,25 @@ def test_programmed_devices_that_mean_other_weights_are_refused(change, text):
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "text"),
+    [
+        ({}, {"update": None}, "`spec.update` must be an update law to load cells trained in situ, got None"),
+        ({}, {"update": {"law": "constant_step", "write_noise": 1e-7}}, "with `spec.update.write_noise` as here, got one that lacks g_held"),
+        ({"endurance": {"pulses": 9.0}}, {}, "without `spec.endurance.pulses` as here, got one that has pulse_count"),
+        ({}, {"carry": {}, "mapping": {"slices": 2, "slice_bits": 2}}, "with `spec.carry` as here, got one that lacks carry_step"),
+    ],
+    ids=["no-law", "write-noise", "endurance", "carry"],
+)  # fmt: skip
+def test_cells_trained_by_other_means_are_refused(there, here, text):
+    trained, other = linear(**TRAINED, **there), linear(**{**TRAINED, **here})
+    trained.begin_in_situ()
+    before = state_of(other)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        other.load_state_dict(trained.state_dict())
+    assert str(other.state_dict()) == str(before)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
