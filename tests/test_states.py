@@ -204,12 +204,33 @@ def test_a_weight_of_nan_is_not_what_cells_read():
         layer(inputs())
 
 
+def halve(weight):
+    with torch.no_grad():
+        weight.mul_(0.5)
+
+
+def put(weight):  # as torch.nn.utils.vector_to_parameters does, and autograd does not count
+    weight.data = weight.data * 0.5
+
+
+@pytest.mark.parametrize("change", [halve, put])
+def test_another_weight_than_the_programmed_is_refused(change):
+    """Not one that moves with its model."""
+    layer = linear()
+    gx.program(layer)
+    y = layer(inputs())
+    torch.testing.assert_close(layer.double()(inputs()).float(), y)
+    change(layer.weight)
+    with pytest.raises(ValueError, match="`weight` must stay as it was programmed"):
+        layer(inputs())
+
+
+@pytest.mark.parametrize("change", [halve, put])
 @pytest.mark.parametrize("act", ["update", "relax", "program"])
-def test_a_weight_that_something_else_changed_is_not_lost(act):
+def test_a_weight_that_something_else_changed_is_not_lost(act, change):
     layer = linear(**TRAINED, retention={"tau": 10.0})
     layer.begin_in_situ()
-    with torch.no_grad():
-        layer.weight.mul_(0.5)
+    change(layer.weight)
     before = state_of(layer)
     acts = {
         "update": lambda: layer.update_cells(torch.ones_like(layer.weight)),
@@ -437,6 +458,15 @@ def test_a_refused_group_does_not_stay():
         optimiser.add_param_group({"params": [model[1].weight], "lr": -1})
     assert len(optimiser.param_groups) == 1
     assert not model[1].in_situ
+
+
+def test_settings_of_other_optimisers_are_refused():
+    """Which torch would keep in the group, where nothing looks at them."""
+    group = {"params": [linear(**TRAINED).weight], "weight_decay": 1e-4}
+    with pytest.raises(
+        ValueError, match=r"InSituSGD: `weight_decay` must be left out of a group, got 0\.0001"
+    ):
+        gx.optim.InSituSGD([group], lr=0.1)
 
 
 def test_settings_of_a_scheduler_are_looked_at():

@@ -37,14 +37,16 @@ WRITTEN_AS = (
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """Which weight a layer had, which is held so that no other takes its place in memory, and how often it was changed in place."""
+    """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, and
+    where it lay: a parameter gets another `data` without a count."""
 
     weight: Tensor
     version: int
+    place: int
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
-        return self.weight is weight and self.version == weight._version
+        return self.weight is weight and (self.version, self.place) == (weight._version, weight.data_ptr())
 
 
 class Programmed(Wires):
@@ -92,7 +94,7 @@ class Programmed(Wires):
 
     def mark(self) -> Mark:
         """The layer's weight as it is now."""
-        return Mark(self.weight, self.weight._version)
+        return Mark(self.weight, self.weight._version, self.weight.data_ptr())
 
     @property
     def programmed(self) -> bool:

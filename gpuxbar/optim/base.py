@@ -25,6 +25,7 @@ class Rule(NamedTuple):
 
 
 LR = Rule("above 0", lambda value: value > 0, "0.05")
+OTHERS = ("weight_decay", "dampening", "nesterov", "maximize")  # settings of torch's SGD
 MOMENTUM = Rule("at least 0 and below 1", lambda value: 0 <= value < 1, "0.9")
 
 
@@ -71,6 +72,11 @@ class InSituOptimizer(torch.optim.Optimizer):
             if not rule.holds(group[key]):
                 raise ValueError(
                     f"{type(self).__name__}: `{key}` must be {rule.text}, got {group[key]}; try {rule.example}"
+                )
+        for key in OTHERS:
+            if group.get(key):
+                raise ValueError(
+                    f"{type(self).__name__}: `{key}` must be left out of a group, got {group[key]}: it knows none; leave it out"
                 )
         layers = [layer for layer in map(layer_of, group["params"]) if layer is not None]
         for layer in layers:
