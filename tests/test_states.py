@@ -493,6 +493,8 @@ def test_an_optimiser_is_copied_with_its_model(algorithm, how):
     assert not torch.equal(layer.weight, linear().weight)
     assert torch.equal(layer.weight, runs[1][0].weight)
     assert str(optimiser.state_dict()) == str(runs[1][1].state_dict())
+    for _ in range(2):
+        runs[1][1].load_state_dict(optimiser.state_dict())
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 6e4), (torch.float32, 3e38)])

@@ -195,7 +195,7 @@ class InSituOptimizer(torch.optim.Optimizer):
                 f"{sorted(saved)} where {sorted(parts)} have them; build the optimiser that was saved"
             )
         for group in state_dict["param_groups"]:
-            missing = sorted(self.defaults.keys() - group.keys())
+            missing = sorted(self.rules.keys() - group.keys())
             if missing:
                 raise ValueError(
                     f"{type(self).__name__}: `state_dict` must be of the same algorithm, got one without {', '.join(missing)}; build the "
