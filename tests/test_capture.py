@@ -30,6 +30,7 @@ SETTINGS = {
     "anchored wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "anchor": "ladder", "refresh_interval": 3}},
     "wires' gradient": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "gradient": "exact"}},
     "in-situ": {**BASE, "update": AGARWAL},
+    "in-situ forgetting": {**BASE, "update": AGARWAL, "retention": {"tau": 20.0, "spread": 0.3}, "endurance": {"pulses": 30.0}},
     "in-situ held": {**BASE, "update": {"law": "soft_bounds", "cycle": 0.1, "write_noise": 1e-7}},
     "slices": {**BASE, "update": AGARWAL, "mapping": {"slices": 3, "slice_bits": 2}, "carry": {"interval": 2}},
     "pulses": {**BASE, "update": {"law": "soft_bounds", "cycle": 0.1}, "pulses": {}},

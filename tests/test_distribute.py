@@ -54,6 +54,24 @@ def batch():
     return torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
+def apart(rank, before):
+    """What a network reads and converts by that was calibrated on each rank's own data, `before` it was distributed with the weights of
+    another or after."""
+    wires = {"r_wordline": 100.0, "r_bitline": 100.0}
+    settings = {**SPECS["in situ"], **READS, "adc": {"bits": 8}, "parasitics": wires}
+    torch.manual_seed(rank if before else 0)
+    model, _ = gx.convert(nn.Linear(6, 4), gx.CrossbarSpec.model_validate(settings))
+    gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    data = [(1 + rank) * torch.rand(9, 6)]
+    if before:
+        gx.calibrate(model, data)
+    run = gx.distribute(model)
+    if not before:
+        gx.calibrate(model, data)
+    run(torch.ones(2, 6))
+    return [model.adc_range, model.adc_lsb, model.seen]
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -67,11 +85,12 @@ def work(rank, folder):
     model = network("digital")
     names = {buffer: name for name, buffer in model.named_buffers()}
     sent = [names[buffer] for buffer in gx.distribute(model).modules_buffers]
+    were_apart = apart(rank, before=True) + apart(rank, before=False)
     model = network("pulses")
     gx.optim.InSituSGD(model.parameters(), lr=0.5)
     with pytest.raises(ValueError, match=r"wrap it by gpuxbar\.distribute\(model\)"):
         DistributedDataParallel(model)(batch())
-    torch.save((found, sent), f"{folder}/{rank}.pt")
+    torch.save((found, sent, were_apart), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -86,7 +105,7 @@ def ranks(tmp_path_factory):
 def test_ranks_train_as_one_process(ranks, kind):
     model = network(kind)
     y, weights = train(kind, model, model, batch())
-    parts = [found[kind] for found, _ in ranks]
+    parts = [found[kind] for found, *_ in ranks]
     assert torch.equal(torch.cat([part for part, _ in parts]), y)  # noise included
     for one, two, alone in zip(parts[0][1], parts[1][1], weights, strict=True):
         assert torch.equal(one, two)
@@ -94,9 +113,14 @@ def test_ranks_train_as_one_process(ranks, kind):
 
 
 def test_what_follows_from_weights_is_not_sent(ranks):
-    _, sent = ranks[0]
+    _, sent, _ = ranks[0]
     assert "0.read_step" in sent
     assert not any(name.endswith(("cells", "full_pair", "written")) for name in sent)
+
+
+def test_ranks_convert_and_read_alike_after_they_were_apart(ranks):
+    for one, two in zip(ranks[0][2], ranks[1][2], strict=True):
+        assert torch.equal(one, two)
 
 
 def test_it_needs_a_process_group():

@@ -436,3 +436,6 @@ def test_errors():
         ValueError, match=r"`state_dict` must be of the same algorithm and layers, got .* \[0\] where \[\]"
     ):
         build_optimizer("sgd", AnalogLinear(4, 3, spec=spec()), lr=0.1).load_state_dict(saved)
+    saved = build_optimizer("tiki-taka-v2", copy.deepcopy(layer), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match=r"ChoppedTikiTakaV2: `state_dict` must be .* got one without flip"):
+        build_optimizer("chopped-tiki-taka-v2", layer, lr=0.1).load_state_dict(saved)

@@ -577,6 +577,37 @@ def test_streams_are_kept_until_a_step_and_forgotten_by_zero_grad():
     assert model[0].streams.pairs == []
 
 
+def test_a_gradient_of_the_input_alone_pulses_nothing():
+    """As autograd makes no gradient of the weight then; a later one of all does, from the same graph."""
+    model, _ = pulsed(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), CrossbarSpec(**PULSED))
+    x = torch.ones(4, 3, requires_grad=True)
+    y = model(x).sum()
+    (grad,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert [layer.streams.pairs for layer in model] == [[], []]
+    y.backward()
+    assert torch.equal(grad, x.grad)
+    assert [len(layer.streams.pairs) for layer in model] == [1, 1]
+    assert torch.equal(model[0].streams.pairs[0][0], x)
+
+
+@pytest.mark.parametrize("use", ["tied", "penalty"])
+def test_gradients_of_other_uses_of_a_pulsed_weight_are_refused(use):
+    embedding = nn.Embedding(5, 3)
+    model = nn.ModuleList([embedding, nn.Linear(3, 5)])
+    model[1].weight = embedding.weight
+    model, optimiser = pulsed(model, CrossbarSpec(**PULSED))
+    x = model[0](torch.tensor([1, 2])) if use == "tied" else torch.ones(2, 3)
+    loss = model[1](x).sum()
+    (loss if use == "tied" else loss + model[1].weight.square().sum()).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="InSituSGD: `weight` of 1 must have no gradient with pulse trains"):
+        optimiser.step()
+    assert str(model.state_dict()) == str(before)
+    optimiser.zero_grad()
+    model[1](torch.ones(2, 3)).sum().backward()
+    optimiser.step()
+
+
 def test_calibration_pulses_nothing():
     model, _ = pulsed(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED, adc={"bits": 8}))
     calibrate(model, [torch.ones(4, 3)])

@@ -28,7 +28,7 @@ def inputs(n=32):
 
 
 def state_of(layer):
-    return {key: value.clone() for key, value in layer.state_dict().items()}
+    return copy.deepcopy(layer.state_dict())
 
 
 def saved(model):
@@ -204,12 +204,33 @@ def test_a_weight_of_nan_is_not_what_cells_read():
         layer(inputs())
 
 
+def halve(weight):
+    with torch.no_grad():
+        weight.mul_(0.5)
+
+
+def put(weight):  # as torch.nn.utils.vector_to_parameters does, and autograd does not count
+    weight.data = weight.data * 0.5
+
+
+@pytest.mark.parametrize("change", [halve, put])
+def test_another_weight_than_the_programmed_is_refused(change):
+    """Not one that moves with its model."""
+    layer = linear()
+    gx.program(layer)
+    y = layer(inputs())
+    torch.testing.assert_close(layer.double()(inputs()).float(), y)
+    change(layer.weight)
+    with pytest.raises(ValueError, match="`weight` must stay as it was programmed"):
+        layer(inputs())
+
+
+@pytest.mark.parametrize("change", [halve, put])
 @pytest.mark.parametrize("act", ["update", "relax", "program"])
-def test_a_weight_that_something_else_changed_is_not_lost(act):
+def test_a_weight_that_something_else_changed_is_not_lost(act, change):
     layer = linear(**TRAINED, retention={"tau": 10.0})
     layer.begin_in_situ()
-    with torch.no_grad():
-        layer.weight.mul_(0.5)
+    change(layer.weight)
     before = state_of(layer)
     acts = {
         "update": lambda: layer.update_cells(torch.ones_like(layer.weight)),
@@ -248,6 +269,57 @@ def test_programmed_devices_that_mean_other_weights_are_refused(change, text):
     with pytest.raises(ValueError, match=f"must be of devices that hold weights as here, got {text}"):
         other.load_state_dict(layer.state_dict())
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "text"),
+    [
+        ({}, {"update": None}, "`spec.update` must be an update law to load cells trained in situ, got None"),
+        ({}, {"update": {"law": "constant_step", "write_noise": 1e-7}}, "with `spec.update.write_noise` as here, got one that lacks g_held"),
+        ({"endurance": {"pulses": 9.0}}, {}, "without `spec.endurance.pulses` as here, got one that has pulse_count"),
+        ({}, {"carry": {}, "mapping": {"slices": 2, "slice_bits": 2}}, "with `spec.carry` as here, got one that lacks carry_step"),
+    ],
+    ids=["no-law", "write-noise", "endurance", "carry"],
+)  # fmt: skip
+def test_cells_trained_by_other_means_are_refused(there, here, text):
+    trained, other = linear(**TRAINED, **there), linear(**{**TRAINED, **here})
+    trained.begin_in_situ()
+    before = state_of(other)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        other.load_state_dict(trained.state_dict())
+    assert str(other.state_dict()) == str(before)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = linear()
+        self.embed = nn.Embedding(8, 20)
+        self.embed.weight = self.out.weight
+
+    def forward(self, indices):
+        return self.out(self.embed(indices))
+
+
+def test_programmed_devices_of_a_shared_weight_are_loaded():
+    """The embedding, too, loads it; a weight that changes before anything is read is still another."""
+    words, models = torch.tensor([1, 5, 5]), [Tied() for _ in range(2)]
+    gx.program(models[0])
+    with torch.no_grad():
+        models[1].out.weight += 1.0
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(models[1](words), models[0](words))
+    models[1].load_state_dict(models[0].state_dict())
+    with torch.no_grad():
+        models[1].embed.weight += 1.0
+    with pytest.raises(ValueError, match="`weight` must stay as it was programmed"):
+        models[1](words)
+    models[1].load_state_dict(models[0].state_dict())
+    gx.unprogram(models[1])
+    with torch.no_grad():
+        models[1].embed.weight += 1.0
+    gx.program(models[1])
+    models[1](words)
 
 
 def test_programmed_devices_age_alike_in_a_model_of_another_seed_and_name():
@@ -341,9 +413,10 @@ def test_gradients_of_gradients_are_refused():
 
 
 @pytest.mark.parametrize("algorithm", ["InSituSGD", "MixedPrecision", "TikiTaka"])
-@pytest.mark.parametrize("bad", ["nan", "weight", "programmed"])
+@pytest.mark.parametrize("bad", ["nan", "weight", "programmed", "idle", "rate"])
 def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
-    model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 8), linear(**TRAINED, seed=1))
+    forgets = {"retention": {"tau": 50.0}} if bad == "idle" else {}
+    model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 8), linear(**TRAINED, **forgets, seed=1))
     optimiser = getattr(gx.optim, algorithm)(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -354,8 +427,12 @@ def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
     elif bad == "weight":
         last.weight.data[0, 0] += 1.0
         torch.autograd.graph.increment_version(last.weight)
+    elif bad == "rate":
+        optimiser.param_groups[0]["lr"], text = torch.inf, f"{algorithm}: `lr` must be finite and at least 0"
     else:
         gx.program(last)
+        if bad == "idle":  # not updated, but its devices would decay
+            last.weight.grad = None
     before, kept = state_of(model), copy.deepcopy(optimiser.state_dict())
     with pytest.raises(ValueError, match=text):
         optimiser.step()
@@ -392,6 +469,52 @@ def test_errors_of_pulse_trains_are_refused_before_a_step_changes_anything():
     with pytest.raises(ValueError, match="InSituSGD: the gradient of linear must be finite, got 256 NaN"):
         optimiser.step()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_refused_group_does_not_stay():
+    model = nn.Sequential(linear(**TRAINED), linear(**TRAINED))
+    optimiser = gx.optim.InSituSGD([model[0].weight], lr=0.1)
+    with pytest.raises(ValueError, match="`lr` must be above 0, got -1"):
+        optimiser.add_param_group({"params": [model[1].weight], "lr": -1})
+    assert len(optimiser.param_groups) == 1
+    assert not model[1].in_situ
+
+
+def test_settings_of_other_optimisers_are_refused():
+    """Which torch would keep in the group, where nothing looks at them."""
+    group = {"params": [linear(**TRAINED).weight], "weight_decay": 1e-4}
+    with pytest.raises(
+        ValueError, match=r"InSituSGD: `weight_decay` must be left out of a group, got 0\.0001"
+    ):
+        gx.optim.InSituSGD([group], lr=0.1)
+
+
+def test_settings_of_a_scheduler_are_looked_at():
+    """Torch's one-cycle schedule sets a momentum, which pulse trains have not."""
+    layer = linear(**TRAINED, pulses={})
+    optimiser = gx.optim.InSituSGD([layer.weight], lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=9)
+    layer(inputs()).sum().backward()
+    with pytest.raises(ValueError, match=r"`momentum` must be 0 for layers with pulse trains, got 0\.95"):
+        optimiser.step()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, saved])
+@pytest.mark.parametrize("algorithm", ["InSituSGD", "AGAD"])
+def test_an_optimiser_is_copied_with_its_model(algorithm, how):
+    layer = linear(**TRAINED)
+    optimiser = getattr(gx.optim, algorithm)([layer.weight], lr=0.1)
+    runs = (layer, optimiser), how((layer, optimiser))
+    for one, its_optimiser in runs:
+        for _ in range(2):
+            its_optimiser.zero_grad()
+            one(inputs()).square().mean().backward()
+            its_optimiser.step()
+    assert not torch.equal(layer.weight, linear().weight)
+    assert torch.equal(layer.weight, runs[1][0].weight)
+    assert str(optimiser.state_dict()) == str(runs[1][1].state_dict())
+    for _ in range(2):
+        runs[1][1].load_state_dict(optimiser.state_dict())
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 6e4), (torch.float32, 3e38)])

@@ -12,13 +12,20 @@ from gpuxbar.nn.layers import AnalogLayer, require_apart
 
 __all__ = ["distribute"]
 
+STEPS = {
+    "adc_lsb",
+    "back_adc_lsb",
+}  # follow from ranges, which may have been calibrated on each rank's own data
+
 
 def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
     """A converted model under `DistributedDataParallel`, trained as one process would with the batches of all ranks as one.
 
     Each rank's reads draw the noise of its own rows of that batch. Updates of devices are the same everywhere: for pulse
     trains and bit streams the ranks exchange what they read and its errors, averaged as gradients are. Conductances that
-    follow from weights are not sent. Batches must be of one size on all ranks.
+    follow from weights are not sent. Batches must be of one size on all ranks. ADC ranges are those that rank 0 calibrated.
+    What is not as in one process: DAC ranges "tensor" and "ema" are those of a rank's own part, and recurrent layers, which read
+    all samples of a step together, draw noise of other rows, though no two ranks the same.
 
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
@@ -34,12 +41,16 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
         )
     require_apart("distribute", (layer for layer in model.modules() if isinstance(layer, AnalogLayer)))
     group = options.get("process_group") or distributed.group.WORLD
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AnalogLayer)}
     derived = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, AnalogLayer):
-            layer.set_plan(replace(layer.plan, rank=distributed.get_rank(group)))
-            layer.streams.group = group
-            prefix = f"{name}." if name else ""
-            derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set]
+    for name, layer in layers.items():
+        layer.set_plan(replace(layer.plan, rank=distributed.get_rank(group)))
+        layer.streams.group = group
+        prefix = f"{name}." if name else ""
+        derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set - STEPS]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, derived)
-    return DistributedDataParallel(model, **options)
+    distributed_model = DistributedDataParallel(model, **options)
+    for layer in layers.values():  # all have rank 0's weights, cells and ranges now
+        layer.look_at_ranges()
+        layer.forget_wires()
+    return distributed_model

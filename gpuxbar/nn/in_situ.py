@@ -385,6 +385,8 @@ class InSitu(Programmed):
             weight.analog = Owner(self, *others)  # type: ignore[attr-defined]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        if f"{prefix}g_cells" in state_dict:
+            self._require_trained_as(state_dict, prefix)
         if self.g_cells is None and f"{prefix}g_cells" in state_dict:
             device = self.weight.device
             planes = 2 * self.spec.mapping.slices
@@ -400,6 +402,24 @@ class InSitu(Programmed):
         if devices is not None and self.device_map is None:
             self.device_map = torch.empty_like(devices, device=self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *more)
+
+    def _require_trained_as(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse cells that were trained by what the layer's spec has not, or without what it has."""
+        law, way = self.spec.update, "convert with the spec that they were trained with"
+        if law is None:
+            raise ValueError(
+                f"{self.name}: `spec.update` must be an update law to load cells trained in situ, got None; {way}"
+            )
+        for buffer, setting, here in (
+            ("g_held", "update.write_noise", law.write_noise > 0),
+            ("pulse_count", "endurance.pulses", self.spec.endurance.pulses is not None),
+            ("carry_step", "carry", self.spec.carry is not None),
+        ):
+            if (f"{prefix}{buffer}" in state_dict) != here:
+                raise ValueError(
+                    f"{self.name}: `state_dict` must be of cells trained {'with' if here else 'without'} `spec.{setting}` as here, got "
+                    f"one that {'lacks' if here else 'has'} {buffer}; {way}"
+                )
 
 
 class Owner:

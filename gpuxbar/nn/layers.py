@@ -373,8 +373,9 @@ class AnalogLayer(InSitu):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
-        buffers = dict(self._buffers)
+        buffers, held = dict(self._buffers), self._is_held()
         super()._apply(fn, recurse)
+        self._held = self.mark() if held else None
         for name, new in self._buffers.items():
             old = buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:

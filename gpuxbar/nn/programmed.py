@@ -37,14 +37,16 @@ WRITTEN_AS = (
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """Which weight a layer had, which is held so that no other takes its place in memory, and how often it was changed in place."""
+    """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, and
+    where it lay: a parameter gets another `data` without a count."""
 
     weight: Tensor
     version: int
+    place: int
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
-        return self.weight is weight and self.version == weight._version
+        return self.weight is weight and (self.version, self.place) == (weight._version, weight.data_ptr())
 
 
 class Programmed(Wires):
@@ -81,13 +83,18 @@ class Programmed(Wires):
         for name in ("aged", "aged_variance"):  # what reads find, or what the wires are solved for
             self.register_buffer(name, None, persistent=False)
         self._held: Mark | None = None  # of the weight that was programmed
+        self._loaded: Tensor | None = None  # that weight, from a checkpoint until it is looked at
 
     def _is_held(self) -> bool:
+        if self._loaded is not None:  # a module that shares the weight may have loaded it again
+            same = self._held is not None and self._held.weight is self.weight
+            self._held = self.mark() if same and torch.equal(self._loaded, self.weight) else None
+            self._loaded = None
         return self._held is not None and self._held.is_of(self.weight)
 
     def mark(self) -> Mark:
         """The layer's weight as it is now."""
-        return Mark(self.weight, self.weight._version)
+        return Mark(self.weight, self.weight._version, self.weight.data_ptr())
 
     @property
     def programmed(self) -> bool:
@@ -109,7 +116,7 @@ class Programmed(Wires):
         self.age = torch.zeros(1, dtype=torch.float32, device=g.device)
         self.gain = torch.ones(1, dtype=torch.float32, device=g.device)
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
-        self._held = self.mark()
+        self._held, self._loaded = self.mark(), None
         self.look_after(0.0)
 
     def _written_as(self) -> Tensor:
@@ -190,7 +197,7 @@ class Programmed(Wires):
                 setattr(self, name, torch.empty_like(value, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *more)
         if saved:
-            self._held = self.mark()
+            self._held, self._loaded = self.mark(), self.weight.detach().clone()
             self._make_aged()
         self.forget_wires()
 

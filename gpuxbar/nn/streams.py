@@ -18,8 +18,10 @@ class Streams:
         self.group: Any = None  # of processes whose samples count together; None: this one's alone
 
     def watch(self, y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        """`y`, whose gradient will be kept beside `x`; `weight` gets no gradient but makes `y` need one."""
-        watched: Tensor = _Watch.apply(y, weight, x.detach(), self)  # type: ignore[no-untyped-call]
+        """`y`, whose gradient will be kept beside `x` by backward passes that go on to `weight`, which gets none."""
+        found: list[Tensor] = []  # of the latest backward pass
+        mark = _Keep.apply(weight, self, found)  # type: ignore[no-untyped-call]
+        watched: Tensor = _Watch.apply(y, mark, x.detach(), found)  # type: ignore[no-untyped-call]
         return watched
 
     def take(self) -> list[tuple[Tensor, Tensor]]:
@@ -48,13 +50,29 @@ def _of_all(part: Tensor, group: Any) -> Tensor:
 
 class _Watch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, x: Tensor, streams: Streams) -> Tensor:
+    def forward(ctx: Any, y: Tensor, mark: Tensor, x: Tensor, found: list[Tensor]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.streams = streams
+        ctx.found = found
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,), (grad_y,) = ctx.saved_tensors, grads
+        ctx.found[:] = x, grad_y
+        return grad_y, grad_y.new_empty(0), None, None
+
+
+class _Keep(torch.autograd.Function):
+    """Apart from `_Watch`, since autograd skips it where the gradient of the weight is not asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, streams: Streams, found: list[Tensor]) -> Tensor:
+        ctx.streams, ctx.found = streams, found
+        return weight.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        x, grad_y = ctx.found
+        ctx.found.clear()
         ctx.streams.pairs.append((x, grad_y))
-        return grad_y, None, None, None
+        return None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,14 +25,16 @@ class Rule(NamedTuple):
 
 
 LR = Rule("above 0", lambda value: value > 0, "0.05")
+OTHERS = ("weight_decay", "dampening", "nesterov", "maximize")  # settings of torch's SGD
 MOMENTUM = Rule("at least 0 and below 1", lambda value: 0 <= value < 1, "0.9")
 
 
 class InSituOptimizer(torch.optim.Optimizer):
     """An optimiser that writes crossbar weights through their devices, and others by SGD with momentum.
 
-    A step that meets a layer it cannot write, or on a CPU a gradient of a layer that is not finite, is refused before it changes
-    anything.
+    A step that meets a layer it cannot write, settings that do not go with it, or on a CPU a gradient of a layer that is not
+    finite, is refused before it changes anything. Nothing else may set a crossbar weight: that is refused at the next read, unless
+    PyTorch does not count the change, as one by an optimiser with fused=True, or in place through `weight.data`.
 
     A subclass has `rules`, one a setting, and `_write`, which turns a gradient into writes of a layer's cells; what it
     keeps for a layer beyond its cells is the module that `_begin` returns. At the end of a step all cells lose what
@@ -51,16 +54,13 @@ class InSituOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for key, rule in self.rules.items():
-            if not rule.holds(group[key]):
-                raise ValueError(
-                    f"{type(self).__name__}: `{key}` must be {rule.text}, got {group[key]}; try {rule.example}"
-                )
-        layers = [layer for layer in map(layer_of, group["params"]) if layer is not None]
-        for layer in layers:
-            self._check(layer, group)
-        known = [layer_of(parameter) for each in self.param_groups for parameter in each["params"]]
-        require_apart(type(self).__name__, (layer for layer in known if isinstance(layer, AnalogLayer)))
+        try:
+            layers = self._checked(group)
+            known = [layer_of(parameter) for each in self.param_groups for parameter in each["params"]]
+            require_apart(type(self).__name__, (layer for layer in known if isinstance(layer, AnalogLayer)))
+        except ValueError:
+            self.param_groups.pop()
+            raise
         for layer in layers:
             if not layer.in_situ:
                 layer.begin_in_situ()
@@ -69,8 +69,25 @@ class InSituOptimizer(torch.optim.Optimizer):
             if part is not None:
                 self.parts[layer.weight] = part
 
+    def _checked(self, group: dict[str, Any]) -> list[InSitu]:
+        """The crossbar layers of a group, whose settings and layers are those that this algorithm can train."""
+        for key, rule in self.rules.items():
+            if not rule.holds(group[key]):
+                raise ValueError(
+                    f"{type(self).__name__}: `{key}` must be {rule.text}, got {group[key]}; try {rule.example}"
+                )
+        for key in OTHERS:
+            if group.get(key):
+                raise ValueError(
+                    f"{type(self).__name__}: `{key}` must be left out of a group, got {group[key]}: it knows none; leave it out"
+                )
+        layers = [layer for layer in map(layer_of, group["params"]) if layer is not None]
+        for layer in layers:
+            self._check(layer, group)
+        return layers
+
     def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
-        """Refuse a layer that this algorithm cannot train, before any begins."""
+        """Refuse a layer that this algorithm cannot train, before any begins, and settings that were changed since."""
         layer.require_law()
         if layer.spec.pulses is not None:
             raise ValueError(
@@ -98,8 +115,8 @@ class InSituOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            self._require_ready(parameter)
+        for group in self.param_groups:
+            self._require_ready(group)
         for group in self.param_groups:
             for parameter in group["params"]:
                 layer = layer_of(parameter)
@@ -131,19 +148,36 @@ class InSituOptimizer(torch.optim.Optimizer):
         velocity: Tensor = state["momentum"]
         return velocity
 
-    def _require_ready(self, parameter: Tensor) -> None:
-        """Refuse a layer that cannot be written, and a gradient that cannot be written to it."""
-        layer = layer_of(parameter)
-        if layer is None:
-            return
-        errors = [] if parameter.grad is None else [parameter.grad]
-        if layer.streams.group is None:  # else all ranks refuse together, once they have each other's
-            errors += [grad_y for _, grad_y in layer.streams.pairs]
-        if errors:
-            layer.require_unprogrammed("weight")
-            layer.require_read_out()
-        for error in errors:
-            require_finite_gradient(error, f"{type(self).__name__}: the gradient of {layer.name}")
+    def _require_ready(self, group: dict[str, Any]) -> None:
+        """Refuse a rate that is none, a layer that cannot be written, and a gradient that cannot be written to it."""
+        if not 0 <= group["lr"] < inf:
+            raise ValueError(
+                f"{type(self).__name__}: `lr` must be finite and at least 0, got {group['lr']}; look at the scheduler"
+            )
+        for parameter in group["params"]:
+            layer = layer_of(parameter)
+            if layer is None:
+                continue
+            self._check(layer, group)
+            if layer.keeps_operands and parameter.grad is not None:
+                self._require_no_gradient(layer, parameter.grad)
+            errors = [] if parameter.grad is None else [parameter.grad]
+            if layer.streams.group is None:  # else all ranks refuse together, once they have each other's
+                errors += [grad_y for _, grad_y in layer.streams.pairs]
+            if errors or layer.spec.retention.tau is not None:
+                layer.require_unprogrammed("weight")
+                layer.require_read_out()
+            for error in errors:
+                require_finite_gradient(error, f"{type(self).__name__}: the gradient of {layer.name}")
+
+    def _require_no_gradient(self, layer: InSitu, grad: Tensor) -> None:
+        """Refuse a gradient that products in the array do not make. `DistributedDataParallel` makes zeros, at which a GPU would wait
+        to look."""
+        if layer.streams.group is None or (grad.device.type == "cpu" and grad.any()):
+            raise ValueError(
+                f"{type(self).__name__}: `weight` of {layer.name} must have no gradient with pulse trains or bit streams, which take "
+                "none, got one, as of a tied embedding or a penalty; untie it or leave that out, or call zero_grad() if it is an old one"
+            )
 
     def _named_parts(self) -> dict[int, nn.Module]:
         """Modules by the place of their weight among all parameters."""
@@ -163,6 +197,17 @@ class InSituOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: `state_dict` must be of the same algorithm and layers, got arrays of parameters "
                 f"{sorted(saved)} where {sorted(parts)} have them; build the optimiser that was saved"
             )
-        super().load_state_dict(state_dict)
+        for group in state_dict["param_groups"]:
+            missing = sorted(self.rules.keys() - group.keys())
+            if missing:
+                raise ValueError(
+                    f"{type(self).__name__}: `state_dict` must be of the same algorithm, got one without {', '.join(missing)}; build the "
+                    "optimiser that was saved"
+                )
         for i, part in parts.items():
             part.load_state_dict(saved[i])
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # torch's, which knows no more than its own
+        return state | {"parts": self.parts}

@@ -19,8 +19,8 @@ class Carry(Part):
     2**(slice_bits + headroom_bits) - 1 units, so that digits may outgrow their base between two carries; beyond the window
     they saturate.
 
-    `scheme`: "accumulate": a wanted change is cut into signed digits, and every slice takes its own through its devices'
-    law; what is below a unit goes to the lowest slice, whose devices are analog. "periodic": the lowest slice takes all
+    `scheme`: "accumulate": a wanted change, of at most a full weight, is cut into signed digits, and every slice takes its own
+    through its devices' law; what is below a unit goes to the lowest slice, whose devices are analog. "periodic": the lowest slice takes all
     of it, as far as its window goes, and the others only change by carries; so with pulse trains, which know no digits.
     "streamed": nobody forms the wanted change. For every sample, the bits of the inputs' codes drive wordlines one after
     the other, and bitlines are driven with the digits of what each bit asks for (see `ops.streamed_update`): slices gather
