@@ -127,12 +127,13 @@ def test_steps_of_a_dac(lsb, text, backend, monkeypatch):
 def test_empty_batches_are_empty(backend, monkeypatch):
     monkeypatch.setenv("GPUXBAR_BACKEND", backend)
     g = zeros(8, 4)
-    conv = ConvGeometry(2, 3, 3, (2, 2))
-    noisy = {"adc_bits": 8, "adc_lsb": 1.0, "read_noise": 1.0}
+    noisy = {"adc_bits": 8, "adc_lsb": 1.0, "read_noise": zeros(1) + 1}
     assert ops.tile_mvm(zeros(0, 8), g, row_scale=zeros(1), **noisy).shape == (0, 4)
     assert ops.tile_mvm(zeros(0, 4), g, transposed=True, **noisy).shape == (0, 8)
-    assert ops.tile_mvm(zeros(0, 2, 3, 3), g, conv=conv, **noisy).shape == (0, 4, 2, 2)
-    assert ops.tile_mvm(zeros(0, 4, 2, 2), g, conv=conv, transposed=True, **noisy).shape == (0, 2, 3, 3)
+    for order in ("channel_position", "position_channel"):
+        conv = ConvGeometry(2, 3, 3, (2, 2), line_order=order)
+        assert ops.tile_mvm(zeros(0, 2, 3, 3), g, conv=conv, **noisy).shape == (0, 4, 2, 2)
+        assert ops.tile_mvm(zeros(0, 4, 2, 2), g, conv=conv, transposed=True, **noisy).shape == (0, 2, 3, 3)
     assert [a.shape for a in ops.tile_mvm(zeros(0, 8), g, want_gate=True)] == [(0, 4), (0, 4)]
     for shape in ((0, 3), (3, 0), (0,)):
         assert ops.dac_quantize(zeros(*shape), lsb=1.0, code_max=7).shape == shape

@@ -206,7 +206,7 @@ def reprogram(
         ("state", state, "int64", (2,)),
         ("write_step", write_step, "int64", (1,)),
     ):
-        if array is None:
+        if name == "noise_var" and array is None:
             continue
         check_array(op, name, array, dtype, len(want))
         if tuple(array.shape) != want:

@@ -206,7 +206,8 @@ def tile_mvm(
         }
         return _cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
     if where == "reference":
-        out = reference.tile_mvm(v, g, **{**settings, "step": int(np.asarray(step).reshape(-1)[0])})
+        numbers = {"step": np.asarray(step).item(), "read_noise": np.asarray(read_noise).item()}
+        out = reference.tile_mvm(v, g, **{**settings, **numbers})
         return tuple(a.astype(np.float32) for a in out) if want_gate else out.astype(np.float32)
     return _host(read, v, g, settings)
 
@@ -301,7 +302,8 @@ def _read(
         _check_levels(g_step, g_offset)
     outputs = groups * sense
     batch = v[0] * (1 if conv is None else conv.pixels)
-    tile = (tile_cols if transposed else tile_rows) or max(drive, 1)
+    whole = max(drive, 1)
+    tile = min((tile_cols if transposed else tile_rows) or whole, whole)
     converters = (planes, -(-drive // tile), outputs)
     shapes: dict[str, tuple[int, ...]] = {
         "col_scale": (outputs,), "bias": (outputs,), "slice_scale": (planes,), "adc_gain": converters,

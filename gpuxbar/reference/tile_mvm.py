@@ -96,7 +96,8 @@ def unfold(x: np.ndarray, conv: ConvGeometry) -> np.ndarray:
     for ky, kx, rows, cols in _taps(conv):
         patches[..., ky, kx] = padded[:, :, rows, cols].transpose(0, 2, 3, 1)
     if conv.line_order == "position_channel":
-        patches = np.moveaxis(patches.reshape(n, oh, ow, -1, conv.channels, kh, kw), 4, 6)
+        groups = planes // conv.channels
+        patches = np.moveaxis(patches.reshape(n, oh, ow, groups, conv.channels, kh, kw), 4, 6)
     return patches.reshape(n * oh * ow, planes * kh * kw)
 
 
@@ -105,7 +106,8 @@ def fold(patches: np.ndarray, n: int, conv: ConvGeometry) -> np.ndarray:
     (ph, pw), (kh, kw), (oh, ow) = conv.padding, conv.kernel, conv.out
     planes = patches.shape[1] // (kh * kw)
     if conv.line_order == "position_channel":
-        patches = np.moveaxis(patches.reshape(n, oh, ow, -1, kh, kw, conv.channels), 6, 4)
+        groups = planes // conv.channels
+        patches = np.moveaxis(patches.reshape(n, oh, ow, groups, kh, kw, conv.channels), 6, 4)
     cells = patches.reshape(n, oh, ow, planes, kh, kw)
     padded = np.zeros((n, planes, conv.height + 2 * ph, conv.width + 2 * pw), dtype=patches.dtype)
     for ky, kx, rows, cols in _taps(conv):
