@@ -298,3 +298,20 @@ def test_arguments_no_kernel_may_see():
         call("reprogram", writes()["reprogram"], g=None)
     v, g = zeros(2, 3) + 1, zeros(3, 4) + 1
     np.testing.assert_array_equal(ops.tile_mvm(v, g, tile_rows=2**70), ops.tile_mvm(v, g))
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+def test_empty_batches_and_arrays_change_nothing(backend, monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    two = writes()
+    conv = ConvGeometry(2, 3, 3, (2, 2))
+    assert not ops.conv_outer_product(zeros(0, 6, 2, 2), zeros(0, 4, 3, 3), zeros(1), conv, groups=2).any()
+    for op in ("pulse_update", "streamed_update"):
+        before = two[op]["g"].copy()
+        weights = call(op, two[op], x=zeros(0, 3), d=zeros(0, 4))
+        np.testing.assert_array_equal(two[op]["g"], before)
+        assert weights.shape == (1, 4, 3)
+    pairs = {"law": STEPPING, "w_max": zeros(0), **WINDOW}
+    assert ops.device_update(zeros(2, 6, 0), zeros(2, 0, 3), **pairs).shape == (2, 0, 3)
+    train, x, d = spec.PulseTrain(length=7), zeros(5, 6), zeros(5, 0)
+    assert ops.pulse_update(zeros(2, 6, 0), x, d, rate=0.1, train=train, groups=2, **pairs).shape == (2, 0, 3)

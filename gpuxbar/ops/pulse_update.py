@@ -165,7 +165,7 @@ def pulse_update(
         )
     step = integer(OP, "step", step)
     shape = (groups, outputs, inputs)
-    if where == "reference":
+    if where == "reference" and g.size:
         for name, array in (("x", x), ("d", d)):
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
         sliced: dict[str, Any] = {

@@ -10,7 +10,7 @@ from gpuxbar.reference.device_update import Cells, deviation, read_out, sliced
 from gpuxbar.reference.endurance import wear
 from gpuxbar.reference.laws import moved
 from gpuxbar.reference.random import Purpose, normals, uniforms, words
-from gpuxbar.reference.tile_mvm import ConvGeometry, unfold
+from gpuxbar.reference.tile_mvm import ConvGeometry, by_group, unfold
 
 __all__ = ["pulse_trains", "pulse_update"]
 
@@ -38,7 +38,7 @@ def pulse_trains(
         seed, step: Of the random numbers.
     """
     steps = np.broadcast_to(np.asarray(unit, np.float64), (groups,))
-    top_x, top_e = (np.abs(a).reshape(len(a), groups, -1).max(2, initial=0.0) for a in (x, e))
+    top_x, top_e = (np.abs(by_group(a, groups)).max(2, initial=0.0) for a in (x, e))
     wanted = top_x * top_e
     fires = wanted > 0
     length = np.full(wanted.shape, train["length"])

@@ -18,7 +18,16 @@ import numpy as np
 
 from gpuxbar.reference.random import Purpose, normals
 
-__all__ = ["LINE_ORDERS", "ConvGeometry", "fold", "stream_digits", "tile_mvm", "tile_spans", "unfold"]
+__all__ = [
+    "LINE_ORDERS",
+    "ConvGeometry",
+    "by_group",
+    "fold",
+    "stream_digits",
+    "tile_mvm",
+    "tile_spans",
+    "unfold",
+]
 
 LINE_ORDERS = ("channel_position", "position_channel")
 
@@ -113,6 +122,11 @@ def fold(patches: np.ndarray, n: int, conv: ConvGeometry) -> np.ndarray:
     for ky, kx, rows, cols in _taps(conv):
         padded[:, :, rows, cols] += cells[..., ky, kx].transpose(0, 3, 1, 2)
     return padded[:, :, ph : ph + conv.height, pw : pw + conv.width]
+
+
+def by_group(a: np.ndarray, groups: int) -> np.ndarray:
+    """Lines of groups side by side, [B, G * lines, ...], as [B, G, lines, ...]."""
+    return a.reshape(len(a), groups, a.shape[1] // groups, *a.shape[2:])
 
 
 def tile_spans(length: int, tile: int | None) -> list[slice]:
