@@ -312,6 +312,9 @@ def test_empty_batches_and_arrays_change_nothing(backend, monkeypatch):
         np.testing.assert_array_equal(two[op]["g"], before)
         assert weights.shape == (1, 4, 3)
     pairs = {"law": STEPPING, "w_max": zeros(0), **WINDOW}
+    none = {"slices": 2, "slice_bits": 2, "carry": STREAMED, "rate": 0.1, "conv": conv, **pairs}
+    images = zeros(1, 2, 3, 3) + 1, zeros(1, 0, 2, 2)
+    assert ops.streamed_update(zeros(4, 8, 0), *images, **none).shape == (1, 0, 8)
     assert ops.device_update(zeros(2, 6, 0), zeros(2, 0, 3), **pairs).shape == (2, 0, 3)
     train, x, d = spec.PulseTrain(length=7), zeros(5, 6), zeros(5, 0)
     assert ops.pulse_update(zeros(2, 6, 0), x, d, rate=0.1, train=train, groups=2, **pairs).shape == (2, 0, 3)

@@ -23,6 +23,6 @@ def conv_outer_product(
     patches = unfold(
         x * scale.astype(np.float64)[:, None, None, None], replace(conv, line_order="channel_position")
     )
-    errors = d.astype(np.float64).transpose(0, 2, 3, 1).reshape(-1, d.shape[1])
+    errors = d.astype(np.float64).transpose(0, 2, 3, 1).reshape(len(patches), d.shape[1])
     inputs, errors = (by_group(a, groups) for a in (patches, errors))
     return np.einsum("bgo,bgi->goi", errors, inputs).reshape(d.shape[1], conv.channels, *conv.kernel)

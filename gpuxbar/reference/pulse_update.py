@@ -113,7 +113,8 @@ def pulse_update(
     images.
     """
     if conv is not None:
-        x, d = unfold(x, conv), d.transpose(0, 2, 3, 1).reshape(-1, d.shape[1])
+        x = unfold(x, conv)
+        d = d.transpose(0, 2, 3, 1).reshape(len(x), d.shape[1])
     batch, n_in, n_out = len(x), x.shape[1] // groups, d.shape[1] // groups
     span, pulses = g_max - g_min, law.get("pulses", law.get("levels"))
     w_max = np.asarray(w_max, np.float64)

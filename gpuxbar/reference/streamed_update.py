@@ -20,7 +20,8 @@ def streamed_digits(
     x, d = np.asarray(x, np.float64), np.asarray(d, np.float64)
     largest = np.abs(by_group(x, groups)).max((0, *range(2, x.ndim + 1)), initial=0.0)
     if conv is not None:
-        x, d = unfold(x, conv), d.transpose(0, 2, 3, 1).reshape(-1, d.shape[1])
+        x = unfold(x, conv)
+        d = d.transpose(0, 2, 3, 1).reshape(len(x), d.shape[1])
     base, most = 2**slice_bits, 2**input_bits - 1
     inputs, errors = (by_group(a, groups) for a in (x, d))
     full = np.asarray(w_max, np.float64).reshape(groups, -1)
