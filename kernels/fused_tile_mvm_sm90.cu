@@ -348,7 +348,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
 
   // ---- results: a thread's eight neighbours fill a sector of memory
   const u32 biases = block.biases();
-  const float weight = slice_scale ? slice_scale[block.plane] : 1.0f;
+  const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
+  const float part_of_all = gate_part(share, tiles);
   const bool vector = sense % 4 == 0;
 #pragma unroll
   for (int half = 0; half < HALVES; ++half)
@@ -385,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
         for (int q = 0; q < 8; ++q) {
           const int at_column = q < real ? c + q : block.column;
           value[q] = scales.result(code_of(word[q], code_min), weight, by_row, at_column);
-          inside[q] = (float)inside_of(word[q], code_min) * (1.0f / (float)tiles);
+          inside[q] = share * (float)inside_of(word[q], code_min) * part_of_all;
         }
         store<float4>(y + to, value, real, stride, vector && !pixels);
         if (GATE) store<float4>(gate + to, inside, real, stride, vector && !pixels);

@@ -25,7 +25,9 @@ extern "C" __global__ void __launch_bounds__(256)
                 Operand* __restrict__ a,        // [N, pixels, G, C]  codes, fp16
                 const float* __restrict__ lsb,  // [1] or [N]: value of one code, above 0 (DAC)
                 i16* __restrict__ codes,        // like v, or null: what the DAC makes of it (DAC)
-                float code_min, float code_max, i64 lsb_count, int groups, int channels, int padded, i64 pixels) {
+                float code_min, float code_max, i64 lsb_count,
+                int code_bits,  // of a magnitude, from the lowest, that drive the lines
+                int groups, int channels, int padded, i64 pixels) {
   __shared__ i16 block[32][33];
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
   const i64 pixel0 = (i64)blockIdx.x * 32;
@@ -50,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncthreads();
   for (int i = y; i < 32 && pixel0 + i < pixels; i += 8)
     if (line0 + x < lines)
-      a[((i64)blockIdx.z * pixels + pixel0 + i) * lines + line0 + x] = half_bits((float)block[i][x]);
+      a[((i64)blockIdx.z * pixels + pixel0 + i) * lines + line0 + x] =
+          half_bits(stream_digit(block[i][x], 0, (1u << code_bits) - 1, 0));
 }
 
 }  // namespace gpuxbar

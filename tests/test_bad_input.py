@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gpuxbar as gx
-from gpuxbar import ops
+from gpuxbar import ops, spec
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 
@@ -127,12 +127,13 @@ def test_steps_of_a_dac(lsb, text, backend, monkeypatch):
 def test_empty_batches_are_empty(backend, monkeypatch):
     monkeypatch.setenv("GPUXBAR_BACKEND", backend)
     g = zeros(8, 4)
-    conv = ConvGeometry(2, 3, 3, (2, 2))
-    noisy = {"adc_bits": 8, "adc_lsb": 1.0, "read_noise": 1.0}
+    noisy = {"adc_bits": 8, "adc_lsb": 1.0, "read_noise": zeros(1) + 1}
     assert ops.tile_mvm(zeros(0, 8), g, row_scale=zeros(1), **noisy).shape == (0, 4)
     assert ops.tile_mvm(zeros(0, 4), g, transposed=True, **noisy).shape == (0, 8)
-    assert ops.tile_mvm(zeros(0, 2, 3, 3), g, conv=conv, **noisy).shape == (0, 4, 2, 2)
-    assert ops.tile_mvm(zeros(0, 4, 2, 2), g, conv=conv, transposed=True, **noisy).shape == (0, 2, 3, 3)
+    for order in ("channel_position", "position_channel"):
+        conv = ConvGeometry(2, 3, 3, (2, 2), line_order=order)
+        assert ops.tile_mvm(zeros(0, 2, 3, 3), g, conv=conv, **noisy).shape == (0, 4, 2, 2)
+        assert ops.tile_mvm(zeros(0, 4, 2, 2), g, conv=conv, transposed=True, **noisy).shape == (0, 2, 3, 3)
     assert [a.shape for a in ops.tile_mvm(zeros(0, 8), g, want_gate=True)] == [(0, 4), (0, 4)]
     for shape in ((0, 3), (3, 0), (0,)):
         assert ops.dac_quantize(zeros(*shape), lsb=1.0, code_max=7).shape == shape
@@ -180,3 +181,140 @@ def test_layers_take_any_strides_and_float_types():
         torch.testing.assert_close(layer(form), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer(x.half()), expected, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(layer(x[0]), expected[0], rtol=1e-5, atol=1e-6)
+
+
+WINDOW = {"g_min": 1e-6, "g_max": 1e-5}
+ONES = {"w_max": zeros(4) + 1, **WINDOW}
+STEPPING, PERIODIC = spec.ConstantStep(pulses=100), spec.Carry(scheme="periodic", interval=2, headroom_bits=1)
+STREAMED = spec.Carry(scheme="streamed", interval=2, headroom_bits=1, input_bits=4)
+
+
+def conductances(pairs=1):
+    return np.full((2 * pairs, 3, 4), 2e-6, np.float32)
+
+
+def writes():
+    """Arguments of every op that writes to arrays it is given."""
+    counted = {"endurance": spec.Endurance(pulses=9.0), "pulse_count": zeros(2, 3, 4, dtype=np.int32)}
+    lines = {"x": zeros(2, 3) + 1, "d": zeros(2, 4) + 1, "rate": 0.1, "law": STEPPING}
+    anchor = ops.Anchor.new((2, 3, 4))
+    held = spec.ConstantStep(pulses=100, write_noise=1e-8)
+    return {
+        "reprogram": {"weight": zeros(1, 4, 3) + 1, "g": conductances(), "w_max": zeros(4), "state": zeros(2, dtype=np.int64),
+                      "noise_var": zeros(2, 3, 4), "sigma_g": 1e-8, "write_step": zeros(1, dtype=np.int64), **WINDOW},
+        "device_update": {"g": conductances(), "dw": zeros(1, 4, 3) + 1, "hidden": conductances(), "out": zeros(1, 4, 3),
+                          "law": held, **counted, **ONES},
+        "pulse_update": {"g": conductances(), "train": spec.PulseTrain(length=7), **lines, **counted, **ONES},
+        "streamed_update": {"g": conductances(2), "slices": 2, "slice_bits": 2, "carry": STREAMED, **lines, **ONES},
+        "carry": {"g": conductances(2), "hidden": conductances(2), "rule": PERIODIC, "slices": 2, "slice_bits": 2,
+                  "updates": 2, **WINDOW},
+        "chop": {"sign": zeros(2, 3) + 1, "lines": np.arange(2), "flip": 1.0, "step": 1},
+        "relax": {"g": conductances(), "law": spec.Retention(tau=9.0), **WINDOW},
+        "anchored_conductance": {"g": conductances(), "anchor": anchor, "r_wordline": 1.0, "r_bitline": 1.0},
+        "tile_mvm": {"v": zeros(2, 3), "g": zeros(3, 4), "dac": ops.Dac(1.0, 7, codes=zeros(2, 3, dtype=np.int16))},
+    }  # fmt: skip
+
+
+def call(op, arguments, **change):
+    return getattr(ops, op)(**{**arguments, **change})
+
+
+WRITTEN = {
+    "reprogram": ("g", "w_max", "state", "noise_var"), "device_update": ("g", "hidden", "out", "pulse_count"),
+    "pulse_update": ("g", "pulse_count"), "streamed_update": ("g",), "carry": ("g", "hidden"), "chop": ("sign",),
+    "relax": ("g",), "anchored_conductance": ("anchor.age",), "tile_mvm": ("dac.codes",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in WRITTEN.items() for name in names])
+def test_what_must_not_be_written_is_not(op, name, backend, monkeypatch):
+    """A kernel takes an address, and would write there."""
+    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    arguments = writes()[op]
+    call(op, arguments)
+    arguments = writes()[op]
+    head, _, part = name.partition(".")
+    array = getattr(arguments[head], part) if part else arguments[head]
+    array.setflags(write=False)
+    before = {key: value.copy() for key, value in arguments.items() if isinstance(value, np.ndarray)}
+    with pytest.raises(ValueError, match=f"`{name}` must be writable, got a read-only array; pass a copy"):
+        call(op, arguments)
+    for key, value in before.items():
+        np.testing.assert_array_equal(arguments[key], value)
+
+
+NUMBERS = [
+    *((op, {"step": 1.5}, "`step` must be one integer, got 1.5; count") for op in ("device_update", "pulse_update", "streamed_update", "chop")),
+    *((op, {"step": zeros(2, dtype=np.int64)}, "`step` must be one integer") for op in ("device_update", "pulse_update")),
+    *((op, {"stuck_at_g_min": 0.6, "stuck_at_g_max": 0.6}, "`stuck_at_g_min` and `stuck_at_g_max` must be shares of the cells")
+      for op in ("device_update", "pulse_update", "streamed_update", "relax")),
+    *((op, {"w_max": zeros(4)}, "`w_max` must be above 0, got 0; use the largest weight") for op in ("device_update", "pulse_update", "streamed_update")),
+    *((op, {"g_max": float("inf")}, "`g_max` must be finite, got inf S") for op in ("reprogram", "device_update", "pulse_update", "carry", "relax")),
+    ("carry", {"updates": 0.5}, "`updates` must be one integer, got 0.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+@pytest.mark.parametrize(("op", "change", "text"), NUMBERS)
+def test_settings_of_writes(op, change, text, backend, monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    with pytest.raises(ValueError, match=f"^[a-z_]+: {text}"):
+        call(op, writes()[op], **change)
+
+
+COUNTS = [
+    *(
+        ("tile_mvm", {name: 2.5})
+        for name in ("tile_rows", "tile_cols", "groups", "streams", "seed", "row_offset")
+    ),
+    ("program", {"headroom_bits": 1.5, "slices": 2, "slice_bits": 2}),
+    ("program", {"levels": 4.5}),
+    ("carry", {"slices": 2.0}),
+    ("relax", {"seed": 1.0}),
+    ("dac_quantize", {"code_max": 7.5}),
+    ("anchored_conductance", {"refresh_interval": 2.5}),
+]
+
+
+@pytest.mark.parametrize(("op", "change"), COUNTS)
+def test_counts_are_whole(op, change):
+    arguments = {
+        "program": {"weight": zeros(1, 4, 3), **ONES}, "dac_quantize": {"x": zeros(2, 3), "lsb": 1.0}, **writes(),
+    }[op]  # fmt: skip
+    name, value = next(iter(change.items()))
+    with pytest.raises(
+        TypeError, match=f"^{op}: `{name}` must be an integer, got {value}; give a whole number"
+    ):
+        call(op, arguments, **change)
+
+
+def test_arguments_no_kernel_may_see():
+    with pytest.raises(
+        TypeError, match=r"^tile_mvm: `conv` must be a ConvGeometry, got int; None reads vectors"
+    ):
+        ops.tile_mvm(zeros(2, 2, 3, 3), zeros(8, 4), conv=3)
+    with pytest.raises(TypeError, match=r"^reprogram: `g` must be an array of float32, got NoneType"):
+        call("reprogram", writes()["reprogram"], g=None)
+    v, g = zeros(2, 3) + 1, zeros(3, 4) + 1
+    np.testing.assert_array_equal(ops.tile_mvm(v, g, tile_rows=2**70), ops.tile_mvm(v, g))
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+def test_empty_batches_and_arrays_change_nothing(backend, monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    two = writes()
+    conv = ConvGeometry(2, 3, 3, (2, 2))
+    assert not ops.conv_outer_product(zeros(0, 6, 2, 2), zeros(0, 4, 3, 3), zeros(1), conv, groups=2).any()
+    for op in ("pulse_update", "streamed_update"):
+        before = two[op]["g"].copy()
+        weights = call(op, two[op], x=zeros(0, 3), d=zeros(0, 4))
+        np.testing.assert_array_equal(two[op]["g"], before)
+        assert weights.shape == (1, 4, 3)
+    pairs = {"law": STEPPING, "w_max": zeros(0), **WINDOW}
+    none = {"slices": 2, "slice_bits": 2, "carry": STREAMED, "rate": 0.1, "conv": conv, **pairs}
+    images = zeros(1, 2, 3, 3) + 1, zeros(1, 0, 2, 2)
+    assert ops.streamed_update(zeros(4, 8, 0), *images, **none).shape == (1, 0, 8)
+    assert ops.device_update(zeros(2, 6, 0), zeros(2, 0, 3), **pairs).shape == (2, 0, 3)
+    train, x, d = spec.PulseTrain(length=7), zeros(5, 6), zeros(5, 0)
+    assert ops.pulse_update(zeros(2, 6, 0), x, d, rate=0.1, train=train, groups=2, **pairs).shape == (2, 0, 3)

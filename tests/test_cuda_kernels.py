@@ -32,6 +32,7 @@ from gpuxbar.launch.cubin import closure, cubin, options, resources
 from gpuxbar.launch.kernel import Array
 from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
 from gpuxbar.launch.sources import kernel_dir
+from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.anchored_conductance_cuda import KERNELS as ANCHOR
 from gpuxbar.ops.carry import KERNEL as CARRY
 from gpuxbar.ops.chop import KERNEL as CHOP
@@ -352,6 +353,18 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
     expected = reference.tile_mvm(codes, g, tile=4, **s)
     assert device.launches.count("adc_accumulate") > 1
     assert_convolution_matches(y, expected)
+
+
+def test_images_of_any_size_stay_whole():
+    """Chunks of a transposed convolution are whole images, of as many pixels as a block has rows too."""
+    conv = ConvGeometry(2, 5, 9, (2, 2))
+    assert conv.pixels == 32
+    g = np.random.default_rng(0).uniform(0, G_MAX, (1, conv.inputs, 3)).astype(np.float32)
+    codes = np.random.default_rng(1).integers(-127, 128, (3, 3, *conv.out)).astype(np.int16)
+    s = {"conv": conv, "transposed": True}
+    y = ops.tile_mvm(codes, g, device=ShimDevice(workspace=1), **s)
+    expected = reference.tile_mvm(codes, g, **s)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def test_a_chunk_fits_a_grid():

@@ -22,6 +22,7 @@ from test_tile_mvm import (
 
 from gpuxbar import ops, reference
 from gpuxbar.launch.sources import kernel_dir
+from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm, rates
 
 SHAPES = [
@@ -122,15 +123,45 @@ def test_a_gate_without_any_weight_is_0(planes):
         "want_gate": True,
     }
     reads = [reference.tile_mvm(codes, g, tile=20, **s), ops.tile_mvm(codes, g, tile_rows=20, **s)]
-    for strategy, multiprocessors in (("fused", 1), ("fused", 9), ("epilogue", 1)):
+    for strategy, multiprocessors in (
+        ("fused", 1),
+        ("fused", 9),
+        ("wgmma", 1),
+        ("cluster", 1),
+        ("epilogue", 1),
+    ):
         device = ShimDevice(multiprocessors=multiprocessors)
         reads.append(fused(codes, g, device, tile_rows=20, strategy=strategy, **s))
         assert ("shift_add" in device.launches) == (
-            strategy == "fused" and (planes, multiprocessors) != (1, 1)
+            strategy != "epilogue" and (planes, multiprocessors) != (1, 1)
         )
     for y, gate in reads:
         assert not y.any()
         assert not gate.any()  # NaN would count
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize("images", [False, True], ids=["vectors", "images"])
+def test_bits_above_the_streams_drive_nothing(images, phases):
+    """Codes of more bits than the streams have, as of any read."""
+    rng = np.random.default_rng(4)
+    conv = ConvGeometry(5, 4, 6, (2, 3)) if images else None
+    codes = rng.integers(-(2**15), 2**15, (3, 5, 4, 6) if images else (20, 30)).astype(np.int16)
+    g = (rng.integers(-15, 16, (1, 30, 9)) * 2.0**-20).astype(np.float32)
+    s = {
+        "conv": conv,
+        "v_lsb": 2.0**-10,
+        "stream_bits": 3,
+        "streams": 2,
+        "phases": phases,
+        "adc_bits": 8,
+        "adc_lsb": 2.0**-25,
+    }
+    expected = reference.tile_mvm(codes, g, tile=16, **s)
+    for strategy in ("implicit", "fused") if images else ("fused", "wgmma"):
+        y = fused(codes, g, tile_rows=16, strategy=strategy, **s)
+        np.testing.assert_array_equal(y, expected.astype(np.float32))
+    assert np.unique(y).size > 30
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["late", "early"])

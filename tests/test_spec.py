@@ -249,6 +249,8 @@ def test_every_wrong_setting_has_its_line_and_parts_speak_for_themselves():
     [
         ("adc: {bit: 6}", "bad.yaml: CrossbarSpec: `adc.bit` must be a known key; did you mean `bits`?"),
         ("adc: [", "bad.yaml, line 1, column 7: must be YAML, got: "),
+        ("seed: 2020-13-45", "bad.yaml: must be YAML, got: month must be in 1..12; correct the line"),
+        ("adc: " + 3000 * "[" + 3000 * "]", "bad.yaml: must be YAML, got: maximum recursion depth exceeded"),
         (
             "seed: 1\ntile: {}\nseed: 2\n",
             "bad.yaml, line 3, column 1: must be YAML, got: the key `seed` for the second time; correct the line",

@@ -91,7 +91,8 @@ class Kernel:
     def _bound(self, name: str, value: Any, sizes: dict[str, tuple[int, str]]) -> Any:
         declared = self.arguments[name]
         if isinstance(declared, Scalar):
-            return np.dtype(declared.dtype).type(value)
+            scalar = np.dtype(declared.dtype)
+            return scalar.type(int(value) % 2 ** (8 * scalar.itemsize) if scalar.kind == "u" else value)
         if isinstance(declared, Struct):
             if not isinstance(value, declared.twin):
                 raise TypeError(

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar.launch import Device, backend, cuda_device
 from gpuxbar.ops.anchored_conductance_cuda import apply_cuda, update_cuda
-from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.checks import check_array, check_integers, check_written
 from gpuxbar.ops.effective_conductance import (
     Arithmetic,
     Method,
@@ -106,6 +106,8 @@ def anchored_conductance(
         TypeError, ValueError: As `effective_conductance`, and for settings or arrays of `anchor` that do not fit.
     """
     _check(g, anchor, approximation, refresh_interval, tolerance, update)
+    if solve_all or update is not False:
+        check_written(OP, **{f"anchor.{name}": array for name, array in anchor._asdict().items()})
     lines = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
     tiles, offset, start = (a.reshape(-1, *g.shape[-2:]) for a in (g, anchor.offset, anchor.g))
     most = len(tiles) if solve_all else -(-len(tiles) // refresh_interval)
@@ -163,6 +165,7 @@ def _check(
         raise ValueError(
             f"{OP}: `approximation` must be one of {', '.join(APPROXIMATIONS)}, got {approximation!r}; choose one of them"
         )
+    check_integers(OP, refresh_interval=refresh_interval)
     if refresh_interval < 1:
         raise ValueError(
             f"{OP}: `refresh_interval` must be 1 or above, got {refresh_interval}; 1 solves every tile at every update"

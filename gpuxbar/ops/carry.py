@@ -8,7 +8,14 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, InOut, Kernel, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_window, require_finite
+from gpuxbar.ops.checks import (
+    check_array,
+    check_integers,
+    check_window,
+    check_written,
+    integer,
+    require_finite,
+)
 from gpuxbar.ops.endurance import check_counts
 from gpuxbar.ops.program import Programming, write_values
 from gpuxbar.ops.slices import Slices, check_slices
@@ -80,6 +87,8 @@ def carry(
     if pulse_count is not None:
         check_counts(OP, pulse_count, g.shape)
     check_window(OP, g_min, g_max)
+    check_integers(OP, seed=seed)
+    check_written(OP, g=g, hidden=hidden)
     settings: dict[str, Any] = {"g_min": g_min, "g_max": g_max, "balanced": balanced, "seed": seed}
     settings |= (programming or Writes()).model_dump()
     writes = write_values({"slice_bits": slice_bits, "headroom_bits": rule.headroom_bits, **settings})
@@ -95,7 +104,7 @@ def carry(
              "interval": rule.interval, "rows": rows, "cols": cols, "size": size},
         )  # fmt: skip
         return
-    count = int(np.asarray(updates).reshape(-1)[0])
+    count = integer(OP, "updates", updates)
     if backend(g) == "reference":
         require_finite(OP, "g", int((~np.isfinite(g)).sum()), "bad data")
         after, written = reference.carry(

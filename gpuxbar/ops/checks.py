@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,13 @@ from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = [
     "check_array",
+    "check_integers",
     "check_lines",
     "check_numbers",
+    "check_stuck",
     "check_window",
+    "check_written",
+    "integer",
     "require_finite",
     "require_finite_values",
     "scalar_array",
@@ -72,10 +77,33 @@ def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, ze
             raise ValueError(f"{op}: `{name}` must be {rule}, got {got}; {way_out}")
 
 
+def check_written(op: str, **arrays: Any) -> None:
+    """Refuse NumPy arrays that are to be written to but must not be; None is none."""
+    for name, array in arrays.items():
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
+            raise ValueError(f"{op}: `{name}` must be writable, got a read-only array; pass a copy")
+
+
+def check_integers(op: str, **values: Any) -> None:
+    """Refuse what is no integer; None is not given."""
+    for name, value in values.items():
+        if not isinstance(value, (int, np.integer, NoneType)):
+            raise TypeError(f"{op}: `{name}` must be an integer, got {value!r}; give a whole number")
+
+
+def integer(op: str, name: str, value: Any) -> int:
+    """A count given as an integer or as an array of one."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" or array.size != 1:
+        raise ValueError(f"{op}: `{name}` must be one integer, got {value!r}; count the calls")
+    return int(array.item())
+
+
 def check_lines(
     op: str, g: Any, x: Any, d: Any, w_max: Any, groups: int, conv: ConvGeometry | None, slices: int
 ) -> tuple[int, int, int]:
     """Refuse inputs and errors that are not those of arrays g, [2 slices, G * I, O]; returns samples, I and O."""
+    check_integers(op, groups=groups)
     axes = 2 if conv is None else 4
     for name, array, rank in (("x", x, axes), ("d", d, axes), ("w_max", w_max, 1)):
         check_array(op, name, array, "float32", rank)
@@ -98,14 +126,26 @@ def check_lines(
                 f"{op}: `{name}` must have shape {shape} for x {tuple(x.shape)} in {groups} groups, "
                 f"got {tuple(array.shape)}; check the axes"
             )
+    check_numbers(op, "w_max", w_max, "", "use the largest weight")
     return batch, rows // groups, cols // groups
 
 
 def check_window(op: str, g_min: float, g_max: float) -> None:
-    """Refuse a conductance window without width."""
+    """Refuse a conductance window without width or end."""
     if not 0 <= g_min < g_max:
         raise ValueError(
             f"{op}: need 0 <= g_min < g_max, got {g_min:g} S and {g_max:g} S; widen or swap the window"
+        )
+    if g_max == inf:
+        raise ValueError(f"{op}: `g_max` must be finite, got inf S; give the window's end")
+
+
+def check_stuck(op: str, low: float, high: float) -> None:
+    """Refuse rates of stuck cells that are no shares of the cells."""
+    if not (low >= 0 and high >= 0 and low + high <= 1):
+        raise ValueError(
+            f"{op}: `stuck_at_g_min` and `stuck_at_g_max` must be shares of the cells, together at most 1, got {low:g} "
+            f"and {high:g}; give rates from 0 to 1"
         )
 
 

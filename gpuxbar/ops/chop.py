@@ -9,7 +9,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, InOut, Kernel, Scalar, backend, cuda_device
-from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.checks import check_array, check_integers, check_written, integer
 
 __all__ = ["KERNEL", "chop"]
 
@@ -41,6 +41,8 @@ def chop(
     check_array(OP, "lines", lines, "int64", 1)
     if not 0 <= flip <= 1:
         raise ValueError(f"{OP}: `flip` must be 0 to 1, got {flip:g}; it is a probability")
+    check_integers(OP, seed=seed)
+    check_written(OP, sign=sign)
     groups, inputs = sign.shape
     if device is not None or backend(sign) == "cuda":
         by_value, size = isinstance(step, int), groups * lines.size
@@ -56,7 +58,7 @@ def chop(
         raise ValueError(
             f"{OP}: `lines` must be different ones of {inputs} wordlines, got {got}; check the axes"
         )
-    sign[...] = reference.chop(sign, lines, flip=flip, step=int(np.asarray(step).reshape(-1)[0]), seed=seed)
+    sign[...] = reference.chop(sign, lines, flip=flip, step=integer(OP, "step", step), seed=seed)
 
 
 KERNEL = Kernel(

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import backend, host_call, library
-from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.checks import check_array, check_integers
 from gpuxbar.ops.images import Conv
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
@@ -39,6 +39,7 @@ def conv_outer_product(d: Any, x: Any, scale: Any, conv: ConvGeometry, *, groups
     check_array(OP, "d", d, "float32", 4)
     check_array(OP, "x", x, ("float32", "int16"), 4)
     check_array(OP, "scale", scale, "float32", 1)
+    check_integers(OP, groups=groups)
     if groups < 1 or d.shape[1] % groups:
         raise ValueError(
             f"{OP}: `groups` must divide the {d.shape[1]} outputs of `d`, got {groups}; check its axes"

@@ -9,7 +9,15 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_numbers, require_finite, require_finite_values, scalar_array
+from gpuxbar.ops.checks import (
+    check_array,
+    check_integers,
+    check_numbers,
+    check_written,
+    require_finite,
+    require_finite_values,
+    scalar_array,
+)
 
 __all__ = ["KERNEL", "Dac", "check_dac", "dac_fit", "dac_quantize"]
 
@@ -74,6 +82,7 @@ def check_dac(op: str, dac: Dac, v: Any) -> None:
         _check_count(op, dac.lsb, v, "dac.lsb")
     if dac.codes is not None:
         check_array(op, "dac.codes", dac.codes, "int16", v.ndim)
+        check_written(op, **{"dac.codes": dac.codes})
         if dac.codes.shape != v.shape:
             raise ValueError(
                 f"{op}: `dac.codes` must have the shape of `v`, {tuple(v.shape)}, got {tuple(dac.codes.shape)}; allocate it like `v`"
@@ -209,6 +218,7 @@ def _cuda(device: Device, x: Any, dac: Dac) -> Any:
 
 
 def _check_code_max(op: str, code_max: int) -> None:
+    check_integers(op, code_max=code_max)
     if not 1 <= code_max <= 32767:
         raise ValueError(f"{op}: `code_max` must be 1 to 32767, got {code_max}; int16 holds the codes")
 

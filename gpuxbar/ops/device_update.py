@@ -22,7 +22,16 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_array, check_window, require_finite
+from gpuxbar.ops.checks import (
+    check_array,
+    check_integers,
+    check_numbers,
+    check_stuck,
+    check_window,
+    check_written,
+    integer,
+    require_finite,
+)
 from gpuxbar.ops.device_map import by_name, check_map
 from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.laws import Parameters, parameters
@@ -98,8 +107,8 @@ def device_update(
 
     Raises:
         TypeError: An array has another dtype.
-        ValueError: Shapes disagree, an array is not contiguous, `factor` is not finite, or a change holds NaN or infinity (checked
-            on the CPU; on a GPU no value is read back, and such a change moves its cells to a bound); `g` and `out` are unchanged.
+        ValueError: Shapes disagree, an array is not contiguous or must not be written to, a setting is out of range, or a change
+            holds NaN or infinity (checked on the CPU; on a GPU no value is read back, and such a change moves its cells to a bound); `g` and `out` are unchanged.
 
     Source:
         Each law's own; see `spec.laws`.
@@ -131,6 +140,10 @@ def device_update(
         )
     check_endurance(OP, endurance, pulse_count, law, g.shape)
     check_window(OP, g_min, g_max)
+    check_stuck(OP, stuck_at_g_min, stuck_at_g_max)
+    check_integers(OP, seed=seed)
+    check_numbers(OP, "w_max", w_max, "", "use the largest weight")
+    check_written(OP, g=g, hidden=hidden, out=out, pulse_count=pulse_count)
     check_map(OP, device_map, law, g.shape)
     window: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "stuck_at_g_min": stuck_at_g_min, "stuck_at_g_max": stuck_at_g_max,
@@ -141,7 +154,7 @@ def device_update(
             device or cuda_device(), g, hidden, pulse_count, device_map, dw, digits, factor, out, (groups, outputs, inputs), law,
             Wear.of(endurance), Slices.of(slices, slice_bits, carry), w_max, step, seed, window,
         )  # fmt: skip
-    step = int(np.asarray(step).reshape(-1)[0])
+    step = integer(OP, "step", step)
     if where == "reference":
         require_finite(OP, name, int((~np.isfinite(change)).sum()), "lower the rate")
         sliced: dict[str, Any] = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, require_finite
+from gpuxbar.ops.checks import check_array, check_integers, require_finite
 from gpuxbar.spec import Drift
 
 __all__ = ["KERNEL", "drift"]
@@ -50,6 +50,7 @@ def drift(
         raise ValueError(f"{OP}: `age` must be finite and at least 0, got {age:g} s; count from programming")
     if not 0 < g_max < inf:
         raise ValueError(f"{OP}: `g_max` must be finite and above 0, got {g_max:g} S; give the window's end")
+    check_integers(OP, seed=seed, step=step)
     steps = {"step": step & 0xFFFFFFFF, "flicker_step": _flicker_step(step, age)}
     where = "cuda" if device is not None else backend(g)
     planes, rows, cols = g.shape

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
-from gpuxbar.ops.dac_quantize import NO_DAC, Dac
+from gpuxbar.ops.dac_quantize import NO_DAC
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand
 from gpuxbar.ops.tile_mvm_cuda import (
@@ -33,7 +33,7 @@ _KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of t
 PACK_IMAGES = Kernel(
     "pack_images.cu",
     v=In("int16|float32", "N C H W"), a=Out("float16", "N H W G C8"), lsb=In("float32", "L", optional=True),
-    codes=Out("int16", "N C H W", optional=True), code_min=_FLOAT, code_max=_FLOAT, lsb_count=_LONG, groups=_INT, channels=_INT, padded=_INT, pixels=_LONG,
+    codes=Out("int16", "N C H W", optional=True), code_min=_FLOAT, code_max=_FLOAT, lsb_count=_LONG, code_bits=_INT, groups=_INT, channels=_INT, padded=_INT, pixels=_LONG,
 )  # fmt: skip
 FUSED_TILE_MVM = Kernel(
     "fused_tile_mvm.cu",
@@ -69,7 +69,7 @@ def fused_tile_mvm(
     """`ops.tile_mvm` on checked arguments that `plan_tile_mvm` found possible."""
     conv, images = s["conv"], None
     if plan.strategy == "implicit":
-        images = packed_images(device, v, s["groups"], padded_channels(conv.channels), s["dac"])
+        images = packed_images(device, v, padded_channels(conv.channels), s)
     positions = conv.kernel[0] * conv.kernel[1] if plan.chunks else 1
     shape = Padded.of(g.shape, rows, inputs, s, 8 * plan.chunks * positions)
     operand = right_operand(device, g, shape, inputs, s, positions=positions, chunks=max(plan.chunks, 1))
@@ -174,14 +174,15 @@ def read_fused(
     return y if gate is None else (y, gate)
 
 
-def packed_images(device: Device, v: Any, groups: int, padded: int, dac: Dac | None) -> Any:
+def packed_images(device: Device, v: Any, padded: int, s: dict[str, Any]) -> Any:
     """Codes [N, G * channels, height, width] as fp16 [N, height, width, G, padded]: as large as the codes, all at once."""
+    groups, dac = s["groups"], s["dac"]
     count, lines, height, width = v.shape
     a = device.empty((count, height, width, groups, padded), "float16")
     device.launch(
         PACK_IMAGES, (-(-height * width // 32), -(-groups * padded // 32), count), (256,),
         {"v": v, "a": a, "groups": groups, "channels": lines // groups, "padded": padded, "pixels": height * width,
-         **(dac.arguments() if dac else NO_DAC)},
+         "code_bits": s["streams"] * s["stream_bits"] or 16, **(dac.arguments() if dac else NO_DAC)},
         {"DAC": int(dac is not None)},
     )  # fmt: skip
     return a

@@ -44,7 +44,7 @@ def fused_tile_mvm_sm90(
     terms, variance = 1 if operand.low is None else 2, int(operand.spread is not None)
     conv, images = s["conv"], None
     if plan.strategy == "implicit-wgmma":
-        images = packed_images(device, v, s["groups"], padded_channels(conv.channels), s["dac"])
+        images = packed_images(device, v, padded_channels(conv.channels), s)
     more = {
         "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
         "spread": operand.spread,

@@ -9,12 +9,21 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_window, require_finite
+from gpuxbar.ops.checks import (
+    check_array,
+    check_integers,
+    check_stuck,
+    check_window,
+    check_written,
+    integer,
+    require_finite,
+)
 from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
 
 __all__ = ["Programming", "program", "reprogram", "write_values"]
 
 LOWER = "lower the rate"
+INTEGERS = ("slices", "slice_bits", "headroom_bits", "levels", "seed")
 MERGES = ("none", "subtract", "all", "offset")  # in the order of `enum Merge` in programming.cuh
 
 
@@ -110,7 +119,7 @@ def program(
         raise ValueError(
             f"{op}: `w_max` must be finite and above 0, got {w_max.min():g} to {w_max.max():g}; use the largest weight"
         )
-    step = int(np.asarray(step).reshape(-1)[0])
+    step = integer(op, "step", step)
     if where == "reference":
         require_finite(op, "weight", int((~np.isfinite(weight)).sum()), LOWER)
         return reference.program(weight, w_max=w_max, step=step, **settings)
@@ -206,7 +215,7 @@ def reprogram(
         ("state", state, "int64", (2,)),
         ("write_step", write_step, "int64", (1,)),
     ):
-        if array is None:
+        if name == "noise_var" and array is None:
             continue
         check_array(op, name, array, dtype, len(want))
         if tuple(array.shape) != want:
@@ -214,6 +223,7 @@ def reprogram(
                 f"{op}: `{name}` must have shape {want} for weight {tuple(weight.shape)}, got {tuple(array.shape)}; "
                 "check the axes"
             )
+    check_written(op, g=g, w_max=w_max, state=state, noise_var=noise_var)
     where = "cuda" if device is not None else backend(weight)
     if where == "cuda":
         values = _values(weight, w_max, settings, 0)
@@ -257,6 +267,7 @@ def _check_settings(op: str, s: dict[str, Any]) -> None:
     check_window(op, s["g_min"], s["g_max"])
     if s["merge"] not in MERGES:
         raise ValueError(f"{op}: `merge` must be one of {', '.join(MERGES)}, got {s['merge']!r}; choose one")
+    check_integers(op, **{name: s[name] for name in INTEGERS})
     slices, bits, levels, offset = s["slices"], s["slice_bits"], s["levels"], s["merge"] == "offset"
     if slices < 1 or (bits is None and slices > 1) or (bits is not None and not 1 <= bits <= 32 // slices):
         raise ValueError(
@@ -299,12 +310,7 @@ def _check_settings(op: str, s: dict[str, Any]) -> None:
                 f"{op}: `write_noise_slope` and `write_noise_curve` must leave a write noise of at least 0, got "
                 f"{level + (slope + curve * r) * r:g} S at g = {r:g} g_max; it is a standard deviation"
             )
-    low, high = s["stuck_at_g_min"], s["stuck_at_g_max"]
-    if not (low >= 0 and high >= 0 and low + high <= 1):
-        raise ValueError(
-            f"{op}: `stuck_at_g_min` and `stuck_at_g_max` must be shares of the cells, together at most 1, got {low:g} "
-            f"and {high:g}; give rates from 0 to 1"
-        )
+    check_stuck(op, s["stuck_at_g_min"], s["stuck_at_g_max"])
     if not 0 <= s["exponent"] <= 4:
         raise ValueError(
             f"{op}: `exponent` must be 0 to 4, got {s['exponent']:g}; 0.5 is the square-root law, 1 a constant relative "

@@ -21,7 +21,17 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_array, check_lines, check_numbers, check_window, require_finite
+from gpuxbar.ops.checks import (
+    check_array,
+    check_integers,
+    check_lines,
+    check_numbers,
+    check_stuck,
+    check_window,
+    check_written,
+    integer,
+    require_finite,
+)
 from gpuxbar.ops.device_map import by_name, check_map
 from gpuxbar.ops.endurance import Wear, check_endurance
 from gpuxbar.ops.images import Conv
@@ -121,6 +131,9 @@ def pulse_update(
         )
     check_endurance(OP, endurance, pulse_count, law, g.shape)
     check_window(OP, g_min, g_max)
+    check_stuck(OP, stuck_at_g_min, stuck_at_g_max)
+    check_integers(OP, seed=seed)
+    check_written(OP, g=g, pulse_count=pulse_count)
     check_map(OP, device_map, law, g.shape)
     lie = Slices.of(slices, slice_bits, carry)
     sides = 2 if law.sides == "both" else 1
@@ -150,9 +163,9 @@ def pulse_update(
             step,
             update,
         )
-    step = int(np.asarray(step).reshape(-1)[0])
+    step = integer(OP, "step", step)
     shape = (groups, outputs, inputs)
-    if where == "reference":
+    if where == "reference" and g.size:
         for name, array in (("x", x), ("d", d)):
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
         sliced: dict[str, Any] = {

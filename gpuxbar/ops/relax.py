@@ -9,7 +9,15 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, InOut, Kernel, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_numbers, check_window, require_finite
+from gpuxbar.ops.checks import (
+    check_array,
+    check_integers,
+    check_numbers,
+    check_stuck,
+    check_window,
+    check_written,
+    require_finite,
+)
 from gpuxbar.ops.endurance import check_counts
 from gpuxbar.spec import Retention
 
@@ -56,6 +64,9 @@ def relax(
     """
     check_array(OP, "g", g, "float32", 3)
     check_window(OP, g_min, g_max)
+    check_stuck(OP, stuck_at_g_min, stuck_at_g_max)
+    check_integers(OP, seed=seed)
+    check_written(OP, g=g)
     if pulse_count is not None:
         check_counts(OP, pulse_count, g.shape)
     if time is not None:

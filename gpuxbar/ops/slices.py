@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+from gpuxbar.ops.checks import check_integers
 from gpuxbar.spec import Carry
 
 __all__ = ["Slices", "check_slices"]
@@ -33,6 +34,7 @@ class Slices(ctypes.Structure):
 
 def check_slices(op: str, slices: int, slice_bits: int | None, carry: Carry | None) -> None:
     """Refuse slices without bits or without a carry, and a carry without slices."""
+    check_integers(op, slices=slices, slice_bits=slice_bits)
     if slices < 1 or (slices > 1) != (carry is not None) or (slices > 1) != (slice_bits is not None):
         raise ValueError(
             f"{op}: `slices` must be 1, or at least 2 with slice_bits and a carry, got {slices} with slice_bits={slice_bits} "

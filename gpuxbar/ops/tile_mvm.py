@@ -6,13 +6,14 @@ import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, address, backend, cuda_device, library
-from gpuxbar.ops.checks import check_array, check_numbers, require_finite, scalar_array
+from gpuxbar.ops.checks import check_array, check_integers, check_numbers, require_finite, scalar_array
 from gpuxbar.ops.dac_quantize import Dac, check_dac
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
@@ -157,6 +158,7 @@ def tile_mvm(
         )
     _check_adc_lsb(adc_bits, adc_lsb)
     _check_scalars(v_lsb, read_noise, step)
+    check_integers(OP, seed=seed, row_offset=row_offset)
     outputs, batch, inputs, tile = read.outputs, read.batch, read.inputs, read.tile
     vectors = {
         "col_scale": col_scale, "bias": bias, "slice_scale": slice_scale, "adc_gain": adc_gain, "adc_offset": adc_offset,
@@ -206,7 +208,8 @@ def tile_mvm(
         }
         return _cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
     if where == "reference":
-        out = reference.tile_mvm(v, g, **{**settings, "step": int(np.asarray(step).reshape(-1)[0])})
+        numbers = {"step": np.asarray(step).item(), "read_noise": np.asarray(read_noise).item()}
+        out = reference.tile_mvm(v, g, **{**settings, **numbers})
         return tuple(a.astype(np.float32) for a in out) if want_gate else out.astype(np.float32)
     return _host(read, v, g, settings)
 
@@ -277,6 +280,11 @@ def _read(
     conv: ConvGeometry | None, want_gate: bool, precision: str, g_range: float | None, g_step: float | None, g_offset: float,
 ) -> _Read:  # fmt: skip
     """Check shapes and settings, for arrays of shape `v` and `g`."""
+    check_integers(
+        OP, tile_rows=tile_rows, tile_cols=tile_cols, groups=groups, stream_bits=stream_bits, streams=streams, phases=phases
+    )  # fmt: skip
+    if not isinstance(conv, (ConvGeometry, NoneType)):
+        raise TypeError(f"{OP}: `conv` must be a ConvGeometry, got {type(conv).__name__}; None reads vectors")
     _check_adc(adc_bits, adc_signed)
     if generator not in ("exact", "fast"):
         raise ValueError(f"{OP}: `generator` must be 'exact' or 'fast', got {generator!r}; choose one")
@@ -301,7 +309,8 @@ def _read(
         _check_levels(g_step, g_offset)
     outputs = groups * sense
     batch = v[0] * (1 if conv is None else conv.pixels)
-    tile = (tile_cols if transposed else tile_rows) or max(drive, 1)
+    whole = max(drive, 1)
+    tile = min((tile_cols if transposed else tile_rows) or whole, whole)
     converters = (planes, -(-drive // tile), outputs)
     shapes: dict[str, tuple[int, ...]] = {
         "col_scale": (outputs,), "bias": (outputs,), "slice_scale": (planes,), "adc_gain": converters,

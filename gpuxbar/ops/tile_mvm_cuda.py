@@ -114,7 +114,7 @@ def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dic
         return fold_patches(device, v, shape, device.workspace // max(per_row + 4 * outputs, 1), s, read)
     y = device.empty((rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
     gate = device.empty(y.shape, "float32") if s["want_gate"] else None
-    for row0, count in chunks(rows, device.workspace // max(per_row, 1), 32):
+    for row0, count in chunks(rows, device.workspace // max(per_row, 1), 32, split=True):
         read(y, gate, row0, row0, count)
     return y if gate is None else (y, gate)
 
@@ -138,10 +138,10 @@ def fold_patches(
     return images
 
 
-def chunks(rows: int, affordable: int, unit: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of chunks that are affordable, in whole units where a unit is (or must be) affordable."""
+def chunks(rows: int, affordable: int, unit: int, *, split: bool = False) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of chunks that are affordable, in whole units; `split`: or parts of one where no unit is."""
     affordable = min(affordable, 32 * 65535)  # in blocks of 32 rows, as many as a grid may have downwards
-    size = max(affordable // unit * unit, unit if unit != 32 else max(1, min(affordable, unit)))
+    size = affordable // unit * unit or (max(affordable, 1) if split else unit)
     for row0 in range(0, rows, size):
         yield row0, min(size, rows - row0)
 
@@ -218,13 +218,15 @@ def pack_inputs(
     device: Device, v: Any, shape: Shape, row0: int, rows: int, s: dict[str, Any], dtype: str, *, digits: bool,
     squares: Any = None, code_sums: Any = None, panel_rows: int = 0,
 ) -> Any:  # fmt: skip
-    """Driven values of some rows, [P, rows, G, T, K]: the digits of every pass, or (P = 1) the codes as they are.
+    """Driven values of some rows, [P, rows, G, T, K]: the digits of every pass, or (P = 1) codes of the bits that the passes drive.
 
     `code_sums`: zeros, int32 [P, rows, G, T], to which the sum of every tile's digits is added.
     `panel_rows`: above 0, in panels (kernels/include/gpuxbar/panels.cuh), rows padded to a multiple of it.
     """
     conv, dac = s["conv"], s["dac"]
-    stream_bits, streams, phases = (s["stream_bits"], s["streams"], s["phases"]) if digits else (0, 1, 1)
+    stream_bits, streams, phases = s["stream_bits"], s["streams"], s["phases"]
+    if not digits:
+        stream_bits, streams, phases = stream_bits * streams, 1, 1
     stored = -(-rows // panel_rows) * panel_rows if panel_rows else rows
     a = device.empty((streams * phases, stored, shape.groups, shape.tiles, shape.k), dtype)
     places = dict.fromkeys(_PLACES, 1) if conv is None else _places(conv)

@@ -212,5 +212,6 @@ def read_out(
     _, digit_weights = sliced(np.zeros(()), slices, slice_bits, carry)
     cells = np.asarray(g, np.float64)
     pair = np.tensordot(digit_weights, cells[:slices] - cells[slices:], axes=1) / (g_max - g_min)
-    by_group = pair.reshape(groups, len(pair) // groups, -1).transpose(0, 2, 1)
-    return by_group * np.asarray(w_max, np.float64).reshape(groups, -1, 1)
+    rows, cols = pair.shape
+    weights = pair.reshape(groups, rows // groups, cols).transpose(0, 2, 1)
+    return weights * np.asarray(w_max, np.float64).reshape(groups, cols, 1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gpuxbar.reference.tile_mvm import ConvGeometry, unfold
+from gpuxbar.reference.tile_mvm import ConvGeometry, by_group, unfold
 
 __all__ = ["conv_outer_product", "outer_product"]
 
@@ -23,6 +23,6 @@ def conv_outer_product(
     patches = unfold(
         x * scale.astype(np.float64)[:, None, None, None], replace(conv, line_order="channel_position")
     )
-    by_group = patches.reshape(len(patches), groups, -1)
-    errors = d.astype(np.float64).transpose(0, 2, 3, 1).reshape(len(patches), groups, -1)
-    return np.einsum("bgo,bgi->goi", errors, by_group).reshape(d.shape[1], conv.channels, *conv.kernel)
+    errors = d.astype(np.float64).transpose(0, 2, 3, 1).reshape(len(patches), d.shape[1])
+    inputs, errors = (by_group(a, groups) for a in (patches, errors))
+    return np.einsum("bgo,bgi->goi", errors, inputs).reshape(d.shape[1], conv.channels, *conv.kernel)

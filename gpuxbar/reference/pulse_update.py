@@ -10,7 +10,7 @@ from gpuxbar.reference.device_update import Cells, deviation, read_out, sliced
 from gpuxbar.reference.endurance import wear
 from gpuxbar.reference.laws import moved
 from gpuxbar.reference.random import Purpose, normals, uniforms, words
-from gpuxbar.reference.tile_mvm import ConvGeometry, unfold
+from gpuxbar.reference.tile_mvm import ConvGeometry, by_group, unfold
 
 __all__ = ["pulse_trains", "pulse_update"]
 
@@ -38,7 +38,7 @@ def pulse_trains(
         seed, step: Of the random numbers.
     """
     steps = np.broadcast_to(np.asarray(unit, np.float64), (groups,))
-    top_x, top_e = (np.abs(a).reshape(len(a), groups, -1).max(2, initial=0.0) for a in (x, e))
+    top_x, top_e = (np.abs(by_group(a, groups)).max(2, initial=0.0) for a in (x, e))
     wanted = top_x * top_e
     fires = wanted > 0
     length = np.full(wanted.shape, train["length"])
@@ -113,7 +113,8 @@ def pulse_update(
     images.
     """
     if conv is not None:
-        x, d = unfold(x, conv), d.transpose(0, 2, 3, 1).reshape(-1, d.shape[1])
+        x = unfold(x, conv)
+        d = d.transpose(0, 2, 3, 1).reshape(len(x), d.shape[1])
     batch, n_in, n_out = len(x), x.shape[1] // groups, d.shape[1] // groups
     span, pulses = g_max - g_min, law.get("pulses", law.get("levels"))
     w_max = np.asarray(w_max, np.float64)

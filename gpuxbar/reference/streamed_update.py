@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuxbar.reference.device_update import device_update, digits_of
-from gpuxbar.reference.tile_mvm import ConvGeometry, unfold
+from gpuxbar.reference.tile_mvm import ConvGeometry, by_group, unfold
 
 __all__ = ["streamed_digits", "streamed_update"]
 
@@ -18,11 +18,12 @@ def streamed_digits(
 ) -> np.ndarray:  # fmt: skip
     """Units that every digit gathers of a batch, [slices, G, I, O]: sample by sample, bit by bit."""
     x, d = np.asarray(x, np.float64), np.asarray(d, np.float64)
-    largest = np.abs(x).reshape(len(x), groups, -1).max((0, 2), initial=0.0)
+    largest = np.abs(by_group(x, groups)).max((0, *range(2, x.ndim + 1)), initial=0.0)
     if conv is not None:
-        x, d = unfold(x, conv), d.transpose(0, 2, 3, 1).reshape(-1, d.shape[1])
+        x = unfold(x, conv)
+        d = d.transpose(0, 2, 3, 1).reshape(len(x), d.shape[1])
     base, most = 2**slice_bits, 2**input_bits - 1
-    inputs, errors = (a.reshape(len(x), groups, -1) for a in (x, d))
+    inputs, errors = (by_group(a, groups) for a in (x, d))
     full = np.asarray(w_max, np.float64).reshape(groups, -1)
     total = np.zeros((slices, groups, inputs.shape[2], errors.shape[2]))
     for group in range(groups):

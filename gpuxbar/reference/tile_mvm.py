@@ -18,7 +18,16 @@ import numpy as np
 
 from gpuxbar.reference.random import Purpose, normals
 
-__all__ = ["LINE_ORDERS", "ConvGeometry", "fold", "stream_digits", "tile_mvm", "tile_spans", "unfold"]
+__all__ = [
+    "LINE_ORDERS",
+    "ConvGeometry",
+    "by_group",
+    "fold",
+    "stream_digits",
+    "tile_mvm",
+    "tile_spans",
+    "unfold",
+]
 
 LINE_ORDERS = ("channel_position", "position_channel")
 
@@ -96,7 +105,8 @@ def unfold(x: np.ndarray, conv: ConvGeometry) -> np.ndarray:
     for ky, kx, rows, cols in _taps(conv):
         patches[..., ky, kx] = padded[:, :, rows, cols].transpose(0, 2, 3, 1)
     if conv.line_order == "position_channel":
-        patches = np.moveaxis(patches.reshape(n, oh, ow, -1, conv.channels, kh, kw), 4, 6)
+        groups = planes // conv.channels
+        patches = np.moveaxis(patches.reshape(n, oh, ow, groups, conv.channels, kh, kw), 4, 6)
     return patches.reshape(n * oh * ow, planes * kh * kw)
 
 
@@ -105,12 +115,18 @@ def fold(patches: np.ndarray, n: int, conv: ConvGeometry) -> np.ndarray:
     (ph, pw), (kh, kw), (oh, ow) = conv.padding, conv.kernel, conv.out
     planes = patches.shape[1] // (kh * kw)
     if conv.line_order == "position_channel":
-        patches = np.moveaxis(patches.reshape(n, oh, ow, -1, kh, kw, conv.channels), 6, 4)
+        groups = planes // conv.channels
+        patches = np.moveaxis(patches.reshape(n, oh, ow, groups, kh, kw, conv.channels), 6, 4)
     cells = patches.reshape(n, oh, ow, planes, kh, kw)
     padded = np.zeros((n, planes, conv.height + 2 * ph, conv.width + 2 * pw), dtype=patches.dtype)
     for ky, kx, rows, cols in _taps(conv):
         padded[:, :, rows, cols] += cells[..., ky, kx].transpose(0, 3, 1, 2)
     return padded[:, :, ph : ph + conv.height, pw : pw + conv.width]
+
+
+def by_group(a: np.ndarray, groups: int) -> np.ndarray:
+    """Lines of groups side by side, [B, G * lines, ...], as [B, G, lines, ...]."""
+    return a.reshape(len(a), groups, a.shape[1] // groups, *a.shape[2:])
 
 
 def tile_spans(length: int, tile: int | None) -> list[slice]:

@@ -14,6 +14,8 @@ from gpuxbar.spec.model import CrossbarSpec
 
 __all__ = ["load_spec", "parse_value", "save_spec"]
 
+# a date that is none is a ValueError, nesting beyond Python's stack a RecursionError
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 HEADER = "# gpuxbar CrossbarSpec; SI units (S, A, V)\n"
 
 
@@ -43,13 +45,13 @@ def load_spec(path: str | Path) -> CrossbarSpec:
         raise SpecError(f"load_spec: `{path}` must be a file, got none; {way_out}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"load_spec: `{path}` must be a readable text file, got {error}; check it") from error
-    except yaml.YAMLError as error:
+    except SpecError as error:
+        raise SpecError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    except UNREADABLE as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise SpecError(f"{path}{place}: must be YAML, got: {problem}; correct the line") from None
-    except SpecError as error:
-        raise SpecError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
 
 
 def save_spec(spec: CrossbarSpec, path: str | Path) -> None:
@@ -62,7 +64,7 @@ def parse_value(text: str) -> Any:
     """A setting from the text of a command line: "6", "1e-6", "null", "[1, 2]", "offset"."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except UNREADABLE:
         value = text
     if isinstance(value, str):
         try:
