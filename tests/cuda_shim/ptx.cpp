@@ -49,6 +49,7 @@ struct Program {
   std::vector<char> ran;             // which of it
   size_t param_bytes = 0, static_bytes = 0, local_bytes = 0;
   unsigned most_threads = 1024, cluster = 1;
+  bool by_arrivals = false;  // whether it has barriers in shared memory, of which `touch` knows nothing
 };
 
 struct Array {
@@ -61,6 +62,23 @@ struct Launch {
   std::vector<Array> arrays;
 };
 
+// ---- shared memory: who touched it
+
+constexpr int NOBODY = -1, SEVERAL = -2;
+struct Touch {
+  int thread = NOBODY, warp = NOBODY;
+  unsigned barriers = 0, warp_barriers = 0;
+};  // barriers before it
+// Whether nothing orders another thread's touch before one of `now`.
+bool races(const Touch& other, const Touch& now) {
+  if (other.thread == NOBODY || other.thread == now.thread || other.barriers != now.barriers) return false;
+  return other.warp != now.warp || other.warp_barriers == now.warp_barriers;
+}
+struct Place {
+  Touch written, read;
+};                                       // the last ones, of two bytes
+thread_local std::vector<Place> places;  // of a block
+
 // ---- a thread
 
 struct Thread {
@@ -68,6 +86,7 @@ struct Thread {
   uint64_t* r;
   std::vector<char> local;
   Lane& lane;
+  Touch now;  // of what it does next
   size_t pc = 0;
 
   void fail(const Ins& i, const std::string& why) {
@@ -94,6 +113,28 @@ void set(Thread& t, const Ins& i, int k, T v) {
     to = 0, memcpy(&to, &v, sizeof v);
 }
 
+// Marks shared memory as touched; an error if that races with another thread of the block.
+bool touch(Thread& t, const Ins& i, size_t address, size_t bytes, bool write) {
+  if (t.launch.program->by_arrivals) return true;
+  for (size_t k = address / 2; k < (address + bytes + 1) / 2; ++k) {
+    Place& place = places[k];
+    if (races(place.written, t.now) || (write && races(place.read, t.now)))
+      return t.fail(i, "race for shared address " + std::to_string(address)), false;
+    Touch& last = write ? place.written : place.read;
+    if (!write && last.barriers == t.now.barriers && last.thread != NOBODY && last.thread != t.now.thread) {
+      if (last.warp != t.now.warp)
+        last.thread = last.warp = SEVERAL;
+      else if (last.warp_barriers == t.now.warp_barriers)
+        last.thread = SEVERAL;
+      else
+        last = t.now;
+    } else {
+      last = t.now;
+    }
+  }
+  return true;
+}
+
 enum Space { PARAM, GLOBAL, SHARED, LOCAL };
 // Where the bytes of an address are; null, and an error, if they may not be accessed.
 template <Space SPACE>
@@ -115,10 +156,11 @@ char* memory(Thread& t, const Ins& i, uint64_t address, size_t bytes, bool write
     return t.fail(i,
                   "address " + std::to_string(address) + " outside the " + std::to_string(size) + " bytes there are"),
            nullptr;
-  return (SPACE == SHARED  ? reinterpret_cast<char*>(gx_smem)
-          : SPACE == LOCAL ? t.local.data()
-                           : t.launch.params.data()) +
-         address;
+  if (SPACE == SHARED && !touch(t, i, address, bytes, write)) return nullptr;
+  char* const first = SPACE == SHARED  ? reinterpret_cast<char*>(gx_smem)
+                      : SPACE == LOCAL ? t.local.data()
+                                       : t.launch.params.data();
+  return first + address;
 }
 template <Space SPACE>
 char* aligned(Thread& t, const Ins& i, int k, size_t bytes, bool write, bool coherent = true) {
@@ -344,7 +386,6 @@ void of_atomics(Table& ops, const std::string& type) {
 #undef ATOM
 }
 
-unsigned shared_at(Thread& t, const Ins& i, int k) { return A(uint32_t, k); }
 // An address in the shared memory of a block of the cluster, as mapa gives it.
 uint32_t in_cluster(uint32_t address, uint32_t rank) { return (rank + 1) << 24 | address; }
 
@@ -419,9 +460,9 @@ Table instructions() {
   OP(".asm", 1, t.launch.program->ran[A(uint64_t, 0)] = 1);
 
   OP("bar.sync", 1, if (A(uint32_t, 0)) return t.fail(i, "a barrier of its own is not modelled");
-     bar(1, nullptr, nullptr));
+     bar(1, nullptr, nullptr); ++t.now.barriers);
   ops["bar.sync"].aligned = true;
-  OP("bar.warp.sync", 1, warp_op(Op::Sync, A(uint32_t, 0), 0));
+  OP("bar.warp.sync", 1, warp_op(Op::Sync, A(uint32_t, 0), 0); ++t.now.warp_barriers);
   OP("shfl.sync.bfly.b32", 6, const uint32_t lane = tls.lin & 31; const uint32_t clamp = A(uint32_t, 4);
      const uint32_t segment = clamp >> 8 & 31; const uint32_t from = lane ^ (A(uint32_t, 3) & 31);
      const bool inside = from <= ((lane & segment) | (clamp & 31 & ~segment));
@@ -430,23 +471,25 @@ Table instructions() {
 
   OP("cp.async.cg.shared.global.L2::128B", 4, const uint32_t bytes = A(uint32_t, 3);
      if (A(uint32_t, 2) != 16 || (bytes != 0 && bytes != 16)) return t.fail(i, "not of 16 bytes or none");
+     if (!memory<SHARED>(t, i, A(uint32_t, 0), 16, true, true)) return;
      if (!bytes || memory<GLOBAL>(t, i, A(uint64_t, 1), 16, false, true))
-         gpuxbar::copy_async(shared_at(t, i, 0), A(const void*, 1), bytes));
+         gpuxbar::copy_async(A(uint32_t, 0), A(const void*, 1), bytes));
   OP("cp.async.commit_group", 0, gpuxbar::copy_commit());
   OP("cp.async.wait_group", 1, gpuxbar::copy_wait(A(int, 0)));
-  OP("ldmatrix.sync.aligned.m8n8.x4.shared.b16", 5, unsigned r[4]; gpuxbar::load_matrices(r, shared_at(t, i, 4));
+  OP("ldmatrix.sync.aligned.m8n8.x4.shared.b16", 5, const uint32_t from = A(uint32_t, 4);
+     if (!memory<SHARED>(t, i, from, 16, false, true)) return; unsigned r[4]; gpuxbar::load_matrices(r, from);
      for (int k = 0; k < 4; ++k) set(t, i, k, r[k]));
   OP("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 14, multiplied<float>(t, i, gpuxbar::multiply_half));
   OP("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", 14, multiplied<float>(t, i, gpuxbar::multiply_bfloat));
   OP("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", 14, multiplied<int>(t, i, gpuxbar::multiply_bytes));
 
-  OP("mbarrier.init.shared::cta.b64", 2, gpuxbar::barrier_init(shared_at(t, i, 0), A(uint32_t, 1)));
-  OP("mbarrier.arrive.shared::cta.b64", 2, gpuxbar::barrier_arrive(shared_at(t, i, 1)));
-  OP("mbarrier.arrive.expect_tx.shared::cta.b64", 3, gpuxbar::barrier_expect(shared_at(t, i, 1), A(uint32_t, 2)));
-  OP("mbarrier.try_wait.parity.shared::cta.b64", 3, gpuxbar::barrier_wait(shared_at(t, i, 1), A(uint32_t, 2));
+  OP("mbarrier.init.shared::cta.b64", 2, gpuxbar::barrier_init(A(uint32_t, 0), A(uint32_t, 1)));
+  OP("mbarrier.arrive.shared::cta.b64", 2, gpuxbar::barrier_arrive(A(uint32_t, 1)));
+  OP("mbarrier.arrive.expect_tx.shared::cta.b64", 3, gpuxbar::barrier_expect(A(uint32_t, 1), A(uint32_t, 2)));
+  OP("mbarrier.try_wait.parity.shared::cta.b64", 3, gpuxbar::barrier_wait(A(uint32_t, 1), A(uint32_t, 2));
      set(t, i, 0, true));
   OP("mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64", 3,
-     gpuxbar::barrier_wait_cluster(shared_at(t, i, 1), A(uint32_t, 2));
+     gpuxbar::barrier_wait_cluster(A(uint32_t, 1), A(uint32_t, 2));
      set(t, i, 0, true));
   OP("mapa.shared::cluster.u32", 3, set(t, i, 0, in_cluster(A(uint32_t, 1), A(uint32_t, 2))));
   OP("mbarrier.arrive.relaxed.cluster.shared::cluster.b64", 2, const uint32_t there = A(uint32_t, 1);
@@ -460,11 +503,11 @@ Table instructions() {
   OP("barrier.cluster.wait.acquire", 0, gpuxbar::cluster_barrier());
   OP("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", 4, const uint32_t bytes = A(uint32_t, 2);
      if (memory<GLOBAL>(t, i, A(uint64_t, 1), bytes, false, true))
-         gpuxbar::copy_bulk(shared_at(t, i, 0), A(const void*, 1), bytes, shared_at(t, i, 3)));
+         gpuxbar::copy_bulk(A(uint32_t, 0), A(const void*, 1), bytes, A(uint32_t, 3)));
   OP("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster", 5,
      const uint32_t bytes = A(uint32_t, 2);
      if (memory<GLOBAL>(t, i, A(uint64_t, 1), bytes, false, true))
-         gpuxbar::copy_bulk_to(A(uint16_t, 4), shared_at(t, i, 0), A(const void*, 1), bytes, shared_at(t, i, 3)));
+         gpuxbar::copy_bulk_to(A(uint16_t, 4), A(uint32_t, 0), A(const void*, 1), bytes, A(uint32_t, 3)));
   OP("setmaxnreg.dec.sync.aligned.u32", 1, gpuxbar::registers_change(A(uint32_t, 0), false));
   OP("setmaxnreg.inc.sync.aligned.u32", 1, gpuxbar::registers_change(A(uint32_t, 0), true));
   OP("wgmma.fence.sync.aligned", 0, gpuxbar::products_fence());
@@ -499,7 +542,9 @@ void run(void* of) {
   const auto registers = std::make_unique<uint64_t[]>(program.image.size());
   memcpy(registers.get(), program.image.data(), 8 * program.image.size());
   for (const auto& [place, name] : program.specials) registers[place] = special(name);
-  Thread t{launch, registers.get(), std::vector<char>(program.local_bytes, char(0xFF)), *tls.lane};
+  Thread t{
+      launch, registers.get(), std::vector<char>(program.local_bytes, char(0xFF)), *tls.lane, {tls.lin, tls.lin / 32}};
+  if (tls.blk->next == 1) places.assign(tls.blk->dyn_size / 2 + 1, {});  // the first thread of its block
   const size_t end = program.code.size();
   while (t.pc < end) {
     const Ins& i = program.code[t.pc++];
@@ -675,6 +720,7 @@ class Reader {
     const auto form = ops.find(name);
     if (form == ops.end()) refuse("unknown instruction: " + std::string(ins.text));
     if (x.size() != form->second.operands) refuse("not the operands that it takes: " + std::string(ins.text));
+    p.by_arrivals |= name.substr(0, 9) == "mbarrier.";
     ins.run = form->second.run;
     ins.at = form->second.aligned ? p.code.size() + 1 : 0;
     firsts.push_back(p.operands.size());
