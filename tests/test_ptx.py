@@ -274,6 +274,7 @@ def snippet(body):
 	mov.u32 %r5, %tid.x;
 	setp.eq.s32 %p2, %r5, 99;
 	setp.eq.s32 %p3, %r5, 0;
+	setp.eq.s32 %p4, %r5, 1;
 	{body}
 	ret;
 }}
@@ -283,7 +284,7 @@ def snippet(body):
 def run_snippet(body, threads=1, shared=0, values=None):
     out, given = np.zeros(8, np.uint32), np.arange(8, dtype=np.uint32)
     addresses = [array.ctypes.data.to_bytes(8, "little") for array in (out, given)]
-    arrays = [(out.ctypes.data, out.nbytes, True), (given.ctypes.data, given.nbytes, False)]
+    arrays = [(out.ctypes.data, out.nbytes, 4, True), (given.ctypes.data, given.nbytes, 4, False)]
     Program(snippet(body), "snippet").launch(
         (1,), (threads,), shared, 0, values or addresses, arrays, FORWARD, False
     )
@@ -327,11 +328,21 @@ FAULTS = {
     "two barriers": ("@%p3 bra $L_1; bar.sync 0; bra $L_2; $L_1: bar.sync 0; $L_2: mov.u32 %r1, 0;", "different barriers", {"threads": 64}),
     "not all lanes at one product": ("@%p3 bra $L_1; wgmma.fence.sync.aligned; bra $L_2; $L_1: wgmma.fence.sync.aligned; $L_2: mov.u32 %r1, 0;",
                                      "warp op divergence", {"threads": 32}),
+    "two writers": ("st.shared.u32 [own], %r5;", "race for shared address 0", {"threads": 2}),
+    "a reader after its writer": ("@%p3 st.shared.u32 [own], 1; ld.shared.u32 %r1, [own];", "race for shared", {"threads": 2}),
+    "a writer after its readers": ("ld.shared.u32 %r1, [own]; @%p4 st.shared.u32 [own], 1;", "race for shared", {"threads": 64}),
+    "a warp's barrier for two": ("@%p3 st.shared.u32 [own], 1; bar.warp.sync -1; ld.shared.u32 %r1, [own];", "race for shared", {"threads": 64}),
     "threads": ("mov.u32 %r1, 0;", "more threads than .maxntid", {"threads": 96}),
     "memory": ("mov.u32 %r1, 0;", "more shared memory", {"shared": 48 << 10}),
     "parameters": ("mov.u32 %r1, 0;", "takes 2 parameters", {"values": [b"12345678"]}),
     "a parameter's size": ("mov.u32 %r1, 0;", "parameter 1 takes 8 bytes", {"values": [b"12345678", struct.pack("f", 1.0)]}),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("barrier", "threads"), [("bar.sync 0", 64), ("bar.warp.sync -1", 32)])
+def test_a_barrier_orders(barrier, threads):
+    body = f"@%p3 st.shared.u32 [own], 7; {barrier}; ld.shared.u32 %r1, [own]; st.global.u32 [%rd1], %r1; {barrier};"
+    assert run_snippet(f"{body} @%p4 st.shared.u32 [own], 8;", threads)[0] == 7
 
 
 @pytest.mark.parametrize("name", FAULTS)

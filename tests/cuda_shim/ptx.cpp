@@ -1,13 +1,15 @@
 // ptx: reads the PTX of a kernel and runs it under the shim.
 //
-// Every instruction is one line of the table in `instructions`; one that is not there is an error, as is whatever PTX
-// leaves open or a GPU would fault on: multiplications and additions without a rounding, which ptxas may join; division by
-// zero; accesses that are misaligned, outside the shared or local memory of the launch, or outside the arrays it was
-// given; stores to arrays that it only reads; loads through the cache that is not coherent (ld.global.nc) of arrays that
-// it writes; lanes of a warp at different instructions of those that a warp executes as one (.aligned, bar.sync). Registers
-// start as ones, NaN to a float. Dynamic shared memory follows the static arrays at a multiple of 16, all that may be
-// counted on. What is asynchronous, and what warps, blocks and clusters do together, is tensor.cpp's and hopper.cpp's.
-// Approximate instructions are rounded results of double precision. Not modelled: ptxas, ordering of memory, time.
+// Every instruction is one line of the table in `instructions`; one that is not there is an error. So is whatever PTX
+// leaves open or a GPU would fault on: products and sums without a rounding, which ptxas may contract; division by zero;
+// accesses that are misaligned, outside the shared or local memory of the launch, or outside the arrays it was given;
+// stores to arrays that it only reads; loads through the cache that is not coherent (ld.global.nc) of arrays that it
+// writes; touches of shared memory by two threads, one of them a store, that no barrier of theirs orders (not where
+// barriers in shared memory do, as on Hopper); lanes of a warp apart at what a warp executes as one (.aligned, bar.sync).
+// Registers start as ones, NaN to a float. Dynamic shared memory follows the static arrays at a multiple of 16, all that
+// may be counted on. Approximate instructions are as far off as PTX ISA allows. What is asynchronous, and what warps,
+// blocks and clusters do together, is tensor.cpp's and hopper.cpp's. Not modelled: ptxas, ordering of memory, time.
+#include <atomic>
 #include <cfenv>
 #include <memory>
 #include <stdexcept>
@@ -54,16 +56,25 @@ struct Program {
 
 struct Array {
   const char *begin, *end;
-  int written;
+  uint64_t item;  // bytes
+  uint64_t written;
+};
+// What blocks did to the items of an array that is written: one more than the number of the last that stored, and above
+// that of the one that loaded, or ONES.
+struct Touched {
+  std::unique_ptr<std::atomic<uint64_t>[]> items;
+  std::atomic<bool> counted{false};  // by atomic instructions, which order blocks
 };
 struct Launch {
   Program* program;
   std::vector<char> params;
   std::vector<Array> arrays;
+  std::vector<Touched> touched;
 };
 
 // ---- shared memory: who touched it
 
+constexpr uint64_t ONES = 0xFFFFFFFF;
 constexpr int NOBODY = -1, SEVERAL = -2;
 struct Touch {
   int thread = NOBODY, warp = NOBODY;
@@ -76,7 +87,7 @@ bool races(const Touch& other, const Touch& now) {
 }
 struct Place {
   Touch written, read;
-};                                       // the last ones, of two bytes
+};  // the last ones, of two bytes
 thread_local std::vector<Place> places;  // of a block
 
 // ---- a thread
@@ -114,7 +125,7 @@ void set(Thread& t, const Ins& i, int k, T v) {
 }
 
 // Marks shared memory as touched; an error if that races with another thread of the block.
-bool touch(Thread& t, const Ins& i, size_t address, size_t bytes, bool write) {
+bool touch_shared(Thread& t, const Ins& i, size_t address, size_t bytes, bool write) {
   if (t.launch.program->by_arrivals) return true;
   for (size_t k = address / 2; k < (address + bytes + 1) / 2; ++k) {
     Place& place = places[k];
@@ -135,19 +146,45 @@ bool touch(Thread& t, const Ins& i, size_t address, size_t bytes, bool write) {
   return true;
 }
 
+enum Access { LOADS, LOADS_CACHED, STORES, COUNTS };  // by the cache that is not coherent; by atomic instructions
+
+// Marks items as touched by this block; an error if another touched one and either stored, with nothing to order them.
+bool touch_global(Thread& t, const Ins& i, size_t number, const char* at, size_t bytes, Access access) {
+  const Array& array = t.launch.arrays[number];
+  Touched& touched = t.launch.touched[number];
+  if (access == COUNTS) touched.counted = true;
+  const uint64_t block = 1 + tls.bid.x + uint64_t(tls.gdim.x) * (tls.bid.y + uint64_t(tls.gdim.y) * tls.bid.z);
+  const size_t first = (at - array.begin) / array.item, end = (at + bytes - array.begin + array.item - 1) / array.item;
+  for (size_t k = first; k < end && !touched.counted; ++k) {
+    uint64_t old = touched.items[k], now;
+    do {
+      const uint64_t stored = old & ONES, loaded = old >> 32;
+      if ((stored && stored != block) || (access == STORES && loaded && loaded != block)) {
+        if (touched.counted) break;
+        return t.fail(i, "race of blocks for item " + std::to_string(k) + " of an array"), false;
+      }
+      now = access == STORES ? loaded << 32 | block : (loaded && loaded != block ? ONES : block) << 32 | stored;
+    } while (!touched.items[k].compare_exchange_weak(old, now));
+  }
+  return true;
+}
+
 enum Space { PARAM, GLOBAL, SHARED, LOCAL };
 // Where the bytes of an address are; null, and an error, if they may not be accessed.
 template <Space SPACE>
-char* memory(Thread& t, const Ins& i, uint64_t address, size_t bytes, bool write, bool coherent) {
+char* memory(Thread& t, const Ins& i, uint64_t address, size_t bytes, Access access) {
   if (SPACE == GLOBAL) {
     char* const p = reinterpret_cast<char*>(address);
-    const Array* found = nullptr;
+    size_t found = t.launch.arrays.size();
     bool written = false;
-    for (const Array& a : t.launch.arrays)
-      if (p >= a.begin && p + bytes <= a.end) found = &a, written |= a.written;
-    if (!found) return t.fail(i, "global address outside every array"), nullptr;
-    if (write && !written) return t.fail(i, "array that is declared as only read"), nullptr;
-    if (!coherent && written) return t.fail(i, "array that the launch writes"), nullptr;
+    for (size_t k = 0; k < t.launch.arrays.size(); ++k) {
+      const Array& a = t.launch.arrays[k];
+      if (p >= a.begin && p + bytes <= a.end && !written) found = k, written = a.written;
+    }
+    if (found == t.launch.arrays.size()) return t.fail(i, "global address outside every array"), nullptr;
+    if (access >= STORES && !written) return t.fail(i, "array that is declared as only read"), nullptr;
+    if (access == LOADS_CACHED && written) return t.fail(i, "array that the launch writes"), nullptr;
+    if (written && !touch_global(t, i, found, p, bytes, access)) return nullptr;
     return p;
   }
   const size_t size = SPACE == SHARED ? tls.blk->dyn_size : SPACE == LOCAL ? t.local.size() : t.launch.params.size();
@@ -156,21 +193,21 @@ char* memory(Thread& t, const Ins& i, uint64_t address, size_t bytes, bool write
     return t.fail(i,
                   "address " + std::to_string(address) + " outside the " + std::to_string(size) + " bytes there are"),
            nullptr;
-  if (SPACE == SHARED && !touch(t, i, address, bytes, write)) return nullptr;
+  if (SPACE == SHARED && !touch_shared(t, i, address, bytes, access == STORES)) return nullptr;
   char* const first = SPACE == SHARED  ? reinterpret_cast<char*>(gx_smem)
                       : SPACE == LOCAL ? t.local.data()
                                        : t.launch.params.data();
   return first + address;
 }
 template <Space SPACE>
-char* aligned(Thread& t, const Ins& i, int k, size_t bytes, bool write, bool coherent = true) {
+char* aligned(Thread& t, const Ins& i, int k, size_t bytes, Access access) {
   const uint64_t address = get<uint64_t>(t, i, k) + i.offset;
   if (address % bytes) return t.fail(i, "misaligned address " + std::to_string(address)), nullptr;
-  return memory<SPACE>(t, i, address, bytes, write, coherent);
+  return memory<SPACE>(t, i, address, bytes, access);
 }
-template <Space SPACE, class T, int N, bool COHERENT>
+template <Space SPACE, class T, int N, Access ACCESS>
 void load(Thread& t, const Ins& i) {
-  const char* const from = aligned<SPACE>(t, i, N, N * sizeof(T), false, COHERENT);
+  const char* const from = aligned<SPACE>(t, i, N, N * sizeof(T), ACCESS);
   for (int k = 0; from && k < N; ++k) {
     T v;
     memcpy(&v, from + k * sizeof v, sizeof v);
@@ -179,7 +216,7 @@ void load(Thread& t, const Ins& i) {
 }
 template <Space SPACE, class T, int N>
 void store(Thread& t, const Ins& i) {
-  char* const to = aligned<SPACE>(t, i, 0, N * sizeof(T), true);
+  char* const to = aligned<SPACE>(t, i, 0, N * sizeof(T), STORES);
   for (int k = 0; to && k < N; ++k) {
     const T v = get<T>(t, i, k + 1);
     memcpy(to + k * sizeof v, &v, sizeof v);
@@ -350,16 +387,16 @@ void of_floats(Table& ops, const std::string& type) {
 template <Space SPACE, class T>
 void of_memory(Table& ops, const std::string& space, const std::string& type) {
   const std::string to = space + type, two = space + "v2." + type, four = space + "v4." + type;
-  ops["ld." + to] = {&load<SPACE, T, 1, true>, 2, false};
-  ops["ld." + two] = {&load<SPACE, T, 2, true>, 3, false};
-  if constexpr (sizeof(T) < 8) ops["ld." + four] = {&load<SPACE, T, 4, true>, 5, false};
+  ops["ld." + to] = {&load<SPACE, T, 1, LOADS>, 2, false};
+  ops["ld." + two] = {&load<SPACE, T, 2, LOADS>, 3, false};
+  if constexpr (sizeof(T) < 8) ops["ld." + four] = {&load<SPACE, T, 4, LOADS>, 5, false};
   if constexpr (SPACE == GLOBAL) {
-    ops["ld.global.nc." + type] = {&load<SPACE, T, 1, false>, 2, false};
-    ops["ld.global.nc.v2." + type] = {&load<SPACE, T, 2, false>, 3, false};
-    if constexpr (sizeof(T) < 8) ops["ld.global.nc.v4." + type] = {&load<SPACE, T, 4, false>, 5, false};
+    ops["ld.global.nc." + type] = {&load<SPACE, T, 1, LOADS_CACHED>, 2, false};
+    ops["ld.global.nc.v2." + type] = {&load<SPACE, T, 2, LOADS_CACHED>, 3, false};
+    if constexpr (sizeof(T) < 8) ops["ld.global.nc.v4." + type] = {&load<SPACE, T, 4, LOADS_CACHED>, 5, false};
   }
   if constexpr (SPACE == SHARED) {
-    ops["ld.volatile." + to] = {&load<SPACE, T, 1, true>, 2, false};
+    ops["ld.volatile." + to] = {&load<SPACE, T, 1, LOADS>, 2, false};
     ops["st.volatile." + to] = {&store<SPACE, T, 1>, 2, false};
   }
   if constexpr (SPACE != PARAM) {
@@ -377,9 +414,9 @@ void of_memories(Table& ops, const std::string& type) {
 }
 template <class T>
 void of_atomics(Table& ops, const std::string& type) {
-#define ATOM(NAME, ...)                                         \
-  OP("atom.global." NAME "." + type, 3, const T b = A(T, 2);    \
-     char* const p = aligned<GLOBAL>(t, i, 1, sizeof(T), true); \
+#define ATOM(NAME, ...)                                           \
+  OP("atom.global." NAME "." + type, 3, const T b = A(T, 2);      \
+     char* const p = aligned<GLOBAL>(t, i, 1, sizeof(T), COUNTS); \
      if (p) set(t, i, 0, shim_rmw(reinterpret_cast<T*>(p), [=](T a) { return T(__VA_ARGS__); })))
   ATOM("add", a + b);
   ATOM("max", most(a, b));
@@ -471,13 +508,13 @@ Table instructions() {
 
   OP("cp.async.cg.shared.global.L2::128B", 4, const uint32_t bytes = A(uint32_t, 3);
      if (A(uint32_t, 2) != 16 || (bytes != 0 && bytes != 16)) return t.fail(i, "not of 16 bytes or none");
-     if (!memory<SHARED>(t, i, A(uint32_t, 0), 16, true, true)) return;
-     if (!bytes || memory<GLOBAL>(t, i, A(uint64_t, 1), 16, false, true))
+     if (!memory<SHARED>(t, i, A(uint32_t, 0), 16, STORES)) return;
+     if (!bytes || memory<GLOBAL>(t, i, A(uint64_t, 1), 16, LOADS))
          gpuxbar::copy_async(A(uint32_t, 0), A(const void*, 1), bytes));
   OP("cp.async.commit_group", 0, gpuxbar::copy_commit());
   OP("cp.async.wait_group", 1, gpuxbar::copy_wait(A(int, 0)));
   OP("ldmatrix.sync.aligned.m8n8.x4.shared.b16", 5, const uint32_t from = A(uint32_t, 4);
-     if (!memory<SHARED>(t, i, from, 16, false, true)) return; unsigned r[4]; gpuxbar::load_matrices(r, from);
+     if (!memory<SHARED>(t, i, from, 16, LOADS)) return; unsigned r[4]; gpuxbar::load_matrices(r, from);
      for (int k = 0; k < 4; ++k) set(t, i, k, r[k]));
   OP("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 14, multiplied<float>(t, i, gpuxbar::multiply_half));
   OP("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", 14, multiplied<float>(t, i, gpuxbar::multiply_bfloat));
@@ -502,11 +539,11 @@ Table instructions() {
   OP("barrier.cluster.arrive.release", 0, (void)0);  // the wait does both
   OP("barrier.cluster.wait.acquire", 0, gpuxbar::cluster_barrier());
   OP("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", 4, const uint32_t bytes = A(uint32_t, 2);
-     if (memory<GLOBAL>(t, i, A(uint64_t, 1), bytes, false, true))
+     if (memory<GLOBAL>(t, i, A(uint64_t, 1), bytes, LOADS))
          gpuxbar::copy_bulk(A(uint32_t, 0), A(const void*, 1), bytes, A(uint32_t, 3)));
   OP("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster", 5,
      const uint32_t bytes = A(uint32_t, 2);
-     if (memory<GLOBAL>(t, i, A(uint64_t, 1), bytes, false, true))
+     if (memory<GLOBAL>(t, i, A(uint64_t, 1), bytes, LOADS))
          gpuxbar::copy_bulk_to(A(uint16_t, 4), A(uint32_t, 0), A(const void*, 1), bytes, A(uint32_t, 3)));
   OP("setmaxnreg.dec.sync.aligned.u32", 1, gpuxbar::registers_change(A(uint32_t, 0), false));
   OP("setmaxnreg.inc.sync.aligned.u32", 1, gpuxbar::registers_change(A(uint32_t, 0), true));
@@ -783,7 +820,12 @@ int ptx_launch(void* of, const unsigned* grid, const unsigned* block, size_t dyn
     return shim::report("more shared memory than a kernel gets unasked", error, room);
   if (count != program.params.size())
     return shim::report("takes " + std::to_string(program.params.size()) + " parameters", error, room);
-  shim::Launch launch{&program, std::vector<char>(program.param_bytes), {array, array + arrays}};
+  shim::Launch launch{
+      &program, std::vector<char>(program.param_bytes), {array, array + arrays}, std::vector<shim::Touched>(arrays)};
+  for (size_t k = 0; k < arrays; ++k)
+    if (array[k].written)
+      launch.touched[k].items =
+          std::make_unique<std::atomic<uint64_t>[]>((array[k].end - array[k].begin) / array[k].item);
   for (size_t k = 0; k < count; ++k) {
     const shim::Param param = program.params[k];
     if (param.size != sizes[k])

@@ -63,11 +63,11 @@ class Program:
         self.approximate = ".approx" in text.split(f".entry {name}(")[1].split(".entry ")[0]
 
     def launch(self, grid, block, shared, most_shared, values, arrays, order, eager):
-        """`values`: the parameters' bytes; `arrays`: (address, bytes, whether written) of all that may be touched."""
+        """`values`: the parameters' bytes; `arrays`: (address, bytes, of which an item, whether written) of all that may be touched."""
         sizes = [(ctypes.c_uint * 3)(*(*size, 1, 1)[:3]) for size in (grid, block)]
         lengths = (ctypes.c_size_t * len(values))(*map(len, values))
         pointers = (ctypes.c_char_p * len(values))(*values)
-        table = np.array([(at, at + size, written) for at, size, written in arrays], np.uint64)
+        table = np.array([(at, at + size, item, written) for at, size, item, written in arrays], np.uint64)
         error = ctypes.create_string_buffer(512)
         if _library().ptx_launch(
             self._at, *sizes, ctypes.c_size_t(shared), ctypes.c_size_t(most_shared), ctypes.c_size_t(len(values)),
@@ -131,7 +131,7 @@ class _Function:
         for declared, value in zip(self.kernel.arguments.values(), arguments, strict=True):
             if isinstance(declared, Array) and isinstance(value, np.ndarray):
                 values.append(np.uint64(value.ctypes.data).tobytes())
-                arrays.append((value.ctypes.data, value.nbytes, declared.written))
+                arrays.append((value.ctypes.data, value.nbytes, value.itemsize, declared.written))
             else:
                 values.append(value.tobytes())
         self.program.launch(
