@@ -281,12 +281,12 @@ def snippet(body):
 """
 
 
-def run_snippet(body, threads=1, shared=0, values=None):
+def run_snippet(body, threads=1, shared=0, values=None, blocks=1):
     out, given = np.zeros(8, np.uint32), np.arange(8, dtype=np.uint32)
     addresses = [array.ctypes.data.to_bytes(8, "little") for array in (out, given)]
     arrays = [(out.ctypes.data, out.nbytes, 4, True), (given.ctypes.data, given.nbytes, 4, False)]
     Program(snippet(body), "snippet").launch(
-        (1,), (threads,), shared, 0, values or addresses, arrays, FORWARD, False
+        (blocks,), (threads,), shared, 0, values or addresses, arrays, FORWARD, False
     )
     return out
 
@@ -332,11 +332,20 @@ FAULTS = {
     "a reader after its writer": ("@%p3 st.shared.u32 [own], 1; ld.shared.u32 %r1, [own];", "race for shared", {"threads": 2}),
     "a writer after its readers": ("ld.shared.u32 %r1, [own]; @%p4 st.shared.u32 [own], 1;", "race for shared", {"threads": 64}),
     "a warp's barrier for two": ("@%p3 st.shared.u32 [own], 1; bar.warp.sync -1; ld.shared.u32 %r1, [own];", "race for shared", {"threads": 64}),
+    "two blocks": ("st.global.u32 [%rd1], 1;", "race of blocks for item 0", {"blocks": 2}),
+    "a block that reads another's": ("mov.u32 %r6, %ctaid.x; setp.eq.s32 %p5, %r6, 0; ld.global.u32 %r1, [%rd1]; @%p5 st.global.u32 [%rd1], 1;",
+                                     "race of blocks", {"blocks": 9}),
     "threads": ("mov.u32 %r1, 0;", "more threads than .maxntid", {"threads": 96}),
     "memory": ("mov.u32 %r1, 0;", "more shared memory", {"shared": 48 << 10}),
     "parameters": ("mov.u32 %r1, 0;", "takes 2 parameters", {"values": [b"12345678"]}),
     "a parameter's size": ("mov.u32 %r1, 0;", "parameter 1 takes 8 bytes", {"values": [b"12345678", struct.pack("f", 1.0)]}),
 }  # fmt: skip
+
+
+def test_atomic_instructions_of_blocks_add_up():
+    assert (
+        run_snippet("atom.global.add.u32 %r1, [%rd1], 2; st.global.u32 [%rd1+4], 1;", 64, blocks=5)[0] == 640
+    )
 
 
 @pytest.mark.parametrize(("barrier", "threads"), [("bar.sync 0", 64), ("bar.warp.sync -1", 32)])

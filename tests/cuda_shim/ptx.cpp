@@ -5,7 +5,8 @@
 // accesses that are misaligned, outside the shared or local memory of the launch, or outside the arrays it was given;
 // stores to arrays that it only reads; loads through the cache that is not coherent (ld.global.nc) of arrays that it
 // writes; touches of shared memory by two threads, one of them a store, that no barrier of theirs orders (not where
-// barriers in shared memory do, as on Hopper); lanes of a warp apart at what a warp executes as one (.aligned, bar.sync).
+// barriers in shared memory do, as on Hopper); touches of global memory by two blocks, one of them a store (not of arrays
+// that atomic instructions have reached); lanes of a warp apart at what a warp executes as one (.aligned, bar.sync).
 // Registers start as ones, NaN to a float. Dynamic shared memory follows the static arrays at a multiple of 16, all that
 // may be counted on. Approximate instructions are as far off as PTX ISA allows. What is asynchronous, and what warps,
 // blocks and clusters do together, is tensor.cpp's and hopper.cpp's. Not modelled: ptxas, ordering of memory, time.
