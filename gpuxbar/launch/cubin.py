@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuxbar.launch.nvrtc import compile_cubin, nvrtc_version
+from gpuxbar.launch.nvrtc import compile_cuda, nvrtc_version
 from gpuxbar.launch.sources import cached, kernel_dir, once
 
 __all__ = ["Resources", "closure", "cubin", "options", "resources"]
@@ -53,7 +53,7 @@ def cubin(file: str, arch: str, macros: Mapping[str, int]) -> tuple[Path, str]:
     log_path = target.with_suffix(".log")
 
     def make() -> None:
-        binary, log = compile_cubin((root / file).read_text(), file, [*flags, f"-I{root / 'include'}"])
+        binary, log = compile_cuda((root / file).read_text(), file, [*flags, f"-I{root / 'include'}"])
         _write(log_path, log.encode())
         _write(target, binary)
 

@@ -1,4 +1,4 @@
-"""CUDA C++ to a cubin through NVRTC, by ctypes: no GPU, driver, CuPy or CUDA header is needed.
+"""CUDA C++ to a cubin, or to PTX, through NVRTC, by ctypes: no GPU, driver, CuPy or CUDA header is needed.
 
 We compile ourselves, and give CuPy only the cubin, because CuPy's own cache does not see edited headers, always
 flushes denormals, and cannot target sm_90a.
@@ -10,8 +10,9 @@ import ctypes
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["CompileError", "compile_cubin", "nvrtc_version"]
+__all__ = ["CompileError", "compile_cuda", "nvrtc_version"]
 
 
 class CompileError(RuntimeError):
@@ -51,8 +52,10 @@ def nvrtc_version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def compile_cubin(source: str, name: str, options: list[str]) -> tuple[bytes, str]:
-    """Compile one source; returns the cubin and the log (registers and spills with --ptxas-options=-v)."""
+def compile_cuda(
+    source: str, name: str, options: list[str], form: Literal["CUBIN", "PTX"] = "CUBIN"
+) -> tuple[bytes, str]:
+    """Compile one source; returns it in a form, and the log (registers and spills with --ptxas-options=-v)."""
     library = _library()
     program = ctypes.c_void_p()
     status = library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
@@ -64,7 +67,7 @@ def compile_cubin(source: str, name: str, options: list[str]) -> tuple[bytes, st
         log = _get(library, "ProgramLog", program).rstrip(b"\0").decode()
         if status:
             raise CompileError(f"{name}: {library.nvrtcGetErrorString(status).decode()}\n{log}")
-        return _get(library, "CUBIN", program), log
+        return _get(library, form, program), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

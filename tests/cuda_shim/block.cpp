@@ -108,7 +108,7 @@ bool Block::warp_try(int w, bool late) {
         Lane& o = lane[lo + j];
         if (o.st == St::Done) continue;
         if (o.st != St::Warp) all = false;
-        else if (o.mask != a.mask || o.op != a.op || o.call != a.call) { err = "warp op divergence: lanes of one mask wait in different warp ops or with different masks"; return false; }
+        else if (o.mask != a.mask || o.op != a.op || o.call != a.call || o.at != a.at) { err = "warp op divergence: lanes of one mask wait in different warp ops or with different masks"; return false; }
       }
     if (!all) continue;
     finish(lo, n, a.mask, a.op); any = true;
@@ -206,6 +206,13 @@ bool Block::run() {
       if (progress || hooks.happen()) continue;
     }
     if (bar != alive) { err = "deadlock: " + std::to_string(bar) + " of " + std::to_string(alive) + " live threads are at a block barrier and the others wait for what cannot happen"; return false; }
+    const Lane* first = nullptr;  // of a warp
+    for (int t = 0; t < nt; ++t) {
+      if (t % 32 == 0) first = nullptr;
+      if (lane[t].st != St::Bar) continue;
+      if (!first) first = &lane[t];
+      if (lane[t].at != first->at) { err = "lanes of a warp are at different barriers"; return false; }
+    }
     for (auto& l : lane) if (l.st == St::Bar) { l.res = sum; l.pred = allp; l.st = St::Run; }
     for (auto& l : lane) l.pred = l.st == St::Run ? l.pred : 0;
   }

@@ -14,6 +14,7 @@ struct Lane {  // one CUDA thread
   void* sp = nullptr;  // saved stack pointer of the fiber it blocked on
   St st = St::Done;
   Op op; uint32_t mask; uint64_t val, res; int src; int pred;
+  size_t at = 0;  // which instruction waits, where all lanes of a warp must execute the same
   void (*call)(void**) = nullptr;  // of Op::Call
   bool late = false;               // Op::Call that ends only when nothing else can go on
   bool (*ready)(const Lane&);      // of St::Poll, of val and res

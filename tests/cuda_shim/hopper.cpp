@@ -11,8 +11,8 @@ namespace {
 
 struct Barrier { unsigned arrivals, pending; long bytes; unsigned phase; int maker; bool fenced; };
 struct Bulk { unsigned to; const unsigned char* from; unsigned bytes, barrier; };
-struct Sums { float* c[32]; float value[32][64]; int products; };  // of a warp, while products add to them
-struct Wgmma { Sums* sums; const uint32_t* registers[32]; uint64_t a, b; bool add; };  // registers: a, or null
+struct Sums { float* c[32][64]; float value[32][64]; int products; };  // of a warp, while products add to them
+struct Wgmma { Sums* sums; const uint32_t* registers[32][4]; uint64_t a, b; bool add; };  // registers: a, or null
 struct Products {  // of a warp
   std::map<float*, Sums> sums;
   std::vector<Wgmma> open;
@@ -82,10 +82,10 @@ unsigned element(uint64_t descriptor, int row, int k) {
 }
 void multiply_now(const Wgmma& p, int warp) {
   thread_local float a[16][16], b[16][128];
-  const bool bfloat = p.registers[0];
+  const bool bfloat = p.registers[0][0];
   for (int i = 0; i < 16; ++i)
     for (int k = 0; k < 16; ++k)
-      a[i][k] = bfloat ? bfloat_to_float(p.registers[i % 8 * 4 + k % 8 / 2][k / 8 * 2 + i / 8] >> k % 2 * 16 & 0xFFFF)
+      a[i][k] = bfloat ? bfloat_to_float(*p.registers[i % 8 * 4 + k % 8 / 2][k / 8 * 2 + i / 8] >> k % 2 * 16 & 0xFFFF)
                        : half_to_float(element(p.a, 16 * (warp % 4) + i, k));
   for (int j = 0; j < 128; ++j)
     for (int k = 0; k < 16; ++k) {
@@ -103,7 +103,6 @@ void multiply_now(const Wgmma& p, int warp) {
   }
 }
 
-struct Multiply { float* c; const uint32_t* registers; uint64_t a, b; bool add; int thread; };
 void multiply_start(void** lanes) {
   const Multiply& first = *static_cast<Multiply*>(lanes[0]);
   const int warp = first.thread / 32;
@@ -113,28 +112,31 @@ void multiply_start(void** lanes) {
     if (other.a != first.a || other.b != first.b || other.add != first.add)
       return tls.blk->fail("multiply_warpgroup: lanes differ");
   }
-  if ((!first.registers && first.a >> 62 != 1) || first.b >> 62 != 1)
+  const bool registers = first.registers[0];
+  if ((!registers && first.a >> 62 != 1) || first.b >> 62 != 1)
     return tls.blk->fail("multiply_warpgroup: not a swizzle of 128 bytes");
   auto& operands = hopper.operands[warp / 4];
   if (mine.count == operands.size()) operands.emplace_back(first.a, first.b);
   if (operands[mine.count++] != std::make_pair(first.a, first.b))
     return tls.blk->fail("multiply_warpgroup: warps of a warpgroup differ");
-  for (int row = 0; row < 16 && !first.registers && !hopper.unfenced.empty(); ++row)
+  for (int row = 0; row < 16 && !registers && !hopper.unfenced.empty(); ++row)
     if (!known(first.a, 16 * (warp % 4) + row, 0) || !known(first.a, 16 * (warp % 4) + row, 8)) return;
-  const bool fresh = !mine.sums.count(first.c);
-  Sums& sums = mine.sums[first.c];
-  if ((fresh || first.registers) && !mine.fenced)
+  const bool fresh = !mine.sums.count(first.c[0]);
+  Sums& sums = mine.sums[first.c[0]];
+  if ((fresh || registers) && !mine.fenced)
     return tls.blk->fail("multiply_warpgroup: no products_fence since the registers were in use");
   if (fresh) {
     sums.products = 0;
-    for (int l = 0; l < 32; ++l) {
-      sums.c[l] = static_cast<Multiply*>(lanes[l])->c;
-      for (int e = 0; e < 64; ++e) sums.value[l][e] = std::exchange(sums.c[l][e], kInFlight);
-    }
+    for (int l = 0; l < 32; ++l)
+      for (int e = 0; e < 64; ++e) {
+        sums.c[l][e] = static_cast<Multiply*>(lanes[l])->c[e];
+        sums.value[l][e] = std::exchange(*sums.c[l][e], kInFlight);
+      }
   }
   ++sums.products;
   mine.open.push_back({&sums, {}, first.a, first.b, first.add});
-  for (int l = 0; l < 32; ++l) mine.open.back().registers[l] = static_cast<Multiply*>(lanes[l])->registers;
+  for (int l = 0; l < 32; ++l)
+    std::copy_n(static_cast<Multiply*>(lanes[l])->registers, 4, mine.open.back().registers[l]);
 }
 void products_close(void** lanes) {
   Products& mine = hopper.products[*static_cast<int*>(lanes[0]) / 32];
@@ -152,10 +154,10 @@ void products_settle(void** lanes) {
       Sums& sums = *p.sums;
       for (int l = 0; l < 32; ++l)
         for (int e = 0; e < 64; ++e) {
-          if (!in_flight(sums.c[l][e])) return tls.blk->fail("multiply_warpgroup: sums written while under way");
-          sums.c[l][e] = sums.value[l][e];
+          if (!in_flight(*sums.c[l][e])) return tls.blk->fail("multiply_warpgroup: sums written while under way");
+          *sums.c[l][e] = sums.value[l][e];
         }
-      mine.sums.erase(mine.sums.find(sums.c[0]));
+      mine.sums.erase(mine.sums.find(sums.c[0][0]));
     }
 }
 
@@ -193,6 +195,11 @@ const bool installed = [] {
 }();
 
 }  // namespace
+
+void multiply(Multiply& mine) {
+  mine.thread = tls.lin;
+  warp_call(&mine, &multiply_start);
+}
 }  // namespace shim
 
 namespace gpuxbar {
@@ -288,12 +295,15 @@ void products_wait(int pending) {
   shim::warp_call(waits, &shim::products_settle, true);
 }
 void multiply_warpgroup(float (&c)[64], unsigned long long a, unsigned long long b, bool add) {
-  shim::Multiply mine{c, nullptr, a, b, add, shim::tls.lin};
-  shim::warp_call(&mine, &shim::multiply_start);
+  shim::Multiply mine{{}, {}, a, b, add};
+  for (int e = 0; e < 64; ++e) mine.c[e] = c + e;
+  shim::multiply(mine);
 }
 void multiply_warpgroup_bfloat(float (&c)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
-  shim::Multiply mine{c, a, 0, b, add, shim::tls.lin};
-  shim::warp_call(&mine, &shim::multiply_start);
+  shim::Multiply mine{{}, {}, 0, b, add};
+  for (int e = 0; e < 64; ++e) mine.c[e] = c + e;
+  for (int e = 0; e < 4; ++e) mine.registers[e] = a + e;
+  shim::multiply(mine);
 }
 
 }  // namespace gpuxbar

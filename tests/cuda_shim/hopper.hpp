@@ -15,6 +15,17 @@
 #include "tensor.hpp"
 
 #pragma GCC visibility push(default)
+namespace shim {
+struct Multiply {  // a product: where its sums are, and its left operand unless `a` names that
+  float* c[64];
+  const uint32_t* registers[4];
+  uint64_t a, b;
+  bool add;
+  int thread;
+};
+void multiply(Multiply& mine);
+}  // namespace shim
+
 namespace gpuxbar {
 
 void barrier_init(unsigned barrier, unsigned arrivals);
