@@ -102,9 +102,11 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
       lsb[j] = adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value;
       inverse[j] = 1.0f / lsb[j];
     }
+#if NOISE
     const float sigma = read_noise ? *read_noise : read_noise_value;
     const u32 now = (u32)(step ? *step : step_value), key_lo = (u32)seed, key_hi = (u32)(seed >> 32);
     const u32 noise_row = (u32)(noise_row0 + row);
+#endif
     float weights = 0.0f;
 
     for (int plane = 0; plane < planes; ++plane)

@@ -4,6 +4,7 @@
 // Launch  1-D grid-stride, four values a thread; the result does not depend on the launch.
 // Wrapper gpuxbar/ops/dac_quantize.py      Oracle gpuxbar/reference/dac_quantize.py
 #include "gpuxbar/converter.cuh"
+#include "gpuxbar/four.cuh"
 
 namespace gpuxbar {
 
@@ -17,23 +18,28 @@ extern "C" __global__ void __launch_bounds__(256)
   const bool whole = (((u64)x & 15) | ((u64)codes & 7)) == 0;
   for (i64 e = 4 * ((i64)blockIdx.x * blockDim.x + threadIdx.x); e < size; e += stride) {
     const int count = size - e < 4 ? (int)(size - e) : 4;
-    float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (whole && count == 4) {
-      const float4 v = *(const float4*)(x + e);
-      value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
-    } else {
-      for (int i = 0; i < count; ++i) value[i] = x[e + i];
+    float value[4];
+    load(x + e, value, count, whole && count == 4, 0.0f);
+    const float* of = lsb;  // the step of the value at hand, and how many values from e on it and those before it have
+    int end = 4;
+    if (lsb_count > 1) {
+      const i64 n = e / per_row, left = (n + 1) * per_row - e;
+      of += n, end = left < 4 ? (int)left : 4;
     }
+    float inverse = 1.0f / *of;
     i16 code[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float inverse = 1.0f / lsb[lsb_count > 1 && i < count ? (e + i) / per_row : 0];
+      if (i == end && i < count) inverse = 1.0f / *++of, end += per_row < 4 ? (int)per_row : 4;
       code[i] = (i16)(i32)dac_code(value[i], inverse, code_min, code_max);
     }
-    if (whole && count == 4)
+    if (whole && count == 4) {
       *(short4*)(codes + e) = make_short4(code[0], code[1], code[2], code[3]);
-    else
-      for (int i = 0; i < count; ++i) codes[e + i] = code[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < count) codes[e + i] = code[i];
+    }
   }
 }
 

@@ -87,7 +87,7 @@ struct Block : Part {
   u32 a_line, b_line;  // where the first row and line lie in a and b
   // volatile: read at each use, so as not to stay in registers
   volatile u32 keep, flip;  // bits kept of 1024 + |code|; all ones: the positive codes drive
-  float amperes;            // of a code 1 and conductance 1 in a and b, as driven
+  volatile float amperes;   // of a code 1 and conductance 1 in a and b, as driven
   float volts_squared;
   volatile float offset_amperes;  // of a code 1 and the conductance of level 0 (INT8)
 #if IMPLICIT
@@ -131,8 +131,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    float volts,                            // of a code 1 and conductance 1 of a and b
                    float volts_squared,                    // V^2 of a code
                    float offset_amperes,                   // A, of a code 1 and the conductance of level 0 (INT8)
-                   float adc_lsb_value, float read_noise_value, i64 step_value, u64 key0, u64 key1, u64 key2, u64 key3,
-                   u64 key4, u64 key5, u64 key6, u64 key7, u64 key8, u64 key9,
+                   float adc_lsb_value, float read_noise_value, i64 step_value,
+                   RoundKeys keys,  // of the seed
                    i64 row0,        // first row of this call, in the whole product
                    i64 y_row0,      // and in y
                    i64 noise_row0,  // and in the counters
@@ -216,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   }
 
   Sum sums[ROW_PARTS][COLUMN_PARTS][4];
-  float variances[VARIANCE ? ROW_PARTS : 1][VARIANCE ? COLUMN_PARTS : 1][4];
+  [[maybe_unused]] float variances[VARIANCE ? ROW_PARTS : 1][VARIANCE ? COLUMN_PARTS : 1][4];
   u32 codes[ROW_PARTS][COLUMN_PARTS][PAIRED ? 2 : 4];
 #pragma unroll
   for (int i = 0; i < ROW_PARTS; ++i)
@@ -286,20 +286,23 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time
     left = k / STEP;
     const u32 row = (u32)noise_row0 + block.m0 + Warp().row(), column = Warp().column();
-    const float amperes = block.amperes;
 #if !CONVERTERS
     const float inverse_lsb = block.inverse_lsb[0];
 #endif
 #if NOISE
     const float sigma = block.sigma;
-    const u32 slot = block.slot + tile;
-    const u64 keys[10] = {key0, key1, key2, key3, key4, key5, key6, key7, key8, key9};
 #endif
 #pragma unroll
     for (int part = 0; part < GROUPS_OF_32; ++part)
 #pragma unroll
       for (int q = 0; q < 8; q += WIDTH) {
+#if NOISE || CONVERTERS
         const int n = column + 32 * part + q;  // first column, in the block
+#endif
+#if NOISE
+        const u32 slot = block.slot + tile, now = block.now;
+#endif
+        const float amperes = block.amperes;
 #if CONVERTERS
         float gain[WIDTH], offset[WIDTH];
 #pragma unroll
@@ -326,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             }
 #endif
 #if NOISE
-            const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot, block.now);
+            const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot, now);
             const Counter words4 = philox<ROUNDS>(counts, keys);
             const u32 random[4] = {words4.x, words4.y, words4.z, words4.w};
 #endif

@@ -57,7 +57,6 @@ constexpr int SUMS = 64, CODES = PAIRED ? 32 : 64;  // registers of a thread, fo
 
 // What is the same for all threads of a block.
 struct Block : Part {
-  volatile u32 key_lo, key_hi;  // seed; volatile: read at each use, so as not to stay in registers
 #if IMPLICIT
   Patches<BLOCK_M> patches;
 #endif
@@ -147,7 +146,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
                         float* __restrict__ gate,               // like y, or null (GATE)
                         float volts,                            // of a digit 1 and conductance 1 of a and b
                         float volts_squared,                    // V^2 of a digit
-                        float adc_lsb_value, float read_noise_value, i64 step_value, u64 seed,
+                        float adc_lsb_value, float read_noise_value, i64 step_value,
+                        RoundKeys keys,  // of the seed
                         i64 row0,        // first row of this call, in the whole product
                         i64 y_row0,      // and in y
                         i64 noise_row0,  // and in the counters
@@ -165,8 +165,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     const int high = CLUSTER * BLOCK_M;  // rows of a cluster
     block.locate((rows + high - 1) / high * high, groups, sense, tiles, planes);
     block.now = (u32)(step ? *step : step_value);
-    block.key_lo = (u32)seed;
-    block.key_hi = (u32)(seed >> 32);
     block.sigma = read_noise ? *read_noise : read_noise_value;
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
@@ -252,12 +250,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
 #pragma unroll
     for (int e = 0; e < CODES; ++e) codes[half][e] = 0;
 
+  // The same for all threads of a warp, which the compiler sees of a shuffle, and keeps out of the vector registers.
+  const u32 rows_at = __shfl_sync(0xFFFFFFFFu, Place().warpgroup(), 0) * (PANEL_BYTES / 2);
   u32 at = 0;  // step of the pipeline
   for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
     for (const u32 first = at; at < first + k / PANEL_LINES; ++at) {
       const u32 stage = at % STAGES, from = stages + stage * STAGE_BYTES;
       wait(full + 8 * stage, at / STAGES & 1);
-      const u64 left = descriptor(from + Place().warpgroup() * (PANEL_BYTES / 2));
+      const u64 left = descriptor(from + rows_at);
       products_fence();
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
@@ -295,6 +295,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     const float inverse_lsb = block.inverse_lsb[0];
 #if NOISE
     const float sigma = block.sigma;
+    const u32 slot = block.slot + tile, now = block.now;  // VARIANCE leaves no registers for them
 #endif
 
     // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time. The first half is
@@ -315,8 +316,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
             const int column = Place().column() + 128 * half + 32 * part + q;  // the first, in the block
 #if NOISE
             const u32 row = (u32)noise_row0 + block.m0 + Place().row() + 8 * h;
-            const Counter counts = counter((block.column + column) / WIDTH, row, purpose, block.slot + tile, block.now);
-            const Counter four = philox<ROUNDS>(counts, block.key_lo, block.key_hi);
+            const u32 group = (block.column + column) / WIDTH;
+            const Counter counts = VARIANCE ? counter(group, row, purpose, block.slot + tile, block.now)
+                                            : counter(group, row, purpose, slot, now);
+            const Counter four = philox<ROUNDS>(counts, keys);
             const u32 random[4] = {four.x, four.y, four.z, four.w};
 #endif
 #pragma unroll

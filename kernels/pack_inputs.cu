@@ -87,70 +87,88 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
   };
 
+  // The driven line of a line of a, or -1 where that is padding; its group.
+  const auto driven_line = [&](int line, int& group) {
+    const int at = line % (tiles * k), d = at / k * tile + at % k;
+    group = line / (tiles * k);
+    return line < lines && at % k < tile && d < drive ? d : -1;
+  };
+
   // A matrix is read along its lines, images along their pixels: both coalesce.
-  for (int i = y; i < 32; i += 8) {
-    const int line = line0 + (CONV ? i : x), row = first + (CONV ? x : i);
-    const int group = line / (tiles * k), at = line % (tiles * k);
-    const int d = at / k * tile + at % k;  // the driven line
-    Value value = 0;
-    if (line < lines && row < rows && at % k < tile && d < drive) {
 #if CONV == 0
-      value = take((row0 + row) * groups * drive + (i64)group * drive + d, row0 + row);
-#else
-      const int pixels = out_h * out_w;
-      const i64 image = (row0 + row) / pixels;
-      const int pixel = (int)((row0 + row) % pixels);
-#if CONV == 1
-      const int channel = d / channel_step % channels, position = d / position_step % (kernel_h * kernel_w);
-      const int ky = position / kernel_w, kx = position % kernel_w;
-      const int iy = pixel / out_w * stride_h + ky * dilation_h - pad_h;
-      const int ix = pixel % out_w * stride_w + kx * dilation_w - pad_w;
-      if (iy >= 0 && iy < height && ix >= 0 && ix < width)
-        value = take((((image * groups + group) * channels + channel) * height + iy) * width + ix, image);
-#else
-      value = take(((image * groups + group) * drive + d) * pixels + pixel, image);
-#endif
-#endif
-    }
-    if (CONV)
-      block[x][i] = value;
-    else
-      block[i][x] = value;
+  int group;
+  const int d = driven_line(line0 + x, group);
+  for (int i = y; i < 32; i += 8) {
+    const i64 row = row0 + first + i;
+    block[i][x] = d >= 0 && first + i < rows ? take((row * groups + group) * drive + d, row) : (Value)0;
   }
+#else
+  const int tall = CONV == 1 ? height : out_h, wide = CONV == 1 ? width : out_w, planes = CONV == 1 ? channels : drive;
+  // Of every line: where its position lies in a patch, far over an edge if there is no such line, and in an image.
+  __shared__ int down[32], right[32];
+  __shared__ i64 offset[32];
+  if (y == 0) {
+    int group;
+    const int d = driven_line(line0 + x, group);
+#if CONV == 1
+    const int plane = d / channel_step % channels, position = d / position_step % (kernel_h * kernel_w);
+    const int below = position / kernel_w * dilation_h - pad_h;
+    right[x] = position % kernel_w * dilation_w - pad_w;
+#else
+    const int plane = d, below = 0;
+    right[x] = 0;
+#endif
+    down[x] = d < 0 ? -(1 << 30) : below;
+    offset[x] = (((i64)group * planes + plane) * tall + below) * wide + right[x];
+  }
+  __syncthreads();
+  const i64 row = row0 + first + x, image = row / (out_h * out_w);
+  const int pixel = (int)(row % (out_h * out_w));
+  const int top = first + x < rows ? pixel / out_w * (CONV == 1 ? stride_h : 1) : -(1 << 30);
+  const int left = pixel % out_w * (CONV == 1 ? stride_w : 1);
+  const i64 from = ((i64)image * groups * planes * tall + top) * wide + left;
+  for (int i = y; i < 32; i += 8) {
+    const bool real = (u32)(top + down[i]) < (u32)tall && (u32)(left + right[i]) < (u32)wide;
+    block[x][i] = real ? take(from + offset[i], image) : (Value)0;
+  }
+#endif
   __syncthreads();
 
   const int line = line0 + x;
   if (line >= lines) return;
   const int stored = PANELS ? (int)gridDim.y * 32 : rows;
-  for (int i = y; i < 32 && first + i < stored; i += 8) {
+  // Where the first pass lies in a; the rows of a block are those of one panel.
+  i64 place = PANELS ? panel_place(first + y, line, lines) : (i64)(first + y) * lines + line;
+  for (int i = y; i < 32 && first + i < stored; i += 8, place += 8 * (PANELS ? PANEL_LINES : lines)) {
     const Value value = block[i][x];
-    for (int pass = 0; pass < streams * phases; ++pass) {
-#if CODES
-      const int shift = pass % streams * stream_bits;
-      const float driven = stream_bits == 0 ? (float)value
-                                            : stream_digit(value, shift, (1u << stream_bits) - 1,
-                                                           phases == 1      ? 0
-                                                           : pass < streams ? 1
-                                                                            : -1);
-      const float digit = INT8 ? min(max(driven, -127.0f), 127.0f) : driven;
-#else
-      const float digit = value;
-#endif
-#if PANELS
-      const i64 to = (i64)pass * stored * lines + panel_place(first + i, line, lines);
-#else
-      const i64 to = ((i64)pass * rows + first + i) * lines + line;
-#endif
-      a[to] = operand(digit);
-      if (squares) squares[to] = digit * digit;
+    i64 to = place;
 #if INT8
-      if (code_sums) {  // K is a multiple of 128, so the 32 lines of a warp belong to one tile
-        i32 sum = (i32)digit;
-        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-        if (x == 0) atomicAdd(code_sums + ((i64)pass * rows + first + i) * groups * tiles + line0 / k, sum);
-      }
+    i64 sum_at = (i64)(first + i) * groups * tiles + line0 / k;
 #endif
-    }
+    for (int phase = 0; phase < phases; ++phase)
+      for (int stream = 0; stream < streams; ++stream) {
+#if CODES
+        const float driven = stream_bits == 0 ? (float)value
+                                              : stream_digit(value, stream * stream_bits, (1u << stream_bits) - 1,
+                                                             phases == 1  ? 0
+                                                             : phase == 0 ? 1
+                                                                          : -1);
+        const float digit = INT8 ? min(max(driven, -127.0f), 127.0f) : driven;
+#else
+        const float digit = value;
+#endif
+        a[to] = operand(digit);
+        if (squares) squares[to] = digit * digit;
+        to += (i64)stored * lines;
+#if INT8
+        if (code_sums) {  // K is a multiple of 128, so the 32 lines of a warp belong to one tile
+          i32 sum = (i32)digit;
+          for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+          if (x == 0) atomicAdd(code_sums + sum_at, sum);
+          sum_at += (i64)rows * groups * tiles;
+        }
+#endif
+      }
   }
 }
 

@@ -185,4 +185,4 @@ def run(device):
     ops.anchored_conductance(
         np.full((3, 9, 7), 1e-4, np.float32), ops.Anchor.new((3, 9, 7)), update=np.ones(1, np.int32), **wires
     )
-    ceilings.check(device, np.asarray, np.asarray)
+    ceilings.check(device, np.asarray, np.asarray, ceilings.units_of(device.arch))

@@ -48,7 +48,13 @@ def test_a_device_is_asked_for_the_kernels_it_has():
         ("sm_90", ("fused", "wgmma", "cluster")),
         ("sm_100", ("fused",)),
     ):
-        assert Subject(ShimDevice(arch=arch), np.asarray, np.asarray).kernels == kernels
+        on = Subject(ShimDevice(arch=arch), np.asarray, np.asarray)
+        assert on.kernels == kernels
+        assert on.units == tuple(units_of(arch))
+        for only in kernels:
+            assert replace(on, only=only).kernels == (only,)
+    assert "wgmma TFLOP/s" in replace(on, device=ShimDevice(arch="sm_90"), only="cluster").units
+    assert "wgmma TFLOP/s" not in replace(on, device=ShimDevice(arch="sm_90"), only="fused").units
 
 
 def test_the_checks_pass_on_the_cpu_build(monkeypatch):
@@ -95,6 +101,7 @@ def test_what_gathers_patches_is_checked_too(monkeypatch):
 
 def test_bytes_are_checked_too(monkeypatch):
     monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])
+    assert CHECKS["bytes"](subject(kernels=("wgmma",))) == "fused alone multiplies them"
     with pytest.raises(OracleMismatch, match=r"results are off \(fused, adc, bytes, 3 x 70 x 9\)"):
         CHECKS["bytes"](subject(g_offset=lambda offset: 0.0))
 
@@ -124,7 +131,7 @@ def test_ceilings_are_rates():
             call()
         return 2.0
 
-    rates = fused.ceilings.measure(device, np.asarray, time_us)
+    rates = fused.ceilings.measure(device, np.asarray, time_us, units_of("sm_89"))
     threads, rounds = 3 * 8 * 256, 4096
     assert rates["fast Gnormal/s"] == pytest.approx(threads * rounds * 8 / 2e-6 / 1e9)
     flops = 2 * 16 * 8 * 16 * 8 / 32  # eight products of a warp a round
@@ -159,6 +166,16 @@ SMALL = {
     "images": fused.Read("small", 2 * 36, 27, 40, images=2),
     "by-position": fused.Read("small", 2 * 36, 72, 40, 24, images=2, line_order="position_channel"),
 }
+
+
+def test_every_way_of_a_read_has_its_section():
+    """What gathers patches goes with the kernel that it is."""
+    sections = [name for name in fused.SECTIONS if name in fused.FUSED]
+    for name, read in SMALL.items():
+        ways = [way for section in sections for way in read.kernels((section,))]
+        assert sorted(ways) == sorted(read.kernels(fused.FUSED))
+        assert (read.kernels(("wgmma",)) == ()) == (name == "bytes")
+    assert SMALL["by-position"].kernels(("wgmma",)) == ("wgmma", "implicit-wgmma")
 
 
 @pytest.mark.parametrize(
@@ -348,33 +365,50 @@ def emulated(monkeypatch):
     monkeypatch.setattr(fused, "CHECKS", {"light": lambda subject: "green"})
     monkeypatch.setattr(fused, "check_steps", lambda: "replayed")
     monkeypatch.setattr(fused.device_ops, "check", lambda *_: "exact")
-    monkeypatch.setattr(fused, "_ceilings", lambda: {**RATES, "copy GB/s": 4000.0, "fast Gnormal/s": 2000.0})
+    monkeypatch.setattr(fused, "_arch", lambda: "sm_90")
+    monkeypatch.setattr(
+        fused, "_ceilings", lambda units: {**RATES, "copy GB/s": 4000.0, "fast Gnormal/s": 2000.0}
+    )
     monkeypatch.setattr(
         fused, "_time", lambda read, kernels: {k: us[k] for k in (*kernels, "epilogue", "ideal")}
     )
     monkeypatch.setattr(fused, "_conversions_us", lambda read: 500.0)
     monkeypatch.setattr(fused, "_op_us", lambda op, subject: 80.0)
     monkeypatch.setattr(fused, "time_step", dict(zip(STEPS, (10.0, 15.0, 25.0), strict=True)).__getitem__)
-    monkeypatch.setattr(fused, "_gpu", lambda without, exact: subject())
+    monkeypatch.setattr(
+        fused, "_gpu", lambda only=None, exact=False: subject(kernels=(only,) if only else fused.FUSED)
+    )
+
+
+FUSED_ROWS = [read.name for read in (*READS, *CONVOLUTIONS)]
+HOPPER_ROWS = [read.name for read in (*READS, *CONVOLUTIONS) if read.precision != "int8"]
+STEP_ROWS = [f"resnet18-step, {kind}" for kind in STEPS]
+HERE = [word for name in fused.SECTIONS for word in ("--section", name)]  # all, in this process
 
 
 def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     done = run(fused.app, ["--checks"])
     assert (done.exit_code, done.output) == (0, "light: green\nupdates and wires: exact\n")
+    done = run(fused.app, ["--checks", "--section", "wgmma"])
+    assert (done.exit_code, done.output) == (0, "light: green\n")
     path = tmp_path / "rows.jsonl"
-    done = run(fused.app, ["--record", str(path)], env={"COLUMNS": "300"})
+    done = run(fused.app, ["--record", str(path), *HERE], env={"COLUMNS": "300"})
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["case"] for row in rows] == [
-        *(read.name for read in (*READS, *CONVOLUTIONS)),
+        *FUSED_ROWS,
+        *HOPPER_ROWS,
+        *STEP_ROWS,
         *OTHERS,
-        *(f"resnet18-step, {kind}" for kind in STEPS),
+        *HOPPER_ROWS,
     ]
     assert {row["us"] for row in rows if row["case"] == "update, devices drawn"} == {80.0}
-    assert rows[0]["us"]["wgmma"] == {"read": 350.0, "from codes": 370.0, "call": 390.0}
-    assert rows[0]["floors"]["wgmma"]["noise"] == pytest.approx(4096 * 4096 * 32 / 2000.0 * 1e-3)
+    assert list(rows[0]["us"]) == ["fused", "epilogue", "ideal"]
+    first = rows[len(FUSED_ROWS)]
+    assert first["us"]["wgmma"] == {"read": 350.0, "from codes": 370.0, "call": 390.0}
+    assert first["floors"]["wgmma"]["noise"] == pytest.approx(4096 * 4096 * 32 / 2000.0 * 1e-3)
     assert rows[0]["targets"]["fused"] == {"us": 430, "speedup": 2.6}
-    assert rows[-1]["ms"] == 25.0
+    assert next(row["ms"] for row in rows if row["case"] == STEP_ROWS[-1]) == 25.0
     assert all(row["gpu"] == "Emulated" for row in rows)
     assert all({"commit", "date", "ceilings"} <= set(row) for row in rows)
     lines = [" ".join(line.replace("│", " ").split()) for line in done.output.splitlines()]
@@ -406,16 +440,16 @@ def test_a_failed_check_voids_its_table(tmp_path, emulated, monkeypatch, which, 
     def red(*_):
         raise error("off by one")
 
-    steps = [f"resnet18-step, {kind}" for kind in STEPS]
     if which == "read":
         monkeypatch.setattr(fused, "CHECKS", {"light": red})
     else:
         monkeypatch.setattr(fused, "check_steps", red)
-    status, text, cases = recorded(tmp_path / "rows.jsonl")
+    status, text, cases = recorded(tmp_path / "rows.jsonl", *HERE)
     assert status == 2
-    assert f"error {'reads: light' if which == 'read' else 'captured steps'}: off by one" in text
-    reads = [read.name for read in (*READS, *CONVOLUTIONS)]
-    assert cases == [*OTHERS, *steps] if which == "read" else [*reads, *OTHERS]
+    named = "reads by fused: light" if which == "read" else "captured steps"
+    assert f"error {named}: off by one" in text
+    reads = [*FUSED_ROWS, *HOPPER_ROWS]
+    assert cases == ([*STEP_ROWS, *OTHERS] if which == "read" else [*reads, *OTHERS, *HOPPER_ROWS])
 
 
 def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
@@ -436,25 +470,72 @@ def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
         raise MemoryError(f"no room for {kind}")
 
     monkeypatch.setattr(fused, "time_step", small)
-    status, text, cases = recorded(path)
+    status, text, cases = recorded(path, "--section", "fused", "--section", "steps", "--section", "updates")
     assert status == 2
     assert f"error {READS[1].name}: CUDA_ERROR_INVALID_VALUE" in text
     assert f"error {STEPS[1]}: no room for {STEPS[1]}" in text
     assert cases == [
-        *(read.name for read in (*READS, *CONVOLUTIONS) if read is not READS[1]),
+        *(name for name in FUSED_ROWS if name != READS[1].name),
+        STEP_ROWS[0],
         *OTHERS,
-        f"resnet18-step, {STEPS[0]}",
     ]
 
 
 def test_a_mistake_shows_its_trace_and_voids_its_table_alone(tmp_path, emulated, monkeypatch):
     monkeypatch.setattr(fused.device_ops, "check", lambda *_: None.shape)
-    status, text, cases = recorded(tmp_path / "rows.jsonl")
+    status, text, cases = recorded(tmp_path / "rows.jsonl", *HERE)
     assert status == 2
     assert "error updates and wires: 'NoneType' object has no attribute 'shape'" in text
     assert "Traceback" in text
-    steps = [f"resnet18-step, {kind}" for kind in STEPS]
-    assert cases == [*(read.name for read in (*READS, *CONVOLUTIONS)), *steps]
+    assert cases == [*FUSED_ROWS, *HOPPER_ROWS, *STEP_ROWS, *HOPPER_ROWS]
+
+
+SECTION = """
+import os, sys, time
+name, record = sys.argv[2], sys.argv[4]
+assert sys.argv[1::2] == ["--section", "--record"]
+open(record, "a").write('{"case": "%s"}\\n' % name)
+if name == "fused":
+    os.abort()  # as a driver may
+if name == "wgmma":
+    time.sleep(60)
+sys.exit(name == "updates")
+"""
+
+
+def test_a_section_that_dies_or_hangs_takes_nothing_with_it(tmp_path, emulated, monkeypatch):
+    """Each runs in a process of its own, and is ended when its time is over; what it had found is recorded."""
+    script, path = tmp_path / "section.py", tmp_path / "rows.jsonl"
+    script.write_text(SECTION)
+    monkeypatch.setattr(fused, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setitem(fused.SECTIONS, "wgmma", 0.5)
+    status, text, cases = recorded(path)
+    assert status == 2
+    assert cases == list(fused.SECTIONS)
+    text = " ".join(text.split())
+    assert "fused: its process ended with status -6" in text
+    assert "wgmma: ended after 0.5 s, unfinished" in text
+    assert "updates: its process ended with status 1" in text
+    assert "steps" not in text
+    path.unlink()
+    monkeypatch.setattr(fused, "_arch", lambda: "sm_89")
+    assert recorded(path)[2] == ["fused", "steps", "updates"]
+
+
+def test_a_section_is_run_as_it_is_called():
+    """What the parent starts is this command, which names its sections."""
+    assert (sys.executable, "-m", fused.__name__) == fused.COMMAND
+    assert sum(fused.SECTIONS.values()) <= 370  # kernels/README.md
+
+
+def test_sections_are_those_a_device_has(emulated, monkeypatch):
+    assert "must be one of fused, wgmma, steps, updates, cluster on sm_90, got 'reads'" in " ".join(
+        run(fused.app, ["--section", "reads"]).output.split()
+    )
+    monkeypatch.setattr(fused, "_arch", lambda: "sm_89")
+    done = run(fused.app, ["--section", "cluster"])
+    assert done.exit_code == 2
+    assert "must be one of fused, steps, updates on sm_89, got 'cluster'" in " ".join(done.output.split())
 
 
 def test_the_kernel_that_fails_is_named(monkeypatch):
@@ -468,9 +549,7 @@ def test_the_kernel_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(fused, "CHECKS", {"two runs": CHECKS["two runs"]})
     with pytest.raises(OracleMismatch, match="two runs: wgmma fails: CUDA_ERROR_ILLEGAL_ADDRESS"):
         fused.check(on)
-    left = Subject(Refusing(), np.asarray, np.asarray, without=("wgmma", "cluster"))
-    assert CHECKS["two runs"](left) == "same bits"
-    assert "must be one of wgmma, cluster, got 'fused'" in run(fused.app, ["--without", "fused"]).output
+    assert CHECKS["two runs"](replace(on, only="fused")) == "same bits"
 
 
 TARGETS = {  # H200: us of a kernel's read of 4096 x 4096 x 4096, by generator, precision and rows of a tile

@@ -92,6 +92,19 @@ def test_normals_have_their_moments_and_tails(generator, largest):
     assert np.abs(neighbours).max() < 5 / np.sqrt(n / 2)
 
 
+def test_kernels_make_the_uniforms_of_a_radius_in_single_precision():
+    """As normal.cuh does: exactly of 16 bits, which become the low bits of a float at 128; never above 1 of 32 bits."""
+    radius = np.arange(2**16, dtype=np.uint32)
+    u = (radius | np.uint32(0x43000000)).view(np.float32) - np.float32(127.99999237060546875)
+    np.testing.assert_array_equal(u, (radius + 0.5) / 2**16)
+    words = np.array([0, 1, 2**32 - 129, 2**32 - 128, 2**32 - 1], np.uint32)
+    u = (words.astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33).astype(np.float32)
+    assert u[0] == 2.0**-33
+    assert u[1] > u[0]
+    assert (u[2:] <= 1).all()
+    assert u[-1] == 1
+
+
 def test_uniforms_are_uniform_and_open():
     u = uniforms(np.arange(1 << 14), 64, purpose=Purpose.STUCK, seed=1)
     assert u.min() > 0

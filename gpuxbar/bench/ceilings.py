@@ -76,11 +76,12 @@ def units_of(arch: str) -> list[str]:
 
 
 def measure(
-    device: Device, there: Callable[[np.ndarray], Any], time_us: Callable[[Sequence[Callable[[], object]]], float]
+    device: Device, there: Callable[[np.ndarray], Any], time_us: Callable[[Sequence[Callable[[], object]]], float],
+    units: Sequence[str],
 ) -> dict[str, float]:  # fmt: skip
-    """The rate of every unit that the device has; `time_us` times calls on the device."""
+    """The rates of some units that the device has; `time_us` times calls on the device."""
     found = {}
-    for name in units_of(device.arch):
+    for name in units:
         unit, blocks = UNITS[name], BLOCKS * device.multiprocessors
         operand = None if unit.operand is None else there(_packed(_operand(unit.operand)))
         out = device.empty((blocks * THREADS,), "uint32")
@@ -90,15 +91,16 @@ def measure(
 
 
 def check(
-    device: Device, there: Callable[[np.ndarray], Any], back: Callable[[Any], np.ndarray], blocks: int = 2, rounds: int = 5
+    device: Device, there: Callable[[np.ndarray], Any], back: Callable[[Any], np.ndarray], units: Sequence[str],
+    blocks: int = 2, rounds: int = 5,
 ) -> str:  # fmt: skip
-    """What every unit computes.
+    """What some units compute that the device has.
 
     Raises:
         OracleMismatch: It is not what NumPy computes.
     """
     worst = 0.0
-    for name in units_of(device.arch):
+    for name in units:
         unit = UNITS[name]
         operand = None if unit.operand is None else _operand(unit.operand)
         out = device.empty((blocks * THREADS,), "uint32")

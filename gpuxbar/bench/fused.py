@@ -1,19 +1,22 @@
 """`python -m gpuxbar.bench.fused`: proof and speed of the reads, updates, wires and a whole training step, on a GPU.
 
-First the checks of every fused kernel the device has, against the float64 oracle and against cuBLAS + epilogue, on new
-memory that holds NaN; where one fails, no number of a read is given. Then ceilings of the device (what bounds a read, each
-alone), and reads as replays of CUDA graphs over inputs that do not fit its cache together, beside their ideal products and
-convolutions. Then updates and wires, and steps of ResNet-18, each after a check of its own: of small ones against the oracle, and
-of a captured step against the same without capture. Below 8 minutes by estimate.
+A section for each fused kernel that the device has: checks of it, against the float64 oracle and against cuBLAS + epilogue,
+on new memory that holds NaN; where one fails, no number of its reads is given. Then ceilings of the device (what bounds a
+read, each alone), and reads as replays of CUDA graphs over inputs that do not fit its cache together, beside their ideal
+products and convolutions. Two more sections are steps of ResNet-18, and updates and wires, each after a check of its own: of a
+captured step against the same without capture, and of small ones against the oracle. At most 6 minutes.
 
-What is found is printed and recorded as it comes, and what fails takes nothing else with it, unless it leaves the device
-unusable: `--without` leaves a kernel out then. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks`
-(and memcheck, initcheck, synccheck) looks at the same small cases. Not yet run on a GPU; the checks run on the CPU build of
-the kernels in the tests.
+What is found is printed and recorded as it comes. A section is a process of its own, of so many seconds at most: an
+illegal address, after which CUDA refuses everything in a process, or a kernel that never ends takes nothing with it but
+the rest of its section. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.fused --checks` (and memcheck,
+initcheck, synccheck) looks at the same small cases, in one process. Not yet run on a GPU; the checks run on the CPU build
+of the kernels in the tests.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,6 +53,9 @@ PRODUCTS = ("fused_tile_mvm", "fused_tile_mvm_sm90", "matmul", "adc_accumulate",
 FROM_CODES = (*PRODUCTS, "pack_inputs", "pack_images")
 # Strategies of one kernel for any codes; all but the first are Hopper's.
 FUSED = ("fused", "wgmma", "cluster")
+# What is measured, most wanted first: reads by a fused kernel, training steps, updates and wires; seconds each may take.
+SECTIONS = {"fused": 90, "wgmma": 90, "steps": 80, "updates": 50, "cluster": 60}
+COMMAND = (sys.executable, "-m", "gpuxbar.bench.fused")
 FAILURES = (
     OracleMismatch,
     RuntimeError,
@@ -116,7 +122,7 @@ class Read:
     def kernels(self, of_device: Sequence[str]) -> tuple[str, ...]:
         """The strategies to time, of those that a device has."""
         if self.case.int8:
-            return FUSED[:1]
+            return tuple(kernel for kernel in of_device if kernel == FUSED[0])
         return (*of_device, *(_gathering(of_device, self.line_order) if self.images else ()))
 
     @property
@@ -158,9 +164,11 @@ class Read:
 
 
 def _gathering(of_device: Sequence[str], line_order: str) -> tuple[str, ...]:
-    """The strategies that gather patches, on a device with these fused ones."""
-    hopper = "wgmma" in of_device and line_order == "position_channel"
-    return ("implicit", "implicit-wgmma") if hopper else ("implicit",)
+    """The strategies that gather patches in one of these fused kernels."""
+    ways = {"implicit": "fused"}
+    if line_order == "position_channel":
+        ways["implicit-wgmma"] = "wgmma"
+    return tuple(way for way, kernel in ways.items() if kernel in of_device)
 
 
 COMMON: dict[str, Any] = {
@@ -205,18 +213,25 @@ CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A device, how arrays get there and back, and Hopper's kernels that are left out."""
+    """A device, how arrays get there and back, and the only fused kernel that is asked for (None: all)."""
 
     device: Device
     there: Callable[[np.ndarray], Any]
     back: Callable[[Any], np.ndarray]
-    without: tuple[str, ...] = ()
+    only: str | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """The fused strategies that the device has, less those left out."""
-        known = FUSED if self.device.arch == "sm_90" else FUSED[:1]
-        return tuple(kernel for kernel in known if kernel not in self.without)
+        """The fused strategies that are asked for, of those that the device has."""
+        return tuple(kernel for kernel in _kernels_of(self.device.arch) if self.only in (None, kernel))
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What bounds them."""
+        hopper = any(kernel in HOPPER for kernel in self.kernels)
+        return tuple(
+            unit for unit in ceilings.units_of(self.device.arch) if hopper or unit != "wgmma TFLOP/s"
+        )
 
     def read(self, codes: np.ndarray, g: np.ndarray, strategy: str, **s: Any) -> np.ndarray:
         moved = {k: self.there(v) if isinstance(v, np.ndarray) else v for k, v in s.items()}
@@ -225,6 +240,10 @@ class Subject:
             return self.back(y)  # waits, so that what a kernel does wrong shows here
         except RuntimeError as error:
             raise RuntimeError(f"{strategy} fails: {error}") from error
+
+
+def _kernels_of(arch: str) -> tuple[str, ...]:
+    return FUSED if arch == "sm_90" else FUSED[:1]
 
 
 @dataclass
@@ -338,6 +357,8 @@ def _convolutions_match_the_oracle(subject: Subject) -> str:
 
 def _bytes_match_the_oracle(subject: Subject) -> str:
     """Of whole levels around an offset, which only the first fused kernel multiplies as bytes."""
+    if FUSED[0] not in subject.kernels:
+        return f"{FUSED[0]} alone multiplies them"
     worst = 0.0
     for rows, inputs, outputs, tile in ODD_SHAPES:
         codes, g = _operands(rows, inputs, outputs, top=127)
@@ -443,7 +464,7 @@ def _noise_is_normal(subject: Subject) -> str:
 
 
 def _ceilings_compute(subject: Subject) -> str:
-    return ceilings.check(subject.device, subject.there, subject.back)
+    return ceilings.check(subject.device, subject.there, subject.back, subject.units)
 
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
@@ -478,11 +499,8 @@ def check(subject: Subject, say: Callable[[str], object] = lambda line: None) ->
 # ---- timing
 
 
-def _gpu(without: Sequence[str] = (), exact: bool = False) -> Subject:
+def _gpu(only: str | None = None, exact: bool = False) -> Subject:
     """CuPy's current device; new memory holds NaN, or what it held (`exact`), and is then no larger than asked for."""
-    kind, why = explain_gpu()
-    if kind != "cuda":
-        raise OSError(f"bench: `device` must be an NVIDIA GPU, got none ({why}); run on a machine with one")
     import cupy
 
     if exact:
@@ -494,7 +512,7 @@ def _gpu(without: Sequence[str] = (), exact: bool = False) -> Subject:
             array.data.memset_async(0xFF, array.nbytes)
         return array
 
-    return Subject(CudaDevice(empty), cupy.asarray, cupy.asnumpy, tuple(without))
+    return Subject(CudaDevice(empty), cupy.asarray, cupy.asnumpy, only)
 
 
 def _replays_us(calls: Sequence[Callable[[], object]]) -> float:
@@ -521,7 +539,7 @@ def _replays_us(calls: Sequence[Callable[[], object]]) -> float:
     return 1e3 * median(times) / len(calls)
 
 
-def _ceilings() -> dict[str, float]:
+def _ceilings(units: Sequence[str]) -> dict[str, float]:
     """What the device sustains: a copy, GB/s, a half-precision product by cuBLAS, TFLOP/s, and what bounds a read."""
     import cupy
 
@@ -535,7 +553,7 @@ def _ceilings() -> dict[str, float]:
         partial(device.matmul, a[i], a[i - 1], c, shape, strides, lds, 1.0, 0.0, "fp16") for i in range(4)
     ]
     limits = {"copy GB/s": 8e-3 * half / copy, "cuBLAS TFLOP/s": 2e-6 * n**3 / _replays_us(products)}
-    return limits | ceilings.measure(device, cupy.asarray, _replays_us)
+    return limits | ceilings.measure(device, cupy.asarray, _replays_us, units)
 
 
 def _time(read: Read, kernels: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -603,29 +621,71 @@ def main(
         bool,
         typer.Option("--checks", help="Check reads only, in memory of exact size: for compute-sanitizer."),
     ] = False,
-    without: Annotated[
+    section: Annotated[
         list[str] | None,
-        typer.Option(metavar="KERNEL", help="Leave one of Hopper's kernels out: wgmma or cluster."),
+        typer.Option(
+            metavar="NAME",
+            help=f"One of {', '.join(SECTIONS)}, in this process; by default each in one of its own.",
+        ),
     ] = None,
 ) -> None:
     """Prove and time the fused reads, updates, wires and a training step on this machine's GPU."""
     report = Report(Console(), record)
     try:
-        _check_without(without or [])
-        subject = _gpu(without or [], exact=checks)
+        arch = _arch()
+        names = _sections(section or [], arch)
         report.about = {"gpu": _gpu_name(), **environment(ROOT)}
     except (OSError, ValueError) as error:
         show_error(error)
         raise typer.Exit(2) from error
-    arrays = subject.device, subject.there, subject.back
-    if report.attempt("reads", lambda: check(subject, report.say)) and not checks:
-        report.attempt("ceilings", lambda: _time_reads(report, subject))
-    if report.attempt("updates and wires", lambda: device_ops.check(*arrays), say=True) and not checks:
-        _time_others(report, subject)
-    if not checks and report.attempt("captured steps", check_steps, say=True):
-        _time_steps(report)
+    if checks:
+        for only in [name for name in names if name in FUSED] if section else [None]:
+            _reads(report, only, checks=True)
+        if "updates" in names:
+            _updates(report, checks=True)
+    else:
+        for name in names:
+            if section is None:
+                report.attempt(name, partial(_in_its_own_process, name, record))
+            elif name in FUSED:
+                _reads(report, name)
+            else:
+                {"steps": _steps, "updates": _updates}[name](report)
     if report.failed:
         raise typer.Exit(2)
+
+
+def _arch() -> str:
+    """Of the GPU, which this asks for."""
+    kind, why = explain_gpu()
+    if kind != "cuda":
+        raise OSError(f"bench: `device` must be an NVIDIA GPU, got none ({why}); run on a machine with one")
+    return CudaDevice().arch
+
+
+def _sections(wanted: Sequence[str], arch: str) -> list[str]:
+    """Those wanted, or all that a device has."""
+    there = [name for name in SECTIONS if name not in FUSED or name in _kernels_of(arch)]
+    for name in wanted:
+        if name not in there:
+            raise ValueError(
+                f"bench: `section` must be one of {', '.join(there)} on {arch}, got {name!r}; leave it out to run all"
+            )
+    return list(wanted) or there
+
+
+def _in_its_own_process(name: str, record: Path | None) -> None:
+    rows = [] if record is None else ["--record", str(record)]
+    try:
+        done = subprocess.run([*COMMAND, "--section", name, *rows], timeout=SECTIONS[name], check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"ended after {SECTIONS[name]} s, unfinished; what it found before is recorded"
+        ) from error
+    if done.returncode:
+        raise RuntimeError(
+            f"its process ended with status {done.returncode}; the first error of it is the one to see"
+        )
 
 
 @dataclass
@@ -662,14 +722,6 @@ class Report:
             append(self.record, row | self.about)
 
 
-def _check_without(without: Sequence[str]) -> None:
-    for kernel in without:
-        if kernel not in FUSED[1:]:
-            raise ValueError(
-                f"bench: `without` must be one of {', '.join(FUSED[1:])}, got {kernel!r}; every other read needs the first"
-            )
-
-
 def _gpu_name() -> str:
     import cupy
 
@@ -677,9 +729,28 @@ def _gpu_name() -> str:
     return name.decode()
 
 
+def _reads(report: Report, only: str | None, checks: bool = False) -> None:
+    """Of a fused kernel, or of all."""
+    name, subject = f"reads by {only or 'all kernels'}", _gpu(only, exact=checks)
+    if report.attempt(name, lambda: check(subject, report.say)) and not checks:
+        report.attempt(f"{name}: ceilings", lambda: _time_reads(report, subject))
+
+
+def _updates(report: Report, checks: bool = False) -> None:
+    subject = _gpu(exact=checks)
+    arrays = subject.device, subject.there, subject.back
+    if report.attempt("updates and wires", lambda: device_ops.check(*arrays), say=True) and not checks:
+        _time_others(report, subject)
+
+
+def _steps(report: Report) -> None:
+    if report.attempt("captured steps", check_steps, say=True):
+        _time_steps(report)
+
+
 def _time_reads(report: Report, subject: Subject) -> None:
     """Print and record the ceilings, and every read beside them."""
-    limits = _ceilings()
+    limits = _ceilings(subject.units)
     report.about["ceilings"] = limits
     bounds = Table("ceiling", "rate", title=f"{report.about['gpu']}: each alone")
     for name, rate in limits.items():
@@ -692,6 +763,8 @@ def _time_reads(report: Report, subject: Subject) -> None:
     device = subject.device
     for read in (*READS, *CONVOLUTIONS):
         kernels = read.kernels(subject.kernels)
+        if not kernels:
+            continue
         us = report.attempt(read.name, partial(_time, read, kernels))
         if us is None:
             continue

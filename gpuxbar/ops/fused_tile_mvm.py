@@ -14,6 +14,7 @@ from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
 from gpuxbar.ops.dac_quantize import NO_DAC
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand
+from gpuxbar.ops.round_keys import RoundKeys
 from gpuxbar.ops.tile_mvm_cuda import (
     chunks,
     code_range,
@@ -23,12 +24,11 @@ from gpuxbar.ops.tile_mvm_cuda import (
     split_value,
 )
 from gpuxbar.ops.tile_mvm_plan import BLOCK_M, Plan, padded_channels, stage_bytes
-from gpuxbar.reference.random import Purpose, round_keys
+from gpuxbar.reference.random import Purpose
 
 __all__ = ["KERNELS", "fused_tile_mvm", "packed_images", "read_fused"]
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
-_KEYS: dict[str, Any] = {f"key{i}": Scalar("uint64") for i in range(10)}  # of the rounds of Philox
 
 PACK_IMAGES = Kernel(
     "pack_images.cu",
@@ -45,7 +45,7 @@ FUSED_TILE_MVM = Kernel(
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
     words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
     gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, offset_amperes=_FLOAT, adc_lsb_value=_FLOAT,
-    read_noise_value=_FLOAT, step_value=_LONG, **_KEYS, row0=_LONG, y_row0=_LONG,
+    read_noise_value=_FLOAT, step_value=_LONG, keys=Struct("RoundKeys", RoundKeys), row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
     adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, tile_lines=_INT, images=Struct("Images", Images), chunks=_INT, pixels=_INT,
@@ -84,7 +84,8 @@ def fused_tile_mvm(
     more = {
         "spread": operand.spread, "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
         "volts_squared": s["v_lsb"] ** 2, "offset_amperes": s["v_lsb"] * s["g_offset"] if int8 else 0.0, "streams": s["streams"], "stream_bits": s["stream_bits"],
-        "tile_lines": shape.tile, "images": Images() if images is None else Images.of(conv, s["groups"]), "chunks": plan.chunks, **dict(zip(_KEYS, round_keys(s["seed"]), strict=True)),
+        "tile_lines": shape.tile, "images": Images() if images is None else Images.of(conv, s["groups"]), "chunks": plan.chunks,
+        "keys": RoundKeys.of(s["seed"]),
     }  # fmt: skip
     stage = stage_bytes(plan.block_n, macros["TERMS"] + macros["VARIANCE"])
 

@@ -12,6 +12,7 @@ from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
 from gpuxbar.ops.fused_tile_mvm import packed_images, read_fused
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PANEL_ROWS, Padded, right_operand
+from gpuxbar.ops.round_keys import RoundKeys
 from gpuxbar.ops.tile_mvm_cuda import generator_of
 from gpuxbar.ops.tile_mvm_plan import Plan, padded_channels, wgmma_bytes
 
@@ -28,7 +29,7 @@ FUSED_TILE_MVM_SM90 = Kernel(
     row_scale=In("float32", "R", optional=True), col_scale=In("float32", "C", optional=True),
     bias=In("float32", "C", optional=True), words=InOut("int32", "P S rows C", optional=True),
     y=Out("float32", optional=True), gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT,
-    adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
+    adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, keys=Struct("RoundKeys", RoundKeys), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, adc_per_column=_INT, code_min=_FLOAT,
     code_max=_FLOAT, rows_per_scale=_INT, tile_lines=_INT, images=Struct("Images", Images), pixels=_INT, purpose=Scalar("uint32"),
 )  # fmt: skip
@@ -46,7 +47,7 @@ def fused_tile_mvm_sm90(
     if plan.strategy == "implicit-wgmma":
         images = packed_images(device, v, padded_channels(conv.channels), s)
     more = {
-        "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
+        "keys": RoundKeys.of(s["seed"]),
         "spread": operand.spread,
         "volts_squared": s["v_lsb"] ** 2,
         "tile_lines": shape.tile,

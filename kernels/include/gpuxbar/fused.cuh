@@ -62,9 +62,10 @@ struct Scales {
 // sums.
 struct Part {
   int m0, n0, group, plane, pass, first_tile, last_tile;
-  u32 column, slot;  // of the counters: of n0, and of tile 0
-  volatile u32 now;  // step; volatile: read at each use, so as not to stay in a register
-  float sigma;       // A
+  u32 column;  // of the counters: of n0
+  // of the counters: of tile 0, and the step; volatile: read at each use, so as not to stay in registers
+  volatile u32 slot, now;
+  float sigma;  // A
   float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
 
   // By one thread, before a barrier.

@@ -40,18 +40,19 @@ GPUXBAR_FN Pair turn(u32 phase) {
 // sqrt(-2 ln u)
 GPUXBAR_FN float radius(float u) { return sqrt_fast(-1.3862943611198906f * log2_fast(u)); }
 
-// Two normals from a radius word and a phase word; u = (radius_word + 1/2) / 2^32 is never 0, and at most 1.
+// Two normals from a radius word and a phase word; u = (radius_word + 1/2) / 2^32 is never 0, and at most 1: the largest
+// words are 2^32 as floats, and 1 + 2^-33 rounds to 1.
 GPUXBAR_FN Pair normal_pair(u32 radius_word, u32 phase_word) {
   const float u = fma((float)radius_word, 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  const float r = radius(min(u, 1.0f));
+  const float r = radius(u);
   const Pair p = turn(phase_word);
   return Pair{r * p.a, r * p.b};
 }
 
 // Two normals from one word: the low half makes the radius, the high half the phase.
 GPUXBAR_FN Pair normal_pair_fast(u32 word) {
-  const float k = bits_float(0x4B000000u | (word & 0xFFFFu));          // 2^23 + radius, without a conversion
-  const float u = fma(k, 1.52587890625e-5f, -127.99999237060546875f);  // (radius + 1/2) / 2^16, exactly
+  const float k = bits_float(0x43000000u | (word & 0xFFFFu));  // 128 + radius / 2^16, without a conversion
+  const float u = k - 127.99999237060546875f;                  // (radius + 1/2) / 2^16, exactly
   const float r = radius(u);
   const Pair p = turn(word & 0xFFFF0000u);
   return Pair{r * p.a, r * p.b};

@@ -69,12 +69,16 @@ GPUXBAR_FN Counter philox(Counter c, u32 key_lo, u32 key_hi) {
   return c;
 }
 
-// The same with the keys of all rounds (key_hi << 32 | key_lo) made once: as kernel parameters they are operands that
-// need neither instructions nor registers.
+// The keys of all rounds, made once: as a kernel parameter they are operands that need neither instructions nor
+// registers. Twin of `RoundKeys` in gpuxbar/ops/round_keys.py.
+struct RoundKeys {
+  u32 low[10], high[10];
+};
+
 template <int ROUNDS>
-GPUXBAR_FN Counter philox(Counter c, const u64* keys) {
+GPUXBAR_FN Counter philox(Counter c, const RoundKeys& keys) {
 #pragma unroll
-  for (int round = 0; round < ROUNDS; ++round) c = philox_round(c, (u32)keys[round], (u32)(keys[round] >> 32));
+  for (int round = 0; round < ROUNDS; ++round) c = philox_round(c, keys.low[round], keys.high[round]);
   return c;
 }
 
