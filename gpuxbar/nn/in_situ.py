@@ -448,7 +448,8 @@ def layer_of(parameter: Tensor) -> InSitu | None:
     if not layers:
         raise ValueError(
             f"in-situ optimiser: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "
-            "crossbar layer is gone; build the optimiser from model.parameters()"
+            "crossbar layer is gone, or computes its weight from it; build the optimiser from model.parameters(), without pruning or "
+            "parametrisations"
         )
     if len(layers) > 1:
         raise ValueError(
