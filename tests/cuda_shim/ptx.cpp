@@ -52,7 +52,7 @@ struct Program {
   std::vector<char> ran;             // which of it
   size_t param_bytes = 0, static_bytes = 0, local_bytes = 0;
   unsigned most_threads = 1024, cluster = 1;
-  bool by_arrivals = false;  // whether it has barriers in shared memory, of which `touch` knows nothing
+  bool by_arrivals = false;  // whether it has barriers in shared memory, of which `touch_shared` knows nothing
 };
 
 struct Array {
@@ -79,16 +79,16 @@ constexpr uint64_t ONES = 0xFFFFFFFF;
 constexpr int NOBODY = -1, SEVERAL = -2;
 struct Touch {
   int thread = NOBODY, warp = NOBODY;
-  unsigned barriers = 0, warp_barriers = 0;
-};  // barriers before it
+  unsigned barriers = 0, warp_barriers = 0;  // that its thread had met
+};
 // Whether nothing orders another thread's touch before one of `now`.
 bool races(const Touch& other, const Touch& now) {
   if (other.thread == NOBODY || other.thread == now.thread || other.barriers != now.barriers) return false;
   return other.warp != now.warp || other.warp_barriers == now.warp_barriers;
 }
-struct Place {
-  Touch written, read;
-};  // the last ones, of two bytes
+struct Place {          // two bytes
+  Touch written, read;  // the last ones
+};
 thread_local std::vector<Place> places;  // of a block
 
 // ---- a thread
