@@ -3,6 +3,10 @@
 // Blocks of 64 wordlines by 64 bitlines: weights lie transposed to conductances, and a block of both fits the first
 // caches. Every cell is a function of its own place, so the bits do not depend on threads.
 // Meaning and oracle: gpuxbar/reference/device_update.py.
+
+// Of choices by one condition, one after another, g++ makes two paths, and a loop of vectors then works out both of them.
+#pragma GCC optimize("no-thread-jumps", "no-split-paths")
+
 #include <algorithm>
 #include <type_traits>
 
@@ -75,9 +79,12 @@ struct alignas(64) Row {
   alignas(64) Cells noise;
 };
 
-// What the devices are, and what they are asked for.
+// What the devices are, and what they are asked for. LOGNORMAL and WHOLE are the law's `lognormal` and `integer_pulses`:
+// loops of vectors would work out both ways.
+template <i32 LOGNORMAL, i32 WHOLE>
 void prepare(const Update& u, const Arrays& a, const float* change, i64 count, Row& r) {
-  const UpdateLaw s = u.law;
+  UpdateLaw s = u.law;
+  s.lognormal = LOGNORMAL, s.integer_pulses = WHOLE;
   const bool positive = r.at.plane < (u32)u.slices.count;
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
@@ -169,7 +176,9 @@ void update_rows(const Update& u, const Arrays& a, i32 sides, const float* chang
     load_shares(held + r->first, u.g_min, inverse_range, count, r->x, r->before);
     if (a.hidden) load_shares(a.g + r->first, u.g_min, inverse_range, count, r->shown, r->shown_before);
   }
-  for (Row* r = rows; r < rows + sides; ++r) prepare(u, a, change, count, *r);
+  const auto prepared = u.law.lognormal ? (u.law.integer_pulses ? prepare<1, 1> : prepare<1, 0>)
+                                        : (u.law.integer_pulses ? prepare<0, 1> : prepare<0, 0>);
+  for (Row* r = rows; r < rows + sides; ++r) prepared(u, a, change, count, *r);
   for (Row* r = rows; r < rows + sides; ++r) move<L>(u.law, *r);
   for (Row* r = rows; r < rows + sides; ++r) {
     if (a.hidden) show(u, *r);
@@ -203,6 +212,9 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
           for (int k = 0; k < map_planes(u.law); ++k) fetch(a.map.normal + k * a.map.cells + ahead);
       }
     std::fill(weight[i], weight[i] + count, 0.0f);
+    // a row of this block's weights, and one of the next block's changes
+    if (lines == LINES && i < count) fetch(a.w + corner + i * u.inputs);
+    if (a.dw && o0 + WIDE_ROW + i < u.outputs) fetch(a.dw + corner + (WIDE_ROW + i) * u.inputs);
     const i64 row = group * u.inputs + i0 + i;
     for (i32 k = 0; k < u.slices.count; ++k) {
       for (i32 side = 0; side < 2; ++side) {

@@ -12,13 +12,13 @@ using namespace gpuxbar;
 
 namespace {
 
+constexpr int TILE = 6;  // outputs of a register tile
 #if defined(__AVX512F__)
-constexpr int TILE = 8;  // outputs of a register tile
+constexpr int DEEP = 4;  // vectors of inputs of a register tile
 #else
-constexpr int TILE = 6;
+constexpr int DEEP = 2;
 #endif
-constexpr int DEEP = 2;     // vectors of inputs of a register tile
-constexpr i64 TALL = 48;    // outputs of a panel
+constexpr i64 TALL = 24;    // outputs of a panel
 constexpr i64 WIDE = 64;    // inputs of a panel
 constexpr i64 PIECE = 256;  // samples whose products are summed in registers
 static_assert(TALL % TILE == 0 && WIDE % (DEEP * LANES) == 0);
@@ -33,18 +33,20 @@ void pack(const float* from, const float* gate, i64 batch, i64 lines, i64 p, flo
     const i64 at = b * lines + p * SIZE;
     if (gate)
       for (i64 j = 0; j < count; ++j) to[j] = from[at + j] * gate[at + j];
+    else if (count == SIZE)  // known while compiling: no call
+      std::copy_n(from + at, SIZE, to);
     else
       std::copy_n(from + at, count, to);
     std::fill(to + count, to + SIZE, 0.0f);
   }
 }
 
-// Products of `depth` samples of two panels, added to a block or, the first of them, put there.
-void multiply(i64 depth, const float* d, const float* x, bool first, float (*block)[WIDE]) {
+// Products of `depth` samples of two panels, added to a block of rows `stride` apart or, the first of them, put there.
+void multiply(i64 depth, const float* d, const float* x, bool first, float* block, i64 stride) {
   for (i64 j = 0; j < WIDE; j += DEEP * LANES)
     for (i64 i = 0; i < TALL; i += TILE) {
-      float* to = block[i] + j;
-      register_tile<LANES, TILE, DEEP>(depth, d + i, TALL, x + j, WIDE, first ? nullptr : to, WIDE, 1.0f, to, WIDE);
+      float* to = block + i * stride + j;
+      register_tile<LANES, TILE, DEEP>(depth, d + i, TALL, x + j, WIDE, first ? nullptr : to, stride, 1.0f, to, stride);
     }
 }
 
@@ -66,12 +68,18 @@ extern "C" void gpuxbar_outer_product(const float* d,     // [B, O]
 #pragma omp for collapse(2) schedule(static)
     for (i64 p = 0; p < tall; ++p)
       for (i64 q = 0; q < wide; ++q) {
-        alignas(64) float block[TALL][WIDE] = {};
-        for (i64 b = 0; b < batch; b += PIECE)
-          multiply(std::min(PIECE, batch - b), left.get() + (p * batch + b) * TALL,
-                   right.get() + (q * batch + b) * WIDE, b == 0, block);
         const i64 rows = std::min(TALL, outputs - p * TALL), columns = std::min(WIDE, inputs - q * WIDE);
-        for (i64 i = 0; i < rows; ++i) std::copy_n(block[i], columns, dw + (p * TALL + i) * inputs + q * WIDE);
+        const bool whole = rows == TALL && columns == WIDE;  // else by way of a block that is
+        alignas(64) float block[TALL * WIDE];
+        float* corner = dw + p * TALL * inputs + q * WIDE;
+        float* to = whole ? corner : block;
+        const i64 stride = whole ? inputs : WIDE;
+        i64 b = 0;
+        do  // at least once: without samples the sums are 0
+          multiply(std::min(PIECE, batch - b), left.get() + (p * batch + b) * TALL,
+                   right.get() + (q * batch + b) * WIDE, b == 0, to, stride);
+        while ((b += PIECE) < batch);
+        for (i64 i = 0; i < rows && !whole; ++i) std::copy_n(block + i * WIDE, columns, corner + i * inputs);
       }
   }
 }
