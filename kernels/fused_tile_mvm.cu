@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         codes[i][j][PAIRED ? e / 2 : e] = 0;
       }
 
-  int stage = 0, left = k / STEP, tile = block.first_tile;
+  int stage = 0, tile = block.first_tile;
   for (int at = 0; at < block.steps; ++at) {
     copy_wait<STAGES - 2>();
     __syncthreads();  // this stage has landed for every warp, and every warp has left the stage filled next
@@ -281,16 +281,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
       }
     }
     stage = stage + 1 == STAGES ? 0 : stage + 1;
-    if (--left) continue;
+    if (at + 1 < (tile + 1 - block.first_tile) * (k / STEP)) continue;
 
     // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time
-    left = k / STEP;
     const u32 row = (u32)noise_row0 + block.m0 + Warp().row(), column = Warp().column();
 #if !CONVERTERS
     const float inverse_lsb = block.inverse_lsb[0];
-#endif
-#if NOISE
-    const float sigma = block.sigma;
 #endif
 #pragma unroll
     for (int part = 0; part < GROUPS_OF_32; ++part)
@@ -301,6 +297,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #endif
 #if NOISE
         const u32 slot = block.slot + tile, now = block.now;
+        const float sigma = block.sigma;
 #endif
         const float amperes = block.amperes;
 #if CONVERTERS
@@ -396,24 +393,51 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   const u32 biases = block.biases();
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
   const float part_of_all = gate_part(share, tiles);
-  for (int e = thread_index(); e < BLOCK_M * BLOCK_N; e += 256) {
-    const int i = pixels ? e % BLOCK_M : e / BLOCK_N, j = pixels ? e / BLOCK_M : e % BLOCK_N;
-    if (block.m0 + i >= rows || block.n0 + j >= sense) continue;
-    const int word = word_of(results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases, j % 2, code_min);
-    const int c = block.column + j;
+  const auto word_at = [&](int i, int j) {
+    return word_of(results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases, j % 2, code_min);
+  };
+  const auto scale_of = [&](int i) { return row_scale ? row_scale[(row0 + block.m0 + i) / rows_per_scale] : 1.0f; };
+  if (pixels && !words) {  // a row a thread: a warp writes pixels of one column
+    const int i = thread_index() % BLOCK_M;
+    if (block.m0 + i >= rows) return;
+    const i64 r = y_row0 + block.m0 + i, image = r / pixels * outputs * pixels + r % pixels;
+    const float by_row = scale_of(i);
+    for (int j = thread_index() / BLOCK_M; j < BLOCK_N && block.n0 + j < sense; j += 256 / BLOCK_M) {
+      const int c = block.column + j, word = word_at(i, j);
+      y[image + (i64)c * pixels] = ColumnScale(scales, weight, c).result(code_of(word, code_min), by_row);
+      if (GATE) gate[image + (i64)c * pixels] = share * (float)inside_of(word, code_min) * part_of_all;
+    }
+    return;
+  }
+  const int j = 4 * (thread_index() % (BLOCK_N / 4)), c = block.column + j;  // four columns a thread
+  const int real = sense - block.n0 - j;                                     // columns that exist, from this one on
+  const bool vector = sense % 4 == 0;
+  const ColumnScale column_scale[4] = {{scales, weight, real > 0 ? c : 0},
+                                       {scales, weight, real > 1 ? c + 1 : 0},
+                                       {scales, weight, real > 2 ? c + 2 : 0},
+                                       {scales, weight, real > 3 ? c + 3 : 0}};
+  for (int i = thread_index() / (BLOCK_N / 4); i < BLOCK_M && block.m0 + i < rows; i += 1024 / BLOCK_N) {
+    const int word[4] = {word_at(i, j), word_at(i, j + 1), word_at(i, j + 2), word_at(i, j + 3)};
     if (words) {
       int* const to = words + (((i64)block.pass * planes + block.plane) * rows + block.m0 + i) * outputs + c;
-      if (gridDim.y > 1)
-        atomicAdd(to, word);
+      if (gridDim.y == 1)
+        store<int4>(to, word, real, 1, vector);
       else
-        *to = word;
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+          if (q < real) atomicAdd(to + q, word[q]);
       continue;
     }
-    const float by_row = row_scale ? row_scale[(row0 + block.m0 + i) / rows_per_scale] : 1.0f;
-    const i64 r = y_row0 + block.m0 + i;
-    const i64 to = pixels ? (r / pixels * outputs + c) * pixels + r % pixels : r * outputs + c;
-    y[to] = scales.result(code_of(word, code_min), weight, by_row, c);
-    if (GATE) gate[to] = share * (float)inside_of(word, code_min) * part_of_all;
+    const float by_row = scale_of(i);
+    float value[4], inside[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      value[q] = column_scale[q].result(code_of(word[q], code_min), by_row);
+      inside[q] = share * (float)inside_of(word[q], code_min) * part_of_all;
+    }
+    const i64 to = (y_row0 + block.m0 + i) * outputs + c;
+    store<float4>(y + to, value, real, 1, vector);
+    if (GATE) store<float4>(gate + to, inside, real, 1, vector);
   }
 }
 

@@ -78,20 +78,6 @@ struct Place {
   GPUXBAR_FN u32 column() const { return 8 * (thread & 3); }
 };
 
-// Writes the first `real` of eight values, `stride` apart; by fours if they are neighbours and all or none are real.
-template <class Four, class T>
-GPUXBAR_FN void store(T* to, const T (&v)[8], int real, i64 stride, bool vector) {
-#pragma unroll
-  for (int q = 0; q < 8; q += 4)
-    if (vector) {
-      if (q < real) *(Four*)(to + q) = Four{v[q], v[q + 1], v[q + 2], v[q + 3]};
-    } else {
-#pragma unroll
-      for (int e = q; e < q + 4; ++e)
-        if (e < real) to[e * stride] = v[e];
-    }
-}
-
 #if CLUSTER == 1
 #define CLUSTERED
 // Waits until all threads of the cluster have come here.
@@ -387,8 +373,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
         float value[8], inside[8];
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
-          const int at_column = q < real ? c + q : block.column;
-          value[q] = scales.result(code_of(word[q], code_min), weight, by_row, at_column);
+          const ColumnScale column_scale(scales, weight, q < real ? c + q : block.column);
+          value[q] = column_scale.result(code_of(word[q], code_min), by_row);
           inside[q] = share * (float)inside_of(word[q], code_min) * part_of_all;
         }
         store<float4>(y + to, value, real, stride, vector && !pixels);

@@ -98,7 +98,8 @@ extern "C" __global__ void __launch_bounds__(256)
 #if CONV == 0
   int group;
   const int d = driven_line(line0 + x, group);
-  for (int i = y; i < 32; i += 8) {
+#pragma unroll
+  for (int i = y; i < y + 32; i += 8) {
     const i64 row = row0 + first + i;
     block[i][x] = d >= 0 && first + i < rows ? take((row * groups + group) * drive + d, row) : (Value)0;
   }
@@ -127,7 +128,8 @@ extern "C" __global__ void __launch_bounds__(256)
   const int top = first + x < rows ? pixel / out_w * (CONV == 1 ? stride_h : 1) : -(1 << 30);
   const int left = pixel % out_w * (CONV == 1 ? stride_w : 1);
   const i64 from = ((i64)image * groups * planes * tall + top) * wide + left;
-  for (int i = y; i < 32; i += 8) {
+#pragma unroll
+  for (int i = y; i < y + 32; i += 8) {
     const bool real = (u32)(top + down[i]) < (u32)tall && (u32)(left + right[i]) < (u32)wide;
     block[x][i] = real ? take(from + offset[i], image) : (Value)0;
   }
@@ -137,16 +139,18 @@ extern "C" __global__ void __launch_bounds__(256)
   const int line = line0 + x;
   if (line >= lines) return;
   const int stored = PANELS ? (int)gridDim.y * 32 : rows;
-  // Where the first pass lies in a; the rows of a block are those of one panel.
-  i64 place = PANELS ? panel_place(first + y, line, lines) : (i64)(first + y) * lines + line;
-  for (int i = y; i < 32 && first + i < stored; i += 8, place += 8 * (PANELS ? PANEL_LINES : lines)) {
-    const Value value = block[i][x];
-    i64 to = place;
+  // Where the first row of a thread lies in a, in the first pass; the rows of a block are those of one panel.
+  i64 to = PANELS ? panel_place(first + y, line, lines) : (i64)(first + y) * lines + line;
 #if INT8
-    i64 sum_at = (i64)(first + i) * groups * tiles + line0 / k;
+  i64 sum_at = (i64)(first + y) * groups * tiles + line0 / k;
 #endif
-    for (int phase = 0; phase < phases; ++phase)
-      for (int stream = 0; stream < streams; ++stream) {
+  for (int phase = 0; phase < phases; ++phase)
+    for (int stream = 0; stream < streams; ++stream) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const int i = y + 8 * step;
+        if (first + i >= stored) break;
+        const Value value = block[i][x];
 #if CODES
         const float driven = stream_bits == 0 ? (float)value
                                               : stream_digit(value, stream * stream_bits, (1u << stream_bits) - 1,
@@ -157,19 +161,22 @@ extern "C" __global__ void __launch_bounds__(256)
 #else
         const float digit = value;
 #endif
-        a[to] = operand(digit);
-        if (squares) squares[to] = digit * digit;
-        to += (i64)stored * lines;
+        const i64 at = to + (i64)8 * step * (PANELS ? PANEL_LINES : lines);
+        a[at] = operand(digit);
+        if (squares) squares[at] = digit * digit;
 #if INT8
         if (code_sums) {  // K is a multiple of 128, so the 32 lines of a warp belong to one tile
           i32 sum = (i32)digit;
-          for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-          if (x == 0) atomicAdd(code_sums + sum_at, sum);
-          sum_at += (i64)rows * groups * tiles;
+          for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, far);
+          if (x == 0) atomicAdd(code_sums + sum_at + (i64)8 * step * groups * tiles, sum);
         }
 #endif
       }
-  }
+      to += (i64)stored * lines;
+#if INT8
+      sum_at += (i64)rows * groups * tiles;
+#endif
+    }
 }
 
 }  // namespace gpuxbar

@@ -32,7 +32,7 @@ from gpuxbar.launch.cubin import closure, cubin, options, resources
 from gpuxbar.launch.kernel import Array
 from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
 from gpuxbar.launch.sources import kernel_dir
-from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops import ConvGeometry, tile_mvm_cuda
 from gpuxbar.ops.anchored_conductance_cuda import KERNELS as ANCHOR
 from gpuxbar.ops.carry import KERNEL as CARRY
 from gpuxbar.ops.chop import KERNEL as CHOP
@@ -399,6 +399,29 @@ def test_same_bits_for_any_chunk():
         np.testing.assert_array_equal(
             whole, ops.tile_mvm(codes, g, device=ShimDevice(workspace=workspace), **s)
         )
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_partial_sums_that_32_bits_cannot_count_go_in_parts_or_are_refused(monkeypatch, transposed):
+    codes, g, s = convolution((3, 3), (1, 1), (1, 1), (1, 1), 1, transposed)
+    s |= {"tile_rows": 4, "tile_cols": 4, "want_gate": False, "strategy": "epilogue"}
+    whole = ops.tile_mvm(codes, g, device=ShimDevice(), **s)
+    drive, sense = g.shape[:0:-1] if transposed else g.shape[1:]
+    sums, pixels = -(-drive // 4) * -(-len(g) * sense // 8) * 8, s["conv"].pixels
+    unit = pixels if transposed else 1  # rows that go together
+    for most, launches in (
+        (pixels * sums, -(-5 * pixels // (pixels if transposed else pixels // 32 * 32))),
+        (unit * sums - 1, 0),
+    ):
+        device = ShimDevice()
+        monkeypatch.setattr(tile_mvm_cuda, "MOST_SUMS", most)
+        if launches:
+            np.testing.assert_array_equal(ops.tile_mvm(codes, g, device=device, **s), whole)
+        else:
+            text = f"^tile_mvm: `g` must make fewer than 2.31 partial sums of {unit} rows, got {unit * sums}; read it in parts"
+            with pytest.raises(ValueError, match=text):
+                ops.tile_mvm(codes, g, device=device, **s)
+        assert device.launches.count("adc_accumulate") == launches
 
 
 def test_launches_do_not_grow_with_tiles():

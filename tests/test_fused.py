@@ -229,7 +229,7 @@ MUTANTS = {
     "swizzle-of-b-as-of-a": ("((row >> 3 & 3) << 1 | (row & 1))", "(row & 7)"),
     "rows-of-b-in-plain-order": ("8 * (w.lane >> 1 & 3) + (w.lane & 1)", "(w.lane & 7)"),
     "sums-not-cleared": ("sum = ZERO;", ""),
-    "one-tile-early": ("left = k / STEP, tile", "left = 1, tile"),
+    "one-tile-early": ("(tile + 1 - block.first_tile) * (k / STEP)", "(tile - block.first_tile) * (k / STEP) + 1"),
     "row-of-noise": ("row + 16 * i + 8 * h, purpose", "row + 16 * i, purpose"),
     "low-half-dropped": ("place + B_BYTES, low + from", "place + B_BYTES, b + from"),
 }  # fmt: skip

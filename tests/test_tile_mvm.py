@@ -412,6 +412,18 @@ BAD = {
     "no-lsb": ({"adc_bits": 8}, ValueError, "`adc_lsb` must be given with adc_bits=8"),
     "lsb": ({"adc_bits": 8, "adc_lsb": 0.0}, ValueError, "`adc_lsb` must be above 0 A, got 0 A"),
     "tile": ({"tile_rows": 0}, ValueError, "`tile_rows` must be at least 1, got 0"),
+    "conversions": (
+        {
+            "v": np.zeros((1, 2**20), np.int16),
+            "g": np.zeros((2**20, 1), np.float32),
+            "tile_rows": 1,
+            "stream_bits": 1,
+            "streams": 15,
+            "phases": 2,
+        },
+        ValueError,
+        r"`tile_rows` must make at most 2\^24 conversions of a result, got 1 planes x 1048576 tiles x 30 passes",
+    ),
     "groups": ({"groups": 2}, ValueError, "`groups` must divide the 3 rows"),
     "bias": ({"bias": np.zeros(3, np.float32)}, ValueError, r"`bias` must have shape \(4,\), got \(3,\)"),
     "generator": ({"generator": "quick"}, ValueError, "`generator` must be 'exact' or 'fast', got 'quick'"),

@@ -311,7 +311,13 @@ def _read(
     batch = v[0] * (1 if conv is None else conv.pixels)
     whole = max(drive, 1)
     tile = min((tile_cols if transposed else tile_rows) or whole, whole)
-    converters = (planes, -(-drive // tile), outputs)
+    tiles = -(-drive // tile)
+    if planes * tiles * streams * phases > 2**24:
+        raise ValueError(
+            f"{OP}: `tile_{'cols' if transposed else 'rows'}` must make at most 2^24 conversions of a result, got {planes} planes x "
+            f"{tiles} tiles x {streams * phases} passes; take longer tiles"
+        )
+    converters = (planes, tiles, outputs)
     shapes: dict[str, tuple[int, ...]] = {
         "col_scale": (outputs,), "bias": (outputs,), "slice_scale": (planes,), "adc_gain": converters,
         "adc_offset": converters, "noise_var": g,

@@ -23,6 +23,7 @@ __all__ = [
     "tile_mvm_cuda",
 ]  # fmt: skip
 
+MOST_SUMS = 2**31 - 1  # partial sums of a chunk of rows, which adc_accumulate counts in 32 bits
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _PLACES = ("height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
            "dilation_h", "dilation_w", "out_h", "out_w", "channel_step", "position_step")  # fmt: skip
@@ -103,18 +104,27 @@ def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dic
     tile = min(s["tile"], max(drive, 1))
     shape = Shape(s["groups"], drive, sense, planes, tile, s["streams"] * s["phases"], rows)
     outputs = shape.groups * sense
-    operand = _right_operand(device, g, shape, inputs, cols, s)
+    sums = max(shape.passes * shape.batch * shape.ld, 1)  # of a row
     per_row = 4 * shape.passes * shape.batch * (shape.ld + shape.k) * (2 if s["noise_var"] is not None else 1)
+    # of rows that are folded, whole images go together, and patches take memory too
+    unit, patch = (conv.pixels, 4 * outputs) if conv is not None and transposed else (1, 0)
+    if unit * sums > MOST_SUMS:
+        raise ValueError(
+            f"tile_mvm: `g` must make fewer than 2^31 partial sums of {unit} rows, got {unit * sums}; read it in parts, or by "
+            "longer tiles"
+        )
+    affordable = min(device.workspace // max(per_row + patch, 1), MOST_SUMS // sums)
+    operand = _right_operand(device, g, shape, inputs, cols, s)
 
     def read(y: Any, gate: Any, row0: int, y_row0: int, count: int) -> None:
         psum, variance = _partial_sums(device, v, operand, shape, row0, count, s)
         _accumulate(device, psum, variance, y, gate, shape, row0, y_row0, count, s)
 
     if conv is not None and transposed:
-        return fold_patches(device, v, shape, device.workspace // max(per_row + 4 * outputs, 1), s, read)
+        return fold_patches(device, v, shape, affordable, s, read)
     y = device.empty((rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
     gate = device.empty(y.shape, "float32") if s["want_gate"] else None
-    for row0, count in chunks(rows, device.workspace // max(per_row, 1), 32, split=True):
+    for row0, count in chunks(rows, affordable, 32, split=True):
         read(y, gate, row0, row0, count)
     return y if gate is None else (y, gate)
 

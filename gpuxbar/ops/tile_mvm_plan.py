@@ -340,16 +340,14 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
         )
     if case.gate and not case.fits_16_bits:
         return f"sums of {case.tiles} codes of {case.adc_bits} bits take more than 16 bits"
-    if case.int8 and (implicit or case.variance or case.stream_bits > 7):
-        reason = (
-            "codes are gathered from images" if implicit else "the noise depends on the state (noise_var)"
-        )
-        return (
-            reason
-            if implicit or case.variance
-            else f"digits of {case.stream_bits} bits do not fit 8 with a sign"
-        )
-    left *= case.passes if case.int8 else 1
+    if case.int8:
+        if implicit:
+            return "codes are gathered from images"
+        if case.variance:
+            return "the noise depends on the state (noise_var)"
+        if case.stream_bits > 7:
+            return f"digits of {case.stream_bits} bits do not fit 8 with a sign"
+        left *= case.passes
     if case.planes * case.passes * case.groups > 65535 or left >= 2**32:
         return "the operands are too large for its indices"
     if case.planes * case.groups * case.sense * lines >= 2**32:

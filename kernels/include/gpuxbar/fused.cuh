@@ -52,20 +52,41 @@ struct Scales {
 
   // Of column c, A.
   GPUXBAR_FN float lsb(int c) const { return adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value; }
-  GPUXBAR_FN float result(int code, float weight, float by_row, int c) const {
-    const float total = fma(weight * lsb(c), (float)code, 0.0f);
-    return total * (by_row * (col_scale ? col_scale[c] : 1.0f)) + (bias ? bias[c] : 0.0f);
+};
+
+// The same for one column, whose sums have a digital weight.
+struct ColumnScale {
+  float unit, scale, bias;
+
+  GPUXBAR_FN ColumnScale(const Scales& of, float weight, int c)
+      : unit(weight * of.lsb(c)), scale(of.col_scale ? of.col_scale[c] : 1.0f), bias(of.bias ? of.bias[c] : 0.0f) {}
+  GPUXBAR_FN float result(int code, float by_row) const {
+    return fma(unit, (float)code, 0.0f) * (by_row * scale) + bias;
   }
 };
+
+// Writes the first `real` of COUNT values, `stride` apart; by fours if they are neighbours and all or none are real.
+template <class Four, class T, int COUNT>
+GPUXBAR_FN void store(T* to, const T (&v)[COUNT], int real, i64 stride, bool vector) {
+#pragma unroll
+  for (int q = 0; q < COUNT; q += 4)
+    if (vector) {
+      if (q < real) *(Four*)(to + q) = Four{v[q], v[q + 1], v[q + 2], v[q + 3]};
+    } else {
+#pragma unroll
+      for (int e = q; e < q + 4; ++e)
+        if (e < real) to[e * stride] = v[e];
+    }
+}
 
 // The part of a read that a block computes. It lies in shared memory and is read where it is used: registers are for
 // sums.
 struct Part {
   int m0, n0, group, plane, pass, first_tile, last_tile;
   u32 column;  // of the counters: of n0
-  // of the counters: of tile 0, and the step; volatile: read at each use, so as not to stay in registers
-  volatile u32 slot, now;
-  float sigma;  // A
+  // volatile: read at each use, so as not to stay in registers
+  volatile u32 slot, now;  // of the counters: of tile 0, and the step
+  volatile float sigma;    // A
   float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
 
   // By one thread, before a barrier.
