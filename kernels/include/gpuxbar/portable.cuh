@@ -46,10 +46,11 @@ GPUXBAR_FN float half_value(u16 h) {
   return x;
 }
 // Special-function unit: absolute error about 2^-22 of log2, relative 2^-22 of the root. Arguments below 1.2e-38 count
-// as 0: keeping them would cost four more instructions a call.
+// as 0: keeping them would cost four more instructions a call. The root is that of |x|, for logarithms of nearly 1 may have
+// the wrong sign; it costs nothing.
 GPUXBAR_FN float sqrt_fast(float x) {
   float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fabsf(x)));
   return y;
 }
 GPUXBAR_FN float log2_fast(float x) {
