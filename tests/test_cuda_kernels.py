@@ -372,6 +372,21 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
     assert_convolution_matches(y, expected)
 
 
+def test_numbers_may_be_those_of_numpy():
+    """And arrays of one element may have no axis."""
+    codes, g = case(9, 40, 12)
+    x = codes.astype(np.float32)
+    whole = {"adc_bits": 8, "adc_lsb": 2.0**-23, "read_noise": 2.0**-22, "v_lsb": 2.0**-10, "step": 3}
+    expected = ops.tile_mvm(codes, g, device=ShimDevice(), **whole)
+    numbers = {"adc_lsb": np.float32(2.0**-23), "read_noise": np.float32(2.0**-22), "step": np.int64(3)}
+    arrays = {name: np.array(value) for name, value in numbers.items()}
+    for s in (numbers, arrays):
+        y = ops.tile_mvm(x, g, device=ShimDevice(), dac=ops.Dac(np.float32(1.0), 127), **{**whole, **s})
+        np.testing.assert_array_equal(y, expected)
+    quantised = ops.dac_quantize(x, lsb=np.float32(1.0), code_max=127, device=ShimDevice())
+    np.testing.assert_array_equal(quantised, codes)
+
+
 def test_images_of_any_size_stay_whole():
     """Chunks of a transposed convolution are whole images, of as many pixels as a block has rows too."""
     conv = ConvGeometry(2, 5, 9, (2, 2))

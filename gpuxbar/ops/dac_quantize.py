@@ -28,6 +28,9 @@ KERNEL = Kernel(
 )  # fmt: skip
 
 
+NUMBER = (int, float, np.number)
+
+
 @dataclass(frozen=True)
 class Dac:
     """What makes codes of the digital values of a read on the way to its products; see `dac_quantize`.
@@ -56,7 +59,7 @@ class Dac:
 
     def there(self, device: Device) -> Dac:
         """The same with `lsb` in memory of a device."""
-        if not isinstance(self.lsb, (int, float)):
+        if not isinstance(self.lsb, NUMBER):
             return self
         lsb = device.empty((1,), "float32")
         lsb.fill(self.lsb)
@@ -77,7 +80,7 @@ def check_dac(op: str, dac: Dac, v: Any) -> None:
     """Refuse a DAC that cannot make codes of the values v; these are looked at where they are quantised."""
     check_array(op, "v", v, "float32", (2, 4))
     _check_code_max(op, dac.code_max)
-    if not isinstance(dac.lsb, (int, float)):
+    if not isinstance(dac.lsb, NUMBER):
         check_array(op, "dac.lsb", dac.lsb, "float32", 1)
         _check_count(op, dac.lsb, v, "dac.lsb")
     if dac.codes is not None:
@@ -116,7 +119,7 @@ def dac_quantize(
     _check_code_max("dac_quantize", code_max)
     where = "cuda" if device is not None else backend(x)
     if where == "cuda":
-        if not isinstance(lsb, (int, float)):
+        if not isinstance(lsb, NUMBER):
             _check_count("dac_quantize", lsb, x)
         return _cuda(device or cuda_device(), x, Dac(lsb, code_max, signed))
     lsb = scalar_array(np, lsb)
