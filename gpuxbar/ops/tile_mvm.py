@@ -85,7 +85,8 @@ def tile_mvm(
         groups: Independent arrays side by side (grouped convolution).
         v_lsb: Voltage of one unit of `v`, V.
         stream_bits, streams, phases: Bits of a code driven at a time, number of such streams, and 2 to drive
-            positive and negative codes one after the other; 0 bits drive the whole value at once.
+            positive and negative codes one after the other; 0 bits drive the whole value at once. Bits above those of the
+            streams drive nothing.
         slice_scale: Digital weight of each plane, float32 [S]; 1 by default.
         adc_bits: ADC resolution, 1 to 16; None: currents are summed as they are. Signed codes span
             +-(2**(adc_bits - 1) - 1), unsigned ones 0 .. 2**adc_bits - 1.
