@@ -18,6 +18,7 @@ SHAPES = [
     pytest.param(257, 49, 65, id="a-line-more-than-panels-and-pieces"),
     pytest.param(600, 96, 128, id="whole-panels-in-pieces"),
     pytest.param(0, 4, 6, id="no-sample"),
+    pytest.param(0, 24, 64, id="no-sample-of-a-whole-panel"),
     pytest.param(9, 0, 6, id="no-output"),
 ]
 
