@@ -11,7 +11,7 @@ namespace gpuxbar {
 constexpr int ROWS = 64;  // driven vectors of a block; whole lines of most images
 constexpr int COLS = 16;  // bitlines of a panel; a multiple of the columns of a counter
 #if defined(__AVX512F__)
-constexpr int MICRO = 4, DEEP = 4;  // columns and vectors of the register tile
+constexpr int MICRO = 8, DEEP = 2;  // columns and vectors of the register tile
 #else
 constexpr int MICRO = 4, DEEP = 3;
 #endif
@@ -41,20 +41,18 @@ __attribute__((noinline)) void multiply(i64 length, const Rows& rows, i64 first,
   register_tile<LANES, MICRO, V>(length, b, COLS, right, nullptr, 0, 1.0f, c, ROWS);
 }
 
-// The same for `vectors` of them, at most V.
-template <int V>
-inline void multiply_some(i64 vectors, i64 length, const Rows& rows, i64 first, const float* b, float* c) {
-  if constexpr (V > 1)
-    if (vectors < V) return multiply_some<V - 1>(vectors, length, rows, first, b, c);
-  multiply<V>(length, rows, first, b, c);
-}
-
 // Columns begin .. end - 1 (whole register tiles around them) of a block of `count` rows over `length` wordlines.
 inline void multiply_block(i64 count, i64 begin, i64 end, i64 length, const Rows& rows, const float* b, Plane& c) {
-  const i64 vectors = (count + LANES - 1) / LANES;
-  for (i64 v = 0; v < vectors; v += DEEP)
-    for (i64 j = begin / MICRO * MICRO; j < end; j += MICRO)
-      multiply_some<DEEP>(vectors - v, length, rows, v, b + j, c.at + j * ROWS + v * LANES);
+  for (i64 i = 0; i < count; i += DEEP * LANES)
+    for (i64 j = begin / MICRO * MICRO; j < end; j += MICRO) {
+      float* to = c.at + j * ROWS + i;
+      if (count - i > (DEEP - 1) * LANES)
+        multiply<DEEP>(length, rows, i / LANES, b + j, to);
+      else if (DEEP > 2 && count - i > LANES)
+        multiply<2>(length, rows, i / LANES, b + j, to);
+      else
+        multiply<1>(length, rows, i / LANES, b + j, to);
+    }
 }
 
 // What all draws of one conversion share.
