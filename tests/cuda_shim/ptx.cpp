@@ -427,6 +427,15 @@ void of_atomics(Table& ops, const std::string& type) {
 // An address in the shared memory of a block of the cluster, as mapa gives it.
 uint32_t in_cluster(uint32_t address, uint32_t rank) { return (rank + 1) << 24 | address; }
 
+// The value of lane `from`, or the thread's own where that lies past the end of its segment.
+void shuffled(Thread& t, const Ins& i, uint32_t from) {
+  const uint32_t lane = tls.lin & 31, last = A(uint32_t, 4) & 31, segment = A(uint32_t, 4) >> 8 & 31;
+  const bool inside = from <= ((lane & segment) | (last & ~segment));
+  const auto value = warp_op(Op::Shfl, A(uint32_t, 5), A(uint32_t, 2), inside ? from : lane);
+  set(t, i, 0, uint32_t(value));
+  set(t, i, 1, inside);
+}
+
 template <class T>
 void multiplied(Thread& t, const Ins& i, void (*product)(T (&)[4], const unsigned (&)[4], unsigned, unsigned)) {
   T c[4];
@@ -501,11 +510,9 @@ Table instructions() {
      bar(1, nullptr, nullptr); ++t.now.barriers);
   ops["bar.sync"].aligned = true;
   OP("bar.warp.sync", 1, warp_op(Op::Sync, A(uint32_t, 0), 0); ++t.now.warp_barriers);
-  OP("shfl.sync.bfly.b32", 6, const uint32_t lane = tls.lin & 31; const uint32_t clamp = A(uint32_t, 4);
-     const uint32_t segment = clamp >> 8 & 31; const uint32_t from = lane ^ (A(uint32_t, 3) & 31);
-     const bool inside = from <= ((lane & segment) | (clamp & 31 & ~segment));
-     const auto v = warp_op(Op::Shfl, A(uint32_t, 5), A(uint32_t, 2), inside ? from : lane); set(t, i, 0, uint32_t(v));
-     set(t, i, 1, inside));
+  OP("shfl.sync.bfly.b32", 6, shuffled(t, i, (tls.lin & 31) ^ (A(uint32_t, 3) & 31)));
+  OP("shfl.sync.idx.b32", 6, const uint32_t segment = A(uint32_t, 4) >> 8 & 31;
+     shuffled(t, i, (tls.lin & segment) | (A(uint32_t, 3) & 31 & ~segment)));
 
   OP("cp.async.cg.shared.global.L2::128B", 4, const uint32_t bytes = A(uint32_t, 3);
      if (A(uint32_t, 2) != 16 || (bytes != 0 && bytes != 16)) return t.fail(i, "not of 16 bytes or none");
