@@ -1,9 +1,10 @@
-"""The host kernels as a CPU without AVX-512 runs them: what other tests say of them, once more, in a process of its own."""
+"""The host kernels as a CPU without AVX-512 runs them, and by clang: what other tests say of them, once more, in a process of its own."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,15 +32,30 @@ TESTS = {
 }  # fmt: skip
 
 
+CLANGS = [
+    name for name in ("clang++", *(f"clang++-{version}" for version in range(14, 24))) if shutil.which(name)
+]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="is of x86 only")
 def test_kernels_for_avx2():
     """Built for Haswell, of 2013: vectors of 8 floats, and bits counted and events packed without AVX-512."""
+    hold_with(GPUXBAR_CXXFLAGS="-march=haswell")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLANGS, reason="clang++ is not installed")
+def test_kernels_by_clang():
+    hold_with(CXX=CLANGS[0])
+
+
+def hold_with(**settings):
     names = [f"{HERE / f'test_{file}.py'}::{test}" for file, tests in TESTS.items() for test in tests]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names],
-        env={**outside, "GPUXBAR_CXXFLAGS": "-march=haswell"},
+        env={**outside, **settings},
         cwd=HERE.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -151,15 +151,12 @@ class Folded {
   void add_strided(const float* from, i64 kx, i64 count, float* to) {
     using Part = Floats<8>::Vec;
     i64 i = 0;
-    if (c.stride_w == 2) {
-      typedef i32 Index __attribute__((vector_size(32)));
-      constexpr Index low{0, 8, 1, 9, 2, 10, 3, 11}, high{4, 12, 5, 13, 6, 14, 7, 15};
+    if (c.stride_w == 2)
       for (; i + 8 <= count; i += 8) {
         const Part even = sum_taps<TAPS, 8>(from + i, kx, 0), odd = sum_taps<TAPS, 8>(from + i, kx, 1);
-        *(Part*)(to + 2 * i) += __builtin_shuffle(even, odd, low);
-        *(Part*)(to + 2 * i + 8) += __builtin_shuffle(even, odd, high);
+        *(Part*)(to + 2 * i) += pick(even, odd, [](int k) { return k / 2 + k % 2 * 8; });
+        *(Part*)(to + 2 * i + 8) += pick(even, odd, [](int k) { return k / 2 + k % 2 * 8 + 4; });
       }
-    }
     for (; i < count; ++i)
       for (i64 phase = 0; phase < c.stride_w; ++phase)
         to[i * c.stride_w + phase] += sum_taps<TAPS, 1>(from + i, kx, phase);

@@ -43,9 +43,7 @@ template <int STRIDE, int N>
 inline typename Floats<N>::Vec every(const float* from) {
   using V = typename Floats<N>::Vec;
   if constexpr (STRIDE == 1) return *(const V*)from;
-  decltype(V{} < V{}) even;
-  for (int i = 0; i < N; ++i) even[i] = 2 * i;
-  return __builtin_shuffle(*(const V*)from, *(const V*)(from + N), even);
+  return pick(*(const V*)from, *(const V*)(from + N), [](int k) { return 2 * k; });
 }
 
 // The lines of an image that the patches of at most ROW neighbouring pixels touch, [channels][lines][width] with their
