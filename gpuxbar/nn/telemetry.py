@@ -19,7 +19,8 @@ class LayerState:
     Attributes:
         layer: Its name in the model.
         state: "hardware-aware" (written at every change of its weight), "in situ" or "programmed".
-        reads, updates: How often its arrays were read forwards, and updated in situ (its beginning and steps of `spec.retention` count too).
+        reads, updates: How often its arrays were read forwards, and updated in situ (its beginning, refreshes and steps of
+            `spec.retention` count too).
         clipped: Share of the weights at or beyond the weight of a full pair.
         saturation: Largest share of the window that a device trained in situ shows.
         worn: Share of the devices that have failed (`spec.endurance`).
