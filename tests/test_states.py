@@ -476,7 +476,7 @@ def test_a_refused_group_does_not_stay():
     optimiser = gx.optim.InSituSGD([model[0].weight], lr=0.1)
     with pytest.raises(ValueError, match="`lr` must be above 0, got -1"):
         optimiser.add_param_group({"params": [model[1].weight], "lr": -1})
-    with pytest.raises(ValueError, match="crossbar layers must each have a name, .*, got 'linear' twice"):
+    with pytest.raises(ValueError, match=r"crossbar layers must each have a name, .*, got 'linear' twice"):
         optimiser.add_param_group({"params": [model[1].weight]})
     assert len(optimiser.param_groups) == 1
     assert not model[1].in_situ

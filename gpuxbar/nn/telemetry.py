@@ -64,8 +64,16 @@ def telemetry(model: nn.Module) -> Telemetry:
 
     Args:
         model: A converted model; layers that stay digital are left out.
+
+    Raises:
+        ValueError: A layer is on the meta device, where there is nothing to look at.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AnalogLayer)}
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"telemetry: `model` must hold its numbers, got {name or layer.name!r} on the meta device; load it first"
+            )
     return Telemetry(tuple(_state(name or layer.name, layer) for name, layer in layers.items()))
 
 
