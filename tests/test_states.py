@@ -278,8 +278,9 @@ def test_programmed_devices_that_mean_other_weights_are_refused(change, text):
         ({}, {"update": {"law": "constant_step", "write_noise": 1e-7}}, "with `spec.update.write_noise` as here, got one that lacks g_held"),
         ({"endurance": {"pulses": 9.0}}, {}, "without `spec.endurance.pulses` as here, got one that has pulse_count"),
         ({}, {"carry": {}, "mapping": {"slices": 2, "slice_bits": 2}}, "with `spec.carry` as here, got one that lacks carry_step"),
+        ({}, {"update": {"law": "constant_step", "sides": "one_sided"}, "refresh": {"interval": 9}}, "with `spec.refresh.interval` as here, got one that lacks refresh_step"),
     ],
-    ids=["no-law", "write-noise", "endurance", "carry"],
+    ids=["no-law", "write-noise", "endurance", "carry", "refresh"],
 )  # fmt: skip
 def test_cells_trained_by_other_means_are_refused(there, here, text):
     trained, other = linear(**TRAINED, **there), linear(**{**TRAINED, **here})

@@ -432,6 +432,7 @@ class InSitu(Programmed):
             ("g_held", "update.write_noise", law.write_noise > 0),
             ("pulse_count", "endurance.pulses", self.spec.endurance.pulses is not None),
             ("carry_step", "carry", self.spec.carry is not None),
+            ("refresh_step", "refresh.interval", self.spec.refresh.interval is not None),
         ):
             if (f"{prefix}{buffer}" in state_dict) != here:
                 raise ValueError(
