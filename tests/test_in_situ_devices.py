@@ -242,6 +242,12 @@ def test_only_layers_trained_in_situ_are_refreshed():
         ValueError, match=re.escape("linear: `refresh` must follow begin_in_situ(), got a layer that")
     ):
         layer_on("pcm").refresh()
+    layer = layer_on("pcm")
+    layer.begin_in_situ()
+    with pytest.raises(
+        ValueError, match="linear: `above` must be above 0 and at most 1, got 75; it is a share"
+    ):
+        layer.refresh(above=75)
     assert layer_on("pcm").saturation() == 0
 
 

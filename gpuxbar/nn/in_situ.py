@@ -140,6 +140,10 @@ class InSitu(Programmed):
                 f"{self.name}: `refresh` must follow begin_in_situ(), got a layer that is not trained in situ; build "
                 "InSituSGD first"
             )
+        if above is not None and not 0 < above <= 1:
+            raise ValueError(
+                f"{self.name}: `above` must be above 0 and at most 1, got {above}; it is a share of the window"
+            )
         window = self.spec.device
         full = None
         if above is not None:
