@@ -18,7 +18,7 @@ from torch import nn
 import gpuxbar as gx
 from gpuxbar.bench.record import append, environment
 
-EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 SEEDS = int(sys.argv[2]) if len(sys.argv) > 2 else 3
 WIRES = {"r_wordline": 3.0, "r_bitline": 3.0, "r_source": 1000.0, "r_sink": 1000.0}  # ohm
 EXACT = {**WIRES, "method": "exact"}

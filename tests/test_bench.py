@@ -386,12 +386,13 @@ def test_the_summary_is_of_all_its_cases(tmp_path):
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="an installed package has no recorded rows")
-def test_the_readmes_hold_the_recorded_rows(tmp_path):
+def test_the_readmes_hold_the_recorded_rows(tmp_path, monkeypatch):
     pages = [Path("README.md"), Path("examples/README.md")]
     shutil.copytree(RESULTS.parent, tmp_path / "examples" / "results")
     for each in pages:
         shutil.copy(ROOT / each, tmp_path / each)
-    result = run(app, ["--readme", "--root", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    result = run(app, ["--readme"])
     assert result.exit_code == 0, result.output
     for each in pages:
         assert (tmp_path / each).read_text() == (ROOT / each).read_text()

@@ -146,6 +146,11 @@ def test_a_measurement_is_fitted_reported_and_saved(tmp_path):
     assert law.exit_code == 0, law.output
     assert re.search(r"law SoftBounds\(.*pulses=", law.output)
     assert load_spec(out).update.law == "soft_bounds"
+    steps = CliRunner().invoke(
+        app, ["fit", str(csv), "--law", "piecewise_step", "--bins", "3", "--out", str(out)]
+    )
+    assert steps.exit_code == 0, steps.output
+    assert len(load_spec(out).update.up) == 3
     wrong = CliRunner().invoke(app, ["fit", str(csv), "--bins", "4"])
     assert wrong.exit_code == 2
     assert "must be 2, 3, 5 or 9, got 4" in wrong.output

@@ -62,13 +62,16 @@ def apart(rank, before):
     torch.manual_seed(rank if before else 0)
     model, _ = gx.convert(nn.Linear(6, 4), gx.CrossbarSpec.model_validate(settings))
     gx.optim.InSituSGD(model.parameters(), lr=0.1)
-    data = [(1 + rank) * torch.rand(9, 6)]
-    if before:
+    data = [torch.rand(9, 6, generator=torch.Generator().manual_seed(7 + rank))]
+    x = torch.ones(2, 6)
+    if before or rank == 0:
         gx.calibrate(model, data)
+        model(x)
     run = gx.distribute(model)
     if not before:
+        run(x)  # by ranges of rank 0 alone
         gx.calibrate(model, data)
-    run(torch.ones(2, 6))
+    run(x)
     return [model.adc_range, model.adc_lsb, model.seen]
 
 

@@ -160,6 +160,46 @@ def test_pairs_that_fill_up_are_refreshed_as_the_spec_says():
     assert layer.refresh_step.item() == 6
 
 
+def test_a_refresh_counts_shares_from_the_lower_end_and_writes_what_is_held():
+    layer = layer_on("reram-sb", update={"sides": "one_sided"}, refresh={"interval": 1, "above": 0.2})
+    layer.begin_in_situ()
+    window = layer.spec.device
+    span = window.g_max - window.g_min
+    full = layer.g_cells.amax(0) > window.g_min + 0.1 * span
+    assert 0 < full.sum() < full.numel()
+    for cells in (layer.g_cells, layer.g_held):
+        cells += 0.1 * span  # of both devices: the weights stay
+    before = layer.g_cells.clone()
+    layer.update_cells(torch.zeros_like(layer.weight))
+    assert torch.equal(layer.g_cells, before)  # the first update follows none
+    layer.update_cells(torch.zeros_like(layer.weight))
+    assert torch.equal(layer.g_cells[:, ~full], before[:, ~full])
+    lowered = (before - 0.1 * span)[:, full]
+    torch.testing.assert_close(layer.g_cells[:, full], lowered, rtol=1e-4, atol=0)
+    assert torch.equal(layer.g_held, layer.g_cells)
+
+
+def test_a_refresh_leaves_pairs_that_cannot_be_written_to_training():
+    """Of a device stuck at the upper end, or failed there, the other one makes up; to reset that one would undo it."""
+    settings = {
+        "update": {"law": "constant_step", "sides": "one_sided", "pulses": 100, "asymmetry": 0.0},
+        "programming": {"stuck_at_g_max": 0.1}, "endurance": {"pulses": 1e9}, "refresh": {"interval": 1},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    layer = AnalogLinear(12, 7, spec=gx.CrossbarSpec.model_validate(settings | {"device": {"g_max": 1e-5}}))
+    layer.begin_in_situ()
+    stuck = layer.g_cells >= 0.999 * layer.spec.device.g_max
+    layer.pulse_count[:, 0, 0] = torch.tensor([-1, 0])
+    layer.g_cells[0, 0, 0] = layer.spec.device.g_max
+    stuck[0, 0, 0] = True
+    layer.begin_in_situ()
+    for _ in range(12):
+        layer.update_cells(-0.3 * layer.weight.detach())
+    either = stuck.any(0).t()
+    assert 3 < either.sum() < 40
+    assert (layer.weight.abs() < 0.05 * layer.w_max.max()).all()
+
+
 @pytest.mark.parametrize(
     ("device", "settings"),
     [
@@ -202,6 +242,12 @@ def test_only_layers_trained_in_situ_are_refreshed():
         ValueError, match=re.escape("linear: `refresh` must follow begin_in_situ(), got a layer that")
     ):
         layer_on("pcm").refresh()
+    layer = layer_on("pcm")
+    layer.begin_in_situ()
+    with pytest.raises(
+        ValueError, match="linear: `above` must be above 0 and at most 1, got 75; it is a share"
+    ):
+        layer.refresh(above=75)
     assert layer_on("pcm").saturation() == 0
 
 

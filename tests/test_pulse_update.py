@@ -584,10 +584,11 @@ def test_a_gradient_of_the_input_alone_pulses_nothing():
     y = model(x).sum()
     (grad,) = torch.autograd.grad(y, x, retain_graph=True)
     assert [layer.streams.pairs for layer in model] == [[], []]
-    y.backward()
-    assert torch.equal(grad, x.grad)
+    y.backward(torch.tensor(2.0))
+    assert torch.equal(2 * grad, x.grad)
     assert [len(layer.streams.pairs) for layer in model] == [1, 1]
     assert torch.equal(model[0].streams.pairs[0][0], x)
+    assert torch.equal(model[1].streams.pairs[0][1], torch.full((4, 2), 2.0))
 
 
 @pytest.mark.parametrize("use", ["tied", "penalty"])

@@ -56,6 +56,7 @@ def test_a_spec_shows_what_differs_from_the_defaults():
         "CrossbarSpec(mapping=Mapping(scheme='subtracted'), dac=DAC(bits=8), adc=ADC(bits=8, percentile=100.0), "
         "read_noise=ReadNoise(sigma=2e-08), update=Agarwal(nu=0.1, gamma=0.02, cycle=0.1))"
     )
+    assert repr(gx.CrossbarSpec(**gx.CrossbarSpec().model_dump())) == "CrossbarSpec()"
 
 
 def test_files_may_be_partial_and_write_numbers_as_people_do(tmp_path):

@@ -278,8 +278,9 @@ def test_programmed_devices_that_mean_other_weights_are_refused(change, text):
         ({}, {"update": {"law": "constant_step", "write_noise": 1e-7}}, "with `spec.update.write_noise` as here, got one that lacks g_held"),
         ({"endurance": {"pulses": 9.0}}, {}, "without `spec.endurance.pulses` as here, got one that has pulse_count"),
         ({}, {"carry": {}, "mapping": {"slices": 2, "slice_bits": 2}}, "with `spec.carry` as here, got one that lacks carry_step"),
+        ({}, {"update": {"law": "constant_step", "sides": "one_sided"}, "refresh": {"interval": 9}}, "with `spec.refresh.interval` as here, got one that lacks refresh_step"),
     ],
-    ids=["no-law", "write-noise", "endurance", "carry"],
+    ids=["no-law", "write-noise", "endurance", "carry", "refresh"],
 )  # fmt: skip
 def test_cells_trained_by_other_means_are_refused(there, here, text):
     trained, other = linear(**TRAINED, **there), linear(**{**TRAINED, **here})
@@ -476,6 +477,8 @@ def test_a_refused_group_does_not_stay():
     optimiser = gx.optim.InSituSGD([model[0].weight], lr=0.1)
     with pytest.raises(ValueError, match="`lr` must be above 0, got -1"):
         optimiser.add_param_group({"params": [model[1].weight], "lr": -1})
+    with pytest.raises(ValueError, match=r"crossbar layers must each have a name, .*, got 'linear' twice"):
+        optimiser.add_param_group({"params": [model[1].weight]})
     assert len(optimiser.param_groups) == 1
     assert not model[1].in_situ
 

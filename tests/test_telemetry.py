@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -47,3 +48,7 @@ def test_telemetry_tells_what_became_of_the_arrays():
     gx.age(model, "1h")
     assert [(row.state, row.age) for row in gx.telemetry(model).layers] == [("programmed", 3600.0)] * 2
     assert gx.telemetry(digital).layers == ()
+    with pytest.raises(
+        ValueError, match="telemetry: `model` must hold its numbers, got '0' on the meta device"
+    ):
+        gx.telemetry(model.to("meta"))

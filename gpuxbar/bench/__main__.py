@@ -51,7 +51,7 @@ def bench(
     readme: Annotated[
         bool, typer.Option("--readme", help="Rewrite the tables of the READMEs from the recorded rows.")
     ] = False,
-    root: Annotated[Path, typer.Option(help="Folder of README.md and examples/ for --readme.")] = ROOT,
+    root: Annotated[Path, typer.Option(help="Folder of README.md and examples/ for --readme.")] = Path(),
 ) -> None:
     """Time the library against the ideal product and against plain PyTorch, after checking its results."""
     console = Console()

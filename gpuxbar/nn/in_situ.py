@@ -36,7 +36,8 @@ class InSitu(Programmed):
     `spec.endurance`.
     `device_map`: normals of the devices, float16 [K, 2 slices, G * I, O]; None unless set by `set_device_map`.
     `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max, sliced ones after a carry.
-    `update_step`: number of updates (and of steps of `spec.retention`), int64 [1]; with the layer's seed it fixes the noise of an update.
+    `update_step`: number of updates (and of refreshes and steps of `spec.retention`), int64 [1]; with the layer's seed it fixes
+    the noise of an update.
     `carry_step`: number of updates, which carries between slices follow, int64 [1]; None without `spec.carry`.
     `refresh_step`: number of updates, which refreshes follow, int64 [1]; None without `spec.refresh.interval`.
     """
@@ -131,17 +132,23 @@ class InSitu(Programmed):
         it every so many updates.
 
         Args:
-            above: Write only weights of which a device shows more than this share of the window; None: all.
+            above: Write only weights of which a device shows more than this share of the window, and not those that cannot be
+                written, since a device is stuck at `g_max` or has failed; None: all.
         """
         if self.g_cells is None:
             raise ValueError(
                 f"{self.name}: `refresh` must follow begin_in_situ(), got a layer that is not trained in situ; build "
                 "InSituSGD first"
             )
+        if above is not None and not 0 < above <= 1:
+            raise ValueError(
+                f"{self.name}: `above` must be above 0 and at most 1, got {above}; it is a share of the window"
+            )
         window = self.spec.device
         full = None
         if above is not None:
             full = self.g_cells.amax(0) > window.g_min + above * (window.g_max - window.g_min)
+            full &= ~self._faulty()
         self._write_pairs(self.by_line(self.weight.detach().float()), full)
 
     def set_device_map(self, devices: Any) -> None:
@@ -175,6 +182,21 @@ class InSitu(Programmed):
             return 0.0
         window = self.spec.device
         return ((self.g_cells.max() - window.g_min) / (window.g_max - window.g_min)).item()
+
+    def _faulty(self) -> Tensor:
+        """Weights of which a device is stuck at `g_max` or has failed, bool [G * I, O]: what training made of the other would be lost."""
+        assert self.g_cells is not None
+        assert self.update_step is not None
+        found = torch.zeros_like(self.g_cells, dtype=torch.bool)
+        if self.spec.programming.stuck_at_g_max:
+            zeros = torch.zeros_like(self._blank())
+            found |= (
+                program_pairs(zeros, self.update_step, self.static[1], self.plan.seed)
+                >= self.spec.device.g_max
+            )
+        if self.pulse_count is not None:
+            found |= self.pulse_count < 0
+        return found.any(0)
 
     def _write_pairs(self, weight: Tensor, where: Tensor | None = None) -> None:
         """Program pairs with weights [G, O, I]; `where`, bool [G * I, O]: only these."""
@@ -414,6 +436,7 @@ class InSitu(Programmed):
             ("g_held", "update.write_noise", law.write_noise > 0),
             ("pulse_count", "endurance.pulses", self.spec.endurance.pulses is not None),
             ("carry_step", "carry", self.spec.carry is not None),
+            ("refresh_step", "refresh.interval", self.spec.refresh.interval is not None),
         ):
             if (f"{prefix}{buffer}" in state_dict) != here:
                 raise ValueError(

@@ -19,7 +19,8 @@ class LayerState:
     Attributes:
         layer: Its name in the model.
         state: "hardware-aware" (written at every change of its weight), "in situ" or "programmed".
-        reads, updates: How often its arrays were read forwards, and updated in situ (its beginning and steps of `spec.retention` count too).
+        reads, updates: How often its arrays were read forwards, and updated in situ (its beginning, refreshes and steps of
+            `spec.retention` count too).
         clipped: Share of the weights at or beyond the weight of a full pair.
         saturation: Largest share of the window that a device trained in situ shows.
         worn: Share of the devices that have failed (`spec.endurance`).
@@ -63,8 +64,16 @@ def telemetry(model: nn.Module) -> Telemetry:
 
     Args:
         model: A converted model; layers that stay digital are left out.
+
+    Raises:
+        ValueError: A layer is on the meta device, where there is nothing to look at.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AnalogLayer)}
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"telemetry: `model` must hold its numbers, got {name or layer.name!r} on the meta device; load it first"
+            )
     return Telemetry(tuple(_state(name or layer.name, layer) for name, layer in layers.items()))
 
 
