@@ -214,6 +214,21 @@ def test_convolution_matches_oracle(groups, transposed):
     assert_convolution_matches(y, expected)
 
 
+@pytest.mark.parametrize("strategy", ["fused", "wgmma", "epilogue"])
+def test_an_image_too_large_for_a_chunk_is_read_in_parts(strategy):
+    """Its patches are folded together, whatever they were read in; noise is that of the whole."""
+    conv = ConvGeometry(3, 12, 13, (2, 2), (1, 1), (1, 1))
+    codes, g = case(2 * conv.pixels, conv.inputs, 8)
+    images = np.ascontiguousarray(codes[:, :8].reshape(2, 8, *conv.out))
+    s = {"conv": conv, "transposed": True, "adc_bits": 8, "adc_lsb": 1e-6, "v_lsb": 1e-3, "read_noise": 1e-6, "g_range": G_MAX,
+         "strategy": strategy, "precision": "fp16"}  # fmt: skip
+    whole = ops.tile_mvm(images, g, device=ShimDevice(arch="sm_90"), **s)
+    part = ShimDevice(arch="sm_90", workspace=1 << 13)
+    np.testing.assert_array_equal(ops.tile_mvm(images, g, device=part, **s), whole)
+    assert conv.pixels > 128
+    assert part.launches.count("fold") == 2 < part.launches.count("pack_inputs")
+
+
 # What a test of layouts, pipelines and barriers must see: (text of fused_tile_mvm.cu, what to put in its place).
 MUTANTS = {
     "none": ("copy_commit", "copy_commit"),
