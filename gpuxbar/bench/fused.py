@@ -4,7 +4,7 @@ A section for each fused kernel that the device has: checks of it, against the f
 on new memory that holds NaN; where one fails, no number of its reads is given. Then ceilings of the device (what bounds a
 read, each alone), and reads as replays of CUDA graphs over inputs that do not fit its cache together, beside their ideal
 products and convolutions. Two more sections are steps of ResNet-18, and updates and wires, each after a check of its own: of a
-captured step against the same without capture, and of small ones against the oracle. At most 6 minutes.
+captured step against the same without capture, and of small ones against the oracle. At most 370 s.
 
 What is found is printed and recorded as it comes. A section is a process of its own, of so many seconds at most: an
 illegal address, after which CUDA refuses everything in a process, or a kernel that never ends takes nothing with it but

@@ -669,13 +669,12 @@ class Reader {
     return at->second;
   }
 
-  void parameter(const std::vector<Text>& of) {  // .param .u64 name, or .param .align 8 .b8 name[24]
+  void parameter(const std::vector<Text>& of) {  // .param .u64 (.ptr .align 1) name, or .param .align 8 .b8 name[24]
     const bool array = of[1] == ".align";
     const size_t size = bytes_of(of[array ? 3 : 1]) * (array ? number(of.back()) : 1),
                  unit = array ? number(of[2]) : size;
     p.param_bytes = (p.param_bytes + unit - 1) / unit * unit;
-    scopes[0][array ? of[4] : of.back()] =
-        constant(p.param_bytes);  // a pointer may say ".ptr .align 1" before its name
+    scopes[0][array ? of[4] : of.back()] = constant(p.param_bytes);
     p.params.push_back({p.param_bytes, size});
     p.param_bytes += size;
   }
