@@ -428,7 +428,7 @@ def test_partial_sums_that_32_bits_cannot_count_go_in_parts_or_are_refused(monke
     images = 5
     for most, launches in (
         (pixels * sums, images if transposed else -(-images * pixels // (pixels // 32 * 32))),
-        (33 * sums, images * -(-pixels // 32) if transposed else -(-images * pixels // 32)),
+        (33 * sums, images * -(-pixels // 33) if transposed else -(-images * pixels // 32)),
         (sums - 1, 0),
     ):
         device = ShimDevice()

@@ -122,7 +122,7 @@ def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dic
         _accumulate(device, psum, variance, y, gate, shape, row0, y_row0, count, s)
 
     if conv is not None and transposed:
-        return fold_patches(device, v, shape, affordable, 32, s, read)
+        return fold_patches(device, v, shape, affordable, 1, s, read)
     y = device.empty((rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
     gate = device.empty(y.shape, "float32") if s["want_gate"] else None
     for row0, count in chunks(rows, affordable, 32, split=True):
@@ -134,13 +134,13 @@ def fold_patches(
     device: Device, v: Any, shape: Shape, affordable: int, unit: int, s: dict[str, Any], read: Callable[..., None]
 ) -> Any:  # fmt: skip
     """The transposed read of a convolution: patches of whole images at a time, folded into images. Of an image that is too
-    large they are read by as many rows as are affordable, in whole units where one is."""
+    large they are read by as many rows as are affordable, in whole units."""
     conv, outputs = s["conv"], shape.groups * shape.sense
     planes = shape.groups * conv.channels
     images = device.empty((v.shape[0], planes, conv.height, conv.width), "float32")
     for row0, count in chunks(shape.rows, affordable, conv.pixels):
         patches = device.empty((count, outputs), "float32")
-        for first, some in chunks(count, affordable, unit, split=True):
+        for first, some in chunks(count, affordable, unit):
             read(patches, None, row0 + first, first, some)
         part = images[row0 // conv.pixels : (row0 + count) // conv.pixels]
         squares = len(part) * -(-conv.height * conv.width // 32) * -(-planes // 32)
