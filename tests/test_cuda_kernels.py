@@ -48,7 +48,7 @@ from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.relax import KERNEL as RELAX
 from gpuxbar.ops.streamed_update import KERNELS as STREAMED
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
-from gpuxbar.ops.tile_mvm_cuda import chunks
+from gpuxbar.ops.tile_mvm_cuda import chunks, split_value
 from gpuxbar.ops.tile_mvm_plan import SHARED, STATIC_SHARED, pipeline, stage_bytes, wgmma_bytes
 
 KERNELS = {
@@ -462,6 +462,22 @@ def test_scalars_may_live_on_the_device():
         "step": np.full(1, 5),
     }
     np.testing.assert_array_equal(by_value, ops.tile_mvm(codes, g, **arrays, **s))
+
+
+@pytest.mark.parametrize("value", [5, 0.25, np.int64(5), np.float32(0.25)])
+def test_a_number_of_numpy_goes_by_value(value):
+    """It has the methods of an array, but lies in no device's memory."""
+    assert split_value(value) == (None, value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 + 2**40])
+def test_a_seed_of_any_size_counts_by_its_64_bits(seed):
+    signs = []
+    for same, device in ((seed, ShimDevice()), (seed % 2**64, ShimDevice()), (seed, None)):
+        signs.append(np.ones((3, 40), np.float32))
+        ops.chop(signs[-1], np.arange(40), flip=0.5, step=1, seed=same, device=device)
+        np.testing.assert_array_equal(signs[-1], signs[0])
+    assert 0 < (signs[0] < 0).sum() < 120
 
 
 @pytest.mark.parametrize("shape", [(7, 33), (8, 32), (1, 1), (9, 1), (3, 2, 5)])
