@@ -532,6 +532,11 @@ def test_sections_are_those_a_device_has(emulated, monkeypatch):
     assert "must be one of fused, wgmma, steps, updates, cluster on sm_90, got 'reads'" in " ".join(
         run(fused.app, ["--section", "reads"]).output.split()
     )
+    done = run(fused.app, ["--checks", "--section", "steps"])  # would check nothing
+    assert done.exit_code == 2
+    assert "one of fused, wgmma, updates, cluster on sm_90 with --checks, got 'steps'" in " ".join(
+        done.output.split()
+    )
     monkeypatch.setattr(fused, "_arch", lambda: "sm_89")
     done = run(fused.app, ["--section", "cluster"])
     assert done.exit_code == 2

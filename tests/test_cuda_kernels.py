@@ -48,7 +48,7 @@ from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.relax import KERNEL as RELAX
 from gpuxbar.ops.streamed_update import KERNELS as STREAMED
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
-from gpuxbar.ops.tile_mvm_cuda import chunks
+from gpuxbar.ops.tile_mvm_cuda import chunks, split_value
 from gpuxbar.ops.tile_mvm_plan import SHARED, STATIC_SHARED, pipeline, stage_bytes, wgmma_bytes
 
 KERNELS = {
@@ -403,7 +403,9 @@ def test_a_chunk_fits_a_grid():
     """Rows that take next to no memory, as a convolution's with a few outputs, are still no more blocks than CUDA launches."""
     parts = list(chunks(5_000_000, 1 << 40, 128))
     assert sum(count for _, count in parts) == 5_000_000
-    assert all(row0 % 128 == 0 and -(-count // 32) <= 65535 for row0, count in parts)
+    assert all(row0 % 128 == 0 and -(-count // 128) * 4 <= 65535 for row0, count in parts)
+    # whole images, the last panel not filled
+    assert all(-(-count // 128) * 4 <= 65535 for _, count in chunks(5_000_000, 1 << 40, 10))
 
 
 def test_same_bits_for_any_chunk():
@@ -423,17 +425,18 @@ def test_partial_sums_that_32_bits_cannot_count_go_in_parts_or_are_refused(monke
     whole = ops.tile_mvm(codes, g, device=ShimDevice(), **s)
     drive, sense = g.shape[:0:-1] if transposed else g.shape[1:]
     sums, pixels = -(-drive // 4) * -(-len(g) * sense // 8) * 8, s["conv"].pixels
-    unit = pixels if transposed else 1  # rows that go together
+    images = 5
     for most, launches in (
-        (pixels * sums, -(-5 * pixels // (pixels if transposed else pixels // 32 * 32))),
-        (unit * sums - 1, 0),
+        (pixels * sums, images if transposed else -(-images * pixels // (pixels // 32 * 32))),
+        (33 * sums, images * -(-pixels // 33) if transposed else -(-images * pixels // 32)),
+        (sums - 1, 0),
     ):
         device = ShimDevice()
         monkeypatch.setattr(tile_mvm_cuda, "MOST_SUMS", most)
         if launches:
             np.testing.assert_array_equal(ops.tile_mvm(codes, g, device=device, **s), whole)
         else:
-            text = f"^tile_mvm: `g` must make fewer than 2.31 partial sums of {unit} rows, got {unit * sums}; read it in parts"
+            text = f"^tile_mvm: `g` must make fewer than 2.31 partial sums of a row, got {sums}; read it in parts"
             with pytest.raises(ValueError, match=text):
                 ops.tile_mvm(codes, g, device=device, **s)
         assert device.launches.count("adc_accumulate") == launches
@@ -459,6 +462,22 @@ def test_scalars_may_live_on_the_device():
         "step": np.full(1, 5),
     }
     np.testing.assert_array_equal(by_value, ops.tile_mvm(codes, g, **arrays, **s))
+
+
+@pytest.mark.parametrize("value", [5, 0.25, np.int64(5), np.float32(0.25)])
+def test_a_number_of_numpy_goes_by_value(value):
+    """It has the methods of an array, but lies in no device's memory."""
+    assert split_value(value) == (None, value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 + 2**40])
+def test_a_seed_of_any_size_counts_by_its_64_bits(seed):
+    signs = []
+    for same, device in ((seed, ShimDevice()), (seed % 2**64, ShimDevice()), (seed, None)):
+        signs.append(np.ones((3, 40), np.float32))
+        ops.chop(signs[-1], np.arange(40), flip=0.5, step=1, seed=same, device=device)
+        np.testing.assert_array_equal(signs[-1], signs[0])
+    assert 0 < (signs[0] < 0).sum() < 120
 
 
 @pytest.mark.parametrize("shape", [(7, 33), (8, 32), (1, 1), (9, 1), (3, 2, 5)])

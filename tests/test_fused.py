@@ -140,6 +140,20 @@ def test_a_gate_without_any_weight_is_0(planes):
         assert not gate.any()  # NaN would count
 
 
+@pytest.mark.parametrize("strategy", ["fused", "implicit", "wgmma", "implicit-wgmma", "epilogue"])
+def test_a_gate_of_images_is_a_share_of_the_weight(strategy):
+    conv = ConvGeometry(8, 5, 4, (2, 2), line_order="position_channel")
+    codes, g = case(2 * 20, conv.inputs, 12)
+    s = {"conv": conv, "adc_bits": 6, "adc_lsb": 2e-8, "v_lsb": 1e-3, "slice_scale": np.full(1, -3.0, np.float32), "want_gate": True}  # fmt: skip
+    images = np.ascontiguousarray(codes[:, :8].reshape(2, 20, 8).transpose(0, 2, 1)).reshape(2, 8, 5, 4)
+    _, expected = reference.tile_mvm(images, g, tile=16, **s)
+    _, gate = fused(
+        images, g, ShimDevice(arch="sm_90", multiprocessors=1), tile_rows=16, strategy=strategy, **s
+    )
+    np.testing.assert_allclose(gate, expected, rtol=0, atol=1e-6)
+    assert 0.0 < expected.mean() < 1.0
+
+
 @pytest.mark.parametrize("phases", [1, 2])
 @pytest.mark.parametrize("images", [False, True], ids=["vectors", "images"])
 def test_bits_above_the_streams_drive_nothing(images, phases):
@@ -212,6 +226,21 @@ def test_convolution_matches_oracle(groups, transposed):
     y = fused(codes, g, device, tile_rows=4, tile_cols=4, **s)
     assert device.launches.count("fused_tile_mvm") > 1
     assert_convolution_matches(y, expected)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "wgmma", "epilogue"])
+def test_an_image_too_large_for_a_chunk_is_read_in_parts(strategy):
+    """Its patches are folded together, whatever they were read in; noise is that of the whole."""
+    conv = ConvGeometry(3, 12, 13, (2, 2), (1, 1), (1, 1))
+    codes, g = case(2 * conv.pixels, conv.inputs, 8)
+    images = np.ascontiguousarray(codes[:, :8].reshape(2, 8, *conv.out))
+    s = {"conv": conv, "transposed": True, "adc_bits": 8, "adc_lsb": 1e-6, "v_lsb": 1e-3, "read_noise": 1e-6, "g_range": G_MAX,
+         "strategy": strategy, "precision": "fp16"}  # fmt: skip
+    whole = ops.tile_mvm(images, g, device=ShimDevice(arch="sm_90"), **s)
+    part = ShimDevice(arch="sm_90", workspace=1 << 13)
+    np.testing.assert_array_equal(ops.tile_mvm(images, g, device=part, **s), whole)
+    assert conv.pixels > 128
+    assert part.launches.count("fold") == 2 < part.launches.count("pack_inputs")
 
 
 # What a test of layouts, pipelines and barriers must see: (text of fused_tile_mvm.cu, what to put in its place).

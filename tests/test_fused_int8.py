@@ -45,7 +45,7 @@ READS = {  # rows, inputs, outputs, tile, planes, groups, conductance of level 0
     "long-tile": (9, 700, 20, 300, 1, 1, OFFSET, {}),  # sums beyond 2^22
     "planes": (9, 150, 30, 64, 2, 1, OFFSET, {"slice_scale": np.array([0.5, -4.0], np.float32)}),
     "groups": (9, 70, 24, 64, 1, 3, OFFSET, {"want_gate": True}),
-    "streams": (20, 150, 30, 64, 1, 1, OFFSET, {"stream_bits": 3, "streams": 3, "adc_lsb": 2.0**-23}),
+    "streams": (20, 150, 30, 64, 1, 2, OFFSET, {"stream_bits": 3, "streams": 3, "adc_lsb": 2.0**-23}),
     "two-phase": (20, 150, 30, 64, 1, 1, OFFSET, {"stream_bits": 4, "streams": 2, "phases": 2, "want_gate": True}),
     "columns": (9, 150, 30, 64, 1, 1, OFFSET, {"adc_lsb": np.exp2(-np.arange(20, 23, 0.1)).astype(np.float32)}),
     "errors": (9, 150, 30, 64, 1, 1, OFFSET, {"adc_gain": np.full((1, 3, 30), 0.75, np.float32), "adc_offset": np.full((1, 3, 30), 3 * LSB, np.float32)}),

@@ -154,6 +154,11 @@ def test_holds_of_the_ptx_too(name, monkeypatch):
     test(**settings)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_120"])  # of the two compilers that NVRTC holds
+def test_reads_the_ptx_of_every_compiler(arch):
+    assert levels(PtxDevice(arch=arch))
+
+
 MMA, WGMMA = "include/gpuxbar/mma.cuh", "include/gpuxbar/wgmma.cuh"
 MUTANTS = {  # the first is a race whatever the order of threads; the others are in no build for a CPU
     "a barrier left out": ("fused_tile_mvm.cu", "  __syncthreads();\n  const u32 biases", "  const u32 biases", streams),
@@ -240,6 +245,7 @@ INSTRUCTIONS = {  # what they leave in the 32 bits of %r1, %f1 or %p1; by PTX IS
     "cvt.s32.s16 %r1, 0x8000": 0xFFFF8000,
     "cvt.u16.u32 %r1, 0x12345678": 0x5678,
     "add.rn.f16x2 %r1, 0x3C00C000, 0x3C004000": 0x40000000,
+    "copysign.f32 %f1, 0f80000000, 0f40000000": 0xC0000000,  # -2
     "setp.gtu.f32 %p1, 0f7FC00000, 0f3F800000": 1,
     "setp.gt.f32 %p1, 0f7FC00000, 0f3F800000": 0,
     "setp.ne.f32 %p1, 0f7FC00000, 0f7FC00000": 0,

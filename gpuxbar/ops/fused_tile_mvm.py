@@ -167,7 +167,8 @@ def read_fused(
             )  # fmt: skip
 
     if conv is not None and s["transposed"]:
-        return fold_patches(device, v, shape, device.workspace // max(per_row + 4 * outputs, 1), s, read)
+        affordable = device.workspace // max(per_row + 4 * outputs, 1)
+        return fold_patches(device, v, shape, affordable, BLOCK_M, s, read)
     y = device.empty((shape.rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
     gate = device.empty(y.shape, "float32") if s["want_gate"] else None
     for row0, count in chunks(shape.rows, max(device.workspace // max(per_row, 1), BLOCK_M), BLOCK_M):

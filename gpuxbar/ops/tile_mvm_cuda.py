@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 MOST_SUMS = 2**31 - 1  # partial sums of a chunk of rows, which adc_accumulate counts in 32 bits
+MOST_ROWS = 128 * 16383  # of a chunk: whole panels, in blocks of 32 no more than a grid may have downwards
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 _PLACES = ("height", "width", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w",
            "dilation_h", "dilation_w", "out_h", "out_w", "channel_step", "position_step")  # fmt: skip
@@ -108,13 +109,11 @@ def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dic
     outputs = shape.groups * sense
     sums = max(shape.passes * shape.batch * shape.ld, 1)  # of a row
     per_row = 4 * shape.passes * shape.batch * (shape.ld + shape.k) * (2 if s["noise_var"] is not None else 1)
-    # of rows that are folded, whole images go together, and patches take memory too
-    unit, patch = (conv.pixels, 4 * outputs) if conv is not None and transposed else (1, 0)
-    if unit * sums > MOST_SUMS:
+    if sums > MOST_SUMS:
         raise ValueError(
-            f"tile_mvm: `g` must make fewer than 2^31 partial sums of {unit} rows, got {unit * sums}; read it in parts, or by "
-            "longer tiles"
+            f"tile_mvm: `g` must make fewer than 2^31 partial sums of a row, got {sums}; read it in parts, or by longer tiles"
         )
+    patch = 4 * outputs if conv is not None and transposed else 0  # of rows that are folded
     affordable = min(device.workspace // max(per_row + patch, 1), MOST_SUMS // sums)
     operand = _right_operand(device, g, shape, inputs, cols, s)
 
@@ -123,7 +122,7 @@ def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dic
         _accumulate(device, psum, variance, y, gate, shape, row0, y_row0, count, s)
 
     if conv is not None and transposed:
-        return fold_patches(device, v, shape, affordable, s, read)
+        return fold_patches(device, v, shape, affordable, 1, s, read)
     y = device.empty((rows, outputs) if conv is None else (v.shape[0], outputs, *conv.out), "float32")
     gate = device.empty(y.shape, "float32") if s["want_gate"] else None
     for row0, count in chunks(rows, affordable, 32, split=True):
@@ -132,15 +131,17 @@ def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dic
 
 
 def fold_patches(
-    device: Device, v: Any, shape: Shape, affordable: int, s: dict[str, Any], read: Callable[..., None]
-) -> Any:
-    """The transposed read of a convolution: patches of whole images at a time, folded into images."""
+    device: Device, v: Any, shape: Shape, affordable: int, unit: int, s: dict[str, Any], read: Callable[..., None]
+) -> Any:  # fmt: skip
+    """The transposed read of a convolution: patches of whole images at a time, folded into images. Of an image that is too
+    large they are read by as many rows as are affordable, in whole units."""
     conv, outputs = s["conv"], shape.groups * shape.sense
     planes = shape.groups * conv.channels
     images = device.empty((v.shape[0], planes, conv.height, conv.width), "float32")
     for row0, count in chunks(shape.rows, affordable, conv.pixels):
         patches = device.empty((count, outputs), "float32")
-        read(patches, None, row0, 0, count)
+        for first, some in chunks(count, affordable, unit):
+            read(patches, None, row0 + first, first, some)
         part = images[row0 // conv.pixels : (row0 + count) // conv.pixels]
         squares = len(part) * -(-conv.height * conv.width // 32) * -(-planes // 32)
         device.launch(
@@ -151,9 +152,10 @@ def fold_patches(
 
 
 def chunks(rows: int, affordable: int, unit: int, *, split: bool = False) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of chunks that are affordable, in whole units; `split`: or parts of one where no unit is."""
-    affordable = min(affordable, 32 * 65535)  # in blocks of 32 rows, as many as a grid may have downwards
-    size = affordable // unit * unit or (max(affordable, 1) if split else unit)
+    """(first row, rows) of chunks that are affordable: all, or whole units; `split`: or parts of one where no unit is."""
+    affordable = min(affordable, MOST_ROWS)
+    whole = affordable // unit * unit or (max(affordable, 1) if split else unit)
+    size = rows if whole < rows <= affordable else whole
     for row0 in range(0, rows, size):
         yield row0, min(size, rows - row0)
 

@@ -383,6 +383,7 @@ void of_floats(Table& ops, const std::string& type) {
   ONE("rcp.rn." + type, T, T(1) / a);
   ONE("neg." + type, T, -a);
   ONE("abs." + type, T, std::fabs(a));
+  TWO("copysign." + type, T, std::copysign(b, a));
 }
 
 template <Space SPACE, class T>
@@ -668,12 +669,12 @@ class Reader {
     return at->second;
   }
 
-  void parameter(const std::vector<Text>& of) {  // .param .u64 name, or .param .align 8 .b8 name[24]
+  void parameter(const std::vector<Text>& of) {  // .param .u64 (.ptr .align 1) name, or .param .align 8 .b8 name[24]
     const bool array = of[1] == ".align";
     const size_t size = bytes_of(of[array ? 3 : 1]) * (array ? number(of.back()) : 1),
                  unit = array ? number(of[2]) : size;
     p.param_bytes = (p.param_bytes + unit - 1) / unit * unit;
-    scopes[0][of[array ? 4 : 2]] = constant(p.param_bytes);
+    scopes[0][array ? of[4] : of.back()] = constant(p.param_bytes);
     p.params.push_back({p.param_bytes, size});
     p.param_bytes += size;
   }
@@ -684,7 +685,9 @@ class Reader {
                              ".global"})  // constants that are folded: not known by name, so that a use is an error
       if (of[0] == plain) return;
     if (of[0] == ".maxntid" || of[0] == ".reqnctapercluster") {
-      (of[0] == ".maxntid" ? p.most_threads : p.cluster) = unsigned(number(of[1]) * number(of[2]) * number(of[3]));
+      unsigned& product = of[0] == ".maxntid" ? p.most_threads : p.cluster;
+      product = 1;  // of as many numbers as are given
+      for (size_t k = 1; k < of.size(); ++k) product *= unsigned(number(of[k]));
     } else if (of[0] == ".reg" && line.back() == '>') {  // .reg .b32 %r<5>
       families[of[2]] = {uint32_t(p.image.size()), number(of[3])};
       p.image.resize(p.image.size() + number(of[3]), ~0ull);
