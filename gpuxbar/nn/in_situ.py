@@ -118,7 +118,7 @@ class InSitu(Programmed):
         """Program weights [G, O, I] onto pairs; `w_max`, float32 [G * O]: weight of a full pair."""
         self.w_max = w_max.contiguous()
         self._start_counting()
-        self._write_pairs(weight)
+        self._program(weight)
 
     def _start_counting(self) -> None:
         self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
@@ -132,8 +132,8 @@ class InSitu(Programmed):
         it every so many updates.
 
         Args:
-            above: Write only weights of which a device shows more than this share of the window, and not those that cannot be
-                written, since a device is stuck at `g_max` or has failed; None: all.
+            above: Write only weights of which a device shows more than this share of the window, where it will not any more, and no
+                device has failed; None: all.
         """
         if self.g_cells is None:
             raise ValueError(
@@ -144,12 +144,7 @@ class InSitu(Programmed):
             raise ValueError(
                 f"{self.name}: `above` must be above 0 and at most 1, got {above}; it is a share of the window"
             )
-        window = self.spec.device
-        full = None
-        if above is not None:
-            full = self.g_cells.amax(0) > window.g_min + above * (window.g_max - window.g_min)
-            full &= ~self._faulty()
-        self._write_pairs(self.by_line(self.weight.detach().float()), full)
+        self._program(self.by_line(self.weight.detach().float()), above)
 
     def set_device_map(self, devices: Any) -> None:
         """Train measured devices in place of those that the seed draws, from the next update on.
@@ -183,23 +178,8 @@ class InSitu(Programmed):
         window = self.spec.device
         return ((self.g_cells.max() - window.g_min) / (window.g_max - window.g_min)).item()
 
-    def _faulty(self) -> Tensor:
-        """Weights of which a device is stuck at `g_max` or has failed, bool [G * I, O]: what training made of the other would be lost."""
-        assert self.g_cells is not None
-        assert self.update_step is not None
-        found = torch.zeros_like(self.g_cells, dtype=torch.bool)
-        if self.spec.programming.stuck_at_g_max:
-            zeros = torch.zeros_like(self._blank())
-            found |= (
-                program_pairs(zeros, self.update_step, self.static[1], self.plan.seed)
-                >= self.spec.device.g_max
-            )
-        if self.pulse_count is not None:
-            found |= self.pulse_count < 0
-        return found.any(0)
-
-    def _write_pairs(self, weight: Tensor, where: Tensor | None = None) -> None:
-        """Program pairs with weights [G, O, I]; `where`, bool [G * I, O]: only these."""
+    def _program(self, weight: Tensor, above: float | None = None) -> None:
+        """Program pairs with weights [G, O, I]; `above`: as of `refresh`."""
         self.require_unprogrammed("weight")
         assert self.spec.update is not None
         assert self.w_max is not None
@@ -212,13 +192,18 @@ class InSitu(Programmed):
             if self.spec.endurance.pulses is not None:
                 self.pulse_count = torch.zeros_like(cells, dtype=torch.int32)
         else:  # in place: a captured step knows these arrays
-            keep = torch.zeros_like(cells, dtype=torch.bool) if where is None else ~where.expand_as(cells)
+            keep = torch.zeros_like(cells, dtype=torch.bool)
             if self.pulse_count is not None:  # failed devices cannot be written
                 keep |= self.pulse_count < 0
+            if above is not None:
+                window = self.spec.device
+                limit = window.g_min + above * (window.g_max - window.g_min)
+                full, still_full = ((each > limit).any(0) for each in (self.g_cells, cells))
+                keep = keep.any(0) | ~full | still_full
             for held in (self.g_cells, self.g_held):
                 if held is not None:
                     held.copy_(torch.where(keep, held, cells))
-        if where is None:
+        if above is None:
             self.restart_wires()
         with torch.no_grad():
             self._move(torch.zeros_like(self.weight))
