@@ -54,7 +54,7 @@ def hold_with(**settings):
     names = [f"{HERE / f'test_{file}.py'}::{test}" for file, tests in TESTS.items() for test in tests]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore:gpuxbar found no OpenMP", *names],
         env={**outside, **settings},
         cwd=HERE.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
