@@ -309,6 +309,7 @@ def test_targets_on_a_gpu_stand_beside_what_was_measured():
     step = "resnet18-step, non-ideal reads and updates"
     rows = [
         {"case": "fast", "us": {"epilogue": {"read": 1150.2}, "fused": {"read": 421.7}}, "gpu": "an H200"},
+        {"case": "fast", "us": {"epilogue": {"read": 1149.9}, "wgmma": {"read": 339.6}}, "gpu": "an H200"},
         {"case": "wires, exact", "us": 31234.0},
         {"case": "resnet18-step, ideal, bf16", "ms": 5.0},
         {"case": step, "ms": 9.0},
@@ -316,6 +317,7 @@ def test_targets_on_a_gpu_stand_beside_what_was_measured():
     text = gpu_table(rows)
     assert "| cuBLAS + epilogue | <= 1200 us | 1150 us |" in text
     assert "| fused | <= 430 us, 2.6 x cuBLAS + epilogue | 422 us |" in text
+    assert "| wgmma | <= 340 us | 340 us |" in text
     assert "| <= 40000 us | 31234 us |" in text
     assert "| <= 2 of the ideal step in bf16 | 1.80 |" in text
     assert text.endswith("an H200.")
