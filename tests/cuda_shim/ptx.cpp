@@ -8,7 +8,7 @@
 // barriers in shared memory do, as on Hopper); touches of global memory by two blocks, one of them a store (not of arrays
 // that atomic instructions have reached); lanes of a warp apart at what a warp executes as one (.aligned, bar.sync).
 // Registers start as ones, NaN to a float. Dynamic shared memory follows the static arrays at a multiple of 16, all that
-// may be counted on. Approximate instructions are as far off as PTX ISA allows. What is asynchronous, and what warps,
+// may be counted on. Approximate instructions are as far off as PTX ISA is taken to allow. What is asynchronous, and what warps,
 // blocks and clusters do together, is tensor.cpp's and hopper.cpp's. Not modelled: ptxas, ordering of memory, time.
 #include <atomic>
 #include <cfenv>
@@ -250,7 +250,7 @@ float down(float a, float b, float c) {  // rounded towards minus infinity
   return sum;
 }
 float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
-// As far off as PTX ISA lets a result be, one way or the other as the operand says.
+// As far off as PTX ISA is taken to let a result be, one way or the other as the operand says.
 float approximate(float x, double (*f)(double), double relative, double absolute) {
   const double exact = f(double(flushed(x)));
   const double off = std::max(std::fabs(exact) * relative, absolute);
