@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 from gpuxbar.bench import CASES, Case, OracleMismatch, measure
 from gpuxbar.bench.fused import CONVOLUTIONS, READS
 from gpuxbar.bench.gpu_table import gpu_table
-from gpuxbar.bench.record import append, environment, markers, put_table, rewrite_readmes, rows_of
+from gpuxbar.bench.record import append, environment, lines_of, markers, put_table, rewrite_readmes, rows_of
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.spec.errors import nearest
 
@@ -68,9 +67,8 @@ def bench(
                 else [record]
             )
             rewrite_readmes(root, [row for each in records for row in rows_of(each)])
-            on_gpu = root / "examples/results/gpu.jsonl"
-            found = [json.loads(line) for line in on_gpu.read_text().splitlines()] if on_gpu.exists() else []
-            put_table(root / "examples/README.md", gpu_table(found), *markers("gpu"))
+            on_gpu = gpu_table(lines_of(root / "examples/results/gpu.jsonl"))
+            put_table(root / "examples/README.md", on_gpu, *markers("gpu"))
         else:
             _measure(console, _chosen(names or []), threads, rounds, record)
     except (ValueError, OSError, OracleMismatch) as error:

@@ -18,6 +18,7 @@ import gpuxbar
 __all__ = [
     "append",
     "environment",
+    "lines_of",
     "markers",
     "put_table",
     "readme_tables",
@@ -95,6 +96,11 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """All recorded rows, in order; none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The last recorded row of every case, in the order of their first appearance."""
     if not path.exists():
@@ -102,8 +108,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
             f"bench: `--record` must name a file of recorded rows, got {path}; measure first"
         )
     last: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in lines_of(path):
         last[row["case"], row["threads"]] = row
     return list(last.values())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from gpuxbar.bench.record import append, environment
+from gpuxbar.bench.record import append, environment, lines_of
 from gpuxbar.experiments.data import Data
 
 __all__ = ["Study", "learn"]
@@ -29,7 +28,7 @@ class Study:
 
     def __init__(self, path: Path, root: Path, progress: Progress):
         self.path, self.root, self.progress = path, root, progress
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.rows = lines_of(path)
 
     def curve(
         self, key: dict[str, Any], label: str, total: int, run: Callable[[Callable[[int], None]], list[float]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -245,11 +246,7 @@ def fit_law(
     window, train, test = _prepared("fit_law", pulses, g_min, g_max, seed)
     y, step = _shares(train, window)
     size = float(np.where(train.rising, step, -step).mean())
-    if not size > 0:
-        raise ValueError(
-            f"fit_law: column 'dg' must rise with direction +1 and fall with -1, got a mean step of {size:.3g} of the "
-            "window; check the sign of 'direction'"
-        )
+    _require_rising("fit_law", size)
     if law == "piecewise_step":
         _require_filled("fit_law", train, y, window, bins)
         flows, nominal = _flows("fit_law", train, y, step, bins)
@@ -289,14 +286,9 @@ def _shaped(law: str, y: np.ndarray, step: np.ndarray, rising: np.ndarray, size:
 
     bounds = [(-3.0, 3.0), (-3.0, 3.0), *((low, high) for _, low, high in shapes.values())]
     start = [0.0, 0.0, *(first for first, _, _ in shapes.values())]
-    found = [
-        # steps by which a slope shows: laws take exponents and rates close to a special value for that value
-        (
-            least_squares(off, start, args=(fixed,), bounds=tuple(zip(*bounds, strict=True)), diff_step=1e-4),
-            fixed,
-        )
-        for fixed in FIXED.get(law, ({},))
-    ]
+    # steps by which a slope shows: laws take exponents and rates close to a special value for that value
+    fit = partial(least_squares, off, start, bounds=tuple(zip(*bounds, strict=True)), diff_step=1e-4)
+    found = [(fit(args=(fixed,)), fixed) for fixed in FIXED.get(law, ({},))]
     best, fixed = min(found, key=lambda one: one[0].cost)
     return settings(best.x, fixed)
 
@@ -346,6 +338,14 @@ def _require_bins(op: str, bins: int) -> None:
         raise ValueError(f"{op}: `bins` must be 2, 3, 5 or 9, got {bins}; choose one of these")
 
 
+def _require_rising(op: str, step: float) -> None:
+    if not step > 0:
+        raise ValueError(
+            f"{op}: column 'dg' must rise with direction +1 and fall with -1, got a mean step of {step:.3g} of the "
+            "window; check the sign of 'direction'"
+        )
+
+
 def _require_filled(op: str, pulses: Pulses, y: np.ndarray, window: Device, bins: int) -> None:
     nearest_node = np.rint(y * (bins - 1)).astype(int)
     for way, name in ((True, "+1"), (False, "-1")):
@@ -374,14 +374,9 @@ def _flows(
     """Mean steps at the nodes both ways, in nominal ones, and the nominal step as a share of the window."""
     means = {way: _means(y[pulses.rising == way], step[pulses.rising == way], bins) for way in (True, False)}
     nominal = float(np.concatenate([means[True], -means[False]]).mean())
-    if not nominal > 0:
-        raise ValueError(
-            f"{op}: column 'dg' must rise with direction +1 and fall with -1, got a mean step of {nominal:.3g} of the "
-            "window; check the sign of 'direction'"
-        )
-    return {
-        way: np.maximum(means[way] if way else -means[way], 0.0) / nominal for way in (True, False)
-    }, nominal
+    _require_rising(op, nominal)
+    flows = {way: np.maximum(means[way] if way else -means[way], 0.0) / nominal for way in (True, False)}
+    return flows, nominal
 
 
 def _mean_step(

@@ -69,10 +69,8 @@ def _draw(axis: Any, law: UpdateLaw, window: Device, settings: dict[str, Any]) -
     spreads = {name for name in type(law).model_fields if name.endswith("spread")}
     quiet = dict.fromkeys(spreads | {"gamma", "cycle", "write_noise"} & type(law).model_fields.keys(), 0.0)
     axis.plot(staircase(law, window, **settings) * 1e6, color="tab:blue", alpha=0.25, linewidth=0.7)
-    nominal = (
-        law if law.law == "lookup_table" else law.model_copy(update=quiet)
-    )  # a table's scatter is part of it
-    axis.plot(
-        staircase(nominal, window, **{**settings, "devices": 1}) * 1e6, color="black", label="nominal device"
-    )
+    # the scatter of a table is part of it
+    nominal = law if law.law == "lookup_table" else law.model_copy(update=quiet)
+    path = staircase(nominal, window, **{**settings, "devices": 1})
+    axis.plot(path * 1e6, color="black", label="nominal device")
     axis.grid(alpha=0.3)

@@ -52,8 +52,9 @@ def calibrate(
     """
     if loss is not None and step is not None:
         raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
-    require_apart("calibrate", (m for m in model.modules() if isinstance(m, AnalogLayer)))
-    layers = [m for m in model.modules() if isinstance(m, AnalogLayer) and _wanted(m)]
+    found = [m for m in model.modules() if isinstance(m, AnalogLayer)]
+    require_apart("calibrate", found)
+    layers = [layer for layer in found if _wanted(layer)]
     if not layers:
         return
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}

@@ -12,10 +12,8 @@ from gpuxbar.nn.layers import AnalogLayer, require_apart
 
 __all__ = ["distribute"]
 
-STEPS = {
-    "adc_lsb",
-    "back_adc_lsb",
-}  # follow from ranges, which may have been calibrated on each rank's own data
+# follow from ranges, which may have been calibrated on each rank's own data
+STEPS = {"adc_lsb", "back_adc_lsb"}
 
 
 def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
@@ -39,9 +37,9 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
             "distribute: torch.distributed must be initialised, got no process group; call "
             "torch.distributed.init_process_group, as torchrun's scripts do"
         )
-    require_apart("distribute", (layer for layer in model.modules() if isinstance(layer, AnalogLayer)))
-    group = options.get("process_group") or distributed.group.WORLD
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AnalogLayer)}
+    require_apart("distribute", layers.values())
+    group = options.get("process_group") or distributed.group.WORLD
     derived = []
     for name, layer in layers.items():
         layer.set_plan(replace(layer.plan, rank=distributed.get_rank(group)))

@@ -14,6 +14,7 @@ from gpuxbar.launch import is_cupy
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = [
+    "NUMBER",
     "check_array",
     "check_integers",
     "check_lines",
@@ -26,6 +27,8 @@ __all__ = [
     "require_finite_values",
     "scalar_array",
 ]
+
+NUMBER = (int, float, np.number)  # what a setting is that is no array
 
 
 def check_array(

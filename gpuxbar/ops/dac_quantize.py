@@ -10,6 +10,7 @@ import numpy as np
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import (
+    NUMBER,
     check_array,
     check_integers,
     check_numbers,
@@ -26,9 +27,6 @@ KERNEL = Kernel(
     x=In("float32"), lsb=In("float32", "L"), codes=Out("int16"), code_min=Scalar("float32"), code_max=Scalar("float32"),
     per_row=Scalar("int64"), lsb_count=Scalar("int64"), size=Scalar("int64"),
 )  # fmt: skip
-
-
-NUMBER = (int, float, np.number)
 
 
 @dataclass(frozen=True)

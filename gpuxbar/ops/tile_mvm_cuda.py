@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from math import floor, log2
 from typing import Any
 
-import numpy as np
-
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 from gpuxbar.launch.device import Precision
+from gpuxbar.ops.checks import NUMBER
 from gpuxbar.ops.dac_quantize import NO_DAC
 from gpuxbar.ops.images import line_steps
 from gpuxbar.reference.random import Purpose
@@ -303,12 +302,12 @@ def generator_of(s: dict[str, Any]) -> int:
 
 def _is_zero(value: Any) -> bool:
     """Whether a setting is the plain number 0; an array on the device is not looked at."""
-    return isinstance(value, (int, float, np.number)) and value == 0
+    return isinstance(value, NUMBER) and value == 0
 
 
 def split_value(value: Any) -> tuple[Any, Any]:
     """(array, 0) of a value in device memory, (None, number) of a plain one."""
-    return (None, value) if isinstance(value, (int, float, np.number)) else (value.reshape(-1), 0)
+    return (None, value) if isinstance(value, NUMBER) else (value.reshape(-1), 0)
 
 
 def _places(conv: Any) -> dict[str, int]:

@@ -227,16 +227,8 @@ def _neurosim(name: str, what: str, labels: tuple[float, float], levels: int, r_
 
 def ag_asi() -> PublishedDevice:
     what = "Jo et al., Nano Letters 2010 (Ag:a-Si)"
-    return _neurosim(
-        "ag-asi",
-        what,
-        (2.4, 4.88),
-        97,
-        26e6,
-        12.5,
-        0.035,
-        "97 levels up, taken as 97 down (100 in MLP+NeuroSim V3)",
-    )
+    valid = "97 levels up, taken as 97 down (100 in MLP+NeuroSim V3)"
+    return _neurosim("ag-asi", what, (2.4, 4.88), 97, 26e6, 12.5, 0.035, valid)
 
 
 def alox_hfo2() -> PublishedDevice:
@@ -246,30 +238,14 @@ def alox_hfo2() -> PublishedDevice:
 
 def pcmo() -> PublishedDevice:
     what = "Park et al., IEDM 2013 (PCMO)"
-    return _neurosim(
-        "pcmo",
-        what,
-        (3.68, 6.76),
-        50,
-        23e6,
-        6.84,
-        0.01,
-        "identical pulses; cycle noise, below 1 %, is taken as 1 %",
-    )
+    valid = "identical pulses; cycle noise, below 1 %, is taken as 1 %"
+    return _neurosim("pcmo", what, (3.68, 6.76), 50, 23e6, 6.84, 0.01, valid)
 
 
 def taox_tio2() -> PublishedDevice:
     what = "Gao et al., Nanotechnology 2015 (TaOx/TiO2)"
-    return _neurosim(
-        "taox-tio2",
-        what,
-        (1.85, 1.79),
-        102,
-        5e6,
-        2,
-        0.01,
-        "identical pulses; cycle noise, below 1 %, is taken as 1 %",
-    )
+    valid = "identical pulses; cycle noise, below 1 %, is taken as 1 %"
+    return _neurosim("taox-tio2", what, (1.85, 1.79), 102, 5e6, 2, 0.01, valid)
 
 
 def fefet() -> PublishedDevice:

@@ -119,12 +119,8 @@ class _Function:
     """Stands in for CuPy's: an array goes as its address, a number or a struct as its bytes."""
 
     def __init__(self, program, device, kernel):
-        self.program, self.device, self.kernel, self.max_dynamic_shared_size_bytes = (
-            program,
-            device,
-            kernel,
-            0,
-        )
+        self.program, self.device, self.kernel = program, device, kernel
+        self.max_dynamic_shared_size_bytes = 0
 
     def __call__(self, grid, block, arguments, shared_mem):
         values, arrays = [], []
