@@ -198,6 +198,7 @@ def test_a_refresh_leaves_pairs_that_cannot_be_written_to_training():
         layer.update_cells(-0.3 * layer.weight.detach())
     either = stuck.any(0).t()
     assert 3 < either.sum() < 40
+    assert layer.g_cells[0, 0, 0] == layer.spec.device.g_max
     assert (layer.weight.abs() < 0.05 * layer.w_max.max()).all()
 
 

@@ -320,6 +320,23 @@ def test_widths_and_vectors():
     assert run_snippet(body, shared=16).tolist() == [ONES, 3, 3, 2, 32, ONES - 1, 254, 0]
 
 
+def test_lanes_hear_each_other():
+    """Of a lane by its place in the warp, or in a segment of eight (0x18 keeps the upper bits), or by a bit-wise difference."""
+    body = """setp.eq.s32 %p7, %r5, 12;
+	shfl.sync.idx.b32 %r1|%p6, %r5, 19, 0x1f, -1; @%p7 st.global.u32 [%rd1], %r1;
+	shfl.sync.idx.b32 %r1|%p6, %r5, 21, 0x181f, -1; @%p7 st.global.u32 [%rd1+4], %r1;
+	shfl.sync.bfly.b32 %r1|%p6, %r5, 25, 0x1f, -1; @%p7 st.global.u32 [%rd1+8], %r1;"""
+    assert run_snippet(body, threads=32)[:3].tolist() == [19, 8 + 21 % 8, 12 ^ 25]
+
+
+def test_roots_are_of_magnitudes():
+    """By the error that is assumed, a logarithm of nearly 1 may have the wrong sign, and noise would be NaN."""
+    text = cuda_shim.ptx.ptx("adc_accumulate.cu", "sm_90", {"NOISE": 1})
+    roots = re.findall(r"sqrt\.approx\.ftz\.f32 %f\d+, (%f\d+);", text)
+    assert roots
+    assert {f"abs.f32 \t{root}," in text for root in roots} == {True}
+
+
 FAULTS = {
     "misaligned": ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd2+4];", "misaligned address", {}),
     "outside": ("ld.global.u32 %r1, [%rd2+32];", "outside every array", {}),
