@@ -325,8 +325,10 @@ def test_lanes_hear_each_other():
     body = """setp.eq.s32 %p7, %r5, 12;
 	shfl.sync.idx.b32 %r1|%p6, %r5, 19, 0x1f, -1; @%p7 st.global.u32 [%rd1], %r1;
 	shfl.sync.idx.b32 %r1|%p6, %r5, 21, 0x181f, -1; @%p7 st.global.u32 [%rd1+4], %r1;
-	shfl.sync.bfly.b32 %r1|%p6, %r5, 25, 0x1f, -1; @%p7 st.global.u32 [%rd1+8], %r1;"""
-    assert run_snippet(body, threads=32)[:3].tolist() == [19, 8 + 21 % 8, 12 ^ 25]
+	shfl.sync.bfly.b32 %r1|%p6, %r5, 25, 0x1f, -1; @%p7 st.global.u32 [%rd1+8], %r1;
+	shfl.sync.idx.b32 %r1|%p6, %r5, 21, 7, -1; @%p7 st.global.u32 [%rd1+12], %r1;"""
+    own = 12  # where the lane is past the end
+    assert run_snippet(body, threads=32)[:4].tolist() == [19, 8 + 21 % 8, 12 ^ 25, own]
 
 
 def test_roots_are_of_magnitudes():
