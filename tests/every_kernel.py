@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from gpuxbar import ops
-from gpuxbar.bench import ceilings
+from gpuxbar.bench.gpu import ceilings
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import (
     Agarwal,

@@ -24,7 +24,7 @@ from gpuxbar import ops
 from gpuxbar.bench import CASES, Case, OracleMismatch, cases, measure, parasitics, updates
 from gpuxbar.bench.__main__ import app
 from gpuxbar.bench.cases import Contenders
-from gpuxbar.bench.gpu_table import gpu_table
+from gpuxbar.bench.gpu.table import gpu_table
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bench.record import END, START, SUMMARY, _commit, readme_tables, rewrite_readmes, rows_of

@@ -25,7 +25,7 @@ from test_tile_mvm import (
 )
 
 from gpuxbar import ops, reference
-from gpuxbar.bench.ceilings import KERNELS as CEILINGS
+from gpuxbar.bench.gpu.ceilings import KERNELS as CEILINGS
 from gpuxbar.launch import CudaDevice, In, Kernel, Out, Scalar
 from gpuxbar.launch import device as device_module
 from gpuxbar.launch.cubin import closure, cubin, options, resources

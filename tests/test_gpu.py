@@ -686,7 +686,7 @@ def test_every_replay_draws_its_noise(cuda_device, deterministic):
 
 
 def test_a_residual_network_is_captured(cuda_device):
-    from gpuxbar.bench.steps import check_steps
+    from gpuxbar.bench.gpu.steps import check_steps
 
     assert check_steps() == "same bits as without capture"
 

@@ -13,8 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from gpuxbar.bench import CASES, Case, OracleMismatch, measure
-from gpuxbar.bench.fused import CONVOLUTIONS, READS
-from gpuxbar.bench.gpu_table import gpu_table
+from gpuxbar.bench.gpu.reads import CONVOLUTIONS, READS
+from gpuxbar.bench.gpu.table import gpu_table
 from gpuxbar.bench.record import append, environment, lines_of, markers, put_table, rewrite_readmes, rows_of
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.spec.errors import nearest

@@ -1,13 +1,13 @@
-"""What a GPU is to show, and what it showed: a table of the targets of `python -m gpuxbar.bench.fused`."""
+"""What a GPU is to show, and what it showed: a table of the targets of `python -m gpuxbar.bench.gpu`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from gpuxbar.bench import device_ops
-from gpuxbar.bench.fused import CONVOLUTIONS, READS, Target
-from gpuxbar.bench.steps import IDEAL, STEP_SIZE, STEP_TARGET, STEPS
+from gpuxbar.bench.gpu import device_ops
+from gpuxbar.bench.gpu.reads import CONVOLUTIONS, READS, Target
+from gpuxbar.bench.gpu.steps import IDEAL, STEP_SIZE, STEP_TARGET, STEPS
 
 __all__ = ["gpu_table"]
 

@@ -16,18 +16,22 @@ import torch
 from cuda_shim import ShimDevice
 from typer.testing import CliRunner
 
+import gpuxbar.bench.gpu.__main__ as command
 from gpuxbar import ops, reference
-from gpuxbar.bench import OracleMismatch, fused
+from gpuxbar.bench import OracleMismatch
 from gpuxbar.bench.__main__ import app
-from gpuxbar.bench.ceilings import CEILINGS, UNITS, units_of
-from gpuxbar.bench.convolution import weights
-from gpuxbar.bench.fused import CHECKS, CONVOLUTIONS, FROM_CODES, PRODUCTS, READS, Recorder, Subject, Target
-from gpuxbar.bench.steps import STEPS
+from gpuxbar.bench.gpu import ceilings, checks, device_ops, reads, times
+from gpuxbar.bench.gpu.ceilings import CEILINGS, UNITS, units_of
+from gpuxbar.bench.gpu.checks import CHECKS, Subject
+from gpuxbar.bench.gpu.convolution import weights
+from gpuxbar.bench.gpu.reads import CONVOLUTIONS, READS, Target
+from gpuxbar.bench.gpu.steps import STEPS
+from gpuxbar.bench.gpu.times import FROM_CODES, PRODUCTS, Recorder
 
 run = CliRunner().invoke
 
 
-def subject(kernels=fused.FUSED, faulty=fused.FUSED, **changes):
+def subject(kernels=reads.FUSED, faulty=reads.FUSED, **changes):
     """The emulated GPU with some fused kernels; `changes` of the settings befall the faulty ones alone."""
 
     class Changed(Subject):
@@ -58,9 +62,9 @@ def test_a_device_is_asked_for_the_kernels_it_has():
 
 
 def test_the_checks_pass_on_the_cpu_build(monkeypatch):
-    monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])  # the others take long here
-    monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:2])
-    found = fused.check(subject(kernels=fused.FUSED[:2]))
+    monkeypatch.setattr(checks, "ODD_SHAPES", checks.ODD_SHAPES[:2])  # the others take long here
+    monkeypatch.setattr(checks, "ODD_CONVOLUTIONS", checks.ODD_CONVOLUTIONS[:2])
+    found = checks.check(subject(kernels=reads.FUSED[:2]))
     assert list(found) == list(CHECKS)
     assert found["two runs"] == found["fused and cuBLAS + epilogue"] == "same bits"
     assert CHECKS["two runs"](subject(kernels=("cluster",))) == "same bits"
@@ -77,12 +81,12 @@ FAULTS = {  # check, what is wrong, what it says
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", fused.FUSED[:2])
+@pytest.mark.parametrize("kernel", reads.FUSED[:2])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_of_a_kernel_voids_the_table(monkeypatch, name, kernel):
     which, changes, text = FAULTS[name]
-    monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])
-    monkeypatch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[:1])
+    monkeypatch.setattr(checks, "ODD_SHAPES", checks.ODD_SHAPES[:2])
+    monkeypatch.setattr(checks, "ODD_CONVOLUTIONS", checks.ODD_CONVOLUTIONS[:1])
     with pytest.raises(OracleMismatch, match=text.replace("KERNEL", kernel)):
         CHECKS[which](subject(kernels=(kernel,), **changes))
 
@@ -94,13 +98,13 @@ def test_what_gathers_patches_is_checked_too(monkeypatch):
         (1, "implicit-wgmma", "8 channels of 6 x 5, position_channel"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "ODD_CONVOLUTIONS", fused.ODD_CONVOLUTIONS[at : at + 1])
+            patch.setattr(checks, "ODD_CONVOLUTIONS", checks.ODD_CONVOLUTIONS[at : at + 1])
             with pytest.raises(OracleMismatch, match=rf"results are off \({kernel}, exact, {text}\)"):
                 CHECKS["convolutions"](subject(faulty=(kernel,), seed=lambda seed: seed ^ 1))
 
 
 def test_bytes_are_checked_too(monkeypatch):
-    monkeypatch.setattr(fused, "ODD_SHAPES", fused.ODD_SHAPES[:2])
+    monkeypatch.setattr(checks, "ODD_SHAPES", checks.ODD_SHAPES[:2])
     assert CHECKS["bytes"](subject(kernels=("wgmma",))) == "fused alone multiplies them"
     with pytest.raises(OracleMismatch, match=r"results are off \(fused, adc, bytes, 3 x 70 x 9\)"):
         CHECKS["bytes"](subject(g_offset=lambda offset: 0.0))
@@ -131,7 +135,7 @@ def test_ceilings_are_rates():
             call()
         return 2.0
 
-    rates = fused.ceilings.measure(device, np.asarray, time_us, units_of("sm_89"))
+    rates = ceilings.measure(device, np.asarray, time_us, units_of("sm_89"))
     threads, rounds = 3 * 8 * 256, 4096
     assert rates["fast Gnormal/s"] == pytest.approx(threads * rounds * 8 / 2e-6 / 1e9)
     flops = 2 * 16 * 8 * 16 * 8 / 32  # eight products of a warp a round
@@ -154,26 +158,26 @@ def test_every_failed_check_is_named(monkeypatch):
     def red(subject):
         raise OracleMismatch("red")
 
-    monkeypatch.setattr(fused, "CHECKS", {"one": red, "two": lambda subject: "fine", "three": red})
+    monkeypatch.setattr(checks, "CHECKS", {"one": red, "two": lambda subject: "fine", "three": red})
     with pytest.raises(OracleMismatch, match=r"^one: red; three: red$"):
-        fused.check(subject())
+        checks.check(subject())
 
 
 SMALL = {
-    "matrix": fused.Read("small", 70, 27, 40),
-    "tiles": fused.Read("small", 70, 27, 40, 9),
-    "bytes": fused.Read("small", 70, 27, 40, 9, noise="none", precision="int8"),
-    "images": fused.Read("small", 2 * 36, 27, 40, images=2),
-    "by-position": fused.Read("small", 2 * 36, 72, 40, 24, images=2, line_order="position_channel"),
+    "matrix": reads.Read("small", 70, 27, 40),
+    "tiles": reads.Read("small", 70, 27, 40, 9),
+    "bytes": reads.Read("small", 70, 27, 40, 9, noise="none", precision="int8"),
+    "images": reads.Read("small", 2 * 36, 27, 40, images=2),
+    "by-position": reads.Read("small", 2 * 36, 72, 40, 24, images=2, line_order="position_channel"),
 }
 
 
 def test_every_way_of_a_read_has_its_section():
     """What gathers patches goes with the kernel that it is."""
-    sections = [name for name in fused.SECTIONS if name in fused.FUSED]
+    sections = [name for name in command.SECTIONS if name in reads.FUSED]
     for name, read in SMALL.items():
         ways = [way for section in sections for way in read.kernels((section,))]
-        assert sorted(ways) == sorted(read.kernels(fused.FUSED))
+        assert sorted(ways) == sorted(read.kernels(reads.FUSED))
         assert (read.kernels(("wgmma",)) == ()) == (name == "bytes")
     assert SMALL["by-position"].kernels(("wgmma",)) == ("wgmma", "implicit-wgmma")
 
@@ -195,11 +199,11 @@ def test_what_is_timed_is_the_read(strategy, name, splits):
     """A replay multiplies and converts again, from operands packed before, into the same array; or from codes. What is added
     to is set to 0 again."""
     read = SMALL[name]
-    assert strategy in (*read.kernels(fused.FUSED), "epilogue")
+    assert strategy in (*read.kernels(reads.FUSED), "epilogue")
     recorder = Recorder(ShimDevice(multiprocessors=splits))
     codes = np.random.default_rng(0).integers(-127, 128, read.codes_shape).astype(np.int16)
     levels = np.random.default_rng(1).integers(-read.top, read.top + 1, (read.inputs, 40))
-    g = ((levels + 130 * read.case.int8) * fused.G_STEP).astype(np.float32)
+    g = ((levels + 130 * read.case.int8) * reads.G_STEP).astype(np.float32)
     y = ops.tile_mvm(codes, g, device=recorder, strategy=strategy, **read.settings(strategy))
     expected = y.copy()
     kernel = dict.fromkeys(("wgmma", "implicit-wgmma"), "fused_tile_mvm_sm90") | {
@@ -222,17 +226,17 @@ def test_every_way_of_a_read_is_timed(monkeypatch, name):
     """On the emulated GPU, by a clock that counts the calls of a graph."""
     cupy = SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray, abs=np.abs, empty=np.empty)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(fused, "CudaDevice", lambda: ShimDevice(multiprocessors=1))
-    monkeypatch.setattr(fused, "CACHE_BYTES", 1 << 13)
-    monkeypatch.setattr(fused, "_replays_us", lambda calls: float(len([call() for call in calls])))
+    monkeypatch.setattr(times, "CudaDevice", lambda: ShimDevice(multiprocessors=1))
+    monkeypatch.setattr(times, "CACHE_BYTES", 1 << 13)
+    monkeypatch.setattr(times, "replays_us", lambda calls: float(len([call() for call in calls])))
     ideal = {}
     monkeypatch.setattr(
-        fused, "ideal_convolution_us", lambda *arguments: ideal.setdefault("us", arguments[3])
+        times, "ideal_convolution_us", lambda *arguments: ideal.setdefault("us", arguments[3])
     )
     read = replace(SMALL[name], variance=name == "matrix")
-    kernels = read.kernels(fused.FUSED)
+    kernels = read.kernels(reads.FUSED)
     more = {"images": ("implicit",), "by-position": ("implicit", "implicit-wgmma")}.get(name, ())
-    assert kernels == (("fused",) if name == "bytes" else (*fused.FUSED, *more))
+    assert kernels == (("fused",) if name == "bytes" else (*reads.FUSED, *more))
     size = 1 if name == "bytes" else 2
     count = float(max(2, -(-(1 << 13) // (size * (np.prod(read.codes_shape) + read.inputs * 40)))))
     fields = {"read": count, "from codes": count, "call": count}
@@ -240,7 +244,7 @@ def test_every_way_of_a_read_is_timed(monkeypatch, name):
         "epilogue": {"read": count, "from codes": count},
         "ideal": {"read": count},
     }
-    assert fused._time(read, kernels) == expected
+    assert times.time_read(read, kernels) == expected
     assert bool(ideal) == bool(read.images)
 
 
@@ -266,20 +270,20 @@ RATES = {
 
 
 def test_floors_are_work_over_rates():
-    read = fused.Read("small", 100, 300, 50, noise="exact", precision="fp16x2", variance=True)
+    read = reads.Read("small", 100, 300, 50, noise="exact", precision="fp16x2", variance=True)
     products = 2e-6 * 100 * 300 * 50 * 3
     assert read.floors(RATES, "fused")["products"] == pytest.approx(products / 3.0)
     floors = read.floors(RATES, "wgmma")
     assert floors["products"] == pytest.approx(products / 4.0)
     assert floors["noise"] == pytest.approx(1e-3 * 100 * 3 * 50 / 10.0)
     assert floors["memory"] == pytest.approx(1e-3 * (2 * (100 * 300 + 3 * 300 * 50) + 4 * 100 * 50))
-    images = fused.Read("images", 72, 27, 50, noise="none", images=2).floors(RATES, "implicit")
+    images = reads.Read("images", 72, 27, 50, noise="none", images=2).floors(RATES, "implicit")
     assert images["memory"] == pytest.approx(
         1e-3 * (2 * (72 * 3 + 27 * 50) + 4 * 72 * 50)
     )  # patches are not stored
     assert set(images) == {"products", "memory"}
     # of bytes, at twice the rate of halves
-    octets = fused.Read("bytes", 100, 300, 50, noise="none", precision="int8").floors(RATES, "fused")
+    octets = reads.Read("bytes", 100, 300, 50, noise="none", precision="int8").floors(RATES, "fused")
     assert octets["products"] == pytest.approx(2e-6 * 100 * 300 * 50 / 6.0)
     assert octets["memory"] == pytest.approx(1e-3 * (100 * 300 + 300 * 50 + 4 * 100 * 50))
 
@@ -312,7 +316,7 @@ def test_without_a_gpu_it_refuses(tmp_path):
     """In a process that sees no GPU, whatever this machine has."""
     record = tmp_path / "rows.jsonl"
     done = subprocess.run(
-        [sys.executable, "-m", "gpuxbar.bench.fused", "--record", str(record)],
+        [sys.executable, "-m", "gpuxbar.bench.gpu", "--record", str(record)],
         capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 2
@@ -320,7 +324,7 @@ def test_without_a_gpu_it_refuses(tmp_path):
     assert not record.exists()
 
 
-OTHERS = ["noise and ADC behind the product", *(op.name for op in fused.device_ops.TIMED)]
+OTHERS = ["noise and ADC behind the product", *(op.name for op in device_ops.TIMED)]
 
 
 def test_updates_and_wires_are_checked():
@@ -333,17 +337,17 @@ def test_updates_and_wires_are_checked():
             super().launch(kernel, grid, block, values, macros, shared)
 
     there = np.copy  # updates are in place
-    assert fused.device_ops.check(ShimDevice(), there, np.asarray).startswith("off by ")
+    assert device_ops.check(ShimDevice(), there, np.asarray).startswith("off by ")
     with pytest.raises(OracleMismatch, match=r"^update, devices drawn: off by .*, more than 1e-05$"):
-        fused.device_ops.check(Changed(), there, np.asarray)
+        device_ops.check(Changed(), there, np.asarray)
 
 
 def test_updates_and_wires_of_the_size_that_is_timed(monkeypatch):
-    monkeypatch.setattr(fused.device_ops, "TILES", 3)
-    monkeypatch.setattr(fused.device_ops, "SIDE", 20)
+    monkeypatch.setattr(device_ops, "TILES", 3)
+    monkeypatch.setattr(device_ops, "SIDE", 20)
     for name, value in {"INPUTS": 128, "OUTPUTS": 40, "BATCH": 5}.items():
-        monkeypatch.setattr(fused.device_ops, name, value)
-    shapes = [op.build(ShimDevice(), np.copy)().shape for op in fused.device_ops.TIMED]
+        monkeypatch.setattr(device_ops, name, value)
+    shapes = [op.build(ShimDevice(), np.copy)().shape for op in device_ops.TIMED]
     assert shapes == [(1, 40, 128)] * 3 + [(3, 20, 20)] * 3
 
 
@@ -362,37 +366,37 @@ def emulated(monkeypatch):
         "ideal": {"read": 200.0},
     }
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr(fused, "CHECKS", {"light": lambda subject: "green"})
-    monkeypatch.setattr(fused, "check_steps", lambda: "replayed")
-    monkeypatch.setattr(fused.device_ops, "check", lambda *_: "exact")
-    monkeypatch.setattr(fused, "_arch", lambda: "sm_90")
+    monkeypatch.setattr(checks, "CHECKS", {"light": lambda subject: "green"})
+    monkeypatch.setattr(command, "check_steps", lambda: "replayed")
+    monkeypatch.setattr(device_ops, "check", lambda *_: "exact")
+    monkeypatch.setattr(command, "_arch", lambda: "sm_90")
     monkeypatch.setattr(
-        fused, "_ceilings", lambda units: {**RATES, "copy GB/s": 4000.0, "fast Gnormal/s": 2000.0}
+        command, "measure_ceilings", lambda units: {**RATES, "copy GB/s": 4000.0, "fast Gnormal/s": 2000.0}
     )
     monkeypatch.setattr(
-        fused, "_time", lambda read, kernels: {k: us[k] for k in (*kernels, "epilogue", "ideal")}
+        command, "time_read", lambda read, kernels: {k: us[k] for k in (*kernels, "epilogue", "ideal")}
     )
-    monkeypatch.setattr(fused, "_conversions_us", lambda read: 500.0)
-    monkeypatch.setattr(fused, "_op_us", lambda op, subject: 80.0)
-    monkeypatch.setattr(fused, "time_step", dict(zip(STEPS, (10.0, 15.0, 25.0), strict=True)).__getitem__)
+    monkeypatch.setattr(command, "conversions_us", lambda read: 500.0)
+    monkeypatch.setattr(command, "_op_us", lambda op, subject: 80.0)
+    monkeypatch.setattr(command, "time_step", dict(zip(STEPS, (10.0, 15.0, 25.0), strict=True)).__getitem__)
     monkeypatch.setattr(
-        fused, "_gpu", lambda only=None, exact=False: subject(kernels=(only,) if only else fused.FUSED)
+        command, "_gpu", lambda only=None, exact=False: subject(kernels=(only,) if only else reads.FUSED)
     )
 
 
 FUSED_ROWS = [read.name for read in (*READS, *CONVOLUTIONS)]
 HOPPER_ROWS = [read.name for read in (*READS, *CONVOLUTIONS) if read.precision != "int8"]
 STEP_ROWS = [f"resnet18-step, {kind}" for kind in STEPS]
-HERE = [word for name in fused.SECTIONS for word in ("--section", name)]  # all, in this process
+HERE = [word for name in command.SECTIONS for word in ("--section", name)]  # all, in this process
 
 
 def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
-    done = run(fused.app, ["--checks"])
+    done = run(command.app, ["--checks"])
     assert (done.exit_code, done.output) == (0, "light: green\nupdates and wires: exact\n")
-    done = run(fused.app, ["--checks", "--section", "wgmma"])
+    done = run(command.app, ["--checks", "--section", "wgmma"])
     assert (done.exit_code, done.output) == (0, "light: green\n")
     path = tmp_path / "rows.jsonl"
-    done = run(fused.app, ["--record", str(path), *HERE], env={"COLUMNS": "300"})
+    done = run(command.app, ["--record", str(path), *HERE], env={"COLUMNS": "300"})
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["case"] for row in rows] == [
@@ -429,7 +433,7 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
 
 def recorded(path, *arguments):
     """What the command ends with, says and records."""
-    done = run(fused.app, ["--record", str(path), *arguments])
+    done = run(command.app, ["--record", str(path), *arguments])
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return done.exit_code, done.output, [row["case"] for row in rows]
 
@@ -441,9 +445,9 @@ def test_a_failed_check_voids_its_table(tmp_path, emulated, monkeypatch, which, 
         raise error("off by one")
 
     if which == "read":
-        monkeypatch.setattr(fused, "CHECKS", {"light": red})
+        monkeypatch.setattr(checks, "CHECKS", {"light": red})
     else:
-        monkeypatch.setattr(fused, "check_steps", red)
+        monkeypatch.setattr(command, "check_steps", red)
     status, text, cases = recorded(tmp_path / "rows.jsonl", *HERE)
     assert status == 2
     named = "reads by fused: light" if which == "read" else "captured steps"
@@ -454,7 +458,7 @@ def test_a_failed_check_voids_its_table(tmp_path, emulated, monkeypatch, which, 
 
 def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
     """Rows are recorded as they come: those before a failure, and those after it."""
-    path, time, step = tmp_path / "rows.jsonl", fused._time, fused.time_step
+    path, time, step = tmp_path / "rows.jsonl", command.time_read, command.time_step
 
     def timed(read, kernels):
         if read is READS[1]:
@@ -462,14 +466,14 @@ def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
             raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
         return time(read, kernels)
 
-    monkeypatch.setattr(fused, "_time", timed)
+    monkeypatch.setattr(command, "time_read", timed)
 
     def small(kind):
         if kind == STEPS[0]:
             return step(kind)
         raise MemoryError(f"no room for {kind}")
 
-    monkeypatch.setattr(fused, "time_step", small)
+    monkeypatch.setattr(command, "time_step", small)
     status, text, cases = recorded(path, "--section", "fused", "--section", "steps", "--section", "updates")
     assert status == 2
     assert f"error {READS[1].name}: CUDA_ERROR_INVALID_VALUE" in text
@@ -482,7 +486,7 @@ def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
 
 
 def test_a_mistake_shows_its_trace_and_voids_its_table_alone(tmp_path, emulated, monkeypatch):
-    monkeypatch.setattr(fused.device_ops, "check", lambda *_: None.shape)
+    monkeypatch.setattr(device_ops, "check", lambda *_: None.shape)
     status, text, cases = recorded(tmp_path / "rows.jsonl", *HERE)
     assert status == 2
     assert "error updates and wires: 'NoneType' object has no attribute 'shape'" in text
@@ -507,38 +511,38 @@ def test_a_section_that_dies_or_hangs_takes_nothing_with_it(tmp_path, emulated, 
     """Each runs in a process of its own, and is ended when its time is over; what it had found is recorded."""
     script, path = tmp_path / "section.py", tmp_path / "rows.jsonl"
     script.write_text(SECTION)
-    monkeypatch.setattr(fused, "COMMAND", (sys.executable, str(script)))
-    monkeypatch.setitem(fused.SECTIONS, "wgmma", 0.5)
+    monkeypatch.setattr(command, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setitem(command.SECTIONS, "wgmma", 0.5)
     status, text, cases = recorded(path)
     assert status == 2
-    assert cases == list(fused.SECTIONS)
+    assert cases == list(command.SECTIONS)
     text = " ".join(text.split())
     assert "fused: its process ended with status -6" in text
     assert "wgmma: ended after 0.5 s, unfinished" in text
     assert "updates: its process ended with status 1" in text
     assert "steps" not in text
     path.unlink()
-    monkeypatch.setattr(fused, "_arch", lambda: "sm_89")
+    monkeypatch.setattr(command, "_arch", lambda: "sm_89")
     assert recorded(path)[2] == ["fused", "steps", "updates"]
 
 
 def test_a_section_is_run_as_it_is_called():
     """What the parent starts is this command, which names its sections."""
-    assert (sys.executable, "-m", fused.__name__) == fused.COMMAND
-    assert sum(fused.SECTIONS.values()) <= 370  # kernels/README.md
+    assert (sys.executable, "-m", command.__package__) == command.COMMAND
+    assert sum(command.SECTIONS.values()) <= 370  # kernels/README.md
 
 
 def test_sections_are_those_a_device_has(emulated, monkeypatch):
     assert "must be one of fused, wgmma, steps, updates, cluster on sm_90, got 'reads'" in " ".join(
-        run(fused.app, ["--section", "reads"]).output.split()
+        run(command.app, ["--section", "reads"]).output.split()
     )
-    done = run(fused.app, ["--checks", "--section", "steps"])  # would check nothing
+    done = run(command.app, ["--checks", "--section", "steps"])  # would check nothing
     assert done.exit_code == 2
     assert "one of fused, wgmma, updates, cluster on sm_90 with --checks, got 'steps'" in " ".join(
         done.output.split()
     )
-    monkeypatch.setattr(fused, "_arch", lambda: "sm_89")
-    done = run(fused.app, ["--section", "cluster"])
+    monkeypatch.setattr(command, "_arch", lambda: "sm_89")
+    done = run(command.app, ["--section", "cluster"])
     assert done.exit_code == 2
     assert "must be one of fused, steps, updates on sm_89, got 'cluster'" in " ".join(done.output.split())
 
@@ -551,9 +555,9 @@ def test_the_kernel_that_fails_is_named(monkeypatch):
             super().launch(kernel, *more, **settings)
 
     on = Subject(Refusing(), np.asarray, np.asarray)
-    monkeypatch.setattr(fused, "CHECKS", {"two runs": CHECKS["two runs"]})
+    monkeypatch.setattr(checks, "CHECKS", {"two runs": CHECKS["two runs"]})
     with pytest.raises(OracleMismatch, match="two runs: wgmma fails: CUDA_ERROR_ILLEGAL_ADDRESS"):
-        fused.check(on)
+        checks.check(on)
     assert CHECKS["two runs"](replace(on, only="fused")) == "same bits"
 
 
@@ -566,7 +570,7 @@ TARGETS = {  # H200: us of a kernel's read of 4096 x 4096 x 4096, by generator, 
 
 def test_every_target_has_its_read():
     assert CONVOLUTIONS[-1].targets == {"implicit-wgmma": Target(28, 2.2)}
-    assert CONVOLUTIONS[-1].kernels(fused.FUSED[:1]) == ("fused", "implicit")
+    assert CONVOLUTIONS[-1].kernels(reads.FUSED[:1]) == ("fused", "implicit")
     for read in CONVOLUTIONS:
         plan = read.plan("sm_90", 132, "implicit")
         assert (plan.strategy, plan.chunks > 0) == ("implicit", read.line_order == "channel_position")
@@ -581,4 +585,4 @@ def test_every_target_has_its_read():
             assert {(noise, "fp16", tile) for tile in (64, 128, 256, 512)} <= set(cubes)
         assert ("none", "int8", 512) in cubes
     for r in READS:
-        assert all(kernel == r.plan("sm_90", 132, kernel).strategy for kernel in r.kernels(fused.FUSED))
+        assert all(kernel == r.plan("sm_90", 132, kernel).strategy for kernel in r.kernels(reads.FUSED))

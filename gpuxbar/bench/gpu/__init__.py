@@ -1,0 +1,1 @@
+"""Proof and speed of the CUDA kernels on a GPU: `python -m gpuxbar.bench.gpu`."""
