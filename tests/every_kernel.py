@@ -47,7 +47,8 @@ def reads(device, rng, x):
     read = partial(
         ops.tile_mvm, conv=CONV, adc_bits=8, adc_lsb=1.0, read_noise=1.0, device=device, precision="fp16x2", g_range=4.0
     )  # fmt: skip
-    read(codes, g, tile_rows=5, noise_var=np.abs(g), strategy="wgmma")
+    if device.arch == "sm_90":
+        read(codes, g, tile_rows=5, noise_var=np.abs(g), strategy="wgmma")
     for strategy in ("epilogue", "fused", "implicit"):
         read(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generator="fast", strategy=strategy)
     back = rng.integers(-9, 9, (3, 7, *CONV.out)).astype(np.int16)

@@ -1,6 +1,6 @@
 """The PTX of the kernels, run on the CPU: against their C++ build, against the oracle, and under seeded bugs.
 
-All is compiled for sm_90, and what is for Hopper alone for sm_90a.
+All is compiled for sm_90, and what is for Hopper alone for sm_90a, but for what says otherwise.
 """
 
 from __future__ import annotations
@@ -154,6 +154,12 @@ def test_holds_of_the_ptx_too(name, monkeypatch):
     test(**settings)
 
 
+def test_every_kernel_of_another_architecture():
+    device = BothDevice(order=5, workspace=1 << 16, arch="sm_100")
+    every_kernel.run(device)
+    assert set(test_cuda_kernels.KERNELS) - set(device.ptx.launches) == {"fused_tile_mvm_sm90"}
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])  # of the two compilers that NVRTC holds
 def test_reads_the_ptx_of_every_compiler(arch):
     assert levels(PtxDevice(arch=arch))
@@ -272,6 +278,7 @@ def snippet(body):
 {{
 	.reg .pred %p<9>;
 	.reg .f32 %f<9>;
+	.reg .b16 %rs<9>;
 	.reg .b32 %r<9>;
 	.reg .b64 %rd<9>;
 	.shared .align 4 .b8 own[20];
@@ -314,10 +321,11 @@ def test_widths_and_vectors():
     body = """mul.wide.s32 %rd3, -3, 5; shr.s64 %rd3, %rd3, 32; st.global.u32 [%rd1], %rd3;
 	ld.global.v2.u32 {%r1, %r2}, [%rd2+8]; st.global.v2.u32 [%rd1+8], {%r2, %r1};
 	mov.b64 %rd4, {%r1, %r2}; mov.b64 {%r3, %r4}, %rd4; st.global.u32 [%rd1+4], %r4;
+	cvt.u16.u32 %rs1, %r1; cvt.u16.u32 %rs2, 7; mov.b32 %r7, {%rs1, %rs2}; mov.b32 {%rs1, %rs2}, %r7; st.global.u32 [%rd1+28], %r7;
 	mov.u64 %rd5, gx_smem; st.global.u32 [%rd1+16], %rd5;
 	st.shared.u8 [own+3], -2; ld.shared.s8 %r6, [own+3]; st.global.u32 [%rd1+20], %r6; ld.shared.u8 %r6, [own+3];
 	st.global.u32 [%rd1+24], %r6;"""
-    assert run_snippet(body, shared=16).tolist() == [ONES, 3, 3, 2, 32, ONES - 1, 254, 0]
+    assert run_snippet(body, shared=16).tolist() == [ONES, 3, 3, 2, 32, ONES - 1, 254, 7 << 16 | 2]
 
 
 def test_lanes_hear_each_other():

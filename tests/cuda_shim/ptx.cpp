@@ -477,6 +477,9 @@ Table instructions() {
 
   ONE("cvta.to.global.u64", uint64_t, a);
   ONE("popc.b32", uint32_t, uint32_t(__builtin_popcount(a)));
+  OP("mov.b32.pack", 3, set(t, i, 0, A(uint16_t, 1) | uint32_t(A(uint16_t, 2)) << 16));
+  OP("mov.b32.unpack", 3, const uint32_t a = A(uint32_t, 2); set(t, i, 0, uint16_t(a));
+     set(t, i, 1, uint16_t(a >> 16)));
   OP("mov.b64.pack", 3, set(t, i, 0, A(uint32_t, 1) | uint64_t(A(uint32_t, 2)) << 32));
   OP("mov.b64.unpack", 3, const uint64_t a = A(uint64_t, 2); set(t, i, 0, uint32_t(a));
      set(t, i, 1, uint32_t(a >> 32)));
@@ -751,7 +754,8 @@ class Reader {
     const size_t end = std::min(rest.find_first_of(" \t\n"), rest.size());
     std::string name(rest.substr(0, end));
     rest = trimmed(rest.substr(end));
-    if (name == "mov.b64" && rest.find('{') != rest.npos) name += rest[0] == '{' ? ".unpack" : ".pack";
+    if ((name == "mov.b32" || name == "mov.b64") && rest.find('{') != rest.npos)
+      name += rest[0] == '{' ? ".unpack" : ".pack";
     std::vector<uint32_t> x;
     for (Text each : words(rest, " \t\n,{}[]|")) {
       if (const size_t plus = each.find('+'); plus != each.npos) {
