@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import spectral_norm
 from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
@@ -543,6 +544,19 @@ def test_converted_layers_keep_hooks_and_computed_weights_stay_digital():
     model[0](x).sum().backward()
     model[2](x, x, x)
     assert called == ["before", "after", "backwards", "attention"]
+
+
+def test_computed_weights_of_fused_modules_stay_digital():
+    model = nn.ModuleList([nn.LSTM(3, 4), nn.Conv3d(2, 3, 2), nn.ConvTranspose2d(2, 3, 2), nn.Linear(4, 4)])
+    with torch.no_grad():
+        l1_unstructured(model[0], "weight_hh_l0", 0.5)
+        spectral_norm(model[1])
+        l1_unstructured(model[2], "bias", 0.5)
+        l1_unstructured(model[3], "bias", 0.5)
+    converted, report = gx.convert(model, spec())
+    assert {(row.runs, row.why[:26]) for row in report.rows} == {("digital", "its weight is computed ane")}
+    x = torch.randn(1, 2, 3, 3, 3)
+    torch.testing.assert_close(converted.eval()[1](x), model.eval()[1](x))
 
 
 def test_a_checkpoint_brings_calibrated_ranges_alone():

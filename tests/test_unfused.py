@@ -18,6 +18,7 @@ from gpuxbar.nn import AnalogConv1d, AnalogLinear, recurrent
 from gpuxbar.nn.attention import UnfusedAttention
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.transposed import UnfusedConvTranspose
+from gpuxbar.nn.volumes import UnfusedConv3d
 
 CONVERTERS = {"dac": {"bits": 8}, "adc": {"bits": 8}, "tile": {"rows": 16, "cols": 16}}
 RNNS = [
@@ -303,6 +304,60 @@ def test_transposed_convolution_of_a_layer_is_torchs(kind, options):
     torch.testing.assert_close(taken.product.weight.grad, taken._by_output(fused.weight.grad))
     with pytest.raises(ValueError, match="`output_size` must be from"):
         parts(x, [99, 99])
+
+
+VOLUMES = {
+    "plain": {},
+    "options": {"stride": (2, 1, 2), "padding": (1, 0, 2), "dilation": (2, 1, 1), "groups": 2, "bias": False},
+    "reflected": {"padding": (2, 1, 1), "padding_mode": "reflect", "stride": 2},
+    "same": {"padding": "same", "dilation": (1, 2, 3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VOLUMES)
+def test_convolution_of_volumes_by_images_is_torchs(name):
+    torch.manual_seed(0)
+    fused = nn.Conv3d(4, 6, (3, 2, 3), **VOLUMES[name])
+    parts = UnfusedConv3d(nn.Conv3d(4, 6, (3, 2, 3), **VOLUMES[name]))
+    parts.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 4, 7, 6, 5)
+    torch.testing.assert_close(parts(x), fused(x))
+    torch.testing.assert_close(parts(x[0]), fused(x[0]))
+    taken = UnfusedConv3d(fused)
+    for module in (taken, fused):
+        module(x).sin().sum().backward()
+    torch.testing.assert_close(taken.product.weight.grad, fused.weight.grad.flatten(1, 2))
+    if fused.bias is not None:
+        torch.testing.assert_close(taken(x), fused(x))
+
+
+def test_volumes_train_on_crossbars():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv3d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
+    )
+    x = torch.randn(6, 2, 4, 4, 4)
+    spec = gx.CrossbarSpec(tile={"rows": 16, "cols": 16}, update={"law": "agarwal"})
+    model, report = gx.convert(network, spec, example=x)
+    row = next(row for row in report.rows if row.module == "0.product")
+    assert (row.runs, row.macs, row.tiles) == ("analog", 4 * 54 * 8, 8)
+    torch.testing.assert_close(model(x), network(x), rtol=1e-4, atol=1e-5)
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(x), torch.arange(6) % 3)
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < 0.7 * losses[0]
+    shallow = UnfusedConv3d(nn.Conv3d(2, 4, 3))
+    with pytest.raises(
+        ValueError, match=re.escape("`input` must be at least 3 planes deep with its padding, got 2;")
+    ):
+        shallow(torch.zeros(1, 2, 2, 4, 4))
+    _, report = gx.convert(network, spec, rules={"0": None})
+    assert {row.module: row.runs for row in report.rows} == {"0": "digital", "3": "analog"}
 
 
 class Network(nn.Module):

@@ -20,6 +20,7 @@ from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.table import columns
 from gpuxbar.nn.transposed import UnfusedConvTranspose
+from gpuxbar.nn.volumes import UnfusedConv3d
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
 
@@ -32,6 +33,7 @@ FUSED: dict[type[nn.Module], Any] = {
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), UnfusedRNN),
     **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), UnfusedCell),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), UnfusedConvTranspose),
+    nn.Conv3d: UnfusedConv3d,
 }
 
 
@@ -78,15 +80,15 @@ def convert(
     """A copy of a model with its layers on crossbars, and the report.
 
     Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU, RNN and their
-    cells, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj` or
-    `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Layers of other types, subclasses of these among
+    cells, of Conv3d, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj`
+    or `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Layers of other types, subclasses of these among
     them, stay digital and are named in the report.
 
     Args:
         model: Any model; it is not changed.
         spec: The crossbars of every layer.
         rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win. The
-            name of an attention, recurrent or transposed module stands for its layers.
+            name of a module that becomes layers stands for them.
         example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
             multiply-accumulates of a sample.
 
@@ -158,14 +160,21 @@ def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:
     """Why a module of another type stays digital."""
     if isinstance(module, LazyModuleMixin):
         return "lazy: pass a batch through it first"
-    if type(module) in LAYERS:
+    if type(module) in LAYERS or _computes_weights(module):
         return "its weight is computed anew: make it a parameter, as torch.nn.utils.prune.remove does"
     return NO_FORM if _as_layers(type(module)) is None else rules.of(names)[1]
 
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a module becomes an analog layer: one of the types, with a weight of its own."""
-    return type(module) in LAYERS and "weight" in module._parameters
+    return type(module) in LAYERS and "weight" in module._parameters and not _computes_weights(module)
+
+
+def _computes_weights(module: nn.Module) -> bool:
+    """Whether pruning, or a norm of torch's, makes the weights before every pass."""
+    return any(
+        type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
+    )
 
 
 def _tiles(layer: AnalogLayer) -> int:
@@ -192,7 +201,7 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module,
     owners: dict[nn.Module, list[str]] = {}
     for module, names in _places(model).items():
         make = _as_layers(type(module))
-        if make is None:
+        if make is None or _computes_weights(module):
             continue
         parts = make(module)
         layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
