@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from gpuxbar.cli import app
-from gpuxbar.experiments.measured import fit_table, read_pulses
+from gpuxbar.experiments.fit import fit_table
+from gpuxbar.experiments.measured import read_pulses
 from gpuxbar.experiments.staircase import plot_staircases, staircase
 from gpuxbar.reference.laws import moved, symmetry_point
 from gpuxbar.spec import Device, Ideal, NeuroSim, SoftBounds, SpecError

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gpuxbar import ops, reference
-from gpuxbar.experiments.measured import fit_law, fit_table, read_pulses
+from gpuxbar.experiments.fit import fit_law, fit_table
+from gpuxbar.experiments.measured import read_pulses
 from gpuxbar.spec import (
     Agarwal,
     AgarwalSymmetric,

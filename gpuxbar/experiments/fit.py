@@ -1,0 +1,398 @@
+"""Device laws fitted to measured pulses: a lookup table or a parametric law, with a hold-out check and its picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from scipy.optimize import least_squares
+from scipy.special import ndtr
+
+from gpuxbar import reference
+from gpuxbar.experiments.measured import Pulses
+from gpuxbar.spec import Device, LookupTable, PiecewiseStep, UpdateLaw
+from gpuxbar.spec.errors import nearest
+
+__all__ = ["Fit", "fit_law", "fit_table", "plot_fit"]
+
+LAW: TypeAdapter[UpdateLaw] = TypeAdapter(UpdateLaw)
+SCORES = np.linspace(-4.0, 4.0, 17)
+FEWEST = 20  # pulses of one direction in a bin
+HOLD_OUT = 0.2  # of the pulses
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law fitted to measured pulses, and how well it foretells those that were held out.
+
+    Attributes:
+        explained: Share of the variance of held-out changes that the mean step explains, up and down.
+        distance: Kolmogorov-Smirnov distance of the held-out changes to the law's distribution, up and down: in the low, the middle
+            or the high third of their conductances, whichever is worst.
+        limit: Distance that a right law exceeds in any third in 1 % of cases, up and down.
+        rank: Place of each held-out change in the law's distribution, 0 to 1; evenly spread for a right law.
+    """
+
+    law: UpdateLaw
+    window: Device
+    held_out: Pulses
+    explained: tuple[float, float]
+    distance: tuple[float, float]
+    limit: tuple[float, float]
+    rank: np.ndarray
+
+    @property
+    def passed(self) -> bool:
+        return all(d <= limit for d, limit in zip(self.distance, self.limit, strict=True))
+
+
+def fit_table(
+    pulses: Pulses, *, bins: int = 9, g_min: float | None = None, g_max: float | None = None, seed: int = 0
+) -> Fit:
+    """Tabulate mean steps and scatter at `bins` conductances, evenly spaced over the window.
+
+    Means are the piecewise linear least squares through the pulses; scatter is the quantiles of what is left around
+    them; the spread between devices is what their mean steps differ by beyond the error of the mean. A fifth of the
+    pulses is held out and judged by the table made of the others.
+
+    Args:
+        pulses: Measured single pulses.
+        bins: 2, 3, 5 or 9.
+        g_min, g_max: Window, S; the extremes of `g_before` if None.
+        seed: Of the choice of the held-out pulses.
+
+    Returns:
+        The law, its window, and how it does on what was held out.
+
+    Raises:
+        ValueError: `bins` is another number, a bin has too few pulses, pulses lie outside the window, or changes do not go the
+            way of their direction.
+
+    Source:
+        Agarwal et al., IJCNN 2016 (tables of measured changes).
+    """
+    _require_bins("fit_table", bins)
+    window, train, test = _prepared("fit_table", pulses, g_min, g_max, seed)
+    y, step = _shares(train, window)
+    _require_filled("fit_table", train, y, window, bins)
+    flows, nominal = _flows("fit_table", train, y, step, bins)
+    mean = _mean_step(flows, nominal, y, train.rising)
+    ratio, spread = _device_ratios(train, step, mean)
+    rest = (step - ratio[train.device] * mean) / (nominal * np.maximum(ratio[train.device], 1e-3))
+    scatter = {
+        way: _quantiles(y[train.rising == way], rest[train.rising == way], bins) for way in (True, False)
+    }
+    law = LookupTable(
+        pulses=1 / nominal, up=tuple(flows[True].tolist()), down=tuple(flows[False].tolist()),
+        scatter_up=scatter[True], scatter_down=scatter[False], step_spread=min(spread, 2.0),
+    )  # fmt: skip
+    return _judged(law, window, test, ratio)
+
+
+SHAPES: dict[str, dict[str, tuple[float, float, float]]] = {  # start, least and largest
+    "agarwal": {"nu": (1.0, 1e-3, 20.0)},
+    "agarwal_symmetric": {"alpha": (1.0, 1e-2, 20.0)},
+    "constant_step": {},
+    "exponential_step": {
+        "amplitude_up": (0.1, -100.0, 100.0), "amplitude_down": (0.1, -100.0, 100.0), "rate_up": (1.0, 1e-2, 20.0),
+        "rate_down": (1.0, 1e-2, 20.0),
+    },
+    "linear_step": {"slope_up": (0.3, -1.0, 1.0), "slope_down": (0.3, -1.0, 1.0)},
+    "neurosim": {"nonlinearity_ltp": (1.0, -9.0, 9.0), "nonlinearity_ltd": (1.0, -9.0, 9.0)},
+    "power_step": {"exponent_up": (1.0, 0.0, 10.0), "exponent_down": (1.0, 0.0, 10.0)},
+    "soft_bounds": {},
+}  # fmt: skip
+FIXED: dict[str, tuple[dict[str, float], ...]] = {  # beside them, in turn
+    "exponential_step": (
+        {"a": 1.0, "b": 0.0},
+        {"a": -1.0, "b": 0.0},
+    ),  # steps that bend up, or down, on the way
+    "soft_bounds": ({"up": 2.0, "down": 2.0},),  # its steps are half in mid-window
+}
+
+
+def fit_law(
+    pulses: Pulses,
+    law: str,
+    *,
+    bins: int = 9,
+    g_min: float | None = None,
+    g_max: float | None = None,
+    seed: int = 0,
+) -> Fit:
+    """Fit a parametric law by least squares to the same pulses, with its asymmetry, spread and cycle noise.
+
+    Args:
+        pulses: Measured single pulses.
+        law: "agarwal", "agarwal_symmetric", "constant_step", "exponential_step", "linear_step", "neurosim", "piecewise_step",
+            "power_step", "soft_bounds".
+        bins: Of a piecewise step: as for `fit_table`.
+        g_min, g_max, seed: As for `fit_table`.
+
+    Returns:
+        The law, its window, and how it does on what was held out.
+
+    Raises:
+        ValueError: The law is not one of these; else as `fit_table`.
+    """
+    known = (*SHAPES, "piecewise_step")
+    if law not in known:
+        raise ValueError(
+            f"fit_law: `law` must be a law that can be fitted, got {law!r}; {nearest(law, known)}"
+        )
+    if law == "piecewise_step":
+        _require_bins("fit_law", bins)
+    window, train, test = _prepared("fit_law", pulses, g_min, g_max, seed)
+    y, step = _shares(train, window)
+    size = float(np.where(train.rising, step, -step).mean())
+    _require_rising("fit_law", size)
+    if law == "piecewise_step":
+        _require_filled("fit_law", train, y, window, bins)
+        flows, nominal = _flows("fit_law", train, y, step, bins)
+        shape = PiecewiseStep(
+            pulses=1 / nominal, up=tuple(flows[True].tolist()), down=tuple(flows[False].tolist())
+        )
+        found = shape.model_dump()
+    else:
+        found = _shaped(law, y, step, train.rising, size)
+    mean = _predicted(found, y, train.rising)
+    ratio, spread = _device_ratios(train, step, mean)
+    rest = step - ratio[train.device] * mean
+    noise = float(np.mean(rest**2))
+    if law.startswith("agarwal"):
+        found["gamma"] = np.sqrt(noise / np.mean(np.abs(mean)))
+    elif law == "neurosim":
+        found["cycle"], found["levels"] = np.sqrt(noise), max(round(found["levels"]), 2)
+    else:
+        found["cycle"], found["cycle_of"] = np.sqrt(noise) * found["pulses"], "nominal"
+    found["step_spread"] = min(spread, 2.0)
+    return _judged(LAW.validate_python(found), window, test, ratio)
+
+
+def _shaped(law: str, y: np.ndarray, step: np.ndarray, rising: np.ndarray, size: float) -> dict[str, Any]:
+    """The settings of a law without noise whose steps come nearest to those measured; `size`: their mean."""
+    base, shapes = LAW.validate_python({"law": law}).model_dump(), SHAPES[law]
+    shown, way = np.unique(np.stack([np.rint(y * 200) / 200, rising]), axis=1, return_inverse=True)
+    weight = np.bincount(way.ravel())
+    target = np.bincount(way.ravel(), step) / weight
+
+    def settings(p: np.ndarray, fixed: dict[str, float]) -> dict[str, Any]:
+        scale = {_count(law): 1 / (size * np.exp(p[0])), "asymmetry": np.tanh(p[1])}
+        return base | scale | fixed | dict(zip(shapes, map(float, p[2:]), strict=True))
+
+    def off(p: np.ndarray, fixed: dict[str, float]) -> np.ndarray:
+        return np.sqrt(weight) * (_predicted(settings(p, fixed), shown[0], shown[1] > 0) - target) / size
+
+    bounds = [(-3.0, 3.0), (-3.0, 3.0), *((low, high) for _, low, high in shapes.values())]
+    start = [0.0, 0.0, *(first for first, _, _ in shapes.values())]
+    # steps by which a slope shows: laws take exponents and rates close to a special value for that value
+    fit = partial(least_squares, off, start, bounds=tuple(zip(*bounds, strict=True)), diff_step=1e-4)
+    found = [(fit(args=(fixed,)), fixed) for fixed in FIXED.get(law, ({},))]
+    best, fixed = min(found, key=lambda one: one[0].cost)
+    return settings(best.x, fixed)
+
+
+def _count(law: str) -> str:
+    """The setting that holds how many nominal pulses span the window."""
+    return "levels" if law == "neurosim" else "pulses"
+
+
+def _predicted(found: dict[str, Any], y: np.ndarray, rising: np.ndarray) -> np.ndarray:
+    """Mean changes by a pulse, in shares of the window."""
+    gain = np.where(rising, 1 + found["asymmetry"], -(1 - found["asymmetry"])) / found[_count(found["law"])]
+    moved: np.ndarray = reference.laws.moved(found, y, gain)
+    return moved - y
+
+
+def _prepared(
+    op: str, pulses: Pulses, g_min: float | None, g_max: float | None, seed: int
+) -> tuple[Device, Pulses, Pulses]:
+    """The window, the pulses to fit, and the held-out ones."""
+    low = float(pulses.g_before.min()) if g_min is None else g_min
+    high = float(pulses.g_before.max()) if g_max is None else g_max
+    if not 0 <= low < high:
+        raise ValueError(
+            f"{op}: column 'g_before' must span a window of conductances of at least 0, got {low:g} to {high:g} S; give g_min "
+            "and g_max"
+        )
+    outside = (pulses.g_before < low) | (pulses.g_before > high)
+    if outside.any():
+        raise ValueError(
+            f"{op}: column 'g_before' must lie in the window of {low:g} to {high:g} S, got {int(outside.sum())} pulses outside; "
+            "widen g_min and g_max or leave these out"
+        )
+    # of a stream of its own: a simulated measurement may use the plain seed
+    chosen = np.random.default_rng((seed, len(pulses))).random(len(pulses)) < HOLD_OUT
+    return Device(g_min=low, g_max=high), pulses[~chosen], pulses[chosen]
+
+
+def _shares(pulses: Pulses, window: Device) -> tuple[np.ndarray, np.ndarray]:
+    """Conductance before and change, in shares of the window."""
+    span = window.g_max - window.g_min
+    return (pulses.g_before - window.g_min) / span, pulses.dg / span
+
+
+def _require_bins(op: str, bins: int) -> None:
+    if bins not in (2, 3, 5, 9):
+        raise ValueError(f"{op}: `bins` must be 2, 3, 5 or 9, got {bins}; choose one of these")
+
+
+def _require_rising(op: str, step: float) -> None:
+    if not step > 0:
+        raise ValueError(
+            f"{op}: column 'dg' must rise with direction +1 and fall with -1, got a mean step of {step:.3g} of the "
+            "window; check the sign of 'direction'"
+        )
+
+
+def _require_filled(op: str, pulses: Pulses, y: np.ndarray, window: Device, bins: int) -> None:
+    nearest_node = np.rint(y * (bins - 1)).astype(int)
+    for way, name in ((True, "+1"), (False, "-1")):
+        count = np.bincount(nearest_node[pulses.rising == way], minlength=bins)
+        if count.min() < FEWEST:
+            k, span = int(count.argmin()), window.g_max - window.g_min
+            ends = [window.g_min + span * min(max((k + h) / (bins - 1), 0.0), 1.0) for h in (-0.5, 0.5)]
+            raise ValueError(
+                f"{op}: bin {k + 1} of {bins} ({ends[0]:.4g} to {ends[1]:.4g} S) must hold at least {FEWEST} pulses of "
+                f"direction {name} to fit, got {count[k]}; measure there, take fewer bins or narrow g_min and g_max"
+            )
+
+
+def _hats(y: np.ndarray, bins: int) -> np.ndarray:
+    """Weights of the nodes at y, [len(y), bins]."""
+    return np.maximum(0.0, 1 - np.abs(y[:, None] * (bins - 1) - np.arange(bins)))
+
+
+def _means(y: np.ndarray, step: np.ndarray, bins: int) -> np.ndarray:
+    return np.linalg.lstsq(_hats(y, bins), step, rcond=None)[0]
+
+
+def _flows(
+    op: str, pulses: Pulses, y: np.ndarray, step: np.ndarray, bins: int
+) -> tuple[dict[bool, np.ndarray], float]:
+    """Mean steps at the nodes both ways, in nominal ones, and the nominal step as a share of the window."""
+    means = {way: _means(y[pulses.rising == way], step[pulses.rising == way], bins) for way in (True, False)}
+    nominal = float(np.concatenate([means[True], -means[False]]).mean())
+    _require_rising(op, nominal)
+    flows = {way: np.maximum(means[way] if way else -means[way], 0.0) / nominal for way in (True, False)}
+    return flows, nominal
+
+
+def _mean_step(
+    flows: dict[bool, np.ndarray], nominal: float, y: np.ndarray, rising: np.ndarray
+) -> np.ndarray:
+    at = {way: np.interp(y, np.linspace(0, 1, len(flow)), flow) for way, flow in flows.items()}
+    return nominal * np.where(rising, at[True], -at[False])
+
+
+def _device_ratios(pulses: Pulses, step: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float]:
+    """Step of each device over the mean device's, and their spread beyond the error of each."""
+    count = int(pulses.device.max()) + 1
+    if count < 3:
+        return np.ones(count), 0.0
+    weight = np.maximum(np.bincount(pulses.device, mean**2, count), 1e-30)
+    ratio = np.bincount(pulses.device, step * mean, count) / weight
+    rest = (step - ratio[pulses.device] * mean) * mean
+    pulsed = np.bincount(pulses.device, minlength=count)
+    known = pulsed > 1  # a single pulse tells no error
+    if known.sum() < 3:
+        return ratio, 0.0
+    own = pulsed[known] / (pulsed[known] - 1)  # each ratio is fitted to its device's own pulses
+    error = own * np.bincount(pulses.device, rest**2, count)[known] / weight[known] ** 2
+    return ratio, float(np.sqrt(max(ratio[known].var(ddof=1) - error.mean(), 0.0)))
+
+
+def _quantiles(y: np.ndarray, rest: np.ndarray, bins: int) -> tuple[tuple[float, ...], ...]:
+    node = np.rint(y * (bins - 1)).astype(int)
+    return tuple(tuple(np.quantile(rest[node == k], ndtr(SCORES)).tolist()) for k in range(bins))
+
+
+def _judged(law: UpdateLaw, window: Device, test: Pulses, ratio: np.ndarray) -> Fit:
+    """How the law foretells held-out pulses: mean, and distribution by its probability integral transform."""
+    y, step = _shares(test, window)
+    gain = ratio[np.minimum(test.device, len(ratio) - 1)]
+    dumped = law.model_dump()
+    nominal = _nominal_step(law)
+    mean = _foretold(law, y, test.rising, gain)
+    rest = step - mean
+    if isinstance(law, LookupTable):
+        scale = np.maximum(gain, 1e-3) * nominal
+        grid = np.linspace(-4, 4, 161)
+        curve = np.stack([reference.laws.scattered(dumped, y, np.full_like(y, z), test.rising) for z in grid])
+        below = (curve < rest / scale).mean(0)
+        z = np.clip(below * 8 - 4, -4, 4)
+    elif "gamma" in dumped:
+        z = rest / np.maximum(dumped["gamma"] * np.sqrt(np.abs(mean)), 1e-30)
+    else:
+        z = rest / max(dumped["cycle"] * (1.0 if dumped["law"] == "neurosim" else nominal), 1e-30)
+    explained, distance, limit = [], [], []
+    for way in (True, False):
+        mine = test.rising == way
+        explained.append(float(1 - rest[mine].var() / max(step[mine].var(), 1e-30)) if mine.any() else 0.0)
+        worst = max(
+            (_off_uniform(ndtr(part)) for part in _thirds(y[mine], z[mine])), key=lambda off: off[0] / off[1]
+        )
+        distance.append(worst[0])
+        limit.append(worst[1])
+    return Fit(
+        law, window, test, (explained[0], explained[1]), (distance[0], distance[1]), (limit[0], limit[1]), ndtr(z)
+    )  # fmt: skip
+
+
+def _thirds(y: np.ndarray, z: np.ndarray) -> list[np.ndarray]:
+    """z of low, of middling and of high y, as many of each: a law may be right over all and wrong in every one."""
+    return np.array_split(z[np.argsort(y, kind="stable")], 3)
+
+
+def _off_uniform(u: np.ndarray) -> tuple[float, float]:
+    """Kolmogorov-Smirnov distance of values to an even spread over 0 .. 1, and what chance exceeds in one of 300 cases."""
+    n = max(len(u), 1)
+    ranks, u = np.arange(len(u) + 1) / n, np.sort(u)
+    distance = float(max((ranks[1:] - u).max(), (u - ranks[:-1]).max())) if len(u) else 0.0
+    return distance, 1.79 / float(np.sqrt(n))
+
+
+def plot_fit(fit: Fit, path: str | Path) -> None:
+    """Draw held-out changes over the law's mean, and their ranks in its distribution, to a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    up, down, ranks = figure.subplots(1, 3)
+    y, _ = _shares(fit.held_out, fit.window)
+    at = np.linspace(0, 1, 101)
+    span = fit.window.g_max - fit.window.g_min
+    g = fit.window.g_min + at * span
+    for axis, way, name in ((up, True, "potentiation"), (down, False, "depression")):
+        mine = fit.held_out.rising == way
+        axis.plot(
+            fit.held_out.g_before[mine] * 1e6, fit.held_out.dg[mine] * 1e9, ".", markersize=2, alpha=0.3
+        )
+        axis.plot(g * 1e6, _foretold(fit.law, at, way) * span * 1e9, color="black", label=fit.law.law)
+        axis.set(xlabel="conductance before (uS)", ylabel="change (nS)", title=name)
+        axis.legend()
+        ranks.hist(fit.rank[mine], bins=20, range=(0, 1), density=True, histtype="step", label=name)
+    ranks.axhline(1, color="black", linewidth=0.7)
+    ranks.set(xlabel="rank in the law's distribution", ylabel="density", title="hold-out")
+    ranks.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _nominal_step(law: UpdateLaw) -> float:
+    """Share of the window that one nominal pulse moves."""
+    assert law.nominal_pulses is not None
+    return 1 / law.nominal_pulses
+
+
+def _foretold(
+    law: UpdateLaw, y: np.ndarray, rising: np.ndarray | bool, gain: np.ndarray | float = 1.0
+) -> np.ndarray:
+    """Mean change by one pulse, in shares of the window."""
+    change = gain * (1 + np.where(rising, law.asymmetry, -law.asymmetry)) * _nominal_step(law)
+    return (
+        reference.laws.moved(law.model_dump(), y, np.broadcast_to(np.where(rising, change, -change), y.shape))
+        - y
+    )
