@@ -45,9 +45,10 @@ void tile_column(i64 rows, i64 depth, const float* at, i64 lda, const float* b, 
                                      ldc);
 }
 
-// c = c0 + sign at' b: at [depth, rows], b [depth, cols]; rows and cols are multiples of 8.
-inline void product(i64 rows, i64 cols, i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0,
-                    i64 ldc0, float sign, float* c, i64 ldc) {
+// c = c0 + sign at' b: at [depth, rows], b [depth, cols]; rows and cols are multiples of 8. One copy of it: with its loops in
+// line, a merge would not fit the cache of instructions.
+__attribute__((noinline)) inline void product(i64 rows, i64 cols, i64 depth, const float* at, i64 lda, const float* b,
+                                              i64 ldb, const float* c0, i64 ldc0, float sign, float* c, i64 ldc) {
   i64 j = 0;
   for (; j + 2 * WIDTH <= cols; j += 2 * WIDTH)
     tile_column<WIDTH, 2>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
@@ -74,8 +75,8 @@ inline void lane_tile(i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb
 }
 
 template <int SIDE>
-void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0,
-                  i64 ldc0, float sign, Lane* c, i64 ldc) {
+GPUXBAR_METHOD void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb,
+                                 const Lane* c0, i64 ldc0, float sign, Lane* c, i64 ldc) {
   for (i64 i = 0; i < rows; i += SIDE)
     for (i64 j = 0; j < cols; j += SIDE)
       lane_tile<SIDE>(depth, at + i, lda, b + j, ldb, c0 ? c0 + i * ldc0 + j : nullptr, ldc0, sign, c + i * ldc + j,
@@ -83,65 +84,110 @@ void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const 
 }
 
 // The same for a matrix in every lane; sizes are 1, 2, 4 or 8.
-inline void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0,
-                    i64 ldc0, float sign, Lane* c, i64 ldc) {
+GPUXBAR_METHOD void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb,
+                            const Lane* c0, i64 ldc0, float sign, Lane* c, i64 ldc) {
   const i64 least = std::min(rows, cols);
   if (rows * cols * depth == 1) {  // of cells
     *c = (c0 ? *c0 : Lane{}) + sign * (*at * *b);
     return;
   }
-  (least >= 4   ? lane_product<4>
-   : least == 2 ? lane_product<2>
-                : lane_product<1>)(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+  if (least >= 4)
+    lane_product<4>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+  else if (least == 2)
+    lane_product<2>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+  else
+    lane_product<1>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
 }
 
-// ---------------------------------------------------------------- inverse
+// ---------------------------------------------------------------- transposes and inverse
+
+// to[j][i] = from[i][j] of STEP x STEP.
+template <int STEP>
+inline void mirror_tile(const float* from, i64 ld_from, float* to, i64 ld_to) {
+  using V = typename Floats<STEP>::Vec;
+  typedef float Row __attribute__((vector_size(4 * STEP)));
+  Row rows[STEP];
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; ++i) rows[i] = *(const V*)(from + i * ld_from);
+  swap_lanes<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < STEP; ++i) *(V*)(to + i * ld_to) = rows[i];
+}
+
+// to = from', from [rows, cols]; rows and cols are multiples of 8.
+inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
+  const i64 high = rows / WIDTH * WIDTH, wide = cols / WIDTH * WIDTH;
+  for (i64 i = 0; i < high; i += WIDTH)
+    for (i64 j = 0; j < wide; j += WIDTH)
+      mirror_tile<WIDTH>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+  for (i64 i = 0; i < rows; i += 8)
+    for (i64 j = i < high ? wide : 0; j < cols; j += 8)
+      mirror_tile<8>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+}
+
+inline void mirror(i64 rows, i64 cols, const Lane* from, i64 ld_from, Lane* to, i64 ld_to) {
+  for (i64 i = 0; i < rows; ++i)
+    for (i64 j = 0; j < cols; ++j) to[j * ld_to + i] = from[i * ld_from + j];
+}
 
 // In place, without pivots: 1 + A Z with A, Z positive semidefinite keeps its pivots at 1 or above in the mean.
-template <class T>
-inline void invert_small(i64 n, T* m, i64 ld) {
+inline void invert(i64 n, Lane* m, i64 ld, Lane*) {
   for (i64 t = 0; t < n; ++t) {
-    T* const pivot = m + t * ld;
-    const T inverse = 1.0f / pivot[t];
-    pivot[t] = inverse - inverse + 1.0f;
+    Lane* const pivot = m + t * ld;
+    const Lane inverse = 1.0f / pivot[t];
+    pivot[t] = Lane{} + 1.0f;
     for (i64 j = 0; j < n; ++j) pivot[j] *= inverse;
     for (i64 i = 0; i < n; ++i) {
       if (i == t) continue;
-      T* const row = m + i * ld;
-      const T factor = row[t];
-      row[t] = factor - factor;
+      Lane* const row = m + i * ld;
+      const Lane factor = row[t];
+      row[t] = Lane{};
       for (i64 j = 0; j < n; ++j) row[j] -= factor * pivot[j];
+    }
+  }
+}
+
+// The same of a LEAF x LEAF matrix in registers.
+inline void invert_rows(Floats<LEAF>::Vec (&m)[LEAF]) {
+#pragma GCC unroll 8
+  for (int t = 0; t < LEAF; ++t) {
+    const float inverse = 1.0f / m[t][t];
+    m[t][t] = 1.0f;
+    m[t] *= inverse;
+#pragma GCC unroll 8
+    for (int i = 0; i < LEAF; ++i) {
+      if (i == t) continue;
+      const float factor = m[i][t];
+      m[i][t] = 0.0f;
+      m[i] -= factor * m[t];
     }
   }
 }
 
 // Gauss-Jordan by panels of LEAF rows; `work` holds 2 LEAF (n + LEAF) numbers.
 inline void invert(i64 n, float* m, i64 ld, float* work) {
+  using Panel = Floats<LEAF>::Vec;
   float* const across = work;           // [LEAF, n]: the panel's rows, times the inverse of its pivot block
   float* const down = work + LEAF * n;  // [LEAF, n]: its columns, transposed
   for (i64 t = 0; t < n; t += LEAF) {
-    float pivot[LEAF * LEAF], turned[LEAF * LEAF];
-    for (i64 i = 0; i < LEAF; ++i)
-      for (i64 j = 0; j < LEAF; ++j) pivot[i * LEAF + j] = m[(t + i) * ld + t + j];
-    invert_small<float>(LEAF, pivot, LEAF);
-    for (i64 i = 0; i < LEAF; ++i)
-      for (i64 j = 0; j < LEAF; ++j) {
-        turned[j * LEAF + i] = pivot[i * LEAF + j];
-        m[(t + i) * ld + t + j] = i == j ? 1.0f : 0.0f;
-      }
+    Panel pivot[LEAF];
+    float turned[LEAF * LEAF];
+    for (int i = 0; i < LEAF; ++i) pivot[i] = *(const Panel*)(m + (t + i) * ld + t);
+    invert_rows(pivot);
+    mirror_tile<LEAF>((const float*)pivot, LEAF, turned, LEAF);
+    for (int i = 0; i < LEAF; ++i) {
+      Panel unit = {};
+      unit[i] = 1.0f;
+      *(Panel*)(m + (t + i) * ld + t) = unit;
+    }
     product(LEAF, n, LEAF, turned, LEAF, m + t * ld, ld, nullptr, 0, 1.0f, across, n);
-    for (i64 i = 0; i < n; ++i)
-      for (i64 k = 0; k < LEAF; ++k) {
-        const bool own = i >= t && i < t + LEAF;
-        down[k * n + i] = own ? 0.0f : m[i * ld + t + k];
-        m[i * ld + t + k] = 0.0f;
-      }
+    mirror(n, LEAF, m + t, ld, down, n);
+    for (i64 k = 0; k < LEAF; ++k) *(Panel*)(down + k * n + t) = Panel{};
+    for (i64 i = 0; i < n; ++i) *(Panel*)(m + i * ld + t) = Panel{};
     for (i64 k = 0; k < LEAF; ++k) std::memcpy(m + (t + k) * ld, across + k * n, sizeof(float) * n);
     product(n, n, LEAF, down, n, across, n, m, ld, -1.0f, m, ld);
   }
 }
-
-inline void invert(i64 n, Lane* m, i64 ld, Lane*) { invert_small<Lane>(n, m, ld); }
 
 // ---------------------------------------------------------------- blocks and their merge
 
@@ -178,35 +224,6 @@ struct Stacks {
 
 inline i64 padded(i64 size, float) { return (size + 15) / 16 * 16 + 16; }  // rows off a power of two apart
 inline i64 padded(i64 size, const Lane&) { return size; }
-
-// to[j][i] = from[i][j] of STEP x STEP.
-template <int STEP>
-inline void mirror_tile(const float* from, i64 ld_from, float* to, i64 ld_to) {
-  using V = typename Floats<STEP>::Vec;
-  typedef float Row __attribute__((vector_size(4 * STEP)));
-  Row rows[STEP];
-#pragma GCC unroll 16
-  for (int i = 0; i < STEP; ++i) rows[i] = *(const V*)(from + i * ld_from);
-  swap_lanes<1>(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < STEP; ++i) *(V*)(to + i * ld_to) = rows[i];
-}
-
-// to = from', from [rows, cols]; rows and cols are multiples of 8.
-inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
-  const i64 high = rows / WIDTH * WIDTH, wide = cols / WIDTH * WIDTH;
-  for (i64 i = 0; i < high; i += WIDTH)
-    for (i64 j = 0; j < wide; j += WIDTH)
-      mirror_tile<WIDTH>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
-  for (i64 i = 0; i < rows; i += 8)
-    for (i64 j = i < high ? wide : 0; j < cols; j += 8)
-      mirror_tile<8>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
-}
-
-inline void mirror(i64 rows, i64 cols, const Lane* from, i64 ld_from, Lane* to, i64 ld_to) {
-  for (i64 i = 0; i < rows; ++i)
-    for (i64 j = 0; j < cols; ++j) to[j * ld_to + i] = from[i * ld_from + j];
-}
 
 // A side of one part, and where it lies in the merged block.
 struct Segment {
@@ -248,16 +265,17 @@ struct Joint {
 
 // f = (1 + A Z)^-1 of two blocks' joined sides, with Z = -Q1[k1, k1] and A = Q2[k2, k2].
 template <class E>
-void joined(const Block<E>& a, const Block<E>& b, int k1, int k2, E* f, i64 ld, E* work) {
+GPUXBAR_METHOD void joined(const Block<E>& a, const Block<E>& b, int k1, int k2, E* f, i64 ld, E* work) {
   const i64 k = a.size[k1];
   product(k, k, k, b.part(k2, k2), b.ld, a.part(k1, k1), a.ld, nullptr, 0, -1.0f, f, ld);
   for (i64 i = 0; i < k; ++i) f[i * ld + i] += 1.0f;
   invert(k, f, ld, work);
 }
 
+// Where the sizes of a and b are constants (inside leaves), all that follows from them is: its loops are unrolled for that.
 template <class E>
-Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wanted, Stack<E>& results,
-               Stack<E>& scratch) {
+GPUXBAR_METHOD Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wanted, Stack<E>& results,
+                              Stack<E>& scratch) {
   const Joint<E> joint(a, b, along_rows);
   const int k1 = joint.k1, k2 = joint.k2;
   const Segment* const rest1 = joint.rest1;
@@ -267,6 +285,7 @@ Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wan
 
   const i64 k = a.size[k1], ld = padded(k, E{});
   i64 at1[3], at2[3], wide1 = 0, wide2 = 0;  // columns of the rests
+#pragma GCC unroll 3
   for (int s = 0; s < 3; ++s) {
     at1[s] = wide1, wide1 += a.size[rest1[s].port];
     at2[s] = wide2, wide2 += b.size[rest2[s].port];
@@ -285,13 +304,18 @@ Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wan
   joined(a, b, k1, k2, f, ld, work);
 
   bool any22 = false;
-  for (int s = 0; s < 3; ++s)
+#pragma GCC unroll 3
+  for (int s = 0; s < 3; ++s) {
+#pragma GCC unroll 3
     for (int r = 0; r <= s; ++r)
       any22 |= b.size[rest2[s].port] && b.size[rest2[r].port] && wanted(rest2[r].port, rest2[s].port);
+  }
   if (any22) product(k, k, k, f, ld, minus_z, a.ld, nullptr, 0, -1.0f, fz, ld);
+#pragma GCC unroll 3
   for (int s = 0; s < 3; ++s) {
     const int port1 = rest1[s].port, port2 = rest2[s].port;
     bool inner1 = false, inner2 = false, cross = false;
+#pragma GCC unroll 3
     for (int r = 0; r < 3; ++r) {
       inner1 |= r <= s && a.size[rest1[r].port] && wanted(rest1[r].port, port1);
       inner2 |= r <= s && b.size[rest2[r].port] && wanted(rest2[r].port, port2);
@@ -306,7 +330,9 @@ Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wan
   const auto place = [&](const Segment& s, const Segment& t) {
     return out.q + joint.place(s) * out.ld + joint.place(t);
   };
-  for (int s = 0; s < 3; ++s)
+#pragma GCC unroll 3
+  for (int s = 0; s < 3; ++s) {
+#pragma GCC unroll 3
     for (int r = 0; r <= s; ++r) {  // Q11 and Q22, the segments' upper triangle and its mirror image
       const int p1 = rest1[r].port, q1 = rest1[s].port, p2 = rest2[r].port, q2 = rest2[s].port;
       if (wanted(p1, q1)) {
@@ -322,7 +348,10 @@ Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wan
         if (r != s) mirror(b.size[p2], b.size[q2], to, out.ld, place(rest2[s], rest2[r]), out.ld);
       }
     }
-  for (int r = 0; r < 3; ++r)
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < 3; ++r) {
+#pragma GCC unroll 3
     for (int s = 0; s < 3; ++s) {  // Q12
       const int p = rest1[r].port, q = rest2[s].port;
       if (!wanted(p, q)) continue;
@@ -330,6 +359,7 @@ Block<E> merge(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wan
       product(a.size[p], b.size[q], k, x + at1[r], ld1, b.part(k2, q), b.ld, nullptr, 0, -1.0f, to, out.ld);
       mirror(a.size[p], b.size[q], to, out.ld, place(rest2[s], rest1[r]), out.ld);
     }
+  }
   return out;
 }
 
@@ -385,19 +415,23 @@ struct Builder {
         admittances(admittances),
         lines(lines) {}
 
-  // Cells [i0, i1) x [j0, j1) of every leaf of the group whose first leaf is (r0, c0).
-  Block<Lane> cells(i64 r0, i64 c0, i64 i0, i64 i1, i64 j0, i64 j1, int depth, u64 node = 0) {
+  // ROWS x COLS cells from (i, j) on of every leaf of the group whose first leaf is (r0, c0).
+  template <int ROWS, int COLS>
+  Block<Lane> cells(i64 r0, i64 c0, i64 i, i64 j, int depth, u64 node = 0) {
     Stack<Lane>&results = lanes.stack[depth & 1], &parts = lanes.stack[~depth & 1];
     Block<Lane> out;
-    if (i1 - i0 == 1 && j1 - j0 == 1) {
-      out = cell(r0, c0, i0, j0, results);
+    if constexpr (ROWS == 1 && COLS == 1) {
+      out = cell(r0, c0, i, j, results);
     } else {
+      constexpr bool along_rows = COLS > ROWS;
+      constexpr int H = along_rows ? ROWS : ROWS / 2, W = along_rows ? COLS / 2 : COLS;
       const i64 mark = parts.top;
-      const Cut cut(i0, i1, j0, j1, true);
       const int below = kept_cells ? depth : depth + 1;
-      const Block<Lane> a = cells(r0, c0, cut.a[0], cut.a[1], cut.a[2], cut.a[3], below, 2 * node + 1);
-      const Block<Lane> b = cells(r0, c0, cut.b[0], cut.b[1], cut.b[2], cut.b[3], below, 2 * node + 2);
-      out = merge(a, b, cut.along_rows, Wanted{true, true}, results, parts);
+      Lane* const qa = cells<H, W>(r0, c0, along_rows ? i : i + H, j, below, 2 * node + 1).q;
+      Lane* const qb = cells<H, W>(r0, c0, i, along_rows ? j + W : j, below, 2 * node + 2).q;
+      const Block<Lane> a{qa, 2 * (H + W), {0, H, 2 * H, 2 * H + W}, {H, H, W, W}};
+      const Block<Lane> b{qb, 2 * (H + W), {0, H, 2 * H, 2 * H + W}, {H, H, W, W}};
+      out = merge(a, b, along_rows, Wanted{true, true}, results, parts);
       parts.top = mark;
     }
     if (kept_cells) kept_cells->put(node, out);
@@ -431,7 +465,7 @@ struct Builder {
   float* leaves(i64 r0, i64 c0, Stack<float>& results) {
     constexpr i64 SIZE = 4 * LEAF * 4 * LEAF;
     float* const out = results.take(LEAVES * SIZE);
-    const Block<Lane> block = cells(r0, c0, 0, LEAF, 0, LEAF, 0);
+    const Block<Lane> block = cells<LEAF, LEAF>(r0, c0, 0, 0, 0);
     if (!kept_cells) lanes.stack[0].top = 0;
     if (blocks.counting()) return out;
     for (i64 e0 = 0; e0 < SIZE; e0 += LEAVES) {
