@@ -46,6 +46,7 @@ from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.relax import KERNEL as RELAX
+from gpuxbar.ops.solve_for_inputs_cuda import KERNELS as WIRE_CURRENTS
 from gpuxbar.ops.streamed_update import KERNELS as STREAMED
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_cuda import chunks, split_value
@@ -66,6 +67,7 @@ KERNELS = {
         CHOP,
         *EFFECTIVE_CONDUCTANCE,
         *CONDUCTANCE_GRADIENT,
+        *WIRE_CURRENTS,
         *ANCHOR,
         *PULSES,
         *STREAMED,

@@ -1,0 +1,462 @@
+// wire_currents: tiles with resistive wires for given inputs, by conjugate gradients on whole lines; and their gradients.
+//
+// Axes    g [T, R, C]; v, grad_v [T, B, R]; i, grad_i [T, B, C]; an item is an input of a tile, N = T * B.
+//         memory [blocks, R, ceil(C / 128), 8, 128]: fields of a tile and an input, for each block of the launch.
+// Launch  wire_currents, wire_currents_gradient: blocks of 512 threads, as many as there is memory for; each solves
+//         neighbouring items one after the other. wire_currents_sum: 1-D grid-stride.
+//         The result does not depend on the launch: an item's bits are its own, and grad_g is summed in the order of B.
+// Method  A warp has 128 columns at a time. A wordline is the work of a warp, in two scans of affine maps over its lanes;
+//         bitlines are cut into a strip of rows for each warp, whose maps are put together in shared memory.
+//         What does not converge is NaN: the currents of the input; grad_v of the input and grad_g of the tile.
+// Wrapper gpuxbar/ops/solve_for_inputs_cuda.py      Oracle gpuxbar/reference/wire_currents.py
+#include "gpuxbar/parasitics.cuh"
+
+namespace gpuxbar {
+
+constexpr int THREADS = 512, WARPS = THREADS / 32, WIDE = 128, FIELDS = 8;
+// Fields, 128 neighbouring cells of each: cells and ladder factors of wordlines and bitlines, voltage of the wordlines,
+// residual current, direction of the step and the currents that make it, and what one pass leaves to the next.
+enum Field {
+  G,
+  SHARE_W = WIDE,
+  SHARE_B = 2 * WIDE,
+  U = 3 * WIDE,
+  RESIDUAL = 4 * WIDE,
+  STEP = 5 * WIDE,
+  SOURCE = 6 * WIDE,
+  WORK = 7 * WIDE
+};
+constexpr u32 ALL = 0xFFFFFFFFu, NOT_A_NUMBER = 0x7FC00000u;
+
+// Four neighbouring cells of a wordline.
+struct __align__(16) Cells {
+  float x[4];
+};
+
+constexpr Cells ONES{{1.0f, 1.0f, 1.0f, 1.0f}};
+
+GPUXBAR_FN Cells load(const float* from) {
+  const float4 v = *(const float4*)from;
+  return Cells{{v.x, v.y, v.z, v.w}};
+}
+
+GPUXBAR_FN void store(float* to, const Cells& from) {
+  *(float4*)to = make_float4(from.x[0], from.x[1], from.x[2], from.x[3]);
+}
+
+GPUXBAR_FN Cells times(const Cells& a, const Cells& b) {
+  Cells out;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) out.x[j] = a.x[j] * b.x[j];
+  return out;
+}
+
+GPUXBAR_FN double dot(const Cells& a, const Cells& b) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) sum = fma(a.x[j], b.x[j], sum);
+  return (double)sum;
+}
+
+// What some cells make of a current or voltage x: factor x + sum.
+struct Affine {
+  float factor, sum;
+};
+
+// What all lanes before this one make of `carry`, from the first on, or from the last on (BACKWARDS); then `carry` is what all do.
+template <bool BACKWARDS>
+GPUXBAR_FN float scan(Affine map, float& carry) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = BACKWARDS ? lane + step : lane - step;
+    const float factor = __shfl_sync(ALL, map.factor, other & 31), sum = __shfl_sync(ALL, map.sum, other & 31);
+    if (other < 0 || other > 31) continue;
+    map.sum = fma(map.factor, sum, map.sum);
+    map.factor *= factor;
+  }
+  const float reached = fma(map.factor, carry, map.sum);
+  const int before = BACKWARDS ? lane + 1 : lane - 1;
+  const float mine = __shfl_sync(ALL, reached, before & 31), from = carry;
+  carry = __shfl_sync(ALL, reached, BACKWARDS ? 0 : 31);
+  return before < 0 || before > 31 ? from : mine;
+}
+
+struct Shared {
+  Cells sum[WARPS][32], factor[WARPS][32], back[WARPS][32];  // of strips of bitlines, downwards and upwards
+  double parts[WARPS];
+};
+
+// Of x of all threads, the sum or the largest (LARGEST); in a fixed order, and a barrier of the block.
+template <bool LARGEST>
+GPUXBAR_FN double joined(double x, Shared& shared) {
+  for (int step = 16; step; step >>= 1) {
+    const double other = __shfl_xor_sync(ALL, x, step);
+    x = !LARGEST ? x + other : other > x ? other : x;
+  }
+  if (threadIdx.x % 32 == 0) shared.parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  double all = 0.0;
+  for (int w = 0; w < WARPS; ++w)
+    all = !LARGEST ? all + shared.parts[w] : shared.parts[w] > all ? shared.parts[w] : all;
+  __syncthreads();
+  return all;
+}
+
+// A tile, and the voltages of an input, in the memory of a block.
+struct Solver {
+  Shared& shared;
+  Wires wires;
+  int rows, cols, blocks;
+  float* memory;
+
+  __device__ __forceinline__ Solver(Shared& shared, const Wires& wires, int rows, int cols, float* memory)
+      : shared(shared), wires(wires), rows(rows), cols(cols), blocks((cols + WIDE - 1) / WIDE) {
+    this->memory = memory + (i64)blockIdx.x * rows * blocks * FIELDS * WIDE;
+  }
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
+  __device__ __forceinline__ static int warp() { return threadIdx.x >> 5; }
+
+  // The fields of a cell; of the first of four at the left end of a wide block, to a thread.
+  __device__ __forceinline__ float* at(int row, int col) const {
+    return memory + ((i64)row * blocks + col / WIDE) * FIELDS * WIDE + col % WIDE;
+  }
+
+  // Cells and ladder factors of another tile, which no thread is at work on any more.
+  __device__ __forceinline__ void read(const float* g) const {
+    for (int row = warp(); row < rows; row += WARPS)
+      for (int col = lane(); col < (cols + 3) / 4 * 4; col += 32) {
+        float* const to = at(row, col);
+        to[G] = col < cols ? g[(i64)row * cols + col] : 0.0f;
+        if (col >= cols) to[SHARE_W] = to[SHARE_B] = 1.0f;
+      }
+    for (int line = threadIdx.x; line < rows + cols; line += THREADS) {
+      const int row = line, col = line - rows;
+      if (line < rows)
+        ladder_factors(
+            cols, wires.at_source(row), wires.along(row), [=](int i) { return g[(i64)row * cols + i]; },
+            [=](int i, float share) { at(row, i)[SHARE_W] = share; });
+      else
+        ladder_factors(
+            rows, wires.at_sink(col), wires.down(col), [=](int i) { return g[(i64)(rows - 1 - i) * cols + col]; },
+            [=](int i, float share) { at(rows - 1 - i, col)[SHARE_B] = share; });
+    }
+    __syncthreads();
+  }
+
+  // Voltages of the wordlines for currents into their nodes, bitlines held at 0, drivers at scale * v [R] or at 0: `current`
+  // and `take` get the fields of four cells, the latter with their voltages.
+  template <class Current, class Take>
+  __device__ __forceinline__ void wordlines(const float* v, float scale, Current current, Take take) const {
+#pragma unroll 1
+    for (int row = warp(); row < rows; row += WARPS) {
+      const float segment = wires.along(row), end = wires.at_source(row);
+      float carry = 0.0f;
+#pragma unroll 1
+      for (int col = (blocks - 1) * WIDE + 4 * lane(); col >= 0; col -= WIDE) {
+        float* const here = at(row, col);
+        Cells share = ONES, sum{};
+        if (col < cols) sum = current(here), share = load(here + SHARE_W);
+        Affine map{1.0f, 0.0f};
+#pragma unroll
+        for (int j = 3; j >= 0; --j) map.sum = share.x[j] * (map.sum + sum.x[j]), map.factor *= share.x[j];
+        float beyond = scan<true>(map, carry);
+#pragma unroll
+        for (int j = 3; j >= 0; --j) sum.x[j] += beyond, beyond = share.x[j] * sum.x[j];
+        if (col < cols) store(here + WORK, sum);
+      }
+      carry = v ? scale * v[row] : 0.0f;
+#pragma unroll 1
+      for (int col = 4 * lane(); col < blocks * WIDE; col += WIDE) {
+        float* const here = at(row, col);
+        Cells share = ONES, volts{};
+        if (col < cols) volts = load(here + WORK), share = load(here + SHARE_W);
+        Affine map{1.0f, 0.0f};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          volts.x[j] *= col + j ? segment : end;
+          map.sum = share.x[j] * (map.sum + volts.x[j]), map.factor *= share.x[j];
+        }
+        float before = scan<false>(map, carry);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) volts.x[j] = before = share.x[j] * (before + volts.x[j]);
+        if (col < cols) take(here, volts);
+      }
+    }
+  }
+
+  // The first row of a warp's strip.
+  __device__ __forceinline__ int strip(int warp) const { return (int)((i64)rows * warp / WARPS); }
+
+  // Currents into the nodes of four bitlines from `col` on, kept in WORK; what strips pass on of them, in shared memory.
+  template <class Current>
+  __device__ __forceinline__ void collect(int col, Current current) const {
+    Cells sum{}, factor = ONES;
+#pragma unroll 1
+    for (int row = strip(warp()); row < strip(warp() + 1) && col < cols; ++row) {
+      float* const here = at(row, col);
+      const Cells into = current(here), share = load(here + SHARE_B);
+      store(here + WORK, into);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum.x[j] = share.x[j] * (sum.x[j] + into.x[j]), factor.x[j] *= share.x[j];
+    }
+    store(shared.sum[warp()][lane()].x, sum);
+    store(shared.factor[warp()][lane()].x, factor);
+    __syncthreads();
+  }
+
+  // `carry` past a strip.
+  __device__ __forceinline__ void pass(const Cells (*sums)[32], int warp, Cells& carry) const {
+    const Cells sum = load(sums[warp][lane()].x), factor = load(shared.factor[warp][lane()].x);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) carry.x[j] = fma(factor.x[j], carry.x[j], sum.x[j]);
+  }
+
+  // Bitlines alike, wordlines held at 0, sensed ends at -scale * grad_i [C] or at 0; `take` gets the place of the first cell
+  // too. A barrier of the block.
+  template <class Current, class Take>
+  __device__ __forceinline__ void bitlines(const float* grad_i, float scale, Current current, Take take) const {
+#pragma unroll 1
+    for (int col = 4 * lane(); col < blocks * WIDE; col += WIDE) {
+      const int from = strip(warp()), to = strip(warp() + 1);
+      collect(col, current);
+      Cells segment{}, end{}, carry{}, drive{}, back{}, factor = ONES;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (col + j < cols) {
+          segment.x[j] = wires.down(col + j), end.x[j] = wires.at_sink(col + j);
+          drive.x[j] = grad_i ? -scale * grad_i[col + j] : 0.0f;
+        }
+#pragma unroll 1
+      for (int w = 0; w < warp(); ++w) pass(shared.sum, w, carry);
+#pragma unroll 1
+      for (int row = from; row < to && col < cols; ++row) {
+        float* const here = at(row, col);
+        Cells sum = load(here + WORK);
+        const Cells share = load(here + SHARE_B);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sum.x[j] += carry.x[j];
+          carry.x[j] = share.x[j] * sum.x[j];
+          sum.x[j] *= row + 1 < rows ? segment.x[j] : end.x[j];
+          factor.x[j] *= share.x[j];
+          back.x[j] = fma(factor.x[j], sum.x[j], back.x[j]);
+        }
+        store(here + WORK, sum);
+      }
+      store(shared.back[warp()][lane()].x, back);
+      __syncthreads();
+#pragma unroll 1
+      for (int w = WARPS - 1; w > warp(); --w) pass(shared.back, w, drive);
+#pragma unroll 1
+      for (int row = to - 1; row >= from && col < cols; --row) {
+        float* const here = at(row, col);
+        const Cells drop = load(here + WORK), share = load(here + SHARE_B);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) drive.x[j] = share.x[j] * (drive.x[j] + drop.x[j]);
+        take(here, row, col, drive);
+      }
+      __syncthreads();
+    }
+  }
+
+  // Voltages of the wordlines, drivers at scale * v and sensed ends at -scale * grad_i; null: at 0. False if they did not
+  // come below `tolerance` in so many iterations.
+  __device__ __forceinline__ bool solve(const float* v, const float* grad_i, float scale, double tolerance,
+                                        int iterations) const {
+    wordlines(v, scale, [](float*) { return Cells{}; }, [](float* at, const Cells& volts) { store(at + U, volts); });
+    __syncthreads();
+    double start = 0.0, norm = 0.0, bound = 0.0;
+    bitlines(
+        grad_i, scale, [](float* at) { return times(load(at + G), load(at + U)); },
+        [&](float* at, int, int, const Cells& volts) {
+          const Cells cells = load(at + G), across = load(at + U);
+          store(at + RESIDUAL, times(cells, volts));
+          start += dot(times(cells, across), across);
+        });
+    start = joined<false>(start, shared);
+    float alpha = 0.0f;
+#pragma unroll 1
+    for (int n = 0;; ++n) {
+      double next = 0.0, power = 0.0;
+      wordlines(
+          nullptr, scale,
+          [=](float* at) {
+            Cells left = load(at + RESIDUAL);
+            if (n == 0) return left;
+            Cells across = load(at + U);
+            const Cells cells = load(at + G), volts = load(at + WORK), along = load(at + STEP);
+            const Cells into = load(at + SOURCE);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              across.x[j] = fma(alpha, along.x[j], across.x[j]);
+              left.x[j] = fma(-alpha, fma(-cells.x[j], volts.x[j], into.x[j]), left.x[j]);
+            }
+            store(at + U, across);
+            store(at + RESIDUAL, left);
+            return left;
+          },
+          [&](float* at, const Cells& volts) {
+            store(at + WORK, volts);
+            next += dot(load(at + RESIDUAL), volts);
+          });
+      next = joined<false>(next, shared);
+      // the bound is on a power: that of the cells, or of the correction where the drivers do nothing
+      if (n == 0) bound = tolerance * tolerance * (start > next ? start : next);
+      if (next <= bound) return bound < 1e300;  // else they are infinite
+      if (n == iterations) return false;
+      const float beta = n ? (float)(next / norm) : 0.0f;
+      norm = next;
+      bitlines(
+          nullptr, scale,
+          [=](float* at) {
+            Cells along = load(at + WORK), into = load(at + RESIDUAL);
+            if (n) {
+              const Cells old_along = load(at + STEP), old_into = load(at + SOURCE);
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                along.x[j] = fma(beta, old_along.x[j], along.x[j]);
+                into.x[j] = fma(beta, old_into.x[j], into.x[j]);
+              }
+            }
+            store(at + STEP, along);
+            store(at + SOURCE, into);
+            return times(load(at + G), along);
+          },
+          [&](float* at, int, int, const Cells& volts) {
+            Cells left = load(at + SOURCE);
+            const Cells cells = load(at + G);
+            store(at + WORK, volts);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) left.x[j] = fma(-cells.x[j], volts.x[j], left.x[j]);
+            power += dot(load(at + STEP), left);
+          });
+      power = joined<false>(power, shared);
+      if (!(power > 0.0)) return false;
+      alpha = (float)(norm / power);
+    }
+  }
+
+  // Of inputs x [count]. A barrier of the block.
+  __device__ __forceinline__ Scale scale(const float* x, int count) const {
+    float largest = 0.0f;
+    for (int k = threadIdx.x; k < count; k += THREADS) largest = max(largest, abs(x[k]));
+    return scale_of((float)joined<true>((double)largest, shared));
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    wire_currents(const float* __restrict__ v,           // [T, B, R] V
+                  const float* __restrict__ g,           // [T, R, C] S
+                  const float* __restrict__ r_wordline,  // [R] ohm, or null: wordline_value; the others alike
+                  const float* __restrict__ r_bitline, const float* __restrict__ r_source,
+                  const float* __restrict__ r_sink,
+                  float* __restrict__ i,       // [T, B, C] A
+                  float* __restrict__ memory,  // scratch
+                  float wordline_value, float bitline_value, float source_value, float sink_value, float tolerance,
+                  int iterations, int batch, int rows, int cols,
+                  i64 items)  // T * B
+{
+  __shared__ Shared shared;
+  const Wires wires{r_wordline, r_bitline, r_source, r_sink, wordline_value, bitline_value, source_value, sink_value};
+  const Solver solver(shared, wires, rows, cols, memory);
+  const i64 last = items * (blockIdx.x + 1) / gridDim.x;
+  i64 tile = -1;
+#pragma unroll 1
+  for (i64 item = items * blockIdx.x / gridDim.x; item < last; ++item) {
+    if (item / batch != tile) {
+      tile = item / batch;
+      solver.read(g + tile * rows * cols);
+    }
+    const Scale scale = solver.scale(v + item * rows, rows);
+    const bool found = solver.solve(v + item * rows, nullptr, scale.down, (double)tolerance, iterations);
+#pragma unroll 1
+    for (int col = 4 * Solver::lane(); col < solver.blocks * WIDE; col += WIDE) {
+      solver.collect(col, [](float* at) { return times(load(at + G), load(at + U)); });
+      if (Solver::warp() == 0) {  // what the last strip passes on flows into the sensed ends
+        Cells current{};
+#pragma unroll 1
+        for (int w = 0; w < WARPS; ++w) solver.pass(shared.sum, w, current);
+        for (int j = 0; j < 4; ++j)
+          if (col + j < cols) i[item * cols + col + j] = found ? scale.up * current.x[j] : bits_float(NOT_A_NUMBER);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Of items from `first` on: grad_v, and what each adds to grad_g.
+extern "C" __global__ void __launch_bounds__(512, 1)
+    wire_currents_gradient(const float* __restrict__ v,           // [T, B, R] V
+                           const float* __restrict__ g,           // [T, R, C] S
+                           const float* __restrict__ grad_i,      // [T, B, C] 1/A
+                           const float* __restrict__ r_wordline,  // [R] ohm, or null: wordline_value; the others alike
+                           const float* __restrict__ r_bitline, const float* __restrict__ r_source,
+                           const float* __restrict__ r_sink,
+                           float* __restrict__ grad_v,    // [T, B, R] 1/V
+                           float* __restrict__ products,  // [items, R, C] 1/S
+                           float* __restrict__ memory,    // scratch
+                           float wordline_value, float bitline_value, float source_value, float sink_value,
+                           float tolerance, int iterations, int batch, int rows, int cols, i64 first, i64 items) {
+  __shared__ Shared shared;
+  const Wires wires{r_wordline, r_bitline, r_source, r_sink, wordline_value, bitline_value, source_value, sink_value};
+  const Solver solver(shared, wires, rows, cols, memory);
+  const i64 last = items * (blockIdx.x + 1) / gridDim.x;
+  i64 tile = -1;
+#pragma unroll 1
+  for (i64 k = items * blockIdx.x / gridDim.x; k < last; ++k) {
+    const i64 item = first + k;
+    if (item / batch != tile) {
+      tile = item / batch;
+      solver.read(g + tile * rows * cols);
+    }
+    float* const product = products + k * rows * cols;
+#pragma unroll 1
+    for (int adjoint = 0; adjoint < 2; ++adjoint) {
+      const float* const in = adjoint ? nullptr : v + item * rows;
+      const float* const out = adjoint ? grad_i + item * cols : nullptr;
+      const Scale scale = adjoint ? solver.scale(out, cols) : solver.scale(in, rows);
+      const bool found = solver.solve(in, out, scale.down, (double)tolerance, iterations);
+      const float unit = found ? scale.up : bits_float(NOT_A_NUMBER);
+      solver.bitlines(
+          out, scale.down, [](float* at) { return times(load(at + G), load(at + U)); },
+          [=](float* at, int row, int col, const Cells& volts) {
+            Cells across = load(at + U);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              across.x[j] = unit * (across.x[j] - volts.x[j]);
+              float* const to = product + (i64)row * cols + col + j;
+              if (col + j < cols) *to = adjoint ? *to * across.x[j] : across.x[j];
+            }
+            store(at + WORK, times(load(at + G), across));
+          });
+    }
+#pragma unroll 1
+    for (int row = Solver::warp(); row < rows; row += WARPS) {  // what the drivers of the adjoint take in
+      float sum = 0.0f;
+      for (int col = Solver::lane(); col < cols; col += 32) sum += solver.at(row, col)[WORK];
+      for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(ALL, sum, step);
+      if (Solver::lane() == 0) grad_v[item * rows + row] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// grad_g += products of the items, in their order.
+extern "C" __global__ void __launch_bounds__(256)
+    wire_currents_sum(const float* __restrict__ products,  // [items, R, C] 1/S
+                      float* __restrict__ grad_g,          // [T, R, C] 1/S
+                      int batch, int rows, int cols, i64 first, i64 items,
+                      i64 size)  // cells of all tiles from the first item's to the last one's
+{
+  const i64 cells = (i64)rows * cols, tile0 = first / batch, stride = (i64)gridDim.x * blockDim.x;
+  for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < size; e += stride) {
+    const i64 from = (tile0 + e / cells) * batch - first, to = from + batch < items ? from + batch : items;
+    float sum = grad_g[tile0 * cells + e];
+    for (i64 k = from > 0 ? from : 0; k < to; ++k) sum += products[k * cells + e % cells];
+    grad_g[tile0 * cells + e] = sum;
+  }
+}
+
+}  // namespace gpuxbar
