@@ -1,32 +1,37 @@
 // wire_currents: tiles with resistive wires for given inputs, by conjugate gradients on whole lines; and their gradients.
 //
 // Axes    g [T, R, C]; v, grad_v [T, B, R]; i, grad_i [T, B, C]; an item is an input of a tile, N = T * B.
-//         memory [blocks, R, ceil(C / 128), 8, 128]: fields of a tile and an input, for each block of the launch.
+//         memory [blocks, R, ceil(C / 128), 128 of each field]: what a block of the launch works in, the far fields before the
+//         near ones.
 // Launch  wire_currents, wire_currents_gradient: blocks of 512 threads, as many as there is memory for; each solves
 //         neighbouring items one after the other. wire_currents_sum: 1-D grid-stride.
 //         The result does not depend on the launch: an item's bits are its own, and grad_g is summed in the order of B.
+// Macros  ON_CHIP: near fields are in dynamic shared memory, R * ceil(C / 128) * 1536 bytes.
 // Method  A warp has 128 columns at a time. A wordline is the work of a warp, in two scans of affine maps over its lanes;
 //         bitlines are cut into a strip of rows for each warp, whose maps are put together in shared memory.
 //         What does not converge is NaN: the currents of the input; grad_v of the input and grad_g of the tile.
 // Wrapper gpuxbar/ops/solve_for_inputs_cuda.py      Oracle gpuxbar/reference/wire_currents.py
 #include "gpuxbar/parasitics.cuh"
 
+#ifndef ON_CHIP
+#define ON_CHIP 1
+#endif
+
+extern __shared__ __align__(1024) unsigned char gx_smem[];
+
 namespace gpuxbar {
 
-constexpr int THREADS = 512, WARPS = THREADS / 32, WIDE = 128, FIELDS = 8;
-// Fields, 128 neighbouring cells of each: cells and ladder factors of wordlines and bitlines, voltage of the wordlines,
-// residual current, direction of the step and the currents that make it, and what one pass leaves to the next.
-enum Field {
-  G,
-  SHARE_W = WIDE,
-  SHARE_B = 2 * WIDE,
-  U = 3 * WIDE,
-  RESIDUAL = 4 * WIDE,
-  STEP = 5 * WIDE,
-  SOURCE = 6 * WIDE,
-  WORK = 7 * WIDE
-};
+constexpr int THREADS = 512, WARPS = THREADS / 32, WIDE = 128;
+// Fields, 128 neighbouring cells of each. Far ones: cells, ladder factors of wordlines and bitlines, voltage of the wordlines,
+// residual current. Near ones: direction of the step, the currents that make it, and what one pass leaves to the next.
+enum Far { G, SHARE_W = WIDE, SHARE_B = 2 * WIDE, U = 3 * WIDE, RESIDUAL = 4 * WIDE, FAR = 5 * WIDE };
+enum Near { STEP, SOURCE = WIDE, WORK = 2 * WIDE, NEAR = 3 * WIDE };
 constexpr u32 ALL = 0xFFFFFFFFu, NOT_A_NUMBER = 0x7FC00000u;
+
+// Fields of a cell.
+struct At {
+  float *far, *near;
+};
 
 // Four neighbouring cells of a wordline.
 struct __align__(16) Cells {
@@ -108,26 +113,28 @@ struct Solver {
   Shared& shared;
   Wires wires;
   int rows, cols, blocks;
-  float* memory;
+  At first;
 
   __device__ __forceinline__ Solver(Shared& shared, const Wires& wires, int rows, int cols, float* memory)
       : shared(shared), wires(wires), rows(rows), cols(cols), blocks((cols + WIDE - 1) / WIDE) {
-    this->memory = memory + (i64)blockIdx.x * rows * blocks * FIELDS * WIDE;
+    const i64 size = (i64)rows * blocks;
+    first.far = memory + blockIdx.x * size * (ON_CHIP ? FAR : FAR + NEAR);
+    first.near = ON_CHIP ? (float*)gx_smem : first.far + size * FAR;
   }
 
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
   __device__ __forceinline__ static int warp() { return threadIdx.x >> 5; }
 
-  // The fields of a cell; of the first of four at the left end of a wide block, to a thread.
-  __device__ __forceinline__ float* at(int row, int col) const {
-    return memory + ((i64)row * blocks + col / WIDE) * FIELDS * WIDE + col % WIDE;
+  __device__ __forceinline__ At at(int row, int col) const {
+    const i64 block = (i64)row * blocks + col / WIDE;
+    return At{first.far + block * FAR + col % WIDE, first.near + block * NEAR + col % WIDE};
   }
 
   // Cells and ladder factors of another tile, which no thread is at work on any more.
   __device__ __forceinline__ void read(const float* g) const {
     for (int row = warp(); row < rows; row += WARPS)
       for (int col = lane(); col < (cols + 3) / 4 * 4; col += 32) {
-        float* const to = at(row, col);
+        float* const to = at(row, col).far;
         to[G] = col < cols ? g[(i64)row * cols + col] : 0.0f;
         if (col >= cols) to[SHARE_W] = to[SHARE_B] = 1.0f;
       }
@@ -136,42 +143,50 @@ struct Solver {
       if (line < rows)
         ladder_factors(
             cols, wires.at_source(row), wires.along(row), [=](int i) { return g[(i64)row * cols + i]; },
-            [=](int i, float share) { at(row, i)[SHARE_W] = share; });
+            [=](int i, float share) { at(row, i).far[SHARE_W] = share; });
       else
         ladder_factors(
             rows, wires.at_sink(col), wires.down(col), [=](int i) { return g[(i64)(rows - 1 - i) * cols + col]; },
-            [=](int i, float share) { at(rows - 1 - i, col)[SHARE_B] = share; });
+            [=](int i, float share) { at(rows - 1 - i, col).far[SHARE_B] = share; });
     }
     __syncthreads();
   }
 
-  // Voltages of the wordlines for currents into their nodes, bitlines held at 0, drivers at scale * v [R] or at 0: `current`
-  // and `take` get the fields of four cells, the latter with their voltages.
+  // Currents into the nodes of a wordline, `current` of the fields of four cells; in WORK, those that pass each, and what the
+  // driver takes in at 0.
+  template <class Current>
+  __device__ __forceinline__ float gather(int row, Current current) const {
+    float carry = 0.0f;
+#pragma unroll 1
+    for (int col = (blocks - 1) * WIDE + 4 * lane(); col >= 0; col -= WIDE) {
+      const At here = at(row, col);
+      Cells share = ONES, sum{};
+      if (col < cols) sum = current(here), share = load(here.far + SHARE_W);
+      Affine map{1.0f, 0.0f};
+#pragma unroll
+      for (int j = 3; j >= 0; --j) map.sum = share.x[j] * (map.sum + sum.x[j]), map.factor *= share.x[j];
+      float beyond = scan<true>(map, carry);
+#pragma unroll
+      for (int j = 3; j >= 0; --j) sum.x[j] += beyond, beyond = share.x[j] * sum.x[j];
+      if (col < cols) store(here.near + WORK, sum);
+    }
+    return carry;
+  }
+
+  // Voltages of the wordlines for currents into their nodes, bitlines held at 0, drivers at scale * v [R] or at 0: `take` gets
+  // those of four cells.
   template <class Current, class Take>
   __device__ __forceinline__ void wordlines(const float* v, float scale, Current current, Take take) const {
 #pragma unroll 1
     for (int row = warp(); row < rows; row += WARPS) {
       const float segment = wires.along(row), end = wires.at_source(row);
-      float carry = 0.0f;
-#pragma unroll 1
-      for (int col = (blocks - 1) * WIDE + 4 * lane(); col >= 0; col -= WIDE) {
-        float* const here = at(row, col);
-        Cells share = ONES, sum{};
-        if (col < cols) sum = current(here), share = load(here + SHARE_W);
-        Affine map{1.0f, 0.0f};
-#pragma unroll
-        for (int j = 3; j >= 0; --j) map.sum = share.x[j] * (map.sum + sum.x[j]), map.factor *= share.x[j];
-        float beyond = scan<true>(map, carry);
-#pragma unroll
-        for (int j = 3; j >= 0; --j) sum.x[j] += beyond, beyond = share.x[j] * sum.x[j];
-        if (col < cols) store(here + WORK, sum);
-      }
-      carry = v ? scale * v[row] : 0.0f;
+      gather(row, current);
+      float carry = v ? scale * v[row] : 0.0f;
 #pragma unroll 1
       for (int col = 4 * lane(); col < blocks * WIDE; col += WIDE) {
-        float* const here = at(row, col);
+        const At here = at(row, col);
         Cells share = ONES, volts{};
-        if (col < cols) volts = load(here + WORK), share = load(here + SHARE_W);
+        if (col < cols) volts = load(here.near + WORK), share = load(here.far + SHARE_W);
         Affine map{1.0f, 0.0f};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -195,9 +210,9 @@ struct Solver {
     Cells sum{}, factor = ONES;
 #pragma unroll 1
     for (int row = strip(warp()); row < strip(warp() + 1) && col < cols; ++row) {
-      float* const here = at(row, col);
-      const Cells into = current(here), share = load(here + SHARE_B);
-      store(here + WORK, into);
+      const At here = at(row, col);
+      const Cells into = current(here), share = load(here.far + SHARE_B);
+      store(here.near + WORK, into);
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum.x[j] = share.x[j] * (sum.x[j] + into.x[j]), factor.x[j] *= share.x[j];
     }
@@ -232,9 +247,9 @@ struct Solver {
       for (int w = 0; w < warp(); ++w) pass(shared.sum, w, carry);
 #pragma unroll 1
       for (int row = from; row < to && col < cols; ++row) {
-        float* const here = at(row, col);
-        Cells sum = load(here + WORK);
-        const Cells share = load(here + SHARE_B);
+        const At here = at(row, col);
+        Cells sum = load(here.near + WORK);
+        const Cells share = load(here.far + SHARE_B);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           sum.x[j] += carry.x[j];
@@ -243,7 +258,7 @@ struct Solver {
           factor.x[j] *= share.x[j];
           back.x[j] = fma(factor.x[j], sum.x[j], back.x[j]);
         }
-        store(here + WORK, sum);
+        store(here.near + WORK, sum);
       }
       store(shared.back[warp()][lane()].x, back);
       __syncthreads();
@@ -251,8 +266,8 @@ struct Solver {
       for (int w = WARPS - 1; w > warp(); --w) pass(shared.back, w, drive);
 #pragma unroll 1
       for (int row = to - 1; row >= from && col < cols; --row) {
-        float* const here = at(row, col);
-        const Cells drop = load(here + WORK), share = load(here + SHARE_B);
+        const At here = at(row, col);
+        const Cells drop = load(here.near + WORK), share = load(here.far + SHARE_B);
 #pragma unroll
         for (int j = 0; j < 4; ++j) drive.x[j] = share.x[j] * (drive.x[j] + drop.x[j]);
         take(here, row, col, drive);
@@ -265,14 +280,14 @@ struct Solver {
   // come below `tolerance` in so many iterations.
   __device__ __forceinline__ bool solve(const float* v, const float* grad_i, float scale, double tolerance,
                                         int iterations) const {
-    wordlines(v, scale, [](float*) { return Cells{}; }, [](float* at, const Cells& volts) { store(at + U, volts); });
+    wordlines(v, scale, [](At) { return Cells{}; }, [](At at, const Cells& volts) { store(at.far + U, volts); });
     __syncthreads();
     double start = 0.0, norm = 0.0, bound = 0.0;
     bitlines(
-        grad_i, scale, [](float* at) { return times(load(at + G), load(at + U)); },
-        [&](float* at, int, int, const Cells& volts) {
-          const Cells cells = load(at + G), across = load(at + U);
-          store(at + RESIDUAL, times(cells, volts));
+        grad_i, scale, [](At at) { return times(load(at.far + G), load(at.far + U)); },
+        [&](At at, int, int, const Cells& volts) {
+          const Cells cells = load(at.far + G), across = load(at.far + U);
+          store(at.far + RESIDUAL, times(cells, volts));
           start += dot(times(cells, across), across);
         });
     start = joined<false>(start, shared);
@@ -282,24 +297,24 @@ struct Solver {
       double next = 0.0, power = 0.0;
       wordlines(
           nullptr, scale,
-          [=](float* at) {
-            Cells left = load(at + RESIDUAL);
+          [=](At at) {
+            Cells left = load(at.far + RESIDUAL);
             if (n == 0) return left;
-            Cells across = load(at + U);
-            const Cells cells = load(at + G), volts = load(at + WORK), along = load(at + STEP);
-            const Cells into = load(at + SOURCE);
+            Cells across = load(at.far + U);
+            const Cells cells = load(at.far + G), volts = load(at.near + WORK), along = load(at.near + STEP);
+            const Cells into = load(at.near + SOURCE);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               across.x[j] = fma(alpha, along.x[j], across.x[j]);
               left.x[j] = fma(-alpha, fma(-cells.x[j], volts.x[j], into.x[j]), left.x[j]);
             }
-            store(at + U, across);
-            store(at + RESIDUAL, left);
+            store(at.far + U, across);
+            store(at.far + RESIDUAL, left);
             return left;
           },
-          [&](float* at, const Cells& volts) {
-            store(at + WORK, volts);
-            next += dot(load(at + RESIDUAL), volts);
+          [&](At at, const Cells& volts) {
+            store(at.near + WORK, volts);
+            next += dot(load(at.far + RESIDUAL), volts);
           });
       next = joined<false>(next, shared);
       // the bound is on a power: that of the cells, or of the correction where the drivers do nothing
@@ -310,27 +325,27 @@ struct Solver {
       norm = next;
       bitlines(
           nullptr, scale,
-          [=](float* at) {
-            Cells along = load(at + WORK), into = load(at + RESIDUAL);
+          [=](At at) {
+            Cells along = load(at.near + WORK), into = load(at.far + RESIDUAL);
             if (n) {
-              const Cells old_along = load(at + STEP), old_into = load(at + SOURCE);
+              const Cells old_along = load(at.near + STEP), old_into = load(at.near + SOURCE);
 #pragma unroll
               for (int j = 0; j < 4; ++j) {
                 along.x[j] = fma(beta, old_along.x[j], along.x[j]);
                 into.x[j] = fma(beta, old_into.x[j], into.x[j]);
               }
             }
-            store(at + STEP, along);
-            store(at + SOURCE, into);
-            return times(load(at + G), along);
+            store(at.near + STEP, along);
+            store(at.near + SOURCE, into);
+            return times(load(at.far + G), along);
           },
-          [&](float* at, int, int, const Cells& volts) {
-            Cells left = load(at + SOURCE);
-            const Cells cells = load(at + G);
-            store(at + WORK, volts);
+          [&](At at, int, int, const Cells& volts) {
+            Cells left = load(at.near + SOURCE);
+            const Cells cells = load(at.far + G);
+            store(at.near + WORK, volts);
 #pragma unroll
             for (int j = 0; j < 4; ++j) left.x[j] = fma(-cells.x[j], volts.x[j], left.x[j]);
-            power += dot(load(at + STEP), left);
+            power += dot(load(at.near + STEP), left);
           });
       power = joined<false>(power, shared);
       if (!(power > 0.0)) return false;
@@ -373,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     const bool found = solver.solve(v + item * rows, nullptr, scale.down, (double)tolerance, iterations);
 #pragma unroll 1
     for (int col = 4 * Solver::lane(); col < solver.blocks * WIDE; col += WIDE) {
-      solver.collect(col, [](float* at) { return times(load(at + G), load(at + U)); });
+      solver.collect(col, [](At at) { return times(load(at.far + G), load(at.far + U)); });
       if (Solver::warp() == 0) {  // what the last strip passes on flows into the sensed ends
         Cells current{};
 #pragma unroll 1
@@ -412,32 +427,31 @@ extern "C" __global__ void __launch_bounds__(512, 1)
       solver.read(g + tile * rows * cols);
     }
     float* const product = products + k * rows * cols;
+    float unit = 0.0f;
 #pragma unroll 1
     for (int adjoint = 0; adjoint < 2; ++adjoint) {
       const float* const in = adjoint ? nullptr : v + item * rows;
       const float* const out = adjoint ? grad_i + item * cols : nullptr;
       const Scale scale = adjoint ? solver.scale(out, cols) : solver.scale(in, rows);
       const bool found = solver.solve(in, out, scale.down, (double)tolerance, iterations);
-      const float unit = found ? scale.up : bits_float(NOT_A_NUMBER);
+      unit = found ? scale.up : bits_float(NOT_A_NUMBER);
       solver.bitlines(
-          out, scale.down, [](float* at) { return times(load(at + G), load(at + U)); },
-          [=](float* at, int row, int col, const Cells& volts) {
-            Cells across = load(at + U);
+          out, scale.down, [](At at) { return times(load(at.far + G), load(at.far + U)); },
+          [=](At at, int row, int col, const Cells& volts) {
+            Cells across = load(at.far + U);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               across.x[j] = unit * (across.x[j] - volts.x[j]);
               float* const to = product + (i64)row * cols + col + j;
               if (col + j < cols) *to = adjoint ? *to * across.x[j] : across.x[j];
             }
-            store(at + WORK, times(load(at + G), across));
+            store(at.near + WORK, volts);
           });
     }
 #pragma unroll 1
-    for (int row = Solver::warp(); row < rows; row += WARPS) {  // what the drivers of the adjoint take in
-      float sum = 0.0f;
-      for (int col = Solver::lane(); col < cols; col += 32) sum += solver.at(row, col)[WORK];
-      for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(ALL, sum, step);
-      if (Solver::lane() == 0) grad_v[item * rows + row] = sum;
+    for (int row = Solver::warp(); row < rows; row += WARPS) {
+      const float into = solver.gather(row, [](At at) { return times(load(at.far + G), load(at.near + WORK)); });
+      if (Solver::lane() == 0) grad_v[item * rows + row] = -unit * into;
     }
     __syncthreads();
   }

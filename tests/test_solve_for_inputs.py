@@ -89,7 +89,7 @@ def test_cuda_lines_of_their_own():
 
 
 def test_cuda_bits_do_not_depend_on_the_launch():
-    """Nor on the memory there is, on the order of threads, or on the inputs beside; a gradient is summed in their order."""
+    """Nor on the memory there is, on the chip or off it, on the order of threads, or on the inputs beside; a gradient is summed in their order."""
     values = case(5, 20, 11)
     first = both(*values, ShimDevice(), **WIRES["strong"])
     cells = 4 * 20 * 11
@@ -97,6 +97,7 @@ def test_cuda_bits_do_not_depend_on_the_launch():
         ShimDevice(11, workspace=1),
         ShimDevice(12, workspace=-(-3 * cells // 8)),
         ShimDevice(13, multiprocessors=7),
+        ShimDevice(14, arch="sm_75"),
     ):
         for mine, same in zip(both(*values, device, **WIRES["strong"]), first, strict=True):
             np.testing.assert_array_equal(mine, same)
@@ -193,10 +194,13 @@ def test_gradient_of_the_effective_conductance():
 
 @pytest.mark.parametrize(("device", "size"), [(None, 128), (ShimDevice(11), 64)], ids=["host", "cuda"])
 def test_strong_wires_converge(device, size):
-    v, g, _ = case(2, size, size, ron=1e3)
+    """Most cells see less than a hundredth of what drives their lines: sums of such differences would be 1e-5 off."""
+    v, g, grad_i = case(2, size, size, ron=1e3)
     wires = {"r_wordline": 10.0, "r_bitline": 10.0, "r_source": 1000.0, "r_sink": 1000.0}
-    expected = v.astype(np.float64) @ reference.effective_conductance(g, **wires)
-    assert error(ops.solve_for_inputs(v, g, device=device, **wires), expected) < 2e-5
+    g_eff = reference.effective_conductance(g, **wires)
+    currents, grad_v, _ = both(v, g, grad_i, device, **wires)
+    assert error(currents, v @ g_eff) < 3e-6
+    assert error(grad_v, grad_i @ g_eff.swapaxes(1, 2)) < 3e-6
 
 
 def test_tolerance_is_kept():

@@ -32,7 +32,8 @@ def solve_for_inputs(
     """Read tiles through their wires without forming `effective_conductance`: i = v @ G_eff for a few inputs.
 
     Conjugate gradients on whole lines: an iteration costs about 26 operations a cell and input, and two to ten suffice.
-    On two cores and 128 x 128 tiles that is less than `effective_conductance` for fewer than about ten inputs a tile.
+    For 128 x 128 tiles that is less than `effective_conductance` for up to four inputs a tile on a CPU, and by an estimate for up
+    to six on a GPU, where it has not yet run.
 
     Args:
         v: Wordline voltages, float32 [..., B, R], V; finite.

@@ -1,9 +1,9 @@
 """`solve_for_inputs` and its gradient on a CUDA device: one block of threads an input, from its start to its currents.
 
-A block keeps eight fields of a tile in global memory, 512 KB for 128 x 128 cells, and goes over them three times for the
-bitlines and twice for the wordlines in an iteration: 32 floats a cell. As many blocks run as there are multiprocessors,
-each for one input after the other; of 132 the fields are 69 MB, somewhat more than the L2 of an H200. What that takes is
-estimated in kernels/README.md. Not yet run on a GPU.
+A block goes over eight fields of a tile three times for the bitlines and twice for the wordlines in an iteration. Three that
+are needed most are in shared memory if there is enough, for up to 128 x 128 cells on Hopper; the other five are 320 KB then,
+and those of 132 blocks 42 MB, which an H200 holds in its L2. As many blocks run as there are multiprocessors, each for one
+input after the other. What that takes is estimated in kernels/README.md. Not yet run on a GPU.
 
 Everything is decided on the device. For the gradient, products of the two solutions are kept, of some inputs at a time.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 from gpuxbar.ops.effective_conductance_cuda import LINES, VALUES, grid, wire_values
+from gpuxbar.ops.tile_mvm_plan import shared_memory
 
 __all__ = ["KERNELS", "solve_for_inputs_cuda", "solve_for_inputs_gradient_cuda"]
 
@@ -36,8 +37,9 @@ WIRE_CURRENTS_SUM = Kernel(
 )  # fmt: skip
 KERNELS = (WIRE_CURRENTS, WIRE_CURRENTS_GRADIENT, WIRE_CURRENTS_SUM)
 
-THREADS, WIDE, FIELDS = 512, 128, 8
-CHUNK = 8  # workspaces of the device for the fields: 102 blocks for tiles of 512 x 512
+THREADS, WIDE, FAR, NEAR = 512, 128, 5, 3  # fields that are always in global memory, and that need not be
+STATIC_SHARED = 25 * 1024  # what a block has of its own
+CHUNK = 8  # workspaces of the device for the fields: 64 blocks for tiles of 512 x 512
 
 
 def solve_for_inputs_cuda(
@@ -47,11 +49,12 @@ def solve_for_inputs_cuda(
     tiles, batch, rows = v.shape
     items, cols = tiles * batch, g.shape[2]
     i = device.empty((tiles, batch, cols), "float32")
-    blocks, memory = _fields(device, items, rows, cols)
+    work = Work(device, items, rows, cols)
     device.launch(
-        WIRE_CURRENTS, (blocks,), (THREADS,),
-        {"v": v, "g": g, **wire_values(lines), "i": i, "memory": memory, "tolerance": tolerance, "iterations": iterations,
-         "batch": batch, "rows": rows, "cols": cols, "items": items},
+        WIRE_CURRENTS, (work.blocks,), (THREADS,),
+        {"v": v, "g": g, **wire_values(lines), "i": i, "memory": work.memory, "tolerance": tolerance,
+         "iterations": iterations, "batch": batch, "rows": rows, "cols": cols, "items": items},
+        work.macros, work.shared,
     )  # fmt: skip
     return i
 
@@ -65,26 +68,32 @@ def solve_for_inputs_gradient_cuda(
     grad_v, grad_g = device.empty(v.shape, "float32"), device.zeros(g.shape, "float32")
     chunk = min(max(CHUNK * device.workspace // (4 * rows * cols), 1), tiles * batch)
     products = device.empty((chunk, rows, cols), "float32")
-    blocks, memory = _fields(device, chunk, rows, cols)
+    work = Work(device, chunk, rows, cols)
     size = {"batch": batch, "rows": rows, "cols": cols}
     wires = wire_values(lines)
     for first in range(0, tiles * batch, chunk):
         items = min(chunk, tiles * batch - first)
         part = {**size, "products": products, "first": first, "items": items}
         device.launch(
-            WIRE_CURRENTS_GRADIENT, (min(blocks, items),), (THREADS,),
-            {"v": v, "g": g, "grad_i": grad_i, **wires, "grad_v": grad_v, "memory": memory, "tolerance": tolerance,
+            WIRE_CURRENTS_GRADIENT, (min(work.blocks, items),), (THREADS,),
+            {"v": v, "g": g, "grad_i": grad_i, **wires, "grad_v": grad_v, "memory": work.memory, "tolerance": tolerance,
              "iterations": iterations, **part},
+            work.macros, work.shared,
         )  # fmt: skip
         cells = ((first + items - 1) // batch - first // batch + 1) * rows * cols
         device.launch(
-            WIRE_CURRENTS_SUM, grid(cells), (256,), {"grad_g": grad_g, **part, "size": cells}
+            WIRE_CURRENTS_SUM, grid(cells), (256,), {"grad_g": grad_g, **part, "size": cells}, work.macros
         )  # fmt: skip
     return grad_v, grad_g
 
 
-def _fields(device: Device, items: int, rows: int, cols: int) -> tuple[int, Any]:
-    """How many blocks work at a time, and their memory."""
-    floats = FIELDS * rows * -(-cols // WIDE) * WIDE
-    blocks = min(items, device.multiprocessors, max(CHUNK * device.workspace // (4 * floats), 1))
-    return blocks, device.empty((blocks * floats,), "float32")
+class Work:
+    """Where blocks work: how many at a time, and the memory of all of them and of each."""
+
+    def __init__(self, device: Device, items: int, rows: int, cols: int):
+        size = 4 * rows * -(-cols // WIDE) * WIDE
+        on_chip = NEAR * size + STATIC_SHARED <= shared_memory(device.arch)
+        fields = size * (FAR if on_chip else FAR + NEAR)
+        self.blocks = min(items, device.multiprocessors, max(CHUNK * device.workspace // fields, 1))
+        self.memory = device.empty((self.blocks * fields // 4,), "float32")
+        self.macros, self.shared = {"ON_CHIP": int(on_chip)}, NEAR * size if on_chip else 0

@@ -168,27 +168,28 @@ class Solver {
     }
   }
 
+  // i [count, C]: what flows into the sensed ends, at 0, by the voltages of the wordlines. No difference is formed.
   void bitline_currents(i64 count, float* i) const {
-    for (i64 l = 0; l < count; ++l) {
-      float* const to = i + l * cols;
-      std::fill(to, to + cols, 0.0f);
-      for (i64 r = 0; r < rows; ++r)
-        for (i64 c = 0; c < cols; ++c) {
-          const i64 e = r * cols + c;
-          to[c] += g[e] * (u[e].x[l] - w[e].x[l]);
-        }
-      for (i64 c = 0; c < cols; ++c) to[c] *= scale[l].up;
-    }
+    std::fill(carry, carry + cols, Vec{});
+    for (i64 r = 0; r < rows; ++r)
+      for (i64 c = 0; c < cols; ++c) {
+        const i64 e = r * cols + c;
+        for (int l = 0; l < LANES; ++l) carry[c].x[l] = share_b[e] * (carry[c].x[l] + g[e] * u[e].x[l]);
+      }
+    for (i64 l = 0; l < count; ++l)
+      for (i64 c = 0; c < cols; ++c) i[l * cols + c] = scale[l].up * carry[c].x[l];
   }
 
-  // i [count, R]: what the drivers take in.
+  // i [count, R]: what flows into the drivers, at 0, by the voltages of the bitlines.
   void wordline_currents(i64 count, float* i) const {
-    for (i64 l = 0; l < count; ++l)
-      for (i64 r = 0; r < rows; ++r) {
-        float sum = 0.0f;
-        for (i64 e = r * cols; e < (r + 1) * cols; ++e) sum += g[e] * (w[e].x[l] - u[e].x[l]);
-        i[l * rows + r] = scale[l].up * sum;
+    for (i64 r = 0; r < rows; ++r) {
+      Vec sum = {};
+      for (i64 c = cols - 1; c >= 0; --c) {
+        const i64 e = r * cols + c;
+        for (int l = 0; l < LANES; ++l) sum.x[l] = share_w[e] * (sum.x[l] + g[e] * w[e].x[l]);
       }
+      for (i64 l = 0; l < count; ++l) i[l * rows + r] = scale[l].up * sum.x[l];
+    }
   }
 
   // into += voltage over the cells here times there.
