@@ -95,6 +95,7 @@ VARIANTS = {
     "pack_images.cu": [{"DAC": 0}, {"DAC": 1}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "wire_currents.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
+    "wire_currents_gradient.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), *({"LAW": law, "COUNTED": 1, "SLICED": 1} for law in (0, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}, {"LAW": 8, "COUNTED": 1, "SLICED": 1, "DIGITS": 1}],
     "fused_tile_mvm_sm90.cu": [

@@ -27,12 +27,12 @@ WIRE_CURRENTS = Kernel(
     items=_LONG,
 )  # fmt: skip
 WIRE_CURRENTS_GRADIENT = Kernel(
-    "wire_currents.cu", name="wire_currents_gradient", v=_V, g=_G, grad_i=In("float32", "T B C"), **LINES,
+    "wire_currents_gradient.cu", v=_V, g=_G, grad_i=In("float32", "T B C"), **LINES,
     grad_v=Out("float32", "T B R"), products=Out("float32", "N R C"), memory=Out("float32"), **VALUES, **_BOUNDS, first=_LONG,
     items=_LONG,
 )  # fmt: skip
 WIRE_CURRENTS_SUM = Kernel(
-    "wire_currents.cu", name="wire_currents_sum", products=In("float32", "N R C"), grad_g=InOut("float32", "T R C"),
+    "wire_currents_sum.cu", products=In("float32", "N R C"), grad_g=InOut("float32", "T R C"),
     batch=_INT, rows=_INT, cols=_INT, first=_LONG, items=_LONG, size=_LONG,
 )  # fmt: skip
 KERNELS = (WIRE_CURRENTS, WIRE_CURRENTS_GRADIENT, WIRE_CURRENTS_SUM)
@@ -82,7 +82,7 @@ def solve_for_inputs_gradient_cuda(
         )  # fmt: skip
         cells = ((first + items - 1) // batch - first // batch + 1) * rows * cols
         device.launch(
-            WIRE_CURRENTS_SUM, grid(cells), (256,), {"grad_g": grad_g, **part, "size": cells}, work.macros
+            WIRE_CURRENTS_SUM, grid(cells), (256,), {"grad_g": grad_g, **part, "size": cells}
         )  # fmt: skip
     return grad_v, grad_g
 
