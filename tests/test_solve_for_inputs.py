@@ -96,7 +96,8 @@ def test_cuda_bits_do_not_depend_on_the_launch():
     for device in (
         ShimDevice(11, workspace=1),
         ShimDevice(12, workspace=-(-3 * cells // 8)),
-        ShimDevice(13, multiprocessors=7),
+        ShimDevice(FORWARD, multiprocessors=1),
+        ShimDevice(REVERSE, multiprocessors=7),
         ShimDevice(14, arch="sm_75"),
     ):
         for mine, same in zip(both(*values, device, **WIRES["strong"]), first, strict=True):
@@ -124,6 +125,31 @@ def test_inputs_of_any_size(device):
         np.testing.assert_array_equal(currents, first[0] * np.float32(much))
         np.testing.assert_array_equal(grad_v, first[1] * np.float32(more))
         np.testing.assert_array_equal(grad_g, first[2] * np.float32(much * more))
+
+
+HARD = {"r_wordline": 10.0, "r_bitline": 10.0, "r_source": 1000.0, "r_sink": 1000.0}
+
+
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "cuda"])
+def test_directions_are_conjugate(device, monkeypatch):
+    """Eight iterations; by steepest descent more than forty."""
+    monkeypatch.setattr(sys.modules["gpuxbar.ops.solve_for_inputs"], "ITERATIONS", 9)
+    v, g, grad_i = case(2, 40, 40, ron=1e3)
+    found = both(v[:1].copy(), g[:1].copy(), grad_i[:1].copy(), device, **HARD)
+    assert not any(np.isnan(each).any() for each in found)
+
+
+def test_host_says_which_tile_does_not_converge(monkeypatch):
+    values = case(3, 12, 7, ron=1e3)
+    values[0][0], values[2][0] = 0, 0
+    monkeypatch.setattr(sys.modules["gpuxbar.ops.solve_for_inputs"], "ITERATIONS", 1)
+    text = (
+        r"`tolerance` must be reached in 1 iterations, got more than 1e-06 in tile \(1,\); use a larger one"
+    )
+    with pytest.raises(ArithmeticError, match=f"solve_for_inputs: {text}"):
+        ops.solve_for_inputs(*values[:2], **WIRES["strong"])
+    with pytest.raises(ArithmeticError, match=f"solve_for_inputs_gradient: {text}"):
+        ops.solve_for_inputs_gradient(*values, **WIRES["strong"])
 
 
 def test_cuda_gives_nan_where_it_does_not_converge(monkeypatch):
@@ -196,18 +222,18 @@ def test_gradient_of_the_effective_conductance():
 def test_strong_wires_converge(device, size):
     """Most cells see less than a hundredth of what drives their lines: sums of such differences would be 1e-5 off."""
     v, g, grad_i = case(2, size, size, ron=1e3)
-    wires = {"r_wordline": 10.0, "r_bitline": 10.0, "r_source": 1000.0, "r_sink": 1000.0}
-    g_eff = reference.effective_conductance(g, **wires)
-    currents, grad_v, _ = both(v, g, grad_i, device, **wires)
+    g_eff = reference.effective_conductance(g, **HARD)
+    currents, grad_v, _ = both(v, g, grad_i, device, **HARD)
     assert error(currents, v @ g_eff) < 3e-6
     assert error(grad_v, grad_i @ g_eff.swapaxes(1, 2)) < 3e-6
 
 
-def test_tolerance_is_kept():
-    v, g, _ = case(4, 64, 64)
+@pytest.mark.parametrize(("device", "size"), [(None, 64), (ShimDevice(), 32)], ids=["host", "cuda"])
+def test_tolerance_is_kept(device, size):
+    v, g, _ = case(4, size, size)
     exact = reference.solve_for_inputs(v, g, **WIRES["strong"])
     off = [
-        error(ops.solve_for_inputs(v, g, tolerance=tolerance, **WIRES["strong"]), exact)
+        error(ops.solve_for_inputs(v, g, tolerance=tolerance, device=device, **WIRES["strong"]), exact)
         for tolerance in (1e-1, 1e-2, 1e-4)
     ]
     assert off[0] > off[2]
