@@ -121,4 +121,6 @@ def wires(device):
             tiles(2, 40, 20), method=method, shared_drivers=shared, arithmetic="3xtf32", **lines
         )
     ops.effective_conductance_gradient(tiles(1, 20, 9), tiles(1, 20, 9), **lines)
+    ops.solve_for_inputs(tiles(2, 3, 20), tiles(2, 20, 9), **lines)
+    ops.solve_for_inputs_gradient(tiles(2, 3, 5), tiles(2, 5, 130), tiles(2, 3, 130), **lines)
     ops.anchored_conductance(tiles(3, 9, 7), ops.Anchor.new((3, 9, 7)), update=np.ones(1, np.int32), **lines)

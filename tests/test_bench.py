@@ -224,6 +224,7 @@ def test_the_command_measures_and_records(tmp_path):
         (partial(parasitics.approximate, "ladder", 24, 5), {"copy", "gpuxbar"}),
         (partial(parasitics.approximate, "mean_field", 24, 5), {"copy", "gpuxbar"}),
         (partial(parasitics.anchored, 24, 20), {"exact", "gpuxbar"}),
+        (partial(parasitics.inputs, 24, 3, 4), {"exact", "gpuxbar"}),
     ],
 )
 def test_wires_agree_with_their_oracles(build, names, monkeypatch):

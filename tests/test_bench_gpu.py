@@ -348,7 +348,7 @@ def test_updates_and_wires_of_the_size_that_is_timed(monkeypatch):
     for name, value in {"INPUTS": 128, "OUTPUTS": 40, "BATCH": 5}.items():
         monkeypatch.setattr(device_ops, name, value)
     shapes = [op.build(ShimDevice(), np.copy)().shape for op in device_ops.TIMED]
-    assert shapes == [(1, 40, 128)] * 3 + [(3, 20, 20)] * 3
+    assert shapes == [(1, 40, 128)] * 3 + [(3, 20, 20)] * 3 + [(3, 4, 20)]
 
 
 @pytest.fixture

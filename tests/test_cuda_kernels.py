@@ -46,6 +46,9 @@ from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.relax import KERNEL as RELAX
+from gpuxbar.ops.solve_for_inputs_cuda import KERNELS as WIRE_CURRENTS
+from gpuxbar.ops.solve_for_inputs_cuda import STATIC_SHARED as SOLVER_SHARED
+from gpuxbar.ops.solve_for_inputs_cuda import Work
 from gpuxbar.ops.streamed_update import KERNELS as STREAMED
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_cuda import chunks, split_value
@@ -66,6 +69,7 @@ KERNELS = {
         CHOP,
         *EFFECTIVE_CONDUCTANCE,
         *CONDUCTANCE_GRADIENT,
+        *WIRE_CURRENTS,
         *ANCHOR,
         *PULSES,
         *STREAMED,
@@ -90,6 +94,8 @@ VARIANTS = {
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}, {"CODES": 1, "HALF": 1, "CONV": 0, "DAC": 1}, {"CODES": 1, "HALF": 1, "CONV": 2, "DAC": 1, "PANELS": 1}],
     "pack_images.cu": [{"DAC": 0}, {"DAC": 1}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
+    "wire_currents.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
+    "wire_currents_gradient.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), *({"LAW": law, "COUNTED": 1, "SLICED": 1} for law in (0, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}, {"LAW": 8, "COUNTED": 1, "SLICED": 1, "DIGITS": 1}],
     "fused_tile_mvm_sm90.cu": [
@@ -229,6 +235,18 @@ def test_what_a_block_takes_of_shared_memory_it_gets():
             assert stages + STATIC_SHARED <= SHARED[arch.removesuffix("a")], line
             checked.add((arch, name))
     assert len(checked) == 7  # one of them on Hopper alone
+
+
+def test_a_solver_of_lines_has_fields_on_the_chip_where_they_fit():
+    """Beside its own, three of a tile, of 128 columns at a time; 128 x 128 cells on Hopper."""
+    own = [line.split("\t") for line in REGISTERS.read_text().splitlines() if "\twire_currents" in line]
+    assert max(int(shared) for *_, shared in own) <= SOLVER_SHARED
+    for arch, rows, fit in (("sm_75", 1, False), ("sm_86", 49, True), ("sm_86", 50, False), ("sm_90", 134, True),
+                            ("sm_90", 135, False), ("sm_103", 134, True)):  # fmt: skip
+        work = Work(ShimDevice(arch=arch), 9, rows, 100)
+        assert work.shared == (3 * 4 * rows * 128 if fit else 0)
+        assert work.macros == {"ON_CHIP": int(fit)}
+        assert work.memory.size == work.blocks * (5 if fit else 8) * rows * 128
 
 
 def seal(file, lines, root):

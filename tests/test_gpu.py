@@ -736,6 +736,45 @@ def test_gradients_through_wires_match_oracle(cuda_device, monkeypatch, shape):
     assert np.abs(alone - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("batch", "rows", "cols"), [(1, 1, 1), (3, 20, 37), (4, 128, 128), (2, 200, 513)])
+def test_given_inputs_through_wires_match_oracle(cuda_device, monkeypatch, batch, rows, cols):
+    """Currents and gradients, and the same bits again, and with memory for one input at a time."""
+    rng = np.random.default_rng(1)
+    g, w = tiles(3, rows, cols), wires("lines", rows, cols)
+    v, grad_i = (rng.normal(size=(3, batch, n)).astype(np.float32) for n in (rows, cols))
+
+    def found():
+        return (
+            run(cuda_device, ops.solve_for_inputs, v, g, **w),
+            *run(cuda_device, ops.solve_for_inputs_gradient, v, g, grad_i, **w),
+        )
+
+    expected = (
+        reference.solve_for_inputs(v, g, **w),
+        *reference.solve_for_inputs_gradient(v, g, grad_i, **w),
+    )
+    first = found()
+    for mine, oracle in zip(first, expected, strict=True):
+        assert np.abs(mine - oracle).max() < 2e-5 * np.abs(oracle).max()
+    for _ in range(REPEATS):
+        for mine, before in zip(found(), first, strict=True):
+            np.testing.assert_array_equal(mine, before)
+    monkeypatch.setattr(cuda_device, "workspace", 1)
+    for mine, before in zip(found(), first, strict=True):
+        np.testing.assert_array_equal(mine, before)
+
+
+def test_inputs_that_do_not_converge_are_nan(cuda_device):
+    g = tiles(2, 20, 37)
+    v = np.random.default_rng(1).normal(size=(2, 3, 20)).astype(np.float32)
+    first = run(cuda_device, ops.solve_for_inputs, v, g, **WIRES["strong"])
+    v[1, 2, 7] = np.nan
+    found = run(cuda_device, ops.solve_for_inputs, v, g, **WIRES["strong"])
+    assert np.isnan(found[1, 2]).all()
+    found[1, 2] = first[1, 2]
+    np.testing.assert_array_equal(found, first)
+
+
 def test_layers_and_tensors_have_the_gradient_through_wires(cuda_device):
     import torch
 

@@ -21,6 +21,7 @@ import test_fused_implicit
 import test_fused_int8
 import test_fused_sm90
 import test_pulse_update
+import test_solve_for_inputs
 import test_wires_gradient
 from cuda_shim import FORWARD, REVERSE, ShimDevice
 from cuda_shim.ptx import Program, PtxDevice
@@ -143,6 +144,7 @@ CASES = {  # tests of other modules
     "device-update": (test_device_update.test_kernel_matches_oracle, {"name": "neurosim-pulses", "shape": (3, 71, 19)}),
     "pulses": (test_pulse_update.test_kernel_matches_oracle, {"law": "soft", "train": "managed", "shape": (5, 2, 37, 71)}),
     "wires": (test_effective_conductance.test_cuda_kernels_match_oracle, {"shape": (16, 20), "order": 11, "method": "exact"}),
+    "wires-inputs": (test_solve_for_inputs.test_cuda_matches_oracle, {"shape": (1, 140, 3), "name": "strong", "order": 11}),
     "wires-gradient": (test_wires_gradient.test_cuda_matches_oracle, {"shape": (16, 13), "name": "strong", "order": 11}),
 }  # fmt: skip
 

@@ -1,9 +1,12 @@
-"""solve_for_inputs and its gradient: the oracle against finite differences, the host kernel against it, messages."""
+"""solve_for_inputs and its gradient: the oracle against finite differences, the kernels against it, messages."""
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
+from cuda_shim import FORWARD, REVERSE, ShimDevice
 
 from gpuxbar import ops, reference
 from gpuxbar.launch import set_threads
@@ -46,6 +49,138 @@ def test_host_matches_oracle(shape, name):
         assert error(mine, oracle) < 3e-6
 
 
+# one cell, one line, more columns than a warp has at a time, more rows than warps, several blocks of threads
+@pytest.mark.parametrize(
+    ("shape", "name", "order"),
+    [((1, 1, 1), "mild", FORWARD), ((1, 1, 9), "ends", REVERSE), ((3, 9, 1), "rows", 11), ((5, 12, 7), "strong", 12),
+     ((2, 5, 130), "strong", REVERSE), ((2, 8, 8), "none", 13), ((3, 37, 50), "strong", 14), ((1, 19, 260), "rows", 15)],
+)  # fmt: skip
+def test_cuda_matches_oracle(shape, name, order):
+    v, g, grad_i = case(*shape)
+    device = ShimDevice(order)
+    got = ops.solve_for_inputs(v, g, device=device, **WIRES[name])
+    assert error(got, reference.solve_for_inputs(v, g, **WIRES[name])) < 3e-6
+    got = ops.solve_for_inputs_gradient(v, g, grad_i, device=device, **WIRES[name])
+    expected = reference.solve_for_inputs_gradient(v, g, grad_i, **WIRES[name])
+    for mine, oracle in zip(got, expected, strict=True):
+        assert error(mine, oracle) < 3e-6
+    assert device.launches == ["wire_currents", "wire_currents_gradient", "wire_currents_sum"]
+
+
+def both(v, g, grad_i, device, **wires):
+    """Currents, and both gradients."""
+    currents = ops.solve_for_inputs(v, g, device=device, **wires)
+    return currents, *ops.solve_for_inputs_gradient(v, g, grad_i, device=device, **wires)
+
+
+def test_cuda_lines_of_their_own():
+    v, g, grad_i = case(3, 9, 14, ron=1e3)
+    rng = np.random.default_rng(0)
+    lines = {"r_wordline": (9, 10), "r_bitline": (14, 10), "r_source": (9, 1000), "r_sink": (14, 1000)}
+    wires = {name: rng.uniform(0, most, count).astype(np.float32) for name, (count, most) in lines.items()}
+    currents, *grads = both(v, g, grad_i, ShimDevice(11), **wires)
+    assert error(currents, reference.solve_for_inputs(v, g, **wires)) < 3e-6
+    for mine, oracle in zip(grads, reference.solve_for_inputs_gradient(v, g, grad_i, **wires), strict=True):
+        assert error(mine, oracle) < 3e-6
+    one = {**WIRES["strong"], "r_sink": np.full(1, 30, np.float32)}
+    for mine, same in zip(both(v, g, grad_i, ShimDevice(), **one),
+                          both(v, g, grad_i, ShimDevice(), **WIRES["strong"]), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(mine, same)
+
+
+def test_cuda_bits_do_not_depend_on_the_launch():
+    """Nor on the memory there is, on the chip or off it, on the order of threads, or on the inputs beside; a gradient is summed in their order."""
+    values = case(5, 20, 11)
+    first = both(*values, ShimDevice(), **WIRES["strong"])
+    cells = 4 * 20 * 11
+    for device in (
+        ShimDevice(11, workspace=1),
+        ShimDevice(12, workspace=-(-3 * cells // 8)),
+        ShimDevice(FORWARD, multiprocessors=1),
+        ShimDevice(REVERSE, multiprocessors=7),
+        ShimDevice(14, arch="sm_75"),
+    ):
+        for mine, same in zip(both(*values, device, **WIRES["strong"]), first, strict=True):
+            np.testing.assert_array_equal(mine, same)
+    v, g, grad_i = values
+    total = np.zeros_like(g)
+    for b in range(5):
+        at = np.s_[:, b : b + 1]
+        alone = both(v[at].copy(), g, grad_i[at].copy(), ShimDevice(), **WIRES["strong"])
+        np.testing.assert_array_equal(alone[0], first[0][at])
+        np.testing.assert_array_equal(alone[1], first[1][at])
+        total += alone[2]
+    np.testing.assert_array_equal(total, first[2])
+
+
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "cuda"])
+def test_inputs_of_any_size(device):
+    """Squares of which are no floats: results are those of others, times a power of two."""
+    v, g, grad_i = case(4, 12, 7)
+    first = both(v, g, grad_i, device, **WIRES["strong"])
+    for much, more in ((2.0**-80, 2.0**100), (2.0**90, 2.0**-99)):
+        currents, grad_v, grad_g = both(
+            v * np.float32(much), g, grad_i * np.float32(more), device, **WIRES["strong"]
+        )
+        np.testing.assert_array_equal(currents, first[0] * np.float32(much))
+        np.testing.assert_array_equal(grad_v, first[1] * np.float32(more))
+        np.testing.assert_array_equal(grad_g, first[2] * np.float32(much * more))
+
+
+HARD = {"r_wordline": 10.0, "r_bitline": 10.0, "r_source": 1000.0, "r_sink": 1000.0}
+
+
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "cuda"])
+def test_directions_are_conjugate(device, monkeypatch):
+    """Eight iterations; by steepest descent more than forty."""
+    monkeypatch.setattr(sys.modules["gpuxbar.ops.solve_for_inputs"], "ITERATIONS", 9)
+    v, g, grad_i = case(2, 40, 40, ron=1e3)
+    found = both(v[:1].copy(), g[:1].copy(), grad_i[:1].copy(), device, **HARD)
+    assert not any(np.isnan(each).any() for each in found)
+
+
+def test_host_says_which_tile_does_not_converge(monkeypatch):
+    values = case(3, 12, 7, ron=1e3)
+    values[0][0], values[2][0] = 0, 0
+    monkeypatch.setattr(sys.modules["gpuxbar.ops.solve_for_inputs"], "ITERATIONS", 1)
+    text = (
+        r"`tolerance` must be reached in 1 iterations, got more than 1e-06 in tile \(1,\); use a larger one"
+    )
+    with pytest.raises(ArithmeticError, match=f"solve_for_inputs: {text}"):
+        ops.solve_for_inputs(*values[:2], **WIRES["strong"])
+    with pytest.raises(ArithmeticError, match=f"solve_for_inputs_gradient: {text}"):
+        ops.solve_for_inputs_gradient(*values, **WIRES["strong"])
+
+
+def test_cuda_gives_nan_where_it_does_not_converge(monkeypatch):
+    """Input by input: one that is 0 needs no iteration, another more than one."""
+    values = case(3, 12, 7, ron=1e3)
+    values[0][0, 1], values[2][0, 1] = 0, 0
+    first = both(*values, ShimDevice(), **WIRES["strong"])
+    assert not any(np.isnan(found).any() for found in first)
+    assert not first[0][0, 1].any()
+    monkeypatch.setattr(sys.modules["gpuxbar.ops.solve_for_inputs"], "ITERATIONS", 1)
+    currents, grad_v, grad_g = both(*values, ShimDevice(), **WIRES["strong"])
+    assert np.isnan(grad_g).all()
+    for found, whole in ((currents, first[0]), (grad_v, first[1])):
+        np.testing.assert_array_equal(found[0, 1], whole[0, 1])
+        found[0, 1] = np.nan
+        assert np.isnan(found).all()
+
+
+def test_cuda_keeps_a_nan_where_it_is():
+    values = case(3, 12, 7)
+    first = both(*values, ShimDevice(), **WIRES["strong"])
+    values[0][0, 1, 5], values[2][1, 2, 0] = np.nan, np.nan
+    currents, grad_v, grad_g = both(*values, ShimDevice(), **WIRES["strong"])
+    assert np.isnan(currents[0, 1]).all()
+    assert np.isnan(grad_v[1, 2]).all()
+    assert np.isnan(grad_g).all()
+    currents[0, 1], grad_v[1, 2] = first[0][0, 1], first[1][1, 2]
+    np.testing.assert_array_equal(currents, first[0])
+    np.testing.assert_array_equal(grad_v, first[1])
+
+
 @pytest.mark.parametrize("name", WIRES)
 def test_oracle_is_the_derivative(name):
     v, g, grad_i = (x[0].astype(np.float64) for x in case(3, 5, 4))
@@ -83,18 +218,22 @@ def test_gradient_of_the_effective_conductance():
         assert got[at] == pytest.approx(slope, rel=1e-4, abs=1e-4 * float(np.abs(got).max()))
 
 
-def test_strong_wires_converge():
-    v, g, _ = case(2, 128, 128, ron=1e3)
-    wires = {"r_wordline": 10.0, "r_bitline": 10.0, "r_source": 1000.0, "r_sink": 1000.0}
-    expected = v.astype(np.float64) @ reference.effective_conductance(g, **wires)
-    assert error(ops.solve_for_inputs(v, g, **wires), expected) < 2e-5
+@pytest.mark.parametrize(("device", "size"), [(None, 128), (ShimDevice(11), 64)], ids=["host", "cuda"])
+def test_strong_wires_converge(device, size):
+    """Most cells see less than a hundredth of what drives their lines: sums of such differences would be 1e-5 off."""
+    v, g, grad_i = case(2, size, size, ron=1e3)
+    g_eff = reference.effective_conductance(g, **HARD)
+    currents, grad_v, _ = both(v, g, grad_i, device, **HARD)
+    assert error(currents, v @ g_eff) < 3e-6
+    assert error(grad_v, grad_i @ g_eff.swapaxes(1, 2)) < 3e-6
 
 
-def test_tolerance_is_kept():
-    v, g, _ = case(4, 64, 64)
+@pytest.mark.parametrize(("device", "size"), [(None, 64), (ShimDevice(), 32)], ids=["host", "cuda"])
+def test_tolerance_is_kept(device, size):
+    v, g, _ = case(4, size, size)
     exact = reference.solve_for_inputs(v, g, **WIRES["strong"])
     off = [
-        error(ops.solve_for_inputs(v, g, tolerance=tolerance, **WIRES["strong"]), exact)
+        error(ops.solve_for_inputs(v, g, tolerance=tolerance, device=device, **WIRES["strong"]), exact)
         for tolerance in (1e-1, 1e-2, 1e-4)
     ]
     assert off[0] > off[2]
@@ -113,14 +252,31 @@ def test_same_bits_for_threads():
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "cuda"])
 @pytest.mark.parametrize(("batch", "rows", "cols"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_nothing_to_do(batch, rows, cols):
+def test_nothing_to_do(batch, rows, cols, device):
     v, g = np.zeros((5, batch, rows), np.float32), np.zeros((5, rows, cols), np.float32)
-    got = ops.solve_for_inputs(v, g, **WIRES["mild"])
+    got, grad_v, grad_g = both(v, g, np.zeros((5, batch, cols), np.float32), device, **WIRES["mild"])
     assert got.shape == (5, batch, cols)
-    grad_v, grad_g = ops.solve_for_inputs_gradient(v, g, got, **WIRES["mild"])
     assert (grad_v.shape, grad_g.shape) == (v.shape, g.shape)
-    assert not grad_g.any()
+    assert not any(found.any() for found in (got, grad_v, grad_g))
+
+
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "cuda"])
+def test_open_cells_and_axes(device):
+    """Of tiles without axes of their own, and with two."""
+    v, g, grad_i = case(2, 6, 5)
+    whole = both(v, g, grad_i, device, **WIRES["strong"])
+    one = both(v[1], g[1], grad_i[1], device, **WIRES["strong"])
+    many = both(v[:, None], g[:, None], grad_i[:, None], device, **WIRES["strong"])
+    for found, alone, nested in zip(whole, one, many, strict=True):
+        np.testing.assert_array_equal(found[1], alone)
+        np.testing.assert_array_equal(found[:, None], nested)
+    nothing = both(v, np.zeros_like(g), grad_i, device, **WIRES["strong"])
+    assert not nothing[0].any()
+    assert not nothing[1].any()
+    # of an open cell the voltage is what drives its lines
+    np.testing.assert_allclose(nothing[2], np.einsum("tbr,tbc->trc", v, grad_i), rtol=0, atol=1e-6)
 
 
 GOOD = dict(zip(("v", "g", "grad_i"), case(4, 3, 5), strict=True))
@@ -147,6 +303,20 @@ def test_bad_input_is_named(name, where, monkeypatch):
         ops.solve_for_inputs(v, g, **values)
     with pytest.raises(kind, match=text):
         ops.solve_for_inputs_gradient(v, g, grad_i, **values)
+
+
+@pytest.mark.parametrize("name", ["dtype", "axes", "rows", "wire", "tolerance"])
+def test_bad_input_is_named_before_a_launch(name):
+    """On a device, all that does not take its values."""
+    change, kind, text = BAD[name]
+    device = ShimDevice()
+    values = {**GOOD, **WIRES["mild"], **change, "device": device}
+    grad_i = values.pop("grad_i")
+    with pytest.raises(kind, match=f"solve_for_inputs: {text}"):
+        ops.solve_for_inputs(**values)
+    with pytest.raises(kind, match=f"solve_for_inputs_gradient: {text}"):
+        ops.solve_for_inputs_gradient(grad_i=grad_i, **values)
+    assert not device.launches
 
 
 def test_bad_gradients_are_named():

@@ -1,4 +1,4 @@
-"""The wires of tiles: exact solutions against sparse LU and badcrossbar, approximations against a copy."""
+"""The wires of tiles: exact solutions against sparse LU, badcrossbar and each other, approximations against a copy."""
 
 from __future__ import annotations
 
@@ -58,6 +58,22 @@ def gradient(size: int, count: int) -> Contenders:
     def check() -> float:
         expected = reference.effective_conductance_gradient(g[:1], grad[:1], **WIRES)
         return checked(run["gpuxbar"]()[:1], expected, 2e-5)  # type: ignore[index]
+
+    return Contenders(run, check, {"exact": count, "gpuxbar": count})
+
+
+def inputs(size: int, count: int, batch: int) -> Contenders:
+    """A few inputs of every tile, against forming their effective conductances and multiplying by these."""
+    g = tiles(count, size)
+    v = np.random.default_rng(1).uniform(-1, 1, (count, batch, size)).astype(np.float32)
+    run: dict[str, Callable[[], object]] = {
+        "exact": lambda: v @ ops.effective_conductance(g, **WIRES),
+        "gpuxbar": partial(ops.solve_for_inputs, v, g, **WIRES),
+    }
+
+    def check() -> float:
+        expected = v[:2] @ reference.effective_conductance(g[:2], **WIRES)
+        return checked(run["gpuxbar"]()[:2], expected, 5e-6)  # type: ignore[index]
 
     return Contenders(run, check, {"exact": count, "gpuxbar": count})
 
@@ -159,6 +175,7 @@ PARASITICS = (
     Case("wires-exact-128", f"16 tiles of 128 x 128, {TILES}", None, partial(exact, 128, 16, 5e-6), memory_mb=16, target_ms=6.0),
     Case("wires-exact-256", f"2 tiles of 256 x 256, {TILES}", None, partial(exact, 256, 2, 2e-5, others=False)),
     Case("wires-gradient", f"16 tiles of 128 x 128, {TILES}: gradient", None, partial(gradient, 128, 16)),
+    Case("wires-inputs", f"16 tiles of 128 x 128, {TILES}, 4 inputs each", None, partial(inputs, 128, 16, 4)),
     Case("wires-ladder", f"400 tiles of 128 x 128, {TILES}", 3.0, partial(approximate, "ladder"), memory_mb=32),
     Case("wires-mean-field", f"400 tiles of 128 x 128, {TILES}", None, partial(approximate, "mean_field")),
     Case("wires-anchored", f"100 tiles of 128 x 128, {TILES}, a tenth due", None, anchored),

@@ -33,6 +33,7 @@ __all__ = [
     "pipeline",
     "plan_tile_mvm",
     "rates",
+    "shared_memory",
     "stage_bytes",
     "step_lines",
     "wgmma_bytes",
@@ -201,6 +202,12 @@ def _at_or_below(arch: str, known: list[str]) -> str | None:
     return max(lower, key=_number, default=None)
 
 
+def shared_memory(arch: str) -> int:
+    """Bytes that a block may have, as of the next lower architecture in the table; 0 below all of them."""
+    known = _at_or_below(arch, list(SHARED))
+    return SHARED[known] if known else 0
+
+
 def rates(arch: str) -> Rates:
     """The rates of an architecture, or of the next lower one in the table (the lowest for older ones)."""
     table = _table()
@@ -322,7 +329,7 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
     """Why the fused kernel cannot compute a case; None if it can."""
     lines = case.tiles * _padded(case, implicit)
     left = case.image_size if implicit else case.groups * lines * BLOCK_M
-    if _at_or_below(arch, list(SHARED)) is None:
+    if not shared_memory(arch):
         return f"{arch} has no mma.sync of 16-bit operands (sm_80 and later do)"
     if not case.adc_bits:
         return "nothing is converted (adc_bits=None)"
@@ -470,11 +477,8 @@ def stage_bytes(block_n: int, panels: int) -> int:
 
 def pipeline(arch: str, block_n: int, panels: int) -> int | None:
     """Stages of the fused kernel's pipeline on an architecture, at most 4; None if too few fit."""
-    known = _at_or_below(arch, list(SHARED))
-    if known is None:
-        return None
     stage = stage_bytes(block_n, panels)
-    stages = min(4, (SHARED[known] - STATIC_SHARED) // stage)
+    stages = min(4, (shared_memory(arch) - STATIC_SHARED) // stage)
     results = 4 * BLOCK_M * 132  # the block of results takes the place of the stages
     return stages if stages >= 2 and stages * stage >= results else None
 

@@ -29,7 +29,8 @@ class Solver {
   const float* g;
   Ends ends;
   float *share_w, *share_b;                                // [R, C]: ladder factors of wordlines and bitlines
-  Vec *u, *w, *residual, *step, *step_w, *source, *carry;  // [R, C], the last [C]
+  Vec *u, *w, *residual, *step, *step_w, *source, *carry;  // [R, C], the last [C]; of scaled inputs
+  Scale scale[LANES];
 
   float left(i64 r, i64 c) const { return c ? ends.wordline[r] : ends.source[r]; }
   float below(i64 r, i64 c) const { return r + 1 < rows ? ends.bitline[c] : ends.sink[c]; }
@@ -96,24 +97,13 @@ class Solver {
     carry = fields;
     share_w = (float*)(fields + rows + 2 * cols);
     share_b = share_w + size;
-    for (i64 r = 0; r < rows; ++r) {
-      float beyond = 0.0f;
-      for (i64 c = cols - 1; c >= 0; --c) {
-        const i64 e = r * cols + c;
-        beyond += g[e];
-        share_w[e] = ladder_factor(left(r, c), beyond);
-        beyond *= share_w[e];
-      }
-    }
-    for (i64 c = 0; c < cols; ++c) {
-      float beyond = 0.0f;
-      for (i64 r = 0; r < rows; ++r) {
-        const i64 e = r * cols + c;
-        beyond += g[e];
-        share_b[e] = ladder_factor(below(r, c), beyond);
-        beyond *= share_b[e];
-      }
-    }
+    for (i64 r = 0; r < rows; ++r)
+      ladder_factors((int)cols, left(r, 0), left(r, 1), [=](i64 c) { return g[r * cols + c]; },
+                     [&](i64 c, float share) { share_w[r * cols + c] = share; });
+    for (i64 c = 0; c < cols; ++c)
+      ladder_factors((int)rows, below(rows - 1, c), ends.bitline[c],
+                     [=](i64 r) { return g[(rows - 1 - r) * cols + c]; },
+                     [&](i64 r, float share) { share_b[(rows - 1 - r) * cols + c] = share; });
   }
 
   // Voltages of `count` inputs: drivers at v [count, R], lower ends of bitlines at drive [count, C]; null: at 0.
@@ -121,10 +111,14 @@ class Solver {
   bool solve(const float* v, const float* drive, i64 count, double tolerance, i64 iterations) {
     const i64 size = rows * cols;
     Vec *const at_w = carry + cols, *const at_b = at_w + rows;
-    for (i64 r = 0; r < rows; ++r)
-      for (int l = 0; l < LANES; ++l) at_w[r].x[l] = v && l < count ? v[l * rows + r] : 0.0f;
-    for (i64 c = 0; c < cols; ++c)
-      for (int l = 0; l < LANES; ++l) at_b[c].x[l] = drive && l < count ? drive[l * cols + c] : 0.0f;
+    for (int l = 0; l < LANES; ++l) {
+      float largest = 0.0f;
+      for (i64 r = 0; v && l < count && r < rows; ++r) largest = std::max(largest, std::fabs(v[l * rows + r]));
+      for (i64 c = 0; drive && l < count && c < cols; ++c) largest = std::max(largest, std::fabs(drive[l * cols + c]));
+      scale[l] = scale_of(largest);
+      for (i64 r = 0; r < rows; ++r) at_w[r].x[l] = v && l < count ? scale[l].down * v[l * rows + r] : 0.0f;
+      for (i64 c = 0; c < cols; ++c) at_b[c].x[l] = drive && l < count ? scale[l].down * drive[l * cols + c] : 0.0f;
+    }
     wordlines(nullptr, at_w, u);
     bitlines(u, at_b, w);
     for (i64 e = 0; e < size; ++e)
@@ -174,33 +168,36 @@ class Solver {
     }
   }
 
+  // i [count, C]: what flows into the sensed ends, at 0, by the voltages of the wordlines. No difference is formed.
   void bitline_currents(i64 count, float* i) const {
-    for (i64 l = 0; l < count; ++l) {
-      float* const to = i + l * cols;
-      std::fill(to, to + cols, 0.0f);
-      for (i64 r = 0; r < rows; ++r)
-        for (i64 c = 0; c < cols; ++c) {
-          const i64 e = r * cols + c;
-          to[c] += g[e] * (u[e].x[l] - w[e].x[l]);
-        }
-    }
+    std::fill(carry, carry + cols, Vec{});
+    for (i64 r = 0; r < rows; ++r)
+      for (i64 c = 0; c < cols; ++c) {
+        const i64 e = r * cols + c;
+        for (int l = 0; l < LANES; ++l) carry[c].x[l] = share_b[e] * (carry[c].x[l] + g[e] * u[e].x[l]);
+      }
+    for (i64 l = 0; l < count; ++l)
+      for (i64 c = 0; c < cols; ++c) i[l * cols + c] = scale[l].up * carry[c].x[l];
   }
 
-  // i [count, R]: what the drivers take in.
+  // i [count, R]: what flows into the drivers, at 0, by the voltages of the bitlines.
   void wordline_currents(i64 count, float* i) const {
-    for (i64 l = 0; l < count; ++l)
-      for (i64 r = 0; r < rows; ++r) {
-        float sum = 0.0f;
-        for (i64 e = r * cols; e < (r + 1) * cols; ++e) sum += g[e] * (w[e].x[l] - u[e].x[l]);
-        i[l * rows + r] = sum;
+    for (i64 r = 0; r < rows; ++r) {
+      Vec sum = {};
+      for (i64 c = cols - 1; c >= 0; --c) {
+        const i64 e = r * cols + c;
+        for (int l = 0; l < LANES; ++l) sum.x[l] = share_w[e] * (sum.x[l] + g[e] * w[e].x[l]);
       }
+      for (i64 l = 0; l < count; ++l) i[l * rows + r] = scale[l].up * sum.x[l];
+    }
   }
 
   // into += voltage over the cells here times there.
   void add_products(const Solver& other, i64 count, float* into) const {
     for (i64 e = 0; e < rows * cols; ++e) {
       float sum = 0.0f;
-      for (i64 l = 0; l < count; ++l) sum += (u[e].x[l] - w[e].x[l]) * (other.u[e].x[l] - other.w[e].x[l]);
+      for (i64 l = 0; l < count; ++l)
+        sum += (u[e].x[l] - w[e].x[l]) * scale[l].up * ((other.u[e].x[l] - other.w[e].x[l]) * other.scale[l].up);
       into[e] += sum;
     }
   }

@@ -23,7 +23,7 @@ Method = Literal["exact", "mean_field", "ladder"]
 Pair = tuple[Any, np.ndarray]  # what the device finds, and the oracle
 
 INPUTS, OUTPUTS, BATCH = 4096, 2048, 256
-TILES, SIDE = 6000, 128
+TILES, SIDE, DRIVEN = 6000, 128, 4
 SETTINGS: dict[str, Any] = {**WINDOW, "seed": 1, "step": 3}
 TRAIN = PulseTrain(length=31, bound_management=False, mode="aggregated")
 
@@ -123,6 +123,23 @@ def _compare_wires(device: Device, there: There, method: Method) -> Pair:
     return ops.effective_conductance(there(g), method=method, device=device, **WIRES), expected
 
 
+def _driven(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and tiles."""
+    v = np.random.default_rng(1).uniform(-1, 1, (count, DRIVEN, side))
+    return v.astype(np.float32), tiles(count, side)
+
+
+def _inputs(device: Device, there: There) -> Callable[[], object]:
+    v, g = map(there, _driven(TILES, SIDE))
+    return partial(ops.solve_for_inputs, v, g, device=device, **WIRES)
+
+
+def _compare_inputs(device: Device, there: There) -> Pair:
+    v, g = _driven(2, 40)
+    expected = reference.solve_for_inputs(v, g, **WIRES)
+    return ops.solve_for_inputs(there(v), there(g), device=device, **WIRES), expected
+
+
 _UPDATED = f"{2 * INPUTS * OUTPUTS / 1e6:.1f} M cells"
 _TILED = f"{TILES} tiles of {SIDE} x {SIDE}"
 
@@ -146,6 +163,7 @@ TIMED = (
     _timed_wires("exact", 40e3),
     _timed_wires("mean_field", 3e3),
     _timed_wires("ladder", 1e3),
+    Timed("wires, given inputs", f"{_TILED}, {DRIVEN} inputs each", None, _inputs, _compare_inputs, 2e-5),
 )
 
 

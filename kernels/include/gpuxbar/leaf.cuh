@@ -23,12 +23,6 @@ struct LeafCell {
   bool second;   // of the pair that is joined first
 };
 
-// Wires of a tile: per line, ohm, or null and a value for all.
-struct Wires {
-  const float *wordline, *bitline, *source, *sink;
-  float wordline_value, bitline_value, source_value, sink_value;
-};
-
 __device__ __forceinline__ LeafCell leaf_cell(const float* g, const Wires& wires, Leaf at, int rows, int cols,
                                               int pad) {
   const int me = this_thread();
@@ -41,10 +35,8 @@ __device__ __forceinline__ LeafCell leaf_cell(const float* g, const Wires& wires
   LeafCell cell{0.0f, 0.0f, 0.0f, row, col, (j & 1) != 0};
   if (row >= 0 && col < cols) {
     cell.device = g[(i64)row * cols + col];
-    cell.left = col ? (wires.wordline ? wires.wordline[row] : wires.wordline_value)
-                    : (wires.source ? wires.source[row] : wires.source_value);
-    cell.below = row + 1 < rows ? (wires.bitline ? wires.bitline[col] : wires.bitline_value)
-                                : (wires.sink ? wires.sink[col] : wires.sink_value);
+    cell.left = col ? wires.along(row) : wires.at_source(row);
+    cell.below = row + 1 < rows ? wires.down(col) : wires.at_sink(col);
   }
   return cell;
 }

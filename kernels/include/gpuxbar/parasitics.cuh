@@ -33,10 +33,34 @@ GPUXBAR_FN void cell_voltage(T g, T left, T below, T* v) {
   v[3] = -drop;
 }
 
+// Wires of a tile on a device: per line, ohm, or null and a value for all.
+struct Wires {
+  const float *wordline, *bitline, *source, *sink;
+  float wordline_value, bitline_value, source_value, sink_value;
+
+  GPUXBAR_METHOD float along(int row) const { return wordline ? wordline[row] : wordline_value; }
+  GPUXBAR_METHOD float down(int col) const { return bitline ? bitline[col] : bitline_value; }
+  GPUXBAR_METHOD float at_source(int row) const { return source ? source[row] : source_value; }
+  GPUXBAR_METHOD float at_sink(int col) const { return sink ? sink[col] : sink_value; }
+};
+
 // What is left of a voltage behind a segment of `resistance` with an admittance `beyond` after it.
 template <class T>
 GPUXBAR_FN T ladder_factor(T resistance, T beyond) {
   return 1.0f / (1.0f + resistance * beyond);
+}
+
+// One line of `count` cells from the driven end on: take(i, share) gets what of the voltage before the segment of a cell
+// reaches it. g(i): conductance, S; from the last cell on.
+template <class Cell, class Take>
+GPUXBAR_FN void ladder_factors(int count, float end, float segment, Cell g, Take take) {
+  float beyond = 0.0f;
+  for (int i = count - 1; i >= 0; --i) {
+    beyond += g(i);
+    const float factor = ladder_factor(i ? segment : end, beyond);
+    beyond *= factor;
+    take(i, factor);
+  }
 }
 
 // One line: `count` cells from the driven end on, `step` apart; share: of the drive, what reaches each cell.
@@ -44,17 +68,11 @@ GPUXBAR_FN T ladder_factor(T resistance, T beyond) {
 template <bool ADDED>
 GPUXBAR_FN void walk(const float* g, float* share, int count, i64 step, float end, float segment) {
   float beyond = 0.0f;
-  for (int i = count - 1; i >= 0; --i) {
-    const float resistance = i ? segment : end;
-    beyond += g[i * step];
-    if (ADDED) {
-      share[i * step] = resistance * beyond;
-    } else {
-      const float factor = ladder_factor(resistance, beyond);
-      beyond *= factor;
-      share[i * step] = factor;
-    }
-  }
+  const auto cell = [=](int i) { return g[i * step]; };
+  if (ADDED)
+    for (int i = count - 1; i >= 0; --i) share[i * step] = (i ? segment : end) * (beyond += cell(i));
+  else
+    ladder_factors(count, end, segment, cell, [=](int i, float factor) { share[i * step] = factor; });
   float reach = ADDED ? 0.0f : 1.0f;
   for (int i = 0; i < count; ++i) {
     if (ADDED)
@@ -63,6 +81,18 @@ GPUXBAR_FN void walk(const float* g, float* share, int count, i64 step, float en
       reach *= share[i * step];
     share[i * step] = reach;
   }
+}
+
+// Powers of two that bring inputs, the largest of which is given (0 or above), to 1 to 2 and back: the squares of very large
+// or small ones are not floats.
+struct Scale {
+  float down, up;
+};
+
+GPUXBAR_FN Scale scale_of(float largest) {
+  u32 exponent = float_bits(largest) >> 23;
+  exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+  return Scale{bits_float((254 - exponent) << 23), bits_float(exponent << 23)};
 }
 
 // What stands before the middle of a coarse line of k lines side by side, each of `end` ohm and then k segments: a
