@@ -249,11 +249,14 @@ def taox_tio2() -> PublishedDevice:
 
 
 def fefet() -> PublishedDevice:
-    law = NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=1.46, levels=32, cycle=0.003)
+    # both of its labels are positive: steps down are largest at g_min too, which this library writes with a minus
+    law = NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=-1.46, levels=32, cycle=0.003)
     return PublishedDevice(
-        "fefet", law, Device(g_min=1e-6, g_max=10e-6),
-        "default device of DNN+NeuroSim V2.1 (Peng et al., IEEE TCAD 2021): 32 levels, labels 1.75 and 1.46, cycle noise 0.3 %",
-        "on/off ratio 10 of the source, scale chosen here", "weights of 5 bits, one update a batch",
+        "fefet", law, Device(g_min=1 / (559.28e3 * 45), g_max=1 / 559.28e3),
+        "Jerry et al., IEDM 2017 (FeFET): 32 levels, labels 1.75 and 1.46, alike both ways; cycle noise of 0.3 % as in DNN+NeuroSim V2.1, "
+        "whose default device this is (Peng et al., IEEE TCAD 2021)",
+        "R_on and on/off ratio of the same article (the ratio is 10 in DNN+NeuroSim)",
+        "pulses of growing amplitude, taken as identical ones; the source's noise is that of an update, here that of a pulse",
     )  # fmt: skip
 
 

@@ -297,10 +297,12 @@ class NeuroSim(Law):
     Depression is the mirror image, from g_max downwards. `levels` pulses from the far bound just span the window.
     `nonlinearity_ltp`, `nonlinearity_ltd`: NeuroSim's labels, -9 to 9; the staircase deviates from a line by at most
     label / 10.1 of the range, which fixes A_norm. A positive label makes the first steps from the far bound the
-    largest, in both directions (MLP+NeuroSim writes such an LTD label with a minus); 0 is linear.
+    largest, in both directions; NeuroSim writes such an LTD label with a minus, and one with a plus where steps down are
+    largest at g_min as steps up are: change its sign. 0 is linear.
     `spread`: device-to-device standard deviation of the labels, drawn for each direction and kept within +-9.5.
-    `cycle`: standard deviation of one pulse as a share of the range, growing with sqrt(|n|).
-    Source: Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021.
+    `cycle`: standard deviation of one pulse as a share of the range, growing with sqrt(|n|), as in MLP+NeuroSim (DNN+NeuroSim:
+    of an update of any size).
+    Source: Chen, Peng and Yu, NeuroSim, IEEE TCAD 2018; Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021.
     """
 
     law: Literal["neurosim"] = "neurosim"
