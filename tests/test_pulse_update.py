@@ -674,3 +674,13 @@ def test_a_copied_layer_is_of_no_group_of_processes():
     copied = copy.deepcopy(layer).streams
     assert copied.group is None
     assert torch.equal(copied.pairs[0][0], torch.ones(1, 3))
+
+
+def test_a_rate_of_numpy_is_as_one_of_python():
+    g, x, d, w_max = case(3, 1, 9, 7)
+    s = {"train": PulseTrain(), "law": LAWS["constant"], "w_max": w_max, **WINDOW, "seed": SEED}
+    read = [
+        ops.pulse_update(g.copy(), x, d, rate=rate, **s) for rate in (0.03, np.float64(0.03), np.array(0.03))
+    ]
+    for weights in read[1:]:
+        np.testing.assert_array_equal(weights, read[0])

@@ -137,9 +137,8 @@ def pulse_update(
     check_map(OP, device_map, law, g.shape)
     lie = Slices.of(slices, slice_bits, carry)
     sides = 2 if law.sides == "both" else 1
-    scale = (
-        rate * law.nominal_pulses / (sides * lie.lowest_share) / w_max
-    )  # pulses for an input and an error of 1
+    # pulses for an input and an error of 1; a NumPy scalar would make float64 of it
+    scale = float(rate) * law.nominal_pulses / (sides * lie.lowest_share) / w_max
     update: dict[str, Any] = {
         "law": parameters(law, g_min, g_max), "endurance": Wear.of(endurance), "slices": lie, "seed": seed,
         "g_min": g_min, "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,
