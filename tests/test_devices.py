@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from gpuxbar.cli import app
 from gpuxbar.experiments.measured import fit_table, read_pulses
 from gpuxbar.experiments.staircase import plot_staircases, staircase
+from gpuxbar.reference.device_update import Cells
 from gpuxbar.reference.laws import moved, symmetry_point
 from gpuxbar.spec import Device, Ideal, NeuroSim, SoftBounds, SpecError
 from gpuxbar.spec.devices import DEVICES, published_device
@@ -35,7 +36,10 @@ PUBLISHED = {
 def test_steps_at_weight_0_are_the_published_ones(name):
     up, down, low, high = PUBLISHED[name]
     law = published_device(name).law.model_dump()
-    width, small = high - low, 1e-3  # of a pulse, for the rate of the flow
+    width = high - low
+    small = (
+        1 if name.startswith("reram-array") else 1e-3
+    )  # of a pulse: whole ones of few, else the rate of the flow
     for size, way in ((up, 1), (down, -1)):
         t = way * small * (1 + way * law["asymmetry"]) / law["pulses"]
         y = np.array(-low / width)
@@ -78,6 +82,26 @@ def test_devices_shifted_to_their_symmetry_point_have_it_at_weight_0(name):
     assert symmetry_point(published_device(name).law.model_dump()) == pytest.approx(
         -low / (high - low), abs=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "spread"),
+    [("reram-sb", 0.02), ("reram-array-om", 0.02), ("reram-array-hfo2", 0.02), ("reram-es", 0.14)],
+)
+def test_ends_of_a_device_do_not_move_its_symmetry_point(name, spread):
+    """In units of the weight: as many devices of aihwkit's presets have 0.02, 0.02, 0.02 and 0.13, their references left out."""
+    law = published_device(name).law.model_copy(update={"cycle": 0.0, "write_noise": 0.0}).model_dump()
+    low, width = (-0.75, 2) if name == "reram-sb" else (-1, 2)
+    cells = Cells.draw(law, np.arange(60), 60, 0, 3, -1 / 9)
+    shape = cells.low.shape
+    w = np.linspace(-0.9, 0.9, 181)
+    small = np.full(shape, 1e-3 / law["pulses"])
+    x = [np.full(shape, (at - low) / width) for at in w]
+    net = np.stack([(cells.flow(y, small) - y) - (y - cells.flow(y, -small)) for y in x])
+    found = w[np.abs(net).argmin(0)]
+    inside = (cells.low < x[0].min()) & (cells.high > x[-1].max())  # of a window that holds all of w
+    assert inside.sum() > 100
+    assert np.std(found[inside]) < spread + 0.01
 
 
 @pytest.mark.parametrize("name", DEVICES)
