@@ -75,8 +75,8 @@ def pulse_update(
     """Pulse the lines of an array for a batch of inputs and errors, in place, and read the weights out.
 
     Devices move by one pulse of their law for every coincidence of a wordline's and a bitline's train, sample by sample
-    or once for the batch (see `spec.PulseTrain`); weights so change by -rate d^T x in the mean, as long as devices are
-    in mid-window and no train is clipped. One pulse of a pair is 2 w_max / pulses of weight, of one side w_max / pulses.
+    or once for the batch (see `spec.PulseTrain`); weights so change by -rate d^T x in the mean, as long as devices make
+    nominal steps and no train is clipped. One pulse of a pair is 2 w_max / pulses of weight, of one side w_max / pulses.
     Of a sliced weight the lowest slice is pulsed; its window spans w_max (2**(slice_bits + headroom_bits) - 1) /
     (2**(slices slice_bits) - 1), and its pulses are that much smaller. `ops.carry` moves up what it gathers.
     Stuck cells never move; results are kept inside the device's window. The outer product of the batch is never formed.
