@@ -61,7 +61,7 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], floa
   for (int q = 0; q < 4; ++q) {
     const float d = quad.free[q] > 0.0f ? pulsed(s, wanted[q]) : 0.0f;
     const bool rising = wanted[q] > 0.0f;
-    x[q] = moved<LawOf<LAW>>(s, device_of(s, quad.device[q], rising), x[q], d, rising, z.z[q], scatter);
+    x[q] = moved<LawOf<LAW>>(s, device_under<LawOf<LAW>>(s, quad.device[q], rising), x[q], d, rising, z.z[q], scatter);
     if (d > 0.0f) shown[q] = max(fma(s.write_noise, write.z[q], x[q]), s.floor);
     if (COUNTED && d > 0.0f) {
       taken[q] = after_wear(endurance, taken[q], whole_pulses(d * s.pulses, uniform(part[q])), bears.z[q]);

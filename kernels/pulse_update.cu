@@ -90,7 +90,7 @@ GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const in
 #else
     const float d = (ups + downs) * (1.0f / s.pulses);
     const bool rising = ups > 0.0f;
-    x[q] = moved<LawOf<LAW>>(s, device_of(s, quad.device[q], rising), x[q], d, rising, own, s.scatter);
+    x[q] = moved<LawOf<LAW>>(s, device_under<LawOf<LAW>>(s, quad.device[q], rising), x[q], d, rising, own, s.scatter);
 #endif
   }
 }

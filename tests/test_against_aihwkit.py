@@ -11,10 +11,12 @@ import torch
 from scipy.stats import ks_2samp
 
 from gpuxbar import ops
-from gpuxbar.spec import ConstantStep, LinearStep, PulseTrain, SoftBounds
+from gpuxbar.spec import ConstantStep, ExponentialStep, LinearStep, PowerStep, PulseTrain, SoftBounds
+from gpuxbar.spec.devices import published_device
 
 pytest.importorskip("aihwkit", reason="aihwkit is not installed")
 from aihwkit.simulator import configs, tiles
+from aihwkit.simulator.presets import devices as presets
 
 pytestmark = pytest.mark.aihwkit
 
@@ -77,17 +79,17 @@ def their_changes(device, train, rate, samples=2):
     return np.array(found)
 
 
-def our_changes(law, train, rate):
+def our_changes(law, train, rate, w=W):
     """The same of as many arrays side by side."""
-    shares = np.tile((W.T + 1) / 2, (REPEATS, 1))
-    g = np.stack([shares, np.full_like(shares, 0.5)]) * np.float32(10e-6)
+    shares = np.tile((w.T + 1) / 2, (REPEATS, 1))
+    g = np.stack([1 + shares, np.full_like(shares, 1.5)]) * np.float32(5e-6)  # windows may begin below
     x, d = np.tile(X, REPEATS), np.tile(D, REPEATS)
     w_max = np.full(REPEATS * 3, 2, np.float32)
     rate *= their_step(law)
     read = ops.pulse_update(
-        g, x, d, rate=rate, train=train, law=law, w_max=w_max, g_min=0.0, g_max=10e-6, groups=REPEATS, seed=3
+        g, x, d, rate=rate, train=train, law=law, w_max=w_max, g_min=5e-6, g_max=10e-6, groups=REPEATS, seed=3
     )
-    change = read - W
+    change = read - w
     return np.where(np.abs(change) < 1e-6, 0, change)  # less is rounding of the window, not a pulse
 
 
@@ -121,3 +123,103 @@ def test_the_expected_update_is_the_mean_of_their_pulses(device):
     )
     off = read[0] - W - b.mean(0)
     assert (np.abs(off) < 4.5 * b.std(0) / np.sqrt(REPEATS) + 2e-4).all(), off
+
+
+SHAPE = {"rate_up": 5, "rate_down": 5, "a": -0.5, "b": -0.5}
+ENDS = {"low_spread": 0.1, "high_spread": 0.1}  # of a window of 2
+THEIR_ENDS = THEIRS | {"w_max_dtod": 0.2, "w_min_dtod": 0.2}
+WITH_ENDS = {  # laws, and the step at weight 0 by which they count pulses
+    "constant step": (ConstantStep(**OURS, **ENDS), configs.ConstantStepDevice(**THEIR_ENDS), 1),
+    "soft bounds": (SoftBounds(up=2, down=2, **OURS, **ENDS), configs.SoftBoundsDevice(**THEIR_ENDS, mult_noise=True), 1),
+    "exponential step": (
+        ExponentialStep(amplitude_up=-1.18445, amplitude_down=-0.081404, **SHAPE, **OURS, **ENDS),
+        configs.ExpStepDevice(
+            A_up=-1.18445, A_down=-0.081404, gamma_up=5, gamma_down=5, a=-0.5, b=-0.5, **THEIR_ENDS
+        ),
+        1 + 0.081404 * np.exp(2.5),
+    ),
+    "power step": (
+        PowerStep(exponent_up=1.5, exponent_down=1.5, **OURS, **ENDS),
+        configs.PowStepDevice(pow_gamma=1.5, pow_gamma_dtod=0.0, **THEIR_ENDS),
+        0.5**1.5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", WITH_ENDS)
+def test_devices_with_windows_of_their_own_have_the_same_distribution(device):
+    """Of changes over many devices whose bounds differ, near the middle of the window, by as many pulses."""
+    law, theirs, size = WITH_ENDS[device]
+    w, train = W / 2, PulseTrain(**TRAINS["implicit"])
+    update = configs.UpdateParameters(
+        pulse_type=configs.PulseType.DETERMINISTIC_IMPLICIT, desired_bl=31, update_bl_management=False,
+        x_res_implicit=1 / 31, d_res_implicit=1 / 31,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    tile = tiles.AnalogTile(3 * REPEATS, 4, configs.SingleRPUConfig(device=theirs, update=update))
+    tile.set_learning_rate(0.03)
+    tile.set_weights(torch.from_numpy(np.tile(w, (REPEATS, 1))), realistic=False)
+    tile.update(torch.from_numpy(X), torch.from_numpy(np.tile(D, REPEATS)))
+    b = tile.get_weights(realistic=False)[0].numpy().reshape(REPEATS, 3, 4) - w
+    a = our_changes(law, train, 0.03 / size, w)
+    for o in range(3):
+        for i in range(4):
+            assert ks_2samp(a[:, o, i], b[:, o, i], method="asymp").pvalue > 1e-6, (o, i)
+
+
+PRESETS = {
+    "capacitor": "Capacitor", "ecram": "EcRam", "ecram-mo": "EcRamMO", "gokmen-vlasov": "GokmenVlasov",
+    "idealized": "Idealized", "pcm": "PCM", "reram-array-hfo2": "ReRamArrayHfO2", "reram-array-om": "ReRamArrayOM",
+    "reram-es": "ReRamES", "reram-sb": "ReRamSB",
+}  # fmt: skip
+
+
+FEW = {"pcm": 0.03, "reram-array-hfo2": 0.04, "reram-array-om": 0.02}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_devices_are_the_presets(name):
+    """Weights shown by many devices, from weight 0, after pulses up and as many down: their median and spread."""
+    theirs = getattr(presets, PRESETS[name] + "PresetDevice")()
+    left_out = {
+        "reference_std": 0.0,
+        "subtract_symmetry_point": False,
+        "lifetime": 0.0,
+        "dw_min_std_add": 0.0,
+        "dw_min_std_slope": 0.0,
+    }
+    for key, value in left_out.items():
+        if hasattr(theirs, key):
+            setattr(theirs, key, value)
+    pulse = theirs.dw_min
+    if hasattr(theirs, "A_down"):  # what they count pulses by
+        pulse *= (1 - max(theirs.up_down, 0)) * (1 - theirs.A_down * np.exp(-theirs.gamma_down * theirs.b))
+    one = configs.UpdateParameters(desired_bl=1, update_bl_management=False, update_management=False)
+    torch.manual_seed(1)
+    tile = tiles.AnalogTile(REPEATS, 1, configs.SingleRPUConfig(device=theirs, update=one))
+    tile.set_learning_rate(1.001 * pulse)  # one pulse for an input and an error of 1
+    tile.set_weights(torch.zeros(REPEATS, 1), realistic=False)
+    low, width = theirs.w_min, theirs.w_max - theirs.w_min
+    span = 9e-6
+    g_min = span if low else 0.0  # ends of windows may lie below
+    device = published_device(name)
+    scale = span / (device.window.g_max - device.window.g_min)
+    law = device.law.model_copy(update={"sides": "reference", "write_noise": device.law.write_noise * scale})
+    g = np.full((2, 1, REPEATS), g_min - low / width * span, np.float32)
+    hidden = g.copy() if law.write_noise else None
+    change = np.full((1, REPEATS, 1), 1 / law.pulses, np.float32)
+    count, step = int(np.clip(0.4 * law.pulses, 2, 60)), 0
+    for way in (1, -1) if low else (1,):  # their one-sided devices only rise
+        for _ in range(count):
+            step += 1
+            ops.device_update(
+                g, way * change, law=law, w_max=np.ones(REPEATS, np.float32), g_min=g_min, g_max=g_min + span, hidden=hidden,
+                seed=5, step=step,
+            )  # fmt: skip
+            tile.update(torch.ones(1, 1), torch.full((1, REPEATS), -float(way)))
+        a = (g[0, 0].astype(float) - g_min) / span * width + low
+        b = tile.get_weights(realistic=False)[0].numpy()[:, 0]
+        found, expected = (np.percentile(x, (16, 50, 84)) for x in (a, b))
+        sampling = 5 * 1.6 * (expected[2] - expected[0]) / 2 / np.sqrt(REPEATS)
+        # a pulse is a flow here, a jump there, which tells where there are few
+        np.testing.assert_allclose(found, expected, rtol=0, atol=sampling + FEW.get(name, 0.003) * width)

@@ -49,12 +49,12 @@ LAWS = {
     "constant": CONSTANT,
     "constant-reference": ConstantStep(pulses=100, sides="reference", low_spread=0.1, high_spread=0.1),
     "linear": LinearStep(slope_up=0.4, slope_down=-0.7, spread=0.1, cycle=0.5, cycle_of="nominal", pulses=150),
-    "soft": SoftBounds(pulses=200, cycle=0.3, spread=0.2),
+    "soft": SoftBounds(pulses=200, cycle=0.3, spread=0.2, low_spread=0.1, high_spread=0.15),
     "agarwal": Agarwal(nu=2.0, gamma=0.01, pulses=300),
     "agarwal-one-sided": Agarwal(nu=2.0, spread=0.2, pulses=300, sides="one_sided"),
     "symmetric": AgarwalSymmetric(alpha=3.0, gamma=0.02, pulses=300),
     "neurosim": NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=-2.4, levels=64, cycle=0.005),
-    "exponential": ExponentialStep(pulses=200, spread=0.1, cycle=1.0),
+    "exponential": ExponentialStep(pulses=200, spread=0.1, cycle=1.0, low_spread=0.1),
     "power": PowerStep(exponent_up=0.6, exponent_down=2.3, pulses=200, spread=0.1),
     "piecewise": PiecewiseStep(up=(1.5, 1.2, 0.8), down=(0.2, 1.7), pulses=200, spread=0.1),
 }  # fmt: skip
@@ -674,3 +674,13 @@ def test_a_copied_layer_is_of_no_group_of_processes():
     copied = copy.deepcopy(layer).streams
     assert copied.group is None
     assert torch.equal(copied.pairs[0][0], torch.ones(1, 3))
+
+
+def test_a_rate_of_numpy_is_as_one_of_python():
+    g, x, d, w_max = case(3, 1, 9, 7)
+    s = {"train": PulseTrain(), "law": LAWS["constant"], "w_max": w_max, **WINDOW, "seed": SEED}
+    read = [
+        ops.pulse_update(g.copy(), x, d, rate=rate, **s) for rate in (0.03, np.float64(0.03), np.array(0.03))
+    ]
+    for weights in read[1:]:
+        np.testing.assert_array_equal(weights, read[0])

@@ -75,8 +75,8 @@ def pulse_update(
     """Pulse the lines of an array for a batch of inputs and errors, in place, and read the weights out.
 
     Devices move by one pulse of their law for every coincidence of a wordline's and a bitline's train, sample by sample
-    or once for the batch (see `spec.PulseTrain`); weights so change by -rate d^T x in the mean, as long as devices are
-    in mid-window and no train is clipped. One pulse of a pair is 2 w_max / pulses of weight, of one side w_max / pulses.
+    or once for the batch (see `spec.PulseTrain`); weights so change by -rate d^T x in the mean, as long as devices make
+    nominal steps and no train is clipped. One pulse of a pair is 2 w_max / pulses of weight, of one side w_max / pulses.
     Of a sliced weight the lowest slice is pulsed; its window spans w_max (2**(slice_bits + headroom_bits) - 1) /
     (2**(slices slice_bits) - 1), and its pulses are that much smaller. `ops.carry` moves up what it gathers.
     Stuck cells never move; results are kept inside the device's window. The outer product of the batch is never formed.
@@ -137,9 +137,8 @@ def pulse_update(
     check_map(OP, device_map, law, g.shape)
     lie = Slices.of(slices, slice_bits, carry)
     sides = 2 if law.sides == "both" else 1
-    scale = (
-        rate * law.nominal_pulses / (sides * lie.lowest_share) / w_max
-    )  # pulses for an input and an error of 1
+    # pulses for an input and an error of 1; a NumPy scalar would make float64 of it
+    scale = float(rate) * law.nominal_pulses / (sides * lie.lowest_share) / w_max
     update: dict[str, Any] = {
         "law": parameters(law, g_min, g_max), "endurance": Wear.of(endurance), "slices": lie, "seed": seed,
         "g_min": g_min, "range": g_max - g_min, "stuck_low": stuck_at_g_min, "stuck_high": stuck_at_g_max, "groups": groups,

@@ -39,8 +39,9 @@ class MixedPrecision(InSituOptimizer):
 
     with step = momentum * step + grad as in `InSituSGD`. Opposite changes cancel before they are written, so the
     devices see few pulses, and asymmetric or coarse steps do little harm; the price is a digital memory of the size of the
-    weights. A law without steps counts 1,000 pulses to the window. Of a sliced weight, pulses are those of its lowest slice,
-    the least change that it can make; what is written goes to the slices as `spec.Carry` says.
+    weights. A pulse counts as a nominal step (f = 1 of `spec.laws`), and 1,000 to the window for a law without steps. Of a
+    sliced weight, pulses are those of its lowest slice, the least change that it can make; what is written goes to the slices as
+    `spec.Carry` says.
 
     Args:
         params, lr, momentum: As for `InSituSGD`.

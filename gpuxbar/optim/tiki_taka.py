@@ -124,8 +124,8 @@ class TikiTaka(InSituOptimizer):
 
     A <- A - fast_lr grad (scaled);  every `transfer_every` steps, for the next `lines` wordlines:  C <- C + lr v
 
-    The network reads C alone. A must read 0 at its symmetry point: `zero_shift` leads it there and takes what it reads
-    for its zero. Digital parameters: as in `InSituSGD`; crossbar weights have no momentum, the fast array is one.
+    The network reads C alone (the paper's gamma is 0). A must read 0 at its symmetry point: `zero_shift` leads it there and
+    takes what it reads for its zero. Digital parameters: as in `InSituSGD`; crossbar weights have no momentum, the fast array is one.
 
     Args:
         params, lr, momentum: As for `InSituSGD`.
@@ -187,7 +187,8 @@ class TikiTakaV2(TikiTaka):
 
     H <- H + lr v / pulse,  n = trunc(H) within +-max_pulses,  H <- H - n,  write n pulses to C
 
-    The buffer filters the noise of reads and the offset of A that is smaller than the gradient.
+    The buffer filters the noise of reads and the offset of A that is smaller than the gradient. It keeps what was not
+    written; by default, aihwkit's forgets all but a tenth once it writes.
 
     Args:
         params, lr, momentum, fast_lr, transfer_every, lines, zero_shift: As for `TikiTaka`.
@@ -220,8 +221,8 @@ class ChoppedTikiTakaV2(TikiTakaV2):
 
     Args:
         params, lr, momentum, fast_lr, transfer_every, lines, zero_shift, max_pulses: As for `TikiTakaV2`.
-        flip: Probability of a flip, 0 to 0.5. Between flips A must have time to forget what it holds with the old sign: the
-            smaller `fast_lr`, the rarer the flips.
+        flip: Probability of a flip, 0 to 0.5 (0.1 in aihwkit). Between flips A must have time to forget what it holds with the
+            old sign: the smaller `fast_lr`, the rarer the flips.
 
     Source:
         Rasch et al., "Fast and robust analog in-memory deep neural network training", Nature Communications 2024.
@@ -248,7 +249,7 @@ class AGAD(TikiTakaV2):
 
     With c the sign of a line and v what it reads:  H <- H + lr c (v - offset) / pulse,  mean <- mean + beta (v - mean);
     after `period` reads:  offset <- mean,  c <- -c.  beta = min(5 / period, 1). Whole pulses of H are written to C as
-    in version 2, after the first period, which only measures.
+    in version 2, after the first period, which only measures (in aihwkit it adds to H, too).
 
     The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric.
 

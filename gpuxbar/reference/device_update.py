@@ -47,13 +47,43 @@ class Cells:
             z["up"], z["down"],
         )  # fmt: skip
 
+    def law_window(self, rising: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(where a law's y is 0, and from there to where it is 1), in shares of the nominal window."""
+        law, width = self.law, self.high - self.low
+        if (
+            law["law"] == "soft_bounds"
+        ):  # steps are nominal where those of the nominal device are alike, and 0 at the bound
+            alike = law["up"] / (law["up"] + law["down"])
+            if rising:
+                span = np.maximum(self.high - alike, 0.01) / (1 - alike)
+                return self.high - span, span
+            return self.low, np.maximum(alike - self.low, 0.01) / alike
+        if (
+            law["law"] == "exponential_step"
+        ):  # around the middle of the nominal window, as wide as the device's own
+            return (1 - width) / 2, width
+        return self.low, width
+
+    def flow(self, x: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Shares of the nominal window after a wanted change from inside the device's own, wherever its ends are."""
+        to = x
+        for rising, gain in ((True, self.gain_up), (False, self.gain_down)):
+            origin, span = self.law_window(rising)
+            own = np.where((wanted > 0) == rising, wanted, 0.0)
+            then = origin + span * moved(
+                self.law, (x - origin) / span, own * gain / span, self.z_up, self.z_down
+            )
+            to = np.where(own != 0, then, to)
+        return to
+
     def change(self, x: np.ndarray, wanted: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Shares of the nominal window after a wanted change, with noise z of the cycle."""
-        law, width = self.law, self.high - self.low
+        law = self.law
         gain = np.where(wanted > 0, self.gain_up, self.gain_down)
-        y = np.clip((x - self.low) / width, 0.0, 1.0)
-        to = self.low + width * moved(law, y, wanted * gain / width, self.z_up, self.z_down)
-        size = np.abs(to - (self.low + width * y))
+        inside = np.clip(x, self.low, self.high)
+        y = (inside - self.low) / (self.high - self.low)
+        to = self.flow(inside, wanted)
+        size = np.abs(to - inside)
         if law["law"] == "lookup_table":
             to = to + scattered(law, y, z, wanted > 0) * gain / law["pulses"] * np.sqrt(
                 np.abs(wanted) * law["pulses"]

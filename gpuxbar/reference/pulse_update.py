@@ -8,7 +8,6 @@ import numpy as np
 
 from gpuxbar.reference.device_update import Cells, deviation, read_out, sliced
 from gpuxbar.reference.endurance import wear
-from gpuxbar.reference.laws import moved
 from gpuxbar.reference.random import Purpose, normals, uniforms, words
 from gpuxbar.reference.tile_mvm import ConvGeometry, by_group, unfold
 
@@ -177,11 +176,10 @@ def pulse_update(
 
 def _after(cells: Cells, x: Array, up: Array, down: Array, z: Array) -> Array:
     """Shares after nominal changes both ways from where the device is, with one normal for the noise of all."""
-    width = cells.high - cells.low
-    y = np.clip((x - cells.low) / width, 0.0, 1.0)
-    to, variance = cells.low + width * y, np.zeros_like(x)
+    x = np.clip(x, cells.low, cells.high)
+    to, variance = x, np.zeros_like(x)
     for change, gain, sign in ((up, cells.gain_up, 1.0), (down, cells.gain_down, -1.0)):
-        step = width * (moved(cells.law, y, sign * change * gain / width, cells.z_up, cells.z_down) - y)
+        step = cells.flow(x, sign * change) - x
         to = to + step
         variance = variance + np.where(change > 0, deviation(cells.law, np.abs(step), change, gain) ** 2, 0.0)
     return np.clip(to + np.sqrt(variance) * z, cells.low, cells.high)

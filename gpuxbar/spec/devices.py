@@ -1,13 +1,15 @@
 """Published devices as update laws in SI units, each with its source and the range it was fitted in.
 
 Papers give steps in normalised weights; the conductance window they lie in is often not given with the fit, and is then
-chosen here (`window_source`). Only ratios to the window enter a law, so another window changes no training.
+chosen here (`window_source`). Only ratios to the window enter a law, so another window changes no training but where ends of
+windows spread, none of which is below 0 S.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log1p
 from typing import Any
 
 from gpuxbar.spec.errors import SpecError, nearest
@@ -104,8 +106,12 @@ def _linear(name: str, steps: Steps, slopes: tuple[float, float], cycle: float, 
 
 
 def _soft(name: str, steps: Steps, cycle: float, window: Device, source: str, valid: str, lognormal: bool = False) -> PublishedDevice:  # fmt: skip
-    width = steps.high - steps.low
-    shape = {"up": width / steps.high, "down": width / -steps.low}
+    """Steps size (1 - w / high) upwards and size (1 - w / low) downwards, in the law each what a whole pulse makes of its flow."""
+    pulses = (steps.high - steps.low) / steps.size
+    shape = {
+        "up": -pulses * log1p(-steps.size / steps.high),
+        "down": -pulses * log1p(steps.size / steps.low),
+    }
     law = SoftBounds.model_validate(
         {**steps.law(window), **shape, "cycle": cycle, "cycle_of": "nominal", "lognormal_steps": lognormal}
     )
@@ -140,7 +146,8 @@ def reram_array_om() -> PublishedDevice:
     steps = Steps(0.0949, -1, 1, 0, 0.7829, 0.01, 0.5695, 0.3499, write_noise=1.4113)
     return _soft(
         "reram-array-om", steps, 0.4158, Device(g_min=1e-6, g_max=10e-6), "Gong, Rasch et al., IEDM 2022 (array, optimized material)",
-        "about 20 steps over the window; 13.5 % failed cells of the array are not in it: set programming.stuck_at_*",
+        "about 20 steps over the window; symmetry point at weight 0, without the 5 % by which its reference errs; 13.5 % failed cells of "
+        "the array are not in it: set programming.stuck_at_*",
         lognormal=True,
     )  # fmt: skip
 
@@ -149,7 +156,8 @@ def reram_array_hfo2() -> PublishedDevice:
     steps = Steps(0.4622, -1, 1, 0, 0.7125, 0.01, 0.5990, 0.4295, write_noise=0.5841)
     return _soft(
         "reram-array-hfo2", steps, 0.2174, Device(g_min=1e-6, g_max=10e-6), "Gong, Rasch et al., IEDM 2022 (array, baseline HfO2)",
-        "about 4 steps over the window; 10 % failed cells of the array are not in it: set programming.stuck_at_*",
+        "about 4 steps over the window; symmetry point at weight 0, without the 5 % by which its reference errs; 10 % failed cells of "
+        "the array are not in it: set programming.stuck_at_*",
         lognormal=True,
     )  # fmt: skip
 
@@ -212,8 +220,8 @@ def pcm() -> PublishedDevice:
     return PublishedDevice(
         "pcm", law, window, f"Nandakumar et al., Frontiers in Neuroscience 2020 (GST phase change memory); {AIHWKIT}",
         "Joshi et al., Nature Communications 2020",
-        "crystallising pulses only: pairs saturate unless the spec's `refresh` writes them anew; the part of the cycle noise that does not scale with "
-        "the step is not in it",
+        "crystallising pulses only, whose first one, as a flow, is 0.75 of the fit's: pairs saturate unless the spec's `refresh` writes them anew; the part of the cycle noise that does not scale with "
+        "the step, from mid-window on several times the other, is not in it",
     )  # fmt: skip
 
 
@@ -249,11 +257,14 @@ def taox_tio2() -> PublishedDevice:
 
 
 def fefet() -> PublishedDevice:
-    law = NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=1.46, levels=32, cycle=0.003)
+    # both of its labels are positive: steps down are largest at g_min too, which this library writes with a minus
+    law = NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=-1.46, levels=32, cycle=0.003)
     return PublishedDevice(
-        "fefet", law, Device(g_min=1e-6, g_max=10e-6),
-        "default device of DNN+NeuroSim V2.1 (Peng et al., IEEE TCAD 2021): 32 levels, labels 1.75 and 1.46, cycle noise 0.3 %",
-        "on/off ratio 10 of the source, scale chosen here", "weights of 5 bits, one update a batch",
+        "fefet", law, Device(g_min=1 / (559.28e3 * 45), g_max=1 / 559.28e3),
+        "Jerry et al., IEDM 2017 (FeFET): 32 levels, labels 1.75 and 1.46, alike both ways; cycle noise of 0.3 % as in DNN+NeuroSim V2.1, "
+        "whose default device this is (Peng et al., IEEE TCAD 2021)",
+        "R_on and on/off ratio of the same article (the ratio is 10 in DNN+NeuroSim)",
+        "pulses of growing amplitude, taken as identical ones; the source's noise is that of an update, here that of a pulse",
     )  # fmt: skip
 
 

@@ -43,7 +43,8 @@ class Law(Part):
 
     Between devices: `step_spread` (relative standard deviation of the step; of its logarithm if
     `lognormal_steps`), `asymmetry_spread` (standard deviation of the asymmetry), `low_spread` and `high_spread` (of
-    the ends of the window, in shares of the nominal one). A device outside its own window enters it when touched.
+    the ends of the window, in shares of the nominal one; no end is below 0 S). A device outside its own window enters it
+    when touched. Laws go by the share of a device's own window; `SoftBounds` and `ExponentialStep` say how they differ.
 
     `sides`: which devices of a pair take a wanted change of its weight: "both" (half each, up and down), "reference"
     (all on the first; the second is a reference that never moves), "one_sided" (gains on the first, losses on the
@@ -106,7 +107,7 @@ class LinearStep(Stepping):
     """f = 1 + slope - 2 slope v: steps shrink linearly on their way; nominal in mid-window.
 
     `slope_up`, `slope_down`: 0 is a constant step, 1 a soft bound, where the last step is 0. `spread`: standard
-    deviation of each between devices.
+    deviation of each between devices. Slopes are over a device's own window, where aihwkit's are over the nominal one.
     Source: Rasch et al., aihwkit, AICAS 2021; Tang et al., IEDM 2018 (ECRAM); Li et al., VLSI 2018 (capacitor).
     """
 
@@ -123,6 +124,8 @@ class SoftBounds(Stepping):
     dG < 0:  g' = g_min + (g - g_min) exp(-down |dG| / range)
     `up`: size of a small step at g_min relative to the wanted one; `down`: the same at g_max. Steps are half of that
     in mid-range, so up = down = 2 is right there, and up and down steps are alike at up / (up + down) of the window.
+    Devices with ends of their own make steps as large as others there, and of 0 at their own ends: ends do not move the
+    place where steps are alike.
     `spread`: device-to-device relative standard deviation of `up` and of `down`, drawn for each.
     Source: Fusi and Abbott, Nature Neuroscience 2007; Rasch et al., aihwkit, AICAS 2021.
     """
@@ -136,7 +139,8 @@ class SoftBounds(Stepping):
 class ExponentialStep(Stepping):
     """f = max(1 - amplitude exp(rate z), 0) upwards, max(1 - amplitude exp(-rate z), 0) downwards, z = a (2y - 1) + b.
 
-    Steps fall (amplitude > 0) or rise (amplitude < 0) exponentially as the device nears a bound.
+    Steps fall (amplitude > 0) or rise (amplitude < 0) exponentially as the device nears a bound. For devices with ends of
+    their own, 2y - 1 is the distance from the middle of the nominal window, over half of their width.
     `spread`: relative standard deviation of each amplitude between devices.
     Source: Rasch et al., aihwkit, AICAS 2021, fit to Gong et al., Nature Communications 2018 (ReRAM).
     """
@@ -164,7 +168,7 @@ class PowerStep(Stepping):
     """f = (1 - v)^exponent.
 
     `exponent_up`, `exponent_down`: 0 is a constant step, 1 a soft bound. `spread`: standard deviation of each
-    between devices.
+    between devices, drawn for each (in aihwkit a part is common to both).
     Source: Rasch et al., aihwkit, AICAS 2021.
     """
 
@@ -297,10 +301,12 @@ class NeuroSim(Law):
     Depression is the mirror image, from g_max downwards. `levels` pulses from the far bound just span the window.
     `nonlinearity_ltp`, `nonlinearity_ltd`: NeuroSim's labels, -9 to 9; the staircase deviates from a line by at most
     label / 10.1 of the range, which fixes A_norm. A positive label makes the first steps from the far bound the
-    largest, in both directions (MLP+NeuroSim writes such an LTD label with a minus); 0 is linear.
+    largest, in both directions; NeuroSim writes such an LTD label with a minus, and one with a plus where steps down are
+    largest at g_min as steps up are: change its sign. 0 is linear.
     `spread`: device-to-device standard deviation of the labels, drawn for each direction and kept within +-9.5.
-    `cycle`: standard deviation of one pulse as a share of the range, growing with sqrt(|n|).
-    Source: Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021.
+    `cycle`: standard deviation of one pulse as a share of the range, growing with sqrt(|n|), as in MLP+NeuroSim (DNN+NeuroSim:
+    of an update of any size).
+    Source: Chen, Peng and Yu, NeuroSim, IEEE TCAD 2018; Peng et al., DNN+NeuroSim V2.0, IEEE TCAD 2021.
     """
 
     law: Literal["neurosim"] = "neurosim"

@@ -19,14 +19,16 @@ class PulseTrain(Part):
     For every sample, inputs x and errors d become trains of `length` slots; where both lines of a device have a pulse
     in a slot, it moves by one pulse, whose sign is that of -x d. With step_o the weight of one pulse of output o,
     e_o = rate d_o / step_o, and r the split between both sides, a slot holds a pulse with probability
-    min(|x| r / sqrt(length), 1) or min(|e| / (r sqrt(length)), 1), so that -rate x d is the mean change in mid-window.
+    min(|x| r / sqrt(length), 1) or min(|e| / (r sqrt(length)), 1), so that -rate x d is the mean change of a device
+    that makes its law's nominal steps (f = 1; with asymmetric ones, the mean of both ways).
 
     `scheme`: "stochastic" (independent slots) or "deterministic_implicit" (both probabilities are rounded to slots of
     the train, and round(length p q) coincidences happen for certain).
     `update_management`: r = sqrt(max|e| / max|x|) gives both sides the same largest probability; without it,
     r^2 = rate / step of the group's largest step.
     `bound_management`: a train is only ceil(max|x| max|e|) slots long, at most `length`. Where even that is too
-    short, the errors are clipped under update management, not the inputs.
+    short, the errors are clipped under update management, not the inputs. This is aihwkit's `update_bl_management`; what
+    Gokmen et al. 2017 call bound management keeps the outputs of reads within an ADC's range.
     `mode`: "exact" (samples in sequence, each moving every device) or "aggregated" (the same trains, counted over the
     batch; a device moves once, up and down). Both are alike where the order of pulses does not matter: for constant
     steps off the bounds of the window, and for any noiseless law with one-sided devices, which pulses only raise.
@@ -35,7 +37,8 @@ class PulseTrain(Part):
     small step (see `ops.pulse_update`), and a sample makes at most `length` of them. The scheme "accumulate" is refused: it
     needs the digits of a product, and coincidences count the product out without making any. Its scheme "streamed", which
     drives lines with bits and digits instead, goes without pulse trains.
-    Source: Gokmen and Vlasov, Frontiers in Neuroscience 2016; Rasch et al., aihwkit, AICAS 2021.
+    Source: Gokmen and Vlasov, Frontiers in Neuroscience 2016; Gokmen, Onen and Haensch, ibid. 2017 (update management); Rasch et
+    al., aihwkit, AICAS 2021 (lengths, implicit coincidences).
     """
 
     length: int = Field(31, ge=1, le=31)

@@ -116,6 +116,12 @@ void prepare(const Update& u, const Arrays& a, const float* change, i64 count, R
 
 template <class L>
 void move(const UpdateLaw s, Row& r) {
+  if (FITTED<L> && s.low_spread + s.high_spread > 0.0f)
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) {
+      const Device device{r.low[j], r.width[j], r.inverse_width[j], r.gain[j], r.shape[j]};
+      r.shape[j] = fitted_shape<L>(s, device, r.rising[j] > 0.0f);
+    }
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
     const Device device{r.low[j], r.width[j], r.inverse_width[j], r.gain[j], r.shape[j]};

@@ -337,20 +337,23 @@ struct alignas(64) Events {
 struct alignas(64) Pulsed {
   float free[WIDE_ROW], low[WIDE_ROW], width[WIDE_ROW], inverse_width[WIDE_ROW];
   float gain[2][WIDE_ROW], shape[2][WIDE_ROW];
-
-  Pulsed(const UpdateLaw& s, const Row& row) {
-    std::copy_n(row.free, WIDE_ROW, free);
-    for (int up = 0; up < 2; ++up)
-#pragma omp simd
-      for (int j = 0; j < WIDE_ROW; ++j) {
-        const Device device = device_of(s, spreads(row.draws, j), up != 0);
-        low[j] = device.low, width[j] = device.width, inverse_width[j] = device.inverse_width;
-        gain[up][j] = device.gain, shape[up][j] = device.shape;
-      }
-  }
 };
 
-// Cell j of a row, as `device_of` makes it; a struct made in a simd loop itself would keep it from vectorising.
+template <class L>
+Pulsed pulsed_row(const UpdateLaw& s, const Row& row) {
+  Pulsed p;
+  std::copy_n(row.free, WIDE_ROW, p.free);
+  for (int up = 0; up < 2; ++up)
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) {
+      const Device device = device_under<L>(s, spreads(row.draws, j), up != 0);
+      p.low[j] = device.low, p.width[j] = device.width, p.inverse_width[j] = device.inverse_width;
+      p.gain[up][j] = device.gain, p.shape[up][j] = device.shape;
+    }
+  return p;
+}
+
+// Cell j of a row, as `device_under` makes it; a struct made in a simd loop itself would keep it from vectorising.
 GPUXBAR_FN Device device_at(const Pulsed& row, int j, bool rising) {
   const float gain = rising ? row.gain[1][j] : row.gain[0][j], shape = rising ? row.shape[1][j] : row.shape[0][j];
   return Device{row.low[j], row.width[j], row.inverse_width[j], gain, shape};
@@ -484,7 +487,7 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
                             u.blocks() * SAMPLES, length + b0, samples, count);
       if (!events.turns) continue;
       const auto devices = [&](u32 side) {
-        return Pulsed(s, Row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i)));
+        return pulsed_row<L>(s, Row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i)));
       };
       const Pulsed rows[2] = {devices(0), devices(1)};
       for (i64 turn = 0; turn < events.turns; ++turn) {

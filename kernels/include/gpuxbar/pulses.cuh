@@ -128,7 +128,7 @@ GPUXBAR_FN float pulses_down(i32 sides, bool positive, float raise, float lower)
 // x after pulses both ways whose order does not matter.
 template <class L>
 GPUXBAR_FN float after_pulses(const UpdateLaw& s, const Spreads& z, float x, float ups, float downs, float noise) {
-  const Device rising = device_of(s, z, true), falling = device_of(s, z, false);
+  const Device rising = device_under<L>(s, z, true), falling = device_under<L>(s, z, false);
   const float y = min(max((x - rising.low) * rising.inverse_width, 0.0f), 1.0f), each = 1.0f / s.pulses;
   const Change up = change_of<L>(s, rising, effort_of<L>(s, rising, ups * each, true), y, true);
   const Change down = change_of<L>(s, falling, effort_of<L>(s, falling, downs * each, false), y, false);

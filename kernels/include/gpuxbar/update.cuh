@@ -70,6 +70,41 @@ GPUXBAR_FN Device device_of(const UpdateLaw& s, const Spreads& z, bool rising) {
   return Device{window.low, window.width, 1.0f / window.width, device_gain(s, z, rising), rising ? up : down};
 }
 
+template <class A, class B>
+inline constexpr bool SAME = false;
+template <class A>
+inline constexpr bool SAME<A, A> = true;
+
+// Laws whose shape depends on where the ends of a device's window are.
+template <class L>
+inline constexpr bool FITTED = SAME<L, SoftBounds> || SAME<L, ExponentialStep>;
+
+// The shape of a device with ends of its own. Its steps by soft bounds are nominal where the nominal device's are alike both
+// ways, and 0 at its own bounds; exponential ones go by the distance from the middle of the nominal window. Other laws go by the
+// share of the device's own window alone.
+template <class L>
+GPUXBAR_FN float fitted_shape(const UpdateLaw& s, const Device& device, bool rising) {
+  const float above = device.low + device.width - 1.0f;
+  if constexpr (SAME<L, SoftBounds>) {
+    const float room = (rising ? s.shape_down : s.shape_up) / (s.shape_up + s.shape_down);  // to the nominal bound
+    const float own = max(room + (rising ? above : -device.low), 0.01f);
+    return device.shape * (device.width * (room / own));
+  } else if constexpr (SAME<L, ExponentialStep>) {
+    const float off = 0.5f * (device.low + above) * device.inverse_width;  // of the middles, in widths
+    return device.shape * exp(min(max((rising ? s.second_up : -s.second_down) * off, -80.0f), 80.0f));
+  } else {
+    return device.shape;
+  }
+}
+
+// `device_of` under a law.
+template <class L>
+GPUXBAR_FN Device device_under(const UpdateLaw& s, const Spreads& z, bool rising) {
+  Device device = device_of(s, z, rising);
+  device.shape = fitted_shape<L>(s, device, rising);
+  return device;
+}
+
 // What a device of a pair is asked for, signed, when its weight is to change by `change` of w_max.
 GPUXBAR_FN float device_share(i32 sides, bool positive, float change) {
   const float own = positive ? change : -change;
