@@ -213,7 +213,23 @@ def put(weight):  # as torch.nn.utils.vector_to_parameters does, and autograd do
     weight.data = weight.data * 0.5
 
 
-@pytest.mark.parametrize("change", [halve, put])
+def scale(weight):  # as an average of weights is put into a model
+    weight.data.mul_(0.5)
+
+
+def exchange(weight):
+    weight.data[:2] = weight.data[:2].flip(0)
+
+
+def fused(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.1, fused=True).step()
+
+
+CHANGES = pytest.mark.parametrize("change", [halve, put, scale, exchange, fused])
+
+
+@CHANGES
 def test_another_weight_than_the_programmed_is_refused(change):
     """Not one that moves with its model."""
     layer = linear()
@@ -225,8 +241,8 @@ def test_another_weight_than_the_programmed_is_refused(change):
         layer(inputs())
 
 
-@pytest.mark.parametrize("change", [halve, put])
-@pytest.mark.parametrize("act", ["update", "relax", "program"])
+@CHANGES
+@pytest.mark.parametrize("act", ["update", "relax", "program", "read"])
 def test_a_weight_that_something_else_changed_is_not_lost(act, change):
     layer = linear(**TRAINED, retention={"tau": 10.0})
     layer.begin_in_situ()
@@ -236,6 +252,7 @@ def test_a_weight_that_something_else_changed_is_not_lost(act, change):
         "update": lambda: layer.update_cells(torch.ones_like(layer.weight)),
         "relax": layer.relax,
         "program": layer.program,
+        "read": lambda: layer(inputs()),
     }
     with pytest.raises(ValueError, match="must be what the cells read"):
         acts[act]()

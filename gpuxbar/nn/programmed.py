@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpuxbar.bridge.drift import drift
+from gpuxbar.bridge.reprogram import fingerprint
 from gpuxbar.bridge.wires import merged
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
@@ -37,16 +38,25 @@ WRITTEN_AS = (
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, and
-    where it lay: a parameter gets another `data` without a count."""
+    """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, where
+    it lay, since a parameter gets another `data` without a count, and a fingerprint of its values, since these change without a
+    count too: through `data`, or by a fused optimiser. On a GPU, which would have to be waited for, that is None."""
 
     weight: Tensor
     version: int
     place: int
+    fingerprint: int | None
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Mark:
+        """That of a weight as it is now."""
+        return cls(weight, weight._version, weight.data_ptr(), fingerprint(weight))
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
-        return self.weight is weight and (self.version, self.place) == (weight._version, weight.data_ptr())
+        if self.weight is not weight or (self.version, self.place) != (weight._version, weight.data_ptr()):
+            return False
+        return self.fingerprint is None or self.fingerprint == fingerprint(weight)
 
 
 class Programmed(Wires):
@@ -94,7 +104,7 @@ class Programmed(Wires):
 
     def mark(self) -> Mark:
         """The layer's weight as it is now."""
-        return Mark(self.weight, self.weight._version, self.weight.data_ptr())
+        return Mark.of(self.weight)
 
     @property
     def programmed(self) -> bool:
