@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import gpuxbar as gx
 from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.nn.recurrent import UnfusedRNN
 
 TRAINED = {"update": {"law": "constant_step"}}
 
@@ -306,6 +308,60 @@ def test_cells_trained_by_other_means_are_refused(there, here, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         other.load_state_dict(trained.state_dict())
     assert str(other.state_dict()) == str(before)
+
+
+class Dropped(nn.Module):
+    def forward(self, weight):
+        return nn.functional.dropout(weight, 0.5)
+
+
+def test_a_weight_computed_at_random_is_that_of_the_read_and_of_its_gradient():
+    layer = linear()
+    parametrize.register_parametrization(layer, "weight", Dropped())
+    x, sources = inputs(), (layer.parametrizations.weight.original, layer.bias)
+    found = []
+    for product in (layer, lambda x: nn.functional.linear(x, layer.weight, layer.bias)):
+        torch.manual_seed(3)
+        y = product(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), sources)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("way", [prune.random_unstructured, parametrizations.weight_norm])
+def test_computed_weights_of_recurrent_layers_are_those_of_now(kind, way):
+    """Pruning sets them just before each call of a layer."""
+    torch.manual_seed(0)
+    digital = UnfusedRNN(kind(3, 5))
+    analog, _ = gx.convert(digital, gx.CrossbarSpec())
+    for model in (digital, analog):
+        torch.manual_seed(1)
+        way(model.hh_l0, "weight", **({"amount": 0.5} if way is prune.random_unstructured else {}))
+    x = torch.randn(4, 2, 3)
+    for model in (digital, analog):
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(2):
+            optimiser.zero_grad()
+            model(x)[0].square().mean().backward()
+            optimiser.step()
+    torch.testing.assert_close(analog(x)[0], digital(x)[0])
+
+
+def test_computed_weights_are_not_on_devices_that_are_written_once():
+    layer = linear(**TRAINED)
+    parametrizations.weight_norm(layer)
+    layer(inputs()).sum().backward()
+    assert gx.convert(layer, layer.spec)[1].rows[0].why == "already so"
+    for act in (layer.program, layer.begin_in_situ):
+        with pytest.raises(
+            ValueError, match=r"`weight` must be a parameter for \w+, got one that is computed anew"
+        ):
+            act()
+    with pytest.raises(ValueError, match="without pruning or parametrisations"):
+        gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    parametrize.remove_parametrizations(layer, "weight")
+    gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    assert layer.in_situ
 
 
 class Tied(nn.Module):

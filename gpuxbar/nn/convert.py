@@ -175,7 +175,14 @@ def _tiles(layer: AnalogLayer) -> int:
 
 
 def _macs(layer: nn.Module, names: list[str], positions: dict[str, int]) -> int:
-    return layer.get_parameter("weight").numel() * positions.get(names[0], 1)
+    return _weight(layer).numel() * positions.get(names[0], 1)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """A layer's weight: of an analog one perhaps no parameter, but pruned."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -251,7 +258,7 @@ def _positions(model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, A
     samples = next((len(x) for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()), 1)
 
     def count(name: str, layer: nn.Module, y: Tensor) -> None:
-        found[name] = found.get(name, 0) + y.numel() // len(layer.get_parameter("weight")) // samples
+        found[name] = found.get(name, 0) + y.numel() // len(_weight(layer)) // samples
 
     for name, module in watched.named_modules():
         if _is_layer(module) or isinstance(module, AnalogLayer):

@@ -100,6 +100,7 @@ class InSitu(Programmed):
         """
         self.require_law()
         self.require_unprogrammed("begin_in_situ")
+        self.require_own_weight("begin_in_situ")
         weight = self.by_line(self.weight.detach().float())
         rows = weight.abs().amax(2).reshape(-1)
         top = rows.amax()
@@ -379,6 +380,14 @@ class InSitu(Programmed):
         super().__setstate__(state)
         self._read = self.mark() if state["_read"] else None
         self._own_weight()
+
+    def look_at_weight(self) -> Tensor:
+        """The weight for one read; where it is computed of other parameters, in-situ optimisers will refuse these."""
+        if not torch.compiler.is_compiling() and "weight" not in self._parameters:
+            for name, parameter in self.named_parameters():
+                if name != "bias" and not hasattr(parameter, "analog"):
+                    parameter.analog = Owner(self)  # type: ignore[attr-defined]
+        return self.weight
 
     def _own_weight(self) -> None:
         weight = self._parameters.get("weight")

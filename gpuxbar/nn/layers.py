@@ -191,13 +191,17 @@ class AnalogLayer(InSitu):
         self.require_unprogrammed("rewrite")
         self.write_step += 1
 
-    def conductances(self) -> Cells:
-        """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires."""
+    def conductances(self, weight: Tensor | None = None) -> Cells:
+        """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires.
+
+        Args:
+            weight: The layer's, where it has just been computed: by dropout, say, another at every look. None: look.
+        """
         if self.programmed:
             return self.aged_cells()
         if self.in_situ:
             return self.trained_cells()
-        weight = self._written_weight()
+        weight = self._written_weight(weight)
         merge = "none" if self.seen is not None else self.planes.merge
         reprogram(
             weight, self.cells, self.cell_variance, self.full_pair, self.written, self.write_step, self.static[1],
@@ -214,14 +218,16 @@ class AnalogLayer(InSitu):
         if self.packed_state is not None:
             self.packed_state.zero_()
 
-    def _written_weight(self) -> Tensor:
+    def _written_weight(self, weight: Tensor | None = None) -> Tensor:
         """The weights [G, O, I] as they are written, with the reference lines of an offset mapping: weights of 0."""
-        weight = self.by_line(self.weight.detach().float())
+        weight = self.weight if weight is None else weight
+        weight = self.by_line(weight.detach().float())
         rows, cols = self.plan.reference_lines
         return functional.pad(weight, (0, rows, 0, cols)) if rows else weight
 
     def program(self) -> None:
         """Write the present weights once (not those of cells trained in situ) and read these devices from now on."""
+        self.require_own_weight("program")
         if self.in_situ:
             self.require_read_out()
         self.write_step += 1
@@ -263,7 +269,8 @@ class AnalogLayer(InSitu):
         top = torch.ones_like(self.dac_max)
         if dac.range in ("fixed", "ema"):
             top = torch.where(self.dac_max > 0, self.dac_max, top)
-        y = self._products((x * top).contiguous(), self.weight.detach(), top / max(dac.code_max, 1), None)
+        lsb = top / max(dac.code_max, 1)
+        y = self._products((x * top).contiguous(), self.weight.detach(), lsb, None, self.conductances())
         return y.abs().sum().reshape(1)
 
     def lines(self, cells: Tensor, transposed: bool) -> Tensor:
@@ -301,7 +308,8 @@ class AnalogLayer(InSitu):
 
     def steady(self) -> Steady:
         """For reads over and over before anything changes the layer."""
-        return Steady(self.conductances(), shared_weight(self.weight))
+        weight = self.look_at_weight()
+        return Steady(self.conductances(weight), shared_weight(weight))
 
     def read(self, x: Tensor, steady: Steady | None = None) -> Tensor:
         """Products of x with the devices of now, or of `steady()` if nothing has changed since."""
@@ -317,8 +325,13 @@ class AnalogLayer(InSitu):
         x = x.float().contiguous()
         top = self.dac_top(x)
         x, lsb = self.dac_inputs(x, top)
-        bias = None if self.bias is None else self.bias.float()
-        cells, weight = (None, self.weight) if steady is None else steady
+        bias = self.bias
+        bias = None if bias is None else bias.float()
+        if steady is None:
+            weight = self.look_at_weight()
+            cells = self.conductances(weight)
+        else:
+            cells, weight = steady
         watched = self.keeps_operands and weight.requires_grad and torch.is_grad_enabled()
         if (
             watched
@@ -333,7 +346,7 @@ class AnalogLayer(InSitu):
         if self.spec.dac.range == "ema" and self.training:
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
-        return y.to(self.weight.dtype)
+        return y.to(weight.dtype)
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
@@ -349,11 +362,8 @@ class AnalogLayer(InSitu):
             return self.aged
         return self.cells if self.g_cells is None else self.g_cells
 
-    def _products(
-        self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None, cells: Cells | None = None
-    ) -> Tensor:
+    def _products(self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None, cells: Cells) -> Tensor:
         """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
-        cells = self.conductances() if cells is None else cells
         step = self.read_step + 1
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             weight = weight_through_wires(

@@ -118,6 +118,14 @@ class Programmed(Wires):
                 "gpuxbar.unprogram(model) first"
             )
 
+    def require_own_weight(self, act: str) -> None:
+        """Refuse a weight that is computed of other parameters, as pruned and normalised ones are."""
+        if "weight" not in self._parameters:
+            raise ValueError(
+                f"{self.name}: `weight` must be a parameter for {act}, got one that is computed anew at every pass; make it one, "
+                "as torch.nn.utils.prune.remove and torch.nn.utils.parametrize.remove_parametrizations do"
+            )
+
     def hold(self, g: Tensor, w_max: Tensor) -> None:
         """Read these devices from now on, and start their time."""
         self.g_programmed, self.w_programmed = g, w_max

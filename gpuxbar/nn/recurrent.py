@@ -232,8 +232,13 @@ def _lstm_at_once(
 
 
 def _steady(layer: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
-    """A layer to be called over and over before anything changes its weights: its devices are looked at now."""
-    return partial(layer, steady=layer.steady()) if isinstance(layer, AnalogLinear) else layer
+    """A layer to be called over and over before anything changes its weights: its devices are looked at now.
+
+    Not where hooks come first, which may set the weight, as pruning does.
+    """
+    if isinstance(layer, AnalogLinear) and not layer._forward_pre_hooks:
+        return partial(layer, steady=layer.steady())
+    return layer
 
 
 def _layer(source: nn.Module, name: str) -> nn.Linear:
