@@ -416,6 +416,55 @@ def test_programmed_devices_age_alike_in_a_model_of_another_seed_and_name():
     assert not torch.equal(other(inputs()), layer(inputs()))
 
 
+CARRIED = {
+    "mapping": {"slices": 2, "slice_bits": 3}, "carry": {"interval": 1}, "retention": {"tau": 50.0, "spread": 0.3},
+}  # fmt: skip
+PULSED = {"pulses": {}, "endurance": {"pulses": 90.0, "spread": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "way"), [("sgd", CARRIED), ("sgd", PULSED), ("chopped-tiki-taka-v2", CARRIED)]
+)
+def test_cells_are_trained_alike_in_a_model_of_another_seed_and_name(algorithm, way):
+    """Their spread, what is drawn for their updates, and how they age afterwards."""
+    law = {"law": "soft_bounds", "step_spread": 0.3, "cycle": 0.2}
+    settings = {
+        "update": law,
+        "programming": {"device_spread": 0.1},
+        "drift": {"nu": 0.05, "nu_std": 0.02},
+        **way,
+    }
+
+    def begin(layer):
+        return gx.optim.build_optimizer(algorithm, layer, lr=0.1)
+
+    def step(layer, optimiser):
+        optimiser.zero_grad()
+        layer(inputs()).square().mean().backward()
+        optimiser.step()
+
+    layer = linear(**settings)
+    other = AnalogLinear(
+        20, 8, spec=gx.CrossbarSpec.model_validate({**settings, "seed": 2**62 + 5}), name="b"
+    )
+    optimisers = [begin(one) for one in (layer, other)]
+    step(layer, optimisers[0])
+    other.load_state_dict(layer.state_dict())
+    optimisers[1].load_state_dict(optimisers[0].state_dict())
+    twin = saved(other)
+    for one, optimiser in ((layer, optimisers[0]), (other, optimisers[1])):
+        for _ in range(2):
+            step(one, optimiser)
+        gx.program(one)
+        gx.age(one, "1y")
+    assert twin.seed_of_cells == layer.plan.seed
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+    gx.unprogram(other)
+    other.begin_in_situ()
+    assert other.seed_of_cells == other.plan.seed != layer.plan.seed
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -429,6 +478,17 @@ def test_anchors_of_other_wires_are_solved_anew(change):
         {"device": {"g_max": 1e-4}, "programming": {"stuck_at_g_min": 0.1}, "parasitics": wires}
     )
     layer, fresh, loaded = (linear(**base.with_overrides(more).model_dump()) for more in ({}, change, change))
+    layer(inputs())
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded(inputs()), fresh(inputs()))
+
+
+def test_anchors_of_a_layer_of_another_name_are_solved_anew():
+    """Its devices are others, though their weights are the same."""
+    wires = {"r_wordline": 20.0, "terminations": "line", "anchor": "ladder", "refresh_interval": 10}
+    spec = gx.CrossbarSpec.model_validate({"programming": {"device_spread": 0.3}, "parasitics": wires})
+    layer, fresh, loaded = (AnalogLinear(20, 8, spec=spec, name=name) for name in "abb")
+    fresh.load_state_dict({key: layer.state_dict()[key] for key in ("weight", "bias")}, strict=False)
     layer(inputs())
     loaded.load_state_dict(layer.state_dict())
     assert torch.equal(loaded(inputs()), fresh(inputs()))

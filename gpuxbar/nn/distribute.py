@@ -50,5 +50,6 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
     distributed_model = DistributedDataParallel(model, **options)
     for layer in layers.values():  # all have rank 0's weights, cells and ranges now
         layer.look_at_ranges()
+        layer.look_at_seed()
         layer.forget_wires()
     return distributed_model

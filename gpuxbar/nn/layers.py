@@ -232,10 +232,11 @@ class AnalogLayer(InSitu):
             self.require_read_out()
         self.write_step += 1
         if self.g_cells is not None and self.w_max is not None:
-            self.hold(self.g_cells.clone(), self.w_max.clone())
+            self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
         else:
             weight = self._written_weight()
-            self.hold(*program_devices(weight, self.write_step, self.static[1], self.plan.seed))
+            seed = self.plan.seed
+            self.hold(*program_devices(weight, self.write_step, self.static[1], seed), seed)
 
     @torch.no_grad()
     def compensate(self) -> None:

@@ -126,11 +126,11 @@ class Programmed(Wires):
                 "as torch.nn.utils.prune.remove and torch.nn.utils.parametrize.remove_parametrizations do"
             )
 
-    def hold(self, g: Tensor, w_max: Tensor) -> None:
-        """Read these devices from now on, and start their time."""
+    def hold(self, g: Tensor, w_max: Tensor, seed: int) -> None:
+        """Read these devices from now on, which the seed draws, and start their time."""
         self.g_programmed, self.w_programmed = g, w_max
         self.written_as = self._written_as().to(g.device)
-        self.device_seed = torch.tensor([self.plan.seed], device=g.device)
+        self.device_seed = torch.tensor([seed], device=g.device)
         self.age = torch.zeros(1, dtype=torch.float32, device=g.device)
         self.gain = torch.ones(1, dtype=torch.float32, device=g.device)
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpuxbar import ops
 from gpuxbar.bridge.wires import merged, refresh_wires, tiles_shape
-from gpuxbar.mapping import Planes
+from gpuxbar.mapping import Planes, ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.spec import CrossbarSpec
 
@@ -23,7 +23,7 @@ ANCHOR = (
     "wire_slope",
     "wire_error_",
 )  # buffers, in the order of ops.Anchor
-FOLLOWED = {"tile", "device", "mapping", "programming", "parasitics", "update", "carry", "seed"}
+FOLLOWED = {"tile", "device", "mapping", "programming", "parasitics", "update", "carry"}
 
 
 class Wires(nn.Module):
@@ -33,13 +33,14 @@ class Wires(nn.Module):
     (None without wires); `solved`, the state of the devices they belong to, int64 [1].
     Buffers of the state dict, None without `parasitics.anchor`: `wire_offset`, `wire_start`, `wire_age`, `wire_slope` and
     `wire_error_`, an `ops.Anchor` for each matrix that reads see, and `wire_state`, the state of the devices that
-    they belong to, int64 [1]; `wire_settings`, a checksum of the settings of the spec that devices and wires follow from, int64
-    [1]. With them a checkpoint resumes bit for bit; one of other settings makes every tile be solved anew.
+    they belong to, int64 [1]; `wire_settings`, a checksum of the settings of the spec and the layer's seed, which devices and
+    wires follow from, int64 [1]. With them a checkpoint resumes bit for bit; one of other settings makes every tile be solved anew.
     `solve_all`: whether the next read must solve every tile, since some never were; kept on the host, so that a read on a
     GPU does not wait to know it.
     """
 
     spec: CrossbarSpec
+    plan: ReadPlan
     planes: Planes
     groups_: int
     static: tuple[str, str]  # the plan and the spec as JSON
@@ -73,7 +74,7 @@ class Wires(nn.Module):
             self.register_buffer(name, both if anchored else None)
         state = torch.zeros(1, dtype=torch.int64, device=device) if anchored else None
         self.register_buffer("wire_state", state)
-        settings = torch.tensor([_checksum(self.spec)], device=device) if anchored else None
+        settings = torch.tensor([_checksum(self.spec, self.plan.seed)], device=device) if anchored else None
         self.register_buffer("wire_settings", settings)
         self.solve_all = anchored
 
@@ -133,5 +134,5 @@ class Wires(nn.Module):
             self.restart_wires()
 
 
-def _checksum(spec: CrossbarSpec) -> int:
-    return zlib.crc32(spec.model_dump_json(include=FOLLOWED).encode())
+def _checksum(spec: CrossbarSpec, seed: int) -> int:
+    return zlib.crc32(f"{seed} {spec.model_dump_json(include=FOLLOWED)}".encode())
