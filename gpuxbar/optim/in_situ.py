@@ -71,12 +71,21 @@ class InSituSGD(InSituOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step` itself undoes what a `GradScaler` did."""
-        return any(layer.keeps_operands for layer in self._layers())
+        """Whether `step` itself undoes what a `GradScaler` did, which asks before it looks for gradients that are not finite: it
+        finds the errors of layers that make none."""
+        layers = [layer for layer in self._layers() if layer.keeps_operands]
+        for layer in layers:
+            if layer.streams.pairs and layer.weight.grad is None:
+                layer.weight.grad = layer.streams.finite(layer.weight)
+        return bool(layers)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update what has a gradient, or whose layer kept inputs and errors; returns the loss of `closure`, if given."""
+        for layer in self._layers():
+            grad = layer.weight.grad
+            if layer.keeps_operands and grad is not None and grad.is_sparse and not grad.dense_dim():
+                layer.weight.grad = None  # of `Streams.finite`; those of an embedding are dense in rows
         if hasattr(self, "found_inf"):
             if self.grad_scale is None:
                 raise ValueError(
