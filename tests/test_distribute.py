@@ -14,6 +14,7 @@ import gpuxbar as gx
 
 SPECS = {
     "digital": {},
+    "recurrent": {},
     "in situ": {"update": {"law": "soft_bounds"}},
     "pulses": {"update": {"law": "soft_bounds"}, "pulses": {}},
     "streams": {
@@ -30,15 +31,28 @@ READS = {
 }
 
 
+class Sequences(nn.Module):
+    """The rows of an image, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, 2, bidirectional=True)
+
+    def forward(self, x):
+        return self.lstm(x.squeeze(1).transpose(0, 1))[0].transpose(0, 1)
+
+
 def network(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+    if kind == "recurrent":
+        model = Sequences()
     return gx.convert(model, gx.CrossbarSpec.model_validate({**READS, **SPECS[kind]}))[0]
 
 
 def train(kind, model, run, x):
     """The first outputs, and the weights after two steps."""
-    make = torch.optim.SGD if kind == "digital" else gx.optim.InSituSGD
+    make = gx.optim.InSituSGD if "update" in SPECS[kind] else torch.optim.SGD
     optimiser = make(model.parameters(), lr=0.5)
     first = None
     for _ in range(2):

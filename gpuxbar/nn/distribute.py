@@ -22,8 +22,9 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
     Each rank's reads draw the noise of its own rows of that batch. Updates of devices are the same everywhere: for pulse
     trains and bit streams the ranks exchange what they read and its errors, averaged as gradients are. Conductances that
     follow from weights are not sent. Batches must be of one size on all ranks. ADC ranges are those that rank 0 calibrated.
-    What is not as in one process: DAC ranges "tensor" and "ema" are those of a rank's own part, and recurrent layers, which read
-    all samples of a step together, draw noise of other rows, though no two ranks the same.
+    What is not as in one process: DAC ranges "tensor" and "ema" are those of a rank's own part, and layers whose inputs count
+    other things before samples, as sequence-first transformers and packed sequences of other lengths on each rank, draw noise
+    of other rows, though no two ranks the same.
 
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
