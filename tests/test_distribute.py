@@ -89,6 +89,17 @@ def apart(rank, before):
     return [model.adc_range, model.adc_lsb, model.seen]
 
 
+def programmed(rank):
+    """What ranks read before and after they are distributed, of other devices each that have aged."""
+    torch.manual_seed(rank)
+    spec = gx.CrossbarSpec.model_validate({"seed": rank, "drift": {"nu": 0.1, "nu_std": 0.05}})
+    model, _ = gx.convert(nn.Linear(6, 4), spec)
+    gx.program(model)
+    gx.age(model, "1d")
+    x = torch.ones(2, 6)
+    return [model(x).detach(), gx.distribute(model)(x).detach()]
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -103,11 +114,12 @@ def work(rank, folder):
     names = {buffer: name for name, buffer in model.named_buffers()}
     sent = [names[buffer] for buffer in gx.distribute(model).modules_buffers]
     were_apart = apart(rank, before=True) + apart(rank, before=False)
+    aged = programmed(rank)
     model = network("pulses")
     gx.optim.InSituSGD(model.parameters(), lr=0.5)
     with pytest.raises(ValueError, match=r"wrap it by gpuxbar\.distribute\(model\)"):
         DistributedDataParallel(model)(batch())
-    torch.save((found, sent, were_apart), f"{folder}/{rank}.pt")
+    torch.save((found, sent, were_apart, aged), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -130,7 +142,7 @@ def test_ranks_train_as_one_process(ranks, kind):
 
 
 def test_what_follows_from_weights_is_not_sent(ranks):
-    _, sent, _ = ranks[0]
+    _, sent, *_ = ranks[0]
     assert "0.read_step" in sent
     assert not any(name.endswith(("cells", "full_pair", "written")) for name in sent)
 
@@ -138,6 +150,13 @@ def test_what_follows_from_weights_is_not_sent(ranks):
 def test_ranks_convert_and_read_alike_after_they_were_apart(ranks):
     for one, two in zip(ranks[0][2], ranks[1][2], strict=True):
         assert torch.equal(one, two)
+
+
+def test_programmed_devices_are_those_of_the_first_rank(ranks):
+    (first, distributed_first), (other, distributed_other) = (rank[3] for rank in ranks)
+    assert torch.equal(distributed_first, first)
+    assert torch.equal(distributed_other, first)
+    assert not torch.equal(other, first)
 
 
 def test_it_needs_a_process_group():

@@ -41,6 +41,7 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AnalogLayer)}
     require_apart("distribute", layers.values())
     group = options.get("process_group") or distributed.group.WORLD
+    held = [layer for layer in layers.values() if layer.is_held()]
     derived = []
     for name, layer in layers.items():
         layer.set_plan(replace(layer.plan, rank=distributed.get_rank(group)))
@@ -49,8 +50,10 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
         derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set - STEPS]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, derived)
     distributed_model = DistributedDataParallel(model, **options)
-    for layer in layers.values():  # all have rank 0's weights, cells and ranges now
+    for layer in layers.values():  # all have rank 0's weights, devices and ranges now
         layer.look_at_ranges()
         layer.look_at_seed()
         layer.forget_wires()
+    for layer in held:
+        layer.hold_on()
     return distributed_model

@@ -384,7 +384,7 @@ class AnalogLayer(InSitu):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
-        buffers, held = dict(self._buffers), self._is_held()
+        buffers, held = dict(self._buffers), self.is_held()
         super()._apply(fn, recurse)
         self._held = self.mark() if held else None
         for name, new in self._buffers.items():

@@ -95,7 +95,8 @@ class Programmed(Wires):
         self._held: Mark | None = None  # of the weight that was programmed
         self._loaded: Tensor | None = None  # that weight, from a checkpoint until it is looked at
 
-    def _is_held(self) -> bool:
+    def is_held(self) -> bool:
+        """Whether the weight is the one that was programmed."""
         if self._loaded is not None:  # a module that shares the weight may have loaded it again
             same = self._held is not None and self._held.weight is self.weight
             self._held = self.mark() if same and torch.equal(self._loaded, self.weight) else None
@@ -136,6 +137,11 @@ class Programmed(Wires):
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
         self._held, self._loaded = self.mark(), None
         self.look_after(0.0)
+
+    def hold_on(self) -> None:
+        """Read the devices as the buffers say now, which were set from outside together with the weight."""
+        self._held, self._loaded = self.mark(), None
+        self._make_aged()
 
     def _written_as(self) -> Tensor:
         device, mapping = self.spec.device, self.spec.mapping
@@ -187,7 +193,7 @@ class Programmed(Wires):
         assert self.w_programmed is not None
         assert self.gain is not None
         assert self.ageings is not None
-        if not torch.compiler.is_compiling() and not self._is_held():
+        if not torch.compiler.is_compiling() and not self.is_held():
             raise ValueError(
                 f"{self.name}: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write "
                 "it, or gpuxbar.unprogram(model) to go on training"
@@ -199,7 +205,7 @@ class Programmed(Wires):
         return self.through_wires(self.aged, self.aged_variance, w_max, self.ageings)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": self._is_held()}  # a copied weight has marks of its own
+        return self.__dict__ | {"_held": self.is_held()}  # a copied weight has marks of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
