@@ -594,6 +594,25 @@ def test_layers_of_one_seed_are_refused(op, act):
     act(shared)
 
 
+DRAWS = [
+    {"read_noise": {"sigma": 1e-8}}, {"read_noise": {"sigma_g": 1e-8}}, {"programming": {"write_noise": 1e-8}},
+    {"programming": {"device_spread": 0.1}}, {"programming": {"stuck_at_g_max": 0.1}}, {"drift": {"nu_std": 0.1}},
+    {"drift": {"flicker": 0.1}}, {"adc": {"bits": 8, "range": "worst_case", "gain_std": 0.1}},
+    {"backward": {"adc": {"bits": 8, "range": "worst_case", "offset_std": 1e-8}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", DRAWS)
+def test_layers_of_one_seed_that_draw_nothing_are_no_less_apart(settings):
+    ideal = {"drift": {"nu": 0.1}, "dac": {"bits": 8}, "adc": {"bits": 8, "range": "worst_case"}}
+    model = nn.Sequential(
+        linear(**ideal), nn.Linear(8, 20), linear(**ideal), nn.Linear(8, 20), linear(**settings)
+    )
+    gx.program(model)
+    with pytest.raises(ValueError, match="got 'linear' twice"):
+        gx.program(nn.Sequential(model, nn.Linear(8, 20), linear(**settings)))
+
+
 def test_errors_of_pulse_trains_are_refused_before_a_step_changes_anything():
     model = nn.Sequential(linear(**TRAINED), linear(**TRAINED, pulses={}, seed=1))
     optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1)

@@ -405,10 +405,10 @@ class AnalogLayer(InSitu):
 
 
 def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:
-    """Refuse layers of one seed: their devices and their noise would be the same."""
+    """Refuse layers of one seed: their devices and their noise would be the same. Those that draw nothing may be."""
     seen: dict[int, AnalogLayer] = {}
     for layer in layers:
-        if seen.setdefault(layer.plan.seed, layer) is not layer:
+        if layer.spec.draws and seen.setdefault(layer.plan.seed, layer) is not layer:
             raise ValueError(
                 f"{op}: crossbar layers must each have a name, or a seed in their spec, of their own, got {layer.name!r} twice; "
                 "their devices and noise would be alike: pass name=... to each, as gpuxbar.convert does"

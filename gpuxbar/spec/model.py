@@ -569,6 +569,19 @@ class CrossbarSpec(Part):
         return next((reason for reason, found in reasons.items() if found), None)
 
     @property
+    def draws(self) -> bool:
+        """Whether anything about a layer is random: its devices, converters, reads or updates."""
+        programming, drift, noise = self.programming, self.drift, self.read_noise
+        return self.update is not None or any(
+            (
+                noise.sigma, noise.sigma_g, programming.write_noise, programming.write_noise_slope,
+                programming.write_noise_curve, programming.device_spread, programming.stuck_at_g_min,
+                programming.stuck_at_g_max, drift.nu_std, drift.nu_std_slope, drift.nu_std_min, drift.flicker,
+                *(error for adc in (self.adc, self.backward_adc) for error in (adc.gain_std, adc.offset_std)),
+            )
+        )  # fmt: skip
+
+    @property
     def headroom_bits(self) -> int:
         """Bits by which a device's window exceeds a digit; see `Carry`."""
         return 0 if self.carry is None else self.carry.headroom_bits
