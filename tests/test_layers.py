@@ -545,6 +545,28 @@ def test_converted_layers_keep_hooks_and_computed_weights_stay_digital():
     assert called == ["before", "after", "backwards", "attention"]
 
 
+class Digital(nn.ModuleDict):
+    def __init__(self):
+        super().__init__(
+            {name: nn.Linear(4, 4) for name in ("own", "used", "called")} | {"lstm": nn.LSTM(4, 4)}
+        )
+        self.own.forward = self.lstm.forward = lambda x: 2 * x
+
+    def forward(self, x):
+        return self.called(nn.functional.linear(self.own(x), self.used.weight))
+
+
+def test_the_report_names_layers_whose_products_are_digital():
+    """Of a replaced forward, which a crossbar layer would lose, and of a weight that something else uses."""
+    x = torch.randn(3, 4)
+    model, report = gx.convert(Digital(), spec(), example=x)
+    rows = {row.module: (row.runs, row.why) for row in report.rows}
+    assert rows["own"] == rows["lstm"] == ("digital", "its forward was replaced: undo that first")
+    assert rows["used"] == ("analog", "default, but not called by the example")
+    assert rows["called"] == ("analog", "default")
+    assert torch.equal(model.own(x), 2 * x)
+
+
 def test_a_checkpoint_brings_calibrated_ranges_alone():
     """A range holds for any number of bits; fixed ones are the spec's, whatever was saved; a read without an ADC sets none."""
     bare = spec(dac={"bits": 4})

@@ -88,7 +88,7 @@ def convert(
         rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win. The
             name of an attention, recurrent or transposed module stands for its layers.
         example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
-            multiply-accumulates of a sample.
+            multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use digitally.
 
     Returns:
         The model and the report.
@@ -117,6 +117,8 @@ def convert(
             rows.append(Row(label, kind, "digital", _why_not(module, names, choices)))
         else:
             overrides, why = choices.of([*names, *owners.get(module, ())])
+            if example is not None and names[0] not in positions:
+                why += ", but not called by the example"
             macs = _macs(module, names, positions)
             if overrides is None:
                 rows.append(Row(label, kind, "digital", why, macs=macs))
@@ -158,14 +160,18 @@ def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:
     """Why a module of another type stays digital."""
     if isinstance(module, LazyModuleMixin):
         return "lazy: pass a batch through it first"
+    if type(module) not in LAYERS and _as_layers(type(module)) is None:
+        return NO_FORM
+    if "forward" in vars(module):
+        return "its forward was replaced: undo that first"
     if type(module) in LAYERS:
         return "its weight is computed anew: make it a parameter, as torch.nn.utils.prune.remove does"
-    return NO_FORM if _as_layers(type(module)) is None else rules.of(names)[1]
+    return rules.of(names)[1]
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module becomes an analog layer: one of the types, with a weight of its own."""
-    return type(module) in LAYERS and "weight" in module._parameters
+    """Whether a module becomes an analog layer: one of the types, with a weight and a forward of its own."""
+    return type(module) in LAYERS and "weight" in module._parameters and "forward" not in vars(module)
 
 
 def _tiles(layer: AnalogLayer) -> int:
@@ -199,7 +205,7 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module,
     owners: dict[nn.Module, list[str]] = {}
     for module, names in _places(model).items():
         make = _as_layers(type(module))
-        if make is None:
+        if make is None or "forward" in vars(module):
             continue
         parts = make(module)
         layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
