@@ -327,6 +327,31 @@ def test_a_weight_computed_at_random_is_that_of_the_read_and_of_its_gradient():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+WIRED = {"parasitics": {"r_wordline": 20.0, "r_bitline": 20.0, "terminations": "line"}}
+
+
+@pytest.mark.parametrize("settings", [{}, WIRED], ids=["ideal", "wired"])
+@pytest.mark.parametrize("other", ["weight", "devices", "age"])
+def test_a_backward_pass_reads_the_devices_of_its_forward_pass(other, settings):
+    """Though another weight, or the same once more, was written to the array in between, or time has passed."""
+    spread = {"programming": {"write_noise": 5e-7, "device_spread": 0.1}, "drift": {"nu": 0.2}}
+    layer = linear(**spread, **settings)
+    if other == "age":
+        gx.program(layer)
+    x = inputs().requires_grad_()
+    y = layer(x)
+    expected = torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0]
+    if other == "weight":
+        functional_call(layer, {"weight": 2 * layer.weight.detach().flip(0)}, (x.detach(),))
+    elif other == "devices":
+        layer.rewrite()
+    else:
+        gx.age(layer, "1y")
+    if other != "weight":
+        assert not torch.equal(layer(x), y)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("way", [prune.random_unstructured, parametrizations.weight_norm])
 def test_computed_weights_of_recurrent_layers_are_those_of_now(kind, way):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -119,6 +120,7 @@ class AnalogLayer(InSitu):
             "full_pair", torch.zeros(sensed[0], dtype=torch.float32, device=device), persistent=False
         )
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        self._cells_of: weakref.ref[Tensor] | None = None  # whose weight's
         self._setup_packing(device)
         self.look_at_ranges()
         self.setup_programmed()
@@ -189,6 +191,7 @@ class AnalogLayer(InSitu):
     def rewrite(self) -> None:
         """Write the present weights once more, with new write noise (not for layers trained in situ)."""
         self.require_unprogrammed("rewrite")
+        self.leave_cells()
         self.write_step += 1
 
     def conductances(self, weight: Tensor | None = None) -> Cells:
@@ -201,6 +204,11 @@ class AnalogLayer(InSitu):
             return self.aged_cells()
         if self.in_situ:
             return self.trained_cells()
+        weight = self.weight if weight is None else weight
+        if not torch.compiler.is_compiling():
+            if self._cells_of is not None and self._cells_of() is not weight:
+                self.leave_cells()
+            self._cells_of = weakref.ref(weight)
         weight = self._written_weight(weight)
         merge = "none" if self.seen is not None else self.planes.merge
         reprogram(
@@ -218,9 +226,16 @@ class AnalogLayer(InSitu):
         if self.packed_state is not None:
             self.packed_state.zero_()
 
-    def _written_weight(self, weight: Tensor | None = None) -> Tensor:
+    def leave_cells(self) -> None:
+        """See `Wires.leave_cells`. A weight that changes in place needs none of it: autograd refuses passes of the old one."""
+        super().leave_cells()
+        self.renew("cells", "cell_variance", "full_pair", "written")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_cells_of": None}  # nobody has read what is copied
+
+    def _written_weight(self, weight: Tensor) -> Tensor:
         """The weights [G, O, I] as they are written, with the reference lines of an offset mapping: weights of 0."""
-        weight = self.weight if weight is None else weight
         weight = self.by_line(weight.detach().float())
         rows, cols = self.plan.reference_lines
         return functional.pad(weight, (0, rows, 0, cols)) if rows else weight
@@ -234,7 +249,7 @@ class AnalogLayer(InSitu):
         if self.g_cells is not None and self.w_max is not None:
             self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
         else:
-            weight = self._written_weight()
+            weight = self._written_weight(self.weight)
             seed = self.plan.seed
             self.hold(*program_devices(weight, self.write_step, self.static[1], seed), seed)
 

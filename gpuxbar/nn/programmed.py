@@ -161,6 +161,7 @@ class Programmed(Wires):
         assert self.age is not None
         assert self.gain is not None
         assert self.ageings is not None
+        self.leave_cells()
         self.age.fill_(seconds)
         self.gain.fill_(1.0)
         self.ageings += 1

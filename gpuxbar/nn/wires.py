@@ -112,6 +112,16 @@ class Wires(nn.Module):
         """
         return 0.0 if self.wire_error_ is None else self.wire_error_.max().item()
 
+    def leave_cells(self) -> None:
+        """Leave the arrays that reads found to their backward passes: what is written next goes to copies."""
+        self.renew("seen", "seen_back", "solved")
+
+    def renew(self, *buffers: str) -> None:
+        """Copy buffers, where there are such."""
+        for name in buffers:
+            buffer = self._buffers[name]
+            self._buffers[name] = None if buffer is None else buffer.clone()
+
     def forget_wires(self) -> None:
         """Look at the wires at the next read, whatever the state of the devices says: buffers were set from outside."""
         self.solved.zero_()
