@@ -592,6 +592,35 @@ def test_a_checkpoint_brings_calibrated_ranges_alone():
     torch.testing.assert_close(layers["bare"](x), expected, rtol=0, atol=0.005)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tile": {"rows": 8}},
+        {"device": {"g_max": 2e-5}},
+        {"mapping": {"scheme": "subtracted"}},
+        {"dac": {"v_read": 0.1}},
+    ],
+)
+def test_ranges_of_other_currents_are_forgotten(change):
+    base = spec(dac={"bits": 4}, adc={"bits": 8}, read_noise={"sigma": 0.0})
+    layer, alike, other = (
+        AnalogLinear(20, 6, spec=base.with_overrides(more))
+        for more in ({}, {"read_noise": {"sigma": 1e-9}}, change)
+    )
+    x = torch.randn(50, 20)
+    gx.calibrate(layer, [x])
+    for one in (alike, other):
+        gx.calibrate(one, [2 * x])
+        one.load_state_dict(layer.state_dict())
+    assert torch.equal(alike.adc_range, layer.adc_range)
+    with pytest.raises(ValueError, match="the ADC range must be calibrated before use"):
+        other(x)
+    gx.calibrate(other, [x])
+    again = AnalogLinear(20, 6, spec=other.spec)
+    again.load_state_dict(other.state_dict())
+    assert torch.equal(again(x), other(x))
+
+
 def test_in_situ_training_asks_for_ranges_of_its_own():
     """Pairs amid their window carry other currents than programmed ones."""
     model, _ = gx.convert(small_network(), spec(**CONVERTED, update={"law": "ideal"}))

@@ -63,11 +63,18 @@ def test_a_running_range_goes_on_by_its_momentum():
     torch.testing.assert_close(layer.dac_max, 1.25 * inputs().abs().max().view(1))
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("other", [{"range": "tensor"}, {"range": "fixed", "max": 40.0}])
-def test_the_spec_says_a_fixed_range_whatever_was_saved(other):
-    layer = linear(dac={"bits": 8, "range": "fixed", "max": 4.0})
-    layer.load_state_dict(linear(dac={"bits": 8, **other}).state_dict())
+def test_the_spec_says_a_fixed_range_whatever_was_saved(other, assign):
+    worst = {"bits": 8, "range": "worst_case"}
+    layer = linear(dac={"bits": 8, "range": "fixed", "max": 4.0}, adc=worst)
+    full = layer.adc_range.clone()
+    saved = linear(dac={"bits": 8, **other}, adc=worst, device={"g_max": 2e-5}).state_dict()
+    before = copy.deepcopy(saved)
+    layer.load_state_dict(saved, assign=assign)
     assert layer.dac_max == 4.0
+    assert torch.equal(layer.adc_range, full)
+    assert all(torch.equal(value, before[key]) for key, value in saved.items())
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from gpuxbar.spec import ADC, CrossbarSpec
 __all__ = ["AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
 TEST_INPUTS = 32  # of a test read
+DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC,
+CARRYING: Any = {"tile": True, "device": True, "mapping": True, "carry": {"headroom_bits"}}  # and of a spec
 
 
 class Converter(NamedTuple):
@@ -50,8 +52,9 @@ class AnalogLayer(InSitu):
 
     Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
     weights they fix every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the
-    currents of an ADC's largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted; `dac_max`
-    is the running DAC range.
+    currents of an ADC's largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted;
+    `range_settings`, int64 [1], is a checksum of the settings by which lines carry currents: calibrated ranges of a checkpoint of
+    others are forgotten. `dac_max` is the running DAC range.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
@@ -61,6 +64,7 @@ class AnalogLayer(InSitu):
     write_step: Tensor
     adc_range: Tensor
     back_adc_range: Tensor
+    range_settings: Tensor
     adc_lsb: Tensor
     back_adc_lsb: Tensor
     dac_max: Tensor
@@ -105,6 +109,8 @@ class AnalogLayer(InSitu):
                 self.register_buffer(f"{key}_error", error, persistent=False)
             else:
                 self.register_buffer(f"{key}_error", None)
+        settings = torch.tensor([_checksum(spec)], device=device)
+        self.register_buffer("range_settings", settings)
         self.register_buffer(
             "dac_max", torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
         )
@@ -183,10 +189,14 @@ class AnalogLayer(InSitu):
     def begin_in_situ(self) -> None:
         """See `InSitu.begin_in_situ`; ranges calibrated before do not fit the currents of such pairs, and are forgotten."""
         super().begin_in_situ()
+        self.forget_ranges()
+        self.look_at_ranges()
+
+    def forget_ranges(self) -> None:
+        """Ask for calibration anew."""
         for converter in self.converters():
             if converter.calibrated:
                 converter.full.fill_(torch.nan)
-        self.look_at_ranges()
 
     def rewrite(self) -> None:
         """Write the present weights once more, with new write noise (not for layers trained in situ)."""
@@ -409,14 +419,30 @@ class AnalogLayer(InSitu):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        said = [converter.full for converter in self.converters() if not converter.calibrated]
+        saved, here = state_dict.get(f"{prefix}range_settings"), self.range_settings
+        others = saved is not None and saved.item() != here.item()
+        kept = {"range_settings": here.clone()}  # the spec says them, whatever was saved
+        for name, converter in zip(("adc_range", "back_adc_range"), self.converters(), strict=True):
+            if not converter.calibrated:
+                kept[name] = converter.full.clone()
+            elif others:
+                kept[name] = torch.full_like(converter.full, torch.nan)
         if self.spec.dac.range == "fixed":
-            said.append(self.dac_max)
-        own = [full.clone() for full in said]
+            kept["dac_max"] = self.dac_max.clone()
+        buffers = {name: self._buffers[name] for name in kept}
         super()._load_from_state_dict(state_dict, prefix, *more)
-        for full, value in zip(said, own, strict=True):  # the spec says it, whatever was saved
-            full.copy_(value)
+        self._buffers.update(buffers)  # with assign=True, those of the state dict are there
+        for name, value in kept.items():
+            self.get_buffer(name).copy_(value)
         self.look_at_ranges()
+
+
+def _checksum(spec: CrossbarSpec) -> int:
+    parts = (
+        spec.model_dump_json(include=CARRYING),
+        *(dac.model_dump_json(include=DRIVEN) for dac in (spec.dac, spec.backward_dac)),
+    )
+    return zlib.crc32("".join(parts).encode())
 
 
 def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:
