@@ -337,6 +337,15 @@ def test_a_weight_computed_at_random_is_that_of_the_read_and_of_its_gradient():
 WIRED = {"parasitics": {"r_wordline": 20.0, "r_bitline": 20.0, "terminations": "line"}}
 
 
+def test_a_weight_that_was_read_can_be_exchanged():
+    layer, other = linear(), linear().weight
+    layer(inputs())
+    with torch.no_grad():
+        other *= 2
+    torch.utils.swap_tensors(layer.weight, other)  # as modules do on conversion, where torch is asked to
+    torch.testing.assert_close(layer(inputs()), nn.functional.linear(inputs(), layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("settings", [{}, WIRED], ids=["ideal", "wired"])
 @pytest.mark.parametrize("other", ["weight", "devices", "age"])
 def test_a_backward_pass_reads_the_devices_of_its_forward_pass(other, settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -126,7 +125,9 @@ class AnalogLayer(InSitu):
             "full_pair", torch.zeros(sensed[0], dtype=torch.float32, device=device), persistent=False
         )
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
-        self._cells_of: weakref.ref[Tensor] | None = None  # whose weight's
+        self._cells_of: Tensor | None = (
+            None  # the weight that they are of; held, so that no other takes its place in memory
+        )
         self._setup_packing(device)
         self.look_at_ranges()
         self.setup_programmed()
@@ -216,9 +217,11 @@ class AnalogLayer(InSitu):
             return self.trained_cells()
         weight = self.weight if weight is None else weight
         if not torch.compiler.is_compiling():
-            if self._cells_of is not None and self._cells_of() is not weight:
+            if self._cells_of is None:
+                self._cells_of = weight.detach()
+            elif self._cells_of.data_ptr() != weight.data_ptr():
                 self.leave_cells()
-            self._cells_of = weakref.ref(weight)
+                self._cells_of = weight.detach()
         weight = self._written_weight(weight)
         merge = "none" if self.seen is not None else self.planes.merge
         reprogram(
