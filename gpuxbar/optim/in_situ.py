@@ -28,8 +28,9 @@ class InSituSGD(InSituOptimizer):
 
     A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in its array of the inputs and
     errors of its backward passes since the last step, of those that reach its weight. The weight gets no gradient, and one of
-    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands.
-    A `GradScaler` may scale the loss; its `unscale_`, which reaches gradients alone, is refused.
+    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands; that of a
+    module does not, nor does clipping gradients reach them. A `GradScaler` may scale the loss; its `unscale_`, which reaches
+    gradients alone, is refused.
 
     Args:
         params: Parameters or groups, as for any torch optimiser.
