@@ -621,6 +621,17 @@ def test_ranges_of_other_currents_are_forgotten(change):
     assert torch.equal(again(x), other(x))
 
 
+def test_ranges_of_programmed_pairs_are_not_those_of_pairs_trained_in_situ():
+    layer = AnalogLinear(20, 6, spec=spec(adc={"bits": 8}, update={"law": "constant_step"}))
+    gx.calibrate(layer, [torch.randn(50, 20)])
+    programmed = copy.deepcopy(layer.state_dict())
+    gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    gx.calibrate(layer, [torch.randn(50, 20)])
+    layer.load_state_dict(programmed, strict=False)
+    with pytest.raises(ValueError, match="the ADC range must be calibrated before use"):
+        layer(torch.randn(50, 20))
+
+
 def test_in_situ_training_asks_for_ranges_of_its_own():
     """Pairs amid their window carry other currents than programmed ones."""
     model, _ = gx.convert(small_network(), spec(**CONVERTED, update={"law": "ideal"}))

@@ -423,7 +423,8 @@ class AnalogLayer(InSitu):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         saved, here = state_dict.get(f"{prefix}range_settings"), self.range_settings
-        others = saved is not None and saved.item() != here.item()
+        programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
+        others = saved is not None and (programmed or saved.item() != here.item())
         kept = {"range_settings": here.clone()}  # the spec says them, whatever was saved
         for name, converter in zip(("adc_range", "back_adc_range"), self.converters(), strict=True):
             if not converter.calibrated:
