@@ -91,6 +91,29 @@ def test_a_refused_read_leaves_no_trace(x):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stride", (2, 2)),
+        ("padding", (1, 1)),
+        ("dilation", (2, 2)),
+        ("padding_mode", "circular"),
+        ("groups", 1),
+    ],
+)
+def test_what_a_layer_was_made_by_stays(key, value):
+    """It would not follow."""
+    layer = AnalogConv2d(4, 6, 3, groups=2, spec=gx.CrossbarSpec())
+    setattr(layer, key, value)
+    with pytest.raises(
+        ValueError,
+        match=rf"conv: `{key}` must stay .* as the layer was made, got {re.escape(repr(value))}; change",
+    ):
+        layer(torch.zeros(2, 4, 7, 7))
+    with pytest.raises(ValueError, match="conv: `spec` must stay what the layer was made by, got another"):
+        layer.spec = layer.spec.with_overrides({"seed": 3})
+
+
+@pytest.mark.parametrize(
     "dac", [{"range": "tensor"}, {"range": "fixed", "max": 0.1}, {"range": "fixed", "max": 40.0}]
 )
 def test_ranges_are_calibrated_as_the_dac_drives(dac):

@@ -497,9 +497,21 @@ class AnalogConv2d(nn.Conv2d, AnalogLayer):
         self._pads = isinstance(self.padding, str) or self.padding_mode != "zeros"
         padding = (0, 0) if self._pads else self.padding
         self.setup(spec, name, self.groups, stride=self.stride, padding=padding, dilation=self.dilation)
+        self._planned = self._geometry()
+
+    def _geometry(self) -> dict[str, Any]:
+        return {
+            key: getattr(self, key) for key in ("stride", "padding", "dilation", "padding_mode", "groups")
+        }
 
     def padded(self, x: Tensor) -> Tensor:
         """Images [N, channels, height, width] as the array reads them, but for padding with zeros."""
+        for key, value in self._geometry().items():
+            if value != self._planned[key]:
+                raise ValueError(
+                    f"{self.name}: `{key}` must stay {self._planned[key]!r}, as the layer was made, got {value!r}; change it before "
+                    "gpuxbar.convert"
+                )
         x = x if x.dim() == 4 else x[None]
         if not self._pads:
             return x

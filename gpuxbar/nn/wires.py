@@ -39,7 +39,7 @@ class Wires(nn.Module):
     GPU does not wait to know it.
     """
 
-    spec: CrossbarSpec
+    name: str
     plan: ReadPlan
     planes: Planes
     groups_: int
@@ -55,6 +55,20 @@ class Wires(nn.Module):
     wire_state: Tensor | None
     wire_settings: Tensor | None
     solve_all: bool
+
+    @property
+    def spec(self) -> CrossbarSpec:
+        """What the layer was made by, which stays so: its arrays and reads follow from it."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: CrossbarSpec) -> None:
+        if "_spec" in vars(self):
+            raise ValueError(
+                f"{self.name}: `spec` must stay what the layer was made by, got another; convert a model anew with it, and load the "
+                "state dict"
+            )
+        self._spec = spec
 
     def setup_wires(self, devices: tuple[int, ...], planes: int, device: torch.device) -> None:
         """For devices [2 slices, G * I, O], read as `planes` planes."""
