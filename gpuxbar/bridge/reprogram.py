@@ -49,7 +49,9 @@ def reprogram(
 
 
 def fingerprint(weight: Tensor) -> int | None:
-    """That of weights of any shape, see `ops.reprogram`; None on a GPU, which would have to be waited for."""
+    """That of weights of any shape, see `ops.reprogram`; None on a GPU, which would have to be waited for, and elsewhere."""
+    if weight.device.type not in ("cpu", "cuda"):
+        return None
     with on_device(weight, "fingerprint") as device:
         return None if device is not None else fingerprint_of(array(weight.detach().float()))
 
