@@ -46,9 +46,9 @@ GPUXBAR_FN Pairs load_pairs(const Programming& p, const Slices& s, const float* 
   return pairs;
 }
 
-// Write the digits of chosen pairs of slice k.
-GPUXBAR_FN void write_pairs(const Programming& p, const Slices& s, float* g, float* hidden, const int* pulse_count,
-                            const Four& at, i64 cells, i32 k, u32 step, const float digit[4], const bool chosen[4]) {
+// Write the digits of chosen pairs of slice k, which can be written.
+GPUXBAR_FN void write_pairs(const Programming& p, const Slices& s, float* g, float* hidden, const Four& at, i64 cells,
+                            i32 k, u32 step, const float digit[4], const bool chosen[4]) {
   if (!(chosen[0] || chosen[1] || chosen[2] || chosen[3])) return;
 #pragma unroll
   for (i32 n = 0; n < 2; ++n) {
@@ -59,8 +59,7 @@ GPUXBAR_FN void write_pairs(const Programming& p, const Slices& s, float* g, flo
     const Uniforms4 u = draw_stuck(stuck_rates(p), at.group, at.row, plane, p.seed);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      if (!chosen[q] || q >= at.count || (pulse_count && pulse_count[first + q] < 0)) continue;
-      if (stuck(p, u.u[q])) continue;
+      if (!chosen[q] || q >= at.count) continue;
       const float target = digit_target(p, n ? -digit[q] : digit[q]);
       const float value = written(p, target, spread.z[q], noise.z[q], u.u[q]);
       g[first + q] = value;
@@ -98,21 +97,27 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       for (int q = 0; q < 4; ++q) {
         const float total = here.digit[q] + in[q];
         const float out = gives && here.writable[q] && next.writable[q] ? excess(total, slices.bits) : 0.0f;
-        chosen[q] = in[q] != 0.0f || out != 0.0f || (!p.balanced && looked && here.common[q] >= 1.0f);
+        const bool crowded = !p.balanced && looked && here.writable[q] && here.common[q] >= 1.0f;
+        chosen[q] = in[q] != 0.0f || out != 0.0f || crowded;
         digit[q] = fma(-base, out, total);
         in[q] = out;
       }
-      write_pairs(p, slices, g, hidden, pulse_count, at, cells, k, (u32)step, digit, chosen);
+      write_pairs(p, slices, g, hidden, at, cells, k, (u32)step, digit, chosen);
       here = next;
     }
     if (due < last) continue;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {  // now of the highest slice
-      chosen[q] = excess(digit[q], slices.bits) != 0.0f;
+      in[q] = here.writable[q] ? excess(digit[q], slices.bits) : 0.0f;
       digit[q] = digit[q] < 0.0f ? 1.0f - base : base - 1.0f;
     }
-    for (i32 k = 0; k <= last; ++k)
-      write_pairs(p, slices, g, hidden, pulse_count, at, cells, k, (u32)step, digit, chosen);
+    if (in[0] == 0.0f && in[1] == 0.0f && in[2] == 0.0f && in[3] == 0.0f) continue;
+    for (i32 k = 0; k <= last; ++k) {  // beyond full
+      here = load_pairs(p, slices, g, pulse_count, at, cells, whole, k);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) chosen[q] = in[q] != 0.0f && here.writable[q];
+      write_pairs(p, slices, g, hidden, at, cells, k, (u32)step, digit, chosen);
+    }
   }
 }
 

@@ -283,6 +283,32 @@ def test_pairs_that_cannot_be_written_neither_give_nor_take():
     np.testing.assert_array_equal(g[stuck], before[stuck])
 
 
+@pytest.mark.parametrize("device", BACKENDS, ids=IDS)
+def test_pairs_that_cannot_be_written_are_left_to_updates(device):
+    """The other device of a failed one makes up for it; to set that back, or to clip the weight, would undo it."""
+    s = lie(2, 2, 2)
+    g, count = np.full((4, 1, 6), G_MIN, np.float32), np.zeros((4, 1, 6), np.int32)
+    high, crowd = (G_MIN + share * RANGE for share in (1.0, 0.6))
+    g[0, 0, :2], g[2, 0, :2], count[0, 0, 0] = (
+        high,
+        crowd,
+        -1,
+    )  # one-sided pairs of the lower slice that have come far
+    g[1, 0, 2:4], g[3, 0, 2:4], count[1, 0, 2] = high, crowd, -1  # and of the upper one, of 6 units
+    g[1, 0, 4:], g[0, 0, 4:], count[2, 0, 4] = (
+        high,
+        crowd,
+        -1,
+    )  # a weight beyond full, whose lower pair is the failed one
+    before = g.copy()
+    ops.carry(g, pulse_count=count, device=device, **carrying(s, updates=64, balanced=False))
+    failed = [0, 2]
+    np.testing.assert_array_equal(g[..., failed], before[..., failed])
+    np.testing.assert_array_equal(g[::2, 0, 4], before[::2, 0, 4])  # of the lower pair
+    np.testing.assert_allclose(digits_of(g, s)[:, 0, [1, 3, 5]], [[2, 3, 3], [1, 3, 3]], atol=1e-4)
+    np.testing.assert_allclose(np.minimum(g[:2], g[2:])[:, 0, 1::2], G_MIN)
+
+
 def test_a_carry_writes_with_the_noise_of_programming():
     s = lie(2, 2, 2)
     g = from_digits(np.stack([np.full((50, 60), 9.0), np.zeros((50, 60))]), s)

@@ -14,6 +14,7 @@ import gpuxbar as gx
 
 SPECS = {
     "digital": {},
+    "recurrent": {},
     "in situ": {"update": {"law": "soft_bounds"}},
     "pulses": {"update": {"law": "soft_bounds"}, "pulses": {}},
     "streams": {
@@ -30,15 +31,28 @@ READS = {
 }
 
 
+class Sequences(nn.Module):
+    """The rows of an image, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, 2, bidirectional=True)
+
+    def forward(self, x):
+        return self.lstm(x.squeeze(1).transpose(0, 1))[0].transpose(0, 1)
+
+
 def network(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+    if kind == "recurrent":
+        model = Sequences()
     return gx.convert(model, gx.CrossbarSpec.model_validate({**READS, **SPECS[kind]}))[0]
 
 
 def train(kind, model, run, x):
     """The first outputs, and the weights after two steps."""
-    make = torch.optim.SGD if kind == "digital" else gx.optim.InSituSGD
+    make = gx.optim.InSituSGD if "update" in SPECS[kind] else torch.optim.SGD
     optimiser = make(model.parameters(), lr=0.5)
     first = None
     for _ in range(2):
@@ -75,6 +89,17 @@ def apart(rank, before):
     return [model.adc_range, model.adc_lsb, model.seen]
 
 
+def programmed(rank):
+    """What ranks read before and after they are distributed, of other devices each that have aged."""
+    torch.manual_seed(rank)
+    spec = gx.CrossbarSpec.model_validate({"seed": rank, "drift": {"nu": 0.1, "nu_std": 0.05}})
+    model, _ = gx.convert(nn.Linear(6, 4), spec)
+    gx.program(model)
+    gx.age(model, "1d")
+    x = torch.ones(2, 6)
+    return [model(x).detach(), gx.distribute(model)(x).detach()]
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -89,11 +114,12 @@ def work(rank, folder):
     names = {buffer: name for name, buffer in model.named_buffers()}
     sent = [names[buffer] for buffer in gx.distribute(model).modules_buffers]
     were_apart = apart(rank, before=True) + apart(rank, before=False)
+    aged = programmed(rank)
     model = network("pulses")
     gx.optim.InSituSGD(model.parameters(), lr=0.5)
     with pytest.raises(ValueError, match=r"wrap it by gpuxbar\.distribute\(model\)"):
         DistributedDataParallel(model)(batch())
-    torch.save((found, sent, were_apart), f"{folder}/{rank}.pt")
+    torch.save((found, sent, were_apart, aged), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -116,7 +142,7 @@ def test_ranks_train_as_one_process(ranks, kind):
 
 
 def test_what_follows_from_weights_is_not_sent(ranks):
-    _, sent, _ = ranks[0]
+    _, sent, *_ = ranks[0]
     assert "0.read_step" in sent
     assert not any(name.endswith(("cells", "full_pair", "written")) for name in sent)
 
@@ -124,6 +150,13 @@ def test_what_follows_from_weights_is_not_sent(ranks):
 def test_ranks_convert_and_read_alike_after_they_were_apart(ranks):
     for one, two in zip(ranks[0][2], ranks[1][2], strict=True):
         assert torch.equal(one, two)
+
+
+def test_programmed_devices_are_those_of_the_first_rank(ranks):
+    (first, distributed_first), (other, distributed_other) = (rank[3] for rank in ranks)
+    assert torch.equal(distributed_first, first)
+    assert torch.equal(distributed_other, first)
+    assert not torch.equal(other, first)
 
 
 def test_it_needs_a_process_group():

@@ -559,6 +559,28 @@ def test_computed_weights_of_fused_modules_stay_digital():
     torch.testing.assert_close(converted.eval()[1](x), model.eval()[1](x))
 
 
+class Digital(nn.ModuleDict):
+    def __init__(self):
+        super().__init__(
+            {name: nn.Linear(4, 4) for name in ("own", "used", "called")} | {"lstm": nn.LSTM(4, 4)}
+        )
+        self.own.forward = self.lstm.forward = lambda x: 2 * x
+
+    def forward(self, x):
+        return self.called(nn.functional.linear(self.own(x), self.used.weight))
+
+
+def test_the_report_names_layers_whose_products_are_digital():
+    """Of a replaced forward, which a crossbar layer would lose, and of a weight that something else uses."""
+    x = torch.randn(3, 4)
+    model, report = gx.convert(Digital(), spec(), example=x)
+    rows = {row.module: (row.runs, row.why) for row in report.rows}
+    assert rows["own"] == rows["lstm"] == ("digital", "its forward was replaced: undo that first")
+    assert rows["used"] == ("analog", "default, but not called by the example")
+    assert rows["called"] == ("analog", "default")
+    assert torch.equal(model.own(x), 2 * x)
+
+
 def test_a_checkpoint_brings_calibrated_ranges_alone():
     """A range holds for any number of bits; fixed ones are the spec's, whatever was saved; a read without an ADC sets none."""
     bare = spec(dac={"bits": 4})
@@ -582,6 +604,46 @@ def test_a_checkpoint_brings_calibrated_ranges_alone():
     assert torch.equal(layers["fixed"].adc_range, worst)
     assert 0 < (layers["coarse"](x) - expected).abs().max() < 0.05 * expected.abs().max()
     torch.testing.assert_close(layers["bare"](x), expected, rtol=0, atol=0.005)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tile": {"rows": 8}},
+        {"device": {"g_max": 2e-5}},
+        {"mapping": {"scheme": "subtracted"}},
+        {"dac": {"v_read": 0.1}},
+    ],
+)
+def test_ranges_of_other_currents_are_forgotten(change):
+    base = spec(dac={"bits": 4}, adc={"bits": 8}, read_noise={"sigma": 0.0})
+    layer, alike, other = (
+        AnalogLinear(20, 6, spec=base.with_overrides(more))
+        for more in ({}, {"read_noise": {"sigma": 1e-9}}, change)
+    )
+    x = torch.randn(50, 20)
+    gx.calibrate(layer, [x])
+    for one in (alike, other):
+        gx.calibrate(one, [2 * x])
+        one.load_state_dict(layer.state_dict())
+    assert torch.equal(alike.adc_range, layer.adc_range)
+    with pytest.raises(ValueError, match="the ADC range must be calibrated before use"):
+        other(x)
+    gx.calibrate(other, [x])
+    again = AnalogLinear(20, 6, spec=other.spec)
+    again.load_state_dict(other.state_dict())
+    assert torch.equal(again(x), other(x))
+
+
+def test_ranges_of_programmed_pairs_are_not_those_of_pairs_trained_in_situ():
+    layer = AnalogLinear(20, 6, spec=spec(adc={"bits": 8}, update={"law": "constant_step"}))
+    gx.calibrate(layer, [torch.randn(50, 20)])
+    programmed = copy.deepcopy(layer.state_dict())
+    gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    gx.calibrate(layer, [torch.randn(50, 20)])
+    layer.load_state_dict(programmed, strict=False)
+    with pytest.raises(ValueError, match="the ADC range must be calibrated before use"):
+        layer(torch.randn(50, 20))
 
 
 def test_in_situ_training_asks_for_ranges_of_its_own():

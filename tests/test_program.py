@@ -10,8 +10,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gpuxbar import ops, reference
-from gpuxbar.launch import host_call, library
 from gpuxbar.launch.host import set_threads
+from gpuxbar.ops.program import fingerprint
 
 G_MIN, G_MAX = 1e-6, 10e-6  # S
 RANGE = G_MAX - G_MIN
@@ -204,12 +204,6 @@ def test_spread_and_stuck_cells_are_of_the_device_and_noise_of_the_step():
 
 
 # ---- fingerprints
-
-
-def fingerprint(weight):
-    out = np.zeros(1, np.int64)
-    host_call(library(), "gpuxbar_fingerprint", weight, weight.size, out)
-    return int(out[0])
 
 
 @pytest.mark.parametrize("size", [0, 1, 17, 16384 * 3 + 5])

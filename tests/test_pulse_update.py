@@ -659,6 +659,28 @@ def test_a_scaled_loss_pulses_alike():
         scaler.step(optimiser)
 
 
+def test_a_scaled_loss_trains_networks_without_any_gradient():
+    """Errors that are not finite skip the step, as gradients do, though a layer before them has none."""
+    results, x = [], torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        layers = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
+        model, optimiser = pulsed(nn.Sequential(*layers), CrossbarSpec(**PULSED))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=scaled)
+        for bad in (1.0, torch.inf, 1.0):  # as on a GPU, which does not look at each error
+            if bad == 1.0 or scaled:
+                optimiser.zero_grad()
+                scaler.scale(model(x).square().mean()).backward()
+                model[0].streams.pairs[0][1][2, 1] *= bad
+                scaler.step(optimiser)
+                scaler.update()
+        results.append(copy.deepcopy(model.state_dict()))
+    assert scaler.get_scale() == 2.0**7
+    assert model[0].weight.grad is None
+    for key in ("0.g_cells", "1.weight"):
+        torch.testing.assert_close(results[1][key], results[0][key], rtol=0, atol=0)
+
+
 def test_momentum_is_refused_with_pulses():
     model, _ = convert(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED))
     with pytest.raises(

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import gpuxbar as gx
 from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.nn.recurrent import UnfusedRNN
 
 TRAINED = {"update": {"law": "constant_step"}}
 
@@ -61,11 +63,18 @@ def test_a_running_range_goes_on_by_its_momentum():
     torch.testing.assert_close(layer.dac_max, 1.25 * inputs().abs().max().view(1))
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("other", [{"range": "tensor"}, {"range": "fixed", "max": 40.0}])
-def test_the_spec_says_a_fixed_range_whatever_was_saved(other):
-    layer = linear(dac={"bits": 8, "range": "fixed", "max": 4.0})
-    layer.load_state_dict(linear(dac={"bits": 8, **other}).state_dict())
+def test_the_spec_says_a_fixed_range_whatever_was_saved(other, assign):
+    worst = {"bits": 8, "range": "worst_case"}
+    layer = linear(dac={"bits": 8, "range": "fixed", "max": 4.0}, adc=worst)
+    full = layer.adc_range.clone()
+    saved = linear(dac={"bits": 8, **other}, adc=worst, device={"g_max": 2e-5}).state_dict()
+    before = copy.deepcopy(saved)
+    layer.load_state_dict(saved, assign=assign)
     assert layer.dac_max == 4.0
+    assert torch.equal(layer.adc_range, full)
+    assert all(torch.equal(value, before[key]) for key, value in saved.items())
 
 
 @pytest.mark.parametrize(
@@ -79,6 +88,29 @@ def test_a_refused_read_leaves_no_trace(x):
     with pytest.raises(ValueError, match="must"):
         layer(x)
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stride", (2, 2)),
+        ("padding", (1, 1)),
+        ("dilation", (2, 2)),
+        ("padding_mode", "circular"),
+        ("groups", 1),
+    ],
+)
+def test_what_a_layer_was_made_by_stays(key, value):
+    """It would not follow."""
+    layer = AnalogConv2d(4, 6, 3, groups=2, spec=gx.CrossbarSpec())
+    setattr(layer, key, value)
+    with pytest.raises(
+        ValueError,
+        match=rf"conv: `{key}` must stay .* as the layer was made, got {re.escape(repr(value))}; change",
+    ):
+        layer(torch.zeros(2, 4, 7, 7))
+    with pytest.raises(ValueError, match="conv: `spec` must stay what the layer was made by, got another"):
+        layer.spec = layer.spec.with_overrides({"seed": 3})
 
 
 @pytest.mark.parametrize(
@@ -213,7 +245,23 @@ def put(weight):  # as torch.nn.utils.vector_to_parameters does, and autograd do
     weight.data = weight.data * 0.5
 
 
-@pytest.mark.parametrize("change", [halve, put])
+def scale(weight):  # as an average of weights is put into a model
+    weight.data.mul_(0.5)
+
+
+def exchange(weight):
+    weight.data[:2] = weight.data[:2].flip(0)
+
+
+def fused(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.1, fused=True).step()
+
+
+CHANGES = pytest.mark.parametrize("change", [halve, put, scale, exchange, fused])
+
+
+@CHANGES
 def test_another_weight_than_the_programmed_is_refused(change):
     """Not one that moves with its model."""
     layer = linear()
@@ -225,8 +273,8 @@ def test_another_weight_than_the_programmed_is_refused(change):
         layer(inputs())
 
 
-@pytest.mark.parametrize("change", [halve, put])
-@pytest.mark.parametrize("act", ["update", "relax", "program"])
+@CHANGES
+@pytest.mark.parametrize("act", ["update", "relax", "program", "read"])
 def test_a_weight_that_something_else_changed_is_not_lost(act, change):
     layer = linear(**TRAINED, retention={"tau": 10.0})
     layer.begin_in_situ()
@@ -236,6 +284,7 @@ def test_a_weight_that_something_else_changed_is_not_lost(act, change):
         "update": lambda: layer.update_cells(torch.ones_like(layer.weight)),
         "relax": layer.relax,
         "program": layer.program,
+        "read": lambda: layer(inputs()),
     }
     with pytest.raises(ValueError, match="must be what the cells read"):
         acts[act]()
@@ -291,6 +340,94 @@ def test_cells_trained_by_other_means_are_refused(there, here, text):
     assert str(other.state_dict()) == str(before)
 
 
+class Dropped(nn.Module):
+    def forward(self, weight):
+        return nn.functional.dropout(weight, 0.5)
+
+
+def test_a_weight_computed_at_random_is_that_of_the_read_and_of_its_gradient():
+    layer = linear()
+    parametrize.register_parametrization(layer, "weight", Dropped())
+    x, sources = inputs(), (layer.parametrizations.weight.original, layer.bias)
+    found = []
+    for product in (layer, lambda x: nn.functional.linear(x, layer.weight, layer.bias)):
+        torch.manual_seed(3)
+        y = product(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), sources)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+WIRED = {"parasitics": {"r_wordline": 20.0, "r_bitline": 20.0, "terminations": "line"}}
+
+
+def test_a_weight_that_was_read_can_be_exchanged():
+    layer, other = linear(), linear().weight
+    layer(inputs())
+    with torch.no_grad():
+        other *= 2
+    torch.utils.swap_tensors(layer.weight, other)  # as modules do on conversion, where torch is asked to
+    torch.testing.assert_close(layer(inputs()), nn.functional.linear(inputs(), layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("settings", [{}, WIRED], ids=["ideal", "wired"])
+@pytest.mark.parametrize("other", ["weight", "devices", "age"])
+def test_a_backward_pass_reads_the_devices_of_its_forward_pass(other, settings):
+    """Though another weight, or the same once more, was written to the array in between, or time has passed."""
+    spread = {"programming": {"write_noise": 5e-7, "device_spread": 0.1}, "drift": {"nu": 0.2}}
+    layer = linear(**spread, **settings)
+    if other == "age":
+        gx.program(layer)
+    x = inputs().requires_grad_()
+    y = layer(x)
+    expected = torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0]
+    if other == "weight":
+        functional_call(layer, {"weight": 2 * layer.weight.detach().flip(0)}, (x.detach(),))
+    elif other == "devices":
+        layer.rewrite()
+    else:
+        gx.age(layer, "1y")
+    if other != "weight":
+        assert not torch.equal(layer(x), y)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("way", [prune.random_unstructured, parametrizations.weight_norm])
+def test_computed_weights_of_recurrent_layers_are_those_of_now(kind, way):
+    """Pruning sets them just before each call of a layer."""
+    torch.manual_seed(0)
+    digital = UnfusedRNN(kind(3, 5))
+    analog, _ = gx.convert(digital, gx.CrossbarSpec())
+    for model in (digital, analog):
+        torch.manual_seed(1)
+        way(model.hh_l0, "weight", **({"amount": 0.5} if way is prune.random_unstructured else {}))
+    x = torch.randn(4, 2, 3)
+    for model in (digital, analog):
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(2):
+            optimiser.zero_grad()
+            model(x)[0].square().mean().backward()
+            optimiser.step()
+    torch.testing.assert_close(analog(x)[0], digital(x)[0])
+
+
+def test_computed_weights_are_not_on_devices_that_are_written_once():
+    layer = linear(**TRAINED)
+    parametrizations.weight_norm(layer)
+    layer(inputs()).sum().backward()
+    assert gx.convert(layer, layer.spec)[1].rows[0].why == "already so"
+    for act in (layer.program, layer.begin_in_situ):
+        with pytest.raises(
+            ValueError, match=r"`weight` must be a parameter for \w+, got one that is computed anew"
+        ):
+            act()
+    with pytest.raises(ValueError, match="without pruning or parametrisations"):
+        gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    parametrize.remove_parametrizations(layer, "weight")
+    gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    assert layer.in_situ
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -343,6 +480,55 @@ def test_programmed_devices_age_alike_in_a_model_of_another_seed_and_name():
     assert not torch.equal(other(inputs()), layer(inputs()))
 
 
+CARRIED = {
+    "mapping": {"slices": 2, "slice_bits": 3}, "carry": {"interval": 1}, "retention": {"tau": 50.0, "spread": 0.3},
+}  # fmt: skip
+PULSED = {"pulses": {}, "endurance": {"pulses": 90.0, "spread": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "way"), [("sgd", CARRIED), ("sgd", PULSED), ("chopped-tiki-taka-v2", CARRIED)]
+)
+def test_cells_are_trained_alike_in_a_model_of_another_seed_and_name(algorithm, way):
+    """Their spread, what is drawn for their updates, and how they age afterwards."""
+    law = {"law": "soft_bounds", "step_spread": 0.3, "cycle": 0.2}
+    settings = {
+        "update": law,
+        "programming": {"device_spread": 0.1},
+        "drift": {"nu": 0.05, "nu_std": 0.02},
+        **way,
+    }
+
+    def begin(layer):
+        return gx.optim.build_optimizer(algorithm, layer, lr=0.1)
+
+    def step(layer, optimiser):
+        optimiser.zero_grad()
+        layer(inputs()).square().mean().backward()
+        optimiser.step()
+
+    layer = linear(**settings)
+    other = AnalogLinear(
+        20, 8, spec=gx.CrossbarSpec.model_validate({**settings, "seed": 2**62 + 5}), name="b"
+    )
+    optimisers = [begin(one) for one in (layer, other)]
+    step(layer, optimisers[0])
+    other.load_state_dict(layer.state_dict())
+    optimisers[1].load_state_dict(optimisers[0].state_dict())
+    twin = saved(other)
+    for one, optimiser in ((layer, optimisers[0]), (other, optimisers[1])):
+        for _ in range(2):
+            step(one, optimiser)
+        gx.program(one)
+        gx.age(one, "1y")
+    assert twin.seed_of_cells == layer.plan.seed
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+    gx.unprogram(other)
+    other.begin_in_situ()
+    assert other.seed_of_cells == other.plan.seed != layer.plan.seed
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -356,6 +542,17 @@ def test_anchors_of_other_wires_are_solved_anew(change):
         {"device": {"g_max": 1e-4}, "programming": {"stuck_at_g_min": 0.1}, "parasitics": wires}
     )
     layer, fresh, loaded = (linear(**base.with_overrides(more).model_dump()) for more in ({}, change, change))
+    layer(inputs())
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded(inputs()), fresh(inputs()))
+
+
+def test_anchors_of_a_layer_of_another_name_are_solved_anew():
+    """Its devices are others, though their weights are the same."""
+    wires = {"r_wordline": 20.0, "terminations": "line", "anchor": "ladder", "refresh_interval": 10}
+    spec = gx.CrossbarSpec.model_validate({"programming": {"device_spread": 0.3}, "parasitics": wires})
+    layer, fresh, loaded = (AnalogLinear(20, 8, spec=spec, name=name) for name in "abb")
+    fresh.load_state_dict({key: layer.state_dict()[key] for key in ("weight", "bias")}, strict=False)
     layer(inputs())
     loaded.load_state_dict(layer.state_dict())
     assert torch.equal(loaded(inputs()), fresh(inputs()))
@@ -459,6 +656,25 @@ def test_layers_of_one_seed_are_refused(op, act):
     assert not any(model[k].in_situ or model[k].programmed for k in (0, 2))
     shared = nn.Sequential(model[0], nn.Linear(8, 20), model[0])  # one layer in two places is one array
     act(shared)
+
+
+DRAWS = [
+    {"read_noise": {"sigma": 1e-8}}, {"read_noise": {"sigma_g": 1e-8}}, {"programming": {"write_noise": 1e-8}},
+    {"programming": {"device_spread": 0.1}}, {"programming": {"stuck_at_g_max": 0.1}}, {"drift": {"nu_std": 0.1}},
+    {"drift": {"flicker": 0.1}}, {"adc": {"bits": 8, "range": "worst_case", "gain_std": 0.1}},
+    {"backward": {"adc": {"bits": 8, "range": "worst_case", "offset_std": 1e-8}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", DRAWS)
+def test_layers_of_one_seed_that_draw_nothing_are_no_less_apart(settings):
+    ideal = {"drift": {"nu": 0.1}, "dac": {"bits": 8}, "adc": {"bits": 8, "range": "worst_case"}}
+    model = nn.Sequential(
+        linear(**ideal), nn.Linear(8, 20), linear(**ideal), nn.Linear(8, 20), linear(**settings)
+    )
+    gx.program(model)
+    with pytest.raises(ValueError, match="got 'linear' twice"):
+        gx.program(nn.Sequential(model, nn.Linear(8, 20), linear(**settings)))
 
 
 def test_errors_of_pulse_trains_are_refused_before_a_step_changes_anything():

@@ -180,9 +180,9 @@ def test_steps_share_one_gradient_of_a_weight(more, monkeypatch):
 
 
 def counted(function, counts, name):
-    def call():
+    def call(*args):
         counts[name] += 1
-        return function()
+        return function(*args)
 
     return call
 

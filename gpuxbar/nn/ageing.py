@@ -21,8 +21,8 @@ def program(model: nn.Module) -> None:
     Write noise, spread and stuck cells are those of `spec.programming`, drawn anew at every call. Layers trained in situ
     are not written: their devices age as they stand. Weights of crossbar layers must not change while they are
     programmed; everything else may, digital layers and converter ranges for instance, and gradients flow as before. A weight that
-    changed is refused at the next read, unless PyTorch does not count the change: one by an optimiser with fused=True, or in
-    place through `weight.data`.
+    changed is refused at the next read, unless it is on a GPU and PyTorch does not count the change: one by an optimiser with
+    fused=True, or in place through `weight.data`.
     The state dict keeps what was written and its age, so that an evaluation resumes bit for bit.
 
     Args:

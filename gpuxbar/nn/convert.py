@@ -90,7 +90,7 @@ def convert(
         rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win. The
             name of a module that becomes layers stands for them.
         example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
-            multiply-accumulates of a sample.
+            multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use digitally.
 
     Returns:
         The model and the report.
@@ -119,6 +119,8 @@ def convert(
             rows.append(Row(label, kind, "digital", _why_not(module, names, choices)))
         else:
             overrides, why = choices.of([*names, *owners.get(module, ())])
+            if example is not None and names[0] not in positions:
+                why += ", but not called by the example"
             macs = _macs(module, names, positions)
             if overrides is None:
                 rows.append(Row(label, kind, "digital", why, macs=macs))
@@ -160,21 +162,26 @@ def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:
     """Why a module of another type stays digital."""
     if isinstance(module, LazyModuleMixin):
         return "lazy: pass a batch through it first"
-    if type(module) in LAYERS or _computes_weights(module):
+    if type(module) not in LAYERS and _as_layers(type(module)) is None:
+        return NO_FORM
+    return _obstacle(module) or rules.of(names)[1]
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """What keeps a module of a type that has a crossbar form digital, if anything does."""
+    if "forward" in vars(module):
+        return "its forward was replaced: undo that first"
+    norms = any(
+        type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
+    )
+    if norms or (type(module) in LAYERS and "weight" not in module._parameters):
         return "its weight is computed anew: make it a parameter, as torch.nn.utils.prune.remove does"
-    return NO_FORM if _as_layers(type(module)) is None else rules.of(names)[1]
+    return None
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module becomes an analog layer: one of the types, with a weight of its own."""
-    return type(module) in LAYERS and "weight" in module._parameters and not _computes_weights(module)
-
-
-def _computes_weights(module: nn.Module) -> bool:
-    """Whether pruning, or a norm of torch's, makes the weights before every pass."""
-    return any(
-        type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
-    )
+    """Whether a module becomes an analog layer: one of the types, with a weight and a forward of its own."""
+    return type(module) in LAYERS and _obstacle(module) is None
 
 
 def _tiles(layer: AnalogLayer) -> int:
@@ -184,7 +191,14 @@ def _tiles(layer: AnalogLayer) -> int:
 
 
 def _macs(layer: nn.Module, names: list[str], positions: dict[str, int]) -> int:
-    return layer.get_parameter("weight").numel() * positions.get(names[0], 1)
+    return _weight(layer).numel() * positions.get(names[0], 1)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """A layer's weight: of an analog one perhaps no parameter, but pruned."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -201,7 +215,7 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module,
     owners: dict[nn.Module, list[str]] = {}
     for module, names in _places(model).items():
         make = _as_layers(type(module))
-        if make is None or _computes_weights(module):
+        if make is None or _obstacle(module):
             continue
         parts = make(module)
         layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
@@ -260,7 +274,7 @@ def _positions(model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, A
     samples = next((len(x) for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()), 1)
 
     def count(name: str, layer: nn.Module, y: Tensor) -> None:
-        found[name] = found.get(name, 0) + y.numel() // len(layer.get_parameter("weight")) // samples
+        found[name] = found.get(name, 0) + y.numel() // len(_weight(layer)) // samples
 
     for name, module in watched.named_modules():
         if _is_layer(module) or isinstance(module, AnalogLayer):

@@ -22,8 +22,9 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
     Each rank's reads draw the noise of its own rows of that batch. Updates of devices are the same everywhere: for pulse
     trains and bit streams the ranks exchange what they read and its errors, averaged as gradients are. Conductances that
     follow from weights are not sent. Batches must be of one size on all ranks. ADC ranges are those that rank 0 calibrated.
-    What is not as in one process: DAC ranges "tensor" and "ema" are those of a rank's own part, and recurrent layers, which read
-    all samples of a step together, draw noise of other rows, though no two ranks the same.
+    What is not as in one process: DAC ranges "tensor" and "ema" are those of a rank's own part, and layers whose inputs count
+    other things before samples, as sequence-first transformers and packed sequences of other lengths on each rank, draw noise
+    of other rows, though no two ranks the same.
 
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
@@ -40,6 +41,7 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AnalogLayer)}
     require_apart("distribute", layers.values())
     group = options.get("process_group") or distributed.group.WORLD
+    held = [layer for layer in layers.values() if layer.is_held()]
     derived = []
     for name, layer in layers.items():
         layer.set_plan(replace(layer.plan, rank=distributed.get_rank(group)))
@@ -48,7 +50,10 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
         derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set - STEPS]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, derived)
     distributed_model = DistributedDataParallel(model, **options)
-    for layer in layers.values():  # all have rank 0's weights, cells and ranges now
+    for layer in layers.values():  # all have rank 0's weights, devices and ranges now
         layer.look_at_ranges()
+        layer.look_at_seed()
         layer.forget_wires()
+    for layer in held:
+        layer.hold_on()
     return distributed_model

@@ -36,8 +36,10 @@ class InSitu(Programmed):
     `spec.endurance`.
     `device_map`: normals of the devices, float16 [K, 2 slices, G * I, O]; None unless set by `set_device_map`.
     `w_max`: weight of a full pair, float32 [G * O]; weights live in +-w_max, sliced ones after a carry.
-    `update_step`: number of updates (and of refreshes and steps of `spec.retention`), int64 [1]; with the layer's seed it fixes
-    the noise of an update.
+    `cell_seed`: the seed of the layer in which the cells began, int64 [1]; their spread and the noise of their updates stay what
+    they are in a layer of another seed or name. `seed_of_cells` is the same on the host.
+    `update_step`: number of updates (and of refreshes and steps of `spec.retention`), int64 [1]; with that seed it fixes the noise
+    of an update.
     `carry_step`: number of updates, which carries between slices follow, int64 [1]; None without `spec.carry`.
     `refresh_step`: number of updates, which refreshes follow, int64 [1]; None without `spec.refresh.interval`.
     """
@@ -52,15 +54,17 @@ class InSitu(Programmed):
     pulse_count: Tensor | None
     device_map: Tensor | None
     w_max: Tensor | None
+    cell_seed: Tensor | None
     update_step: Tensor | None
     carry_step: Tensor | None
     refresh_step: Tensor | None
 
     def setup_in_situ(self) -> None:
         for name in (
-            "g_cells", "g_held", "pulse_count", "device_map", "w_max", "update_step", "carry_step", "refresh_step",
+            "g_cells", "g_held", "pulse_count", "device_map", "w_max", "cell_seed", "update_step", "carry_step", "refresh_step",
         ):  # fmt: skip
             self.register_buffer(name, None)
+        self.seed_of_cells = self.plan.seed
         self.streams = Streams()
         self._read: Mark | None = None  # of the weight when it was last what the cells read
 
@@ -100,6 +104,7 @@ class InSitu(Programmed):
         """
         self.require_law()
         self.require_unprogrammed("begin_in_situ")
+        self.require_own_weight("begin_in_situ")
         weight = self.by_line(self.weight.detach().float())
         rows = weight.abs().amax(2).reshape(-1)
         top = rows.amax()
@@ -121,6 +126,8 @@ class InSitu(Programmed):
         self._program(weight)
 
     def _start_counting(self) -> None:
+        self.seed_of_cells = self.plan.seed
+        self.cell_seed = torch.tensor([self.seed_of_cells], device=self.weight.device)
         self.update_step = torch.zeros(1, dtype=torch.int64, device=self.weight.device)
         self.carry_step = None if self.spec.carry is None else torch.zeros_like(self.update_step)
         self.refresh_step = None if self.spec.refresh.interval is None else torch.zeros_like(self.update_step)
@@ -185,7 +192,7 @@ class InSitu(Programmed):
         assert self.w_max is not None
         assert self.update_step is not None
         share = weight / self.w_max.reshape(self.groups_, -1, 1)
-        cells = program_pairs(share.contiguous(), self.update_step, self.static[1], self.plan.seed)
+        cells = program_pairs(share.contiguous(), self.update_step, self.static[1], self.seed_of_cells)
         if self.g_cells is None:
             self.g_cells = cells
             self.g_held = cells.clone() if self.spec.update.write_noise else None
@@ -224,7 +231,12 @@ class InSitu(Programmed):
         assert self.g_cells is not None
         if self.carry_step is not None:
             carry(
-                self.g_cells, self.g_held, self.pulse_count, self.carry_step, self.static[1], self.plan.seed
+                self.g_cells,
+                self.g_held,
+                self.pulse_count,
+                self.carry_step,
+                self.static[1],
+                self.seed_of_cells,
             )
             self.carry_step += 1
         if self.refresh_step is not None:
@@ -261,8 +273,8 @@ class InSitu(Programmed):
         way = self.plan
         patch = [*self.weight.shape[2:], *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None
         settings = (
-            x, d, self.w_max, self.update_step, rate, self.groups_, self.static[1], way.seed, self.pulse_count, self.device_map,
-            patch,
+            x, d, self.w_max, self.update_step, rate, self.groups_, self.static[1], self.seed_of_cells, self.pulse_count,
+            self.device_map, patch,
         )  # fmt: skip
         if self.spec.pulses is not None:
             read = pulse_update(self.g_cells, *settings)
@@ -280,7 +292,7 @@ class InSitu(Programmed):
         assert self.g_cells is not None
         for cells in (self.g_cells, self.g_held):
             if cells is not None:
-                relax(cells, self.pulse_count, self.static[1], self.plan.seed)
+                relax(cells, self.pulse_count, self.static[1], self.seed_of_cells)
         self._move(torch.zeros_like(self.weight))
 
     def _show(self, read: Tensor | None) -> None:
@@ -363,7 +375,7 @@ class InSitu(Programmed):
             self.w_max,
             self.update_step,
             self.static[1],
-            self.plan.seed,
+            self.seed_of_cells,
             self.pulse_count,
             self.device_map,
         )
@@ -379,6 +391,14 @@ class InSitu(Programmed):
         super().__setstate__(state)
         self._read = self.mark() if state["_read"] else None
         self._own_weight()
+
+    def look_at_weight(self) -> Tensor:
+        """The weight for one read; where it is computed of other parameters, in-situ optimisers will refuse these."""
+        if not torch.compiler.is_compiling() and "weight" not in self._parameters:
+            for name, parameter in self.named_parameters():
+                if name != "bias" and not hasattr(parameter, "analog"):
+                    parameter.analog = Owner(self)  # type: ignore[attr-defined]
+        return self.weight
 
     def _own_weight(self) -> None:
         weight = self._parameters.get("weight")
@@ -409,6 +429,12 @@ class InSitu(Programmed):
         if devices is not None and self.device_map is None:
             self.device_map = torch.empty_like(devices, device=self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *more)
+        self.look_at_seed()
+
+    def look_at_seed(self) -> None:
+        """Know the seed of the cells, which were set from outside."""
+        if self.cell_seed is not None:
+            self.seed_of_cells = int(self.cell_seed)
 
     def _require_trained_as(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Refuse cells that were trained by what the layer's spec has not, or without what it has."""

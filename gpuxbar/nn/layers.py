@@ -28,6 +28,8 @@ from gpuxbar.spec import ADC, CrossbarSpec
 __all__ = ["AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
 TEST_INPUTS = 32  # of a test read
+DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC,
+CARRYING: Any = {"tile": True, "device": True, "mapping": True, "carry": {"headroom_bits"}}  # and of a spec
 
 
 class Converter(NamedTuple):
@@ -49,8 +51,9 @@ class AnalogLayer(InSitu):
 
     Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
     weights they fix every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the
-    currents of an ADC's largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted; `dac_max`
-    is the running DAC range.
+    currents of an ADC's largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted;
+    `range_settings`, int64 [1], is a checksum of the settings by which lines carry currents: calibrated ranges of a checkpoint of
+    others are forgotten. `dac_max` is the running DAC range.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
@@ -60,6 +63,7 @@ class AnalogLayer(InSitu):
     write_step: Tensor
     adc_range: Tensor
     back_adc_range: Tensor
+    range_settings: Tensor
     adc_lsb: Tensor
     back_adc_lsb: Tensor
     dac_max: Tensor
@@ -104,6 +108,8 @@ class AnalogLayer(InSitu):
                 self.register_buffer(f"{key}_error", error, persistent=False)
             else:
                 self.register_buffer(f"{key}_error", None)
+        settings = torch.tensor([_checksum(spec)], device=device)
+        self.register_buffer("range_settings", settings)
         self.register_buffer(
             "dac_max", torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
         )
@@ -119,6 +125,9 @@ class AnalogLayer(InSitu):
             "full_pair", torch.zeros(sensed[0], dtype=torch.float32, device=device), persistent=False
         )
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        self._cells_of: Tensor | None = (
+            None  # the weight that they are of; held, so that no other takes its place in memory
+        )
         self._setup_packing(device)
         self.look_at_ranges()
         self.setup_programmed()
@@ -181,23 +190,39 @@ class AnalogLayer(InSitu):
     def begin_in_situ(self) -> None:
         """See `InSitu.begin_in_situ`; ranges calibrated before do not fit the currents of such pairs, and are forgotten."""
         super().begin_in_situ()
+        self.forget_ranges()
+        self.look_at_ranges()
+
+    def forget_ranges(self) -> None:
+        """Ask for calibration anew."""
         for converter in self.converters():
             if converter.calibrated:
                 converter.full.fill_(torch.nan)
-        self.look_at_ranges()
 
     def rewrite(self) -> None:
         """Write the present weights once more, with new write noise (not for layers trained in situ)."""
         self.require_unprogrammed("rewrite")
+        self.leave_cells()
         self.write_step += 1
 
-    def conductances(self) -> Cells:
-        """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires."""
+    def conductances(self, weight: Tensor | None = None) -> Cells:
+        """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires.
+
+        Args:
+            weight: The layer's, where it has just been computed: by dropout, say, another at every look. None: look.
+        """
         if self.programmed:
             return self.aged_cells()
         if self.in_situ:
             return self.trained_cells()
-        weight = self._written_weight()
+        weight = self.weight if weight is None else weight
+        if not torch.compiler.is_compiling():
+            if self._cells_of is None:
+                self._cells_of = weight.detach()
+            elif self._cells_of.data_ptr() != weight.data_ptr():
+                self.leave_cells()
+                self._cells_of = weight.detach()
+        weight = self._written_weight(weight)
         merge = "none" if self.seen is not None else self.planes.merge
         reprogram(
             weight, self.cells, self.cell_variance, self.full_pair, self.written, self.write_step, self.static[1],
@@ -214,22 +239,32 @@ class AnalogLayer(InSitu):
         if self.packed_state is not None:
             self.packed_state.zero_()
 
-    def _written_weight(self) -> Tensor:
+    def leave_cells(self) -> None:
+        """See `Wires.leave_cells`. A weight that changes in place needs none of it: autograd refuses passes of the old one."""
+        super().leave_cells()
+        self.renew("cells", "cell_variance", "full_pair", "written")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_cells_of": None}  # nobody has read what is copied
+
+    def _written_weight(self, weight: Tensor) -> Tensor:
         """The weights [G, O, I] as they are written, with the reference lines of an offset mapping: weights of 0."""
-        weight = self.by_line(self.weight.detach().float())
+        weight = self.by_line(weight.detach().float())
         rows, cols = self.plan.reference_lines
         return functional.pad(weight, (0, rows, 0, cols)) if rows else weight
 
     def program(self) -> None:
         """Write the present weights once (not those of cells trained in situ) and read these devices from now on."""
+        self.require_own_weight("program")
         if self.in_situ:
             self.require_read_out()
         self.write_step += 1
         if self.g_cells is not None and self.w_max is not None:
-            self.hold(self.g_cells.clone(), self.w_max.clone())
+            self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
         else:
-            weight = self._written_weight()
-            self.hold(*program_devices(weight, self.write_step, self.static[1], self.plan.seed))
+            weight = self._written_weight(self.weight)
+            seed = self.plan.seed
+            self.hold(*program_devices(weight, self.write_step, self.static[1], seed), seed)
 
     @torch.no_grad()
     def compensate(self) -> None:
@@ -263,7 +298,8 @@ class AnalogLayer(InSitu):
         top = torch.ones_like(self.dac_max)
         if dac.range in ("fixed", "ema"):
             top = torch.where(self.dac_max > 0, self.dac_max, top)
-        y = self._products((x * top).contiguous(), self.weight.detach(), top / max(dac.code_max, 1), None)
+        lsb = top / max(dac.code_max, 1)
+        y = self._products((x * top).contiguous(), self.weight.detach(), lsb, None, self.conductances())
         return y.abs().sum().reshape(1)
 
     def lines(self, cells: Tensor, transposed: bool) -> Tensor:
@@ -301,7 +337,8 @@ class AnalogLayer(InSitu):
 
     def steady(self) -> Steady:
         """For reads over and over before anything changes the layer."""
-        return Steady(self.conductances(), shared_weight(self.weight))
+        weight = self.look_at_weight()
+        return Steady(self.conductances(weight), shared_weight(weight))
 
     def read(self, x: Tensor, steady: Steady | None = None) -> Tensor:
         """Products of x with the devices of now, or of `steady()` if nothing has changed since."""
@@ -317,8 +354,13 @@ class AnalogLayer(InSitu):
         x = x.float().contiguous()
         top = self.dac_top(x)
         x, lsb = self.dac_inputs(x, top)
-        bias = None if self.bias is None else self.bias.float()
-        cells, weight = (None, self.weight) if steady is None else steady
+        bias = self.bias
+        bias = None if bias is None else bias.float()
+        if steady is None:
+            weight = self.look_at_weight()
+            cells = self.conductances(weight)
+        else:
+            cells, weight = steady
         watched = self.keeps_operands and weight.requires_grad and torch.is_grad_enabled()
         if (
             watched
@@ -333,7 +375,7 @@ class AnalogLayer(InSitu):
         if self.spec.dac.range == "ema" and self.training:
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
-        return y.to(self.weight.dtype)
+        return y.to(weight.dtype)
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
@@ -349,11 +391,8 @@ class AnalogLayer(InSitu):
             return self.aged
         return self.cells if self.g_cells is None else self.g_cells
 
-    def _products(
-        self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None, cells: Cells | None = None
-    ) -> Tensor:
+    def _products(self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None, cells: Cells) -> Tensor:
         """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
-        cells = self.conductances() if cells is None else cells
         step = self.read_step + 1
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             weight = weight_through_wires(
@@ -373,7 +412,7 @@ class AnalogLayer(InSitu):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
-        buffers, held = dict(self._buffers), self._is_held()
+        buffers, held = dict(self._buffers), self.is_held()
         super()._apply(fn, recurse)
         self._held = self.mark() if held else None
         for name, new in self._buffers.items():
@@ -383,21 +422,38 @@ class AnalogLayer(InSitu):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        said = [converter.full for converter in self.converters() if not converter.calibrated]
+        saved, here = state_dict.get(f"{prefix}range_settings"), self.range_settings
+        programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
+        others = saved is not None and (programmed or saved.item() != here.item())
+        kept = {"range_settings": here.clone()}  # the spec says them, whatever was saved
+        for name, converter in zip(("adc_range", "back_adc_range"), self.converters(), strict=True):
+            if not converter.calibrated:
+                kept[name] = converter.full.clone()
+            elif others:
+                kept[name] = torch.full_like(converter.full, torch.nan)
         if self.spec.dac.range == "fixed":
-            said.append(self.dac_max)
-        own = [full.clone() for full in said]
+            kept["dac_max"] = self.dac_max.clone()
+        buffers = {name: self._buffers[name] for name in kept}
         super()._load_from_state_dict(state_dict, prefix, *more)
-        for full, value in zip(said, own, strict=True):  # the spec says it, whatever was saved
-            full.copy_(value)
+        self._buffers.update(buffers)  # with assign=True, those of the state dict are there
+        for name, value in kept.items():
+            self.get_buffer(name).copy_(value)
         self.look_at_ranges()
 
 
+def _checksum(spec: CrossbarSpec) -> int:
+    parts = (
+        spec.model_dump_json(include=CARRYING),
+        *(dac.model_dump_json(include=DRIVEN) for dac in (spec.dac, spec.backward_dac)),
+    )
+    return zlib.crc32("".join(parts).encode())
+
+
 def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:
-    """Refuse layers of one seed: their devices and their noise would be the same."""
+    """Refuse layers of one seed: their devices and their noise would be the same. Those that draw nothing may be."""
     seen: dict[int, AnalogLayer] = {}
     for layer in layers:
-        if seen.setdefault(layer.plan.seed, layer) is not layer:
+        if layer.spec.draws and seen.setdefault(layer.plan.seed, layer) is not layer:
             raise ValueError(
                 f"{op}: crossbar layers must each have a name, or a seed in their spec, of their own, got {layer.name!r} twice; "
                 "their devices and noise would be alike: pass name=... to each, as gpuxbar.convert does"
@@ -441,9 +497,21 @@ class AnalogConv2d(nn.Conv2d, AnalogLayer):
         self._pads = isinstance(self.padding, str) or self.padding_mode != "zeros"
         padding = (0, 0) if self._pads else self.padding
         self.setup(spec, name, self.groups, stride=self.stride, padding=padding, dilation=self.dilation)
+        self._planned = self._geometry()
+
+    def _geometry(self) -> dict[str, Any]:
+        return {
+            key: getattr(self, key) for key in ("stride", "padding", "dilation", "padding_mode", "groups")
+        }
 
     def padded(self, x: Tensor) -> Tensor:
         """Images [N, channels, height, width] as the array reads them, but for padding with zeros."""
+        for key, value in self._geometry().items():
+            if value != self._planned[key]:
+                raise ValueError(
+                    f"{self.name}: `{key}` must stay {self._planned[key]!r}, as the layer was made, got {value!r}; change it before "
+                    "gpuxbar.convert"
+                )
         x = x if x.dim() == 4 else x[None]
         if not self._pads:
             return x

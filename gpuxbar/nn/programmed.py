@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpuxbar.bridge.drift import drift
+from gpuxbar.bridge.reprogram import fingerprint
 from gpuxbar.bridge.wires import merged
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
@@ -37,16 +38,25 @@ WRITTEN_AS = (
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, and
-    where it lay: a parameter gets another `data` without a count."""
+    """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, where
+    it lay, since a parameter gets another `data` without a count, and a fingerprint of its values, since these change without a
+    count too: through `data`, or by a fused optimiser. On a GPU, which would have to be waited for, that is None."""
 
     weight: Tensor
     version: int
     place: int
+    fingerprint: int | None
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Mark:
+        """That of a weight as it is now."""
+        return cls(weight, weight._version, weight.data_ptr(), fingerprint(weight))
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
-        return self.weight is weight and (self.version, self.place) == (weight._version, weight.data_ptr())
+        if self.weight is not weight or (self.version, self.place) != (weight._version, weight.data_ptr()):
+            return False
+        return self.fingerprint is None or self.fingerprint == fingerprint(weight)
 
 
 class Programmed(Wires):
@@ -85,7 +95,8 @@ class Programmed(Wires):
         self._held: Mark | None = None  # of the weight that was programmed
         self._loaded: Tensor | None = None  # that weight, from a checkpoint until it is looked at
 
-    def _is_held(self) -> bool:
+    def is_held(self) -> bool:
+        """Whether the weight is the one that was programmed."""
         if self._loaded is not None:  # a module that shares the weight may have loaded it again
             same = self._held is not None and self._held.weight is self.weight
             self._held = self.mark() if same and torch.equal(self._loaded, self.weight) else None
@@ -94,7 +105,7 @@ class Programmed(Wires):
 
     def mark(self) -> Mark:
         """The layer's weight as it is now."""
-        return Mark(self.weight, self.weight._version, self.weight.data_ptr())
+        return Mark.of(self.weight)
 
     @property
     def programmed(self) -> bool:
@@ -108,16 +119,29 @@ class Programmed(Wires):
                 "gpuxbar.unprogram(model) first"
             )
 
-    def hold(self, g: Tensor, w_max: Tensor) -> None:
-        """Read these devices from now on, and start their time."""
+    def require_own_weight(self, act: str) -> None:
+        """Refuse a weight that is computed of other parameters, as pruned and normalised ones are."""
+        if "weight" not in self._parameters:
+            raise ValueError(
+                f"{self.name}: `weight` must be a parameter for {act}, got one that is computed anew at every pass; make it one, "
+                "as torch.nn.utils.prune.remove and torch.nn.utils.parametrize.remove_parametrizations do"
+            )
+
+    def hold(self, g: Tensor, w_max: Tensor, seed: int) -> None:
+        """Read these devices from now on, which the seed draws, and start their time."""
         self.g_programmed, self.w_programmed = g, w_max
         self.written_as = self._written_as().to(g.device)
-        self.device_seed = torch.tensor([self.plan.seed], device=g.device)
+        self.device_seed = torch.tensor([seed], device=g.device)
         self.age = torch.zeros(1, dtype=torch.float32, device=g.device)
         self.gain = torch.ones(1, dtype=torch.float32, device=g.device)
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
         self._held, self._loaded = self.mark(), None
         self.look_after(0.0)
+
+    def hold_on(self) -> None:
+        """Read the devices as the buffers say now, which were set from outside together with the weight."""
+        self._held, self._loaded = self.mark(), None
+        self._make_aged()
 
     def _written_as(self) -> Tensor:
         device, mapping = self.spec.device, self.spec.mapping
@@ -137,6 +161,7 @@ class Programmed(Wires):
         assert self.age is not None
         assert self.gain is not None
         assert self.ageings is not None
+        self.leave_cells()
         self.age.fill_(seconds)
         self.gain.fill_(1.0)
         self.ageings += 1
@@ -169,7 +194,7 @@ class Programmed(Wires):
         assert self.w_programmed is not None
         assert self.gain is not None
         assert self.ageings is not None
-        if not torch.compiler.is_compiling() and not self._is_held():
+        if not torch.compiler.is_compiling() and not self.is_held():
             raise ValueError(
                 f"{self.name}: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write "
                 "it, or gpuxbar.unprogram(model) to go on training"
@@ -181,7 +206,7 @@ class Programmed(Wires):
         return self.through_wires(self.aged, self.aged_variance, w_max, self.ageings)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": self._is_held()}  # a copied weight has marks of its own
+        return self.__dict__ | {"_held": self.is_held()}  # a copied weight has marks of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -142,7 +142,10 @@ class UnfusedRNN(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Outputs and last state of a layer in one direction over x [T, N, I]; states stand still beyond a sequence's length."""
         layers = dict(self.named_children())
-        products, order = layers["ih" + suffix](x), range(len(x))[:: -1 if suffix.endswith("_reverse") else 1]
+        products = layers["ih" + suffix](x.transpose(0, 1)).transpose(
+            0, 1
+        )  # rows sample by sample, as in larger batches
+        order = range(len(x))[:: -1 if suffix.endswith("_reverse") else 1]
         layer = layers["hh" + suffix]
         if (
             self.mode == "LSTM"
@@ -232,8 +235,13 @@ def _lstm_at_once(
 
 
 def _steady(layer: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
-    """A layer to be called over and over before anything changes its weights: its devices are looked at now."""
-    return partial(layer, steady=layer.steady()) if isinstance(layer, AnalogLinear) else layer
+    """A layer to be called over and over before anything changes its weights: its devices are looked at now.
+
+    Not where hooks come first, which may set the weight, as pruning does.
+    """
+    if isinstance(layer, AnalogLinear) and not layer._forward_pre_hooks:
+        return partial(layer, steady=layer.steady())
+    return layer
 
 
 def _layer(source: nn.Module, name: str) -> nn.Linear:

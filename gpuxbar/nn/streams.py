@@ -36,6 +36,18 @@ class Streams:
         """Forget all pairs."""
         self.pairs = []
 
+    def finite(self, weight: Tensor) -> Tensor:
+        """A gradient of nothing for a weight, in whose place a `GradScaler` can look at the errors: one value in a sparse tensor, 0, or
+        NaN where an error of any process is not finite."""
+        value = torch.zeros(1, device=weight.device)
+        for _, grad_y in self.pairs:
+            value += 0 * grad_y.abs().amax()
+        if self.group is not None:
+            distributed.all_reduce(value, group=self.group)
+        at = torch.zeros(weight.dim(), 1, dtype=torch.int64, device=weight.device)
+        value = value.to(weight.dtype)
+        return torch.sparse_coo_tensor(at, value, weight.shape, is_coalesced=True, check_invariants=False)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"pairs": self.pairs, "group": None}  # a copied or saved layer is this process's alone
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpuxbar import ops
 from gpuxbar.bridge.wires import merged, refresh_wires, tiles_shape
-from gpuxbar.mapping import Planes
+from gpuxbar.mapping import Planes, ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.spec import CrossbarSpec
 
@@ -23,7 +23,7 @@ ANCHOR = (
     "wire_slope",
     "wire_error_",
 )  # buffers, in the order of ops.Anchor
-FOLLOWED = {"tile", "device", "mapping", "programming", "parasitics", "update", "carry", "seed"}
+FOLLOWED = {"tile", "device", "mapping", "programming", "parasitics", "update", "carry"}
 
 
 class Wires(nn.Module):
@@ -33,13 +33,14 @@ class Wires(nn.Module):
     (None without wires); `solved`, the state of the devices they belong to, int64 [1].
     Buffers of the state dict, None without `parasitics.anchor`: `wire_offset`, `wire_start`, `wire_age`, `wire_slope` and
     `wire_error_`, an `ops.Anchor` for each matrix that reads see, and `wire_state`, the state of the devices that
-    they belong to, int64 [1]; `wire_settings`, a checksum of the settings of the spec that devices and wires follow from, int64
-    [1]. With them a checkpoint resumes bit for bit; one of other settings makes every tile be solved anew.
+    they belong to, int64 [1]; `wire_settings`, a checksum of the settings of the spec and the layer's seed, which devices and
+    wires follow from, int64 [1]. With them a checkpoint resumes bit for bit; one of other settings makes every tile be solved anew.
     `solve_all`: whether the next read must solve every tile, since some never were; kept on the host, so that a read on a
     GPU does not wait to know it.
     """
 
-    spec: CrossbarSpec
+    name: str
+    plan: ReadPlan
     planes: Planes
     groups_: int
     static: tuple[str, str]  # the plan and the spec as JSON
@@ -54,6 +55,20 @@ class Wires(nn.Module):
     wire_state: Tensor | None
     wire_settings: Tensor | None
     solve_all: bool
+
+    @property
+    def spec(self) -> CrossbarSpec:
+        """What the layer was made by, which stays so: its arrays and reads follow from it."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: CrossbarSpec) -> None:
+        if "_spec" in vars(self):
+            raise ValueError(
+                f"{self.name}: `spec` must stay what the layer was made by, got another; convert a model anew with it, and load the "
+                "state dict"
+            )
+        self._spec = spec
 
     def setup_wires(self, devices: tuple[int, ...], planes: int, device: torch.device) -> None:
         """For devices [2 slices, G * I, O], read as `planes` planes."""
@@ -73,7 +88,7 @@ class Wires(nn.Module):
             self.register_buffer(name, both if anchored else None)
         state = torch.zeros(1, dtype=torch.int64, device=device) if anchored else None
         self.register_buffer("wire_state", state)
-        settings = torch.tensor([_checksum(self.spec)], device=device) if anchored else None
+        settings = torch.tensor([_checksum(self.spec, self.plan.seed)], device=device) if anchored else None
         self.register_buffer("wire_settings", settings)
         self.solve_all = anchored
 
@@ -111,6 +126,16 @@ class Wires(nn.Module):
         """
         return 0.0 if self.wire_error_ is None else self.wire_error_.max().item()
 
+    def leave_cells(self) -> None:
+        """Leave the arrays that reads found to their backward passes: what is written next goes to copies."""
+        self.renew("seen", "seen_back", "solved")
+
+    def renew(self, *buffers: str) -> None:
+        """Copy buffers, where there are such."""
+        for name in buffers:
+            buffer = self._buffers[name]
+            self._buffers[name] = None if buffer is None else buffer.clone()
+
     def forget_wires(self) -> None:
         """Look at the wires at the next read, whatever the state of the devices says: buffers were set from outside."""
         self.solved.zero_()
@@ -133,5 +158,5 @@ class Wires(nn.Module):
             self.restart_wires()
 
 
-def _checksum(spec: CrossbarSpec) -> int:
-    return zlib.crc32(spec.model_dump_json(include=FOLLOWED).encode())
+def _checksum(spec: CrossbarSpec, seed: int) -> int:
+    return zlib.crc32(f"{seed} {spec.model_dump_json(include=FOLLOWED)}".encode())

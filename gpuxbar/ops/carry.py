@@ -50,7 +50,8 @@ def carry(
     and last, where the highest digit is b or more in size, all digits <- +-(b - 1). See `spec.Carry`.
 
     The sum of all d_k b**k stays as it was, but for what a window cannot hold and the noise of the writes. Only pairs whose
-    digit changes are written. Without `balanced`, those too of which both devices lie a unit or more above `g_min`.
+    digit changes are written. Without `balanced`, those too of which both devices lie a unit or more above `g_min`. Pairs with a stuck
+    or failed device are left to updates.
 
     Args:
         g: Conductances of the positive devices, least significant slice first, then of the negative ones, float32

@@ -20,7 +20,7 @@ from gpuxbar.ops.checks import (
 )
 from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
 
-__all__ = ["Programming", "program", "reprogram", "write_values"]
+__all__ = ["Programming", "fingerprint", "program", "reprogram", "write_values"]
 
 LOWER = "lower the rate"
 INTEGERS = ("slices", "slice_bits", "headroom_bits", "levels", "seed")
@@ -253,6 +253,16 @@ def reprogram(
         state, int(scale == "column"), float(full_weight or 0.0), bad,
     )  # fmt: skip
     require_finite(op, "weight", int(bad[0]), LOWER)
+
+
+def fingerprint(weight: np.ndarray) -> int:
+    """That of a weight on a CPU, float32 of any shape and C-contiguous: another one wherever its values are others, but for a
+    chance of 2**-64; see `reprogram`."""
+    if backend(weight) == "reference":
+        return reference.fingerprint(weight)
+    found = np.empty(1, np.int64)
+    host_call(library(), "gpuxbar_fingerprint", weight, weight.size, found)
+    return int(found[0])
 
 
 def _planes(settings: dict[str, Any]) -> int:

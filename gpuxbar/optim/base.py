@@ -33,8 +33,9 @@ class InSituOptimizer(torch.optim.Optimizer):
     """An optimiser that writes crossbar weights through their devices, and others by SGD with momentum.
 
     A step that meets a layer it cannot write, settings that do not go with it, or on a CPU a gradient of a layer that is not
-    finite, is refused before it changes anything. Nothing else may set a crossbar weight: that is refused at the next read, unless
-    PyTorch does not count the change, as one by an optimiser with fused=True, or in place through `weight.data`.
+    finite, is refused before it changes anything. Nothing else may set a crossbar weight: that is refused at the next read or step,
+    unless it is on a GPU and PyTorch does not count the change, as one by an optimiser with fused=True, or in place through
+    `weight.data`.
 
     A subclass has `rules`, one a setting, and `_write`, which turns a gradient into writes of a layer's cells; what it
     keeps for a layer beyond its cells is the module that `_begin` returns. At the end of a step all cells lose what

@@ -28,8 +28,9 @@ class InSituSGD(InSituOptimizer):
 
     A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in its array of the inputs and
     errors of its backward passes since the last step, of those that reach its weight. The weight gets no gradient, and one of
-    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands.
-    A `GradScaler` may scale the loss; its `unscale_`, which reaches gradients alone, is refused.
+    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands; that of a
+    module does not, nor does clipping gradients reach them. A `GradScaler` may scale the loss; its `unscale_`, which reaches
+    gradients alone, is refused.
 
     Args:
         params: Parameters or groups, as for any torch optimiser.
@@ -71,12 +72,21 @@ class InSituSGD(InSituOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step` itself undoes what a `GradScaler` did."""
-        return any(layer.keeps_operands for layer in self._layers())
+        """Whether `step` itself undoes what a `GradScaler` did, which asks before it looks for gradients that are not finite: it
+        finds the errors of layers that make none."""
+        layers = [layer for layer in self._layers() if layer.keeps_operands]
+        for layer in layers:
+            if layer.streams.pairs and layer.weight.grad is None:
+                layer.weight.grad = layer.streams.finite(layer.weight)
+        return bool(layers)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update what has a gradient, or whose layer kept inputs and errors; returns the loss of `closure`, if given."""
+        for layer in self._layers():
+            grad = layer.weight.grad
+            if layer.keeps_operands and grad is not None and grad.is_sparse and not grad.dense_dim():
+                layer.weight.grad = None  # of `Streams.finite`; those of an embedding are dense in rows
         if hasattr(self, "found_inf"):
             if self.grad_scale is None:
                 raise ValueError(

@@ -240,7 +240,7 @@ class ChoppedTikiTakaV2(TikiTakaV2):
         signed = lines._replace(values=lines.values * fast.sign[..., lines.at])
         change = super()._transfer(fast, signed, pulse, group)
         transfers = fast.reads // len(lines.at)
-        chop(fast.sign.squeeze(1), lines.at, transfers, group["flip"], fast.array.plan.seed)
+        chop(fast.sign.squeeze(1), lines.at, transfers, group["flip"], fast.array.seed_of_cells)
         return change
 
 

@@ -66,7 +66,7 @@ def carry(
         digits[k + 1] += out
         written[k : k + 2] |= out != 0
     if due == slices - 1:
-        over = np.abs(digits[-1]) + UNRESOLVED >= base
+        over = (np.abs(digits[-1]) + UNRESOLVED >= base) & pairs[-1]
         digits = np.where(over, np.sign(digits[-1]) * (base - 1), digits)
         written |= over
     if due and not balanced:  # one-sided devices that have come far
@@ -75,7 +75,7 @@ def carry(
         written[:looked] |= common[:looked] >= 1
     sides = np.concatenate([digits, -digits]) / window
     share = np.clip((1 + sides) / 2 if balanced else sides, 0, 1)
-    both = np.concatenate([written, written]) & free
+    both = np.concatenate([written & pairs] * 2)
     for plane in planes:
         where: dict[str, Any] = {"slot": plane, "seed": seed}
         target = g_min + span * share[plane]

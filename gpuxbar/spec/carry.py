@@ -34,7 +34,8 @@ class Carry(Part):
     that sign: the weight is clipped. Cells are read exactly, one after the other, and written by the same write-verify as
     programmed weights, with the noise and spread of `spec.programming`. Only pairs whose digit changes are written, both
     devices of them; with one-sided devices those too of which both have gained a unit. A pair with a stuck or failed device
-    neither gives nor takes.
+    neither gives nor takes nor is written, so that its other device can make up for it; a weight whose highest pair is such is
+    not clipped.
 
     `input_bits`: bits of the magnitude of an input's code, with "streamed"; a sign comes with it.
     `interval`: updates between carries, which come just before the next update. "accumulate" and "streamed" carry through

@@ -103,8 +103,9 @@ class Mapping(Part):
 class DAC(Part):
     """Digital input to wordline voltage.
 
-    `bits`: resolution with the sign bit if `signed` (`None`: no quantisation). `stream_bits`: magnitude bits
-    driven at a time (`None`: all at once); every stream is a read of its own, joined by shift-and-add.
+    `bits`: resolution with the sign bit if `signed` (`None`: no quantisation). Without `signed`, inputs below 0 are
+    driven as 0. `stream_bits`: magnitude bits driven at a time (`None`: all at once); every stream is a read of its own,
+    joined by shift-and-add.
     `polarity`: signed inputs driven as one "bipolar" voltage or in "two_phase" (positive, then negative).
     `range`: the digital value of the largest code: "sample" (abs-max of each row of a linear layer, each
     image of a convolution), "tensor" (abs-max of the call), "ema" (running mean of abs-max over training
@@ -345,7 +346,8 @@ class Backward(Part):
 class CrossbarSpec(Part):
     """Everything about a layer on crossbars. Defaults are ideal.
 
-    `seed`: of every random number, with the layer's name: two layers that `gpuxbar.convert` made never share draws. `generator`: "exact" or "fast"
+    `seed`: of every random number, with the layer's name: two layers of a model that `gpuxbar.convert` made never share draws, but
+    another model's layers of the same names do, unless it has a seed of its own. `generator`: "exact" or "fast"
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
     "fp16", "fp16x2" (conductances as a high and a low half, 22 bits) or "int8" (levels, exact); half precisions need a DAC,
     whose codes they hold exactly, and int8 also an ADC, devices that hold their levels and digits up to 127; on a CPU every
@@ -567,6 +569,19 @@ class CrossbarSpec(Part):
             "in-situ updates end between levels": self.update is not None,
         }
         return next((reason for reason, found in reasons.items() if found), None)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything about a layer is random: its devices, converters, reads or updates."""
+        programming, drift, noise = self.programming, self.drift, self.read_noise
+        return self.update is not None or any(
+            (
+                noise.sigma, noise.sigma_g, programming.write_noise, programming.write_noise_slope,
+                programming.write_noise_curve, programming.device_spread, programming.stuck_at_g_min,
+                programming.stuck_at_g_max, drift.nu_std, drift.nu_std_slope, drift.nu_std_min, drift.flicker,
+                *(error for adc in (self.adc, self.backward_adc) for error in (adc.gain_std, adc.offset_std)),
+            )
+        )  # fmt: skip
 
     @property
     def headroom_bits(self) -> int:

@@ -54,7 +54,7 @@ void load_pairs(const Programming& p, const Slices& s, const Arrays& a, const Sp
   }
 }
 
-// Write the digits of chosen pairs of slice k: 1 where chosen.
+// Write the digits of chosen pairs of slice k, which can be written: 1 where chosen.
 void write_pairs(const Programming& p, const Slices& s, const Arrays& a, const Spot& at, i32 k, const float* digit,
                  const float* chosen) {
   if (std::all_of(chosen, chosen + at.count, [](float one) { return one == 0.0f; })) return;
@@ -62,20 +62,16 @@ void write_pairs(const Programming& p, const Slices& s, const Arrays& a, const S
     const u32 plane = (u32)(n * s.count + k);
     const i64 first = place(a, at, plane);
     const WriteDraws z(p, CARRY, plane, at.row, at.col0);
-    alignas(64) float value[WIDE_ROW], own[WIDE_ROW];
+    alignas(64) float value[WIDE_ROW];
     const float sign = n ? -1.0f : 1.0f;
     const Programming settings = p;
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
+    for (int j = 0; j < WIDE_ROW; ++j)
       value[j] = written(settings, digit_target(settings, sign * digit[j]), z.spread[j], z.noise[j], z.u[j]);
-      own[j] = stuck(settings, z.u[j]) ? 0.0f : chosen[j];
-    }
-    if (a.pulse_count)
-      for (i64 j = 0; j < at.count; ++j) own[j] = a.pulse_count[first + j] < 0 ? 0.0f : own[j];
     for (float* cells : {a.g, a.hidden}) {
       if (!cells) continue;
 #pragma omp simd
-      for (i64 j = 0; j < at.count; ++j) cells[first + j] = own[j] != 0.0f ? value[j] : cells[first + j];
+      for (i64 j = 0; j < at.count; ++j) cells[first + j] = chosen[j] != 0.0f ? value[j] : cells[first + j];
     }
   }
 }
@@ -95,7 +91,8 @@ void carry_row(const Programming& p, const Slices s, const Arrays& a, const Spot
     for (int j = 0; j < WIDE_ROW; ++j) {
       const float total = here.digit[j] + in[j], both = here.writable[j] * next.writable[j];
       const float out = gives ? both * excess(total, s.bits) : 0.0f;
-      chosen[j] = in[j] != 0.0f || out != 0.0f || (crowded && here.common[j] >= 1.0f) ? 1.0f : 0.0f;
+      const float full = crowded && here.common[j] >= 1.0f ? here.writable[j] : 0.0f;
+      chosen[j] = in[j] != 0.0f || out != 0.0f ? 1.0f : full;
       digit[j] = fma(-base, out, total);
       in[j] = out;
     }
@@ -104,10 +101,16 @@ void carry_row(const Programming& p, const Slices s, const Arrays& a, const Spot
   if (due < last) return;
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {  // now of the highest slice
-    chosen[j] = excess(digit[j], s.bits) != 0.0f ? 1.0f : 0.0f;
+    in[j] = excess(digit[j], s.bits) != 0.0f ? pairs[last & 1].writable[j] : 0.0f;
     digit[j] = digit[j] < 0.0f ? 1.0f - base : base - 1.0f;
   }
-  for (i32 k = 0; k <= last; ++k) write_pairs(p, s, a, at, k, digit, chosen);
+  if (std::all_of(in, in + at.count, [](float one) { return one == 0.0f; })) return;
+  for (i32 k = 0; k <= last; ++k) {  // beyond full
+    load_pairs(p, s, a, at, k, pairs[0]);
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) chosen[j] = in[j] * pairs[0].writable[j];
+    write_pairs(p, s, a, at, k, digit, chosen);
+  }
 }
 
 }  // namespace
