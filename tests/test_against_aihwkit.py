@@ -84,9 +84,8 @@ def our_changes(law, train, rate):
     x, d = np.tile(X, REPEATS), np.tile(D, REPEATS)
     w_max = np.full(REPEATS * 3, 2, np.float32)
     rate *= their_step(law)
-    read = ops.pulse_update(
-        g, x, d, rate=rate, train=train, law=law, w_max=w_max, g_min=0.0, g_max=10e-6, groups=REPEATS, seed=3
-    )
+    pairs = ops.Pairs(g, law=law, g_min=0.0, g_max=10e-6, seed=3)
+    read = ops.pulse_update(pairs, x, d, rate=rate, train=train, w_max=w_max, groups=REPEATS)
     change = read - W
     return np.where(np.abs(change) < 1e-6, 0, change)  # less is rounding of the window, not a pulse
 
@@ -116,8 +115,7 @@ def test_the_expected_update_is_the_mean_of_their_pulses(device):
     shares = np.ascontiguousarray((W.T + 1) / 2)
     g = np.stack([shares, np.full_like(shares, 0.5)]).astype(np.float32) * np.float32(10e-6)
     quiet = law.model_copy(update={"cycle": 0.0})
-    read = ops.device_update(
-        g, change, law=quiet, w_max=np.full(3, 2, np.float32), g_min=0.0, g_max=10e-6, seed=3
-    )
+    pairs = ops.Pairs(g, law=quiet, g_min=0.0, g_max=10e-6, seed=3)
+    read = ops.device_update(pairs, change, w_max=np.full(3, 2, np.float32))
     off = read[0] - W - b.mean(0)
     assert (np.abs(off) < 4.5 * b.std(0) / np.sqrt(REPEATS) + 2e-4).all(), off

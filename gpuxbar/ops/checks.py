@@ -22,6 +22,7 @@ __all__ = [
     "check_stuck",
     "check_window",
     "check_written",
+    "counter",
     "integer",
     "require_finite",
     "require_finite_values",
@@ -102,8 +103,14 @@ def integer(op: str, name: str, value: Any) -> int:
     return int(array.item())
 
 
+def counter(name: str, value: Any) -> dict[str, Any]:
+    """A count as a kernel takes it: from device memory, or by value."""
+    by_value = isinstance(value, int)
+    return {name: None if by_value else value.reshape(-1), f"{name}_value": value if by_value else 0}
+
+
 def check_lines(
-    op: str, g: Any, x: Any, d: Any, w_max: Any, groups: int, conv: ConvGeometry | None, slices: int
+    op: str, g: Any, x: Any, d: Any, w_max: Any, groups: int, conv: ConvGeometry | None
 ) -> tuple[int, int, int]:
     """Refuse inputs and errors that are not those of arrays g, [2 slices, G * I, O]; returns samples, I and O."""
     check_integers(op, groups=groups)
@@ -119,7 +126,7 @@ def check_lines(
         )
     images = conv and (len(x), groups * conv.channels, conv.height, conv.width)
     for name, array, shape in (
-        ("g", g, (2 * slices, rows, cols // groups)),
+        ("g", g, (len(g), rows, cols // groups)),
         ("x", x, images or (batch, rows)),
         ("d", d, (batch, cols) if conv is None else (len(x), cols, *conv.out)),
         ("w_max", w_max, (cols,)),
