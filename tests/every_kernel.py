@@ -93,10 +93,8 @@ def updates(device, rng, x, cells):
 def programs(device, rng, cells):
     ops.drift(cells, 60.0, law=presets.pcm().drift, g_max=1.0, device=device)
     weight = normal(rng, 3, 37, 11)
-    window = {
-        "g_min": 1e-6, "g_max": 1e-5, "device_spread": 0.1, "write_noise": 1e-7, "stuck_at_g_min": 0.1, "sigma_g": 1e-7,
-        "device": device,
-    }  # fmt: skip
+    writes = Programming(device_spread=0.1, write_noise=1e-7, stuck_at_g_min=0.1)
+    window = {"g_min": 1e-6, "g_max": 1e-5, "programming": writes, "sigma_g": 1e-7, "device": device}
     planes, variance = np.empty((2, 6, 33, 37), np.float32)
     for scale in ("tensor", "column"):
         ops.reprogram(

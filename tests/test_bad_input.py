@@ -243,7 +243,6 @@ def test_what_must_not_be_written_is_not(op, name, backend, monkeypatch):
 NUMBERS = [
     *((op, {"step": 1.5}, "`step` must be one integer, got 1.5; count") for op in ("device_update", "pulse_update", "streamed_update", "chop")),
     *((op, {"step": zeros(2, dtype=np.int64)}, "`step` must be one integer") for op in ("device_update", "pulse_update")),
-    ("reprogram", {"stuck_at_g_min": 0.6, "stuck_at_g_max": 0.6}, "`stuck_at_g_min` and `stuck_at_g_max` must be shares of the cells"),
     *((op, {"w_max": zeros(4)}, "`w_max` must be above 0, got 0; use the largest weight") for op in ("device_update", "pulse_update", "streamed_update")),
     ("reprogram", {"g_max": float("inf")}, "`g_max` must be finite, got inf S"),
     ("carry", {"updates": 0.5}, "`updates` must be one integer, got 0.5"),

@@ -273,15 +273,8 @@ def test_pairs_that_cannot_be_written_neither_give_nor_take():
     np.testing.assert_allclose(digits_of(g, s)[:, 0, 2], [2, 3, 3, 1], atol=1e-4)
     # stuck cells are those that programming draws, plane by plane
     weight = np.ones((1, 40, 30), np.float32)
-    way = {
-        "slices": 4,
-        "slice_bits": 2,
-        "headroom_bits": 2,
-        "balanced": True,
-        **WINDOW,
-        **STUCK,
-        "seed": SEED,
-    }
+    way = {"slices": 4, "slice_bits": 2, "headroom_bits": 2, "balanced": True, **WINDOW, "seed": SEED}
+    way["programming"] = Programming(**STUCK)
     stuck = np.isin(ops.program(weight, w_max=np.ones(1, np.float32), **way), np.float32([G_MIN, G_MAX]))
     g = from_digits(np.full((4, 30, 40), 5.0), s)
     before = g.copy()
@@ -361,11 +354,11 @@ def test_programming_leaves_headroom(device):
             **WINDOW,
             **lies,
             "balanced": True,
-            "write_noise": 1e-7,
             "seed": SEED,
         }
-        expected = reference.program(weight, **s)
-        off = np.abs(ops.program(weight, device=device, **s) - expected) > 2e-6 * RANGE
+        expected = reference.program(weight, write_noise=1e-7, **s)
+        g = ops.program(weight, programming=Programming(write_noise=1e-7), device=device, **s)
+        off = np.abs(g - expected) > 2e-6 * RANGE
         assert off.mean() <= 5e-3  # rounding edges
 
 

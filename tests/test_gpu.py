@@ -26,7 +26,7 @@ from test_fused_int8 import int8
 from test_fused_int8 import operands as levels
 from test_packed_conductance import READS as KEPT
 from test_packed_conductance import Kept
-from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
+from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, told, weights
 from test_program import SEED as WRITE_SEED
 from test_program import SHAPES as WEIGHT_SHAPES
 from test_tile_mvm import (
@@ -471,13 +471,13 @@ def test_programming_matches_oracle(cuda_device, shape, mapping, device):
         "step": 2**33 + 9,
     }
     s |= {"sigma_g": 0.3e-6, "exponent": 0.7}
-    g, variance = run(cuda_device, ops.program, weight, **s)
+    g, variance = run(cuda_device, ops.program, weight, **told(s))
     expected, expected_variance = reference.program(weight, **s)
     assert_programmed(g, expected, s)
     if variance.size:
         off = np.abs(variance - expected_variance)
         assert (off > 1e-5 * expected_variance.max()).mean() <= 5e-3
-    again = run(cuda_device, ops.program, weight, **s)
+    again = run(cuda_device, ops.program, weight, **told(s))
     np.testing.assert_array_equal(again[0], g)
     np.testing.assert_array_equal(again[1], variance)
 
@@ -505,10 +505,8 @@ class Layer:
         self.state, self.write_step = cupy.zeros(2, "int64"), cupy.zeros(1, "int64")
 
     def reprogram(self, device, **s):
-        s = {**WINDOW, "write_noise": 1e-7, "seed": WRITE_SEED} | s
-        ops.reprogram(
-            self.weight, self.g, self.w_max, self.state, write_step=self.write_step, device=device, **s
-        )
+        s = {**WINDOW, "write_noise": 1e-7, "seed": WRITE_SEED, "write_step": self.write_step} | s
+        ops.reprogram(self.weight, self.g, self.w_max, self.state, device=device, **told(s))
 
     def wrote(self, device, **s):
         """Call `reprogram`; whether it filled `g`, which is kept if not."""

@@ -96,7 +96,9 @@ def test_time_constants_are_log_normal_and_stay():
 
 def test_stuck_cells_are_those_that_programming_draws():
     weight = np.ones((1, 30, 40), np.float32)
-    g = ops.program(weight, w_max=np.ones(1, np.float32), **WINDOW, **STUCK, seed=SEED)
+    g = ops.program(
+        weight, w_max=np.ones(1, np.float32), programming=Programming(**STUCK), seed=SEED, **WINDOW
+    )
     stuck = np.stack([g[0] == np.float32(1e-6), g[1] == np.float32(10e-6)])
     kept = relaxed(np.full_like(g, 5e-6), Retention(tau=1.0), **STUCK) == np.float32(5e-6)
     assert kept.mean() == pytest.approx(0.15, abs=0.03)

@@ -16,7 +16,7 @@ from gpuxbar.launch import set_threads
 from gpuxbar.mapping import Planes, plan_reads
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.spec import Agarwal, NeuroSim, SoftBounds
+from gpuxbar.spec import Agarwal, NeuroSim, Programming, SoftBounds
 
 SEED = 2**40 + 99  # above 2**32 on purpose
 ERRORS = 4.5  # standard errors allowed: one in 150,000 a bound
@@ -44,7 +44,7 @@ def state_dependent(seed=SEED, step=0):
 def programmed(seed=SEED, step=0, plane=0, **settings):
     """Conductances of one side of a pair after writing the smallest weight, over g_min, less 1."""
     weight, w_max = np.zeros((1, COLS, ROWS), np.float32), np.ones(1, np.float32)
-    g = ops.program(weight, w_max=w_max, **WINDOW, **settings, seed=seed, step=step)
+    g = ops.program(weight, w_max=w_max, **WINDOW, programming=Programming(**settings), seed=seed, step=step)
     return g[plane] / WINDOW["g_min"] - 1
 
 

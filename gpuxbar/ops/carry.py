@@ -10,7 +10,7 @@ from gpuxbar import reference
 from gpuxbar.launch import Device, In, InOut, Kernel, Scalar, Struct, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import counter, integer, require_finite
 from gpuxbar.ops.pairs import Pairs, Slices
-from gpuxbar.ops.program import Programming, write_values
+from gpuxbar.ops.program import Write, write_values
 
 __all__ = ["KERNEL", "carry"]
 
@@ -51,14 +51,14 @@ def carry(pairs: Pairs, *, updates: Any, device: Device | None = None) -> None:
         **pairs.programming.model_dump(),
     }  # fmt: skip
     writes = write_values({"slice_bits": bits, "headroom_bits": rule.headroom_bits, **settings})
-    lie = Slices.of(pairs.slices, bits, rule)
+    lie = pairs.settings["slices"]
     _, rows, cols = g.shape
     if device is not None or backend(g) == "cuda":
         size = rows * -(-cols // 4)
         (device or cuda_device()).launch(
             KERNEL, (min(-(-size // 256), 1 << 16),), (256,),
             {"g": g, "g_held": pairs.g_held, "pulse_count": pairs.pulse_count, **counter("updates", updates),
-             "p": Programming(**writes), "slices": lie, "interval": rule.interval, "rows": rows, "cols": cols, "size": size},
+             "p": Write(**writes), "slices": lie, "interval": rule.interval, "rows": rows, "cols": cols, "size": size},
         )  # fmt: skip
         return
     count = integer(OP, "updates", updates)
@@ -74,7 +74,7 @@ def carry(pairs: Pairs, *, updates: Any, device: Device | None = None) -> None:
         return
     bad = np.zeros(1, np.int64)
     host_call(
-        library(), "gpuxbar_carry", np.frombuffer(bytes(Programming(**writes, step=count)), np.uint8),
+        library(), "gpuxbar_carry", np.frombuffer(bytes(Write(**writes, step=count)), np.uint8),
         np.frombuffer(bytes(lie), np.uint8), g, pairs.g_held, pairs.pulse_count, rule.interval, rows, cols, bad,
     )  # fmt: skip
     require_finite(OP, "g", int(bad[0]), "bad data")
@@ -84,6 +84,6 @@ KERNEL = Kernel(
     "carry.cu",
     g=InOut("float32", "P R C"), g_held=InOut("float32", "P R C", optional=True),
     pulse_count=In("int32", "P R C", optional=True), updates=In("int64", "one", optional=True),
-    p=Struct("Programming", Programming), slices=Struct("Slices", Slices), updates_value=Scalar("int64"),
+    p=Struct("Programming", Write), slices=Struct("Slices", Slices), updates_value=Scalar("int64"),
     interval=Scalar("int64"), rows=Scalar("int64"), cols=Scalar("int32"), size=Scalar("int64"),
 )  # fmt: skip

@@ -19,7 +19,6 @@ __all__ = [
     "check_integers",
     "check_lines",
     "check_numbers",
-    "check_stuck",
     "check_window",
     "check_written",
     "counter",
@@ -148,15 +147,6 @@ def check_window(op: str, g_min: float, g_max: float) -> None:
         )
     if g_max == inf:
         raise ValueError(f"{op}: `g_max` must be finite, got inf S; give the window's end")
-
-
-def check_stuck(op: str, low: float, high: float) -> None:
-    """Refuse rates of stuck cells that are no shares of the cells."""
-    if not (low >= 0 and high >= 0 and low + high <= 1):
-        raise ValueError(
-            f"{op}: `stuck_at_g_min` and `stuck_at_g_max` must be shares of the cells, together at most 1, got {low:g} "
-            f"and {high:g}; give rates from 0 to 1"
-        )
 
 
 def require_finite(op: str, name: str, bad: int, way_out: str) -> None:

@@ -113,15 +113,8 @@ def device_update(
     if where == "reference":
         require_finite(OP, name, int((~np.isfinite(change)).sum()), "lower the rate")
         shown, held, _ = reference.device_update(
-            pairs.g,
-            dw,
-            digits=digits,
-            factor=factor,
-            w_max=w_max,
-            g_held=pairs.g_held,
-            step=step,
-            **pairs.plain,
-        )
+            pairs.g, dw, digits=digits, factor=factor, w_max=w_max, g_held=pairs.g_held, step=step, **pairs.plain
+        )  # fmt: skip
         pairs.g[...] = shown
         if pairs.g_held is not None:
             pairs.g_held[...] = held

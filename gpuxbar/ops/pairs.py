@@ -11,12 +11,12 @@ from gpuxbar import reference
 from gpuxbar.ops.checks import check_array, check_integers, check_window, check_written
 from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.laws import parameters
+from gpuxbar.ops.program import IDEAL
 from gpuxbar.spec import Carry, Endurance, Programming, UpdateLaw
 
 __all__ = ["Pairs", "Slices", "Wear"]
 
 OP = "Pairs"
-IDEAL = Programming()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,29 +95,27 @@ class Pairs:
             raise ValueError(
                 f"{OP}: `law` must have pulses to count them, got {self.law.law!r}; choose law='constant_step', say"
             )
-        self._check_like_g("g_held", self.g_held, "float32")
-        self._check_like_g("pulse_count", self.pulse_count, "int32")
+        for name, array, dtype in (
+            ("g_held", self.g_held, "float32"),
+            ("pulse_count", self.pulse_count, "int32"),
+        ):
+            if array is not None:
+                check_array(OP, name, array, dtype, 3)
+                if array.shape != self.g.shape:
+                    raise ValueError(
+                        f"{OP}: `{name}` must have the shape of g, {tuple(self.g.shape)}, got {tuple(array.shape)}; check "
+                        "the axes"
+                    )
         if self.device_map is not None:
-            self._check_map()
+            check_array(OP, "device_map", self.device_map, "float16", 4)
+            names = spread_names(self.law)
+            if self.device_map.shape != (len(names), *self.g.shape):
+                raise ValueError(
+                    f"{OP}: `device_map` must have shape {(len(names), *self.g.shape)} for a law that spreads in "
+                    f"{', '.join(names) or 'nothing'}, got {tuple(self.device_map.shape)}; make it by ops.device_map for "
+                    "that law"
+                )
         check_written(OP, g=self.g, g_held=self.g_held, pulse_count=self.pulse_count)
-
-    def _check_like_g(self, name: str, array: Any, dtype: str) -> None:
-        if array is None:
-            return
-        check_array(OP, name, array, dtype, 3)
-        if array.shape != self.g.shape:
-            raise ValueError(
-                f"{OP}: `{name}` must have the shape of g, {tuple(self.g.shape)}, got {tuple(array.shape)}; check the axes"
-            )
-
-    def _check_map(self) -> None:
-        names, found = spread_names(self.law), self.device_map
-        check_array(OP, "device_map", found, "float16", 4)
-        if found.shape != (len(names), *self.g.shape):
-            raise ValueError(
-                f"{OP}: `device_map` must have shape {(len(names), *self.g.shape)} for a law that spreads in "
-                f"{', '.join(names) or 'nothing'}, got {tuple(found.shape)}; make it by ops.device_map for that law"
-            )
 
     @property
     def slices(self) -> int:
@@ -149,13 +147,12 @@ class Pairs:
     def plain(self) -> dict[str, Any]:
         """All but `g` and `g_held` as the reference's updates take it; they change the count of pulses in place."""
         devices = self.device_map
+        planes = None if devices is None else dict(zip(spread_names(self.law), devices, strict=True))
         return {
             "law": self.law.model_dump(),
             "endurance": None if self.endurance is None else self.endurance.model_dump(),
             "pulse_count": self.pulse_count,
-            "device_map": None
-            if devices is None
-            else dict(zip(spread_names(self.law), devices, strict=True)),
+            "device_map": planes,
             "stuck_at_g_min": self.programming.stuck_at_g_min,
             "stuck_at_g_max": self.programming.stuck_at_g_max,
             "seed": self.seed,
