@@ -27,6 +27,8 @@ def read_only(array):
 
 
 BAD = {
+    "no-law": ({"law": None}, "`law` must be an update law of the spec, got None; build one"),
+    "name": ({"law": "soft_bounds"}, "`law` must be an update law of the spec, got 'soft_bounds'"),
     "dtype": ({"g": cells(dtype=float)}, "`g` must be an array of float32, got float64; convert it"),
     "list": ({"g": [[0.0]]}, "`g` must be an array of float32, got list"),
     "axes": ({"g": cells()[0]}, r"`g` must have 3 axes, got 2 \(shape \(3, 4\)\); reshape it"),

@@ -12,7 +12,7 @@ from gpuxbar.ops.checks import check_array, check_integers, check_window, check_
 from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.laws import parameters
 from gpuxbar.ops.program import IDEAL
-from gpuxbar.spec import Carry, Endurance, Programming, UpdateLaw
+from gpuxbar.spec import Carry, Endurance, Law, Programming, UpdateLaw
 
 __all__ = ["Pairs", "Slices", "Wear"]
 
@@ -68,6 +68,10 @@ class Pairs:
         check_array(OP, "g", self.g, "float32", 3)
         check_window(OP, self.g_min, self.g_max)
         check_integers(OP, slice_bits=self.slice_bits, seed=self.seed)
+        if not isinstance(self.law, Law):
+            raise TypeError(
+                f"{OP}: `law` must be an update law of the spec, got {self.law!r}; build one, such as SoftBounds()"
+            )
         planes, bits, sliced = len(self.g), self.slice_bits, self.carry is not None
         if sliced != (bits is not None) or (planes < 4 or planes % 2 if sliced else planes != 2):
             raise ValueError(
