@@ -24,12 +24,13 @@ def staircase(law):
     """Conductance of the positive devices over pulses up and then down, [2 * PULSES + 1, DEVICES]."""
     g = np.empty((2, 1, DEVICES), np.float32)  # a wordline of pairs
     g[0], g[1] = G_MIN, G_MAX
+    pairs = gx.ops.Pairs(g, law=law, g_min=G_MIN, g_max=G_MAX, seed=1)
     w_max = np.ones(DEVICES, np.float32)
     one_pulse = 2.0 / PULSES  # half of a weight change goes to each device of a pair
     seen = [g[0, 0].copy()]
     for step in range(2 * PULSES):
         dw = np.full((1, DEVICES, 1), one_pulse if step < PULSES else -one_pulse, np.float32)
-        gx.ops.device_update(g, dw, law=law, w_max=w_max, g_min=G_MIN, g_max=G_MAX, seed=1, step=step)
+        gx.ops.device_update(pairs, dw, w_max=w_max, step=step)
         seen.append(g[0, 0].copy())
     return np.array(seen)
 

@@ -47,7 +47,7 @@ GPUXBAR_FN Pairs load_pairs(const Programming& p, const Slices& s, const float* 
 }
 
 // Write the digits of chosen pairs of slice k, which can be written.
-GPUXBAR_FN void write_pairs(const Programming& p, const Slices& s, float* g, float* hidden, const Four& at, i64 cells,
+GPUXBAR_FN void write_pairs(const Programming& p, const Slices& s, float* g, float* g_held, const Four& at, i64 cells,
                             i32 k, u32 step, const float digit[4], const bool chosen[4]) {
   if (!(chosen[0] || chosen[1] || chosen[2] || chosen[3])) return;
 #pragma unroll
@@ -63,14 +63,14 @@ GPUXBAR_FN void write_pairs(const Programming& p, const Slices& s, float* g, flo
       const float target = digit_target(p, n ? -digit[q] : digit[q]);
       const float value = written(p, target, spread.z[q], noise.z[q], u.u[q]);
       g[first + q] = value;
-      if (hidden) hidden[first + q] = value;
+      if (g_held) g_held[first + q] = value;
     }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     carry(float* __restrict__ g,                // [2 slices, R, C] S
-          float* __restrict__ hidden,           // like g, what devices with write noise hold; else null
+          float* __restrict__ g_held,           // like g, what devices with write noise hold; else null
           const int* __restrict__ pulse_count,  // like g, below 0: failed devices, which stay; or null
           const i64* __restrict__ updates,      // [1], or null: updates_value
           Programming p,                        // of its fields, those of a write
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         digit[q] = fma(-base, out, total);
         in[q] = out;
       }
-      write_pairs(p, slices, g, hidden, at, cells, k, (u32)step, digit, chosen);
+      write_pairs(p, slices, g, g_held, at, cells, k, (u32)step, digit, chosen);
       here = next;
     }
     if (due < last) continue;
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       here = load_pairs(p, slices, g, pulse_count, at, cells, whole, k);
 #pragma unroll
       for (int q = 0; q < 4; ++q) chosen[q] = in[q] != 0.0f && here.writable[q];
-      write_pairs(p, slices, g, hidden, at, cells, k, (u32)step, digit, chosen);
+      write_pairs(p, slices, g, g_held, at, cells, k, (u32)step, digit, chosen);
     }
   }
 }

@@ -76,7 +76,7 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], floa
 
 extern "C" __global__ void __launch_bounds__(256, 2)
     device_update(float* __restrict__ g,               // [2 slices, G * I, O] S
-                  float* __restrict__ hidden,          // like g, what devices with write noise hold; else null
+                  float* __restrict__ g_held,          // like g, what devices with write noise hold; else null
                   int* __restrict__ pulse_count,       // like g, below 0: failed after so many; null unless COUNTED
                   const u16* __restrict__ device_map,  // [K, 2 slices, G * I, O] normals of the devices; null: drawn
                   const float* __restrict__ dw,  // [G, O, I]     wanted weight change, over `factor`; null if DIGITS
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const float* const top = w_max + (i64)group * outputs + o0 + quad;
     float change[4], weight[4] = {};
     for (int q = 0; q < 4; ++q) change[q] = !DIGITS && q < count ? block[line][quad + q] * (factor / top[q]) : 0.0f;
-    const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)hidden | (u64)digits) & 15) == 0;
+    const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)g_held | (u64)digits) & 15) == 0;
     const i32 pairs = SLICED ? slices.count : 1;
     const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
     for (i32 k = 0; k < pairs; ++k) {
@@ -125,10 +125,10 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
         float cell[4], held[4], x[4], was[4], shown[4], wanted[4];
         load(g + first, cell, count, whole, g_min);
-        if (hidden) load(hidden + first, held, count, whole, g_min);
+        if (g_held) load(g_held + first, held, count, whole, g_min);
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-          if (!hidden) held[q] = cell[q];
+          if (!g_held) held[q] = cell[q];
           was[q] = x[q] = (held[q] - g_min) * inverse_range;
           shown[q] = (cell[q] - g_min) * inverse_range;
           wanted[q] = device_share(law.sides, side == 0,
@@ -149,13 +149,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
           for (int q = 0; q < 4; ++q) {
             const float before = (cell[q] - g_min) * inverse_range;
             if (x[q] != was[q]) held[q] = fma(x[q], range, g_min);  // a cell that did not move keeps its bits
-            if (!hidden)
+            if (!g_held)
               cell[q] = held[q];
             else if (shown[q] != before)
               cell[q] = fma(shown[q], range, g_min);
           }
           store(g + first, cell, count, whole);
-          if (hidden) store(hidden + first, held, count, whole);
+          if (g_held) store(g_held + first, held, count, whole);
         }
 #pragma unroll
         for (int q = 0; q < 4; ++q) weight[q] = fma(cell[q], side ? -share : share, weight[q]);

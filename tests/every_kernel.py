@@ -58,47 +58,44 @@ def reads(device, rng, x):
 
 def updates(device, rng, x, cells):
     """Of pairs `cells`, and of three slices."""
-    array = {"w_max": np.ones(7, np.float32), "g_min": 0, "g_max": 1, "device": device}
+    how = {"w_max": np.ones(7, np.float32), "device": device}
+    window = {"g_min": 0, "g_max": 1}
     wear = {
         "endurance": Endurance(pulses=20, spread=0.5, failed="g_max"),
         "pulse_count": np.zeros((2, 18, 7), np.int32),
     }
     inputs, errors, change = normal(rng, 3, 18), normal(rng, 3, 7), normal(rng, 1, 7, 18)
-    ops.device_update(cells, change, law=Agarwal(nu=1, gamma=0.1, spread=0.1), **wear, **array)
+    pair = ops.Pairs(cells, law=Agarwal(nu=1, gamma=0.1, spread=0.1), **wear, **window)
+    ops.device_update(pair, change, **how)
 
-    slices = {"slices": 3, "slice_bits": 2}
-    held = {"hidden": np.zeros((6, 18, 7), np.float32)}
-    digits = rng.uniform(size=(6, 18, 7)).astype(np.float32)
-    ops.carry(
-        digits, rule=Carry(), updates=64, programming=Programming(write_noise=0.01, stuck_at_g_min=0.1),
-        pulse_count=np.zeros((6, 18, 7), np.int32), g_min=0, g_max=1, device=device, **slices, **held,
-    )  # fmt: skip
+    digits, held = rng.uniform(size=(6, 18, 7)).astype(np.float32), np.zeros((6, 18, 7), np.float32)
+
+    def slices(carry, law, **more):
+        return ops.Pairs(digits, law=law, slice_bits=2, carry=carry, **window, **more)
+
     noisy = Agarwal(write_noise=0.01)
-    ops.device_update(digits, change, law=noisy, carry=Carry(), **slices, **held, **array)
-    streamed = partial(
-        ops.streamed_update, digits, rate=1.0, law=noisy, carry=Carry(scheme="streamed", input_bits=5), **slices, **held, **array
-    )  # fmt: skip
-    streamed(inputs, errors)
-    streamed(x, normal(rng, 3, 7, *CONV.out), conv=CONV)
+    counted = {"endurance": wear["endurance"], "pulse_count": np.zeros((6, 18, 7), np.int32)}
+    writes = Programming(write_noise=0.01, stuck_at_g_min=0.1)
+    ops.carry(slices(Carry(), noisy, g_held=held, programming=writes, **counted), updates=64, device=device)
+    ops.device_update(slices(Carry(), noisy, g_held=held), change, **how)
+    streams = slices(Carry(scheme="streamed", input_bits=5), noisy, g_held=held)
+    ops.streamed_update(streams, inputs, errors, rate=1.0, **how)
+    ops.streamed_update(streams, x, normal(rng, 3, 7, *CONV.out), rate=1.0, conv=CONV, **how)
 
+    step = ConstantStep(pulses=50)
+    counting = ops.Pairs(cells, law=step, programming=Programming(stuck_at_g_min=0.1), **wear, **window)
     for mode in ("exact", "aggregated"):
-        pulses = {"rate": 0.1, "train": PulseTrain(mode=mode), "law": ConstantStep(pulses=50)}
-        ops.pulse_update(cells, inputs, errors, **pulses, **wear, **array)
-        ops.pulse_update(digits, inputs, errors, carry=Carry(scheme="periodic"), **pulses, **slices, **array)
-    ops.relax(
-        cells, law=Retention(tau=3.0, spread=0.1), g_min=0, g_max=1, pulse_count=wear["pulse_count"], stuck_at_g_min=0.1,
-        device=device,
-    )  # fmt: skip
+        for pairs in (ops.Pairs(cells, law=step, **wear, **window), slices(Carry(scheme="periodic"), step)):
+            ops.pulse_update(pairs, inputs, errors, rate=0.1, train=PulseTrain(mode=mode), **how)
+    ops.relax(counting, Retention(tau=3.0, spread=0.1), device=device)
     ops.chop(np.ones((2, 9), np.float32), np.arange(3, 8), flip=0.5, step=1, device=device)
 
 
 def programs(device, rng, cells):
     ops.drift(cells, 60.0, law=presets.pcm().drift, g_max=1.0, device=device)
     weight = normal(rng, 3, 37, 11)
-    window = {
-        "g_min": 1e-6, "g_max": 1e-5, "device_spread": 0.1, "write_noise": 1e-7, "stuck_at_g_min": 0.1, "sigma_g": 1e-7,
-        "device": device,
-    }  # fmt: skip
+    writes = Programming(device_spread=0.1, write_noise=1e-7, stuck_at_g_min=0.1)
+    window = {"g_min": 1e-6, "g_max": 1e-5, "programming": writes, "sigma_g": 1e-7, "device": device}
     planes, variance = np.empty((2, 6, 33, 37), np.float32)
     for scale in ("tensor", "column"):
         ops.reprogram(

@@ -21,7 +21,7 @@ WAITS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select,
 COPIES = {aten.lift_fresh}  # torch.tensor(...)
 MODULES = (
     "analog_mvm", "reprogram", "carry", "device_update", "pulse_update", "streamed_update", "wires", "effective_conductance", "chop",
-    "relax",
+    "relax", "pairs",
 )  # fmt: skip
 
 

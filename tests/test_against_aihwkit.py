@@ -86,9 +86,8 @@ def our_changes(law, train, rate, w=W):
     x, d = np.tile(X, REPEATS), np.tile(D, REPEATS)
     w_max = np.full(REPEATS * 3, 2, np.float32)
     rate *= their_step(law)
-    read = ops.pulse_update(
-        g, x, d, rate=rate, train=train, law=law, w_max=w_max, g_min=5e-6, g_max=10e-6, groups=REPEATS, seed=3
-    )
+    pairs = ops.Pairs(g, law=law, g_min=5e-6, g_max=10e-6, seed=3)
+    read = ops.pulse_update(pairs, x, d, rate=rate, train=train, w_max=w_max, groups=REPEATS)
     change = read - w
     return np.where(np.abs(change) < 1e-6, 0, change)  # less is rounding of the window, not a pulse
 
@@ -118,9 +117,8 @@ def test_the_expected_update_is_the_mean_of_their_pulses(device):
     shares = np.ascontiguousarray((W.T + 1) / 2)
     g = np.stack([shares, np.full_like(shares, 0.5)]).astype(np.float32) * np.float32(10e-6)
     quiet = law.model_copy(update={"cycle": 0.0})
-    read = ops.device_update(
-        g, change, law=quiet, w_max=np.full(3, 2, np.float32), g_min=0.0, g_max=10e-6, seed=3
-    )
+    pairs = ops.Pairs(g, law=quiet, g_min=0.0, g_max=10e-6, seed=3)
+    read = ops.device_update(pairs, change, w_max=np.full(3, 2, np.float32))
     off = read[0] - W - b.mean(0)
     assert (np.abs(off) < 4.5 * b.std(0) / np.sqrt(REPEATS) + 2e-4).all(), off
 
@@ -206,16 +204,15 @@ def test_published_devices_are_the_presets(name):
     scale = span / (device.window.g_max - device.window.g_min)
     law = device.law.model_copy(update={"sides": "reference", "write_noise": device.law.write_noise * scale})
     g = np.full((2, 1, REPEATS), g_min - low / width * span, np.float32)
-    hidden = g.copy() if law.write_noise else None
+    pairs = ops.Pairs(
+        g, law=law, g_min=g_min, g_max=g_min + span, g_held=g.copy() if law.write_noise else None, seed=5
+    )
     change = np.full((1, REPEATS, 1), 1 / law.pulses, np.float32)
     count, step = int(np.clip(0.4 * law.pulses, 2, 60)), 0
     for way in (1, -1) if low else (1,):  # their one-sided devices only rise
         for _ in range(count):
             step += 1
-            ops.device_update(
-                g, way * change, law=law, w_max=np.ones(REPEATS, np.float32), g_min=g_min, g_max=g_min + span, hidden=hidden,
-                seed=5, step=step,
-            )  # fmt: skip
+            ops.device_update(pairs, way * change, w_max=np.ones(REPEATS, np.float32), step=step)
             tile.update(torch.ones(1, 1), torch.full((1, REPEATS), -float(way)))
         a = (g[0, 0].astype(float) - g_min) / span * width + low
         b = tile.get_weights(realistic=False)[0].numpy()[:, 0]

@@ -195,21 +195,18 @@ def conductances(pairs=1):
 
 def writes():
     """Arguments of every op that writes to arrays it is given."""
-    counted = {"endurance": spec.Endurance(pulses=9.0), "pulse_count": zeros(2, 3, 4, dtype=np.int32)}
-    lines = {"x": zeros(2, 3) + 1, "d": zeros(2, 4) + 1, "rate": 0.1, "law": STEPPING}
+    lines = {"x": zeros(2, 3) + 1, "d": zeros(2, 4) + 1, "rate": 0.1, "w_max": zeros(4) + 1}
     anchor = ops.Anchor.new((2, 3, 4))
-    held = spec.ConstantStep(pulses=100, write_noise=1e-8)
+    one = ops.Pairs(conductances(), law=STEPPING, **WINDOW)
+    two = {"slice_bits": 2, "law": STEPPING, **WINDOW}
     return {
         "reprogram": {"weight": zeros(1, 4, 3) + 1, "g": conductances(), "w_max": zeros(4), "state": zeros(2, dtype=np.int64),
                       "noise_var": zeros(2, 3, 4), "sigma_g": 1e-8, "write_step": zeros(1, dtype=np.int64), **WINDOW},
-        "device_update": {"g": conductances(), "dw": zeros(1, 4, 3) + 1, "hidden": conductances(), "out": zeros(1, 4, 3),
-                          "law": held, **counted, **ONES},
-        "pulse_update": {"g": conductances(), "train": spec.PulseTrain(length=7), **lines, **counted, **ONES},
-        "streamed_update": {"g": conductances(2), "slices": 2, "slice_bits": 2, "carry": STREAMED, **lines, **ONES},
-        "carry": {"g": conductances(2), "hidden": conductances(2), "rule": PERIODIC, "slices": 2, "slice_bits": 2,
-                  "updates": 2, **WINDOW},
+        "device_update": {"pairs": one, "dw": zeros(1, 4, 3) + 1, "out": zeros(1, 4, 3), "w_max": zeros(4) + 1},
+        "pulse_update": {"pairs": one, "train": spec.PulseTrain(length=7), **lines},
+        "streamed_update": {"pairs": ops.Pairs(conductances(2), carry=STREAMED, **two), **lines},
+        "carry": {"pairs": ops.Pairs(conductances(2), carry=PERIODIC, **two), "updates": 2},
         "chop": {"sign": zeros(2, 3) + 1, "lines": np.arange(2), "flip": 1.0, "step": 1},
-        "relax": {"g": conductances(), "law": spec.Retention(tau=9.0), **WINDOW},
         "anchored_conductance": {"g": conductances(), "anchor": anchor, "r_wordline": 1.0, "r_bitline": 1.0},
         "tile_mvm": {"v": zeros(2, 3), "g": zeros(3, 4), "dac": ops.Dac(1.0, 7, codes=zeros(2, 3, dtype=np.int16))},
     }  # fmt: skip
@@ -220,9 +217,8 @@ def call(op, arguments, **change):
 
 
 WRITTEN = {
-    "reprogram": ("g", "w_max", "state", "noise_var"), "device_update": ("g", "hidden", "out", "pulse_count"),
-    "pulse_update": ("g", "pulse_count"), "streamed_update": ("g",), "carry": ("g", "hidden"), "chop": ("sign",),
-    "relax": ("g",), "anchored_conductance": ("anchor.age",), "tile_mvm": ("dac.codes",),
+    "reprogram": ("g", "w_max", "state", "noise_var"), "device_update": ("out",), "chop": ("sign",),
+    "anchored_conductance": ("anchor.age",), "tile_mvm": ("dac.codes",),
 }  # fmt: skip
 
 
@@ -247,10 +243,8 @@ def test_what_must_not_be_written_is_not(op, name, backend, monkeypatch):
 NUMBERS = [
     *((op, {"step": 1.5}, "`step` must be one integer, got 1.5; count") for op in ("device_update", "pulse_update", "streamed_update", "chop")),
     *((op, {"step": zeros(2, dtype=np.int64)}, "`step` must be one integer") for op in ("device_update", "pulse_update")),
-    *((op, {"stuck_at_g_min": 0.6, "stuck_at_g_max": 0.6}, "`stuck_at_g_min` and `stuck_at_g_max` must be shares of the cells")
-      for op in ("device_update", "pulse_update", "streamed_update", "relax")),
     *((op, {"w_max": zeros(4)}, "`w_max` must be above 0, got 0; use the largest weight") for op in ("device_update", "pulse_update", "streamed_update")),
-    *((op, {"g_max": float("inf")}, "`g_max` must be finite, got inf S") for op in ("reprogram", "device_update", "pulse_update", "carry", "relax")),
+    ("reprogram", {"g_max": float("inf")}, "`g_max` must be finite, got inf S"),
     ("carry", {"updates": 0.5}, "`updates` must be one integer, got 0.5"),
 ]  # fmt: skip
 
@@ -270,8 +264,7 @@ COUNTS = [
     ),
     ("program", {"headroom_bits": 1.5, "slices": 2, "slice_bits": 2}),
     ("program", {"levels": 4.5}),
-    ("carry", {"slices": 2.0}),
-    ("relax", {"seed": 1.0}),
+    ("chop", {"seed": 1.0}),
     ("dac_quantize", {"code_max": 7.5}),
     ("anchored_conductance", {"refresh_interval": 2.5}),
 ]
@@ -307,14 +300,14 @@ def test_empty_batches_and_arrays_change_nothing(backend, monkeypatch):
     conv = ConvGeometry(2, 3, 3, (2, 2))
     assert not ops.conv_outer_product(zeros(0, 6, 2, 2), zeros(0, 4, 3, 3), zeros(1), conv, groups=2).any()
     for op in ("pulse_update", "streamed_update"):
-        before = two[op]["g"].copy()
+        before = two[op]["pairs"].g.copy()
         weights = call(op, two[op], x=zeros(0, 3), d=zeros(0, 4))
-        np.testing.assert_array_equal(two[op]["g"], before)
+        np.testing.assert_array_equal(two[op]["pairs"].g, before)
         assert weights.shape == (1, 4, 3)
-    pairs = {"law": STEPPING, "w_max": zeros(0), **WINDOW}
-    none = {"slices": 2, "slice_bits": 2, "carry": STREAMED, "rate": 0.1, "conv": conv, **pairs}
+    pairs, how = ops.Pairs(zeros(2, 6, 0), law=STEPPING, **WINDOW), {"w_max": zeros(0)}
+    slices = ops.Pairs(zeros(4, 8, 0), law=STEPPING, slice_bits=2, carry=STREAMED, **WINDOW)
     images = zeros(1, 2, 3, 3) + 1, zeros(1, 0, 2, 2)
-    assert ops.streamed_update(zeros(4, 8, 0), *images, **none).shape == (1, 0, 8)
-    assert ops.device_update(zeros(2, 6, 0), zeros(2, 0, 3), **pairs).shape == (2, 0, 3)
+    assert ops.streamed_update(slices, *images, rate=0.1, conv=conv, **how).shape == (1, 0, 8)
+    assert ops.device_update(pairs, zeros(2, 0, 3), **how).shape == (2, 0, 3)
     train, x, d = spec.PulseTrain(length=7), zeros(5, 6), zeros(5, 0)
-    assert ops.pulse_update(zeros(2, 6, 0), x, d, rate=0.1, train=train, groups=2, **pairs).shape == (2, 0, 3)
+    assert ops.pulse_update(pairs, x, d, rate=0.1, train=train, groups=2, **how).shape == (2, 0, 3)

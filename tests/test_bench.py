@@ -86,7 +86,7 @@ def test_pulses_agree_with_their_oracle(law, mode, monkeypatch):
     assert row["error"] < 3e-6
     assert set(row["ms"]) == {"ideal", "gpuxbar"}
     right = ops.pulse_update
-    monkeypatch.setattr(ops, "pulse_update", lambda g, x, d, **s: right(g, x, d, **s | {"step": 4}))
+    monkeypatch.setattr(ops, "pulse_update", lambda *arrays, **s: right(*arrays, **s | {"step": 4}))
     with pytest.raises(OracleMismatch, match="cells are off by"):
         measure(case, rounds=1)
 
@@ -122,7 +122,7 @@ def test_updates_agree_with_their_oracle(build, name, monkeypatch):
     assert row["error"] < 3e-6
     assert set(row["ms"]) == {"ideal", "gpuxbar"}
     right = getattr(ops, name)
-    monkeypatch.setattr(ops, name, lambda g, change, *more, **s: right(g, -change, *more, **s))
+    monkeypatch.setattr(ops, name, lambda pairs, change, *more, **s: right(pairs, -change, *more, **s))
     with pytest.raises(OracleMismatch, match="cells are off by"):
         measure(case, rounds=1)
 
@@ -133,7 +133,7 @@ def test_carries_agree_with_their_oracle(monkeypatch):
     assert row["error"] < 3e-6
     assert set(row["ms"]) == {"ideal", "gpuxbar"}
     right = ops.carry
-    monkeypatch.setattr(ops, "carry", lambda g, **s: right(g, **s | {"seed": 2}))
+    monkeypatch.setattr(ops, "carry", lambda pairs, **s: right(replace(pairs, seed=2), **s))
     with pytest.raises(OracleMismatch, match="cells are off by"):
         measure(case, rounds=1)
 

@@ -13,7 +13,7 @@ import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.reference.carry import slices_due
-from gpuxbar.spec import Agarwal, Carry, Ideal, Programming, SoftBounds, presets
+from gpuxbar.spec import Agarwal, Carry, ConstantStep, Endurance, Ideal, Programming, SoftBounds, presets
 
 G_MIN, G_MAX = 1e-6, 10e-6  # S
 RANGE = G_MAX - G_MIN
@@ -21,33 +21,38 @@ WINDOW = {"g_min": G_MIN, "g_max": G_MAX}
 SEED = 2**40 + 7
 STUCK = {"stuck_at_g_min": 0.05, "stuck_at_g_max": 0.03}
 SCHEMES = ("accumulate", "periodic")
+SIDES = {
+    True: ConstantStep(),
+    False: ConstantStep(sides="one_sided"),
+}  # whether written around the middle of the window
 # slices, bits, bits of headroom
 LIES = [
     pytest.param((3, 2, 2), id="three-of-2"),
     pytest.param((8, 1, 3), id="binary"),
     pytest.param((2, 8, 1), id="two-of-8"),
 ]
+LIMIT = Endurance(pulses=1e6)
 BACKENDS = [None, ShimDevice(order=REVERSE), ShimDevice(order=11)]
 IDS = ["host", "kernel", "kernel-shuffled"]
 
 
 def lie(slices, bits, headroom, **rule):
-    """How weights lie on slices, as `device_update` takes it."""
-    return {"slices": slices, "slice_bits": bits, "carry": Carry(headroom_bits=headroom, **rule)}
+    """How weights lie on so many slices, as `Pairs` takes it."""
+    return {"slice_bits": bits, "carry": Carry(headroom_bits=headroom, **rule)}
 
 
-def carrying(s, **more):
-    """The same, as `carry` takes it; `more`: its other arguments, and settings of programming."""
-    programming = Programming(**{key: more.pop(key) for key in Programming.model_fields if key in more})
-    return {
-        "rule": s["carry"], "slices": s["slices"], "slice_bits": s["slice_bits"], "programming": programming, **WINDOW, **more,
-    }  # fmt: skip
+def pairs_of(g, s, law=SIDES[True], **more):
+    """Pairs that lie so; `more`: their other settings, and those of programming."""
+    writes = Programming(**{key: more.pop(key) for key in Programming.model_fields if key in more})
+    return ops.Pairs(g, law=law, programming=writes, **WINDOW, **s, **more)
 
 
-def dumped(s):
-    """Settings as the oracles take them."""
-    out = {key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in s.items()}
-    return out | out.pop("programming", {})
+def carried(g, pairs, updates):
+    """What the oracle makes of conductances of such pairs, and which devices it writes."""
+    return reference.carry(
+        g, rule=pairs.carry.model_dump(), slices=pairs.slices, slice_bits=pairs.slice_bits, updates=updates,
+        balanced=pairs.balanced, pulse_count=pairs.pulse_count, seed=pairs.seed, **WINDOW, **pairs.programming.model_dump(),
+    )  # fmt: skip
 
 
 def cells(planes, rows, cols, seed=0):
@@ -62,13 +67,13 @@ def from_digits(digits, s, balanced=True):
 
 
 def digits_of(g, s):
-    pairs = g[: s["slices"]].astype(np.float64) - g[s["slices"] :]
-    return pairs / RANGE * s["carry"].window(s["slice_bits"])
+    positive, negative = np.split(g.astype(np.float64), 2)
+    return (positive - negative) / RANGE * s["carry"].window(s["slice_bits"])
 
 
 def units_of(g, s):
     """The represented weight, in units of the lowest slice."""
-    return np.tensordot(2.0 ** (s["slice_bits"] * np.arange(s["slices"])), digits_of(g, s), axes=1)
+    return np.tensordot(2.0 ** (s["slice_bits"] * np.arange(len(g) // 2)), digits_of(g, s), axes=1)
 
 
 @pytest.mark.parametrize("device", BACKENDS, ids=IDS)
@@ -82,14 +87,14 @@ def test_updates_match_the_oracle(shape, scheme, device):
     dw[rng.random(dw.shape) < 0.2] = 0.0
     w_max = rng.uniform(0.5, 2.0, groups * outputs).astype(np.float32)
     for law in (Agarwal(nu=2.0, gamma=0.02), SoftBounds(spread=0.2, write_noise=1e-7, sides="one_sided")):
-        g = cells(2 * s["slices"], groups * inputs, outputs)
-        hidden = g + np.float32(1e-7) if law.write_noise else None
-        more = {"law": law, "w_max": w_max, **WINDOW, **STUCK, "seed": SEED, "step": 9, **s}
-        expected, held, weights = reference.device_update(g, dw, hidden=hidden, **dumped(more))
-        read = ops.device_update(g, dw, hidden=hidden, device=device, **more)
+        g = cells(2 * shape[0], groups * inputs, outputs)
+        g_held = g + np.float32(1e-7) if law.write_noise else None
+        pairs, how = pairs_of(g, s, law, g_held=g_held, seed=SEED, **STUCK), {"w_max": w_max, "step": 9}
+        expected, held, weights = reference.device_update(g, dw, g_held=g_held, **pairs.plain, **how)
+        read = ops.device_update(pairs, dw, device=device, **how)
         np.testing.assert_allclose(g, expected, rtol=0, atol=3e-6 * RANGE)
-        if hidden is not None:
-            np.testing.assert_allclose(hidden, held, rtol=0, atol=3e-6 * RANGE)
+        if g_held is not None:
+            np.testing.assert_allclose(g_held, held, rtol=0, atol=3e-6 * RANGE)
         top = s["carry"].window(s["slice_bits"]) / 2.0 ** s["slice_bits"]  # in w_max, of the highest slice
         np.testing.assert_allclose(read, weights, rtol=0, atol=2e-6 * 2 * top)
 
@@ -100,18 +105,19 @@ def test_updates_match_the_oracle(shape, scheme, device):
 def test_carries_match_the_oracle(shape, scheme, device):
     s = lie(*shape, scheme=scheme, interval=3)
     for balanced, updates in ((True, 3), (False, 3 * 2 ** shape[1]), (True, 3 * 2 ** (shape[0] * shape[1]))):
-        g = cells(2 * s["slices"], 6, 71 if updates == 3 else 72)
-        hidden, dead = g.copy(), np.where(cells(*g.shape, seed=3) < 1.5e-6, -5, 4).astype(np.int32)
-        more = carrying(
-            s, updates=updates, balanced=balanced, write_noise=1e-7, device_spread=0.05, seed=SEED, **STUCK
-        )
-        expected, written = reference.carry(g, pulse_count=dead, **dumped(more))
+        g = cells(2 * shape[0], 6, 71 if updates == 3 else 72)
+        g_held, dead = g.copy(), np.where(cells(*g.shape, seed=3) < 1.5e-6, -5, 4).astype(np.int32)
+        law = SIDES[balanced].model_copy(update={"write_noise": 1e-7})
+        pairs = pairs_of(
+            g, s, law, g_held=g_held, endurance=LIMIT, pulse_count=dead, write_noise=1e-7, device_spread=0.05, seed=SEED, **STUCK
+        )  # fmt: skip
+        expected, written = carried(g, pairs, updates)
         before = g.copy()
-        ops.carry(g, hidden=hidden, pulse_count=dead, device=device, **more)
+        ops.carry(pairs, updates=updates, device=device)
         assert 0 < written.mean() < 1
         np.testing.assert_allclose(g, expected, rtol=0, atol=3e-6 * RANGE)
         np.testing.assert_array_equal(g[~written], before[~written])
-        np.testing.assert_array_equal(hidden, g)
+        np.testing.assert_array_equal(g_held, g)
 
 
 @pytest.mark.parametrize("device", BACKENDS[:2], ids=IDS[:2])
@@ -119,21 +125,22 @@ def test_carries_match_the_oracle(shape, scheme, device):
 def test_little_to_carry(shape, device):
     s = lie(3, 2, 2)
     g = cells(6, *shape)
-    ops.carry(g, device=device, **carrying(s, updates=np.full(1, 64)))
+    ops.carry(pairs_of(g, s), updates=np.full(1, 64), device=device)
     assert (np.abs(digits_of(g, s)) < 4).all()
 
 
 def test_reference_serves_without_a_compiler(monkeypatch):
     s = lie(3, 2, 2)
-    more = {"law": Agarwal(nu=1), "w_max": np.ones(7, np.float32), **WINDOW, **s}
+    law = Agarwal(nu=1, write_noise=1e-7)
     dw = np.random.default_rng(0).normal(0, 0.1, (1, 7, 5)).astype(np.float32)
     results = []
     for name in ("auto", "reference"):
         if name == "reference":
             monkeypatch.setenv("GPUXBAR_BACKEND", name)
-        g, hidden = cells(6, 5, 7), cells(6, 5, 7)
-        ops.carry(g, hidden=hidden, **carrying(s, updates=64, write_noise=1e-7))
-        results.append((g, hidden, ops.device_update(g, dw, **more)))
+        g, g_held = cells(6, 5, 7), cells(6, 5, 7)
+        pairs = pairs_of(g, s, law, g_held=g_held, write_noise=1e-7)
+        ops.carry(pairs, updates=64)
+        results.append((g, g_held, ops.device_update(pairs, dw, w_max=np.ones(7, np.float32))))
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
 
@@ -143,7 +150,7 @@ def test_a_change_of_ideal_devices_is_the_change():
     s = lie(4, 2, 2)
     dw = np.linspace(-1, 1, 41, dtype=np.float32).reshape(1, 1, 41) ** 5  # down to a thousandth of a unit
     g = from_digits(np.zeros((4, 41, 1)), s)
-    read = ops.device_update(g, dw, law=Ideal(), w_max=np.ones(1, np.float32), **WINDOW, **s)
+    read = ops.device_update(pairs_of(g, s, Ideal()), dw, w_max=np.ones(1, np.float32))
     np.testing.assert_allclose(read, dw, rtol=0, atol=5e-7)
     digits = digits_of(g, s)
     assert np.abs(digits).max() < 4
@@ -152,7 +159,7 @@ def test_a_change_of_ideal_devices_is_the_change():
     # 0.3 w_max is 76.5 units: 1 * 64 + 0 * 16 + 3 * 4 + 0.5
     g = from_digits(np.zeros((4, 1, 1)), s)
     dw = np.full((1, 1, 1), 0.3, np.float32)
-    ops.device_update(g, dw, law=Ideal(), w_max=np.ones(1, np.float32), **WINDOW, **s)
+    ops.device_update(pairs_of(g, s, Ideal()), dw, w_max=np.ones(1, np.float32))
     np.testing.assert_allclose(digits_of(g, s).ravel(), [0.5, 3, 0, 1], atol=1e-4)
 
 
@@ -162,13 +169,13 @@ def test_training_with_ideal_devices_is_ideal(scheme):
     s = lie(4, 2, 3, scheme=scheme, interval=3)
     rng = np.random.default_rng(0)
     total, w_max = np.zeros((1, 9, 7)), np.full(9, 0.7, np.float32)
-    g = from_digits(np.zeros((4, 7, 9)), s)
+    pairs = pairs_of(from_digits(np.zeros((4, 7, 9)), s), s, Ideal())
     most = 0.0
     for update in range(60):
         # a tenth of the lowest digit's window each, which carries at every third update clear
         dw = rng.uniform(-0.005, 0.009, total.shape).astype(np.float32)
-        ops.carry(g, **carrying(s, updates=update))
-        read = ops.device_update(g, dw, law=Ideal(), w_max=w_max, **WINDOW, **s)
+        ops.carry(pairs, updates=update)
+        read = ops.device_update(pairs, dw, w_max=w_max)
         total += dw
         most = max(most, np.abs(read - total).max())
     assert most < 3e-6
@@ -181,7 +188,7 @@ def test_the_law_acts_on_every_slice():
     digits = np.array([3.0, -5.0]).reshape(2, 1, 1)
     g = from_digits(digits, s)
     dw = np.full((1, 1, 1), 6 / 15, np.float32)  # of w_max, which is 15 units
-    read = ops.device_update(g, dw, law=Agarwal(nu=nu), w_max=np.ones(1, np.float32), **WINDOW, **s)
+    read = ops.device_update(pairs_of(g, s, Agarwal(nu=nu)), dw, w_max=np.ones(1, np.float32))
 
     def moved(y, up):  # Agarwal's formula in shares of the window
         g1 = 1 / (1 - np.exp(-nu))
@@ -207,14 +214,14 @@ def test_a_carry_keeps_the_weight_and_puts_digits_in_range(shape, balanced):
     digits[-1] *= 0.3 / 2 ** shape[2]
     g = from_digits(digits, s, balanced)
     before, old = units_of(g, s), g.copy()
-    ops.carry(g, **carrying(s, updates=64, balanced=balanced))
+    ops.carry(pairs_of(g, s, SIDES[balanced]), updates=64)
     scale = window * 2.0 ** (bits * (slices - 1))
     room = np.abs(before) < 2.0 ** (bits * slices) - 2.0 ** (bits * (slices - 1))  # for what comes from below
     assert room.mean() > 0.1
     np.testing.assert_allclose(units_of(g, s)[room], before[room], rtol=0, atol=3e-7 * scale)
     assert (np.abs(digits_of(g, s)) < 2**bits).all()
     again = g.copy()
-    ops.carry(again, **carrying(s, updates=128, balanced=balanced))
+    ops.carry(pairs_of(again, s, SIDES[balanced]), updates=128)
     np.testing.assert_array_equal(again, g)  # nothing is left to carry
     if balanced:
         np.testing.assert_allclose((g[:slices] + g[slices:]) / 2, (G_MIN + G_MAX) / 2, rtol=1e-6)
@@ -231,14 +238,14 @@ def test_whole_digits_stay_whole():
     s = lie(3, 2, 2)
     for sign in (1, -1):
         g = from_digits(sign * np.array([7.0, 6.0, 1.0]).reshape(3, 1, 1), s)
-        ops.carry(g, **carrying(s, updates=64))
+        ops.carry(pairs_of(g, s), updates=64)
         np.testing.assert_allclose(sign * digits_of(g, s).ravel(), [3, 3, 2], atol=1e-4)
     s, low = lie(5, 2, 6), np.arange(0.0, 256, 4)
     digits = np.zeros((5, 1, 64))
     digits[0] = low
     g = from_digits(digits, s)
     assert 10 < (digits_of(g, s)[0] < low).sum() < 54
-    ops.carry(g, **carrying(s, updates=64))
+    ops.carry(pairs_of(g, s), updates=64)
     np.testing.assert_allclose(digits_of(g, s)[:, 0], [low // 4**k % 4 for k in range(5)], atol=1e-3)
 
 
@@ -248,7 +255,7 @@ def test_a_weight_beyond_full_is_clipped():
         3, 1, 4
     )
     g = from_digits(digits, s)
-    ops.carry(g, **carrying(s, updates=64))
+    ops.carry(pairs_of(g, s), updates=64)
     expected = np.array([[1.0, 3.2, 3.0], [-1.0, -2.0, -3.0], [3.0, 3.0, 3.0], [3.0, 3.0, 3.0]]).T
     np.testing.assert_allclose(digits_of(g, s)[:, 0], expected, atol=1e-4)
     assert units_of(g, s)[0, 2] == pytest.approx(63, abs=1e-3)  # a full weight
@@ -260,25 +267,18 @@ def test_pairs_that_cannot_be_written_neither_give_nor_take():
     digits[3] = 0.0
     g, count = from_digits(digits, s), np.zeros((8, 1, 64), np.int32)
     count[4 + 1, 0, 0] = count[2, 0, 1] = -9  # of the second slice, and of the third
-    ops.carry(g, pulse_count=count, **carrying(s, updates=64))
+    ops.carry(pairs_of(g, s, endurance=LIMIT, pulse_count=count), updates=64)
     np.testing.assert_allclose(digits_of(g, s)[:, 0, 0], [6, 6, 2, 1], atol=1e-4)
     np.testing.assert_allclose(digits_of(g, s)[:, 0, 1], [2, 7, 6, 0], atol=1e-4)
     np.testing.assert_allclose(digits_of(g, s)[:, 0, 2], [2, 3, 3, 1], atol=1e-4)
     # stuck cells are those that programming draws, plane by plane
     weight = np.ones((1, 40, 30), np.float32)
-    way = {
-        "slices": 4,
-        "slice_bits": 2,
-        "headroom_bits": 2,
-        "balanced": True,
-        **WINDOW,
-        **STUCK,
-        "seed": SEED,
-    }
+    way = {"slices": 4, "slice_bits": 2, "headroom_bits": 2, "balanced": True, **WINDOW, "seed": SEED}
+    way["programming"] = Programming(**STUCK)
     stuck = np.isin(ops.program(weight, w_max=np.ones(1, np.float32), **way), np.float32([G_MIN, G_MAX]))
     g = from_digits(np.full((4, 30, 40), 5.0), s)
     before = g.copy()
-    ops.carry(g, **carrying(s, updates=64, seed=SEED, **STUCK))
+    ops.carry(pairs_of(g, s, seed=SEED, **STUCK), updates=64)
     assert stuck.mean() == pytest.approx(0.08, abs=0.01)
     np.testing.assert_array_equal(g[stuck], before[stuck])
 
@@ -301,7 +301,7 @@ def test_pairs_that_cannot_be_written_are_left_to_updates(device):
         -1,
     )  # a weight beyond full, whose lower pair is the failed one
     before = g.copy()
-    ops.carry(g, pulse_count=count, device=device, **carrying(s, updates=64, balanced=False))
+    ops.carry(pairs_of(g, s, SIDES[False], endurance=LIMIT, pulse_count=count), updates=64, device=device)
     failed = [0, 2]
     np.testing.assert_array_equal(g[..., failed], before[..., failed])
     np.testing.assert_array_equal(g[::2, 0, 4], before[::2, 0, 4])  # of the lower pair
@@ -312,10 +312,10 @@ def test_pairs_that_cannot_be_written_are_left_to_updates(device):
 def test_a_carry_writes_with_the_noise_of_programming():
     s = lie(2, 2, 2)
     g = from_digits(np.stack([np.full((50, 60), 9.0), np.zeros((50, 60))]), s)
-    more = carrying(s, updates=64, write_noise=1e-7, write_noise_slope=2e-7, device_spread=0.02)
+    more = {"write_noise": 1e-7, "write_noise_slope": 2e-7, "device_spread": 0.02}
     once, twice, later = g.copy(), g.copy(), g.copy()
     for array, updates in ((once, 64), (twice, np.full(1, 64)), (later, 128)):
-        ops.carry(array, **more | {"updates": updates})
+        ops.carry(pairs_of(array, s, **more), updates=updates)
     np.testing.assert_array_equal(once, twice)
     target = from_digits(np.stack([np.full((50, 60), 1.0), np.full((50, 60), 2.0)]), s)
     off, noise = once - target, 1e-7 + 2e-7 * target / G_MAX
@@ -343,8 +343,8 @@ def test_slices_carry_when_they_are_to():
         for updates in range(40):
             g = from_digits(np.array([9.0, 9.0, 0.0]).reshape(3, 1, 1), s)
             other = g.copy()
-            ops.carry(g, **carrying(s, updates=updates))
-            ops.carry(other, device=ShimDevice(order=FORWARD), **carrying(s, updates=np.full(1, updates)))
+            ops.carry(pairs_of(g, s), updates=updates)
+            ops.carry(pairs_of(other, s), updates=np.full(1, updates), device=ShimDevice(order=FORWARD))
             np.testing.assert_array_equal(g, other)
             due = slices_due(updates, 3, 4, scheme, 2)
             expected = {0: [9, 9, 0], 1: [1, 11, 0], 2: [1, 3, 2]}[due]
@@ -357,10 +357,10 @@ def test_one_sided_pairs_are_set_back():
     g = np.full((4, 1, 1), G_MIN + 5.5 / 15 * RANGE, np.float32)
     g[0] += np.float32(1.25 / 15 * RANGE)
     high = g.copy()
-    ops.carry(g, **carrying(s, updates=64, balanced=False))
+    ops.carry(pairs_of(g, s, SIDES[False]), updates=64)
     np.testing.assert_allclose(digits_of(g, s).ravel(), [1.25, 0], atol=1e-4)
     np.testing.assert_allclose((g.ravel() - G_MIN) / RANGE * 15, [1.25, 0, 0, 0], atol=1e-4)
-    ops.carry(high, **carrying(s, updates=64))  # others lie as they are until they carry
+    ops.carry(pairs_of(high, s), updates=64)  # others lie as they are until they carry
     assert high.min() > 3e-6
 
 
@@ -380,60 +380,46 @@ def test_programming_leaves_headroom(device):
             **WINDOW,
             **lies,
             "balanced": True,
-            "write_noise": 1e-7,
             "seed": SEED,
         }
-        expected = reference.program(weight, **s)
-        off = np.abs(ops.program(weight, device=device, **s) - expected) > 2e-6 * RANGE
+        expected = reference.program(weight, write_noise=1e-7, **s)
+        g = ops.program(weight, programming=Programming(write_noise=1e-7), device=device, **s)
+        off = np.abs(g - expected) > 2e-6 * RANGE
         assert off.mean() <= 5e-3  # rounding edges
 
 
-G, DW = np.zeros((6, 3, 4), np.float32), np.zeros((1, 4, 3), np.float32)
-BAD_CARRY = {
-    "dtype": ({"g": G.astype(float)}, TypeError, "`g` must be an array of float32, got float64"),
-    "planes": ({"g": G[:4]}, ValueError, r"`g` must have shape \(6, 3, 4\) for 3 slices, got \(4, 3, 4\); check the axes"),
-    "hidden": ({"hidden": G[:, :2]}, ValueError, r"`hidden` must have shape \(6, 3, 4\)|contiguous"),
-    "count": ({"pulse_count": np.zeros((2, 3, 4), np.int32)}, ValueError, r"`pulse_count` must have the shape of g, \(6, 3, 4\), got"),
-    "slices": ({"slices": 1}, ValueError, "`slices` must be 1, or at least 2 with slice_bits and a carry, got 1 with slice_bits=2 and a carry; pass all"),
-    "bits": ({"slice_bits": 12}, ValueError, "`slice_bits` must be 1 to 8 for 3 slices, got 12; a float32 weight holds 32 bits"),
-    "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max, got 1e-06 S and 1e-07 S"),
-    "nan": ({"g": np.full((6, 3, 4), np.nan, np.float32)}, ValueError, "`g` must be finite, got 72 NaN or infinite values"),
-}  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "s", "text"),
+    [
+        (np.nan, lie(3, 2, 2), "`g` must be finite, got 72 NaN or infinite values"),
+        (2e-6, {}, "`pairs` must be slices, got one pair; build them with slice_bits and a carry"),
+    ],
+    ids=["nan", "one-pair"],
+)
+def test_carry_names_bad_input_and_changes_nothing(value, s, text):
+    g = np.full((6 if s else 2, 3, 4), value, np.float32)
+    before = g.copy()
+    with pytest.raises(ValueError, match=f"^carry: {text}"):
+        ops.carry(pairs_of(g, s), updates=64)
+    np.testing.assert_array_equal(g, before)
 
 
-@pytest.mark.parametrize("name", BAD_CARRY)
-def test_carry_names_bad_input_and_changes_nothing(name):
-    change, error, text = BAD_CARRY[name]
-    values = {"g": G.copy(), **carrying(lie(3, 2, 2), updates=64), **change}
-    before = values["g"].copy()
-    with pytest.raises(error, match="carry: .*" + text):
-        ops.carry(**values)
-    np.testing.assert_array_equal(values["g"], before)
-
-
-def test_updates_and_programming_name_bad_slices():
-    s = {"law": Ideal(), "w_max": np.ones(4, np.float32), **WINDOW}
-    with pytest.raises(
-        ValueError,
-        match=r"device_update: `slices` must be 1, or at least 2 .* got 3 with slice_bits=2 and no carry",
-    ):
-        ops.device_update(G, DW, slices=3, slice_bits=2, **s)
-    with pytest.raises(ValueError, match=r"device_update: `g` must have shape \(8, 3, 4\) for dw"):
-        ops.device_update(G, DW, **lie(4, 2, 2), **s)
+def test_programming_names_bad_slices():
+    weight = np.zeros((1, 4, 3), np.float32)
     s = {"w_max": np.ones(1, np.float32), **WINDOW}
     with pytest.raises(
         ValueError, match="program: `headroom_bits` must be 0 to 8, and 0 without slices, got 1; it widens"
     ):
-        ops.program(DW, headroom_bits=1, **s)
+        ops.program(weight, headroom_bits=1, **s)
     with pytest.raises(
         ValueError, match="program: `balanced` must be False with merge='offset', got True; it places"
     ):
-        ops.program(DW, balanced=True, merge="offset", **s)
+        ops.program(weight, balanced=True, merge="offset", **s)
     with pytest.raises(
         ValueError,
         match="program: `levels` must be None for slices with headroom or in balanced pairs, got 4",
     ):
-        ops.program(DW, slices=2, slice_bits=2, balanced=True, levels=4, **s)
+        ops.program(weight, slices=2, slice_bits=2, balanced=True, levels=4, **s)
 
 
 SLICED = {"mapping": {"slices": 4, "slice_bits": 2, "headroom": 2.0}, "update": {"law": "agarwal", "nu": 0.5}, "carry": {"interval": 3}}  # fmt: skip

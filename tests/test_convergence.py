@@ -88,11 +88,12 @@ def test_asymmetry_is_a_decay_that_bounds_the_weight(nu):
     # from the expected weight, so that a long approach need not be waited for
     g = np.empty((2, n, n), np.float32)
     g[0], g[1] = 0.5 + goal / 2, 0.5 - goal / 2
+    pairs = ops.Pairs(g, law=Agarwal(nu=nu), g_min=0.0, g_max=1.0)
     seen = []
     for _ in range(400):
         up = rng.random((1, n, n)) < (1 + net) / 2
         dw = np.where(up, size, -size).astype(np.float32)
-        w = ops.device_update(g, dw, law=Agarwal(nu=nu), w_max=np.ones(n, np.float32), g_min=0.0, g_max=1.0)
+        w = ops.device_update(pairs, dw, w_max=np.ones(n, np.float32))
         seen.append(w.mean())
     # it settles within 2 / (nu size) writes; far from the bounds, the deviation of a mean of n^2 walks is small
     assert np.mean(seen[-100:]) == pytest.approx(goal, abs=0.02)
@@ -102,12 +103,11 @@ def test_a_pair_loses_weight_to_writes_that_cancel():
     """One write up and one down: w shrinks by (nu / 2) (2 |d|) w / w_max."""
     nu, d = 1.0, 1e-3
     g = np.array([0.8, 0.2], np.float32).reshape(2, 1, 1)
+    pairs = ops.Pairs(g, law=Agarwal(nu=nu), g_min=0.0, g_max=1.0)
     read = [0.6]
     for _ in range(300):
         for sign in (1, -1):
             dw = np.full((1, 1, 1), sign * d, np.float32)
-            w = ops.device_update(
-                g, dw, law=Agarwal(nu=nu), w_max=np.ones(1, np.float32), g_min=0.0, g_max=1.0
-            )
+            w = ops.device_update(pairs, dw, w_max=np.ones(1, np.float32))
         read.append(float(w[0, 0, 0]))
     assert read[-1] == pytest.approx(0.6 * np.exp(-nu * d * 300), rel=2e-3)

@@ -37,7 +37,8 @@ LAWS = {
     "top-and-shape": SoftBounds(pulses=60, high_spread=0.1, spread=0.3),
     "one-way": NeuroSim(nonlinearity_ltp=2.0, levels=60, spread=0.5, asymmetry_spread=0.2),
 }
-SETTINGS = {"w_max": np.full(GROUPS * OUTPUTS, 0.7, np.float32), **WINDOW, "seed": 5, "step": 3}
+MADE = {**WINDOW, "seed": 5}
+HOW = {"w_max": np.full(GROUPS * OUTPUTS, 0.7, np.float32), "step": 3}
 DEVICES = {"host": None, "kernel": ShimDevice(order=REVERSE)}
 
 
@@ -56,30 +57,27 @@ def test_update_matches_oracle(name, where):
     g, devices = cells(rng), random_map(law, rng)
     dw = rng.normal(0, 0.2, (GROUPS, OUTPUTS, INPUTS)).astype(np.float32)
     planes = dict(zip(ops.spread_names(law), devices, strict=True))
-    _, held, weights = reference.device_update(g, dw, law=law.model_dump(), device_map=planes, **SETTINGS)
-    new = g.copy()
-    read = ops.device_update(new, dw, law=law, device_map=devices, device=DEVICES[where], **SETTINGS)
-    np.testing.assert_allclose(new, held, rtol=0, atol=1e-5 * SPAN)
+    _, held, weights = reference.device_update(g, dw, law=law.model_dump(), device_map=planes, **MADE, **HOW)
+    new, drawn = (ops.Pairs(g.copy(), law=law, device_map=known, **MADE) for known in (devices, None))
+    read = ops.device_update(new, dw, device=DEVICES[where], **HOW)
+    np.testing.assert_allclose(new.g, held, rtol=0, atol=1e-5 * SPAN)
     np.testing.assert_allclose(read, weights, rtol=0, atol=2e-5)
-    drawn = g.copy()
-    ops.device_update(drawn, dw, law=law, device=DEVICES[where], **SETTINGS)
-    assert np.abs(new - drawn).max() > 1e-3 * SPAN
+    ops.device_update(drawn, dw, device=DEVICES[where], **HOW)
+    assert np.abs(new.g - drawn.g).max() > 1e-3 * SPAN
 
 
 @pytest.mark.parametrize("where", DEVICES)
 def test_slices_have_devices_of_their_own(where):
     law, rng, rule = LAWS["all"], np.random.default_rng(6), Carry()
-    sliced = {"slices": 3, "slice_bits": 2}
     g = np.concatenate([cells(rng) for _ in range(3)])
     devices = rng.normal(0, 1, (len(ops.spread_names(law)), *g.shape)).astype(np.float16)
     dw = rng.normal(0, 0.2, (GROUPS, OUTPUTS, INPUTS)).astype(np.float32)
     planes = dict(zip(ops.spread_names(law), devices, strict=True))
     _, held, _ = reference.device_update(
-        g, dw, law=law.model_dump(), device_map=planes, carry=rule.model_dump(), **sliced, **SETTINGS
-    )
-    ops.device_update(
-        g, dw, law=law, device_map=devices, carry=rule, device=DEVICES[where], **sliced, **SETTINGS
-    )
+        g, dw, law=law.model_dump(), device_map=planes, carry=rule.model_dump(), slices=3, slice_bits=2, **MADE, **HOW
+    )  # fmt: skip
+    pairs = ops.Pairs(g, law=law, device_map=devices, carry=rule, slice_bits=2, **MADE)
+    ops.device_update(pairs, dw, device=DEVICES[where], **HOW)
     np.testing.assert_allclose(g, held, rtol=0, atol=1e-5 * SPAN)
 
 
@@ -90,15 +88,15 @@ def test_pulses_match_oracle(mode, where):
     g, devices, train = cells(rng), random_map(law, rng), PulseTrain(length=7, mode=mode)
     x = rng.normal(0, 1, (3, GROUPS * INPUTS)).astype(np.float32)
     d = rng.normal(0, 1, (3, GROUPS * OUTPUTS)).astype(np.float32)
-    settings = {**SETTINGS, "rate": 0.02, "train": train, "groups": GROUPS}
+    how = {**HOW, "rate": 0.02, "groups": GROUPS}
     planes = dict(zip(ops.spread_names(law), devices, strict=True))
     expected, _ = reference.pulse_update(
-        g, x, d, law=law.model_dump(), device_map=planes, **(settings | {"train": train.model_dump()})
+        g, x, d, law=law.model_dump(), device_map=planes, train=train.model_dump(), **MADE, **how
     )
-    new = g.copy()
-    ops.pulse_update(new, x, d, law=law, device_map=devices, device=DEVICES[where], **settings)
-    np.testing.assert_allclose(new, expected, rtol=0, atol=1e-5 * SPAN)
-    assert np.abs(new - g).max() > 1e-2 * SPAN
+    new = ops.Pairs(g.copy(), law=law, device_map=devices, **MADE)
+    ops.pulse_update(new, x, d, train=train, device=DEVICES[where], **how)
+    np.testing.assert_allclose(new.g, expected, rtol=0, atol=1e-5 * SPAN)
+    assert np.abs(new.g - g).max() > 1e-2 * SPAN
 
 
 @pytest.mark.parametrize("where", DEVICES)
@@ -107,22 +105,19 @@ def test_a_drawn_map_is_what_the_seed_draws(where):
     drawn = cells(rng)
     stored = drawn.copy()
     dw = rng.normal(0, 0.2, (GROUPS, OUTPUTS, INPUTS)).astype(np.float32)
-    devices = ops.draw_device_map(law, SHAPE, seed=SETTINGS["seed"])
+    devices = ops.draw_device_map(law, SHAPE, seed=MADE["seed"])
     for g, more in ((drawn, {}), (stored, {"device_map": devices})):
-        ops.device_update(g, dw, law=law, device=DEVICES[where], **SETTINGS, **more)
+        ops.device_update(ops.Pairs(g, law=law, **MADE, **more), dw, device=DEVICES[where], **HOW)
     assert (drawn != stored).any()
     np.testing.assert_allclose(stored, drawn, rtol=0, atol=1e-3 * SPAN)  # 11 bits of at most 5 spreads of 0.3
 
 
 def pulse(g, devices, law, pulses):
     """Shares of the window that every first device moves by nominal pulses."""
-    new = g.copy()
-    w_max, dw = (
-        np.ones(OUTPUTS, np.float32),
-        np.full((1, OUTPUTS, INPUTS), pulses / law.nominal_pulses, np.float32),
-    )
-    ops.device_update(new, dw, law=law, w_max=w_max, device_map=devices, **WINDOW)
-    return (new[0] - g[0]) / SPAN
+    new = ops.Pairs(g.copy(), law=law, device_map=devices, **WINDOW)
+    dw = np.full((1, OUTPUTS, INPUTS), pulses / law.nominal_pulses, np.float32)
+    ops.device_update(new, dw, w_max=np.ones(OUTPUTS, np.float32))
+    return (new.g[0] - g[0]) / SPAN
 
 
 def test_devices_do_what_was_measured():
@@ -202,14 +197,11 @@ def test_bad_measurements_say_what_is_wrong(name):
 
 @pytest.mark.parametrize("bad", [np.zeros((2, *SHAPE), np.float16), np.zeros((1, 2, 3, 4), np.float16)])
 def test_a_map_of_other_devices_is_refused(bad):
-    g = np.full(SHAPE, G_MIN, np.float32)
     with pytest.raises(
-        ValueError, match=r"`device_map` must have shape \(1, 2, 74, 71\) for a law that spreads in step, got"
+        ValueError,
+        match=r"^Pairs: `device_map` must have shape \(1, 2, 74, 71\) for a law that spreads in step, got",
     ):
-        ops.device_update(
-            g, np.zeros((GROUPS, OUTPUTS, INPUTS), np.float32), law=LAWS["steps"], device_map=bad, **SETTINGS
-        )
-    assert (g == np.float32(G_MIN)).all()
+        ops.Pairs(np.full(SHAPE, G_MIN, np.float32), law=LAWS["steps"], device_map=bad, **MADE)
 
 
 def layer(seed=0):

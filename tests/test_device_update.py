@@ -23,6 +23,7 @@ from gpuxbar.spec import (
     NeuroSim,
     PiecewiseStep,
     PowerStep,
+    Programming,
     SoftBounds,
 )
 
@@ -80,13 +81,13 @@ def case(groups, outputs, inputs, seed=0, size=0.2):
 
 def assert_matches_oracle(name, shape, device=None):
     g, dw, w_max = case(*shape)
-    s = {"w_max": w_max, **WINDOW, "stuck_at_g_min": 0.05, "stuck_at_g_max": 0.03, "seed": SEED, "step": 9}
-    law = LAWS[name]
+    law, stuck = LAWS[name], Programming(stuck_at_g_min=0.05, stuck_at_g_max=0.03)
     # what devices with write noise hold is near to what they show
-    hidden = g + np.float32(1e-7) if law.write_noise else None
-    shown, held, weights = reference.device_update(g, dw, law=law.model_dump(), hidden=hidden, **s)
-    new, new_hidden = g.copy(), None if hidden is None else hidden.copy()
-    read = ops.device_update(new, dw, law=law, hidden=new_hidden, device=device, **s)
+    g_held = g + np.float32(1e-7) if law.write_noise else None
+    new, new_held = g.copy(), None if g_held is None else g_held.copy()
+    pairs = ops.Pairs(new, law=law, g_held=new_held, programming=stuck, seed=SEED, **WINDOW)
+    shown, held, weights = reference.device_update(g, dw, g_held=g_held, w_max=w_max, step=9, **pairs.plain)
+    read = ops.device_update(pairs, dw, w_max=w_max, step=9, device=device)
     # float32 arithmetic of about ten operations
     atol = ATOL.get(name, 3e-6) * (G_MAX - G_MIN)
     off = np.abs(new - shown) > atol
@@ -94,9 +95,9 @@ def assert_matches_oracle(name, shape, device=None):
     assert off.mean() <= (2e-3 if name == "neurosim-pulses" else 0), np.abs(new - shown).max() / (
         G_MAX - G_MIN
     )
-    if hidden is not None:
-        np.testing.assert_allclose(new_hidden, held, rtol=0, atol=atol)
-        assert not np.allclose(new, new_hidden, rtol=0, atol=atol)
+    if g_held is not None:
+        np.testing.assert_allclose(new_held, held, rtol=0, atol=atol)
+        assert not np.allclose(new, new_held, rtol=0, atol=atol)
     fine = ~off.any(0).T.reshape(shape[1], shape[0], shape[2]).transpose(1, 0, 2)
     np.testing.assert_allclose(read[fine], weights[fine], rtol=0, atol=2 * w_max.max() * ATOL.get(name, 3e-6))
     still = np.broadcast_to(dw.transpose(0, 2, 1).reshape(g.shape[1:]) == 0, g.shape)
@@ -119,17 +120,16 @@ def test_a_factor_of_the_change_and_a_place_for_the_weights(where, monkeypatch):
         monkeypatch.setattr("gpuxbar.launch.host.library", lambda: None)
     g, dw, w_max = case(2, 19, 21)
     device, cells, place = ShimDevice() if where == "kernel" else None, g.copy(), np.full_like(dw, np.nan)
-    settings = {"law": LAWS["soft-noise"], "w_max": w_max, **WINDOW, "seed": SEED, "step": 3}
-    read = ops.device_update(cells, dw, factor=-0.5, out=place, device=device, **settings)
+    pairs, scaled = (ops.Pairs(a, law=LAWS["soft-noise"], seed=SEED, **WINDOW) for a in (cells, g.copy()))
+    settings = {"w_max": w_max, "step": 3}
+    read = ops.device_update(pairs, dw, factor=-0.5, out=place, device=device, **settings)
     assert read is place
-    scaled = g.copy()  # by a power of 2: the same bits
+    # by a power of 2: the same bits
     np.testing.assert_array_equal(
         ops.device_update(scaled, np.float32(-0.5) * dw, device=device, **settings), place
     )
-    np.testing.assert_array_equal(scaled, cells)
-    expected, _, weights = reference.device_update(
-        g, dw, factor=-0.5, **{**settings, "law": LAWS["soft-noise"].model_dump()}
-    )
+    np.testing.assert_array_equal(scaled.g, cells)
+    expected, _, weights = reference.device_update(g, dw, factor=-0.5, **pairs.plain, **settings)
     np.testing.assert_allclose(cells, expected, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
     np.testing.assert_allclose(place, weights, rtol=0, atol=6e-6 * w_max.max())
 
@@ -147,11 +147,9 @@ def test_kernel_gives_the_same_bits_in_every_thread_order(order):
     law = Agarwal(nu=2, gamma=0.05, spread=0.2)
     results = []
     for device in (ShimDevice(), ShimDevice(order, workspace=1)):
-        cells = g.copy()
+        pairs = ops.Pairs(g.copy(), law=law, **WINDOW)
         step = np.full(1, 9) if device.order else 9  # by value, or from memory
-        results.append(
-            (cells, ops.device_update(cells, dw, law=law, w_max=w_max, **WINDOW, step=step, device=device))
-        )
+        results.append((pairs.g, ops.device_update(pairs, dw, w_max=w_max, step=step, device=device)))
         assert device.launches == ["device_update"]
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
@@ -161,18 +159,18 @@ def test_kernel_gives_the_same_bits_in_every_thread_order(order):
 @pytest.mark.parametrize("shape", [(0, 4, 4), (1, 0, 4), (1, 4, 0)])
 def test_nothing_to_update(shape, device):
     g, dw, w_max = case(*shape)
-    read = ops.device_update(g, dw, law=Agarwal(), w_max=w_max, **WINDOW, device=device)
+    read = ops.device_update(ops.Pairs(g, law=Agarwal(), **WINDOW), dw, w_max=w_max, device=device)
     assert read.shape == shape
 
 
-def drive(law, x, changes, **settings):
+def drive(law, x, changes):
     """x of one positive device after successive wanted changes (shares of the window)."""
-    g = np.full((2, 1, 1), G_MIN + x * (G_MAX - G_MIN), np.float32)
+    pairs = ops.Pairs(np.full((2, 1, 1), G_MIN + x * (G_MAX - G_MIN), np.float32), law=law, **WINDOW)
     path = [x]
     for step, change in enumerate(changes):
         dw = np.full((1, 1, 1), 2 * change, np.float32)
-        ops.device_update(g, dw, law=law, w_max=np.ones(1, np.float32), **WINDOW, step=step, **settings)
-        path.append((g[0, 0, 0] - G_MIN) / (G_MAX - G_MIN))
+        ops.device_update(pairs, dw, w_max=np.ones(1, np.float32), step=step)
+        path.append((pairs.g[0, 0, 0] - G_MIN) / (G_MAX - G_MIN))
     return np.array(path)
 
 
@@ -263,9 +261,9 @@ def test_noise_of_an_update(law, deviation):
     g = np.full((2, n, n), G_MIN + 0.5 * (G_MAX - G_MIN), np.float32)
     quiet = g.copy()
     dw = np.full((1, n, n), 0.2, np.float32)
-    s = {"w_max": np.ones(n, np.float32), **WINDOW, "seed": 3}
-    ops.device_update(g, dw, law=law, **s)
-    ops.device_update(quiet, dw, law=law.model_copy(update={"gamma": 0.0, "cycle": 0.0}), **s)
+    without = law.model_copy(update={"gamma": 0.0, "cycle": 0.0})
+    for cells, each in ((g, law), (quiet, without)):
+        ops.device_update(ops.Pairs(cells, law=each, seed=3, **WINDOW), dw, w_max=np.ones(n, np.float32))
     noise = (g - quiet)[0].astype(np.float64) / (G_MAX - G_MIN)
     assert noise.mean() == pytest.approx(0, abs=4 * deviation / n)
     assert noise.std() == pytest.approx(deviation, rel=4 / np.sqrt(2) / n)
@@ -280,7 +278,8 @@ def test_agarwal_write_noise_grows_with_the_root_of_the_change():
     for change in (1e-3, 4e-3, 0.1):
         g = np.full((2, n, n), G_MIN + 0.5 * (G_MAX - G_MIN), np.float32)
         dw = np.full((1, n, n), 2 * change, np.float32)
-        ops.device_update(g, dw, law=Agarwal(gamma=0.05), w_max=np.ones(n, np.float32), **WINDOW, seed=4)
+        pairs = ops.Pairs(g, law=Agarwal(gamma=0.05), seed=4, **WINDOW)
+        ops.device_update(pairs, dw, w_max=np.ones(n, np.float32))
         noise = ((g[0] - G_MIN) / (G_MAX - G_MIN)).std()
         assert noise == pytest.approx(0.05 * np.sqrt(change), rel=4 / np.sqrt(2) / n)
         if change == 1e-3:
@@ -295,7 +294,7 @@ def test_spread_is_of_the_device_and_noise_of_the_step():
         ("noise-1", Agarwal(gamma=0.1), 1), ("noise-2", Agarwal(gamma=0.1), 2),
     ):  # fmt: skip
         outcome[name] = g.copy()
-        ops.device_update(outcome[name], dw, law=law, w_max=w_max, **WINDOW, seed=1, step=step)
+        ops.device_update(ops.Pairs(outcome[name], law=law, seed=1, **WINDOW), dw, w_max=w_max, step=step)
     np.testing.assert_array_equal(outcome["spread-1"], outcome["spread-2"])
     moved = dw[0].T != 0
     assert (outcome["noise-1"] != outcome["noise-2"])[0][moved].mean() > 0.9
@@ -325,9 +324,8 @@ def test_stuck_cells_are_those_of_programming():
     )[:1]
     g = np.concatenate([g, np.full_like(g, 5e-6)])
     before = g.copy()
-    ops.device_update(
-        g, np.full((1, 40, 50), 0.1, np.float32), law=Agarwal(), w_max=w_max, **WINDOW, **rates, seed=5
-    )
+    pairs = ops.Pairs(g, law=Agarwal(), programming=Programming(**rates), seed=5, **WINDOW)
+    ops.device_update(pairs, np.full((1, 40, 50), 0.1, np.float32), w_max=w_max)
     stuck = (before[0] == np.float32(G_MAX)) | (before[0] == np.float32(G_MIN))
     assert stuck.mean() == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / stuck.size))
     np.testing.assert_array_equal(g[0] == before[0], stuck)
@@ -338,9 +336,8 @@ def test_results_stay_inside_the_window_and_do_not_depend_on_threads():
     results = []
     for threads in (1, 2):
         set_threads(threads)
-        cells = g.copy()
-        weights = ops.device_update(cells, dw, law=Agarwal(nu=3, gamma=0.5), w_max=w_max, **WINDOW, seed=2)
-        results.append((cells, weights))
+        pairs = ops.Pairs(g.copy(), law=Agarwal(nu=3, gamma=0.5), seed=2, **WINDOW)
+        results.append((pairs.g, ops.device_update(pairs, dw, w_max=w_max)))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
     assert results[0][0].min() >= np.float32(G_MIN) * (1 - 1e-6)
@@ -351,40 +348,28 @@ def test_results_stay_inside_the_window_and_do_not_depend_on_threads():
 def test_no_conductance_is_negative(g_max):
     """Of devices whose own windows would begin below 0."""
     g, dw, w_max = case(2, 90, 65, size=3.0)
-    ops.device_update(
-        g,
-        -np.abs(dw),
-        law=ConstantStep(low_spread=0.5, sides="reference"),
-        w_max=w_max,
-        g_min=G_MIN,
-        g_max=g_max,
-    )
+    law = ConstantStep(low_spread=0.5, sides="reference")
+    ops.device_update(ops.Pairs(g, law=law, g_min=G_MIN, g_max=g_max), -np.abs(dw), w_max=w_max)
     assert g.min() == pytest.approx(0.0, abs=1e-12)
     assert g.min() >= 0
 
 
-GOOD = {"g": np.full((2, 3, 4), 5e-6, np.float32), "dw": np.zeros((1, 4, 3), np.float32), "w_max": np.ones(4, np.float32)}  # fmt: skip
 BAD = {
     "dtype": ({"dw": np.zeros((1, 4, 3))}, TypeError, "`dw` must be an array of float32, got float64"),
-    "shape": ({"g": np.zeros((2, 4, 3), np.float32)}, ValueError, r"`g` must have shape \(2, 3, 4\)"),
+    "shape": ({"dw": np.zeros((1, 3, 4), np.float32)}, ValueError, r"`g` must have shape \(2, 4, 3\) for dw \(1, 3, 4\), got \(2, 3, 4\)"),
     "w_max": ({"w_max": np.ones(3, np.float32)}, ValueError, r"`w_max` must have shape \(4,\)"),
-    "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max, got 1e-06 S and 1e-07 S"),
     "nan": ({"dw": np.full((1, 4, 3), np.nan, np.float32)}, ValueError, "`dw` must be finite, got 12 NaN"),
     "factor": ({"factor": -math.inf}, ValueError, "`factor` must be finite, got -inf; lower the rate"),
-    "out": (
-        {"out": np.empty((1, 3, 4), np.float32)},
-        ValueError,
-        r"`out` must have shape \(1, 4, 3\) for dw",
-    ),
+    "out": ({"out": np.empty((1, 3, 4), np.float32)}, ValueError, r"`out` must have shape \(1, 4, 3\) for dw"),
     "out-dtype": ({"out": np.empty((1, 4, 3))}, TypeError, "`out` must be an array of float32, got float64"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named_and_changes_nothing(name):
     change, error, text = BAD[name]
-    values = {**GOOD, **WINDOW, **change}
-    before = values["g"].copy()
-    with pytest.raises(error, match=text):
-        ops.device_update(values.pop("g"), values.pop("dw"), law=Agarwal(nu=1), **values)
-    np.testing.assert_array_equal({**GOOD, **change}["g"], before)
+    pairs = ops.Pairs(np.full((2, 3, 4), 5e-6, np.float32), law=Agarwal(nu=1), **WINDOW)
+    values = {"dw": np.zeros((1, 4, 3), np.float32), "w_max": np.ones(4, np.float32), **change}
+    with pytest.raises(error, match=f"^device_update: {text}"):
+        ops.device_update(pairs, **values)
+    assert (pairs.g == np.float32(5e-6)).all()

@@ -13,12 +13,12 @@ from test_in_situ_devices import train
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
-from gpuxbar.spec import ConstantStep, Endurance, Ideal, PulseTrain, Retention, SoftBounds
+from gpuxbar.spec import ConstantStep, Endurance, Programming, PulseTrain, SoftBounds
 
 WINDOW = {"g_min": 1e-6, "g_max": 10e-6}  # S
 RANGE = 9e-6
 SEED = 2**40 + 7
-STUCK = {"stuck_at_g_min": 0.05, "stuck_at_g_max": 0.03}
+STUCK = Programming(stuck_at_g_min=0.05, stuck_at_g_max=0.03)
 LIMIT = Endurance(pulses=100, spread=0.5)
 LAWS = {
     "held": (ConstantStep(pulses=50, cycle=0.1), LIMIT),
@@ -35,6 +35,14 @@ def case(groups, outputs, inputs, seed=0):
     count[rng.random(g.shape) < 0.1] *= -1
     w_max = rng.uniform(0.5, 2.0, groups * outputs).astype(np.float32)
     return rng, g, count, w_max
+
+
+def worn(g, count, law, endurance, g_held=None):
+    """Pairs of copies of these arrays, some of them stuck."""
+    held = None if g_held is None else g_held.copy()
+    return ops.Pairs(
+        g.copy(), law=law, endurance=endurance, pulse_count=count.copy(), g_held=held, programming=STUCK, seed=SEED, **WINDOW
+    )  # fmt: skip
 
 
 def assert_alike(found, expected, was):
@@ -58,17 +66,12 @@ def test_expected_updates_match_the_oracle(name, shape, kernel):
     rng, g, count, w_max = case(*shape)
     dw = rng.normal(0, 0.6, shape).astype(np.float32)
     dw[rng.random(shape) < 0.2] = 0.0
-    hidden = g + np.float32(5e-8) if law.write_noise else None
-    s = {"w_max": w_max, **WINDOW, **STUCK, "seed": SEED, "step": 3}
-    wanted_count, cells, taken = count.copy(), g.copy(), count.copy()
-    wanted, _, _ = reference.device_update(
-        g, dw, law=law.model_dump(), endurance=endurance.model_dump(), pulse_count=wanted_count, hidden=hidden, **s
-    )  # fmt: skip
-    ops.device_update(
-        cells, dw, law=law, endurance=endurance, pulse_count=taken, hidden=None if hidden is None else hidden.copy(),
-        device=ShimDevice(order=11) if kernel else None, **s,
-    )  # fmt: skip
-    assert_alike((cells, taken), (wanted, wanted_count), (g, count))
+    g_held = g + np.float32(5e-8) if law.write_noise else None
+    pairs, how = worn(g, count, law, endurance, g_held), {"w_max": w_max, "step": 3}
+    oracle = {**pairs.plain, "pulse_count": count.copy()}
+    wanted, _, _ = reference.device_update(g, dw, g_held=g_held, **oracle, **how)
+    ops.device_update(pairs, dw, device=ShimDevice(order=11) if kernel else None, **how)
+    assert_alike((pairs.g, pairs.pulse_count), (wanted, oracle["pulse_count"]), (g, count))
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["host", "kernel"])
@@ -81,29 +84,21 @@ def test_pulse_trains_match_the_oracle(name, mode, kernel):
     rng, g, count, w_max = case(2, 37, 35)
     x, d = (rng.normal(0, 1, (6, n)).astype(np.float32) for n in (70, 74))
     train = PulseTrain(length=31, mode=mode)
-    s = {"rate": 0.3, "w_max": w_max, **WINDOW, **STUCK, "groups": 2, "seed": SEED, "step": 3}
-    wanted_count, cells, taken = count.copy(), g.copy(), count.copy()
-    wanted, _ = reference.pulse_update(
-        g, x, d, law=law.model_dump(), train=train.model_dump(), endurance=endurance.model_dump(), pulse_count=wanted_count,
-        **s,
-    )  # fmt: skip
-    ops.pulse_update(
-        cells, x, d, law=law, train=train, endurance=endurance, pulse_count=taken,
-        device=ShimDevice(order=12) if kernel else None, **s,
-    )  # fmt: skip
-    assert_alike((cells, taken), (wanted, wanted_count), (g, count))
+    pairs, how = worn(g, count, law, endurance), {"rate": 0.3, "w_max": w_max, "groups": 2, "step": 3}
+    oracle = {**pairs.plain, "pulse_count": count.copy()}
+    wanted, _ = reference.pulse_update(g, x, d, train=train.model_dump(), **oracle, **how)
+    ops.pulse_update(pairs, x, d, train=train, device=ShimDevice(order=12) if kernel else None, **how)
+    assert_alike((pairs.g, pairs.pulse_count), (wanted, oracle["pulse_count"]), (g, count))
 
 
 def drive(change, updates, law, endurance, shape=(1, 100, 100)):
     """Counts after updates that ask every pair for +-change of its weight in turns, and the cells."""
     g = np.full((2, shape[2], shape[1]), 5.5e-6, np.float32)
     count, path = np.zeros(g.shape, np.int32), []
+    pairs = ops.Pairs(g, law=law, endurance=endurance, pulse_count=count, seed=SEED, **WINDOW)
     for step in range(updates):
         dw = np.full(shape, change if step % 2 else -change, np.float32)
-        ops.device_update(
-            g, dw, law=law, endurance=endurance, pulse_count=count, w_max=np.ones(shape[1], np.float32), **WINDOW,
-            seed=SEED, step=step,
-        )  # fmt: skip
+        ops.device_update(pairs, dw, w_max=np.ones(shape[1], np.float32), step=step)
         path.append((g.copy(), count.copy()))
     return path
 
@@ -191,59 +186,17 @@ def test_opcheck():
     spec = layer_on(pulses={"length": 15}).spec.model_dump_json()
     g, count = torch.rand(2, 5, 6) * 9e-6 + 1e-6, torch.zeros(2, 5, 6, dtype=torch.int32)
     step = torch.ones(1, dtype=torch.int64)
-    args = (g, None, torch.randn(1, 6, 5), -0.1, torch.empty(1, 6, 5), torch.ones(6), step, spec, 3, count)
-    torch.library.opcheck(torch.ops.gpuxbar.device_update.default, args)
-    trains = (g, torch.randn(4, 5), torch.randn(4, 6), torch.ones(6), step, 0.1, 1, spec, 3, count)
-    torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, trains)
-    images = (
-        g,
-        torch.randn(2, 5, 4, 3),
-        torch.randn(2, 6, 4, 3),
-        *trains[3:],
-        None,
-        [1, 1, 1, 1, 0, 0, 1, 1],
+    pairs = (g, None, count, None, spec, 3)
+    change = (torch.randn(1, 6, 5), -0.1, torch.empty(1, 6, 5), torch.ones(6), step)
+    torch.library.opcheck(torch.ops.gpuxbar.device_update.default, (*pairs, *change))
+    how = (torch.ones(6), step, 0.1, 1)
+    vectors, images = (
+        tuple(torch.randn(n, lines, *size) for lines in (5, 6)) for n, size in ((4, ()), (2, (4, 3)))
     )
-    torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, images)
-    torch.library.opcheck(torch.ops.gpuxbar.relax.default, (g, count, spec, 3))
-
-
-COUNT = np.zeros((2, 2, 3), np.int32)
-ERRORS = {
-    "no-counts": ({"pulse_count": None}, ValueError, "`pulse_count` must go with an endurance and only with it, got none for endurance.pulses=100.0; pass both or neither"),
-    "no-endurance": ({"endurance": None}, ValueError, "`pulse_count` must go with an endurance and only with it, got one for endurance.pulses=None"),
-    "dtype": ({"pulse_count": COUNT.astype(np.int64)}, TypeError, "`pulse_count` must be an array of int32, got int64"),
-    "shape": ({"pulse_count": COUNT[:, :1].copy()}, ValueError, "`pulse_count` must have the shape of g, (2, 2, 3), got (2, 1, 3); check"),
-    "law": ({"law": Ideal()}, ValueError, "`law` must have pulses to count them, got 'ideal'; choose"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize("op", ["device_update", "pulse_update"])
-def test_bad_input_is_named(op, name):
-    change, kind, text = ERRORS[name]
-    if op == "pulse_update" and name == "law":
-        return  # refused for the trains already
-    g = np.full((2, 2, 3), 5e-6, np.float32)
-    s = {
-        "law": ConstantStep(),
-        "w_max": np.ones(3, np.float32),
-        **WINDOW,
-        "endurance": LIMIT,
-        "pulse_count": COUNT,
-    }
-    if op == "device_update":
-        call = {"g": g, "dw": np.zeros((1, 3, 2), np.float32)}
-    else:
-        call = {"g": g, "x": np.zeros((4, 2), np.float32), "d": np.zeros((4, 3), np.float32), "rate": 0.1, "train": PulseTrain()}  # fmt: skip
-    with pytest.raises(kind, match=re.escape(f"{op}: {text}")):
-        getattr(ops, op)(**{**call, **s, **change})
-
-
-def test_counts_of_other_devices_do_not_relax():
-    with pytest.raises(
-        ValueError, match=re.escape("relax: `pulse_count` must have the shape of g, (2, 2, 2), got")
-    ):
-        ops.relax(np.ones((2, 2, 2), np.float32), law=Retention(tau=1.0), **WINDOW, pulse_count=COUNT)
+    torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, (*pairs, *vectors, *how))
+    patch = [1, 1, 1, 1, 0, 0, 1, 1]
+    torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, (*pairs, *images, *how, patch))
+    torch.library.opcheck(torch.ops.gpuxbar.relax.default, pairs)
 
 
 SPEC_ERRORS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_anchored_conductance import drifting
 from test_capture import SETTINGS, Run, fuse, same
-from test_carry import SCHEMES, carrying, dumped, lie
+from test_carry import SCHEMES, carried, lie, pairs_of
 from test_carry import cells as sliced_cells
 from test_drift import G_MAX as DRIFT_G_MAX
 from test_drift import LAWS as DRIFTS
@@ -26,7 +26,7 @@ from test_fused_int8 import int8
 from test_fused_int8 import operands as levels
 from test_packed_conductance import READS as KEPT
 from test_packed_conductance import Kept
-from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, weights
+from test_program import DEVICES, G_MIN, MAPPINGS, RANGE, WINDOW, assert_programmed, told, weights
 from test_program import SEED as WRITE_SEED
 from test_program import SHAPES as WEIGHT_SHAPES
 from test_tile_mvm import (
@@ -314,12 +314,13 @@ def test_drift_matches_oracle(cuda_device, shape):
 def test_relaxing_matches_oracle(cuda_device, shape):
     g, law = drift_case(shape), Retention(tau=3.0, spread=0.5, g_rest=5e-6)
     count = np.random.default_rng(1).integers(-1, 2, shape).astype(np.int32)
-    cells = to_gpu(g)
-    ops.relax(
-        cells, law=law, g_min=1e-6, g_max=DRIFT_G_MAX, pulse_count=to_gpu(count), seed=7, device=cuda_device
-    )
+    pairs = ops.Pairs(
+        to_gpu(g), law=ConstantStep(), endurance=Endurance(pulses=9), pulse_count=to_gpu(count), g_min=1e-6, g_max=DRIFT_G_MAX,
+        seed=7,
+    )  # fmt: skip
+    ops.relax(pairs, law, device=cuda_device)
     expected = np.where(count < 0, g, reference.relax(g, g_rest=5e-6, rate=1 / 3, spread=0.5, seed=7))
-    np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * DRIFT_G_MAX)
+    np.testing.assert_allclose(from_gpu(pairs.g), expected, rtol=0, atol=1e-5 * DRIFT_G_MAX)
 
 
 @pytest.mark.parametrize("strategy", ["fused", "epilogue"])
@@ -362,18 +363,18 @@ def test_slices_match_oracle(cuda_device, scheme):
     s = lie(3, 2, 2, scheme=scheme, interval=3)
     g, w_max = sliced_cells(6, 74, 35), np.ones(70, np.float32)
     dw = np.random.default_rng(1).normal(0, 0.1, (2, 35, 37)).astype(np.float32)
-    more = {"law": Agarwal(nu=2.0), **WINDOW, "seed": 7, "step": 3, **s}
-    expected, _, weights = reference.device_update(g, dw, w_max=w_max, **dumped(more))
-    cells = to_gpu(g)
-    read = ops.device_update(cells, to_gpu(dw), w_max=to_gpu(w_max), device=cuda_device, **more)
-    np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * RANGE)
+    plain = pairs_of(g, s, Agarwal(nu=2.0), seed=7).plain
+    expected, _, weights = reference.device_update(g, dw, w_max=w_max, step=3, **plain)
+    pairs = pairs_of(to_gpu(g), s, Agarwal(nu=2.0), seed=7)
+    read = ops.device_update(pairs, to_gpu(dw), w_max=to_gpu(w_max), step=3, device=cuda_device)
+    np.testing.assert_allclose(from_gpu(pairs.g), expected, rtol=0, atol=1e-5 * RANGE)
     np.testing.assert_allclose(from_gpu(read), weights, rtol=0, atol=1e-4)
-    before = from_gpu(cells)
+    before = from_gpu(pairs.g)
     for updates in (2, 3, 48):
-        cells, more = to_gpu(before), carrying(s, write_noise=1e-7, stuck_at_g_min=0.1, seed=7)
-        expected, written = reference.carry(before, updates=updates, **dumped(more))
-        ops.carry(cells, updates=to_gpu(np.full(1, updates)), device=cuda_device, **more)
-        off = np.abs(from_gpu(cells) - expected) > 1e-5 * RANGE
+        pairs = pairs_of(to_gpu(before), s, write_noise=1e-7, stuck_at_g_min=0.1, seed=7)
+        expected, written = carried(before, pairs, updates)
+        ops.carry(pairs, updates=to_gpu(np.full(1, updates)), device=cuda_device)
+        off = np.abs(from_gpu(pairs.g) - expected) > 1e-5 * RANGE
         assert off.mean() < 1e-3  # digits on an edge
         assert written.any() == (updates != 2)
 
@@ -383,21 +384,14 @@ def test_slices_are_pulsed_as_the_oracle_says(cuda_device, mode):
     s, rng = lie(3, 2, 2, scheme="periodic"), np.random.default_rng(1)
     g, w_max = sliced_cells(6, 74, 35), np.ones(70, np.float32)
     x, d = (rng.normal(size=(40, n)).astype(np.float32) for n in (74, 70))
-    law = ConstantStep(pulses=200, cycle=0.3, step_spread=0.3)
-    more = {
-        "rate": 0.01,
-        "groups": 2,
-        "law": law,
-        "train": PulseTrain(mode=mode),
-        **WINDOW,
-        "seed": 7,
-        "step": 3,
-        **s,
-    }
-    expected, weights = reference.pulse_update(g, x, d, w_max=w_max, **dumped(more))
-    cells = to_gpu(g)
-    read = ops.pulse_update(cells, to_gpu(x), to_gpu(d), w_max=to_gpu(w_max), device=cuda_device, **more)
-    np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * RANGE)
+    law, train = ConstantStep(pulses=200, cycle=0.3, step_spread=0.3), PulseTrain(mode=mode)
+    how, plain = {"rate": 0.01, "groups": 2, "step": 3}, pairs_of(g, s, law, seed=7).plain
+    expected, weights = reference.pulse_update(g, x, d, train=train.model_dump(), w_max=w_max, **plain, **how)
+    pairs = pairs_of(to_gpu(g), s, law, seed=7)
+    read = ops.pulse_update(
+        pairs, to_gpu(x), to_gpu(d), train=train, w_max=to_gpu(w_max), device=cuda_device, **how
+    )
+    np.testing.assert_allclose(from_gpu(pairs.g), expected, rtol=0, atol=1e-5 * RANGE)
     np.testing.assert_allclose(from_gpu(read), weights, rtol=0, atol=1e-4)
 
 
@@ -412,12 +406,11 @@ def test_slices_are_streamed_as_the_oracle_says(cuda_device, images):
     x[0].fill(63)
     g, w_max = sliced_cells(6, 2 * inputs, 5), np.full(10, 63, np.float32)
     law = Agarwal(nu=1, gamma=0.05)
-    more = {"rate": 2.0**-7, "groups": 2, "conv": conv, "law": law, **WINDOW, "seed": 7, "step": 3, **s}
-    oracle = {key: value for key, value in dumped(more).items() if key != "conv"}
-    expected, _, weights = reference.streamed_update(g, x, d, w_max=w_max, conv=conv, **oracle)
-    cells = to_gpu(g)
-    read = ops.streamed_update(cells, to_gpu(x), to_gpu(d), w_max=to_gpu(w_max), device=cuda_device, **more)
-    np.testing.assert_allclose(from_gpu(cells), expected, rtol=0, atol=1e-5 * RANGE)
+    how, plain = {"rate": 2.0**-7, "groups": 2, "conv": conv, "step": 3}, pairs_of(g, s, law, seed=7).plain
+    expected, _, weights = reference.streamed_update(g, x, d, w_max=w_max, **plain, **how)
+    pairs = pairs_of(to_gpu(g), s, law, seed=7)
+    read = ops.streamed_update(pairs, to_gpu(x), to_gpu(d), w_max=to_gpu(w_max), device=cuda_device, **how)
+    np.testing.assert_allclose(from_gpu(pairs.g), expected, rtol=0, atol=1e-5 * RANGE)
     np.testing.assert_allclose(from_gpu(read), weights, rtol=0, atol=1e-4 * 63)
 
 
@@ -425,22 +418,20 @@ def test_slices_are_streamed_as_the_oracle_says(cuda_device, images):
 def test_devices_wear_out_as_the_oracle_says(cuda_device, op):
     rng, g, count, w_max = wear_case(2, 37, 35)
     law, endurance = ConstantStep(pulses=50), Endurance(pulses=100, spread=0.5, failed="g_max")
-    s = {"w_max": w_max, "g_min": 1e-6, "g_max": 10e-6, "seed": 7, "step": 3}
+    made, how = {"law": law, "endurance": endurance, **WINDOW, "seed": 7}, {"w_max": w_max, "step": 3}
     if op == "device_update":
-        arrays, dumped = [rng.normal(0, 0.6, (2, 37, 35)).astype(np.float32)], {}
+        arrays, trains = [rng.normal(0, 0.6, (2, 37, 35)).astype(np.float32)], ({}, {})
     else:
         arrays = [rng.normal(0, 1, (6, n)).astype(np.float32) for n in (70, 74)]
+        how |= {"rate": 0.3, "groups": 2}
         train = PulseTrain(length=31)
-        s |= {"rate": 0.3, "groups": 2, "train": train}
-        dumped = {"train": train.model_dump()}
+        trains = {"train": train}, {"train": train.model_dump()}
     taken, cells, wanted_count = to_gpu(count), to_gpu(g), count.copy()
-    settings = {name: to_gpu(value) for name, value in s.items()}
-    getattr(ops, op)(
-        cells, *map(to_gpu, arrays), law=law, endurance=endurance, pulse_count=taken, device=cuda_device, **settings
-    )  # fmt: skip
-    wanted = getattr(reference, op)(
-        g, *arrays, law=law.model_dump(), endurance=endurance.model_dump(), pulse_count=wanted_count, **s | dumped
-    )[0]  # fmt: skip
+    there = {name: to_gpu(value) for name, value in how.items()}
+    pairs = ops.Pairs(cells, pulse_count=taken, **made)
+    getattr(ops, op)(pairs, *map(to_gpu, arrays), device=cuda_device, **there, **trains[0])
+    plain = ops.Pairs(g, pulse_count=wanted_count, **made).plain
+    wanted = getattr(reference, op)(g, *arrays, **plain, **how, **trains[1])[0]
     off = from_gpu(taken) != wanted_count
     assert off.mean() < 2e-3  # parts of a pulse on a rounding edge
     np.testing.assert_allclose(from_gpu(cells)[~off], wanted[~off], rtol=0, atol=1e-4 * 9e-6)
@@ -454,16 +445,13 @@ def test_images_pulse_as_the_oracle_says(cuda_device, mode):
     x = np.maximum(rng.normal(0.3, 1, (3, 4, 7, 9)), 0).astype(np.float32)
     d = rng.normal(0, 0.1, (3, 10, *conv.out)).astype(np.float32)
     law, train = ConstantStep(pulses=200, step_spread=0.3), PulseTrain(mode=mode)
-    s = {"rate": 0.1, "w_max": np.ones(10, np.float32), "g_min": 1e-6, "g_max": 10e-6, "groups": 2, "seed": 7}
-    wanted, _ = reference.pulse_update(
-        g, x, d, law=law.model_dump(), train=train.model_dump(), conv=conv, **s
-    )
-    cells = to_gpu(g)
-    settings = {name: to_gpu(value) for name, value in s.items()}
-    ops.pulse_update(
-        cells, to_gpu(x), to_gpu(d), law=law, train=train, conv=conv, device=cuda_device, **settings
-    )
-    np.testing.assert_allclose(from_gpu(cells), wanted, rtol=0, atol=1e-4 * 9e-6)
+    how = {"rate": 0.1, "w_max": np.ones(10, np.float32), "groups": 2, "conv": conv}
+    plain = ops.Pairs(g, law=law, seed=7, **WINDOW).plain
+    wanted, _ = reference.pulse_update(g, x, d, train=train.model_dump(), **plain, **how)
+    pairs = ops.Pairs(to_gpu(g), law=law, seed=7, **WINDOW)
+    there = {name: to_gpu(value) for name, value in how.items()}
+    ops.pulse_update(pairs, to_gpu(x), to_gpu(d), train=train, device=cuda_device, **there)
+    np.testing.assert_allclose(from_gpu(pairs.g), wanted, rtol=0, atol=1e-4 * 9e-6)
 
 
 # ---- programming
@@ -483,13 +471,13 @@ def test_programming_matches_oracle(cuda_device, shape, mapping, device):
         "step": 2**33 + 9,
     }
     s |= {"sigma_g": 0.3e-6, "exponent": 0.7}
-    g, variance = run(cuda_device, ops.program, weight, **s)
+    g, variance = run(cuda_device, ops.program, weight, **told(s))
     expected, expected_variance = reference.program(weight, **s)
     assert_programmed(g, expected, s)
     if variance.size:
         off = np.abs(variance - expected_variance)
         assert (off > 1e-5 * expected_variance.max()).mean() <= 5e-3
-    again = run(cuda_device, ops.program, weight, **s)
+    again = run(cuda_device, ops.program, weight, **told(s))
     np.testing.assert_array_equal(again[0], g)
     np.testing.assert_array_equal(again[1], variance)
 
@@ -517,10 +505,8 @@ class Layer:
         self.state, self.write_step = cupy.zeros(2, "int64"), cupy.zeros(1, "int64")
 
     def reprogram(self, device, **s):
-        s = {**WINDOW, "write_noise": 1e-7, "seed": WRITE_SEED} | s
-        ops.reprogram(
-            self.weight, self.g, self.w_max, self.state, write_step=self.write_step, device=device, **s
-        )
+        s = {**WINDOW, "write_noise": 1e-7, "seed": WRITE_SEED, "write_step": self.write_step} | s
+        ops.reprogram(self.weight, self.g, self.w_max, self.state, device=device, **told(s))
 
     def wrote(self, device, **s):
         """Call `reprogram`; whether it filled `g`, which is kept if not."""

@@ -271,11 +271,17 @@ def test_opcheck():
     torch.manual_seed(0)
     spec = published_device("reram-sb").spec().model_dump_json()
     g = torch.rand(2, 5, 6) * 9e-6 + 1e-6
-    change = (torch.randn(1, 6, 5), -0.1, torch.empty(1, 6, 5))
-    args = (g, g.clone(), *change, torch.ones(6), torch.ones(1, dtype=torch.int64), spec, 3)
-    torch.library.opcheck(torch.ops.gpuxbar.device_update.default, args)
+    change = (
+        torch.randn(1, 6, 5),
+        -0.1,
+        torch.empty(1, 6, 5),
+        torch.ones(6),
+        torch.ones(1, dtype=torch.int64),
+    )
+    update = torch.ops.gpuxbar.device_update.default
+    torch.library.opcheck(update, (g, g.clone(), None, None, spec, 3, *change))
     quiet = published_device("ecram").spec().model_dump_json()
-    torch.library.opcheck(torch.ops.gpuxbar.device_update.default, (args[0], None, *args[2:7], quiet, 3))
+    torch.library.opcheck(update, (g, None, None, None, quiet, 3, *change))
 
 
 def test_a_weight_whose_layer_is_gone_is_refused():

@@ -97,7 +97,7 @@ def test_devices_made_of_a_table_move_as_measured(tmp_path):
     g = np.full((2, 200, 200), G_MIN + 0.4 * (G_MAX - G_MIN), np.float32)
     before = g.copy()
     dw = np.full((1, 200, 200), 2 / fit.law.pulses, np.float32)
-    ops.device_update(g, dw, law=fit.law, w_max=np.ones(200, np.float32), **WINDOW, seed=3)
+    ops.device_update(ops.Pairs(g, law=fit.law, seed=3, **WINDOW), dw, w_max=np.ones(200, np.float32))
     step = (g[0] - before[0]) / (G_MAX - G_MIN) * 200
     assert step.mean() == pytest.approx(1.2, rel=0.03)
     assert step.std() == pytest.approx(0.3, rel=0.05)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gpuxbar import ops, reference
 from gpuxbar.launch.host import set_threads
 from gpuxbar.ops.program import fingerprint
+from gpuxbar.spec import Programming, SpecError
 
 G_MIN, G_MAX = 1e-6, 10e-6  # S
 RANGE = G_MAX - G_MIN
@@ -54,6 +55,13 @@ def weights(shape, seed=0, columns=True):
     return weight, rng.uniform(0.5, 1.5, count).astype(np.float32)
 
 
+def told(s):
+    """Settings of the oracle as `program` takes them."""
+    writes = {name: value for name, value in s.items() if name in Programming.model_fields}
+    rest = {name: value for name, value in s.items() if name not in writes}
+    return {"programming": Programming(**writes), **rest}
+
+
 def assert_programmed(g, expected, settings, share=5e-3):
     """Float32 arithmetic of about five operations; a share or a uniform on a rounding edge may fall either way."""
     digits = 2.0 ** (settings.get("slice_bits", 0) * (settings.get("slices", 1) - 1))
@@ -71,7 +79,7 @@ def assert_programmed(g, expected, settings, share=5e-3):
 def test_host_matches_oracle(shape, mapping, device, columns):
     weight, w_max = weights(shape, columns=columns)
     s = {"w_max": w_max, **WINDOW, **MAPPINGS[mapping], **DEVICES[device], "seed": SEED, "step": 2**33 + 9}
-    assert_programmed(ops.program(weight, **s), reference.program(weight, **s), s)
+    assert_programmed(ops.program(weight, **told(s)), reference.program(weight, **s), s)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -82,8 +90,8 @@ def test_cuda_kernel_is_the_host_kernel(shape, mapping, order):
     weight, w_max = weights(shape, columns=order != REVERSE)
     s = {"w_max": w_max, **WINDOW, **MAPPINGS[mapping], **NOISE, "seed": SEED, "step": 2**33 + 9}
     s |= {"sigma_g": 0.3e-6, "exponent": 0.7}
-    g, variance = ops.program(weight, device=ShimDevice(order), **s)
-    host_g, host_variance = ops.program(weight, **s)
+    g, variance = ops.program(weight, device=ShimDevice(order), **told(s))
+    host_g, host_variance = ops.program(weight, **told(s))
     np.testing.assert_allclose(g, host_g, rtol=3e-7, atol=1e-6 * RANGE)
     np.testing.assert_allclose(variance, host_variance, rtol=1e-6)
     assert_programmed(g, reference.program(weight, **s)[0], s)
@@ -91,7 +99,7 @@ def test_cuda_kernel_is_the_host_kernel(shape, mapping, order):
 
 def test_cuda_step_may_live_on_the_device():
     weight, w_max = weights((1, 37, 11))
-    s = {"w_max": w_max, **WINDOW, "write_noise": 1e-7, "seed": SEED, "device": ShimDevice()}
+    s = told({"w_max": w_max, **WINDOW, "write_noise": 1e-7, "seed": SEED, "device": ShimDevice()})
     by_value = ops.program(weight, step=7, **s)
     np.testing.assert_array_equal(by_value, ops.program(weight, step=np.full(1, 7), **s))
     assert not np.array_equal(by_value, ops.program(weight, step=np.full(1, 8), **s))
@@ -103,7 +111,7 @@ def test_cuda_weights_that_are_not_finite_poison_their_cells(mapping, value):
     weight, w_max = weights((2, 9, 7))
     weight[1, 5, 2] = value
     s = {"w_max": w_max, **WINDOW, **MAPPINGS[mapping], **NOISE, "sigma_g": 1e-7}
-    for array in ops.program(weight, device=ShimDevice(), **s):
+    for array in ops.program(weight, device=ShimDevice(), **told(s)):
         where = np.zeros(array.shape[1:], bool)
         where[7 + 2, 5] = True
         assert np.isnan(array[:, where]).all()
@@ -116,7 +124,7 @@ def test_variance_of_a_read_matches_oracle(mapping, exponent):
     weight, w_max = weights((2, 19, 41))
     s = {"w_max": w_max, **WINDOW, "g_min": 0.0, **MAPPINGS[mapping], **NOISE, "seed": SEED}
     s |= {"sigma_g": 0.3e-6, "exponent": exponent}
-    g, variance = ops.program(weight, **s)
+    g, variance = ops.program(weight, **told(s))
     expected, expected_variance = reference.program(weight, **s)
     assert_programmed(g, expected, s)
     scale = expected_variance.max()
@@ -162,7 +170,11 @@ def test_results_do_not_depend_on_threads():
     results = []
     for threads in (1, 2):
         set_threads(threads)
-        results.append(ops.program(weight, w_max=w_max, sigma_g=1e-7, **WINDOW, **NOISE, seed=SEED))
+        results.append(
+            ops.program(
+                weight, w_max=w_max, sigma_g=1e-7, programming=Programming(**NOISE), seed=SEED, **WINDOW
+            )
+        )
     np.testing.assert_array_equal(results[0], results[1])
 
 
@@ -172,8 +184,11 @@ def test_moments_of_the_draws():
     weight = np.full((1, n, n), 0.5, np.float32)
     s = {"w_max": np.ones(1, np.float32), **WINDOW, "seed": SEED}
     target = G_MIN + 0.5 * RANGE
-    write = ops.program(weight, write_noise=2e-7, **s)[0].astype(np.float64) - target
-    spread = ops.program(weight, device_spread=0.1, **s)[0].astype(np.float64) / target - 1
+    write = ops.program(weight, programming=Programming(write_noise=2e-7), **s)[0].astype(np.float64) - target
+    spread = (
+        ops.program(weight, programming=Programming(device_spread=0.1), **s)[0].astype(np.float64) / target
+        - 1
+    )
     for z, deviation in ((write, 2e-7), (spread, 0.1)):
         assert z.mean() == pytest.approx(0, abs=4 * deviation / n)
         assert z.std() == pytest.approx(deviation, rel=4 / np.sqrt(2) / n)
@@ -181,7 +196,7 @@ def test_moments_of_the_draws():
         for shifted in (np.roll(z, 1, 0), np.roll(z, 1, 1), np.roll(z, 4, 1)):
             assert abs(np.corrcoef(z.ravel(), shifted.ravel())[0, 1]) < 4 / n
     assert abs(np.corrcoef(write.ravel(), spread.ravel())[0, 1]) < 4 / n
-    stuck = ops.program(weight, stuck_at_g_min=0.1, stuck_at_g_max=0.2, **s)
+    stuck = ops.program(weight, programming=Programming(stuck_at_g_min=0.1, stuck_at_g_max=0.2), **s)
     for value, rate in ((G_MIN, 0.1), (G_MAX, 0.2)):
         found = (stuck[0] == np.float32(value)).mean()
         assert found == pytest.approx(rate, abs=4 * np.sqrt(rate * (1 - rate)) / n)
@@ -195,7 +210,7 @@ def test_spread_and_stuck_cells_are_of_the_device_and_noise_of_the_step():
     device = {"device_spread": 0.1, "stuck_at_g_min": 0.1}
 
     def same(a, b):
-        return np.array_equal(ops.program(weight, **s, **a), ops.program(weight, **s, **b))
+        return np.array_equal(*(ops.program(weight, **s, **told(each)) for each in (a, b)))
 
     assert same({**device, "step": 1}, {**device, "step": 2})
     assert not same({**device, "seed": 1}, {**device, "seed": 2})
@@ -270,7 +285,7 @@ class Array:
         before = self.g.copy()
         self.g[...] = np.nan
         s = {**WINDOW, "write_noise": 1e-7, "seed": SEED, "write_step": self.write_step} | s
-        ops.reprogram(weight, self.g, self.w_max, self.state, self.noise_var, **s)
+        ops.reprogram(weight, self.g, self.w_max, self.state, self.noise_var, **told(s))
         if not np.isnan(self.g).any():
             return True
         assert np.isnan(self.g).all()
@@ -303,7 +318,7 @@ def test_reprogram_is_program_of_the_largest_weights(scale, full_weight, varianc
     np.testing.assert_array_equal(array.w_max, w_max)
     version = reference.fingerprint(weight) + 3
     np.testing.assert_array_equal(array.state, version)
-    expected = ops.program(weight, w_max=w_max, **WINDOW, **s, seed=SEED, step=version & 0xFFFFFFFF)
+    expected = ops.program(weight, w_max=w_max, **WINDOW, **told(s), seed=SEED, step=version & 0xFFFFFFFF)
     if variance:
         np.testing.assert_array_equal(array.noise_var, expected[1])
     np.testing.assert_array_equal(array.g, expected[0] if variance else expected)
@@ -417,11 +432,7 @@ BAD = {
     "levels": ({"levels": 1}, ValueError, "`levels` must be 2 to 65536 with merge='none', got 1; None is continuous"),
     "middle": ({"levels": 2, "merge": "offset"}, ValueError, "`levels` must be 3 to 65536 with merge='offset', got 2; None"),
     "digits": ({"levels": 5, "slice_bits": 2}, ValueError, r"`levels` must be 2\*\*slice_bits = 4 for sliced weights, got 5; leave"),
-    "noise-curve": ({"write_noise_curve": -1e-6}, ValueError, "`write_noise_slope` and `write_noise_curve` must leave a write noise of at least 0, got -1e-06 S at g = 1 g_max; it is"),
-    "noise": ({"write_noise": -1e-6}, ValueError, "`write_noise` must be at least 0, got -1e-06 S; 0 switches it off"),
-    "spread": ({"device_spread": float("nan")}, ValueError, "`device_spread` must be at least 0, got nan; 0 switches it off"),
     "sigma": ({"sigma_g": float("inf")}, ValueError, "`sigma_g` must be at least 0, got inf S; 0 switches it off"),
-    "stuck": ({"stuck_at_g_min": 0.6, "stuck_at_g_max": 0.5}, ValueError, "`stuck_at_g_max` must be shares .* got 0.6 and 0.5; give rates"),
     "exponent": ({"exponent": 5.0}, ValueError, "`exponent` must be 0 to 4, got 5; 0.5 is the square-root law"),
 }  # fmt: skip
 BAD_PROGRAM = {
@@ -464,3 +475,17 @@ def test_reprogram_names_bad_input_and_changes_nothing(name):
         ops.reprogram(**values)
     for key, kept in before.items():
         np.testing.assert_array_equal({**GOOD_REPROGRAM, **change}[key], kept)
+
+
+@pytest.mark.parametrize(
+    ("writes", "text"),
+    [
+        ({"write_noise": -1e-6}, "`write_noise` must be a finite number of at least 0, got -1e-06"),
+        ({"write_noise_curve": -1e-6}, "at least 0 for r of 0 to 1, got -1e-06 S at r = 1; it is a standard deviation"),
+        ({"device_spread": np.nan}, "`device_spread` must be a finite number of at least 0, got nan"),
+        ({"stuck_at_g_min": 0.6, "stuck_at_g_max": 0.5}, r"must be at most 1, got 0\.6 \+ 0\.5; they are shares of the cells"),
+    ],
+)  # fmt: skip
+def test_impossible_writes_are_named(writes, text):
+    with pytest.raises(SpecError, match=f"Programming: .*{text}"):
+        Programming(**writes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_shim import REVERSE, ShimDevice
-from test_carry import LIES, RANGE, SEED, STUCK, WINDOW, carrying, cells, dumped, from_digits, lie, units_of
+from test_carry import LIES, RANGE, SEED, STUCK, cells, from_digits, lie, pairs_of, units_of
 from test_in_situ_devices import train
 from torch import nn
 
@@ -42,15 +42,9 @@ def lines(batch, groups, inputs, outputs, seed=0):
     return x, rng.normal(0, 0.1, (batch, groups * outputs)).astype(np.float32)
 
 
-def small(s, pulses, wanted):
+def small(s, slices, pulses, wanted):
     """The rate at which an input and an error of 1 want so many pulses of both sides of a lowest pair of w_max = 1."""
-    return (
-        wanted
-        * 2
-        / pulses
-        * s["carry"].window(s["slice_bits"])
-        / (2.0 ** (s["slices"] * s["slice_bits"]) - 1)
-    )
+    return wanted * 2 / pulses * s["carry"].window(s["slice_bits"]) / (2.0 ** (slices * s["slice_bits"]) - 1)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=IDS)
@@ -60,30 +54,27 @@ def test_updates_match_the_oracle(shape, law, mode, worn, device):
     s, groups, inputs, outputs = periodic(shape), 2, 5, 37 if device is None else 20
     x, d = lines(9, groups, inputs, outputs)
     w_max = np.random.default_rng(1).uniform(0.5, 2.0, groups * outputs).astype(np.float32)
-    more = {
-        "rate": small(s, law.nominal_pulses, 5.0), "train": PulseTrain(mode=mode), "law": law, "w_max": w_max, "groups": groups,
-        **WINDOW, **STUCK, "seed": SEED, "step": 9, **s,
-    }  # fmt: skip
-    g = cells(2 * s["slices"], groups * inputs, outputs)
+    how = {"rate": small(s, shape[0], law.nominal_pulses, 5.0), "groups": groups}
+    g, train = cells(2 * shape[0], groups * inputs, outputs), PulseTrain(mode=mode)
     count = np.where(cells(*g.shape, seed=3) < 1.5e-6, -5, 4).astype(np.int32) if worn else None
-    if worn:
-        more["endurance"] = Endurance(pulses=10, spread=0.5, failed="g_max")
+    limit = Endurance(pulses=10, spread=0.5, failed="g_max") if worn else None
     before, taken = g.copy(), None if count is None else count.copy()
-    expected, weights = reference.pulse_update(g, x, d, pulse_count=count, **dumped(more))
-    read = ops.pulse_update(g, x, d, pulse_count=taken, device=device, **more)
+    pairs = pairs_of(g, s, law, endurance=limit, pulse_count=taken, seed=SEED, **STUCK)
+    at, plain = {"w_max": w_max, "step": 9}, {**pairs.plain, "pulse_count": count}
+    expected, weights = reference.pulse_update(g, x, d, train=train.model_dump(), **plain, **how, **at)
+    read = ops.pulse_update(pairs, x, d, train=train, device=device, **how, **at)
     np.testing.assert_allclose(g, expected, rtol=0, atol=3e-6 * RANGE)
     if worn:
         np.testing.assert_array_equal(taken, count)
     top = s["carry"].window(shape[1]) / 2.0 ** shape[1]  # in w_max, of the highest slice
     np.testing.assert_allclose(read, weights, rtol=0, atol=2e-6 * 2 * top)
-    moved = (g != before).reshape(2, s["slices"], -1).mean(2)
+    moved = (g != before).reshape(2, shape[0], -1).mean(2)
     assert moved[0, 0] > 0.3
     assert (moved[1, 0] > 0.3) == (law.sides != "reference")
     assert not moved[:, 1:].any()
     # and as the other update reads them
-    rest = {k: v for k, v in more.items() if k not in ("rate", "train", "groups")}
     still = np.zeros((groups, outputs, inputs), np.float32)
-    again = ops.device_update(g, still, pulse_count=taken, device=device, **rest)
+    again = ops.device_update(pairs, still, device=device, **at)
     np.testing.assert_array_equal(again, read)
 
 
@@ -92,18 +83,15 @@ def test_a_map_says_which_devices_they_are(mode):
     s, law = periodic((3, 2, 2)), ConstantStep(pulses=200, step_spread=0.3, high_spread=0.1)
     g, (x, d) = cells(6, 5, 7), lines(9, 1, 5, 7)
     devices = ops.draw_device_map(law, g.shape, seed=SEED)
-    more = {
-        "rate": small(s, 200, 5.0),
-        "train": PulseTrain(mode=mode),
-        "law": law,
-        "w_max": np.ones(7, np.float32),
-        **WINDOW,
-        **s,
-    }
+    how = {"rate": small(s, 3, 200, 5.0), "train": PulseTrain(mode=mode), "w_max": np.ones(7, np.float32)}
     drawn, mapped, kernel = g.copy(), g.copy(), g.copy()
-    ops.pulse_update(drawn, x, d, seed=SEED, **more)
-    ops.pulse_update(mapped, x, d, seed=SEED, device_map=devices, **more)
-    ops.pulse_update(kernel, x, d, seed=SEED, device_map=devices, device=DEVICES[1], **more)
+    for each, known, device in (
+        (drawn, None, None),
+        (mapped, devices, None),
+        (kernel, devices, DEVICES[1]),
+    ):
+        pairs = pairs_of(each, s, law, device_map=known, seed=SEED)
+        ops.pulse_update(pairs, x, d, device=device, **how)
     np.testing.assert_allclose(mapped, drawn, rtol=0, atol=1e-3 * RANGE)  # halves
     np.testing.assert_allclose(kernel, mapped, rtol=0, atol=1e-6 * RANGE)
     assert np.abs(drawn - g).max() > 0.02 * RANGE
@@ -115,17 +103,10 @@ def test_the_lowest_pair_moves_as_a_pair_alone(mode, device):
     """To the bit, noise of the cycle included, at a rate that wants as many pulses."""
     s, slices, law = periodic((3, 2, 2)), 3, ConstantStep(pulses=200, cycle=0.3, asymmetry=0.1)
     g, (x, d) = cells(6, 5, 7), lines(9, 1, 5, 7)
-    more = {
-        "train": PulseTrain(mode=mode),
-        "law": law,
-        "w_max": np.ones(7, np.float32),
-        **WINDOW,
-        "seed": SEED,
-        "device": device,
-    }
-    pair, sliced = g[::slices].copy(), g.copy()
-    alone = ops.pulse_update(pair, x, d, rate=small(s, 200, 5.0) * 63 / 15, **more)
-    read = ops.pulse_update(sliced, x, d, rate=small(s, 200, 5.0), **more, **s)
+    how = {"train": PulseTrain(mode=mode), "w_max": np.ones(7, np.float32), "device": device}
+    pair, sliced, rate = g[::slices].copy(), g.copy(), small(s, 3, 200, 5.0)
+    alone = ops.pulse_update(pairs_of(pair, {}, law, seed=SEED), x, d, rate=rate * 63 / 15, **how)
+    read = ops.pulse_update(pairs_of(sliced, s, law, seed=SEED), x, d, rate=rate, **how)
     np.testing.assert_array_equal(sliced[::slices], pair)
     # a weight of 1 is 63 units, a pair alone 15 of them
     others = units_of(np.where(np.isin(np.arange(6), (0, 3))[:, None, None], 0, g), s)
@@ -140,16 +121,16 @@ def test_a_pulse_is_a_part_of_a_unit_and_a_carry_keeps_it():
     g = from_digits(np.zeros((3, 5, 7)), s)
     x, d = np.ones((4, 5), np.float32), np.ones((4, 7), np.float32)
     d[:, 0], d[:, 1] = -1, 0
-    more = {"rate": small(s, 300, 6.0), "train": train, "law": law, "w_max": w_max, **WINDOW, **s}
+    pairs, how = pairs_of(g, s, law), {"rate": small(s, 3, 300, 6.0), "train": train, "w_max": w_max}
     total = np.broadcast_to([1.0, 0, -1, -1, -1, -1, -1], (5, 7)) * 2 * 24 * 15 / 300
-    read = ops.pulse_update(g, x, d, **more)
+    read = ops.pulse_update(pairs, x, d, **how)
     np.testing.assert_allclose(units_of(g, s), total, atol=1e-4)
     np.testing.assert_allclose(read[0].T, total / 63, atol=2e-6)
     for updates in range(1, 8):
         before = units_of(g, s)
-        ops.carry(g, **carrying(s, updates=64 * updates))
+        ops.carry(pairs, updates=64 * updates)
         np.testing.assert_allclose(units_of(g, s), before, atol=2e-4)
-        ops.pulse_update(g, x, d, **more)
+        ops.pulse_update(pairs, x, d, **how)
     np.testing.assert_allclose(units_of(g, s), 8 * total, atol=2e-3)
     assert np.abs(8 * total).max() > 15  # more than the lowest slice holds
 
@@ -160,8 +141,8 @@ def changes(mode, seed, copies=3000):
     g = from_digits(np.zeros((3, copies, 1)), s)
     x, d = (np.full((4, copies), value, np.float32) for value in (0.7, -0.5))
     w = ops.pulse_update(
-        g, x, d, rate=small(s, 1000, 5.0), train=PulseTrain(mode=mode), law=law, w_max=np.ones(copies, np.float32),
-        groups=copies, **WINDOW, seed=seed, **s,
+        pairs_of(g, s, law, seed=seed), x, d, rate=small(s, 3, 1000, 5.0), train=PulseTrain(mode=mode),
+        w_max=np.ones(copies, np.float32), groups=copies,
     )  # fmt: skip
     return 63 * w.ravel().astype(np.float64) * 1000 / 15 / 2
 
@@ -265,32 +246,22 @@ def test_opcheck():
     spec = layer_of(**EVERYTHING).spec.model_dump_json()
     g = torch.from_numpy(cells(8, 5, 6))
     count = torch.zeros(8, 5, 6, dtype=torch.int32)
-    args = (
-        g,
-        torch.randn(4, 5),
-        torch.randn(4, 6),
-        torch.ones(6),
-        torch.ones(1, dtype=torch.int64),
-        0.1,
-        1,
-        spec,
-        3,
-        count,
-    )
+    lines = (torch.randn(4, 5), torch.randn(4, 6), torch.ones(6), torch.ones(1, dtype=torch.int64), 0.1, 1)
+    args = (g, None, count, None, spec, 3, *lines)
     torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, args)
 
 
 def test_what_trains_cannot_do_is_named():
-    s = {"rate": 0.1, "train": PulseTrain(), "law": CONSTANT, "w_max": np.ones(4, np.float32), **WINDOW}
-    g, x, d = np.full((6, 3, 4), 5e-6, np.float32), np.ones((2, 3), np.float32), np.ones((2, 4), np.float32)
+    how = {"rate": 0.1, "train": PulseTrain(), "w_max": np.ones(4, np.float32)}
+    x, d = np.ones((2, 3), np.float32), np.ones((2, 4), np.float32)
+    pairs = pairs_of(np.full((6, 3, 4), 5e-6, np.float32), lie(3, 2, 2), CONSTANT)
     text = r"`carry\.scheme` must be periodic with pulse trains, got 'accumulate': coincidences count a product out"
-    with pytest.raises(ValueError, match="pulse_update: " + text):
-        ops.pulse_update(g, x, d, **lie(3, 2, 2), **s)
-    with pytest.raises(ValueError, match=r"pulse_update: `g` must have shape \(8, 3, 4\) for x"):
-        ops.pulse_update(g, x, d, **periodic((4, 2, 2)), **s)
+    with pytest.raises(ValueError, match="^pulse_update: " + text):
+        ops.pulse_update(pairs, x, d, **how)
+    assert (pairs.g == np.float32(5e-6)).all()
+    pairs = pairs_of(np.full((6, 4, 3), 5e-6, np.float32), periodic((3, 2, 2)), CONSTANT)
     with pytest.raises(
-        ValueError,
-        match=r"pulse_update: `slices` must be 1, or at least 2 .* got 3 with slice_bits=2 and no carry",
+        ValueError, match=r"^pulse_update: `g` must have shape \(6, 3, 4\) for x .* got \(6, 4, 3\)"
     ):
-        ops.pulse_update(g, x, d, slices=3, slice_bits=2, **s)
-    assert (g == np.float32(5e-6)).all()
+        ops.pulse_update(pairs, x, d, **how)
+    assert (pairs.g == np.float32(5e-6)).all()

@@ -28,6 +28,7 @@ from gpuxbar.spec import (
     NeuroSim,
     PiecewiseStep,
     PowerStep,
+    Programming,
     PulseTrain,
     SoftBounds,
     SpecError,
@@ -76,13 +77,11 @@ SHAPES = [(1, 1, 1, 1), (5, 2, 37, 71), (3, 1, 70, 36)]
 def assert_matches_oracle(law, train, shape, device=None, rate=0.1):
     batch, groups, *_ = shape
     g, x, d, w_max = case(*shape)
-    s = {
-        "rate": rate, "w_max": w_max, "groups": groups, **WINDOW, "stuck_at_g_min": 0.05, "stuck_at_g_max": 0.03,
-        "seed": SEED, "step": 9,
-    }  # fmt: skip
-    cells, weights = reference.pulse_update(g, x, d, law=law.model_dump(), train=train.model_dump(), **s)
-    new = g.copy()
-    read = ops.pulse_update(new, x, d, law=law, train=train, device=device, **s)
+    new, how = g.copy(), {"rate": rate, "w_max": w_max, "groups": groups, "step": 9}
+    stuck = Programming(stuck_at_g_min=0.05, stuck_at_g_max=0.03)
+    pairs = ops.Pairs(new, law=law, programming=stuck, seed=SEED, **WINDOW)
+    cells, weights = reference.pulse_update(g, x, d, train=train.model_dump(), **pairs.plain, **how)
+    read = ops.pulse_update(pairs, x, d, train=train, device=device, **how)
     # float32 arithmetic of about ten operations a sample; NeuroSim's labels go through a fit of 1e-5
     atol = (1e-5 if law.law == "neurosim" else 3e-6) * (G_MAX - G_MIN)
     np.testing.assert_allclose(new, cells, rtol=0, atol=atol)
@@ -127,13 +126,10 @@ def test_kernel_gives_the_same_bits_in_every_thread_order(law, train, order):
     g, x, d, w_max = case(35, 2, 45, 68)
     results = []
     for device in (ShimDevice(), ShimDevice(order, workspace=1)):
-        cells = g.copy()
+        pairs = ops.Pairs(g.copy(), law=LAWS[law], **WINDOW)
         step = np.full(1, 9) if device.order else 9  # by value, or from memory
-        read = ops.pulse_update(
-            cells, x, d, rate=0.1, law=LAWS[law], train=TRAINS[train], w_max=w_max, groups=2, **WINDOW, step=step,
-            device=device,
-        )  # fmt: skip
-        results.append((cells, read))
+        how = {"rate": 0.1, "w_max": w_max, "groups": 2, "step": step, "device": device}
+        results.append((pairs.g, ops.pulse_update(pairs, x, d, train=TRAINS[train], **how)))
         assert device.launches == ["pulse_trains", "pulse_update"]
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
@@ -156,11 +152,9 @@ def test_the_same_bits_on_any_number_of_threads():
         results = []
         for threads in (1, 2):
             set_threads(threads)
-            cells = g.copy()
-            read = ops.pulse_update(
-                cells, x, d, rate=0.1, law=LAWS[law], train=TRAINS[train], w_max=w_max, groups=2, **WINDOW
-            )
-            results.append((cells, read))
+            pairs = ops.Pairs(g.copy(), law=LAWS[law], **WINDOW)
+            read = ops.pulse_update(pairs, x, d, rate=0.1, train=TRAINS[train], w_max=w_max, groups=2)
+            results.append((pairs.g, read))
         np.testing.assert_array_equal(results[0][0], results[1][0])
         np.testing.assert_array_equal(results[0][1], results[1][1])
 
@@ -190,18 +184,18 @@ def test_images_pulse_as_their_patches(geometry, train):
     conv = GEOMETRIES[geometry]
     g, x, d, w_max = images(conv)
     patches, errors = reference.unfold(x, conv), d.transpose(0, 2, 3, 1).reshape(-1, d.shape[1]).copy()
-    s = {"rate": 0.1, "w_max": w_max, "groups": 2, **WINDOW, "seed": SEED, "step": 9}
+    made, how = {**WINDOW, "seed": SEED}, {"rate": 0.1, "w_max": w_max, "groups": 2, "step": 9}
     law, train = CONSTANT, TRAINS[train]
     expected, _ = reference.pulse_update(
-        g, x, d, law=law.model_dump(), train=train.model_dump(), conv=conv, **s
+        g, x, d, law=law.model_dump(), train=train.model_dump(), conv=conv, **made, **how
     )
     for device in (None, ShimDevice(order=11)):
-        cells, alike = g.copy(), g.copy()
-        ops.pulse_update(cells, x, d, law=law, train=train, conv=conv, device=device, **s)
-        ops.pulse_update(alike, patches, errors, law=law, train=train, device=device, **s)
-        np.testing.assert_array_equal(cells, alike)
-        np.testing.assert_allclose(cells, expected, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
-    assert (cells != g).mean() > 0.1
+        pairs, alike = (ops.Pairs(g.copy(), law=law, **made) for _ in range(2))
+        ops.pulse_update(pairs, x, d, train=train, conv=conv, device=device, **how)
+        ops.pulse_update(alike, patches, errors, train=train, device=device, **how)
+        np.testing.assert_array_equal(pairs.g, alike.g)
+        np.testing.assert_allclose(pairs.g, expected, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
+    assert (pairs.g != g).mean() > 0.1
 
 
 @pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "kernel"])
@@ -215,9 +209,12 @@ def test_rare_pulses_are_not_lost(device):
     x[:, 0], d = 1, np.full((batch, 1), 31, np.float32)
     law = ConstantStep(pulses=2**14, sides="reference")
     g = np.full((2, lines, 1), (G_MIN + G_MAX) / 2, np.float32)
-    s = {"rate": 2.0**-14, "w_max": np.ones(1, np.float32), **WINDOW, "seed": SEED}
-    cells, weights = reference.pulse_update(g, x, d, law=law.model_dump(), train=train.model_dump(), **s)
-    read = ops.pulse_update(g, x, d, law=law, train=train, device=device, **s)
+    pairs, how = (
+        ops.Pairs(g, law=law, seed=SEED, **WINDOW),
+        {"rate": 2.0**-14, "w_max": np.ones(1, np.float32)},
+    )
+    _, weights = reference.pulse_update(g, x, d, train=train.model_dump(), **pairs.plain, **how)
+    read = ops.pulse_update(pairs, x, d, train=train, device=device, **how)
     pulses, wanted = (np.rint(w[0, 0] * law.pulses) for w in (read, weights))
     np.testing.assert_array_equal(pulses, wanted)
     assert -pulses[0] == 31 * batch
@@ -284,9 +281,10 @@ def changes(train, x, d, *, rate=0.01, law=None, copies=4000, batch=1, seed=1):
     # each pair is a group of its own: no two share a line
     g = np.full((2, copies, 1), (G_MIN + G_MAX) / 2, np.float32)
     xs, ds = (np.broadcast_to(np.float32(v), (batch, copies)).copy() for v in (x, d))
+    pairs = ops.Pairs(g, law=law, seed=seed, **WINDOW)
     w = ops.pulse_update(
-        g, xs, ds, rate=rate, train=train, law=law, w_max=np.ones(copies, np.float32), groups=copies, **WINDOW, seed=seed
-    )  # fmt: skip
+        pairs, xs, ds, rate=rate, train=train, w_max=np.ones(copies, np.float32), groups=copies
+    )
     return w.ravel().astype(np.float64) * law.pulses / (2 if law.sides == "both" else 1)
 
 
@@ -335,11 +333,9 @@ def test_counted_is_the_sequence_without_noise():
     ):
         results = []
         for mode in ("exact", "aggregated"):
-            cells = g.copy()
-            ops.pulse_update(
-                cells, x, d, rate=0.05, law=law, train=PulseTrain(mode=mode), w_max=w_max, **WINDOW, seed=SEED
-            )
-            results.append(cells)
+            pairs = ops.Pairs(g.copy(), law=law, seed=SEED, **WINDOW)
+            ops.pulse_update(pairs, x, d, rate=0.05, train=PulseTrain(mode=mode), w_max=w_max)
+            results.append(pairs.g)
         assert np.abs(results[0] - g).max() > 0.01 * (G_MAX - G_MIN)
         # float32 rounding of 40 conductances
         np.testing.assert_allclose(results[0], results[1], rtol=0, atol=40 * 1e-7 * (G_MAX - G_MIN))
@@ -363,7 +359,8 @@ def test_soft_bounds_do_not_commute():
     for signs in ((1, -1), (-1, 1)):
         g = np.full((2, 1, 1), G_MIN + 0.4 * (G_MAX - G_MIN), np.float32)
         x, d = np.ones((2, 1), np.float32), np.array(signs, np.float32)[:, None]
-        ops.pulse_update(g, x, d, rate=1.0, train=train, law=law, w_max=np.ones(1, np.float32), **WINDOW)
+        pairs = ops.Pairs(g, law=law, **WINDOW)
+        ops.pulse_update(pairs, x, d, rate=1.0, train=train, w_max=np.ones(1, np.float32))
         ends.append(float(g[0, 0, 0]))
     assert abs(ends[0] - ends[1]) > 1e-3 * (G_MAX - G_MIN)
 
@@ -371,13 +368,13 @@ def test_soft_bounds_do_not_commute():
 @pytest.mark.parametrize("train", TRAINS)
 def test_zeros_fire_no_pulses(train):
     g, x, d, w_max = case(4, 1, 20, 30)
-    before = g.copy()
-    s = {"rate": 10.0, "train": TRAINS[train], "law": CONSTANT, "w_max": w_max, **WINDOW}
+    before, pairs = g.copy(), ops.Pairs(g, law=CONSTANT, **WINDOW)
+    s = {"rate": 10.0, "train": TRAINS[train], "w_max": w_max}
     for inputs, errors in ((x * 0, d), (x, d * 0)):
-        ops.pulse_update(g, inputs, errors, **s)
+        ops.pulse_update(pairs, inputs, errors, **s)
         np.testing.assert_array_equal(g, before)
     x[:, 3], d[:, 5] = 0, 0
-    ops.pulse_update(g, x, d, **s)
+    ops.pulse_update(pairs, x, d, **s)
     np.testing.assert_array_equal(g[:, 3], before[:, 3])
     np.testing.assert_array_equal(g[:, :, 5], before[:, :, 5])
     assert (g != before).any()
@@ -387,7 +384,8 @@ def test_zeros_fire_no_pulses(train):
 def test_nothing_to_pulse(shape):
     g, x, d, w_max = case(*shape)
     before = g.copy()
-    read = ops.pulse_update(g, x, d, rate=0.1, train=PulseTrain(), law=CONSTANT, w_max=w_max, **WINDOW)
+    pairs = ops.Pairs(g, law=CONSTANT, **WINDOW)
+    read = ops.pulse_update(pairs, x, d, rate=0.1, train=PulseTrain(), w_max=w_max)
     assert read.shape == (1, shape[3], shape[2])
     np.testing.assert_array_equal(g, before)
     if read.size:
@@ -396,15 +394,14 @@ def test_nothing_to_pulse(shape):
 
 
 GOOD = {
-    "g": np.full((2, 3, 4), 5e-6, np.float32), "x": np.ones((2, 3), np.float32), "d": np.ones((2, 4), np.float32),
-    "rate": 0.1, "train": PulseTrain(), "law": CONSTANT, "w_max": np.ones(4, np.float32),
+    "x": np.ones((2, 3), np.float32), "d": np.ones((2, 4), np.float32), "rate": 0.1, "train": PulseTrain(),
+    "w_max": np.ones(4, np.float32),
 }  # fmt: skip
 BAD = {
     "dtype": ({"x": np.ones((2, 3))}, TypeError, "`x` must be an array of float32, got float64"),
     "shape": ({"d": np.ones((3, 4), np.float32)}, ValueError, r"`d` must have shape \(2, 4\)"),
     "groups": ({"groups": 2}, ValueError, "`groups` must divide the inputs and the outputs, got 2 for 3"),
     "rate": ({"rate": 0.0}, ValueError, "`rate` must be above 0, got 0; give the learning rate"),
-    "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max, got 1e-06 S and 1e-07 S"),
     "images": (
         {"conv": ConvGeometry(1, 2, 2, (1, 3), padding=(0, 1)), "x": np.ones((2, 1, 2, 3), np.float32),
          "d": np.ones((2, 4, 2, 2), np.float32)}, ValueError,
@@ -419,7 +416,8 @@ BAD = {
     "infinity": ({"x": np.full((2, 3), np.inf, np.float32)}, ValueError, "`x` must be finite, got 6 NaN or inf"),
     "ideal": ({"law": Ideal()}, ValueError, "`law` must be one with pulses to follow a pulse train, got ideal"),
     "write-noise": (
-        {"law": ConstantStep(write_noise=1e-7)}, ValueError, "`write_noise` must be 0 S with pulse trains, got 1e-07 S",
+        {"law": ConstantStep(write_noise=1e-7), "g_held": np.full((2, 3, 4), 5e-6, np.float32)}, ValueError,
+        "`write_noise` must be 0 S with pulse trains, got 1e-07 S",
     ),
     "order": (
         {"law": SoftBounds(), "train": PulseTrain(mode="aggregated")}, ValueError,
@@ -435,11 +433,12 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named_and_changes_nothing(name):
     change, error, text = BAD[name]
-    values = {**GOOD, **WINDOW, **change}
-    before = values["g"].copy()
-    with pytest.raises(error, match=text):
-        ops.pulse_update(values.pop("g"), values.pop("x"), values.pop("d"), **values)
-    np.testing.assert_array_equal(GOOD["g"], before)
+    values = {**GOOD, **change}
+    law, held = values.pop("law", CONSTANT), values.pop("g_held", None)
+    pairs = ops.Pairs(np.full((2, 3, 4), 5e-6, np.float32), law=law, g_held=held, **WINDOW)
+    with pytest.raises(error, match=f"^pulse_update: .*{text}"):
+        ops.pulse_update(pairs, **values)
+    assert (pairs.g == np.float32(5e-6)).all()
 
 
 def test_a_spec_refuses_trains_its_law_cannot_follow():
@@ -503,12 +502,13 @@ def test_images_of_several_sizes_add_up():
     lines = [layer.as_lines(x, d) for x, d in layer.streams.pairs]
     x, d = (torch.cat(parts).numpy() for parts in zip(*lines, strict=True))
     assert x.shape == (2 * (25 + 16), 18)
-    cells = layer.g_cells.numpy().copy()
-    ops.pulse_update(
-        cells, x, d, rate=0.05, train=layer.spec.pulses, law=layer.spec.update, w_max=layer.w_max.numpy(),
-        g_min=layer.spec.device.g_min, g_max=layer.spec.device.g_max, seed=layer.plan.seed,
-        step=layer.update_step.item(),
+    cells, spec = layer.g_cells.numpy().copy(), layer.spec
+    pairs = ops.Pairs(
+        cells, law=spec.update, g_min=spec.device.g_min, g_max=spec.device.g_max, seed=layer.plan.seed
     )  # fmt: skip
+    ops.pulse_update(
+        pairs, x, d, rate=0.05, train=spec.pulses, w_max=layer.w_max.numpy(), step=layer.update_step.item()
+    )
     before = layer.g_cells.clone()
     optimiser.step()
     np.testing.assert_array_equal(layer.g_cells.numpy(), cells)
@@ -700,9 +700,11 @@ def test_a_copied_layer_is_of_no_group_of_processes():
 
 def test_a_rate_of_numpy_is_as_one_of_python():
     g, x, d, w_max = case(3, 1, 9, 7)
-    s = {"train": PulseTrain(), "law": LAWS["constant"], "w_max": w_max, **WINDOW, "seed": SEED}
+    made = {"law": LAWS["constant"], **WINDOW, "seed": SEED}
+    s = {"train": PulseTrain(), "w_max": w_max}
     read = [
-        ops.pulse_update(g.copy(), x, d, rate=rate, **s) for rate in (0.03, np.float64(0.03), np.array(0.03))
+        ops.pulse_update(ops.Pairs(g.copy(), **made), x, d, rate=rate, **s)
+        for rate in (0.03, np.float64(0.03), np.array(0.03))
     ]
     for weights in read[1:]:
         np.testing.assert_array_equal(weights, read[0])

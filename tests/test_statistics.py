@@ -16,7 +16,7 @@ from gpuxbar.launch import set_threads
 from gpuxbar.mapping import Planes, plan_reads
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.spec import Agarwal, NeuroSim, SoftBounds
+from gpuxbar.spec import Agarwal, NeuroSim, Programming, SoftBounds
 
 SEED = 2**40 + 99  # above 2**32 on purpose
 ERRORS = 4.5  # standard errors allowed: one in 150,000 a bound
@@ -44,7 +44,7 @@ def state_dependent(seed=SEED, step=0):
 def programmed(seed=SEED, step=0, plane=0, **settings):
     """Conductances of one side of a pair after writing the smallest weight, over g_min, less 1."""
     weight, w_max = np.zeros((1, COLS, ROWS), np.float32), np.ones(1, np.float32)
-    g = ops.program(weight, w_max=w_max, **WINDOW, **settings, seed=seed, step=step)
+    g = ops.program(weight, w_max=w_max, **WINDOW, programming=Programming(**settings), seed=seed, step=step)
     return g[plane] / WINDOW["g_min"] - 1
 
 
@@ -60,7 +60,8 @@ def cycle(seed=SEED, step=0, plane=0, law=None, deviation=0.1**0.5 / 100):
     """Noise of an update by a tenth of the window from its middle; the two sides of a pair move apart."""
     g = np.full((2, ROWS, COLS), 5.5e-6, np.float32)
     dw = np.full((1, COLS, ROWS), 0.2, np.float32)
-    ops.device_update(g, dw, law=law or Agarwal(gamma=0.01), w_max=np.ones(COLS, np.float32), **WINDOW, seed=seed, step=step)  # fmt: skip
+    pairs = ops.Pairs(g, law=law or Agarwal(gamma=0.01), seed=seed, **WINDOW)
+    ops.device_update(pairs, dw, w_max=np.ones(COLS, np.float32), step=step)
     share = (g[plane].astype(np.float64) - WINDOW["g_min"]) / 9e-6
     return (share - (0.4 if plane else 0.6)) / deviation
 
@@ -257,7 +258,8 @@ def test_spread_of_the_update_is_of_the_device_and_direction(law):
     def moved(sign, step=0):
         g = np.full((2, 500, COLS), 5.5e-6, np.float32)
         dw = np.full((1, COLS, 500), 0.4 * sign, np.float32)
-        ops.device_update(g, dw, law=law, w_max=np.ones(COLS, np.float32), **WINDOW, seed=SEED, step=step)
+        pairs = ops.Pairs(g, law=law, seed=SEED, **WINDOW)
+        ops.device_update(pairs, dw, w_max=np.ones(COLS, np.float32), step=step)
         change = g.astype(np.float64) - 5.5e-6
         return [(plane - plane.mean()) / plane.std() for plane in change]
 

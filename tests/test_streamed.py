@@ -17,13 +17,11 @@ from test_carry import (
     RANGE,
     SEED,
     STUCK,
-    WINDOW,
-    carrying,
     cells,
     digits_of,
-    dumped,
     from_digits,
     lie,
+    pairs_of,
     units_of,
 )
 from test_pulse_slices import layer_on, trained_and_resumed
@@ -34,7 +32,7 @@ from gpuxbar import ops, reference
 from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.spec import Agarwal, Carry, ConstantStep, Endurance, Ideal, SoftBounds
+from gpuxbar.spec import Agarwal, ConstantStep, Endurance, Ideal, SoftBounds
 
 DEVICES = [
     None,
@@ -60,13 +58,13 @@ def streamed(shape, input_bits, **rule):
     return lie(*shape, scheme="streamed", input_bits=input_bits, **rule)
 
 
-def exact(s, batch, groups, inputs, outputs, seed=0):
+def exact(s, slices, batch, groups, inputs, outputs, seed=0):
     """Inputs of whole codes, a sixteenth each, half of it but in the first group, and errors and full weights that ask for powers of two of units.
 
     At a rate of 1/2 a stream asks for a full weight at most, and of some outputs for digits of every slice.
     """
     rng = np.random.default_rng(seed)
-    bits, most = s["slices"] * s["slice_bits"], 2 ** s["carry"].input_bits - 1
+    bits, most = slices * s["slice_bits"], 2 ** s["carry"].input_bits - 1
     x = rng.integers(-most, most + 1, (batch, groups * inputs)).astype(np.float32) / 16
     by_group = x.reshape(batch, groups, inputs)
     by_group[0, :, 0] = most / 16
@@ -85,28 +83,26 @@ def exact(s, batch, groups, inputs, outputs, seed=0):
 def test_updates_match_the_oracle(shape, input_bits, name, device):
     s, law = streamed(shape, input_bits), LAWS[name]
     groups, outputs, inputs = 2, 37 if device is None else 10, 5
-    x, d, w_max = exact(s, 7, groups, inputs, outputs)
-    g = cells(2 * s["slices"], groups * inputs, outputs)
-    hidden = g + np.float32(1e-7) if law.write_noise else None
-    count = None
-    more = {
-        "rate": 0.5, "law": law, "w_max": w_max, "groups": groups, **WINDOW, **STUCK, "seed": SEED, "step": np.full(1, 9), **s,
-    }  # fmt: skip
+    x, d, w_max = exact(s, shape[0], 7, groups, inputs, outputs)
+    g = cells(2 * shape[0], groups * inputs, outputs)
+    g_held = g + np.float32(1e-7) if law.write_noise else None
+    count, limit = None, None
     if name == "reference":
-        count = np.where(cells(*g.shape, seed=3) < 1.5e-6, -5, 4).astype(np.int32)
-        more["endurance"] = LIMIT
+        count, limit = np.where(cells(*g.shape, seed=3) < 1.5e-6, -5, 4).astype(np.int32), LIMIT
     before, taken = g.copy(), None if count is None else count.copy()
-    oracle = dumped(more) | {"step": 9}
-    expected, held, weights = reference.streamed_update(g, x, d, hidden=hidden, pulse_count=taken, **oracle)
-    read = ops.streamed_update(g, x, d, hidden=hidden, pulse_count=count, device=device, **more)
+    pairs = pairs_of(g, s, law, g_held=g_held, endurance=limit, pulse_count=count, seed=SEED, **STUCK)
+    how = {"rate": 0.5, "w_max": w_max, "groups": groups}
+    oracle = {**pairs.plain, "pulse_count": taken}
+    expected, held, weights = reference.streamed_update(g, x, d, g_held=g_held, step=9, **oracle, **how)
+    read = ops.streamed_update(pairs, x, d, step=np.full(1, 9), device=device, **how)
     np.testing.assert_allclose(g, expected, rtol=0, atol=3e-6 * RANGE)
-    if hidden is not None:
-        np.testing.assert_allclose(hidden, held, rtol=0, atol=3e-6 * RANGE)
+    if g_held is not None:
+        np.testing.assert_allclose(g_held, held, rtol=0, atol=3e-6 * RANGE)
     if count is not None:
         assert (count != taken).mean() < 2e-3  # parts of a pulse on a rounding edge
     top = s["carry"].window(shape[1]) / 2.0 ** shape[1]  # in full weights, of the highest slice
     np.testing.assert_allclose(read, weights, rtol=0, atol=4e-6 * top * w_max.max())
-    moved = (g != before).reshape(2, s["slices"], -1).mean(2)
+    moved = (g != before).reshape(2, shape[0], -1).mean(2)
     assert (moved[0] > 0).all()  # every slice
     assert (moved[1] > 0).all() == (law.sides != "reference")
 
@@ -116,7 +112,7 @@ def test_updates_match_the_oracle(shape, input_bits, name, device):
 def test_digits_add_up_to_the_change(shape, input_bits, device):
     """Digit by digit as the oracle has them, and together the product of the rounded inputs, exactly."""
     s = streamed((*shape[:2], 8), input_bits)
-    x, d, w_max = exact(s, 3, 1, 5, 6)
+    x, d, w_max = exact(s, shape[0], 3, 1, 5, 6)
     x += np.random.default_rng(1).uniform(-0.02, 0.02, x.shape).astype(np.float32)  # a third of a code
     x[0, 0] = (2**input_bits - 1) / 16
     codes = np.rint(x.astype(np.float64).clip(-x[0, 0], x[0, 0]) * 16)
@@ -129,7 +125,7 @@ def test_digits_add_up_to_the_change(shape, input_bits, device):
     assert (np.abs(digits[1:]).max((1, 2, 3)) >= 1).all()
     np.testing.assert_array_equal(digits[1:], np.rint(digits[1:]))
     g = from_digits(np.zeros((shape[0], 5, 6)), s)
-    read = ops.streamed_update(g, x, d, rate=0.5, law=Ideal(), w_max=w_max, device=device, **WINDOW, **s)
+    read = ops.streamed_update(pairs_of(g, s, Ideal()), x, d, rate=0.5, w_max=w_max, device=device)
     window = s["carry"].window(shape[1])
     assert np.abs(digits).max() < window
     np.testing.assert_allclose(digits_of(g, s), digits[:, 0], atol=3e-7 * window)
@@ -140,12 +136,12 @@ def test_digits_add_up_to_the_change(shape, input_bits, device):
 def test_one_bit_of_one_sample_is_accumulation():
     """The digits of one product, off the edges, whatever the law makes of them."""
     s = streamed((4, 2, 2), 1)
-    x, d, w_max = exact(s, 1, 1, 9, 7)
+    x, d, w_max = exact(s, 4, 1, 1, 9, 7)
     x, d = np.sign(x), d + np.float32(1 / 128)  # of one size or 0; odd
-    more = {"law": Agarwal(nu=1, gamma=0.1), "w_max": w_max, **WINDOW, "seed": SEED, **s}
     one, other = cells(8, 9, 7), cells(8, 9, 7)
-    read = ops.streamed_update(one, x, d, rate=0.5, **more)
-    whole = ops.device_update(other, np.float32(-0.5) * (d.T @ x)[None], **more)
+    first, second = (pairs_of(g, s, Agarwal(nu=1, gamma=0.1), seed=SEED) for g in (one, other))
+    read = ops.streamed_update(first, x, d, rate=0.5, w_max=w_max)
+    whole = ops.device_update(second, np.float32(-0.5) * (d.T @ x)[None], w_max=w_max)
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * RANGE)
     np.testing.assert_allclose(read, whole, rtol=0, atol=1e-5 * w_max.max())
     assert (one != cells(8, 9, 7)).reshape(8, -1).mean(1).min() > 0.2
@@ -155,16 +151,16 @@ def test_one_bit_of_one_sample_is_accumulation():
 def test_streams_of_one_sample_change_what_accumulation_changes(device):
     """On ideal devices with room: other slices may take it, and a carry settles that."""
     s = streamed((4, 2, 4), 8)
-    x, d, w_max = exact(s, 1, 1, 9, 7)
+    x, d, w_max = exact(s, 4, 1, 1, 9, 7)
     d /= 2.0 ** np.ceil(np.log2(np.abs(d).max()))
-    more = {"law": Ideal(), "w_max": w_max, "device": device, **WINDOW, **s}
     one, other = (from_digits(np.zeros((4, 9, 7)), s) for _ in range(2))
-    read = ops.streamed_update(one, x, d, rate=4.0, **more)
-    whole = ops.device_update(other, np.float32(-4.0) * (d.T @ x)[None], **more)
+    first, second = (pairs_of(g, s, Ideal()) for g in (one, other))
+    read = ops.streamed_update(first, x, d, rate=4.0, w_max=w_max, device=device)
+    whole = ops.device_update(second, np.float32(-4.0) * (d.T @ x)[None], w_max=w_max, device=device)
     np.testing.assert_allclose(units_of(one, s), units_of(other, s), rtol=0, atol=1e-3)
     np.testing.assert_allclose(read, whole, rtol=0, atol=1e-5 * w_max.max())
     assert np.abs(digits_of(one, s)).max() > 4 > np.abs(digits_of(other, s)).max()
-    ops.carry(one, **carrying(s, updates=64))
+    ops.carry(first, updates=64)
     np.testing.assert_allclose(units_of(one, s), units_of(other, s), rtol=0, atol=1e-3)
     assert np.abs(digits_of(one, s)).max() < 4
 
@@ -179,12 +175,12 @@ def test_slices_saturate_sooner_than_by_accumulation():
         if scheme == "streamed":
             s = streamed((3, 2, headroom), 1)
         g = from_digits(np.zeros((3, 1, 1)), s)
-        more = {"law": Ideal(), "w_max": w_max, **WINDOW, **s}
+        pairs = pairs_of(g, s, Ideal())
         for updates in range(2):
             if scheme == "streamed":
-                ops.streamed_update(g, x, d, rate=1.0, **more)
+                ops.streamed_update(pairs, x, d, rate=1.0, w_max=w_max)
             else:
-                ops.device_update(g, change, **more)
+                ops.device_update(pairs, change, w_max=w_max)
             ends[headroom, scheme, updates] = digits_of(g, s).ravel()
     np.testing.assert_allclose(ends[2, "streamed", 0], [15, 0, 0], atol=1e-4)
     np.testing.assert_allclose(ends[3, "streamed", 0], [24, 0, 0], atol=1e-4)
@@ -195,9 +191,9 @@ def test_slices_saturate_sooner_than_by_accumulation():
 def test_results_do_not_depend_on_threads_or_chunks(monkeypatch):
     """To the bit where sums are exact, in the lowest digit to their rounding."""
     s = streamed((4, 2, 2), 4)
-    x, d, w_max = exact(s, 300, 3, 33, 40)
+    x, d, w_max = exact(s, 4, 300, 3, 33, 40)
     rough = np.random.default_rng(0).normal(0, 0.1, d.shape).astype(np.float32)
-    more = {"rate": 0.125, "law": LAWS["agarwal"], "w_max": w_max, "groups": 3, **WINDOW, "seed": SEED, **s}
+    how = {"rate": 0.125, "w_max": w_max, "groups": 3}
     results = []
     for errors, threads, workspace in (
         (d, 1, None),
@@ -209,8 +205,8 @@ def test_results_do_not_depend_on_threads_or_chunks(monkeypatch):
         if workspace:
             monkeypatch.setattr(sys.modules["gpuxbar.ops.streamed_update"], "WORKSPACE", workspace)
         set_threads(threads)
-        g = cells(8, 99, 40)
-        results.append((ops.streamed_update(g, x, errors, **more), g))
+        pairs = pairs_of(cells(8, 99, 40), s, LAWS["agarwal"], seed=SEED)
+        results.append((ops.streamed_update(pairs, x, errors, **how), pairs.g))
         monkeypatch.undo()
     set_threads(1)
     for one, other in ((0, 1), (0, 2), (3, 4)):
@@ -222,18 +218,17 @@ def test_results_do_not_depend_on_threads_or_chunks(monkeypatch):
 def test_writes_of_one_direction_are_those_of_a_sequence():
     """And opposite ones are not: they cancel before a non-linear law sees them."""
     s, law = streamed((3, 2, 4), 4), Agarwal(nu=3.0)
-    x, d, w_max = exact(s, 6, 1, 5, 7)
+    x, d, w_max = exact(s, 3, 6, 1, 5, 7)
     x, d = np.abs(x), np.abs(d) / 8
     x[:, 0] = 15 / 16  # so that codes are the same one by one
     off = []
     for signs in (np.ones((6, 1)), np.array([1, -1, 1, -1, 1, -1]).reshape(6, 1)):
-        together, one_by_one = (from_digits(np.zeros((3, 5, 7)), s) for _ in range(2))
+        together, one_by_one = (pairs_of(from_digits(np.zeros((3, 5, 7)), s), s, law) for _ in range(2))
         errors = (signs * d).astype(np.float32)
-        more = {"rate": 0.5, "law": law, "w_max": w_max, **WINDOW, **s}
-        ops.streamed_update(together, x, errors, **more)
+        ops.streamed_update(together, x, errors, rate=0.5, w_max=w_max)
         for b in range(6):
-            ops.streamed_update(one_by_one, x[b : b + 1], errors[b : b + 1], **more)
-        off.append(np.abs(together - one_by_one).max() / RANGE)
+            ops.streamed_update(one_by_one, x[b : b + 1], errors[b : b + 1], rate=0.5, w_max=w_max)
+        off.append(np.abs(together.g - one_by_one.g).max() / RANGE)
     assert off[0] < 1e-5
     assert off[1] > 0.01
 
@@ -248,22 +243,16 @@ def test_a_convolution_is_its_patches(order, device, monkeypatch):
     x = rng.integers(-63, 64, (3, groups * 2, 6, 7)).astype(np.float32)
     x[0, :, 1, 1] = 63  # which a patch has
     d = (rng.integers(-4000, 4001, (3, groups * outputs, *conv.out)) / 64).astype(np.float32)
-    more = {
-        "rate": 0.125,
-        "law": LAWS["agarwal"],
-        "w_max": np.full(10, 63.0, np.float32),
-        "groups": groups,
-        **WINDOW,
-        **s,
-    }
+    how = {"rate": 0.125, "w_max": np.full(10, 63.0, np.float32), "groups": groups, "device": device}
     patches = reference.unfold(x, conv).astype(np.float32)
     pixels = np.ascontiguousarray(d.transpose(0, 2, 3, 1).reshape(-1, groups * outputs))
     one, other = (cells(6, groups * conv.inputs, outputs) for _ in range(2))
     before = one.copy()
+    first, second = (pairs_of(g, s, LAWS["agarwal"]) for g in (one, other))
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["gpuxbar.ops.streamed_update"], "WORKSPACE", 5000)
-        read = ops.streamed_update(one, x, d, conv=conv, device=device, **more)
-    whole = ops.streamed_update(other, patches, pixels, device=device, **more)
+        read = ops.streamed_update(first, x, d, conv=conv, **how)
+    whole = ops.streamed_update(second, patches, pixels, **how)
     np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(read, whole)
     assert (one != before).mean() > 0.5
@@ -276,36 +265,36 @@ def test_little_to_stream(size, device):
     s = streamed((3, 2, 2), 8)
     g, before = cells(6, inputs, outputs), cells(6, inputs, outputs)
     x, d = np.zeros((batch, inputs), np.float32), np.ones((batch, outputs), np.float32)
-    more = {"rate": 1.0, "law": LAWS["agarwal"], "w_max": np.ones(outputs, np.float32), **WINDOW, **s}
-    read = ops.streamed_update(g, x, d, device=device, **more)
+    w_max = np.ones(outputs, np.float32)
+    read = ops.streamed_update(pairs_of(g, s, LAWS["agarwal"]), x, d, rate=1.0, w_max=w_max, device=device)
     assert read.shape == (1, outputs, inputs)
     np.testing.assert_array_equal(g, before)  # inputs of 0 ask for nothing
 
 
 def test_reference_serves_without_a_compiler(monkeypatch):
     s = streamed((3, 2, 2), 6)
-    x, d, w_max = exact(s, 5, 1, 5, 7)
+    x, d, w_max = exact(s, 3, 5, 1, 5, 7)
     results = []
     for name in ("auto", "reference"):
         monkeypatch.setenv("GPUXBAR_BACKEND", name)
-        g, hidden = cells(6, 5, 7), cells(6, 5, 7)
-        law = SoftBounds(write_noise=1e-7)
-        read = ops.streamed_update(g, x, d, rate=0.5, law=law, w_max=w_max, hidden=hidden, **WINDOW, **s)
-        results.append((g, hidden, read))
+        g, g_held = cells(6, 5, 7), cells(6, 5, 7)
+        pairs = pairs_of(g, s, SoftBounds(write_noise=1e-7), g_held=g_held)
+        read = ops.streamed_update(pairs, x, d, rate=0.5, w_max=w_max)
+        results.append((g, g_held, read))
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
 
 
 def test_a_map_says_which_devices_they_are():
     s, law = streamed((3, 2, 2), 6), ConstantStep(pulses=200, step_spread=0.3, high_spread=0.1)
-    x, d, w_max = exact(s, 5, 1, 5, 7)
+    x, d, w_max = exact(s, 3, 5, 1, 5, 7)
     g = cells(6, 5, 7)
     devices = ops.draw_device_map(law, g.shape, seed=SEED)
-    more = {"rate": 0.25, "law": law, "w_max": w_max, **WINDOW, **s}
     drawn, mapped, kernel = g.copy(), g.copy(), g.copy()
-    ops.streamed_update(drawn, x, d, seed=SEED, **more)
-    ops.streamed_update(mapped, x, d, device_map=devices, **more)
-    ops.streamed_update(kernel, x, d, device_map=devices, device=DEVICES[1], **more)
+    for each, made, device in (
+        (drawn, {"seed": SEED}, None), (mapped, {"device_map": devices}, None), (kernel, {"device_map": devices}, DEVICES[1]),
+    ):  # fmt: skip
+        ops.streamed_update(pairs_of(each, s, law, **made), x, d, rate=0.25, w_max=w_max, device=device)
     np.testing.assert_allclose(mapped, drawn, rtol=0, atol=2e-3 * RANGE)  # halves
     np.testing.assert_allclose(kernel, mapped, rtol=0, atol=1e-6 * RANGE)
     assert np.abs(drawn - g).max() > 0.02 * RANGE
@@ -314,10 +303,6 @@ def test_a_map_says_which_devices_they_are():
 X, D = np.ones((2, 3), np.float32), np.ones((2, 4), np.float32)
 CONV = ConvGeometry(1, 4, 4, (2, 2))
 BAD = {
-    "scheme": ({"carry": Carry()}, ValueError, r"`carry\.scheme` must be streamed, on two slices or more, got 'accumulate'; choose it, or update by device_update"),
-    "one-pair": ({"slices": 1, "slice_bits": None, "carry": None}, ValueError, "must be streamed, on two slices or more, got one pair"),
-    "slices": ({"slices": 4}, ValueError, r"`g` must have shape \(8, 3, 4\) for x \(2, 3\) in 1 groups, got \(6, 3, 4\); check the axes"),
-    "bits": ({"slice_bits": 12}, ValueError, "`slice_bits` must be 1 to 8 for 3 slices, got 12"),
     "rate": ({"rate": 0.0}, ValueError, "`rate` must be above 0, got 0; give the learning rate"),
     "rate-nan": ({"rate": np.nan}, ValueError, "`rate` must be finite, got nan"),
     "dtype": ({"x": X.astype(float)}, TypeError, "`x` must be an array of float32, got float64"),
@@ -328,21 +313,33 @@ BAD = {
     "nan": ({"x": np.full_like(X, np.nan)}, ValueError, "`x` must be finite, got 6 NaN or infinite values"),
     "infinite": ({"d": np.full_like(D, np.inf)}, ValueError, "`d` must be finite, got 8 NaN or infinite values"),
     "w_max": ({"w_max": np.ones(3, np.float32)}, ValueError, r"`w_max` must have shape \(4,\)"),
-    "hidden": ({"hidden": np.zeros((6, 3, 4), np.float32)}, ValueError, r"`hidden` must go with a law of write noise"),
-    "window": ({"g_max": 1e-7}, ValueError, "need 0 <= g_min < g_max"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named_and_changes_nothing(name):
     change, error, text = BAD[name]
-    g = np.full((6, 3, 4), 5e-6, np.float32)
-    values = {
-        "x": X, "d": D, "rate": 0.1, "law": LAWS["agarwal"], "w_max": np.ones(4, np.float32), **WINDOW, **streamed((3, 2, 2), 8), **change,
-    }  # fmt: skip
-    with pytest.raises(error, match=text):
-        ops.streamed_update(g, **values)
-    assert (g == np.float32(5e-6)).all()
+    pairs = pairs_of(np.full((6, 3, 4), 5e-6, np.float32), streamed((3, 2, 2), 8), LAWS["agarwal"])
+    values = {"x": X, "d": D, "rate": 0.1, "w_max": np.ones(4, np.float32), **change}
+    with pytest.raises(error, match=f"^streamed_update: {text}"):
+        ops.streamed_update(pairs, **values)
+    assert (pairs.g == np.float32(5e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("planes", "s", "text"),
+    [
+        (6, lie(3, 2, 2), "got 'accumulate'; choose it, or update by device_update"),
+        (2, {}, "got one pair; choose it"),
+    ],
+)
+def test_other_carries_are_refused(planes, s, text):
+    pairs = pairs_of(np.full((planes, 3, 4), 5e-6, np.float32), s)
+    with pytest.raises(
+        ValueError,
+        match=r"^streamed_update: `carry\.scheme` must be streamed, on two slices or more, " + text,
+    ):
+        ops.streamed_update(pairs, X, D, rate=0.1, w_max=np.ones(4, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -355,11 +352,11 @@ def test_bad_input_is_named_and_changes_nothing(name):
     ],
 )  # fmt: skip
 def test_bad_digits_are_named(change, text):
-    g = np.full((6, 3, 4), 5e-6, np.float32)
+    pairs = pairs_of(np.full((6, 3, 4), 5e-6, np.float32), lie(3, 2, 2), Ideal())
     values = {"dw": None, "digits": np.zeros((3, 1, 3, 4), np.float32), **change}
     with pytest.raises(ValueError, match=text):
-        ops.device_update(g, law=Ideal(), w_max=np.ones(4, np.float32), **WINDOW, **lie(3, 2, 2), **values)
-    assert (g == np.float32(5e-6)).all()
+        ops.device_update(pairs, w_max=np.ones(4, np.float32), **values)
+    assert (pairs.g == np.float32(5e-6)).all()
 
 
 STREAMED = {
@@ -403,10 +400,10 @@ def test_a_step_is_an_update_of_what_the_backward_pass_saw():
     optimiser.step()
     assert not layer.streams.pairs
     spec = layer.spec
-    read = ops.streamed_update(
-        g, x.numpy(), d.numpy(), rate=0.05, law=spec.update, w_max=w_max, g_min=spec.device.g_min, g_max=spec.device.g_max,
-        slices=4, slice_bits=2, carry=spec.carry, seed=layer.plan.seed, step=step,
+    pairs = ops.Pairs(
+        g, law=spec.update, g_min=spec.device.g_min, g_max=spec.device.g_max, slice_bits=2, carry=spec.carry, seed=layer.plan.seed
     )  # fmt: skip
+    read = ops.streamed_update(pairs, x.numpy(), d.numpy(), rate=0.05, w_max=w_max, step=step)
     np.testing.assert_array_equal(layer.g_cells, g)
     np.testing.assert_array_equal(layer.weight.detach(), read[0])
 
@@ -471,10 +468,9 @@ def test_digits_are_learned_by_streams():
 def test_opcheck():
     spec = layer_of(**EVERYTHING).spec.model_dump_json()
     g, count = torch.from_numpy(cells(8, 5, 6)), torch.zeros(8, 5, 6, dtype=torch.int32)
-    more = (torch.ones(6), torch.ones(1, dtype=torch.int64), 0.1, 1, spec, 3, count)
-    torch.library.opcheck(
-        torch.ops.gpuxbar.streamed_update.default, (g, g.clone(), torch.randn(4, 5), torch.randn(4, 6), *more)
-    )
+    lines = (torch.randn(4, 5), torch.randn(4, 6), torch.ones(6), torch.ones(1, dtype=torch.int64), 0.1, 1)
+    pairs = (g, g.clone(), count, None, spec, 3)
+    torch.library.opcheck(torch.ops.gpuxbar.streamed_update.default, (*pairs, *lines))
 
 
 def test_what_streams_cannot_do_is_named():

@@ -54,26 +54,24 @@ def expected_update(
     dw = (rng.uniform(-0.4, 0.4, size) if sliced else rng.normal(0, 1e-3, size)).astype(np.float32)
     shape = (2 * SLICES if sliced else 2, inputs, outputs)
     g = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], shape).astype(np.float32)
-    settings: dict[str, Any] = {"w_max": np.ones(outputs, np.float32), **WINDOW, "seed": 1, "step": 3}
+    made: dict[str, Any] = {"law": LAW, **WINDOW, "seed": 1}
     if sliced:
-        settings |= {"slices": SLICES, "slice_bits": SLICE_BITS}
-    rule, dumped = (CARRY, CARRY.model_dump()) if sliced else (None, None)
-    devices = ops.draw_device_map(LAW, shape, seed=1) if stored else None
-
+        made |= {"slice_bits": SLICE_BITS, "carry": CARRY}
+    if stored:
+        made["device_map"] = ops.draw_device_map(LAW, shape, seed=1)
+    how: dict[str, Any] = {"w_max": np.ones(outputs, np.float32), "step": 3}
     weight = np.empty(size, np.float32)
 
     def ours(cells: np.ndarray) -> object:
-        return ops.device_update(cells, dw, out=weight, law=LAW, carry=rule, device_map=devices, **settings)
+        return ops.device_update(ops.Pairs(cells, **made), dw, out=weight, **how)
 
     def check() -> float:
         rows = min(inputs, 64)
         part = np.ascontiguousarray(dw[:, :, :rows])
-        planes = None
-        if devices is not None:
-            planes = dict(zip(ops.spread_names(LAW), devices[:, :, :rows], strict=True))
-        expected, _, _ = reference.device_update(
-            g[:, :rows], part, law=LAW.model_dump(), carry=dumped, device_map=planes, **settings
-        )
+        plain = ops.Pairs(g, **made).plain
+        if stored:
+            plain["device_map"] = {name: plane[:, :rows] for name, plane in plain["device_map"].items()}
+        expected, _, _ = reference.device_update(g[:, :rows], part, **plain, **how)
         cells = g.copy()
         ours(cells)
         return float(np.abs(cells[:, :rows] - expected).max() / (WINDOW["g_max"] - WINDOW["g_min"]))
@@ -95,18 +93,14 @@ def streamed(batch: int = 32, inputs: int = 1024, outputs: int = 1024) -> tuple[
     x[0, 0] = top  # so that a code is 1, and an error what it asks for, in units
     d = (np.rint(rng.uniform(-1, 1, (batch, outputs)) * 4096) / 4096).astype(np.float32)
     g = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], (2 * SLICES, inputs, outputs)).astype(np.float32)
-    settings: dict[str, Any] = {
-        "rate": 1.0, "w_max": np.full(outputs, full, np.float32), **WINDOW, "slices": SLICES, "slice_bits": SLICE_BITS,
-        "seed": 1, "step": 3,
-    }  # fmt: skip
+    made: dict[str, Any] = {"law": LAW, **WINDOW, "slice_bits": SLICE_BITS, "carry": rule, "seed": 1}
+    how: dict[str, Any] = {"rate": 1.0, "w_max": np.full(outputs, full, np.float32), "step": 3}
 
     def ours(cells: np.ndarray, x: np.ndarray, d: np.ndarray) -> object:
-        return ops.streamed_update(cells, x, d, law=LAW, carry=rule, **settings)
+        return ops.streamed_update(ops.Pairs(cells, **made), x, d, **how)
 
     def oracle(cells: np.ndarray, x: np.ndarray, d: np.ndarray) -> np.ndarray:
-        return reference.streamed_update(
-            cells, x, d, law=LAW.model_dump(), carry=rule.model_dump(), **settings
-        )[0]
+        return reference.streamed_update(cells, x, d, **ops.Pairs(cells, **made).plain, **how)[0]
 
     return _of_samples(ours, oracle, g, x, d)
 
@@ -120,24 +114,25 @@ def carries(batch: int = 256, inputs: int = 1024, outputs: int = 1024) -> tuple[
     x, d = torch.randn(batch, inputs), torch.randn(batch, outputs)
     start = np.full((2 * SLICES, inputs, outputs), 0.5 * sum(WINDOW.values()), np.float32)
     start[::SLICES] = rng.uniform(WINDOW["g_min"], WINDOW["g_max"], (2, inputs, outputs))
-    settings: dict[str, Any] = {
-        "slices": SLICES, "slice_bits": SLICE_BITS, "updates": CARRY.interval, **WINDOW, "seed": 1,
-    }  # fmt: skip
     writes = Programming(write_noise=1e-8)
+    made: dict[str, Any] = {
+        "law": LAW, **WINDOW, "slice_bits": SLICE_BITS, "carry": CARRY, "programming": writes, "seed": 1,
+    }  # fmt: skip
     worked, lowest = start.copy(), [start[::SLICES].copy(), start[::SLICES][::-1].copy()]
 
     def ours() -> None:
         lowest.reverse()
         worked[::SLICES] = lowest[0]
-        ops.carry(worked, rule=CARRY, programming=writes, **settings)
+        ops.carry(ops.Pairs(worked, **made), updates=CARRY.interval)
 
     def check() -> float:
         rows = min(inputs, 64)
         expected, _ = reference.carry(
-            start[:, :rows], rule=CARRY.model_dump(), **writes.model_dump(), **settings
-        )
+            start[:, :rows], rule=CARRY.model_dump(), slices=SLICES, slice_bits=SLICE_BITS, updates=CARRY.interval, seed=1,
+            **WINDOW, **writes.model_dump(),
+        )  # fmt: skip
         cells = start.copy()
-        ops.carry(cells, rule=CARRY, programming=writes, **settings)
+        ops.carry(ops.Pairs(cells, **made), updates=CARRY.interval)
         return float(np.abs(cells[:, :rows] - expected).max() / (WINDOW["g_max"] - WINDOW["g_min"]))
 
     return {"ideal": lambda: d.T @ x, "gpuxbar": ours}, check
@@ -178,15 +173,15 @@ def pulse_update(
     assert pulses is not None
     train = PulseTrain.model_validate({"length": 31, "bound_management": False, "mode": mode})
     rate = wanted * (2 if law.sides == "both" else 1) / pulses
-    settings: dict[str, Any] = {"rate": rate, "w_max": w_max, **WINDOW, "seed": 1, "step": 3}
+    made: dict[str, Any] = {"law": law, **WINDOW, "seed": 1}
+    how: dict[str, Any] = {"rate": rate, "w_max": w_max, "step": 3}
 
     def ours(cells: np.ndarray, x: np.ndarray, d: np.ndarray) -> object:
-        return ops.pulse_update(cells, x, d, law=law, train=train, **settings)
+        return ops.pulse_update(ops.Pairs(cells, **made), x, d, train=train, **how)
 
     def oracle(cells: np.ndarray, x: np.ndarray, d: np.ndarray) -> np.ndarray:
-        return reference.pulse_update(
-            cells, x, d, law=law.model_dump(), train=train.model_dump(), **settings
-        )[0]
+        plain = ops.Pairs(cells, **made).plain
+        return reference.pulse_update(cells, x, d, train=train.model_dump(), **plain, **how)[0]
 
     run, check = _of_samples(ours, oracle, g, x, d)
     if mode == "exact" and find_spec("aihwkit") is not None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device
-from gpuxbar.bridge.operator import operator, slices_of, spec_of
+from gpuxbar.bridge.operator import operator
+from gpuxbar.bridge.pairs import pairs_of
 
 __all__ = ["device_update", "require_finite_gradient"]
 
@@ -24,43 +25,32 @@ def require_finite_gradient(grad: Tensor, what: str) -> None:
                 )
 
 
-@operator(lambda *_: None, mutates_args=("g", "hidden", "weight", "pulse_count"))
+@operator(lambda *_: None, mutates_args=("g", "g_held", "pulse_count", "weight"))
 def device_update(
     g: Tensor,
-    hidden: Tensor | None,
+    g_held: Tensor | None,
+    pulse_count: Tensor | None,
+    device_map: Tensor | None,
+    spec: str,
+    seed: int,
     dw: Tensor,
     factor: float,
     weight: Tensor,
     w_max: Tensor,
     step: Tensor,
-    spec: str,
-    seed: int,
-    pulse_count: Tensor | None = None,
-    device_map: Tensor | None = None,
 ) -> None:
     """Move pairs of devices by wanted weight changes through the device's law, and read the weights out.
 
     Args:
-        g: Conductances of the positive and the negative devices, float32 [2 slices, G * I, O], S; changed in place.
-        hidden: What devices with write noise hold, where `g` is what they show: like `g`; None without write noise.
+        g, ..., seed: The pairs, as `bridge.pairs` says; `g`, `g_held` and `pulse_count` are changed in place.
         dw: Wanted weight changes over `factor`, float32 [G, O, I]; finite.
         factor: What `dw` is multiplied by.
         weight: What the pairs read as afterwards, like `dw`; set in place.
         w_max: Weight of a full pair, float32 [G * O].
         step: Update counter, int64 [1]; same value, same noise.
-        spec: The layer's `CrossbarSpec` as JSON, with an update law.
-        seed: The layer's seed.
-        pulse_count: Pulses that devices have taken, int32 like `g`; changed in place; given with an endurance.
-        device_map: Normals of the devices, float16 [K, 2 slices, G * I, O], in place of those that the seed draws.
     """
-    crossbar = spec_of(spec)
-    assert crossbar.update is not None
-    window, stuck = crossbar.device, crossbar.programming
     with on_device(g, "update") as device:
+        pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)
         ops.device_update(
-            array(g), array(dw), factor=factor, out=array(weight), hidden=None if hidden is None else array(hidden), law=crossbar.update, w_max=array(w_max), g_min=window.g_min, g_max=window.g_max,
-            stuck_at_g_min=stuck.stuck_at_g_min, stuck_at_g_max=stuck.stuck_at_g_max, seed=seed, step=array(step),
-            endurance=crossbar.endurance, pulse_count=None if pulse_count is None else array(pulse_count),
-            device_map=None if device_map is None else array(device_map),
-            device=device, **slices_of(crossbar),
+            pairs, array(dw), factor=factor, out=array(weight), w_max=array(w_max), step=array(step), device=device
         )  # fmt: skip

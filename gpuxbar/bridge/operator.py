@@ -17,20 +17,12 @@ from torch.autograd.function import once_differentiable
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["conv_of", "gradient", "operator", "slices_of", "spec_of"]
+__all__ = ["conv_of", "gradient", "operator", "spec_of"]
 
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
 
 # operators take specs as JSON, so that a compiled graph sees a constant
 spec_of = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
-
-
-def slices_of(crossbar: CrossbarSpec) -> dict[str, Any]:
-    """How weights lie on slices, as `ops` take it; nothing for one pair."""
-    if crossbar.carry is None:
-        return {}
-    mapping = crossbar.mapping
-    return {"slices": mapping.slices, "slice_bits": mapping.slice_bits, "carry": crossbar.carry}
 
 
 def conv_of(patch: list[int] | None, x: Tensor, groups: int, crossbar: CrossbarSpec) -> ConvGeometry | None:

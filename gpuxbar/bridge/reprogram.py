@@ -112,7 +112,7 @@ def _settings(spec: str) -> dict[str, Any]:
         "headroom_bits": crossbar.headroom_bits,
         "sigma_g": crossbar.read_noise.sigma_g,
         "exponent": crossbar.read_noise.exponent,
-        **crossbar.programming.model_dump(),
+        "programming": crossbar.programming,
     }
 
 

@@ -30,17 +30,13 @@ def staircase(
     change = max(1 / nominal, 1 / count)
     up_and_down = law.model_copy(update={"sides": "reference"})
     g = np.full((2, 1, devices), window.g_min, np.float32)
-    hidden = g.copy() if law.write_noise else None
+    g_held = g.copy() if law.write_noise else None
     path = [g[0, 0].copy()]
-    settings: dict[str, Any] = {
-        "law": up_and_down,
-        "hidden": hidden,
-        "w_max": np.ones(devices, np.float32),
-        "seed": seed,
-    }
+    pairs = ops.Pairs(g, law=up_and_down, g_min=window.g_min, g_max=window.g_max, g_held=g_held, seed=seed)
+    w_max = np.ones(devices, np.float32)
     for step in range(2 * count):
         dw = np.full((1, devices, 1), change if step < count else -change, np.float32)
-        ops.device_update(g, dw, g_min=window.g_min, g_max=window.g_max, step=step, **settings)
+        ops.device_update(pairs, dw, w_max=w_max, step=step)
         path.append(g[0, 0].copy())
     return np.array(path)
 

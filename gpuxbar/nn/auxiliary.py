@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.layers import AnalogLayer
-from gpuxbar.ops.slices import Slices
+from gpuxbar.ops.pairs import Slices
 from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["AuxiliaryArray", "pulse_weight"]

@@ -228,16 +228,8 @@ class InSitu(Programmed):
 
     def _make_room(self) -> None:
         """Carry and refresh where the updates so far say so, and count the one to come."""
-        assert self.g_cells is not None
         if self.carry_step is not None:
-            carry(
-                self.g_cells,
-                self.g_held,
-                self.pulse_count,
-                self.carry_step,
-                self.static[1],
-                self.seed_of_cells,
-            )
+            carry(*self._pairs(), self.carry_step)
             self.carry_step += 1
         if self.refresh_step is not None:
             refresh, so_far = self.spec.refresh, int(self.refresh_step)
@@ -253,33 +245,26 @@ class InSitu(Programmed):
         nothing. Before that, slices carry and pairs are refreshed where it is time (see `spec.Carry`, `spec.Refresh`).
         """
         self.require_unprogrammed("weight")
-        assert self.g_cells is not None
         assert self.w_max is not None
         assert self.update_step is not None
         self.require_read_out()
-        pairs = self.streams.take()
-        if not pairs:
+        seen = self.streams.take()
+        if not seen:
             return
         self._make_room()
         if rate == 0:
             self._move(torch.zeros_like(self.weight))
             return
-        if len({x.shape[1:] for x, _ in pairs}) > 1:  # images of several sizes have lines alone in common
-            pairs = [self.as_lines(x, d) for x, d in pairs]
+        if len({x.shape[1:] for x, _ in seen}) > 1:  # images of several sizes have lines alone in common
+            seen = [self.as_lines(x, d) for x, d in seen]
         x, d = (
             (parts[0] if len(parts) == 1 else torch.cat(parts)).float().contiguous()
-            for parts in zip(*pairs, strict=True)
+            for parts in zip(*seen, strict=True)
         )
         way = self.plan
         patch = [*self.weight.shape[2:], *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None
-        settings = (
-            x, d, self.w_max, self.update_step, rate, self.groups_, self.static[1], self.seed_of_cells, self.pulse_count,
-            self.device_map, patch,
-        )  # fmt: skip
-        if self.spec.pulses is not None:
-            read = pulse_update(self.g_cells, *settings)
-        else:
-            read = streamed_update(self.g_cells, self.g_held, *settings)
+        update = streamed_update if self.spec.pulses is None else pulse_update
+        read = update(*self._pairs(), x, d, self.w_max, self.update_step, rate, self.groups_, patch)
         self._show(self.of_lines(read))
 
     @torch.no_grad()
@@ -289,10 +274,7 @@ class InSitu(Programmed):
             return
         self.require_unprogrammed("weight")
         self.require_read_out()
-        assert self.g_cells is not None
-        for cells in (self.g_cells, self.g_held):
-            if cells is not None:
-                relax(cells, self.pulse_count, self.static[1], self.seed_of_cells)
+        relax(*self._pairs())
         self._move(torch.zeros_like(self.weight))
 
     def _show(self, read: Tensor | None) -> None:
@@ -363,21 +345,21 @@ class InSitu(Programmed):
 
     def _update(self, change: Tensor, factor: float, read: Tensor) -> None:
         """Move the cells by factor * change, and put what they read into `read`, [G, O, I]."""
-        assert self.g_cells is not None
         assert self.w_max is not None
         assert self.update_step is not None
-        device_update(
+        lines = self.by_line(change.float()).contiguous()
+        device_update(*self._pairs(), lines, factor, read, self.w_max, self.update_step)
+
+    def _pairs(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]:
+        """The cells as the operators of `bridge` take them: see `bridge.pairs`."""
+        assert self.g_cells is not None
+        return (
             self.g_cells,
             self.g_held,
-            self.by_line(change.float()).contiguous(),
-            factor,
-            read,
-            self.w_max,
-            self.update_step,
-            self.static[1],
-            self.seed_of_cells,
             self.pulse_count,
             self.device_map,
+            self.static[1],
+            self.seed_of_cells,
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

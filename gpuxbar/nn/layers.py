@@ -70,7 +70,7 @@ class AnalogLayer(InSitu):
     adc_error: Tensor | None
     back_adc_error: Tensor | None
     cells: Tensor
-    cell_variance: Tensor | None
+    noise_var: Tensor | None
     full_pair: Tensor
     written: Tensor
     packed: Tensor | None
@@ -120,7 +120,7 @@ class AnalogLayer(InSitu):
             "cells", torch.zeros(shape, dtype=torch.float32, device=device), persistent=False
         )
         noise = torch.zeros(shape, dtype=torch.float32, device=device) if spec.read_noise.sigma_g else None
-        self.register_buffer("cell_variance", noise, persistent=False)
+        self.register_buffer("noise_var", noise, persistent=False)
         self.register_buffer(
             "full_pair", torch.zeros(sensed[0], dtype=torch.float32, device=device), persistent=False
         )
@@ -225,13 +225,13 @@ class AnalogLayer(InSitu):
         weight = self._written_weight(weight)
         merge = "none" if self.seen is not None else self.planes.merge
         reprogram(
-            weight, self.cells, self.cell_variance, self.full_pair, self.written, self.write_step, self.static[1],
+            weight, self.cells, self.noise_var, self.full_pair, self.written, self.write_step, self.static[1],
             merge, self.plan.seed,
         )  # fmt: skip
         w_max = self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if self.seen is None:
-            return Cells(self.cells, None, self.cell_variance, w_max, self.written[:1])
-        return self.through_wires(self.cells, self.cell_variance, w_max, self.written[:1])
+            return Cells(self.cells, None, self.noise_var, w_max, self.written[:1])
+        return self.through_wires(self.cells, self.noise_var, w_max, self.written[:1])
 
     def forget_wires(self) -> None:
         """Solve and pack anew at the next read, whatever the state of the devices says: buffers were set from outside."""

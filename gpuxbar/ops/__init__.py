@@ -13,6 +13,7 @@ from gpuxbar.ops.effective_conductance_gradient import effective_conductance_gra
 from gpuxbar.ops.lstm_gates import lstm_gates, lstm_gates_gradient
 from gpuxbar.ops.outer_product import outer_product
 from gpuxbar.ops.packed_conductance import PackedConductance
+from gpuxbar.ops.pairs import Pairs
 from gpuxbar.ops.program import program, reprogram
 from gpuxbar.ops.pulse_update import pulse_update
 from gpuxbar.ops.relax import relax
@@ -27,6 +28,7 @@ __all__ = [
     "Dac",
     "Method",
     "PackedConductance",
+    "Pairs",
     "anchored_conductance",
     "carry",
     "chop",

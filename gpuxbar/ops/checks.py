@@ -19,9 +19,9 @@ __all__ = [
     "check_integers",
     "check_lines",
     "check_numbers",
-    "check_stuck",
     "check_window",
     "check_written",
+    "counter",
     "integer",
     "require_finite",
     "require_finite_values",
@@ -102,8 +102,14 @@ def integer(op: str, name: str, value: Any) -> int:
     return int(array.item())
 
 
+def counter(name: str, value: Any) -> dict[str, Any]:
+    """A count as a kernel takes it: from device memory, or by value."""
+    by_value = isinstance(value, int)
+    return {name: None if by_value else value.reshape(-1), f"{name}_value": value if by_value else 0}
+
+
 def check_lines(
-    op: str, g: Any, x: Any, d: Any, w_max: Any, groups: int, conv: ConvGeometry | None, slices: int
+    op: str, g: Any, x: Any, d: Any, w_max: Any, groups: int, conv: ConvGeometry | None
 ) -> tuple[int, int, int]:
     """Refuse inputs and errors that are not those of arrays g, [2 slices, G * I, O]; returns samples, I and O."""
     check_integers(op, groups=groups)
@@ -119,7 +125,7 @@ def check_lines(
         )
     images = conv and (len(x), groups * conv.channels, conv.height, conv.width)
     for name, array, shape in (
-        ("g", g, (2 * slices, rows, cols // groups)),
+        ("g", g, (len(g), rows, cols // groups)),
         ("x", x, images or (batch, rows)),
         ("d", d, (batch, cols) if conv is None else (len(x), cols, *conv.out)),
         ("w_max", w_max, (cols,)),
@@ -141,15 +147,6 @@ def check_window(op: str, g_min: float, g_max: float) -> None:
         )
     if g_max == inf:
         raise ValueError(f"{op}: `g_max` must be finite, got inf S; give the window's end")
-
-
-def check_stuck(op: str, low: float, high: float) -> None:
-    """Refuse rates of stuck cells that are no shares of the cells."""
-    if not (low >= 0 and high >= 0 and low + high <= 1):
-        raise ValueError(
-            f"{op}: `stuck_at_g_min` and `stuck_at_g_max` must be shares of the cells, together at most 1, got {low:g} "
-            f"and {high:g}; give rates from 0 to 1"
-        )
 
 
 def require_finite(op: str, name: str, bad: int, way_out: str) -> None:

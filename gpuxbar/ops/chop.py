@@ -9,7 +9,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, InOut, Kernel, Scalar, backend, cuda_device
-from gpuxbar.ops.checks import check_array, check_integers, check_written, integer
+from gpuxbar.ops.checks import check_array, check_integers, check_written, counter, integer
 
 __all__ = ["KERNEL", "chop"]
 
@@ -45,10 +45,10 @@ def chop(
     check_written(OP, sign=sign)
     groups, inputs = sign.shape
     if device is not None or backend(sign) == "cuda":
-        by_value, size = isinstance(step, int), groups * lines.size
+        size = groups * lines.size
         (device or cuda_device()).launch(
             KERNEL, (min(-(-size // 256), 1 << 16),), (256,),
-            {"sign": sign, "lines": lines, "step": None if by_value else step.reshape(-1), "step_value": step if by_value else 0,
+            {"sign": sign, "lines": lines, **counter("step", step),
              "seed": seed, "flips": ceil(flip * 2**24 - 0.5), "inputs": inputs, "count": lines.size, "size": size},
         )  # fmt: skip
         return

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.ops.checks import check_array, check_window
+from gpuxbar.ops.checks import check_window
 from gpuxbar.ops.laws import parameters
 from gpuxbar.spec import (
     Agarwal,
@@ -20,7 +20,7 @@ from gpuxbar.spec import (
     UpdateLaw,
 )
 
-__all__ = ["by_name", "check_map", "device_map", "draw_device_map", "spread_names"]
+__all__ = ["device_map", "draw_device_map", "spread_names"]
 
 OP = "device_map"
 # each a field of `Parameters` that is above 0 where its device parameter spreads, in the order of `struct Spreads`
@@ -58,7 +58,7 @@ def device_map(
     shape_up: Any = None,
     shape_down: Any = None,
 ) -> np.ndarray:
-    """A map of measured devices, for `ops.device_update`, `ops.pulse_update` and `AnalogLayer.set_device_map`.
+    """A map of measured devices, for `ops.Pairs` and `AnalogLayer.set_device_map`.
 
     A map holds each device's parameters as deviations from the law's nominal ones, in units of the law's spreads: give the
     law the spreads that were measured. Only parameters with a spread above 0 are stored, 2 bytes each for a device.
@@ -158,24 +158,6 @@ def draw_device_map(law: UpdateLaw, shape: tuple[int, int, int], *, seed: int) -
     return np.array([[each[name] for each in drawn] for name in names], np.float16).reshape(
         len(names), *shape
     )
-
-
-def check_map(op: str, map_: Any, law: UpdateLaw, shape: tuple[int, ...]) -> None:
-    """Refuse a map of other devices or of another law."""
-    if map_ is None:
-        return
-    check_array(op, "device_map", map_, "float16", 4)
-    names = spread_names(law)
-    if tuple(map_.shape) != (len(names), *shape):
-        raise ValueError(
-            f"{op}: `device_map` must have shape {(len(names), *shape)} for a law that spreads in "
-            f"{', '.join(names) or 'nothing'}, got {tuple(map_.shape)}; make it by ops.device_map for that law"
-        )
-
-
-def by_name(map_: Any, law: UpdateLaw) -> dict[str, Any] | None:
-    """A map's planes as the reference takes them."""
-    return None if map_ is None else dict(zip(spread_names(law), map_, strict=True))
 
 
 def _steps(law: UpdateLaw, up: np.ndarray, down: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,9 @@ class Parameters(ctypes.Structure):
     ]  # fmt: skip
 
 
+@lru_cache(maxsize=1024)
 def parameters(law: UpdateLaw, g_min: float, g_max: float) -> Parameters:
-    """What the kernels need of a law, for a window in S."""
+    """What the kernels need of a law, for a window in S; shared by all calls, so only to be read."""
     span = g_max - g_min
     common: dict[str, Any] = {
         "pulses": law.nominal_pulses or 1.0,  # without steps, a change is one

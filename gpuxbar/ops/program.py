@@ -12,16 +12,17 @@ from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import (
     check_array,
     check_integers,
-    check_stuck,
     check_window,
     check_written,
     integer,
     require_finite,
 )
 from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
+from gpuxbar.spec import Programming
 
-__all__ = ["Programming", "fingerprint", "program", "reprogram", "write_values"]
+__all__ = ["IDEAL", "Write", "fingerprint", "program", "reprogram", "write_values"]
 
+IDEAL = Programming()
 LOWER = "lower the rate"
 INTEGERS = ("slices", "slice_bits", "headroom_bits", "levels", "seed")
 MERGES = ("none", "subtract", "all", "offset")  # in the order of `enum Merge` in programming.cuh
@@ -39,12 +40,7 @@ def program(
     balanced: bool = False,
     levels: int | None = None,
     merge: str = "none",
-    write_noise: float = 0.0,
-    write_noise_slope: float = 0.0,
-    write_noise_curve: float = 0.0,
-    device_spread: float = 0.0,
-    stuck_at_g_min: float = 0.0,
-    stuck_at_g_max: float = 0.0,
+    programming: Programming = IDEAL,
     sigma_g: float = 0.0,
     exponent: float = 0.5,
     seed: int = 0,
@@ -72,10 +68,8 @@ def program(
         merge: Which planes are stored. "none": both sides of the pairs, [2 slices], positive ones first, least
             significant slice first; "subtract": their difference, [slices]; "all": sum_k 2**(k slice_bits) of the
             differences, [1]; "offset": a single device for each weight, around the middle of the window, [1].
-        write_noise, write_noise_slope, write_noise_curve: Standard deviation of a write, S, redrawn with every `step`;
-            at least 0 for r of 0 to 1.
-        device_spread: Relative standard deviation between devices, drawn once per seed.
-        stuck_at_g_min, stuck_at_g_max: Rates of stuck cells, drawn once per seed.
+        programming: What a write leaves: its noise, redrawn with every `step`, and the spread and stuck cells of the
+            devices, drawn once per seed.
         sigma_g: Conductance fluctuation of a read of a device at `g_max`, S; see `spec.ReadNoise`.
         exponent: Of its growth with g / g_max, 0 to 4.
         seed, step: Same pair, same noise; `step` is an integer or an int64 array of one element.
@@ -101,9 +95,9 @@ def program(
             "each group"
         )
     settings: dict[str, Any] = {
-        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits, "balanced": balanced, "levels": levels, "merge": merge,
-        "write_noise": write_noise, "write_noise_slope": write_noise_slope, "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
-        "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
+        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits,
+        "balanced": balanced, "levels": levels, "merge": merge, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
+        **programming.model_dump(),
     }  # fmt: skip
     _check_settings(op, settings)
     where = "cuda" if device is not None else backend(weight)
@@ -150,12 +144,7 @@ def reprogram(
     balanced: bool = False,
     levels: int | None = None,
     merge: str = "none",
-    write_noise: float = 0.0,
-    write_noise_slope: float = 0.0,
-    write_noise_curve: float = 0.0,
-    device_spread: float = 0.0,
-    stuck_at_g_min: float = 0.0,
-    stuck_at_g_max: float = 0.0,
+    programming: Programming = IDEAL,
     sigma_g: float = 0.0,
     exponent: float = 0.5,
     seed: int = 0,
@@ -191,9 +180,9 @@ def reprogram(
     check_array(op, "weight", weight, "float32", 3)
     groups, outputs, inputs = weight.shape
     settings: dict[str, Any] = {
-        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits, "balanced": balanced, "levels": levels, "merge": merge,
-        "write_noise": write_noise, "write_noise_slope": write_noise_slope, "write_noise_curve": write_noise_curve, "device_spread": device_spread, "stuck_at_g_min": stuck_at_g_min,
-        "stuck_at_g_max": stuck_at_g_max, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
+        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits,
+        "balanced": balanced, "levels": levels, "merge": merge, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
+        **programming.model_dump(),
     }  # fmt: skip
     _check_settings(op, settings)
     if scale not in ("tensor", "column"):
@@ -310,17 +299,8 @@ def _check_settings(op: str, s: dict[str, Any]) -> None:
         raise ValueError(
             f"{op}: `levels` must be None for slices with headroom or in balanced pairs, got {levels}; leave it out"
         )
-    for name, unit in (("write_noise", " S"), ("device_spread", ""), ("sigma_g", " S")):
-        if not 0 <= s[name] < float("inf"):
-            raise ValueError(f"{op}: `{name}` must be at least 0, got {s[name]:g}{unit}; 0 switches it off")
-    level, slope, curve = (s[f"write_noise{part}"] for part in ("", "_slope", "_curve"))
-    for r in (0.0, 1.0, min(max(-slope / (2 * curve), 0.0), 1.0) if curve else 0.0):
-        if not 0 <= level + (slope + curve * r) * r < float("inf"):
-            raise ValueError(
-                f"{op}: `write_noise_slope` and `write_noise_curve` must leave a write noise of at least 0, got "
-                f"{level + (slope + curve * r) * r:g} S at g = {r:g} g_max; it is a standard deviation"
-            )
-    check_stuck(op, s["stuck_at_g_min"], s["stuck_at_g_max"])
+    if not 0 <= s["sigma_g"] < float("inf"):
+        raise ValueError(f"{op}: `sigma_g` must be at least 0, got {s['sigma_g']:g} S; 0 switches it off")
     if not 0 <= s["exponent"] <= 4:
         raise ValueError(
             f"{op}: `exponent` must be 0 to 4, got {s['exponent']:g}; 0.5 is the square-root law, 1 a constant relative "
@@ -328,7 +308,7 @@ def _check_settings(op: str, s: dict[str, Any]) -> None:
         )
 
 
-class Programming(ctypes.Structure):
+class Write(ctypes.Structure):
     """Twin of `struct Programming` in kernels/include/gpuxbar/programming.cuh."""
 
     _fields_ = [
@@ -362,4 +342,4 @@ def write_values(s: dict[str, Any]) -> dict[str, Any]:
 
 
 def _host(name: str, values: dict[str, Any], *args: Any) -> None:
-    host_call(library(), name, np.frombuffer(bytes(Programming(**values)), np.uint8), *args)
+    host_call(library(), name, np.frombuffer(bytes(Write(**values)), np.uint8), *args)

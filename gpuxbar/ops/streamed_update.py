@@ -9,13 +9,13 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_lines, check_numbers, require_finite
+from gpuxbar.ops.checks import check_lines, check_numbers, require_finite
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.outer_product import outer_product
-from gpuxbar.ops.slices import Slices, check_slices
+from gpuxbar.ops.pairs import Pairs, Slices
 from gpuxbar.reference.tile_mvm import ConvGeometry
-from gpuxbar.spec import Carry, Endurance, UpdateLaw
+from gpuxbar.spec import Carry
 
 __all__ = ["KERNELS", "streamed_update"]
 
@@ -24,27 +24,14 @@ WORKSPACE = 16 << 20  # bytes of bits and digits that the CPU holds at a time
 
 
 def streamed_update(
-    g: Any,
+    pairs: Pairs,
     x: Any,
     d: Any,
     *,
     rate: float,
-    law: UpdateLaw,
     w_max: Any,
-    g_min: float,
-    g_max: float,
-    slices: int,
-    slice_bits: int,
-    carry: Carry,
     groups: int = 1,
     conv: ConvGeometry | None = None,
-    hidden: Any = None,
-    endurance: Endurance | None = None,
-    pulse_count: Any = None,
-    device_map: Any = None,
-    stuck_at_g_min: float = 0.0,
-    stuck_at_g_max: float = 0.0,
-    seed: int = 0,
     step: Any = 0,
     device: Device | None = None,
 ) -> Any:
@@ -64,21 +51,17 @@ def streamed_update(
     change, is smaller one by one). For samples in sequence, update after each. The outer product of the batch is never formed.
 
     Args:
-        g: Conductances of the positive devices, least significant slice first, then of the negative ones, float32
-            [2 slices, G * I, O], S; updated in place.
+        pairs: The devices, two slices or more with a carry of scheme "streamed"; changed in place. `ops.carry` puts digits in
+            order.
         x: Inputs, float32 [B, G * I]; finite. With `conv` the images [N, G * channels, height, width] whose patches are the
             samples, image by image; max|x| is that of the images.
         d: Errors, the gradient of the loss by the outputs, float32 [B, G * O]; finite. With `conv` images of the outputs,
             [N, G * O, height, width].
         rate: Learning rate, above 0.
-        law: An update law of the spec.
         w_max: Weight of a full pair of slices, whose digits are all 2**slice_bits - 1, float32 [G * O], above 0.
-        g_min, g_max: Conductance window, S.
-        slices, slice_bits: Pairs of a weight, at least 2, and bits of each.
-        carry: A carry of scheme "streamed"; `ops.carry` puts digits in order.
         groups: Arrays side by side, G.
         conv: Shape of the convolution whose patches drive the wordlines; no patch matrix is made.
-        hidden, endurance, pulse_count, device_map, stuck_at_g_min, stuck_at_g_max, seed, step: As for `device_update`.
+        step: As for `device_update`.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
@@ -86,45 +69,40 @@ def streamed_update(
 
     Raises:
         TypeError: An array has another dtype.
-        ValueError: Shapes disagree, an array is not contiguous, `carry` is of another scheme, or a value is not finite
-            (checked on the CPU; on a GPU no value is read back); `g` is unchanged.
+        ValueError: Shapes disagree, an array is not contiguous, the carry is of another scheme, or a value is not finite
+            (checked on the CPU; on a GPU no value is read back); pairs are unchanged.
 
     Source:
         Own formulation of outer products sliced by bits; the idea of gathering them in slices with headroom and of
         resolving carries later is that of Ankit et al., "PANTHER", IEEE Transactions on Computers 2020.
     """
-    check_slices(OP, slices, slice_bits, carry)
-    if slices == 1 or carry.scheme != "streamed":
-        got = "one pair" if slices == 1 else repr(carry.scheme)
+    carry, bits = pairs.carry, pairs.slice_bits
+    if carry is None or bits is None or carry.scheme != "streamed":
+        got = "one pair" if carry is None else repr(carry.scheme)
         raise ValueError(
             f"{OP}: `carry.scheme` must be streamed, on two slices or more, got {got}; choose it, or update by device_update"
         )
     check_numbers(OP, "rate", rate, "", "give the learning rate")
-    check_array(OP, "g", g, "float32", 3)
-    batch, inputs, outputs = check_lines(OP, g, x, d, w_max, groups, conv, slices)
-    on_gpu = device is not None or backend(g) == "cuda"
-    if not on_gpu:
+    batch, inputs, outputs = check_lines(OP, pairs.g, x, d, w_max, groups, conv)
+    where = "cuda" if device is not None else backend(pairs.g)
+    if where != "cuda":
         for name, array in (("x", x), ("d", d)):
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
-    lie: dict[str, Any] = {"slices": slices, "slice_bits": slice_bits}
-    if not on_gpu and backend(g) == "reference":
+    if where == "reference":
         digits = reference.streamed_digits(
-            x, d, rate=rate, w_max=w_max, input_bits=carry.input_bits, groups=groups, conv=conv, **lie
-        ).astype(np.float32)
+            x, d, rate=rate, w_max=w_max, input_bits=carry.input_bits, slices=pairs.slices, slice_bits=bits, groups=groups,
+            conv=conv,
+        ).astype(np.float32)  # fmt: skip
     else:
         lines = Lines(
-            streams=Streams.of(carry, rate, slices * slice_bits), slices=Slices.of(slices, slice_bits, carry),
-            conv=Conv.of(conv), groups=groups, inputs=inputs, outputs=outputs,
+            streams=Streams.of(carry, rate, pairs.slices * bits), slices=pairs.settings["slices"], conv=Conv.of(conv),
+            groups=groups, inputs=inputs, outputs=outputs,
         )  # fmt: skip
-        if on_gpu:
+        if where == "cuda":
             digits = _gathered_cuda(device or cuda_device(), lines, batch, x, d, w_max)
         else:
             digits = _gathered(lines, batch, x, d, w_max)
-    return device_update(
-        g, None, digits=digits, law=law, w_max=w_max, g_min=g_min, g_max=g_max, carry=carry, hidden=hidden, endurance=endurance,
-        pulse_count=pulse_count, device_map=device_map, stuck_at_g_min=stuck_at_g_min, stuck_at_g_max=stuck_at_g_max, seed=seed,
-        step=step, device=device, **lie,
-    )  # fmt: skip
+    return device_update(pairs, None, digits=digits, w_max=w_max, step=step, device=device)
 
 
 class Streams(ctypes.Structure):

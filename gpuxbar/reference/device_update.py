@@ -157,7 +157,7 @@ def device_update(
     slices: int = 1,
     slice_bits: int | None = None,
     carry: dict[str, Any] | None = None,
-    hidden: np.ndarray | None = None,
+    g_held: np.ndarray | None = None,
     endurance: dict[str, Any] | None = None,
     pulse_count: np.ndarray | None = None,
     device_map: dict[str, np.ndarray] | None = None,
@@ -185,7 +185,7 @@ def device_update(
         change = factor * np.asarray(dw, np.float64) / per_output
         asked, _ = sliced(change.transpose(0, 2, 1).reshape(groups * n_in, n_out), slices, slice_bits, carry)
     rows = np.arange(groups * n_in)
-    held = np.array(g if hidden is None else hidden, np.float64)
+    held = np.array(g if g_held is None else g_held, np.float64)
     shown = np.array(g, np.float64)
     for plane, own in enumerate((*asked, *-asked)):
         wanted = np.clip(
@@ -207,7 +207,7 @@ def device_update(
         z = normals(rows, n_out, purpose=Purpose.CYCLE, step=step, **where)
         to = g_min + span * cells.change((held[plane] - g_min) / span, wanted, z)
         held[plane] = np.where(touched, to, held[plane])
-        if hidden is not None:
+        if g_held is not None:
             noise = law["write_noise"] * normals(
                 rows, n_out, purpose=Purpose.UPDATE_WRITE, step=step, **where
             )
@@ -221,7 +221,7 @@ def device_update(
                     cells_of[plane] = np.where(
                         fails, {"g_min": g_min, "g_max": g_max}[endurance["failed"]], cells_of[plane]
                     )
-    if hidden is None:
+    if g_held is None:
         shown = held
     lie: dict[str, Any] = {"slices": slices, "slice_bits": slice_bits, "carry": carry}
     return shown, held, read_out(shown, w_max=w_max, groups=groups, g_min=g_min, g_max=g_max, **lie)

@@ -14,7 +14,7 @@ namespace {
 
 struct Arrays {
   float* g;                // [2 slices, R, C] S
-  float* hidden;           // like g, or null
+  float* g_held;           // like g, or null
   const i32* pulse_count;  // like g, or null
   i64 rows, cols;
 };
@@ -68,7 +68,7 @@ void write_pairs(const Programming& p, const Slices& s, const Arrays& a, const S
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j)
       value[j] = written(settings, digit_target(settings, sign * digit[j]), z.spread[j], z.noise[j], z.u[j]);
-    for (float* cells : {a.g, a.hidden}) {
+    for (float* cells : {a.g, a.g_held}) {
       if (!cells) continue;
 #pragma omp simd
       for (i64 j = 0; j < at.count; ++j) cells[first + j] = chosen[j] != 0.0f ? value[j] : cells[first + j];
@@ -116,11 +116,11 @@ void carry_row(const Programming& p, const Slices s, const Arrays& a, const Spot
 }  // namespace
 
 // The step of `writes` is the number of updates so far.
-extern "C" void gpuxbar_carry(const Programming* writes, const Slices* slices, float* g, float* hidden,
+extern "C" void gpuxbar_carry(const Programming* writes, const Slices* slices, float* g, float* g_held,
                               const i32* pulse_count, i64 interval, i64 rows, i64 cols, i64* bad) {
   const Programming p = *writes;
   const Slices s = *slices;
-  const Arrays a{g, hidden, pulse_count, rows, cols};
+  const Arrays a{g, g_held, pulse_count, rows, cols};
   const i32 due = slices_due(s, interval, p.step);
   if (due == 0) return;
   *bad = count_not_finite(g, 2 * s.count * rows * cols);

@@ -35,7 +35,7 @@ struct Update {
 
 struct Arrays {
   float* g;             // [2 slices, G * I, O] S
-  float* hidden;        // like g: what devices hold where they show it with write noise; else null
+  float* g_held;        // like g: what devices hold where they show it with write noise; else null
   i32* pulse_count;     // like g: pulses taken, below 0 by failed devices; null where none fail
   DeviceMap map;        // planes like g
   const float* dw;      // [G, O, I], or null: `digits`
@@ -177,20 +177,20 @@ bool any(const float* change) {
 template <class L>
 void update_rows(const Update& u, const Arrays& a, i32 sides, const float* change, i64 count, Row* rows) {
   const float inverse_range = 1.0f / u.range;
-  float* held = a.hidden ? a.hidden : a.g;
+  float* held = a.g_held ? a.g_held : a.g;
   for (Row* r = rows; r < rows + sides; ++r) {
     load_shares(held + r->first, u.g_min, inverse_range, count, r->x, r->before);
-    if (a.hidden) load_shares(a.g + r->first, u.g_min, inverse_range, count, r->shown, r->shown_before);
+    if (a.g_held) load_shares(a.g + r->first, u.g_min, inverse_range, count, r->shown, r->shown_before);
   }
   const auto prepared = u.law.lognormal ? (u.law.integer_pulses ? prepare<1, 1> : prepare<1, 0>)
                                         : (u.law.integer_pulses ? prepare<0, 1> : prepare<0, 0>);
   for (Row* r = rows; r < rows + sides; ++r) prepared(u, a, change, count, *r);
   for (Row* r = rows; r < rows + sides; ++r) move<L>(u.law, *r);
   for (Row* r = rows; r < rows + sides; ++r) {
-    if (a.hidden) show(u, *r);
-    if (a.pulse_count) wear_row(u, r->at, r->d, count, a.pulse_count + r->first, r->x, a.hidden ? r->shown : nullptr);
+    if (a.g_held) show(u, *r);
+    if (a.pulse_count) wear_row(u, r->at, r->d, count, a.pulse_count + r->first, r->x, a.g_held ? r->shown : nullptr);
     write_back(held + r->first, r->x, r->before, u.g_min, u.range, count);
-    if (a.hidden) write_back(a.g + r->first, r->shown, r->shown_before, u.g_min, u.range, count);
+    if (a.g_held) write_back(a.g + r->first, r->shown, r->shown_before, u.g_min, u.range, count);
   }
 }
 
@@ -213,7 +213,7 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
       for (i64 plane = 0; plane < 2 * u.slices.count; ++plane) {
         const i64 ahead = ((plane * u.groups + group) * u.inputs + i0 + i + AHEAD) * u.outputs + o0;
         fetch(a.g + ahead);
-        if (a.hidden) fetch(a.hidden + ahead);
+        if (a.g_held) fetch(a.g_held + ahead);
         if (a.map.normal)
           for (int k = 0; k < map_planes(u.law); ++k) fetch(a.map.normal + k * a.map.cells + ahead);
       }
@@ -249,12 +249,12 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
 
 }  // namespace
 
-extern "C" void gpuxbar_device_update(float* g, float* hidden, i32* pulse_count, const u16* device_map, const float* dw,
+extern "C" void gpuxbar_device_update(float* g, float* g_held, i32* pulse_count, const u16* device_map, const float* dw,
                                       const float* digits, float* w, const float* w_max, const Update* update,
                                       i64* bad) {
   const Update u = *update;
   const i64 size = u.groups * u.inputs * u.outputs;
-  const Arrays a{g, hidden, pulse_count, DeviceMap{device_map, 2 * u.slices.count * size}, dw, digits, w, w_max};
+  const Arrays a{g, g_held, pulse_count, DeviceMap{device_map, 2 * u.slices.count * size}, dw, digits, w, w_max};
   *bad = dw ? count_not_finite(dw, size) : count_not_finite(digits, u.slices.count * size);
   if (*bad) return;
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;

@@ -24,7 +24,7 @@ Pair = tuple[Any, np.ndarray]  # what the device finds, and the oracle
 
 INPUTS, OUTPUTS, BATCH = 4096, 2048, 256
 TILES, SIDE, DRIVEN = 6000, 128, 4
-SETTINGS: dict[str, Any] = {**WINDOW, "seed": 1, "step": 3}
+MADE: dict[str, Any] = {**WINDOW, "seed": 1}
 TRAIN = PulseTrain(length=31, bound_management=False, mode="aggregated")
 
 
@@ -63,24 +63,18 @@ def _map(inputs: int, outputs: int) -> np.ndarray:
 def _update(device: Device, there: There, stored: bool) -> Callable[[], object]:
     g, dw, w_max = map(there, _cells(INPUTS, OUTPUTS))
     devices = there(np.tile(_map(64, OUTPUTS), (1, 1, INPUTS // 64, 1))) if stored else None
-    return partial(
-        ops.device_update, g, dw, law=LAW, w_max=w_max, device_map=devices, device=device, **SETTINGS
-    )
+    pairs = ops.Pairs(g, law=LAW, device_map=devices, **MADE)
+    return partial(ops.device_update, pairs, dw, w_max=w_max, step=3, device=device)
 
 
 def _compare_update(device: Device, there: There, stored: bool) -> Pair:
     g, dw, w_max = _cells(37, 35)
     devices = _map(37, 35) if stored else None
-    planes = None if devices is None else dict(zip(ops.spread_names(LAW), devices, strict=True))
-    expected, _, _ = reference.device_update(
-        g, dw, law=LAW.model_dump(), w_max=w_max, device_map=planes, **SETTINGS
-    )
-    cells = there(g)
-    ops.device_update(
-        cells, there(dw), law=LAW, w_max=there(w_max), device_map=None if devices is None else there(devices),
-        device=device, **SETTINGS,
-    )  # fmt: skip
-    return cells, expected
+    plain = ops.Pairs(g, law=LAW, device_map=devices, **MADE).plain
+    expected, _, _ = reference.device_update(g, dw, w_max=w_max, step=3, **plain)
+    pairs = ops.Pairs(there(g), law=LAW, device_map=None if devices is None else there(devices), **MADE)
+    ops.device_update(pairs, there(dw), w_max=there(w_max), step=3, device=device)
+    return pairs.g, expected
 
 
 def _vectors(batch: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -94,22 +88,24 @@ def _vectors(batch: int, inputs: int, outputs: int) -> tuple[np.ndarray, np.ndar
 def _pulses(device: Device, there: There) -> Callable[[], object]:
     g, _, w_max = _cells(INPUTS, OUTPUTS)
     x, d, rate = _vectors(BATCH, INPUTS, OUTPUTS)
-    arrays = map(there, (g, x, d))
+    pairs = ops.Pairs(there(g), law=COUNTED_SOFT, **MADE)
     return partial(
-        ops.pulse_update, *arrays, rate=rate, law=COUNTED_SOFT, train=TRAIN, w_max=there(w_max), device=device, **SETTINGS
+        ops.pulse_update, pairs, there(x), there(d), rate=rate, train=TRAIN, w_max=there(w_max), step=3, device=device
     )  # fmt: skip
 
 
 def _compare_pulses(device: Device, there: There) -> Pair:
     g, _, w_max = _cells(37, 35)
     x, d, rate = _vectors(9, 37, 35)
-    law, train = COUNTED_SOFT.model_dump(), TRAIN.model_dump()
-    expected, _ = reference.pulse_update(g, x, d, rate=rate, law=law, train=train, w_max=w_max, **SETTINGS)
-    cells = there(g)
+    plain = ops.Pairs(g, law=COUNTED_SOFT, **MADE).plain
+    expected, _ = reference.pulse_update(
+        g, x, d, rate=rate, train=TRAIN.model_dump(), w_max=w_max, step=3, **plain
+    )
+    pairs = ops.Pairs(there(g), law=COUNTED_SOFT, **MADE)
     ops.pulse_update(
-        cells, there(x), there(d), rate=rate, law=COUNTED_SOFT, train=TRAIN, w_max=there(w_max), device=device, **SETTINGS
+        pairs, there(x), there(d), rate=rate, train=TRAIN, w_max=there(w_max), step=3, device=device
     )  # fmt: skip
-    return cells, expected
+    return pairs.g, expected
 
 
 def _wires(device: Device, there: There, method: Method) -> Callable[[], object]:

@@ -9,7 +9,7 @@ namespace gpuxbar {
 
 enum Failed : i32 { HELD = 0, AT_G_MIN = 1, AT_G_MAX = 2 };
 
-// Twin of `Wear` in gpuxbar/ops/endurance.py.
+// Twin of `Wear` in gpuxbar/ops/pairs.py.
 struct Endurance {
   float pulses, spread;  // median of what devices bear, standard deviation of its logarithm
   i32 failed;

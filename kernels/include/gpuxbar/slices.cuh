@@ -8,7 +8,7 @@
 
 namespace gpuxbar {
 
-// Twin of `Slices` in gpuxbar/ops/slices.py. An unsliced weight is one slice of one unit.
+// Twin of `Slices` in gpuxbar/ops/pairs.py. An unsliced weight is one slice of one unit.
 struct Slices {
   i32 count, bits;
   i32 lowest;          // a change goes to the lowest digit alone; else every digit of it to its own slice
