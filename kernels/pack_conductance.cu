@@ -3,7 +3,7 @@
 // Axes    G groups, T tiles of K driven lines (padded with 0), N = S planes times sensed lines (padded to ld columns):
 //         b [G, T, K, ld]. Forwards the wordlines are driven, transposed the bitlines.
 // Launch  a 32 x 32 block of (driven line, column) each, 256 threads; grid (ceil(ld / 32), ceil(K / 32), G T).
-// Macros  HALF fp16 high part (and low part) of g * scale, else float32 g; TRANSPOSED
+// Macros  HALF fp16 high part (and low part) of g * scale, else float32; TRANSPOSED
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/portable.cuh"
 
@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(256)
     b[to] = high;
     if (low) low[to] = half_bits(value - half_value(high));
 #else
-    b[to] = block[i][x];
+    b[to] = block[i][x] * scale;
 #endif
   }
 }

@@ -16,6 +16,7 @@ from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand
 from gpuxbar.ops.round_keys import RoundKeys
 from gpuxbar.ops.tile_mvm_cuda import (
+    amperes_of_one,
     chunks,
     code_range,
     fold_patches,
@@ -44,7 +45,7 @@ FUSED_TILE_MVM = Kernel(
     step=In("int64", "one", optional=True), row_scale=In("float32", "R", optional=True),
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
     words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
-    gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, offset_amperes=_FLOAT, adc_lsb_value=_FLOAT,
+    gate=Out("float32", optional=True), amperes=_FLOAT, level_0=_FLOAT, adc_lsb_value=_FLOAT,
     read_noise_value=_FLOAT, step_value=_LONG, keys=Struct("RoundKeys", RoundKeys), row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
@@ -83,7 +84,7 @@ def fused_tile_mvm(
     }  # fmt: skip
     more = {
         "spread": operand.spread, "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
-        "volts_squared": s["v_lsb"] ** 2, "offset_amperes": s["v_lsb"] * s["g_offset"] if int8 else 0.0, "streams": s["streams"], "stream_bits": s["stream_bits"],
+        "level_0": s["g_offset"] / s["g_step"] if int8 else 0.0, "streams": s["streams"], "stream_bits": s["stream_bits"],
         "tile_lines": shape.tile, "images": Images() if images is None else Images.of(conv, s["groups"]), "chunks": plan.chunks,
         "keys": RoundKeys.of(s["seed"]),
     }  # fmt: skip
@@ -127,6 +128,7 @@ def read_fused(
     lsb, lsb_value = split_value(s["adc_lsb"])
     sigma, sigma_value = split_value(s["read_noise"])
     step, step_value = split_value(s["step"])
+    amperes = amperes_of_one(s["v_lsb"], operand.scale)
 
     def read(y: Any, gate: Any, row0: int, y_row0: int, rows: int) -> None:
         inputs, more = images, dict[str, Any]()
@@ -152,7 +154,7 @@ def read_fused(
         launch(
             (plan.blocks(rows, shape.sense), plan.splits, conversions * shape.groups),
             {**shared, **more, "a": inputs, "b": operand.high, "low": operand.low, "read_noise": sigma, "step": step,
-             "y": None if by_words else y, "gate": None if by_words else gate, "volts": s["v_lsb"] / operand.scale,
+             "y": None if by_words else y, "gate": None if by_words else gate, "amperes": amperes,
              "read_noise_value": sigma_value, "step_value": step_value, "noise_row0": s["row_offset"] + row0,
              "groups": shape.groups, "sense": shape.sense, "k": shape.k, "code_max": code_max,
              "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},

@@ -19,7 +19,7 @@ from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
-from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
+from gpuxbar.ops.tile_mvm_cuda import amperes_of_one, generator_of, tile_mvm_cuda
 from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
@@ -373,6 +373,7 @@ def _check_streams(bits: int, streams: int, phases: int) -> None:
 
 def _check_scalars(v_lsb: float, read_noise: Any, step: Any) -> None:
     check_numbers(OP, "v_lsb", v_lsb, "V", "it is the voltage of one code")
+    amperes_of_one(v_lsb)
     check_numbers(OP, "read_noise", read_noise, "A", "it is a standard deviation", zero=True)
     if np.size(read_noise) != 1:
         raise ValueError(

@@ -86,8 +86,10 @@ struct Part {
   u32 column;  // of the counters: of n0
   // volatile: read at each use, so as not to stay in registers
   volatile u32 slot, now;  // of the counters: of tile 0, and the step
-  volatile float sigma;    // A
-  float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
+  volatile float sigma;    // of the noise, in partial sums
+  float amperes;           // of a partial sum of 1
+  volatile float per_ampere;
+  float factor[CONVERTERS ? BLOCK_N : 1];  // ADC steps in a partial sum of 1 of a column
 
   // By one thread, before a barrier.
   GPUXBAR_FN void locate(int rows, int groups, int sense, int tiles, int planes) {
@@ -106,10 +108,19 @@ struct Part {
     slot = (pass * planes + plane) * tiles;
   }
 
+  // Also by one thread. `unit`: A of a partial sum of 1; `noise`: its standard deviation, A.
+  GPUXBAR_FN void measure(float unit, float noise, i64 step) {
+    amperes = unit;
+    per_ampere = 1.0f / unit;
+    sigma = noise * per_ampere;
+    now = (u32)step;
+  }
+
   // By all threads, after that barrier.
-  GPUXBAR_FN void invert(const Scales& scales, int sense, int threads) {
+  GPUXBAR_FN void set_factors(const Scales& scales, int sense, int threads) {
+#pragma unroll 1
     for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += threads)
-      inverse_lsb[j] = 1.0f / scales.lsb(column + (n0 + j < sense ? j : 0));
+      factor[j] = steps_of_one(amperes, scales.lsb(column + (n0 + j < sense ? j : 0)));
   }
 
   GPUXBAR_FN u32 biases() const { return (u32)(last_tile - first_tile) * ADC_BIAS; }  // in each sum
