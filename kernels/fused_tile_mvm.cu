@@ -15,7 +15,8 @@
 //         the range, in the high half of each sum; IMPLICIT rows are patches, gathered from images with zeros where they
 //         reach over an edge: 1 lines in the order channel_position, as patches.cuh says, 2 position_channel, C and lines
 //         of a tile multiples of 8; INT8 products of bytes, 1 if the sums of a tile stay below 2^22, 2 larger ones:
-//         conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0)
+//         conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0); BFLOAT operands
+//         are bf16, digits packed so too
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/mma.cuh"
@@ -36,6 +37,9 @@
 
 #if INT8 && (IMPLICIT || VARIANCE || STREAMS || TERMS == 2)
 #error "INT8 goes without TERMS 2, VARIANCE, STREAMS and IMPLICIT"
+#endif
+#if BFLOAT && (IMPLICIT || STREAMS || TERMS == 2 || INT8)
+#error "BFLOAT goes without TERMS 2, STREAMS, IMPLICIT and INT8"
 #endif
 
 extern __shared__ __align__(1024) unsigned char gx_smem[];
@@ -59,6 +63,14 @@ GPUXBAR_FN float value_of(i32 sum) { return INT8 == 1 ? bits_float((u32)sum) - 1
 #else
 constexpr float ZERO = 0.0f;
 GPUXBAR_FN float value_of(float sum) { return sum; }
+#endif
+
+#if BFLOAT
+GPUXBAR_FN u32 squares(u32 digits) { return square_bfloats(digits); }
+GPUXBAR_FN void multiply_digits(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply_bfloat(c, a, b0, b1); }
+#else
+GPUXBAR_FN u32 squares(u32 digits) { return square_halves(digits); }
+GPUXBAR_FN void multiply_digits(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply_half(c, a, b0, b1); }
 #endif
 
 // Where a 16-byte chunk of a row lies in shared memory. The eight rows that one load_matrices reads together fall on
@@ -109,7 +121,7 @@ struct Block : Part {
 };
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-    fused_tile_mvm(const Operand* __restrict__ a,      // [M, G, T, K]         codes, fp16 or int8
+    fused_tile_mvm(const Operand* __restrict__ a,      // [M, G, T, K]         codes, fp16, bf16 or int8
                    const Operand* __restrict__ b,      // [S, G, N, T, K]      conductance times a power of 2, or level
                    const Operand* __restrict__ low,    // like b, or null: what fp16 leaves of it (TERMS 2)
                    const i16* __restrict__ spread,     // like b, or null: noise variance, bf16 (VARIANCE)
@@ -147,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   if (thread_index() == 0) {
     block.locate(rows, groups, sense, tiles, planes);
     block.steps = (block.last_tile - block.first_tile) * (k / STEP);
-    const int a_pass = INT8 ? block.pass * rows : 0;
+    const int a_pass = INT8 || BFLOAT ? block.pass * rows : 0;
     block.a_line = (a_pass + block.m0) * a_row + block.group * b_row + block.first_tile * k;
     block.b_line = ((block.plane * groups + block.group) * sense + block.n0) * b_row + block.first_tile * k;
     const int shift = block.pass % streams * stream_bits;
@@ -252,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
           for (int i = 0; i < ROW_PARTS; ++i)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) left_part[i][e] = square_halves(left_part[i][e]);
+            for (int e = 0; e < 4; ++e) left_part[i][e] = squares(left_part[i][e]);
 #pragma unroll
         for (int j = 0; j < COLUMN_PARTS; j += 2) {
           u32 right[4];  // of column parts j and j + 1
@@ -269,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                 multiply_bfloat(variances[VARIANCE ? i : 0][VARIANCE ? j + e : 0], left_part[i], right[2 * e],
                                 right[2 * e + 1]);
               else
-                multiply_half(sums[i][j + e], left_part[i], right[2 * e], right[2 * e + 1]);
+                multiply_digits(sums[i][j + e], left_part[i], right[2 * e], right[2 * e + 1]);
 #endif
         }
       }

@@ -8,6 +8,7 @@
 //         PANELS b in panels of 128 x 64 (N padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         IMPLICIT the lines of a tile in the order of patches.cuh, for codes gathered from images
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
+#include "gpuxbar/bfloat.cuh"
 #include "gpuxbar/panels.cuh"
 #include "gpuxbar/patches.cuh"
 
@@ -36,12 +37,6 @@ using Operand = i8;
 #else
 using Operand = u16;
 #endif
-
-// Nearest bf16 of a finite number, half to even.
-GPUXBAR_FN i16 bfloat_bits(float x) {
-  const u32 bits = float_bits(x);
-  return (i16)((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
-}
 
 extern "C" __global__ void __launch_bounds__(256)
     pack_sensed(const float* __restrict__ g,      // [S, G * inputs, cols]  S (or a noise variance, A^2/V^2)

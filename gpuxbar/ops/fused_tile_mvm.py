@@ -38,7 +38,7 @@ PACK_IMAGES = Kernel(
 )  # fmt: skip
 FUSED_TILE_MVM = Kernel(
     "fused_tile_mvm.cu",
-    a=In("float16|int8"), b=In("float16|int8", "S G N T K"), low=In("float16", "S G N T K", optional=True),
+    a=In("float16|int16|int8"), b=In("float16|int16|int8", "S G N T K"), low=In("float16", "S G N T K", optional=True),
     spread=In("int16", "S G N T K", optional=True), code_sums=In("int32", "P M G T", optional=True), slice_scale=In("float32", "S", optional=True),
     adc_lsb=In("float32", "L", optional=True), adc_gain=In("float32", "S T C", optional=True),
     adc_offset=In("float32", "S T C", optional=True), read_noise=In("float32", "one", optional=True),
@@ -74,13 +74,13 @@ def fused_tile_mvm(
     positions = conv.kernel[0] * conv.kernel[1] if plan.chunks else 1
     shape = Padded.of(g.shape, rows, inputs, s, 8 * plan.chunks * positions)
     operand = right_operand(device, g, shape, inputs, s, positions=positions, chunks=max(plan.chunks, 1))
-    int8 = s["precision"] == "int8"
+    int8, bfloat = s["precision"] == "int8", s["precision"] == "bf16"
     converters = s["adc_gain"] is not None or s["adc_offset"] is not None
     macros = {
         "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2,
         "NOISE": generator_of(s), "VARIANCE": int(operand.spread is not None),
-        "STREAMS": 0 if int8 or not s["stream_bits"] else s["phases"], "IMPLICIT": 0 if images is None else 1 if plan.chunks else 2,
-        "INT8": (1 if shape.tile * 127 * 128 < 2**22 else 2) if int8 else 0,
+        "STREAMS": 0 if int8 or bfloat or not s["stream_bits"] else s["phases"], "IMPLICIT": 0 if images is None else 1 if plan.chunks else 2,
+        "INT8": (1 if shape.tile * 127 * 128 < 2**22 else 2) if int8 else 0, "BFLOAT": int(bfloat),
     }  # fmt: skip
     more = {
         "spread": operand.spread, "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
@@ -112,14 +112,15 @@ def read_fused(
     """A read by a fused kernel, some rows at a time.
 
     `launch`: of the kernel, given its grid, the arguments that all fused kernels have, and whether there is a gate.
-    `panel_rows`: 0 packs codes as they are (as bytes the digits of every pass); else those, in panels of that many rows.
+    `panel_rows`: 0 packs codes as they are (as bytes or bf16 the digits of every pass); else those, in panels of that many rows.
     `images`: packed codes, if the kernel gathers its rows from them.
     """
     conv, row_scale = s["conv"], s["row_scale"]
     outputs, conversions = shape.groups * shape.sense, shape.passes * shape.planes
     by_words = plan.splits * conversions > 1
     int8 = s["precision"] == "int8"
-    digits = int8 or panel_rows > 0
+    dtype = {"int8": "int8", "bf16": "int16"}.get(s["precision"], "float16")
+    digits = dtype != "float16" or panel_rows > 0
     packed = 0 if images is not None else shape.passes if digits else 1
     per_row = (1 if int8 else 2) * packed * shape.batch * shape.k + (
         4 * conversions * outputs if by_words else 0
@@ -136,7 +137,7 @@ def read_fused(
             more["code_sums"] = device.zeros((shape.passes, rows, shape.groups, shape.tiles), "int32")
         if inputs is None:
             inputs = pack_inputs(
-                device, v, shape, row0, rows, s, "int8" if int8 else "float16", digits=digits, panel_rows=panel_rows,
+                device, v, shape, row0, rows, s, dtype, digits=digits, panel_rows=panel_rows,
                 **more,
             )  # fmt: skip
         words = None

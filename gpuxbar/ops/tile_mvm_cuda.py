@@ -33,7 +33,7 @@ _PLACE_ARGUMENTS: dict[str, Any] = dict.fromkeys(_PLACES, _INT)
 
 PACK_INPUTS = Kernel(
     "pack_inputs.cu",
-    v=In("int16|float32"), a=Out("float32|float16|int8", "P M G T K"),
+    v=In("int16|float32"), a=Out("float32|float16|int16|int8", "P M G T K"),
     squares=Out("float32", "P M G T K", optional=True), code_sums=InOut("int32", "P M G T", optional=True),
     lsb=In("float32", "L", optional=True), codes=Out("int16", optional=True), code_min=_FLOAT, code_max=_FLOAT, lsb_count=_LONG,
     row0=_LONG, rows=_INT, groups=_INT, drive=_INT, tiles=_INT, tile=_INT, k=_INT, stream_bits=_INT, streams=_INT,
@@ -41,7 +41,7 @@ PACK_INPUTS = Kernel(
 )  # fmt: skip
 PACK_CONDUCTANCE = Kernel(
     "pack_conductance.cu",
-    g=In("float32", "S I O"), b=Out("float32|float16", "Q K N"), low=Out("float16", "Q K N", optional=True),
+    g=In("float32", "S I O"), b=Out("float32|float16|int16", "Q K N"), low=Out("float16", "Q K N", optional=True),
     scale=_FLOAT, planes=_INT, groups=_INT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT, ld=_INT,
 )  # fmt: skip
 ADC_ACCUMULATE = Kernel(
@@ -174,12 +174,16 @@ def _right_operand(
     device: Device, g: Any, shape: Shape, inputs: int, cols: int, s: dict[str, Any]
 ) -> RightOperand:
     dtype, _ = Precision[s["precision"]]
-    scale = conductance_scale(s["g_range"]) if dtype == "float16" else 1.0
+    scale = conductance_scale(s)
     size = (shape.batch, shape.k, shape.ld)
 
     def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
         out = device.empty(size, dtype)
-        macros = {"HALF": int(dtype == "float16"), "TRANSPOSED": int(s["transposed"])}
+        macros = {
+            "HALF": int(dtype == "float16"),
+            "BFLOAT": int(dtype == "int16"),
+            "TRANSPOSED": int(s["transposed"]),
+        }
         device.launch(
             PACK_CONDUCTANCE, (-(-shape.ld // 32), -(-shape.k // 32), shape.batch), (256,),
             {"g": source, "b": out, "low": low, "scale": scale, "planes": shape.planes, "groups": shape.groups,
@@ -193,10 +197,10 @@ def _right_operand(
     return RightOperand(pack(g, dtype, low, scale), low, variance, scale)
 
 
-def conductance_scale(g_range: float) -> float:
-    """The power of 2 that puts the largest conductance in [2^13, 2^14): far from overflow of fp16, and 28 binary orders
-    above its smallest number."""
-    return float(2.0 ** (13 - floor(log2(g_range))))
+def conductance_scale(s: dict[str, Any]) -> float:
+    """For fp16 the power of 2 that puts the largest conductance in [2^13, 2^14): far from overflow, and 28 binary orders
+    above its smallest number; else 1."""
+    return 2.0 ** (13 - floor(log2(s["g_range"]))) if s["precision"] in ("fp16", "fp16x2") else 1.0
 
 
 def amperes_of_one(v_lsb: float, scale: float = 1.0) -> float:
@@ -262,7 +266,7 @@ def pack_inputs(
         {"v": v, "a": a, "squares": squares, "code_sums": code_sums, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
          "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": stream_bits,
          "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places, **(dac.arguments() if dac else NO_DAC)},
-        {"CODES": int(dac is not None or v.dtype.name == "int16"), "DAC": int(dac is not None), "HALF": int(dtype == "float16"), "INT8": int(dtype == "int8"),
+        {"CODES": int(dac is not None or v.dtype.name == "int16"), "DAC": int(dac is not None), "HALF": int(dtype == "float16"), "BFLOAT": int(dtype == "int16"), "INT8": int(dtype == "int8"),
          "CONV": 0 if conv is None else 2 if s["transposed"] else 1, "PANELS": int(panel_rows > 0)},
     )  # fmt: skip
     return a

@@ -1,7 +1,7 @@
 // fused: what fused_tile_mvm and fused_tile_mvm_sm90 do alike around their products: the part of a read that a block
 // computes, noise and conversion of neighbouring columns, integer sums of codes, and the scale of results.
 //
-// Macros  BLOCK_N, TERMS, INT8, NOISE, CONVERTERS and GATE, as the kernels say.
+// Macros  BLOCK_N, TERMS, INT8, BFLOAT, NOISE, CONVERTERS and GATE, as the kernels say.
 #pragma once
 #include "gpuxbar/converter.cuh"
 #include "gpuxbar/mma.cuh"
@@ -15,6 +15,9 @@
 #endif
 #ifndef INT8
 #define INT8 0
+#endif
+#ifndef BFLOAT
+#define BFLOAT 0
 #endif
 #ifndef NOISE
 #define NOISE 1
@@ -36,6 +39,9 @@ namespace gpuxbar {
 #if INT8
 using Operand = i8;
 using Sum = i32;
+#elif BFLOAT
+using Operand = i16;
+using Sum = float;
 #else
 using Operand = u16;
 using Sum = float;
