@@ -61,8 +61,8 @@ GPUXBAR_FN void load(const float* __restrict__ from, const Places& places, float
 }
 
 extern "C" __global__ void __launch_bounds__(256, RESIDENT)
-    adc_accumulate(const float* __restrict__ psum,         // [G, T, P, M, ld]      A
-                   const float* __restrict__ variance,     // like psum, or null    A^2
+    adc_accumulate(const float* __restrict__ psum,         // [G, T, P, M, ld]      `amperes`
+                   const float* __restrict__ variance,     // like psum, or null    `amperes`^2
                    const float* __restrict__ slice_scale,  // [S] or null: 1
                    const float* __restrict__ adc_lsb,      // [1] or [G * sense], or null: adc_lsb_value   A
                    const float* __restrict__ adc_gain,     // [S, T, G * sense] or null
@@ -74,6 +74,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
                    const float* __restrict__ bias,         // [G * sense] or null
                    float* __restrict__ y,
                    float* __restrict__ gate,  // like y, or null: share of the conversions inside the range
+                   float amperes,             // of a partial sum of 1
                    float adc_lsb_value, float read_noise_value, i64 step_value, u64 seed,
                    i64 row0,        // first row of this call, in the whole product
                    i64 y_row0,      // and in y
@@ -94,16 +95,21 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
     const int passes = streams * phases;
     const i64 pass_size = (i64)rows * ld, tile_size = passes * pass_size;
     Places places;
-    float lsb[WIDTH], inverse[WIDTH];
+    float lsb[WIDTH], factor[WIDTH];  // of a column: A of a step; steps that a partial sum of 1 makes
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
       const int c = column + j < outputs ? column + j : column;
       if (!VECTOR || j == 0) places.at[j] = (int)((c / sense) * tiles * tile_size + (i64)row * ld + c % sense);
+      if (j > 0 && !adc_per_column) {
+        lsb[j] = lsb[0], factor[j] = factor[0];
+        continue;
+      }
       lsb[j] = adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value;
-      inverse[j] = 1.0f / lsb[j];
+      factor[j] = steps_of_one(amperes, lsb[j]);
     }
+    const float per_ampere = 1.0f / amperes;
 #if NOISE
-    const float sigma = read_noise ? *read_noise : read_noise_value;
+    const float sigma = (read_noise ? *read_noise : read_noise_value) * per_ampere;  // in partial sums
     const u32 now = (u32)(step ? *step : step_value), key_lo = (u32)seed, key_hi = (u32)(seed >> 32);
     const u32 noise_row = (u32)(noise_row0 + row);
 #endif
@@ -150,8 +156,8 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #pragma unroll
           for (int j = 0; j < WIDTH; ++j) {
             const bool real = VECTOR || j < count;
-            const float gain = adc_gain && real ? inverse[j] * adc_gain[converter + j] : inverse[j];
-            const float offset = adc_offset && real ? adc_offset[converter + j] * inverse[j] : 0.0f;
+            const float gain = adc_gain && real ? factor[j] * adc_gain[converter + j] : factor[j];
+            const float offset = adc_offset && real ? adc_offset[converter + j] * per_ampere * factor[j] : 0.0f;
             const float steps = fma(current[j], gain, offset);
             codes[j] += (i32)adc_code(steps, code_min, code_max);
 #if GATE
@@ -161,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #else
 #pragma unroll
           for (int j = 0; j < WIDTH; ++j) {
-            total[j] = fma(weight, current[j], total[j]);
+            total[j] = fma(weight * factor[j], current[j], total[j]);
 #if GATE
             inside[j] += share;
 #endif

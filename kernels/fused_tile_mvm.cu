@@ -15,7 +15,8 @@
 //         the range, in the high half of each sum; IMPLICIT rows are patches, gathered from images with zeros where they
 //         reach over an edge: 1 lines in the order channel_position, as patches.cuh says, 2 position_channel, C and lines
 //         of a tile multiples of 8; INT8 products of bytes, 1 if the sums of a tile stay below 2^22, 2 larger ones:
-//         conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0)
+//         conductances are levels and codes digits, a [P, M, G, T, K] packed for every pass (STREAMS 0); BFLOAT operands
+//         are bf16, digits packed so too
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/fused.cuh"
 #include "gpuxbar/mma.cuh"
@@ -36,6 +37,9 @@
 
 #if INT8 && (IMPLICIT || VARIANCE || STREAMS || TERMS == 2)
 #error "INT8 goes without TERMS 2, VARIANCE, STREAMS and IMPLICIT"
+#endif
+#if BFLOAT && (IMPLICIT || STREAMS || TERMS == 2 || INT8)
+#error "BFLOAT goes without TERMS 2, STREAMS, IMPLICIT and INT8"
 #endif
 
 extern __shared__ __align__(1024) unsigned char gx_smem[];
@@ -59,6 +63,14 @@ GPUXBAR_FN float value_of(i32 sum) { return INT8 == 1 ? bits_float((u32)sum) - 1
 #else
 constexpr float ZERO = 0.0f;
 GPUXBAR_FN float value_of(float sum) { return sum; }
+#endif
+
+#if BFLOAT
+GPUXBAR_FN u32 squares(u32 digits) { return square_bfloats(digits); }
+GPUXBAR_FN void multiply_digits(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply_bfloat(c, a, b0, b1); }
+#else
+GPUXBAR_FN u32 squares(u32 digits) { return square_halves(digits); }
+GPUXBAR_FN void multiply_digits(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply_half(c, a, b0, b1); }
 #endif
 
 // Where a 16-byte chunk of a row lies in shared memory. The eight rows that one load_matrices reads together fall on
@@ -87,9 +99,7 @@ struct Block : Part {
   u32 a_line, b_line;  // where the first row and line lie in a and b
   // volatile: read at each use, so as not to stay in registers
   volatile u32 keep, flip;  // bits kept of 1024 + |code|; all ones: the positive codes drive
-  volatile float amperes;   // of a code 1 and conductance 1 in a and b, as driven
-  float volts_squared;
-  volatile float offset_amperes;  // of a code 1 and the conductance of level 0 (INT8)
+  volatile float level_0;   // what level 0 conducts, in levels (INT8)
 #if IMPLICIT
   Patches<BLOCK_M> patches;
 #endif
@@ -111,10 +121,10 @@ struct Block : Part {
 };
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-    fused_tile_mvm(const Operand* __restrict__ a,      // [M, G, T, K]         codes, fp16 or int8
+    fused_tile_mvm(const Operand* __restrict__ a,      // [M, G, T, K]         codes, fp16, bf16 or int8
                    const Operand* __restrict__ b,      // [S, G, N, T, K]      conductance times a power of 2, or level
                    const Operand* __restrict__ low,    // like b, or null: what fp16 leaves of it (TERMS 2)
-                   const i16* __restrict__ spread,     // like b, or null: noise variance, bf16  A^2/V^2 (VARIANCE)
+                   const i16* __restrict__ spread,     // like b, or null: noise variance, bf16 (VARIANCE)
                    const int* __restrict__ code_sums,  // [P, M, G, T] or null: a summed over a tile (INT8)
                    const float* __restrict__ slice_scale,  // [S] or null: 1
                    const float* __restrict__ adc_lsb,      // [1] or [G * N], or null: adc_lsb_value   A
@@ -128,9 +138,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    int* __restrict__ words,                // sums of codes, for shift_add; or null: y, P = S = 1
                    float* __restrict__ y,                  // or null
                    float* __restrict__ gate,               // like y, or null (GATE)
-                   float volts,                            // of a code 1 and conductance 1 of a and b
-                   float volts_squared,                    // V^2 of a code
-                   float offset_amperes,                   // A, of a code 1 and the conductance of level 0 (INT8)
+                   float amperes,                          // A of a code 1 and conductance 1 of a and b
+                   float level_0,                          // what level 0 conducts, in levels (INT8)
                    float adc_lsb_value, float read_noise_value, i64 step_value,
                    RoundKeys keys,  // of the seed
                    i64 row0,        // first row of this call, in the whole product
@@ -150,22 +159,19 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   if (thread_index() == 0) {
     block.locate(rows, groups, sense, tiles, planes);
     block.steps = (block.last_tile - block.first_tile) * (k / STEP);
-    const int a_pass = INT8 ? block.pass * rows : 0;
+    const int a_pass = INT8 || BFLOAT ? block.pass * rows : 0;
     block.a_line = (a_pass + block.m0) * a_row + block.group * b_row + block.first_tile * k;
     block.b_line = ((block.plane * groups + block.group) * sense + block.n0) * b_row + block.first_tile * k;
     const int shift = block.pass % streams * stream_bits;
     const u32 bits = ((1u << stream_bits) - 1) << shift;
+    block.level_0 = level_0;
     block.keep = 0x64006400u | bits << 16 | bits;
     block.flip = block.pass < streams ? ~0u : 0u;
-    block.now = (u32)(step ? *step : step_value);
-    block.sigma = read_noise ? *read_noise : read_noise_value;
     const float unit = STREAMS ? bits_float((127u - shift) << 23) : 1.0f;  // 2^-shift
-    block.amperes = volts * unit;
-    block.volts_squared = volts_squared * (unit * unit);
-    block.offset_amperes = offset_amperes;
+    block.measure(amperes * unit, read_noise ? *read_noise : read_noise_value, step ? *step : step_value);
   }
   __syncthreads();
-  block.invert(scales, sense, 256);
+  block.set_factors(scales, sense, 256);
 #if IMPLICIT
   if (thread_index() < BLOCK_M) {
     const int row = block.m0 + (int)thread_index();
@@ -258,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
           for (int i = 0; i < ROW_PARTS; ++i)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) left_part[i][e] = square_halves(left_part[i][e]);
+            for (int e = 0; e < 4; ++e) left_part[i][e] = squares(left_part[i][e]);
 #pragma unroll
         for (int j = 0; j < COLUMN_PARTS; j += 2) {
           u32 right[4];  // of column parts j and j + 1
@@ -275,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                 multiply_bfloat(variances[VARIANCE ? i : 0][VARIANCE ? j + e : 0], left_part[i], right[2 * e],
                                 right[2 * e + 1]);
               else
-                multiply_half(sums[i][j + e], left_part[i], right[2 * e], right[2 * e + 1]);
+                multiply_digits(sums[i][j + e], left_part[i], right[2 * e], right[2 * e + 1]);
 #endif
         }
       }
@@ -285,48 +291,42 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 
     // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time
     const u32 row = (u32)noise_row0 + block.m0 + Warp().row(), column = Warp().column();
-#if !CONVERTERS
-    const float inverse_lsb = block.inverse_lsb[0];
-#endif
 #pragma unroll
     for (int part = 0; part < GROUPS_OF_32; ++part)
 #pragma unroll
       for (int q = 0; q < 8; q += WIDTH) {
-#if NOISE || CONVERTERS
         const int n = column + 32 * part + q;  // first column, in the block
-#endif
 #if NOISE
         const u32 slot = block.slot + tile, now = block.now;
         const float sigma = block.sigma;
 #endif
-        const float amperes = block.amperes;
-#if CONVERTERS
-        float gain[WIDTH], offset[WIDTH];
+        float gain[WIDTH], offset[WIDTH];  // ADC steps of a partial sum of 1, and of nothing
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) {
-          gain[e] = block.inverse_lsb[n + e], offset[e] = 0.0f;
+          gain[e] = block.factor[CONVERTERS ? n + e : 0], offset[e] = 0.0f;
 #if CONVERTERS == 2
           const i64 converter = ((i64)block.plane * tiles + tile) * outputs + block.column + n + e;
           const bool real = block.n0 + n + e < sense;
-          if (adc_offset && real) offset[e] = adc_offset[converter] * gain[e];
+          if (adc_offset && real) offset[e] = adc_offset[converter] * block.per_ampere * gain[e];
           if (adc_gain && real) gain[e] *= adc_gain[converter];
 #endif
         }
-#endif
 #pragma unroll
         for (int i = 0; i < ROW_PARTS; ++i)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {  // rows r and r + 8 of a fragment
 #if INT8
-            float offset_current = 0.0f;
+            float ground = 0.0f;  // what level 0 conducts, in partial sums
             if (code_sums) {
               const int r = block.m0 + Warp().row() + 16 * i + 8 * h;
               const i64 from = ((i64)block.pass * rows + (r < rows ? r : 0)) * groups + block.group;
-              offset_current = (float)code_sums[from * tiles + tile] * block.offset_amperes;
+              ground = (float)code_sums[from * tiles + tile] * block.level_0;
             }
 #endif
 #if NOISE
-            const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot, now);
+            // the step is read anew where IMPLICIT 2 leaves no register for it
+            const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot,
+                                           IMPLICIT == 2 ? block.now : now);
             const Counter words4 = philox<ROUNDS>(counts, keys);
             const u32 random[4] = {words4.x, words4.y, words4.z, words4.w};
 #endif
@@ -339,27 +339,23 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
               for (int f = 0; f < 2; ++f) {
                 Sum& sum = sums[i][4 * part + (q + e) / 2][2 * h + f];
-#if INT8
-                float current = fma(value_of(sum), amperes, offset_current);
-#else
-                float current = value_of(sum) * amperes;
-#endif
+                float current = value_of(sum);
                 sum = ZERO;
 #if NOISE
                 float deviation = sigma;
 #if VARIANCE
                 float& variance = variances[i][4 * part + (q + e) / 2][2 * h + f];
-                deviation = sqrt_fast(fma(sigma, sigma, max(variance * block.volts_squared, 0.0f)));
+                deviation = sqrt_fast(fma(sigma, sigma, max(variance, 0.0f)));
                 variance = 0.0f;
 #endif
                 current = fma(deviation, f ? noise.b : noise.a, current);
 #endif
-#if CONVERTERS
-                const float steps = fma(current, gain[e + f], offset[e + f]);
+#if INT8
+                const float rest = ground * gain[e + f] + offset[e + f];  // the same for all columns of one LSB
 #else
-                const float steps = fma(current, inverse_lsb, 0.0f);
+                const float rest = offset[e + f];
 #endif
-                code[f] = counted_code(steps, code_min, code_max);
+                code[f] = counted_code(fma(current, gain[e + f], rest), code_min, code_max);
               }
               add_codes(codes[i][4 * part + (q + e) / 2], h, code);
             }

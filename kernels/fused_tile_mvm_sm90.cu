@@ -61,10 +61,8 @@ struct Block : Part {
   Patches<BLOCK_M> patches;
 #endif
 
-  // 1 / LSB of a column, read anew too.
-  GPUXBAR_FN float inverse(int column) const {
-    return *(const volatile float*)(inverse_lsb + (CONVERTERS ? column : 0));
-  }
+  // The factor of a column, read anew too.
+  GPUXBAR_FN float gain(int column) const { return *(const volatile float*)(factor + (CONVERTERS ? column : 0)); }
 };
 
 // Where the sums of a consumer's thread lie in the block: rows row() and row() + 8, eight columns from column() + 32 part.
@@ -119,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     fused_tile_mvm_sm90(const Operand* __restrict__ a,    // [P, M, G, T, K]   digits, or codes of images, fp16
                         const Operand* __restrict__ b,    // [S, G, N, T, K]   conductance times a power of 2, fp16
                         const Operand* __restrict__ low,  // like b, or null: what fp16 leaves of it (TERMS 2)
-                        const i16* __restrict__ spread,   // like b, or null: noise variance, bf16  A^2/V^2 (VARIANCE)
+                        const i16* __restrict__ spread,   // like b, or null: noise variance, bf16 (VARIANCE)
                         const float* __restrict__ slice_scale,  // [S] or null: 1
                         const float* __restrict__ adc_lsb,      // [1] or [G * N], or null: adc_lsb_value   A
                         const float* __restrict__ read_noise,   // [1] or null: read_noise_value            A
@@ -130,8 +128,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
                         int* __restrict__ words,                // sums of codes, for shift_add; or null: y, P = S = 1
                         float* __restrict__ y,                  // or null
                         float* __restrict__ gate,               // like y, or null (GATE)
-                        float volts,                            // of a digit 1 and conductance 1 of a and b
-                        float volts_squared,                    // V^2 of a digit
+                        float amperes,                          // A of a digit 1 and conductance 1 of a and b
                         float adc_lsb_value, float read_noise_value, i64 step_value,
                         RoundKeys keys,  // of the seed
                         i64 row0,        // first row of this call, in the whole product
@@ -150,8 +147,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
   if (thread_index() == 0) {
     const int high = CLUSTER * BLOCK_M;  // rows of a cluster
     block.locate((rows + high - 1) / high * high, groups, sense, tiles, planes);
-    block.now = (u32)(step ? *step : step_value);
-    block.sigma = read_noise ? *read_noise : read_noise_value;
+    block.measure(amperes, read_noise ? *read_noise : read_noise_value, step ? *step : step_value);
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(full + 8 * stage, 1 + GATHERERS);
@@ -160,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     barrier_fence();
   }
   everyone();
-  block.invert(scales, sense, 384);
+  block.set_factors(scales, sense, 384);
 #if IMPLICIT
   if (thread_index() < BLOCK_M) {
     const int row = block.m0 + (int)thread_index();
@@ -278,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
 #endif
     }
 
-    const float inverse_lsb = block.inverse_lsb[0];
+    const float factor = block.factor[0];
 #if NOISE
     const float sigma = block.sigma;
     const u32 slot = block.slot + tile, now = block.now;  // VARIANCE leaves no registers for them
@@ -317,16 +313,15 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
               u32 code[2];
 #pragma unroll
               for (int f = 0; f < 2; ++f) {
-                float current = sums[half][4 * j + 2 * h + f] * volts;
+                float current = sums[half][4 * j + 2 * h + f];
 #if NOISE
                 float deviation = sigma;
 #if VARIANCE
-                const float variance = max(variances[4 * j + 2 * h + f] * volts_squared, 0.0f);
-                deviation = sqrt_fast(fma(sigma, sigma, variance));
+                deviation = sqrt_fast(fma(sigma, sigma, max(variances[4 * j + 2 * h + f], 0.0f)));
 #endif
                 current = fma(deviation, f ? noise.b : noise.a, current);
 #endif
-                const float steps = fma(current, CONVERTERS ? block.inverse(column + e + f) : inverse_lsb, 0.0f);
+                const float steps = fma(current, CONVERTERS ? block.gain(column + e + f) : factor, 0.0f);
                 code[f] = counted_code(steps, code_min, code_max);
               }
               add_codes(codes[half] + (PAIRED ? 2 : 4) * j, h, code);

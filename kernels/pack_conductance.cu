@@ -3,12 +3,15 @@
 // Axes    G groups, T tiles of K driven lines (padded with 0), N = S planes times sensed lines (padded to ld columns):
 //         b [G, T, K, ld]. Forwards the wordlines are driven, transposed the bitlines.
 // Launch  a 32 x 32 block of (driven line, column) each, 256 threads; grid (ceil(ld / 32), ceil(K / 32), G T).
-// Macros  HALF fp16 high part (and low part) of g * scale, else float32 g; TRANSPOSED
+// Macros  HALF fp16 high part (and low part) of g * scale, BFLOAT bf16, else float32; TRANSPOSED
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py
-#include "gpuxbar/portable.cuh"
+#include "gpuxbar/bfloat.cuh"
 
 #ifndef HALF
 #define HALF 0
+#endif
+#ifndef BFLOAT
+#define BFLOAT 0
 #endif
 #ifndef TRANSPOSED
 #define TRANSPOSED 0
@@ -18,6 +21,8 @@ namespace gpuxbar {
 
 #if HALF
 using Operand = u16;
+#elif BFLOAT
+using Operand = i16;
 #else
 using Operand = float;
 #endif
@@ -57,8 +62,10 @@ extern "C" __global__ void __launch_bounds__(256)
     const u16 high = half_bits(value);
     b[to] = high;
     if (low) low[to] = half_bits(value - half_value(high));
+#elif BFLOAT
+    b[to] = bfloat_bits(block[i][x] * scale);
 #else
-    b[to] = block[i][x];
+    b[to] = block[i][x] * scale;
 #endif
   }
 }

@@ -5,11 +5,12 @@
 //         patches are the rows, or the images of its output gradient.
 // Launch  a 32 x 32 block of (row, line) each, 256 threads; grid (ceil(G T K / 32), ceil(M / 32)).
 // Macros  CODES source int16, else float32; DAC source float32, of which codes are made on the way (CODES; CONV 0 or 2, which
-//         look at a value once); HALF operand fp16 (digits exactly), INT8 operand int8 (digits up to 127, beyond
+//         look at a value once); HALF operand fp16 (digits exactly), BFLOAT bf16 (digits up to 256 exactly), INT8 operand int8 (digits up to 127, beyond
 //         which they saturate), else float32;
 //         PANELS a in panels of 128 x 64 (M padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         CONV 0 matrix, 1 patches of [N, G * channels, height, width], 2 images [N, G * drive, out_h, out_w]
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py (unfold, stream_digits)
+#include "gpuxbar/bfloat.cuh"
 #include "gpuxbar/converter.cuh"
 #include "gpuxbar/panels.cuh"
 
@@ -21,6 +22,9 @@
 #endif
 #ifndef HALF
 #define HALF 0
+#endif
+#ifndef BFLOAT
+#define BFLOAT 0
 #endif
 #ifndef INT8
 #define INT8 0
@@ -51,6 +55,9 @@ using Source = Value;
 #if HALF
 using Operand = u16;
 GPUXBAR_FN u16 operand(float x) { return half_bits(x); }
+#elif BFLOAT
+using Operand = i16;
+GPUXBAR_FN i16 operand(float x) { return bfloat_bits(x); }
 #elif INT8
 using Operand = i8;
 GPUXBAR_FN i8 operand(float x) { return (i8)(i32)x; }

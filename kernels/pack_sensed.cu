@@ -4,10 +4,11 @@
 //         Forwards the wordlines are driven, transposed the bitlines.
 // Launch  256 threads a block, which takes every gridDim-th square of 32 sensed lines by 32 driven ones. With a state
 //         nothing is done if b holds this version of g already; the last block to end says that it does.
-// Macros  BFLOAT bf16 of g, INT8 level of g as int8 (nearest, -128 to 127), else fp16 high part (and low part) of g * scale; TRANSPOSED;
+// Macros  BFLOAT bf16 of g * scale^2, INT8 level of g as int8 (nearest, -128 to 127), else fp16 high part (and low part) of g * scale; TRANSPOSED;
 //         PANELS b in panels of 128 x 64 (N padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         IMPLICIT the lines of a tile in the order of patches.cuh, for codes gathered from images
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py
+#include "gpuxbar/bfloat.cuh"
 #include "gpuxbar/panels.cuh"
 #include "gpuxbar/patches.cuh"
 
@@ -36,12 +37,6 @@ using Operand = i8;
 #else
 using Operand = u16;
 #endif
-
-// Nearest bf16 of a finite number, half to even.
-GPUXBAR_FN i16 bfloat_bits(float x) {
-  const u32 bits = float_bits(x);
-  return (i16)((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
-}
 
 extern "C" __global__ void __launch_bounds__(256)
     pack_sensed(const float* __restrict__ g,      // [S, G * inputs, cols]  S (or a noise variance, A^2/V^2)
@@ -93,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(256)
       const i64 to = (array * stored + n0 + i) * lines + line;
 #endif
 #if BFLOAT
-      b[to] = bfloat_bits(block[i][x]);
+      b[to] = bfloat_bits(block[i][x] * scale * scale);
 #elif INT8
       b[to] = (i8)(i32)round_even(min(max(block[i][x] * scale, -128.0f), 127.0f));
 #else

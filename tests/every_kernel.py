@@ -51,6 +51,8 @@ def reads(device, rng, x):
         read(codes, g, tile_rows=5, noise_var=np.abs(g), strategy="wgmma")
     for strategy in ("epilogue", "fused", "implicit"):
         read(codes, g, tile_rows=5, want_gate=True, noise_var=np.abs(g), generator="fast", strategy=strategy)
+    for strategy in ("epilogue", "fused"):
+        read(codes, g, tile_rows=5, noise_var=np.abs(g), strategy=strategy, precision="bf16")
     back = rng.integers(-9, 9, (3, 7, *CONV.out)).astype(np.int16)
     read(back, g, tile_cols=3, transposed=True)
     ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)

@@ -82,6 +82,7 @@ C_NAMES = {
     "float32": "float", "float16": "u16", "int16": "i16", "int32": "int", "int64": "i64", "uint64": "u64",
     "uint32": "u32", "float32|float16": "Operand", "int16|float32": "Source",
     "float16|int8": "Operand", "float16|int16|int8": "Operand", "float32|float16|int8": "Operand",
+    "float32|float16|int16": "Operand", "float32|float16|int16|int8": "Operand",
 }  # fmt: skip
 REGISTERS = Path(__file__).with_name("registers.tsv")
 SEALS = Path(__file__).with_name("registers.seals")
@@ -91,7 +92,7 @@ VARIANTS = {
         for noise, variance, gate, images, vector in
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ],
-    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}, {"CODES": 1, "HALF": 1, "CONV": 0, "DAC": 1}, {"CODES": 1, "HALF": 1, "CONV": 2, "DAC": 1, "PANELS": 1}],
+    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}, {"BFLOAT": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 0, "DAC": 1}, {"CODES": 1, "HALF": 1, "CONV": 2, "DAC": 1, "PANELS": 1}],
     "pack_images.cu": [{"DAC": 0}, {"DAC": 1}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "wire_currents.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
@@ -110,7 +111,7 @@ VARIANTS = {
          (2, 256, 1, 1, 0, 0, 0, 4), (2, 256, 1, 2, 0, 0, 0, 4), (2, 256, 2, 2, 0, 0, 0, 2), (2, 128, 1, 2, 1, 1, 1, 4),
          (2, 128, 2, 1, 1, 1, 1, 3)])
     ],
-    "pack_sensed.cu": [{"PANELS": 0}, {"PANELS": 1}, {"IMPLICIT": 1}, {"INT8": 1, "TRANSPOSED": 1}],
+    "pack_sensed.cu": [{"PANELS": 0}, {"BFLOAT": 1}, {"PANELS": 1}, {"IMPLICIT": 1}, {"INT8": 1, "TRANSPOSED": 1}],
     "pulse_trains.cu": [{"CONV": 0}, {"CONV": 1}],
     "streamed_lines.cu": [{"CONV": 0}, {"CONV": 1}],
     "pulse_update.cu": [
@@ -118,11 +119,13 @@ VARIANTS = {
         for law, aggregated, implicit, counted in
         [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), *((law, 0, 0, 0) for law in range(1, 8)), (0, 0, 0, 1), (0, 1, 0, 1)]
     ] + [{"LAW": law, "AGGREGATED": aggregated, "IMPLIED": 0, "COUNTED": 0, "SLICED": 1} for law, aggregated in [(0, 0), (0, 1), (1, 0)]],
-    "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}],
+    "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}, {"BFLOAT": 1, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
         *({"BLOCK_N": block_n, "TERMS": 1, "INT8": int8, "NOISE": noise, "VARIANCE": 0, "CONVERTERS": converters, "GATE": gate}
           for block_n, int8, noise, converters, gate in
           [(128, 2, 1, 2, 1), (256, 1, 0, 0, 0), (256, 2, 0, 0, 0), (256, 1, 1, 0, 0), (256, 1, 2, 0, 0)]),
+        {"BLOCK_N": 256, "TERMS": 1, "BFLOAT": 1, "NOISE": 1, "VARIANCE": 0, "CONVERTERS": 0, "GATE": 0},
+        {"BLOCK_N": 128, "TERMS": 1, "BFLOAT": 1, "NOISE": 2, "VARIANCE": 1, "CONVERTERS": 2, "GATE": 1},
         *({"BLOCK_N": block_n, "TERMS": terms, "NOISE": noise, "VARIANCE": variance, "STREAMS": streams,
          "CONVERTERS": converters, "GATE": gate, "IMPLICIT": implicit}
         for block_n, terms, noise, variance, streams, converters, gate, implicit in
@@ -361,17 +364,17 @@ def test_wide_columns_in_every_thread_order(order, generator):
     assert_matches(y, reference.tile_mvm(codes, g, tile=24, **s), 1e-7)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "fp16x2"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "fp16x2", "bf16"])
 def test_precisions(precision):
     codes, g = case(40, 60, 24)
     expected = reference.tile_mvm(codes, g, tile=32, v_lsb=1e-3)
     y = ops.tile_mvm(
         codes, g, tile_rows=32, v_lsb=1e-3, precision=precision, g_range=G_MAX, device=ShimDevice()
     )
-    bits = {"fp32": 24, "tf32": 11, "fp16": 11, "fp16x2": 22}[precision]  # the shim adds exactly
+    bits = {"fp32": 24, "tf32": 11, "fp16": 11, "fp16x2": 22, "bf16": 8}[precision]  # the shim adds exactly
     scale = (np.abs(codes.astype(np.float64)) @ np.abs(g[0])).max() * 1e-3
     assert np.abs(y - expected).max() < 2.0**-bits * scale
-    if bits == 11:
+    if bits <= 11:
         assert np.abs(y - expected).max() > 2.0**-18 * scale
 
 

@@ -253,7 +253,7 @@ MUTANTS = {
     "group-not-closed": ("STAGES - 1);\n    copy_commit();", "STAGES - 1);"),
     "no-barrier-before-the-results": ("through shared memory, so that a warp writes neighbours\n  __syncthreads();", "\n"),
     "no-barrier-after-the-results": ("  __syncthreads();\n  const u32 biases", "  const u32 biases"),
-    "no-barrier-after-the-constants": ("  }\n  __syncthreads();\n  block.invert", "  }\n  block.invert"),
+    "no-barrier-after-the-constants": ("  }\n  __syncthreads();\n  block.set_factors", "  }\n  block.set_factors"),
     "swizzle-of-a-not-of-the-row": ("(chunk ^ (row & 7))", "(chunk ^ (row >> 1 & 7))"),
     "swizzle-of-b-as-of-a": ("((row >> 3 & 3) << 1 | (row & 1))", "(row & 7)"),
     "rows-of-b-in-plain-order": ("8 * (w.lane >> 1 & 3) + (w.lane & 1)", "(w.lane & 7)"),

@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_read_as_said():
 MUTANTS = {
     "chunk-of-halves": ("fused_tile_mvm.cu", "CHUNK * chunk", "8 * chunk"),
     "sums-start-at-zero": ("fused_tile_mvm.cu", "INT8 == 1 ? 0x4B400000 : 0;", "0;"),
-    "pass-of-another": ("fused_tile_mvm.cu", "INT8 ? block.pass * rows : 0", "0"),
+    "pass-of-another": ("fused_tile_mvm.cu", "INT8 || BFLOAT ? block.pass * rows : 0", "0"),
     "sums-in-one-tile": ("pack_inputs.cu", "groups * tiles + line0 / k", "groups * tiles"),
 }  # fmt: skip
 

@@ -175,7 +175,7 @@ VARIANCE_MUTANTS = {
     "the chunks of the squares": ("panel_chunk(row, 2 * part +", "panel_chunk(row + 1, 2 * part +"),
 }  # fmt: skip
 CLUSTER_MUTANTS = {
-    "barriers met before they are made": ("everyone();\n  block.invert", "__syncthreads();\n  block.invert"),
+    "barriers met before they are made": ("everyone();\n  block.set_factors", "__syncthreads();\n  block.set_factors"),
     "an end before the other block's": ("if (CLUSTER > 1) everyone();", ""),
     "a copy to its own block alone": ("(1 << CLUSTER) - 1", "1 << cluster_rank()"),
     "the same share by both": ("cluster_rank() * bytes", "0 * bytes"),

@@ -293,7 +293,7 @@ def test_a_compiled_layer_keeps():
 
 def test_only_what_is_packed_can_be_kept():
     with pytest.raises(
-        ValueError, match=r"`keep_packed` must go with precision fp16, fp16x2 or int8, got 'fp32'"
+        ValueError, match=r"`keep_packed` must go with precision fp16, fp16x2, bf16 or int8, got 'fp32'"
     ):
         gx.CrossbarSpec(keep_packed=True)
     layer = AnalogLinear(

@@ -18,17 +18,18 @@ from gpuxbar.launch.trace import span
 
 __all__ = ["CudaDevice", "Device", "Precision", "cuda_device"]
 
-# Arithmetic of a product: (operand dtype, cuBLAS compute type)
+# Arithmetic of a product: (operand dtype, cuBLAS compute type); int16 holds the bits of bf16, which NumPy has not
 Precision = {
     "fp32": ("float32", 68),
     "tf32": ("float32", 77),
     "fp16": ("float16", 68),
     "fp16x2": ("float16", 68),
+    "bf16": ("int16", 68),
 }
 CUBLAS_WORKSPACE = (
     32 << 20
 )  # bytes: what cuBLAS takes by default on Hopper, more than on any other architecture
-_CUDA_TYPE = {"float32": 0, "float16": 2}
+_CUDA_TYPE = {"float32": 0, "float16": 2, "int16": 14}
 
 
 class Device(Protocol):

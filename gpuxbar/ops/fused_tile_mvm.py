@@ -16,6 +16,7 @@ from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand
 from gpuxbar.ops.round_keys import RoundKeys
 from gpuxbar.ops.tile_mvm_cuda import (
+    amperes_of_one,
     chunks,
     code_range,
     fold_patches,
@@ -37,14 +38,14 @@ PACK_IMAGES = Kernel(
 )  # fmt: skip
 FUSED_TILE_MVM = Kernel(
     "fused_tile_mvm.cu",
-    a=In("float16|int8"), b=In("float16|int8", "S G N T K"), low=In("float16", "S G N T K", optional=True),
+    a=In("float16|int16|int8"), b=In("float16|int16|int8", "S G N T K"), low=In("float16", "S G N T K", optional=True),
     spread=In("int16", "S G N T K", optional=True), code_sums=In("int32", "P M G T", optional=True), slice_scale=In("float32", "S", optional=True),
     adc_lsb=In("float32", "L", optional=True), adc_gain=In("float32", "S T C", optional=True),
     adc_offset=In("float32", "S T C", optional=True), read_noise=In("float32", "one", optional=True),
     step=In("int64", "one", optional=True), row_scale=In("float32", "R", optional=True),
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
     words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
-    gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT, offset_amperes=_FLOAT, adc_lsb_value=_FLOAT,
+    gate=Out("float32", optional=True), amperes=_FLOAT, level_0=_FLOAT, adc_lsb_value=_FLOAT,
     read_noise_value=_FLOAT, step_value=_LONG, keys=Struct("RoundKeys", RoundKeys), row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, streams=_INT, stream_bits=_INT,
@@ -73,17 +74,17 @@ def fused_tile_mvm(
     positions = conv.kernel[0] * conv.kernel[1] if plan.chunks else 1
     shape = Padded.of(g.shape, rows, inputs, s, 8 * plan.chunks * positions)
     operand = right_operand(device, g, shape, inputs, s, positions=positions, chunks=max(plan.chunks, 1))
-    int8 = s["precision"] == "int8"
+    int8, bfloat = s["precision"] == "int8", s["precision"] == "bf16"
     converters = s["adc_gain"] is not None or s["adc_offset"] is not None
     macros = {
         "BLOCK_N": plan.block_n, "STAGES": plan.stages, "TERMS": 1 if operand.low is None else 2,
         "NOISE": generator_of(s), "VARIANCE": int(operand.spread is not None),
-        "STREAMS": 0 if int8 or not s["stream_bits"] else s["phases"], "IMPLICIT": 0 if images is None else 1 if plan.chunks else 2,
-        "INT8": (1 if shape.tile * 127 * 128 < 2**22 else 2) if int8 else 0,
+        "STREAMS": 0 if int8 or bfloat or not s["stream_bits"] else s["phases"], "IMPLICIT": 0 if images is None else 1 if plan.chunks else 2,
+        "INT8": (1 if shape.tile * 127 * 128 < 2**22 else 2) if int8 else 0, "BFLOAT": int(bfloat),
     }  # fmt: skip
     more = {
         "spread": operand.spread, "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
-        "volts_squared": s["v_lsb"] ** 2, "offset_amperes": s["v_lsb"] * s["g_offset"] if int8 else 0.0, "streams": s["streams"], "stream_bits": s["stream_bits"],
+        "level_0": s["g_offset"] / s["g_step"] if int8 else 0.0, "streams": s["streams"], "stream_bits": s["stream_bits"],
         "tile_lines": shape.tile, "images": Images() if images is None else Images.of(conv, s["groups"]), "chunks": plan.chunks,
         "keys": RoundKeys.of(s["seed"]),
     }  # fmt: skip
@@ -111,14 +112,15 @@ def read_fused(
     """A read by a fused kernel, some rows at a time.
 
     `launch`: of the kernel, given its grid, the arguments that all fused kernels have, and whether there is a gate.
-    `panel_rows`: 0 packs codes as they are (as bytes the digits of every pass); else those, in panels of that many rows.
+    `panel_rows`: 0 packs codes as they are (as bytes or bf16 the digits of every pass); else those, in panels of that many rows.
     `images`: packed codes, if the kernel gathers its rows from them.
     """
     conv, row_scale = s["conv"], s["row_scale"]
     outputs, conversions = shape.groups * shape.sense, shape.passes * shape.planes
     by_words = plan.splits * conversions > 1
     int8 = s["precision"] == "int8"
-    digits = int8 or panel_rows > 0
+    dtype = {"int8": "int8", "bf16": "int16"}.get(s["precision"], "float16")
+    digits = dtype != "float16" or panel_rows > 0
     packed = 0 if images is not None else shape.passes if digits else 1
     per_row = (1 if int8 else 2) * packed * shape.batch * shape.k + (
         4 * conversions * outputs if by_words else 0
@@ -127,6 +129,7 @@ def read_fused(
     lsb, lsb_value = split_value(s["adc_lsb"])
     sigma, sigma_value = split_value(s["read_noise"])
     step, step_value = split_value(s["step"])
+    amperes = amperes_of_one(s["v_lsb"], operand.scale)
 
     def read(y: Any, gate: Any, row0: int, y_row0: int, rows: int) -> None:
         inputs, more = images, dict[str, Any]()
@@ -134,7 +137,7 @@ def read_fused(
             more["code_sums"] = device.zeros((shape.passes, rows, shape.groups, shape.tiles), "int32")
         if inputs is None:
             inputs = pack_inputs(
-                device, v, shape, row0, rows, s, "int8" if int8 else "float16", digits=digits, panel_rows=panel_rows,
+                device, v, shape, row0, rows, s, dtype, digits=digits, panel_rows=panel_rows,
                 **more,
             )  # fmt: skip
         words = None
@@ -152,7 +155,7 @@ def read_fused(
         launch(
             (plan.blocks(rows, shape.sense), plan.splits, conversions * shape.groups),
             {**shared, **more, "a": inputs, "b": operand.high, "low": operand.low, "read_noise": sigma, "step": step,
-             "y": None if by_words else y, "gate": None if by_words else gate, "volts": s["v_lsb"] / operand.scale,
+             "y": None if by_words else y, "gate": None if by_words else gate, "amperes": amperes,
              "read_noise_value": sigma_value, "step_value": step_value, "noise_row0": s["row_offset"] + row0,
              "groups": shape.groups, "sense": shape.sense, "k": shape.k, "code_max": code_max,
              "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},

@@ -28,7 +28,7 @@ FUSED_TILE_MVM_SM90 = Kernel(
     read_noise=In("float32", "one", optional=True), step=In("int64", "one", optional=True),
     row_scale=In("float32", "R", optional=True), col_scale=In("float32", "C", optional=True),
     bias=In("float32", "C", optional=True), words=InOut("int32", "P S rows C", optional=True),
-    y=Out("float32", optional=True), gate=Out("float32", optional=True), volts=_FLOAT, volts_squared=_FLOAT,
+    y=Out("float32", optional=True), gate=Out("float32", optional=True), amperes=_FLOAT,
     adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, keys=Struct("RoundKeys", RoundKeys), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, adc_per_column=_INT, code_min=_FLOAT,
     code_max=_FLOAT, rows_per_scale=_INT, tile_lines=_INT, images=Struct("Images", Images), pixels=_INT, purpose=Scalar("uint32"),
@@ -49,7 +49,6 @@ def fused_tile_mvm_sm90(
     more = {
         "keys": RoundKeys.of(s["seed"]),
         "spread": operand.spread,
-        "volts_squared": s["v_lsb"] ** 2,
         "tile_lines": shape.tile,
         "images": Images() if images is None else Images.of(conv, s["groups"]),
     }

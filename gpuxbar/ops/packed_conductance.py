@@ -65,7 +65,7 @@ class PackedConductance(NamedTuple):
     ) -> int:  # fmt: skip
         """Bytes that hold conductances [S, G * I, O] in every layout that a read of these settings may take.
 
-        2 bytes a cell, 4 with two halves (fp16x2), 1 of levels (int8), and 2 more with `noise_var`; lines that are driven
+        2 bytes a cell (fp16, bf16), 4 with two halves (fp16x2), 1 of levels (int8), and 2 more with `noise_var`; lines that are driven
         are padded to 64 a tile (int8: 128) and lines that are sensed to 128, or eight channels are gathered at every
         position of a kernel.
         `positions`: of the kernel of a convolution read forwards in the line order channel_position; 0: another read.
@@ -117,7 +117,7 @@ class Padded(Shape):
 @dataclass(frozen=True)
 class RightOperand:
     """Packed conductances (times `scale`, high and low part; or levels, `scale` of them a siemens) and noise variances
-    (bf16)."""
+    (times its square, bf16)."""
 
     high: Any
     low: Any
@@ -150,10 +150,10 @@ def right_operand(
     """
     kept: PackedConductance | None = s["packed"]
     int8, variance = s["precision"] == "int8", s["noise_var"] is not None
-    scale = 1.0 / s["g_step"] if int8 else conductance_scale(s["g_range"])
+    scale = 1.0 / s["g_step"] if int8 else conductance_scale(s)
     stored = -(-shape.sense // PANEL_ROWS) * PANEL_ROWS if panels else shape.sense
     size = (shape.planes, shape.groups, stored, shape.tiles, shape.k)
-    dtypes = ["int8"] if int8 else ["float16"] * (_cell_bytes(s["precision"]) // 2)
+    dtypes = {"int8": ["int8"], "bf16": ["int16"], "fp16x2": ["float16"] * 2}.get(s["precision"], ["float16"])
     arrays = _memory(device, size, [*dtypes, *["int16"] * variance], kept)
     look = (
         size, shape.tile, s["transposed"], scale, s["g_offset"], dtypes, variance, positions, chunks, panels,
@@ -161,11 +161,11 @@ def right_operand(
     layout = zlib.crc32(repr(look).encode()) << 31
     blocks = shape.planes * shape.groups * -(-stored // 32) * -(-shape.tiles * shape.k // 32)
 
-    def pack(source: Any, to: Any, low: Any = None, bfloat: bool = False) -> None:
+    def pack(source: Any, to: Any, low: Any = None, *, bfloat: bool, last: bool) -> None:
         device.launch(
             PACK_SENSED, (min(blocks, BLOCKS * device.multiprocessors),), (256,),
             {"g": source, "b": to, "low": low, "version": kept and kept.version, "state": kept and kept.state,
-             "layout": layout, "commit": int(kept is not None and not bfloat), "scale": scale,
+             "layout": layout, "commit": int(kept is not None and last), "scale": scale,
              "offset": s["g_offset"] if int8 else 0.0, "planes": shape.planes, "groups": shape.groups,
              "inputs": inputs, "cols": g.shape[2], "tiles": shape.tiles, "tile": shape.tile, "k": shape.k,
              "stored": stored, "positions": positions, "chunks": chunks},
@@ -175,9 +175,10 @@ def right_operand(
 
     spread = arrays[-1] if variance else None
     if variance:
-        pack(s["noise_var"], spread, bfloat=True)
+        pack(s["noise_var"], spread, bfloat=True, last=False)
     low = arrays[1] if len(dtypes) == 2 else None
-    pack(g, arrays[0], low)  # last: it says that all of this version is packed
+    # the last one says that all of this version is packed
+    pack(g, arrays[0], low, bfloat=s["precision"] == "bf16", last=True)
     return RightOperand(arrays[0], low, spread, scale)
 
 

@@ -19,7 +19,7 @@ from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
-from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
+from gpuxbar.ops.tile_mvm_cuda import amperes_of_one, generator_of, tile_mvm_cuda
 from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
@@ -27,6 +27,7 @@ __all__ = ["tile_mvm"]
 
 OP = "tile_mvm"
 INT16 = np.dtype("int16")
+BFLOAT_CODES = 256  # up to which bf16 holds all integers
 
 
 def tile_mvm(
@@ -104,9 +105,11 @@ def tile_mvm(
         want_gate: Also return the share of each output's conversions (by digital weight) that are inside the ADC range, to half
             a step; only its top counts for unsigned ones, whose currents noise alone brings below 0. 0 without any weight.
         precision: Arithmetic of the tile products on a GPU: "fp32", "tf32", "fp16" or "fp16x2" (conductances as
-            a high and a low half, 22 bits; codes up to 2048 are exact), or "int8": exact products of codes (or digits)
-            within +-127 by levels, by data sheets at twice the rate of halves. On the CPU every product is float32.
-        g_range: Largest magnitude in `g`, S; the half-precision products scale by it.
+            a high and a low half, 22 bits; codes up to 2048 are exact), "bf16" (conductances of 8 bits, the coarsest and no faster
+            than "fp16": to compare with hardware of that arithmetic; codes or digits within +-256), or "int8": exact products
+            of codes (or digits) within +-127 by levels, by data sheets at twice the rate of halves. On the CPU every product is
+            float32, of conductances as they are given.
+        g_range: Largest magnitude in `g`, S; products of fp16 scale by it.
         g_step, g_offset: For "int8": g = g_offset + level * g_step with whole levels from -128 to 127, S. On a GPU what lies
             between levels is read as the nearest, and codes beyond +-127 as these.
         dac: Makes DAC codes of float32 `v`, digital values then, on the way: on a GPU in the kernel that puts them in order
@@ -141,8 +144,10 @@ def tile_mvm(
     where = "cuda" if device is not None else backend(v)
     if dac is not None:
         check_dac(OP, dac, v)
-        if where != "cuda":
-            v, dac = dac.quantize(v), None
+    if precision == "bf16" and not stream_bits:
+        _check_bfloat(v, dac)
+    if dac is not None and where != "cuda":
+        v, dac = dac.quantize(v), None
     bits = 0 if adc_bits is None else adc_bits
     alike = (
         v.shape, dac is not None or v.dtype == INT16, g.shape, tile_rows, tile_cols, transposed, groups, stream_bits, streams, phases, adc_bits,
@@ -306,6 +311,10 @@ def _read(
     drive, sense = (cols, inputs) if transposed else (inputs, cols)
     _check_drive(v, conv, groups, drive, transposed)
     _check_precision(precision, g_range, codes)
+    if precision == "bf16" and stream_bits > 8:
+        raise ValueError(
+            f"{OP}: `stream_bits` must be at most 8 with precision='bf16', which holds no more, got {stream_bits}; take more streams"
+        )
     if precision == "int8":
         _check_levels(g_step, g_offset)
     outputs = groups * sense
@@ -373,6 +382,7 @@ def _check_streams(bits: int, streams: int, phases: int) -> None:
 
 def _check_scalars(v_lsb: float, read_noise: Any, step: Any) -> None:
     check_numbers(OP, "v_lsb", v_lsb, "V", "it is the voltage of one code")
+    amperes_of_one(v_lsb)
     check_numbers(OP, "read_noise", read_noise, "A", "it is a standard deviation", zero=True)
     if np.size(read_noise) != 1:
         raise ValueError(
@@ -384,20 +394,34 @@ def _check_scalars(v_lsb: float, read_noise: Any, step: Any) -> None:
 
 
 def _check_precision(precision: str, g_range: float | None, codes: bool) -> None:
-    known = ("fp32", "tf32", "fp16", "fp16x2", "int8")
+    known = ("fp32", "tf32", "fp16", "fp16x2", "bf16", "int8")
     if precision not in known:
         raise ValueError(
             f"{OP}: `precision` must be one of {', '.join(known)}, got {precision!r}; choose one"
         )
     if precision in ("fp32", "tf32"):
         return
-    if precision != "int8" and (g_range is None or not g_range > 0):
+    if precision in ("fp16", "fp16x2") and (g_range is None or not g_range > 0):
         raise ValueError(
             f"{OP}: `g_range` must be above 0 S with precision={precision!r}, got {g_range}; give the largest conductance"
         )
     if not codes:
         raise TypeError(
             f"{OP}: `v` must be int16 codes with precision={precision!r}, got float32; quantise it with dac_quantize"
+        )
+
+
+def _check_bfloat(v: Any, dac: Dac | None) -> None:
+    """Refuse whole codes that bf16 does not hold; those in a GPU's memory are not read back."""
+    most = 0
+    if dac is not None:
+        most = dac.code_max
+    elif isinstance(v, np.ndarray) and v.dtype == INT16 and v.size:
+        most = max(int(v.max()), -int(v.min()))
+    if most > BFLOAT_CODES:
+        raise ValueError(
+            f"{OP}: `v` must hold codes within +-{BFLOAT_CODES} with precision='bf16', got {most}; drive them by streams "
+            "(stream_bits) of at most 8 bits"
         )
 
 

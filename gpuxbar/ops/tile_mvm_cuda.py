@@ -20,7 +20,7 @@ from gpuxbar.ops.images import line_steps
 from gpuxbar.reference.random import Purpose
 
 __all__ = [
-    "KERNELS", "Shape", "chunks", "code_range", "conductance_scale", "fold_patches", "generator_of", "pack_inputs", "split_value",
+    "KERNELS", "Shape", "amperes_of_one", "chunks", "code_range", "conductance_scale", "fold_patches", "generator_of", "pack_inputs", "split_value",
     "tile_mvm_cuda",
 ]  # fmt: skip
 
@@ -33,7 +33,7 @@ _PLACE_ARGUMENTS: dict[str, Any] = dict.fromkeys(_PLACES, _INT)
 
 PACK_INPUTS = Kernel(
     "pack_inputs.cu",
-    v=In("int16|float32"), a=Out("float32|float16|int8", "P M G T K"),
+    v=In("int16|float32"), a=Out("float32|float16|int16|int8", "P M G T K"),
     squares=Out("float32", "P M G T K", optional=True), code_sums=InOut("int32", "P M G T", optional=True),
     lsb=In("float32", "L", optional=True), codes=Out("int16", optional=True), code_min=_FLOAT, code_max=_FLOAT, lsb_count=_LONG,
     row0=_LONG, rows=_INT, groups=_INT, drive=_INT, tiles=_INT, tile=_INT, k=_INT, stream_bits=_INT, streams=_INT,
@@ -41,7 +41,7 @@ PACK_INPUTS = Kernel(
 )  # fmt: skip
 PACK_CONDUCTANCE = Kernel(
     "pack_conductance.cu",
-    g=In("float32", "S I O"), b=Out("float32|float16", "Q K N"), low=Out("float16", "Q K N", optional=True),
+    g=In("float32", "S I O"), b=Out("float32|float16|int16", "Q K N"), low=Out("float16", "Q K N", optional=True),
     scale=_FLOAT, planes=_INT, groups=_INT, inputs=_INT, cols=_INT, tiles=_INT, tile=_INT, k=_INT, ld=_INT,
 )  # fmt: skip
 ADC_ACCUMULATE = Kernel(
@@ -52,7 +52,7 @@ ADC_ACCUMULATE = Kernel(
     read_noise=In("float32", "one", optional=True), step=In("int64", "one", optional=True),
     row_scale=In("float32", "R", optional=True), col_scale=In("float32", "C", optional=True),
     bias=In("float32", "C", optional=True), y=Out("float32"), gate=Out("float32", optional=True),
-    adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG,
+    amperes=_FLOAT, adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG, rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, ld=_INT, streams=_INT, phases=_INT,
     stream_bits=_INT, adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT,
     purpose=Scalar("uint32"),
@@ -115,10 +115,11 @@ def tile_mvm_cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dic
     patch = 4 * outputs if conv is not None and transposed else 0  # of rows that are folded
     affordable = min(device.workspace // max(per_row + patch, 1), MOST_SUMS // sums)
     operand = _right_operand(device, g, shape, inputs, cols, s)
+    amperes = amperes_of_one(s["v_lsb"], operand.scale)
 
     def read(y: Any, gate: Any, row0: int, y_row0: int, count: int) -> None:
         psum, variance = _partial_sums(device, v, operand, shape, row0, count, s)
-        _accumulate(device, psum, variance, y, gate, shape, row0, y_row0, count, s)
+        _accumulate(device, psum, variance, amperes, y, gate, shape, row0, y_row0, count, s)
 
     if conv is not None and transposed:
         return fold_patches(device, v, shape, affordable, 1, s, read)
@@ -161,7 +162,7 @@ def chunks(rows: int, affordable: int, unit: int, *, split: bool = False) -> Ite
 
 @dataclass(frozen=True)
 class RightOperand:
-    """Packed conductances (fp16: times `scale`, high and low part) and noise variances."""
+    """Packed conductances and noise variances times `scale` (fp16: a high and a low part)."""
 
     high: Any
     low: Any
@@ -173,12 +174,16 @@ def _right_operand(
     device: Device, g: Any, shape: Shape, inputs: int, cols: int, s: dict[str, Any]
 ) -> RightOperand:
     dtype, _ = Precision[s["precision"]]
-    scale = conductance_scale(s["g_range"]) if dtype == "float16" else 1.0
+    scale = conductance_scale(s)
     size = (shape.batch, shape.k, shape.ld)
 
     def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
         out = device.empty(size, dtype)
-        macros = {"HALF": int(dtype == "float16"), "TRANSPOSED": int(s["transposed"])}
+        macros = {
+            "HALF": int(dtype == "float16"),
+            "BFLOAT": int(dtype == "int16"),
+            "TRANSPOSED": int(s["transposed"]),
+        }
         device.launch(
             PACK_CONDUCTANCE, (-(-shape.ld // 32), -(-shape.k // 32), shape.batch), (256,),
             {"g": source, "b": out, "low": low, "scale": scale, "planes": shape.planes, "groups": shape.groups,
@@ -188,26 +193,38 @@ def _right_operand(
         return out
 
     low = device.empty(size, "float16") if s["precision"] == "fp16x2" else None
-    variance = None if s["noise_var"] is None else pack(s["noise_var"], "float32", None, 1.0)
+    variance = None if s["noise_var"] is None else pack(s["noise_var"], "float32", None, scale)
     return RightOperand(pack(g, dtype, low, scale), low, variance, scale)
 
 
-def conductance_scale(g_range: float) -> float:
-    """The power of 2 that puts the largest conductance in [2^13, 2^14): far from overflow of fp16, and 28 binary orders
-    above its smallest number."""
-    return float(2.0 ** (13 - floor(log2(g_range))))
+def conductance_scale(s: dict[str, Any]) -> float:
+    """For fp16 the power of 2 that puts the largest conductance in [2^13, 2^14): far from overflow, and 28 binary orders
+    above its smallest number; else 1."""
+    return 2.0 ** (13 - floor(log2(s["g_range"]))) if s["precision"] in ("fp16", "fp16x2") else 1.0
+
+
+def amperes_of_one(v_lsb: float, scale: float = 1.0) -> float:
+    """The current of a partial sum of 1: of a digit 1 and a conductance of 1 times `scale`, A; refused where float32 does not
+    hold it."""
+    amperes = float(v_lsb) / scale
+    if not 2.0**-126 <= amperes < 2.0**128:
+        raise ValueError(
+            f"tile_mvm: `v_lsb` must be a normal number of float32 over {scale:g}, got {v_lsb:g} V; use SI units"
+        )
+    return amperes
 
 
 def _partial_sums(
     device: Device, v: Any, operand: RightOperand, shape: Shape, row0: int, rows: int, s: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """The currents (and noise variances) of every conversion of some rows, [G T, P rows, ld]."""
+    """Sums of digits times packed conductances (and noise variances in their units) of every conversion of some rows,
+    [G T, P rows, ld]."""
     dtype, _ = Precision[s["precision"]]
     size = (shape.passes, rows, shape.groups, shape.tiles, shape.k)
     squares = None if operand.variance is None else device.empty(size, "float32")
     a = pack_inputs(device, v, shape, row0, rows, s, dtype, digits=True, squares=squares)
 
-    def product(a: Any, b: Any, c: Any, alpha: float, beta: float, precision: str) -> None:
+    def product(a: Any, b: Any, c: Any, precision: str, alpha: float = 1.0, beta: float = 0.0) -> None:
         m = shape.passes * rows
         device.matmul(
             a, b, c, (shape.batch, m, shape.ld, shape.k), (shape.k, shape.k * shape.ld, m * shape.ld),
@@ -216,14 +233,15 @@ def _partial_sums(
 
     sums = (shape.batch, shape.passes * rows, shape.ld)
     psum = device.empty(sums, "float32")
-    volts = s["v_lsb"] / operand.scale
-    product(a, operand.high, psum, volts, 0.0, s["precision"])
+    product(a, operand.high, psum, s["precision"])
     if operand.low is not None:
-        product(a, operand.low, psum, volts, 1.0, s["precision"])
+        product(a, operand.low, psum, s["precision"], beta=1.0)
     if operand.variance is None:
         return psum, None
     variance = device.empty(sums, "float32")
-    product(squares, operand.variance, variance, s["v_lsb"] ** 2, 0.0, "fp32")
+    product(
+        squares, operand.variance, variance, "fp32", alpha=operand.scale
+    )  # in two steps, which float32 holds
     return psum, variance
 
 
@@ -248,14 +266,14 @@ def pack_inputs(
         {"v": v, "a": a, "squares": squares, "code_sums": code_sums, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
          "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": stream_bits,
          "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places, **(dac.arguments() if dac else NO_DAC)},
-        {"CODES": int(dac is not None or v.dtype.name == "int16"), "DAC": int(dac is not None), "HALF": int(dtype == "float16"), "INT8": int(dtype == "int8"),
+        {"CODES": int(dac is not None or v.dtype.name == "int16"), "DAC": int(dac is not None), "HALF": int(dtype == "float16"), "BFLOAT": int(dtype == "int16"), "INT8": int(dtype == "int8"),
          "CONV": 0 if conv is None else 2 if s["transposed"] else 1, "PANELS": int(panel_rows > 0)},
     )  # fmt: skip
     return a
 
 
 def _accumulate(
-    device: Device, psum: Any, variance: Any, y: Any, gate: Any, shape: Shape, row0: int, y_row0: int, rows: int,
+    device: Device, psum: Any, variance: Any, amperes: float, y: Any, gate: Any, shape: Shape, row0: int, y_row0: int, rows: int,
     s: dict[str, Any],
 ) -> None:  # fmt: skip
     bits = s["adc_bits"]
@@ -273,7 +291,7 @@ def _accumulate(
         {"psum": psum, "variance": variance, "slice_scale": s["slice_scale"], "adc_lsb": lsb, "adc_gain": s["adc_gain"],
          "adc_offset": s["adc_offset"], "read_noise": sigma, "step": step, "row_scale": row_scale,
          "col_scale": s["col_scale"], "bias": s["bias"],
-         "y": y, "gate": gate, "adc_lsb_value": lsb_value, "read_noise_value": sigma_value,
+         "y": y, "gate": gate, "amperes": amperes, "adc_lsb_value": lsb_value, "read_noise_value": sigma_value,
          "step_value": step_value, "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF, "row0": row0, "y_row0": y_row0,
          "noise_row0": s["row_offset"] + row0, "rows": rows, "groups": shape.groups, "sense": shape.sense,
          "tiles": shape.tiles, "planes": shape.planes, "ld": shape.ld, "streams": s["streams"], "phases": s["phases"],

@@ -112,6 +112,11 @@ class Case:
         return self.precision == "int8"
 
     @property
+    def bf16(self) -> bool:
+        """Whether digits and conductances are multiplied as bf16."""
+        return self.precision == "bf16"
+
+    @property
     def code_max(self) -> int:
         return 2 ** (self.adc_bits - 1) - 1 if self.adc_signed else 2**self.adc_bits - 1
 
@@ -261,6 +266,11 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         raise ValueError(
             f"tile_mvm: `precision` must be possible, got 'int8' where {obstacle}; choose 'fp16' or 'fp16x2'"
         )
+    if case.bf16 and _at_or_below(arch, list(SHARED)) is None:
+        raise ValueError(
+            f"tile_mvm: `precision` must be possible, got 'bf16' where {arch} multiplies no bf16 (sm_80 and later do); choose "
+            "'fp16' or 'fp16x2'"
+        )
     obstacles = {
         "fused": _obstacle(case, arch),
         "implicit": _implicit_obstacle(case, arch),
@@ -335,11 +345,11 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
         return "nothing is converted (adc_bits=None)"
     if not case.codes:
         return "the lines are driven by floats, not int16 codes"
-    if case.precision not in ("fp16", "fp16x2", "int8"):
-        return f"precision={case.precision!r} (fp16, fp16x2 and int8 run on tensor cores)"
+    if case.precision not in ("fp16", "fp16x2", "bf16", "int8"):
+        return f"precision={case.precision!r} (fp16, fp16x2, bf16 and int8 run on tensor cores)"
     if case.passes > 1 and not case.stream_bits:
         return "several passes drive whole codes"
-    if case.streams * case.stream_bits > 10:
+    if case.streams * case.stream_bits > 10 and not case.bf16:  # which has digits alone
         return f"streams * stream_bits = {case.streams * case.stream_bits} bits (10 fit an fp16 code)"
     if case.noise != "none" and case.groups > 1 and case.sense % 8:
         return (
@@ -347,6 +357,10 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
         )
     if case.gate and not case.fits_16_bits:
         return f"sums of {case.tiles} codes of {case.adc_bits} bits take more than 16 bits"
+    if case.bf16:
+        if implicit:
+            return "codes are gathered from images as fp16"
+        left *= case.passes
     if case.int8:
         if implicit:
             return "codes are gathered from images"
@@ -393,8 +407,8 @@ def _wgmma_obstacle(case: Case, arch: str) -> str | None:
         return f"{arch} has no wgmma (sm_90 does)"
     if case.converters > 1:
         return "converters have a gain or offset of their own"
-    if case.int8:
-        return "it multiplies no bytes"
+    if case.int8 or case.bf16:
+        return f"it multiplies no {'bytes' if case.int8 else 'bf16'}"
     return _obstacle(case, arch)
 
 
@@ -498,7 +512,8 @@ def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> flo
     words = 0 if case.planes * case.passes * plan.splits == 1 else 8 * outputs
     inputs = case.image_size if gathers else case.rows * case.groups * lines
     apart = 0 if gathers else _dac_bytes(case)
-    moved = (2 * inputs * (1 + case.passes) if case.int8 else 4 * inputs) + words + apart
+    digits = 2 if case.int8 else 4  # bytes written and read
+    moved = inputs * (2 + digits * case.passes if case.int8 or case.bf16 else 4) + words + apart
     launches = 3 + (words > 0) * 2 + (apart > 0)
     work = max(product, convert) + min(product, convert) * alone
     return waves * work + 1e-3 * moved / table.memory_gbs + launches * table.launch_us

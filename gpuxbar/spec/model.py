@@ -349,9 +349,9 @@ class CrossbarSpec(Part):
     `seed`: of every random number, with the layer's name: two layers of a model that `gpuxbar.convert` made never share draws, but
     another model's layers of the same names do, unless it has a seed of its own. `generator`: "exact" or "fast"
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
-    "fp16", "fp16x2" (conductances as a high and a low half, 22 bits) or "int8" (levels, exact); half precisions need a DAC,
-    whose codes they hold exactly, and int8 also an ADC, devices that hold their levels and digits up to 127; on a CPU every
-    product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
+    "fp16", "fp16x2" (conductances as a high and a low half, 22 bits), "bf16" (8 bits: the coarsest, no faster than fp16) or "int8"
+    (levels, exact); half precisions need a DAC, whose codes they hold exactly, and int8 also an ADC, devices that hold
+    their levels and digits up to 127; on a CPU every product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
     cores, and pack them anew only when they change: micro-batches, evaluation and repeated reads save that pass over all
     cells, for 2 bytes a cell and direction (4 with fp16x2, 1 with int8, 2 more with `read_noise.sigma_g`); not with fp32 and
     tf32. `update`: the device's own law, used by `gpuxbar.optim.InSituSGD`; needs pairs. `carry`: how sliced ones are
@@ -375,7 +375,7 @@ class CrossbarSpec(Part):
     pulses: PulseTrain | None = None
     seed: int = Field(0, ge=0, lt=2**63)
     generator: Literal["exact", "fast"] = "exact"
-    precision: Literal["fp32", "tf32", "fp16", "fp16x2", "int8"] = "fp32"
+    precision: Literal["fp32", "tf32", "fp16", "fp16x2", "bf16", "int8"] = "fp32"
     keep_packed: bool = False
     drift: Drift = Drift()
     retention: Retention = Retention()
@@ -384,14 +384,15 @@ class CrossbarSpec(Part):
 
     @model_validator(mode="after")
     def _precise(self) -> CrossbarSpec:
-        if self.precision.startswith("fp16") and (self.dac.bits is None or self.backward_dac.bits is None):
+        half = self.precision in ("fp16", "fp16x2", "bf16")
+        if half and (self.dac.bits is None or self.backward_dac.bits is None):
             raise ValueError(
                 f"CrossbarSpec: `precision` must be fp32 or tf32 without a DAC in both directions, got {self.precision!r}; "
                 "half precision holds codes, not values: set dac.bits"
             )
         if self.keep_packed and self.precision in ("fp32", "tf32"):
             raise ValueError(
-                f"CrossbarSpec: `keep_packed` must go with precision fp16, fp16x2 or int8, got {self.precision!r}; only "
+                f"CrossbarSpec: `keep_packed` must go with precision fp16, fp16x2, bf16 or int8, got {self.precision!r}; only "
                 "these are packed for tensor cores: choose one, or keep_packed=False"
             )
         return self

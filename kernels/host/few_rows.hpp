@@ -98,7 +98,7 @@ inline void add_strip_noise(u32 third, const TileMvm& p, u32 column, u32 row, i6
                             const float* deviation, float* c) {
   constexpr int EACH = FAST ? 8 : 4, PAIRS = EACH / 2,
                 WORTH = EACH * LANES;  // columns of a counter, pairs, of a vector
-  const float sigma = p.read_noise[0];
+  const float sigma = p.sigma();
   const Wide row_ = row + Wide{}, third_ = third + Wide{}, step = (u64)(u32)*p.step + Wide{};
   alignas(64) u32 words[4][LANES];
   alignas(64) float z[EACH][LANES];
@@ -121,10 +121,10 @@ inline void add_strip_noise(u32 third, const TileMvm& p, u32 column, u32 row, i6
   }
 }
 
-// Adds read noise to the partial sums over `length` lines from k0, whose squared voltages are a2.
+// Adds read noise to the partial sums over `length` lines from k0, whose squared drives are a2.
 inline void strip_noise(const TileMvm& p, const Strip& strip, u32 slot, i64 plane, i64 k0, i64 length, const float* a2,
                         StripWork& w) {
-  const float sigma = p.read_noise[0];
+  const float sigma = p.sigma();
   if (!(sigma > 0.0f) && !p.noise_var) return;
   if (p.noise_var) {
     multiply_strip(p, strip, p.noise_var, plane, k0, length, a2, w.packed, w.variance);
@@ -141,13 +141,16 @@ inline void strip_noise(const TileMvm& p, const Strip& strip, u32 slot, i64 plan
   }
 }
 
-// Adds all tiles of one pass and plane to the strip's sums; `a`, `a2`: voltages of the pass and their squares, [drive][batch].
+// Adds all tiles of one pass and plane to the strip's sums; `a`, `a2`: what drives the pass, and its squares, [drive][batch].
 inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, const float* a, const float* a2,
                           i64 plane, i64 pass, float weight, StripWork& w) {
   const float code_max = p.code_max(), code_min = p.code_min(), share = gpuxbar::abs(weight);
-  alignas(64) float lsb[STRIP], gain[STRIP], offset[STRIP];
-  for (i64 j = strip.begin; j < strip.end; ++j)
+  const float per_ampere = p.per_ampere();
+  alignas(64) float lsb[STRIP], factor[STRIP], gain[STRIP], offset[STRIP];
+  for (i64 j = strip.begin; j < strip.end; ++j) {
     lsb[j] = p.adc_bits ? p.adc_lsb[p.adc_per_column ? strip.column + j : 0] : 1.0f;
+    factor[j] = steps_of_one(p.amperes(), lsb[j]);
+  }
   if (p.adc_bits) std::memset(w.codes.get(), 0, sizeof(i32) * p.batch * STRIP);
   for (i64 t = 0; t < s.tiles; ++t) {
     const i64 k0 = t * p.tile, length = std::min(p.tile, s.drive - k0);
@@ -155,9 +158,8 @@ inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, 
     strip_noise(p, strip, (u32)((pass * p.planes + plane) * s.tiles + t), plane, k0, length, a2 + k0 * p.batch, w);
     const i64 converters = (plane * s.tiles + t) * p.groups * s.sense + strip.column;
     for (i64 j = strip.begin; j < strip.end; ++j) {
-      const float inverse = 1.0f / lsb[j];
-      gain[j] = inverse * (p.adc_gain ? p.adc_gain[converters + j] : 1.0f);
-      offset[j] = p.adc_offset ? p.adc_offset[converters + j] * inverse : 0.0f;
+      gain[j] = factor[j] * (p.adc_gain ? p.adc_gain[converters + j] : 1.0f);
+      offset[j] = p.adc_offset ? p.adc_offset[converters + j] * per_ampere * factor[j] : 0.0f;
     }
     for (i64 r = 0; r < p.batch; ++r) {
       const float* psum = w.psum + r * STRIP;
@@ -168,7 +170,7 @@ inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, 
         if (p.adc_bits)
           codes[j] += (i32)adc_code(steps, code_min, code_max);
         else
-          sum[j] = fma(weight, psum[j], sum[j]);
+          sum[j] = fma(weight * factor[j], psum[j], sum[j]);
         if (p.gate) gate[j] += !p.adc_bits || in_range(steps, code_min, code_max) ? share : 0.0f;
       }
     }
@@ -198,9 +200,9 @@ inline void store_strip(const TileMvm& p, const Shape& s, const Strip& strip, bo
 
 // All of a read of at most FEW vectors, no convolution; `share` of a gate see gate_part.
 inline void read_few(const TileMvm& p, const Shape& s, float share) {
-  const i64 lines = s.drive * p.batch, group_lines = s.passes * lines;  // voltages: [groups][passes][drive][batch]
-  std::unique_ptr<float[]> voltages(new float[p.groups * group_lines * (p.noise_var ? 2 : 1) + s.drive]);
-  float *const a = voltages.get(), *const a2 = p.noise_var ? a + p.groups * group_lines : a;
+  const i64 lines = s.drive * p.batch, group_lines = s.passes * lines;  // values: [groups][passes][drive][batch]
+  std::unique_ptr<float[]> values(new float[p.groups * group_lines * (p.noise_var ? 2 : 1) + s.drive]);
+  float *const a = values.get(), *const a2 = p.noise_var ? a + p.groups * group_lines : a;
   float* const line = a + p.groups * group_lines * (p.noise_var ? 2 : 1);
   for (i64 group = 0; group < p.groups; ++group)
     for (i64 pass = 0; pass < s.passes; ++pass) {

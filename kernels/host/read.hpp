@@ -30,6 +30,11 @@ struct TileMvm {
   // Largest and smallest ADC code; 0 without an ADC.
   float code_max() const { return adc_bits ? (float)((1 << (adc_signed ? adc_bits - 1 : adc_bits)) - 1) : 0.0f; }
   float code_min() const { return adc_signed ? -code_max() : 0.0f; }
+
+  // Lines are driven in units of v_lsb, so a partial sum of 1 is so many amperes.
+  float amperes() const { return (float)v_lsb; }
+  float per_ampere() const { return 1.0f / amperes(); }
+  float sigma() const { return read_noise[0] * per_ampere(); }  // of the noise, in partial sums
 };
 
 // Lines a group drives and senses, tiles along the driven ones, passes of the DAC.
@@ -50,25 +55,23 @@ inline Pass pass_of(const TileMvm& p, i64 index) {
   return index < p.streams ? Pass{shift, 1, weight} : Pass{shift, -1, weight};
 }
 
-// The voltage of element `e` of the driven array in a pass.
+// What the driven array drives in a pass, in units of v_lsb.
 struct Driver {
   const TileMvm& p;
   Pass pass;
-  float lsb;
   u32 mask;
-  Driver(const TileMvm& p, Pass pass)
-      : p(p), pass(pass), lsb((float)p.v_lsb), mask(p.stream_bits ? (1u << p.stream_bits) - 1 : 0xFFFFu) {}
+  Driver(const TileMvm& p, Pass pass) : p(p), pass(pass), mask(p.stream_bits ? (1u << p.stream_bits) - 1 : 0xFFFFu) {}
   // `count` values from src on
   void operator()(float* dst, i64 src, i64 count) const {
     if (!p.is_code) {
       const float* x = (const float*)p.v + src;
-      for (i64 i = 0; i < count; ++i) dst[i] = x[i] * lsb;
+      for (i64 i = 0; i < count; ++i) dst[i] = x[i];
     } else if (p.stream_bits == 0) {
       const i16* x = (const i16*)p.v + src;
-      for (i64 i = 0; i < count; ++i) dst[i] = (float)x[i] * lsb;
+      for (i64 i = 0; i < count; ++i) dst[i] = (float)x[i];
     } else {
       const i16* x = (const i16*)p.v + src;
-      for (i64 i = 0; i < count; ++i) dst[i] = lsb * stream_digit(x[i], pass.shift, mask, pass.phase);
+      for (i64 i = 0; i < count; ++i) dst[i] = stream_digit(x[i], pass.shift, mask, pass.phase);
     }
   }
 };

@@ -32,7 +32,7 @@ struct Panel {
         local(column - group * s.sense) {}
 };
 
-// a[k][i]: the voltage of wordline k for row `row0 + i` of a matrix.
+// a[k][i]: what drives wordline k for row `row0 + i` of a matrix.
 void pack_matrix(const TileMvm& p, const Shape& s, const Driver& drive, i64 group, i64 row0, i64 rows, float* a) {
   const i64 stride = p.groups * s.drive;
   for (i64 i = 0; i < rows; i += 8) {  // eight rows at a time, through a transposing buffer
@@ -66,12 +66,12 @@ void pack_panel(const TileMvm& p, const Shape& s, const float* m, i64 plane, i64
 
 // Converters of a panel's columns.
 struct Converters {
-  alignas(64) float lsb[COLS], inverse[COLS];
+  alignas(64) float lsb[COLS], factor[COLS];
   Converters(const TileMvm& p, const Panel& panel) {
     std::fill_n(lsb, COLS, p.adc_bits ? p.adc_lsb[0] : 1.0f);
     if (p.adc_bits && p.adc_per_column)
       std::copy(p.adc_lsb + panel.column + panel.begin, p.adc_lsb + panel.column + panel.end, lsb + panel.begin);
-    for (i64 j = 0; j < COLS; ++j) inverse[j] = 1.0f / lsb[j];
+    for (i64 j = 0; j < COLS; ++j) factor[j] = steps_of_one(p.amperes(), lsb[j]);
   }
 };
 
@@ -93,7 +93,7 @@ class Reader {
     // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie
     direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0;
     size = direct ? patches->size : s.drive * ROWS;
-    voltages.resize(size * s.passes);
+    values.resize(size * s.passes);
     live.resize(s.passes);
     if (p.noise_var) squares.resize(size * s.passes);
     if (!direct) packed.resize(s.drive);
@@ -114,7 +114,7 @@ class Reader {
         run = std::min(count - i, p.rows_per_scale - (row0 + i) % p.rows_per_scale);
         std::fill_n(row_scale + i, run, p.row_scale[(row0 + i) / p.rows_per_scale]);
       }
-    if (count < ROWS) std::fill(voltages.begin(), voltages.end(), 0.0f);
+    if (count < ROWS) std::fill(values.begin(), values.end(), 0.0f);
     for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * LANES;
     if (direct)
       for (const Run& run : runs)
@@ -122,7 +122,7 @@ class Reader {
           vector[(run.first + i) / LANES] = patches->pixel(runs.front(), run) + i;
     for (i64 pass = 0; pass < s.passes; ++pass) {
       const Driver drive(p, pass_of(p, pass));
-      float* to = voltages.data() + pass * size;
+      float* to = values.data() + pass * size;
       if (!p.conv)
         pack_matrix(p, s, drive, group, row0, count, to);
       else if (p.transposed)
@@ -133,7 +133,7 @@ class Reader {
         patches->pack(drive, p.groups, group, runs, to);
       live[pass] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
     }
-    for (i64 e = 0; e < (i64)squares.size(); ++e) squares[e] = voltages[e] * voltages[e];
+    for (i64 e = 0; e < (i64)squares.size(); ++e) squares[e] = values[e] * values[e];
   }
 
   // Reads a panel of a plane, whose packed conductances and variances are b and b2, and adds the block's results to y.
@@ -176,10 +176,10 @@ class Reader {
   void sum_currents(const Panel& panel, const float* b, const float* b2, i64 plane, i64 pass, i64 tile) {
     const i64 k0 = tile * p.tile, length = std::min(p.tile, s.drive - k0);
     if (live[pass])
-      multiply_block(rows, panel.begin, panel.end, length, driven(voltages, pass, k0), b + k0 * COLS, psum);
+      multiply_block(rows, panel.begin, panel.end, length, driven(values, pass, k0), b + k0 * COLS, psum);
     else
       std::fill_n(psum.at + panel.begin * ROWS, (panel.end - panel.begin) * ROWS, 0.0f);
-    const float sigma = p.read_noise[0];
+    const float sigma = p.sigma();
     if (!(sigma > 0.0f) && !p.noise_var) return;
     const u32 purpose = p.transposed ? READ_TRANSPOSED : READ, row = (u32)(p.row_offset + first);
     const u32 slot = (u32)((pass * p.planes + plane) * s.tiles + tile);
@@ -196,9 +196,9 @@ class Reader {
       add_noise<false>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, sigma, deviation, psum);
   }
 
-  // What drives the lines from k0 on in a pass: `values` are voltages or their squares.
-  Rows driven(const std::vector<float>& values, i64 pass, i64 k0) const {
-    Rows found{values.data() + pass * size, (direct ? patches->places : packed).data() + k0, {}};
+  // What drives the lines from k0 on in a pass: `of` are values or their squares.
+  Rows driven(const std::vector<float>& of, i64 pass, i64 k0) const {
+    Rows found{of.data() + pass * size, (direct ? patches->places : packed).data() + k0, {}};
     std::copy_n(vector, VECTORS, found.vector);
     return found;
   }
@@ -215,15 +215,16 @@ class Reader {
       float *total = sum.at + j * ROWS, *open = gate.at + j * ROWS;
       i32* code_sum = codes + j * ROWS;
       if (!p.adc_bits) {
-        for (i64 i = 0; i < count; ++i) total[i] = fma(weight, current[i], total[i]);
+        const float step = weight * adc.factor[j];
+        for (i64 i = 0; i < count; ++i) total[i] = fma(step, current[i], total[i]);
         if (p.gate)
           for (i64 i = 0; i < count; ++i) open[i] += part;
         if (done) send(panel, j, [=](i64 i) { return total[i]; });
         continue;
       }
       const i64 converter = (plane * s.tiles + tile) * p.groups * s.sense + panel.column + j;
-      const float gain = adc.inverse[j] * (p.adc_gain ? p.adc_gain[converter] : 1.0f);
-      const float offset = p.adc_offset ? p.adc_offset[converter] * adc.inverse[j] : 0.0f;
+      const float gain = adc.factor[j] * (p.adc_gain ? p.adc_gain[converter] : 1.0f);
+      const float offset = p.adc_offset ? p.adc_offset[converter] * p.per_ampere() * adc.factor[j] : 0.0f;
       const float step = weight * adc.lsb[j];
       const auto steps = [=](i64 i) { return fma(current[i], gain, offset); };
       const auto code = [=](i64 i) { return adc_code(steps(i), code_min, code_max); };
@@ -303,9 +304,9 @@ class Reader {
   const i64 pixels;
   std::optional<PatchLines<ROWS>> patches;
   std::optional<Folded> folded;
-  bool direct;                           // lines of images drive, not packed patches
-  i64 size;                              // of the voltages of a pass
-  std::vector<float> voltages, squares;  // squares only where noise depends on them
+  bool direct;                         // lines of images drive, not packed patches
+  i64 size;                            // of the values of a pass
+  std::vector<float> values, squares;  // squares only where noise depends on them
   std::vector<char> live;              // of passes: a phase of inputs of one sign, or a high bit, often drives nothing
   std::vector<i64> packed;             // where packed lines begin
   i64 first = 0, rows = 0, lanes = 0;  // of the block; lanes: rows in whole vectors

@@ -79,6 +79,11 @@ def tf32(x):
     return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def bf16(bits):
+    """The numbers whose upper halves are given."""
+    return (bits.astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
 class ShimDevice:
     """Runs kernels on the CPU in a given thread order; products in float64, of rounded operands for "tf32". New memory is poisoned with NaN.
 
@@ -155,5 +160,7 @@ class ShimDevice:
         out = view(c, m, n, lds[2], strides[2])
         if precision == "tf32":
             left, right = tf32(left), tf32(right)
+        elif precision == "bf16":
+            left, right = bf16(left), bf16(right)
         product = np.matmul(left.astype(np.float64), right.astype(np.float64))
         out[...] = alpha * product + (beta * out if beta else 0.0)

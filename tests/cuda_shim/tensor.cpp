@@ -132,5 +132,8 @@ unsigned negative_halves(unsigned x) { return shim_halves(x, [](unsigned h) { re
 unsigned square_halves(unsigned x) {
   return shim_halves(x, [](unsigned h) { const float v = shim::half_to_float(h); return shim::float_to_bfloat(v * v); });
 }
+unsigned square_bfloats(unsigned x) {
+  return shim_halves(x, [](unsigned h) { const float v = shim::bfloat_to_float(h); return shim::float_to_bfloat(v * v); });
+}
 
 }  // namespace gpuxbar

@@ -26,6 +26,7 @@ void multiply_bytes(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b
 unsigned add_halves(unsigned x, unsigned y);
 unsigned negative_halves(unsigned x);
 unsigned square_halves(unsigned x);
+unsigned square_bfloats(unsigned x);
 
 }  // namespace gpuxbar
 #pragma GCC visibility pop

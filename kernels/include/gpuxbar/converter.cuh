@@ -20,6 +20,10 @@ GPUXBAR_FN float stream_digit(i32 code, int shift, u32 mask, int phase) {
   return (float)(phase > 0 ? (code > 0 ? digit : 0) : (code < 0 ? digit : 0));
 }
 
+// ADC steps in a partial sum of 1, which is `amperes`: the one factor of a conversion. It stays finite, so that no current is
+// 0 steps however small they are.
+GPUXBAR_FN float steps_of_one(float amperes, float adc_lsb) { return min(amperes / adc_lsb, 3.402823466e38f); }
+
 // Code of a current in units of one ADC step (noise, gain and offset already in it).
 GPUXBAR_FN float adc_code(float steps, float code_min, float code_max) {
   return round_even(min(max(steps, code_min), code_max));

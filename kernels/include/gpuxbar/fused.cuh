@@ -1,7 +1,7 @@
 // fused: what fused_tile_mvm and fused_tile_mvm_sm90 do alike around their products: the part of a read that a block
 // computes, noise and conversion of neighbouring columns, integer sums of codes, and the scale of results.
 //
-// Macros  BLOCK_N, TERMS, INT8, NOISE, CONVERTERS and GATE, as the kernels say.
+// Macros  BLOCK_N, TERMS, INT8, BFLOAT, NOISE, CONVERTERS and GATE, as the kernels say.
 #pragma once
 #include "gpuxbar/converter.cuh"
 #include "gpuxbar/mma.cuh"
@@ -15,6 +15,9 @@
 #endif
 #ifndef INT8
 #define INT8 0
+#endif
+#ifndef BFLOAT
+#define BFLOAT 0
 #endif
 #ifndef NOISE
 #define NOISE 1
@@ -36,6 +39,9 @@ namespace gpuxbar {
 #if INT8
 using Operand = i8;
 using Sum = i32;
+#elif BFLOAT
+using Operand = i16;
+using Sum = float;
 #else
 using Operand = u16;
 using Sum = float;
@@ -86,8 +92,10 @@ struct Part {
   u32 column;  // of the counters: of n0
   // volatile: read at each use, so as not to stay in registers
   volatile u32 slot, now;  // of the counters: of tile 0, and the step
-  volatile float sigma;    // A
-  float inverse_lsb[CONVERTERS ? BLOCK_N : 1];
+  volatile float sigma;    // of the noise, in partial sums
+  float amperes;           // of a partial sum of 1
+  volatile float per_ampere;
+  float factor[CONVERTERS ? BLOCK_N : 1];  // ADC steps in a partial sum of 1 of a column
 
   // By one thread, before a barrier.
   GPUXBAR_FN void locate(int rows, int groups, int sense, int tiles, int planes) {
@@ -106,10 +114,19 @@ struct Part {
     slot = (pass * planes + plane) * tiles;
   }
 
+  // Also by one thread. `unit`: A of a partial sum of 1; `noise`: its standard deviation, A.
+  GPUXBAR_FN void measure(float unit, float noise, i64 step) {
+    amperes = unit;
+    per_ampere = 1.0f / unit;
+    sigma = noise * per_ampere;
+    now = (u32)step;
+  }
+
   // By all threads, after that barrier.
-  GPUXBAR_FN void invert(const Scales& scales, int sense, int threads) {
+  GPUXBAR_FN void set_factors(const Scales& scales, int sense, int threads) {
+#pragma unroll 1
     for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += threads)
-      inverse_lsb[j] = 1.0f / scales.lsb(column + (n0 + j < sense ? j : 0));
+      factor[j] = steps_of_one(amperes, scales.lsb(column + (n0 + j < sense ? j : 0)));
   }
 
   GPUXBAR_FN u32 biases() const { return (u32)(last_tile - first_tile) * ADC_BIAS; }  // in each sum

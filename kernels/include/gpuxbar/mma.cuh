@@ -10,7 +10,7 @@
 //
 // On the CPU tests/cuda_shim/tensor.hpp supplies the same names.
 #pragma once
-#include "gpuxbar/portable.cuh"
+#include "gpuxbar/bfloat.cuh"
 
 #if !defined(__CUSHIM__)
 
@@ -92,6 +92,14 @@ GPUXBAR_FN u32 negative_halves(u32 x) {
 // The squares of a pair of fp16, as a pair of bf16 (nearest).
 GPUXBAR_FN u32 square_halves(u32 x) {
   const float low = half_value((u16)x), high = half_value((u16)(x >> 16));
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high * high), "f"(low * low));
+  return pair;
+}
+
+// The squares of a pair of bf16, as a pair of bf16 (nearest).
+GPUXBAR_FN u32 square_bfloats(u32 x) {
+  const float low = bfloat_value((i16)x), high = bfloat_value((i16)(x >> 16));
   u32 pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high * high), "f"(low * low));
   return pair;
