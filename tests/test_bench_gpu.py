@@ -103,11 +103,13 @@ def test_what_gathers_patches_is_checked_too(monkeypatch):
                 CHECKS["convolutions"](subject(faulty=(kernel,), seed=lambda seed: seed ^ 1))
 
 
-def test_bytes_are_checked_too(monkeypatch):
+def test_eight_bits_are_checked_too(monkeypatch):
     monkeypatch.setattr(checks, "ODD_SHAPES", checks.ODD_SHAPES[:2])
-    assert CHECKS["bytes"](subject(kernels=("wgmma",))) == "fused alone multiplies them"
-    with pytest.raises(OracleMismatch, match=r"results are off \(fused, adc, bytes, 3 x 70 x 9\)"):
-        CHECKS["bytes"](subject(g_offset=lambda offset: 0.0))
+    assert CHECKS["eight bits"](subject(kernels=("wgmma",))) == "fused alone multiplies them"
+    with pytest.raises(OracleMismatch, match=r"results are off \(fused, adc, int8, 3 x 70 x 9\)"):
+        CHECKS["eight bits"](subject(g_offset=lambda offset: 0.0))
+    with pytest.raises(OracleMismatch, match=r"results are off \(fused, fast, bf16, 3 x 70 x 9\)"):
+        CHECKS["eight bits"](subject(seed=lambda seed: seed ^ 1))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -167,6 +169,7 @@ SMALL = {
     "matrix": reads.Read("small", 70, 27, 40),
     "tiles": reads.Read("small", 70, 27, 40, 9),
     "bytes": reads.Read("small", 70, 27, 40, 9, noise="none", precision="int8"),
+    "bf16": reads.Read("small", 70, 27, 40, 9, precision="bf16"),
     "images": reads.Read("small", 2 * 36, 27, 40, images=2),
     "by-position": reads.Read("small", 2 * 36, 72, 40, 24, images=2, line_order="position_channel"),
 }
@@ -178,7 +181,7 @@ def test_every_way_of_a_read_has_its_section():
     for name, read in SMALL.items():
         ways = [way for section in sections for way in read.kernels((section,))]
         assert sorted(ways) == sorted(read.kernels(reads.FUSED))
-        assert (read.kernels(("wgmma",)) == ()) == (name == "bytes")
+        assert (read.kernels(("wgmma",)) == ()) == (name in ("bytes", "bf16"))
     assert SMALL["by-position"].kernels(("wgmma",)) == ("wgmma", "implicit-wgmma")
 
 
@@ -190,6 +193,7 @@ def test_every_way_of_a_read_has_its_section():
         *((strategy, "tiles", 3) for strategy in ("fused", "wgmma")),
         ("fused", "bytes", 1),
         ("fused", "bytes", 3),
+        ("fused", "bf16", 1),
         ("implicit", "by-position", 1),
         ("implicit", "by-position", 3),
         ("implicit-wgmma", "by-position", 3),
@@ -385,7 +389,7 @@ def emulated(monkeypatch):
 
 
 FUSED_ROWS = [read.name for read in (*READS, *CONVOLUTIONS)]
-HOPPER_ROWS = [read.name for read in (*READS, *CONVOLUTIONS) if read.precision != "int8"]
+HOPPER_ROWS = [read.name for read in (*READS, *CONVOLUTIONS) if read.precision not in ("int8", "bf16")]
 STEP_ROWS = [f"resnet18-step, {kind}" for kind in STEPS]
 HERE = [word for name in command.SECTIONS for word in ("--section", name)]  # all, in this process
 

@@ -115,17 +115,17 @@ def _convolutions_match_the_oracle(subject: Subject) -> str:
     return f"at most {worst:.1e} of the codes fell to the other side of a rounding edge"
 
 
-def _bytes_match_the_oracle(subject: Subject) -> str:
-    """Of whole levels around an offset, which only the first fused kernel multiplies as bytes."""
+def _eight_bits_match_the_oracle(subject: Subject) -> str:
+    """Of whole levels, around an offset as bytes, which only the first fused kernel multiplies as bytes or bf16."""
     if FUSED[0] not in subject.kernels:
         return f"{FUSED[0]} alone multiplies them"
     worst = 0.0
     for rows, inputs, outputs, tile in ODD_SHAPES:
-        codes, g = _operands(rows, inputs, outputs, top=127)
-        g += np.float32(COMMON["g_offset"])
-        for way in ("adc", "fast"):
-            s = {**COMMON, **WAYS[way], "precision": "int8"}
-            name = f"{way}, bytes, {rows} x {inputs} x {outputs}"
+        codes, levels = _operands(rows, inputs, outputs, top=127)
+        for precision, way in product(("bf16", "int8"), ("adc", "fast")):
+            g = levels + np.float32(COMMON["g_offset"] if precision == "int8" else 0.0)
+            s = {**COMMON, **WAYS[way], "precision": precision}
+            name = f"{way}, {precision}, {rows} x {inputs} x {outputs}"
             worst = max(worst, _against_the_oracle(subject, FUSED[:1], codes, g, tile, 1, name, s))
     return f"at most {worst:.1e} of the codes fell to the other side of a rounding edge"
 
@@ -230,7 +230,7 @@ def _ceilings_compute(subject: Subject) -> str:
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "matches the float64 oracle": _matches_the_oracle,
     "convolutions": _convolutions_match_the_oracle,
-    "bytes": _bytes_match_the_oracle,
+    "eight bits": _eight_bits_match_the_oracle,
     "two runs": _repeats,
     "fused and cuBLAS + epilogue": _equals_the_epilogue,
     "noise": _noise_is_normal,

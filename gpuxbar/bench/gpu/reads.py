@@ -85,14 +85,14 @@ class Read:
 
     def kernels(self, of_device: Sequence[str]) -> tuple[str, ...]:
         """The strategies to time, of those that a device has."""
-        if self.case.int8:
+        if self.case.int8 or self.case.bf16:
             return tuple(kernel for kernel in of_device if kernel == FUSED[0])
         return (*of_device, *(gathering(of_device, self.line_order) if self.images else ()))
 
     @property
     def top(self) -> int:
-        """The largest level: 11 bits of a half, 8 of a byte."""
-        return 127 if self.case.int8 else 2047
+        """The largest level: 11 bits of a half, 8 of a byte or of bf16."""
+        return 127 if self.case.int8 or self.case.bf16 else 2047
 
     def settings(self, strategy: str = "auto") -> dict[str, Any]:
         """Of `ops.tile_mvm`."""
@@ -159,6 +159,7 @@ READS = (
     Read("adc-only-512", *CUBE, 512, noise="none"),
     Read("adc-only-512-bytes", *CUBE, 512, noise="none", precision="int8"),
     Read("fast-two-halves", *CUBE, precision="fp16x2", targets={"fused": Target(620), "wgmma": Target(620)}),
+    Read("fast-bf16", *CUBE, precision="bf16"),
     Read("transformer", 8192, 1024, 4096, targets={"wgmma": Target(175)}),
     Read("small-batch", 128, 4096, 4096),
     Read("fast-variance", *CUBE, variance=True, targets={"fused": Target(700, 3.0)}),
