@@ -44,6 +44,7 @@ LAWS = {
     "neurosim-pulses": NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=1.46, levels=32, integer_pulses=True),
     "neurosim-noise": NeuroSim(nonlinearity_ltp=2.4, cycle=0.01, spread=0.5),
     "soft": SoftBounds(up=1.5, down=0.7),
+    "soft-apart": SoftBounds(up=0.004, down=1.0),
     "soft-noise": SoftBounds(pulses=200, cycle=0.3, spread=0.2),
     "soft-ends": SoftBounds(up=1.6, down=2.7, spread=0.1, low_spread=0.15, high_spread=0.2),
     "ideal": Ideal(),

@@ -87,7 +87,7 @@ GPUXBAR_FN float fitted_shape(const UpdateLaw& s, const Device& device, bool ris
   const float above = device.low + device.width - 1.0f;
   if constexpr (SAME<L, SoftBounds>) {
     const float room = (rising ? s.shape_down : s.shape_up) / (s.shape_up + s.shape_down);  // to the nominal bound
-    const float own = max(room + (rising ? above : -device.low), 0.01f);
+    const float own = max(room + (rising ? above : -device.low), min(room, 0.01f));
     return device.shape * (device.width * (room / own));
   } else if constexpr (SAME<L, ExponentialStep>) {
     const float off = 0.5f * (device.low + above) * device.inverse_width;  // of the middles, in widths
