@@ -47,6 +47,8 @@ LAWS = {
     "soft-apart": SoftBounds(up=0.004, down=1.0),
     "soft-noise": SoftBounds(pulses=200, cycle=0.3, spread=0.2),
     "soft-ends": SoftBounds(up=1.6, down=2.7, spread=0.1, low_spread=0.15, high_spread=0.2),
+    "soft-top": SoftBounds(up=1.6, down=2.7, high_spread=0.2),
+    "exponential-bottom": ExponentialStep(low_spread=0.2),
     "ideal": Ideal(),
     "constant": ConstantStep(pulses=500, cycle=0.3, step_spread=0.3, asymmetry=0.2, asymmetry_spread=0.1, sides="reference"),
     "constant-bounds": ConstantStep(low_spread=0.15, high_spread=0.1, lognormal_steps=True, step_spread=0.7),
