@@ -117,8 +117,9 @@ def test_cuda_bits_do_not_depend_on_the_launch():
 def test_inputs_of_any_size(device):
     """Squares of which are no floats: results are those of others, times a power of two."""
     v, g, grad_i = case(4, 12, 7)
+    v *= np.float32(2.0 ** (1 - np.frexp(np.abs(v).max())[1]))  # the largest from 1 to 2
     first = both(v, g, grad_i, device, **WIRES["strong"])
-    for much, more in ((2.0**-80, 2.0**100), (2.0**90, 2.0**-99)):
+    for much, more in ((2.0**-80, 2.0**100), (2.0**90, 2.0**-99), (2.0**127, 2.0**-99)):
         currents, grad_v, grad_g = both(
             v * np.float32(much), g, grad_i * np.float32(more), device, **WIRES["strong"]
         )
