@@ -169,10 +169,11 @@ def test_cuda_gives_nan_where_it_does_not_converge(monkeypatch):
         assert np.isnan(found).all()
 
 
-def test_cuda_keeps_a_nan_where_it_is():
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_cuda_keeps_what_is_not_finite_where_it_is(wrong):
     values = case(3, 12, 7)
     first = both(*values, ShimDevice(), **WIRES["strong"])
-    values[0][0, 1, 5], values[2][1, 2, 0] = np.nan, np.nan
+    values[0][0, 1, 5], values[2][1, 2, 0] = wrong, wrong
     currents, grad_v, grad_g = both(*values, ShimDevice(), **WIRES["strong"])
     assert np.isnan(currents[0, 1]).all()
     assert np.isnan(grad_v[1, 2]).all()
