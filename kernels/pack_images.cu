@@ -1,4 +1,5 @@
-// pack_images: the codes of a convolution's images, or the values that a DAC makes codes of on the way -> the left operand of fused_tile_mvm that gathers patches (IMPLICIT).
+// pack_images: the codes of a convolution's images, or the values that a DAC makes codes of on the way -> the left operand
+// of fused_tile_mvm that gathers patches (IMPLICIT).
 //
 // Axes    images [N, G * channels, pixels] -> a [N, pixels, G, C], channels padded with 0 to C, a multiple of 8, so that
 //         16 bytes hold eight channels of one pixel.

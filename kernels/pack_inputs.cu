@@ -5,8 +5,8 @@
 //         patches are the rows, or the images of its output gradient.
 // Launch  a 32 x 32 block of (row, line) each, 256 threads; grid (ceil(G T K / 32), ceil(M / 32)).
 // Macros  CODES source int16, else float32; DAC source float32, of which codes are made on the way (CODES; CONV 0 or 2, which
-//         look at a value once); HALF operand fp16 (digits exactly), BFLOAT bf16 (digits up to 256 exactly), INT8 operand int8 (digits up to 127, beyond
-//         which they saturate), else float32;
+//         look at a value once); HALF operand fp16 (digits exactly), BFLOAT bf16 (digits up to 256 exactly), INT8 int8
+//         (digits up to 127, beyond which they saturate), else float32;
 //         PANELS a in panels of 128 x 64 (M padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         CONV 0 matrix, 1 patches of [N, G * channels, height, width], 2 images [N, G * drive, out_h, out_w]
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py (unfold, stream_digits)

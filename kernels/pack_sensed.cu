@@ -4,7 +4,8 @@
 //         Forwards the wordlines are driven, transposed the bitlines.
 // Launch  256 threads a block, which takes every gridDim-th square of 32 sensed lines by 32 driven ones. With a state
 //         nothing is done if b holds this version of g already; the last block to end says that it does.
-// Macros  BFLOAT bf16 of g * scale^2, INT8 level of g as int8 (nearest, -128 to 127), else fp16 high part (and low part) of g * scale; TRANSPOSED;
+// Macros  BFLOAT bf16 of g * scale^2, INT8 level of g as int8 (nearest, -128 to 127), else fp16 high part (and low part)
+//         of g * scale; TRANSPOSED;
 //         PANELS b in panels of 128 x 64 (N padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         IMPLICIT the lines of a tile in the order of patches.cuh, for codes gathered from images
 // Wrapper gpuxbar/ops/fused_tile_mvm.py      Oracle gpuxbar/reference/tile_mvm.py

@@ -105,6 +105,15 @@ def test_without_an_adc_products_are_those_of_rounded_conductances():
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_conductances_half_way_go_to_the_even_one(transposed):
+    g = np.ldexp(np.arange(256, 512, dtype=np.float32), -28)[None]
+    g = np.ascontiguousarray(g.T) if transposed else g
+    y = read(np.ones((1, 1), np.int16), g, transposed=transposed)
+    np.testing.assert_array_equal(y.ravel(), rounded(g).ravel())
+    assert (y.ravel() != g.ravel()).sum() == 128
+
+
 def test_kept_conductances_are_bf16():
     codes, g = integers(9, 150, 30)
     s = {"adc_bits": 8, "adc_lsb": 2.0**-23, "v_lsb": 2.0**-10, "tile_rows": 64, "strategy": "fused"}

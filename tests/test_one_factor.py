@@ -42,14 +42,15 @@ def read(way, codes, levels, **s):
 
 
 LSB = VOLTS * UNIT * 37.7  # a current of 37.7 sums of 1
+LSBS = np.linspace(0.7, 1.6, COLUMNS, dtype=np.float32) * np.float32(LSB)
 CASES = {  # the ways that can, settings
     "quiet": (WAYS, {"adc_lsb": LSB}),
     "exact": (WAYS, {"adc_lsb": LSB, "read_noise": 1.3 * LSB}),
-    "columns": (WAYS, {"adc_lsb": np.linspace(0.7, 1.6, COLUMNS, dtype=np.float32) * np.float32(LSB), "read_noise": 1.3 * LSB, "generator": "fast", "want_gate": True}),
+    "columns": (WAYS, {"adc_lsb": LSBS, "read_noise": 1.3 * LSB, "generator": "fast", "want_gate": True}),
     "converters": (
         [way for way in WAYS if way != "wgmma"],
         {
-            "adc_lsb": LSB, "read_noise": 1.3 * LSB, "adc_gain": np.linspace(0.8, 1.3, 3 * COLUMNS, dtype=np.float32).reshape(1, 3, COLUMNS),
+            "adc_lsb": LSBS, "read_noise": 1.3 * LSB, "adc_gain": np.linspace(0.8, 1.3, 3 * COLUMNS, dtype=np.float32).reshape(1, 3, COLUMNS),
             "adc_offset": np.linspace(-9 * LSB, 7 * LSB, 3 * COLUMNS, dtype=np.float32).reshape(1, 3, COLUMNS),
         },
     ),

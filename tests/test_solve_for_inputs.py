@@ -117,8 +117,9 @@ def test_cuda_bits_do_not_depend_on_the_launch():
 def test_inputs_of_any_size(device):
     """Squares of which are no floats: results are those of others, times a power of two."""
     v, g, grad_i = case(4, 12, 7)
+    v *= np.float32(2.0 ** (1 - np.frexp(np.abs(v).max())[1]))  # the largest from 1 to 2
     first = both(v, g, grad_i, device, **WIRES["strong"])
-    for much, more in ((2.0**-80, 2.0**100), (2.0**90, 2.0**-99)):
+    for much, more in ((2.0**-80, 2.0**100), (2.0**90, 2.0**-99), (2.0**127, 2.0**-99)):
         currents, grad_v, grad_g = both(
             v * np.float32(much), g, grad_i * np.float32(more), device, **WIRES["strong"]
         )
@@ -168,11 +169,13 @@ def test_cuda_gives_nan_where_it_does_not_converge(monkeypatch):
         assert np.isnan(found).all()
 
 
-def test_cuda_keeps_a_nan_where_it_is():
-    values = case(3, 12, 7)
-    first = both(*values, ShimDevice(), **WIRES["strong"])
-    values[0][0, 1, 5], values[2][1, 2, 0] = np.nan, np.nan
-    currents, grad_v, grad_g = both(*values, ShimDevice(), **WIRES["strong"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_cuda_keeps_what_is_not_finite_where_it_is(wrong):
+    values = case(3, 12, 8)
+    values[1][:] += 1e-6  # no products of 0 with infinity, which are NaN
+    first = both(*values, ShimDevice(), **HARD)
+    values[0][0, 1, 5], values[2][1, 2, 0] = wrong, wrong
+    currents, grad_v, grad_g = both(*values, ShimDevice(), **HARD)
     assert np.isnan(currents[0, 1]).all()
     assert np.isnan(grad_v[1, 2]).all()
     assert np.isnan(grad_g).all()

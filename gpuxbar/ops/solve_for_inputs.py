@@ -43,7 +43,7 @@ def solve_for_inputs(
 
     Returns:
         Bitline currents, float32 [..., B, C], A. On a GPU, where values are not read back, those of an input whose
-        iteration did not converge in 200 steps, or met a NaN, are NaN.
+        iteration did not converge in 200 steps, or met a NaN or infinity, are NaN.
 
     Raises:
         TypeError: An array is not float32.

@@ -55,9 +55,9 @@ class Cells:
         ):  # steps are nominal where those of the nominal device are alike, and 0 at the bound
             alike = law["up"] / (law["up"] + law["down"])
             if rising:
-                span = np.maximum(self.high - alike, 0.01) / (1 - alike)
+                span = np.maximum(self.high - alike, min(1 - alike, 0.01)) / (1 - alike)
                 return self.high - span, span
-            return self.low, np.maximum(alike - self.low, 0.01) / alike
+            return self.low, np.maximum(alike - self.low, min(alike, 0.01)) / alike
         if (
             law["law"] == "exponential_step"
         ):  # around the middle of the nominal window, as wide as the device's own

@@ -147,8 +147,11 @@ inline void invert(i64 n, Lane* m, i64 ld, Lane*) {
   }
 }
 
-// The same of a LEAF x LEAF matrix in registers.
-inline void invert_rows(Floats<LEAF>::Vec (&m)[LEAF]) {
+// A row of a LEAF x LEAF matrix in registers. `Floats` is of memory: by its references, clang++ takes it for aligned.
+typedef float LeafRow __attribute__((vector_size(4 * LEAF)));
+
+// The same of such a matrix.
+inline void invert_rows(LeafRow (&m)[LEAF]) {
 #pragma GCC unroll 8
   for (int t = 0; t < LEAF; ++t) {
     const float inverse = 1.0f / m[t][t];
@@ -170,7 +173,7 @@ inline void invert(i64 n, float* m, i64 ld, float* work) {
   float* const across = work;           // [LEAF, n]: the panel's rows, times the inverse of its pivot block
   float* const down = work + LEAF * n;  // [LEAF, n]: its columns, transposed
   for (i64 t = 0; t < n; t += LEAF) {
-    Panel pivot[LEAF];
+    LeafRow pivot[LEAF];
     float turned[LEAF * LEAF];
     for (int i = 0; i < LEAF; ++i) pivot[i] = *(const Panel*)(m + (t + i) * ld + t);
     invert_rows(pivot);

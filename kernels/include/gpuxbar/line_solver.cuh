@@ -1,4 +1,5 @@
-// line_solver: a tile with resistive wires solved for one input by a block of 512 threads, by conjugate gradients on whole lines.
+// line_solver: a tile with resistive wires solved for one input by a block of 512 threads, by conjugate gradients on whole
+// lines.
 //
 // CUDA only. A warp has 128 columns at a time. A wordline is the work of a warp, in two scans of affine maps over its lanes;
 // bitlines are cut into a strip of rows for each warp, whose maps are put together in shared memory. Every sum is made in a
@@ -64,7 +65,8 @@ struct Affine {
   float factor, sum;
 };
 
-// What all lanes before this one make of `carry`, from the first on, or from the last on (BACKWARDS); then `carry` is what all do.
+// What all lanes before this one make of `carry`, from the first on, or from the last on (BACKWARDS); then `carry` is what
+// all do.
 template <bool BACKWARDS>
 GPUXBAR_FN float scan(Affine map, float& carry) {
   const int lane = threadIdx.x & 31;

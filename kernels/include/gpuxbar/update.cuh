@@ -79,15 +79,15 @@ inline constexpr bool SAME<A, A> = true;
 template <class L>
 inline constexpr bool FITTED = SAME<L, SoftBounds> || SAME<L, ExponentialStep>;
 
-// The shape of a device with ends of its own. Its steps by soft bounds are nominal where the nominal device's are alike both
-// ways, and 0 at its own bounds; exponential ones go by the distance from the middle of the nominal window. Other laws go by the
-// share of the device's own window alone.
+// The shape of a device with ends of its own. Its steps by soft bounds are nominal where the nominal device's are alike
+// both ways, and 0 at its own bounds; exponential ones go by the distance from the middle of the nominal window. Other
+// laws go by the share of the device's own window alone.
 template <class L>
 GPUXBAR_FN float fitted_shape(const UpdateLaw& s, const Device& device, bool rising) {
   const float above = device.low + device.width - 1.0f;
   if constexpr (SAME<L, SoftBounds>) {
     const float room = (rising ? s.shape_down : s.shape_up) / (s.shape_up + s.shape_down);  // to the nominal bound
-    const float own = max(room + (rising ? above : -device.low), 0.01f);
+    const float own = max(room + (rising ? above : -device.low), min(room, 0.01f));
     return device.shape * (device.width * (room / own));
   } else if constexpr (SAME<L, ExponentialStep>) {
     const float off = 0.5f * (device.low + above) * device.inverse_width;  // of the middles, in widths
