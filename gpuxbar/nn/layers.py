@@ -242,7 +242,7 @@ class AnalogLayer(InSitu):
     def leave_cells(self) -> None:
         """See `Wires.leave_cells`. A weight that changes in place needs none of it: autograd refuses passes of the old one."""
         super().leave_cells()
-        self.renew("cells", "cell_variance", "full_pair", "written")
+        self.renew("cells", "noise_var", "full_pair", "written")
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cells_of": None}  # nobody has read what is copied
