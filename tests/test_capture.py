@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 import gpuxbar as gx
-from gpuxbar.bench import OracleMismatch, steps
+from gpuxbar.bench import OracleMismatch
+from gpuxbar.bench.gpu import steps
 from gpuxbar.ops import tile_mvm_plan
 
 capture = sys.modules["gpuxbar.optim.capture"]

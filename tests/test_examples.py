@@ -99,10 +99,13 @@ def test_snippets_of_the_readme():
         "g": np.full((200, 7), 1e-6, np.float32),
     }
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
+    pairs = {"g": np.full((2, 4, 3), 5e-6, np.float32), "dw": np.full((1, 3, 4), 0.01, np.float32)}
     for snippet in snippets:
+        names |= pairs | {"w_max": np.ones(3, np.float32)} if "Pairs" in snippet else {}
         exec(snippet, names)
     assert [row.runs for row in names["report"].rows] == ["analog", "analog", "digital"]
     assert names["model"].layer1[0].spec.adc.bits == 6
+    assert (names["weights"] > 0).all()
     # 200 cells of 0.2 V and 1 uS, in steps of 0.5 uA, noise far below one
     np.testing.assert_allclose(names["i"], 4e-5, rtol=0, atol=2 * 5e-7)
