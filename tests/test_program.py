@@ -10,8 +10,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gpuxbar import ops, reference
+from gpuxbar.launch import host_call, library
 from gpuxbar.launch.host import set_threads
-from gpuxbar.ops.program import fingerprint
+from gpuxbar.ops.program import checksum
 from gpuxbar.spec import Programming, SpecError
 
 G_MIN, G_MAX = 1e-6, 10e-6  # S
@@ -218,7 +219,13 @@ def test_spread_and_stuck_cells_are_of_the_device_and_noise_of_the_step():
     assert same({"write_noise": 1e-7, "step": 1}, {"write_noise": 1e-7, "step": np.array([2**32 + 1])})
 
 
-# ---- fingerprints
+# ---- fingerprints and checksums
+
+
+def fingerprint(weight):
+    out = np.zeros(1, np.int64)
+    host_call(library(), "gpuxbar_fingerprint", weight, weight.size, out)
+    return int(out[0])
 
 
 @pytest.mark.parametrize("size", [0, 1, 17, 16384 * 3 + 5])
@@ -237,21 +244,45 @@ def test_fingerprint_of_single_weights_by_hand():
     assert fingerprint(np.zeros(5, np.float32)) == 0
 
 
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 16384 * 3 + 5])
+def test_checksum_is_one_on_any_threads(size):
+    weight, found = np.random.default_rng(size).normal(size=size).astype(np.float32), set()
+    for threads in (1, 2):
+        set_threads(threads)
+        found.add(checksum(weight))
+    assert len(found) == 1
+    assert checksum(np.zeros(size, np.float32)) == 0
+
+
+def test_round_weights_that_change_places_change_the_checksum():
+    """Of powers of two, whose lower bits are zeros, every pair of places in three chunks that lie a power of two apart."""
+    for a, b in ((1.0, 2.0), (0.0, 1.0), (-1.0, 1.0), (0.5, -2.0)):
+        weight = np.full(3 * 16384, a, np.float32)
+        weight[0] = b
+        found = set()
+        for place in (0, *(1 << k for k in range(16))):
+            weight[[0, place]] = weight[[place, 0]]
+            found.add(checksum(weight))
+            weight[[0, place]] = weight[[place, 0]]
+        assert len(found) == 17 - (weight.size <= 1 << 15)
+
+
+@pytest.mark.parametrize("of", [fingerprint, checksum])
 @given(data=st.data())
 @hypothesis_settings(max_examples=200, deadline=None)
-def test_any_single_change_changes_the_fingerprint(data):
+def test_any_single_change_changes_it(of, data):
     """Also the last bit of one weight, and two weights that change places."""
     size = data.draw(st.integers(2, 3000))
     weight = np.random.default_rng(size).normal(size=size).astype(np.float32)
-    before = fingerprint(weight)
+    before = of(weight)
     place = data.draw(st.integers(0, size - 1))
     changed = weight.copy()
     changed.view(np.uint32)[place] ^= np.uint32(1 << data.draw(st.integers(0, 31)))
-    assert fingerprint(changed) != before
+    assert of(changed) != before
     other = data.draw(st.integers(0, size - 1))
     swapped = weight.copy()
     swapped[[place, other]] = weight[[other, place]]
-    assert (fingerprint(swapped) != before) == (weight[place] != weight[other])
+    assert (of(swapped) != before) == (weight[place] != weight[other])
 
 
 def test_factors_of_places_are_odd_and_distinct():

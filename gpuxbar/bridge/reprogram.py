@@ -11,9 +11,9 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.operator import operator, spec_of
-from gpuxbar.ops.program import fingerprint as fingerprint_of
+from gpuxbar.ops.program import checksum as checksum_of
 
-__all__ = ["fingerprint", "program_devices", "program_pairs", "reprogram"]
+__all__ = ["checksum", "program_devices", "program_pairs", "reprogram"]
 
 
 @operator(lambda *_: None, mutates_args=("g", "noise_var", "w_max", "state"))
@@ -48,12 +48,12 @@ def reprogram(
         )  # fmt: skip
 
 
-def fingerprint(weight: Tensor) -> int | None:
-    """That of weights of any shape, see `ops.reprogram`; None on a GPU, which would have to be waited for, and elsewhere."""
+def checksum(weight: Tensor) -> int | None:
+    """Of the values of weights of any shape; None on a GPU, which would have to be waited for, and elsewhere."""
     if weight.device.type not in ("cpu", "cuda"):
         return None
-    with on_device(weight, "fingerprint") as device:
-        return None if device is not None else fingerprint_of(array(weight.detach().float()))
+    with on_device(weight, "checksum") as device:
+        return None if device is not None else checksum_of(array(weight.detach().float()))
 
 
 def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:

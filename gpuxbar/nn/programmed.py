@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpuxbar.bridge.drift import drift
-from gpuxbar.bridge.reprogram import fingerprint
+from gpuxbar.bridge.reprogram import checksum
 from gpuxbar.bridge.wires import merged
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
@@ -39,24 +39,24 @@ WRITTEN_AS = (
 @dataclass(frozen=True, eq=False)
 class Mark:
     """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, where
-    it lay, since a parameter gets another `data` without a count, and a fingerprint of its values, since these change without a
+    it lay, since a parameter gets another `data` without a count, and a checksum of its values, since these change without a
     count too: through `data`, or by a fused optimiser. On a GPU, which would have to be waited for, that is None."""
 
     weight: Tensor
     version: int
     place: int
-    fingerprint: int | None
+    checksum: int | None
 
     @classmethod
     def of(cls, weight: Tensor) -> Mark:
         """That of a weight as it is now."""
-        return cls(weight, weight._version, weight.data_ptr(), fingerprint(weight))
+        return cls(weight, weight._version, weight.data_ptr(), checksum(weight))
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
         if self.weight is not weight or (self.version, self.place) != (weight._version, weight.data_ptr()):
             return False
-        return self.fingerprint is None or self.fingerprint == fingerprint(weight)
+        return self.checksum is None or self.checksum == checksum(weight)
 
 
 class Programmed(Wires):

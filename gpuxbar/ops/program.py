@@ -20,7 +20,7 @@ from gpuxbar.ops.checks import (
 from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
 from gpuxbar.spec import Programming
 
-__all__ = ["IDEAL", "Write", "fingerprint", "program", "reprogram", "write_values"]
+__all__ = ["IDEAL", "Write", "checksum", "program", "reprogram", "write_values"]
 
 IDEAL = Programming()
 LOWER = "lower the rate"
@@ -244,13 +244,13 @@ def reprogram(
     require_finite(op, "weight", int(bad[0]), LOWER)
 
 
-def fingerprint(weight: np.ndarray) -> int:
-    """That of a weight on a CPU, float32 of any shape and C-contiguous: another one wherever its values are others, but for a
-    chance of 2**-64; see `reprogram`."""
+def checksum(weight: np.ndarray) -> int:
+    """Of a weight on a CPU, float32 of any shape and C-contiguous: another one where a value is another, and nearly always where
+    several are."""
     if backend(weight) == "reference":
         return reference.fingerprint(weight)
     found = np.empty(1, np.int64)
-    host_call(library(), "gpuxbar_fingerprint", weight, weight.size, found)
+    host_call(library(), "gpuxbar_checksum", weight, weight.size, found)
     return int(found[0])
 
 

@@ -147,10 +147,13 @@ inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, 
   const float code_max = p.code_max(), code_min = p.code_min(), share = gpuxbar::abs(weight);
   const float per_ampere = p.per_ampere();
   alignas(64) float lsb[STRIP], factor[STRIP], gain[STRIP], offset[STRIP];
-  for (i64 j = strip.begin; j < strip.end; ++j) {
-    lsb[j] = p.adc_bits ? p.adc_lsb[p.adc_per_column ? strip.column + j : 0] : 1.0f;
-    factor[j] = steps_of_one(p.amperes(), lsb[j]);
-  }
+  std::fill_n(lsb, STRIP, p.adc_bits ? p.adc_lsb[0] : 1.0f);
+  std::fill_n(factor, STRIP, steps_of_one(p.amperes(), lsb[0]));
+  if (p.adc_bits && p.adc_per_column)
+    for (i64 j = strip.begin; j < strip.end; ++j) {
+      lsb[j] = p.adc_lsb[strip.column + j];
+      factor[j] = steps_of_one(p.amperes(), lsb[j]);
+    }
   if (p.adc_bits) std::memset(w.codes.get(), 0, sizeof(i32) * p.batch * STRIP);
   for (i64 t = 0; t < s.tiles; ++t) {
     const i64 k0 = t * p.tile, length = std::min(p.tile, s.drive - k0);
@@ -165,14 +168,17 @@ inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, 
       const float* psum = w.psum + r * STRIP;
       float *sum = w.sum + r * STRIP, *gate = w.gate + r * STRIP;
       i32* codes = w.codes.get() + r * STRIP;
-      for (i64 j = strip.begin; j < strip.end; ++j) {
-        const float steps = fma(psum[j], gain[j], offset[j]);
-        if (p.adc_bits)
+      if (p.adc_bits)
+        for (i64 j = strip.begin; j < strip.end; ++j) {
+          const float steps = fma(psum[j], gain[j], offset[j]);
           codes[j] += (i32)adc_code(steps, code_min, code_max);
-        else
+          if (p.gate) gate[j] += in_range(steps, code_min, code_max) ? share : 0.0f;
+        }
+      else
+        for (i64 j = strip.begin; j < strip.end; ++j) {
           sum[j] = fma(weight * factor[j], psum[j], sum[j]);
-        if (p.gate) gate[j] += !p.adc_bits || in_range(steps, code_min, code_max) ? share : 0.0f;
-      }
+          if (p.gate) gate[j] += share;
+        }
     }
   }
   if (!p.adc_bits) return;

@@ -184,6 +184,30 @@ extern "C" void gpuxbar_fingerprint(const float* x, i64 count, i64* fingerprint)
   *fingerprint = (i64)sum;
 }
 
+// A number that any single change of x changes, as nearly all others do, at the speed of memory. A lane of a chunk is a
+// polynomial of its values, whose odd base has an inverse; lanes and chunks are added up times odd numbers of their places. The
+// upper bits of a value are mixed into the lower ones: those of round numbers would be zeros, which powers of the base make more.
+extern "C" void gpuxbar_checksum(const float* x, i64 count, i64* checksum) {
+  constexpr i64 SIDE = 64, CHUNK = 1 << 14;
+  const auto next = [](u32 lane, float value) {
+    const u32 bits = float_bits(value);
+    return lane * 0x9E3779BBu + (bits ^ bits >> 16);
+  };
+  u64 sum = 0;
+#pragma omp parallel for reduction(+ : sum) schedule(static) if (count >= WORTH_A_THREAD)
+  for (i64 first = 0; first < count; first += CHUNK) {
+    const i64 end = std::min(first + CHUNK, count);
+    u32 lane[SIDE] = {};
+    i64 e = first;
+    for (; e + SIDE <= end; e += SIDE)
+#pragma GCC unroll 64
+      for (i64 j = 0; j < SIDE; ++j) lane[j] = next(lane[j], x[e + j]);
+    for (i64 j = 0; e < end; ++e, ++j) lane[j] = next(lane[j], x[e]);
+    for (i64 j = 0; j < SIDE; ++j) sum += lane[j] * (0x9E3779B97F4A7C15u * (u64)(first + j + 1) | 1u);
+  }
+  *checksum = (i64)sum;
+}
+
 // The step of `settings` is the write step. A full_weight of 0 measures: the largest weight of each output where
 // `per_column`, of all otherwise.
 extern "C" void gpuxbar_reprogram(const Programming* settings, const float* weight, float* w_max, float* g,

@@ -68,10 +68,14 @@ void pack_panel(const TileMvm& p, const Shape& s, const float* m, i64 plane, i64
 struct Converters {
   alignas(64) float lsb[COLS], factor[COLS];
   Converters(const TileMvm& p, const Panel& panel) {
-    std::fill_n(lsb, COLS, p.adc_bits ? p.adc_lsb[0] : 1.0f);
-    if (p.adc_bits && p.adc_per_column)
-      std::copy(p.adc_lsb + panel.column + panel.begin, p.adc_lsb + panel.column + panel.end, lsb + panel.begin);
-    for (i64 j = 0; j < COLS; ++j) factor[j] = steps_of_one(p.amperes(), lsb[j]);
+    const float one = p.adc_bits ? p.adc_lsb[0] : 1.0f;
+    std::fill_n(lsb, COLS, one);
+    std::fill_n(factor, COLS, steps_of_one(p.amperes(), one));
+    if (!p.adc_bits || !p.adc_per_column) return;
+    for (i64 j = panel.begin; j < panel.end; ++j) {
+      lsb[j] = p.adc_lsb[panel.column + j];
+      factor[j] = steps_of_one(p.amperes(), lsb[j]);
+    }
   }
 };
 
