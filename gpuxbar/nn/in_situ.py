@@ -223,6 +223,11 @@ class InSitu(Programmed):
         """
         self.require_unprogrammed("weight")
         self.require_read_out()
+        self.change_cells(change, factor)
+
+    @torch.no_grad()
+    def change_cells(self, change: Tensor, factor: float = 1.0) -> None:
+        """`update_cells` for an optimiser, which has just looked whether the weight is what the cells read."""
         self._make_room()
         self._move(change, factor)
 

@@ -68,7 +68,7 @@ class InSituSGD(InSituOptimizer):
         if layer.keeps_operands:
             layer.update_in_array(group["lr"] / getattr(self, "grad_scale", 1.0))
         else:
-            layer.update_cells(self._velocity(weight, group["momentum"]), -group["lr"])
+            layer.change_cells(self._velocity(weight, group["momentum"]), -group["lr"])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -73,4 +73,4 @@ class MixedPrecision(InSituOptimizer):
         if part.steps % group["transfer_every"] == 0:
             pulses = part.waiting.trunc()
             part.waiting -= pulses
-            layer.update_cells(layer.of_lines(pulses * pulse))
+            layer.change_cells(layer.of_lines(pulses * pulse))

@@ -175,7 +175,7 @@ class TikiTaka(InSituOptimizer):
         if fast.steps % group["transfer_every"] == 0:
             lines = fast.read(group["lines"], group["fast_lr"])
             change[..., lines.at] = self._transfer(fast, lines, pulse_weight(layer), group)
-            layer.update_cells(layer.of_lines(change))
+            layer.change_cells(layer.of_lines(change))
 
     def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
         """Weight changes of the lines read."""
