@@ -100,6 +100,23 @@ def programmed(rank):
     return [model(x).detach(), gx.distribute(model)(x).detach()]
 
 
+def overflowing(rank):
+    """Weights before and after two steps of a layer by pulse trains, the first with an error that is infinite on rank 1 alone; the
+    scale after each."""
+    torch.manual_seed(0)
+    spec = gx.CrossbarSpec.model_validate({**READS, **SPECS["pulses"]})
+    model, _ = gx.convert(nn.Linear(6, 4, bias=False), spec)
+    run, optimiser = gx.distribute(model), gx.optim.InSituSGD(model.parameters(), lr=0.5)
+    scaler, found = torch.amp.GradScaler("cpu", init_scale=8.0), [model.weight.detach().clone()]
+    for factor in (float("inf") if rank else 1.0, 1.0):
+        optimiser.zero_grad()
+        scaler.scale(factor * run(torch.ones(3, 6)).sum()).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        found += [model.weight.detach().clone(), torch.tensor(scaler.get_scale())]
+    return found
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -114,12 +131,12 @@ def work(rank, folder):
     names = {buffer: name for name, buffer in model.named_buffers()}
     sent = [names[buffer] for buffer in gx.distribute(model).modules_buffers]
     were_apart = apart(rank, before=True) + apart(rank, before=False)
-    aged = programmed(rank)
+    aged, overflowed = programmed(rank), overflowing(rank)
     model = network("pulses")
     gx.optim.InSituSGD(model.parameters(), lr=0.5)
     with pytest.raises(ValueError, match=r"wrap it by gpuxbar\.distribute\(model\)"):
         DistributedDataParallel(model)(batch())
-    torch.save((found, sent, were_apart, aged), f"{folder}/{rank}.pt")
+    torch.save((found, sent, were_apart, aged, overflowed), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -157,6 +174,16 @@ def test_programmed_devices_are_those_of_the_first_rank(ranks):
     assert torch.equal(distributed_first, first)
     assert torch.equal(distributed_other, first)
     assert not torch.equal(other, first)
+
+
+def test_all_ranks_leave_out_a_step_that_overflows_on_one(ranks):
+    first, other = (rank[4] for rank in ranks)
+    for one, two in zip(first, other, strict=True):
+        assert torch.equal(one, two)
+    before, skipped, halved, moved, scale = first
+    assert torch.equal(skipped, before)
+    assert (halved, scale) == (4.0, 4.0)
+    assert not torch.equal(moved, before)
 
 
 def test_it_needs_a_process_group():

@@ -776,3 +776,19 @@ def test_a_rate_of_nothing_moves_nothing(how):
         warm.step()
     assert moved == [False, True]
     assert layer.update_step == 3  # with the first writing
+
+
+def test_a_layer_trains_after_it_was_written_anew_in_inference_mode():
+    layer = linear()
+    with torch.inference_mode():
+        layer(inputs())
+        layer.rewrite()
+    layer(inputs()).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_layer_without_memory_takes_the_weight_of_a_checkpoint():
+    with torch.device("meta"):
+        layer = AnalogLinear(20, 8, spec=gx.CrossbarSpec())
+    layer.load_state_dict(linear().state_dict(), assign=True)
+    assert torch.equal(layer.weight, linear().weight)

@@ -125,9 +125,8 @@ class AnalogLayer(InSitu):
             "full_pair", torch.zeros(sensed[0], dtype=torch.float32, device=device), persistent=False
         )
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
-        self._cells_of: Tensor | None = (
-            None  # the weight that they are of; held, so that no other takes its place in memory
-        )
+        # the weight that the cells are of, held so that no other takes its place in memory
+        self._cells_of: Tensor | None = None
         self._setup_packing(device)
         self.look_at_ranges()
         self.setup_programmed()
@@ -422,10 +421,10 @@ class AnalogLayer(InSitu):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        saved, here = state_dict.get(f"{prefix}range_settings"), self.range_settings
+        saved, here = state_dict.get(f"{prefix}range_settings"), _checksum(self.spec)
         programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
-        others = saved is not None and (programmed or saved.item() != here.item())
-        kept = {"range_settings": here.clone()}  # the spec says them, whatever was saved
+        others = saved is not None and (programmed or saved.item() != here)
+        kept = {"range_settings": torch.tensor([here])}  # the spec says them, whatever was saved
         for name, converter in zip(("adc_range", "back_adc_range"), self.converters(), strict=True):
             if not converter.calibrated:
                 kept[name] = converter.full.clone()

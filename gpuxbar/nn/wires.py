@@ -132,9 +132,10 @@ class Wires(nn.Module):
 
     def renew(self, *buffers: str) -> None:
         """Copy buffers, where there are such."""
-        for name in buffers:
-            buffer = self._buffers[name]
-            self._buffers[name] = None if buffer is None else buffer.clone()
+        with torch.inference_mode(False):  # training could not read copies that were made there
+            for name in buffers:
+                buffer = self._buffers[name]
+                self._buffers[name] = None if buffer is None else buffer.clone()
 
     def forget_wires(self) -> None:
         """Look at the wires at the next read, whatever the state of the devices says: buffers were set from outside."""

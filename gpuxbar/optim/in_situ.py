@@ -76,8 +76,13 @@ class InSituSGD(InSituOptimizer):
         finds the errors of layers that make none."""
         layers = [layer for layer in self._layers() if layer.keeps_operands]
         for layer in layers:
-            if layer.streams.pairs and layer.weight.grad is None:
-                layer.weight.grad = layer.streams.finite(layer.weight)
+            if not layer.streams.pairs:
+                continue
+            looked_at = layer.streams.finite(layer.weight)
+            if layer.weight.grad is None:
+                layer.weight.grad = looked_at
+            else:  # of zeros, as `DistributedDataParallel` makes them, or one that `step` will refuse
+                layer.weight.grad += looked_at
         return bool(layers)
 
     @torch.no_grad()
