@@ -289,17 +289,11 @@ def test_pairs_that_cannot_be_written_are_left_to_updates(device):
     s = lie(2, 2, 2)
     g, count = np.full((4, 1, 6), G_MIN, np.float32), np.zeros((4, 1, 6), np.int32)
     high, crowd = (G_MIN + share * RANGE for share in (1.0, 0.6))
-    g[0, 0, :2], g[2, 0, :2], count[0, 0, 0] = (
-        high,
-        crowd,
-        -1,
-    )  # one-sided pairs of the lower slice that have come far
+    # one-sided pairs of the lower slice that have come far
+    g[0, 0, :2], g[2, 0, :2], count[0, 0, 0] = high, crowd, -1
     g[1, 0, 2:4], g[3, 0, 2:4], count[1, 0, 2] = high, crowd, -1  # and of the upper one, of 6 units
-    g[1, 0, 4:], g[0, 0, 4:], count[2, 0, 4] = (
-        high,
-        crowd,
-        -1,
-    )  # a weight beyond full, whose lower pair is the failed one
+    # a weight beyond full, whose lower pair is the failed one
+    g[1, 0, 4:], g[0, 0, 4:], count[2, 0, 4] = high, crowd, -1
     before = g.copy()
     ops.carry(pairs_of(g, s, SIDES[False], endurance=LIMIT, pulse_count=count), updates=64, device=device)
     failed = [0, 2]

@@ -21,6 +21,7 @@ from gpuxbar.mapping import full_current, plan_reads
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.nn.cells import Cells, Steady
 from gpuxbar.nn.in_situ import InSitu
+from gpuxbar.nn.wires import settings_checksum
 from gpuxbar.ops import PackedConductance
 from gpuxbar.reference import Purpose, normals, uniforms
 from gpuxbar.spec import ADC, CrossbarSpec
@@ -108,7 +109,7 @@ class AnalogLayer(InSitu):
                 self.register_buffer(f"{key}_error", error, persistent=False)
             else:
                 self.register_buffer(f"{key}_error", None)
-        settings = torch.tensor([_checksum(spec)], device=device)
+        settings = torch.tensor([_carrying(spec)], device=device)
         self.register_buffer("range_settings", settings)
         self.register_buffer(
             "dac_max", torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
@@ -421,7 +422,7 @@ class AnalogLayer(InSitu):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        saved, here = state_dict.get(f"{prefix}range_settings"), _checksum(self.spec)
+        saved, here = state_dict.get(f"{prefix}range_settings"), _carrying(self.spec)
         programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
         others = saved is not None and (programmed or saved.item() != here)
         kept = {"range_settings": torch.tensor([here])}  # the spec says them, whatever was saved
@@ -440,12 +441,11 @@ class AnalogLayer(InSitu):
         self.look_at_ranges()
 
 
-def _checksum(spec: CrossbarSpec) -> int:
-    parts = (
+def _carrying(spec: CrossbarSpec) -> int:
+    return settings_checksum(
         spec.model_dump_json(include=CARRYING),
         *(dac.model_dump_json(include=DRIVEN) for dac in (spec.dac, spec.backward_dac)),
     )
-    return zlib.crc32("".join(parts).encode())
 
 
 def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:

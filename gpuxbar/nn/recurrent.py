@@ -142,9 +142,8 @@ class UnfusedRNN(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Outputs and last state of a layer in one direction over x [T, N, I]; states stand still beyond a sequence's length."""
         layers = dict(self.named_children())
-        products = layers["ih" + suffix](x.transpose(0, 1)).transpose(
-            0, 1
-        )  # rows sample by sample, as in larger batches
+        # rows sample by sample, as in larger batches
+        products = layers["ih" + suffix](x.transpose(0, 1)).transpose(0, 1)
         order = range(len(x))[:: -1 if suffix.endswith("_reverse") else 1]
         layer = layers["hh" + suffix]
         if (

@@ -48,9 +48,8 @@ class UnfusedConv3d(nn.Module):
             )
         last = x.shape[2] - reach
         planes = [x[:, :, at : at + last : self.stride] for at in range(0, reach + 1, self.dilation)]
-        under = torch.stack(planes, 2).permute(
-            0, 3, 1, 2, 4, 5
-        )  # [N, depths, channels, planes, height, width]
+        # [N, depths, channels, planes, height, width]
+        under = torch.stack(planes, 2).permute(0, 3, 1, 2, 4, 5)
         y = self.product(under.flatten(2, 3).flatten(0, 1))
         y = y.unflatten(0, under.shape[:2]).transpose(1, 2)
         return y if input.dim() == 5 else y[0]

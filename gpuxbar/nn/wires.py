@@ -14,7 +14,7 @@ from gpuxbar.mapping import Planes, ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["Wires"]
+__all__ = ["Wires", "settings_checksum"]
 
 ANCHOR = (
     "wire_offset",
@@ -88,7 +88,7 @@ class Wires(nn.Module):
             self.register_buffer(name, both if anchored else None)
         state = torch.zeros(1, dtype=torch.int64, device=device) if anchored else None
         self.register_buffer("wire_state", state)
-        settings = torch.tensor([_checksum(self.spec, self.plan.seed)], device=device) if anchored else None
+        settings = torch.tensor([_followed(self.spec, self.plan.seed)], device=device) if anchored else None
         self.register_buffer("wire_settings", settings)
         self.solve_all = anchored
 
@@ -159,5 +159,10 @@ class Wires(nn.Module):
             self.restart_wires()
 
 
-def _checksum(spec: CrossbarSpec, seed: int) -> int:
-    return zlib.crc32(f"{seed} {spec.model_dump_json(include=FOLLOWED)}".encode())
+def _followed(spec: CrossbarSpec, seed: int) -> int:
+    return settings_checksum(f"{seed} ", spec.model_dump_json(include=FOLLOWED))
+
+
+def settings_checksum(*settings: str) -> int:
+    """What a state dict keeps of settings, to know those that it is of."""
+    return zlib.crc32("".join(settings).encode())

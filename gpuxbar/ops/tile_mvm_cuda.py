@@ -239,9 +239,8 @@ def _partial_sums(
     if operand.variance is None:
         return psum, None
     variance = device.empty(sums, "float32")
-    product(
-        squares, operand.variance, variance, "fp32", alpha=operand.scale
-    )  # in two steps, which float32 holds
+    # the square of the scale in two steps, which float32 holds
+    product(squares, operand.variance, variance, "fp32", alpha=operand.scale)
     return psum, variance
 
 
