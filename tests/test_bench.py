@@ -27,7 +27,16 @@ from gpuxbar.bench.cases import Contenders
 from gpuxbar.bench.gpu.table import gpu_table
 from gpuxbar.bench.measure import extra_memory
 from gpuxbar.bench.plain import Tiles, on_tiles
-from gpuxbar.bench.record import END, START, SUMMARY, _commit, readme_tables, rewrite_readmes, rows_of
+from gpuxbar.bench.record import (
+    END,
+    START,
+    SUMMARY,
+    _commit,
+    avx2_table,
+    readme_tables,
+    rewrite_readmes,
+    rows_of,
+)
 from gpuxbar.bench.study import Study
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.spec import CrossbarSpec
@@ -369,6 +378,22 @@ def test_tables_of_wires(tmp_path):
     assert "| ladder | 0.950 | 0.900 (0.875, 0.925) | 12 | 1e-02 |" in text
     assert text.count("a CPU, 2 cores; torch 2, numpy 2, gpuxbar 0 at abc, 2030-01-02.") == 2
     assert "old" not in text
+
+
+def test_table_of_two_machines():
+    row = {
+        "case": "linear", "threads": 1, "ms": {"ideal": [1, 2, 3], "gpuxbar": [2, 3, 4]}, "ratio": {"gpuxbar": 1.5}, "target": 1.25,
+        "target_ms": None, "cpu": "a CPU", "cores": 2, "torch": "2", "numpy": "2", "gpuxbar": "0", "commit": "abc",
+        "date": "2030-01-02T03:04:05",
+    }  # fmt: skip
+    wires = {"case": "wires-exact-64", "threads": 2, "ratio": {}, "target": None, "target_ms": 3.0}
+    threads = {"case": "linear-two-threads", "ms": {"one thread": [1, 2, 3]}, "target": 1.7}
+    wide = row | {"ratio": {"gpuxbar": 0.8}, "cpu": "another"}
+    text = avx2_table([row, row | wires, row | threads], [wide, wide | wires | {"threads": 1}])
+    assert "| linear | 1.50 (missed) | 0.80 | <= 1.25 |" in text
+    assert "| wires-exact-64 | 3 |  | <= 3 ms |" in text  # measured on as many threads only
+    assert "| linear-two-threads | 1.50 (missed) |  | >= 1.7 |" in text
+    assert text.endswith("a CPU, 2 cores; torch 2, numpy 2, gpuxbar 0 at abc, 2030-01-02.")
 
 
 def test_the_summary_is_of_all_its_cases(tmp_path):

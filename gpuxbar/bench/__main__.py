@@ -15,7 +15,16 @@ from rich.table import Table
 from gpuxbar.bench import CASES, Case, OracleMismatch, measure
 from gpuxbar.bench.gpu.reads import CONVOLUTIONS, READS
 from gpuxbar.bench.gpu.table import gpu_table
-from gpuxbar.bench.record import append, environment, lines_of, markers, put_table, rewrite_readmes, rows_of
+from gpuxbar.bench.record import (
+    append,
+    avx2_table,
+    environment,
+    lines_of,
+    markers,
+    put_table,
+    rewrite_readmes,
+    rows_of,
+)
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.spec.errors import nearest
 
@@ -66,7 +75,11 @@ def bench(
                 if record is None
                 else [record]
             )
-            rewrite_readmes(root, [row for each in records for row in rows_of(each)])
+            rows = [row for each in records for row in rows_of(each)]
+            rewrite_readmes(root, rows)
+            if record is None:
+                narrow = rows_of(root / "examples/results/avx2.jsonl")
+                put_table(root / "examples/README.md", avx2_table(narrow, rows), *markers("avx2"))
             on_gpu = gpu_table(lines_of(root / "examples/results/gpu.jsonl"))
             put_table(root / "examples/README.md", on_gpu, *markers("gpu"))
         else:

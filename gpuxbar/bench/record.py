@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import gpuxbar
 
 __all__ = [
     "append",
+    "avx2_table",
     "environment",
     "lines_of",
     "markers",
@@ -195,19 +197,48 @@ def wires_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         ms = row["ms"]["gpuxbar"][1]
-        # the ratio of a single contender to itself is not recorded
-        first, *_ = row["ms"]
         others = {name: t[1] / ms for name, t in row["ms"].items() if name != "gpuxbar"}
         text = ", ".join(f"{name} {float(f'{ratio:.2g}'):g}" for name, ratio in others.items())
-        target, missed = "", False
-        if row["target_ms"] is not None:
-            target, missed = f"<= {row['target_ms']:g} ms", ms > row["target_ms"]
-        elif row["target"] is not None:
-            target, missed = f"<= {row['target']:g} of a {first}", row["ratio"]["gpuxbar"] > row["target"]
         memory = row["extra_mb"].get("gpuxbar")
         out.append(
-            f"| {row['case']}: {row['size']} | {ms:.3g}{' (missed)' * missed} | {target} | {text} "
+            f"| {row['case']}: {row['size']} | {_wires_verdict(row)} | {_wires_target(row)} | {text} "
             f"| {'' if memory is None else f'{memory:.1f}'} | {row['error']:.0e} |"
+        )
+    return "\n".join([*out, "", *_machines(rows)])
+
+
+def _wires_target(row: dict[str, Any]) -> str:
+    if row["target_ms"] is not None:
+        return f"<= {row['target_ms']:g} ms"
+    return "" if row["target"] is None else f"<= {row['target']:g} of a {next(iter(row['ms']))}"
+
+
+def _wires_verdict(row: dict[str, Any]) -> str:
+    ms = row["ms"]["gpuxbar"][1]
+    if row["target_ms"] is not None:
+        missed = ms > row["target_ms"]
+    else:  # the ratio of a single contender to itself is not recorded
+        missed = row["target"] is not None and row["ratio"]["gpuxbar"] > row["target"]
+    return f"{ms:.3g}{' (missed)' * missed}"
+
+
+def avx2_table(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """Markdown of the rows of a CPU without AVX-512 beside those of one that has it."""
+    out = [
+        "| case | gpuxbar / ideal, or ms a tile of wires | with AVX-512 | target |",
+        "|---|---|---|---|",
+    ]
+    wide = {(row["case"], row["threads"]): row for row in others}
+    for row in rows:
+        other = wide.get((row["case"], row["threads"]))
+        if _kind(row["case"]) == "wires":
+            verdict, target = _wires_verdict, _wires_target(row)
+        else:
+            low = "ideal" in row["ms"]
+            verdict = partial(_verdict, low=low)
+            target = "" if row["target"] is None else f"{'<=' if low else '>='} {row['target']:g}"
+        out.append(
+            f"| {row['case']} | {verdict(row)} | {'' if other is None else verdict(other)} | {target} |"
         )
     return "\n".join([*out, "", *_machines(rows)])
 
