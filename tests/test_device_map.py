@@ -241,3 +241,5 @@ def test_a_layer_trains_its_measured_devices_and_saves_them():
         ValueError, match=r"`devices` must be float16 \(1, 2, 5, 4\) for this layer and its law, got"
     ):
         measured.set_device_map(devices[:, :, :3])
+    with pytest.raises(ValueError, match=r"`devices` must be float16 .* got torch.float32"):
+        measured.set_device_map(devices.astype(np.float32))

@@ -61,6 +61,19 @@ def test_devices_with_write_noise_hold_what_they_do_not_show():
     torch.testing.assert_close(layer.weight, (pair * layer.w_max).T)
 
 
+def test_a_column_of_zeros_has_room_to_train():
+    spec = gx.CrossbarSpec(
+        update={"law": "agarwal"}, mapping={"scheme": "subtracted", "scale": "column", "headroom": 2.0}
+    )
+    layer = AnalogLinear(3, 2, bias=False, spec=spec)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.1, -0.4, 0.2], [0.0, 0.0, 0.0]]))
+    layer.begin_in_situ()
+    torch.testing.assert_close(layer.w_max, torch.tensor([0.8, 0.8]))
+    layer.update_cells(torch.full((2, 3), 0.1))
+    torch.testing.assert_close(layer.weight[1], torch.full((3,), 0.1), rtol=0.5, atol=0)
+
+
 @pytest.mark.parametrize("scheme", ["differential", "subtracted"])
 def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme):
     """Standard deviation of a product: sqrt(sum x^2 (s(g_pos) + s(g_neg))), s(g) = sigma_g^2 g / g_max."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
@@ -127,6 +128,27 @@ def test_a_sequence_at_once_is_its_steps(spec, options, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
     with torch.no_grad():
         assert torch.equal(model(x)[0], twin(x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_noise_of_a_sample_does_not_depend_on_later_ones(kind):
+    torch.manual_seed(0)
+    spec = {**NOISE, "dac": {"bits": 8, "range": "sample"}}
+    plain, x = kind(6, 9), torch.randn(4, 5, 6)
+    several, few = (gx.convert(plain, gx.CrossbarSpec.model_validate(spec))[0] for _ in range(2))
+    torch.testing.assert_close(several(x)[0][:, :3], few(x[:, :3])[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_weights_that_hooks_set_are_those_of_the_step(kind):
+    torch.manual_seed(0)
+    plain, x = kind(6, 9), torch.randn(4, 5, 6)
+    model = gx.convert(plain, gx.CrossbarSpec())[0]
+    layer = prune.random_unstructured(model.hh_l0, "weight", amount=0.5)
+    with torch.no_grad():
+        layer.weight_orig.mul_(2)
+        plain.weight_hh_l0.copy_(layer.weight_orig * layer.weight_mask)
+    torch.testing.assert_close(model(x)[0], plain(x)[0])
 
 
 def called(monkeypatch):

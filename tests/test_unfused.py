@@ -331,6 +331,14 @@ def test_convolution_of_volumes_by_images_is_torchs(name):
         torch.testing.assert_close(taken(x), fused(x))
 
 
+def test_convolutions_of_volumes_stay_frozen_and_as_they_run():
+    conv = nn.Conv3d(2, 4, 3).requires_grad_(False).eval()
+    parts = UnfusedConv3d(conv)
+    assert not any(parameter.requires_grad for parameter in parts.parameters())
+    assert not any(module.training for module in parts.modules())
+    assert all(module.training for module in UnfusedConv3d(conv.train()).modules())
+
+
 def test_volumes_train_on_crossbars():
     torch.manual_seed(0)
     network = nn.Sequential(
