@@ -112,24 +112,20 @@ def pulse_update(
     weights, bad = np.empty((groups, outputs, inputs), np.float32), np.zeros(2, np.int64)
     if weights.size:
         blocks = -(-batch // TOGETHER)
+        # samples and lines in whole blocks, and room behind them for the bits of more lines than there are
         words = (
-            np.empty(groups * _padded(n, train) * blocks * TOGETHER, np.uint32) for n in (inputs, outputs)
+            np.empty(groups * blocks * TOGETHER * -(-n // TOGETHER) * TOGETHER + TOGETHER, np.uint32)
+            for n in (inputs, outputs)
         )
-        length, slots = np.empty(groups * blocks * TOGETHER, np.float32), np.empty(groups * blocks, np.int32)
+        length = np.empty(groups * blocks * TOGETHER, np.float32)
         settings = Update(train=Train.of(train), conv=Conv.of(conv), step=step, **size, **pairs.settings)
         host_call(
             library(), "gpuxbar_pulse_update", pairs.g, pairs.pulse_count, pairs.device_map, x, x.size, d, d.size, scale,
-            scale.reshape(groups, outputs).min(1), weights, w_max, *words, length, slots, np.frombuffer(bytes(settings), np.uint8), train.mode == "aggregated", bad,
+            scale.reshape(groups, outputs).min(1), weights, w_max, *words, length, np.frombuffer(bytes(settings), np.uint8), train.mode == "aggregated", bad,
         )  # fmt: skip
     for name, count in zip("xd", bad.tolist(), strict=True):
         require_finite(OP, name, count, "bad data")
     return weights
-
-
-def _padded(lines: int, train: PulseTrain) -> int:
-    """Lines of a group as the host kernel stores them: more where it holds planes of slots."""
-    together = 32 if train.mode == "aggregated" and train.scheme == "stochastic" else 8
-    return -(-lines // together) * together
 
 
 class Train(ctypes.Structure):

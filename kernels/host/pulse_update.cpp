@@ -1,9 +1,9 @@
 // pulse_update on the CPU: pulse trains of a batch, their coincidences through the device law, and the weights read out.
 //
-// A sliced weight is pulsed on its lowest slice. First the trains of every line, 32 samples of it together; patches of images are gathered on the way. Then blocks of 64
-// wordlines by 64 bitlines: exact, chunks of samples in sequence, every device at its own pace; aggregated, coincidences
-// are counted over the batch, 32 samples a word, and the devices move once. Every train and cell is a function of its own
-// place, so the bits do not depend on threads.
+// A sliced weight is pulsed on its lowest slice. First the trains of every line, 32 samples of it together; patches of
+// images are gathered on the way. Then blocks of 64 wordlines by 64 bitlines: exact, chunks of samples in sequence, every
+// device at its own pace; aggregated, coincidences are counted over the batch, for 256 bitlines together, and the devices
+// move once. Every train and cell is a function of its own place, so the bits do not depend on threads.
 // Meaning and oracle: gpuxbar/reference/pulse_update.py.
 #include <algorithm>
 #include <optional>
@@ -23,11 +23,9 @@ constexpr int LINES = 64;
 constexpr int CHUNK = 256;   // samples whose coincidences are found together, in sequence
 constexpr int SAMPLES = 32;  // whose trains are made together
 constexpr int EIGHT = 8;     // lines that a counter draws a slot of
-#if defined(__AVX512F__)
-constexpr int TILE = 4, WIDE = 16;  // wordlines and bitlines whose counts stay in registers, two vectors of them
-#else
-constexpr int TILE = 2, WIDE = 8;
-#endif
+constexpr int WORD = 32;     // lines that a word holds a bit of, slots of a train and its sign
+constexpr int ACROSS = 256;  // bitlines whose coincidences are counted together
+constexpr int PIECE = 128;   // samples of it: their slots on so many bitlines lie in the second cache
 
 // Twin of `Update` in gpuxbar/ops/pulse_update.py.
 struct Update {
@@ -41,7 +39,8 @@ struct Update {
   float g_min, range;  // S
   float stuck_low, stuck_high;
 
-  i64 blocks() const { return (batch + SAMPLES - 1) / SAMPLES; }
+  // In whole blocks.
+  i64 samples() const { return (batch + SAMPLES - 1) / SAMPLES * SAMPLES; }
   // Planes of devices that can move: of the lowest slice, both sides or the positive one.
   u32 sides() const { return law.sides == REFERENCE ? 1u : 2u; }
   // A row of devices of the lowest slice.
@@ -50,18 +49,16 @@ struct Update {
   }
 };
 
-// Trains of `count` lines on one side of an array; planes hold zeros for the lines behind these.
+// Trains of `count` lines on one side of an array: a word for each line and sample, or a bit.
 struct Trains {
-  u32* words;  // [G, lines, blocks * SAMPLES]
-  i64 count, lines, blocks;
+  u32* words;  // [G, lines, samples] or [G, samples, WORD, lines / WORD]
+  i64 count, lines, samples;
 
   // The trains of a line, a word for each sample.
-  u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * blocks * SAMPLES; }
+  u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * samples; }
 
-  // A bit for each sample of a block, a word for each line: the lines' signs in plane 0, slot k in plane 1 + k.
-  u32* plane(i64 group, i64 plane, i64 block) const {
-    return words + ((group * SAMPLES + plane) * blocks + block) * lines;
-  }
+  // A bit for each line: those that fire in every slot of a sample, and at last those of negative sign.
+  u32* of_sample(i64 group, i64 sample) const { return words + (group * samples + sample) * lines; }
 };
 
 struct Arrays {
@@ -76,22 +73,22 @@ struct Arrays {
   const float* w_max;  // [G * O]
   Trains inputs, errors;
   float* length;  // [G, blocks * SAMPLES]
-  i32* slots;     // [G, blocks]  of a block's longest train that fires
-  bool planes;    // whether trains are held in planes
+  bool turned;    // whether errors are a bit for each line
 };
 
-// Bit l of the result is bit `bit` of word l.
-inline u32 across(const u32 (&words)[SAMPLES], int bit) {
-#if defined(__AVX512F__)
-  const __m512i one = _mm512_set1_epi32((int)(1u << bit));
-  return _mm512_test_epi32_mask(_mm512_load_si512(words), one) |
-         (u32)_mm512_test_epi32_mask(_mm512_load_si512(words + 16), one) << 16;
-#else
-  u32 found = 0;
-#pragma omp simd reduction(| : found)
-  for (int l = 0; l < SAMPLES; ++l) found |= (words[l] >> bit & 1u) << l;
-  return found;
-#endif
+// words[p][l] bit k = words[k][l] bit p before.
+template <int STRIDE = WORD / 2>
+void turn_bits(u32 (&words)[WORD][SAMPLES], u32 low = 0x0000FFFFu) {
+  for (int k = 0; k < WORD; ++k) {
+    if (k & STRIDE) continue;
+#pragma omp simd
+    for (int l = 0; l < SAMPLES; ++l) {
+      const u32 swap = (words[k][l] >> STRIDE ^ words[k + STRIDE][l]) & low;
+      words[k + STRIDE][l] ^= swap;
+      words[k][l] ^= swap << STRIDE;
+    }
+  }
+  if constexpr (STRIDE > 1) turn_bits<STRIDE / 2>(words, low ^ low << STRIDE / 2);
 }
 
 // Makes the trains of blocks of samples.
@@ -122,11 +119,10 @@ class Trainer {
       per_input[l] = sample.per_input;
       per_error[l] = sample.per_error;
       most = std::max(most, sample.per_input > 0.0f ? sample.length : 0);
-      a.length[group * u.blocks() * SAMPLES + b0 + l] = (float)sample.length;
+      a.length[group * u.samples() + b0 + l] = (float)sample.length;
     }
-    a.slots[group * u.blocks() + block] = most;
-    fire_lines(a.inputs, PULSE_INPUT, group, block, inputs.data(), per_input);
-    fire_lines(a.errors, PULSE_ERROR, group, block, errors.data(), per_error);
+    fire_lines(a.inputs, false, PULSE_INPUT, group, block, inputs.data(), per_input);
+    fire_lines(a.errors, a.turned, PULSE_ERROR, group, block, errors.data(), per_error);
   }
 
  private:
@@ -154,36 +150,35 @@ class Trainer {
   }
 
   // `per`: each sample's probability of a pulse for a value of 1.
-  void fire_lines(const Trains& to, u32 purpose, i64 group, i64 block, const float* values, const float* per) {
-    alignas(64) u32 words[EIGHT][SAMPLES];
-    const i64 eights = (to.count + EIGHT - 1) / EIGHT;
+  void fire_lines(const Trains& to, bool turned, u32 purpose, i64 group, i64 block, const float* values,
+                  const float* per) {
+    alignas(64) u32 words[WORD][SAMPLES];
+    const i64 eights = (to.count + EIGHT - 1) / EIGHT, b0 = block * SAMPLES;
     for (i64 eight = 0; eight < eights; ++eight) {
       const float* value = values + eight * EIGHT * SAMPLES;
+      const i64 line = eight * EIGHT, in_word = line % WORD;
+      auto* slots = words + in_word;
       if (u.train.implicit)
         for (int k = 0; k < EIGHT; ++k)
 #pragma omp simd
           for (int l = 0; l < SAMPLES; ++l)
-            words[k][l] = implied_slots(length[l], gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
+            slots[k][l] = implied_slots(length[l], gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
       else
-        draw(purpose, (u32)(group * eights + eight), (u32)(block * SAMPLES), value, per, words);
+        draw(purpose, (u32)(group * eights + eight), (u32)b0, value, per, slots);
       for (int k = 0; k < EIGHT; ++k)
 #pragma omp simd
-        for (int l = 0; l < SAMPLES; ++l) words[k][l] = signed_word(words[k][l], value[k * SAMPLES + l]);
-      for (int k = 0; k < EIGHT; ++k) {
-        const i64 line = eight * EIGHT + k;
-        if (!a.planes) {
-          std::copy_n(words[k], SAMPLES, to.of_line(group, line) + block * SAMPLES);
-          continue;
+        for (int l = 0; l < SAMPLES; ++l) slots[k][l] = signed_word(slots[k][l], value[k * SAMPLES + l]);
+      if (!turned) {
+        for (int k = 0; k < EIGHT; ++k) std::copy_n(slots[k], SAMPLES, to.of_line(group, line + k) + b0);
+      } else if (in_word + EIGHT == WORD || eight + 1 == eights) {
+        std::fill(slots[EIGHT], words[WORD], 0u);
+        turn_bits(words);
+        for (int l = 0; l < SAMPLES; ++l) {
+          u32* bits = to.of_sample(group, b0 + l) + line / WORD;
+          for (int p = 0; p < WORD; ++p) bits[p * (to.lines / WORD)] = words[p][l];
         }
-        to.plane(group, 0, block)[line] = across(words[k], 31);
-        for (int slot = 0; slot < most; ++slot) to.plane(group, 1 + slot, block)[line] = across(words[k], slot);
       }
     }
-    if (a.planes)
-      for (int plane = 0; plane <= most; ++plane) {
-        u32* words = to.plane(group, plane, block);
-        std::fill(words + eights * EIGHT, words + to.lines, 0u);
-      }
   }
 
   // Independent slots, see stochastic_slots.
@@ -388,64 +383,128 @@ void pulse_row(const UpdateLaw s, bool positive, const Pulsed& row, const u32* e
   }
 }
 
-typedef u32 Words __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+using Counts = i32[LINES][ACROSS];
 
-inline Words count_bits(Words v) {
-#if defined(__AVX512VPOPCNTDQ__)
-  return (Words)_mm512_popcnt_epi32((__m512i)v);
-#else
-  v -= v >> 1 & 0x55555555u;
-  v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
-  v = (v + (v >> 4)) & 0x0F0F0F0Fu;
-  return (v * 0x01010101u) >> 24;
-#endif
+typedef u64 Bits __attribute__((vector_size(ACROSS / 8), aligned(4), may_alias));  // one for each bitline
+
+// sum = the ones of three bits, whose twos are the result.
+inline Bits add_bits(Bits& sum, Bits a, Bits b) {
+  const Bits either = sum ^ a, twos = (sum & a) | (either & b);
+  sum = either ^ b;
+  return twos;
 }
 
-using Counts = i32[LINES][WIDE_ROW];
+// Bit p of each bitline's count in plane p, of the coincidences that raise the weight and of all.
+struct Tally {
+  static constexpr int PLANES = 8, MOST = (1 << PLANES) - 1;
+  struct Pair {
+    Bits raise, all;
+  };
+  Pair plane[PLANES] = {};
 
-// Coincidences of TILE wordlines and 2 WIDE bitlines over some blocks of samples, added to those that raise the weight and
-// to all.
-inline void count_tile(const Arrays& a, i64 group, i64 line, i64 bitline, i64 begin, i64 end, i32* raise, i32* all) {
-  Words up[TILE][2] = {}, both[TILE][2] = {};
-  for (i64 block = begin; block < end; ++block) {
-    const u32* negative = a.inputs.plane(group, 0, block) + line;
-    const Words* down = (const Words*)(a.errors.plane(group, 0, block) + bitline);
-    for (i32 slot = 1; slot <= a.slots[group * a.inputs.blocks + block]; ++slot) {
-      const u32* input = a.inputs.plane(group, slot, block) + line;
-      const Words* error = (const Words*)(a.errors.plane(group, slot, block) + bitline);
-#pragma GCC unroll 4
-      for (int i = 0; i < TILE; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          const Words meet = error[v] & input[i];
-          both[i][v] += count_bits(meet);
-          up[i][v] += count_bits(meet & (down[v] ^ negative[i]));
-        }
+  // Add what the next 2^LEVEL slots bring, but for what they carry over, which is the result.
+  template <int LEVEL, class Slot>
+  Pair carry(const Slot& slot, i64 first) {
+    if constexpr (LEVEL == 0) {
+      return slot(first);
+    } else {
+      const Pair a = carry<LEVEL - 1>(slot, first), b = carry<LEVEL - 1>(slot, first + (1 << (LEVEL - 1)));
+      Pair& sum = plane[LEVEL - 1];
+      return Pair{add_bits(sum.raise, a.raise, b.raise), add_bits(sum.all, a.all, b.all)};
     }
   }
-  for (int i = 0; i < TILE; ++i)
-    for (int v = 0; v < 2; ++v) {
-      *(Words*)(raise + i * WIDE_ROW + v * WIDE) += up[i][v];
-      *(Words*)(all + i * WIDE_ROW + v * WIDE) += both[i][v];
-    }
-}
 
-// The same of a block of devices, whose trains lie in the first cache for a piece of the samples.
-void count_planes(const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, i64 count, Counts& raise, Counts& all) {
-  constexpr i64 WORDS = 8192;  // of a piece, and at least one block of samples
-  const i64 blocks = a.inputs.blocks;
-  for (i64 begin = 0, end = 0; begin < blocks; begin = end) {
-    for (i64 words = 0; end < blocks && words < WORDS; ++end)
-      words += (1 + a.slots[group * blocks + end]) * (LINES + WIDE_ROW);
-    for (i64 i = 0; i < lines; i += TILE)
-      for (i64 j = 0; j < count; j += 2 * WIDE)
-        count_tile(a, group, i0 + i, o0 + j, begin, end, raise[i] + j, all[i] + j);
+  // Add bits of weight 2^LEVEL.
+  template <int LEVEL>
+  void add(Pair bits) {
+    for (int p = LEVEL; p < PLANES; ++p) {
+      const Pair over{plane[p].raise & bits.raise, plane[p].all & bits.all};
+      plane[p].raise ^= bits.raise, plane[p].all ^= bits.all;
+      bits = over;
+    }
+  }
+
+  // slot(k): where slot k of `count`, at most MOST, has coincidences.
+  template <class Slot>
+  void add_slots(const Slot& slot, i64 count) {
+    constexpr int LEVEL = 3;
+    i64 k = 0;
+    for (; k + (1 << LEVEL) <= count; k += 1 << LEVEL) add<LEVEL>(carry<LEVEL>(slot, k));
+    for (; k < count; ++k) add<0>(slot(k));
+  }
+
+  // Add the counts to those of the bitlines.
+  void add_to(i32* raise, i32* all) const {
+    read(&Pair::raise, raise);
+    read(&Pair::all, all);
+  }
+
+ private:
+  void read(Bits Pair::* which, i32* counts) const {
+    alignas(64) u8 bits[PLANES][ACROSS / 8], of_line[ACROSS];
+    for (int p = 0; p < PLANES; ++p) *(Bits*)bits[p] = plane[p].*which;
+#pragma omp simd
+    for (int j = 0; j < ACROSS / 8; ++j) {
+      u64 x = 0;  // eight bitlines' counts: a byte of each plane, turned to a byte of each bitline
+      for (int p = 0; p < PLANES; ++p) x |= (u64)bits[p][j] << 8 * p;
+      u64 swap = (x ^ x >> 7) & 0x00AA00AA00AA00AAull;
+      x ^= swap ^ swap << 7;
+      swap = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
+      x ^= swap ^ swap << 14;
+      swap = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
+      ((u64*)of_line)[j] = x ^ swap ^ swap << 28;
+    }
+#pragma omp simd
+    for (int j = 0; j < ACROSS; ++j) counts[j] += of_line[j];
+  }
+};
+
+// The slots in which a line fires, in some samples.
+struct Fired {
+  u32 at[PIECE * WORD];  // 64 sample + 2 slot, and 1 where the line's sign is negative
+  i64 count;
+
+  void find(const u32* words, i64 samples) {
+    constexpr int TOGETHER = 4;  // are taken apart without a look at whether there are so many
+    count = 0;
+    for (i64 b = 0; b < samples; ++b) {
+      u32 slots = words[b] & SLOTS;
+      const u32 tag = (u32)b * 2 * WORD | words[b] >> (WORD - 1);
+      const int found = popcount(slots);
+      for (int k = 0; k < found; k += TOGETHER)
+        for (int q = 0; q < TOGETHER; ++q, slots &= slots - 1)
+          at[count + k + q] = tag | (u32)__builtin_ctz(slots | NEGATIVE) << 1;
+      count += found;
+    }
+  }
+};
+
+// Coincidences of some wordlines and ACROSS bitlines over the batch.
+void count_slots(const Update& u, const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, Counts& raise, Counts& all) {
+  static thread_local Fired fired;
+  const i64 words = a.errors.lines / WORD;
+  for (i64 b0 = 0; b0 < u.batch; b0 += PIECE) {
+    const u32* errors = a.errors.of_sample(group, b0) + o0 / WORD;
+    for (i64 i = 0; i < lines; ++i) {
+      fired.find(a.inputs.of_line(group, i0 + i) + b0, std::min<i64>(PIECE, u.batch - b0));
+      for (i64 first = 0; first < fired.count; first += Tally::MOST) {
+        const auto slot = [&](i64 k) {
+          const u32 at = fired.at[first + k];
+          const Bits meet = *(const Bits*)(errors + (at >> 1) * words);
+          const Bits negative = *(const Bits*)(errors + (at >> 1 | (WORD - 1)) * words);
+          return Tally::Pair{meet & (negative ^ -(u64)(at & 1u)), meet};
+        };
+        Tally tally;
+        tally.add_slots(slot, std::min<i64>(Tally::MOST, fired.count - first));
+        tally.add_to(raise[i], all[i]);
+      }
+    }
   }
 }
 
 void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, i64 count, Counts& raise,
                    Counts& all) {
-  const float* length = a.length + group * u.blocks() * SAMPLES;
+  const float* length = a.length + group * u.samples();
   for (i64 i = 0; i < lines; ++i)
     for (i64 j = 0; j < count; ++j) {
       const u32 *input = a.inputs.of_line(group, i0 + i), *error = a.errors.of_line(group, o0 + j);
@@ -456,15 +515,29 @@ void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 line
         both += n;
         up += n & raising(input[b], error[b]);
       }
-      raise[i][j] += up;
-      all[i][j] += both;
+      raise[i][j] = up;
+      all[i][j] = both;
     }
 }
+
+// Coincidences over the batch of a row of blocks.
+struct alignas(64) Coincidences {
+  Counts raise, all;
+
+  void count(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
+    const i64 lines = std::min<i64>(LINES, u.inputs - i0);
+    std::fill(raise[0], raise[LINES], 0);
+    std::fill(all[0], all[LINES], 0);
+    if (u.train.implicit)
+      count_implied(u, a, group, i0, lines, o0, std::min<i64>(ACROSS, u.outputs - o0), raise, all);
+    else
+      count_slots(u, a, group, i0, lines, o0, raise, all);
+  }
+};
 
 struct alignas(64) Block {
   // of the lowest slice, [side]
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
-  alignas(64) Counts raise, all;
   bool counted;  // whether devices can fail, which the next three are for
   bool failed[2][LINES][WIDE_ROW];
   i32 more[2][LINES][WIDE_ROW];  // pulses of this update
@@ -476,15 +549,15 @@ template <class L, bool IMPLICIT>
 void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   static thread_local Events events;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  const float* length = a.length + group * u.blocks() * SAMPLES;
+  const float* length = a.length + group * u.samples();
   const UpdateLaw s = u.law;
   alignas(64) float z[2][WIDE_ROW] = {};
   alignas(64) Lines slots;
   for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
     const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
     for (i64 i = 0; i < lines; ++i) {
-      events.find<IMPLICIT>(a.inputs.of_line(group, i0 + i) + b0, a.errors.of_line(group, o0) + b0,
-                            u.blocks() * SAMPLES, length + b0, samples, count);
+      events.find<IMPLICIT>(a.inputs.of_line(group, i0 + i) + b0, a.errors.of_line(group, o0) + b0, u.samples(),
+                            length + b0, samples, count);
       if (!events.turns) continue;
       const auto devices = [&](u32 side) {
         return pulsed_row<L>(s, Row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i)));
@@ -504,16 +577,9 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
 }
 
 template <class L>
-void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
+void pulse_at_once(const Update& u, const Arrays& a, const Coincidences& coincidences, i64 group, i64 i0, i64 o0,
+                   Block& block) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  for (i64 i = 0; i < LINES; ++i) {
-    std::fill(block.raise[i], block.raise[i] + WIDE_ROW, 0);
-    std::fill(block.all[i], block.all[i] + WIDE_ROW, 0);
-  }
-  if (a.planes)
-    count_planes(a, group, i0, lines, o0, count, block.raise, block.all);
-  else
-    count_implied(u, a, group, i0, lines, o0, count, block.raise, block.all);
   const UpdateLaw s = u.law;
   alignas(64) float z[2][WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW];
   for (i64 i = 0; i < lines; ++i) {
@@ -521,7 +587,8 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
       draw_pairs(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, (u32)(group * u.inputs + i0 + i), o0, z[0], z[1]);
     for (u32 side = 0; side < u.sides(); ++side) {
       const Row row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i));
-      share_pulses(s.sides, side == 0, row.free, block.raise[i], block.all[i], ups, downs);
+      share_pulses(s.sides, side == 0, row.free, coincidences.raise[i] + o0 % ACROSS, coincidences.all[i] + o0 % ACROSS,
+                   ups, downs);
       float* x = block.x[side][i];
 #pragma omp simd
       for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[side][j]);
@@ -548,7 +615,7 @@ void wear_row(const Update& u, const Place& at, const i32* more, i64 count, i32*
 }
 
 template <class L, bool IMPLICIT>
-void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0) {
+void update_block(const Update& u, const Arrays& a, const Coincidences* coincidences, i64 group, i64 i0, i64 o0) {
   static thread_local Block block;
   block.counted = a.pulse_count != nullptr;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
@@ -568,8 +635,8 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
       if (block.counted)
         for (i64 j = 0; j < count; ++j) block.failed[side][i][j] = a.pulse_count[from - a.g + j] < 0;
     }
-  if (aggregated)
-    pulse_at_once<L>(u, a, group, i0, o0, block);
+  if (coincidences)
+    pulse_at_once<L>(u, a, *coincidences, group, i0, o0, block);
   else
     pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, block);
   for (u32 side = 0; side < 2; ++side)
@@ -599,21 +666,31 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
   transpose(weight[0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
 }
 
+// `aggregated`: the blocks of ACROSS bitlines, whose coincidences are counted first; else one.
+template <class L, bool IMPLICIT>
+void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0) {
+  static thread_local Coincidences coincidences;
+  if (!aggregated) return update_block<L, IMPLICIT>(u, a, nullptr, group, i0, o0);
+  coincidences.count(u, a, group, i0, o0);
+  for (i64 o = o0; o < std::min(o0 + ACROSS, u.outputs); o += WIDE_ROW)
+    update_block<L, IMPLICIT>(u, a, &coincidences, group, i0, o);
+}
+
 }  // namespace
 
 extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, i64 x_size,
                                      const float* d, i64 d_size, const float* scale, const float* unit, float* w,
-                                     const float* w_max, u32* inputs, u32* errors, float* length, i32* slots,
-                                     const Update* update, i64 aggregated, i64* bad) {
+                                     const float* w_max, u32* inputs, u32* errors, float* length, const Update* update,
+                                     i64 aggregated, i64* bad) {
   const Update u = *update;
   const DeviceMap map{device_map, 2 * u.slices.count * u.groups * u.inputs * u.outputs};
-  const bool planes = aggregated && !u.train.implicit;
   const auto trains = [&](u32* words, i64 count) {
-    const i64 together = planes ? 2 * WIDE : EIGHT;
-    return Trains{words, count, (count + together - 1) / together * together, u.blocks()};
+    return Trains{words, count, (count + WORD - 1) / WORD * WORD, u.samples()};
   };
-  const Trains wordlines = trains(inputs, u.inputs), bitlines = trains(errors, u.outputs);
-  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots, planes};
+  const bool turned = aggregated && !u.train.implicit;
+  const Arrays a{
+      g,      pulse_count, map, x, d, scale, unit, w, w_max, trains(inputs, u.inputs), trains(errors, u.outputs),
+      length, turned};
   bad[0] = count_not_finite(x, x_size);
   bad[1] = count_not_finite(d, d_size);
   if (bad[0] + bad[1]) return;
@@ -622,9 +699,10 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
     Trainer trainer(u, a);
 #pragma omp for collapse(2) schedule(static)
     for (i64 group = 0; group < u.groups; ++group)
-      for (i64 block = 0; block < u.blocks(); ++block) trainer.fire(group, block);
+      for (i64 block = 0; block < u.samples() / SAMPLES; ++block) trainer.fire(group, block);
   }
-  const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
+  const i64 across = aggregated ? ACROSS : WIDE_ROW;
+  const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + across - 1) / across;
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;
 #pragma omp parallel for collapse(3) schedule(dynamic)
@@ -632,8 +710,8 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
       for (i64 rb = 0; rb < row_blocks; ++rb)
         for (i64 cb = 0; cb < col_blocks; ++cb)
           if (u.train.implicit)
-            update_block<L, true>(u, a, aggregated != 0, group, rb * LINES, cb * WIDE_ROW);
+            update_blocks<L, true>(u, a, aggregated != 0, group, rb * LINES, cb * across);
           else
-            update_block<L, false>(u, a, aggregated != 0, group, rb * LINES, cb * WIDE_ROW);
+            update_blocks<L, false>(u, a, aggregated != 0, group, rb * LINES, cb * across);
   });
 }
