@@ -51,14 +51,16 @@ struct Update {
 
 // Trains of `count` lines on one side of an array: a word for each line and sample, or a bit.
 struct Trains {
-  u32* words;  // [G, lines, samples] or [G, samples, WORD, lines / WORD]
+  u32* words;  // [G, lines, samples], or for every ACROSS lines of a group [samples, WORD, row_words]
   i64 count, lines, samples;
 
   // The trains of a line, a word for each sample.
   u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * samples; }
 
-  // A bit for each line: those that fire in every slot of a sample, and at last those of negative sign.
-  u32* of_sample(i64 group, i64 sample) const { return words + (group * samples + sample) * lines; }
+  // A bit for each of ACROSS lines from `line` on: for every sample those that fire in its slots, and then those of
+  // negative sign.
+  u32* of_lines(i64 group, i64 line) const { return of_line(group, line); }
+  i64 row_words(i64 line) const { return std::min<i64>(ACROSS, lines - line) / WORD; }
 };
 
 struct Arrays {
@@ -173,10 +175,10 @@ class Trainer {
       } else if (in_word + EIGHT == WORD || eight + 1 == eights) {
         std::fill(slots[EIGHT], words[WORD], 0u);
         turn_bits(words);
-        for (int l = 0; l < SAMPLES; ++l) {
-          u32* bits = to.of_sample(group, b0 + l) + line / WORD;
-          for (int p = 0; p < WORD; ++p) bits[p * (to.lines / WORD)] = words[p][l];
-        }
+        const i64 first = line / ACROSS * ACROSS, row = to.row_words(first);
+        u32* bits = to.of_lines(group, first) + b0 * WORD * row + (line - first) / WORD;
+        for (int l = 0; l < SAMPLES; ++l)
+          for (int p = 0; p < WORD; ++p) bits[(l * WORD + p) * row] = words[p][l];
       }
     }
   }
@@ -265,6 +267,20 @@ void share_pulses(i32 sides, bool positive, const float* free, const i32* raise,
   }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Where the set bits of a byte are, from the lowest on.
+struct Places {
+  u8 of[256][8];
+};
+constexpr Places PLACES = [] {
+  Places places{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int bit = 0, k = 0; bit < 8; ++bit)
+      if (byte >> bit & 1) places.of[byte][k++] = (u8)bit;
+  return places;
+}();
+#endif
+
 // Samples of a chunk that move the devices of a wordline, in order and of each device for itself: devices with few
 // coincidences do not wait for their neighbours. An event holds its sample (8 bits), its coincidences and, in the
 // sign, whether they raise the weight; 0 is none.
@@ -282,15 +298,22 @@ struct alignas(64) Events {
   template <bool IMPLICIT>
   void find(const u32* inputs, const u32* errors, i64 stride, const float* length, i64 samples, i64 devices) {
     i64 most = 0, found[WIDE_ROW] = {};
-    alignas(64) u32 all[CHUNK];
+    alignas(64) u32 all[CHUNK], meeting[ROOM], at[ROOM];
     for (i64 j = 0; j < devices; ++j) {
       const u32* error = errors + j * stride;
 #pragma omp simd
       for (i64 b = 0; b < samples; ++b) {
-        const u32 n = (u32)coincidences<IMPLICIT>(inputs[b], error[b], length[b]);
-        all[b] = n ? (u32)b | n << 8 | ((inputs[b] ^ error[b]) & NEGATIVE) : 0u;
+        const u32 slots =
+            IMPLICIT ? (u32)coincidences<true>(inputs[b], error[b], length[b]) : inputs[b] & error[b] & SLOTS;
+        all[b] = slots | ((inputs[b] ^ error[b]) & NEGATIVE);
       }
-      found[j] = keep(all, samples, of_device[j]);
+      found[j] = keep(all, samples, meeting, at);
+      u32* event = of_device[j];
+#pragma omp simd
+      for (i64 k = 0; k < found[j]; ++k) {
+        const u32 slots = meeting[k] & SLOTS;
+        event[k] = at[k] | (IMPLICIT ? slots : (u32)popcount(slots)) << 8 | (meeting[k] & NEGATIVE);
+      }
       most = std::max(most, found[j]);
     }
     turns = most;
@@ -299,30 +322,33 @@ struct alignas(64) Events {
     transpose(of_device[0], ROOM, WIDE_ROW, whole, in_turn[0], WIDE_ROW);
   }
 
-  // Copy the events among `samples` words, and perhaps some words behind them; how many they are.
-  static i64 keep(const u32* all, i64 samples, u32* to) {
+  // Copy the words that have slots and write their samples down, and perhaps some words behind them; how many they are.
+  static i64 keep(const u32* all, i64 samples, u32* to, u32* at) {
     i64 kept = 0, b = 0;
 #if defined(__AVX512F__)
+    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (; b + 16 <= samples; b += 16) {
       const __m512i words = _mm512_load_si512(all + b);
-      const __mmask16 some = _mm512_test_epi32_mask(words, words);
+      const __mmask16 some = _mm512_test_epi32_mask(words, _mm512_set1_epi32(SLOTS));
       _mm512_storeu_si512(to + kept, _mm512_maskz_compress_epi32(some, words));
+      _mm512_storeu_si512(at + kept, _mm512_maskz_compress_epi32(some, lanes));
+      lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(16));
       kept += __builtin_popcount(some);
     }
-#elif defined(__AVX2__) && defined(__BMI2__)
+#elif defined(__AVX2__)
     for (; b + 8 <= samples; b += 8) {
       const __m256i words = _mm256_load_si256((const __m256i*)(all + b));
-      const __m256i none = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+      const __m256i none = _mm256_cmpeq_epi32(_mm256_slli_epi32(words, 1), _mm256_setzero_si256());
       const u32 some = ~(u32)_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 0xFFu;
-      const u64 places = _pext_u64(0x0706050403020100u, 0xFFu * _pdep_u64(some, 0x0101010101010101u));
-      const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((i64)places));
+      const __m256i from = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)PLACES.of[some]));
       _mm256_storeu_si256((__m256i*)(to + kept), _mm256_permutevar8x32_epi32(words, from));
+      _mm256_storeu_si256((__m256i*)(at + kept), _mm256_add_epi32(from, _mm256_set1_epi32((int)b)));
       kept += __builtin_popcount(some);
     }
 #endif
     for (; b < samples; ++b) {
-      to[kept] = all[b];
-      kept += all[b] != 0;
+      to[kept] = all[b], at[kept] = (u32)b;
+      kept += (all[b] & SLOTS) != 0;
     }
     return kept;
   }
@@ -459,43 +485,39 @@ struct Tally {
   }
 };
 
-// The slots in which a line fires, in some samples.
-struct Fired {
-  u32 at[PIECE * WORD];  // 64 sample + 2 slot, and 1 where the line's sign is negative
-  i64 count;
-
-  void find(const u32* words, i64 samples) {
-    constexpr int TOGETHER = 4;  // are taken apart without a look at whether there are so many
-    count = 0;
-    for (i64 b = 0; b < samples; ++b) {
-      u32 slots = words[b] & SLOTS;
-      const u32 tag = (u32)b * 2 * WORD | words[b] >> (WORD - 1);
-      const int found = popcount(slots);
-      for (int k = 0; k < found; k += TOGETHER)
-        for (int q = 0; q < TOGETHER; ++q, slots &= slots - 1)
-          at[count + k + q] = tag | (u32)__builtin_ctz(slots | NEGATIVE) << 1;
-      count += found;
-    }
+// The slots in which a line fires, in some samples: 64 sample + 2 slot, and 1 where the line's sign is negative. How many.
+i64 find_slots(const u32* words, i64 samples, u32* fired) {
+  constexpr int TOGETHER = 4;  // are written without a look at whether there are so many
+  i64 count = 0;
+  for (i64 b = 0; b < samples; ++b) {
+    u32 slots = words[b] & SLOTS;
+    const u32 tag = (u32)b * 2 * WORD | words[b] >> (WORD - 1);
+    const int found = __builtin_popcount(slots);
+    for (int k = 0; k < found; k += TOGETHER)
+      for (int q = 0; q < TOGETHER; ++q, slots &= slots - 1)
+        fired[count + k + q] = tag | (u32)__builtin_ctz(slots | NEGATIVE) << 1;
+    count += found;
   }
-};
+  return count;
+}
 
 // Coincidences of some wordlines and ACROSS bitlines over the batch.
 void count_slots(const Update& u, const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, Counts& raise, Counts& all) {
-  static thread_local Fired fired;
-  const i64 words = a.errors.lines / WORD;
+  u32 fired[PIECE * WORD];
+  const i64 row = a.errors.row_words(o0);
   for (i64 b0 = 0; b0 < u.batch; b0 += PIECE) {
-    const u32* errors = a.errors.of_sample(group, b0) + o0 / WORD;
+    const u32* errors = a.errors.of_lines(group, o0) + b0 * WORD * row;
     for (i64 i = 0; i < lines; ++i) {
-      fired.find(a.inputs.of_line(group, i0 + i) + b0, std::min<i64>(PIECE, u.batch - b0));
-      for (i64 first = 0; first < fired.count; first += Tally::MOST) {
+      const i64 count = find_slots(a.inputs.of_line(group, i0 + i) + b0, std::min<i64>(PIECE, u.batch - b0), fired);
+      for (i64 first = 0; first < count; first += Tally::MOST) {
         const auto slot = [&](i64 k) {
-          const u32 at = fired.at[first + k];
-          const Bits meet = *(const Bits*)(errors + (at >> 1) * words);
-          const Bits negative = *(const Bits*)(errors + (at >> 1 | (WORD - 1)) * words);
+          const u32 at = fired[first + k];
+          const Bits meet = *(const Bits*)(errors + (at >> 1) * row);
+          const Bits negative = *(const Bits*)(errors + (at >> 1 | (WORD - 1)) * row);
           return Tally::Pair{meet & (negative ^ -(u64)(at & 1u)), meet};
         };
         Tally tally;
-        tally.add_slots(slot, std::min<i64>(Tally::MOST, fired.count - first));
+        tally.add_slots(slot, std::min<i64>(Tally::MOST, count - first));
         tally.add_to(raise[i], all[i]);
       }
     }
