@@ -493,9 +493,13 @@ i64 find_slots(const u32* words, i64 samples, u32* fired) {
     u32 slots = words[b] & SLOTS;
     const u32 tag = (u32)b * 2 * WORD | words[b] >> (WORD - 1);
     const int found = __builtin_popcount(slots);
-    for (int k = 0; k < found; k += TOGETHER)
+    int k = 0;
+    do {
+#pragma GCC unroll 4
       for (int q = 0; q < TOGETHER; ++q, slots &= slots - 1)
         fired[count + k + q] = tag | (u32)__builtin_ctz(slots | NEGATIVE) << 1;
+      k += TOGETHER;
+    } while (k < found);
     count += found;
   }
   return count;
@@ -503,7 +507,7 @@ i64 find_slots(const u32* words, i64 samples, u32* fired) {
 
 // Coincidences of some wordlines and ACROSS bitlines over the batch.
 void count_slots(const Update& u, const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, Counts& raise, Counts& all) {
-  u32 fired[PIECE * WORD];
+  u32 fired[PIECE * WORD + WORD];
   const i64 row = a.errors.row_words(o0);
   for (i64 b0 = 0; b0 < u.batch; b0 += PIECE) {
     const u32* errors = a.errors.of_lines(group, o0) + b0 * WORD * row;
