@@ -117,11 +117,11 @@ def pulse_update(
             np.empty(groups * blocks * TOGETHER * -(-n // TOGETHER) * TOGETHER + TOGETHER, np.uint32)
             for n in (inputs, outputs)
         )
-        length = np.empty(groups * blocks * TOGETHER, np.float32)
+        length, slots = np.empty(groups * blocks * TOGETHER, np.float32), np.empty(groups * blocks, np.int32)
         settings = Update(train=Train.of(train), conv=Conv.of(conv), step=step, **size, **pairs.settings)
         host_call(
             library(), "gpuxbar_pulse_update", pairs.g, pairs.pulse_count, pairs.device_map, x, x.size, d, d.size, scale,
-            scale.reshape(groups, outputs).min(1), weights, w_max, *words, length, np.frombuffer(bytes(settings), np.uint8), train.mode == "aggregated", bad,
+            scale.reshape(groups, outputs).min(1), weights, w_max, *words, length, slots, np.frombuffer(bytes(settings), np.uint8), train.mode == "aggregated", bad,
         )  # fmt: skip
     for name, count in zip("xd", bad.tolist(), strict=True):
         require_finite(OP, name, count, "bad data")

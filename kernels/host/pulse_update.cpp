@@ -2,8 +2,9 @@
 //
 // A sliced weight is pulsed on its lowest slice. First the trains of every line, 32 samples of it together; patches of
 // images are gathered on the way. Then blocks of 64 wordlines by 64 bitlines: exact, chunks of samples in sequence, every
-// device at its own pace; aggregated, coincidences are counted over the batch, for 256 bitlines together, and the devices
-// move once. Every train and cell is a function of its own place, so the bits do not depend on threads.
+// device at its own pace; aggregated, coincidences are counted over the batch, of each line with 256 of the other side
+// together, and the devices move once. Every train and cell is a function of its own place, so the bits do not depend on
+// threads.
 // Meaning and oracle: gpuxbar/reference/pulse_update.py.
 #include <algorithm>
 #include <optional>
@@ -24,8 +25,8 @@ constexpr int CHUNK = 256;   // samples whose coincidences are found together, i
 constexpr int SAMPLES = 32;  // whose trains are made together
 constexpr int EIGHT = 8;     // lines that a counter draws a slot of
 constexpr int WORD = 32;     // lines that a word holds a bit of, slots of a train and its sign
-constexpr int ACROSS = 256;  // bitlines whose coincidences are counted together
-constexpr int PIECE = 128;   // samples of it: their slots on so many bitlines lie in the second cache
+constexpr int ACROSS = 256;  // lines whose coincidences with one of the other side are counted together
+constexpr int PIECE = 128;   // samples of it: their slots on so many lines lie in the second cache
 
 // Twin of `Update` in gpuxbar/ops/pulse_update.py.
 struct Update {
@@ -49,17 +50,25 @@ struct Update {
   }
 };
 
-// Trains of `count` lines on one side of an array: a word for each line and sample, or a bit.
+// How trains are held: as they are, a word for each line and sample; or slot by slot, as bits of words over the samples
+// of a line or over the lines of a sample, the signs in the place of the last slot.
+enum class Held { WHOLE, OVER_SAMPLES, OVER_LINES };
+
+// Trains of `count` lines on one side of an array.
 struct Trains {
-  u32* words;  // [G, lines, samples], or for every ACROSS lines of a group [samples, WORD, row_words]
+  // [G, lines, samples], [G, samples / SAMPLES, WORD, lines] or for every ACROSS lines [samples, WORD, row_words]
+  u32* words;
   i64 count, lines, samples;
+  Held held;
 
-  // The trains of a line, a word for each sample.
   u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * samples; }
-
-  // A bit for each of ACROSS lines from `line` on: for every sample those that fire in its slots, and then those of
-  // negative sign.
-  u32* of_lines(i64 group, i64 line) const { return of_line(group, line); }
+  u32* over_samples(i64 group, i64 block, i64 slot) const {
+    return words + (group * samples + block * SAMPLES + slot) * lines;
+  }
+  // From a multiple of ACROSS on.
+  u32* over_lines(i64 group, i64 line, i64 sample) const {
+    return of_line(group, line) + sample * WORD * row_words(line);
+  }
   i64 row_words(i64 line) const { return std::min<i64>(ACROSS, lines - line) / WORD; }
 };
 
@@ -75,7 +84,7 @@ struct Arrays {
   const float* w_max;  // [G * O]
   Trains inputs, errors;
   float* length;  // [G, blocks * SAMPLES]
-  bool turned;    // whether errors are a bit for each line
+  i32* slots;     // [G, blocks]  of a block's longest train that fires
 };
 
 // words[p][l] bit k = words[k][l] bit p before.
@@ -123,8 +132,9 @@ class Trainer {
       most = std::max(most, sample.per_input > 0.0f ? sample.length : 0);
       a.length[group * u.samples() + b0 + l] = (float)sample.length;
     }
-    fire_lines(a.inputs, false, PULSE_INPUT, group, block, inputs.data(), per_input);
-    fire_lines(a.errors, a.turned, PULSE_ERROR, group, block, errors.data(), per_error);
+    a.slots[group * (u.samples() / SAMPLES) + block] = most;
+    fire_lines(a.inputs, PULSE_INPUT, group, block, inputs.data(), per_input);
+    fire_lines(a.errors, PULSE_ERROR, group, block, errors.data(), per_error);
   }
 
  private:
@@ -152,8 +162,7 @@ class Trainer {
   }
 
   // `per`: each sample's probability of a pulse for a value of 1.
-  void fire_lines(const Trains& to, bool turned, u32 purpose, i64 group, i64 block, const float* values,
-                  const float* per) {
+  void fire_lines(const Trains& to, u32 purpose, i64 group, i64 block, const float* values, const float* per) {
     alignas(64) u32 words[WORD][SAMPLES];
     const i64 eights = (to.count + EIGHT - 1) / EIGHT, b0 = block * SAMPLES;
     for (i64 eight = 0; eight < eights; ++eight) {
@@ -170,16 +179,33 @@ class Trainer {
       for (int k = 0; k < EIGHT; ++k)
 #pragma omp simd
         for (int l = 0; l < SAMPLES; ++l) slots[k][l] = signed_word(slots[k][l], value[k * SAMPLES + l]);
-      if (!turned) {
+      if (to.held == Held::WHOLE) {
         for (int k = 0; k < EIGHT; ++k) std::copy_n(slots[k], SAMPLES, to.of_line(group, line + k) + b0);
       } else if (in_word + EIGHT == WORD || eight + 1 == eights) {
         std::fill(slots[EIGHT], words[WORD], 0u);
-        turn_bits(words);
-        const i64 first = line / ACROSS * ACROSS, row = to.row_words(first);
-        u32* bits = to.of_lines(group, first) + b0 * WORD * row + (line - first) / WORD;
-        for (int l = 0; l < SAMPLES; ++l)
-          for (int p = 0; p < WORD; ++p) bits[(l * WORD + p) * row] = words[p][l];
+        hold_bits(to, group, block, line - in_word, words);
       }
+    }
+  }
+
+  // The slots that fire, and the signs, of WORD lines.
+  void hold_bits(const Trains& to, i64 group, i64 block, i64 line, u32 (&words)[WORD][SAMPLES]) const {
+    const auto every_slot = [&](const auto& hold) {
+      for (int slot = 0; slot < most; ++slot) hold(slot);
+      hold(WORD - 1);
+    };
+    if (to.held == Held::OVER_SAMPLES) {
+      alignas(64) u32 of_sample[SAMPLES][WORD];
+      transpose(words[0], SAMPLES, WORD, SAMPLES, of_sample[0], WORD);
+      turn_bits(of_sample);
+      every_slot([&](int slot) { std::copy_n(of_sample[slot], WORD, to.over_samples(group, block, slot) + line); });
+    } else {
+      const i64 first = line / ACROSS * ACROSS, row = to.row_words(first);
+      u32* bits = to.over_lines(group, first, block * SAMPLES) + (line - first) / WORD;
+      turn_bits(words);
+      every_slot([&](int slot) {
+        for (int l = 0; l < SAMPLES; ++l) bits[(l * WORD + slot) * row] = words[slot][l];
+      });
     }
   }
 
@@ -409,9 +435,7 @@ void pulse_row(const UpdateLaw s, bool positive, const Pulsed& row, const u32* e
   }
 }
 
-using Counts = i32[LINES][ACROSS];
-
-typedef u64 Bits __attribute__((vector_size(ACROSS / 8), aligned(4), may_alias));  // one for each bitline
+typedef u64 Bits __attribute__((vector_size(ACROSS / 8), aligned(4), may_alias));  // one for each of ACROSS lines
 
 // sum = the ones of three bits, whose twos are the result.
 inline Bits add_bits(Bits& sum, Bits a, Bits b) {
@@ -420,7 +444,7 @@ inline Bits add_bits(Bits& sum, Bits a, Bits b) {
   return twos;
 }
 
-// Bit p of each bitline's count in plane p, of the coincidences that raise the weight and of all.
+// Bit p of each line's count in plane p, of the coincidences that raise the weight and of all.
 struct Tally {
   static constexpr int PLANES = 8, MOST = (1 << PLANES) - 1;
   struct Pair {
@@ -459,7 +483,7 @@ struct Tally {
     for (; k < count; ++k) add<0>(slot(k));
   }
 
-  // Add the counts to those of the bitlines.
+  // Add the counts to those of the lines.
   void add_to(i32* raise, i32* all) const {
     read(&Pair::raise, raise);
     read(&Pair::all, all);
@@ -471,7 +495,7 @@ struct Tally {
     for (int p = 0; p < PLANES; ++p) *(Bits*)bits[p] = plane[p].*which;
 #pragma omp simd
     for (int j = 0; j < ACROSS / 8; ++j) {
-      u64 x = 0;  // eight bitlines' counts: a byte of each plane, turned to a byte of each bitline
+      u64 x = 0;  // eight lines' counts: a byte of each plane, turned to a byte of each line
       for (int p = 0; p < PLANES; ++p) x |= (u64)bits[p][j] << 8 * p;
       u64 swap = (x ^ x >> 7) & 0x00AA00AA00AA00AAull;
       x ^= swap ^ swap << 7;
@@ -485,51 +509,63 @@ struct Tally {
   }
 };
 
-// The slots in which a line fires, in some samples: 64 sample + 2 slot, and 1 where the line's sign is negative. How many.
-i64 find_slots(const u32* words, i64 samples, u32* fired) {
+// The slots in which a line fires, in a block of samples from `sample` on: 64 sample + 2 slot, and 1 where the line's sign
+// is negative. `bits`: its bits over samples, slots `stride` apart. How many there are.
+i64 find_slots(const u32* bits, i64 stride, i32 slots, u32 sample, u32* fired) {
   constexpr int TOGETHER = 4;  // are written without a look at whether there are so many
+  const u32 negative = bits[(WORD - 1) * stride];
   i64 count = 0;
-  for (i64 b = 0; b < samples; ++b) {
-    u32 slots = words[b] & SLOTS;
-    const u32 tag = (u32)b * 2 * WORD | words[b] >> (WORD - 1);
-    const int found = __builtin_popcount(slots);
-    int k = 0;
-    do {
-#pragma GCC unroll 4
-      for (int q = 0; q < TOGETHER; ++q, slots &= slots - 1)
-        fired[count + k + q] = tag | (u32)__builtin_ctz(slots | NEGATIVE) << 1;
-      k += TOGETHER;
-    } while (k < found);
+  for (i32 slot = 0; slot < slots; ++slot) {
+    u32 samples = bits[slot * stride];
+    const int found = __builtin_popcount(samples);
+    for (int k = 0; k < found; k += TOGETHER)
+      for (int q = 0; q < TOGETHER; ++q, samples &= samples - 1) {
+        const u32 l = (u32)__builtin_ctz(samples | NEGATIVE);
+        fired[count + k + q] = (sample + l) * 2 * WORD | (u32)slot << 1 | (negative >> l & 1u);
+      }
     count += found;
   }
   return count;
 }
 
-// Coincidences of some wordlines and ACROSS bitlines over the batch.
-void count_slots(const Update& u, const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, Counts& raise, Counts& all) {
-  u32 fired[PIECE * WORD + WORD];
-  const i64 row = a.errors.row_words(o0);
-  for (i64 b0 = 0; b0 < u.batch; b0 += PIECE) {
-    const u32* errors = a.errors.of_lines(group, o0) + b0 * WORD * row;
-    for (i64 i = 0; i < lines; ++i) {
-      const i64 count = find_slots(a.inputs.of_line(group, i0 + i) + b0, std::min<i64>(PIECE, u.batch - b0), fired);
-      for (i64 first = 0; first < count; first += Tally::MOST) {
-        const auto slot = [&](i64 k) {
-          const u32 at = fired[first + k];
-          const Bits meet = *(const Bits*)(errors + (at >> 1) * row);
-          const Bits negative = *(const Bits*)(errors + (at >> 1 | (WORD - 1)) * row);
-          return Tally::Pair{meet & (negative ^ -(u64)(at & 1u)), meet};
-        };
-        Tally tally;
-        tally.add_slots(slot, std::min<i64>(Tally::MOST, count - first));
-        tally.add_to(raise[i], all[i]);
+// Coincidences over the batch of lines of one side with ACROSS of the other.
+struct alignas(64) Coincidences {
+  i32 raise[LINES][ACROSS], all[LINES][ACROSS];
+
+  // `first` and `across`: the first line of each.
+  void count(const Arrays& a, i64 batch, const Trains& each, const Trains& many, i64 group, i64 first, i64 across) {
+    std::fill(raise[0], raise[LINES], 0);
+    std::fill(all[0], all[LINES], 0);
+    u32 fired[PIECE * WORD + WORD];
+    const i64 lines = std::min<i64>(LINES, each.count - first), row = many.row_words(across),
+              blocks = each.samples / SAMPLES;
+    for (i64 b0 = 0; b0 < batch; b0 += PIECE) {
+      const u32* bits = many.over_lines(group, across, b0);
+      for (i64 i = 0; i < lines; ++i) {
+        i64 found = 0;
+        for (i64 block = b0 / SAMPLES; block < std::min((b0 + PIECE) / SAMPLES, blocks); ++block)
+          found += find_slots(each.over_samples(group, block, 0) + first + i, each.lines,
+                              a.slots[group * blocks + block], (u32)(block * SAMPLES - b0), fired + found);
+        for (i64 begin = 0; begin < found; begin += Tally::MOST) {
+          const auto slot = [&](i64 k) {
+            const u32 at = fired[begin + k];
+            const Bits meet = *(const Bits*)(bits + (at >> 1) * row);
+            const Bits negative = *(const Bits*)(bits + (at >> 1 | (WORD - 1)) * row);
+            return Tally::Pair{meet & (negative ^ -(u64)(at & 1u)), meet};
+          };
+          Tally tally;
+          tally.add_slots(slot, std::min<i64>(Tally::MOST, found - begin));
+          tally.add_to(raise[i], all[i]);
+        }
       }
     }
   }
-}
+};
 
-void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, i64 count, Counts& raise,
-                   Counts& all) {
+using Counts = i32[LINES][WIDE_ROW];
+
+void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Counts& raise, Counts& all) {
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const float* length = a.length + group * u.samples();
   for (i64 i = 0; i < lines; ++i)
     for (i64 j = 0; j < count; ++j) {
@@ -546,25 +582,11 @@ void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 line
     }
 }
 
-// Coincidences over the batch of a row of blocks.
-struct alignas(64) Coincidences {
-  Counts raise, all;
-
-  void count(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
-    const i64 lines = std::min<i64>(LINES, u.inputs - i0);
-    std::fill(raise[0], raise[LINES], 0);
-    std::fill(all[0], all[LINES], 0);
-    if (u.train.implicit)
-      count_implied(u, a, group, i0, lines, o0, std::min<i64>(ACROSS, u.outputs - o0), raise, all);
-    else
-      count_slots(u, a, group, i0, lines, o0, raise, all);
-  }
-};
-
 struct alignas(64) Block {
   // of the lowest slice, [side]
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
-  bool counted;  // whether devices can fail, which the next three are for
+  alignas(64) Counts raise, all;  // coincidences over the batch
+  bool counted;                   // whether devices can fail, which the next three are for
   bool failed[2][LINES][WIDE_ROW];
   i32 more[2][LINES][WIDE_ROW];  // pulses of this update
 
@@ -603,8 +625,7 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
 }
 
 template <class L>
-void pulse_at_once(const Update& u, const Arrays& a, const Coincidences& coincidences, i64 group, i64 i0, i64 o0,
-                   Block& block) {
+void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const UpdateLaw s = u.law;
   alignas(64) float z[2][WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW];
@@ -613,8 +634,7 @@ void pulse_at_once(const Update& u, const Arrays& a, const Coincidences& coincid
       draw_pairs(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, (u32)(group * u.inputs + i0 + i), o0, z[0], z[1]);
     for (u32 side = 0; side < u.sides(); ++side) {
       const Row row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i));
-      share_pulses(s.sides, side == 0, row.free, coincidences.raise[i] + o0 % ACROSS, coincidences.all[i] + o0 % ACROSS,
-                   ups, downs);
+      share_pulses(s.sides, side == 0, row.free, block.raise[i], block.all[i], ups, downs);
       float* x = block.x[side][i];
 #pragma omp simd
       for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[side][j]);
@@ -641,8 +661,7 @@ void wear_row(const Update& u, const Place& at, const i32* more, i64 count, i32*
 }
 
 template <class L, bool IMPLICIT>
-void update_block(const Update& u, const Arrays& a, const Coincidences* coincidences, i64 group, i64 i0, i64 o0) {
-  static thread_local Block block;
+void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, Block& block) {
   block.counted = a.pulse_count != nullptr;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const float inverse_range = 1.0f / u.range;
@@ -661,8 +680,8 @@ void update_block(const Update& u, const Arrays& a, const Coincidences* coincide
       if (block.counted)
         for (i64 j = 0; j < count; ++j) block.failed[side][i][j] = a.pulse_count[from - a.g + j] < 0;
     }
-  if (coincidences)
-    pulse_at_once<L>(u, a, *coincidences, group, i0, o0, block);
+  if (aggregated)
+    pulse_at_once<L>(u, a, group, i0, o0, block);
   else
     pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, block);
   for (u32 side = 0; side < 2; ++side)
@@ -692,31 +711,47 @@ void update_block(const Update& u, const Arrays& a, const Coincidences* coincide
   transpose(weight[0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
 }
 
-// `aggregated`: the blocks of ACROSS bitlines, whose coincidences are counted first; else one.
+// All blocks of rows x cols devices from a corner on, whose coincidences are counted together.
 template <class L, bool IMPLICIT>
-void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0) {
-  static thread_local Coincidences coincidences;
-  if (!aggregated) return update_block<L, IMPLICIT>(u, a, nullptr, group, i0, o0);
-  coincidences.count(u, a, group, i0, o0);
-  for (i64 o = o0; o < std::min(o0 + ACROSS, u.outputs); o += WIDE_ROW)
-    update_block<L, IMPLICIT>(u, a, &coincidences, group, i0, o);
+void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, i64 rows, i64 cols) {
+  static thread_local Coincidences together;
+  static thread_local Block block;
+  const bool many_outputs = a.errors.held == Held::OVER_LINES, many_inputs = a.inputs.held == Held::OVER_LINES;
+  if (many_outputs) together.count(a, u.batch, a.inputs, a.errors, group, i0, o0);
+  if (many_inputs) together.count(a, u.batch, a.errors, a.inputs, group, o0, i0);
+  for (i64 i = i0; i < std::min(i0 + rows, u.inputs); i += LINES)
+    for (i64 o = o0; o < std::min(o0 + cols, u.outputs); o += WIDE_ROW) {
+      if (many_outputs) {
+        for (i64 line = 0; line < LINES; ++line) {
+          std::copy_n(together.raise[line] + (o - o0), WIDE_ROW, block.raise[line]);
+          std::copy_n(together.all[line] + (o - o0), WIDE_ROW, block.all[line]);
+        }
+      } else if (many_inputs) {
+        transpose(together.raise[0] + (i - i0), ACROSS, WIDE_ROW, LINES, block.raise[0], WIDE_ROW);
+        transpose(together.all[0] + (i - i0), ACROSS, WIDE_ROW, LINES, block.all[0], WIDE_ROW);
+      } else if (aggregated) {
+        count_implied(u, a, group, i, o, block.raise, block.all);
+      }
+      update_block<L, IMPLICIT>(u, a, aggregated, group, i, o, block);
+    }
 }
 
 }  // namespace
 
 extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, i64 x_size,
                                      const float* d, i64 d_size, const float* scale, const float* unit, float* w,
-                                     const float* w_max, u32* inputs, u32* errors, float* length, const Update* update,
-                                     i64 aggregated, i64* bad) {
+                                     const float* w_max, u32* inputs, u32* errors, float* length, i32* slots,
+                                     const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
   const DeviceMap map{device_map, 2 * u.slices.count * u.groups * u.inputs * u.outputs};
-  const auto trains = [&](u32* words, i64 count) {
-    return Trains{words, count, (count + WORD - 1) / WORD * WORD, u.samples()};
+  // the side of fewer lines has fewer slots to go through
+  const bool bits = aggregated && !u.train.implicit, many_inputs = u.inputs > u.outputs;
+  const auto trains = [&](u32* words, i64 count, bool many) {
+    const Held held = !bits ? Held::WHOLE : many ? Held::OVER_LINES : Held::OVER_SAMPLES;
+    return Trains{words, count, (count + WORD - 1) / WORD * WORD, u.samples(), held};
   };
-  const bool turned = aggregated && !u.train.implicit;
-  const Arrays a{
-      g,      pulse_count, map, x, d, scale, unit, w, w_max, trains(inputs, u.inputs), trains(errors, u.outputs),
-      length, turned};
+  const Trains wordlines = trains(inputs, u.inputs, many_inputs), bitlines = trains(errors, u.outputs, !many_inputs);
+  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots};
   bad[0] = count_not_finite(x, x_size);
   bad[1] = count_not_finite(d, d_size);
   if (bad[0] + bad[1]) return;
@@ -727,8 +762,8 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
     for (i64 group = 0; group < u.groups; ++group)
       for (i64 block = 0; block < u.samples() / SAMPLES; ++block) trainer.fire(group, block);
   }
-  const i64 across = aggregated ? ACROSS : WIDE_ROW;
-  const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + across - 1) / across;
+  const i64 rows = bits && many_inputs ? ACROSS : LINES, cols = bits && !many_inputs ? ACROSS : WIDE_ROW;
+  const i64 row_blocks = (u.inputs + rows - 1) / rows, col_blocks = (u.outputs + cols - 1) / cols;
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;
 #pragma omp parallel for collapse(3) schedule(dynamic)
@@ -736,8 +771,8 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
       for (i64 rb = 0; rb < row_blocks; ++rb)
         for (i64 cb = 0; cb < col_blocks; ++cb)
           if (u.train.implicit)
-            update_blocks<L, true>(u, a, aggregated != 0, group, rb * LINES, cb * across);
+            update_blocks<L, true>(u, a, aggregated != 0, group, rb * rows, cb * cols, rows, cols);
           else
-            update_blocks<L, false>(u, a, aggregated != 0, group, rb * LINES, cb * across);
+            update_blocks<L, false>(u, a, aggregated != 0, group, rb * rows, cb * cols, rows, cols);
   });
 }
