@@ -146,6 +146,21 @@ def test_chunks_of_samples_follow_one_another():
     assert_matches_oracle(LAWS["constant-reference"], TRAINS["counted"], (300, 1, 3, 5))
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 530), (530, 3)])
+def test_coincidences_of_many_slots_are_counted(inputs, outputs):
+    """Of more samples than are counted together, on lines in blocks of 256 and of a word."""
+    g, x, d, w_max = case(150, 2, inputs, outputs)
+    train, law = PulseTrain(mode="aggregated", update_management=False, bound_management=False), CONSTANT
+    how = {"rate": 30.0, "w_max": w_max, "groups": 2, "step": 9}
+    new, pairs = g.copy(), ops.Pairs(g.copy(), law=law, seed=SEED, **WINDOW)
+    cells, _ = reference.pulse_update(g, x, d, train=train.model_dump(), **pairs.plain, **how)
+    ops.pulse_update(ops.Pairs(new, law=law, seed=SEED, **WINDOW), x, d, train=train, **how)
+    np.testing.assert_allclose(new, cells, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
+    inside = (new > 1.5 * G_MIN) & (new < 0.8 * G_MAX)
+    assert inside.mean() > 0.1  # not all at an end of their window, where counts do not matter
+    assert (new != g).mean() > 0.9
+
+
 def test_the_same_bits_on_any_number_of_threads():
     g, x, d, w_max = case(20, 2, 90, 65)
     for law, train in (("soft", "managed"), ("constant", "counted")):

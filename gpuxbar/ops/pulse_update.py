@@ -112,8 +112,10 @@ def pulse_update(
     weights, bad = np.empty((groups, outputs, inputs), np.float32), np.zeros(2, np.int64)
     if weights.size:
         blocks = -(-batch // TOGETHER)
+        # samples and lines in whole blocks, and room behind them for the bits of more lines than there are
         words = (
-            np.empty(groups * _padded(n, train) * blocks * TOGETHER, np.uint32) for n in (inputs, outputs)
+            np.empty(groups * blocks * TOGETHER * -(-n // TOGETHER) * TOGETHER + TOGETHER, np.uint32)
+            for n in (inputs, outputs)
         )
         length, slots = np.empty(groups * blocks * TOGETHER, np.float32), np.empty(groups * blocks, np.int32)
         settings = Update(train=Train.of(train), conv=Conv.of(conv), step=step, **size, **pairs.settings)
@@ -124,12 +126,6 @@ def pulse_update(
     for name, count in zip("xd", bad.tolist(), strict=True):
         require_finite(OP, name, count, "bad data")
     return weights
-
-
-def _padded(lines: int, train: PulseTrain) -> int:
-    """Lines of a group as the host kernel stores them: more where it holds planes of slots."""
-    together = 32 if train.mode == "aggregated" and train.scheme == "stochastic" else 8
-    return -(-lines // together) * together
 
 
 class Train(ctypes.Structure):

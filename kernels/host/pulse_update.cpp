@@ -1,9 +1,10 @@
 // pulse_update on the CPU: pulse trains of a batch, their coincidences through the device law, and the weights read out.
 //
-// A sliced weight is pulsed on its lowest slice. First the trains of every line, 32 samples of it together; patches of images are gathered on the way. Then blocks of 64
-// wordlines by 64 bitlines: exact, chunks of samples in sequence, every device at its own pace; aggregated, coincidences
-// are counted over the batch, 32 samples a word, and the devices move once. Every train and cell is a function of its own
-// place, so the bits do not depend on threads.
+// A sliced weight is pulsed on its lowest slice. First the trains of every line, 32 samples of it together; patches of
+// images are gathered on the way. Then blocks of 64 wordlines by 64 bitlines: exact, chunks of samples in sequence, every
+// device at its own pace; aggregated, coincidences are counted over the batch, of each line with 256 of the other side
+// together, and the devices move once. Every train and cell is a function of its own place, so the bits do not depend on
+// threads.
 // Meaning and oracle: gpuxbar/reference/pulse_update.py.
 #include <algorithm>
 #include <optional>
@@ -23,11 +24,9 @@ constexpr int LINES = 64;
 constexpr int CHUNK = 256;   // samples whose coincidences are found together, in sequence
 constexpr int SAMPLES = 32;  // whose trains are made together
 constexpr int EIGHT = 8;     // lines that a counter draws a slot of
-#if defined(__AVX512F__)
-constexpr int TILE = 4, WIDE = 16;  // wordlines and bitlines whose counts stay in registers, two vectors of them
-#else
-constexpr int TILE = 2, WIDE = 8;
-#endif
+constexpr int WORD = 32;     // lines that a word holds a bit of, slots of a train and its sign
+constexpr int ACROSS = 256;  // lines whose coincidences with one of the other side are counted together
+constexpr int PIECE = 128;   // samples of it: their slots on so many lines lie in the second cache
 
 // Twin of `Update` in gpuxbar/ops/pulse_update.py.
 struct Update {
@@ -41,7 +40,8 @@ struct Update {
   float g_min, range;  // S
   float stuck_low, stuck_high;
 
-  i64 blocks() const { return (batch + SAMPLES - 1) / SAMPLES; }
+  // In whole blocks.
+  i64 samples() const { return (batch + SAMPLES - 1) / SAMPLES * SAMPLES; }
   // Planes of devices that can move: of the lowest slice, both sides or the positive one.
   u32 sides() const { return law.sides == REFERENCE ? 1u : 2u; }
   // A row of devices of the lowest slice.
@@ -50,18 +50,26 @@ struct Update {
   }
 };
 
-// Trains of `count` lines on one side of an array; planes hold zeros for the lines behind these.
+// How trains are held: as they are, a word for each line and sample; or slot by slot, as bits of words over the samples
+// of a line or over the lines of a sample, the signs in the place of the last slot.
+enum class Held { WHOLE, OVER_SAMPLES, OVER_LINES };
+
+// Trains of `count` lines on one side of an array.
 struct Trains {
-  u32* words;  // [G, lines, blocks * SAMPLES]
-  i64 count, lines, blocks;
+  // [G, lines, samples], [G, samples / SAMPLES, WORD, lines] or for every ACROSS lines [samples, WORD, row_words]
+  u32* words;
+  i64 count, lines, samples;
+  Held held;
 
-  // The trains of a line, a word for each sample.
-  u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * blocks * SAMPLES; }
-
-  // A bit for each sample of a block, a word for each line: the lines' signs in plane 0, slot k in plane 1 + k.
-  u32* plane(i64 group, i64 plane, i64 block) const {
-    return words + ((group * SAMPLES + plane) * blocks + block) * lines;
+  u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * samples; }
+  u32* over_samples(i64 group, i64 block, i64 slot) const {
+    return words + (group * samples + block * SAMPLES + slot) * lines;
   }
+  // From a multiple of ACROSS on.
+  u32* over_lines(i64 group, i64 line, i64 sample) const {
+    return of_line(group, line) + sample * WORD * row_words(line);
+  }
+  i64 row_words(i64 line) const { return std::min<i64>(ACROSS, lines - line) / WORD; }
 };
 
 struct Arrays {
@@ -77,21 +85,21 @@ struct Arrays {
   Trains inputs, errors;
   float* length;  // [G, blocks * SAMPLES]
   i32* slots;     // [G, blocks]  of a block's longest train that fires
-  bool planes;    // whether trains are held in planes
 };
 
-// Bit l of the result is bit `bit` of word l.
-inline u32 across(const u32 (&words)[SAMPLES], int bit) {
-#if defined(__AVX512F__)
-  const __m512i one = _mm512_set1_epi32((int)(1u << bit));
-  return _mm512_test_epi32_mask(_mm512_load_si512(words), one) |
-         (u32)_mm512_test_epi32_mask(_mm512_load_si512(words + 16), one) << 16;
-#else
-  u32 found = 0;
-#pragma omp simd reduction(| : found)
-  for (int l = 0; l < SAMPLES; ++l) found |= (words[l] >> bit & 1u) << l;
-  return found;
-#endif
+// words[p][l] bit k = words[k][l] bit p before.
+template <int STRIDE = WORD / 2>
+void turn_bits(u32 (&words)[WORD][SAMPLES], u32 low = 0x0000FFFFu) {
+  for (int k = 0; k < WORD; ++k) {
+    if (k & STRIDE) continue;
+#pragma omp simd
+    for (int l = 0; l < SAMPLES; ++l) {
+      const u32 swap = (words[k][l] >> STRIDE ^ words[k + STRIDE][l]) & low;
+      words[k + STRIDE][l] ^= swap;
+      words[k][l] ^= swap << STRIDE;
+    }
+  }
+  if constexpr (STRIDE > 1) turn_bits<STRIDE / 2>(words, low ^ low << STRIDE / 2);
 }
 
 // Makes the trains of blocks of samples.
@@ -122,9 +130,9 @@ class Trainer {
       per_input[l] = sample.per_input;
       per_error[l] = sample.per_error;
       most = std::max(most, sample.per_input > 0.0f ? sample.length : 0);
-      a.length[group * u.blocks() * SAMPLES + b0 + l] = (float)sample.length;
+      a.length[group * u.samples() + b0 + l] = (float)sample.length;
     }
-    a.slots[group * u.blocks() + block] = most;
+    a.slots[group * (u.samples() / SAMPLES) + block] = most;
     fire_lines(a.inputs, PULSE_INPUT, group, block, inputs.data(), per_input);
     fire_lines(a.errors, PULSE_ERROR, group, block, errors.data(), per_error);
   }
@@ -155,35 +163,50 @@ class Trainer {
 
   // `per`: each sample's probability of a pulse for a value of 1.
   void fire_lines(const Trains& to, u32 purpose, i64 group, i64 block, const float* values, const float* per) {
-    alignas(64) u32 words[EIGHT][SAMPLES];
-    const i64 eights = (to.count + EIGHT - 1) / EIGHT;
+    alignas(64) u32 words[WORD][SAMPLES];
+    const i64 eights = (to.count + EIGHT - 1) / EIGHT, b0 = block * SAMPLES;
     for (i64 eight = 0; eight < eights; ++eight) {
       const float* value = values + eight * EIGHT * SAMPLES;
+      const i64 line = eight * EIGHT, in_word = line % WORD;
+      auto* slots = words + in_word;
       if (u.train.implicit)
         for (int k = 0; k < EIGHT; ++k)
 #pragma omp simd
           for (int l = 0; l < SAMPLES; ++l)
-            words[k][l] = implied_slots(length[l], gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
+            slots[k][l] = implied_slots(length[l], gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
       else
-        draw(purpose, (u32)(group * eights + eight), (u32)(block * SAMPLES), value, per, words);
+        draw(purpose, (u32)(group * eights + eight), (u32)b0, value, per, slots);
       for (int k = 0; k < EIGHT; ++k)
 #pragma omp simd
-        for (int l = 0; l < SAMPLES; ++l) words[k][l] = signed_word(words[k][l], value[k * SAMPLES + l]);
-      for (int k = 0; k < EIGHT; ++k) {
-        const i64 line = eight * EIGHT + k;
-        if (!a.planes) {
-          std::copy_n(words[k], SAMPLES, to.of_line(group, line) + block * SAMPLES);
-          continue;
-        }
-        to.plane(group, 0, block)[line] = across(words[k], 31);
-        for (int slot = 0; slot < most; ++slot) to.plane(group, 1 + slot, block)[line] = across(words[k], slot);
+        for (int l = 0; l < SAMPLES; ++l) slots[k][l] = signed_word(slots[k][l], value[k * SAMPLES + l]);
+      if (to.held == Held::WHOLE) {
+        for (int k = 0; k < EIGHT; ++k) std::copy_n(slots[k], SAMPLES, to.of_line(group, line + k) + b0);
+      } else if (in_word + EIGHT == WORD || eight + 1 == eights) {
+        std::fill(slots[EIGHT], words[WORD], 0u);
+        hold_bits(to, group, block, line - in_word, words);
       }
     }
-    if (a.planes)
-      for (int plane = 0; plane <= most; ++plane) {
-        u32* words = to.plane(group, plane, block);
-        std::fill(words + eights * EIGHT, words + to.lines, 0u);
-      }
+  }
+
+  // The slots that fire, and the signs, of WORD lines.
+  void hold_bits(const Trains& to, i64 group, i64 block, i64 line, u32 (&words)[WORD][SAMPLES]) const {
+    const auto every_slot = [&](const auto& hold) {
+      for (int slot = 0; slot < most; ++slot) hold(slot);
+      hold(WORD - 1);
+    };
+    if (to.held == Held::OVER_SAMPLES) {
+      alignas(64) u32 of_sample[SAMPLES][WORD];
+      transpose(words[0], SAMPLES, WORD, SAMPLES, of_sample[0], WORD);
+      turn_bits(of_sample);
+      every_slot([&](int slot) { std::copy_n(of_sample[slot], WORD, to.over_samples(group, block, slot) + line); });
+    } else {
+      const i64 first = line / ACROSS * ACROSS, row = to.row_words(first);
+      u32* bits = to.over_lines(group, first, block * SAMPLES) + (line - first) / WORD;
+      turn_bits(words);
+      every_slot([&](int slot) {
+        for (int l = 0; l < SAMPLES; ++l) bits[(l * WORD + slot) * row] = words[slot][l];
+      });
+    }
   }
 
   // Independent slots, see stochastic_slots.
@@ -270,6 +293,20 @@ void share_pulses(i32 sides, bool positive, const float* free, const i32* raise,
   }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Where the set bits of a byte are, from the lowest on.
+struct Places {
+  u8 of[256][8];
+};
+constexpr Places PLACES = [] {
+  Places places{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int bit = 0, k = 0; bit < 8; ++bit)
+      if (byte >> bit & 1) places.of[byte][k++] = (u8)bit;
+  return places;
+}();
+#endif
+
 // Samples of a chunk that move the devices of a wordline, in order and of each device for itself: devices with few
 // coincidences do not wait for their neighbours. An event holds its sample (8 bits), its coincidences and, in the
 // sign, whether they raise the weight; 0 is none.
@@ -287,15 +324,22 @@ struct alignas(64) Events {
   template <bool IMPLICIT>
   void find(const u32* inputs, const u32* errors, i64 stride, const float* length, i64 samples, i64 devices) {
     i64 most = 0, found[WIDE_ROW] = {};
-    alignas(64) u32 all[CHUNK];
+    alignas(64) u32 all[CHUNK], meeting[ROOM], at[ROOM];
     for (i64 j = 0; j < devices; ++j) {
       const u32* error = errors + j * stride;
 #pragma omp simd
       for (i64 b = 0; b < samples; ++b) {
-        const u32 n = (u32)coincidences<IMPLICIT>(inputs[b], error[b], length[b]);
-        all[b] = n ? (u32)b | n << 8 | ((inputs[b] ^ error[b]) & NEGATIVE) : 0u;
+        const u32 slots =
+            IMPLICIT ? (u32)coincidences<true>(inputs[b], error[b], length[b]) : inputs[b] & error[b] & SLOTS;
+        all[b] = slots | ((inputs[b] ^ error[b]) & NEGATIVE);
       }
-      found[j] = keep(all, samples, of_device[j]);
+      found[j] = keep(all, samples, meeting, at);
+      u32* event = of_device[j];
+#pragma omp simd
+      for (i64 k = 0; k < found[j]; ++k) {
+        const u32 slots = meeting[k] & SLOTS;
+        event[k] = at[k] | (IMPLICIT ? slots : (u32)popcount(slots)) << 8 | (meeting[k] & NEGATIVE);
+      }
       most = std::max(most, found[j]);
     }
     turns = most;
@@ -304,30 +348,33 @@ struct alignas(64) Events {
     transpose(of_device[0], ROOM, WIDE_ROW, whole, in_turn[0], WIDE_ROW);
   }
 
-  // Copy the events among `samples` words, and perhaps some words behind them; how many they are.
-  static i64 keep(const u32* all, i64 samples, u32* to) {
+  // Copy the words that have slots and write their samples down, and perhaps some words behind them; how many they are.
+  static i64 keep(const u32* all, i64 samples, u32* to, u32* at) {
     i64 kept = 0, b = 0;
 #if defined(__AVX512F__)
+    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (; b + 16 <= samples; b += 16) {
       const __m512i words = _mm512_load_si512(all + b);
-      const __mmask16 some = _mm512_test_epi32_mask(words, words);
+      const __mmask16 some = _mm512_test_epi32_mask(words, _mm512_set1_epi32(SLOTS));
       _mm512_storeu_si512(to + kept, _mm512_maskz_compress_epi32(some, words));
+      _mm512_storeu_si512(at + kept, _mm512_maskz_compress_epi32(some, lanes));
+      lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(16));
       kept += __builtin_popcount(some);
     }
-#elif defined(__AVX2__) && defined(__BMI2__)
+#elif defined(__AVX2__)
     for (; b + 8 <= samples; b += 8) {
       const __m256i words = _mm256_load_si256((const __m256i*)(all + b));
-      const __m256i none = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+      const __m256i none = _mm256_cmpeq_epi32(_mm256_slli_epi32(words, 1), _mm256_setzero_si256());
       const u32 some = ~(u32)_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 0xFFu;
-      const u64 places = _pext_u64(0x0706050403020100u, 0xFFu * _pdep_u64(some, 0x0101010101010101u));
-      const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((i64)places));
+      const __m256i from = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)PLACES.of[some]));
       _mm256_storeu_si256((__m256i*)(to + kept), _mm256_permutevar8x32_epi32(words, from));
+      _mm256_storeu_si256((__m256i*)(at + kept), _mm256_add_epi32(from, _mm256_set1_epi32((int)b)));
       kept += __builtin_popcount(some);
     }
 #endif
     for (; b < samples; ++b) {
-      to[kept] = all[b];
-      kept += all[b] != 0;
+      to[kept] = all[b], at[kept] = (u32)b;
+      kept += (all[b] & SLOTS) != 0;
     }
     return kept;
   }
@@ -388,64 +435,138 @@ void pulse_row(const UpdateLaw s, bool positive, const Pulsed& row, const u32* e
   }
 }
 
-typedef u32 Words __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef u64 Bits __attribute__((vector_size(ACROSS / 8), aligned(4), may_alias));  // one for each of ACROSS lines
 
-inline Words count_bits(Words v) {
-#if defined(__AVX512VPOPCNTDQ__)
-  return (Words)_mm512_popcnt_epi32((__m512i)v);
-#else
-  v -= v >> 1 & 0x55555555u;
-  v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
-  v = (v + (v >> 4)) & 0x0F0F0F0Fu;
-  return (v * 0x01010101u) >> 24;
-#endif
+// sum = the ones of three bits, whose twos are the result.
+inline Bits add_bits(Bits& sum, Bits a, Bits b) {
+  const Bits either = sum ^ a, twos = (sum & a) | (either & b);
+  sum = either ^ b;
+  return twos;
 }
+
+// Bit p of each line's count in plane p, of the coincidences that raise the weight and of all.
+struct Tally {
+  static constexpr int PLANES = 8, MOST = (1 << PLANES) - 1;
+  struct Pair {
+    Bits raise, all;
+  };
+  Pair plane[PLANES] = {};
+
+  // Add what the next 2^LEVEL slots bring, but for what they carry over, which is the result.
+  template <int LEVEL, class Slot>
+  Pair carry(const Slot& slot, i64 first) {
+    if constexpr (LEVEL == 0) {
+      return slot(first);
+    } else {
+      const Pair a = carry<LEVEL - 1>(slot, first), b = carry<LEVEL - 1>(slot, first + (1 << (LEVEL - 1)));
+      Pair& sum = plane[LEVEL - 1];
+      return Pair{add_bits(sum.raise, a.raise, b.raise), add_bits(sum.all, a.all, b.all)};
+    }
+  }
+
+  // Add bits of weight 2^LEVEL.
+  template <int LEVEL>
+  void add(Pair bits) {
+    for (int p = LEVEL; p < PLANES; ++p) {
+      const Pair over{plane[p].raise & bits.raise, plane[p].all & bits.all};
+      plane[p].raise ^= bits.raise, plane[p].all ^= bits.all;
+      bits = over;
+    }
+  }
+
+  // slot(k): where slot k of `count`, at most MOST, has coincidences.
+  template <class Slot>
+  void add_slots(const Slot& slot, i64 count) {
+    constexpr int LEVEL = 3;
+    i64 k = 0;
+    for (; k + (1 << LEVEL) <= count; k += 1 << LEVEL) add<LEVEL>(carry<LEVEL>(slot, k));
+    for (; k < count; ++k) add<0>(slot(k));
+  }
+
+  // Add the counts to those of the lines.
+  void add_to(i32* raise, i32* all) const {
+    read(&Pair::raise, raise);
+    read(&Pair::all, all);
+  }
+
+ private:
+  void read(Bits Pair::* which, i32* counts) const {
+    alignas(64) u8 bits[PLANES][ACROSS / 8], of_line[ACROSS];
+    for (int p = 0; p < PLANES; ++p) *(Bits*)bits[p] = plane[p].*which;
+#pragma omp simd
+    for (int j = 0; j < ACROSS / 8; ++j) {
+      u64 x = 0;  // eight lines' counts: a byte of each plane, turned to a byte of each line
+      for (int p = 0; p < PLANES; ++p) x |= (u64)bits[p][j] << 8 * p;
+      u64 swap = (x ^ x >> 7) & 0x00AA00AA00AA00AAull;
+      x ^= swap ^ swap << 7;
+      swap = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
+      x ^= swap ^ swap << 14;
+      swap = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
+      ((u64*)of_line)[j] = x ^ swap ^ swap << 28;
+    }
+#pragma omp simd
+    for (int j = 0; j < ACROSS; ++j) counts[j] += of_line[j];
+  }
+};
+
+// The slots in which a line fires, in a block of samples from `sample` on: 64 sample + 2 slot, and 1 where the line's sign
+// is negative. `bits`: its bits over samples, slots `stride` apart. How many there are.
+i64 find_slots(const u32* bits, i64 stride, i32 slots, u32 sample, u32* fired) {
+  constexpr int TOGETHER = 4;  // are written without a look at whether there are so many
+  const u32 negative = bits[(WORD - 1) * stride];
+  i64 count = 0;
+  for (i32 slot = 0; slot < slots; ++slot) {
+    u32 samples = bits[slot * stride];
+    const int found = __builtin_popcount(samples);
+    for (int k = 0; k < found; k += TOGETHER)
+      for (int q = 0; q < TOGETHER; ++q, samples &= samples - 1) {
+        const u32 l = (u32)__builtin_ctz(samples | NEGATIVE);
+        fired[count + k + q] = (sample + l) * 2 * WORD | (u32)slot << 1 | (negative >> l & 1u);
+      }
+    count += found;
+  }
+  return count;
+}
+
+// Coincidences over the batch of lines of one side with ACROSS of the other.
+struct alignas(64) Coincidences {
+  i32 raise[LINES][ACROSS], all[LINES][ACROSS];
+
+  // `first` and `across`: the first line of each.
+  void count(const Arrays& a, i64 batch, const Trains& each, const Trains& many, i64 group, i64 first, i64 across) {
+    std::fill(raise[0], raise[LINES], 0);
+    std::fill(all[0], all[LINES], 0);
+    u32 fired[PIECE * WORD + WORD];
+    const i64 lines = std::min<i64>(LINES, each.count - first), row = many.row_words(across),
+              blocks = each.samples / SAMPLES;
+    for (i64 b0 = 0; b0 < batch; b0 += PIECE) {
+      const u32* bits = many.over_lines(group, across, b0);
+      for (i64 i = 0; i < lines; ++i) {
+        i64 found = 0;
+        for (i64 block = b0 / SAMPLES; block < std::min((b0 + PIECE) / SAMPLES, blocks); ++block)
+          found += find_slots(each.over_samples(group, block, 0) + first + i, each.lines,
+                              a.slots[group * blocks + block], (u32)(block * SAMPLES - b0), fired + found);
+        for (i64 begin = 0; begin < found; begin += Tally::MOST) {
+          const auto slot = [&](i64 k) {
+            const u32 at = fired[begin + k];
+            const Bits meet = *(const Bits*)(bits + (at >> 1) * row);
+            const Bits negative = *(const Bits*)(bits + (at >> 1 | (WORD - 1)) * row);
+            return Tally::Pair{meet & (negative ^ -(u64)(at & 1u)), meet};
+          };
+          Tally tally;
+          tally.add_slots(slot, std::min<i64>(Tally::MOST, found - begin));
+          tally.add_to(raise[i], all[i]);
+        }
+      }
+    }
+  }
+};
 
 using Counts = i32[LINES][WIDE_ROW];
 
-// Coincidences of TILE wordlines and 2 WIDE bitlines over some blocks of samples, added to those that raise the weight and
-// to all.
-inline void count_tile(const Arrays& a, i64 group, i64 line, i64 bitline, i64 begin, i64 end, i32* raise, i32* all) {
-  Words up[TILE][2] = {}, both[TILE][2] = {};
-  for (i64 block = begin; block < end; ++block) {
-    const u32* negative = a.inputs.plane(group, 0, block) + line;
-    const Words* down = (const Words*)(a.errors.plane(group, 0, block) + bitline);
-    for (i32 slot = 1; slot <= a.slots[group * a.inputs.blocks + block]; ++slot) {
-      const u32* input = a.inputs.plane(group, slot, block) + line;
-      const Words* error = (const Words*)(a.errors.plane(group, slot, block) + bitline);
-#pragma GCC unroll 4
-      for (int i = 0; i < TILE; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          const Words meet = error[v] & input[i];
-          both[i][v] += count_bits(meet);
-          up[i][v] += count_bits(meet & (down[v] ^ negative[i]));
-        }
-    }
-  }
-  for (int i = 0; i < TILE; ++i)
-    for (int v = 0; v < 2; ++v) {
-      *(Words*)(raise + i * WIDE_ROW + v * WIDE) += up[i][v];
-      *(Words*)(all + i * WIDE_ROW + v * WIDE) += both[i][v];
-    }
-}
-
-// The same of a block of devices, whose trains lie in the first cache for a piece of the samples.
-void count_planes(const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, i64 count, Counts& raise, Counts& all) {
-  constexpr i64 WORDS = 8192;  // of a piece, and at least one block of samples
-  const i64 blocks = a.inputs.blocks;
-  for (i64 begin = 0, end = 0; begin < blocks; begin = end) {
-    for (i64 words = 0; end < blocks && words < WORDS; ++end)
-      words += (1 + a.slots[group * blocks + end]) * (LINES + WIDE_ROW);
-    for (i64 i = 0; i < lines; i += TILE)
-      for (i64 j = 0; j < count; j += 2 * WIDE)
-        count_tile(a, group, i0 + i, o0 + j, begin, end, raise[i] + j, all[i] + j);
-  }
-}
-
-void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 lines, i64 o0, i64 count, Counts& raise,
-                   Counts& all) {
-  const float* length = a.length + group * u.blocks() * SAMPLES;
+void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Counts& raise, Counts& all) {
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+  const float* length = a.length + group * u.samples();
   for (i64 i = 0; i < lines; ++i)
     for (i64 j = 0; j < count; ++j) {
       const u32 *input = a.inputs.of_line(group, i0 + i), *error = a.errors.of_line(group, o0 + j);
@@ -456,16 +577,16 @@ void count_implied(const Update& u, const Arrays& a, i64 group, i64 i0, i64 line
         both += n;
         up += n & raising(input[b], error[b]);
       }
-      raise[i][j] += up;
-      all[i][j] += both;
+      raise[i][j] = up;
+      all[i][j] = both;
     }
 }
 
 struct alignas(64) Block {
   // of the lowest slice, [side]
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
-  alignas(64) Counts raise, all;
-  bool counted;  // whether devices can fail, which the next three are for
+  alignas(64) Counts raise, all;  // coincidences over the batch
+  bool counted;                   // whether devices can fail, which the next three are for
   bool failed[2][LINES][WIDE_ROW];
   i32 more[2][LINES][WIDE_ROW];  // pulses of this update
 
@@ -476,15 +597,15 @@ template <class L, bool IMPLICIT>
 void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   static thread_local Events events;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  const float* length = a.length + group * u.blocks() * SAMPLES;
+  const float* length = a.length + group * u.samples();
   const UpdateLaw s = u.law;
   alignas(64) float z[2][WIDE_ROW] = {};
   alignas(64) Lines slots;
   for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
     const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
     for (i64 i = 0; i < lines; ++i) {
-      events.find<IMPLICIT>(a.inputs.of_line(group, i0 + i) + b0, a.errors.of_line(group, o0) + b0,
-                            u.blocks() * SAMPLES, length + b0, samples, count);
+      events.find<IMPLICIT>(a.inputs.of_line(group, i0 + i) + b0, a.errors.of_line(group, o0) + b0, u.samples(),
+                            length + b0, samples, count);
       if (!events.turns) continue;
       const auto devices = [&](u32 side) {
         return pulsed_row<L>(s, Row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i)));
@@ -506,14 +627,6 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
 template <class L>
 void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  for (i64 i = 0; i < LINES; ++i) {
-    std::fill(block.raise[i], block.raise[i] + WIDE_ROW, 0);
-    std::fill(block.all[i], block.all[i] + WIDE_ROW, 0);
-  }
-  if (a.planes)
-    count_planes(a, group, i0, lines, o0, count, block.raise, block.all);
-  else
-    count_implied(u, a, group, i0, lines, o0, count, block.raise, block.all);
   const UpdateLaw s = u.law;
   alignas(64) float z[2][WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW];
   for (i64 i = 0; i < lines; ++i) {
@@ -548,8 +661,7 @@ void wear_row(const Update& u, const Place& at, const i32* more, i64 count, i32*
 }
 
 template <class L, bool IMPLICIT>
-void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0) {
-  static thread_local Block block;
+void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, Block& block) {
   block.counted = a.pulse_count != nullptr;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const float inverse_range = 1.0f / u.range;
@@ -599,6 +711,31 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
   transpose(weight[0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
 }
 
+// All blocks of rows x cols devices from a corner on, whose coincidences are counted together.
+template <class L, bool IMPLICIT>
+void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, i64 rows, i64 cols) {
+  static thread_local Coincidences together;
+  static thread_local Block block;
+  const bool many_outputs = a.errors.held == Held::OVER_LINES, many_inputs = a.inputs.held == Held::OVER_LINES;
+  if (many_outputs) together.count(a, u.batch, a.inputs, a.errors, group, i0, o0);
+  if (many_inputs) together.count(a, u.batch, a.errors, a.inputs, group, o0, i0);
+  for (i64 i = i0; i < std::min(i0 + rows, u.inputs); i += LINES)
+    for (i64 o = o0; o < std::min(o0 + cols, u.outputs); o += WIDE_ROW) {
+      if (many_outputs) {
+        for (i64 line = 0; line < LINES; ++line) {
+          std::copy_n(together.raise[line] + (o - o0), WIDE_ROW, block.raise[line]);
+          std::copy_n(together.all[line] + (o - o0), WIDE_ROW, block.all[line]);
+        }
+      } else if (many_inputs) {
+        transpose(together.raise[0] + (i - i0), ACROSS, WIDE_ROW, LINES, block.raise[0], WIDE_ROW);
+        transpose(together.all[0] + (i - i0), ACROSS, WIDE_ROW, LINES, block.all[0], WIDE_ROW);
+      } else if (aggregated) {
+        count_implied(u, a, group, i, o, block.raise, block.all);
+      }
+      update_block<L, IMPLICIT>(u, a, aggregated, group, i, o, block);
+    }
+}
+
 }  // namespace
 
 extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, i64 x_size,
@@ -607,13 +744,14 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
                                      const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
   const DeviceMap map{device_map, 2 * u.slices.count * u.groups * u.inputs * u.outputs};
-  const bool planes = aggregated && !u.train.implicit;
-  const auto trains = [&](u32* words, i64 count) {
-    const i64 together = planes ? 2 * WIDE : EIGHT;
-    return Trains{words, count, (count + together - 1) / together * together, u.blocks()};
+  // the side of fewer lines has fewer slots to go through
+  const bool bits = aggregated && !u.train.implicit, many_inputs = u.inputs > u.outputs;
+  const auto trains = [&](u32* words, i64 count, bool many) {
+    const Held held = !bits ? Held::WHOLE : many ? Held::OVER_LINES : Held::OVER_SAMPLES;
+    return Trains{words, count, (count + WORD - 1) / WORD * WORD, u.samples(), held};
   };
-  const Trains wordlines = trains(inputs, u.inputs), bitlines = trains(errors, u.outputs);
-  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots, planes};
+  const Trains wordlines = trains(inputs, u.inputs, many_inputs), bitlines = trains(errors, u.outputs, !many_inputs);
+  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots};
   bad[0] = count_not_finite(x, x_size);
   bad[1] = count_not_finite(d, d_size);
   if (bad[0] + bad[1]) return;
@@ -622,9 +760,10 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
     Trainer trainer(u, a);
 #pragma omp for collapse(2) schedule(static)
     for (i64 group = 0; group < u.groups; ++group)
-      for (i64 block = 0; block < u.blocks(); ++block) trainer.fire(group, block);
+      for (i64 block = 0; block < u.samples() / SAMPLES; ++block) trainer.fire(group, block);
   }
-  const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
+  const i64 rows = bits && many_inputs ? ACROSS : LINES, cols = bits && !many_inputs ? ACROSS : WIDE_ROW;
+  const i64 row_blocks = (u.inputs + rows - 1) / rows, col_blocks = (u.outputs + cols - 1) / cols;
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;
 #pragma omp parallel for collapse(3) schedule(dynamic)
@@ -632,8 +771,8 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
       for (i64 rb = 0; rb < row_blocks; ++rb)
         for (i64 cb = 0; cb < col_blocks; ++cb)
           if (u.train.implicit)
-            update_block<L, true>(u, a, aggregated != 0, group, rb * LINES, cb * WIDE_ROW);
+            update_blocks<L, true>(u, a, aggregated != 0, group, rb * rows, cb * cols, rows, cols);
           else
-            update_block<L, false>(u, a, aggregated != 0, group, rb * LINES, cb * WIDE_ROW);
+            update_blocks<L, false>(u, a, aggregated != 0, group, rb * rows, cb * cols, rows, cols);
   });
 }
