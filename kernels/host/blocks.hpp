@@ -1,6 +1,6 @@
 // Blocks of cells and their merge, the exact network of a tile with wires: effective conductances and their gradients.
 //
-// Leaves of 8 x 8 cells are merged 16 at a time, one leaf a vector lane; above them every merge is a handful of
+// Leaves of 8 x 8 cells are merged in groups, one leaf a vector lane; above them every merge is a handful of
 // small matrix products in a register-tiled kernel, depth first, so that a thread's blocks stay in its second cache.
 // Only what the tile's result needs is computed: blocks at the far ends have no port there, and the admittances of the
 // near ends are left out. Meaning and oracle: gpuxbar/reference/effective_conductance.py.
@@ -14,9 +14,9 @@
 
 namespace gpuxbar::blocks {
 
-constexpr int LEAF = 8;   // cells along a leaf's side; every block is a multiple of it
-constexpr int GROUP = 4;  // leaves along the side of a group
-constexpr int LEAVES = GROUP * GROUP;
+constexpr int LEAF = 8;  // cells along a leaf's side; every block is a multiple of it
+constexpr int GROUP_WIDE = 4, GROUP_HIGH = LANES / GROUP_WIDE;  // leaves along the sides of a group
+constexpr int LEAVES = LANES;
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16, MICRO = 8;  // floats of a vector, rows of the register tile
 #else
@@ -25,7 +25,7 @@ constexpr int WIDTH = 8, MICRO = 4;
 
 typedef float Lane __attribute__((vector_size(4 * LEAVES)));  // one value of every leaf of a group
 
-// The first `count` of 16 floats, the others 0.
+// The first `count` of LEAVES floats, the others 0.
 inline Lane some(const float* from, i64 count) {
   Lane x = {};
   if (count >= LEAVES)
@@ -377,15 +377,19 @@ struct Lines {
 struct Cut {
   bool along_rows;
   i64 a[4], b[4];
-  Cut(i64 r0, i64 r1, i64 c0, i64 c1, bool inside) : along_rows(c1 - c0 > r1 - r0) {
-    const i64 unit = inside ? 1 : GROUP;
-    const i64 i = r0 + ((r1 - r0) / 2 + unit - 1) / unit * unit, j = c0 + ((c1 - c0) / 2 + unit - 1) / unit * unit;
+  Cut(i64 r0, i64 r1, i64 c0, i64 c1, bool inside) {
+    const i64 high = inside ? 1 : GROUP_HIGH, wide = inside ? 1 : GROUP_WIDE;
+    along_rows = c1 - c0 > wide && (c1 - c0 > r1 - r0 || r1 - r0 <= high);
+    const i64 i = r0 + ((r1 - r0) / 2 + high - 1) / high * high, j = c0 + ((c1 - c0) / 2 + wide - 1) / wide * wide;
     const i64 left[4] = {r0, r1, c0, j}, right[4] = {r0, r1, j, c1}, lower[4] = {i, r1, c0, c1},
               upper[4] = {r0, i, c0, c1};
     std::copy_n(along_rows ? left : lower, 4, a);
     std::copy_n(along_rows ? right : upper, 4, b);
   }
 };
+
+// Of the leaf at (r, c) in its group.
+inline i64 lane_of(i64 r, i64 c) { return r % GROUP_HIGH * GROUP_WIDE + c % GROUP_WIDE; }
 
 // Blocks that are kept, by their place: the halves of block n are 2 n + 1 and 2 n + 2.
 template <class E>
@@ -456,7 +460,7 @@ struct Builder {
   void segments(i64 r0, i64 c0, i64 i, i64 j, Lane& device, Lane& left, Lane& below) const {
     device = left = below = Lane{};
     for (int lane = 0; lane < LEAVES; ++lane) {
-      const i64 row = (r0 + lane / GROUP) * LEAF + i - pad, col = (c0 + lane % GROUP) * LEAF + j;
+      const i64 row = (r0 + lane / GROUP_WIDE) * LEAF + i - pad, col = (c0 + lane % GROUP_WIDE) * LEAF + j;
       if (row < 0 || row >= rows || col >= cols) continue;
       device[lane] = g[row * cols + col];
       left[lane] = col ? lines.wordline[row] : lines.source[row];
@@ -485,13 +489,13 @@ struct Builder {
                      u64 node = 0) {
     Stack<float>&results = blocks.stack[depth & 1], &parts = blocks.stack[~depth & 1];
     const i64 r = r1 - r0, c = c1 - c0;
-    const bool entered = !inside && r <= GROUP && c <= GROUP;
+    const bool entered = !inside && r <= GROUP_HIGH && c <= GROUP_WIDE;
     Tree<float>* const tree = inside ? inner : outer;
     Block<float> out;
     if (r == 1 && c == 1 && (inside || entered)) {
       constexpr i64 SIDE = 4 * LEAF;
       if (entered) group = leaves(r0, c0, results);
-      const i64 lane = r0 % GROUP * GROUP + c0 % GROUP;
+      const i64 lane = lane_of(r0, c0);
       out = {group + lane * SIDE * SIDE,
              SIDE,
              {0, LEAF, 2 * LEAF, 3 * LEAF},
