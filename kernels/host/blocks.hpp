@@ -19,8 +19,10 @@ constexpr int GROUP_WIDE = 4, GROUP_HIGH = LANES / GROUP_WIDE;  // leaves along 
 constexpr int LEAVES = LANES;
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16, MICRO = 8;  // floats of a vector, rows of the register tile
+constexpr int ACROSS = 4;             // columns of that of lanes
 #else
 constexpr int WIDTH = 8, MICRO = 4;
+constexpr int ACROSS = 2;
 #endif
 
 typedef float Lane __attribute__((vector_size(4 * LEAVES)));  // one value of every leaf of a group
@@ -40,9 +42,10 @@ inline Lane some(const float* from, i64 count) {
 template <int STEP, int COLS>
 void tile_column(i64 rows, i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
                  float sign, float* c, i64 ldc) {
-  for (i64 i = 0; i < rows; i += MICRO)
-    register_tile<STEP, MICRO, COLS>(depth, at + i, lda, b, ldb, c0 ? c0 + i * ldc0 : nullptr, ldc0, sign, c + i * ldc,
-                                     ldc);
+  constexpr int ROWS = COLS > 1 ? MICRO : 8;  // fewer sums would wait for each other
+  for (i64 i = 0; i < rows; i += ROWS)
+    register_tile<STEP, ROWS, COLS>(depth, at + i, lda, b, ldb, c0 ? c0 + i * ldc0 : nullptr, ldc0, sign, c + i * ldc,
+                                    ldc);
 }
 
 // c = c0 + sign at' b: at [depth, rows], b [depth, cols]; rows and cols are multiples of 8. One copy of it: with its loops in
@@ -58,29 +61,37 @@ __attribute__((noinline)) inline void product(i64 rows, i64 cols, i64 depth, con
     tile_column<8, 1>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
 }
 
-template <int SIDE>
+template <int ROWS, int COLS>
 inline void lane_tile(i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0, i64 ldc0, float sign,
                       Lane* c, i64 ldc) {
-  Lane sum[SIDE][SIDE] = {};
+  Lane sum[ROWS][COLS] = {};
   for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
+    Lane along[COLS];
 #pragma GCC unroll 4
-    for (int i = 0; i < SIDE; ++i)
+    for (int j = 0; j < COLS; ++j) {
+      along[j] = b[j];
+    }
 #pragma GCC unroll 4
-      for (int j = 0; j < SIDE; ++j) sum[i][j] += at[i] * b[j];
+    for (int i = 0; i < ROWS; ++i) {
+      Lane left = at[i];
+
+#pragma GCC unroll 4
+      for (int j = 0; j < COLS; ++j) sum[i][j] += left * along[j];
+    }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < SIDE; ++i)
+  for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < SIDE; ++j) c[i * ldc + j] = (c0 ? c0[i * ldc0 + j] : Lane{}) + sign * sum[i][j];
+    for (int j = 0; j < COLS; ++j) c[i * ldc + j] = (c0 ? c0[i * ldc0 + j] : Lane{}) + sign * sum[i][j];
 }
 
-template <int SIDE>
+template <int ROWS, int COLS>
 GPUXBAR_METHOD void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb,
                                  const Lane* c0, i64 ldc0, float sign, Lane* c, i64 ldc) {
-  for (i64 i = 0; i < rows; i += SIDE)
-    for (i64 j = 0; j < cols; j += SIDE)
-      lane_tile<SIDE>(depth, at + i, lda, b + j, ldb, c0 ? c0 + i * ldc0 + j : nullptr, ldc0, sign, c + i * ldc + j,
-                      ldc);
+  for (i64 i = 0; i < rows; i += ROWS)
+    for (i64 j = 0; j < cols; j += COLS)
+      lane_tile<ROWS, COLS>(depth, at + i, lda, b + j, ldb, c0 ? c0 + i * ldc0 + j : nullptr, ldc0, sign,
+                            c + i * ldc + j, ldc);
 }
 
 // The same for a matrix in every lane; sizes are 1, 2, 4 or 8.
@@ -92,11 +103,11 @@ GPUXBAR_METHOD void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 l
     return;
   }
   if (least >= 4)
-    lane_product<4>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+    lane_product<4, ACROSS>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
   else if (least == 2)
-    lane_product<2>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+    lane_product<2, 2>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
   else
-    lane_product<1>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+    lane_product<1, 1>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
 }
 
 // ---------------------------------------------------------------- transposes and inverse
@@ -115,7 +126,7 @@ inline void mirror_tile(const float* from, i64 ld_from, float* to, i64 ld_to) {
 }
 
 // to = from', from [rows, cols]; rows and cols are multiples of 8.
-inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
+__attribute__((noinline)) inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
   const i64 high = rows / WIDTH * WIDTH, wide = cols / WIDTH * WIDTH;
   for (i64 i = 0; i < high; i += WIDTH)
     for (i64 j = 0; j < wide; j += WIDTH)
@@ -401,6 +412,15 @@ struct Tree {
   }
 };
 
+// The cells of the leaves of a group with the segments before and below them, one leaf a lane; open cells where the tile ends.
+struct GroupCells {
+  Lane device[LEAF][LEAF];
+  Lane left[LEAF], first[LEAF];  // of rows: segments, and what is before the leaf's first cell
+  Lane below[LEAF], last[LEAF];  // of columns: segments, and what is below the leaf's last cell
+  const Lane& before(i64 i, i64 j) const { return j ? left[i] : first[i]; }
+  const Lane& under(i64 i, i64 j) const { return i + 1 < LEAF ? below[j] : last[j]; }
+};
+
 // Builds the blocks of one tile; its rows are padded to leaves at the top, its columns at the right.
 struct Builder {
   i64 rows, cols;       // of cells
@@ -408,6 +428,7 @@ struct Builder {
   bool admittances;     // whether the tile's outer admittances are wanted
   Lines lines;
   const float* g = nullptr;
+  GroupCells fetched;
   Stacks<float> blocks;
   Stacks<Lane> lanes;
   Tree<float>*outer = nullptr, *inner = nullptr;  // blocks to keep, on stack 0: of whole groups, inside a group
@@ -422,62 +443,85 @@ struct Builder {
         admittances(admittances),
         lines(lines) {}
 
-  // ROWS x COLS cells from (i, j) on of every leaf of the group whose first leaf is (r0, c0).
+  // Where the leaf of a lane of the group at (r0, c0) begins.
+  i64 row_of(i64 r0, i64 lane) const { return (r0 + lane / GROUP_WIDE) * LEAF - pad; }
+  i64 col_of(i64 c0, i64 lane) const { return (c0 + lane % GROUP_WIDE) * LEAF; }
+
+  // The cells of the group at (r0, c0).
+  void fetch(i64 r0, i64 c0) {
+    constexpr i64 ROWS = LEAVES / LEAF;  // of a leaf, in one vector
+    for (i64 i = 0; i < LEAF; i += ROWS) {
+      Lane square[LEAVES] = {};
+      for (i64 lane = 0; lane < LEAVES; ++lane)
+        for (i64 n = 0; n < ROWS; ++n) {
+          const i64 row = row_of(r0, lane) + i + n, col = col_of(c0, lane);
+          if (row < 0 || row >= rows || col >= cols) continue;
+          float* const to = (float*)(square + lane) + n * LEAF;
+          if (col + LEAF <= cols)
+            std::memcpy(to, g + row * cols + col, sizeof(float) * LEAF);
+          else
+            std::copy(g + row * cols + col, g + (row + 1) * cols, to);
+        }
+      swap_lanes<1>(square);
+      std::copy(square, square + LEAVES, fetched.device[i]);
+    }
+    for (i64 i = 0; i < LEAF; ++i)
+      for (i64 lane = 0; lane < LEAVES; ++lane) {
+        const i64 row = row_of(r0, lane) + i, col = col_of(c0, lane) + i;
+        const bool high = row >= 0 && row < rows, wide = col < cols;
+        fetched.left[i][lane] = high ? lines.wordline[row] : 0.0f;
+        fetched.first[i][lane] = high ? (col_of(c0, lane) ? lines.wordline : lines.source)[row] : 0.0f;
+        fetched.below[i][lane] = wide ? lines.bitline[col] : 0.0f;
+        fetched.last[i][lane] = wide ? (row_of(r0, lane) + LEAF < rows ? lines.bitline : lines.sink)[col] : 0.0f;
+      }
+  }
+
+  // ROWS x COLS cells from (i, j) on of every leaf of the group; by sides, 2 (ROWS + COLS) squared.
   template <int ROWS, int COLS>
-  Block<Lane> cells(i64 r0, i64 c0, i64 i, i64 j, int depth, u64 node = 0) {
+  Lane* cells(i64 i, i64 j, int depth, u64 node = 0) {
     Stack<Lane>&results = lanes.stack[depth & 1], &parts = lanes.stack[~depth & 1];
-    Block<Lane> out;
+    Lane* out;
     if constexpr (ROWS == 1 && COLS == 1) {
-      out = cell(r0, c0, i, j, results);
+      out = cell(i, j, results);
     } else {
       constexpr bool along_rows = COLS > ROWS;
       constexpr int H = along_rows ? ROWS : ROWS / 2, W = along_rows ? COLS / 2 : COLS;
       const i64 mark = parts.top;
       const int below = kept_cells ? depth : depth + 1;
-      Lane* const qa = cells<H, W>(r0, c0, along_rows ? i : i + H, j, below, 2 * node + 1).q;
-      Lane* const qb = cells<H, W>(r0, c0, i, along_rows ? j + W : j, below, 2 * node + 2).q;
-      const Block<Lane> a{qa, 2 * (H + W), {0, H, 2 * H, 2 * H + W}, {H, H, W, W}};
-      const Block<Lane> b{qb, 2 * (H + W), {0, H, 2 * H, 2 * H + W}, {H, H, W, W}};
-      out = merge(a, b, along_rows, Wanted{true, true}, results, parts);
+      Lane* const a = cells<H, W>(along_rows ? i : i + H, j, below, 2 * node + 1);
+      Lane* const b = cells<H, W>(i, along_rows ? j + W : j, below, 2 * node + 2);
+      out = merge(block<H, W>(a), block<H, W>(b), along_rows, Wanted{true, true}, results, parts).q;
       parts.top = mark;
     }
-    if (kept_cells) kept_cells->put(node, out);
+    if (kept_cells) kept_cells->put(node, block<ROWS, COLS>(out));
     return out;
   }
 
-  Block<Lane> cell(i64 r0, i64 c0, i64 i, i64 j, Stack<Lane>& results) {
-    const Block<Lane> out{results.take(16), 4, {0, 1, 2, 3}, {1, 1, 1, 1}};
+  template <int ROWS, int COLS>
+  static Block<Lane> block(Lane* q) {
+    return {q, 2 * (ROWS + COLS), {0, ROWS, 2 * ROWS, 2 * ROWS + COLS}, {ROWS, ROWS, COLS, COLS}};
+  }
+
+  Lane* cell(i64 i, i64 j, Stack<Lane>& results) const {
+    Lane* const out = results.take(16);
     if (lanes.counting()) return out;
-    Lane device, left, below;
-    segments(r0, c0, i, j, device, left, below);
-    const CellPorts<Lane> p = cell_ports(device, left, below);
+    const CellPorts<Lane> p = cell_ports(fetched.device[i][j], fetched.before(i, j), fetched.under(i, j));
     const Lane q[16] = {p.ll, p.lr, p.lt, p.lb, p.lr, p.rr, p.rt, p.rb, p.lt, p.rt, p.tt, p.tb, p.lb, p.rb, p.tb, p.bb};
-    std::copy(q, q + 16, out.q);
+    std::copy(q, q + 16, out);
     return out;
-  }
-
-  // A cell of every leaf with the segments before and below it; open cells where the tile ends.
-  void segments(i64 r0, i64 c0, i64 i, i64 j, Lane& device, Lane& left, Lane& below) const {
-    device = left = below = Lane{};
-    for (int lane = 0; lane < LEAVES; ++lane) {
-      const i64 row = (r0 + lane / GROUP_WIDE) * LEAF + i - pad, col = (c0 + lane % GROUP_WIDE) * LEAF + j;
-      if (row < 0 || row >= rows || col >= cols) continue;
-      device[lane] = g[row * cols + col];
-      left[lane] = col ? lines.wordline[row] : lines.source[row];
-      below[lane] = row + 1 < rows ? lines.bitline[col] : lines.sink[col];
-    }
   }
 
   // The leaves of the group at (r0, c0), each a matrix of its own, one after the other.
   float* leaves(i64 r0, i64 c0, Stack<float>& results) {
     constexpr i64 SIZE = 4 * LEAF * 4 * LEAF;
     float* const out = results.take(LEAVES * SIZE);
-    const Block<Lane> block = cells<LEAF, LEAF>(r0, c0, 0, 0, 0);
+    if (!lanes.counting()) fetch(r0, c0);
+    const Lane* const q = cells<LEAF, LEAF>(0, 0, 0);
     if (!kept_cells) lanes.stack[0].top = 0;
     if (blocks.counting()) return out;
     for (i64 e0 = 0; e0 < SIZE; e0 += LEAVES) {
       Lane square[LEAVES];
-      std::copy(block.q + e0, block.q + e0 + LEAVES, square);
+      std::copy(q + e0, q + e0 + LEAVES, square);
       swap_lanes<1>(square);
       for (int lane = 0; lane < LEAVES; ++lane) std::memcpy(out + lane * SIZE + e0, square + lane, sizeof(Lane));
     }

@@ -272,15 +272,14 @@ struct Adjoint {
 
   void cell(i64 r0, i64 c0, i64 i, i64 j, const Gradient<Lane>& whole) {
     if (!lane_grads.base) return;
-    Lane device, left, below;
-    builder.segments(r0, c0, i, j, device, left, below);
+    const GroupCells& cells = builder.fetched;
     Lane voltage[4];
-    cell_voltage(device, left, below, voltage);
+    cell_voltage(cells.device[i][j], cells.before(i, j), cells.under(i, j), voltage);
     Lane sum = {};
     for (int s = 0; s < 4; ++s)
       for (int t = 0; t < 4; ++t) sum += voltage[s] * *whole.at[s][t] * voltage[t];
     for (int lane = 0; lane < LEAVES; ++lane) {
-      const i64 row = (r0 + lane / GROUP_WIDE) * LEAF + i - builder.pad, col = (c0 + lane % GROUP_WIDE) * LEAF + j;
+      const i64 row = builder.row_of(r0, lane) + i, col = builder.col_of(c0, lane) + j;
       if (row >= 0 && row < builder.rows && col < builder.cols) out[row * builder.cols + col] = sum[lane];
     }
   }
