@@ -35,6 +35,10 @@ struct Floats<8> {
   typedef float Vec __attribute__((vector_size(32), aligned(4)));
 };
 template <>
+struct Floats<4> {
+  typedef float Vec __attribute__((vector_size(16), aligned(4)));
+};
+template <>
 struct Floats<1> {
   typedef float Vec;
 };
