@@ -66,18 +66,10 @@ inline void lane_tile(i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb
                       Lane* c, i64 ldc) {
   Lane sum[ROWS][COLS] = {};
   for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
-    Lane along[COLS];
 #pragma GCC unroll 4
-    for (int j = 0; j < COLS; ++j) {
-      along[j] = b[j];
-    }
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i) {
-      Lane left = at[i];
-
-#pragma GCC unroll 4
-      for (int j = 0; j < COLS; ++j) sum[i][j] += left * along[j];
-    }
+      for (int j = 0; j < COLS; ++j) sum[i][j] += at[i] * b[j];
   }
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i)
