@@ -133,7 +133,7 @@ class Solver {
       for (i64 r = 0; r < rows; ++r) lane(at_w[r], l) = v && l < count ? scale[l].down * v[l * rows + r] : 0.0f;
       for (i64 c = 0; c < cols; ++c) lane(at_b[c], l) = drive && l < count ? scale[l].down * drive[l * cols + c] : 0.0f;
     }
-    double norm[COUNT], start[COUNT], power[COUNT], next[COUNT];
+    double norm[COUNT] = {}, start[COUNT], power[COUNT], next[COUNT];
     wordlines(at_w, [](i64) { return Vec{}; }, [this](i64 e, Vec volts) { return u[e] = volts, Vec{}; }, start);
     bitlines(
         at_b, [this](i64 e) { return g[e] * u[e]; },
