@@ -1,6 +1,6 @@
 // Blocks of cells and their merge, the exact network of a tile with wires: effective conductances and their gradients.
 //
-// Leaves of 8 x 8 cells are merged 16 at a time, one leaf a vector lane; above them every merge is a handful of
+// Leaves of 8 x 8 cells are merged in groups, one leaf a vector lane; above them every merge is a handful of
 // small matrix products in a register-tiled kernel, depth first, so that a thread's blocks stay in its second cache.
 // Only what the tile's result needs is computed: blocks at the far ends have no port there, and the admittances of the
 // near ends are left out. Meaning and oracle: gpuxbar/reference/effective_conductance.py.
@@ -14,18 +14,20 @@
 
 namespace gpuxbar::blocks {
 
-constexpr int LEAF = 8;   // cells along a leaf's side; every block is a multiple of it
-constexpr int GROUP = 4;  // leaves along the side of a group
-constexpr int LEAVES = GROUP * GROUP;
+constexpr int LEAF = 8;  // cells along a leaf's side; every block is a multiple of it
+constexpr int GROUP_WIDE = 4, GROUP_HIGH = LANES / GROUP_WIDE;  // leaves along the sides of a group
+constexpr int LEAVES = LANES;
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16, MICRO = 8;  // floats of a vector, rows of the register tile
+constexpr int ACROSS = 4;             // columns of that of lanes
 #else
 constexpr int WIDTH = 8, MICRO = 4;
+constexpr int ACROSS = 2;
 #endif
 
 typedef float Lane __attribute__((vector_size(4 * LEAVES)));  // one value of every leaf of a group
 
-// The first `count` of 16 floats, the others 0.
+// The first `count` of LEAVES floats, the others 0.
 inline Lane some(const float* from, i64 count) {
   Lane x = {};
   if (count >= LEAVES)
@@ -40,9 +42,10 @@ inline Lane some(const float* from, i64 count) {
 template <int STEP, int COLS>
 void tile_column(i64 rows, i64 depth, const float* at, i64 lda, const float* b, i64 ldb, const float* c0, i64 ldc0,
                  float sign, float* c, i64 ldc) {
-  for (i64 i = 0; i < rows; i += MICRO)
-    register_tile<STEP, MICRO, COLS>(depth, at + i, lda, b, ldb, c0 ? c0 + i * ldc0 : nullptr, ldc0, sign, c + i * ldc,
-                                     ldc);
+  constexpr int ROWS = COLS > 1 ? MICRO : 8;  // fewer sums would wait for each other
+  for (i64 i = 0; i < rows; i += ROWS)
+    register_tile<STEP, ROWS, COLS>(depth, at + i, lda, b, ldb, c0 ? c0 + i * ldc0 : nullptr, ldc0, sign, c + i * ldc,
+                                    ldc);
 }
 
 // c = c0 + sign at' b: at [depth, rows], b [depth, cols]; rows and cols are multiples of 8. One copy of it: with its loops in
@@ -58,29 +61,29 @@ __attribute__((noinline)) inline void product(i64 rows, i64 cols, i64 depth, con
     tile_column<8, 1>(rows, depth, at, lda, b + j, ldb, c0 ? c0 + j : nullptr, ldc0, sign, c + j, ldc);
 }
 
-template <int SIDE>
+template <int ROWS, int COLS>
 inline void lane_tile(i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb, const Lane* c0, i64 ldc0, float sign,
                       Lane* c, i64 ldc) {
-  Lane sum[SIDE][SIDE] = {};
+  Lane sum[ROWS][COLS] = {};
   for (i64 k = 0; k < depth; ++k, at += lda, b += ldb) {
 #pragma GCC unroll 4
-    for (int i = 0; i < SIDE; ++i)
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < SIDE; ++j) sum[i][j] += at[i] * b[j];
+      for (int j = 0; j < COLS; ++j) sum[i][j] += at[i] * b[j];
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < SIDE; ++i)
+  for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < SIDE; ++j) c[i * ldc + j] = (c0 ? c0[i * ldc0 + j] : Lane{}) + sign * sum[i][j];
+    for (int j = 0; j < COLS; ++j) c[i * ldc + j] = (c0 ? c0[i * ldc0 + j] : Lane{}) + sign * sum[i][j];
 }
 
-template <int SIDE>
+template <int ROWS, int COLS>
 GPUXBAR_METHOD void lane_product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 lda, const Lane* b, i64 ldb,
                                  const Lane* c0, i64 ldc0, float sign, Lane* c, i64 ldc) {
-  for (i64 i = 0; i < rows; i += SIDE)
-    for (i64 j = 0; j < cols; j += SIDE)
-      lane_tile<SIDE>(depth, at + i, lda, b + j, ldb, c0 ? c0 + i * ldc0 + j : nullptr, ldc0, sign, c + i * ldc + j,
-                      ldc);
+  for (i64 i = 0; i < rows; i += ROWS)
+    for (i64 j = 0; j < cols; j += COLS)
+      lane_tile<ROWS, COLS>(depth, at + i, lda, b + j, ldb, c0 ? c0 + i * ldc0 + j : nullptr, ldc0, sign,
+                            c + i * ldc + j, ldc);
 }
 
 // The same for a matrix in every lane; sizes are 1, 2, 4 or 8.
@@ -92,11 +95,11 @@ GPUXBAR_METHOD void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 l
     return;
   }
   if (least >= 4)
-    lane_product<4>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+    lane_product<4, ACROSS>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
   else if (least == 2)
-    lane_product<2>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+    lane_product<2, 2>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
   else
-    lane_product<1>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
+    lane_product<1, 1>(rows, cols, depth, at, lda, b, ldb, c0, ldc0, sign, c, ldc);
 }
 
 // ---------------------------------------------------------------- transposes and inverse
@@ -115,7 +118,7 @@ inline void mirror_tile(const float* from, i64 ld_from, float* to, i64 ld_to) {
 }
 
 // to = from', from [rows, cols]; rows and cols are multiples of 8.
-inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
+__attribute__((noinline)) inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
   const i64 high = rows / WIDTH * WIDTH, wide = cols / WIDTH * WIDTH;
   for (i64 i = 0; i < high; i += WIDTH)
     for (i64 j = 0; j < wide; j += WIDTH)
@@ -377,15 +380,19 @@ struct Lines {
 struct Cut {
   bool along_rows;
   i64 a[4], b[4];
-  Cut(i64 r0, i64 r1, i64 c0, i64 c1, bool inside) : along_rows(c1 - c0 > r1 - r0) {
-    const i64 unit = inside ? 1 : GROUP;
-    const i64 i = r0 + ((r1 - r0) / 2 + unit - 1) / unit * unit, j = c0 + ((c1 - c0) / 2 + unit - 1) / unit * unit;
+  Cut(i64 r0, i64 r1, i64 c0, i64 c1, bool inside) {
+    const i64 high = inside ? 1 : GROUP_HIGH, wide = inside ? 1 : GROUP_WIDE;
+    along_rows = c1 - c0 > wide && (c1 - c0 > r1 - r0 || r1 - r0 <= high);
+    const i64 i = r0 + ((r1 - r0) / 2 + high - 1) / high * high, j = c0 + ((c1 - c0) / 2 + wide - 1) / wide * wide;
     const i64 left[4] = {r0, r1, c0, j}, right[4] = {r0, r1, j, c1}, lower[4] = {i, r1, c0, c1},
               upper[4] = {r0, i, c0, c1};
     std::copy_n(along_rows ? left : lower, 4, a);
     std::copy_n(along_rows ? right : upper, 4, b);
   }
 };
+
+// Of the leaf at (r, c) in its group.
+inline i64 lane_of(i64 r, i64 c) { return r % GROUP_HIGH * GROUP_WIDE + c % GROUP_WIDE; }
 
 // Blocks that are kept, by their place: the halves of block n are 2 n + 1 and 2 n + 2.
 template <class E>
@@ -397,6 +404,15 @@ struct Tree {
   }
 };
 
+// The cells of the leaves of a group with the segments before and below them, one leaf a lane; open cells where the tile ends.
+struct GroupCells {
+  Lane device[LEAF][LEAF];
+  Lane left[LEAF], first[LEAF];  // of rows: segments, and what is before the leaf's first cell
+  Lane below[LEAF], last[LEAF];  // of columns: segments, and what is below the leaf's last cell
+  const Lane& before(i64 i, i64 j) const { return j ? left[i] : first[i]; }
+  const Lane& under(i64 i, i64 j) const { return i + 1 < LEAF ? below[j] : last[j]; }
+};
+
 // Builds the blocks of one tile; its rows are padded to leaves at the top, its columns at the right.
 struct Builder {
   i64 rows, cols;       // of cells
@@ -404,6 +420,7 @@ struct Builder {
   bool admittances;     // whether the tile's outer admittances are wanted
   Lines lines;
   const float* g = nullptr;
+  GroupCells fetched;
   Stacks<float> blocks;
   Stacks<Lane> lanes;
   Tree<float>*outer = nullptr, *inner = nullptr;  // blocks to keep, on stack 0: of whole groups, inside a group
@@ -418,62 +435,85 @@ struct Builder {
         admittances(admittances),
         lines(lines) {}
 
-  // ROWS x COLS cells from (i, j) on of every leaf of the group whose first leaf is (r0, c0).
+  // Where the leaf of a lane of the group at (r0, c0) begins.
+  i64 row_of(i64 r0, i64 lane) const { return (r0 + lane / GROUP_WIDE) * LEAF - pad; }
+  i64 col_of(i64 c0, i64 lane) const { return (c0 + lane % GROUP_WIDE) * LEAF; }
+
+  // The cells of the group at (r0, c0).
+  void fetch(i64 r0, i64 c0) {
+    constexpr i64 ROWS = LEAVES / LEAF;  // of a leaf, in one vector
+    for (i64 i = 0; i < LEAF; i += ROWS) {
+      Lane square[LEAVES] = {};
+      for (i64 lane = 0; lane < LEAVES; ++lane)
+        for (i64 n = 0; n < ROWS; ++n) {
+          const i64 row = row_of(r0, lane) + i + n, col = col_of(c0, lane);
+          if (row < 0 || row >= rows || col >= cols) continue;
+          float* const to = (float*)(square + lane) + n * LEAF;
+          if (col + LEAF <= cols)
+            std::memcpy(to, g + row * cols + col, sizeof(float) * LEAF);
+          else
+            std::copy(g + row * cols + col, g + (row + 1) * cols, to);
+        }
+      swap_lanes<1>(square);
+      std::copy(square, square + LEAVES, fetched.device[i]);
+    }
+    for (i64 i = 0; i < LEAF; ++i)
+      for (i64 lane = 0; lane < LEAVES; ++lane) {
+        const i64 row = row_of(r0, lane) + i, col = col_of(c0, lane) + i;
+        const bool high = row >= 0 && row < rows, wide = col < cols;
+        fetched.left[i][lane] = high ? lines.wordline[row] : 0.0f;
+        fetched.first[i][lane] = high ? (col_of(c0, lane) ? lines.wordline : lines.source)[row] : 0.0f;
+        fetched.below[i][lane] = wide ? lines.bitline[col] : 0.0f;
+        fetched.last[i][lane] = wide ? (row_of(r0, lane) + LEAF < rows ? lines.bitline : lines.sink)[col] : 0.0f;
+      }
+  }
+
+  // ROWS x COLS cells from (i, j) on of every leaf of the group; by sides, 2 (ROWS + COLS) squared.
   template <int ROWS, int COLS>
-  Block<Lane> cells(i64 r0, i64 c0, i64 i, i64 j, int depth, u64 node = 0) {
+  Lane* cells(i64 i, i64 j, int depth, u64 node = 0) {
     Stack<Lane>&results = lanes.stack[depth & 1], &parts = lanes.stack[~depth & 1];
-    Block<Lane> out;
+    Lane* out;
     if constexpr (ROWS == 1 && COLS == 1) {
-      out = cell(r0, c0, i, j, results);
+      out = cell(i, j, results);
     } else {
       constexpr bool along_rows = COLS > ROWS;
       constexpr int H = along_rows ? ROWS : ROWS / 2, W = along_rows ? COLS / 2 : COLS;
       const i64 mark = parts.top;
       const int below = kept_cells ? depth : depth + 1;
-      Lane* const qa = cells<H, W>(r0, c0, along_rows ? i : i + H, j, below, 2 * node + 1).q;
-      Lane* const qb = cells<H, W>(r0, c0, i, along_rows ? j + W : j, below, 2 * node + 2).q;
-      const Block<Lane> a{qa, 2 * (H + W), {0, H, 2 * H, 2 * H + W}, {H, H, W, W}};
-      const Block<Lane> b{qb, 2 * (H + W), {0, H, 2 * H, 2 * H + W}, {H, H, W, W}};
-      out = merge(a, b, along_rows, Wanted{true, true}, results, parts);
+      Lane* const a = cells<H, W>(along_rows ? i : i + H, j, below, 2 * node + 1);
+      Lane* const b = cells<H, W>(i, along_rows ? j + W : j, below, 2 * node + 2);
+      out = merge(block<H, W>(a), block<H, W>(b), along_rows, Wanted{true, true}, results, parts).q;
       parts.top = mark;
     }
-    if (kept_cells) kept_cells->put(node, out);
+    if (kept_cells) kept_cells->put(node, block<ROWS, COLS>(out));
     return out;
   }
 
-  Block<Lane> cell(i64 r0, i64 c0, i64 i, i64 j, Stack<Lane>& results) {
-    const Block<Lane> out{results.take(16), 4, {0, 1, 2, 3}, {1, 1, 1, 1}};
+  template <int ROWS, int COLS>
+  static Block<Lane> block(Lane* q) {
+    return {q, 2 * (ROWS + COLS), {0, ROWS, 2 * ROWS, 2 * ROWS + COLS}, {ROWS, ROWS, COLS, COLS}};
+  }
+
+  Lane* cell(i64 i, i64 j, Stack<Lane>& results) const {
+    Lane* const out = results.take(16);
     if (lanes.counting()) return out;
-    Lane device, left, below;
-    segments(r0, c0, i, j, device, left, below);
-    const CellPorts<Lane> p = cell_ports(device, left, below);
+    const CellPorts<Lane> p = cell_ports(fetched.device[i][j], fetched.before(i, j), fetched.under(i, j));
     const Lane q[16] = {p.ll, p.lr, p.lt, p.lb, p.lr, p.rr, p.rt, p.rb, p.lt, p.rt, p.tt, p.tb, p.lb, p.rb, p.tb, p.bb};
-    std::copy(q, q + 16, out.q);
+    std::copy(q, q + 16, out);
     return out;
-  }
-
-  // A cell of every leaf with the segments before and below it; open cells where the tile ends.
-  void segments(i64 r0, i64 c0, i64 i, i64 j, Lane& device, Lane& left, Lane& below) const {
-    device = left = below = Lane{};
-    for (int lane = 0; lane < LEAVES; ++lane) {
-      const i64 row = (r0 + lane / GROUP) * LEAF + i - pad, col = (c0 + lane % GROUP) * LEAF + j;
-      if (row < 0 || row >= rows || col >= cols) continue;
-      device[lane] = g[row * cols + col];
-      left[lane] = col ? lines.wordline[row] : lines.source[row];
-      below[lane] = row + 1 < rows ? lines.bitline[col] : lines.sink[col];
-    }
   }
 
   // The leaves of the group at (r0, c0), each a matrix of its own, one after the other.
   float* leaves(i64 r0, i64 c0, Stack<float>& results) {
     constexpr i64 SIZE = 4 * LEAF * 4 * LEAF;
     float* const out = results.take(LEAVES * SIZE);
-    const Block<Lane> block = cells<LEAF, LEAF>(r0, c0, 0, 0, 0);
+    if (!lanes.counting()) fetch(r0, c0);
+    const Lane* const q = cells<LEAF, LEAF>(0, 0, 0);
     if (!kept_cells) lanes.stack[0].top = 0;
     if (blocks.counting()) return out;
     for (i64 e0 = 0; e0 < SIZE; e0 += LEAVES) {
       Lane square[LEAVES];
-      std::copy(block.q + e0, block.q + e0 + LEAVES, square);
+      std::copy(q + e0, q + e0 + LEAVES, square);
       swap_lanes<1>(square);
       for (int lane = 0; lane < LEAVES; ++lane) std::memcpy(out + lane * SIZE + e0, square + lane, sizeof(Lane));
     }
@@ -485,13 +525,13 @@ struct Builder {
                      u64 node = 0) {
     Stack<float>&results = blocks.stack[depth & 1], &parts = blocks.stack[~depth & 1];
     const i64 r = r1 - r0, c = c1 - c0;
-    const bool entered = !inside && r <= GROUP && c <= GROUP;
+    const bool entered = !inside && r <= GROUP_HIGH && c <= GROUP_WIDE;
     Tree<float>* const tree = inside ? inner : outer;
     Block<float> out;
     if (r == 1 && c == 1 && (inside || entered)) {
       constexpr i64 SIDE = 4 * LEAF;
       if (entered) group = leaves(r0, c0, results);
-      const i64 lane = r0 % GROUP * GROUP + c0 % GROUP;
+      const i64 lane = lane_of(r0, c0);
       out = {group + lane * SIDE * SIDE,
              SIDE,
              {0, LEAF, 2 * LEAF, 3 * LEAF},

@@ -34,7 +34,7 @@ struct Largest {
 
 // g times the shares of voltage and current that the tile's lines let through, each line on its own.
 // From the open end on, with 1 V there: the current grows by g u, the voltage by resistance times current; shares are
-// ratios to the voltage at the driven end. Every 16 cells are scaled anew, so that no line overflows.
+// ratios to the voltage at the driven end. Every LEAVES cells are scaled anew, so that no line overflows.
 class Ladder {
  public:
   // Whether all that was given, and all that was found, is finite and not negative.
@@ -43,7 +43,12 @@ class Ladder {
   };
 
  private:
-  i64 rows, cols, high, wide;  // high, wide: whole squares of 16, filled up with open cells at the open ends
+#if defined(__AVX512F__)
+  static constexpr int ABREAST = 8;  // vectors of bitlines at a time, with three values each in registers
+#else
+  static constexpr int ABREAST = 4;
+#endif
+  i64 rows, cols, high, wide;  // high, wide: whole squares of LEAVES, filled up with open cells at the open ends
   std::vector<float> wordline, bitline, source, sink;
 
   static std::vector<float> filled(const float* from, i64 count, i64 whole, i64 at) {
@@ -53,7 +58,7 @@ class Ladder {
   }
   bool whole() const { return rows == high && cols == wide; }
 
-  // COUNT vectors of bitlines from the top: what every 16 rows start with, and the inverse of what they end with.
+  // COUNT vectors of bitlines from the top: what every LEAVES rows start with, and the inverse of what they end with.
   template <int COUNT>
   void bitlines(const float* g, i64 c0, float* start, float* scale, Largest& given) const {
     Lane voltage[COUNT], current[COUNT], below[COUNT];
@@ -83,52 +88,95 @@ class Ladder {
     }
   }
 
-  Sound squares(const float* g, float* out, float* work) const {
-    Largest given, found;
-    float* const start = work;                          // [high / 16, wide] currents of the bitlines
-    float* const scale = start + high * wide / LEAVES;  // [high / 16, wide]
-    float* const reach = scale + high * wide / LEAVES;  // [wide]
-    float* const along = reach + wide;                  // [wide, 16]: voltages of 16 wordlines
-    float* const scale_along = along + wide * LEAVES;   // [wide / 16, 16]
-    i64 c = 0;
-    for (; c + 8 * LEAVES <= wide; c += 8 * LEAVES) bitlines<8>(g, c, start, scale, given);
-    for (; c < wide; c += LEAVES) bitlines<1>(g, c, start, scale, given);
-    std::fill(reach, reach + wide, 1.0f);
-    for (i64 r0 = high - LEAVES; r0 >= 0; r0 -= LEAVES) {  // 16 wordlines at a time, from the right
-      const Lane left = load(&wordline[r0]), first = load(&source[r0]);
-      Lane amperes = {}, square[LEAVES];
-      for (i64 c0 = wide - LEAVES; c0 >= 0; c0 -= LEAVES) {
-        for (int i = 0; i < LEAVES; ++i) square[i] = load(g + (r0 + i) * wide + c0);
-        swap_lanes<1>(square);
-        Lane volts = Lane{} + 1.0f;
-#pragma GCC unroll 16
-        for (int j = LEAVES - 1; j >= 0; --j) {
-          store(along + (c0 + j) * LEAVES, volts);
-          amperes += square[j] * volts;
-          volts += (c0 + j ? left : first) * amperes;
-        }
-        const Lane inverse = 1.0f / volts;
-        amperes *= inverse;
-        store(scale_along + c0, inverse);
+  // COUNT times LEAVES wordlines from r0 on, from the right: of a driver's voltage, what reaches their cells. By squares of cells,
+  // one column of squares after the other.
+  template <int COUNT>
+  void wordlines(const float* g, i64 r0, float* shares, float* scale) const {
+    Lane left[COUNT], first[COUNT], amperes[COUNT] = {}, volts[COUNT], square[COUNT][LEAVES];
+    for (int n = 0; n < COUNT; ++n)
+      left[n] = load(&wordline[r0 + n * LEAVES]), first[n] = load(&source[r0 + n * LEAVES]);
+    for (i64 c0 = wide - LEAVES; c0 >= 0; c0 -= LEAVES) {
+      for (int n = 0; n < COUNT; ++n) {
+        for (int i = 0; i < LEAVES; ++i) square[n][i] = load(g + (r0 + n * LEAVES + i) * wide + c0);
+        swap_lanes<1>(square[n]);
+        volts[n] = Lane{} + 1.0f;
       }
+#pragma GCC unroll 16
+      for (int j = LEAVES - 1; j >= 0; --j)
+        for (int n = 0; n < COUNT; ++n) {
+          store(shares + (n * wide + c0 + j) * LEAVES, volts[n]);
+          amperes[n] += square[n][j] * volts[n];
+          volts[n] += (c0 + j ? left[n] : first[n]) * amperes[n];
+        }
+      for (int n = 0; n < COUNT; ++n) {
+        const Lane inverse = 1.0f / volts[n];
+        amperes[n] *= inverse;
+        store(scale + n * wide + c0, inverse);
+      }
+    }
+    for (int n = 0; n < COUNT; ++n) {
       Lane share = Lane{} + 1.0f;
       for (i64 c0 = 0; c0 < wide; c0 += LEAVES) {
-        share *= load(scale_along + c0);
-        for (int j = 0; j < LEAVES; ++j) square[j] = share * load(along + (c0 + j) * LEAVES);
-        swap_lanes<1>(square);
-        const Lane reached = load(reach + c0) * load(scale + r0 / LEAVES * wide + c0), below = load(&bitline[c0]);
-        store(reach + c0, reached);
-        Lane voltage = reached, current = reached * load(start + r0 / LEAVES * wide + c0);
-#pragma GCC unroll 16
-        for (int i = 0; i < LEAVES; ++i) {
-          const Lane passed = load(g + (r0 + i) * wide + c0) * voltage;
-          const Lane left_over = passed * square[i];
-          found.see(left_over);
-          store(out + (r0 + i) * wide + c0, left_over);
-          current += passed;
-          voltage += below * current;
-        }
+        float* const at = shares + (n * wide + c0) * LEAVES;
+        share *= load(scale + n * wide + c0);
+        for (int j = 0; j < LEAVES; ++j) square[0][j] = share * load(at + j * LEAVES);
+        swap_lanes<1>(square[0]);
+        for (int i = 0; i < LEAVES; ++i) store(at + i * LEAVES, square[0][i]);
       }
+    }
+  }
+
+  // LEAVES rows of COUNT vectors of bitlines, from r0 and c0 on: `shares` of the wordlines' voltages times those of the currents
+  // that reach the lower ends.
+  template <int COUNT>
+  void cells(const float* g, float* out, i64 r0, i64 c0, const float* shares, const float* start, const float* scale,
+             float* reach, Largest& found) const {
+    Lane voltage[COUNT], current[COUNT], below[COUNT];
+    for (int k = 0; k < COUNT; ++k) {
+      const i64 c = c0 + k * LEAVES, block = r0 / LEAVES * wide + c;
+      voltage[k] = load(reach + c) * load(scale + block);
+      current[k] = voltage[k] * load(start + block);
+      below[k] = load(&bitline[c]);
+      store(reach + c, voltage[k]);
+    }
+    for (int i = 0; i < LEAVES; ++i)
+#pragma GCC unroll 8
+      for (int k = 0; k < COUNT; ++k) {
+        const i64 c = c0 + k * LEAVES;
+        const Lane passed = load(g + (r0 + i) * wide + c) * voltage[k];
+        const Lane left_over = passed * load(shares + (c + i) * LEAVES);
+        found.see(left_over);
+        store(out + (r0 + i) * wide + c, left_over);
+        current[k] += passed;
+        voltage[k] += below[k] * current[k];
+      }
+  }
+
+  Sound squares(const float* g, float* out, float* work) const {
+    Largest given, found;
+    float* const start = work;                          // [high / LEAVES, wide] currents of the bitlines
+    float* const scale = start + high * wide / LEAVES;  // [high / LEAVES, wide]
+    float* const reach = scale + high * wide / LEAVES;  // [wide]
+    float* const scale_along = reach + wide;            // [2, wide / LEAVES, LEAVES]
+    float* const shares = scale_along + 2 * wide;       // [2, wide, LEAVES]
+    i64 c = 0;
+    for (; c + ABREAST * LEAVES <= wide; c += ABREAST * LEAVES) bitlines<ABREAST>(g, c, start, scale, given);
+    for (; c < wide; c += LEAVES) bitlines<1>(g, c, start, scale, given);
+    std::fill(reach, reach + wide, 1.0f);
+    for (i64 end = high; end > 0;) {
+      const i64 groups = std::min<i64>(2, end / LEAVES), r0 = end - groups * LEAVES;
+      if (groups == 2)  // their sums do not wait for each other
+        wordlines<2>(g, r0, shares, scale_along);
+      else
+        wordlines<1>(g, r0, shares, scale_along);
+      for (i64 n = groups - 1; n >= 0; --n) {
+        const i64 r = r0 + n * LEAVES;
+        const float* const own = shares + n * wide * LEAVES;
+        for (c = 0; c + ABREAST * LEAVES <= wide; c += ABREAST * LEAVES)
+          cells<ABREAST>(g, out, r, c, own, start, scale, reach, found);
+        for (; c < wide; c += LEAVES) cells<1>(g, out, r, c, own, start, scale, reach, found);
+      }
+      end = r0;
     }
     return {given.sound(), found.sound()};
   }
@@ -145,7 +193,7 @@ class Ladder {
         sink(filled(lines.sink, cols, wide, 0)) {}
 
   // Floats that `solve` takes; 64-byte boundaries stay.
-  i64 work() const { return 2 * high * wide / LEAVES + wide * (LEAVES + 2) + (whole() ? 0 : high * wide); }
+  i64 work() const { return 2 * high * wide / LEAVES + wide * (2 * LEAVES + 3) + (whole() ? 0 : high * wide); }
 
   Sound solve(const float* g, float* out, float* work) const {
     if (whole()) return squares(g, out, work);

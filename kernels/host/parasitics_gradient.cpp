@@ -173,7 +173,7 @@ struct Adjoint {
  private:
   static constexpr i64 SIDE = 4 * LEAF;
 
-  static bool one_group(const i64* at) { return at[1] - at[0] <= GROUP && at[3] - at[2] <= GROUP; }
+  static bool one_group(const i64* at) { return at[1] - at[0] <= GROUP_HIGH && at[3] - at[2] <= GROUP_WIDE; }
 
   void build(const i64* at, bool inside, float* leaves, u64 node) {
     builder.build(at[0], at[1], at[2], at[3], 0, inside, leaves, node);
@@ -221,7 +221,7 @@ struct Adjoint {
   void inside(const i64* at, u64 node, float* leaf_grads, const Gradient<float>& whole) {
     if (at[1] - at[0] == 1 && at[3] - at[2] == 1) {
       if (!grads.base) return;
-      float* const leaf = leaf_grads + (at[0] % GROUP * GROUP + at[2] % GROUP) * SIDE * SIDE;
+      float* const leaf = leaf_grads + lane_of(at[0], at[2]) * SIDE * SIDE;
       const Wanted wanted = builder.wanted(at[1], at[2]);
       for (int s = 0; s < 4; ++s)
         for (int t = 0; t < 4; ++t)
@@ -272,15 +272,14 @@ struct Adjoint {
 
   void cell(i64 r0, i64 c0, i64 i, i64 j, const Gradient<Lane>& whole) {
     if (!lane_grads.base) return;
-    Lane device, left, below;
-    builder.segments(r0, c0, i, j, device, left, below);
+    const GroupCells& cells = builder.fetched;
     Lane voltage[4];
-    cell_voltage(device, left, below, voltage);
+    cell_voltage(cells.device[i][j], cells.before(i, j), cells.under(i, j), voltage);
     Lane sum = {};
     for (int s = 0; s < 4; ++s)
       for (int t = 0; t < 4; ++t) sum += voltage[s] * *whole.at[s][t] * voltage[t];
     for (int lane = 0; lane < LEAVES; ++lane) {
-      const i64 row = (r0 + lane / GROUP) * LEAF + i - builder.pad, col = (c0 + lane % GROUP) * LEAF + j;
+      const i64 row = builder.row_of(r0, lane) + i, col = builder.col_of(c0, lane) + j;
       if (row >= 0 && row < builder.rows && col < builder.cols) out[row * builder.cols + col] = sum[lane];
     }
   }

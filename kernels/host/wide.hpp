@@ -35,6 +35,10 @@ struct Floats<8> {
   typedef float Vec __attribute__((vector_size(32), aligned(4)));
 };
 template <>
+struct Floats<4> {
+  typedef float Vec __attribute__((vector_size(16), aligned(4)));
+};
+template <>
 struct Floats<1> {
   typedef float Vec;
 };
@@ -93,6 +97,15 @@ inline void philox_lanes(const WideCounter& even, const WideCounter& odd, u32 ke
   *(Wide*)w = (a.w & low) | b.w << 32;
 }
 
+// Keeps what was loaded in its register: g++ loads it anew for every product with it, and AVX2's loads then take longer than
+// its products. Those of AVX-512 load their other factor on the way.
+template <class V>
+inline void keep(V& loaded) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+x"(loaded));
+#endif
+}
+
 // c[i][j] = c0[i][j] + sign * sum_k at[k][i] right(k, j) for ROWS x COLS vectors in registers; c0 may be null or c.
 template <int STEP, int ROWS, int COLS, class Right>
 inline void register_tile(i64 depth, const float* at, i64 lda, const Right& right, const float* c0, i64 ldc0,
@@ -102,7 +115,10 @@ inline void register_tile(i64 depth, const float* at, i64 lda, const Right& righ
   for (i64 k = 0; k < depth; ++k, at += lda) {
     V along[COLS];
 #pragma GCC unroll 8
-    for (int j = 0; j < COLS; ++j) along[j] = *(const V*)right(k, j);
+    for (int j = 0; j < COLS; ++j) {
+      along[j] = *(const V*)right(k, j);
+      if (ROWS > 1) keep(along[j]);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       const V left = at[i] - V{};
