@@ -34,11 +34,11 @@ struct Strip {
 
 // What one thread holds of a strip, [batch][STRIP] each, and packed conductances of a tile, [length][STRIP].
 struct StripWork {
-  std::unique_ptr<float[]> memory;
+  Aligned memory;
   float *psum, *variance, *sum, *gate, *packed;
   std::unique_ptr<i32[]> codes;
   StripWork(i64 batch, i64 length)
-      : memory(new float[(4 * batch + length) * STRIP]),
+      : memory((4 * batch + length) * STRIP),
         psum(memory.get()),
         variance(psum + batch * STRIP),
         sum(variance + batch * STRIP),

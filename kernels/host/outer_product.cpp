@@ -4,7 +4,6 @@
 // sums are added, so that no sum is longer than a piece. Every weight is summed in one order, so the bits do not depend on
 // threads. Oracle: gpuxbar/reference/outer_product.py.
 #include <algorithm>
-#include <memory>
 
 #include "wide.hpp"
 
@@ -58,7 +57,7 @@ extern "C" void gpuxbar_outer_product(const float* d,     // [B, O]
                                       float* dw,          // [O, I]
                                       i64 batch, i64 outputs, i64 inputs) {
   const i64 tall = panels(outputs, TALL), wide = panels(inputs, WIDE);
-  const std::unique_ptr<float[]> left(new float[tall * TALL * batch]), right(new float[wide * WIDE * batch]);
+  const Aligned left(tall * TALL * batch), right(wide * WIDE * batch);
 #pragma omp parallel
   {
 #pragma omp for schedule(static) nowait

@@ -97,9 +97,10 @@ class Reader {
     // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie
     direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0;
     size = direct ? patches->size : s.drive * ROWS;
-    values.resize(size * s.passes);
+    values = Aligned(size * s.passes);
+    std::fill_n(values.get(), size * s.passes, 0.0f);
     live.resize(s.passes);
-    if (p.noise_var) squares.resize(size * s.passes);
+    if (p.noise_var) squares = Aligned(size * s.passes);
     if (!direct) packed.resize(s.drive);
     for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * ROWS;
   }
@@ -118,7 +119,7 @@ class Reader {
         run = std::min(count - i, p.rows_per_scale - (row0 + i) % p.rows_per_scale);
         std::fill_n(row_scale + i, run, p.row_scale[(row0 + i) / p.rows_per_scale]);
       }
-    if (count < ROWS) std::fill(values.begin(), values.end(), 0.0f);
+    if (count < ROWS) std::fill_n(values.get(), size * s.passes, 0.0f);
     for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * LANES;
     if (direct)
       for (const Run& run : runs)
@@ -126,7 +127,7 @@ class Reader {
           vector[(run.first + i) / LANES] = patches->pixel(runs.front(), run) + i;
     for (i64 pass = 0; pass < s.passes; ++pass) {
       const Driver drive(p, pass_of(p, pass));
-      float* to = values.data() + pass * size;
+      float* to = values.get() + pass * size;
       if (!p.conv)
         pack_matrix(p, s, drive, group, row0, count, to);
       else if (p.transposed)
@@ -137,7 +138,8 @@ class Reader {
         patches->pack(drive, p.groups, group, runs, to);
       live[pass] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
     }
-    for (i64 e = 0; e < (i64)squares.size(); ++e) squares[e] = values[e] * values[e];
+    if (p.noise_var)
+      for (i64 e = 0; e < size * s.passes; ++e) squares.get()[e] = values.get()[e] * values.get()[e];
   }
 
   // Reads a panel of a plane, whose packed conductances and variances are b and b2, and adds the block's results to y.
@@ -201,8 +203,8 @@ class Reader {
   }
 
   // What drives the lines from k0 on in a pass: `of` are values or their squares.
-  Rows driven(const std::vector<float>& of, i64 pass, i64 k0) const {
-    Rows found{of.data() + pass * size, (direct ? patches->places : packed).data() + k0, {}};
+  Rows driven(const Aligned& of, i64 pass, i64 k0) const {
+    Rows found{of.get() + pass * size, (direct ? patches->places : packed).data() + k0, {}};
     std::copy_n(vector, VECTORS, found.vector);
     return found;
   }
@@ -310,7 +312,7 @@ class Reader {
   std::optional<Folded> folded;
   bool direct;                         // lines of images drive, not packed patches
   i64 size;                            // of the values of a pass
-  std::vector<float> values, squares;  // squares only where noise depends on them
+  Aligned values{0}, squares{0};       // squares only where noise depends on them
   std::vector<char> live;              // of passes: a phase of inputs of one sign, or a high bit, often drives nothing
   std::vector<i64> packed;             // where packed lines begin
   i64 first = 0, rows = 0, lanes = 0;  // of the block; lanes: rows in whole vectors
@@ -348,8 +350,8 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   const i64 panel_size = s.drive * COLS, fit = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));
   const i64 together = std::min((s.sense + COLS - 1) / COLS + 1, fit);
   const i64 held = std::min(p.planes, std::max<i64>(1, fit / together));
-  std::unique_ptr<float[]> packed(new float[held * together * panel_size]);
-  std::unique_ptr<float[]> packed_var(p.noise_var ? new float[held * together * panel_size] : nullptr);
+  const i64 packed_size = held * together * panel_size;
+  const Aligned packed(packed_size), packed_var(p.noise_var ? packed_size : 0);
 
 #pragma omp parallel
   {
@@ -381,7 +383,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
               for (i64 plane = plane0; plane < plane_end; ++plane)
                 for (i64 q = q0; q < q1; ++q) {
                   const i64 at = place(plane, q);
-                  reader->read(Panel(s, group, q), packed.get() + at, packed_var ? packed_var.get() + at : nullptr,
+                  reader->read(Panel(s, group, q), packed.get() + at, p.noise_var ? packed_var.get() + at : nullptr,
                                plane);
                 }
             }

@@ -1,6 +1,7 @@
 // wide: vectors of the host kernels, philox.cuh's rounds on a whole vector of counters, transposed tiles.
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "gpuxbar/philox.cuh"
@@ -37,6 +38,19 @@ struct Floats<8> {
 template <>
 struct Floats<1> {
   typedef float Vec;
+};
+
+// `count` floats that begin with a line of a cache, so that no vector of whole ones straddles two.
+class Aligned {
+ public:
+  explicit Aligned(i64 count) : lines(new Line[(count + 15) / 16]) {}
+  float* get() const { return (float*)lines.get(); }
+
+ private:
+  struct alignas(64) Line {
+    float at[16];
+  };
+  std::unique_ptr<Line[]> lines;
 };
 
 typedef u64 Wide __attribute__((vector_size(4 * LANES), may_alias));
