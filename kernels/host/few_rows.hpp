@@ -17,8 +17,10 @@ constexpr int ACROSS = 4;  // vectors of the register tile
 #else
 constexpr int ACROSS = 2;
 #endif
-constexpr int DOWN = 6;    // rows of it
-constexpr int PAIRED = 4;  // vectors of one of two rows: fewer sums would wait for each other
+constexpr int DOWN = 6;                           // rows of it
+constexpr int PAIRED = 4;                         // vectors of one of two rows: fewer sums would wait for each other
+constexpr int PITCH = STRIP + 16;                 // of packed lines, which so meet everywhere in the first cache
+constexpr i64 DIRECT = LANES == 16 ? FEW : DOWN;  // the most rows that meet conductances where they lie
 static_assert(STRIP % (ACROSS * LANES) == 0 && STRIP % (PAIRED * LANES) == 0 && STRIP % 8 == 0);
 
 // Bitlines of a group, from a multiple of STRIP in the numbering of all outputs; `begin` .. `end` - 1 are real.
@@ -32,13 +34,13 @@ struct Strip {
         local(column - group * s.sense) {}
 };
 
-// What one thread holds of a strip, [batch][STRIP] each, and packed conductances of a tile, [length][STRIP].
+// What one thread holds of a strip, [batch][STRIP] each, and packed conductances of a tile, [length][PITCH].
 struct StripWork {
-  std::unique_ptr<float[]> memory;
+  Aligned memory;
   float *psum, *variance, *sum, *gate, *packed;
   std::unique_ptr<i32[]> codes;
   StripWork(i64 batch, i64 length)
-      : memory(new float[(4 * batch + length) * STRIP]),
+      : memory(4 * batch * STRIP + length * PITCH),
         psum(memory.get()),
         variance(psum + batch * STRIP),
         sum(variance + batch * STRIP),
@@ -47,35 +49,35 @@ struct StripWork {
         codes(new i32[batch * STRIP]) {}
 };
 
-// ROWS rows from i on, in register tiles of WIDTH vectors.
+// Rows from i on, ROWS at a time, in register tiles of WIDTH vectors; the first row that is left.
 template <int ROWS, int WIDTH>
-inline void multiply_rows(const TileMvm& p, const Strip& strip, i64 length, const float* a, const float* b, i64 line,
-                          i64 i, float* c) {
+inline i64 multiply_rows(const TileMvm& p, const Strip& strip, i64 length, const float* a, const float* b, i64 line,
+                         i64 i, float* c) {
   constexpr i64 COLUMNS = WIDTH * LANES;
+  const i64 end = p.batch - (p.batch - i) % ROWS;
   for (i64 j = strip.begin / COLUMNS * COLUMNS; j < strip.end; j += COLUMNS)
-    register_tile<LANES, ROWS, WIDTH>(length, a + i, p.batch, b + j, line, nullptr, 0, 1.0f, c + i * STRIP + j, STRIP);
+    for (i64 r = i; r < end; r += ROWS)
+      register_tile<LANES, ROWS, WIDTH>(length, a + r, p.batch, b + j, line, nullptr, 0, 1.0f, c + r * STRIP + j,
+                                        STRIP);
+  return end;
 }
 
 // c[i][j] = sum_k a[k][i] m[k][j] of a strip over `length` lines from k0 of a plane of `m`.
 inline void multiply_strip(const TileMvm& p, const Strip& strip, const float* m, i64 plane, i64 k0, i64 length,
                            const float* a, float* packed, float* c) {
   const float* base = m + (plane * p.groups + strip.group) * p.inputs * p.cols;
-  const float* b = packed;
   const i64 n = strip.end - strip.begin, from = strip.local + strip.begin;
-  i64 line = STRIP;
-  if (n < STRIP) std::fill_n(packed, length * STRIP, 0.0f);
-  if (p.transposed) {
-    transpose(base + from * p.cols + k0, p.cols, n, length, packed + strip.begin, STRIP);
-  } else if (n == STRIP) {
-    b = base + k0 * p.cols + from;
-    line = p.cols;
-  } else {
-    for (i64 k = 0; k < length; ++k) copy(packed + k * STRIP + strip.begin, base + (k0 + k) * p.cols + from, n);
-  }
-  i64 i = 0;
-  for (; i + DOWN <= p.batch; i += DOWN) multiply_rows<DOWN, ACROSS>(p, strip, length, a, b, line, i, c);
-  for (; i + 2 <= p.batch; i += 2) multiply_rows<2, PAIRED>(p, strip, length, a, b, line, i, c);
-  if (i < p.batch) multiply_rows<1, STRIP / LANES>(p, strip, length, a, b, line, i, c);
+  const bool direct = !p.transposed && n == STRIP && p.batch <= DIRECT;
+  const float* b = direct ? base + k0 * p.cols + from : packed;
+  const i64 line = direct ? p.cols : PITCH;
+  if (n < STRIP) std::fill_n(packed, length * PITCH, 0.0f);
+  if (p.transposed)
+    transpose(base + from * p.cols + k0, p.cols, n, length, packed + strip.begin, PITCH);
+  else if (!direct)
+    for (i64 k = 0; k < length; ++k) copy(packed + k * PITCH + strip.begin, base + (k0 + k) * p.cols + from, n);
+  i64 i = multiply_rows<DOWN, ACROSS>(p, strip, length, a, b, line, 0, c);
+  i = multiply_rows<2, PAIRED>(p, strip, length, a, b, line, i, c);
+  multiply_rows<1, STRIP / LANES>(p, strip, length, a, b, line, i, c);
 }
 
 // to[4 j + q] = z[q][j] or to[8 j + q] = z[q][j].

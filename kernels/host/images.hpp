@@ -29,10 +29,8 @@ inline void copy(float* to, const float* from, i64 count) {
   if constexpr (N > 2) {
     typedef float Part __attribute__((vector_size(4 * N), aligned(4), may_alias));
     if (count < N) return copy<N / 2>(to, from, count);
-    for (i64 i = 0; i < count; i += N) {
-      const i64 at = std::min(i, count - N);
-      *(Part*)(to + at) = *(const Part*)(from + at);
-    }
+    for (i64 i = 0; i < count - N; i += N) *(Part*)(to + i) = *(const Part*)(from + i);
+    *(Part*)(to + count - N) = *(const Part*)(from + count - N);
   } else {
     for (i64 i = 0; i < count; ++i) to[i] = from[i];
   }

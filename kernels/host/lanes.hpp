@@ -12,11 +12,13 @@ constexpr int ROWS = 64;  // driven vectors of a block; whole lines of most imag
 constexpr int COLS = 16;  // bitlines of a panel; a multiple of the columns of a counter
 #if defined(__AVX512F__)
 constexpr int MICRO = 8, DEEP = 2;  // columns and vectors of the register tile
+constexpr int TURNS = 1;            // vectors of counters drawn in turns
 #else
 constexpr int MICRO = 4, DEEP = 3;
+constexpr int TURNS = 2;
 #endif
 constexpr int VECTORS = ROWS / LANES;
-static_assert(ROWS % LANES == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
+static_assert(ROWS % (TURNS * LANES) == 0 && COLS % MICRO == 0 && COLS % 8 == 0);
 
 // A plane of a block: [COLS][ROWS].
 struct alignas(64) Plane {
@@ -63,11 +65,13 @@ struct Draws {
 // words[q][i]: word q of the counter of `group` and row `row + i`, in whole vectors.
 template <int ROUNDS>
 inline void draw_words(const Draws& d, u32 group, u32 row, i64 rows, u32 (*words)[ROWS]) {
-  for (i64 i = 0; i < rows; i += LANES) {
-    const Wide even = even_lanes() + (u64)(u32)(row + i), group_ = group + Wide{}, third = d.third + Wide{};
-    const Wide step = d.step + Wide{};
-    philox_lanes<ROUNDS>(WideCounter{group_, even, third, step}, WideCounter{group_, even + 1, third, step}, d.key_lo,
-                         d.key_hi, words[0] + i, words[1] + i, words[2] + i, words[3] + i);
+  for (i64 i = 0; i < rows; i += TURNS * LANES) {
+    WideCounter c[2 * TURNS];
+#pragma GCC unroll 4
+    for (int n = 0; n < 2 * TURNS; ++n)
+      c[n] = WideCounter{group + Wide{}, even_lanes() + (u64)(u32)(row + i + n / 2 * LANES + n % 2), d.third + Wide{},
+                         d.step + Wide{}};
+    philox_lanes<ROUNDS>(c, d.key_lo, d.key_hi, words[0] + i, words[1] + i, words[2] + i, words[3] + i);
   }
 }
 

@@ -4,7 +4,6 @@
 // sums are added, so that no sum is longer than a piece. Every weight is summed in one order, so the bits do not depend on
 // threads. Oracle: gpuxbar/reference/outer_product.py.
 #include <algorithm>
-#include <memory>
 
 #include "wide.hpp"
 
@@ -18,10 +17,10 @@ constexpr int DEEP = 4;  // vectors of inputs of a register tile
 #else
 constexpr int DEEP = 2;
 #endif
-constexpr i64 TALL = 24;    // outputs of a panel
-constexpr i64 WIDE = 64;    // inputs of a panel
-constexpr i64 PIECE = 256;  // samples whose products are summed in registers
-static_assert(TALL % TILE == 0 && WIDE % (DEEP * LANES) == 0);
+constexpr i64 TALL = 24;            // outputs of a panel
+constexpr i64 WIDE = DEEP * LANES;  // inputs of a panel
+constexpr i64 PIECE = 256;          // samples whose products are summed in registers
+static_assert(TALL % TILE == 0);
 
 constexpr i64 panels(i64 lines, i64 size) { return (lines + size - 1) / size; }
 
@@ -43,11 +42,10 @@ void pack(const float* from, const float* gate, i64 batch, i64 lines, i64 p, flo
 
 // Products of `depth` samples of two panels, added to a block of rows `stride` apart or, the first of them, put there.
 void multiply(i64 depth, const float* d, const float* x, bool first, float* block, i64 stride) {
-  for (i64 j = 0; j < WIDE; j += DEEP * LANES)
-    for (i64 i = 0; i < TALL; i += TILE) {
-      float* to = block + i * stride + j;
-      register_tile<LANES, TILE, DEEP>(depth, d + i, TALL, x + j, WIDE, first ? nullptr : to, stride, 1.0f, to, stride);
-    }
+  for (i64 i = 0; i < TALL; i += TILE) {
+    float* to = block + i * stride;
+    register_tile<LANES, TILE, DEEP>(depth, d + i, TALL, x, WIDE, first ? nullptr : to, stride, 1.0f, to, stride);
+  }
 }
 
 }  // namespace
@@ -58,7 +56,7 @@ extern "C" void gpuxbar_outer_product(const float* d,     // [B, O]
                                       float* dw,          // [O, I]
                                       i64 batch, i64 outputs, i64 inputs) {
   const i64 tall = panels(outputs, TALL), wide = panels(inputs, WIDE);
-  const std::unique_ptr<float[]> left(new float[tall * TALL * batch]), right(new float[wide * WIDE * batch]);
+  const Aligned left(tall * TALL * batch), right(wide * WIDE * batch);
 #pragma omp parallel
   {
 #pragma omp for schedule(static) nowait

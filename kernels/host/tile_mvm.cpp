@@ -21,6 +21,7 @@ using namespace gpuxbar;
 namespace {
 
 constexpr i64 PACKED = 1 << 20;  // floats of packed conductance held at a time
+constexpr i64 NEIGHBOURS = 4;    // panels that are packed together
 
 // COLS bitlines of a group, from a multiple of COLS in the numbering of all outputs; `begin` .. `end` - 1 are real.
 struct Panel {
@@ -32,36 +33,38 @@ struct Panel {
         local(column - group * s.sense) {}
 };
 
-// a[k][i]: what drives wordline k for row `row0 + i` of a matrix.
+// a[i / LANES][k][i % LANES]: what drives wordline k for row `row0 + i` of a matrix. In this order what register tiles share
+// fits the first cache; whole rows of ROWS would meet there in few places.
 void pack_matrix(const TileMvm& p, const Shape& s, const Driver& drive, i64 group, i64 row0, i64 rows, float* a) {
   const i64 stride = p.groups * s.drive;
-  for (i64 i = 0; i < rows; i += 8) {  // eight rows at a time, through a transposing buffer
-    const i64 n = std::min<i64>(8, rows - i);
-    for (i64 k0 = 0; k0 < s.drive; k0 += 64) {
-      const i64 m = std::min<i64>(64, s.drive - k0);
-      float line[8][64];
-      for (i64 r = 0; r < n; ++r) drive(line[r], (row0 + i + r) * stride + group * s.drive + k0, m);
-      for (i64 k = 0; k < m; ++k)
-        for (i64 r = 0; r < n; ++r) a[(k0 + k) * ROWS + i + r] = line[r][k];
+  float line[LANES][64];
+  for (i64 i = 0; i < rows; i += LANES, a += s.drive * LANES) {
+    const i64 n = std::min<i64>(LANES, rows - i);
+    for (i64 k = 0; k < s.drive; k += 64) {
+      const i64 m = std::min<i64>(64, s.drive - k);
+      for (i64 r = 0; r < n; ++r) drive(line[r], (row0 + i + r) * stride + group * s.drive + k, m);
+      transpose(line[0], 64, n, m, a + k * LANES, LANES);
     }
   }
 }
 
-// b[k][j]: conductance between wordline k and bitline j of a panel; 0 where the panel leaves the group.
-void pack_panel(const TileMvm& p, const Shape& s, const float* m, i64 plane, i64 group, const Panel& panel, float* b) {
+// b[k][j]: conductance between wordline k and bitline j of a panel; 0 where the panel leaves the group. Panels from `first`
+// on lie behind each other, and are packed together, since lines of the array are far apart but their parts are neighbours.
+void pack_panels(const TileMvm& p, const Shape& s, const float* m, i64 plane, i64 group, i64 first, i64 end, float* b) {
   const float* base = m + (plane * p.groups + group) * p.inputs * p.cols;
-  const i64 n = panel.end - panel.begin, from = panel.local + panel.begin;
-  if (n < COLS) std::fill_n(b, s.drive * COLS, 0.0f);
-  b += panel.begin;
-  if (!p.transposed) {
-    for (i64 k = 0; k < s.drive; ++k) copy(b + k * COLS, base + k * p.cols + from, n);
-    return;
+  const auto to = [&](i64 q, const Panel& panel) { return b + (q - first) * s.drive * COLS + panel.begin; };
+  for (i64 q = first; q < end; ++q) {
+    const Panel panel(s, group, q);
+    const i64 n = panel.end - panel.begin, from = panel.local + panel.begin;
+    if (n < COLS) std::fill_n(to(q, panel) - panel.begin, s.drive * COLS, 0.0f);
+    if (p.transposed) transpose(base + from * p.cols, p.cols, n, s.drive, to(q, panel), COLS);
   }
-  for (i64 k0 = 0; k0 < s.drive; k0 += COLS) {
-    const i64 kn = std::min<i64>(COLS, s.drive - k0);
-    for (i64 j = 0; j < n; ++j)
-      for (i64 k = 0; k < kn; ++k) b[(k0 + k) * COLS + j] = base[(from + j) * p.cols + k0 + k];
-  }
+  for (i64 k0 = 0; k0 < s.drive && !p.transposed; k0 += COLS)
+    for (i64 q = first; q < end; ++q) {
+      const Panel panel(s, group, q);
+      const i64 from = panel.local + panel.begin, kn = std::min<i64>(s.drive, k0 + COLS);
+      for (i64 k = k0; k < kn; ++k) copy(to(q, panel) + k * COLS, base + k * p.cols + from, panel.end - panel.begin);
+    }
 }
 
 // Converters of a panel's columns.
@@ -97,11 +100,12 @@ class Reader {
     // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie
     direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0;
     size = direct ? patches->size : s.drive * ROWS;
-    values.resize(size * s.passes);
+    values = Aligned(size * s.passes);
+    std::fill_n(values.get(), size * s.passes, 0.0f);
     live.resize(s.passes);
-    if (p.noise_var) squares.resize(size * s.passes);
+    if (p.noise_var) squares = Aligned(size * s.passes);
     if (!direct) packed.resize(s.drive);
-    for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * ROWS;
+    for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * (p.conv ? ROWS : LANES);
   }
 
   // Rows of the block that begins at row0, before `end`.
@@ -118,15 +122,15 @@ class Reader {
         run = std::min(count - i, p.rows_per_scale - (row0 + i) % p.rows_per_scale);
         std::fill_n(row_scale + i, run, p.row_scale[(row0 + i) / p.rows_per_scale]);
       }
-    if (count < ROWS) std::fill(values.begin(), values.end(), 0.0f);
-    for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * LANES;
+    if (count < ROWS) std::fill_n(values.get(), size * s.passes, 0.0f);
+    for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * (p.conv ? 1 : s.drive) * LANES;
     if (direct)
       for (const Run& run : runs)
         for (i64 i = 0; i < run.count; i += LANES)
           vector[(run.first + i) / LANES] = patches->pixel(runs.front(), run) + i;
     for (i64 pass = 0; pass < s.passes; ++pass) {
       const Driver drive(p, pass_of(p, pass));
-      float* to = values.data() + pass * size;
+      float* to = values.get() + pass * size;
       if (!p.conv)
         pack_matrix(p, s, drive, group, row0, count, to);
       else if (p.transposed)
@@ -137,7 +141,8 @@ class Reader {
         patches->pack(drive, p.groups, group, runs, to);
       live[pass] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
     }
-    for (i64 e = 0; e < (i64)squares.size(); ++e) squares[e] = values[e] * values[e];
+    if (p.noise_var)
+      for (i64 e = 0; e < size * s.passes; ++e) squares.get()[e] = values.get()[e] * values.get()[e];
   }
 
   // Reads a panel of a plane, whose packed conductances and variances are b and b2, and adds the block's results to y.
@@ -201,8 +206,8 @@ class Reader {
   }
 
   // What drives the lines from k0 on in a pass: `of` are values or their squares.
-  Rows driven(const std::vector<float>& of, i64 pass, i64 k0) const {
-    Rows found{of.data() + pass * size, (direct ? patches->places : packed).data() + k0, {}};
+  Rows driven(const Aligned& of, i64 pass, i64 k0) const {
+    Rows found{of.get() + pass * size, (direct ? patches->places : packed).data() + k0, {}};
     std::copy_n(vector, VECTORS, found.vector);
     return found;
   }
@@ -273,11 +278,9 @@ class Reader {
       float *total = sum.at + j * ROWS, *open = gate.at + j * ROWS;
       if (p.gate)
         for (i64 i = 0; i < lanes; ++i) open[i] *= share;
-      if (!p.conv) {
-        for (i64 i = 0; i < lanes; ++i) total[i] += bias;
-      } else if (folded) {
+      if (folded) {
         if (!sent) folded->place(j, total);
-      } else {
+      } else if (p.conv) {
         for (i64 i = 0; i < rows;) {
           const i64 image = (first + i) / pixels, pixel = (first + i) % pixels,
                     run = std::min(rows - i, pixels - pixel);
@@ -292,13 +295,20 @@ class Reader {
     }
     if (folded) folded->add(panel.local, panel.begin, panel.end);
     if (p.conv) return;
+    store_rows(panel, sum, first_plane ? p.bias : nullptr, first_plane, p.y);
+    if (p.gate) store_rows(panel, gate, nullptr, first_plane, p.gate);
+  }
+
+  // Adds values of a panel, and `bias` unless that is null, to the rows of a matrix, or puts the first of them there.
+  void store_rows(const Panel& panel, const Plane& values, const float* bias, bool first_plane, float* to) {
+    alignas(64) float row[ROWS * COLS];
+    transpose(values.at, ROWS, COLS, lanes, row, COLS);
     for (i64 i = 0; i < rows; ++i) {
-      const i64 at = (first + i) * sensed + panel.column;
-      for (i64 j = panel.begin; j < panel.end; ++j)
-        p.y[at + j] = (first_plane ? 0.0f : p.y[at + j]) + sum.at[j * ROWS + i];
-      if (p.gate)
-        for (i64 j = panel.begin; j < panel.end; ++j)
-          p.gate[at + j] = (first_plane ? 0.0f : p.gate[at + j]) + gate.at[j * ROWS + i];
+      float* line = to + (first + i) * p.groups * s.sense + panel.column;
+      for (i64 j = panel.begin; j < panel.end; ++j) {
+        const float value = row[i * COLS + j] + (bias ? bias[panel.column + j] : 0.0f);
+        line[j] = (first_plane ? 0.0f : line[j]) + value;
+      }
     }
   }
 
@@ -310,7 +320,7 @@ class Reader {
   std::optional<Folded> folded;
   bool direct;                         // lines of images drive, not packed patches
   i64 size;                            // of the values of a pass
-  std::vector<float> values, squares;  // squares only where noise depends on them
+  Aligned values{0}, squares{0};       // squares only where noise depends on them
   std::vector<char> live;              // of passes: a phase of inputs of one sign, or a high bit, often drives nothing
   std::vector<i64> packed;             // where packed lines begin
   i64 first = 0, rows = 0, lanes = 0;  // of the block; lanes: rows in whole vectors
@@ -348,8 +358,8 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   const i64 panel_size = s.drive * COLS, fit = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));
   const i64 together = std::min((s.sense + COLS - 1) / COLS + 1, fit);
   const i64 held = std::min(p.planes, std::max<i64>(1, fit / together));
-  std::unique_ptr<float[]> packed(new float[held * together * panel_size]);
-  std::unique_ptr<float[]> packed_var(p.noise_var ? new float[held * together * panel_size] : nullptr);
+  const i64 packed_size = held * together * panel_size;
+  const Aligned packed(packed_size), packed_var(p.noise_var ? packed_size : 0);
 
 #pragma omp parallel
   {
@@ -362,10 +372,11 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
           const auto place = [&](i64 plane, i64 q) { return ((plane - plane0) * together + q - panel0) * panel_size; };
 #pragma omp for collapse(2) schedule(static)
           for (i64 plane = plane0; plane < plane_end; ++plane)
-            for (i64 q = panel0; q < end; ++q) {
-              const Panel panel(s, group, q);
-              pack_panel(p, s, p.g, plane, group, panel, packed.get() + place(plane, q));
-              if (p.noise_var) pack_panel(p, s, p.noise_var, plane, group, panel, packed_var.get() + place(plane, q));
+            for (i64 q = panel0; q < end; q += NEIGHBOURS) {
+              const i64 last = std::min(end, q + NEIGHBOURS);
+              pack_panels(p, s, p.g, plane, group, q, last, packed.get() + place(plane, q));
+              if (p.noise_var)
+                pack_panels(p, s, p.noise_var, plane, group, q, last, packed_var.get() + place(plane, q));
             }
           // few units share out their panels too; each drives its lines anew
           const i64 wanted = 4 * threads_here();
@@ -381,7 +392,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
               for (i64 plane = plane0; plane < plane_end; ++plane)
                 for (i64 q = q0; q < q1; ++q) {
                   const i64 at = place(plane, q);
-                  reader->read(Panel(s, group, q), packed.get() + at, packed_var ? packed_var.get() + at : nullptr,
+                  reader->read(Panel(s, group, q), packed.get() + at, p.noise_var ? packed_var.get() + at : nullptr,
                                plane);
                 }
             }

@@ -1,6 +1,7 @@
 // wide: vectors of the host kernels, philox.cuh's rounds on a whole vector of counters, transposed tiles.
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "gpuxbar/philox.cuh"
@@ -43,6 +44,19 @@ struct Floats<1> {
   typedef float Vec;
 };
 
+// `count` floats that begin with a line of a cache, so that no vector of whole ones straddles two.
+class Aligned {
+ public:
+  explicit Aligned(i64 count) : lines(new Line[(count + 15) / 16]) {}
+  float* get() const { return (float*)lines.get(); }
+
+ private:
+  struct alignas(64) Line {
+    float at[16];
+  };
+  std::unique_ptr<Line[]> lines;
+};
+
 typedef u64 Wide __attribute__((vector_size(4 * LANES), may_alias));
 
 // Product of the low halves of 64-bit lanes.
@@ -56,12 +70,10 @@ inline Wide multiply_low(Wide a, Wide b) {
 #endif
 }
 
-// The high halves of 64-bit lanes, in the low ones; the high ones hold anything. A copy is cheaper than a shift.
+// The high halves of 64-bit lanes, in the low ones; the high ones hold anything. Of wide vectors a copy is cheaper than a shift.
 inline Wide high_halves(Wide a) {
 #if defined(__AVX512F__)
   return (Wide)_mm512_movehdup_ps((__m512)a);
-#elif defined(__AVX2__)
-  return (Wide)_mm256_movehdup_ps((__m256)a);
 #else
   return a >> 32;
 #endif
@@ -71,30 +83,42 @@ struct WideCounter {
   Wide x, y, z, w;  // words in the low halves; the high halves hold anything
 };
 
-// philox.cuh's rounds on LANES / 2 counters.
-template <int ROUNDS>
-inline WideCounter philox_wide(WideCounter c, u32 key_lo, u32 key_hi) {
+// philox.cuh's rounds on N times LANES / 2 counters, in turns, since a round waits for the one before.
+template <int ROUNDS, int N>
+inline void philox_wide(WideCounter (&c)[N], u32 key_lo, u32 key_hi) {
   const Wide m0 = 0xD2511F53u + Wide{}, m1 = 0xCD9E8D57u + Wide{};
 #pragma GCC unroll 10
   for (int round = 0; round < ROUNDS; ++round) {
-    const Wide p0 = multiply_low(c.x, m0), p1 = multiply_low(c.z, m1);
-    c = WideCounter{high_halves(p1) ^ c.y ^ (u64)key_lo, p1, high_halves(p0) ^ c.w ^ (u64)key_hi, p0};
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Wide p0 = multiply_low(c[n].x, m0), p1 = multiply_low(c[n].z, m1);
+      c[n] = WideCounter{high_halves(p1) ^ c[n].y ^ (u64)key_lo, p1, high_halves(p0) ^ c[n].w ^ (u64)key_hi, p0};
+    }
     key_lo += 0x9E3779B9u;
     key_hi += 0xBB67AE85u;
   }
-  return c;
 }
 
-// The words of LANES counters whose even and odd ones are given apart, each word as one vector at its pointer.
+// The words of vectors of counters, of each the even ones and then the odd ones, behind each other at a pointer a word.
+template <int ROUNDS, int N>
+inline void philox_lanes(WideCounter (&c)[N], u32 key_lo, u32 key_hi, u32* x, u32* y, u32* z, u32* w) {
+  philox_wide<ROUNDS>(c, key_lo, key_hi);
+  const Wide low = 0xFFFFFFFFu + Wide{};
+#pragma GCC unroll 2
+  for (int n = 0; n < N; n += 2, x += LANES, y += LANES, z += LANES, w += LANES) {
+    *(Wide*)x = (c[n].x & low) | c[n + 1].x << 32;
+    *(Wide*)y = (c[n].y & low) | c[n + 1].y << 32;
+    *(Wide*)z = (c[n].z & low) | c[n + 1].z << 32;
+    *(Wide*)w = (c[n].w & low) | c[n + 1].w << 32;
+  }
+}
+
+// The same of one vector.
 template <int ROUNDS>
 inline void philox_lanes(const WideCounter& even, const WideCounter& odd, u32 key_lo, u32 key_hi, u32* x, u32* y,
                          u32* z, u32* w) {
-  const WideCounter a = philox_wide<ROUNDS>(even, key_lo, key_hi), b = philox_wide<ROUNDS>(odd, key_lo, key_hi);
-  const Wide low = 0xFFFFFFFFu + Wide{};
-  *(Wide*)x = (a.x & low) | b.x << 32;
-  *(Wide*)y = (a.y & low) | b.y << 32;
-  *(Wide*)z = (a.z & low) | b.z << 32;
-  *(Wide*)w = (a.w & low) | b.w << 32;
+  WideCounter c[2] = {even, odd};
+  philox_lanes<ROUNDS>(c, key_lo, key_hi, x, y, z, w);
 }
 
 // Keeps what was loaded in its register: g++ loads it anew for every product with it, and AVX2's loads then take longer than
