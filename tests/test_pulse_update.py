@@ -14,6 +14,7 @@ from torch import nn
 from gpuxbar import ops, reference
 from gpuxbar.launch.host import set_threads
 from gpuxbar.nn import AnalogLinear, calibrate, convert
+from gpuxbar.nn.streams import Streams
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import InSituSGD
 from gpuxbar.reference import pulse_trains
@@ -672,6 +673,14 @@ def test_a_scaled_loss_pulses_alike():
     scaler.unscale_(optimiser)
     with pytest.raises(ValueError, match=r"`scaler\.unscale_` must not be called with pulse trains"):
         scaler.step(optimiser)
+
+
+def test_an_error_that_is_not_finite_is_seen_among_others():
+    x, weight = torch.zeros(2, 3), torch.zeros(4, 3)
+    for pairs, finite in (([1.0, 2.0], True), ([torch.inf, 1.0], False), ([1.0, torch.nan], False)):
+        streams = Streams()
+        streams.pairs = [(x, torch.full((2, 4), value)) for value in pairs]
+        assert streams.finite(weight).to_dense().isfinite().all() == finite
 
 
 def test_a_scaled_loss_trains_networks_without_any_gradient():

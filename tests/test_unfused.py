@@ -331,12 +331,14 @@ def test_convolution_of_volumes_by_images_is_torchs(name):
         torch.testing.assert_close(taken(x), fused(x))
 
 
-def test_convolutions_of_volumes_stay_frozen_and_as_they_run():
+def test_convolutions_stay_frozen_and_as_they_run():
     conv = nn.Conv3d(2, 4, 3).requires_grad_(False).eval()
     parts = UnfusedConv3d(conv)
     assert not any(parameter.requires_grad for parameter in parts.parameters())
     assert not any(module.training for module in parts.modules())
     assert all(module.training for module in UnfusedConv3d(conv.train()).modules())
+    flat = gx.convert(nn.Conv1d(2, 4, 3).requires_grad_(False), gx.CrossbarSpec())[0]
+    assert not any(parameter.requires_grad for parameter in flat.parameters())
 
 
 def test_volumes_train_on_crossbars():
