@@ -157,6 +157,11 @@ def test_coincidences_of_many_slots_are_counted(inputs, outputs):
     cells, _ = reference.pulse_update(g, x, d, train=train.model_dump(), **pairs.plain, **how)
     ops.pulse_update(ops.Pairs(new, law=law, seed=SEED, **WINDOW), x, d, train=train, **how)
     np.testing.assert_allclose(new, cells, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
+    parts = g.copy()
+    set_threads(8)  # for which blocks are smaller
+    ops.pulse_update(ops.Pairs(parts, law=law, seed=SEED, **WINDOW), x, d, train=train, **how)
+    set_threads(2)
+    np.testing.assert_array_equal(parts, new)
     inside = (new > 1.5 * G_MIN) & (new < 0.8 * G_MAX)
     assert inside.mean() > 0.1  # not all at an end of their window, where counts do not matter
     assert (new != g).mean() > 0.9

@@ -32,7 +32,7 @@ __all__ = ["KERNELS", "pulse_update"]
 
 OP = "pulse_update"
 SAMPLES = 2**23  # draws tell that many apart
-TOGETHER = 32  # samples of a block: SAMPLES in kernels/host/pulse_update.cpp
+TOGETHER = 32  # samples of a block, and lines of a word: SAMPLES and WORD in kernels/host/pulse_update.cpp
 
 
 def pulse_update(

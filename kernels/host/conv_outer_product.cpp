@@ -87,15 +87,6 @@ inline Vec lane_sums(const Vec (&v)[N]) {
   }
 }
 
-// A vector in a register: one load, not one for every product.
-inline Vec once(const float* from) {
-  Vec v = *(const Vec*)from;
-#if defined(__AVX2__)
-  asm("" : "+v"(v));
-#endif
-  return v;
-}
-
 // Adds the products of some images to `outputs` rows of dw, at most OUT: those of COUNT lines of a patch, where they start.
 template <int COUNT>
 void multiply(const Layout& l, const float* d, const float* x, const i64* start, i64 images, i64 outputs, float* dw,
@@ -107,10 +98,14 @@ void multiply(const Layout& l, const float* d, const float* x, const i64* start,
     for (i64 i = 0; i < l.depth; i += LANES) {
       Vec tap[COUNT];
 #pragma GCC unroll 3
-      for (int t = 0; t < COUNT; ++t) tap[t] = once(right[t] + i);
+      for (int t = 0; t < COUNT; ++t) {
+        tap[t] = *(const Vec*)(right[t] + i);
+        keep(tap[t]);
+      }
 #pragma GCC unroll 8
       for (int o = 0; o < OUT; ++o) {
-        const Vec left = once(d + o * l.depth + i);
+        Vec left = *(const Vec*)(d + o * l.depth + i);
+        keep(left);
 #pragma GCC unroll 3
         for (int t = 0; t < COUNT; ++t) sum[t][o] += left * tap[t];
       }

@@ -1,5 +1,6 @@
 // few_rows: a read of few driven vectors, whose time is that of looking at every conductance once. Vectors run along the
-// bitlines, so that a read forwards finds conductances where they lie; the same sums in the same order as by blocks.
+// bitlines, so that a read forwards finds conductances where they lie, or a copy of them where more vectors than DIRECT look
+// at it; the same sums in the same order as by blocks.
 #pragma once
 #include <cstring>
 #include <memory>

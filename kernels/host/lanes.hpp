@@ -62,7 +62,7 @@ struct Draws {
   u32 third, step, key_lo, key_hi;  // the counter's third word: purpose and slot
 };
 
-// words[q][i]: word q of the counter of `group` and row `row + i`, in whole vectors.
+// words[q][i]: word q of the counter of `group` and row `row + i`, in whole TURNS of vectors.
 template <int ROUNDS>
 inline void draw_words(const Draws& d, u32 group, u32 row, i64 rows, u32 (*words)[ROWS]) {
   for (i64 i = 0; i < rows; i += TURNS * LANES) {

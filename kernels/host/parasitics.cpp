@@ -192,7 +192,7 @@ class Ladder {
         source(filled(lines.source, rows, high, high - rows)),
         sink(filled(lines.sink, cols, wide, 0)) {}
 
-  // Floats that `solve` takes; 64-byte boundaries stay.
+  // Floats that `solve` takes.
   i64 work() const { return 2 * high * wide / LEAVES + wide * (2 * LEAVES + 3) + (whole() ? 0 : high * wide); }
 
   Sound solve(const float* g, float* out, float* work) const {
@@ -398,11 +398,10 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
   {
     const i64 own = solves ? memory.floats() : 0;
     const i64 others = std::max({alone.work(), coarse.work(), first_order_work(rows, cols)});
-    std::unique_ptr<float[]> block(new float[own + others + 16]);
-    float* const start = (float*)(((u64)block.get() + 63) / 64 * 64);
-    float* const work = start + own;
+    const Aligned block(own + others);
+    float* const work = block.get() + own;
     Builder builder(plan);
-    if (solves) memory.give(builder, start);
+    if (solves) memory.give(builder, block.get());
 #pragma omp for schedule(dynamic, 1)
     for (i64 tile = 0; tile < tiles; ++tile) {
       const float* const from = g + tile * rows * cols;

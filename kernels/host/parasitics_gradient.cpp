@@ -5,7 +5,6 @@
 // of the parts, and that of a cell e' D e, with e its voltage for unit ports. Blocks above groups are kept on the way up;
 // those of a group are made again, and kept, when it is its turn, so that they stay in the second cache: 7 MB a thread
 // in all for a tile of 128 x 128. Bits do not depend on threads. Oracle: gpuxbar/reference/wire_currents.py.
-#include <memory>
 
 #include "blocks.hpp"
 
@@ -296,9 +295,9 @@ extern "C" void gpuxbar_effective_conductance_gradient(const float* g, const flo
   const Memory<Adjoint> memory(plan);
 #pragma omp parallel
   {
-    std::unique_ptr<float[]> block(new float[memory.floats() + 16]);
+    const Aligned block(memory.floats());
     Adjoint adjoint(plan);
-    memory.give(adjoint, (float*)(((u64)block.get() + 63) / 64 * 64));
+    memory.give(adjoint, block.get());
 #pragma omp for schedule(dynamic, 1)
     for (i64 tile = 0; tile < tiles; ++tile) {
       adjoint.builder.g = g + tile * rows * cols;

@@ -15,6 +15,7 @@
 #include "gpuxbar/pulses.cuh"
 #include "gpuxbar/slices.cuh"
 #include "images.hpp"
+#include "threads.hpp"
 
 using namespace gpuxbar;
 
@@ -182,7 +183,7 @@ class Trainer {
       if (to.held == Held::WHOLE) {
         for (int k = 0; k < EIGHT; ++k) std::copy_n(slots[k], SAMPLES, to.of_line(group, line + k) + b0);
       } else if (in_word + EIGHT == WORD || eight + 1 == eights) {
-        std::fill(slots[EIGHT], words[WORD], 0u);
+        std::fill_n(slots[0] + EIGHT * SAMPLES, (WORD - EIGHT - in_word) * SAMPLES, 0u);
         hold_bits(to, group, block, line - in_word, words);
       }
     }
@@ -293,20 +294,6 @@ void share_pulses(i32 sides, bool positive, const float* free, const i32* raise,
   }
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Where the set bits of a byte are, from the lowest on.
-struct Places {
-  u8 of[256][8];
-};
-constexpr Places PLACES = [] {
-  Places places{};
-  for (int byte = 0; byte < 256; ++byte)
-    for (int bit = 0, k = 0; bit < 8; ++bit)
-      if (byte >> bit & 1) places.of[byte][k++] = (u8)bit;
-  return places;
-}();
-#endif
-
 // Samples of a chunk that move the devices of a wordline, in order and of each device for itself: devices with few
 // coincidences do not wait for their neighbours. An event holds its sample (8 bits), its coincidences and, in the
 // sign, whether they raise the weight; 0 is none.
@@ -324,22 +311,15 @@ struct alignas(64) Events {
   template <bool IMPLICIT>
   void find(const u32* inputs, const u32* errors, i64 stride, const float* length, i64 samples, i64 devices) {
     i64 most = 0, found[WIDE_ROW] = {};
-    alignas(64) u32 all[CHUNK], meeting[ROOM], at[ROOM];
+    alignas(64) u32 all[CHUNK];
     for (i64 j = 0; j < devices; ++j) {
       const u32* error = errors + j * stride;
 #pragma omp simd
       for (i64 b = 0; b < samples; ++b) {
-        const u32 slots =
-            IMPLICIT ? (u32)coincidences<true>(inputs[b], error[b], length[b]) : inputs[b] & error[b] & SLOTS;
-        all[b] = slots | ((inputs[b] ^ error[b]) & NEGATIVE);
+        const u32 n = (u32)coincidences<IMPLICIT>(inputs[b], error[b], length[b]);
+        all[b] = n ? (u32)b | n << 8 | ((inputs[b] ^ error[b]) & NEGATIVE) : 0u;
       }
-      found[j] = keep(all, samples, meeting, at);
-      u32* event = of_device[j];
-#pragma omp simd
-      for (i64 k = 0; k < found[j]; ++k) {
-        const u32 slots = meeting[k] & SLOTS;
-        event[k] = at[k] | (IMPLICIT ? slots : (u32)popcount(slots)) << 8 | (meeting[k] & NEGATIVE);
-      }
+      found[j] = keep(all, samples, of_device[j]);
       most = std::max(most, found[j]);
     }
     turns = most;
@@ -348,33 +328,30 @@ struct alignas(64) Events {
     transpose(of_device[0], ROOM, WIDE_ROW, whole, in_turn[0], WIDE_ROW);
   }
 
-  // Copy the words that have slots and write their samples down, and perhaps some words behind them; how many they are.
-  static i64 keep(const u32* all, i64 samples, u32* to, u32* at) {
+  // Copy the events among `samples` words, and perhaps some words behind them; how many they are.
+  static i64 keep(const u32* all, i64 samples, u32* to) {
     i64 kept = 0, b = 0;
 #if defined(__AVX512F__)
-    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (; b + 16 <= samples; b += 16) {
       const __m512i words = _mm512_load_si512(all + b);
-      const __mmask16 some = _mm512_test_epi32_mask(words, _mm512_set1_epi32(SLOTS));
+      const __mmask16 some = _mm512_test_epi32_mask(words, words);
       _mm512_storeu_si512(to + kept, _mm512_maskz_compress_epi32(some, words));
-      _mm512_storeu_si512(at + kept, _mm512_maskz_compress_epi32(some, lanes));
-      lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32(16));
       kept += __builtin_popcount(some);
     }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__BMI2__)
     for (; b + 8 <= samples; b += 8) {
       const __m256i words = _mm256_load_si256((const __m256i*)(all + b));
-      const __m256i none = _mm256_cmpeq_epi32(_mm256_slli_epi32(words, 1), _mm256_setzero_si256());
+      const __m256i none = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
       const u32 some = ~(u32)_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 0xFFu;
-      const __m256i from = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)PLACES.of[some]));
+      const u64 places = _pext_u64(0x0706050403020100u, 0xFFu * _pdep_u64(some, 0x0101010101010101u));
+      const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((i64)places));
       _mm256_storeu_si256((__m256i*)(to + kept), _mm256_permutevar8x32_epi32(words, from));
-      _mm256_storeu_si256((__m256i*)(at + kept), _mm256_add_epi32(from, _mm256_set1_epi32((int)b)));
       kept += __builtin_popcount(some);
     }
 #endif
     for (; b < samples; ++b) {
-      to[kept] = all[b], at[kept] = (u32)b;
-      kept += (all[b] & SLOTS) != 0;
+      to[kept] = all[b];
+      kept += all[b] != 0;
     }
     return kept;
   }
@@ -491,7 +468,8 @@ struct Tally {
 
  private:
   void read(Bits Pair::* which, i32* counts) const {
-    alignas(64) u8 bits[PLANES][ACROSS / 8], of_line[ACROSS];
+    alignas(64) u8 bits[PLANES][ACROSS / 8];
+    alignas(64) u64 eights[ACROSS / 8];
     for (int p = 0; p < PLANES; ++p) *(Bits*)bits[p] = plane[p].*which;
 #pragma omp simd
     for (int j = 0; j < ACROSS / 8; ++j) {
@@ -502,8 +480,9 @@ struct Tally {
       swap = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
       x ^= swap ^ swap << 14;
       swap = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
-      ((u64*)of_line)[j] = x ^ swap ^ swap << 28;
+      eights[j] = x ^ swap ^ swap << 28;
     }
+    const u8* of_line = (const u8*)eights;
 #pragma omp simd
     for (int j = 0; j < ACROSS; ++j) counts[j] += of_line[j];
   }
@@ -528,19 +507,19 @@ i64 find_slots(const u32* bits, i64 stride, i32 slots, u32 sample, u32* fired) {
   return count;
 }
 
-// Coincidences over the batch of lines of one side with ACROSS of the other.
+// Coincidences over the batch of LINES of one side with ACROSS of the other.
 struct alignas(64) Coincidences {
   i32 raise[LINES][ACROSS], all[LINES][ACROSS];
 
   // `first` and `across`: the first line of each.
   void count(const Arrays& a, i64 batch, const Trains& each, const Trains& many, i64 group, i64 first, i64 across) {
-    std::fill(raise[0], raise[LINES], 0);
-    std::fill(all[0], all[LINES], 0);
+    std::fill_n(raise[0], LINES * ACROSS, 0);
+    std::fill_n(all[0], LINES * ACROSS, 0);
     u32 fired[PIECE * WORD + WORD];
-    const i64 lines = std::min<i64>(LINES, each.count - first), row = many.row_words(across),
-              blocks = each.samples / SAMPLES;
+    const i64 lines = std::min<i64>(LINES, each.count - first), blocks = each.samples / SAMPLES;
+    const i64 in_row = across % ACROSS, row = many.row_words(across - in_row);
     for (i64 b0 = 0; b0 < batch; b0 += PIECE) {
-      const u32* bits = many.over_lines(group, across, b0);
+      const u32* bits = many.over_lines(group, across - in_row, b0) + in_row / WORD;
       for (i64 i = 0; i < lines; ++i) {
         i64 found = 0;
         for (i64 block = b0 / SAMPLES; block < std::min((b0 + PIECE) / SAMPLES, blocks); ++block)
@@ -593,9 +572,21 @@ struct alignas(64) Block {
   const bool* failures(u32 side, i64 line) const { return counted ? failed[side][line] : nullptr; }
 };
 
+struct Scratch {
+  Events events;
+  Coincidences together;
+  Block block;
+};
+
+// A thread's own. Of a template there would be one for each law.
+Scratch& scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+
 template <class L, bool IMPLICIT>
 void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
-  static thread_local Events events;
+  Events& events = scratch().events;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const float* length = a.length + group * u.samples();
   const UpdateLaw s = u.law;
@@ -714,8 +705,8 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
 // All blocks of rows x cols devices from a corner on, whose coincidences are counted together.
 template <class L, bool IMPLICIT>
 void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, i64 rows, i64 cols) {
-  static thread_local Coincidences together;
-  static thread_local Block block;
+  Coincidences& together = scratch().together;
+  Block& block = scratch().block;
   const bool many_outputs = a.errors.held == Held::OVER_LINES, many_inputs = a.inputs.held == Held::OVER_LINES;
   if (many_outputs) together.count(a, u.batch, a.inputs, a.errors, group, i0, o0);
   if (many_inputs) together.count(a, u.batch, a.errors, a.inputs, group, o0, i0);
@@ -762,8 +753,12 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
     for (i64 group = 0; group < u.groups; ++group)
       for (i64 block = 0; block < u.samples() / SAMPLES; ++block) trainer.fire(group, block);
   }
-  const i64 rows = bits && many_inputs ? ACROSS : LINES, cols = bits && !many_inputs ? ACROSS : WIDE_ROW;
-  const i64 row_blocks = (u.inputs + rows - 1) / rows, col_blocks = (u.outputs + cols - 1) / cols;
+  i64 rows = bits && many_inputs ? ACROSS : LINES, cols = bits && !many_inputs ? ACROSS : WIDE_ROW;
+  const auto blocks = [](i64 lines, i64 size) { return (lines + size - 1) / size; };
+  while (rows * cols > LINES * WIDE_ROW &&
+         u.groups * blocks(u.inputs, rows) * blocks(u.outputs, cols) < threads_to_come())
+    (many_inputs ? rows : cols) /= 2;
+  const i64 row_blocks = blocks(u.inputs, rows), col_blocks = blocks(u.outputs, cols);
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;
 #pragma omp parallel for collapse(3) schedule(dynamic)

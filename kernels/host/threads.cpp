@@ -13,13 +13,7 @@ extern "C" void gpuxbar_set_threads(i64 count) {
 }
 
 // How many threads kernels called from here run on.
-extern "C" i64 gpuxbar_threads() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
+extern "C" i64 gpuxbar_threads() { return threads_to_come(); }
 
 // The month of OpenMP's version, 0 where the compiler has none.
 extern "C" i64 gpuxbar_openmp() {

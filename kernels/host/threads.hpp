@@ -17,4 +17,13 @@ inline i64 threads_here() {
 #endif
 }
 
+// Threads of a parallel region that begins here.
+inline i64 threads_to_come() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 }  // namespace gpuxbar

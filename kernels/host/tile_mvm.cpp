@@ -271,7 +271,7 @@ class Reader {
   // Adds a panel's sums, unless they were sent there, and gates to y in its layout: rows of a matrix, images, or folded
   // images.
   void store(const Panel& panel, bool first_plane, bool sent) {
-    const i64 sensed = p.groups * s.sense, first_image = first / pixels, first_pixel = first % pixels;
+    const i64 sensed = p.groups * s.sense;
     for (i64 j = panel.begin; j < panel.end; ++j) {
       const i64 column = panel.column + j;
       const float bias = first_plane && p.bias ? p.bias[column] : 0.0f;

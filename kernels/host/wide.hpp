@@ -121,11 +121,12 @@ inline void philox_lanes(const WideCounter& even, const WideCounter& odd, u32 ke
   philox_lanes<ROUNDS>(c, key_lo, key_hi, x, y, z, w);
 }
 
-// Keeps what was loaded in its register: g++ loads it anew for every product with it, and AVX2's loads then take longer than
-// its products. Those of AVX-512 load their other factor on the way.
+// Keeps what was loaded in its register: g++ loads it anew for every product with it.
 template <class V>
 inline void keep(V& loaded) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  asm("" : "+v"(loaded));
+#elif defined(__AVX2__)
   asm("" : "+x"(loaded));
 #endif
 }
@@ -141,7 +142,7 @@ inline void register_tile(i64 depth, const float* at, i64 lda, const Right& righ
 #pragma GCC unroll 8
     for (int j = 0; j < COLS; ++j) {
       along[j] = *(const V*)right(k, j);
-      if (ROWS > 1) keep(along[j]);
+      if (ROWS > 1 && LANES == 8) keep(along[j]);  // wider products load their other factor on the way
     }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {

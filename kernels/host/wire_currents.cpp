@@ -5,7 +5,6 @@
 // sizes and stops on its own. Bits do not depend on threads. Meaning and oracle: gpuxbar/reference/wire_currents.py.
 #include <algorithm>
 #include <cmath>
-#include <memory>
 
 #include "gpuxbar/parasitics.cuh"
 #include "wide.hpp"
@@ -229,20 +228,11 @@ class Solver {
   }
 };
 
-// Memory from a boundary of vectors on.
-class Memory {
-  std::unique_ptr<float[]> block;
-
- public:
-  explicit Memory(i64 floats) : block(new float[floats + 16]) {}
-  float* get() const { return (float*)(((u64)block.get() + 63) / 64 * 64); }
-};
-
 // The currents of `count` inputs of one tile.
 template <int COUNT>
 bool currents(const float* v, const float* g, i64 rows, i64 cols, Ends ends, i64 count, double tolerance,
               i64 iterations, float* i) {
-  const Memory memory(Solver<COUNT>::floats(rows, cols));
+  const Aligned memory(Solver<COUNT>::floats(rows, cols));
   Solver<COUNT> solver(g, rows, cols, ends, memory.get());
   if (!solver.solve(v, nullptr, count, tolerance, iterations)) return false;
   solver.bitline_currents(count, i);
@@ -254,7 +244,7 @@ template <int COUNT>
 bool gradients(const float* v, const float* g, const float* grad_i, i64 rows, i64 cols, Ends ends, i64 count,
                double tolerance, i64 iterations, float* grad_v, float* grad_g) {
   const i64 floats = Solver<COUNT>::floats(rows, cols);
-  const Memory memory(2 * floats + COUNT * cols);
+  const Aligned memory(2 * floats + COUNT * cols);
   float* const drive = memory.get() + 2 * floats;
   for (i64 k = 0; k < count * cols; ++k) drive[k] = -grad_i[k];
   Solver<COUNT> forward(g, rows, cols, ends, memory.get()), adjoint(g, rows, cols, ends, memory.get() + floats);
