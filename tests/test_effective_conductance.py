@@ -56,7 +56,7 @@ def test_merge_is_the_nodal_solution(shape, name):
 
 @pytest.mark.parametrize("method", reference.METHODS)
 @pytest.mark.parametrize("name", WIRES)
-@pytest.mark.parametrize("shape", [*SHAPES, (70, 66)])
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 66), (123, 8), (5, 90)])
 def test_host_matches_oracle(shape, name, method):
     g, w = tiles(2, *shape), wires(name, *shape)
     got = ops.effective_conductance(g, method=method, **w)
@@ -257,7 +257,7 @@ def test_bad_input_is_named(name, where, monkeypatch):
 @pytest.mark.parametrize("method", reference.METHODS)
 @pytest.mark.parametrize(
     ("shape", "order"),
-    [((1, 1), FORWARD), ((16, 16), REVERSE), ((16, 20), 11), ((20, 16), 12), ((37, 50), FORWARD), ((12, 70), 13), ((70, 30), REVERSE)],
+    [((1, 1), FORWARD), ((16, 16), REVERSE), ((16, 20), 11), ((20, 16), 12), ((37, 50), FORWARD), ((12, 70), 13), ((70, 30), REVERSE), ((5, 90), 14)],
 )  # fmt: skip
 def test_cuda_kernels_match_oracle(shape, order, method):
     g, w = tiles(3, *shape), wires("lines", *shape)

@@ -224,6 +224,5 @@ def interpolation(count: int, k: int, pad_front: bool) -> np.ndarray:
     share = np.clip(at - low, 0, 1)
     weights = np.zeros((count, blocks))
     weights[np.arange(count), low] = 1 - share
-    if blocks > 1:
-        weights[np.arange(count), low + 1] = share
+    weights[np.arange(count), np.minimum(low + 1, blocks - 1)] += share
     return weights
