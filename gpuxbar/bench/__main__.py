@@ -76,9 +76,9 @@ def bench(
                 else [record]
             )
             rows = [row for each in records for row in rows_of(each)]
+            narrow = rows_of(root / "examples/results/avx2.jsonl") if record is None else []
             rewrite_readmes(root, rows)
-            if record is None:
-                narrow = rows_of(root / "examples/results/avx2.jsonl")
+            if narrow:
                 put_table(root / "examples/README.md", avx2_table(narrow, rows), *markers("avx2"))
             on_gpu = gpu_table(lines_of(root / "examples/results/gpu.jsonl"))
             put_table(root / "examples/README.md", on_gpu, *markers("gpu"))

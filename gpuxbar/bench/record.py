@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +122,8 @@ def updates_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         other = row["ratio"].get("aihwkit")
-        target = "" if row["target"] is None else f"<= {row['target']:g}"
         out.append(
-            f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {target} "
+            f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {_target(row)} "
             f"| {'' if other is None else f'{other:.0f}'} | {row['error']:.0e} |"
         )
     return "\n".join([*out, "", *_machines(rows)])
@@ -138,17 +136,16 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if "ideal" in row["ms"]:
+        if _is_cost(row):
             plain = row["ratio"].get("plain torch")
-            target = "" if row["target"] is None else f"<= {row['target']:g}"
             out.append(
-                f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {target} "
+                f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {_target(row)} "
                 f"| {'' if plain is None else f'{plain:.2f}'} | {row['error']:.0e} |"
             )
-    speedups = [row for row in rows if "ideal" not in row["ms"]]
+    speedups = [row for row in rows if not _is_cost(row)]
     for row in speedups:
         out.append(
-            f"| {row['case']}: {row['size']} | | {_verdict(row, low=False)} | >= {row['target']:g} | | {row['error']:.0e} |"
+            f"| {row['case']}: {row['size']} | | {_verdict(row)} | {_target(row)} | | {row['error']:.0e} |"
         )
     memory = [row for row in rows if row["extra_mb"]]
     if memory:
@@ -173,10 +170,19 @@ def _ms(time: float) -> str:
     return f"{time:.1f}" if time >= 1 else f"{time:.2g}"
 
 
-def _verdict(row: dict[str, Any], low: bool = True) -> str:
+def _verdict(row: dict[str, Any]) -> str:
     ratio, target = row["ratio"]["gpuxbar"], row["target"]
-    met = target is None or (ratio <= target if low else ratio >= target)
+    met = target is None or (ratio <= target if _is_cost(row) else ratio >= target)
     return f"{ratio:.2f}" if met else f"{ratio:.2f} (missed)"
+
+
+def _target(row: dict[str, Any]) -> str:
+    return "" if row["target"] is None else f"{'<=' if _is_cost(row) else '>='} {row['target']:g}"
+
+
+def _is_cost(row: dict[str, Any]) -> bool:
+    """Whether its ratio is to an ideal, and not a speed-up."""
+    return "ideal" in row["ms"]
 
 
 def _machines(rows: list[dict[str, Any]]) -> list[str]:
@@ -231,14 +237,10 @@ def avx2_table(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
     wide = {(row["case"], row["threads"]): row for row in others}
     for row in rows:
         other = wide.get((row["case"], row["threads"]))
-        if _kind(row["case"]) == "wires":
-            verdict, target = _wires_verdict, _wires_target(row)
-        else:
-            low = "ideal" in row["ms"]
-            verdict = partial(_verdict, low=low)
-            target = "" if row["target"] is None else f"{'<=' if low else '>='} {row['target']:g}"
+        wires = _kind(row["case"]) == "wires"
+        verdict, target = (_wires_verdict, _wires_target) if wires else (_verdict, _target)
         out.append(
-            f"| {row['case']} | {verdict(row)} | {'' if other is None else verdict(other)} | {target} |"
+            f"| {row['case']} | {verdict(row)} | {'' if other is None else verdict(other)} | {target(row)} |"
         )
     return "\n".join([*out, "", *_machines(rows)])
 

@@ -66,9 +66,6 @@ void lay_inputs(const Layout& l, const Value* from, float scale, float* to) {
   }
 }
 
-// The first address from there on that a vector does not share between two lines of a cache.
-inline float* aligned(float* at) { return (float*)(((u64)at + 4 * LANES - 1) / (4 * LANES) * (4 * LANES)); }
-
 // The sums of N vectors, a power of two up to LANES: that of vector k in lane k, and in those N lanes on.
 template <int STEP, int N>
 inline Vec lane_sums(const Vec (&v)[N]) {
@@ -132,8 +129,9 @@ extern "C" void gpuxbar_conv_outer_product(const float* d,      // [N, G * O, ou
   const Layout l(c, outputs);
   const i64 lines = c.channels * c.kernel_h * c.kernel_w, chunks = (lines + TAPS - 1) / TAPS, tiles = l.outputs / OUT;
   const i64 most = std::clamp<i64>(LAID / (OUT * l.depth), 1, std::max<i64>(images, 1));
-  std::vector<float> inputs(most * l.inputs_size), memory(most * l.gradients_size + LANES);
-  float* const gradients = aligned(memory.data());
+  std::vector<float> inputs(most * l.inputs_size);
+  const Aligned gradients(most * l.gradients_size);
+  std::fill_n(gradients.get(), most * l.gradients_size, 0.0f);
   std::vector<i64> starts(lines);
   for (i64 k = 0; k < lines; ++k) starts[k] = l.start(k);
   std::fill_n(dw, groups * outputs * lines, 0.0f);
@@ -156,7 +154,7 @@ extern "C" void gpuxbar_conv_outer_product(const float* d,      // [N, G * O, ou
       for (i64 i = 0; i < count; ++i)
         for (i64 o = 0; o < outputs; ++o) {
           const float* from = d + (((first + i) * groups + group) * outputs + o) * c.out_h * c.out_w;
-          float* to = gradients + i * l.gradients_size + o * l.depth;
+          float* to = gradients.get() + i * l.gradients_size + o * l.depth;
           for (i64 y = 0; y < c.out_h; ++y) std::copy_n(from + y * c.out_w, c.out_w, to + y * l.pitch);
         }
 #pragma omp for collapse(2) schedule(static)
@@ -164,8 +162,8 @@ extern "C" void gpuxbar_conv_outer_product(const float* d,      // [N, G * O, ou
         for (i64 chunk = 0; chunk < chunks; ++chunk) {
           const i64 k = chunk * TAPS, o = tile * OUT;
           const auto part = lines - k >= 3 ? multiply<3> : lines - k == 2 ? multiply<2> : multiply<1>;
-          part(l, gradients + o * l.depth, inputs.data(), starts.data() + k, count, std::min<i64>(OUT, outputs - o),
-               dw + (group * outputs + o) * lines + k, lines);
+          part(l, gradients.get() + o * l.depth, inputs.data(), starts.data() + k, count,
+               std::min<i64>(OUT, outputs - o), dw + (group * outputs + o) * lines + k, lines);
         }
     }
 }

@@ -8,22 +8,13 @@
 
 namespace gpuxbar {
 
-// Threads of the parallel region around the call.
-inline i64 threads_here() {
+// Threads of the parallel region around the call, and of one that begins here.
 #if defined(_OPENMP)
-  return omp_get_num_threads();
+inline i64 threads_here() { return omp_get_num_threads(); }
+inline i64 threads_to_come() { return omp_get_max_threads(); }
 #else
-  return 1;
+inline i64 threads_here() { return 1; }
+inline i64 threads_to_come() { return 1; }
 #endif
-}
-
-// Threads of a parallel region that begins here.
-inline i64 threads_to_come() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 }  // namespace gpuxbar

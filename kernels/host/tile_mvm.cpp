@@ -52,18 +52,19 @@ void pack_matrix(const TileMvm& p, const Shape& s, const Driver& drive, i64 grou
 // on lie behind each other, and are packed together, since lines of the array are far apart but their parts are neighbours.
 void pack_panels(const TileMvm& p, const Shape& s, const float* m, i64 plane, i64 group, i64 first, i64 end, float* b) {
   const float* base = m + (plane * p.groups + group) * p.inputs * p.cols;
-  const auto to = [&](i64 q, const Panel& panel) { return b + (q - first) * s.drive * COLS + panel.begin; };
+  const auto packed = [&](i64 q) { return b + (q - first) * s.drive * COLS; };
   for (i64 q = first; q < end; ++q) {
     const Panel panel(s, group, q);
     const i64 n = panel.end - panel.begin, from = panel.local + panel.begin;
-    if (n < COLS) std::fill_n(to(q, panel) - panel.begin, s.drive * COLS, 0.0f);
-    if (p.transposed) transpose(base + from * p.cols, p.cols, n, s.drive, to(q, panel), COLS);
+    if (n < COLS) std::fill_n(packed(q), s.drive * COLS, 0.0f);
+    if (p.transposed) transpose(base + from * p.cols, p.cols, n, s.drive, packed(q) + panel.begin, COLS);
   }
   for (i64 k0 = 0; k0 < s.drive && !p.transposed; k0 += COLS)
     for (i64 q = first; q < end; ++q) {
       const Panel panel(s, group, q);
       const i64 from = panel.local + panel.begin, kn = std::min<i64>(s.drive, k0 + COLS);
-      for (i64 k = k0; k < kn; ++k) copy(to(q, panel) + k * COLS, base + k * p.cols + from, panel.end - panel.begin);
+      float* to = packed(q) + panel.begin;
+      for (i64 k = k0; k < kn; ++k) copy(to + k * COLS, base + k * p.cols + from, panel.end - panel.begin);
     }
 }
 
