@@ -176,6 +176,39 @@ def test_uncalibrated_and_empty_are_refused():
         AnalogLinear(4, 2, spec=spec())(torch.empty(0, 4))
 
 
+class FrozenBelow(nn.Module):
+    """Asks for no gradient of its first layer, nor through its second."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.above(self.below(x))
+        return self.head(x[None])[0]
+
+
+def test_layers_that_no_gradient_passes_need_no_range_of_the_transposed_read():
+    model, _ = gx.convert(FrozenBelow(), spec(adc={"bits": 8}))
+    x = torch.randn(5, 6)
+    gx.calibrate(model, [x])
+    assert [layer.back_calibrated for layer in (model.below, model.above, model.head.hh_l0)] == [
+        False,
+        False,
+        True,
+    ]
+    model(x).sum().backward()
+    with pytest.raises(ValueError, match=r"above: the ADC range of the transposed read must be calibrated"):
+        model.above(x.new_ones(2, 8).requires_grad_())
+    model.head.hh_l0.back_adc_range.fill_(torch.nan)
+    model.head.hh_l0.look_at_ranges()
+    with pytest.raises(ValueError, match=r"hh_l0: the ADC range of the transposed read must be calibrated"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+
+
 class Keyed(nn.Module):
     """Takes and gives dicts."""
 

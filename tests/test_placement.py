@@ -74,8 +74,11 @@ def idle(monkeypatch):
     def tensor(a):
         return torch.empty(a.shape, dtype=getattr(torch, a.dtype.name), device="meta")
 
+    def ready(layer):
+        layer.calibrated = layer.back_calibrated = True
+
     bridge_to(monkeypatch, device, array, tensor)
-    monkeypatch.setattr(AnalogLayer, "look_at_ranges", lambda layer: setattr(layer, "calibrated", True))
+    monkeypatch.setattr(AnalogLayer, "look_at_ranges", ready)
     monkeypatch.setattr(InSitu, "_compare_read_out", lambda layer: setattr(layer, "_read", layer.mark()))
     return device
 

@@ -59,12 +59,14 @@ def calibrate(
         return
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
 
-    def watch(layer: AnalogLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def watch(layer: AnalogLayer, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         seen.setdefault((layer, False), []).append(_currents(layer, args[0].detach(), y))
-        if y.requires_grad:
-            y.register_hook(
-                lambda grad: seen.setdefault((layer, True), []).append(_back_currents(layer, grad))
-            )
+        if not y.requires_grad:
+            return None
+        y.register_hook(lambda grad: seen.setdefault((layer, True), []).append(_back_currents(layer, grad)))
+        return (
+            y.clone()
+        )  # what follows may work in place, which takes a view out of the graph and its hooks with it
 
     with _without_adcs(model):
         hooks = [layer.register_forward_hook(watch) for layer in layers]
@@ -121,7 +123,7 @@ def _without_adcs(model: nn.Module) -> Any:
                     layer.plan, forward=replace(forward, adc_bits=0), backward=replace(backward, adc_bits=0)
                 )
             )
-            layer.calibrated = True
+            layer.calibrated = layer.back_calibrated = True
         yield
     finally:
         for layer, plan in plans.items():

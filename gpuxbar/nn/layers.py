@@ -174,11 +174,12 @@ class AnalogLayer(InSitu):
         return torch.stack([1 + adc.gain_std * found[0], adc.offset_std * found[1]])
 
     def look_at_ranges(self) -> None:
-        """Take over the ADC ranges, and remember whether all are set, so that reading them never waits for a GPU."""
-        self.calibrated = True
+        """Take over the ADC ranges, and remember which direction's are set, so that reading them never waits for a GPU."""
+        ready = []
         for full, lsb, read, _ in self.converters():
             lsb.copy_(full / max(read.adc_code_max, 1))
-            self.calibrated &= not read.adc_bits or bool((full > 0).all())
+            ready.append(not read.adc_bits or bool((full > 0).all()))
+        self.calibrated, self.back_calibrated = ready
 
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
@@ -350,7 +351,7 @@ class AnalogLayer(InSitu):
             raise TypeError(
                 f"{self.name}: `x` must be real, got {x.dtype}; take real and imaginary parts apart"
             )
-        self.require_calibrated()
+        self.require_calibrated(back=x.requires_grad and torch.is_grad_enabled())
         x = x.float().contiguous()
         top = self.dac_top(x)
         x, lsb = self.dac_inputs(x, top)
@@ -377,12 +378,17 @@ class AnalogLayer(InSitu):
         y = self.streams.watch(y, weight, x) if watched else y
         return y.to(weight.dtype)
 
-    def require_calibrated(self) -> None:
-        """Refuse to read without an ADC range."""
+    def require_calibrated(self, back: bool) -> None:
+        """Refuse to read without an ADC range, or, where a gradient will go `back`, without that of the transposed read."""
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
                 "gpuxbar.calibrate(model, loader)"
+            )
+        if back and not self.back_calibrated:
+            raise ValueError(
+                f"{self.name}: the ADC range of the transposed read must be calibrated before gradients pass the layer, and none passed it "
+                "in gpuxbar.calibrate; give that a loss which depends on the layer, or set `backward.adc` of its spec"
             )
 
     def _devices(self) -> Tensor:
@@ -481,6 +487,8 @@ class AnalogLinear(nn.Linear, AnalogLayer):
 
     def forward(self, input: Tensor, steady: Steady | None = None) -> Tensor:
         """As `nn.Linear`'s; `steady` see `read`."""
+        if input.dim() == 2:
+            return self.read(input, steady)
         flat = self.read(input.reshape(-1, input.shape[-1]), steady)
         return flat.reshape(*input.shape[:-1], self.out_features)
 

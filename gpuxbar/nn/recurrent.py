@@ -222,7 +222,8 @@ def _lstm_at_once(
     layer: AnalogLinear, products: Tensor, h: Tensor, c: Tensor, order: range
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`_run` of an LSTM whose layer of the state is `_unwatched`."""
-    layer.require_calibrated()
+    graded = any(value.requires_grad for value in (products, h, c, layer.weight))
+    layer.require_calibrated(back=graded and torch.is_grad_enabled())
     cells = layer.conductances()
     steps = layer.read_step + torch.arange(1, len(order) + 1)
     converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error

@@ -65,7 +65,8 @@ class _Watch(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, mark: Tensor, x: Tensor, found: list[Tensor]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.found = found
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # as if changed, not a view: what follows may work in place
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
