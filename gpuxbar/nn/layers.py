@@ -353,7 +353,8 @@ class AnalogLayer(InSitu):
             raise TypeError(
                 f"{self.name}: `x` must be real, got {x.dtype}; take real and imaginary parts apart"
             )
-        self.require_calibrated(back=x.requires_grad and torch.is_grad_enabled())
+        self.require_calibrated()
+        passes_gradients = x.requires_grad
         x = x.float().contiguous()
         top = self.dac_top(x)
         x, lsb = self.dac_inputs(x, top)
@@ -375,23 +376,34 @@ class AnalogLayer(InSitu):
                 "that it wraps itself; wrap it by gpuxbar.distribute(model)"
             )
         y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
+        if passes_gradients:
+            self.await_gradient(y)
         if self.spec.dac.range == "ema" and self.training:
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
         return y.to(weight.dtype)
 
-    def require_calibrated(self, back: bool) -> None:
-        """Refuse to read without an ADC range, or, where a gradient will go `back`, without that of the transposed read."""
+    def require_calibrated(self) -> None:
+        """Refuse to read without an ADC range."""
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
-                "gpuxbar.calibrate(model, loader)"
+                "gpuxbar.calibrate(model, loader), with a step that calls model.train() if the layer runs in training alone"
             )
-        if back and not self.back_calibrated:
-            raise ValueError(
-                f"{self.name}: the ADC range of the transposed read must be calibrated before gradients pass the layer, and none passed it "
-                "in gpuxbar.calibrate; give that a loss which depends on the layer, or set `backward.adc` of its spec"
-            )
+
+    def await_gradient(self, y: Tensor) -> None:
+        """Refuse the gradient of an output, if one comes, where the transposed read has no ADC range."""
+        if self.back_calibrated or not y.requires_grad:
+            return
+        if torch.compiler.is_compiling():
+            self._refuse_gradient()
+        y.register_hook(self._refuse_gradient)
+
+    def _refuse_gradient(self, *_: Tensor) -> None:
+        raise ValueError(
+            f"{self.name}: the ADC range of the transposed read must be calibrated before gradients pass the layer, and none passed it "
+            "in gpuxbar.calibrate; give that a loss which depends on the layer, or set `backward.adc` of its spec"
+        )
 
     def _devices(self) -> Tensor:
         """Conductances of a layer with wires, on their near side: [2 slices, G * I, O], S."""
