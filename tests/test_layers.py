@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import spectral_norm
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
@@ -607,6 +607,9 @@ def test_converted_layers_keep_hooks_and_computed_weights_stay_digital():
 
 def test_computed_weights_of_fused_modules_stay_digital():
     model = nn.ModuleList([nn.LSTM(3, 4), nn.Conv3d(2, 3, 2), nn.ConvTranspose2d(2, 3, 2), nn.Linear(4, 4)])
+    attention = nn.MultiheadAttention(4, 2)
+    l1_unstructured(attention.out_proj, "weight", 0.5)
+    assert {row.runs for row in gx.convert(attention, spec())[1].rows} == {"digital"}
     with torch.no_grad():
         l1_unstructured(model[0], "weight_hh_l0", 0.5)
         spectral_norm(model[1])
@@ -616,6 +619,50 @@ def test_computed_weights_of_fused_modules_stay_digital():
     assert {(row.runs, row.why[:26]) for row in report.rows} == {("digital", "its weight is computed ane")}
     x = torch.randn(1, 2, 3, 3, 3)
     torch.testing.assert_close(converted.eval()[1](x), model.eval()[1](x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("norm", [weight_norm, parametrizations.weight_norm])
+def test_normalised_weights_stay_digital_or_are_normalised_on_crossbars(norm):
+    x = torch.randn(3, 4)
+    plain = nn.Linear(4, 4)
+    normalised = norm(copy.deepcopy(plain))
+    normalised(x)  # leaves a weight that torch does not copy
+    same, report = gx.convert(nn.Sequential(normalised), spec())
+    assert report.rows[0].runs == "digital"
+    assert report.rows[0].why.startswith("its weight is computed anew")
+    after = norm(gx.convert(plain, spec())[0])
+    torch.testing.assert_close(same(x), normalised(x))
+    torch.testing.assert_close(after(x), normalised(x))
+
+
+class Renamed(nn.Conv3d):
+    def __init__(self):
+        super().__init__(2, 3, 2)
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+
+class Doubled(nn.Conv2d):
+    def _conv_forward(self, *args):
+        return 2 * super()._conv_forward(*args)
+
+
+def test_subclasses_that_compute_the_same_run_on_crossbars():
+    """The output layer of attention is one, whose weight the attention uses itself."""
+    model = nn.ModuleList([Renamed(), Doubled(2, 3, 2), nn.MultiheadAttention(4, 2)])
+    converted, report = gx.convert(model, spec(), rules={"2": None})
+    found = {row.module: row.runs for row in report.rows}
+    assert found["0.product"] == "analog"
+    assert found["1"] == found["2"] == found["2.out_proj"] == "digital"
+    x = torch.randn(1, 2, 3, 3, 3)
+    torch.testing.assert_close(converted[0](x), model[0](x))
+
+
+def test_a_model_without_values_is_refused():
+    with pytest.raises(ValueError, match=r"`model` must hold its values, got 0.weight on the meta device"):
+        gx.convert(nn.Sequential(nn.Linear(4, 4, device="meta")), spec())
 
 
 class Digital(nn.ModuleDict):
@@ -637,6 +684,7 @@ def test_the_report_names_layers_whose_products_are_digital():
     assert rows["own"] == rows["lstm"] == ("digital", "its forward was replaced: undo that first")
     assert rows["used"] == ("analog", "default, but not called by the example")
     assert rows["called"] == ("analog", "default")
+    assert [row.macs for row in report.rows if row.module in ("used", "called")] == [0, 16]
     assert torch.equal(model.own(x), 2 * x)
 
 

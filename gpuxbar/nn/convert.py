@@ -6,12 +6,15 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
@@ -46,8 +49,8 @@ class Row:
         runs: "analog" or "digital".
         why: Why so.
         tiles: Tiles, all planes counted.
-        macs: Multiply-accumulates of a sample, or of one output position where no example was given; 0 of modules
-            whose products are not known.
+        macs: Multiply-accumulates of a sample (one place on the first axis of the example), or of one output position where no
+            example was given; 0 of modules whose products are not known.
         clipped: Share of the weights beyond `mapping.w_max`.
     """
 
@@ -81,8 +84,8 @@ def convert(
 
     Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU, RNN and their
     cells, of Conv3d, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj`
-    or `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Layers of other types, subclasses of these among
-    them, stay digital and are named in the report.
+    or `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Subclasses that compute as these do become what these do;
+    layers of other types stay digital and are named in the report.
 
     Args:
         model: Any model; it is not changed.
@@ -97,14 +100,14 @@ def convert(
 
     Raises:
         TypeError: `spec` is not a CrossbarSpec.
-        ValueError: A rule matches no layer.
+        ValueError: A rule matches no layer, or the model has no values yet.
     """
     if not isinstance(spec, CrossbarSpec):
         raise TypeError(
             f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
         )
     choices = _Rules(rules or {})
-    model, owners = _unfuse(copy.deepcopy(model), choices)
+    model, owners = _unfuse(_copied(model), choices)
     positions = _positions(model, example)
     rows = []
     for module, names in _places(model).items():
@@ -119,7 +122,7 @@ def convert(
             rows.append(Row(label, kind, "digital", _why_not(module, names, choices)))
         else:
             overrides, why = choices.of([*names, *owners.get(module, ())])
-            if example is not None and names[0] not in positions:
+            if positions is not None and names[0] not in positions:
                 why += ", but not called by the example"
             macs = _macs(module, names, positions)
             if overrides is None:
@@ -158,11 +161,37 @@ class _Rules:
             )
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy that may be changed."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"convert: `model` must hold its values, got {name} on the meta device; load or initialise it first"
+            )
+    # what passes have left in attributes, as weights that are computed of others, is no leaf, and torch copies leaves alone
+    left = (
+        value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)
+    )
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in left if not value.is_leaf})
+
+
+def _form(module: nn.Module) -> type[nn.Module] | None:
+    """The type with a crossbar form that a module is of, or computes as: a subclass that changes nothing but how it is made."""
+    base = next((kind for kind in (*LAYERS, *FUSED) if isinstance(module, kind)), None)
+    # the weight of a NonDynamicallyQuantizableLinear is used by its owner
+    if base is None or isinstance(module, (LazyModuleMixin, NonDynamicallyQuantizableLinear)):
+        return None
+    kinds = type(module).__mro__
+    own = {name for kind in kinds[: kinds.index(base)] for name in vars(kind) if hasattr(base, name)}
+    changed = {name for name in own if not name.startswith("__") or name == "__call__"}
+    return None if changed - {"reset_parameters", "extra_repr"} else base
+
+
 def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:
     """Why a module of another type stays digital."""
     if isinstance(module, LazyModuleMixin):
         return "lazy: pass a batch through it first"
-    if type(module) not in LAYERS and _as_layers(type(module)) is None:
+    if _form(module) not in LAYERS and _as_layers(module) is None:
         return NO_FORM
     return _obstacle(module) or rules.of(names)[1]
 
@@ -171,17 +200,24 @@ def _obstacle(module: nn.Module) -> str | None:
     """What keeps a module of a type that has a crossbar form digital, if anything does."""
     if "forward" in vars(module):
         return "its forward was replaced: undo that first"
-    norms = any(
-        type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()
+    computed = any(
+        is_parametrized(part)
+        or any(
+            type(hook).__module__.startswith("torch.nn.utils.") for hook in part._forward_pre_hooks.values()
+        )
+        for part in module.modules()
     )
-    if norms or (type(module) in LAYERS and "weight" not in module._parameters):
-        return "its weight is computed anew: make it a parameter, as torch.nn.utils.prune.remove does"
+    if computed or (_form(module) in LAYERS and "weight" not in module._parameters):
+        return (
+            "its weight is computed anew: make it a parameter, as torch.nn.utils.prune.remove and "
+            "torch.nn.utils.parametrize.remove_parametrizations do, or convert before"
+        )
     return None
 
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a module becomes an analog layer: one of the types, with a weight and a forward of its own."""
-    return type(module) in LAYERS and _obstacle(module) is None
+    return _form(module) in LAYERS and _obstacle(module) is None
 
 
 def _tiles(layer: AnalogLayer) -> int:
@@ -190,8 +226,9 @@ def _tiles(layer: AnalogLayer) -> int:
     return tiles * len(Planes.of(layer.spec, collapse=False).slice_scale)
 
 
-def _macs(layer: nn.Module, names: list[str], positions: dict[str, int]) -> int:
-    return _weight(layer).numel() * positions.get(names[0], 1)
+def _macs(layer: nn.Module, names: list[str], positions: dict[str, Fraction] | None) -> int:
+    called = 1 if positions is None else positions.get(names[0], 0)
+    return round(_weight(layer).numel() * called)
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -214,7 +251,7 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module,
     """The model with fused modules as layers, where any of these is to be analog; and whose layers they are, by name."""
     owners: dict[nn.Module, list[str]] = {}
     for module, names in _places(model).items():
-        make = _as_layers(type(module))
+        make = _as_layers(module)
         if make is None or _obstacle(module):
             continue
         parts = make(module)
@@ -226,11 +263,13 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module,
     return model, owners
 
 
-def _as_layers(kind: type[nn.Module]) -> Callable[[Any], nn.Module] | None:
-    """What makes layers of modules of a type, None where nothing does."""
+def _as_layers(module: nn.Module) -> Callable[[Any], nn.Module] | None:
+    """What makes layers of a module, None where nothing does."""
+    kind = type(module)
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return _transposed_linear
-    return FUSED.get(kind)
+    form = _form(module)
+    return None if form is None else FUSED.get(form)
 
 
 def _transposed_linear(module: nn.Module) -> nn.Linear:
@@ -263,18 +302,20 @@ def _call_layers(model: nn.Module) -> None:
                 module.use_nested_tensor = False
 
 
-def _positions(model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, Any] | None) -> dict[str, int]:
-    """Output positions of every layer for one sample, by module name."""
+def _positions(
+    model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, Any] | None
+) -> dict[str, Fraction] | None:
+    """Output positions of every layer that an example calls, for one sample, by module name; None without an example."""
     if example is None:
-        return {}
+        return None
     watched = copy.deepcopy(model).eval()
-    found: dict[str, int] = {}
+    found: dict[str, Fraction] = {}
     args = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
     options = example if isinstance(example, dict) else {}
     samples = next((len(x) for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()), 1)
 
     def count(name: str, layer: nn.Module, y: Tensor) -> None:
-        found[name] = found.get(name, 0) + y.numel() // len(_weight(layer)) // samples
+        found[name] = found.get(name, Fraction(0)) + Fraction(y.numel() // len(_weight(layer)), samples)
 
     for name, module in watched.named_modules():
         if _is_layer(module) or isinstance(module, AnalogLayer):

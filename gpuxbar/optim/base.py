@@ -177,7 +177,8 @@ class InSituOptimizer(torch.optim.Optimizer):
         if layer.streams.group is None or (grad.device.type == "cpu" and grad.any()):
             raise ValueError(
                 f"{type(self).__name__}: `weight` of {layer.name} must have no gradient with pulse trains or bit streams, which take "
-                "none, got one, as of a tied embedding or a penalty; untie it or leave that out, or call zero_grad() if it is an old one"
+                "none, got one, as of a tied embedding, a product outside the layer or a penalty; keep the layer digital by a rule, or leave "
+                "that out; call zero_grad() if it is an old one"
             )
 
     def _named_parts(self) -> dict[int, nn.Module]:
