@@ -172,6 +172,19 @@ def test_layers_refuse_wrong_shapes_and_empty_batches():
         linear(torch.zeros(2, 4, dtype=torch.complex64))
 
 
+def test_layers_refuse_weights_of_another_size_and_transforms():
+    layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec())
+    x = torch.randn(2, 4)
+    with pytest.raises(TypeError, match=r"got those of a transform of torch.func"):
+        torch.func.grad(lambda x: layer(x).sum())(x)
+    layer(x)
+    layer.weight = nn.Parameter(torch.randn(5, 4))
+    with pytest.raises(
+        ValueError, match=r"fit the arrays of 4 x 3 .* got shape \(5, 4\); change its size before"
+    ):
+        layer(x)
+
+
 def test_layers_take_any_strides_and_float_types():
     layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec())
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
@@ -219,12 +220,13 @@ class AnalogLayer(InSitu):
         if self.in_situ:
             return self.trained_cells()
         weight = self.weight if weight is None else weight
-        if not torch.compiler.is_compiling():
-            if self._cells_of is None:
-                self._cells_of = weight.detach()
-            elif self._cells_of.data_ptr() != weight.data_ptr():
+        if not torch.compiler.is_compiling() and (
+            self._cells_of is None or self._cells_of.data_ptr() != weight.data_ptr()
+        ):
+            self._require_shape(weight)
+            if self._cells_of is not None:
                 self.leave_cells()
-                self._cells_of = weight.detach()
+            self._cells_of = weight.detach()
         weight = self._written_weight(weight)
         merge = "none" if self.seen is not None else self.planes.merge
         reprogram(
@@ -235,6 +237,15 @@ class AnalogLayer(InSitu):
         if self.seen is None:
             return Cells(self.cells, None, self.noise_var, w_max, self.written[:1])
         return self.through_wires(self.cells, self.noise_var, w_max, self.written[:1])
+
+    def _require_shape(self, weight: Tensor) -> None:
+        """Refuse a weight that does not fit the layer's arrays."""
+        lines = self.groups_ * self.outputs, self.inputs
+        if (len(weight), weight[0].numel()) != lines:
+            raise ValueError(
+                f"{self.name}: `weight` must fit the arrays of {lines[1]} x {lines[0]} that the layer was made with, got shape "
+                f"{tuple(weight.shape)}; change its size before gpuxbar.convert"
+            )
 
     def forget_wires(self) -> None:
         """Solve and pack anew at the next read, whatever the state of the devices says: buffers were set from outside."""
@@ -362,6 +373,11 @@ class AnalogLayer(InSitu):
         bias = None if bias is None else bias.float()
         if steady is None:
             weight = self.look_at_weight()
+            if not torch.compiler.is_compiling() and any(map(is_functorch_wrapped_tensor, (x, weight))):
+                raise TypeError(
+                    f"{self.name}: `x` and `weight` must be plain tensors, got those of a transform of torch.func, which crossbars do "
+                    "not follow; call backward() or torch.autograd.grad"
+                )
             cells = self.conductances(weight)
         else:
             cells, weight = steady
