@@ -405,6 +405,25 @@ def test_calibration_leaves_no_trace():
     assert [m.training for m in (model[0], model[4], model)] == [True, False, True]
 
 
+def test_calibration_leaves_what_it_found_of_the_devices_to_the_next_read():
+    wires = {"r_wordline": 5.0, "r_bitline": 5.0, "refresh_interval": 10, "anchor": "ladder"}
+    settings = spec(**NOISY, parasitics=wires, programming={"write_noise": 1e-7})
+    layer, _ = gx.convert(nn.Linear(40, 40), settings)
+    fresh = copy.deepcopy(layer)
+    x = torch.randn(16, 40)
+    gx.calibrate(layer, [x])
+    fresh.adc_range.copy_(layer.adc_range)
+    fresh.look_at_ranges()
+    seen = layer.seen.clone()
+    assert layer.solved.item() == layer.written[0] != 0
+    with torch.no_grad():
+        assert torch.equal(layer(x), fresh(x))
+    assert torch.equal(layer.seen, seen)
+    assert {k for k, v in layer.state_dict().items() if not torch.equal(v, fresh.state_dict()[k])} == {
+        "back_adc_range"
+    }
+
+
 def test_streams_are_calibrated_by_what_they_drive():
     """A bit stream drives full digits, so its currents exceed those of the whole value."""
     parts = {"tile": {"rows": 32}, "mapping": {"scheme": "subtracted"}, "adc": {"bits": 8, "percentile": 100}}

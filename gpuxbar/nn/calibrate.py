@@ -21,6 +21,7 @@ __all__ = ["calibrate"]
 
 ROWS = 64  # of a batch are looked at for a layer, and more while these make fewer partial sums than
 SUMS = 1 << 18
+COUNTED = "read_step", "dac_max"  # buffers of a layer that change with each of its reads
 IMAGES = 16  # are cut into rows at least
 
 
@@ -109,10 +110,15 @@ def _wanted(layer: AnalogLayer) -> bool:
 
 @contextmanager
 def _without_adcs(model: nn.Module) -> Any:
-    """Every layer read without ADCs; afterwards all buffers and modes are what they were."""
+    """Every layer read without ADCs; afterwards modes are what they were, and buffers but for what reads found of the weights."""
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    buffers = {
+        buffer: buffer.clone()
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in COUNTED or not isinstance(module, AnalogLayer)
+    }
     plans = {layer: layer.plan for layer in layers}
     pairs = {layer: list(layer.streams.pairs) for layer in layers}
     model.eval()
@@ -133,8 +139,6 @@ def _without_adcs(model: nn.Module) -> Any:
             layer.look_at_ranges()
         for buffer, value in buffers.items():
             buffer.copy_(value)
-        for layer in layers:
-            layer.forget_wires()
         for module, mode in modes.items():
             module.training = mode
 
