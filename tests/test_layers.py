@@ -200,13 +200,39 @@ def test_layers_that_no_gradient_passes_need_no_range_of_the_transposed_read():
     ]
     model(x).sum().backward()
     with pytest.raises(ValueError, match=r"above: the ADC range of the transposed read must be calibrated"):
-        model.above(x.new_ones(2, 8).requires_grad_())
+        model.above(x.new_ones(2, 8).requires_grad_()).sum().backward()
     model.head.hh_l0.back_adc_range.fill_(torch.nan)
     model.head.hh_l0.look_at_ranges()
     with pytest.raises(ValueError, match=r"hh_l0: the ADC range of the transposed read must be calibrated"):
-        model(x)
+        model(x).sum().backward()
     with torch.no_grad():
         model(x)
+
+
+class Heads(nn.Module):
+    """One whose output the loss may not use, as the pooler of a BERT, and one that runs in training alone, as in Inception."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.pooler, self.auxiliary = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        return x, self.pooler(x), self.auxiliary(x) if self.training else None
+
+
+def test_heads_that_the_loss_leaves_out_or_only_training_has_are_calibrated():
+    model, _ = gx.convert(Heads(), spec(adc={"bits": 8}))
+    x = torch.randn(5, 6)
+    gx.calibrate(model, [x], step=lambda x: model(x)[0].square().sum())
+    model.eval()(x)[0].sum().backward()
+    with pytest.raises(ValueError, match=r"pooler: the ADC range of the transposed read must be calibrated"):
+        model(x)[1].sum().backward()
+    with pytest.raises(ValueError, match=r"auxiliary: .* with a step that calls model.train\(\)"):
+        model.train()(x)
+    gx.calibrate(model.eval(), [x], step=lambda x: sum(y.sum() for y in model.train()(x)))
+    assert not model.training
+    sum(y.sum() for y in model.train()(x)).backward()
 
 
 class Keyed(nn.Module):

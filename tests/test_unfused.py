@@ -237,7 +237,46 @@ def test_ideal_convolution_of_sequences_is_torchs(options):
     torch.testing.assert_close(layer(x[0]), plain(x[0]))
     for module in (layer, plain):
         module(x).sin().sum().backward()
-    torch.testing.assert_close(layer.weight.grad.squeeze(2), plain.weight.grad)
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+
+
+def test_sequences_keep_what_models_read_of_their_convolutions():
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv1d(4, 4, 3, stride=2, padding=1, groups=2), nn.Conv1d(4, 4, 3, padding="same")
+    )
+    plain[1].weight = nn.Parameter(torch.randn(4, 4, 3))
+    tied = nn.Sequential(plain, nn.Conv1d(4, 4, 3))
+    tied[1].weight = plain[1].weight
+    model, _ = gx.convert(tied, gx.CrossbarSpec())
+    for layer, before in zip((*model[0], model[1]), (*plain, tied[1]), strict=True):
+        assert isinstance(layer, nn.Conv1d)
+        for key in ("kernel_size", "stride", "padding", "dilation", "groups"):
+            assert getattr(layer, key) == getattr(before, key)
+        torch.testing.assert_close(layer.weight, before.weight)
+    assert model[1].weight is model[0][1].weight
+    tied.load_state_dict(model.state_dict(), strict=False)  # and the other way round
+
+
+@pytest.mark.parametrize("order", ["channel_position", "position_channel"])
+@pytest.mark.parametrize(
+    "more", [{"update": {"law": "ideal"}}, {"update": {"law": "constant_step"}, "pulses": {}}]
+)
+def test_sequences_train_in_situ_as_their_gradient_says(more, order):
+    torch.manual_seed(0)
+    plain = nn.Conv1d(3, 4, 5, stride=2)
+    layer, _ = gx.convert(plain, gx.CrossbarSpec(mapping={"line_order": order}, **more))
+    optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    x = torch.randn(2, 3, 11)
+    for module in (layer, plain):
+        module(x).square().sum().backward()
+    before = layer.weight.detach().clone()
+    optimiser.step()
+    change, wanted = layer.weight.detach() - before, -0.1 * plain.weight.grad
+    if "pulses" in more:  # few, and drawn
+        assert torch.cosine_similarity(change.flatten(), wanted.flatten(), dim=0) > 0.7
+    else:
+        torch.testing.assert_close(change, wanted, rtol=0, atol=1e-5)
 
 
 WRONG = {

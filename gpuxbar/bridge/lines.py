@@ -11,27 +11,32 @@ from torch.nn import functional
 
 from gpuxbar.mapping import ReadPlan
 
-__all__ = ["by_line", "fold_lines", "of_lines", "unfold_lines"]
+__all__ = ["by_line", "fold_lines", "image_shape", "of_lines", "unfold_lines"]
 
 
 def by_line(weight: Tensor, groups: int, line_order: str) -> Tensor:
-    """A weight [G * O, I] or [G * O, channels, height, width] by the lines of its array, [G, O, I]."""
+    """A weight [G * O, I] or [G * O, channels, *kernel] by the lines of its array, [G, O, I]."""
     if _permuted(weight.shape, line_order):
-        weight = weight.permute(0, 2, 3, 1)
+        weight = weight.movedim(1, -1)
     return weight.reshape(groups, len(weight) // groups, -1)
 
 
 def of_lines(lines: Tensor, shape: tuple[int, ...], line_order: str) -> Tensor:
     """The inverse of `by_line`: [G, O, I] with the shape of a weight."""
     if _permuted(shape, line_order):
-        outputs, channels, height, width = shape
-        return lines.reshape(outputs, height, width, channels).permute(0, 3, 1, 2)
+        outputs, channels, *kernel = shape
+        return lines.reshape(outputs, *kernel, channels).movedim(-1, 1)
     return lines.reshape(shape)
+
+
+def image_shape(weight: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a weight as reads have it: of a convolution of sequences, as of one of images of height 1."""
+    return (*weight[:2], 1, weight[2]) if len(weight) == 3 else weight
 
 
 def unfold_lines(x: Tensor, weight: tuple[int, ...], way: ReadPlan) -> Tensor:
     """Patches [N * pixels, G * I] of images [N, G * channels, height, width], for a weight of a shape."""
-    patches = functional.unfold(x, weight[2:], way.dilation, way.padding, way.stride)
+    patches = functional.unfold(x, image_shape(weight)[2:], way.dilation, way.padding, way.stride)
     if _permuted(weight, way.line_order):
         patches = patches.unflatten(1, (way.groups, weight[1], -1)).transpose(2, 3).flatten(1, 3)
     return patches.transpose(1, 2).flatten(0, 1)
@@ -46,4 +51,4 @@ def fold_lines(patches: Tensor, image: tuple[int, ...], weight: tuple[int, ...],
 
 
 def _permuted(weight: tuple[int, ...], line_order: str) -> bool:
-    return line_order == "position_channel" and len(weight) == 4
+    return line_order == "position_channel" and len(weight) > 2

@@ -68,7 +68,7 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
         )
     if compensate:
         for layer in layers:
-            layer.require_calibrated(back=False)
+            layer.require_calibrated()
     for layer in layers:
         layer.look_after(seconds)
         if compensate:

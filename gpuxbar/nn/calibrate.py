@@ -15,7 +15,7 @@ from gpuxbar.bridge.analog_mvm import driven_gradient
 from gpuxbar.bridge.lines import unfold_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.layers import AnalogConv2d, AnalogLayer, require_apart
+from gpuxbar.nn.layers import AnalogConv, AnalogLayer, require_apart
 
 __all__ = ["calibrate"]
 
@@ -44,7 +44,8 @@ def calibrate(
         batches: How many of them to use, at least 1.
         loss: Called as loss(output, target) for the gradients; None: a fixed random gradient of the output.
         step: For batches of other forms: called as step(batch), passes one through the model and returns the loss, or a
-            tensor of outputs to take a fixed random gradient of.
+            tensor of outputs to take a fixed random gradient of. The model evaluates; a step may call `model.train()`, as layers
+            need that run in training alone.
 
     Raises:
         TypeError: A batch is not of these forms.
@@ -167,7 +168,7 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
 
 def _currents(layer: AnalogLayer, x: Tensor, y: Tensor) -> Tensor:
     """Magnitudes of the partial sums of some rows of an input, which gave y, A: [conversions * rows, sensed lines]."""
-    x = (layer.padded(x) if isinstance(layer, AnalogConv2d) else x.reshape(-1, x.shape[-1])).float()
+    x = (layer.padded(x) if isinstance(layer, AnalogConv) else x.reshape(-1, x.shape[-1])).float()
     x, lsb = layer.dac_inputs(x, layer.dac_top(x))
     codes = x / lsb.view(-1, *[1] * (x.dim() - 1))
     if codes.dim() == 4:
@@ -181,10 +182,7 @@ def _currents(layer: AnalogLayer, x: Tensor, y: Tensor) -> Tensor:
 
 def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
     """The same of a gradient of the output."""
-    if isinstance(layer, AnalogConv2d):
-        grad_y = grad_y if grad_y.dim() > -layer.channels_at else grad_y[None]
-    else:
-        grad_y = grad_y.reshape(-1, grad_y.shape[-1])
+    grad_y = layer.batched(grad_y) if isinstance(layer, AnalogConv) else grad_y.reshape(-1, grad_y.shape[-1])
     cells = layer.conductances()
     driven, lsb = driven_gradient(grad_y.float(), cells.w_max, layer.plan)
     codes = (driven / lsb.view(-1, *[1] * (driven.dim() - 1))).movedim(1, -1)

@@ -15,7 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
-from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
+from gpuxbar.nn.layers import AnalogConv, AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
 from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.table import columns
@@ -284,10 +284,10 @@ def _positions(model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, A
     return found
 
 
-def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv2d:
+def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv:
     weight, bias = module.get_parameter("weight"), dict(module.named_parameters()).get("bias")
     where: dict[str, Any] = {"spec": spec, "name": name, "device": weight.device, "dtype": weight.dtype}
-    layer: AnalogLinear | AnalogConv2d
+    layer: AnalogLinear | AnalogConv
     if isinstance(module, nn.Linear):
         layer = AnalogLinear(module.in_features, module.out_features, bias is not None, **where)
     else:
@@ -298,10 +298,7 @@ def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | 
         )  # fmt: skip
         layer = (AnalogConv1d if isinstance(module, nn.Conv1d) else AnalogConv2d)(*options, **where)
     # the same Parameter objects, so that weights shared with other modules stay shared
-    if layer.weight.dim() == weight.dim():
-        layer.weight = weight
-    else:
-        layer.weight = nn.Parameter(weight.detach().unsqueeze(2), weight.requires_grad)
+    layer.weight = weight
     layer.bias = bias
     layer.train(module.training)
     return layer

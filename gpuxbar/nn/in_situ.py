@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gpuxbar import ops
 from gpuxbar.bridge.carry import carry
 from gpuxbar.bridge.device_update import device_update
-from gpuxbar.bridge.lines import by_line, of_lines, unfold_lines
+from gpuxbar.bridge.lines import by_line, image_shape, of_lines, unfold_lines
 from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
 from gpuxbar.bridge.reprogram import program_pairs
@@ -267,7 +267,8 @@ class InSitu(Programmed):
             for parts in zip(*seen, strict=True)
         )
         way = self.plan
-        patch = [*self.weight.shape[2:], *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None
+        kernel = image_shape(self.weight.shape)[2:]
+        patch = [*kernel, *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None
         update = streamed_update if self.spec.pulses is None else pulse_update
         read = update(*self._pairs(), x, d, self.w_max, self.update_step, rate, self.groups_, patch)
         self._show(self.of_lines(read))

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
+from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.outer_product import shared_weight
 from gpuxbar.bridge.reprogram import program_devices, reprogram
 from gpuxbar.bridge.wires import weight_through_wires
@@ -26,7 +28,7 @@ from gpuxbar.ops import PackedConductance
 from gpuxbar.reference import Purpose, normals, uniforms
 from gpuxbar.spec import ADC, CrossbarSpec
 
-__all__ = ["AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
+__all__ = ["AnalogConv", "AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
 TEST_INPUTS = 32  # of a test read
 DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC,
@@ -138,7 +140,7 @@ class AnalogLayer(InSitu):
         """Buffers for what reads on a GPU keep of the conductances, None unless they do: memory of both directions, and the
         states of `ops.PackedConductance`, int64 [2, 2]."""
         way = self.plan
-        gathered = self.weight.dim() == 4 and way.line_order == "channel_position"
+        gathered = self.weight.dim() > 2 and way.line_order == "channel_position"
         positions = int(np.prod(self.weight.shape[2:])) if gathered else 0
         rows, cols = way.reference_lines
         for name, read, lines, transposed in (
@@ -285,7 +287,7 @@ class AnalogLayer(InSitu):
 
     def _test_read(self) -> Tensor:
         """Sum of the magnitudes of the products with fixed inputs that fill the DAC's range, float32 [1]."""
-        kernel = self.weight.shape[2:]
+        kernel = image_shape(self.weight.shape)[2:]
         patch = [
             dilation * (size - 1) + 1 for dilation, size in zip(self.plan.dilation, kernel, strict=False)
         ]
@@ -351,7 +353,8 @@ class AnalogLayer(InSitu):
             raise TypeError(
                 f"{self.name}: `x` must be real, got {x.dtype}; take real and imaginary parts apart"
             )
-        self.require_calibrated(back=x.requires_grad and torch.is_grad_enabled())
+        self.require_calibrated()
+        passes_gradients = x.requires_grad
         x = x.float().contiguous()
         top = self.dac_top(x)
         x, lsb = self.dac_inputs(x, top)
@@ -373,23 +376,34 @@ class AnalogLayer(InSitu):
                 "that it wraps itself; wrap it by gpuxbar.distribute(model)"
             )
         y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
+        if passes_gradients:
+            self.await_gradient(y)
         if self.spec.dac.range == "ema" and self.training:
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
         return y.to(weight.dtype)
 
-    def require_calibrated(self, back: bool) -> None:
-        """Refuse to read without an ADC range, or, where a gradient will go `back`, without that of the transposed read."""
+    def require_calibrated(self) -> None:
+        """Refuse to read without an ADC range."""
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
-                "gpuxbar.calibrate(model, loader)"
+                "gpuxbar.calibrate(model, loader), with a step that calls model.train() if the layer runs in training alone"
             )
-        if back and not self.back_calibrated:
-            raise ValueError(
-                f"{self.name}: the ADC range of the transposed read must be calibrated before gradients pass the layer, and none passed it "
-                "in gpuxbar.calibrate; give that a loss which depends on the layer, or set `backward.adc` of its spec"
-            )
+
+    def await_gradient(self, y: Tensor) -> None:
+        """Refuse the gradient of an output, if one comes, where the transposed read has no ADC range."""
+        if self.back_calibrated or not y.requires_grad:
+            return
+        if torch.compiler.is_compiling():
+            self._refuse_gradient()
+        y.register_hook(self._refuse_gradient)
+
+    def _refuse_gradient(self, *_: Tensor) -> None:
+        raise ValueError(
+            f"{self.name}: the ADC range of the transposed read must be calibrated before gradients pass the layer, and none passed it "
+            "in gpuxbar.calibrate; give that a loss which depends on the layer, or set `backward.adc` of its spec"
+        )
 
     def _devices(self) -> Tensor:
         """Conductances of a layer with wires, on their near side: [2 slices, G * I, O], S."""
@@ -409,6 +423,7 @@ class AnalogLayer(InSitu):
             self.packed_state is not None
         ):  # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version.clone()
+        weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
         y = analog_mvm(
             x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error, step,
             *packing, self.static[0], torch.is_grad_enabled(),
@@ -493,17 +508,23 @@ class AnalogLinear(nn.Linear, AnalogLayer):
         return flat.reshape(*input.shape[:-1], self.out_features)
 
 
-class AnalogConv2d(nn.Conv2d, AnalogLayer):
-    """`nn.Conv2d`, with every option of it, read from crossbar tiles; `spec` and `name` as of `AnalogLinear`."""
-
-    channels_at = -3  # axis of an input
+class AnalogConv(_ConvNd, AnalogLayer):
+    """What the convolutions share. Those of sequences are read as of images of height 1."""
 
     def __init__(self, *args: Any, spec: CrossbarSpec, name: str = "conv", **options: Any):
         super().__init__(*args, **options)
-        # what nn.Conv2d pads by name or by other than zeros is padded before the read
-        self._pads = isinstance(self.padding, str) or self.padding_mode != "zeros"
-        padding = (0, 0) if self._pads else self.padding
-        self.setup(spec, name, self.groups, stride=self.stride, padding=padding, dilation=self.dilation)
+        # what torch pads by name or by other than zeros is padded before the read
+        own = () if isinstance(self.padding, str) or self.padding_mode != "zeros" else self.padding
+        self._pads = not own
+        padding = own or (0,) * len(self.kernel_size)
+
+        def of_images(value: tuple[int, ...], height: int) -> tuple[int, ...]:
+            return value if len(value) == 2 else (height, *value)
+
+        self.setup(
+            spec, name, self.groups, stride=of_images(self.stride, 1), padding=of_images(padding, 0),
+            dilation=of_images(self.dilation, 1),
+        )  # fmt: skip
         self._planned = self._geometry()
 
     def _geometry(self) -> dict[str, Any]:
@@ -519,56 +540,25 @@ class AnalogConv2d(nn.Conv2d, AnalogLayer):
                     f"{self.name}: `{key}` must stay {self._planned[key]!r}, as the layer was made, got {value!r}; change it before "
                     "gpuxbar.convert"
                 )
-        x = x if x.dim() == 4 else x[None]
-        if not self._pads:
-            return x
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        x = self.batched(x)
+        if self._pads:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        return x.unsqueeze(2) if x.dim() == 3 else x
+
+    def batched(self, x: Tensor) -> Tensor:
+        """Samples of an input or output, which may be one without a batch."""
+        return x if x.dim() == 2 + len(self.kernel_size) else x[None]
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.read(self.padded(input))
-        return y if input.dim() == 4 else y[0]
+        y = y.squeeze(2) if len(self.kernel_size) == 1 else y
+        return y if input.dim() == y.dim() else y[0]
 
 
-class AnalogConv1d(AnalogConv2d):
-    """`nn.Conv1d`, with every option of it, read from crossbar tiles; its weight is [O, I / groups, 1, size].
+class AnalogConv1d(AnalogConv, nn.Conv1d):
+    """`nn.Conv1d`, with every option of it, read from crossbar tiles; `spec` and `name` as of `AnalogLinear`."""
 
-    `spec` and `name` as of `AnalogLinear`.
-    """
 
-    channels_at = -2
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: int | tuple[int] | str = 0,
-        dilation: int | tuple[int] = 1,
-        *args: Any,
-        spec: CrossbarSpec,
-        name: str = "conv",
-        **options: Any,
-    ):
-        def flat(value: int | tuple[int], height: int) -> tuple[int, int]:
-            return height, value if isinstance(value, int) else value[0]
-
-        pads = padding if isinstance(padding, str) else flat(padding, 0)
-        super().__init__(
-            in_channels, out_channels, flat(kernel_size, 1), flat(stride, 1), pads, flat(dilation, 1), *args, spec=spec,
-            name=name, **options,
-        )  # fmt: skip
-
-    def padded(self, x: Tensor) -> Tensor:
-        return super().padded(x.unsqueeze(-2))
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.read(self.padded(input)).squeeze(-2)
-        return y if input.dim() == 3 else y[0]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and weight.dim() == 3:  # of an nn.Conv1d
-            state_dict[f"{prefix}weight"] = weight.unsqueeze(2)
-        super()._load_from_state_dict(state_dict, prefix, *more)
+class AnalogConv2d(AnalogConv, nn.Conv2d):
+    """`nn.Conv2d`, with every option of it, read from crossbar tiles; `spec` and `name` as of `AnalogLinear`."""

@@ -145,7 +145,7 @@ class Programmed(Wires):
 
     def _written_as(self) -> Tensor:
         device, mapping = self.spec.device, self.spec.mapping
-        order = LINE_ORDERS.index(self.plan.line_order) if self.weight.dim() == 4 else 0
+        order = LINE_ORDERS.index(self.plan.line_order) if self.weight.dim() > 2 else 0
         settings = device.g_min, device.g_max, mapping.slice_bits or 0, self.spec.headroom_bits, order
         return torch.tensor(settings, dtype=torch.float32)
 

@@ -222,8 +222,7 @@ def _lstm_at_once(
     layer: AnalogLinear, products: Tensor, h: Tensor, c: Tensor, order: range
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`_run` of an LSTM whose layer of the state is `_unwatched`."""
-    graded = any(value.requires_grad for value in (products, h, c, layer.weight))
-    layer.require_calibrated(back=graded and torch.is_grad_enabled())
+    layer.require_calibrated()
     cells = layer.conductances()
     steps = layer.read_step + torch.arange(1, len(order) + 1)
     converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
@@ -231,6 +230,8 @@ def _lstm_at_once(
         products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.plan, layer.static[0], order
     )  # fmt: skip
     layer.read_step += len(order)
+    for found in (outputs, h, c):
+        layer.await_gradient(found)
     return outputs, (h, c)
 
 
