@@ -83,6 +83,7 @@ class AnalogLayer(InSitu):
     def setup(self, spec: CrossbarSpec, name: str, groups: int, **geometry: Any) -> None:
         """Plan the reads and make the buffers; `name` separates the draws of one model's layers."""
         self.spec, self.name, self.groups_ = spec, name, groups
+        self.reads_again = False  # see `same_reads`
         self.inputs, self.outputs = self.weight[0].numel(), self.weight.shape[0] // groups
         seed = (spec.seed ^ zlib.crc32(name.encode()) << 31) & (2**63 - 1)
         plan, self.planes = plan_reads(
@@ -354,6 +355,7 @@ class AnalogLayer(InSitu):
                 f"{self.name}: `x` must be real, got {x.dtype}; take real and imaginary parts apart"
             )
         self.require_calibrated()
+        self.require_first_pass()
         passes_gradients = x.requires_grad
         x = x.float().contiguous()
         top = self.dac_top(x)
@@ -378,7 +380,7 @@ class AnalogLayer(InSitu):
         y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
         if passes_gradients:
             self.await_gradient(y)
-        if self.spec.dac.range == "ema" and self.training:
+        if self._follows_inputs():
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
         return y.to(weight.dtype)
@@ -390,6 +392,24 @@ class AnalogLayer(InSitu):
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
                 "gpuxbar.calibrate(model, loader), with a step that calls model.train() if the layer runs in training alone"
             )
+
+    def require_first_pass(self) -> None:
+        """Refuse a read within a backward pass, as activation checkpoints make, that would find other noise than the first one."""
+        if (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() != -1
+            and not self.reads_again
+            and (self.spec.read_noise.sigma or self.spec.read_noise.sigma_g or self._follows_inputs())
+        ):
+            raise ValueError(
+                f"{self.name}: a pass that is computed again for its gradient must read what it read before, got new noise or a new DAC "
+                "range; give torch's checkpoint use_reentrant=False and context_fn=lambda: gpuxbar.same_reads(model)"
+            )
+
+    def _follows_inputs(self) -> bool:
+        """Whether reads move the DAC's range."""
+        return self.spec.dac.range == "ema" and self.training
 
     def await_gradient(self, y: Tensor) -> None:
         """Refuse the gradient of an output, if one comes, where the transposed read has no ADC range."""
