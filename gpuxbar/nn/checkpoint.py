@@ -45,14 +45,14 @@ def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
         after = [counter.clone() for counter in counters]
         for counter, value in zip(counters, before, strict=True):
             counter.copy_(value)
-        outer = [layer.reads_again for layer in layers]
+        outside = [layer.reads_again for layer in layers]
         for layer in layers:
             layer.reads_again = True
         try:
             yield
         finally:
-            for layer, value in zip(layers, outer, strict=True):
-                layer.reads_again = value
+            for layer, again in zip(layers, outside, strict=True):
+                layer.reads_again = again
             for counter, value in zip(counters, after, strict=True):
                 counter.copy_(value)
 
