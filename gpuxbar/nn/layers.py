@@ -356,6 +356,7 @@ class AnalogLayer(InSitu):
             )
         self.require_calibrated()
         self.require_first_pass()
+        self.require_ranks()
         passes_gradients = x.requires_grad
         x = x.float().contiguous()
         top = self.dac_top(x)
@@ -368,15 +369,6 @@ class AnalogLayer(InSitu):
         else:
             cells, weight = steady
         watched = self.keeps_operands and weight.requires_grad and torch.is_grad_enabled()
-        if (
-            watched
-            and self.streams.group is None
-            and DistributedDataParallel._get_active_ddp_module() is not None
-        ):
-            raise ValueError(
-                f"{self.name}: pulse trains and bit streams must be shared by all ranks of DistributedDataParallel, got a model "
-                "that it wraps itself; wrap it by gpuxbar.distribute(model)"
-            )
         y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
         if passes_gradients:
             self.await_gradient(y)
@@ -406,6 +398,17 @@ class AnalogLayer(InSitu):
                 f"{self.name}: a pass that is computed again for its gradient must read what it read before, got new noise or a new DAC "
                 "range; give torch's checkpoint use_reentrant=False and context_fn=lambda: gpuxbar.same_reads(model)"
             )
+
+    def require_ranks(self) -> None:
+        """Refuse a pass of `DistributedDataParallel` that does not know of the other ranks."""
+        if self.streams.group is None and DistributedDataParallel._get_active_ddp_module() is not None:
+            noise = self.spec.read_noise
+            if self.keeps_operands or noise.sigma or noise.sigma_g:
+                raise ValueError(
+                    f"{self.name}: {'pulse trains and bit streams' if self.keeps_operands else 'rows that draw read noise'} must be those "
+                    "of all ranks of DistributedDataParallel, got a model that it wraps itself; wrap it by gpuxbar.distribute(model), or "
+                    "call gpuxbar.distribute(model, wrap=False) before a framework wraps it"
+                )
 
     def _follows_inputs(self) -> bool:
         """Whether reads move the DAC's range."""
