@@ -6,9 +6,19 @@ import shutil
 
 import cuda_shim
 import pytest
+import torch
 
 from gpuxbar.launch import CudaDevice
 from gpuxbar.launch.sources import kernel_dir
+
+torch.manual_seed(
+    0
+)  # for what modules draw when they are imported; PyTorch begins elsewhere in every process
+
+
+def pytest_runtest_setup():
+    """Every test draws the same numbers wherever and whenever it runs."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):

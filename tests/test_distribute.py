@@ -42,6 +42,17 @@ class Sequences(nn.Module):
         return self.lstm(x.squeeze(1).transpose(0, 1))[0].transpose(0, 1)
 
 
+class Framed(nn.Module):
+    """A model as a framework wraps it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
 def network(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
@@ -127,6 +138,9 @@ def work(rank, folder):
     for kind in SPECS:
         model = network(kind)
         found[kind] = train(kind, model, gx.distribute(model), batch()[4 * rank : 4 * rank + 4])
+        model = network(kind)
+        run = DistributedDataParallel(Framed(gx.distribute(model, wrap=False)))
+        found[f"{kind}, wrapped"] = train(kind, model, run, batch()[4 * rank : 4 * rank + 4])
     model = network("digital")
     names = {buffer: name for name, buffer in model.named_buffers()}
     sent = [names[buffer] for buffer in gx.distribute(model).modules_buffers]
@@ -134,8 +148,18 @@ def work(rank, folder):
     aged, overflowed = programmed(rank), overflowing(rank)
     model = network("pulses")
     gx.optim.InSituSGD(model.parameters(), lr=0.5)
-    with pytest.raises(ValueError, match=r"wrap it by gpuxbar\.distribute\(model\)"):
+    with pytest.raises(
+        ValueError, match=r"pulse trains and bit streams must be .*wrap it by gpuxbar\.distribute\(model\)"
+    ):
         DistributedDataParallel(model)(batch())
+    with pytest.raises(
+        ValueError, match=r"rows that draw read noise must be .*distribute\(model, wrap=False\)"
+    ):
+        DistributedDataParallel(network("digital"))(batch())
+    with pytest.raises(
+        TypeError, match="options must be given to what wraps the model with wrap=False, got bucket_cap_mb"
+    ):
+        gx.distribute(network("digital"), wrap=False, bucket_cap_mb=1)
     torch.save((found, sent, were_apart, aged, overflowed), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -147,11 +171,12 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.parametrize("wrapped", ["", ", wrapped"])
 @pytest.mark.parametrize("kind", SPECS)
-def test_ranks_train_as_one_process(ranks, kind):
+def test_ranks_train_as_one_process(ranks, kind, wrapped):
     model = network(kind)
     y, weights = train(kind, model, model, batch())
-    parts = [found[kind] for found, *_ in ranks]
+    parts = [found[kind + wrapped] for found, *_ in ranks]
     assert torch.equal(torch.cat([part for part, _ in parts]), y)  # noise included
     for one, two, alone in zip(parts[0][1], parts[1][1], weights, strict=True):
         assert torch.equal(one, two)

@@ -21,6 +21,7 @@ from gpuxbar.bench.record import (
     environment,
     lines_of,
     markers,
+    other_ratios,
     put_table,
     rewrite_readmes,
     rows_of,
@@ -120,7 +121,7 @@ def _measure(
     table = Table(
         title=f"{threads} thread{'s' if threads > 1 else ''}; times of the unit in ms, ratios to it"
     )
-    for head in ("case", "unit", "gpuxbar", "target", "plain torch", "extra MB", "error"):
+    for head in ("case", "unit", "gpuxbar", "target", "others", "extra MB", "error"):
         table.add_column(head)
     red = []
     for case in cases:
@@ -151,11 +152,11 @@ def _with_bar(console: Console, case: Case, threads: int, rounds: int | None) ->
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     unit = next(iter(row["ms"].values()))
-    ours, plain = (row["ratio"].get(name) for name in ("gpuxbar", "plain torch"))
+    ours = row["ratio"].get("gpuxbar")
     memory = row["extra_mb"].get("gpuxbar")
     return (
         row["case"], f"{unit[1]:.2f}", "" if ours is None else f"{ours:.2f}", _target(row),
-        "" if plain is None else f"{plain:.2f}", "" if memory is None else f"{memory:.1f}", f"{row['error']:.0e}",
+        other_ratios(row), "" if memory is None else f"{memory:.1f}", f"{row['error']:.0e}",
     )  # fmt: skip
 
 

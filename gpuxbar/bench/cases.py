@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from gpuxbar import ops, reference
 from gpuxbar.bench import updates
+from gpuxbar.bench.peers import Trained, aihwkit_steps, lightning_steps
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bridge.analog_mvm import driven_gradient
 from gpuxbar.experiments.networks import network
@@ -31,6 +32,7 @@ __all__ = ["CASES", "Case", "Contenders", "OracleMismatch", "threads"]
 TILE = 128
 V_READ, G_MAX = 0.2, 10e-6  # V, S
 NOISE = 0.3  # of an ADC step
+RATE = 0.01  # of training steps
 SPEC = {
     "tile": {"rows": TILE, "cols": TILE}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8}, "adc": {"bits": 8},
     "read_noise": {"sigma": 1e-7},
@@ -146,7 +148,9 @@ def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
     """Forward, backward and SGD of a network; reads non-ideal in both directions, the update digital."""
     ideal = _network(shape)
     x, target = _labelled((batch, *shape), batch)
-    return _steps(ideal, x, target, {"plain torch": on_tiles(ideal, Tiles(TILE, noise=NOISE))})
+    plain = on_tiles(ideal, Tiles(TILE, noise=NOISE))
+    others: Trained = {"plain torch": (plain, torch.optim.SGD(plain.parameters(), RATE))}
+    return _steps(ideal, x, target, others | lightning_steps(ideal, RATE))
 
 
 def transformer_step(width: int = 256, tokens: int = 64, batch: int = 8) -> Contenders:
@@ -176,22 +180,25 @@ class Recurrent(nn.Module):
 
 def spec_step(spec: CrossbarSpec, shape: tuple[int, int, int] = (1, 28, 28), batch: int = 64) -> Contenders:
     """The same of a network on the crossbars of a spec, in situ where that has a law."""
-    return _steps(_network(shape), *_labelled((batch, *shape), batch), {}, spec)
+    ideal, others = _network(shape), {}
+    if spec.update is not None and spec.pulses is not None:
+        others = aihwkit_steps(ideal, RATE, spec.update, spec.pulses)
+    return _steps(ideal, *_labelled((batch, *shape), batch), others, spec)
 
 
 def _steps(
-    ideal: nn.Module,
-    x: Tensor,
-    target: Tensor,
-    others: dict[str, nn.Module],
-    spec: CrossbarSpec | None = None,
-) -> Contenders:
+    ideal: nn.Module, x: Tensor, target: Tensor, others: Trained, spec: CrossbarSpec | None = None
+) -> Contenders:  # fmt: skip
     spec = spec or CrossbarSpec.model_validate(SPEC)
     analog, _ = convert(ideal, spec)
     make = torch.optim.SGD if spec.update is None else InSituSGD
+    trained: Trained = {
+        "ideal": (ideal, torch.optim.SGD(ideal.parameters(), RATE)),
+        "gpuxbar": (analog, make(analog.parameters(), RATE)),
+    }
     steps = {
-        name: partial(_step, m, (make if m is analog else torch.optim.SGD)(m.parameters(), 0.01), x, target)
-        for name, m in {"ideal": ideal, "gpuxbar": analog, **others}.items()
+        name: partial(_step, model, optimiser, x, target)
+        for name, (model, optimiser) in (trained | others).items()
     }
     calibrate(analog, [x])
     return Contenders(steps, lambda: _layers_error(analog, steps["gpuxbar"]))  # type: ignore[arg-type]

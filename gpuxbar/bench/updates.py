@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
 from gpuxbar import ops, reference
+from gpuxbar.bench.peers import aihwkit_tile
 from gpuxbar.bridge.outer_product import weight_gradient
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.optim import InSituSGD
@@ -184,8 +183,8 @@ def pulse_update(
         return reference.pulse_update(cells, x, d, train=train.model_dump(), **plain, **how)[0]
 
     run, check = _of_samples(ours, oracle, g, x, d)
-    if mode == "exact" and find_spec("aihwkit") is not None:
-        tile = _aihwkit(law, train, wanted, outputs, inputs)
+    tile = aihwkit_tile(law, train, wanted, outputs, inputs) if mode == "exact" else None
+    if tile is not None:
         run["aihwkit"] = partial(tile.update, torch.from_numpy(x), torch.from_numpy(d))
     return run, check
 
@@ -216,24 +215,3 @@ def _part_error(
     expected = oracle(cells, part, error)
     ours(cells, part, error)
     return float(np.abs(cells - expected).max() / (WINDOW["g_max"] - WINDOW["g_min"]))
-
-
-def _aihwkit(law: UpdateLaw, train: PulseTrain, wanted: float, outputs: int, inputs: int) -> Any:
-    """A tile of aihwkit's with one such device a weight, and as many coincidences."""
-    configs, tiles = (import_module(f"aihwkit.simulator.{part}") for part in ("configs", "tiles"))
-    step = 2 / (law.nominal_pulses or 1)  # of its window, -1 to 1
-    kind = configs.ConstantStepDevice if isinstance(law, ConstantStep) else configs.SoftBoundsDevice
-    device = kind(
-        dw_min=step,
-        dw_min_std=0.3,
-        dw_min_dtod=0.3,
-        up_down_dtod=0.01,
-        w_max=1.0,
-        w_min=-1.0,
-        w_max_dtod=0.1,
-        w_min_dtod=0.1,
-    )
-    pulses = configs.UpdateParameters(desired_bl=train.length, update_bl_management=train.bound_management)
-    tile = tiles.AnalogTile(outputs, inputs, configs.SingleRPUConfig(device=device, update=pulses))
-    tile.set_learning_rate(wanted * step)
-    return tile

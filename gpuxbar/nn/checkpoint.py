@@ -15,9 +15,14 @@ __all__ = ["same_reads"]
 def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts for `torch.utils.checkpoint`, within which the layers of a module read the same twice.
 
-    Without them a recomputed pass draws noise of its own, and a gradient belongs to another read than the loss does.
+    Without them a recomputed pass would draw noise of its own, and a gradient belong to another read than the loss does: it is
+    refused.
 
         checkpoint(block, x, use_reentrant=False, context_fn=lambda: gx.same_reads(block))
+
+    and where a library makes the checkpoints, as transformers does,
+
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: gx.same_reads(model)})
 
     Args:
         module: What is checkpointed, or any module that holds it.
@@ -40,9 +45,14 @@ def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
         after = [counter.clone() for counter in counters]
         for counter, value in zip(counters, before, strict=True):
             counter.copy_(value)
+        outside = [layer.reads_again for layer in layers]
+        for layer in layers:
+            layer.reads_again = True
         try:
             yield
         finally:
+            for layer, again in zip(layers, outside, strict=True):
+                layer.reads_again = again
             for counter, value in zip(counters, after, strict=True):
                 counter.copy_(value)
 

@@ -16,7 +16,7 @@ __all__ = ["distribute"]
 STEPS = {"adc_lsb", "back_adc_lsb"}
 
 
-def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
+def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Module:
     """A converted model under `DistributedDataParallel`, trained as one process would with the batches of all ranks as one.
 
     Each rank's reads draw the noise of its own rows of that batch. Updates of devices are the same everywhere: for pulse
@@ -28,11 +28,18 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
 
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
-        options: Of `DistributedDataParallel`.
+        wrap: False returns the model itself, for a framework that wraps it: Lightning (call this on the LightningModule, in its
+            `setup`), accelerate and transformers' Trainer.
+        options: Of `DistributedDataParallel`; without it, `process_group` alone.
 
     Raises:
+        TypeError: Options are given with nothing to wrap by.
         ValueError: torch.distributed is not initialised.
     """
+    if not wrap and options.keys() - {"process_group"}:
+        raise TypeError(
+            f"distribute: options must be given to what wraps the model with wrap=False, got {', '.join(options)}; leave them out"
+        )
     if not distributed.is_available() or not distributed.is_initialized():
         raise ValueError(
             "distribute: torch.distributed must be initialised, got no process group; call "
@@ -41,6 +48,7 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AnalogLayer)}
     require_apart("distribute", layers.values())
     group = options.get("process_group") or distributed.group.WORLD
+    assert group is not None
     held = [layer for layer in layers.values() if layer.is_held()]
     derived = []
     for name, layer in layers.items():
@@ -49,11 +57,13 @@ def distribute(model: nn.Module, **options: Any) -> DistributedDataParallel:
         prefix = f"{name}." if name else ""
         derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set - STEPS]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, derived)
-    distributed_model = DistributedDataParallel(model, **options)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name not in derived:
+            distributed.broadcast(value.detach(), distributed.get_global_rank(group, 0), group)
     for layer in layers.values():  # all have rank 0's weights, devices and ranges now
         layer.look_at_ranges()
         layer.look_at_seed()
         layer.forget_wires()
     for layer in held:
         layer.hold_on()
-    return distributed_model
+    return DistributedDataParallel(model, init_sync=False, **options) if wrap else model

@@ -84,6 +84,7 @@ class AnalogLayer(InSitu):
     def setup(self, spec: CrossbarSpec, name: str, groups: int, **geometry: Any) -> None:
         """Plan the reads and make the buffers; `name` separates the draws of one model's layers."""
         self.spec, self.name, self.groups_ = spec, name, groups
+        self.reads_again = False  # see `same_reads`
         self.inputs, self.outputs = self.weight[0].numel(), self.weight.shape[0] // groups
         seed = (spec.seed ^ zlib.crc32(name.encode()) << 31) & (2**63 - 1)
         plan, self.planes = plan_reads(
@@ -365,6 +366,8 @@ class AnalogLayer(InSitu):
                 f"{self.name}: `x` must be real, got {x.dtype}; take real and imaginary parts apart"
             )
         self.require_calibrated()
+        self.require_first_pass()
+        self.require_ranks()
         passes_gradients = x.requires_grad
         x = x.float().contiguous()
         top = self.dac_top(x)
@@ -382,19 +385,10 @@ class AnalogLayer(InSitu):
         else:
             cells, weight = steady
         watched = self.keeps_operands and weight.requires_grad and torch.is_grad_enabled()
-        if (
-            watched
-            and self.streams.group is None
-            and DistributedDataParallel._get_active_ddp_module() is not None
-        ):
-            raise ValueError(
-                f"{self.name}: pulse trains and bit streams must be shared by all ranks of DistributedDataParallel, got a model "
-                "that it wraps itself; wrap it by gpuxbar.distribute(model)"
-            )
         y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
         if passes_gradients:
             self.await_gradient(y)
-        if self.spec.dac.range == "ema" and self.training:
+        if self._follows_inputs():
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
         return y.to(weight.dtype)
@@ -406,6 +400,35 @@ class AnalogLayer(InSitu):
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
                 "gpuxbar.calibrate(model, loader), with a step that calls model.train() if the layer runs in training alone"
             )
+
+    def require_first_pass(self) -> None:
+        """Refuse a read within a backward pass, as activation checkpoints make, that would find other noise than the first one."""
+        if (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() != -1
+            and not self.reads_again
+            and (self.spec.read_noise.sigma or self.spec.read_noise.sigma_g or self._follows_inputs())
+        ):
+            raise ValueError(
+                f"{self.name}: a pass that is computed again for its gradient must read what it read before, got new noise or a new DAC "
+                "range; give torch's checkpoint use_reentrant=False and context_fn=lambda: gpuxbar.same_reads(model)"
+            )
+
+    def require_ranks(self) -> None:
+        """Refuse a pass of `DistributedDataParallel` that does not know of the other ranks."""
+        if self.streams.group is None and DistributedDataParallel._get_active_ddp_module() is not None:
+            noise = self.spec.read_noise
+            if self.keeps_operands or noise.sigma or noise.sigma_g:
+                raise ValueError(
+                    f"{self.name}: {'pulse trains and bit streams' if self.keeps_operands else 'rows that draw read noise'} must be those "
+                    "of all ranks of DistributedDataParallel, got a model that it wraps itself; wrap it by gpuxbar.distribute(model), or "
+                    "call gpuxbar.distribute(model, wrap=False) before a framework wraps it"
+                )
+
+    def _follows_inputs(self) -> bool:
+        """Whether reads move the DAC's range."""
+        return self.spec.dac.range == "ema" and self.training
 
     def await_gradient(self, y: Tensor) -> None:
         """Refuse the gradient of an output, if one comes, where the transposed read has no ADC range."""
@@ -492,7 +515,7 @@ def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:
         if layer.spec.draws and seen.setdefault(layer.plan.seed, layer) is not layer:
             raise ValueError(
                 f"{op}: crossbar layers must each have a name, or a seed in their spec, of their own, got {layer.name!r} twice; "
-                "their devices and noise would be alike: pass name=... to each, as gpuxbar.convert does"
+                "their devices and noise would be alike: pass name=... to each, as gpuxbar.convert does, or copy before it"
             )
 
 
