@@ -452,6 +452,28 @@ def test_conversion_reaches_every_product_with_weights(network):
     torch.testing.assert_close(loaded(x), network(x), rtol=1e-4, atol=1e-5)
 
 
+class TiedAutoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 2, 3)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x).tanh())
+
+
+def test_a_weight_that_layers_would_hold_otherwise_stays_tied():
+    model = TiedAutoencoder()
+    converted, report = gx.convert(model, gx.CrossbarSpec())
+    assert [(row.runs, row.why[:31]) for row in report.rows] == [
+        ("analog", "default"), ("digital", "its weight is another module's "),
+    ]  # fmt: skip
+    x = torch.randn(1, 2, 6, 6)
+    for each in (model, converted):
+        each(x).square().sum().backward()
+    torch.testing.assert_close(converted.encoder.weight.grad, model.encoder.weight.grad)
+
+
 def test_rules_name_fused_modules_or_their_layers(network):
     rules = {
         "encoder.layers.*": {"adc": {"bits": 6}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatchcase
@@ -30,6 +31,7 @@ from gpuxbar.spec.errors import nearest
 __all__ = ["Report", "Row", "convert"]
 
 NO_FORM = "no crossbar form of this type"
+TIED = "its weight is another module's too, and would be laid out otherwise: untie it"
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d
 FUSED: dict[type[nn.Module], Any] = {
     nn.MultiheadAttention: UnfusedAttention,
@@ -107,7 +109,7 @@ def convert(
             f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
         )
     choices = _Rules(rules or {})
-    model, owners = _unfuse(_copied(model), choices)
+    model, owners, tied = _unfuse(_copied(model), choices)
     positions = _positions(model, example)
     rows = []
     for module, names in _places(model).items():
@@ -119,7 +121,9 @@ def convert(
                 Row(label, kind, "analog", "already so", _tiles(module), _macs(module, names, positions))
             )
         elif not _is_layer(module):
-            rows.append(Row(label, kind, "digital", _why_not(module, names, choices)))
+            rows.append(
+                Row(label, kind, "digital", TIED if module in tied else _why_not(module, names, choices))
+            )
         else:
             overrides, why = choices.of([*names, *owners.get(module, ())])
             if positions is not None and names[0] not in positions:
@@ -247,20 +251,29 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
     return places
 
 
-def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, list[str]]]:
-    """The model with fused modules as layers, where any of these is to be analog; and whose layers they are, by name."""
+def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, list[str]], set[nn.Module]]:
+    """The model with fused modules as layers, where any of these is to be analog; whose layers they are, by name; and modules whose
+    layers would hold other parameters than now, which another module holds too."""
     owners: dict[nn.Module, list[str]] = {}
-    for module, names in _places(model).items():
+    tied: set[nn.Module] = set()
+    places = _places(model)
+    holders = Counter(parameter for module in places for parameter in module.parameters(recurse=False))
+    for module, names in places.items():
         make = _as_layers(module)
         if make is None or _obstacle(module):
             continue
         parts = make(module)
         layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
         choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)]) for leaf in layers]
-        if any(overrides is not None for overrides, _ in choices):
-            model = _replaced(model, names, parts)
-            owners |= dict.fromkeys(layers.values(), names)
-    return model, owners
+        if all(overrides is None for overrides, _ in choices):
+            continue
+        remade = set(module.parameters()) - set(parts.parameters())
+        if any(holders[parameter] > 1 for parameter in remade):
+            tied.add(module)
+            continue
+        model = _replaced(model, names, parts)
+        owners |= dict.fromkeys(layers.values(), names)
+    return model, owners, tied
 
 
 def _as_layers(module: nn.Module) -> Callable[[Any], nn.Module] | None:
