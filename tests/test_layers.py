@@ -264,6 +264,22 @@ def test_models_and_batches_of_any_form_are_converted_and_calibrated():
     gx.calibrate(model, [batch], step=lambda batch: model(**batch)["y"])
 
 
+@torch.no_grad()
+def without_gradients(y):
+    return y.sum()
+
+
+def test_calibration_takes_models_that_work_on_their_input_and_losses_without_gradients():
+    model, _ = gx.convert(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 4)), spec(**NOISY))
+    x = torch.randn(3, 8)
+    before = x.clone()
+    gx.calibrate(model, [x])
+    assert torch.equal(x, before)
+    found = model[1].back_adc_range.clone()
+    gx.calibrate(model, [x], loss=lambda y, _: without_gradients(y))
+    assert torch.equal(model[1].back_adc_range, found)
+
+
 def test_calibrate_and_convert_refuse_by_name():
     model, _ = gx.convert(nn.Sequential(nn.Linear(8, 4)), spec(**NOISY))
     for batch, what in (({"x": 1}, "dict"), ((torch.ones(1, 8), 0, 0), "tuple of 3"), ((1, 2), "tuple of 2")):
@@ -271,6 +287,9 @@ def test_calibrate_and_convert_refuse_by_name():
             TypeError, match=rf"a batch of `loader` must be a tensor or a pair .* got {what}; pass step"
         ):
             gx.calibrate(model, [batch])
+    x = torch.ones(2, 8)
+    with pytest.raises(TypeError, match=r"of must be a tensor, got dict; pass loss=lambda output, target: "):
+        gx.calibrate(model, [x], step=lambda x: {"logits": model(x)})
     with pytest.raises(ValueError, match="`loader` must give at least one batch"):
         gx.calibrate(model, [])
     with pytest.raises(ValueError, match="`loss` must be None with `step`"):

@@ -83,11 +83,11 @@ def calibrate(
                     else:
                         x, target = _pair(batch)
                         if x.is_floating_point():  # so that gradients reach the layers of a frozen model too
-                            x = x.detach().requires_grad_()
-                            followed.append(x)
+                            followed.append(x.detach().requires_grad_())
+                            x = followed[-1].clone()  # which the model may change in place
                         y = model(x) if loss is None else loss(model(x), target)
-                    value = y if y.dim() == 0 else (y * _noise_like(y)).sum()
-                if followed:
+                    value = _scalar(y)
+                if followed and value.requires_grad:
                     torch.autograd.grad(value, followed, allow_unused=True)
         finally:
             for hook in hooks:
@@ -159,8 +159,15 @@ def _pair(batch: Any) -> tuple[Tensor, Any]:
     return x, target
 
 
-def _noise_like(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+def _scalar(y: Any) -> Tensor:
+    """What gradients are taken of."""
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"calibrate: what gradients are taken of must be a tensor, got {type(y).__name__}; pass loss=lambda output, target: ..., "
+            "or a step, which returns one"
+        )
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    return y if y.dim() == 0 else (y * noise).sum()
 
 
 def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
