@@ -168,12 +168,55 @@ def test_convert_keeps_sharing_and_names_what_it_leaves():
     torch.testing.assert_close(converted.embed.weight.grad, model.embed.weight.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_uncalibrated_and_empty_are_refused():
+def test_an_uncalibrated_layer_is_refused():
     layer = AnalogLinear(4, 2, spec=spec(adc={"bits": 8}))
     with pytest.raises(ValueError, match="must be calibrated"):
         layer(torch.randn(2, 4))
-    with pytest.raises(ValueError, match="at least one sample"):
-        AnalogLinear(4, 2, spec=spec())(torch.empty(0, 4))
+
+
+class Experts(nn.Module):
+    """Each sees the samples that it is chosen for, which may be none."""
+
+    def __init__(self):
+        super().__init__()
+        self.chosen, self.left = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cat([self.chosen(x), self.left(x[:0])])
+
+
+@pytest.mark.parametrize("more", [{}, {"pulses": {}}])
+def test_experts_of_no_sample_learn_nothing(more):
+    model, _ = gx.convert(Experts(), spec(**NOISY, update={"law": "constant_step"}, **more))
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    x = torch.randn(6, 4)
+    gx.calibrate(model, [x])
+    before = model.left.weight.detach().clone(), model.chosen.weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.square().sum().backward()
+    optimiser.step()
+    assert y.shape == (6, 4)
+    assert torch.equal(model.left.weight, before[0])
+    assert not torch.equal(model.chosen.weight, before[1])
+    assert (model.left.read_step.item(), model.left.weight.grad is None) == (0, bool(more))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(4, 3), (0, 5, 4)), (nn.Conv1d(4, 6, 3, stride=2, groups=2), (0, 4, 9)),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (0, 4, 5, 5)), (nn.Conv3d(2, 3, 2), (0, 2, 3, 4, 5)),
+        (nn.ConvTranspose2d(2, 3, 2), (0, 2, 3, 3)), (nn.GRU(4, 3), (5, 0, 4)), (nn.LSTMCell(4, 3), (0, 4)),
+    ],
+)  # fmt: skip
+def test_no_samples_have_the_shape_of_torchs(module, shape):
+    x = torch.zeros(shape)
+    found, expected = (each(x) for each in (gx.convert(module, spec(**NOISY))[0], module))
+    shapes = [
+        tuple(y.shape for y in (each if isinstance(each, tuple) else (each,))) for each in (found, expected)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 class FrozenBelow(nn.Module):

@@ -79,7 +79,7 @@ def test_the_spec_says_a_fixed_range_whatever_was_saved(other, assign):
 
 @pytest.mark.parametrize(
     "x",
-    [torch.full((3, 20), torch.nan), torch.full((3, 20), torch.inf), torch.zeros(3, 19), torch.zeros(0, 20)],
+    [torch.full((3, 20), torch.nan), torch.full((3, 20), torch.inf), torch.zeros(3, 19)],
 )
 def test_a_refused_read_leaves_no_trace(x):
     layer = linear(dac={"bits": 8, "range": "ema"})

@@ -62,6 +62,8 @@ def calibrate(
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
 
     def watch(layer: AnalogLayer, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        if not y.numel():
+            return None
         seen.setdefault((layer, False), []).append(_currents(layer, args[0].detach(), y))
         if not y.requires_grad:
             return None

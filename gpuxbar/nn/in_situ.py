@@ -111,7 +111,7 @@ class InSitu(Programmed):
         if not 0 < top < torch.inf:
             raise ValueError(
                 f"{self.name}: `weight` must be finite and not all 0 to set the weight of a full pair, got a largest "
-                f"magnitude of {top:g}; initialise it"
+                f"magnitude of {top:g}; initialise it, or keep the layer digital by a rule"
             )
         # a column of zeros takes the layer's scale
         rows = (

@@ -357,14 +357,12 @@ class AnalogLayer(InSitu):
 
     def read(self, x: Tensor, steady: Steady | None = None) -> Tensor:
         """Products of x with the devices of now, or of `steady()` if nothing has changed since."""
-        if x.shape[0] == 0:
-            raise ValueError(
-                f"{self.name}: `x` must hold at least one sample, got shape {tuple(x.shape)}; skip empty batches"
-            )
         if x.is_complex():
             raise TypeError(
                 f"{self.name}: `x` must be real, got {x.dtype}; take real and imaginary parts apart"
             )
+        if x.shape[0] == 0:
+            return self._of_nothing(x)
         self.require_calibrated()
         self.require_first_pass()
         self.require_ranks()
@@ -392,6 +390,17 @@ class AnalogLayer(InSitu):
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
         return y.to(weight.dtype)
+
+    def _of_nothing(self, x: Tensor) -> Tensor:
+        """The products of no sample, as experts and detectors may have: nothing is driven or counted, and gradients are 0."""
+        weight, bias, way = self.look_at_weight(), self.bias, self.plan
+        weight = weight.detach() if self.keeps_operands else weight
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(weight.dtype)
+            if x.dim() == 2:
+                return functional.linear(x, weight, bias)
+            kernel = weight.reshape(image_shape(weight.shape))
+            return functional.conv2d(x, kernel, bias, way.stride, way.padding, way.dilation, self.groups_)
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
