@@ -123,8 +123,9 @@ class Reader {
   // `images`: the most whose patches are folded together; `groups`: the most of a bundle; `share` of a gate: see gate_part.
   Reader(const TileMvm& p, const Shape& s, i64 images, i64 groups, float share)
       : p(p), s(s), share(share), pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
-    if (p.conv && p.transposed) folded.emplace(*p.conv, images, groups);
-    if (p.conv && !p.transposed) patches.emplace(*p.conv);
+    const bool spread = p.conv && !pointwise(*p.conv);
+    if (spread && p.transposed) folded.emplace(*p.conv, images, groups);
+    if (spread && !p.transposed) patches.emplace(*p.conv);
     // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie
     direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0;
     size = direct ? patches->size : s.drive * ROWS;
@@ -163,7 +164,7 @@ class Reader {
       float* to = values.get() + part * size;
       if (!p.conv)
         pack_matrix(p, s, drive, group, row0, count, to);
-      else if (p.transposed)
+      else if (!patches)
         pack_pixels<ROWS>(*p.conv, drive, p.groups, group, s.drive, row0, count, to);
       else if (direct)
         patches->fill(drive, p.groups, group, runs.front(), runs.back(), to);
@@ -378,7 +379,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   s.passes = p.streams * p.phases;
   // a unit of work is whole images where results fold, so that no two threads meet in one
   const i64 pixels = p.conv ? p.conv->out_h * p.conv->out_w : 1;
-  const bool folds = p.conv && p.transposed;
+  const bool folds = p.conv && p.transposed && !pointwise(*p.conv);
   const i64 unit_images = std::max<i64>(1, ROWS / pixels), unit_rows = folds ? unit_images * pixels : ROWS;
   const i64 units = (p.batch + unit_rows - 1) / unit_rows;
   float weights = 0.0f;
