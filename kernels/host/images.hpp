@@ -117,7 +117,8 @@ struct PatchLines {
   void pack_runs(Runs begin, Runs end, float* a) const {
     pack_vectors<LANES, STRIDE>(begin, end, ROW + 1, a);
     pack_vectors<8, STRIDE>(begin, end, LANES, a);
-    pack_vectors<1, STRIDE>(begin, end, 8, a);
+    pack_vectors<4, STRIDE>(begin, end, 8, a);
+    pack_vectors<1, STRIDE>(begin, end, 4, a);
   }
 
   // Packs runs of N or more, but fewer than `below`, in vectors of N, the last one over its predecessor. N = 1 serves all

@@ -165,7 +165,13 @@ class Reader {
       if (!p.conv)
         pack_matrix(p, s, drive, group, row0, count, to);
       else if (!patches)
-        pack_pixels<ROWS>(*p.conv, drive, p.groups, group, s.drive, row0, count, to);
+        pack_pixels<ROWS>(
+            *p.conv,
+            [&](float* to, i64 from, i64 count) {
+              drive.ahead(from + ROWS);
+              drive(to, from, count);
+            },
+            p.groups, group, s.drive, row0, count, to);
       else if (direct)
         patches->fill(drive, p.groups, group, runs.front(), runs.back(), to);
       else
