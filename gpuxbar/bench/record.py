@@ -39,6 +39,7 @@ READS = "reads on tiles of 128 x 128 both ways, 8-bit DAC and ADC, noise"
 SUMMARY = {  # case: training step, what is computed as on crossbars
     "lenet5-step": ("LeNet-5, batch 64", READS),
     "resnet20-step": ("ResNet-20, batch 32", READS),
+    "mobilenet-step": ("inverted residuals, batch 32", READS),
     "transformer-step": ("transformer layer of 256, 8 x 64 tokens", READS),
     "lstm-step": ("LSTM of 256, 35 tokens, batch 32", READS),
     "resnet20-in-situ-step": ("ResNet-20, batch 32", "the same reads, updates by pulse trains"),
