@@ -52,6 +52,7 @@ SMALL = {
     "linear-fast": partial(cases.linear, 13, 300, 37, generator="fast"),
     "conv": partial(cases.conv, 2, 17, 9, 5),
     "lenet5-step": partial(cases.training_step, (1, 28, 28), 3),
+    "mobilenet-step": partial(cases.mobilenet_step, 2, 16),
 }
 
 
@@ -72,7 +73,8 @@ def test_every_kind_of_case_agrees_with_its_oracle_and_with_its_twins(name):
     torch.manual_seed(0)
     row = measure(Case(name, "small", 1.0, SMALL[name]), rounds=2)
     assert 0 < row["error"] < 1e-3
-    assert set(row["ms"]) - {"AIHWKIT-Lightning"} == {"ideal", "gpuxbar", "plain torch"}
+    others = set() if name == "mobilenet-step" else {"plain torch"}
+    assert set(row["ms"]) - {"AIHWKIT-Lightning"} == {"ideal", "gpuxbar"} | others
     assert all(low <= mid <= high for low, mid, high in row["ms"].values())
     if name.endswith("step"):
         return

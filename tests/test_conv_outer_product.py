@@ -22,6 +22,11 @@ SHAPES = [
         (2, 14, 12), (5, 2), {"stride": (2, 3), "padding": (3, 1), "dilation": (2, 1)}, 3, 2, id="dilation"
     ),
     pytest.param((1, 40, 60), (3, 3), {"padding": (1, 1)}, 2, 1, id="one-image-at-a-time"),
+    pytest.param((1, 15, 13), (3, 3), {"stride": (2, 2), "padding": (1, 1)}, 1, 21, id="depthwise"),
+    pytest.param(
+        (2, 7, 7), (3, 5), {"padding": (1, 4), "dilation": (1, 2)}, 3, 5, id="few-outputs-of-groups"
+    ),
+    pytest.param((1, 60, 61), (3, 3), {"padding": (1, 1)}, 1, 9, id="groups-in-turns"),
 ]
 
 
@@ -49,12 +54,13 @@ def test_sums_match_the_oracle_and_torch(image, kernel, more, outputs, groups, c
         assert np.abs(found - expected).max() <= max(2 * error, 1e-6 * np.abs(expected).max())
 
 
-def test_bits_do_not_depend_on_threads():
-    d, x, scale, conv = case((6, 9, 17), (3, 3), {"padding": (1, 1)}, 20, 1)
-    one = ops.conv_outer_product(d, x, scale, conv)
+@pytest.mark.parametrize(("outputs", "groups"), [(20, 1), (1, 11)], ids=["one-group", "depthwise"])
+def test_bits_do_not_depend_on_threads(outputs, groups):
+    d, x, scale, conv = case((6 if groups == 1 else 1, 9, 17), (3, 3), {"padding": (1, 1)}, outputs, groups)
+    one = ops.conv_outer_product(d, x, scale, conv, groups=groups)
     try:
         set_threads(2)
-        two = ops.conv_outer_product(d, x, scale, conv)
+        two = ops.conv_outer_product(d, x, scale, conv, groups=groups)
     finally:
         set_threads(torch.get_num_threads())
     np.testing.assert_array_equal(one, two)

@@ -16,7 +16,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
-from gpuxbar.bridge.lines import by_line, fold_lines, of_lines, unfold_lines
+from gpuxbar.bridge.lines import by_line, fold_lines, of_lines, some_lines, unfold_lines
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import build_optimizer
@@ -284,11 +284,13 @@ def test_lines_there_and_back():
         torch.testing.assert_close(of_lines(lines, weight.shape, order), weight, rtol=0, atol=0)
         line = 2 * 8 + 1 * 4 + 3 if order == "channel_position" else (1 * 4 + 3) * 3 + 2
         assert lines[1, 2, line] == weight[5, 2, 1, 3]
-        layer = AnalogConv2d(6, 6, (2, 4), stride=(2, 1), padding=(1, 2), groups=2, spec=spec(order))
-        conv = ConvGeometry(3, 5, 6, (2, 4), (2, 1), (1, 2), line_order=order)
+        layer = AnalogConv2d(6, 6, (2, 4), (2, 1), (1, 4), (1, 2), groups=2, spec=spec(order))
+        conv = ConvGeometry(3, 5, 6, (2, 4), (2, 1), (1, 4), (1, 2), line_order=order)
         x = torch.from_numpy(rng.normal(size=(2, 6, 5, 6)))
         patches = unfold_lines(x, layer.weight.shape, layer.plan)
         np.testing.assert_array_equal(patches, reference.unfold(x.numpy(), conv))
+        rows = torch.tensor([0, 3, len(patches) - 1])
+        assert torch.equal(some_lines(x, rows, layer.weight.shape, layer.plan), patches[rows])
         images = fold_lines(patches, (2, 6, 5, 6), layer.weight.shape, layer.plan)
         np.testing.assert_allclose(images, reference.fold(patches.numpy(), 2, conv), rtol=1e-12)
     kept = weight.to(memory_format=torch.channels_last)

@@ -18,13 +18,13 @@ int main() {
   c.channels = 2, c.height = 3, c.width = 40, c.kernel_h = 1, c.kernel_w = 3, c.stride_h = 1, c.stride_w = 2;
   c.pad_h = 0, c.pad_w = 1, c.dilation_h = 1, c.dilation_w = 2, c.out_h = 3, c.out_w = 19;
   c.channel_step = 3, c.position_step = 1;
-  Folded folded(c, 1);
+  Folded folded(c, 1, 1);
   const std::vector<float> sum(57, 1.0f);
   folded.start(runs_of(c, 0, 57), 0);
   for (i64 j = 0; j < 6; ++j) folded.place(j, sum.data());
   folded.add(0, 0, 6);
   std::vector<float> y(2 * 3 * 40);
-  folded.store(y.data(), 1, 0, 0, 1, true);
+  folded.store(y.data(), 1, 0, 1, 0, 1, true);
   float total = 0.0f;
   for (const float value : y) total += value;
   return total == 336.0f ? 0 : 1;  // 57 pixels of 6 taps, less the 6 that fall in the padding

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from gpuxbar import ops, reference
-from gpuxbar.launch import library
+from gpuxbar.launch import library, set_threads
 from gpuxbar.ops import ConvGeometry
 
 SEED = 2**40 + 12345  # above 2**32 on purpose
@@ -125,6 +126,51 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
     y = ops.tile_mvm(codes, g, tile_rows=4, tile_cols=4, **s)
     expected = reference.tile_mvm(codes, g, tile=4, **s)
     assert_convolution_matches(y, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
+@pytest.mark.parametrize("mode", ["one-plane", "gate", "streams", "state-noise"])
+@pytest.mark.parametrize(
+    ("groups", "channels", "outputs", "image", "geometry"),
+    [
+        pytest.param(35, 1, 1, (8, 16), ((3, 3), (1, 1), (1, 1)), id="depthwise"),
+        pytest.param(19, 1, 2, (15, 13), ((3, 5), (2, 2), (1, 2)), id="strides"),
+        pytest.param(18, 1, 1, (9, 11), ((3, 3), (1, 1), (2, 2), (2, 2)), id="dilation"),
+        pytest.param(17, 1, 1, (5, 5), ((2, 3), (3, 1), (0, 1)), id="short-lines"),
+        pytest.param(7, 3, 6, (7, 7), ((3, 3), (1, 2), (1, 1)), id="few-channels"),
+        pytest.param(2, 70, 24, (5, 13), ((3, 3), (1, 1), (1, 1)), id="too-many-lines-for-a-bundle"),
+        pytest.param(3, 6, 7, (9, 15), ((1, 1),), id="pixels"),
+    ],
+)
+def test_groups_read_together_match_oracle(
+    groups, channels, outputs, image, geometry, mode, line_order, transposed
+):
+    conv = ConvGeometry(channels, *image, *geometry, line_order=line_order)
+    rng = np.random.default_rng(5)
+    planes = 1 if mode == "one-plane" else 2
+    g = rng.uniform(-G_MAX, G_MAX, (planes, groups * conv.inputs, outputs)).astype(np.float32)
+    shape = (2, groups * outputs, *conv.out) if transposed else (2, groups * channels, *image)
+    codes = rng.integers(-127, 128, shape).astype(np.int16)
+    s = {
+        "transposed": transposed, "conv": conv, "groups": groups, "v_lsb": 0.2 / 127, "adc_bits": 8, "adc_lsb": 1e-7,
+        "read_noise": 1e-7, "seed": SEED, "step": 3, "want_gate": mode == "gate" and not transposed,
+    }  # fmt: skip
+    if mode == "streams":
+        s |= {"stream_bits": 4, "streams": 2, "phases": 2}
+    if mode == "state-noise":
+        s["noise_var"] = np.abs(g) * np.float32(1e-6)
+    expected = reference.tile_mvm(codes, g, tile=50, **s)
+    found = []
+    for threads in (1, 2):
+        set_threads(threads)
+        try:
+            found.append(ops.tile_mvm(codes, g, tile_rows=50, tile_cols=50, **s))
+        finally:
+            set_threads(torch.get_num_threads())
+        y, of_oracle = (found[-1][0], expected[0]) if s["want_gate"] else (found[-1], expected)
+        assert_matches(y, of_oracle, 1e-7, weight=16 if mode == "streams" else 2 * 3, share=2e-2)
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])

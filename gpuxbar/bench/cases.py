@@ -153,6 +153,39 @@ def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
     return _steps(ideal, x, target, others | lightning_steps(ideal, RATE))
 
 
+def mobilenet_step(batch: int = 32, size: int = 32) -> Contenders:
+    """The same of six inverted residuals, whose depthwise convolutions have nine lines and one output a group."""
+    torch.manual_seed(0)
+    shapes = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 2), (40, 40, 1), (40, 40, 1)]
+    ideal = nn.Sequential(
+        *_normed(nn.Conv2d(3, 16, 3, 2, padding=1, bias=False)), nn.ReLU6(), *(Inverted(*shape) for shape in shapes),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10),
+    )  # fmt: skip
+    return _steps(ideal, *_labelled((batch, 3, size, size), batch), {})
+
+
+class Inverted(nn.Module):
+    """A depthwise convolution six times as wide as what is around it (Sandler et al., CVPR 2018)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        wide = 6 * inputs
+        self.body = nn.Sequential(
+            *_normed(nn.Conv2d(inputs, wide, 1, bias=False)), nn.ReLU6(),
+            *_normed(nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide, bias=False)), nn.ReLU6(),
+            *_normed(nn.Conv2d(wide, outputs, 1, bias=False)),
+        )  # fmt: skip
+        self.shortcut = inputs == outputs and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return x + y if self.shortcut else y
+
+
+def _normed(layer: nn.Conv2d) -> tuple[nn.Module, nn.Module]:
+    return layer, nn.BatchNorm2d(layer.out_channels)
+
+
 def transformer_step(width: int = 256, tokens: int = 64, batch: int = 8) -> Contenders:
     """The same of an encoder layer with four heads, fourfold inside, and a classifier of its tokens."""
     torch.manual_seed(0)
@@ -256,6 +289,9 @@ CASES = (
     Case("conv", CONV, 3.0, conv, memory_mb=32),
     Case("lenet5-step", "28 x 28, batch 64: training step", 2.2, partial(training_step, (1, 28, 28), 64)),
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),
+    Case(
+        "mobilenet-step", "six inverted residuals, 32 x 32, batch 32: training step", 3.0, mobilenet_step
+    ),
     Case("transformer-step", "encoder layer of 256, 8 x 64 tokens: training step", 2.0, transformer_step),
     Case("lstm-step", "LSTM of 256, 35 tokens, batch 32: training step", 2.0, lstm_step),
     Case(

@@ -6,12 +6,15 @@ torch's memory format channels_last, "position_channel" is one.
 
 from __future__ import annotations
 
+from itertools import product
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gpuxbar.mapping import ReadPlan
 
-__all__ = ["by_line", "fold_lines", "image_shape", "of_lines", "unfold_lines"]
+__all__ = ["by_line", "fold_lines", "image_shape", "of_lines", "some_lines", "unfold_lines"]
 
 
 def by_line(weight: Tensor, groups: int, line_order: str) -> Tensor:
@@ -40,6 +43,26 @@ def unfold_lines(x: Tensor, weight: tuple[int, ...], way: ReadPlan) -> Tensor:
     if _permuted(weight, way.line_order):
         patches = patches.unflatten(1, (way.groups, weight[1], -1)).transpose(2, 3).flatten(1, 3)
     return patches.transpose(1, 2).flatten(0, 1)
+
+
+def some_lines(x: Tensor, rows: Tensor, weight: tuple[int, ...], way: ReadPlan) -> Tensor:
+    """These rows of `unfold_lines`, of which no others are made."""
+    top, side = way.padding
+    x = functional.pad(x, (side, side, top, top))
+    reach = [
+        dilation * (size - 1) for dilation, size in zip(way.dilation, image_shape(weight)[2:], strict=True)
+    ]
+    height, width = (
+        (size - far - 1) // stride + 1
+        for size, far, stride in zip(x.shape[2:], reach, way.stride, strict=True)
+    )
+    image, pixel = rows // (height * width), rows % (height * width)
+    down, along = pixel // width * way.stride[0], pixel % width * way.stride[1]
+    taps = product(*(range(0, far + 1, step) for far, step in zip(reach, way.dilation, strict=True)))
+    patches = torch.stack([x[image, :, down + y, along + z] for y, z in taps], -1)
+    if _permuted(weight, way.line_order):
+        patches = patches.unflatten(1, (way.groups, -1)).transpose(2, 3)
+    return patches.flatten(1)
 
 
 def fold_lines(patches: Tensor, image: tuple[int, ...], weight: tuple[int, ...], way: ReadPlan) -> Tensor:

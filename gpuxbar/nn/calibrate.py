@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.bridge.analog_mvm import driven_gradient
-from gpuxbar.bridge.lines import unfold_lines
+from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.layers import AnalogConv, AnalogLayer, require_apart
@@ -22,7 +22,6 @@ __all__ = ["calibrate"]
 ROWS = 64  # of a batch are looked at for a layer, and more while these make fewer partial sums than
 SUMS = 1 << 18
 COUNTED = "read_step", "dac_max"  # buffers of a layer that change with each of its reads
-IMAGES = 16  # are cut into rows at least
 
 
 def calibrate(
@@ -71,9 +70,8 @@ def calibrate(
         if not y.requires_grad:
             return None
         y.register_hook(lambda grad: seen.setdefault((layer, True), []).append(_back_currents(layer, grad)))
-        return (
-            y.clone()
-        )  # what follows may work in place, which takes a view out of the graph and its hooks with it
+        # what follows may work in place, which takes a view out of the graph and its hooks with it
+        return y.clone()
 
     with _without_adcs(model):
         hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
@@ -179,20 +177,18 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
     """Full-scale current, A, [1] or one per sensed line, of magnitudes [n, lines]."""
     sample = currents if per_column else currents.reshape(-1, 1)
     rank = max(1, round(len(sample) * percentile / 100))
-    return sample.kthvalue(rank, dim=0).values.clamp_min(1e-15)
+    # of the largest, which are few, sooner found than kthvalue finds it
+    return sample.topk(len(sample) - rank + 1, dim=0).values[-1].clamp_min(1e-15)
 
 
 def _currents(layer: AnalogLayer, x: Tensor, y: Tensor) -> Tensor:
     """Magnitudes of the partial sums of some rows of an input, which gave y, A: [conversions * rows, sensed lines]."""
     x = (layer.padded(x) if isinstance(layer, AnalogConv) else x.reshape(-1, x.shape[-1])).float()
     x, lsb = layer.dac_inputs(x, layer.dac_top(x))
-    codes = x / lsb.view(-1, *[1] * (x.dim() - 1))
-    if codes.dim() == 4:
-        pixels = y.numel() // (len(codes) * len(layer.weight))
-        codes = codes[
-            _spread(codes, max(IMAGES, _rows(layer, layer.plan.forward, transposed=False) // pixels))
-        ]
-        codes = unfold_lines(codes, layer.weight.shape, layer.plan)
+    pixels = y.numel() // (len(x) * len(layer.weight))
+    rows = _spread(layer, len(x) * pixels, x, transposed=False)
+    driven = x[rows] if x.dim() == 2 else some_lines(x, rows, layer.weight.shape, layer.plan)
+    codes = driven / lsb.expand(len(x))[rows // pixels, None]
     return _partial_sums(layer, layer.conductances(), layer.plan.forward, codes, transposed=False)
 
 
@@ -201,18 +197,18 @@ def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
     grad_y = layer.batched(grad_y) if isinstance(layer, AnalogConv) else grad_y.reshape(-1, grad_y.shape[-1])
     cells = layer.conductances()
     driven, lsb = driven_gradient(grad_y.float(), cells.w_max, layer.plan)
-    codes = (driven / lsb.view(-1, *[1] * (driven.dim() - 1))).movedim(1, -1)
-    return _partial_sums(
-        layer, cells, layer.plan.backward, codes.reshape(-1, codes.shape[-1]), transposed=True
-    )
+    driven = driven.reshape(*driven.shape[:2], -1)
+    pixels = driven.shape[2]
+    rows = _spread(layer, len(driven) * pixels, driven, transposed=True)
+    codes = driven[rows // pixels, :, rows % pixels] / lsb.expand(len(driven))[rows // pixels, None]
+    return _partial_sums(layer, cells, layer.plan.backward, codes, transposed=True)
 
 
 def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, transposed: bool) -> Tensor:
-    """Of some of the rows of `codes`, which need not be whole; relative to the largest value without a DAC."""
+    """Of rows of `codes`, which need not be whole; relative to the largest value without a DAC."""
     g = cells.back_g if transposed and cells.back_g is not None else cells.g
     g = layer.lines(g, transposed)
     planes, groups = len(g), layer.groups_
-    codes = codes[_spread(codes, _rows(layer, read, transposed))]
     volts = torch.stack(_passes(codes, read)) * read.v_lsb
     by_group = g.view(planes, groups, -1, g.shape[-1])
     if transposed:
@@ -227,16 +223,13 @@ def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, t
     return torch.cat(out)
 
 
-def _rows(layer: AnalogLayer, read: Read, transposed: bool) -> int:
-    """How many rows of a batch are looked at."""
+def _spread(layer: AnalogLayer, count: int, like: Tensor, transposed: bool) -> Tensor:
+    """The rows of a batch of `count` that are looked at, from the first to the last; all, where it has few."""
+    read = layer.plan.backward if transposed else layer.plan.forward
     driven, sensed = (layer.outputs, layer.inputs) if transposed else (layer.inputs, layer.outputs)
     passes, tiles = read.streams * read.phases, ceil(driven / (read.tile or driven))
-    return max(ROWS, SUMS // (passes * len(layer.plan.slice_scale) * tiles * layer.groups_ * sensed))
-
-
-def _spread(x: Tensor, count: int) -> Tensor:
-    """Places of `count` parts of x, from the first to the last; of all, where it has fewer."""
-    return torch.linspace(0, len(x) - 1, min(count, len(x)), device=x.device).long()
+    rows = max(ROWS, SUMS // (passes * len(layer.plan.slice_scale) * tiles * layer.groups_ * sensed))
+    return torch.linspace(0, count - 1, min(rows, count), dtype=torch.float64, device=like.device).long()
 
 
 def _passes(codes: Tensor, read: Read) -> list[Tensor]:

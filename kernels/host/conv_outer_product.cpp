@@ -2,13 +2,14 @@
 //
 // No patch matrix is made. Both sides are laid out line by line at one distance, the inputs by the strides' phases and with
 // their padding, the gradients with zeros behind every line: then a weight is one dot product of two runs of memory, the
-// inputs' shifted by its tap. Register tiles hold OUT outputs by TAPS taps over some images at a time. Every weight is summed
-// in one order, so the bits do not depend on threads. Oracle: gpuxbar/reference/outer_product.py.
+// inputs' shifted by its tap. Register tiles hold OUT outputs by TAPS taps, or of groups of few outputs one by MORE_TAPS, over
+// some images at a time. Every weight is summed in one order, so the bits do not depend on threads. Threads share some groups
+// at a time: to wait for each other at every one would take longer than a depthwise layer's products.
+// Oracle: gpuxbar/reference/outer_product.py.
 #include <algorithm>
 #include <vector>
 
-#include "gpuxbar/images.cuh"
-#include "wide.hpp"
+#include "images.hpp"
 
 using namespace gpuxbar;
 
@@ -20,15 +21,17 @@ constexpr int OUT = 8;  // outputs of a register tile
 constexpr int OUT = 4;
 #endif
 constexpr int TAPS = 3;        // lines of a patch of a register tile
+constexpr int MORE_TAPS = 9;   // of one of a single output
 constexpr i64 LAID = 1 << 13;  // floats of a register tile's gradients laid out at a time, a part of the first cache
+constexpr i64 HELD = 1 << 18;  // of groups laid out at a time, a part of the others
 
-// Where images of one group lie once they are laid out.
+// Where images of one group lie once they are laid out, its outputs in tiles of `high`.
 struct Layout {
   const Conv& c;
   i64 outputs, pitch, plane, channel, inputs_size, depth, gradients_size;
-  Layout(const Conv& c, i64 outputs)
+  Layout(const Conv& c, i64 outputs, i64 high)
       : c(c),
-        outputs((outputs + OUT - 1) / OUT * OUT),
+        outputs((outputs + high - 1) / high * high),
         pitch(c.out_w + (c.kernel_w - 1) * c.dilation_w / c.stride_w),
         plane((c.out_h + (c.kernel_h - 1) * c.dilation_h / c.stride_h) * pitch),
         channel(c.stride_h * c.stride_w * plane),
@@ -84,33 +87,36 @@ inline Vec lane_sums(const Vec (&v)[N]) {
   }
 }
 
-// Adds the products of some images to `outputs` rows of dw, at most OUT: those of COUNT lines of a patch, where they start.
-template <int COUNT>
-void multiply(const Layout& l, const float* d, const float* x, const i64* start, i64 images, i64 outputs, float* dw,
-              i64 lines) {
-  alignas(4 * LANES) Vec sum[COUNT][OUT] = {};
+// Adds the products of some images to `outputs` rows of dw, at most HIGH: those of `count` lines of a patch, at most COUNT,
+// where they start.
+template <int HIGH, int COUNT>
+void multiply(const Layout& l, const float* d, const float* x, const i64* start, i64 count, i64 images, i64 outputs,
+              float* dw, i64 lines) {
+  if constexpr (COUNT > 1)
+    if (count < COUNT) return multiply<HIGH, COUNT - 1>(l, d, x, start, count, images, outputs, dw, lines);
+  alignas(4 * LANES) Vec sum[COUNT][HIGH] = {};
   const float* right[COUNT];
   for (int t = 0; t < COUNT; ++t) right[t] = x + start[t];
   for (i64 image = 0; image < images; ++image) {
     for (i64 i = 0; i < l.depth; i += LANES) {
       Vec tap[COUNT];
-#pragma GCC unroll 3
+#pragma GCC unroll 9
       for (int t = 0; t < COUNT; ++t) {
         tap[t] = *(const Vec*)(right[t] + i);
         keep(tap[t]);
       }
 #pragma GCC unroll 8
-      for (int o = 0; o < OUT; ++o) {
+      for (int o = 0; o < HIGH; ++o) {
         Vec left = *(const Vec*)(d + o * l.depth + i);
         keep(left);
-#pragma GCC unroll 3
+#pragma GCC unroll 9
         for (int t = 0; t < COUNT; ++t) sum[t][o] += left * tap[t];
       }
     }
     d += l.gradients_size;
     for (int t = 0; t < COUNT; ++t) right[t] += l.inputs_size;
   }
-#pragma GCC unroll 3
+#pragma GCC unroll 9
   for (int t = 0; t < COUNT; ++t) {
     const Vec found = lane_sums<1>(sum[t]);
     for (i64 o = 0; o < outputs; ++o) dw[o * lines + t] += found[o];
@@ -126,44 +132,52 @@ extern "C" void gpuxbar_conv_outer_product(const float* d,      // [N, G * O, ou
                                            float* dw,  // [G * O, channels, kernel_h, kernel_w]
                                            i64 images, i64 groups, i64 outputs, i64 is_code, i64 scale_count) {
   const Conv& c = *conv;
-  const Layout l(c, outputs);
-  const i64 lines = c.channels * c.kernel_h * c.kernel_w, chunks = (lines + TAPS - 1) / TAPS, tiles = l.outputs / OUT;
-  const i64 most = std::clamp<i64>(LAID / (OUT * l.depth), 1, std::max<i64>(images, 1));
-  std::vector<float> inputs(most * l.inputs_size);
-  const Aligned gradients(most * l.gradients_size);
-  std::fill_n(gradients.get(), most * l.gradients_size, 0.0f);
+  const bool few = outputs < OUT;
+  const i64 high = few ? 1 : OUT, wide = few ? MORE_TAPS : TAPS;
+  const auto multiply_tile = few ? multiply<1, MORE_TAPS> : multiply<OUT, TAPS>;
+  const Layout l(c, outputs, high);
+  const i64 lines = c.channels * c.kernel_h * c.kernel_w, chunks = (lines + wide - 1) / wide, tiles = l.outputs / high;
+  const i64 most = std::clamp<i64>(LAID / (high * l.depth), 1, std::max<i64>(images, 1));
+  const i64 inputs_size = most * l.inputs_size, gradients_size = most * l.gradients_size;
+  const i64 together = std::clamp<i64>(HELD / (inputs_size + gradients_size), 1, groups);
+  std::vector<float> inputs(together * inputs_size);
+  const Aligned gradients(together * gradients_size);
+  std::fill_n(gradients.get(), together * gradients_size, 0.0f);
   std::vector<i64> starts(lines);
   for (i64 k = 0; k < lines; ++k) starts[k] = l.start(k);
   std::fill_n(dw, groups * outputs * lines, 0.0f);
 #pragma omp parallel
-  for (i64 group = 0; group < groups; ++group)
+  for (i64 group0 = 0; group0 < groups; group0 += together)
     for (i64 first = 0; first < images; first += most) {
-      const i64 count = std::min(most, images - first);
-#pragma omp for collapse(2) schedule(static) nowait
-      for (i64 i = 0; i < count; ++i)
-        for (i64 k = 0; k < c.channels; ++k) {
-          const i64 image = first + i, from = ((image * groups + group) * c.channels + k) * c.height * c.width;
-          const float unit = scale[scale_count > 1 ? image : 0];
-          float* to = inputs.data() + i * l.inputs_size + k * l.channel;
-          if (is_code)
-            lay_inputs(l, (const i16*)x + from, unit, to);
-          else
-            lay_inputs(l, (const float*)x + from, unit, to);
-        }
-#pragma omp for collapse(2) schedule(static)
-      for (i64 i = 0; i < count; ++i)
-        for (i64 o = 0; o < outputs; ++o) {
-          const float* from = d + (((first + i) * groups + group) * outputs + o) * c.out_h * c.out_w;
-          float* to = gradients.get() + i * l.gradients_size + o * l.depth;
-          for (i64 y = 0; y < c.out_h; ++y) std::copy_n(from + y * c.out_w, c.out_w, to + y * l.pitch);
-        }
-#pragma omp for collapse(2) schedule(static)
-      for (i64 tile = 0; tile < tiles; ++tile)
-        for (i64 chunk = 0; chunk < chunks; ++chunk) {
-          const i64 k = chunk * TAPS, o = tile * OUT;
-          const auto part = lines - k >= 3 ? multiply<3> : lines - k == 2 ? multiply<2> : multiply<1>;
-          part(l, gradients.get() + o * l.depth, inputs.data(), starts.data() + k, count,
-               std::min<i64>(OUT, outputs - o), dw + (group * outputs + o) * lines + k, lines);
-        }
+      const i64 count = std::min(most, images - first), group_end = std::min(groups, group0 + together);
+#pragma omp for collapse(3) schedule(static) nowait
+      for (i64 group = group0; group < group_end; ++group)
+        for (i64 i = 0; i < count; ++i)
+          for (i64 k = 0; k < c.channels; ++k) {
+            const i64 image = first + i, from = ((image * groups + group) * c.channels + k) * c.height * c.width;
+            const float unit = scale[scale_count > 1 ? image : 0];
+            float* to = inputs.data() + (group - group0) * inputs_size + i * l.inputs_size + k * l.channel;
+            if (is_code)
+              lay_inputs(l, (const i16*)x + from, unit, to);
+            else
+              lay_inputs(l, (const float*)x + from, unit, to);
+          }
+#pragma omp for collapse(3) schedule(static)
+      for (i64 group = group0; group < group_end; ++group)
+        for (i64 i = 0; i < count; ++i)
+          for (i64 o = 0; o < outputs; ++o) {
+            const float* from = d + (((first + i) * groups + group) * outputs + o) * c.out_h * c.out_w;
+            float* to = gradients.get() + (group - group0) * gradients_size + i * l.gradients_size + o * l.depth;
+            for (i64 y = 0; y < c.out_h; ++y) copy(to + y * l.pitch, from + y * c.out_w, c.out_w);
+          }
+#pragma omp for collapse(3) schedule(static)
+      for (i64 group = group0; group < group_end; ++group)
+        for (i64 tile = 0; tile < tiles; ++tile)
+          for (i64 chunk = 0; chunk < chunks; ++chunk) {
+            const i64 k = chunk * wide, o = tile * high;
+            multiply_tile(l, gradients.get() + (group - group0) * gradients_size + o * l.depth,
+                          inputs.data() + (group - group0) * inputs_size, starts.data() + k, lines - k, count,
+                          std::min(high, outputs - o), dw + (group * outputs + o) * lines + k, lines);
+          }
     }
 }

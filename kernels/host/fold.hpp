@@ -8,7 +8,7 @@
 
 namespace gpuxbar {
 
-// The images of a unit of work, with their padding: [images][channels][height][width].
+// The images of a unit of work, with their padding: [images][channels][height][width], channels of some groups.
 //
 // A block of rows is whole images, else whole lines of one, else part of a line. The cut depends on the shape of an image
 // alone, and with it the order of every sum.
@@ -18,8 +18,9 @@ namespace gpuxbar {
 // lines of an image in one go, since the lines have the distance of the padded image's.
 class Folded {
  public:
-  Folded(const Conv& c, i64 images)
+  Folded(const Conv& c, i64 images, i64 groups)
       : c(c),
+        channels(groups * c.channels),
         height(c.height + 2 * c.pad_h),
         width(c.width + 2 * c.pad_w),
         most_lines(std::max<i64>(1, std::min<i64>(c.out_h, ROWS / c.out_w))),
@@ -27,14 +28,14 @@ class Folded {
         pitch(std::min<i64>(c.out_w, ROWS) + reach),
         apart(reach + (most_lines * pitch + LANES - 1) / LANES * LANES),
         column(images * apart),
-        at(images * c.channels * height * width + LANES * c.stride_w),
+        at(images * channels * height * width + LANES * c.stride_w),
         laid(COLS * column + LANES),  // a vector reads past the end of a line
-        taps(c.channels * c.kernel_h * c.kernel_w) {
-    for (i64 channel = 0; channel < c.channels; ++channel)
+        taps(channels * c.kernel_h * c.kernel_w) {
+    for (i64 channel = 0; channel < channels; ++channel)
       for (i64 ky = 0; ky < c.kernel_h; ++ky)
         for (i64 kx = 0; kx < c.kernel_w; ++kx)
-          taps[channel * c.channel_step + (ky * c.kernel_w + kx) * c.position_step] =
-              Tap{(channel * height + ky * c.dilation_h) * width, kx};
+          taps[channel / c.channels * c.channels * c.kernel_h * c.kernel_w + channel % c.channels * c.channel_step +
+               (ky * c.kernel_w + kx) * c.position_step] = Tap{(channel * height + ky * c.dilation_h) * width, kx};
   }
 
   // How many rows the block that starts at row0 has.
@@ -79,7 +80,7 @@ class Folded {
     }
   }
 
-  // Adds columns begin .. end - 1 of a panel whose first column is line `local` of the group.
+  // Adds columns begin .. end - 1 of a panel whose first column is line `local` of the groups.
   void add(i64 local, i64 begin, i64 end) {
     for (i64 j = begin, count; j < end; j += count) {
       const Tap& first = taps[local + j];
@@ -93,16 +94,18 @@ class Folded {
     }
   }
 
-  // Adds the images, without their padding, to those of y, [N, groups * channels, height, width], or puts the first of
-  // them there, and forgets them.
-  void store(float* y, i64 groups, i64 group, i64 first_image, i64 images, bool first) {
-    for (i64 plane = 0; plane < images * c.channels; ++plane) {
-      const i64 image = first_image + plane / c.channels, channel = group * c.channels + plane % c.channels;
-      float* __restrict__ to = y + (image * groups * c.channels + channel) * c.height * c.width;
-      const float* __restrict__ from = at.data() + (plane * height + c.pad_h) * width + c.pad_w;
-      for (i64 line = 0; line < c.height; ++line, to += c.width, from += width)
-        for (i64 x = 0; x < c.width; ++x) to[x] = (first ? 0.0f : to[x]) + from[x];
-    }
+  // Adds the images of `count` groups from `group` on, without their padding, to those of y,
+  // [N, groups * channels, height, width], or puts the first of them there, and forgets them.
+  void store(float* y, i64 groups, i64 group, i64 count, i64 first_image, i64 images, bool first) {
+    for (i64 image = 0; image < images; ++image)
+      for (i64 channel = 0; channel < count * c.channels; ++channel) {
+        const i64 place = ((first_image + image) * groups + group) * c.channels + channel;
+        float* __restrict__ to = y + place * c.height * c.width;
+        const float* __restrict__ from =
+            at.data() + ((image * channels + channel) * height + c.pad_h) * width + c.pad_w;
+        for (i64 line = 0; line < c.height; ++line, to += c.width, from += width)
+          for (i64 x = 0; x < c.width; ++x) to[x] = (first ? 0.0f : to[x]) + from[x];
+      }
     std::fill(at.begin(), at.end(), 0.0f);
   }
 
@@ -123,7 +126,7 @@ class Folded {
     const bool flat = c.stride_h == 1 && c.stride_w == 1;
     const float* from = laid.data() + j * column + reach;
     for (const Part& part : parts) {
-      const i64 y = part.image * c.channels * height + part.y * c.stride_h;
+      const i64 y = part.image * channels * height + part.y * c.stride_h;
       float* to = at.data() + y * width + first.line + part.x * c.stride_w;
       if (flat)
         add_lines<TAPS>(from, first.kx, (part.lines - 1) * pitch + part.count + reach, to);
@@ -175,7 +178,7 @@ class Folded {
   }
 
   const Conv& c;
-  const i64 height, width, most_lines;
+  const i64 channels, height, width, most_lines;
   const i64 reach, pitch, apart;  // of what is laid out: zeros of a line, and from line to line, image to image
 
  public:

@@ -117,7 +117,8 @@ struct PatchLines {
   void pack_runs(Runs begin, Runs end, float* a) const {
     pack_vectors<LANES, STRIDE>(begin, end, ROW + 1, a);
     pack_vectors<8, STRIDE>(begin, end, LANES, a);
-    pack_vectors<1, STRIDE>(begin, end, 8, a);
+    pack_vectors<4, STRIDE>(begin, end, 8, a);
+    pack_vectors<1, STRIDE>(begin, end, 4, a);
   }
 
   // Packs runs of N or more, but fewer than `below`, in vectors of N, the last one over its predecessor. N = 1 serves all
@@ -147,7 +148,12 @@ struct PatchLines {
   }
 };
 
-// The same of images that drive the bitlines, `lines` of a group: a pixel is a row, from row0 on.
+// Whether patches are single pixels, of all in turn.
+inline bool pointwise(const Conv& c) {
+  return c.kernel_h * c.kernel_w == 1 && c.stride_h * c.stride_w == 1 && c.pad_h + c.pad_w == 0;
+}
+
+// The same of images whose pixels drive `lines` lines of a group: a pixel is a row, from row0 on.
 template <int ROW, class Drive>
 void pack_pixels(const Conv& c, const Drive& drive, i64 groups, i64 group, i64 lines, i64 row0, i64 rows, float* a) {
   const i64 pixels = c.out_h * c.out_w;

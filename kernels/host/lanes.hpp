@@ -32,29 +32,33 @@ struct Rows {
   i64 vector[VECTORS];
 };
 
-// c[j][i] = sum_k a[k][i] b[k][j] for V vectors of rows, from vector `first` on, and MICRO columns. A function of
+// c[j][i] = sum_k a[k][i] b[k][j] for V vectors of rows, from vector `first` on, and M columns. A function of
 // its own has the registers for itself: among the caller's values, the loop would fetch its pointers anew at every step.
-template <int V>
+template <int M, int V>
 __attribute__((noinline)) void multiply(i64 length, const Rows& rows, i64 first, const float* b, float* c) {
   const float* part[V];
   for (int v = 0; v < V; ++v) part[v] = rows.a + rows.vector[first + v];
   const i64* line = rows.line;
   const auto right = [=](i64 k, int v) { return part[v] + line[k]; };
-  register_tile<LANES, MICRO, V>(length, b, COLS, right, nullptr, 0, 1.0f, c, ROWS);
+  register_tile<LANES, M, V>(length, b, COLS, right, nullptr, 0, 1.0f, c, ROWS);
 }
 
-// Columns begin .. end - 1 (whole register tiles around them) of a block of `count` rows over `length` wordlines.
+// Columns begin .. end - 1 of a block of `count` rows over `length` wordlines, M at a time, and then fewer.
+template <int M = MICRO>
 inline void multiply_block(i64 count, i64 begin, i64 end, i64 length, const Rows& rows, const float* b, Plane& c) {
-  for (i64 i = 0; i < count; i += DEEP * LANES)
-    for (i64 j = begin / MICRO * MICRO; j < end; j += MICRO) {
+  constexpr int V = M > 1 ? DEEP : VECTORS;  // fewer sums would wait for each other
+  const i64 whole = end - (end - begin) % M;
+  for (i64 i = 0; i < count && begin < whole; i += V * LANES)
+    for (i64 j = begin; j < whole; j += M) {
       float* to = c.at + j * ROWS + i;
-      if (count - i > (DEEP - 1) * LANES)
-        multiply<DEEP>(length, rows, i / LANES, b + j, to);
-      else if (DEEP > 2 && count - i > LANES)
-        multiply<2>(length, rows, i / LANES, b + j, to);
+      if (V > 3 || count - i > (V - 1) * LANES)
+        multiply<M, V>(length, rows, i / LANES, b + j, to);
+      else if (V > 2 && count - i > LANES)
+        multiply<M, 2>(length, rows, i / LANES, b + j, to);
       else
-        multiply<1>(length, rows, i / LANES, b + j, to);
+        multiply<M, 1>(length, rows, i / LANES, b + j, to);
     }
+  if constexpr (M > 1) multiply_block<M / 2>(count, whole, end, length, rows, b, c);
 }
 
 // What all draws of one conversion share.

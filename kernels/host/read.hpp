@@ -61,6 +61,12 @@ struct Driver {
   Pass pass;
   u32 mask;
   Driver(const TileMvm& p, Pass pass) : p(p), pass(pass), mask(p.stream_bits ? (1u << p.stream_bits) - 1 : 0xFFFFu) {}
+  // A hint that values about src are driven soon.
+  void ahead(i64 src) const {
+    const char* at = (const char*)p.v + src * (p.is_code ? 2 : 4);
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + 64);
+  }
   // `count` values from src on
   void operator()(float* dst, i64 src, i64 count) const {
     if (!p.is_code) {

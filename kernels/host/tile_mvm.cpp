@@ -5,6 +5,7 @@
 // order: the same bits on any thread count and batch split. Meaning and oracle: gpuxbar/reference/tile_mvm.py.
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -22,15 +23,44 @@ namespace {
 
 constexpr i64 PACKED = 1 << 20;  // floats of packed conductance held at a time
 constexpr i64 NEIGHBOURS = 4;    // panels that are packed together
+constexpr i64 DRIVEN = 1 << 15;  // floats that drive the groups of a bundle, a part of the second cache
 
-// COLS bitlines of a group, from a multiple of COLS in the numbering of all outputs; `begin` .. `end` - 1 are real.
+// How many groups are read together, since their outputs lie side by side: as many as fill whole panels. Alone, one of few
+// outputs would leave most of a panel, and of what a counter draws, unused.
+i64 bundled(const TileMvm& p, const Shape& s) {
+  const i64 whole = COLS / std::gcd<i64>(s.sense, COLS), most = DRIVEN / (s.drive * s.passes * ROWS);
+  return std::clamp<i64>(std::min(whole, most), 1, p.groups);
+}
+
+struct Bundle {
+  i64 group, groups;    // the first one, and how many
+  i64 column, columns;  // their outputs, in the numbering of all
+  Bundle(const TileMvm& p, const Shape& s, i64 most, i64 index)
+      : group(index * most),
+        groups(std::min(most, p.groups - group)),
+        column(group * s.sense),
+        columns(groups * s.sense) {}
+  i64 panels() const { return (column + columns + COLS - 1) / COLS - column / COLS; }
+};
+
+// COLS bitlines of a bundle, from a multiple of COLS in the numbering of all outputs; `begin` .. `end` - 1 are real.
 struct Panel {
-  i64 column, begin, end, local;  // `local`: index within the group of the panel's first column, may be negative
-  Panel(const Shape& s, i64 group, i64 index)
-      : column((group * s.sense / COLS + index) * COLS),
-        begin(std::max<i64>(0, group * s.sense - column)),
-        end(std::min<i64>(COLS, (group + 1) * s.sense - column)),
-        local(column - group * s.sense) {}
+  i64 column, begin, end, local;  // `local`: index within the bundle of the panel's first column, may be negative
+  Panel(const Bundle& bundle, i64 index)
+      : column((bundle.column / COLS + index) * COLS),
+        begin(std::max<i64>(0, bundle.column - column)),
+        end(std::min<i64>(COLS, bundle.column + bundle.columns - column)),
+        local(column - bundle.column) {}
+
+  // `each(group, line, begin, end)` of what a group of the bundle has of the panel: columns from its output `line` on.
+  template <class Each>
+  void by_group(const Shape& s, const Each& each) const {
+    for (i64 j = begin, last; j < end; j = last) {
+      const i64 group = (local + j) / s.sense;
+      last = std::min(end, (group + 1) * s.sense - local);
+      each(group, local + j - group * s.sense, j, last);
+    }
+  }
 };
 
 // a[i / LANES][k][i % LANES]: what drives wordline k for row `row0 + i` of a matrix. In this order what register tiles share
@@ -48,24 +78,21 @@ void pack_matrix(const TileMvm& p, const Shape& s, const Driver& drive, i64 grou
   }
 }
 
-// b[k][j]: conductance between wordline k and bitline j of a panel; 0 where the panel leaves the group. Panels from `first`
-// on lie behind each other, and are packed together, since lines of the array are far apart but their parts are neighbours.
-void pack_panels(const TileMvm& p, const Shape& s, const float* m, i64 plane, i64 group, i64 first, i64 end, float* b) {
-  const float* base = m + (plane * p.groups + group) * p.inputs * p.cols;
-  const auto packed = [&](i64 q) { return b + (q - first) * s.drive * COLS; };
-  for (i64 q = first; q < end; ++q) {
-    const Panel panel(s, group, q);
-    const i64 n = panel.end - panel.begin, from = panel.local + panel.begin;
-    if (n < COLS) std::fill_n(packed(q), s.drive * COLS, 0.0f);
-    if (p.transposed) transpose(base + from * p.cols, p.cols, n, s.drive, packed(q) + panel.begin, COLS);
-  }
-  for (i64 k0 = 0; k0 < s.drive && !p.transposed; k0 += COLS)
-    for (i64 q = first; q < end; ++q) {
-      const Panel panel(s, group, q);
-      const i64 from = panel.local + panel.begin, kn = std::min<i64>(s.drive, k0 + COLS);
-      float* to = packed(q) + panel.begin;
-      for (i64 k = k0; k < kn; ++k) copy(to + k * COLS, base + k * p.cols + from, panel.end - panel.begin);
-    }
+// b[k][j]: conductance between wordline k and bitline j of a panel. Panels from `first` on lie behind each other, and are
+// packed together, since lines of the array are far apart but their parts are neighbours.
+void pack_panels(const TileMvm& p, const Shape& s, const float* m, i64 plane, const Bundle& bundle, i64 first, i64 end,
+                 float* b) {
+  const float* base = m + (plane * p.groups + bundle.group) * p.inputs * p.cols;
+  const i64 step = p.transposed ? s.drive : COLS;
+  for (i64 k0 = 0; k0 < s.drive; k0 += step)
+    for (i64 q = first; q < end; ++q)
+      Panel(bundle, q).by_group(s, [&](i64 group, i64 line, i64 begin, i64 last) {
+        const float* from = base + group * p.inputs * p.cols;
+        float* to = b + (q - first) * s.drive * COLS + begin;
+        if (p.transposed) return transpose(from + line * p.cols, p.cols, last - begin, s.drive, to, COLS);
+        for (i64 k = k0; k < std::min<i64>(s.drive, k0 + COLS); ++k)
+          copy(to + k * COLS, from + k * p.cols + line, last - begin);
+      });
 }
 
 // Converters of a panel's columns.
@@ -93,18 +120,19 @@ struct Way {
 // Reads one block of rows after the other, for one thread.
 class Reader {
  public:
-  // `images`: the most whose patches are folded together; `share` of a gate: see gate_part.
-  Reader(const TileMvm& p, const Shape& s, i64 images, float share)
+  // `images`: the most whose patches are folded together; `groups`: the most of a bundle; `share` of a gate: see gate_part.
+  Reader(const TileMvm& p, const Shape& s, i64 images, i64 groups, float share)
       : p(p), s(s), share(share), pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
-    if (p.conv && p.transposed) folded.emplace(*p.conv, images);
-    if (p.conv && !p.transposed) patches.emplace(*p.conv);
+    const bool spread = p.conv && !pointwise(*p.conv);
+    if (spread && p.transposed) folded.emplace(*p.conv, images, groups);
+    if (spread && !p.transposed) patches.emplace(*p.conv);
     // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie
     direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0;
     size = direct ? patches->size : s.drive * ROWS;
-    values = Aligned(size * s.passes);
-    std::fill_n(values.get(), size * s.passes, 0.0f);
-    live.resize(s.passes);
-    if (p.noise_var) squares = Aligned(size * s.passes);
+    values = Aligned(groups * s.passes * size);
+    std::fill_n(values.get(), groups * s.passes * size, 0.0f);
+    live.resize(groups * s.passes);
+    if (p.noise_var) squares = Aligned(groups * s.passes * size);
     if (!direct) packed.resize(s.drive);
     for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * (p.conv ? ROWS : LANES);
   }
@@ -112,8 +140,8 @@ class Reader {
   // Rows of the block that begins at row0, before `end`.
   i64 count(i64 row0, i64 end) const { return folded ? folded->rows(row0, end) : std::min<i64>(ROWS, end - row0); }
 
-  // Drives the lines of a group for `count` rows from row0 on; folded are images from `image0` on.
-  void drive(i64 group, i64 row0, i64 count, i64 image0) {
+  // Drives the lines of a bundle for `count` rows from row0 on; folded are images from `image0` on.
+  void drive(const Bundle& bundle, i64 row0, i64 count, i64 image0) {
     first = row0, rows = count, lanes = (count + LANES - 1) / LANES * LANES;
     const std::vector<Run> runs = p.conv ? runs_of(*p.conv, row0, count) : std::vector<Run>();
     if (folded) folded->start(runs, image0);
@@ -123,27 +151,35 @@ class Reader {
         run = std::min(count - i, p.rows_per_scale - (row0 + i) % p.rows_per_scale);
         std::fill_n(row_scale + i, run, p.row_scale[(row0 + i) / p.rows_per_scale]);
       }
-    if (count < ROWS) std::fill_n(values.get(), size * s.passes, 0.0f);
+    const i64 driven = bundle.groups * s.passes * size;
+    if (count < ROWS) std::fill_n(values.get(), driven, 0.0f);
     for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * (p.conv ? 1 : s.drive) * LANES;
     if (direct)
       for (const Run& run : runs)
         for (i64 i = 0; i < run.count; i += LANES)
           vector[(run.first + i) / LANES] = patches->pixel(runs.front(), run) + i;
-    for (i64 pass = 0; pass < s.passes; ++pass) {
-      const Driver drive(p, pass_of(p, pass));
-      float* to = values.get() + pass * size;
+    for (i64 part = 0; part < bundle.groups * s.passes; ++part) {
+      const i64 group = bundle.group + part / s.passes;
+      const Driver drive(p, pass_of(p, part % s.passes));
+      float* to = values.get() + part * size;
       if (!p.conv)
         pack_matrix(p, s, drive, group, row0, count, to);
-      else if (p.transposed)
-        pack_pixels<ROWS>(*p.conv, drive, p.groups, group, s.drive, row0, count, to);
+      else if (!patches)
+        pack_pixels<ROWS>(
+            *p.conv,
+            [&](float* to, i64 from, i64 count) {
+              drive.ahead(from + ROWS);
+              drive(to, from, count);
+            },
+            p.groups, group, s.drive, row0, count, to);
       else if (direct)
         patches->fill(drive, p.groups, group, runs.front(), runs.back(), to);
       else
         patches->pack(drive, p.groups, group, runs, to);
-      live[pass] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
+      live[part] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
     }
     if (p.noise_var)
-      for (i64 e = 0; e < size * s.passes; ++e) squares.get()[e] = values.get()[e] * values.get()[e];
+      for (i64 e = 0; e < driven; ++e) squares.get()[e] = values.get()[e] * values.get()[e];
   }
 
   // Reads a panel of a plane, whose packed conductances and variances are b and b2, and adds the block's results to y.
@@ -161,8 +197,8 @@ class Reader {
   }
 
   // Adds folded images to y, or puts the first of them there.
-  void fold(i64 group, i64 image0, i64 images, bool first_of_all) {
-    if (folded) folded->store(p.y, p.groups, group, image0, images, first_of_all);
+  void fold(const Bundle& bundle, i64 image0, i64 images, bool first_of_all) {
+    if (folded) folded->store(p.y, p.groups, bundle.group, bundle.groups, image0, images, first_of_all);
   }
 
  private:
@@ -185,17 +221,23 @@ class Reader {
   // The partial sums of a tile in a pass, with read noise.
   void sum_currents(const Panel& panel, const float* b, const float* b2, i64 plane, i64 pass, i64 tile) {
     const i64 k0 = tile * p.tile, length = std::min(p.tile, s.drive - k0);
-    if (live[pass])
-      multiply_block(rows, panel.begin, panel.end, length, driven(values, pass, k0), b + k0 * COLS, psum);
-    else
-      std::fill_n(psum.at + panel.begin * ROWS, (panel.end - panel.begin) * ROWS, 0.0f);
+    panel.by_group(s, [&](i64 group, i64, i64 begin, i64 end) {
+      const i64 part = group * s.passes + pass;
+      if (live[part])
+        multiply_block(rows, begin, end, length, driven(values, part, k0), b + k0 * COLS, psum);
+      else
+        std::fill_n(psum.at + begin * ROWS, (end - begin) * ROWS, 0.0f);
+    });
     const float sigma = p.sigma();
     if (!(sigma > 0.0f) && !p.noise_var) return;
     const u32 purpose = p.transposed ? READ_TRANSPOSED : READ, row = (u32)(p.row_offset + first);
     const u32 slot = (u32)((pass * p.planes + plane) * s.tiles + tile);
     const Draws draws{purpose << 24 | slot, (u32)*p.step, (u32)p.seed, (u32)(p.seed >> 32)};
     if (p.noise_var) {
-      multiply_block(rows, panel.begin, panel.end, length, driven(squares, pass, k0), b2 + k0 * COLS, variance);
+      panel.by_group(s, [&](i64 group, i64, i64 begin, i64 end) {
+        multiply_block(rows, begin, end, length, driven(squares, group * s.passes + pass, k0), b2 + k0 * COLS,
+                       variance);
+      });
       for (i64 e = panel.begin * ROWS; e < panel.end * ROWS; ++e)
         variance.at[e] = sqrt_fast(fma(sigma, sigma, max(variance.at[e], 0.0f)));
     }
@@ -206,9 +248,9 @@ class Reader {
       add_noise<false>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, sigma, deviation, psum);
   }
 
-  // What drives the lines from k0 on in a pass: `of` are values or their squares.
-  Rows driven(const Aligned& of, i64 pass, i64 k0) const {
-    Rows found{of.get() + pass * size, (direct ? patches->places : packed).data() + k0, {}};
+  // What drives the lines from k0 on of a group in a pass, part group * passes + pass: `of` are values or their squares.
+  Rows driven(const Aligned& of, i64 part, i64 k0) const {
+    Rows found{of.get() + part * size, (direct ? patches->places : packed).data() + k0, {}};
     std::copy_n(vector, VECTORS, found.vector);
     return found;
   }
@@ -319,11 +361,11 @@ class Reader {
   const i64 pixels;
   std::optional<PatchLines<ROWS>> patches;
   std::optional<Folded> folded;
-  bool direct;                         // lines of images drive, not packed patches
-  i64 size;                            // of the values of a pass
-  Aligned values{0}, squares{0};       // squares only where noise depends on them
-  std::vector<char> live;              // of passes: a phase of inputs of one sign, or a high bit, often drives nothing
-  std::vector<i64> packed;             // where packed lines begin
+  bool direct;                    // lines of images drive, not packed patches
+  i64 size;                       // of the values of a group in a pass
+  Aligned values{0}, squares{0};  // squares only where noise depends on them
+  std::vector<char> live;   // of passes of groups: a phase of inputs of one sign, or a high bit, often drives nothing
+  std::vector<i64> packed;  // where packed lines begin
   i64 first = 0, rows = 0, lanes = 0;  // of the block; lanes: rows in whole vectors
   i64 vector[VECTORS] = {};            // where vectors of rows lie on a driven line
   Way way{};
@@ -343,7 +385,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   s.passes = p.streams * p.phases;
   // a unit of work is whole images where results fold, so that no two threads meet in one
   const i64 pixels = p.conv ? p.conv->out_h * p.conv->out_w : 1;
-  const bool folds = p.conv && p.transposed;
+  const bool folds = p.conv && p.transposed && !pointwise(*p.conv);
   const i64 unit_images = std::max<i64>(1, ROWS / pixels), unit_rows = folds ? unit_images * pixels : ROWS;
   const i64 units = (p.batch + unit_rows - 1) / unit_rows;
   float weights = 0.0f;
@@ -355,49 +397,59 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
     return;
   }
 
-  // panels and planes packed at a time; a block drives its lines once for all of them
+  // panels, planes and bundles packed at a time; a block drives its lines once for all panels and planes of them
+  const i64 most = bundled(p, s), bundles = (p.groups + most - 1) / most;
   const i64 panel_size = s.drive * COLS, fit = std::max<i64>(1, PACKED / std::max<i64>(1, panel_size));
-  const i64 together = std::min((s.sense + COLS - 1) / COLS + 1, fit);
+  const i64 together = std::min((most * s.sense + COLS - 1) / COLS + 1, fit);
   const i64 held = std::min(p.planes, std::max<i64>(1, fit / together));
-  const i64 packed_size = held * together * panel_size;
+  const i64 stock = std::min(bundles, std::max<i64>(1, fit / (together * held)));
+  const i64 packed_size = stock * held * together * panel_size;
   const Aligned packed(packed_size), packed_var(p.noise_var ? packed_size : 0);
 
 #pragma omp parallel
   {
-    const std::unique_ptr<Reader> reader(new Reader(p, s, unit_images, share));
-    for (i64 group = 0; group < p.groups; ++group) {
-      const i64 panels = ((group + 1) * s.sense + COLS - 1) / COLS - group * s.sense / COLS;
+    const std::unique_ptr<Reader> reader(new Reader(p, s, unit_images, most, share));
+    for (i64 bundle0 = 0; bundle0 < bundles; bundle0 += stock) {
+      const i64 bundle_end = std::min(bundles, bundle0 + stock);
+      i64 panels = 0;
+      for (i64 n = bundle0; n < bundle_end; ++n) panels = std::max(panels, Bundle(p, s, most, n).panels());
       for (i64 panel0 = 0; panel0 < panels; panel0 += together)
         for (i64 plane0 = 0; plane0 < p.planes; plane0 += held) {
           const i64 end = std::min(panels, panel0 + together), plane_end = std::min(p.planes, plane0 + held);
-          const auto place = [&](i64 plane, i64 q) { return ((plane - plane0) * together + q - panel0) * panel_size; };
-#pragma omp for collapse(2) schedule(static)
-          for (i64 plane = plane0; plane < plane_end; ++plane)
-            for (i64 q = panel0; q < end; q += NEIGHBOURS) {
-              const i64 last = std::min(end, q + NEIGHBOURS);
-              pack_panels(p, s, p.g, plane, group, q, last, packed.get() + place(plane, q));
-              if (p.noise_var)
-                pack_panels(p, s, p.noise_var, plane, group, q, last, packed_var.get() + place(plane, q));
-            }
-          // few units share out their panels too; each drives its lines anew
-          const i64 wanted = 4 * threads_here();
-          const i64 parts = folds || threads_here() == 1 ? 1 : std::min(end - panel0, (wanted + units - 1) / units);
+          const auto place = [&](i64 n, i64 plane, i64 q) {
+            return (((n - bundle0) * held + plane - plane0) * together + q - panel0) * panel_size;
+          };
+#pragma omp for collapse(3) schedule(static)
+          for (i64 n = bundle0; n < bundle_end; ++n)
+            for (i64 plane = plane0; plane < plane_end; ++plane)
+              for (i64 q = panel0; q < end; q += NEIGHBOURS) {
+                const Bundle bundle(p, s, most, n);
+                const i64 last = std::min({end, bundle.panels(), q + NEIGHBOURS});
+                pack_panels(p, s, p.g, plane, bundle, q, last, packed.get() + place(n, plane, q));
+                if (p.noise_var)
+                  pack_panels(p, s, p.noise_var, plane, bundle, q, last, packed_var.get() + place(n, plane, q));
+              }
+          // little work shares out its panels too; each part drives its lines anew
+          const i64 wanted = 4 * threads_here(), blocks = (bundle_end - bundle0) * units;
+          const i64 parts = folds || threads_here() == 1 ? 1 : std::min(end - panel0, (wanted + blocks - 1) / blocks);
 #pragma omp for schedule(dynamic, 1)
-          for (i64 task = 0; task < units * parts; ++task) {
-            const i64 unit = task / parts, part = task % parts, image0 = unit * unit_rows / pixels;
-            const i64 q0 = panel0 + (end - panel0) * part / parts, q1 = panel0 + (end - panel0) * (part + 1) / parts;
+          for (i64 task = 0; task < blocks * parts; ++task) {
+            const i64 n = bundle0 + task / parts / units, unit = task / parts % units, part = task % parts;
+            const Bundle bundle(p, s, most, n);
+            const i64 all = std::min(end, bundle.panels()) - panel0, image0 = unit * unit_rows / pixels;
+            const i64 q0 = panel0 + all * part / parts, q1 = panel0 + all * (part + 1) / parts;
             const i64 unit_end = std::min(p.batch, (unit + 1) * unit_rows);
             for (i64 row0 = unit * unit_rows, rows; row0 < unit_end; row0 += rows) {
               rows = reader->count(row0, unit_end);
-              reader->drive(group, row0, rows, image0);
+              reader->drive(bundle, row0, rows, image0);
               for (i64 plane = plane0; plane < plane_end; ++plane)
                 for (i64 q = q0; q < q1; ++q) {
-                  const i64 at = place(plane, q);
-                  reader->read(Panel(s, group, q), packed.get() + at, p.noise_var ? packed_var.get() + at : nullptr,
+                  const i64 at = place(n, plane, q);
+                  reader->read(Panel(bundle, q), packed.get() + at, p.noise_var ? packed_var.get() + at : nullptr,
                                plane);
                 }
             }
-            reader->fold(group, image0, (unit_end - unit * unit_rows) / pixels, plane0 == 0 && panel0 == 0);
+            reader->fold(bundle, image0, (unit_end - unit * unit_rows) / pixels, plane0 == 0 && panel0 == 0);
           }
         }
     }
