@@ -749,9 +749,9 @@ def test_subclasses_that_compute_the_same_run_on_crossbars():
 
 def test_a_model_without_values_is_refused():
     with pytest.raises(
-        ValueError, match=r"0: the layer must be on a device that holds values, got meta; load"
+        ValueError, match=r"0: a layer with ADCs must be on a device that holds values, got meta"
     ):
-        gx.convert(nn.Sequential(nn.Linear(4, 4, device="meta")), spec())
+        gx.convert(nn.Sequential(nn.Linear(4, 4, device="meta")), spec(adc={"bits": 8}))
 
 
 class Digital(nn.ModuleDict):

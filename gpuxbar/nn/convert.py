@@ -102,7 +102,7 @@ def convert(
 
     Raises:
         TypeError: `spec` is not a CrossbarSpec.
-        ValueError: A rule matches no layer, or a layer's weight has no values yet.
+        ValueError: A rule matches no layer, or a layer with ADCs has no values yet.
     """
     if not isinstance(spec, CrossbarSpec):
         raise TypeError(

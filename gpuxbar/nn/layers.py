@@ -179,14 +179,14 @@ class AnalogLayer(InSitu):
 
     def look_at_ranges(self) -> None:
         """Take over the ADC ranges, and remember which direction's are set, so that reading them never waits for a GPU."""
-        if self.range_settings.is_meta:
-            raise ValueError(
-                f"{self.name}: the layer must be on a device that holds values, got meta; load or initialise the model before "
-                "gpuxbar.convert"
-            )
         ready = []
         for full, lsb, read, _ in self.converters():
             lsb.copy_(full / max(read.adc_code_max, 1))
+            if read.adc_bits and full.is_meta:
+                raise ValueError(
+                    f"{self.name}: a layer with ADCs must be on a device that holds values, got meta; load or initialise the model "
+                    "before gpuxbar.convert"
+                )
             ready.append(not read.adc_bits or bool((full > 0).all()))
         self.calibrated, self.back_calibrated = ready
 
