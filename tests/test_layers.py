@@ -323,6 +323,12 @@ def test_calibration_takes_models_that_work_on_their_input_and_losses_without_gr
     assert torch.equal(model[1].back_adc_range, found)
 
 
+def test_layers_that_are_called_by_keyword_are_calibrated():
+    layer = AnalogLinear(8, 4, spec=spec(**NOISY))
+    gx.calibrate(layer, [torch.randn(3, 8)], step=lambda x: layer(input=x))
+    assert layer.calibrated
+
+
 def test_calibrate_and_convert_refuse_by_name():
     model, _ = gx.convert(nn.Sequential(nn.Linear(8, 4)), spec(**NOISY))
     for batch, what in (({"x": 1}, "dict"), ((torch.ones(1, 8), 0, 0), "tuple of 3"), ((1, 2), "tuple of 2")):
@@ -742,7 +748,9 @@ def test_subclasses_that_compute_the_same_run_on_crossbars():
 
 
 def test_a_model_without_values_is_refused():
-    with pytest.raises(ValueError, match=r"`model` must hold its values, got 0.weight on the meta device"):
+    with pytest.raises(
+        ValueError, match=r"0: the layer must be on a device that holds values, got meta; load"
+    ):
         gx.convert(nn.Sequential(nn.Linear(4, 4, device="meta")), spec())
 
 

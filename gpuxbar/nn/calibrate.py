@@ -60,10 +60,13 @@ def calibrate(
         return
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
 
-    def watch(layer: AnalogLayer, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+    def watch(
+        layer: AnalogLayer, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor
+    ) -> Tensor | None:
         if not y.numel():
             return None
-        seen.setdefault((layer, False), []).append(_currents(layer, args[0].detach(), y))
+        x = args[0] if args else named["input"]
+        seen.setdefault((layer, False), []).append(_currents(layer, x.detach(), y))
         if not y.requires_grad:
             return None
         y.register_hook(lambda grad: seen.setdefault((layer, True), []).append(_back_currents(layer, grad)))
@@ -71,7 +74,7 @@ def calibrate(
         return y.clone()
 
     with _without_adcs(model):
-        hooks = [layer.register_forward_hook(watch) for layer in layers]
+        hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
         try:
             for index, batch in enumerate(loader):
                 if index == batches:

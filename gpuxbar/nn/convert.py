@@ -102,7 +102,7 @@ def convert(
 
     Raises:
         TypeError: `spec` is not a CrossbarSpec.
-        ValueError: A rule matches no layer, or the model has no values yet.
+        ValueError: A rule matches no layer, or a layer's weight has no values yet.
     """
     if not isinstance(spec, CrossbarSpec):
         raise TypeError(
@@ -167,11 +167,6 @@ class _Rules:
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy that may be changed."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"convert: `model` must hold its values, got {name} on the meta device; load or initialise it first"
-            )
     # what passes have left in attributes, as weights that are computed of others, is no leaf, and torch copies leaves alone
     left = (
         value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)

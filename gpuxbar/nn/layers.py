@@ -179,6 +179,11 @@ class AnalogLayer(InSitu):
 
     def look_at_ranges(self) -> None:
         """Take over the ADC ranges, and remember which direction's are set, so that reading them never waits for a GPU."""
+        if self.range_settings.is_meta:
+            raise ValueError(
+                f"{self.name}: the layer must be on a device that holds values, got meta; load or initialise the model before "
+                "gpuxbar.convert"
+            )
         ready = []
         for full, lsb, read, _ in self.converters():
             lsb.copy_(full / max(read.adc_code_max, 1))
