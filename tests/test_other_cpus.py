@@ -15,7 +15,7 @@ TESTS = {
     "random": ["test_normals_depend_on_place_only", "test_normals_have_their_moments_and_tails"],
     "tile_mvm": [
         "test_host_matches_oracle", "test_convolution_matches_oracle", "test_few_vectors_are_read_as_many_are",
-        "test_same_bits_for_any_chunk_of_images", "test_dac_codes_match_oracle",
+        "test_same_bits_for_any_chunk_of_images", "test_dac_codes_match_oracle", "test_groups_read_together_match_oracle",
     ],
     "outer_product": ["test_sums_match_the_oracle"],
     "conv_outer_product": ["test_sums_match_the_oracle_and_torch"],
