@@ -24,6 +24,7 @@ TESTS = {
     "pulse_update": [
         "test_host_matches_oracle", "test_chunks_of_samples_follow_one_another",
         "test_counted_is_the_sequence_without_noise", "test_the_same_bits_on_any_number_of_threads",
+        "test_rare_coincidences_match_the_oracle", "test_rare_coincidences_are_found_as_frequent_ones_are",
     ],
     "effective_conductance": ["test_host_matches_oracle[shape5-strong-exact]", "test_host_matches_oracle[shape7-rows-ladder]"],
     "wires_gradient": ["test_host_matches_oracle[shape5-mild]"],

@@ -147,6 +147,30 @@ def test_chunks_of_samples_follow_one_another():
     assert_matches_oracle(LAWS["constant-reference"], TRAINS["counted"], (300, 1, 3, 5))
 
 
+@pytest.mark.parametrize("law", ["soft", "agarwal-one-sided"])
+def test_rare_coincidences_match_the_oracle(law):
+    """About one in 100 samples, on lines of a word and a part of one."""
+    assert_matches_oracle(LAWS[law], PulseTrain(length=3), (150, 1, 3, 70), rate=0.003)
+
+
+def test_rare_coincidences_are_found_as_frequent_ones_are():
+    """To the bit: a group alone, and beside one whose devices move all the time; one of its own moves at every sample."""
+    batch, inputs, outputs = 4500, 2, 70
+    g, x, d, w_max = case(batch, 2, inputs, outputs)
+    x[:, :inputs] *= 0.02
+    d[:, :outputs] *= 0.02
+    x[:, 0], d[:, outputs - 1] = 1, 0.5
+    x[:, inputs:] *= 10
+    train = PulseTrain(bound_management=False)
+    made, how = {"law": LAWS["soft"], "seed": SEED, **WINDOW}, {"rate": 0.1, "train": train, "step": 9}
+    both, alone = g.copy(), g[:, :inputs].copy()
+    ops.pulse_update(ops.Pairs(both, **made), x, d, w_max=w_max, groups=2, **how)
+    lines = x[:, :inputs].copy(), d[:, :outputs].copy()
+    ops.pulse_update(ops.Pairs(alone, **made), *lines, w_max=w_max[:outputs], **how)
+    np.testing.assert_array_equal(alone, both[:, :inputs])
+    assert (alone != g[:, :inputs]).mean() > 0.5
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 530), (530, 3)])
 def test_coincidences_of_many_slots_are_counted(inputs, outputs):
     """Of more samples than are counted together, on lines in blocks of 256 and of a word."""

@@ -73,12 +73,12 @@ static inline void draw_uniforms(const Draw& d, u32 row, i64 col0, float* u) {
 // The words of counters that differ in group, row and slot: words[q][j] is word q of counter j.
 template <int ROUNDS, int N>
 static inline void draw_words_at(u32 purpose, u32 step, u64 seed, const u32 (&group)[N], const u32 (&row)[N],
-                                 const u32 (&slot)[N], u32 (&words)[4][N]) {
+                                 const u32 (&slot)[N], u32 (&words)[4][N], i64 count = N) {
   static_assert(N % LANES == 0);
   const auto evens = [](const u32* values) { return *(const Wide*)values; };  // high halves hold anything
   const auto odds = [](const u32* values) { return *(const Wide*)values >> 32; };
   const Wide kind = (u64)(purpose << 24) + Wide{}, when = step + Wide{};
-  for (int j = 0; j < N; j += LANES)
+  for (i64 j = 0; j < count; j += LANES)
     philox_lanes<ROUNDS>(WideCounter{evens(group + j), evens(row + j), evens(slot + j) | kind, when},
                          WideCounter{odds(group + j), odds(row + j), odds(slot + j) | kind, when}, (u32)seed,
                          (u32)(seed >> 32), words[0] + j, words[1] + j, words[2] + j, words[3] + j);
@@ -86,15 +86,16 @@ static inline void draw_words_at(u32 purpose, u32 step, u64 seed, const u32 (&gr
 
 typedef u32 Lines[WIDE_ROW];
 
-// Two normals of each of columns col0 .. col0 + 63 of a row by the fast generator, every column in a slot of its own.
-static inline void draw_pairs_at(const Draw& d, u32 row, i64 col0, const Lines& slots, float* a, float* b) {
+// Two normals of each of `count` columns of a row by the fast generator, in whole vectors, every column in a slot of its own.
+static inline void draw_pairs_at(const Draw& d, u32 row, i64 count, const Lines& columns, const Lines& slots, float* a,
+                                 float* b) {
   alignas(64) Lines words[4], group, line;
-  for (int j = 0; j < WIDE_ROW; ++j) group[j] = ((u32)col0 + (u32)j) / 4, line[j] = row;
-  draw_words_at<7>(d.purpose, d.step, d.seed, group, line, slots, words);
+  for (i64 j = 0; j < count; ++j) group[j] = columns[j] / 4, line[j] = row;
+  draw_words_at<7>(d.purpose, d.step, d.seed, group, line, slots, words, count);
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    const u32 even = j & 2 ? words[2][j] : words[0][j], odd = j & 2 ? words[3][j] : words[1][j];
-    const Pair pair = normal_pair_fast(j & 1 ? odd : even);
+  for (i64 j = 0; j < count; ++j) {
+    const u32 even = columns[j] & 2 ? words[2][j] : words[0][j], odd = columns[j] & 2 ? words[3][j] : words[1][j];
+    const Pair pair = normal_pair_fast(columns[j] & 1 ? odd : even);
     a[j] = pair.a;
     b[j] = pair.b;
   }

@@ -1,12 +1,13 @@
 // pulse_update on the CPU: pulse trains of a batch, their coincidences through the device law, and the weights read out.
 //
 // A sliced weight is pulsed on its lowest slice. First the trains of every line, 32 samples of it together; patches of
-// images are gathered on the way. Then blocks of 64 wordlines by 64 bitlines: exact, chunks of samples in sequence, every
-// device at its own pace; aggregated, coincidences are counted over the batch, of each line with 256 of the other side
+// images are gathered on the way. Then blocks of 64 wordlines by 64 bitlines: exact, samples in sequence, every device at
+// its own pace; aggregated, coincidences are counted over the batch, of each line with 256 of the other side
 // together, and the devices move once. Every train and cell is a function of its own place, so the bits do not depend on
 // threads.
 // Meaning and oracle: gpuxbar/reference/pulse_update.py.
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -22,12 +23,16 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 64;
-constexpr int CHUNK = 256;   // samples whose coincidences are found together, in sequence
-constexpr int SAMPLES = 32;  // whose trains are made together
-constexpr int EIGHT = 8;     // lines that a counter draws a slot of
-constexpr int WORD = 32;     // lines that a word holds a bit of, slots of a train and its sign
-constexpr int ACROSS = 256;  // lines whose coincidences with one of the other side are counted together
-constexpr int PIECE = 128;   // samples of it: their slots on so many lines lie in the second cache
+constexpr int CHUNK = 256;     // samples whose coincidences are found together, in sequence
+constexpr int STRETCH = 4096;  // samples after which devices move, where coincidences are rare
+constexpr int SAMPLES = 32;    // whose trains are made together
+constexpr int EIGHT = 8;       // lines that a counter draws a slot of
+constexpr int WORD = 32;       // lines that a word holds a bit of, slots of a train and its sign
+constexpr int ACROSS = 256;    // lines whose coincidences with one of the other side are counted together
+constexpr int PIECE = 128;     // samples of it: their slots on so many lines lie in the second cache
+// Coincidences of a device and sample below which to go through slots that fire; comparing all words pays sooner where
+// vectors are wide.
+constexpr double RARE = LANES == 16 ? 1.0 / 64 : 0.2;
 
 // Twin of `Update` in gpuxbar/ops/pulse_update.py.
 struct Update {
@@ -57,20 +62,21 @@ enum class Held { WHOLE, OVER_SAMPLES, OVER_LINES };
 
 // Trains of `count` lines on one side of an array.
 struct Trains {
-  // [G, lines, samples], [G, samples / SAMPLES, WORD, lines] or for every ACROSS lines [samples, WORD, row_words]
+  // [G, lines, samples], [G, samples / SAMPLES, WORD, lines] or for every `across` lines [samples, WORD, row_words]
   u32* words;
   i64 count, lines, samples;
   Held held;
+  i64 across;  // lines of a row of bits over lines
 
   u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * samples; }
   u32* over_samples(i64 group, i64 block, i64 slot) const {
     return words + (group * samples + block * SAMPLES + slot) * lines;
   }
-  // From a multiple of ACROSS on.
+  // From a multiple of `across` on.
   u32* over_lines(i64 group, i64 line, i64 sample) const {
     return of_line(group, line) + sample * WORD * row_words(line);
   }
-  i64 row_words(i64 line) const { return std::min<i64>(ACROSS, lines - line) / WORD; }
+  i64 row_words(i64 line) const { return std::min(across, lines - line) / WORD; }
 };
 
 struct Arrays {
@@ -87,6 +93,8 @@ struct Arrays {
   float* length;  // [G, blocks * SAMPLES]
   i32* slots;     // [G, blocks]  of a block's longest train that fires
 };
+
+inline i64 whole_vectors(i64 count) { return (count + LANES - 1) / LANES * LANES; }
 
 // words[p][l] bit k = words[k][l] bit p before.
 template <int STRIDE = WORD / 2>
@@ -201,7 +209,7 @@ class Trainer {
       turn_bits(of_sample);
       every_slot([&](int slot) { std::copy_n(of_sample[slot], WORD, to.over_samples(group, block, slot) + line); });
     } else {
-      const i64 first = line / ACROSS * ACROSS, row = to.row_words(first);
+      const i64 first = line / to.across * to.across, row = to.row_words(first);
       u32* bits = to.over_lines(group, first, block * SAMPLES) + (line - first) / WORD;
       turn_bits(words);
       every_slot([&](int slot) {
@@ -294,38 +302,92 @@ void share_pulses(i32 sides, bool positive, const float* free, const i32* raise,
   }
 }
 
-// Samples of a chunk that move the devices of a wordline, in order and of each device for itself: devices with few
-// coincidences do not wait for their neighbours. An event holds its sample (8 bits), its coincidences and, in the
-// sign, whether they raise the weight; 0 is none.
+// Samples that move the devices of a wordline, in order and of each device for itself: devices with few coincidences do not
+// wait for their neighbours. An event holds its sample (16 bits), its coincidences (5 bits) and, in the sign, whether they
+// raise the weight; 0 is none.
 struct alignas(64) Events {
-  static_assert(CHUNK == 256);
-  static constexpr i64 ROOM = CHUNK + LANES;
+  static constexpr i64 ROOM = 2 * CHUNK + LANES;
+  static constexpr u32 ONCE = 1u << 16, MANY = 30 * ONCE;  // one coincidence; the bits of more
+  static_assert(STRETCH <= ONCE && CHUNK <= ONCE);
   u32 of_device[WIDE_ROW][ROOM], in_turn[ROOM][WIDE_ROW];
-  i64 turns;
+  i64 found[WIDE_ROW];
+  i64 moving;           // devices that have any
+  u32 order[WIDE_ROW];  // devices, those with most events first
 
-  static u32 sample(u32 event) { return event & 0xFFu; }
-  static float pulses(u32 event) { return (float)(i32)(event >> 8 & 0x7Fu); }
+  static u32 sample(u32 event) { return event & (ONCE - 1); }
+  static float pulses(u32 event) { return (float)(i32)((event & ~NEGATIVE) / ONCE); }
   static bool raises(u32 event) { return (event & NEGATIVE) != 0; }
 
-  // For trains of a wordline and of `devices` bitlines, which lie `stride` apart.
+  void clear() { std::fill_n(found, WIDE_ROW, 0); }
+  i64 most() const { return *std::max_element(found, found + WIDE_ROW); }
+
+  // In a chunk of samples from `first` on, for trains of a wordline and of `devices` bitlines, which lie `stride` apart.
   template <bool IMPLICIT>
-  void find(const u32* inputs, const u32* errors, i64 stride, const float* length, i64 samples, i64 devices) {
-    i64 most = 0, found[WIDE_ROW] = {};
+  void find(const u32* inputs, const u32* errors, i64 stride, const float* length, u32 first, i64 samples,
+            i64 devices) {
     alignas(64) u32 all[CHUNK];
     for (i64 j = 0; j < devices; ++j) {
       const u32* error = errors + j * stride;
 #pragma omp simd
       for (i64 b = 0; b < samples; ++b) {
         const u32 n = (u32)coincidences<IMPLICIT>(inputs[b], error[b], length[b]);
-        all[b] = n ? (u32)b | n << 8 | ((inputs[b] ^ error[b]) & NEGATIVE) : 0u;
+        all[b] = n ? (first + (u32)b) | n * ONCE | ((inputs[b] ^ error[b]) & NEGATIVE) : 0u;
       }
-      found[j] = keep(all, samples, of_device[j]);
-      most = std::max(most, found[j]);
+      found[j] += keep(all, samples, of_device[j] + found[j]);
     }
-    turns = most;
-    const i64 whole = (most + LANES - 1) / LANES * LANES;
-    for (i64 j = 0; j < WIDE_ROW; ++j) std::fill(of_device[j] + found[j], of_device[j] + std::max(whole, found[j]), 0u);
-    transpose(of_device[0], ROOM, WIDE_ROW, whole, in_turn[0], WIDE_ROW);
+  }
+
+  // The same of bitlines held over lines: `bits` from their first sample on, in rows of `row` words. Goes through the slots in
+  // which the wordline fires.
+  void find_rare(const u32* inputs, const u32* bits, i64 row, u32 first, i64 samples, i64 devices) {
+    const u64 every = ~0ull >> (WIDE_ROW - devices);
+    alignas(64) u32 all[CHUNK], fired[CHUNK + LANES];
+#pragma omp simd
+    for (i64 b = 0; b < samples; ++b) all[b] = inputs[b] & SLOTS ? (u32)b | NEGATIVE : 0u;
+    const i64 count = keep(all, samples, fired);
+    for (i64 k = 0; k < count; ++k) {
+      const u32 b = fired[k] & SLOTS, event = (first + b) | ONCE;
+      const auto of_slot = [&](int slot) {
+        u64 lines;
+        __builtin_memcpy(&lines, bits + (b * WORD + slot) * row, sizeof lines);
+        return lines & every;
+      };
+      const u32 fires = inputs[b] & SLOTS;
+      u64 met = 0, again = 0;
+      for (u32 slots = fires; slots; slots &= slots - 1) {
+        const u64 meet = of_slot(__builtin_ctz(slots));
+        again |= met & meet;
+        met |= meet;
+      }
+      const u64 raising = of_slot(WORD - 1) ^ -(u64)(inputs[b] >> 31);
+      for (u64 lines = met; lines; lines &= lines - 1) {
+        const int j = __builtin_ctzll(lines);
+        of_device[j][found[j]++] = event | (u32)(raising >> j) << 31;
+      }
+      for (; again; again &= again - 1) {
+        const int j = __builtin_ctzll(again);
+        u32 more = 0;
+        for (u32 slots = fires; slots; slots &= slots - 1) more += (u32)(of_slot(__builtin_ctz(slots)) >> j & 1);
+        of_device[j][found[j] - 1] += (more - 1) * ONCE;
+      }
+    }
+  }
+
+  // Bring devices in order, and their events in turns.
+  void line_up() {
+    i64 place[ROOM] = {};
+    for (i64 n : found) ++place[n];
+    i64 before = 0;
+    for (i64 n = most(); n >= 0; --n) before += std::exchange(place[n], before);
+    moving = place[0];
+    for (u32 j = 0; j < WIDE_ROW; ++j) order[place[found[j]]++] = j;
+    for (i64 k = 0; k < moving; k += LANES) {
+      const i64 whole = whole_vectors(found[order[k]]);
+      for (i64 r = k; r < k + LANES; ++r)
+        std::fill(of_device[order[r]] + found[order[r]], of_device[order[r]] + whole, 0u);
+      for (i64 t = 0; t < whole; t += LANES)
+        transpose_tile([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
+    }
   }
 
   // Copy the events among `samples` words, and perhaps some words behind them; how many they are.
@@ -357,58 +419,91 @@ struct alignas(64) Events {
   }
 };
 
-// A row of devices of one plane both ways, [0] down and [1] up: all that stays the same from pulse to pulse.
+// Devices of one plane both ways, [0] down and [1] up: all that stays the same from pulse to pulse, and where they are.
 struct alignas(64) Pulsed {
   float free[WIDE_ROW], low[WIDE_ROW], width[WIDE_ROW], inverse_width[WIDE_ROW];
   float gain[2][WIDE_ROW], shape[2][WIDE_ROW];
+  float from[2][WIDE_ROW], by[2][WIDE_ROW], fixed[2][WIDE_ROW], per_square[WIDE_ROW];  // effort of one pulse
+  float x[WIDE_ROW];
+  i32 more[WIDE_ROW];  // pulses taken
 };
 
+// The first `count` of a row in some order, in whole vectors.
 template <class L>
-Pulsed pulsed_row(const UpdateLaw& s, const Row& row) {
-  Pulsed p;
-  std::copy_n(row.free, WIDE_ROW, p.free);
+void pulsed_row(const UpdateLaw& s, const Row& row, const u32* order, int count, Pulsed& p) {
+  alignas(64) float z[6][WIDE_ROW];
+  for (int k = 0; k < count; ++k) {
+    p.free[k] = row.free[order[k]];
+    for (int n = 0; n < 6; ++n) z[n][k] = row.draws.normal[n][order[k]];
+  }
   for (int up = 0; up < 2; ++up)
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
-      const Device device = device_under<L>(s, spreads(row.draws, j), up != 0);
+    for (int j = 0; j < count; ++j) {
+      const Spreads own{z[0][j], z[1][j], z[2][j], z[3][j], z[4][j], z[5][j]};
+      const Device device = device_under<L>(s, own, up != 0);
       p.low[j] = device.low, p.width[j] = device.width, p.inverse_width[j] = device.inverse_width;
       p.gain[up][j] = device.gain, p.shape[up][j] = device.shape;
+      const Effort effort = effort_of<L>(s, device, 1.0f / s.pulses, up != 0);
+      p.from[up][j] = effort.reach.from, p.by[up][j] = effort.reach.by;
+      p.per_square[j] = effort.per_square, p.fixed[up][j] = effort.fixed;
     }
-  return p;
 }
 
-// Cell j of a row, as `device_under` makes it; a struct made in a simd loop itself would keep it from vectorising.
-GPUXBAR_FN Device device_at(const Pulsed& row, int j, bool rising) {
-  const float gain = rising ? row.gain[1][j] : row.gain[0][j], shape = rising ? row.shape[1][j] : row.shape[0][j];
-  return Device{row.low[j], row.width[j], row.inverse_width[j], gain, shape};
+// Loads both: a choice of addresses is slow in vectors.
+GPUXBAR_FN float either(bool which, const float (&of)[2][WIDE_ROW], int j) {
+  const float down = of[0][j], up = of[1][j];
+  return which ? up : down;
 }
 
-// Devices of one plane after an event each; their pulses are added to `more`. What does not wait for the last event comes
-// first: its operations fill those of others.
+// Device j, as `device_under` makes it; a struct made in a simd loop itself would keep it from vectorising.
+GPUXBAR_FN Device device_at(const Pulsed& p, int j, bool rising) {
+  return Device{p.low[j], p.width[j], p.inverse_width[j], either(rising, p.gain, j), either(rising, p.shape, j)};
+}
+
+// Whether a vector of events has no device with two coincidences.
+GPUXBAR_FN bool all_single(const u32* event) {
+  u32 any = 0;
+#pragma omp simd reduction(| : any)
+  for (int j = 0; j < LANES; ++j) any |= event[j];
+  return (any & Events::MANY) == 0;
+}
+
+// `lanes` devices of one plane after an event each. What does not wait for the last event comes first: its operations fill
+// those of others. Mostly it is one pulse, of which the effort is known.
 template <class L>
-void pulse_row(const UpdateLaw s, bool positive, const Pulsed& row, const u32* event, const float* z, i32* more,
-               float* x) {
+void pulse_row(const UpdateLaw& s, bool positive, int lanes, const u32* event, const float* z, Pulsed& p) {
   const float each = 1.0f / s.pulses;
   alignas(64) float up[WIDE_ROW], d[WIDE_ROW];
   alignas(64) float from[WIDE_ROW], by[WIDE_ROW], per_square[WIDE_ROW], fixed[WIDE_ROW];
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    const float n = row.free[j] * Events::pulses(event[j]);
+  for (int j = 0; j < lanes; ++j) {
+    const float n = p.free[j] * Events::pulses(event[j]);
     const float raise = Events::raises(event[j]) ? n : 0.0f, lower = n - raise;
     up[j] = pulses_up(s.sides, positive, raise, lower);
     const float pulses = up[j] + pulses_down(s.sides, positive, raise, lower);
     d[j] = pulses * each;
-    more[j] += (i32)pulses;
+    p.more[j] += (i32)pulses;
   }
+  for (int k = 0; k < lanes; k += LANES)
+    if (all_single(event + k)) {
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    const Effort effort = effort_of<L>(s, device_at(row, j, up[j] > 0.0f), d[j], up[j] > 0.0f);
-    from[j] = effort.reach.from, by[j] = effort.reach.by, per_square[j] = effort.per_square, fixed[j] = effort.fixed;
-  }
+      for (int j = k; j < k + LANES; ++j) {
+        const bool rising = up[j] > 0.0f;
+        from[j] = either(rising, p.from, j), by[j] = either(rising, p.by, j);
+        per_square[j] = p.per_square[j], fixed[j] = either(rising, p.fixed, j);
+      }
+    } else {
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
+      for (int j = k; j < k + LANES; ++j) {
+        const Effort effort = effort_of<L>(s, device_at(p, j, up[j] > 0.0f), d[j], up[j] > 0.0f);
+        from[j] = effort.reach.from, by[j] = effort.reach.by, per_square[j] = effort.per_square,
+        fixed[j] = effort.fixed;
+      }
+    }
+#pragma omp simd
+  for (int j = 0; j < lanes; ++j) {
     const Effort effort{Reach{from[j], by[j]}, per_square[j], fixed[j]};
-    x[j] = moved<L>(s, device_at(row, j, up[j] > 0.0f), effort, x[j], d[j], up[j] > 0.0f, z[j], s.scatter);
+    p.x[j] = moved<L>(s, device_at(p, j, up[j] > 0.0f), effort, p.x[j], d[j], up[j] > 0.0f, z[j], s.scatter);
   }
 }
 
@@ -580,39 +675,70 @@ struct Scratch {
 
 // A thread's own. Of a template there would be one for each law.
 Scratch& scratch() {
-  static thread_local Scratch own;
-  return own;
+  static thread_local const std::unique_ptr<Scratch> own(new Scratch);
+  return *own;
+}
+
+// Move the devices of line `i` of a block by the events of samples from b0 on, one after the other.
+template <class L>
+void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 o0, i64 b0, Block& block) {
+  Events& events = scratch().events;
+  if (!events.most()) return;
+  events.line_up();
+  const UpdateLaw s = u.law;
+  const u32* order = events.order;
+  const i64 moving = whole_vectors(events.moving), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+  alignas(64) float z[2][WIDE_ROW] = {};
+  alignas(64) Lines columns, samples;
+  Pulsed devices[2];
+  for (u32 side = 0; side < u.sides(); ++side) {
+    Pulsed& p = devices[side];
+    pulsed_row<L>(s, Row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i)), order,
+                  (int)moving, p);
+    for (i64 k = 0; k < moving; ++k) p.x[k] = block.x[side][i][order[k]], p.more[k] = block.more[side][i][order[k]];
+  }
+  for (i64 k = 0; k < moving; ++k) columns[k] = (u32)o0 + order[k];
+  i64 active = moving;
+  for (i64 turn = 0; turn < events.found[order[0]]; ++turn) {
+    while (events.found[order[active - LANES]] <= turn) active -= LANES;
+    const u32* event = events.in_turn[turn];
+    if (noisy(s)) {
+      for (i64 k = 0; k < active; ++k) samples[k] = (u32)b0 + Events::sample(event[k]);
+      draw_pairs_at(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, (u32)(group * u.inputs + i0 + i), active, columns,
+                    samples, z[0], z[1]);
+    }
+    for (u32 side = 0; side < u.sides(); ++side) pulse_row<L>(s, side == 0, (int)active, event, z[side], devices[side]);
+  }
+  for (u32 side = 0; side < u.sides(); ++side) {
+    const Pulsed& p = devices[side];
+    for (i64 k = 0; k < moving; ++k) block.x[side][i][order[k]] = p.x[k], block.more[side][i][order[k]] = p.more[k];
+  }
+  events.clear();
 }
 
 template <class L, bool IMPLICIT>
 void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
   Events& events = scratch().events;
+  events.clear();
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  const float* length = a.length + group * u.samples();
-  const UpdateLaw s = u.law;
-  alignas(64) float z[2][WIDE_ROW] = {};
-  alignas(64) Lines slots;
-  for (i64 b0 = 0; b0 < u.batch; b0 += CHUNK) {
-    const i64 samples = std::min<i64>(CHUNK, u.batch - b0);
+  const Trains &inputs = a.inputs, &errors = a.errors;
+  const bool rare = errors.held == Held::OVER_LINES;
+  const i64 stretch = rare ? STRETCH : CHUNK;
+  for (i64 b0 = 0; b0 < u.batch; b0 += stretch)
     for (i64 i = 0; i < lines; ++i) {
-      events.find<IMPLICIT>(a.inputs.of_line(group, i0 + i) + b0, a.errors.of_line(group, o0) + b0, u.samples(),
-                            length + b0, samples, count);
-      if (!events.turns) continue;
-      const auto devices = [&](u32 side) {
-        return pulsed_row<L>(s, Row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i)));
-      };
-      const Pulsed rows[2] = {devices(0), devices(1)};
-      for (i64 turn = 0; turn < events.turns; ++turn) {
-        const u32* event = events.in_turn[turn];
-        for (int j = 0; j < WIDE_ROW; ++j) slots[j] = (u32)b0 + Events::sample(event[j]);
-        if (noisy(s))
-          draw_pairs_at(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, (u32)(group * u.inputs + i0 + i), o0, slots, z[0],
-                        z[1]);
-        for (u32 side = 0; side < u.sides(); ++side)
-          pulse_row<L>(s, side == 0, rows[side], event, z[side], block.more[side][i], block.x[side][i]);
+      const i64 end = std::min(b0 + stretch, u.batch);
+      for (i64 b = b0; b < end; b += CHUNK) {
+        const u32* input = inputs.of_line(group, i0 + i) + b;
+        const i64 samples = std::min<i64>(CHUNK, end - b);
+        if (rare)
+          events.find_rare(input, errors.over_lines(group, o0, b), errors.row_words(o0), (u32)(b - b0), samples, count);
+        else
+          events.find<IMPLICIT>(input, errors.of_line(group, o0) + b, u.samples(), a.length + group * u.samples() + b,
+                                (u32)(b - b0), samples, count);
+        if (events.most() > CHUNK) take_turns<L>(u, a, group, i0, i, o0, b0, block);
       }
+      take_turns<L>(u, a, group, i0, i, o0, b0, block);
     }
-  }
 }
 
 template <class L>
@@ -707,7 +833,8 @@ template <class L, bool IMPLICIT>
 void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, i64 rows, i64 cols) {
   Coincidences& together = scratch().together;
   Block& block = scratch().block;
-  const bool many_outputs = a.errors.held == Held::OVER_LINES, many_inputs = a.inputs.held == Held::OVER_LINES;
+  const bool many_outputs = aggregated && a.errors.held == Held::OVER_LINES,
+             many_inputs = a.inputs.held == Held::OVER_LINES;
   if (many_outputs) together.count(a, u.batch, a.inputs, a.errors, group, i0, o0);
   if (many_inputs) together.count(a, u.batch, a.errors, a.inputs, group, o0, i0);
   for (i64 i = i0; i < std::min(i0 + rows, u.inputs); i += LINES)
@@ -727,6 +854,19 @@ void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group,
     }
 }
 
+double mean_magnitude(const float* values, i64 size) {
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (i64 e = 0; e < size; ++e) sum += gpuxbar::abs(values[e]);
+  return sum / (double)size;
+}
+
+// Of a device and a sample, about.
+double coincidences_expected(const Update& u, const float* x, i64 x_size, const float* d, i64 d_size,
+                             const float* scale) {
+  return mean_magnitude(x, x_size) * mean_magnitude(d, d_size) * mean_magnitude(scale, u.groups * u.outputs);
+}
+
 }  // namespace
 
 extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, i64 x_size,
@@ -737,11 +877,16 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
   const DeviceMap map{device_map, 2 * u.slices.count * u.groups * u.inputs * u.outputs};
   // the side of fewer lines has fewer slots to go through
   const bool bits = aggregated && !u.train.implicit, many_inputs = u.inputs > u.outputs;
-  const auto trains = [&](u32* words, i64 count, bool many) {
-    const Held held = !bits ? Held::WHOLE : many ? Held::OVER_LINES : Held::OVER_SAMPLES;
-    return Trains{words, count, (count + WORD - 1) / WORD * WORD, u.samples(), held};
+  const auto trains = [&](u32* words, i64 count, Held held, i64 across) {
+    return Trains{words, count, (count + WORD - 1) / WORD * WORD, u.samples(), held, across};
   };
-  const Trains wordlines = trains(inputs, u.inputs, many_inputs), bitlines = trains(errors, u.outputs, !many_inputs);
+  const auto counted = [&](u32* words, i64 count, bool many) {
+    return trains(words, count, many ? Held::OVER_LINES : Held::OVER_SAMPLES, ACROSS);
+  };
+  const bool rare = !aggregated && !u.train.implicit && coincidences_expected(u, x, x_size, d, d_size, scale) < RARE;
+  const Trains wordlines = bits ? counted(inputs, u.inputs, many_inputs) : trains(inputs, u.inputs, Held::WHOLE, 0),
+               bitlines = bits ? counted(errors, u.outputs, !many_inputs)
+                               : trains(errors, u.outputs, rare ? Held::OVER_LINES : Held::WHOLE, WIDE_ROW);
   const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots};
   bad[0] = count_not_finite(x, x_size);
   bad[1] = count_not_finite(d, d_size);

@@ -196,12 +196,12 @@ inline void swap_lanes(V (&rows)[N]) {
   if constexpr (2 * STRIDE < N) swap_lanes<2 * STRIDE>(rows);
 }
 
-// to[j][i] = from[i][j] of a tile of LANES x LANES, by rows of `from_stride` and `to_stride`.
-template <class Value>
-inline void transpose_tile(const Value* from, i64 from_stride, Value* to, i64 to_stride) {
+// to[j][i] = row(i)[j] of a tile of LANES x LANES.
+template <class Row, class Value>
+inline void transpose_tile(const Row& row, Value* to, i64 to_stride) {
   alignas(4 * LANES) Vec rows[LANES];  // a template's argument forgets that Vec may lie anywhere
 #pragma GCC unroll 16
-  for (int r = 0; r < LANES; ++r) rows[r] = *(const Vec*)(from + r * from_stride);
+  for (int r = 0; r < LANES; ++r) rows[r] = *(const Vec*)row(r);
   swap_lanes<1>(rows);
 #pragma GCC unroll 16
   for (int r = 0; r < LANES; ++r) *(Vec*)(to + r * to_stride) = rows[r];
@@ -214,7 +214,7 @@ inline void transpose(const Value* from, i64 from_stride, i64 rows, i64 columns,
   for (i64 i = 0; i < rows; i += LANES)
     for (i64 j = 0; j < columns; j += LANES) {
       if (rows - i >= LANES && columns - j >= LANES) {
-        transpose_tile(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+        transpose_tile([=](int r) { return from + (i + r) * from_stride + j; }, to + j * to_stride + i, to_stride);
         continue;
       }
       for (i64 r = i; r < std::min(i + LANES, rows); ++r)
