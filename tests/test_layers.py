@@ -252,6 +252,35 @@ def test_layers_that_no_gradient_passes_need_no_range_of_the_transposed_read():
         model(x)
 
 
+class PassedBy(nn.Module):
+    """Computes with the weight of a layer that it never calls, as torchvision's shifted windows do; `tied`, an embedding holds it too."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.tied = tied
+        if tied:
+            self.inner.weight = self.embed.weight
+
+    def forward(self, x):
+        y = x @ self.embed.weight if self.tied else nn.functional.linear(x, self.inner.weight)
+        return self.head(y)
+
+
+def test_layers_that_a_model_passes_by_are_refused():
+    x = torch.randn(5, 6)
+    model, _ = gx.convert(PassedBy(tied=False), spec(adc={"bits": 8}))
+    with pytest.raises(
+        ValueError, match=r"computes with the weights of inner itself; keep them digital by rules"
+    ):
+        gx.calibrate(model, [x])
+    model, _ = gx.convert(PassedBy(tied=False), spec(adc={"bits": 8}), rules={"inner": None})
+    gx.calibrate(model, [x])
+    model(x).sum().backward()
+    model, _ = gx.convert(PassedBy(tied=True), spec(adc={"bits": 8}))
+    gx.calibrate(model, [x])  # the embedding's use of it
+
+
 class Heads(nn.Module):
     """One whose output the loss may not use, as the pooler of a BERT, and one that runs in training alone, as in Inception."""
 

@@ -49,7 +49,8 @@ def calibrate(
 
     Raises:
         TypeError: A batch is not of these forms.
-        ValueError: `loader` gave no batch, or both `loss` and `step` are given.
+        ValueError: `loader` gave no batch, both `loss` and `step` are given, or the model computes with the weight of a layer that
+            it does not call, as some fused attentions do.
     """
     if loss is not None and step is not None:
         raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
@@ -59,10 +60,13 @@ def calibrate(
     if not layers:
         return
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
+    called: set[AnalogLayer] = set()
+    used: set[Tensor] = set()
 
     def watch(
         layer: AnalogLayer, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor
     ) -> Tensor | None:
+        called.add(layer)
         if not y.numel():
             return None
         x = args[0] if args else named["input"]
@@ -91,10 +95,17 @@ def calibrate(
                         y = model(x) if loss is None else loss(model(x), target)
                     value = _scalar(y)
                 if followed and value.requires_grad:
-                    torch.autograd.grad(value, followed, allow_unused=True)
+                    grads = torch.autograd.grad(value, followed, allow_unused=True)
+                    used |= {p for p, grad in zip(followed, grads, strict=True) if grad is not None}
         finally:
             for hook in hooks:
                 hook.remove()
+    passed_by = [layer for layer in layers if layer not in called and _owned(layer, model) & used]
+    if passed_by:
+        raise ValueError(
+            f"calibrate: layers must be called for their arrays to be read, got a model that computes with the weights of "
+            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert"
+        )
     if not seen:
         raise ValueError(
             "calibrate: `loader` must give at least one batch that reaches a layer, got none; look at the loader"
@@ -105,6 +116,12 @@ def calibrate(
             adc = converter.adc
             converter.full.copy_(_range(torch.cat(currents), adc.percentile, adc.per == "column"))
         layer.look_at_ranges()
+
+
+def _owned(layer: AnalogLayer, model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a layer that no other module holds, as an embedding may."""
+    others = (module for module in model.modules() if module is not layer)
+    return set(layer.parameters()) - {p for module in others for p in module.parameters(recurse=False)}
 
 
 def _wanted(layer: AnalogLayer) -> bool:
