@@ -156,6 +156,14 @@ def work(rank, folder):
         ValueError, match=r"rows that draw read noise must be .*distribute\(model, wrap=False\)"
     ):
         DistributedDataParallel(network("digital"))(batch())
+    for part, noise in (("hh_l0", "sigma"), ("ih_l0", "sigma_g")):
+        quiet, rule = (
+            gx.CrossbarSpec.model_validate({**READS, "read_noise": {}}),
+            {"read_noise": {noise: 1e-7}},
+        )
+        model, _ = gx.convert(nn.LSTM(6, 5), quiet, rules={part: rule})
+        with pytest.raises(ValueError, match=f"{part}: rows that draw read noise must be"):
+            DistributedDataParallel(model)(torch.ones(3, 2, 6))
     with pytest.raises(
         TypeError, match="options must be given to what wraps the model with wrap=False, got bucket_cap_mb"
     ):

@@ -252,6 +252,42 @@ def test_layers_that_no_gradient_passes_need_no_range_of_the_transposed_read():
         model(x)
 
 
+def test_ranges_of_transposed_reads_follow_the_dac_of_every_sample():
+    x, scale = torch.randn(40, 6), torch.logspace(0, 3, 40)[:, None]
+    found = []
+    for factor in (1.0, scale):
+        model, _ = gx.convert(
+            nn.Sequential(nn.Linear(6, 5)), spec(adc={"bits": 8}, dac={"bits": 8, "range": "sample"})
+        )
+        with torch.no_grad():
+            model[0].weight.copy_(torch.linspace(-1, 1, 30).view(5, 6))
+        gx.calibrate(model, [x], step=lambda x, model=model, factor=factor: (factor * model(x).sin()).sum())
+        found.append(model[0].back_adc_range)
+    torch.testing.assert_close(*found)
+
+
+def test_calibration_leaves_a_running_dac_range():
+    model, _ = gx.convert(
+        nn.Sequential(nn.Linear(6, 5)), spec(adc={"bits": 8}, dac={"bits": 8, "range": "ema"})
+    )
+    before = model[0].dac_max.clone()
+    gx.calibrate(model, [torch.randn(9, 6)], step=lambda x: model.train()(x))
+    assert torch.equal(model[0].dac_max, before)
+
+
+def test_a_weight_of_other_inputs_is_refused():
+    model, _ = gx.convert(nn.Sequential(nn.Linear(6, 5)), spec())
+    model[0].weight = nn.Parameter(torch.randn(5, 7))
+    with pytest.raises(ValueError, match=r"`weight` must fit the arrays of 6 x 5"):
+        model(torch.randn(2, 7))
+
+
+def test_nothing_in_another_precision_stays_so():
+    model, _ = gx.convert(nn.Sequential(nn.Linear(6, 5)), spec())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.empty(0, 6)).dtype == model(torch.ones(1, 6)).dtype
+
+
 class PassedBy(nn.Module):
     """Computes with the weight of a layer that it never calls, as torchvision's shifted windows do; `tied`, an embedding holds it too."""
 
@@ -765,6 +801,32 @@ class Doubled(nn.Conv2d):
         return 2 * super()._conv_forward(*args)
 
 
+class Scaled(nn.Linear):
+    """Holds what another module uses."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class Counted(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.calls = 0
+
+
+class Told(nn.Linear):
+    def told(self):
+        return self.weight.sum()
+
+
+def test_subclasses_that_hold_or_tell_more_stay_digital():
+    model = nn.ModuleList([Scaled(4, 2), Counted(4, 2), Told(4, 2)])
+    converted, report = gx.convert(model, spec())
+    assert {row.runs for row in report.rows} == {"digital"}
+    assert [type(layer) for layer in converted] == [Scaled, Counted, Told]
+
+
 def test_subclasses_that_compute_the_same_run_on_crossbars():
     """The output layer of attention is one, whose weight the attention uses itself."""
     model = nn.ModuleList([Renamed(), Doubled(2, 3, 2), nn.MultiheadAttention(4, 2)])
@@ -886,6 +948,10 @@ def test_in_situ_training_asks_for_ranges_of_its_own():
     assert (model(x) - ideal).abs().max() < 0.3 * ideal.abs().max()
 
 
+def model_of_lstm():
+    return nn.Sequential(nn.LSTM(5, 4, batch_first=True))
+
+
 def test_checkpointed_layers_read_the_same_twice():
     model, _ = gx.convert(small_network(), spec(**{**NOISY, "dac": {"bits": 8, "range": "ema"}}))
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
@@ -916,14 +982,55 @@ def test_checkpointed_layers_read_the_same_twice():
     ],
 )
 def test_checkpoints_whose_second_reads_would_be_others_are_refused(draws, reentrant):
-    model, _ = gx.convert(nn.Sequential(nn.LSTM(5, 4, batch_first=True)), spec(**draws))
+    model, _ = gx.convert(model_of_lstm(), spec(**draws))
     x = torch.randn(2, 3, 5, requires_grad=True)
     y, _ = checkpoint(model, x, use_reentrant=reentrant)
-    with pytest.raises(ValueError, match=r"ih_l0: .* must read what it read before.*gpuxbar\.same_reads"):
+    with pytest.raises(
+        ValueError, match=r"ih_l0: .* must find what the first one found.*gpuxbar\.same_reads"
+    ):
         y.sum().backward()
-    model[0].ih_l0.reads_again = True  # the layer of the state alone, which one function steps through
+    # the layer of the state alone, which one function steps through
+    model, _ = gx.convert(model_of_lstm(), spec(**draws), rules={"0.ih_l0": None})
     y, _ = checkpoint(model, x, use_reentrant=reentrant)
-    with pytest.raises(ValueError, match=r"hh_l0: .* must read what it read before"):
+    with pytest.raises(ValueError, match=r"hh_l0: .* must find what the first one found"):
+        y.sum().backward()
+
+
+class WithoutGradient(nn.Module):
+    """A layer that no gradient passes, before one that it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.below(x)
+        return self.above(x + y)
+
+
+def test_checkpoints_of_layers_that_no_gradient_passes_are_refused():
+    model, _ = gx.convert(
+        WithoutGradient(), spec(read_noise={"sigma": 1e-8}), rules={"above": {"read_noise": {"sigma": 0}}}
+    )
+    y = checkpoint(model, torch.randn(3, 6, requires_grad=True), use_reentrant=False)
+    with pytest.raises(ValueError, match=r"below: .* must find what the first one found"):
+        y.sum().backward()
+
+
+def test_compiled_blocks_are_checkpointed_like_others():
+    model, _ = gx.convert(
+        nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), spec(read_noise={"sigma": 1e-8})
+    )
+    x = torch.randn(3, 6, requires_grad=True)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    model.load_state_dict(state)
+    block = torch.compile(model, backend="aot_eager")
+    y = checkpoint(block, x, use_reentrant=False, context_fn=lambda: gx.same_reads(model))
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
+    y = checkpoint(block, x, use_reentrant=False)  # contexts end with their pass
+    with pytest.raises(ValueError, match=r"must find what the first one found"):
         y.sum().backward()
 
 

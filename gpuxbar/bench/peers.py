@@ -15,7 +15,7 @@ __all__ = ["aihwkit_steps", "aihwkit_tile", "lightning_steps"]
 
 TILE = 128
 STEPS = 2**8 - 2  # of converters of 8 bits, as these libraries count them
-NOISE = 0.02  # of the largest output
+NOISE = 0.02  # of reads, in the units of each
 
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 

@@ -21,6 +21,7 @@ from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import gradient, operator
 from gpuxbar.bridge.outer_product import Samples, codes_gradient, conv_weight_gradient
+from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
@@ -87,6 +88,8 @@ def analog_mvm(
     read, keep, want_gate = way.forward, want_gate, want_gate and way.forward.adc_bits > 0
     conv = _kept_geometry(plan, weight.shape, x.shape)
     scale, plain = w_max * way.unit, way.reference == (0, 0)
+    if read.noise or noise_var is not None:
+        require_first_pass(way.name)
     with on_device(x, way.name) as device:
         v, dac, codes = _drive(x, dac_lsb, read, device, f"{way.name}: `x`", keep)
         y, gate = _read(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gpuxbar.bridge.passes import repeated
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.ops.pairs import Slices
@@ -67,7 +68,8 @@ class AuxiliaryArray(AnalogLayer):
         count = len(lines)
         driven = torch.arange(self.inputs, device=lines.device) == lines[:, None]
         x = driven.float().repeat(1, self.groups_)
-        y = self.read(x).view(count, self.groups_, self.outputs).permute(1, 2, 0)
+        with repeated():  # of an optimiser that may step within a backward pass
+            y = self.read(x).view(count, self.groups_, self.outputs).permute(1, 2, 0)
         return y - self.reference.view(self.groups_, self.outputs, -1)[..., lines]
 
 

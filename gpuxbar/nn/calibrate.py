@@ -104,7 +104,7 @@ def calibrate(
     if passed_by:
         raise ValueError(
             f"calibrate: layers must be called for their arrays to be read, got a model that computes with the weights of "
-            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert"
+            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert, or leave penalties of weights out of the loss here"
         )
     if not seen:
         raise ValueError(

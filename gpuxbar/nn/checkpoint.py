@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
+from gpuxbar.bridge.passes import repeated
 from gpuxbar.nn.layers import AnalogLayer
 
 __all__ = ["same_reads"]
@@ -16,7 +17,7 @@ def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
     """Contexts for `torch.utils.checkpoint`, within which the layers of a module read the same twice.
 
     Without them a recomputed pass would draw noise of its own, and a gradient belong to another read than the loss does: it is
-    refused.
+    refused. What is compiled may be checkpointed so, but checkpoints may not be compiled.
 
         checkpoint(block, x, use_reentrant=False, context_fn=lambda: gx.same_reads(block))
 
@@ -45,14 +46,10 @@ def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
         after = [counter.clone() for counter in counters]
         for counter, value in zip(counters, before, strict=True):
             counter.copy_(value)
-        outside = [layer.reads_again for layer in layers]
-        for layer in layers:
-            layer.reads_again = True
         try:
-            yield
+            with repeated():
+                yield
         finally:
-            for layer, again in zip(layers, outside, strict=True):
-                layer.reads_again = again
             for counter, value in zip(counters, after, strict=True):
                 counter.copy_(value)
 

@@ -40,6 +40,12 @@ FUSED: dict[type[nn.Module], Any] = {
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), UnfusedConvTranspose),
     nn.Conv3d: UnfusedConv3d,
 }
+PLAIN = (
+    *LAYERS,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.Conv3d,
+)  # subclasses of these may compute as they do
 
 
 @dataclass(frozen=True)
@@ -176,14 +182,26 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _form(module: nn.Module) -> type[nn.Module] | None:
     """The type with a crossbar form that a module is of, or computes as: a subclass that changes nothing but how it is made."""
-    base = next((kind for kind in (*LAYERS, *FUSED) if isinstance(module, kind)), None)
+    kind: Any = type(module).__base__ if is_parametrized(module) else type(module)
+    if kind in LAYERS or kind in FUSED:
+        return kind
+    base = next((plain for plain in PLAIN if isinstance(module, plain)), None)
     # the weight of a NonDynamicallyQuantizableLinear is used by its owner
     if base is None or isinstance(module, (LazyModuleMixin, NonDynamicallyQuantizableLinear)):
         return None
-    kinds = type(module).__mro__
-    own = {name for kind in kinds[: kinds.index(base)] for name in vars(kind) if hasattr(base, name)}
-    changed = {name for name in own if not name.startswith("__") or name == "__call__"}
-    return None if changed - {"reset_parameters", "extra_repr"} else base
+    added = [item for part in kind.__mro__[: kind.__mro__.index(base)] for item in vars(part).items()]
+    silent = all(
+        name in ("reset_parameters", "extra_repr")
+        or isinstance(value, staticmethod)
+        or (name.startswith("__") and name != "__call__")
+        for name, value in added
+    )
+    plain = base(1, 1, 1, device="meta")  # type: ignore[arg-type]
+    held = ("_parameters", "_buffers", "_modules")
+    alike = vars(module).keys() <= vars(plain).keys() and all(
+        vars(module)[part].keys() <= vars(plain)[part].keys() for part in held
+    )
+    return base if silent and alike else None
 
 
 def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import distributed, nn
+from torch.distributed.utils import _verify_param_shape_across_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.nn.layers import AnalogLayer, require_apart
@@ -29,7 +30,7 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
         wrap: False returns the model itself, for a framework that wraps it: Lightning (call this on the LightningModule, in its
-            `setup`), accelerate and transformers' Trainer.
+            `setup`), accelerate and transformers' Trainer. What such a model is only a part of sends derived conductances too.
         options: Of `DistributedDataParallel`; without it, `process_group` alone.
 
     Raises:
@@ -57,13 +58,20 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
         prefix = f"{name}." if name else ""
         derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set - STEPS]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, derived)
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if name not in derived:
-            distributed.broadcast(value.detach(), distributed.get_global_rank(group, 0), group)
+    made = DistributedDataParallel(model, **options) if wrap else _made_alike(model, group, derived)
     for layer in layers.values():  # all have rank 0's weights, devices and ranges now
         layer.look_at_ranges()
         layer.look_at_seed()
         layer.forget_wires()
     for layer in held:
         layer.hold_on()
-    return DistributedDataParallel(model, init_sync=False, **options) if wrap else model
+    return made
+
+
+def _made_alike(model: nn.Module, group: distributed.ProcessGroup, derived: list[str]) -> nn.Module:
+    """The model with the parameters and buffers of the first rank, but for those that are derived of others."""
+    _verify_param_shape_across_processes(group, list(model.parameters()))
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name not in derived:
+            distributed.broadcast(value.detach(), distributed.get_global_rank(group, 0), group)
+    return model

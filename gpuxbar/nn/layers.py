@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.outer_product import shared_weight
+from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.bridge.reprogram import program_devices, reprogram
 from gpuxbar.bridge.wires import weight_through_wires
 from gpuxbar.mapping import full_current, plan_reads
@@ -84,7 +85,6 @@ class AnalogLayer(InSitu):
     def setup(self, spec: CrossbarSpec, name: str, groups: int, **geometry: Any) -> None:
         """Plan the reads and make the buffers; `name` separates the draws of one model's layers."""
         self.spec, self.name, self.groups_ = spec, name, groups
-        self.reads_again = False  # see `same_reads`
         self.inputs, self.outputs = self.weight[0].numel(), self.weight.shape[0] // groups
         seed = (spec.seed ^ zlib.crc32(name.encode()) << 31) & (2**63 - 1)
         plan, self.planes = plan_reads(
@@ -369,8 +369,9 @@ class AnalogLayer(InSitu):
         if x.shape[0] == 0:
             return self._of_nothing(x)
         self.require_calibrated()
-        self.require_first_pass()
         self.require_ranks()
+        if self._follows_inputs() and not torch.compiler.is_compiling():
+            require_first_pass(self.name)
         passes_gradients = x.requires_grad
         x = x.float().contiguous()
         top = self.dac_top(x)
@@ -413,20 +414,6 @@ class AnalogLayer(InSitu):
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
                 "gpuxbar.calibrate(model, loader), with a step that calls model.train() if the layer runs in training alone"
-            )
-
-    def require_first_pass(self) -> None:
-        """Refuse a read within a backward pass, as activation checkpoints make, that would find other noise than the first one."""
-        if (
-            not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and torch._C._current_graph_task_id() != -1
-            and not self.reads_again
-            and (self.spec.read_noise.sigma or self.spec.read_noise.sigma_g or self._follows_inputs())
-        ):
-            raise ValueError(
-                f"{self.name}: a pass that is computed again for its gradient must read what it read before, got new noise or a new DAC "
-                "range; give torch's checkpoint use_reentrant=False and context_fn=lambda: gpuxbar.same_reads(model)"
             )
 
     def require_ranks(self) -> None:

@@ -223,7 +223,7 @@ def _lstm_at_once(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`_run` of an LSTM whose layer of the state is `_unwatched`."""
     layer.require_calibrated()
-    layer.require_first_pass()
+    layer.require_ranks()
     cells = layer.conductances()
     steps = layer.read_step + torch.arange(1, len(order) + 1)
     converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
