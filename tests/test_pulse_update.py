@@ -23,6 +23,7 @@ from gpuxbar.spec import (
     AgarwalSymmetric,
     ConstantStep,
     CrossbarSpec,
+    Endurance,
     ExponentialStep,
     Ideal,
     LinearStep,
@@ -189,6 +190,33 @@ def test_coincidences_of_many_slots_are_counted(inputs, outputs):
     inside = (new > 1.5 * G_MIN) & (new < 0.8 * G_MAX)
     assert inside.mean() > 0.1  # not all at an end of their window, where counts do not matter
     assert (new != g).mean() > 0.9
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02], ids=["frequent", "rare"])
+def test_pulses_of_many_samples_are_all_counted(scale):
+    g, x, d, w_max = case(700, 1, 5, 70)
+    counts = [np.zeros(g.shape, np.int32) for _ in range(2)]
+    made = {**WINDOW, "law": LAWS["soft"], "endurance": Endurance(pulses=2000, spread=0.5), "seed": SEED}
+    ours, plain = (ops.Pairs(g.copy(), pulse_count=count, **made) for count in counts)
+    how = {"rate": 0.1, "w_max": w_max, "step": 3}
+    x = np.float32(scale) * x
+    ops.pulse_update(ours, x, d, train=PulseTrain(), **how)
+    expected, _ = reference.pulse_update(g, x, d, train=PulseTrain().model_dump(), **plain.plain, **how)
+    assert counts[1].max() > (40 if scale == 1 else 1)
+    assert (counts[0] != counts[1]).mean() < 2e-3
+    assert (np.abs(ours.g - expected) > 2e-5 * (WINDOW["g_max"] - WINDOW["g_min"])).mean() < 5e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.03], ids=["frequent", "rare"])
+def test_noise_of_the_nominal_step_is_that_of_its_direction(scale):
+    law = ConstantStep(pulses=200, cycle=1.0, cycle_of="nominal", asymmetry=0.5)
+    g, x, d, w_max = case(60, 1, 9, 70)
+    ours, how = ops.Pairs(g.copy(), law=law, **WINDOW, seed=SEED), {"rate": 0.1, "w_max": w_max, "step": 3}
+    x = np.float32(scale) * x
+    ops.pulse_update(ours, x, d, train=PulseTrain(), **how)
+    expected, _ = reference.pulse_update(g, x, d, train=PulseTrain().model_dump(), **ours.plain, **how)
+    assert (ours.g != g).mean() > 0.1
+    assert (np.abs(ours.g - expected) > 3e-6 * (WINDOW["g_max"] - WINDOW["g_min"])).mean() < 5e-3
 
 
 def test_the_same_bits_on_any_number_of_threads():

@@ -32,11 +32,30 @@ int main() {
 """
 
 
+GRADIENT = r"""
+#include "conv_outer_product.cpp"
+int main() {
+  Conv c{};
+  c.channels = 1, c.height = 5, c.width = 13, c.kernel_h = 3, c.kernel_w = 3, c.stride_h = 1, c.stride_w = 1;
+  c.pad_h = 1, c.pad_w = 1, c.dilation_h = 1, c.dilation_w = 1, c.out_h = 5, c.out_w = 13;
+  c.channel_step = 9, c.position_step = 1;
+  const i64 images = 2, groups = 4, size = images * groups * 65;
+  const std::vector<float> d(size, 1.0f), x(size, 1.0f);
+  const float unit = 1.0f;
+  std::vector<float> dw(groups * 9);
+  gpuxbar_conv_outer_product(d.data(), x.data(), &unit, &c, dw.data(), images, groups, 1, 0, 1);
+  return dw[4] == 2 * 65.0f && dw[0] == 2 * 48.0f ? 0 : 1;  // of the middle, and of a corner, of two images
+}
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers of other systems differ")
-def test_folded_taps_lie_anywhere(tmp_path):
-    """Lines of a patch begin at any float: a vector that claimed more would crash where the compiler believes it."""
-    source, program = tmp_path / "fold.cpp", tmp_path / "fold"
-    source.write_text(FOLD)
+@pytest.mark.parametrize("text", [FOLD, GRADIENT], ids=["fold", "gradient"])
+def test_vectors_lie_where_their_types_say(tmp_path, text):
+    """Lines of a patch begin at any float, and what a function takes by reference as it says: a vector that claimed more would crash
+    where the compiler believes it."""
+    source, program = tmp_path / "main.cpp", tmp_path / "main"
+    source.write_text(text)
     root = kernel_dir()
     flags = [
         "-std=c++17",

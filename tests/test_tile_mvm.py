@@ -118,6 +118,10 @@ def assert_convolution_matches(y, expected):
         ((3, 3), (1, 1), (1, 1), (1, 1)),
         ((2, 3), (2, 1), (0, 2), (1, 2)),
         ((1, 1), (3, 2), (0, 0), (1, 1)),
+        ((1, 1), (1, 1), (0, 0), (1, 1)),  # pixels are patches; all but so are not
+        ((1, 1), (1, 2), (0, 0), (1, 1)),
+        ((1, 1), (1, 1), (1, 1), (1, 1)),
+        ((3, 1), (1, 1), (0, 0), (1, 1)),
         ((5, 2), (2, 3), (3, 1), (2, 1)),
     ],
 )
@@ -196,6 +200,25 @@ def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
         s["noise_var"] = rng.uniform(0, 1e-13, g.shape).astype(np.float32)
     y = ops.tile_mvm(codes, g, tile_rows=20, tile_cols=20, **s)
     assert_convolution_matches(y, reference.tile_mvm(codes, g, tile=20, **s))
+
+
+def test_groups_read_together_are_driven_in_all_phases_that_one_of_them_has():
+    groups, conv = 20, ConvGeometry(1, 8, 8, (3, 3), padding=(1, 1))
+    rng = np.random.default_rng(0)
+    g = rng.uniform(-G_MAX, G_MAX, (1, groups * 9, 1)).astype(np.float32)
+    codes = rng.integers(-127, 128, (1, groups, 8, 8)).astype(np.int16)
+    codes[:, 0] = np.abs(codes[:, 0])
+    s = {
+        "conv": conv,
+        "groups": groups,
+        "v_lsb": 0.2 / 127,
+        "adc_bits": 8,
+        "adc_lsb": 1e-7,
+        "stream_bits": 7,
+        "phases": 2,
+    }
+    y = ops.tile_mvm(codes, g, tile_rows=50, **s)
+    assert_matches(y, reference.tile_mvm(codes, g, tile=50, **s), 1e-7)
 
 
 def test_unfold_is_the_convolution_of_torch():

@@ -99,7 +99,7 @@ void multiply(const Layout& l, const float* d, const float* x, const i64* start,
   for (int t = 0; t < COUNT; ++t) right[t] = x + start[t];
   for (i64 image = 0; image < images; ++image) {
     for (i64 i = 0; i < l.depth; i += LANES) {
-      Vec tap[COUNT];
+      alignas(4 * LANES) Vec tap[COUNT];
 #pragma GCC unroll 9
       for (int t = 0; t < COUNT; ++t) {
         tap[t] = *(const Vec*)(right[t] + i);
@@ -107,7 +107,7 @@ void multiply(const Layout& l, const float* d, const float* x, const i64* start,
       }
 #pragma GCC unroll 8
       for (int o = 0; o < HIGH; ++o) {
-        Vec left = *(const Vec*)(d + o * l.depth + i);
+        alignas(4 * LANES) Vec left = *(const Vec*)(d + o * l.depth + i);
         keep(left);
 #pragma GCC unroll 9
         for (int t = 0; t < COUNT; ++t) sum[t][o] += left * tap[t];

@@ -70,7 +70,7 @@ static inline void draw_uniforms(const Draw& d, u32 row, i64 col0, float* u) {
   interleave(n, u);
 }
 
-// The words of counters that differ in group, row and slot: words[q][j] is word q of counter j.
+// The words of `count` counters, in whole vectors, that differ in group, row and slot: words[q][j] is word q of counter j.
 template <int ROUNDS, int N>
 static inline void draw_words_at(u32 purpose, u32 step, u64 seed, const u32 (&group)[N], const u32 (&row)[N],
                                  const u32 (&slot)[N], u32 (&words)[4][N], i64 count = N) {

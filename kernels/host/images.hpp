@@ -153,7 +153,7 @@ inline bool pointwise(const Conv& c) {
   return c.kernel_h * c.kernel_w == 1 && c.stride_h * c.stride_w == 1 && c.pad_h + c.pad_w == 0;
 }
 
-// The same of images whose pixels drive `lines` lines of a group: a pixel is a row, from row0 on.
+// Of such images, whose pixels drive `lines` lines of a group: a pixel is a row, from row0 on.
 template <int ROW, class Drive>
 void pack_pixels(const Conv& c, const Drive& drive, i64 groups, i64 group, i64 lines, i64 row0, i64 rows, float* a) {
   const i64 pixels = c.out_h * c.out_w;
