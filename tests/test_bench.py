@@ -38,6 +38,7 @@ from gpuxbar.bench.record import (
     rows_of,
 )
 from gpuxbar.bench.study import Study
+from gpuxbar.experiments.networks import resnet50
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.spec import CrossbarSpec, PulseTrain
 
@@ -333,6 +334,14 @@ def test_targets_on_a_gpu_stand_beside_what_was_measured():
     assert "| <= 40000 us | 31234 us |" in text
     assert "| <= 2 of the ideal step in bf16 | 1.80 |" in text
     assert text.endswith("an H200.")
+
+
+def test_resnet50_has_the_weights_of_the_literature():
+    model = resnet50(1000)
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
+    assert sum(isinstance(layer, nn.Conv2d) for layer in model.modules()) == 53
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    assert model[:-3](torch.zeros(1, 3, 64, 64)).shape == (1, 2048, 2, 2)
 
 
 @pytest.mark.aihwkit

@@ -19,7 +19,7 @@ from gpuxbar.bench import updates
 from gpuxbar.bench.peers import Trained, aihwkit_steps, lightning_steps
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bridge.analog_mvm import driven_gradient
-from gpuxbar.experiments.networks import network
+from gpuxbar.experiments.networks import network, normed, resnet50
 from gpuxbar.launch import set_threads
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
@@ -158,7 +158,7 @@ def mobilenet_step(batch: int = 32, size: int = 32) -> Contenders:
     torch.manual_seed(0)
     shapes = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 2), (40, 40, 1), (40, 40, 1)]
     ideal = nn.Sequential(
-        *_normed(nn.Conv2d(3, 16, 3, 2, padding=1, bias=False)), nn.ReLU6(), *(Inverted(*shape) for shape in shapes),
+        *normed(nn.Conv2d(3, 16, 3, 2, padding=1, bias=False)), nn.ReLU6(), *(Inverted(*shape) for shape in shapes),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10),
     )  # fmt: skip
     return _steps(ideal, *_labelled((batch, 3, size, size), batch), {})
@@ -171,9 +171,9 @@ class Inverted(nn.Module):
         super().__init__()
         wide = 6 * inputs
         self.body = nn.Sequential(
-            *_normed(nn.Conv2d(inputs, wide, 1, bias=False)), nn.ReLU6(),
-            *_normed(nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide, bias=False)), nn.ReLU6(),
-            *_normed(nn.Conv2d(wide, outputs, 1, bias=False)),
+            *normed(nn.Conv2d(inputs, wide, 1, bias=False)), nn.ReLU6(),
+            *normed(nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide, bias=False)), nn.ReLU6(),
+            *normed(nn.Conv2d(wide, outputs, 1, bias=False)),
         )  # fmt: skip
         self.shortcut = inputs == outputs and stride == 1
 
@@ -182,8 +182,10 @@ class Inverted(nn.Module):
         return x + y if self.shortcut else y
 
 
-def _normed(layer: nn.Conv2d) -> tuple[nn.Module, nn.Module]:
-    return layer, nn.BatchNorm2d(layer.out_channels)
+def resnet50_step(spec: CrossbarSpec | None = None, batch: int = 4) -> Contenders:
+    """The same of a network for images of 224 x 224, with 25 million weights."""
+    torch.manual_seed(0)
+    return _steps(resnet50(10), *_labelled((batch, 3, 224, 224), batch), {}, spec)
 
 
 def transformer_step(width: int = 256, tokens: int = 64, batch: int = 8) -> Contenders:
@@ -292,6 +294,7 @@ CASES = (
     Case(
         "mobilenet-step", "six inverted residuals, 32 x 32, batch 32: training step", 3.0, mobilenet_step
     ),
+    Case("resnet50-step", "224 x 224, batch 4: training step", 2.0, resnet50_step),
     Case("transformer-step", "encoder layer of 256, 8 x 64 tokens: training step", 2.0, transformer_step),
     Case("lstm-step", "LSTM of 256, 35 tokens, batch 32: training step", 2.0, lstm_step),
     Case(
@@ -358,6 +361,10 @@ CASES = (
         "resnet20-in-situ-step", "32 x 32, batch 32: training step by pulses, counted over the batch", 5.0,
         partial(spec_step, PULSED, (3, 32, 32), 32),
     ),
+    Case(
+        "resnet50-in-situ-step", "224 x 224, batch 4: training step by pulses, counted over the batch", 5.0,
+        partial(resnet50_step, PULSED),
+    ),
     Case("txsim-in-situ-step", f"LeNet-5, batch 64: {WIRES}: {PAIR}", None, partial(spec_step, TXSIM)),
     Case(
         "txsim-sliced-in-situ-step", f"LeNet-5, batch 64: {WIRES}: {SLICED}", None,
@@ -370,6 +377,9 @@ CASES = (
     Case(
         "txsim-sliced-resnet20-in-situ-step", f"ResNet-20, batch 32: {WIRES}: {SLICED}", None,
         partial(spec_step, TXSIM.with_overrides(SLICES), (3, 32, 32), 32),
+    ),
+    Case(
+        "txsim-resnet50-in-situ-step", f"ResNet-50, 224 x 224, batch 4: {WIRES}: {PAIR}", 2.0, partial(resnet50_step, TXSIM)
     ),
     Case("linear-two-threads", f"{LINEAR}, noise: one thread's time over two's", 1.7, scaling, speedup=True),
 )  # fmt: skip

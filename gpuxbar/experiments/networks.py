@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["network", "resnet18"]
+__all__ = ["network", "normed", "resnet18", "resnet50"]
 
 
 def network(shape: tuple[int, int, int], classes: int) -> tuple[str, nn.Module]:
@@ -47,6 +47,43 @@ def _lenet5(channels: int, classes: int) -> nn.Module:
 def resnet18(channels: int, classes: int) -> nn.Module:
     """ResNet-18 (He et al., CVPR 2016) with the first layer of networks for 32 x 32 images."""
     return ResNet(channels, classes, blocks=2, widths=(64, 128, 256, 512), projected=True)
+
+
+def resnet50(classes: int) -> nn.Module:
+    """ResNet-50 (He et al., CVPR 2016) for colour images of 224 x 224, strided in the middle of its blocks as torchvision's."""
+    blocks, inputs = [], 64
+    for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for k in range(count):
+            blocks.append(Bottleneck(inputs, width, stride=2 if k == 0 and width > 64 else 1))
+            inputs = 4 * width
+    return nn.Sequential(
+        *normed(nn.Conv2d(3, 64, 7, 2, 3, bias=False)), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *blocks,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes),
+    )  # fmt: skip
+
+
+class Bottleneck(nn.Module):
+    """A 3 x 3 convolution between two of single pixels, around a shortcut, which is projected where its shape changes."""
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        outputs = 4 * width
+        self.body = nn.Sequential(
+            *normed(nn.Conv2d(inputs, width, 1, bias=False)), nn.ReLU(),
+            *normed(nn.Conv2d(width, width, 3, stride, 1, bias=False)), nn.ReLU(),
+            *normed(nn.Conv2d(width, outputs, 1, bias=False)),
+        )  # fmt: skip
+        projection = nn.Sequential(*normed(nn.Conv2d(inputs, outputs, 1, stride, bias=False)))
+        self.shortcut = nn.Identity() if inputs == outputs else projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x) + self.shortcut(x)
+        return y.relu()
+
+
+def normed(layer: nn.Conv2d) -> tuple[nn.Module, nn.Module]:
+    """A convolution and the normalisation of its outputs."""
+    return layer, nn.BatchNorm2d(layer.out_channels)
 
 
 class Block(nn.Module):
