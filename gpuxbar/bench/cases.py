@@ -19,7 +19,7 @@ from gpuxbar.bench import updates
 from gpuxbar.bench.peers import Trained, aihwkit_steps, lightning_steps
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bridge.analog_mvm import driven_gradient
-from gpuxbar.experiments.networks import network, normed, resnet50
+from gpuxbar.experiments.networks import inverted_residuals, network, resnet50
 from gpuxbar.launch import set_threads
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
@@ -156,30 +156,7 @@ def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
 def mobilenet_step(batch: int = 32, size: int = 32) -> Contenders:
     """The same of six inverted residuals, whose depthwise convolutions have nine lines and one output a group."""
     torch.manual_seed(0)
-    shapes = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 2), (40, 40, 1), (40, 40, 1)]
-    ideal = nn.Sequential(
-        *normed(nn.Conv2d(3, 16, 3, 2, padding=1, bias=False)), nn.ReLU6(), *(Inverted(*shape) for shape in shapes),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10),
-    )  # fmt: skip
-    return _steps(ideal, *_labelled((batch, 3, size, size), batch), {})
-
-
-class Inverted(nn.Module):
-    """A depthwise convolution six times as wide as what is around it (Sandler et al., CVPR 2018)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        wide = 6 * inputs
-        self.body = nn.Sequential(
-            *normed(nn.Conv2d(inputs, wide, 1, bias=False)), nn.ReLU6(),
-            *normed(nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide, bias=False)), nn.ReLU6(),
-            *normed(nn.Conv2d(wide, outputs, 1, bias=False)),
-        )  # fmt: skip
-        self.shortcut = inputs == outputs and stride == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.body(x)
-        return x + y if self.shortcut else y
+    return _steps(inverted_residuals(10), *_labelled((batch, 3, size, size), batch), {})
 
 
 def resnet50_step(spec: CrossbarSpec | None = None, batch: int = 4) -> Contenders:

@@ -11,7 +11,7 @@ from torch import nn
 
 from gpuxbar.spec import ConstantStep, PulseTrain, UpdateLaw
 
-__all__ = ["aihwkit_steps", "aihwkit_tile", "lightning_steps"]
+__all__ = ["Trained", "aihwkit_steps", "aihwkit_tile", "lightning_steps"]
 
 TILE = 128
 STEPS = 2**8 - 2  # of converters of 8 bits, as these libraries count them

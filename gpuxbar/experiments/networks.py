@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["network", "normed", "resnet18", "resnet50"]
+__all__ = ["inverted_residuals", "network", "resnet18", "resnet50"]
 
 
 def network(shape: tuple[int, int, int], classes: int) -> tuple[str, nn.Module]:
@@ -57,7 +57,7 @@ def resnet50(classes: int) -> nn.Module:
             blocks.append(Bottleneck(inputs, width, stride=2 if k == 0 and width > 64 else 1))
             inputs = 4 * width
     return nn.Sequential(
-        *normed(nn.Conv2d(3, 64, 7, 2, 3, bias=False)), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *blocks,
+        *_normed(nn.Conv2d(3, 64, 7, 2, 3, bias=False)), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *blocks,
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes),
     )  # fmt: skip
 
@@ -68,12 +68,8 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         outputs = 4 * width
-        self.body = nn.Sequential(
-            *normed(nn.Conv2d(inputs, width, 1, bias=False)), nn.ReLU(),
-            *normed(nn.Conv2d(width, width, 3, stride, 1, bias=False)), nn.ReLU(),
-            *normed(nn.Conv2d(width, outputs, 1, bias=False)),
-        )  # fmt: skip
-        projection = nn.Sequential(*normed(nn.Conv2d(inputs, outputs, 1, stride, bias=False)))
+        self.body = _between_pixels(inputs, width, outputs, stride, 1, nn.ReLU)
+        projection = nn.Sequential(*_normed(nn.Conv2d(inputs, outputs, 1, stride, bias=False)))
         self.shortcut = nn.Identity() if inputs == outputs else projection
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,8 +77,41 @@ class Bottleneck(nn.Module):
         return y.relu()
 
 
-def normed(layer: nn.Conv2d) -> tuple[nn.Module, nn.Module]:
-    """A convolution and the normalisation of its outputs."""
+def inverted_residuals(classes: int) -> nn.Module:
+    """Six blocks of MobileNetV2 (Sandler et al., CVPR 2018) for colour images."""
+    shapes = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 2), (40, 40, 1), (40, 40, 1)]
+    return nn.Sequential(
+        *_normed(nn.Conv2d(3, 16, 3, 2, padding=1, bias=False)), nn.ReLU6(), *(Inverted(*shape) for shape in shapes),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, classes),
+    )  # fmt: skip
+
+
+class Inverted(nn.Module):
+    """A depthwise convolution six times as wide as what is around it."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        wide = 6 * inputs
+        self.body = _between_pixels(inputs, wide, outputs, stride, wide, nn.ReLU6)
+        self.shortcut = inputs == outputs and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return x + y if self.shortcut else y
+
+
+def _between_pixels(
+    inputs: int, width: int, outputs: int, stride: int, groups: int, activation: type[nn.Module]
+) -> nn.Module:
+    """A 3 x 3 convolution of some width between two of single pixels."""
+    return nn.Sequential(
+        *_normed(nn.Conv2d(inputs, width, 1, bias=False)), activation(),
+        *_normed(nn.Conv2d(width, width, 3, stride, 1, groups=groups, bias=False)), activation(),
+        *_normed(nn.Conv2d(width, outputs, 1, bias=False)),
+    )  # fmt: skip
+
+
+def _normed(layer: nn.Conv2d) -> tuple[nn.Module, nn.Module]:
     return layer, nn.BatchNorm2d(layer.out_channels)
 
 

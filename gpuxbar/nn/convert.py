@@ -40,12 +40,8 @@ FUSED: dict[type[nn.Module], Any] = {
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), UnfusedConvTranspose),
     nn.Conv3d: UnfusedConv3d,
 }
-PLAIN = (
-    *LAYERS,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.Conv3d,
-)  # subclasses of these may compute as they do
+# subclasses of these may compute as they do
+PLAIN = *LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv3d
 
 
 @dataclass(frozen=True)
