@@ -17,24 +17,25 @@ import torch
 from torch import Tensor
 
 from gpuxbar import ops
+from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.host import plan_of
 from gpuxbar.bridge.lines import fold_lines
-from gpuxbar.bridge.operator import gradient, operator
+from gpuxbar.bridge.operator import call, gradient, operator
 from gpuxbar.bridge.outer_product import Samples, codes_gradient, conv_weight_gradient
 from gpuxbar.bridge.passes import require_first_pass
-from gpuxbar.launch import Device
+from gpuxbar.launch import Device, host_library
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.checks import require_finite_values
 from gpuxbar.reference import SMALLEST_RANGE
 
 __all__ = ["abs_max", "analog_mvm", "driven_gradient", "driven_lines"]
 
-_plan = lru_cache(maxsize=4096)(ReadPlan.loads)
-
 
 def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
     plan, want_gate = more[-2:]
-    way = _plan(plan)
+    way = plan_of(plan)
     conv = _geometry(way, weight.shape, x.shape)
     shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
     y = x.new_empty(shape, dtype=torch.float32)
@@ -84,7 +85,7 @@ def analog_mvm(
         plan: `mapping.ReadPlan` as JSON.
         want_gate: Whether backward will follow; without, codes and gate are empty.
     """
-    way = _plan(plan)
+    way = plan_of(plan)
     read, keep, want_gate = way.forward, want_gate, want_gate and way.forward.adc_bits > 0
     conv = _kept_geometry(plan, weight.shape, x.shape)
     scale, plain = w_max * way.unit, way.reference == (0, 0)
@@ -93,9 +94,9 @@ def analog_mvm(
     with on_device(x, way.name) as device:
         v, dac, codes = _drive(x, dac_lsb, read, device, f"{way.name}: `x`", keep)
         y, gate = _read(
-            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, way, read, device, dac=dac, conv=conv, want_gate=want_gate,
-            packed=_packed(packed, packed_state, version, 0, device),
-            col_scale=array(scale) if plain else None, bias=array(bias) if plain and bias is not None else None,
+            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, plan, device, dac=dac, conv=conv, want_gate=want_gate,
+            packed=_packed(packed, packed_state, version, 0, device), col_scale=scale if plain else None,
+            bias=bias if plain else None,
         )  # fmt: skip
         if not plain:
             along = [-1, *[1] * (y.dim() - 2)]
@@ -106,7 +107,7 @@ def analog_mvm(
 
 
 def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan, *packing):
-    shape = tuple(image) or (grad_y.shape[0], _plan(plan).groups * _plan(plan).inputs)
+    shape = tuple(image) or (grad_y.shape[0], plan_of(plan).groups * plan_of(plan).inputs)
     return grad_y.new_empty(shape, dtype=torch.float32)
 
 
@@ -153,8 +154,7 @@ def _transposed(
     grad_y: Tensor, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, adc_lsb: Tensor,
     adc_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    way = _plan(plan)
-    read = way.backward
+    way = plan_of(plan)
     with on_device(grad_y, f"{way.name} backward") as device:
         v, dac, lsb = _drive_gradient(grad_y, w_max, way, device)
         conv = _kept_geometry(plan, weight.shape, tuple(image)) if image else None
@@ -164,7 +164,7 @@ def _transposed(
             if dac is not None and lsb.numel() > 1:
                 dac = replace(dac, lsb=array(lsb.repeat_interleave(conv.pixels)))
         grad_x, _ = _read(
-            v, g, noise_var, lsb, adc_lsb, adc_error, step, way, read, device, dac=dac, transposed=True,
+            v, g, noise_var, lsb, adc_lsb, adc_error, step, plan, device, dac=dac, transposed=True,
             conv=conv if plain else None, packed=None if packing is None else _packed(*packing, 1, device),
         )  # fmt: skip
         if plain:
@@ -181,8 +181,12 @@ def _drive_gradient(
     """What drives the lines for a gradient of the output, as `_drive` has it, and the value of one unit of it."""
     read, what = way.backward, f"{way.name}: the gradient of the output"
     if device is None and read.code_max and not read.full:
+        scale = w_max * way.unit
+        if host_library() is not None:
+            codes, lsb = host.dac_fit(grad_y, scale, read, what)
+            return codes, None, lsb
         codes, lsb = ops.dac_fit(
-            array(grad_y), array(w_max * way.unit), code_max=read.code_max, signed=read.signed, per_sample=read.per_sample,
+            array(grad_y), array(scale), code_max=read.code_max, signed=read.signed, per_sample=read.per_sample,
             what=what,
         )  # fmt: skip
         return tensor(codes), None, tensor(lsb)
@@ -220,7 +224,7 @@ def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
 @lru_cache(maxsize=4096)
 def _kept_geometry(plan: str, weight: torch.Size, image: tuple[int, ...]) -> ConvGeometry | None:
     """Looked at once; its plan is JSON, whose hash is kept."""
-    return _geometry(_plan(plan), weight, image)
+    return _geometry(plan_of(plan), weight, image)
 
 
 def _drive(
@@ -231,44 +235,54 @@ def _drive(
     On a GPU the DAC works on the way to the products: what drives the lines are values then, and the codes to keep come with
     the read.
     """
-    if device is None:
-        extremes = [lsb] if read.code_max else [lsb, *torch.aminmax(x)]  # a DAC looks at every value itself
-        if not all(np.isfinite(array(value)).all() for value in extremes):
-            count = int((~torch.isfinite(x)).sum())
-            raise ValueError(
-                f"{what} must be finite, got {count} NaN or infinite values; look for a diverging loss or bad data"
-            )
-    if not read.code_max:
-        v = x / lsb.reshape(-1, *[1] * (x.dim() - 1))
-    elif device is None:
-        v = tensor(ops.dac_quantize(array(x), lsb=array(lsb), code_max=read.code_max, signed=read.signed))
-    else:
+    if read.code_max and device is not None:
         codes = x.new_empty(x.shape if keep else 0, dtype=torch.int16)
         return x, ops.Dac(array(lsb), read.code_max, read.signed, array(codes) if keep else None), codes
+    if read.code_max and host_library() is not None:
+        v = host.dac_quantize(x, lsb, read, what)
+        return v, None, v if keep else v.new_empty(0)
+    if device is None:
+        extremes = [lsb, *torch.aminmax(x)]
+        if not all(np.isfinite(array(value)).all() for value in extremes):
+            require_finite_values(what, int((~torch.isfinite(x)).sum()), "bad data")
+    if read.code_max:
+        v = tensor(ops.dac_quantize(array(x), lsb=array(lsb), code_max=read.code_max, signed=read.signed))
+    else:
+        v = x / lsb.reshape(-1, *[1] * (x.dim() - 1))
     return v, None, v if keep else v.new_empty(0)
 
 
 def _read(
     v: Tensor, g: Tensor, noise_var: Tensor | None, lsb: Tensor, adc_lsb: Tensor, adc_error: Tensor | None,
-    step: Tensor, way: ReadPlan, read: Read, device: Device | None, *, transposed: bool = False,
-    want_gate: bool = False, **more: Any,
+    step: Tensor, plan: str, device: Device | None, *, dac: ops.Dac | None, conv: ConvGeometry | None,
+    packed: ops.PackedConductance | None, transposed: bool = False, want_gate: bool = False,
+    col_scale: Tensor | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, gate) in digital units along the driven side; the gate is empty unless wanted."""
-    variance = None if noise_var is None else array(driven_lines(noise_var, way, transposed))
+    way = plan_of(plan)
+    read = way.backward if transposed else way.forward
+    row_scale, g = lsb / read.v_lsb, driven_lines(g, way, transposed)
+    noise_var = None if noise_var is None else driven_lines(noise_var, way, transposed)
+    if device is None and host_library() is not None:
+        y, gate = host.tile_mvm(
+            plan, v, g, noise_var, row_scale, adc_lsb, adc_error, step, transposed=transposed, conv=conv,
+            want_gate=want_gate, col_scale=col_scale, bias=bias,
+        )  # fmt: skip
+        return y, v.new_empty(0, dtype=torch.float32) if gate is None else gate
+    more: dict[str, Any] = {"tile_cols" if transposed else "tile_rows": read.tile or None}
     if read.adc_bits:
         more |= {"adc_bits": read.adc_bits, "adc_lsb": array(adc_lsb), "adc_signed": read.adc_signed}
         if adc_error is not None:
             more |= {"adc_gain": array(adc_error[0]), "adc_offset": array(adc_error[1])}
-    more["tile_cols" if transposed else "tile_rows"] = read.tile or None
-    conv = more.get("conv")
-    more["row_offset"] = way.rank * len(v) * (1 if conv is None else conv.pixels)
+    vectors = {"noise_var": noise_var, "col_scale": col_scale, "bias": bias}
+    more |= {name: array(vector) for name, vector in vectors.items() if vector is not None}
     found = ops.tile_mvm(
-        array(v), array(driven_lines(g, way, transposed)), noise_var=variance, transposed=transposed,
-        groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits, streams=read.streams, phases=read.phases,
-        slice_scale=_slice_scale(way.slice_scale, v.device), read_noise=read.noise, generator=way.generator,
-        seed=way.seed, step=array(step), row_scale=array(lsb / read.v_lsb), want_gate=want_gate, device=device,
-        precision=way.precision if read.code_max else "fp32", g_range=way.g_range, g_step=way.g_step,
-        g_offset=way.g_offset, **more,
+        array(v), array(g), transposed=transposed, groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits,
+        streams=read.streams, phases=read.phases, slice_scale=_slice_scale(way.slice_scale, v.device),
+        read_noise=read.noise, generator=way.generator, seed=way.seed, step=array(step),
+        row_offset=way.rank * len(v) * (1 if conv is None else conv.pixels), row_scale=array(row_scale), conv=conv,
+        want_gate=want_gate, precision=way.precision if read.code_max else "fp32", g_range=way.g_range, g_step=way.g_step,
+        g_offset=way.g_offset, packed=packed, dac=dac, device=device, **more,
     )  # fmt: skip
     y, gate = found if want_gate else (found, None)
     return tensor(y), v.new_empty(0, dtype=torch.float32) if gate is None else tensor(gate)
@@ -333,7 +347,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     if grad_y is None:
         return (None,) * 19
     v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step = ctx.saved_tensors
-    way = _plan(ctx.plan)
+    way = plan_of(ctx.plan)
     grad_y = grad_y.float()
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
     samples = None if ctx.image else Samples.of(weight)
@@ -345,7 +359,11 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
     if ctx.needs_input_grad[0]:
         read = gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
         packed = ctx.packing[0] is not None
-        grad_x = analog_mvm_transposed_packed(*read, *ctx.packing) if packed else analog_mvm_transposed(*read)
+        grad_x = (
+            call(analog_mvm_transposed_packed, *read, *ctx.packing)
+            if packed
+            else call(analog_mvm_transposed, *read)
+        )
     if ctx.needs_input_grad[1]:
         if ctx.image:
             grad_w = conv_weight_gradient(gated, v, dac_lsb, weight.shape, way).to(weight.dtype)

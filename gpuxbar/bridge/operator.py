@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["conv_of", "gradient", "operator", "spec_of"]
+__all__ = ["call", "conv_of", "gradient", "operator", "spec_of"]
 
+ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple}
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
 
 # operators take specs as JSON, so that a compiled graph sees a constant
@@ -66,6 +68,23 @@ def operator(
     return wrap
 
 
+def call(op: Any, *args: Any) -> Any:
+    """Run an operator below autograd: its function at once where nothing looks on, since finding it there takes longer than small
+    layers compute."""
+    first = args[0]
+    if (
+        (first.is_cpu or first.is_cuda)
+        and ORDINARY.issuperset(map(type, args))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+    ):
+        return op.plain(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give an operator its gradient, from the same functions as `torch.library.register_autograd`.
 
@@ -73,13 +92,9 @@ def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[...,
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = below(*args)
+        output = call(op, *args)
         setup_context(ctx, args, output)
         return output
-
-    def below(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
 
     name = op._schema.name.split("::")[1]
     body = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
@@ -89,6 +104,6 @@ def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[...,
         wanted = torch.is_grad_enabled() and any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
         )
-        return function.apply(*args) if wanted else below(*args)
+        return function.apply(*args) if wanted else call(op, *args)
 
     LIBRARY.impl(name, differentiable, "Autograd")

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from gpuxbar import ops
+from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.operator import operator, spec_of
+from gpuxbar.launch import host_library
+from gpuxbar.ops.program import Writing, writing
 from gpuxbar.ops.program import checksum as checksum_of
 
 __all__ = ["checksum", "program_devices", "program_pairs", "reprogram"]
@@ -41,6 +44,10 @@ def reprogram(
         merge: How planes are joined; see `ops.program`.
         seed: The layer's seed.
     """
+    if weight.is_cpu and host_library() is not None:
+        write = _writing(spec, merge, seed, weight.shape)
+        host.reprogram(write, weight, g, noise_var, w_max, state, write_step, **_scale(spec))
+        return
     with on_device(weight, "program") as device:
         ops.reprogram(
             array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
@@ -114,6 +121,14 @@ def _settings(spec: str) -> dict[str, Any]:
         "exponent": crossbar.read_noise.exponent,
         "programming": crossbar.programming,
     }
+
+
+@lru_cache(maxsize=4096)
+def _writing(spec: str, merge: str, seed: int, weight: torch.Size) -> Writing:
+    """What settings and the shape of weights [G, O, I] say of writing them."""
+    groups, outputs, _ = weight
+    settings = _settings(spec) | {"merge": merge, "balanced": False, "seed": seed}
+    return writing("reprogram", weight, groups * outputs, **settings)
 
 
 @lru_cache(maxsize=4096)

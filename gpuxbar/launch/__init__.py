@@ -1,6 +1,6 @@
 """Compiling, finding and calling kernels; the only layer below the ops that touches a compiler or CuPy."""
 
-from gpuxbar.launch.backend import Backend, backend, explain, is_cupy
+from gpuxbar.launch.backend import Backend, backend, explain, host_library, is_cupy
 from gpuxbar.launch.device import CudaDevice, Device, cuda_device
 from gpuxbar.launch.host import address, host_call, library, set_threads, threads
 from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar, Struct
@@ -21,6 +21,7 @@ __all__ = [
     "cuda_device",
     "explain",
     "host_call",
+    "host_library",
     "is_cupy",
     "library",
     "set_threads",

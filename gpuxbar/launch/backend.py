@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from ctypes import CDLL
 from typing import Any, Literal
 
 import numpy as np
 
 from gpuxbar.launch import host
 
-__all__ = ["Backend", "backend", "explain", "is_cupy"]
+__all__ = ["Backend", "backend", "explain", "host_library", "is_cupy"]
 
 Backend = Literal["cuda", "host", "reference"]
 
@@ -30,9 +31,12 @@ def backend(array: Any) -> Backend:
         raise TypeError(
             f"gpuxbar: `array` must be a NumPy or CuPy array, got {type(array).__name__}; convert it first"
         )
-    if os.environ.get("GPUXBAR_BACKEND") == "reference":
-        return "reference"
-    return "host" if host.library() is not None else "reference"
+    return "host" if host_library() is not None else "reference"
+
+
+def host_library() -> CDLL | None:
+    """The library that serves NumPy arrays and tensors of the CPU; None: the reference does."""
+    return None if os.environ.get("GPUXBAR_BACKEND") == "reference" else host.library()
 
 
 def explain() -> tuple[Backend, str]:

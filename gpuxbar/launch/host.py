@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ ABOUT = """
 #include <omp.h>
 #endif
 """
+PLAIN = {int, float, bool, NoneType}
+IN_MEMORY = (ctypes.Structure, ctypes.c_int64)
 ROOM = 16 << 20  # bytes, several times those of a build
 
 
@@ -161,12 +164,13 @@ def _refusal(command: list[str], done: subprocess.CompletedProcess[str]) -> str:
 
 
 def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
-    """Call a host kernel: arrays go as pointers, None as a null pointer, integers as int64, floats as double."""
+    """Call a host kernel: arrays, structs and counters go as pointers, None as a null pointer, integers, addresses among them, as
+    int64, floats as double."""
     assert lib is not None  # else `backend` had chosen the reference
     function = getattr(lib, name)
     if function.argtypes is None:
         function.restype, function.argtypes = None, [_c_type(arg) for arg in args]
-    function(*[_c_value(arg) for arg in args])
+    function(*map(_c_value, args))
 
 
 def address(array: np.ndarray) -> int:
@@ -178,15 +182,18 @@ def address(array: np.ndarray) -> int:
 
 
 def _c_type(arg: object) -> Any:
-    if arg is None or isinstance(arg, np.ndarray):
+    if arg is None or isinstance(arg, (np.ndarray, *IN_MEMORY)):
         return ctypes.c_void_p
     return ctypes.c_double if isinstance(arg, float) else ctypes.c_int64
 
 
 def _c_value(arg: Any) -> Any:
-    if isinstance(arg, np.ndarray):
+    kind = type(arg)
+    if kind in PLAIN:
+        return arg
+    if kind is np.ndarray:
         return address(arg)
-    return arg if arg is None or isinstance(arg, float) else int(arg)
+    return ctypes.byref(arg) if isinstance(arg, IN_MEMORY) else int(arg)
 
 
 def set_threads(count: int) -> None:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.lines import image_shape
+from gpuxbar.bridge.operator import call
 from gpuxbar.bridge.outer_product import shared_weight
 from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.bridge.reprogram import program_devices, reprogram
@@ -235,8 +236,8 @@ class AnalogLayer(InSitu):
             self._cells_of = weight.detach()
         weight = self._written_weight(weight)
         merge = "none" if self.seen is not None else self.planes.merge
-        reprogram(
-            weight, self.cells, self.noise_var, self.full_pair, self.written, self.write_step, self.static[1],
+        call(
+            reprogram, weight, self.cells, self.noise_var, self.full_pair, self.written, self.write_step, self.static[1],
             merge, self.plan.seed,
         )  # fmt: skip
         w_max = self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1)

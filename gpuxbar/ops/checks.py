@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection
+from functools import lru_cache, wraps
 from math import inf
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,27 +23,47 @@ __all__ = [
     "check_written",
     "counter",
     "integer",
+    "kept",
     "require_finite",
     "require_finite_values",
     "scalar_array",
 ]
 
+T = TypeVar("T")
 NUMBER = (int, float, np.number)  # what a setting is that is no array
 
 
+def kept(function: Callable[..., T]) -> Callable[..., T]:
+    """What a function of settings alone says is kept; where settings cannot be, as lists, it is asked every time."""
+    known = lru_cache(maxsize=4096, typed=True)(function)
+
+    @wraps(function)
+    def ask(*settings: Any, **named: Any) -> T:
+        try:
+            return known(*settings, **named)
+        except TypeError:
+            pass  # of settings that cannot be kept, or what the function says of them
+        return function(*settings, **named)
+
+    return ask
+
+
 def check_array(
-    op: str, name: str, array: Any, dtype: str | Sequence[str], ndim: int | Sequence[int]
+    op: str, name: str, array: Any, dtype: str | tuple[str, ...], ndim: int | Collection[int]
 ) -> None:
     """Refuse an array of another dtype or rank, or one that is not C-contiguous."""
-    dtypes = (dtype,) if isinstance(dtype, str) else tuple(dtype)
-    ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)
     kind = getattr(array, "dtype", _NO_DTYPE)
-    if kind not in _dtypes(dtypes):  # a byte-swapped dtype is another one
+    dtypes = _dtypes(dtype)
+    ranks = (ndim,) if isinstance(ndim, int) else ndim
+    if kind in dtypes and array.ndim in ranks and array.flags.c_contiguous:
+        return
+    if kind not in dtypes:  # a byte-swapped dtype is another one
         got = type(array).__name__ if kind is _NO_DTYPE else getattr(kind, "name", str(kind))
         if not getattr(kind, "isnative", True):
             got = f"byte-swapped {got}"
+        names = [wanted.name for wanted in dtypes]
         raise TypeError(
-            f"{op}: `{name}` must be an array of {' or '.join(dtypes)}, got {got}; convert it with .astype({dtypes[0]!r})"
+            f"{op}: `{name}` must be an array of {' or '.join(names)}, got {got}; convert it with .astype({names[0]!r})"
         )
     if array.ndim not in ranks:
         raise ValueError(
@@ -60,8 +80,8 @@ _NO_DTYPE = np.dtype(object)  # not None, which NumPy takes for float64
 
 
 @lru_cache
-def _dtypes(names: tuple[str, ...]) -> tuple[np.dtype[Any], ...]:
-    return tuple(np.dtype(name) for name in names)
+def _dtypes(names: str | tuple[str, ...]) -> tuple[np.dtype[Any], ...]:
+    return tuple(np.dtype(name) for name in ((names,) if isinstance(names, str) else names))
 
 
 def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, zero: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,23 @@ from gpuxbar.ops.checks import (
     check_window,
     check_written,
     integer,
+    kept,
     require_finite,
 )
 from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
 from gpuxbar.spec import Programming
 
-__all__ = ["IDEAL", "Write", "checksum", "program", "reprogram", "write_values"]
+__all__ = [
+    "IDEAL",
+    "LOWER",
+    "Write",
+    "Writing",
+    "checksum",
+    "program",
+    "reprogram",
+    "write_values",
+    "writing",
+]
 
 IDEAL = Programming()
 LOWER = "lower the rate"
@@ -94,19 +106,18 @@ def program(
             f"{op}: `w_max` must have 1 or {groups * outputs} values, got {w_max.size}; give one, or one per output of "
             "each group"
         )
-    settings: dict[str, Any] = {
-        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits,
-        "balanced": balanced, "levels": levels, "merge": merge, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
-        **programming.model_dump(),
-    }  # fmt: skip
-    _check_settings(op, settings)
+    write = writing(
+        op, weight.shape, w_max.size, g_min, g_max, slices, slice_bits, headroom_bits, balanced, levels, merge, programming,
+        sigma_g, exponent, seed,
+    )  # fmt: skip
     where = "cuda" if device is not None else backend(weight)
-    shape = (_planes(settings), groups * inputs, outputs)
     if where == "cuda":
         device = device or cuda_device()
-        g, noise_var = (device.empty(shape, "float32") if wanted else None for wanted in (True, sigma_g))
+        g, noise_var = (
+            device.empty(write.shape, "float32") if wanted else None for wanted in (True, sigma_g)
+        )
         number = isinstance(step, int)
-        values = _values(weight, w_max, settings, step if number else 0)
+        values = {**write.values, "step": step if number else 0}
         program_cuda(device, weight, w_max, g, noise_var, values, step=None if number else step)
         return g if noise_var is None else (g, noise_var)
     if not (w_max > 0).all() or not np.isfinite(w_max).all():
@@ -116,12 +127,12 @@ def program(
     step = integer(op, "step", step)
     if where == "reference":
         require_finite(op, "weight", int((~np.isfinite(weight)).sum()), LOWER)
-        return reference.program(weight, w_max=w_max, step=step, **settings)
-    g = np.empty(shape, np.float32)
-    noise_var = np.empty(shape, np.float32) if sigma_g else None
+        return reference.program(weight, w_max=w_max, step=step, **write.settings)
+    g = np.empty(write.shape, np.float32)
+    noise_var = np.empty(write.shape, np.float32) if sigma_g else None
     if g.size:
         bad = np.zeros(1, np.int64)
-        _host("gpuxbar_program", _values(weight, w_max, settings, step), weight, w_max, g, noise_var, bad)
+        host_call(library(), "gpuxbar_program", write.at(step), weight, w_max, g, noise_var, bad)
         require_finite(op, "weight", int(bad[0]), LOWER)
     return g if noise_var is None else (g, noise_var)
 
@@ -179,12 +190,10 @@ def reprogram(
     op = "reprogram"
     check_array(op, "weight", weight, "float32", 3)
     groups, outputs, inputs = weight.shape
-    settings: dict[str, Any] = {
-        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits,
-        "balanced": balanced, "levels": levels, "merge": merge, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
-        **programming.model_dump(),
-    }  # fmt: skip
-    _check_settings(op, settings)
+    write = writing(
+        op, weight.shape, groups * outputs, g_min, g_max, slices, slice_bits, headroom_bits, balanced, levels, merge,
+        programming, sigma_g, exponent, seed,
+    )  # fmt: skip
     if scale not in ("tensor", "column"):
         raise ValueError(f"{op}: `scale` must be 'tensor' or 'column', got {scale!r}; choose one")
     if full_weight is not None and not 0 < full_weight < float("inf"):
@@ -196,10 +205,9 @@ def reprogram(
             f"{op}: `noise_var` must be given with sigma_g above 0 and only then, got sigma_g={sigma_g:g} S and "
             f"{'none' if noise_var is None else 'an array'}; pass both or neither"
         )
-    shape = (_planes(settings), groups * inputs, outputs)
     for name, array, dtype, want in (
-        ("g", g, "float32", shape),
-        ("noise_var", noise_var, "float32", shape),
+        ("g", g, "float32", write.shape),
+        ("noise_var", noise_var, "float32", write.shape),
         ("w_max", w_max, "float32", (groups * outputs,)),
         ("state", state, "int64", (2,)),
         ("write_step", write_step, "int64", (1,)),
@@ -215,31 +223,21 @@ def reprogram(
     check_written(op, g=g, w_max=w_max, state=state, noise_var=noise_var)
     where = "cuda" if device is not None else backend(weight)
     if where == "cuda":
-        values = _values(weight, w_max, settings, 0)
         reprogram_cuda(
-            device or cuda_device(),
-            weight,
-            g,
-            w_max,
-            state,
-            noise_var,
-            write_step,
-            values,
-            scale,
-            full_weight,
-        )
+            device or cuda_device(), weight, g, w_max, state, noise_var, write_step, write.values, scale, full_weight
+        )  # fmt: skip
         return
     if where == "reference":
         require_finite(op, "weight", int((~np.isfinite(weight)).sum()), LOWER)
         reference.reprogram(
             weight, g, w_max, state, noise_var, write_step=int(write_step[0]), scale=scale, full_weight=full_weight,
-            **settings,
+            **write.settings,
         )  # fmt: skip
         return
     bad = np.zeros(1, np.int64)
-    _host(
-        "gpuxbar_reprogram", _values(weight, w_max, settings, int(write_step[0])), weight, w_max, g, noise_var,
-        state, int(scale == "column"), float(full_weight or 0.0), bad,
+    host_call(
+        library(), "gpuxbar_reprogram", write.at(int(write_step[0])), weight, w_max, g, noise_var, state,
+        int(scale == "column"), float(full_weight or 0.0), bad,
     )  # fmt: skip
     require_finite(op, "weight", int(bad[0]), LOWER)
 
@@ -254,11 +252,51 @@ def checksum(weight: np.ndarray) -> int:
     return int(found[0])
 
 
-def _planes(settings: dict[str, Any]) -> int:
-    """Stored planes of a mapping."""
-    return {"none": 2 * settings["slices"], "subtract": settings["slices"], "all": 1, "offset": 1}[
-        settings["merge"]
-    ]
+@dataclass(frozen=True)
+class Writing:
+    """What shapes and settings alone say of writes: they are looked at once for all writes alike.
+
+    Attributes:
+        shape: Of the conductances.
+        settings: As `reference.program` takes them.
+        values: The fields of `struct Programming` at step 0, by name.
+        packed: The struct, as bytes.
+    """
+
+    shape: tuple[int, int, int]
+    settings: dict[str, Any]
+    values: dict[str, Any]
+    packed: bytes
+
+    def at(self, step: int) -> Write:
+        """The struct at a step."""
+        write = Write.from_buffer_copy(self.packed)
+        write.step = step
+        return write
+
+
+@kept
+def writing(
+    op: str, weight: tuple[int, int, int], scale_count: int, g_min: float, g_max: float, slices: int,
+    slice_bits: int | None, headroom_bits: int, balanced: bool, levels: int | None, merge: str, programming: Programming,
+    sigma_g: float, exponent: float, seed: int,
+) -> Writing:  # fmt: skip
+    """Check the settings of writes of weights of a shape [G, O, I]."""
+    s: dict[str, Any] = {
+        "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits,
+        "balanced": balanced, "levels": levels, "merge": merge, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,
+        **programming.model_dump(),
+    }  # fmt: skip
+    _check_settings(op, s)
+    groups, outputs, inputs = weight
+    planes = {"none": 2 * slices, "subtract": slices, "all": 1, "offset": 1}[merge]
+    values = {
+        "groups": groups, "inputs": inputs, "outputs": outputs, "slices": slices, "slice_bits": slice_bits or 0,
+        "merge": MERGES.index(merge), "scale_count": scale_count, "step": 0,
+        "steps": 0 if levels is None or slice_bits else levels - 1, "read_var": sigma_g**2, "read_power": 2.0 * exponent,
+        **write_values(s),
+    }  # fmt: skip
+    return Writing((planes, groups * inputs, outputs), s, values, bytes(Write(**values)))
 
 
 def _check_settings(op: str, s: dict[str, Any]) -> None:
@@ -320,17 +358,6 @@ class Write(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _values(weight: Any, w_max: Any, s: dict[str, Any], step: int) -> dict[str, Any]:
-    """The fields of `struct Programming`, by name."""
-    groups, outputs, inputs = weight.shape
-    return {
-        "groups": groups, "inputs": inputs, "outputs": outputs, "slices": s["slices"],
-        "slice_bits": s["slice_bits"] or 0, "merge": MERGES.index(s["merge"]), "scale_count": w_max.size, "step": step,
-        "steps": 0 if s["levels"] is None or s["slice_bits"] else s["levels"] - 1, "read_var": s["sigma_g"] ** 2,
-        "read_power": 2.0 * s["exponent"], **write_values(s),
-    }  # fmt: skip
-
-
 def write_values(s: dict[str, Any]) -> dict[str, Any]:
     """Those fields that say what a write of a device does."""
     return {
@@ -339,7 +366,3 @@ def write_values(s: dict[str, Any]) -> dict[str, Any]:
         "spread": s["device_spread"], "write_noise": s["write_noise"], "write_slope": s["write_noise_slope"],
         "write_curve": s["write_noise_curve"], "stuck_low": s["stuck_at_g_min"], "stuck_high": 1.0 - s["stuck_at_g_max"],
     }  # fmt: skip
-
-
-def _host(name: str, values: dict[str, Any], *args: Any) -> None:
-    host_call(library(), name, np.frombuffer(bytes(Write(**values)), np.uint8), *args)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from math import inf
 from types import NoneType
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import Device, address, backend, cuda_device, library
-from gpuxbar.ops.checks import check_array, check_integers, check_numbers, require_finite, scalar_array
+from gpuxbar.launch import Device, address, backend, cuda_device, host_call, library
+from gpuxbar.ops.checks import check_array, check_integers, check_numbers, kept, require_finite, scalar_array
 from gpuxbar.ops.dac_quantize import Dac, check_dac
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
@@ -23,10 +22,11 @@ from gpuxbar.ops.tile_mvm_cuda import amperes_of_one, generator_of, tile_mvm_cud
 from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["tile_mvm"]
+__all__ = ["TileRead", "tile_mvm", "tile_read"]
 
 OP = "tile_mvm"
 INT16 = np.dtype("int16")
+ONE = np.ones(1, np.float32)
 BFLOAT_CODES = 256  # up to which bf16 holds all integers
 
 
@@ -148,24 +148,18 @@ def tile_mvm(
         _check_bfloat(v, dac)
     if dac is not None and where != "cuda":
         v, dac = dac.quantize(v), None
-    bits = 0 if adc_bits is None else adc_bits
-    alike = (
-        v.shape, dac is not None or v.dtype == INT16, g.shape, tile_rows, tile_cols, transposed, groups, stream_bits, streams, phases, adc_bits,
-        adc_signed, generator, conv, want_gate, precision, g_range, g_step, g_offset,
+    read = tile_read(
+        v.shape, dac is not None or v.dtype == INT16, g.shape, tile_rows, tile_cols, transposed, groups, v_lsb, stream_bits,
+        streams, phases, adc_bits, adc_signed, generator, conv, want_gate, precision, g_range, g_step, g_offset,
     )  # fmt: skip
-    try:
-        read = _read(*alike)
-    except TypeError:  # lists cannot be kept: looked at every time, and refused by name where numbers are due
-        read = _read.__wrapped__(*alike)
     if conv is not None and transposed and (want_gate or bias is not None):
         raise ValueError(
             f"{OP}: `want_gate` and `bias` must not be given with a transposed convolution, whose results are sums of "
             "patches; add the bias to the result"
         )
-    _check_adc_lsb(adc_bits, adc_lsb)
-    _check_scalars(v_lsb, read_noise, step)
+    _check_adc_lsb(adc_bits, adc_lsb, read.outputs)
+    _check_noise(read_noise, step)
     check_integers(OP, seed=seed, row_offset=row_offset)
-    outputs, batch, inputs, tile = read.outputs, read.batch, read.inputs, read.tile
     vectors = {
         "col_scale": col_scale, "bias": bias, "slice_scale": slice_scale, "adc_gain": adc_gain, "adc_offset": adc_offset,
         "noise_var": noise_var,
@@ -179,27 +173,17 @@ def tile_mvm(
             raise ValueError(
                 f"{OP}: `{name}` must have shape {shape}, got {tuple(array.shape)}; see the axes of `g`"
             )
+    _check_row_scale(row_scale, read.batch)
+    if packed is not None:
+        check_packed(OP, packed)
     settings = {
-        "groups": groups, "tile": tile, "transposed": transposed, "v_lsb": v_lsb, "stream_bits": stream_bits,
-        "streams": streams, "phases": phases, "slice_scale": slice_scale, "adc_bits": bits,
+        "groups": groups, "tile": read.tile, "transposed": transposed, "v_lsb": v_lsb, "stream_bits": stream_bits,
+        "streams": streams, "phases": phases, "slice_scale": slice_scale, "adc_bits": adc_bits or 0,
         "adc_signed": adc_signed, "adc_lsb": adc_lsb, "adc_gain": adc_gain, "adc_offset": adc_offset,
         "read_noise": read_noise, "noise_var": noise_var, "generator": generator, "seed": seed, "step": step,
         "row_offset": row_offset, "row_scale": row_scale, "col_scale": col_scale, "bias": bias, "conv": conv,
         "want_gate": want_gate,
     }  # fmt: skip
-    if packed is not None:
-        check_packed(OP, packed)
-    for name, count, allowed in (
-        ("adc_lsb", np.size(adc_lsb) if bits else 1, (1, outputs)),
-        ("row_scale", 1 if row_scale is None else np.size(row_scale), None),
-    ):
-        if (
-            count == 0
-            or (allowed is not None and count not in allowed)
-            or (allowed is None and batch % count)
-        ):
-            rule = f"1 or {outputs} values" if allowed else f"a length that divides the {batch} rows"
-            raise ValueError(f"{OP}: `{name}` must have {rule}, got {count}; see the axes of the result")
     if where != "cuda" and v.dtype != INT16 and not np.isfinite(v).all():
         require_finite(OP, "v", int((~np.isfinite(v)).sum()), "bad data")
     if where == "cuda":
@@ -212,7 +196,7 @@ def tile_mvm(
             "dac": dac,
             "strategy": strategy,
         }
-        return _cuda(device or cuda_device(), v, g, batch, inputs, {**settings, **more})
+        return _cuda(device or cuda_device(), v, g, read.batch, read.inputs, {**settings, **more})
     if where == "reference":
         numbers = {"step": np.asarray(step).item(), "read_noise": np.asarray(read_noise).item()}
         out = reference.tile_mvm(v, g, **{**settings, **numbers})
@@ -261,13 +245,13 @@ def _images(v: Any, s: dict[str, Any]) -> tuple[int, int, int, int] | None:
 
 
 @dataclass(frozen=True)
-class _Read:
+class TileRead:
     """What shapes and settings alone say of a read: it is looked at once for all reads alike.
 
     Attributes:
         shapes: Of the vectors, by name.
         y_shape: Of the result.
-        params: `_Params` with all but pointers, scalars and counts of values, as bytes.
+        params: `struct TileMvm` with all but addresses, random numbers and counts of values, as bytes.
     """
 
     batch: int
@@ -278,14 +262,31 @@ class _Read:
     y_shape: tuple[int, ...]
     params: bytes
 
+    def having(self, **fields: Any) -> TileRead:
+        """The same with these fields of the struct; None is a null pointer."""
+        return replace(self, params=bytes(self._struct(fields)))
 
-@lru_cache(maxsize=4096, typed=True)
-def _read(
+    def run(self, **fields: Any) -> None:
+        """Read on the CPU, with these fields too."""
+        host_call(library(), "gpuxbar_tile_mvm", self._struct(fields))
+
+    def _struct(self, fields: dict[str, Any]) -> _Params:
+        struct = _Params.from_buffer_copy(self.params)
+        for name, value in fields.items():
+            setattr(struct, name, value)
+        return struct
+
+
+@kept
+def tile_read(
     v: tuple[int, ...], codes: bool, g: tuple[int, int, int], tile_rows: int | None, tile_cols: int | None, transposed: bool,
-    groups: int, stream_bits: int, streams: int, phases: int, adc_bits: int | None, adc_signed: bool, generator: str,
-    conv: ConvGeometry | None, want_gate: bool, precision: str, g_range: float | None, g_step: float | None, g_offset: float,
-) -> _Read:  # fmt: skip
+    groups: int, v_lsb: float, stream_bits: int, streams: int, phases: int, adc_bits: int | None, adc_signed: bool,
+    generator: str, conv: ConvGeometry | None, want_gate: bool, precision: str, g_range: float | None, g_step: float | None,
+    g_offset: float,
+) -> TileRead:  # fmt: skip
     """Check shapes and settings, for arrays of shape `v` and `g`."""
+    check_numbers(OP, "v_lsb", v_lsb, "V", "it is the voltage of one code")
+    amperes_of_one(v_lsb)
     check_integers(
         OP, tile_rows=tile_rows, tile_cols=tile_cols, groups=groups, stream_bits=stream_bits, streams=streams, phases=phases
     )  # fmt: skip
@@ -341,9 +342,9 @@ def _read(
     params = _Params(
         batch=batch, groups=groups, inputs=inputs, cols=cols, planes=planes, tile=tile, rows_per_scale=1,
         is_code=codes, transposed=transposed, stream_bits=stream_bits, streams=streams, phases=phases,
-        adc_bits=adc_bits or 0, adc_signed=adc_signed, fast=generator == "fast",
+        adc_bits=adc_bits or 0, adc_signed=adc_signed, fast=generator == "fast", v_lsb=v_lsb,
     )  # fmt: skip
-    return _Read(batch, inputs, outputs, tile, shapes, y_shape, bytes(params))
+    return TileRead(batch, inputs, outputs, tile, shapes, y_shape, bytes(params))
 
 
 def _check_adc(bits: int | None, signed: bool) -> None:
@@ -357,7 +358,7 @@ def _check_adc(bits: int | None, signed: bool) -> None:
         )
 
 
-def _check_adc_lsb(bits: int | None, lsb: Any) -> None:
+def _check_adc_lsb(bits: int | None, lsb: Any, outputs: int) -> None:
     if bits is None:
         return
     if lsb is None:
@@ -365,6 +366,19 @@ def _check_adc_lsb(bits: int | None, lsb: Any) -> None:
             f"{OP}: `adc_lsb` must be given with adc_bits={bits}, got None; it is the current of one step, A"
         )
     check_numbers(OP, "adc_lsb", lsb, "A", "use the full-scale current over the largest code")
+    count = np.size(lsb)
+    if count not in (1, outputs):
+        raise ValueError(
+            f"{OP}: `adc_lsb` must have 1 or {outputs} values, got {count}; see the axes of the result"
+        )
+
+
+def _check_row_scale(scale: Any, batch: int) -> None:
+    count = 1 if scale is None else np.size(scale)
+    if not count or batch % count:
+        raise ValueError(
+            f"{OP}: `row_scale` must have a length that divides the {batch} rows, got {count}; see the axes of the result"
+        )
 
 
 def _check_streams(bits: int, streams: int, phases: int) -> None:
@@ -380,14 +394,14 @@ def _check_streams(bits: int, streams: int, phases: int) -> None:
         )
 
 
-def _check_scalars(v_lsb: float, read_noise: Any, step: Any) -> None:
-    check_numbers(OP, "v_lsb", v_lsb, "V", "it is the voltage of one code")
-    amperes_of_one(v_lsb)
+def _check_noise(read_noise: Any, step: Any) -> None:
     check_numbers(OP, "read_noise", read_noise, "A", "it is a standard deviation", zero=True)
     if np.size(read_noise) != 1:
         raise ValueError(
             f"{OP}: `read_noise` must be one value, got {np.size(read_noise)}; noise_var takes one for each cell"
         )
+    if type(step) is int:
+        return
     kind = step.dtype.kind if hasattr(step, "dtype") else np.asarray(step).dtype.kind
     if kind not in "iu" or np.size(step) != 1:
         raise ValueError(f"{OP}: `step` must be one integer, got {step!r}; count the reads")
@@ -473,31 +487,24 @@ class _Params(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _host(read: _Read, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> Any:
+def _host(read: TileRead, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> Any:
     y = np.empty(read.y_shape, dtype=np.float32)
     gate = np.empty(read.y_shape, dtype=np.float32) if s["want_gate"] else None
     row_scale = None if s["row_scale"] is None else scalar_array(np, s["row_scale"])
-    adc_lsb = scalar_array(np, s["adc_lsb"] if s["adc_bits"] else 1.0)
+    adc_lsb = scalar_array(np, s["adc_lsb"]) if s["adc_bits"] else ONE
     arrays = {
-        "v": v, "g": g, "noise_var": s["noise_var"], "adc_lsb": adc_lsb, "adc_gain": s["adc_gain"],
-        "adc_offset": s["adc_offset"], "read_noise": scalar_array(np, s["read_noise"]),
-        "step": scalar_array(np, s["step"], "int64"), "row_scale": row_scale, "col_scale": s["col_scale"],
-        "bias": s["bias"], "y": y, "gate": gate,
+        "v": v, "g": g, "noise_var": s["noise_var"], "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
+        "adc_lsb": adc_lsb, "read_noise": scalar_array(np, s["read_noise"]),
+        "step": scalar_array(np, s["step"], "int64"), "col_scale": s["col_scale"], "bias": s["bias"], "y": y, "gate": gate,
+        "row_scale": row_scale,
         "slice_scale": np.ones(len(g), np.float32) if s["slice_scale"] is None else s["slice_scale"],
     }  # fmt: skip
-    params = _Params.from_buffer_copy(read.params)
-    for name, array in arrays.items():
-        if array is not None:
-            setattr(params, name, address(array))
-    if s["conv"] is not None:
-        geometry = Conv.of(s["conv"])
-        params.conv = ctypes.addressof(geometry)
+    fields: dict[str, Any] = {name: address(array) for name, array in arrays.items() if array is not None}
     if row_scale is not None:
-        params.rows_per_scale = read.batch // max(1, row_scale.size)
-    params.row_offset, params.adc_per_column = s["row_offset"], int(adc_lsb.size > 1)
-    params.seed, params.v_lsb = s["seed"] & 0xFFFFFFFFFFFFFFFF, s["v_lsb"]
+        fields["rows_per_scale"] = read.batch // max(1, row_scale.size)
+    if s["conv"] is not None:
+        fields["conv"] = ctypes.addressof(Conv.of(s["conv"]))  # which is kept
     if read.batch and y.size:
-        lib = library()
-        assert lib is not None  # else `backend` had chosen the reference
-        lib.gpuxbar_tile_mvm(ctypes.byref(params))
+        seed = s["seed"] & 0xFFFFFFFFFFFFFFFF
+        read.run(**fields, seed=seed, row_offset=s["row_offset"], adc_per_column=adc_lsb.size > 1)
     return y if gate is None else (y, gate)
