@@ -24,7 +24,7 @@ from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import call, gradient, operator
 from gpuxbar.bridge.outer_product import Samples, codes_gradient, conv_weight_gradient
 from gpuxbar.bridge.passes import require_first_pass
-from gpuxbar.launch import Device, host_library
+from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.checks import require_finite_values
@@ -92,9 +92,10 @@ def analog_mvm(
     if read.noise or noise_var is not None:
         require_first_pass(way.name)
     with on_device(x, way.name) as device:
-        v, dac, codes = _drive(x, dac_lsb, read, device, f"{way.name}: `x`", keep)
+        hosted = host.serves(device)
+        v, dac, codes = _drive(x, dac_lsb, read, device, hosted, f"{way.name}: `x`", keep)
         y, gate = _read(
-            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, plan, device, dac=dac, conv=conv, want_gate=want_gate,
+            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, plan, device, hosted, dac=dac, conv=conv, want_gate=want_gate,
             packed=_packed(packed, packed_state, version, 0, device), col_scale=scale if plain else None,
             bias=bias if plain else None,
         )  # fmt: skip
@@ -156,15 +157,16 @@ def _transposed(
 ) -> Tensor:  # fmt: skip
     way = plan_of(plan)
     with on_device(grad_y, f"{way.name} backward") as device:
-        v, dac, lsb = _drive_gradient(grad_y, w_max, way, device)
+        hosted = host.serves(device)
+        v, dac, lsb = _drive_gradient(grad_y, w_max, way, device, hosted)
         conv = _kept_geometry(plan, weight.shape, tuple(image)) if image else None
         plain = way.reference == (0, 0)
         if conv is not None and not plain:
-            v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
+            v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1]).contiguous()
             if dac is not None and lsb.numel() > 1:
                 dac = replace(dac, lsb=array(lsb.repeat_interleave(conv.pixels)))
         grad_x, _ = _read(
-            v, g, noise_var, lsb, adc_lsb, adc_error, step, plan, device, dac=dac, transposed=True,
+            v, g, noise_var, lsb, adc_lsb, adc_error, step, plan, device, hosted, dac=dac, transposed=True,
             conv=conv if plain else None, packed=None if packing is None else _packed(*packing, 1, device),
         )  # fmt: skip
         if plain:
@@ -176,13 +178,13 @@ def _transposed(
 
 
 def _drive_gradient(
-    grad_y: Tensor, w_max: Tensor, way: ReadPlan, device: Device | None
+    grad_y: Tensor, w_max: Tensor, way: ReadPlan, device: Device | None, hosted: bool
 ) -> tuple[Tensor, ops.Dac | None, Tensor]:  # fmt: skip
     """What drives the lines for a gradient of the output, as `_drive` has it, and the value of one unit of it."""
     read, what = way.backward, f"{way.name}: the gradient of the output"
     if device is None and read.code_max and not read.full:
         scale = w_max * way.unit
-        if host_library() is not None:
+        if hosted:
             codes, lsb = host.dac_fit(grad_y, scale, read, what)
             return codes, None, lsb
         codes, lsb = ops.dac_fit(
@@ -191,7 +193,7 @@ def _drive_gradient(
         )  # fmt: skip
         return tensor(codes), None, tensor(lsb)
     driven, lsb = driven_gradient(grad_y, w_max, way)
-    v, dac, _ = _drive(driven, lsb, read, device, what, keep=False)
+    v, dac, _ = _drive(driven, lsb, read, device, hosted, what, keep=False)
     return v, dac, lsb
 
 
@@ -228,7 +230,7 @@ def _kept_geometry(plan: str, weight: torch.Size, image: tuple[int, ...]) -> Con
 
 
 def _drive(
-    x: Tensor, lsb: Tensor, read: Read, device: Device | None, what: str, keep: bool
+    x: Tensor, lsb: Tensor, read: Read, device: Device | None, hosted: bool, what: str, keep: bool
 ) -> tuple[Tensor, ops.Dac | None, Tensor]:  # fmt: skip
     """What drives the lines, codes or values relative to the largest without a DAC; the same to `keep`, or nothing.
 
@@ -238,7 +240,7 @@ def _drive(
     if read.code_max and device is not None:
         codes = x.new_empty(x.shape if keep else 0, dtype=torch.int16)
         return x, ops.Dac(array(lsb), read.code_max, read.signed, array(codes) if keep else None), codes
-    if read.code_max and host_library() is not None:
+    if read.code_max and hosted:
         v = host.dac_quantize(x, lsb, read, what)
         return v, None, v if keep else v.new_empty(0)
     if device is None:
@@ -254,7 +256,7 @@ def _drive(
 
 def _read(
     v: Tensor, g: Tensor, noise_var: Tensor | None, lsb: Tensor, adc_lsb: Tensor, adc_error: Tensor | None,
-    step: Tensor, plan: str, device: Device | None, *, dac: ops.Dac | None, conv: ConvGeometry | None,
+    step: Tensor, plan: str, device: Device | None, hosted: bool, *, dac: ops.Dac | None, conv: ConvGeometry | None,
     packed: ops.PackedConductance | None, transposed: bool = False, want_gate: bool = False,
     col_scale: Tensor | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -263,7 +265,7 @@ def _read(
     read = way.backward if transposed else way.forward
     row_scale, g = lsb / read.v_lsb, driven_lines(g, way, transposed)
     noise_var = None if noise_var is None else driven_lines(noise_var, way, transposed)
-    if device is None and host_library() is not None:
+    if hosted:
         y, gate = host.tile_mvm(
             plan, v, g, noise_var, row_scale, adc_lsb, adc_error, step, transposed=transposed, conv=conv,
             want_gate=want_gate, col_scale=col_scale, bias=bias,
@@ -313,7 +315,7 @@ def driven_lines(part: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
     rows, cols = way.reference_lines
     block = part.view(1, way.groups, way.inputs + rows, way.outputs + cols)
     block = block[..., : way.outputs] if transposed else block[:, :, : way.inputs]
-    return block.reshape(1, -1, block.shape[-1])
+    return block.reshape(1, -1, block.shape[-1]).contiguous()
 
 
 def _own_lines(y: Tensor, way: ReadPlan, transposed: bool) -> tuple[Tensor, Tensor]:

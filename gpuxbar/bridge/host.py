@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from gpuxbar.launch import host_call, library
+from gpuxbar.launch import Device, host_call, host_library, library
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.checks import require_finite_values
@@ -22,9 +22,14 @@ from gpuxbar.ops.program import LOWER, Writing
 from gpuxbar.ops.tile_mvm import TileRead, tile_read
 from gpuxbar.reference import SMALLEST_RANGE
 
-__all__ = ["dac_fit", "dac_quantize", "plan_of", "reprogram", "tile_mvm"]
+__all__ = ["dac_fit", "dac_quantize", "plan_of", "reprogram", "serves", "tile_mvm"]
 
 plan_of = lru_cache(maxsize=4096)(ReadPlan.loads)
+
+
+def serves(device: Device | None) -> bool:
+    """Whether the host kernels run what no other device does: the reference may."""
+    return device is None and host_library() is not None
 
 
 def address(name: str, t: Tensor, count: int, dtype: torch.dtype = torch.float32) -> int:
@@ -124,7 +129,7 @@ def _read(
     read = way.backward if transposed else way.forward
     tile = read.tile or None
     found = tile_read(
-        v, dtype is torch.int16, g, None if transposed else tile, tile if transposed else None, transposed, way.groups,
+        tuple(v), dtype is torch.int16, tuple(g), None if transposed else tile, tile if transposed else None, transposed, way.groups,
         read.v_lsb, read.stream_bits, read.streams, read.phases, read.adc_bits or None, read.adc_signed, way.generator, conv,
         want_gate, "fp32", None, None, 0.0,
     )  # fmt: skip

@@ -12,7 +12,6 @@ from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.operator import operator, spec_of
-from gpuxbar.launch import host_library
 from gpuxbar.ops.program import Writing, writing
 from gpuxbar.ops.program import checksum as checksum_of
 
@@ -44,11 +43,11 @@ def reprogram(
         merge: How planes are joined; see `ops.program`.
         seed: The layer's seed.
     """
-    if weight.is_cpu and host_library() is not None:
-        write = _writing(spec, merge, seed, weight.shape)
-        host.reprogram(write, weight, g, noise_var, w_max, state, write_step, **_scale(spec))
-        return
     with on_device(weight, "program") as device:
+        if host.serves(device):
+            write = _writing(spec, merge, seed, weight.shape)
+            host.reprogram(write, weight, g, noise_var, w_max, state, write_step, **_scale(spec))
+            return
         ops.reprogram(
             array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
             write_step=array(write_step), seed=seed, device=device, merge=merge, **_settings(spec), **_scale(spec),

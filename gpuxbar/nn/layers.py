@@ -236,14 +236,15 @@ class AnalogLayer(InSitu):
             self._cells_of = weight.detach()
         weight = self._written_weight(weight)
         merge = "none" if self.seen is not None else self.planes.merge
+        cells, noise_var, w_max, written = self.cells, self.noise_var, self.full_pair, self.written
         call(
-            reprogram, weight, self.cells, self.noise_var, self.full_pair, self.written, self.write_step, self.static[1],
-            merge, self.plan.seed,
+            reprogram, weight, cells, noise_var, w_max, written, self.write_step, self.static[1], merge, self.plan.seed
         )  # fmt: skip
-        w_max = self.full_pair.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
+        if len(w_max) > self.groups_ * self.outputs:  # those of reference lines
+            w_max = w_max.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if self.seen is None:
-            return Cells(self.cells, None, self.noise_var, w_max, self.written[:1])
-        return self.through_wires(self.cells, self.noise_var, w_max, self.written[:1])
+            return Cells(cells, None, noise_var, w_max, written[:1])
+        return self.through_wires(cells, noise_var, w_max, written[:1])
 
     def _require_shape(self, weight: Tensor) -> None:
         """Refuse a weight that does not fit the layer's arrays."""
