@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from math import isfinite
+
 import torch
 from torch import Tensor
 
 from gpuxbar import ops
+from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_device
 from gpuxbar.bridge.operator import operator
 from gpuxbar.bridge.pairs import pairs_of
@@ -17,7 +19,7 @@ __all__ = ["device_update", "require_finite_gradient"]
 def require_finite_gradient(grad: Tensor, what: str) -> None:
     """Refuse a gradient that is not finite, on a CPU; on a GPU, looking would wait for the device."""
     with on_device(grad, "update") as device:
-        if device is None and not np.isfinite(array(grad.sum().float())):
+        if device is None and not isfinite(grad.sum().item()):
             bad = int((~torch.isfinite(grad)).sum())
             if bad:  # a sum of finite values may overflow
                 raise ValueError(
@@ -50,6 +52,11 @@ def device_update(
         step: Update counter, int64 [1]; same value, same noise.
     """
     with on_device(g, "update") as device:
+        if host.serves(device):
+            host.device_update(
+                g, g_held, pulse_count, device_map, spec, seed, dw, factor, weight, w_max, step
+            )
+            return
         pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)
         ops.device_update(
             pairs, array(dw), factor=factor, out=array(weight), w_max=array(w_max), step=array(step), device=device

@@ -8,21 +8,36 @@ from __future__ import annotations
 
 from ctypes import Array, addressof, c_float, c_int64
 from functools import cache, lru_cache
-from math import prod
+from math import inf, prod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gpuxbar import ops
+from gpuxbar.bridge.pairs import made_of
 from gpuxbar.launch import Device, host_call, host_library, library
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.checks import require_finite_values
+from gpuxbar.ops.device_map import spread_names
+from gpuxbar.ops.device_update import Update
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.program import LOWER, Writing
 from gpuxbar.ops.tile_mvm import TileRead, tile_read
 from gpuxbar.reference import SMALLEST_RANGE
 
-__all__ = ["dac_fit", "dac_quantize", "plan_of", "reprogram", "serves", "tile_mvm"]
+__all__ = [
+    "checksum",
+    "dac_fit",
+    "dac_quantize",
+    "device_update",
+    "plan_of",
+    "reprogram",
+    "serves",
+    "tile_mvm",
+]
 
 plan_of = lru_cache(maxsize=4096)(ReadPlan.loads)
 
@@ -83,6 +98,64 @@ def reprogram(
         scale == "column", full_weight or 0.0, bad,
     )  # fmt: skip
     require_finite_values("reprogram: `weight`", bad.value, LOWER)
+
+
+def checksum(x: Tensor) -> int:
+    """See `ops.program.checksum`."""
+    found = c_int64()
+    host_call(library(), "gpuxbar_checksum", address("x", x, x.numel()), x.numel(), found)
+    return found.value
+
+
+def device_update(
+    g: Tensor, g_held: Tensor | None, pulse_count: Tensor | None, device_map: Tensor | None, spec: str, seed: int, dw: Tensor,
+    factor: float, weight: Tensor, w_max: Tensor, step: Tensor,
+) -> None:  # fmt: skip
+    """Move pairs of devices, and read the weights out: see `ops.device_update`."""
+    given = tuple(part is not None for part in (g_held, pulse_count, device_map))
+    update, maps = _update(spec, seed, g.shape, dw.shape, given)
+    if not 0 < w_max.min().item() <= w_max.max().item() < inf:
+        raise ValueError(
+            f"device_update: `w_max` must be finite and above 0, got {w_max}; use the largest weight"
+        )
+    now, bad = Update.from_buffer_copy(update), c_int64()
+    now.step, now.factor = int(step), factor
+    cells = g.numel()
+    host_call(
+        library(), "gpuxbar_device_update", address("g", g, cells),
+        None if g_held is None else address("g_held", g_held, cells),
+        None if pulse_count is None else address("pulse_count", pulse_count, cells, torch.int32),
+        None if device_map is None else address("device_map", device_map, maps * cells, torch.float16),
+        address("dw", dw, dw.numel()), None, address("weight", weight, dw.numel()),
+        address("w_max", w_max, dw.shape[0] * dw.shape[1]), now, bad,
+    )  # fmt: skip
+    require_finite_values("device_update: `dw`", bad.value, LOWER)
+
+
+@lru_cache(maxsize=4096)
+def _update(
+    spec: str, seed: int, g: torch.Size, dw: torch.Size, given: tuple[bool, bool, bool]
+) -> tuple[bytes, int]:
+    """What shapes and settings say of an update, and how many planes a map of the devices has."""
+    shape, maps = tuple(g), len(spread_names(made_of(spec)["law"]))
+    kinds = {
+        "g_held": ("float32", shape),
+        "pulse_count": ("int32", shape),
+        "device_map": ("float16", (maps, *shape)),
+    }
+    parts: dict[str, Any] = {
+        name: np.empty(of, kind)
+        for there, (name, (kind, of)) in zip(given, kinds.items(), strict=True)
+        if there
+    }
+    pairs = ops.Pairs(np.empty(shape, np.float32), **parts, seed=seed, **made_of(spec))
+    groups, outputs, inputs = dw
+    if shape != (2 * pairs.slices, groups * inputs, outputs):
+        raise ValueError(
+            f"device_update: `g` must have shape {(2 * pairs.slices, groups * inputs, outputs)} for dw {tuple(dw)}, got {shape}; check "
+            "the axes"
+        )
+    return bytes(Update(**pairs.settings, groups=groups, inputs=inputs, outputs=outputs)), maps
 
 
 def tile_mvm(

@@ -21,7 +21,7 @@ from gpuxbar import ops
 from gpuxbar.bridge.arrays import array
 from gpuxbar.bridge.operator import spec_of
 
-__all__ = ["pairs_of"]
+__all__ = ["made_of", "pairs_of"]
 
 
 def pairs_of(
@@ -39,12 +39,12 @@ def pairs_of(
         pulse_count=None if pulse_count is None else array(pulse_count),
         device_map=None if device_map is None else array(device_map),
         seed=seed,
-        **_made_of(spec),
+        **made_of(spec),
     )
 
 
 @lru_cache(maxsize=4096)
-def _made_of(spec: str) -> dict[str, Any]:
+def made_of(spec: str) -> dict[str, Any]:
     """What a spec says of pairs."""
     crossbar = spec_of(spec)
     return {

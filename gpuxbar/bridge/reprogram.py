@@ -59,7 +59,10 @@ def checksum(weight: Tensor) -> int | None:
     if weight.device.type not in ("cpu", "cuda"):
         return None
     with on_device(weight, "checksum") as device:
-        return None if device is not None else checksum_of(array(weight.detach().float()))
+        if device is not None:
+            return None
+        values = weight.detach().float().contiguous()
+        return host.checksum(values) if host.serves(device) else checksum_of(array(values))
 
 
 def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:

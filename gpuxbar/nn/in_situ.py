@@ -12,6 +12,7 @@ from gpuxbar import ops
 from gpuxbar.bridge.carry import carry
 from gpuxbar.bridge.device_update import device_update
 from gpuxbar.bridge.lines import by_line, image_shape, of_lines, unfold_lines
+from gpuxbar.bridge.operator import call
 from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
 from gpuxbar.bridge.reprogram import program_pairs
@@ -354,7 +355,7 @@ class InSitu(Programmed):
         assert self.w_max is not None
         assert self.update_step is not None
         lines = self.by_line(change.float()).contiguous()
-        device_update(*self._pairs(), lines, factor, read, self.w_max, self.update_step)
+        call(device_update, *self._pairs(), lines, factor, read, self.w_max, self.update_step)
 
     def _pairs(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]:
         """The cells as the operators of `bridge` take them: see `bridge.pairs`."""
