@@ -8,8 +8,9 @@ a test compares every declaration with the text of its `.cu` file.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,15 @@ class Array:
     axes: str = ""
     optional: bool = False
     written: bool = False
+
+    @cached_property
+    def dtypes(self) -> tuple[np.dtype[Any], ...]:
+        return tuple(np.dtype(name) for name in self.dtype.split("|"))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the axes; none where they are not looked at."""
+        return self.axes.split()
 
 
 def In(dtype: str, axes: str = "", optional: bool = False) -> Array:
@@ -47,6 +57,12 @@ class Scalar:
     """A number passed by value, cast to the declared dtype."""
 
     dtype: str
+
+    @cached_property
+    def cast(self) -> Callable[[Any], Any]:
+        kind = np.dtype(self.dtype)
+        size = 2 ** (8 * kind.itemsize)
+        return (lambda value: kind.type(int(value) % size)) if kind.kind == "u" else kind.type
 
 
 @dataclass(frozen=True)
@@ -91,8 +107,7 @@ class Kernel:
     def _bound(self, name: str, value: Any, sizes: dict[str, tuple[int, str]]) -> Any:
         declared = self.arguments[name]
         if isinstance(declared, Scalar):
-            scalar = np.dtype(declared.dtype)
-            return scalar.type(int(value) % 2 ** (8 * scalar.itemsize) if scalar.kind == "u" else value)
+            return declared.cast(value)
         if isinstance(declared, Struct):
             if not isinstance(value, declared.twin):
                 raise TypeError(
@@ -103,7 +118,7 @@ class Kernel:
             if not declared.optional:
                 raise TypeError(f"{self.name}: `{name}` must be an array of {declared.dtype}, got None")
             return None
-        if value.dtype.name not in declared.dtype.split("|"):
+        if value.dtype not in declared.dtypes:
             raise TypeError(
                 f"{self.name}: `{name}` must be an array of {declared.dtype}, got {value.dtype.name}; convert it first"
             )
@@ -111,7 +126,7 @@ class Kernel:
             raise ValueError(
                 f"{self.name}: `{name}` must be C-contiguous, got strides {tuple(value.strides)}; pass a contiguous copy"
             )
-        axes = declared.axes.split()
+        axes = declared.names
         if axes and len(axes) != value.ndim:
             raise ValueError(
                 f"{self.name}: `{name}` must have axes [{declared.axes}], got shape {tuple(value.shape)}"

@@ -21,6 +21,8 @@ from functools import lru_cache
 from math import inf
 from pathlib import Path
 
+from gpuxbar.ops.checks import kept
+
 __all__ = [
     "GATHERING",
     "HOPPER",
@@ -245,6 +247,7 @@ class Plan:
         return "\n".join([f"strategy: {self.strategy}", *(f"  {line}" for line in self.why)])
 
 
+@kept
 def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "auto") -> Plan:
     """The fastest way by the table, or the wanted one; raises where that is impossible.
 

@@ -125,7 +125,7 @@ class InSituOptimizer(torch.optim.Optimizer):
                     assert isinstance(layer, AnalogLayer)
                     self._write(layer, parameter, group)
                 elif parameter.grad is not None:
-                    parameter -= group["lr"] * self._velocity(parameter, group["momentum"])
+                    parameter.add_(self._velocity(parameter, group["momentum"]), alpha=-group["lr"])
                 if layer is not None:
                     self._relax(layer, self.parts.get(parameter))
         return loss
