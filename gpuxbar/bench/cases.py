@@ -146,8 +146,17 @@ def update(build: Callable[..., Any], *settings: Any) -> Contenders:
 
 def training_step(shape: tuple[int, int, int], batch: int) -> Contenders:
     """Forward, backward and SGD of a network; reads non-ideal in both directions, the update digital."""
-    ideal = _network(shape)
-    x, target = _labelled((batch, *shape), batch)
+    return _beside_others(_network(shape), *_labelled((batch, *shape), batch))
+
+
+def mlp_step(width: int = 64, layers: int = 6, batch: int = 8) -> Contenders:
+    """The same of layers that compute less than it takes to call them."""
+    torch.manual_seed(0)
+    hidden = [part for _ in range(layers - 1) for part in (nn.Linear(width, width), nn.ReLU())]
+    return _beside_others(nn.Sequential(*hidden, nn.Linear(width, 10)), *_labelled((batch, width), batch))
+
+
+def _beside_others(ideal: nn.Module, x: Tensor, target: Tensor) -> Contenders:
     plain = on_tiles(ideal, Tiles(TILE, noise=NOISE))
     others: Trained = {"plain torch": (plain, torch.optim.SGD(plain.parameters(), RATE))}
     return _steps(ideal, x, target, others | lightning_steps(ideal, RATE))
@@ -266,6 +275,7 @@ CASES = (
     Case("linear-transposed", f"{LINEAR}, noise, driven backwards", 1.8, partial(linear, transposed=True)),
     Case("linear-one", f"{ONE}, noise", 2.5, partial(linear, batch=1)),
     Case("conv", CONV, 3.0, conv, memory_mb=32),
+    Case("mlp-step", "six layers of 64, batch 8: training step", None, mlp_step),
     Case("lenet5-step", "28 x 28, batch 64: training step", 2.2, partial(training_step, (1, 28, 28), 64)),
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),
     Case(
