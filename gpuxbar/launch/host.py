@@ -164,12 +164,14 @@ def _refusal(command: list[str], done: subprocess.CompletedProcess[str]) -> str:
 
 
 def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
-    """Call a host kernel: arrays, structs and counters go as pointers, None as a null pointer, integers, addresses among them, as
-    int64, floats as double."""
+    """Call a host kernel: arrays, structs and counters go as pointers, None as a null pointer, integers as int64 or addresses,
+    floats as double."""
     assert lib is not None  # else `backend` had chosen the reference
     function = getattr(lib, name)
     if function.argtypes is None:
-        function.restype, function.argtypes = None, [_c_type(arg) for arg in args]
+        # integers of 64 bits go as pointers do, and one kernel takes arrays of one call and addresses or None of the next
+        kinds = [ctypes.c_double if isinstance(arg, float) else ctypes.c_void_p for arg in args]
+        function.restype, function.argtypes = None, kinds
     function(*map(_c_value, args))
 
 
@@ -179,12 +181,6 @@ def address(array: np.ndarray) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     except (TypeError, ValueError):  # not to be written to, or empty
         return array.ctypes.data
-
-
-def _c_type(arg: object) -> Any:
-    if arg is None or isinstance(arg, (np.ndarray, *IN_MEMORY)):
-        return ctypes.c_void_p
-    return ctypes.c_double if isinstance(arg, float) else ctypes.c_int64
 
 
 def _c_value(arg: Any) -> Any:
