@@ -62,29 +62,29 @@ def operator(
             LIBRARY.impl(name, function, key)
         torch.library.register_fake(f"gpuxbar::{name}", fake, lib=LIBRARY)
         found = getattr(torch.ops.gpuxbar, name).default
-        found.__doc__, found.plain = function.__doc__, function
+        found.__doc__, found.plain, found.eager = function.__doc__, function, function
         return found
 
     return wrap
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Run an operator below autograd: its function at once where nothing looks on, since finding it there takes longer than small
-    layers compute."""
+    """Run an operator: at once where nothing looks on, since finding it takes longer than small layers compute."""
     if torch.compiler.is_dynamo_compiling():
         return op(*args)
-    first = args[0]
-    if (
-        (first.is_cpu or first.is_cuda)
+    return op.eager(*args) if _alone(args) else op(*args)
+
+
+def _alone(args: tuple[Any, ...]) -> bool:
+    """Whether no mode, transform, tracer, profiler or kind of tensor is to see an operator called."""
+    return (
+        (args[0].is_cpu or args[0].is_cuda)
         and ORDINARY.issuperset(map(type, args))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
-    ):
-        return op.plain(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    )
 
 
 def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -94,9 +94,15 @@ def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[...,
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = call(op, *args)
+        output = below(*args)
         setup_context(ctx, args, output)
         return output
+
+    def below(*args: Any) -> Any:
+        if _alone(args):
+            return op.plain(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
     name = op._schema.name.split("::")[1]
     body = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
@@ -106,6 +112,7 @@ def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[...,
         wanted = torch.is_grad_enabled() and any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
         )
-        return function.apply(*args) if wanted else call(op, *args)
+        return function.apply(*args) if wanted else below(*args)
 
+    op.eager = differentiable
     LIBRARY.impl(name, differentiable, "Autograd")

@@ -466,8 +466,8 @@ class AnalogLayer(InSitu):
         ):  # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version.clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
-        y = analog_mvm(
-            x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error, step,
+        y = call(
+            analog_mvm, x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error, step,
             *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
         self.read_step.copy_(step)  # only now: a read that is refused leaves no trace
