@@ -20,7 +20,7 @@ from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["call", "conv_of", "gradient", "operator", "spec_of"]
 
-ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple}
+ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple, torch.Size}
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
 
 # operators take specs as JSON, so that a compiled graph sees a constant

@@ -235,7 +235,7 @@ class InSitu(Programmed):
     def _make_room(self) -> None:
         """Carry and refresh where the updates so far say so, and count the one to come."""
         if self.carry_step is not None:
-            carry(*self._pairs(), self.carry_step)
+            call(carry, *self._pairs(), self.carry_step)
             self.carry_step += 1
         if self.refresh_step is not None:
             refresh, so_far = self.spec.refresh, int(self.refresh_step)
@@ -271,7 +271,7 @@ class InSitu(Programmed):
         kernel = image_shape(self.weight.shape)[2:]
         patch = [*kernel, *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None
         update = streamed_update if self.spec.pulses is None else pulse_update
-        read = update(*self._pairs(), x, d, self.w_max, self.update_step, rate, self.groups_, patch)
+        read = call(update, *self._pairs(), x, d, self.w_max, self.update_step, rate, self.groups_, patch)
         self._show(self.of_lines(read))
 
     @torch.no_grad()
@@ -281,7 +281,7 @@ class InSitu(Programmed):
             return
         self.require_unprogrammed("weight")
         self.require_read_out()
-        relax(*self._pairs())
+        call(relax, *self._pairs())
         self._move(torch.zeros_like(self.weight))
 
     def _show(self, read: Tensor | None) -> None:

@@ -457,8 +457,14 @@ class AnalogLayer(InSitu):
         """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
         step = self.read_step + 1
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
-            weight = weight_through_wires(
-                weight, self._devices(), cells.w_max, self.groups_, self.in_situ, self.static[1]
+            weight = call(
+                weight_through_wires,
+                weight,
+                self._devices(),
+                cells.w_max,
+                self.groups_,
+                self.in_situ,
+                self.static[1],
             )
         packing: tuple[Tensor | None, ...] = (None,) * 4
         if (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar import ops
+from gpuxbar.bridge.operator import call
 from gpuxbar.bridge.wires import merged, refresh_wires, tiles_shape
 from gpuxbar.mapping import Planes, ReadPlan
 from gpuxbar.nn.cells import Cells
@@ -99,7 +100,8 @@ class Wires(nn.Module):
             variance = merged(variance, self.planes.merge, base, power=2)
         if self.seen is None:
             return Cells(merged(devices, self.planes.merge, base), None, variance, w_max, state)
-        refresh_wires(
+        call(
+            refresh_wires,
             devices,
             self.seen,
             self.seen_back,
