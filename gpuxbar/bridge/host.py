@@ -59,6 +59,7 @@ def address(name: str, t: Tensor, count: int, dtype: torch.dtype = torch.float32
 
 def dac_quantize(x: Tensor, lsb: Tensor, read: Read, what: str) -> Tensor:
     """The codes of x, int16: see `ops.dac_quantize`."""
+    x, lsb = x.contiguous(), lsb.contiguous()
     codes = x.new_empty(x.shape, dtype=torch.int16)
     size, count = x.numel(), lsb.numel()
     if size:
@@ -73,6 +74,7 @@ def dac_quantize(x: Tensor, lsb: Tensor, read: Read, what: str) -> Tensor:
 
 def dac_fit(x: Tensor, scale: Tensor, read: Read, what: str) -> tuple[Tensor, Tensor]:
     """The codes of x times `scale` and the value of one, float32 [1] or [len(x)]: see `ops.dac_fit`."""
+    x, scale = x.contiguous(), scale.contiguous()
     rows, channels = x.shape[:2]
     size, bad = x.numel(), c_int64()
     codes, lsb = x.new_empty(x.shape, dtype=torch.int16), x.new_empty(rows if read.per_sample else 1)
@@ -90,6 +92,7 @@ def reprogram(
     scale: str, full_weight: float | None,
 ) -> None:  # fmt: skip
     """Program weights again if they have changed: see `ops.reprogram`."""
+    weight = weight.contiguous()
     cells, bad = prod(writing.shape), c_int64()
     host_call(
         library(), "gpuxbar_reprogram", writing.at(int(write_step)), address("weight", weight, weight.numel()),
@@ -164,31 +167,33 @@ def tile_mvm(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """A read by a `mapping.ReadPlan`, and the gate if it is wanted: see `ops.tile_mvm`."""
-    read = _read(
+    v, g, row_scale, adc_lsb = v.contiguous(), g.contiguous(), row_scale.contiguous(), adc_lsb.contiguous()
+    read, _ = _read(
         plan, transposed, v.shape, v.dtype, g.shape, conv, want_gate, row_scale.numel(), adc_lsb.numel()
     )
     outputs, converters = read.outputs, prod(read.shapes["adc_gain"])
     y = v.new_empty(read.y_shape, dtype=torch.float32)
     gate = torch.empty_like(y) if want_gate else None
-    fields = {
-        "v": address("v", v, v.numel(), v.dtype), "g": address("g", g, g.numel()), "y": y.data_ptr(),
-        "row_scale": address("row_scale", row_scale, row_scale.numel()), "step": address("step", step, 1, torch.int64),
-        "adc_lsb": address("adc_lsb", adc_lsb, adc_lsb.numel()),
-    }  # fmt: skip
+    cells = g.numel()
+    given = [
+        (name, t.contiguous(), count)
+        for name, t, count in (
+            ("noise_var", noise_var, cells), ("col_scale", col_scale, outputs), ("bias", bias, outputs),
+            ("adc_gain", adc_error, 2 * converters),
+        )
+        if t is not None
+    ]  # fmt: skip
+    fields = {name: address(name, t, count) for name, t, count in given}
     if adc_error is not None:
-        fields["adc_gain"] = address("adc_error", adc_error, 2 * converters)
         fields["adc_offset"] = fields["adc_gain"] + converters * adc_error.element_size()
-    for name, t, count in (
-        ("noise_var", noise_var, g.numel()),
-        ("col_scale", col_scale, outputs),
-        ("bias", bias, outputs),
-    ):
-        if t is not None:
-            fields[name] = address(name, t, count)
     if gate is not None:
         fields["gate"] = gate.data_ptr()
     if y.numel():
-        read.run(**fields)
+        read.run(
+            v=address("v", v, v.numel(), v.dtype), g=address("g", g, cells), y=y.data_ptr(),
+            row_scale=address("row_scale", row_scale, row_scale.numel()), step=address("step", step, 1, torch.int64),
+            adc_lsb=address("adc_lsb", adc_lsb, adc_lsb.numel()), **fields,
+        )  # fmt: skip
     return y, gate
 
 
@@ -196,8 +201,8 @@ def tile_mvm(
 def _read(
     plan: str, transposed: bool, v: torch.Size, dtype: torch.dtype, g: torch.Size, conv: ConvGeometry | None, want_gate: bool,
     row_scales: int, adc_lsbs: int,
-) -> TileRead:  # fmt: skip
-    """What shapes and settings say of a read."""
+) -> tuple[TileRead, Conv | None]:  # fmt: skip
+    """What shapes and settings say of a read, and the struct that it points to."""
     way = plan_of(plan)
     read = way.backward if transposed else way.forward
     tile = read.tile or None
@@ -211,11 +216,13 @@ def _read(
             f"gpuxbar: `dac_lsb` and `adc_lsb` must have a length that divides {found.batch}, and 1 or {found.outputs} values, got "
             f"{row_scales} and {adc_lsbs}; give what the layer holds"
         )
-    return found.having(
+    patches = None if conv is None else Conv.of(conv)
+    held = found.having(
         slice_scale=addressof(_floats(way.slice_scale)), read_noise=addressof(_floats((read.noise,))),
         seed=way.seed & 0xFFFFFFFFFFFFFFFF, row_offset=way.rank * found.batch, rows_per_scale=found.batch // row_scales,
-        adc_per_column=adc_lsbs > 1, conv=None if conv is None else addressof(Conv.of(conv)),
+        adc_per_column=adc_lsbs > 1, conv=None if patches is None else addressof(patches),
     )  # fmt: skip
+    return held, patches
 
 
 @cache
