@@ -1,4 +1,4 @@
-"""Layers that begin with zeros, as LoRA's B and the last ones of residual branches do: the scale of their weights."""
+"""Layers that begin with zeros, as LoRA's B and the last ones of residual branches do: their scale and their ADC ranges."""
 
 from __future__ import annotations
 
@@ -150,3 +150,32 @@ def test_a_checkpoint_brings_its_own_scale():
     x = torch.randn(3, 5)
     assert torch.equal(bound.w_max, free.w_max)
     assert torch.equal(bound(x), free(x))
+
+
+@pytest.mark.parametrize("in_situ", [False, True])
+@pytest.mark.parametrize("scheme", ["subtracted", "differential"])
+def test_calibrated_layers_of_zeros_train(scheme, in_situ):
+    """Zeros tell nothing of the currents to come: the ranges are those of the worst case."""
+    model, trained = adapter(
+        ADAPTER if in_situ else {}, mapping={"scheme": scheme}, dac={"bits": 8}, adc={"bits": 8}
+    )
+    optimiser = (gx.optim.InSituSGD if in_situ else torch.optim.SGD)(trained, lr=0.3)
+    gx.calibrate(model, [(torch.randn(64, 12),) * 2], loss=lambda y, x: (y - x[:, :6]).square().mean())
+    worst = 0.2 * 1e-5 * torch.tensor([3, 6])
+    torch.testing.assert_close(torch.cat([model.lora_B.adc_range, model.lora_B.back_adc_range]), worst)
+    losses = train(model, optimiser, 40)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_layers_on_which_a_loss_does_not_depend_yet_get_gradients_once_it_does():
+    """As in a residual branch that ends with a scale of 0."""
+    torch.manual_seed(0)
+    settings = gx.CrossbarSpec(mapping={"scheme": "subtracted"}, dac={"bits": 8}, adc={"bits": 8})
+    layer, scale = AnalogLinear(8, 6, spec=settings), nn.Parameter(torch.zeros(1))
+    x = torch.randn(16, 8, requires_grad=True)
+    gx.calibrate(layer, [x.detach()], step=lambda x: (scale * layer(x)).square().sum() + scale.sum())
+    with torch.no_grad():
+        scale += 1
+    (scale * layer(x)).square().sum().backward()
+    ideal = 2 * (x @ layer.weight.T + layer.bias) @ layer.weight
+    assert (x.grad - ideal).norm() < 0.3 * ideal.norm()

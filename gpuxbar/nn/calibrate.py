@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from gpuxbar.bridge.analog_mvm import driven_gradient
 from gpuxbar.bridge.lines import some_lines
+from gpuxbar.mapping import worst_current
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
+from gpuxbar.nn.in_situ import ROUNDING
 from gpuxbar.nn.layers import AnalogConv, AnalogLayer, require_apart
 
 __all__ = ["calibrate"]
@@ -36,7 +38,8 @@ def calibrate(
     Layers run without ADCs while what drives them, as their DACs do, is watched; of a batch and layer at least 64 rows are
     looked at, and more where these make few partial sums. The range of the transposed read comes from gradients; DACs, unless
     their range is fixed, scale them to their own range, so that their size does not matter, only their distribution over the
-    lines of a tile.
+    lines of a tile. Layers of zeros, and lines that carry no current, as where a loss does not depend on a layer yet, get the range
+    of the worst case: calibrate anew once training has begun.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
@@ -113,8 +116,10 @@ def calibrate(
     for (layer, backward), currents in seen.items():
         converter = layer.converters()[backward]
         if converter.calibrated:
-            adc = converter.adc
-            converter.full.copy_(_range(torch.cat(currents), adc.percentile, adc.per == "column"))
+            adc, lines = converter.adc, layer.outputs if backward else layer.inputs
+            full = _range(torch.cat(currents), adc.percentile, adc.per == "column")
+            worst = worst_current(converter.read, layer.spec, lines)
+            converter.full.copy_(torch.where(full > 0, full, worst))
         layer.look_at_ranges()
 
 
@@ -195,7 +200,7 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
     sample = currents if per_column else currents.reshape(-1, 1)
     rank = max(1, round(len(sample) * percentile / 100))
     # of the largest, which are few, sooner found than kthvalue finds it
-    return sample.topk(len(sample) - rank + 1, dim=0).values[-1].clamp_min(1e-15)
+    return sample.topk(len(sample) - rank + 1, dim=0).values[-1]
 
 
 def _currents(layer: AnalogLayer, x: Tensor, y: Tensor) -> Tensor:
@@ -222,7 +227,8 @@ def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
 
 
 def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, transposed: bool) -> Tensor:
-    """Of rows of `codes`, which need not be whole; relative to the largest value without a DAC."""
+    """Of rows of `codes`, which need not be whole; relative to the largest value without a DAC. 0 of a layer of zeros, which tells
+    nothing of currents to come."""
     g = cells.back_g if transposed and cells.back_g is not None else cells.g
     g = layer.lines(g, transposed)
     planes, groups = len(g), layer.groups_
@@ -237,7 +243,13 @@ def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, t
         part = slice(start, start + tile)
         current = torch.einsum("pbgr,sgro->psbgo", driven[..., part], by_group[:, :, part])
         out.append(current.abs().flatten(0, 2).flatten(1))
-    return torch.cat(out)
+    return torch.cat(out) * _holds_weights(layer, cells)
+
+
+def _holds_weights(layer: AnalogLayer, cells: Cells) -> Tensor:
+    """Whether a layer holds other weights than zeros, but for the rounding of what cells read."""
+    least = ROUNDING * torch.finfo(torch.float32).eps * cells.w_max.amax()
+    return layer.weight.detach().abs().amax() > least
 
 
 def _spread(layer: AnalogLayer, count: int, like: Tensor, transposed: bool) -> Tensor:
