@@ -23,7 +23,7 @@ __all__ = ["calibrate"]
 
 ROWS = 64  # of a batch are looked at for a layer, and more while these make fewer partial sums than
 SUMS = 1 << 18
-COUNTED = "read_step", "dac_max"  # buffers of a layer that change with each of its reads
+COUNTED = "read_step", "eval_step", "dac_max"  # buffers of a layer that change with each of its reads
 
 
 def calibrate(
