@@ -53,7 +53,7 @@ def calibrate(
     Raises:
         TypeError: A batch is not of these forms.
         ValueError: `loader` gave no batch, both `loss` and `step` are given, or the model computes with the weight of a layer that
-            it does not call, as some fused attentions do.
+            it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
     """
     if loss is not None and step is not None:
         raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
@@ -64,7 +64,8 @@ def calibrate(
         return
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
     called: set[AnalogLayer] = set()
-    used: set[Tensor] = set()
+    losses: list[float] = []
+    grads_of: dict[Tensor, list[Tensor]] = {}  # of each batch, of what layers hold that are not called
 
     def watch(
         layer: AnalogLayer, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor
@@ -99,15 +100,20 @@ def calibrate(
                     value = _scalar(y)
                 if followed and value.requires_grad:
                     grads = torch.autograd.grad(value, followed, allow_unused=True)
-                    used |= {p for p, grad in zip(followed, grads, strict=True) if grad is not None}
+                    losses.append(value.item())
+                    unread = {p for layer in layers if layer not in called for p in layer.parameters()}
+                    for p, grad in zip(followed, grads, strict=True):
+                        if p in unread and grad is not None:
+                            grads_of.setdefault(p, []).append(grad)
         finally:
             for hook in hooks:
                 hook.remove()
+    used = {p for p, each in grads_of.items() if not _is_penalty(each, losses)}
     passed_by = [layer for layer in layers if layer not in called and _owned(layer, model) & used]
     if passed_by:
         raise ValueError(
             f"calibrate: layers must be called for their arrays to be read, got a model that computes with the weights of "
-            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert, or leave penalties of weights out of the loss here"
+            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert, or give several batches if the loss has penalties of weights"
         )
     if not seen:
         raise ValueError(
@@ -121,6 +127,11 @@ def calibrate(
             worst = worst_current(converter.read, layer.spec, lines)
             converter.full.copy_(torch.where(full > 0, full, worst))
         layer.look_at_ranges()
+
+
+def _is_penalty(grads: list[Tensor], losses: list[float]) -> bool:
+    """Whether gradients of a parameter are those of a penalty of weights: the same for batches of other losses."""
+    return len(set(losses)) > 1 and bool(grads[0].any()) and all(torch.equal(g, grads[0]) for g in grads)
 
 
 def _owned(layer: AnalogLayer, model: nn.Module) -> set[nn.Parameter]:
