@@ -137,18 +137,24 @@ def recursion(name, slow, fast, grads, settings, sides):
     return out, waiting if "v2" in name or name == "agad" else chi
 
 
-@pytest.mark.parametrize(("sides", "carry"), [
-    ("both", None), ("reference", None),
-    ("both", {"scheme": "accumulate", "interval": 3}), ("both", {"scheme": "periodic", "interval": 1, "headroom_bits": 3}),
-], ids=["both", "reference", "accumulate", "periodic"])  # fmt: skip
+@pytest.mark.parametrize(("sides", "carry", "zeros"), [
+    ("both", None, False), ("reference", None, False), ("both", {"scheme": "accumulate", "interval": 3}, False),
+    ("both", {"scheme": "periodic", "interval": 1, "headroom_bits": 3}, False),
+    ("both", None, True),
+], ids=["both", "reference", "accumulate", "periodic", "zeros"])  # fmt: skip
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_of_the_equations(name, sides, carry):
+def test_steps_are_those_of_the_equations(name, sides, carry, zeros):
     torch.manual_seed(1)
     law, mapping = {**LAW, "sides": sides}, {"scheme": "subtracted", "scale": "column"}
     if carry:
         mapping |= {"slices": 3, "slice_bits": 2}
+    if zeros:
+        mapping |= {"w_max": 0.7}
     layer = AnalogConv2d(4, 6, (2, 2), groups=2, spec=spec(update=law, mapping=mapping, carry=carry))
+    if zeros:
+        nn.init.zeros_(layer.weight)
     opt = build_optimizer(name, layer, **SETTINGS[name])
+    assert not zeros or (layer.w_max == np.float32(0.7)).all()
     dumped = layer.spec.update.model_dump()
     w_max = layer.w_max.numpy()
     rule = layer.spec.carry and layer.spec.carry.model_dump()

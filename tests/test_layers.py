@@ -317,6 +317,26 @@ def test_layers_that_a_model_passes_by_are_refused():
     gx.calibrate(model, [x])  # the embedding's use of it
 
 
+def test_penalties_of_layers_that_are_not_called_pass_none_by():
+    """Their gradients are the same whatever the batch; one batch, or several alike, do not tell."""
+    x, other = torch.randn(2, 5, 6)
+    model, _ = gx.convert(PassedBy(tied=False), spec(adc={"bits": 8}))
+
+    def calibrate(network, *batches):
+        def step(x):
+            return network(x).square().mean() + sum(p.square().sum() for p in model.parameters())
+
+        gx.calibrate(model, batches, step=step)
+
+    for network, *batches in ((model.head, x), (model.head, x, x), (model, x, other)):
+        with pytest.raises(
+            ValueError, match=r"of inner itself; .* several batches if the loss has penalties"
+        ):
+            calibrate(network, *batches)
+    calibrate(model.head, x, other)
+    assert model.head.calibrated
+
+
 class Heads(nn.Module):
     """One whose output the loss may not use, as the pooler of a BERT, and one that runs in training alone, as in Inception."""
 

@@ -16,7 +16,7 @@ from math import ceil, nan, sqrt
 from gpuxbar.mapping.planes import Planes
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
-__all__ = ["Read", "ReadPlan", "full_current", "plan_reads"]
+__all__ = ["Read", "ReadPlan", "full_current", "plan_reads", "worst_current"]
 
 WHOLE = 1e-6  # relative rounding of a count of ADC steps
 
@@ -177,7 +177,12 @@ def full_current(read: Read, spec: CrossbarSpec, adc: ADC, lines: int) -> float:
     """Current of the largest ADC code of a read that drives `lines`, A; NaN where it is calibrated."""
     if adc.range == "calibrated":
         return nan
-    return adc.i_max or read.v_max * spec.device.g_max * min(read.tile, lines)
+    return adc.i_max or worst_current(read, spec, lines)
+
+
+def worst_current(read: Read, spec: CrossbarSpec, lines: int) -> float:
+    """Current of a line with every cell at `g_max` and every input at `v_read`, A, of a read that drives `lines`."""
+    return read.v_max * spec.device.g_max * min(read.tile, lines)
 
 
 def _exact(read: Read, spec: CrossbarSpec, adc: ADC, lines: int) -> bool:

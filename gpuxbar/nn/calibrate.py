@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from gpuxbar.bridge.analog_mvm import driven_gradient
 from gpuxbar.bridge.lines import some_lines
+from gpuxbar.mapping import worst_current
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
+from gpuxbar.nn.in_situ import ROUNDING
 from gpuxbar.nn.layers import AnalogConv, AnalogLayer, require_apart
 
 __all__ = ["calibrate"]
 
 ROWS = 64  # of a batch are looked at for a layer, and more while these make fewer partial sums than
 SUMS = 1 << 18
-COUNTED = "read_step", "dac_max"  # buffers of a layer that change with each of its reads
+COUNTED = "read_step", "eval_step", "dac_max"  # buffers of a layer that change with each of its reads
 
 
 def calibrate(
@@ -36,7 +38,8 @@ def calibrate(
     Layers run without ADCs while what drives them, as their DACs do, is watched; of a batch and layer at least 64 rows are
     looked at, and more where these make few partial sums. The range of the transposed read comes from gradients; DACs, unless
     their range is fixed, scale them to their own range, so that their size does not matter, only their distribution over the
-    lines of a tile.
+    lines of a tile. Layers of zeros, and lines that carry no current, as where a loss does not depend on a layer yet, get the range
+    of the worst case: calibrate anew once training has begun.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
@@ -50,7 +53,7 @@ def calibrate(
     Raises:
         TypeError: A batch is not of these forms.
         ValueError: `loader` gave no batch, both `loss` and `step` are given, or the model computes with the weight of a layer that
-            it does not call, as some fused attentions do.
+            it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
     """
     if loss is not None and step is not None:
         raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
@@ -61,7 +64,8 @@ def calibrate(
         return
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
     called: set[AnalogLayer] = set()
-    used: set[Tensor] = set()
+    losses: list[float] = []
+    grads_of: dict[Tensor, list[Tensor]] = {}  # of each batch, of what layers hold that are not called
 
     def watch(
         layer: AnalogLayer, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor
@@ -96,15 +100,20 @@ def calibrate(
                     value = _scalar(y)
                 if followed and value.requires_grad:
                     grads = torch.autograd.grad(value, followed, allow_unused=True)
-                    used |= {p for p, grad in zip(followed, grads, strict=True) if grad is not None}
+                    losses.append(value.item())
+                    unread = {p for layer in layers if layer not in called for p in layer.parameters()}
+                    for p, grad in zip(followed, grads, strict=True):
+                        if p in unread and grad is not None:
+                            grads_of.setdefault(p, []).append(grad)
         finally:
             for hook in hooks:
                 hook.remove()
+    used = {p for p, each in grads_of.items() if not _is_penalty(each, losses)}
     passed_by = [layer for layer in layers if layer not in called and _owned(layer, model) & used]
     if passed_by:
         raise ValueError(
             f"calibrate: layers must be called for their arrays to be read, got a model that computes with the weights of "
-            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert, or leave penalties of weights out of the loss here"
+            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert, or give several batches if the loss has penalties of weights"
         )
     if not seen:
         raise ValueError(
@@ -113,9 +122,16 @@ def calibrate(
     for (layer, backward), currents in seen.items():
         converter = layer.converters()[backward]
         if converter.calibrated:
-            adc = converter.adc
-            converter.full.copy_(_range(torch.cat(currents), adc.percentile, adc.per == "column"))
+            adc, lines = converter.adc, layer.outputs if backward else layer.inputs
+            full = _range(torch.cat(currents), adc.percentile, adc.per == "column")
+            worst = worst_current(converter.read, layer.spec, lines)
+            converter.full.copy_(torch.where(full > 0, full, worst))
         layer.look_at_ranges()
+
+
+def _is_penalty(grads: list[Tensor], losses: list[float]) -> bool:
+    """Whether gradients of a parameter are those of a penalty of weights: the same for batches of other losses."""
+    return len(set(losses)) > 1 and bool(grads[0].any()) and all(torch.equal(g, grads[0]) for g in grads)
 
 
 def _owned(layer: AnalogLayer, model: nn.Module) -> set[nn.Parameter]:
@@ -195,7 +211,7 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
     sample = currents if per_column else currents.reshape(-1, 1)
     rank = max(1, round(len(sample) * percentile / 100))
     # of the largest, which are few, sooner found than kthvalue finds it
-    return sample.topk(len(sample) - rank + 1, dim=0).values[-1].clamp_min(1e-15)
+    return sample.topk(len(sample) - rank + 1, dim=0).values[-1]
 
 
 def _currents(layer: AnalogLayer, x: Tensor, y: Tensor) -> Tensor:
@@ -222,7 +238,8 @@ def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
 
 
 def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, transposed: bool) -> Tensor:
-    """Of rows of `codes`, which need not be whole; relative to the largest value without a DAC."""
+    """Of rows of `codes`, which need not be whole; relative to the largest value without a DAC. 0 of a layer of zeros, which tells
+    nothing of currents to come."""
     g = cells.back_g if transposed and cells.back_g is not None else cells.g
     g = layer.lines(g, transposed)
     planes, groups = len(g), layer.groups_
@@ -237,7 +254,13 @@ def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, t
         part = slice(start, start + tile)
         current = torch.einsum("pbgr,sgro->psbgo", driven[..., part], by_group[:, :, part])
         out.append(current.abs().flatten(0, 2).flatten(1))
-    return torch.cat(out)
+    return torch.cat(out) * _holds_weights(layer, cells)
+
+
+def _holds_weights(layer: AnalogLayer, cells: Cells) -> Tensor:
+    """Whether a layer holds other weights than zeros, but for the rounding of what cells read."""
+    least = ROUNDING * torch.finfo(torch.float32).eps * cells.w_max.amax()
+    return layer.weight.detach().abs().amax() > least
 
 
 def _spread(layer: AnalogLayer, count: int, like: Tensor, transposed: bool) -> Tensor:

@@ -32,7 +32,7 @@ def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
         The context of the first pass and that of the second.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, AnalogLayer)]
-    counters = [buffer for layer in layers for buffer in (layer.read_step, layer.dac_max)]
+    counters = [buffer for layer in layers for buffer in (layer.read_step, layer.eval_step, layer.dac_max)]
     before = [counter.clone() for counter in counters]
 
     @contextmanager

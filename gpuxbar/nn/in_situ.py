@@ -99,26 +99,36 @@ class InSitu(Programmed):
 
         The two devices of a pair lie half of w / w_max of the window above and below its middle, so that both
         have room both ways; with a one-sided law one of them lies at its lower end, so that both have room upwards. Pairs
-        of a sliced weight lie so for their digits.
-        `w_max` is the largest weight (of the layer, or of each column) times `mapping.headroom`. The weight becomes
-        what the array holds after write noise and stuck cells.
+        of a sliced weight lie so for their digits. `w_max` see `full_weights`. The weight becomes what the array holds after
+        clipping at `w_max`, write noise and stuck cells.
         """
+        w_max = self.full_weights()
+        self.start_cells(self.by_line(self.weight.detach().float()), w_max)
+
+    def full_weights(self) -> Tensor:
+        """Weights of full pairs with which in-situ training of the present weights begins, float32 [G * O]: `mapping.w_max`, or the
+        largest weight (of the layer, or of each column) times `mapping.headroom`. Refuses what cannot begin."""
         self.require_law()
         self.require_unprogrammed("begin_in_situ")
         self.require_own_weight("begin_in_situ")
-        weight = self.by_line(self.weight.detach().float())
-        rows = weight.abs().amax(2).reshape(-1)
+        mapping = self.spec.mapping
+        rows = self.by_line(self.weight.detach().float()).abs().amax(2).reshape(-1)
         top = rows.amax()
-        if not 0 < top < torch.inf:
+        if not top < torch.inf:
             raise ValueError(
-                f"{self.name}: `weight` must be finite and not all 0 to set the weight of a full pair, got a largest "
-                f"magnitude of {top:g}; initialise it, or keep the layer digital by a rule"
+                f"{self.name}: `weight` must be finite to train in situ, got a largest magnitude of {top:g}; initialise it"
+            )
+        if mapping.w_max is not None:
+            return torch.full_like(rows, mapping.w_max)
+        if not top > 0:
+            raise ValueError(
+                f"{self.name}: `mapping.w_max` must be set to train a layer in situ that begins with zeros, got None; give the largest "
+                f"weight that it should hold by a rule of gpuxbar.convert ({mapping.headroom * self.inputs**-0.5:.2g} would follow from torch's "
+                "own initialisation), or keep the layer digital by one"
             )
         # a column of zeros takes the layer's scale
-        rows = (
-            torch.where(rows > 0, rows, top) if self.spec.mapping.scale == "column" else top.expand_as(rows)
-        )
-        self.start_cells(weight, self.spec.mapping.headroom * rows)
+        rows = torch.where(rows > 0, rows, top) if mapping.scale == "column" else top.expand_as(rows)
+        return mapping.headroom * rows
 
     def start_cells(self, weight: Tensor, w_max: Tensor) -> None:
         """Program weights [G, O, I] onto pairs; `w_max`, float32 [G * O]: weight of a full pair."""

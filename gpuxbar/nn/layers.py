@@ -55,9 +55,10 @@ class Converter(NamedTuple):
 class AnalogLayer(InSitu):
     """What the layers share: programming when the weights change, read counter, converter ranges.
 
-    Buffers of the state dict: `read_step` counts reads and `write_step` rewritings (`rewrite`); with the spec's seed and the
-    weights they fix every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the
-    currents of an ADC's largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted;
+    Buffers of the state dict: `read_step` counts reads in training mode, `eval_step` those in eval mode, downwards from 0, so that
+    these leave the noise of training as it is, and `write_step` rewritings (`rewrite`); with the spec's seed and the weights they fix
+    every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the currents of an ADC's
+    largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted;
     `range_settings`, int64 [1], is a checksum of the settings by which lines carry currents: calibrated ranges of a checkpoint of
     others are forgotten. `dac_max` is the running DAC range.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
@@ -66,6 +67,7 @@ class AnalogLayer(InSitu):
     weight: Tensor
     bias: Any  # Tensor or None, which nn.Linear and nn.Conv2d declare differently
     read_step: Tensor
+    eval_step: Tensor
     write_step: Tensor
     adc_range: Tensor
     back_adc_range: Tensor
@@ -93,7 +95,7 @@ class AnalogLayer(InSitu):
         )
         self.set_plan(replace(plan, **geometry))
         device = self.weight.device
-        for counter in ("read_step", "write_step"):
+        for counter in ("read_step", "eval_step", "write_step"):
             self.register_buffer(counter, torch.zeros(1, dtype=torch.int64, device=device))
         extra_rows, extra_cols = self.plan.reference_lines
         sensed = (groups * (self.outputs + extra_cols), groups * (self.inputs + extra_rows))
@@ -410,6 +412,11 @@ class AnalogLayer(InSitu):
             kernel = weight.reshape(image_shape(weight.shape))
             return functional.conv2d(x, kernel, bias, way.stride, way.padding, way.dilation, self.groups_)
 
+    def counter(self) -> tuple[Tensor, int]:
+        """Number of the last read, int64 [1], which fixed its noise, and what the next one adds to it: reads of training count up,
+        others down."""
+        return (self.read_step, 1) if self.training else (self.eval_step, -1)
+
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
         if not self.calibrated:
@@ -455,7 +462,8 @@ class AnalogLayer(InSitu):
 
     def _products(self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None, cells: Cells) -> Tensor:
         """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
-        step = self.read_step + 1
+        counter, way = self.counter()
+        step = counter + way
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             weight = call(
                 weight_through_wires,
@@ -476,7 +484,7 @@ class AnalogLayer(InSitu):
             analog_mvm, x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error, step,
             *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
-        self.read_step.copy_(step)  # only now: a read that is refused leaves no trace
+        counter.copy_(step)  # only now: a read that is refused leaves no trace
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -502,6 +510,9 @@ class AnalogLayer(InSitu):
                 kept[name] = torch.full_like(converter.full, torch.nan)
         if self.spec.dac.range == "fixed":
             kept["dac_max"] = self.dac_max.clone()
+        counted = state_dict.get(f"{prefix}read_step")
+        if counted is not None:  # perhaps of before reads in eval mode were counted apart
+            state_dict.setdefault(f"{prefix}eval_step", torch.zeros_like(counted))
         buffers = {name: self._buffers[name] for name in kept}
         super()._load_from_state_dict(state_dict, prefix, *more)
         self._buffers.update(buffers)  # with assign=True, those of the state dict are there

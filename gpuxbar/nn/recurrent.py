@@ -225,12 +225,13 @@ def _lstm_at_once(
     layer.require_calibrated()
     layer.require_ranks()
     cells = layer.conductances()
-    steps = layer.read_step + torch.arange(1, len(order) + 1)
+    counter, way = layer.counter()
+    steps = counter + way * torch.arange(1, len(order) + 1)
     converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
     outputs, h, c = lstm_sequence(
         products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.plan, layer.static[0], order
     )  # fmt: skip
-    layer.read_step += len(order)
+    counter += way * len(order)
     for found in (outputs, h, c):
         layer.await_gradient(found)
     return outputs, (h, c)

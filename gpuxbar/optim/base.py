@@ -59,6 +59,9 @@ class InSituOptimizer(torch.optim.Optimizer):
             layers = self._checked(group)
             known = [layer_of(parameter) for each in self.param_groups for parameter in each["params"]]
             require_apart(type(self).__name__, (layer for layer in known if isinstance(layer, AnalogLayer)))
+            for layer in layers:
+                if not layer.in_situ:
+                    layer.full_weights()  # refuses what cannot begin, before any does
         except ValueError:
             self.param_groups.pop()
             raise

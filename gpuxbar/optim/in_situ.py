@@ -24,7 +24,8 @@ class InSituSGD(InSituOptimizer):
 
     Layers begin in-situ training here unless they have begun (see `InSitu.begin_in_situ`): their weights are programmed onto
     pairs of other conductances, so "calibrated" ADC ranges must be calibrated afterwards. Currents grow with the weights from
-    then on; calibrate from time to time, each epoch, say.
+    then on; calibrate from time to time, each epoch, say. A layer that begins with zeros needs `mapping.w_max`, and its currents
+    grow from nothing: a rule `{"lora_B": {"mapping": {"w_max": 0.1}, "adc": {"range": "worst_case"}}}` gives it both.
 
     A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in its array of the inputs and
     errors of its backward passes since the last step, of those that reach its weight. The weight gets no gradient, and one of
