@@ -39,12 +39,16 @@ def check_array(
     ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)
     kind = getattr(array, "dtype", _NO_DTYPE)
     if kind not in _dtypes(dtypes):  # a byte-swapped dtype is another one
-        got = type(array).__name__ if kind is _NO_DTYPE else getattr(kind, "name", str(kind))
+        is_array = hasattr(array, "astype")
+        got = getattr(kind, "name", str(kind)) if is_array else type(array).__name__
         if not getattr(kind, "isnative", True):
             got = f"byte-swapped {got}"
-        raise TypeError(
-            f"{op}: `{name}` must be an array of {' or '.join(dtypes)}, got {got}; convert it with .astype({dtypes[0]!r})"
+        way_out = (
+            f"convert it with .astype({dtypes[0]!r})"
+            if is_array
+            else f"make it one by np.array(..., {dtypes[0]!r})"
         )
+        raise TypeError(f"{op}: `{name}` must be an array of {' or '.join(dtypes)}, got {got}; {way_out}")
     if array.ndim not in ranks:
         raise ValueError(
             f"{op}: `{name}` must have {' or '.join(map(str, ranks))} axes, got {array.ndim} (shape {tuple(array.shape)}); reshape it"
