@@ -99,25 +99,26 @@ class InSitu(Programmed):
         The two devices of a pair lie half of w / w_max of the window above and below its middle, so that both
         have room both ways; with a one-sided law one of them lies at its lower end, so that both have room upwards. Pairs
         of a sliced weight lie so for their digits.
-        `w_max` is the largest weight (of the layer, or of each column) times `mapping.headroom`. The weight becomes
-        what the array holds after write noise and stuck cells.
+        `w_max` is `mapping.w_max`, or else the largest weight (of the layer, or of each column) times `mapping.headroom`.
+        The weight becomes what the array holds after write noise and stuck cells.
         """
         self.require_law()
         self.require_unprogrammed("begin_in_situ")
         self.require_own_weight("begin_in_situ")
         weight = self.by_line(self.weight.detach().float())
         rows = weight.abs().amax(2).reshape(-1)
-        top = rows.amax()
+        top, mapping = rows.amax(), self.spec.mapping
+        if mapping.w_max is not None:
+            self.start_cells(weight, torch.full_like(rows, mapping.w_max))
+            return
         if not 0 < top < torch.inf:
             raise ValueError(
                 f"{self.name}: `weight` must be finite and not all 0 to set the weight of a full pair, got a largest "
-                f"magnitude of {top:g}; initialise it, or keep the layer digital by a rule"
+                f"magnitude of {top:g}; initialise it, give `mapping.w_max`, or keep the layer digital by a rule"
             )
         # a column of zeros takes the layer's scale
-        rows = (
-            torch.where(rows > 0, rows, top) if self.spec.mapping.scale == "column" else top.expand_as(rows)
-        )
-        self.start_cells(weight, self.spec.mapping.headroom * rows)
+        rows = torch.where(rows > 0, rows, top) if mapping.scale == "column" else top.expand_as(rows)
+        self.start_cells(weight, mapping.headroom * rows)
 
     def start_cells(self, weight: Tensor, w_max: Tensor) -> None:
         """Program weights [G, O, I] onto pairs; `w_max`, float32 [G * O]: weight of a full pair."""

@@ -64,7 +64,8 @@ class Mapping(Part):
     shift-and-add; one slice with `slice_bits=None` is an unsliced, continuous weight.
     `scale`: one weight scale per "tensor", or per output "column": its largest weight is a full pair. `w_max`: the
     weight of a full pair instead; larger ones are clipped.
-    `headroom`: in-situ training begins with a weight scale of this times the largest weight, and weights stay inside it.
+    `headroom`: without `w_max`, in-situ training begins with a weight scale of this times the largest weight, and weights stay
+    inside it.
     `line_order`: of a convolution's weights on the wordlines of a group: "channel_position" (all positions of the kernel for
     one channel, then for the next: torch's own layout, flattened) or "position_channel" (all channels at one position, then
     at the next, as accelerators of channels-last images do). It decides which weights share a tile: 128 rows of a 3 x 3
