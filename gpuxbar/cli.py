@@ -38,7 +38,10 @@ app = typer.Typer(add_completion=False, help="Train networks on simulated analog
 
 @app.command()
 def train(
-    spec: Annotated[Path | None, typer.Option(help="YAML file of a CrossbarSpec.")] = None,
+    spec: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of a CrossbarSpec, such as --out of fit and devices writes."),
+    ] = None,
     preset_: Annotated[
         str | None,
         typer.Option("--preset", help=f"A spec by name: {', '.join(PRESETS)} (demo if none is given)."),
@@ -59,7 +62,12 @@ def train(
     in_situ_lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate in situ.")] = 0.05,
     momentum: Annotated[float, typer.Option(min=0, help="Momentum in situ, below 1.")] = 0.9,
     optimizer: Annotated[str, typer.Option(help=f"Algorithm in situ: {', '.join(OPTIMIZERS)}.")] = "sgd",
-    seed: int = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Of the first weights and the order of images; --set seed=1: of devices and noise."
+        ),
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all if not given.")] = None,
     name: Annotated[
@@ -143,7 +151,10 @@ def devices(
 @app.command()
 def fit(
     csv: Annotated[
-        Path, typer.Argument(help="Columns g_before [uS], dg [uS], direction, and device if several.")
+        Path,
+        typer.Argument(
+            help=r"A line a pulse: columns g_before \[uS], dg \[uS], direction (+1 or -1), and device if several; units S to nS."
+        ),
     ],
     law: Annotated[str, typer.Option(help="table, or a parametric law such as soft_bounds.")] = "table",
     bins: Annotated[int, typer.Option(help="Conductances of a table or piecewise_step: 2, 3, 5 or 9.")] = 9,
@@ -192,6 +203,12 @@ def fit(
     console.print(table)
     outcome = "passes" if found.passed else "fails"
     console.print(f"the law's distribution {outcome} the hold-out check at 1 %", highlight=False)
+    if found.read_share:
+        console.print(
+            f"{100 * found.read_share:.0f} % of the scatter of changes is read noise, of about {found.read_noise:.2g} S; the law takes "
+            "it for noise of its pulses: measure the mean of several reads",
+            highlight=False,
+        )
 
 
 app.command()(bench)

@@ -57,7 +57,14 @@ DTYPES = {
         {"v": zeros(2, 3, dtype=">f4")},
         "`v` must be an array of float32 or int16, got byte-swapped",
     ),
-    "list": ({"noise_var": [1.0]}, "`noise_var` must be an array of float32, got list"),
+    "list": (
+        {"noise_var": [1.0]},
+        "`noise_var` must be an array of float32, got list; make it one by np.array",
+    ),
+    "tensor": (
+        {"v": torch.zeros(2, 3)},
+        "`v` must be an array of float32 or int16, got Tensor; make it one by np.array",
+    ),
     "streams": ({"stream_bits": 2, "streams": 4}, "`v` must be int16 codes with stream_bits=2, got float32"),
 }
 

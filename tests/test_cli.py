@@ -220,6 +220,11 @@ def test_bench_is_a_command():
     assert "strategy: wgmma" in why.output
 
 
+def test_help_keeps_the_units_of_columns():
+    shown = run(app, ["fit", "--help"], env={"COLUMNS": "200"})
+    assert "g_before [uS], dg [uS], direction (+1 or -1)" in " ".join(shown.output.split())
+
+
 def test_the_package_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "gpuxbar", "train", "--preset", "nope"], capture_output=True, text=True

@@ -424,8 +424,14 @@ def test_errors():
             build_optimizer(name, layer, **{"lr": 0.1, **setting})
     with pytest.raises(ValueError, match="`name` must be an algorithm, got 'agd'; did you mean"):
         build_optimizer("agd", layer, lr=0.1)
-    with pytest.raises(ValueError, match=r"`model` must have crossbar layers, got none; gpuxbar\.convert"):
+    with pytest.raises(
+        ValueError, match=r"AGAD: `params` must hold the weight of a crossbar layer, got none; pass"
+    ):
         build_optimizer("agad", nn.Linear(3, 2), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"InSituSGD: `params` must hold the weight of a crossbar layer, got none; pass"
+    ):
+        gx.optim.InSituSGD(nn.Linear(3, 2).parameters(), lr=0.1)
     sliced = AnalogLinear(4, 3, spec=gx.CrossbarSpec(mapping={"slices": 2, "slice_bits": 2}))
     with pytest.raises(
         ValueError, match=r"linear: `spec.update` must be an update law to train in situ, got None"

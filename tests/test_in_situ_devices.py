@@ -74,6 +74,20 @@ def test_a_column_of_zeros_has_room_to_train():
     torch.testing.assert_close(layer.weight[1], torch.full((3,), 0.1), rtol=0.5, atol=0)
 
 
+@pytest.mark.parametrize("scale", ["tensor", "column"])
+def test_the_weight_of_a_full_pair_is_the_specs_where_it_says_one(scale):
+    mapping = {"scheme": "subtracted", "scale": scale, "w_max": 0.5}
+    spec = gx.CrossbarSpec.model_validate({"update": {"law": "ideal"}, "mapping": mapping})
+    layer = AnalogLinear(3, 2, bias=False, spec=spec)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.1, -0.7, 0.2], [0.0, 0.0, 0.0]]))
+    layer.begin_in_situ()
+    assert layer.w_max.tolist() == [0.5, 0.5]
+    assert layer.weight[0, 1].item() == pytest.approx(-0.5)
+    layer.update_cells(torch.full((2, 3), 10.0))
+    torch.testing.assert_close(layer.weight.detach(), torch.full((2, 3), 0.5), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("scheme", ["differential", "subtracted"])
 def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme):
     """Standard deviation of a product: sqrt(sum x^2 (s(g_pos) + s(g_neg))), s(g) = sigma_g^2 g / g_max."""

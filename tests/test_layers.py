@@ -109,11 +109,11 @@ def test_convert_reports_every_module():
     converted, report = gx.convert(
         model, settings, rules={"4": None, "3": {"adc": {"bits": 6}}}, example=torch.randn(5, 1, 4, 4)
     )
-    assert [(row.module, row.runs, row.tiles, row.macs) for row in report.rows] == [
-        ("0", "analog", 2 * 2 * 1, 4 * 36),
-        ("1", "digital", 0, 0),
-        ("3", "analog", 2 * 2 * 3, 160),
-        ("4", "digital", 0, 20),
+    assert [(row.module, row.runs, row.tiles, row.macs, row.conversions) for row in report.rows] == [
+        ("0", "analog", 2 * 2 * 1, 4 * 36, 4 * 2 * 2 * 4),
+        ("1", "digital", 0, 0, 0),
+        ("3", "analog", 2 * 2 * 3, 160, 2 * 2 * 10),
+        ("4", "digital", 0, 20, 0),
     ]
     clipped = (model[0].weight.abs() > 0.2).float().mean().item()
     assert 0 < clipped < 1
@@ -127,12 +127,31 @@ def test_convert_reports_every_module():
         gx.convert(model, spec(), rules={"head": None})
 
 
+@pytest.mark.parametrize(
+    ("settings", "conversions"),
+    [
+        ({"mapping": {"scheme": "subtracted", "slices": 3, "slice_bits": 2}}, 2 * 10 * 3),
+        (
+            {"mapping": {"scheme": "offset"}},
+            2 * (10 + 3),
+        ),  # a reference bitline for each of three column tiles
+        ({"dac": {"bits": 8, "stream_bits": 2, "polarity": "two_phase"}}, 2 * 10 * 2 * 4 * 2),
+    ],
+)
+def test_the_report_counts_conversions(settings, conversions):
+    settings = spec(tile={"rows": 8, "cols": 4}, **settings)
+    _, report = gx.convert(nn.Linear(16, 10), settings)
+    assert report.rows[0].conversions == conversions
+    _, report = gx.convert(nn.Conv2d(32, 20, 1, groups=2), settings, example=torch.zeros(3, 32, 5, 4))
+    assert report.rows[0].conversions == 2 * 5 * 4 * conversions
+
+
 def test_the_report_knows_converted_and_lazy_layers():
     settings = spec(tile={"rows": 4, "cols": 4})
     once, report = gx.convert(nn.Sequential(nn.Linear(8, 4), nn.LazyLinear(3)), settings)
     assert report.rows[1].why == "lazy: pass a batch through it first"
     once = nn.Sequential(once[0], nn.Linear(4, 2))
-    twice, again = gx.convert(once, spec(), example=torch.randn(3, 8))
+    twice, again = gx.convert(once, settings, example=torch.randn(3, 8))
     assert again.rows[0] == replace(report.rows[0], type="AnalogLinear", why="already so")
     assert [row.runs for row in again.rows] == ["analog", "analog"]
     assert twice[0].spec == once[0].spec
@@ -414,6 +433,24 @@ def test_layers_that_are_called_by_keyword_are_calibrated():
     assert layer.calibrated
 
 
+def test_averaged_models_read_with_the_ranges_that_are_copied_to_them():
+    torch.manual_seed(0)
+    model, _ = gx.convert(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), spec(**NOISY))
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    x = torch.randn(5, 8)
+    gx.calibrate(model, [x])
+    for _ in range(2):
+        averaged.update_parameters(model)
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)
+        model(x)
+    fresh, _ = gx.convert(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), spec(**NOISY))
+    fresh.load_state_dict(averaged.module.state_dict())
+    assert torch.equal(averaged(x), fresh(x))
+
+
 def test_calibrate_and_convert_refuse_by_name():
     model, _ = gx.convert(nn.Sequential(nn.Linear(8, 4)), spec(**NOISY))
     for batch, what in (({"x": 1}, "dict"), ((torch.ones(1, 8), 0, 0), "tuple of 3"), ((1, 2), "tuple of 2")):
@@ -428,6 +465,10 @@ def test_calibrate_and_convert_refuse_by_name():
         gx.calibrate(model, [])
     with pytest.raises(ValueError, match="`loss` must be None with `step`"):
         gx.calibrate(model, [], loss=nn.functional.cross_entropy, step=print)
+    with pytest.raises(
+        TypeError, match=r"`loader` must give batches, got a tensor of shape \(2, 4\); pass \[tensor\]"
+    ):
+        gx.calibrate(model, torch.zeros(2, 4))
     with pytest.raises(TypeError, match="`spec` must be a CrossbarSpec, got dict"):
         gx.convert(nn.Linear(2, 2), {"tile": {"rows": 64}})
 

@@ -9,7 +9,7 @@ import pytest
 
 from gpuxbar import ops, reference
 from gpuxbar.experiments.fit import fit_law, fit_table
-from gpuxbar.experiments.measured import read_pulses
+from gpuxbar.experiments.measured import Pulses, read_pulses
 from gpuxbar.spec import (
     Agarwal,
     AgarwalSymmetric,
@@ -88,6 +88,30 @@ def test_the_hold_out_check_tells_a_right_law_from_a_wrong_one(tmp_path):
     quiet = fitted(tmp_path, SoftBounds(pulses=200, up=2, down=2, asymmetry=0.2), count=20000)
     assert fit_law(quiet, "soft_bounds", **WINDOW).passed
     assert not fit_law(quiet, "constant_step", **WINDOW).passed
+
+
+@pytest.mark.parametrize("read_noise", [0.0, 5e-8])
+def test_read_noise_of_pulses_in_a_row_is_told_from_that_of_the_law(read_noise):
+    law = SoftBounds(pulses=100, up=2, down=2, cycle=0.5, cycle_of="nominal")
+    rng = np.random.default_rng(0)
+    pulses, devices = 3000, 4
+    rising = np.tile(np.repeat([True, False], 50), pulses // 100)
+    y = [np.full(devices, 0.3)]
+    for up in rising:
+        step = reference.laws.moved(law.model_dump(), y[-1], np.full(devices, 0.01 if up else -0.01)) - y[-1]
+        y.append(np.clip(y[-1] + step + 0.005 * rng.normal(size=devices), 0, 1))
+    g = G_MIN + (G_MAX - G_MIN) * np.array(y) + read_noise * rng.normal(size=(pulses + 1, devices))
+    measured = Pulses(
+        g[:-1].ravel(),
+        np.diff(g, axis=0).ravel(),
+        np.repeat(rising, devices),
+        np.tile(np.arange(devices), pulses),
+    )
+    fit = fit_law(measured, "soft_bounds", g_min=G_MIN / 2, g_max=G_MAX + G_MIN / 2)
+    assert fit.read_noise == pytest.approx(read_noise, rel=0.1)
+    assert fit.read_share == pytest.approx(
+        2 * read_noise**2 / (2 * read_noise**2 + (0.05 * 1e-6) ** 2), rel=0.1
+    )
 
 
 def test_devices_made_of_a_table_move_as_measured(tmp_path):
@@ -201,7 +225,9 @@ def test_what_is_held_out_takes_no_part_in_the_fit(tmp_path):
         ("g_before [uS],dg [uS]\n", "must have a column 'direction' (+1 or -1), got ['g_before [uS]', 'dg [uS]']; the sign"),
         ("g_before [uS],dg [uS],direction\n", "`m.csv` must hold a line a pulse, got none; measure first"),
         ("g_before [uS],dg [uS],direction\n1,0.1,1\n1,x,1\n", "column 'dg [uS]' must hold finite numbers, got 'x' in line 3 of m.csv"),
-        ("g_before [uS],dg [uS],direction\n1,0.1,3\n", "column 'direction' must be +1 or -1, got 3 in line 2 of m.csv; split"),
+        ("g_before [uS],dg [uS],direction\n1,0.1,3\n", "column 'direction' must be +1 or -1, got '3' in line 2 of m.csv; write +1"),
+        ("g_before [uS],dg [uS],direction\n1,0.1,+1\n1,0.1,up\n", "column 'direction' must be +1 or -1, got 'up' in line 3 of m.csv; write"),
+        ("g_before [uS],dg [uS],direction\n1,0.1\n", "column 'direction' must be +1 or -1, got '' in line 2 of m.csv; write"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, message):

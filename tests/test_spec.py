@@ -296,6 +296,15 @@ def test_presets_round_trip(name, tmp_path):
     assert gx.load_spec(tmp_path / "spec.yaml") == spec
 
 
+def test_a_device_in_the_place_of_a_preset_is_told_apart():
+    with pytest.raises(
+        gx.SpecError, match=r"must be a preset, got 'ecram'; `gpuxbar devices ecram --out spec\.yaml` makes"
+    ):
+        preset("ecram")
+    with pytest.raises(gx.SpecError, match="must be a preset, got 'txsin'; did you mean `txsim`"):
+        preset("txsin")
+
+
 def test_txsim_is_the_papers():
     spec = gx.presets.txsim()
     assert (spec.tile.rows, spec.tile.cols) == (64, 64)

@@ -23,6 +23,8 @@ LAW: TypeAdapter[UpdateLaw] = TypeAdapter(UpdateLaw)
 SCORES = np.linspace(-4.0, 4.0, 17)
 FEWEST = 20  # pulses of one direction in a bin
 HOLD_OUT = 0.2  # of the pulses
+SAME = 1e-3  # of the window, by which a conductance may differ from where the pulse before led to
+SIGNIFICANT = 3.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Fit:
             or the high third of their conductances, whichever is worst.
         limit: Distance that a right law exceeds in any third in 1 % of cases, up and down.
         rank: Place of each held-out change in the law's distribution, 0 to 1; evenly spread for a right law.
+        read_noise: Standard deviation of a measured conductance, S, by changes measured one after another on a device: a misread
+            conductance makes one too large and the next too small. 0 where that does not show.
+        read_share: Share of the scatter of changes that this makes; the law takes all scatter for its own.
     """
 
     law: UpdateLaw
@@ -44,6 +49,8 @@ class Fit:
     distance: tuple[float, float]
     limit: tuple[float, float]
     rank: np.ndarray
+    read_noise: float
+    read_share: float
 
     @property
     def passed(self) -> bool:
@@ -90,7 +97,7 @@ def fit_table(
         pulses=1 / nominal, up=tuple(flows[True].tolist()), down=tuple(flows[False].tolist()),
         scatter_up=scatter[True], scatter_down=scatter[False], step_spread=min(spread, 2.0),
     )  # fmt: skip
-    return _judged(law, window, test, ratio)
+    return _judged(law, window, pulses, test, ratio)
 
 
 SHAPES: dict[str, dict[str, tuple[float, float, float]]] = {  # start, least and largest
@@ -170,7 +177,7 @@ def fit_law(
     else:
         found["cycle"], found["cycle_of"] = np.sqrt(noise) * found["pulses"], "nominal"
     found["step_spread"] = min(spread, 2.0)
-    return _judged(LAW.validate_python(found), window, test, ratio)
+    return _judged(LAW.validate_python(found), window, pulses, test, ratio)
 
 
 def _shaped(law: str, y: np.ndarray, step: np.ndarray, rising: np.ndarray, size: float) -> dict[str, Any]:
@@ -311,7 +318,22 @@ def _quantiles(y: np.ndarray, rest: np.ndarray, bins: int) -> tuple[tuple[float,
     return tuple(tuple(np.quantile(rest[node == k], ndtr(SCORES)).tolist()) for k in range(bins))
 
 
-def _judged(law: UpdateLaw, window: Device, test: Pulses, ratio: np.ndarray) -> Fit:
+def _read_noise(law: UpdateLaw, window: Device, pulses: Pulses, ratio: np.ndarray) -> tuple[float, float]:
+    """Standard deviation of a read, S, and its share of the scatter of all pulses."""
+    one = pulses[np.argsort(pulses.device, kind="stable")]
+    y, step = _shares(one, window)
+    rest = step - _foretold(law, y, one.rising, ratio[np.minimum(one.device, len(ratio) - 1)])
+    after = (one.device[1:] == one.device[:-1]) & (np.abs(y[:-1] + step[:-1] - y[1:]) < SAME)
+    scatter, count = float(rest.var()), int(after.sum())
+    if not count:
+        return 0.0, 0.0
+    variance = -float(np.mean(rest[:-1][after] * rest[1:][after]))
+    if variance < SIGNIFICANT * scatter / count**0.5:
+        return 0.0, 0.0
+    return variance**0.5 * (window.g_max - window.g_min), min(2 * variance / scatter, 1.0)
+
+
+def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, ratio: np.ndarray) -> Fit:
     """How the law foretells held-out pulses: mean, and distribution by its probability integral transform."""
     y, step = _shares(test, window)
     gain = ratio[np.minimum(test.device, len(ratio) - 1)]
@@ -339,7 +361,8 @@ def _judged(law: UpdateLaw, window: Device, test: Pulses, ratio: np.ndarray) -> 
         distance.append(worst[0])
         limit.append(worst[1])
     return Fit(
-        law, window, test, (explained[0], explained[1]), (distance[0], distance[1]), (limit[0], limit[1]), ndtr(z)
+        law, window, test, (explained[0], explained[1]), (distance[0], distance[1]), (limit[0], limit[1]), ndtr(z),
+        *_read_noise(law, window, pulses, ratio),
     )  # fmt: skip
 
 

@@ -42,12 +42,12 @@ class Pulses:
 def read_pulses(path: str | Path) -> Pulses:
     """Read a CSV of single pulses; a wrong file raises a ValueError that names column, unit or line."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"read_pulses: `{path}` must be a readable text file, got {error}; check it"
         ) from error
-    with StringIO(text, newline="") as file:
+    with StringIO(content, newline="") as file:
         lines = csv.reader(file)
         header = [cell.strip() for cell in next(lines, [])]
         columns = {name: _column(path, header, name) for name in ("g_before", "dg")}
@@ -63,11 +63,11 @@ def read_pulses(path: str | Path) -> Pulses:
                 continue
             for name, (at, scale) in columns.items():
                 found[name].append(scale * _number(path, number, header[at], row, at))
-            way = _number(path, number, "direction", row, direction)
+            text, way = _cell(row, direction)
             if way not in (1.0, -1.0):
                 raise ValueError(
-                    f"read_pulses: column 'direction' must be +1 or -1, got {way:g} in line {number} of {path}; split "
-                    "trains into single pulses"
+                    f"read_pulses: column 'direction' must be +1 or -1, got {text!r} in line {number} of {path}; write +1 for "
+                    "potentiation, -1 for depression, and a line for each pulse of a train"
                 )
             found["direction"].append(way)
             found["device"].append("" if device is None else row[device].strip())
@@ -96,12 +96,17 @@ def _column(path: str | Path, header: list[str], name: str) -> tuple[int, float]
     )
 
 
-def _number(path: str | Path, line: int, column: str, row: list[str], at: int) -> float:
+def _cell(row: list[str], at: int) -> tuple[str, float]:
+    """Text and number in a column; NaN where there is none."""
     text = row[at].strip() if at < len(row) else ""
     try:
-        value = float(text)
+        return text, float(text)
     except ValueError:
-        value = float("nan")
+        return text, float("nan")
+
+
+def _number(path: str | Path, line: int, column: str, row: list[str], at: int) -> float:
+    text, value = _cell(row, at)
     if not np.isfinite(value):
         raise ValueError(
             f"read_pulses: column '{column}' must hold finite numbers, got {text!r} in line {line} of {path}; remove or "

@@ -51,7 +51,7 @@ def calibrate(
             need that run in training alone.
 
     Raises:
-        TypeError: A batch is not of these forms.
+        TypeError: `loader` is a tensor, or a batch is not of these forms.
         ValueError: `loader` gave no batch, both `loss` and `step` are given, or the model computes with the weight of a layer that
             it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
     """
@@ -81,6 +81,10 @@ def calibrate(
         # what follows may work in place, which takes a view out of the graph and its hooks with it
         return y.clone()
 
+    if isinstance(loader, Tensor):
+        raise TypeError(
+            f"calibrate: `loader` must give batches, got a tensor of shape {tuple(loader.shape)}; pass [tensor], or tensor.split(...)"
+        )
     with _without_adcs(model):
         hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
         try:

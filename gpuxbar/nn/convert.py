@@ -33,6 +33,7 @@ __all__ = ["Report", "Row", "convert"]
 NO_FORM = "no crossbar form of this type"
 TIED = "its weight is another module's too, and would be laid out otherwise: untie it"
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d
+ANALOG = {AnalogLinear: nn.Linear, AnalogConv1d: nn.Conv1d, AnalogConv2d: nn.Conv2d}
 FUSED: dict[type[nn.Module], Any] = {
     nn.MultiheadAttention: UnfusedAttention,
     **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), UnfusedRNN),
@@ -55,6 +56,8 @@ class Row:
         tiles: Tiles, all planes counted.
         macs: Multiply-accumulates of a sample (one place on the first axis of the example), or of one output position where no
             example was given; 0 of modules whose products are not known.
+        conversions: Of currents by ADCs (or what stands for them, where the spec has none) for these, forwards: one a tile, plane,
+            stream, phase and bitline.
         clipped: Share of the weights beyond `mapping.w_max`.
     """
 
@@ -64,6 +67,7 @@ class Row:
     why: str
     tiles: int = 0
     macs: int = 0
+    conversions: int = 0
     clipped: float = 0.0
 
 
@@ -91,10 +95,14 @@ def convert(
     or `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Subclasses that compute as these do become what these do;
     layers of other types stay digital and are named in the report.
 
+    Layers on other crossbars than `spec` and `rules` say move there with their weights (what was read of them, where trained in
+    situ), without ranges, devices and counts: so a trained network is tried on other crossbars, and `rules={"*": None}` makes
+    layers of torch of it again. Those whose crossbars are the same stay as they are, and so do subclasses of crossbar layers.
+
     Args:
         model: Any model; it is not changed.
         spec: The crossbars of every layer.
-        rules: Glob patterns of module names to overrides of the spec, or to None: stay digital. Later rules win. The
+        rules: Glob patterns of module names to overrides of the spec, or to None: digital. Later rules win. The
             name of a module that becomes layers stands for them.
         example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
             multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use digitally.
@@ -103,15 +111,17 @@ def convert(
         The model and the report.
 
     Raises:
-        TypeError: `spec` is not a CrossbarSpec.
-        ValueError: A rule matches no layer, or a layer with ADCs has no values yet.
+        TypeError: `spec` is not a CrossbarSpec, or `rules` hold something else than overrides.
+        ValueError: A rule matches no layer, a layer with ADCs has no values yet, or the weight of one that would leave its crossbar
+            is computed of others.
     """
     if not isinstance(spec, CrossbarSpec):
         raise TypeError(
             f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
         )
-    choices = _Rules(rules or {})
-    model, owners, tied = _unfuse(_copied(model), choices)
+    choices = _Rules(spec, rules or {})
+    model, tied = _unfuse(_off_others(_copied(model), choices), choices)
+    owners = _owners(model)
     positions = _positions(model, example)
     rows = []
     for module, names in _places(model).items():
@@ -119,24 +129,21 @@ def convert(
         if type(module) in FUSED.values():  # a bias, beside layers that follow
             continue
         if isinstance(module, AnalogLayer):
-            rows.append(
-                Row(label, kind, "analog", "already so", _tiles(module), _macs(module, names, positions))
-            )
+            rows.append(Row(label, kind, "analog", "already so", *_counts(module, names, positions)))
         elif not _is_layer(module):
             rows.append(
                 Row(label, kind, "digital", TIED if module in tied else _why_not(module, names, choices))
             )
         else:
-            overrides, why = choices.of([*names, *owners.get(module, ())])
+            chosen, why = choices.of([*names, *owners.get(module, ())])
             if positions is not None and names[0] not in positions:
                 why += ", but not called by the example"
-            macs = _macs(module, names, positions)
-            if overrides is None:
-                rows.append(Row(label, kind, "digital", why, macs=macs))
+            if chosen is None:
+                rows.append(Row(label, kind, "digital", why, macs=_macs(module, names, positions)))
                 continue
-            layer = _analog(module, spec.with_overrides(overrides), names[0])
+            layer = _analog(module, chosen, names[0])
             model = _replaced(model, names, layer)
-            rows.append(Row(label, kind, "analog", why, _tiles(layer), macs, layer.clip_rate()))
+            rows.append(Row(label, kind, "analog", why, *_counts(layer, names, positions), layer.clip_rate()))
     choices.require_used([row.module for row in rows if row.why != NO_FORM])
     _call_layers(model)
     return model, Report(tuple(rows))
@@ -145,18 +152,25 @@ def convert(
 class _Rules:
     """Which spec a layer gets, and which of the rules said so of any layer."""
 
-    def __init__(self, rules: dict[str, dict[str, Any] | None]):
-        self.rules = rules
+    def __init__(self, spec: CrossbarSpec, rules: dict[str, dict[str, Any] | None]):
+        for pattern, change in rules.items():
+            if change is not None and not isinstance(change, dict):
+                raise TypeError(
+                    f"convert: `rules` must hold overrides of the spec or None, got {type(change).__name__} for {pattern!r}; for "
+                    'instance {"adc": {"bits": 6}}, or None to stay digital'
+                )
+        self.spec, self.rules = spec, rules
         self.used: set[str] = set()
 
-    def of(self, names: Iterable[str]) -> tuple[dict[str, Any] | None, str]:
-        """Overrides of the spec of a layer with these names, None to stay digital, and why."""
+    def of(self, names: Iterable[str]) -> tuple[CrossbarSpec | None, str]:
+        """The spec of a layer with these names, None to be digital, and why."""
         found: tuple[dict[str, Any] | None, str] = {}, "default"
         for pattern, change in self.rules.items():
             if any(fnmatchcase(name, pattern) for name in names):
                 self.used.add(pattern)
                 found = change, f"rule {pattern}"
-        return found
+        overrides, why = found
+        return None if overrides is None else self.spec.with_overrides(overrides), why
 
     def require_used(self, layers: list[str]) -> None:
         """Refuse rules that matched nothing."""
@@ -174,6 +188,37 @@ def _copied(model: nn.Module) -> nn.Module:
         value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)
     )
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in left if not value.is_leaf})
+
+
+def _off_others(model: nn.Module, rules: _Rules) -> nn.Module:
+    """The model with layers of torch where layers are on other crossbars than the rules want."""
+    owners = _owners(model)
+    for module, names in _places(model).items():
+        kind: Any = type(module).__base__ if is_parametrized(module) else type(module)
+        if kind not in ANALOG:
+            continue
+        chosen, _ = rules.of([*names, *owners.get(module, ())])
+        if chosen == module.spec:
+            continue
+        obstacle = _obstacle(module)
+        if obstacle:
+            raise ValueError(
+                f"convert: `model` must let its layers leave their crossbars, got {names[0]}: {obstacle}"
+            )
+        model = _replaced(model, names, _of_torch(module, ANALOG[kind]))
+    return model
+
+
+def _of_torch(layer: Any, kind: Any) -> nn.Module:
+    """The layer of torch that takes over the parameters of an analog one."""
+    weight, bias = layer.release_weight(), layer.bias
+    if kind is nn.Linear:
+        plain: nn.Module = linear_of(weight, bias)
+    else:
+        plain = kind(*_options(layer, bias is not None), device="meta")
+        plain.weight = weight
+        plain.register_parameter("bias", bias)
+    return plain.train(layer.training)
 
 
 def _form(module: nn.Module) -> type[nn.Module] | None:
@@ -233,15 +278,27 @@ def _is_layer(module: nn.Module) -> bool:
     return _form(module) in LAYERS and _obstacle(module) is None
 
 
-def _tiles(layer: AnalogLayer) -> int:
-    tile = layer.spec.tile
-    tiles = layer.groups_ * ceil(layer.inputs / tile.rows) * ceil(layer.outputs / tile.cols)
-    return tiles * len(Planes.of(layer.spec, collapse=False).slice_scale)
+def _counts(
+    layer: AnalogLayer, names: list[str], positions: dict[str, Fraction] | None
+) -> tuple[int, int, int]:
+    """Tiles, multiply-accumulates and conversions: see `Row`."""
+    spec = layer.spec
+    arrays = layer.groups_ * len(Planes.of(spec, collapse=False).slice_scale)
+    rows = ceil(layer.inputs / spec.tile.rows)
+    bitlines = layer.outputs + layer.plan.reference_lines[1]
+    conversions = arrays * rows * bitlines * spec.dac.streams * spec.dac.phases
+    return (
+        arrays * rows * ceil(layer.outputs / spec.tile.cols), _macs(layer, names, positions),
+        round(conversions * _called(names, positions)),
+    )  # fmt: skip
 
 
 def _macs(layer: nn.Module, names: list[str], positions: dict[str, Fraction] | None) -> int:
-    called = 1 if positions is None else positions.get(names[0], 0)
-    return round(_weight(layer).numel() * called)
+    return round(_weight(layer).numel() * _called(names, positions))
+
+
+def _called(names: list[str], positions: dict[str, Fraction] | None) -> Fraction:
+    return Fraction(1) if positions is None else positions.get(names[0], Fraction(0))
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -260,10 +317,19 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
     return places
 
 
-def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, list[str]], set[nn.Module]]:
-    """The model with fused modules as layers, where any of these is to be analog; whose layers they are, by name; and modules whose
-    layers would hold other parameters than now, which another module holds too."""
+def _owners(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The names of the modules that became layers, by layer."""
     owners: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in FUSED.values():
+            for layer in module.modules():
+                owners.setdefault(layer, []).append(name)
+    return owners
+
+
+def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, set[nn.Module]]:
+    """The model with fused modules as layers, where any of these is to be analog; and modules whose layers would hold other
+    parameters than now, which another module holds too."""
     tied: set[nn.Module] = set()
     places = _places(model)
     holders = Counter(parameter for module in places for parameter in module.parameters(recurse=False))
@@ -274,15 +340,14 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module,
         parts = make(module)
         layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
         choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)]) for leaf in layers]
-        if all(overrides is None for overrides, _ in choices):
+        if all(chosen is None for chosen, _ in choices):
             continue
         remade = set(module.parameters()) - set(parts.parameters())
         if any(holders[parameter] > 1 for parameter in remade):
             tied.add(module)
             continue
         model = _replaced(model, names, parts)
-        owners |= dict.fromkeys(layers.values(), names)
-    return model, owners, tied
+    return model, tied
 
 
 def _as_layers(module: nn.Module) -> Callable[[Any], nn.Module] | None:
@@ -355,13 +420,18 @@ def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | 
         layer = AnalogLinear(module.in_features, module.out_features, bias is not None, **where)
     else:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-        options: tuple[Any, ...] = (
-            module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
-            module.groups, bias is not None, module.padding_mode,
-        )  # fmt: skip
+        options = _options(module, bias is not None)
         layer = (AnalogConv1d if isinstance(module, nn.Conv1d) else AnalogConv2d)(*options, **where)
     # the same Parameter objects, so that weights shared with other modules stay shared
     layer.weight = weight
     layer.bias = bias
     layer.train(module.training)
     return layer
+
+
+def _options(conv: Any, bias: bool) -> tuple[Any, ...]:
+    """What a convolution like this one is made by."""
+    return (
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, bias,
+        conv.padding_mode,
+    )  # fmt: skip

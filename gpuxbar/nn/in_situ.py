@@ -402,13 +402,27 @@ class InSitu(Programmed):
     def _own_weight(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None:
-            owner = getattr(weight, "analog", Owner())
-            others = [
-                layer
-                for layer in owner.layers()
-                if layer is not self and layer._parameters["weight"] is weight
-            ]
-            weight.analog = Owner(self, *others)  # type: ignore[attr-defined]
+            weight.analog = Owner(self, *self._others(weight))  # type: ignore[attr-defined]
+
+    def _others(self, weight: nn.Parameter) -> list[InSitu]:
+        """Other layers that hold a weight, too."""
+        owner = getattr(weight, "analog", Owner())
+        return [
+            layer
+            for layer in owner.layers()
+            if layer is not self and layer._parameters.get("weight") is weight
+        ]
+
+    def release_weight(self) -> nn.Parameter:
+        """The weight, for a layer of torch; this one is left without."""
+        weight = self.get_parameter("weight")
+        self._parameters["weight"] = None
+        others = self._others(weight)
+        if others:
+            weight.analog = Owner(*others)  # type: ignore[attr-defined]
+        else:
+            del weight.analog  # type: ignore[attr-defined]
+        return weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         if f"{prefix}g_cells" in state_dict:

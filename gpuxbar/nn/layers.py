@@ -419,6 +419,8 @@ class AnalogLayer(InSitu):
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
+        if not self.calibrated and not torch.compiler.is_compiling():
+            self.look_at_ranges()  # which may have been copied here, as those of torch's AveragedModel are
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "

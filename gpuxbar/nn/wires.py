@@ -66,8 +66,7 @@ class Wires(nn.Module):
     def spec(self, spec: CrossbarSpec) -> None:
         if "_spec" in vars(self):
             raise ValueError(
-                f"{self.name}: `spec` must stay what the layer was made by, got another; convert a model anew with it, and load the "
-                "state dict"
+                f"{self.name}: `spec` must stay what the layer was made by, got another; convert the model again with it"
             )
         self._spec = spec
 

@@ -58,13 +58,16 @@ def check_array(
     if kind in dtypes and array.ndim in ranks and array.flags.c_contiguous:
         return
     if kind not in dtypes:  # a byte-swapped dtype is another one
-        got = type(array).__name__ if kind is _NO_DTYPE else getattr(kind, "name", str(kind))
+        names, is_array = [wanted.name for wanted in dtypes], hasattr(array, "astype")
+        got = getattr(kind, "name", str(kind)) if is_array else type(array).__name__
         if not getattr(kind, "isnative", True):
             got = f"byte-swapped {got}"
-        names = [wanted.name for wanted in dtypes]
-        raise TypeError(
-            f"{op}: `{name}` must be an array of {' or '.join(names)}, got {got}; convert it with .astype({names[0]!r})"
+        way_out = (
+            f"convert it with .astype({names[0]!r})"
+            if is_array
+            else f"make it one by np.array(..., {names[0]!r})"
         )
+        raise TypeError(f"{op}: `{name}` must be an array of {' or '.join(names)}, got {got}; {way_out}")
     if array.ndim not in ranks:
         raise ValueError(
             f"{op}: `{name}` must have {' or '.join(map(str, ranks))} axes, got {array.ndim} (shape {tuple(array.shape)}); reshape it"

@@ -51,6 +51,12 @@ class InSituOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, **settings: Any):
         self.parts: dict[Tensor, nn.Module] = {}
         super().__init__(params, settings)
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        if all(layer_of(parameter) is None for parameter in parameters):
+            raise ValueError(
+                f"{type(self).__name__}: `params` must hold the weight of a crossbar layer, got none; pass those of the model that "
+                "gpuxbar.convert returned"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

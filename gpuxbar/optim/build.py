@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import InSituOptimizer
 from gpuxbar.optim.in_situ import InSituSGD
 from gpuxbar.optim.mixed_precision import MixedPrecision
@@ -42,9 +41,5 @@ def build_optimizer(name: str, model: nn.Module, **settings: Any) -> InSituOptim
     if name not in OPTIMIZERS:
         raise ValueError(
             f"build_optimizer: `name` must be an algorithm, got {name!r}; {nearest(name, OPTIMIZERS)}"
-        )
-    if not any(isinstance(module, AnalogLayer) for module in model.modules()):
-        raise ValueError(
-            "build_optimizer: `model` must have crossbar layers, got none; gpuxbar.convert(model, spec) makes them"
         )
     return OPTIMIZERS[name](model.parameters(), **settings)

@@ -39,7 +39,7 @@ class InSituSGD(InSituOptimizer):
         momentum: At least 0, below 1.
 
     Raises:
-        ValueError: A crossbar layer's spec has no update law, or a setting is out of range.
+        ValueError: No parameter is a crossbar layer's, the spec of one has no update law, or a setting is out of range.
 
     Source:
         Agarwal et al., IJCNN 2016.

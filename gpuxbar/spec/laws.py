@@ -47,7 +47,7 @@ class Law(Part):
     when touched. Laws go by the share of a device's own window; `SoftBounds` and `ExponentialStep` say how they differ.
 
     `sides`: which devices of a pair take a wanted change of its weight: "both" (half each, up and down), "reference"
-    (all on the first; the second is a reference that never moves), "one_sided" (gains on the first, losses on the
+    (all on the first; the second is a reference that never moves, so that a weight has half the range), "one_sided" (gains on the first, losses on the
     second, both by potentiation).
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gpuxbar.spec.devices import DEVICES
 from gpuxbar.spec.errors import SpecError, nearest
 from gpuxbar.spec.model import CrossbarSpec
 
@@ -168,7 +169,9 @@ PRESETS: dict[str, Callable[[], CrossbarSpec]] = {
 def preset(name: str) -> CrossbarSpec:
     """A preset by name, as the command line gives it."""
     if name not in PRESETS:
-        raise SpecError(f"preset: `name` must be a preset, got {name!r}; {nearest(name, PRESETS)}")
+        a_device = f"`gpuxbar devices {name} --out spec.yaml` makes a spec of this device, for --spec"
+        way_out = a_device if name in DEVICES else nearest(name, PRESETS)
+        raise SpecError(f"preset: `name` must be a preset, got {name!r}; {way_out}")
     return PRESETS[name]()
 
 
