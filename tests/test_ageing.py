@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gpuxbar as gx
-from gpuxbar import reference
+from gpuxbar import ops, reference
 
 CONVERTERS = {"dac": {"bits": 8}, "adc": {"bits": 8}}
 SPECS = {
@@ -123,6 +123,19 @@ def test_one_exponent_is_compensated_exactly():
     torch.testing.assert_close(
         torch.autograd.grad(found.sum(), [x, *layer.parameters()]), grads, rtol=1e-5, atol=1e-6
     )
+
+
+def test_devices_age_by_their_place_in_the_window_from_zero_on():
+    drift = {"nu": 0.05, "nu_slope": 0.03, "flicker": 0.01}
+    spec = gx.CrossbarSpec(
+        device={"g_min": 5e-6, "g_max": 2e-5}, adc={"bits": 8, "range": "worst_case"}, drift=drift
+    )
+    layer = gx.nn.AnalogLinear(20, 7, spec=spec)
+    gx.program(layer)
+    gx.age(layer, "1h")
+    how = {"g_max": 2e-5, "seed": layer.plan.seed, "step": layer.write_step.item()}
+    expected = ops.drift(layer.g_programmed.numpy(), 3600.0, law=spec.drift, **how)
+    np.testing.assert_array_equal(layer.conductances().g, expected)
 
 
 @pytest.mark.parametrize(

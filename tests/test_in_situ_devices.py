@@ -62,6 +62,41 @@ def test_devices_with_write_noise_hold_what_they_do_not_show():
     torch.testing.assert_close(layer.weight, (pair * layer.w_max).T)
 
 
+def test_reads_are_as_noisy_as_what_devices_show():
+    noise = {"sigma_g": 1e-7, "exponent": 1.0}
+    layer = layer_on("reram-sb", read_noise=noise)
+    layer.begin_in_situ()
+    layer.update_cells(torch.full((7, 12), 0.1))
+    assert (layer.g_held - layer.g_cells).abs().max() > 1e-7
+    expected = (1e-7 * layer.g_cells / layer.spec.device.g_max).square().sum(0, keepdim=True)
+    torch.testing.assert_close(layer.conductances().noise_var, expected, rtol=1e-5, atol=0)
+
+
+def test_stuck_devices_stay_at_both_ends_of_the_window():
+    stuck = {"stuck_at_g_min": 0.2, "stuck_at_g_max": 0.3}
+    spec = gx.CrossbarSpec(update={"law": "constant_step"}, mapping={"headroom": 2.0}, programming=stuck)
+    layer, window = AnalogLinear(40, 30, spec=spec), spec.device
+    layer.begin_in_situ()
+    low, high = (torch.isclose(layer.g_cells, torch.tensor(end)) for end in (window.g_min, window.g_max))
+    assert low.float().mean().item() == pytest.approx(0.2, abs=0.035)
+    assert high.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    for change in (0.3, -0.6):
+        before = layer.g_cells.clone()
+        layer.update_cells(torch.full((30, 40), change) * layer.w_max[:, None])
+        assert torch.equal(layer.g_cells == before, low | high)
+
+
+def test_weights_at_the_bounds_of_their_cells_are_counted():
+    spec = gx.CrossbarSpec(update={"law": "constant_step"}, mapping={"headroom": 2.0})
+    layer = AnalogLinear(12, 8, spec=spec)
+    layer.begin_in_situ()
+    assert layer.clip_rate() == 0
+    wanted = torch.full((8, 12), 0.8)
+    wanted[:, ::4] = -2
+    layer.update_cells(wanted * layer.w_max[:, None] - layer.weight)
+    assert layer.clip_rate() == 0.25
+
+
 def test_a_column_of_zeros_has_room_to_train():
     spec = gx.CrossbarSpec(
         update={"law": "agarwal"}, mapping={"scheme": "subtracted", "scale": "column", "headroom": 2.0}

@@ -708,6 +708,19 @@ def test_the_transposed_read_is_calibrated_by_what_drives_it():
     assert layer.back_adc_lsb.item() * 127 == pytest.approx(currents.abs().max().item(), rel=1e-5)
 
 
+def test_the_transposed_read_is_calibrated_through_its_wires_at_its_own_voltage():
+    wires = {"r_wordline": 5.0, "r_bitline": 5.0, "r_source": 500.0, "terminations": "role"}
+    parts = {"mapping": {"scheme": "subtracted"}, "adc": {"bits": 8, "percentile": 100}, "parasitics": wires}
+    layer = AnalogLinear(30, 6, bias=False, spec=spec(**parts, backward={"dac": {"v_read": 0.1}}))
+    grad = torch.randn(8, 6)
+    gx.calibrate(layer, [torch.randn(8, 30)], loss=lambda y, _: (y * grad).sum())
+    cells = layer.conductances()
+    volts = 0.1 * grad / grad.abs().max()
+    expected, other = ((volts @ g[0].mT).abs().max().item() for g in (cells.back_g, cells.g))
+    assert layer.back_adc_range.item() == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(other, rel=1e-3)
+
+
 @pytest.mark.parametrize(("bits", "rounding"), [(8, 0.01), (None, 1e-6)])
 def test_a_fixed_range_clips_gradients(bits, rounding):
     fixed = {"dac": {"bits": bits, "range": "fixed", "max": 0.5}}
