@@ -138,6 +138,16 @@ def test_devices_age_by_their_place_in_the_window_from_zero_on():
     np.testing.assert_array_equal(layer.conductances().g, expected)
 
 
+def test_the_read_noise_of_all_aged_devices_of_a_weight_adds_up():
+    parts = {"mapping": {"slices": 2, "slice_bits": 2}, "read_noise": {"sigma_g": 1e-7, "exponent": 1.0}}
+    layer = gx.nn.AnalogLinear(20, 7, spec=gx.CrossbarSpec(**parts, drift={"nu": 0.1}))
+    gx.program(layer)
+    gx.age(layer, "1h")
+    aged = layer.g_programmed * (1 + 3600 / layer.spec.drift.t_0) ** -0.1
+    low, high = (1e-7 * aged / layer.spec.device.g_max).square().unflatten(0, (2, 2)).sum(0)
+    torch.testing.assert_close(layer.conductances().noise_var[0], low + 16 * high, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     "dac", [{"range": "fixed", "max": 0.1}, {"range": "ema"}, {"range": "sample", "signed": False}]
 )

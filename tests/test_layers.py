@@ -677,6 +677,25 @@ def test_read_noise_is_as_large_as_its_settings_say(direction):
     )
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"scheme": "differential"},
+        {"scheme": "subtracted"},
+        {"scheme": "offset"},
+        {"slices": 3, "slice_bits": 2},
+    ],
+    ids=str,
+)
+def test_a_plan_knows_the_largest_of_its_conductances(mapping, bits):
+    """By which halves scale them, so that none overflows and few bits are lost."""
+    adc = {"bits": bits, "range": "worst_case"}
+    layer = AnalogLinear(6, 4, spec=spec(mapping=mapping, device={"g_min": 2e-6}, adc=adc))
+    nn.init.constant_(layer.weight, 0.5)
+    assert layer.conductances().g.abs().max().item() == pytest.approx(layer.plan.g_range, rel=1e-5)
+
+
 def test_every_tile_has_reference_lines_of_its_own():
     parts = {"tile": {"rows": 4, "cols": 3}, "programming": {"device_spread": 0.05}}
     layer = AnalogLinear(11, 8, bias=False, spec=spec(mapping={"scheme": "offset"}, **parts))
