@@ -101,12 +101,14 @@ def test_a_column_of_zeros_has_room_to_train():
     spec = gx.CrossbarSpec(
         update={"law": "agarwal"}, mapping={"scheme": "subtracted", "scale": "column", "headroom": 2.0}
     )
-    layer = AnalogLinear(3, 2, bias=False, spec=spec)
+    layer = AnalogLinear(3, 3, bias=False, spec=spec)
+    weight = torch.tensor([[0.1, -0.4, 0.2], [0.0, 0.0, 0.0], [-0.04, 0.02, 0.03]])
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[0.1, -0.4, 0.2], [0.0, 0.0, 0.0]]))
+        layer.weight.copy_(weight)
     layer.begin_in_situ()
-    torch.testing.assert_close(layer.w_max, torch.tensor([0.8, 0.8]))
-    layer.update_cells(torch.full((2, 3), 0.1))
+    torch.testing.assert_close(layer.w_max, torch.tensor([0.8, 0.8, 0.08]))
+    torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-5, atol=1e-7)
+    layer.update_cells(torch.full((3, 3), 0.1))
     torch.testing.assert_close(layer.weight[1], torch.full((3,), 0.1), rtol=1e-5, atol=0)
 
 

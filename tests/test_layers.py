@@ -42,7 +42,11 @@ def spec(**parts):
 def test_ideal_convolution_is_torchs(options, scheme):
     torch.manual_seed(0)
     layer = AnalogConv2d(
-        4, 6, 3, **options, spec=spec(mapping={"scheme": scheme}, tile={"rows": 7, "cols": 2})
+        4,
+        6,
+        3,
+        **options,
+        spec=spec(mapping={"scheme": scheme, "scale": "column"}, tile={"rows": 7, "cols": 2}),
     )
     plain = nn.Conv2d(4, 6, 3, **options)
     plain.load_state_dict(layer.state_dict(), strict=False)
@@ -738,6 +742,21 @@ def test_the_transposed_read_is_calibrated_through_its_wires_at_its_own_voltage(
     expected, other = ((volts @ g[0].mT).abs().max().item() for g in (cells.back_g, cells.g))
     assert layer.back_adc_range.item() == pytest.approx(expected, rel=1e-5)
     assert expected != pytest.approx(other, rel=1e-3)
+
+
+def test_the_adc_of_the_transposed_read_is_calibrated_by_settings_of_its_own():
+    own = {"adc": {"bits": 6, "per": "column", "percentile": 50}}
+    parts = {"mapping": {"scheme": "subtracted"}, "adc": {"bits": 8, "range": "worst_case"}, "backward": own}
+    layer = AnalogLinear(30, 6, bias=False, spec=spec(**parts))
+    before = layer.adc_range.clone()
+    grad = torch.randn(9, 6)
+    gx.calibrate(layer, [torch.randn(9, 30)], loss=lambda y, _: (y * grad).sum())
+    volts = layer.spec.dac.v_read * grad / grad.abs().max()
+    currents = (volts @ layer.conductances().g[0].mT).abs()
+    half = currents.sort(0).values[round(9 / 2) - 1]
+    torch.testing.assert_close(layer.back_adc_range, half, rtol=1e-5, atol=0)
+    torch.testing.assert_close(layer.back_adc_lsb, half / 31, rtol=1e-5, atol=0)
+    assert torch.equal(layer.adc_range, before)
 
 
 @pytest.mark.parametrize(("bits", "rounding"), [(8, 0.01), (None, 1e-6)])
