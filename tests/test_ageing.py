@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gpuxbar as gx
-from gpuxbar import reference
+from gpuxbar import ops, reference
 
 CONVERTERS = {"dac": {"bits": 8}, "adc": {"bits": 8}}
 SPECS = {
@@ -123,6 +123,61 @@ def test_one_exponent_is_compensated_exactly():
     torch.testing.assert_close(
         torch.autograd.grad(found.sum(), [x, *layer.parameters()]), grads, rtol=1e-5, atol=1e-6
     )
+
+
+def test_devices_age_by_their_place_in_the_window_from_zero_on():
+    drift = {"nu": 0.05, "nu_slope": 0.03, "flicker": 0.01}
+    spec = gx.CrossbarSpec(
+        device={"g_min": 5e-6, "g_max": 2e-5}, adc={"bits": 8, "range": "worst_case"}, drift=drift
+    )
+    layer = gx.nn.AnalogLinear(20, 7, spec=spec)
+    gx.program(layer)
+    gx.age(layer, "1h")
+    how = {"g_max": 2e-5, "seed": layer.plan.seed, "step": layer.write_step.item()}
+    expected = ops.drift(layer.g_programmed.numpy(), 3600.0, law=spec.drift, **how)
+    np.testing.assert_array_equal(layer.conductances().g, expected)
+
+
+def test_a_compensation_is_of_its_age_alone():
+    model = converted()
+    gx.program(model)
+    gx.age(model, "1d", compensate=True)
+    gains = [model[0].gain.item(), model[3].gain.item()]
+    assert min(gains) > 1.2
+    gx.age(model, "1y", compensate=True)
+    gx.age(model, "1d", compensate=True)
+    assert [model[0].gain.item(), model[3].gain.item()] == pytest.approx(gains, rel=1e-6)
+    gx.age(model, "1d")
+    assert [model[0].gain.item(), model[3].gain.item()] == [1, 1]
+
+
+def test_anchors_of_wires_are_of_the_age_that_is_read():
+    wires = {"r_wordline": 20.0, "anchor": "ladder", "refresh_interval": 10, "tolerance": 1.0}
+    spec = gx.CrossbarSpec(tile={"rows": 8, "cols": 8}, drift={"nu": 0.1}, parasitics=wires)
+    layer = gx.nn.AnalogLinear(20, 30, spec=spec)
+    exact = gx.nn.AnalogLinear(
+        20, 30, spec=spec.with_overrides({"parasitics": {"anchor": None, "refresh_interval": 1}})
+    )
+    exact.load_state_dict(layer.state_dict(), strict=False)
+    for each in (layer, exact):
+        gx.program(each)
+        each.conductances()
+        gx.age(each, "1d")
+    torch.testing.assert_close(layer.conductances().g, exact.conductances().g, rtol=0, atol=1e-10)
+    assert layer.wire_error() == 0
+
+
+def test_all_aged_devices_of_a_weight_add_up_and_so_does_their_noise():
+    parts = {"mapping": {"slices": 2, "slice_bits": 2}, "read_noise": {"sigma_g": 1e-7, "exponent": 1.0}}
+    layer = gx.nn.AnalogLinear(20, 7, spec=gx.CrossbarSpec(**parts, drift={"nu": 0.1}))
+    gx.program(layer)
+    gx.age(layer, "1h")
+    aged = layer.g_programmed * (1 + 3600 / layer.spec.drift.t_0) ** -0.1
+    low, high = torch.sub(*aged.unflatten(0, (2, 2)))
+    cells = layer.conductances()
+    torch.testing.assert_close(cells.g[0], low + 4 * high, rtol=0, atol=1e-5 * cells.g.abs().max().item())
+    low, high = (1e-7 * aged / layer.spec.device.g_max).square().unflatten(0, (2, 2)).sum(0)
+    torch.testing.assert_close(cells.noise_var[0], low + 16 * high, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,9 @@ def test_limits_are_log_normal():
     path = drive(2 * 5 / 1000, 30, law, Endurance(pulses=median, spread=spread))
     for update, (_, count) in enumerate(path, 1):
         failed = (1 + erf(log(5 * update / median) / spread / 2**0.5)) / 2
-        assert (count < 0).mean() == pytest.approx(failed, abs=4 * 0.5 / 141)
+        assert (count < 0).mean() == pytest.approx(
+            failed, abs=4 * (max(failed * (1 - failed), 5e-5) / 20000) ** 0.5
+        )
         assert (count[count >= 0] == 5 * update).all()
 
 
@@ -162,7 +164,7 @@ def test_layers_wear_out_and_resume_bit_for_bit(name):
     for key, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
     assert torch.equal(second.g_cells[dead], stuck)
-    torch.testing.assert_close(stuck, torch.full_like(stuck, second.spec.device.g_max))
+    torch.testing.assert_close(stuck, torch.full_like(stuck, second.spec.device.g_max), rtol=1e-6, atol=0)
     second.refresh()
     assert torch.equal(second.g_cells[dead], stuck)
 

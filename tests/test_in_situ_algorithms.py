@@ -385,6 +385,26 @@ def test_transfer_reads_go_through_the_converters_noise_and_wires():
     assert loss[-1].min() > loss[0].max() > 0.0
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_digital_parameters_are_trained_as_by_torchs_sgd(momentum):
+    ours, theirs = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    for parameter, kind in ((ours, gx.optim.InSituSGD), (theirs, torch.optim.SGD)):
+        optimiser = kind([parameter], lr=0.1, momentum=momentum)
+        for step in range(3):
+            optimiser.zero_grad()
+            (parameter.square().sum() * (step + 1)).backward()
+            optimiser.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_full_weights_of_a_fast_array_are_those_of_its_layer():
+    layer = AnalogLinear(4, 3, spec=spec(mapping={"scheme": "subtracted", "scale": "column"}))
+    optimiser = build_optimizer("tiki-taka", layer, lr=0.1)
+    w_max = optimiser.parts[layer.weight].array.w_max
+    assert len(w_max.unique()) == 3
+    assert torch.equal(w_max, layer.w_max)
+
+
 def test_zero_shift_finds_the_symmetry_point():
     """Where up = down in step: at up / (up + down) of the window, on the device that takes the changes."""
     law = {"law": "soft_bounds", "up": 1.0, "down": 3.0, "sides": "reference", "pulses": 200}

@@ -52,7 +52,8 @@ def test_weights_lie_in_memory_as_they_like():
 def test_devices_with_write_noise_hold_what_they_do_not_show():
     layer = layer_on("reram-sb")
     optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)
-    torch.testing.assert_close(layer.g_held, layer.g_cells)
+    assert torch.equal(layer.g_held, layer.g_cells)
+    assert layer.g_held.data_ptr() != layer.g_cells.data_ptr()
     train(layer, optimiser, 2)
     window, noise = layer.spec.device, layer.spec.update.write_noise
     off = layer.g_cells - layer.g_held
@@ -61,17 +62,54 @@ def test_devices_with_write_noise_hold_what_they_do_not_show():
     torch.testing.assert_close(layer.weight, (pair * layer.w_max).T)
 
 
+def test_reads_are_as_noisy_as_what_devices_show():
+    noise = {"sigma_g": 1e-7, "exponent": 1.0}
+    layer = layer_on("reram-sb", read_noise=noise)
+    layer.begin_in_situ()
+    layer.update_cells(torch.full((7, 12), 0.1))
+    assert (layer.g_held - layer.g_cells).abs().max() > 1e-7
+    expected = (1e-7 * layer.g_cells / layer.spec.device.g_max).square().sum(0, keepdim=True)
+    torch.testing.assert_close(layer.conductances().noise_var, expected, rtol=1e-5, atol=0)
+
+
+def test_stuck_devices_stay_at_both_ends_of_the_window():
+    stuck = {"stuck_at_g_min": 0.2, "stuck_at_g_max": 0.3}
+    spec = gx.CrossbarSpec(update={"law": "constant_step"}, mapping={"headroom": 2.0}, programming=stuck)
+    layer, window = AnalogLinear(40, 30, spec=spec), spec.device
+    layer.begin_in_situ()
+    low, high = (torch.isclose(layer.g_cells, torch.tensor(end)) for end in (window.g_min, window.g_max))
+    assert low.float().mean().item() == pytest.approx(0.2, abs=0.035)
+    assert high.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    for change in (0.3, -0.6):
+        before = layer.g_cells.clone()
+        layer.update_cells(torch.full((30, 40), change) * layer.w_max[:, None])
+        assert torch.equal(layer.g_cells == before, low | high)
+
+
+def test_weights_at_the_bounds_of_their_cells_are_counted():
+    spec = gx.CrossbarSpec(update={"law": "constant_step"}, mapping={"headroom": 2.0})
+    layer = AnalogLinear(12, 8, spec=spec)
+    layer.begin_in_situ()
+    assert layer.clip_rate() == 0
+    wanted = torch.full((8, 12), 0.8)
+    wanted[:, ::4] = -2
+    layer.update_cells(wanted * layer.w_max[:, None] - layer.weight)
+    assert layer.clip_rate() == 0.25
+
+
 def test_a_column_of_zeros_has_room_to_train():
     spec = gx.CrossbarSpec(
         update={"law": "agarwal"}, mapping={"scheme": "subtracted", "scale": "column", "headroom": 2.0}
     )
-    layer = AnalogLinear(3, 2, bias=False, spec=spec)
+    layer = AnalogLinear(3, 3, bias=False, spec=spec)
+    weight = torch.tensor([[0.1, -0.4, 0.2], [0.0, 0.0, 0.0], [-0.04, 0.02, 0.03]])
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[0.1, -0.4, 0.2], [0.0, 0.0, 0.0]]))
+        layer.weight.copy_(weight)
     layer.begin_in_situ()
-    torch.testing.assert_close(layer.w_max, torch.tensor([0.8, 0.8]))
-    layer.update_cells(torch.full((2, 3), 0.1))
-    torch.testing.assert_close(layer.weight[1], torch.full((3,), 0.1), rtol=0.5, atol=0)
+    torch.testing.assert_close(layer.w_max, torch.tensor([0.8, 0.8, 0.08]))
+    torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-5, atol=1e-7)
+    layer.update_cells(torch.full((3, 3), 0.1))
+    torch.testing.assert_close(layer.weight[1], torch.full((3,), 0.1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scale", ["tensor", "column"])
@@ -88,21 +126,25 @@ def test_the_weight_of_a_full_pair_is_the_specs_where_it_says_one(scale):
     torch.testing.assert_close(layer.weight.detach(), torch.full((2, 3), 0.5), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("scheme", ["differential", "subtracted"])
-def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme):
-    """Standard deviation of a product: sqrt(sum x^2 (s(g_pos) + s(g_neg))), s(g) = sigma_g^2 g / g_max."""
+def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme, slices):
+    """Variance of a product: sum over wordlines and slices k of x^2 16^k (s(g_pos) + s(g_neg)), s(g) = sigma_g^2 (g / g_max)^3."""
     torch.manual_seed(0)
-    noise = {"sigma_g": 2e-8, "exponent": 0.5}
-    spec = gx.CrossbarSpec.model_validate(
-        {"mapping": {"scheme": scheme}, "read_noise": noise, "update": {"law": "agarwal"}}
-    )
+    mapping, noise = {"scheme": scheme}, {"sigma_g": 2e-8, "exponent": 1.5}
+    parts = {"mapping": mapping, "read_noise": noise, "update": {"law": "agarwal"}}
+    if slices > 1:
+        mapping |= {"slices": slices, "slice_bits": 2}
+        parts["carry"] = {"scheme": "accumulate"}
+    spec = gx.CrossbarSpec.model_validate(parts)
     layer = AnalogLinear(20, 3, bias=False, spec=spec)
     layer.begin_in_situ()
     x, window = torch.randn(20), spec.device
     with torch.no_grad():
         y = layer(x.expand(4000, 20))
-    variance = x.square() @ (2e-8**2 * layer.g_cells.sum(0) / window.g_max)
-    expected = variance.sqrt() * layer.w_max / (window.g_max - window.g_min)
+    of_pairs = (2e-8**2 * (layer.g_cells / window.g_max) ** 3).unflatten(0, (2, slices)).sum(0)
+    variance = x.square() @ sum(16**k * pair for k, pair in enumerate(of_pairs))
+    expected = variance.sqrt() * layer.w_max * layer.planes.unit
     torch.testing.assert_close(y.std(0), expected, rtol=0.05, atol=0)
 
 

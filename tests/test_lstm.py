@@ -105,7 +105,7 @@ def test_bad_input_is_named():
         ({**CONVERTERS, "adc": {"bits": 3}, "dac": {"bits": 4, "range": "sample"}}, {"bias": False}),
         ({**CONVERTERS, "mapping": {"scheme": "offset"}, "dac": {"bits": 8, "stream_bits": 1}}, {}),
         ({**CONVERTERS, "adc": {"bits": 6, "gain_std": 0.01, "offset_std": 1e-8}, "read_noise": {"sigma_g": 1e-7}}, {}),
-        ({**CONVERTERS, "parasitics": {"r_wordline": 2.0, "r_bitline": 2.0, "terminations": "role"}}, {}),
+        ({**CONVERTERS, "parasitics": {"r_wordline": 2.0, "r_bitline": 2.0, "r_source": 500.0, "terminations": "role"}}, {}),
     ],
     ids=["ideal", "noise", "clipping", "offset", "errors", "wires"],
 )  # fmt: skip

@@ -379,8 +379,8 @@ def test_implicit_coincidences_are_the_rounded_product():
         length=20, scheme="deterministic_implicit", update_management=False, bound_management=False
     )
     # p = 0.8 sqrt(5 / 20) = 0.4 and q = 0.6 sqrt(5 / 20) = 0.3: 8 and 6 slots of 20, so 2.4 coincidences
-    np.testing.assert_allclose(changes(train, 0.8, -0.6, copies=3), 2, atol=1e-2)
-    np.testing.assert_allclose(changes(train, -0.8, -0.6, copies=3, batch=4), -8, atol=1e-2)
+    np.testing.assert_allclose(changes(train, 0.8, -0.6, copies=3), 2, rtol=1e-4)
+    np.testing.assert_allclose(changes(train, -0.8, -0.6, copies=3, batch=4), -8, rtol=1e-4)
 
 
 def test_noise_of_a_pulse():

@@ -56,6 +56,19 @@ def test_a_running_range_that_has_seen_nothing_is_that_of_the_call():
     )
 
 
+@pytest.mark.parametrize("bits", [8, None])
+def test_what_a_running_range_cuts_off_has_no_gradient(bits):
+    layer = linear(dac={"bits": bits, "range": "ema"})
+    layer(inputs())
+    top, x = layer.eval().dac_max.item(), (2 * inputs()).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    beyond = x.detach().abs() > top
+    assert beyond.any()
+    assert torch.equal(x.grad == 0, beyond)
+    assert torch.equal(y, layer(x.detach().clamp(-top, top)))
+
+
 def test_a_running_range_goes_on_by_its_momentum():
     layer = linear(dac={"bits": 8, "range": "ema", "momentum": 0.75})
     for factor in (1.0, 2.0):

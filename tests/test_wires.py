@@ -296,6 +296,19 @@ def test_calibration_solves_every_tile_as_the_first_read_would():
     assert model[0].wire_error() == 0
 
 
+def test_the_error_of_wires_is_that_of_the_worst_tile():
+    wires = {**ANCHORED, "terminations": "line", "refresh_interval": 1000, "tolerance": 1.0}
+    layer = AnalogLinear(20, 15, spec=spec(parasitics=wires, mapping={"scheme": "subtracted", "w_max": 1.0}))
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+        layer.conductances()
+        layer.weight[0, 0] = 0.6  # of positive devices alone
+        layer.conductances()
+    (one,) = layer.wire_error_[layer.wire_error_ > 0]
+    assert layer.wire_error_.numel() > 1
+    assert layer.wire_error() == one.item()
+
+
 def test_in_situ_training_begins_with_anchors_of_its_own():
     model, _ = small_network({**ANCHORED, "terminations": "line"}, True)
     layer, x = model[0], torch.randn(3, 20)
