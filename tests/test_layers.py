@@ -1252,13 +1252,13 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
     law = None if scheme == "offset" else {"law": "agarwal", "nu": 0.1, "gamma": 0.01}
     parts = {**CONVERTED, "mapping": {"scheme": scheme}, "precision": precision, "update": law}
     parts["programming"] = {"write_noise": 1e-8, "device_spread": 0.01, "stuck_at_g_min": 0.01}
-    x, t = torch.randn(6, 1, 8, 8), torch.randint(10, (6,))
+    x, t = torch.randn(6, 1, 8, 8, requires_grad=True), torch.randint(10, (6,))
     results = []
     for shim in (False, True):
         network = small_network()
         network[2] = nn.AvgPool2d(2)  # the largest of equal codes is chosen by their last bits
         model, _ = gx.convert(network, spec(**parts))
-        gx.calibrate(model, [x])
+        gx.calibrate(model, [x.detach()])
         if shim:
             device = ShimDevice(order=11)
 
@@ -1268,10 +1268,12 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
 
             for module in ("analog_mvm", "reprogram", "device_update"):
                 monkeypatch.setattr(sys.modules[f"gpuxbar.bridge.{module}"], "on_device", on_device)
+        x.grad = None
         results.append(step_of(model, x, t))
+        results[-1][1].append(x.grad)
         if law:
             optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1)
-            gx.calibrate(model, [x])
+            gx.calibrate(model, [x.detach()])
             optimiser.step()
             results[-1][1].append(model[4].weight.detach().clone())
             results[-1][1].append(model(x).detach())
