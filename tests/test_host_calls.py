@@ -2,10 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, profiler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpuxbar as gx
 from gpuxbar.bridge import host
+from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.images import Conv
 
 TILES = {
     "tile": {"rows": 16, "cols": 8},
@@ -77,12 +81,121 @@ def test_calls_by_address_give_the_bits_of_the_ops(case, monkeypatch):
     assert by_address[0].abs().max() > 0
 
 
+def layer(inputs=6, outputs=7, **parts):
+    torch.manual_seed(0)
+    fixed = {"bits": 7, "range": "worst_case"}
+    return AnalogLinear(
+        inputs, outputs, spec=gx.CrossbarSpec(**{**TILES, "adc": fixed, "backward": {"adc": fixed}, **parts})
+    )
+
+
+def step_of(module, x, grad):
+    y = module(x)
+    (to_x,) = torch.autograd.grad(y, x, grad)
+    return y.detach(), to_x
+
+
+def test_the_reference_is_asked_where_it_is_wanted(monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    monkeypatch.setattr("gpuxbar.bridge.host.host_call", None)
+    module, x = layer(), torch.randn(3, 6, requires_grad=True)
+    y, to_x = step_of(module, x, torch.ones(3, 7))
+    assert y.abs().max() > 0
+    assert to_x.abs().max() > 0
+
+
+def test_convolutions_are_read_after_those_of_many_other_shapes():
+    """What a kept read points to stays, though structs of convolutions are kept for 4096 of them alone."""
+    conv = AnalogConv2d(1, 2, 3, spec=gx.CrossbarSpec(dac={"bits": 8}))
+    image = torch.randn(1, 1, 9, 9)
+    with torch.no_grad():
+        before = conv(image)
+        for width in range(4200):
+            Conv.of(ConvGeometry(1, 3, 3 + width, (3, 3)))
+        assert torch.equal(conv(image), before)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "expanded"])
+def test_weights_and_biases_of_any_strides_are_read(kind):
+    module, x = layer(), torch.randn(3, 6)
+    with torch.no_grad():
+        module.bias.fill_(0.3)
+        expected = module(x)
+        module.read_step.zero_()
+        if kind == "transposed":
+            module.weight = nn.Parameter(module.weight.t().contiguous().t())
+            assert not module.weight.is_contiguous()
+        else:
+            del module._parameters["bias"]
+            module.bias = torch.full((1,), 0.3).expand(7)
+        assert torch.equal(module(x), expected)
+
+
+def test_a_batch_of_one_sample_is_read_backwards_with_reference_lines():
+    conv = AnalogConv2d(3, 4, 1, spec=gx.CrossbarSpec(mapping={"scheme": "offset"}))
+    x = torch.randn(1, 3, 4, 5, requires_grad=True)
+    conv(x).sum().backward()
+    expected = conv.weight.detach().sum((0, 2, 3)).view(1, 3, 1, 1).expand(1, 3, 4, 5)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_that_are_not_what_lies_in_memory_are_resolved_first():
+    module, x = layer(), torch.randn(3, 6)
+
+    def fresh(x, grad):
+        module.read_step.zero_()
+        return step_of(module, x.requires_grad_(), grad)
+
+    ones = torch.ones(3, 7)
+    for found, expected in zip(fresh(torch._neg_view(x), ones), fresh(-x, ones), strict=True):
+        assert torch.equal(found, expected)
+    assert fresh(x, torch._efficientzerotensor((3, 7)))[1].abs().max() < 1e-6
+    module.read_step.zero_()
+    (many,) = torch.autograd.grad(module(x), x, torch.ones(2, 3, 7), is_grads_batched=True)
+    torch.testing.assert_close(many, fresh(x, ones)[1].expand(2, 3, 6))
+
+
+@pytest.mark.parametrize("onlooker", ["profiler", "mode"])
+def test_onlookers_see_operators_called(onlooker):
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    module, x = layer(), torch.randn(3, 6, requires_grad=True)
+    with Mode() if onlooker == "mode" else profiler.profile() as found:
+        module(x).sum().backward()
+    if onlooker == "profiler":
+        seen = [event.key for event in found.key_averages()]
+    assert {f"gpuxbar::{name}" for name in ("reprogram", "analog_mvm", "analog_mvm_transposed")} <= set(seen)
+
+
+def test_planes_that_the_plan_does_not_know_are_refused():
+    module = layer(mapping={"slices": 2, "slice_bits": 3}, update={"law": "ideal"}, carry={})
+    module.begin_in_situ()
+    module.g_cells = torch.cat([module.g_cells] * 2)
+    with pytest.raises(ValueError, match=r"must have .* 4 planes, got 1, 1 and 8"):
+        module(torch.randn(3, 6))
+
+
+def test_a_range_of_no_weight_is_refused_before_any_device_moves():
+    module = layer(update={"law": "ideal"})
+    module.begin_in_situ()
+    before = module.g_cells.clone()
+    module.w_max[2] = float("nan")
+    with pytest.raises(ValueError, match="`w_max` must be finite and above 0, got nan to nan"):
+        module.update_cells(torch.full((7, 6), 0.1))
+    assert torch.equal(module.g_cells, before)
+
+
 @pytest.mark.parametrize(
     "wrong", [torch.zeros(3), torch.zeros(4).double(), torch.zeros(8)[::2]], ids=["size", "type", "strides"]
 )
 def test_what_would_leave_a_tensors_memory_is_refused(wrong):
     with pytest.raises(
         ValueError,
-        match=r"`g` must be a contiguous tensor of 4 values of torch\.float32 on the CPU, got shape",
+        match=r"`g` must be a contiguous tensor of 4 values of torch\.float32 in the CPU's memory, got shape",
     ):
         host.address("g", wrong, 4)

@@ -49,10 +49,17 @@ def serves(device: Device | None) -> bool:
 
 def address(name: str, t: Tensor, count: int, dtype: torch.dtype = torch.float32) -> int:
     """Where the values of a tensor lie; refused unless it holds so many of a type, one after the other."""
-    if t.dtype is not dtype or t.numel() != count or not t.is_contiguous() or not t.is_cpu:
+    if (
+        t.dtype is not dtype
+        or t.numel() != count
+        or not t.is_contiguous()
+        or not t.is_cpu
+        or t.is_neg()
+        or t._is_zerotensor()
+    ):
         raise ValueError(
-            f"gpuxbar: `{name}` must be a contiguous tensor of {count} values of {dtype} on the CPU, got shape {tuple(t.shape)} and "
-            f"strides {t.stride()} of {t.dtype} on {t.device}; give what the layer holds"
+            f"gpuxbar: `{name}` must be a contiguous tensor of {count} values of {dtype} in the CPU's memory, got shape {tuple(t.shape)} "
+            f"and strides {t.stride()} of {t.dtype} on {t.device}; pass its clone().contiguous()"
         )
     return t.data_ptr()
 
@@ -117,9 +124,10 @@ def device_update(
     """Move pairs of devices, and read the weights out: see `ops.device_update`."""
     given = tuple(part is not None for part in (g_held, pulse_count, device_map))
     update, maps = _update(spec, seed, g.shape, dw.shape, given)
-    if not 0 < w_max.min().item() <= w_max.max().item() < inf:
+    lowest, highest = w_max.min().item(), w_max.max().item()
+    if not 0 < lowest <= highest < inf:
         raise ValueError(
-            f"device_update: `w_max` must be finite and above 0, got {w_max}; use the largest weight"
+            f"device_update: `w_max` must be finite and above 0, got {lowest:g} to {highest:g}; use the largest weight"
         )
     now, bad = Update.from_buffer_copy(update), c_int64()
     now.step, now.factor = int(step), factor
@@ -211,10 +219,10 @@ def _read(
         read.v_lsb, read.stream_bits, read.streams, read.phases, read.adc_bits or None, read.adc_signed, way.generator, conv,
         want_gate, "fp32", None, None, 0.0,
     )  # fmt: skip
-    if found.batch % row_scales or adc_lsbs not in (1, found.outputs):
+    if found.batch % row_scales or adc_lsbs not in (1, found.outputs) or len(way.slice_scale) != g[0]:
         raise ValueError(
-            f"gpuxbar: `dac_lsb` and `adc_lsb` must have a length that divides {found.batch}, and 1 or {found.outputs} values, got "
-            f"{row_scales} and {adc_lsbs}; give what the layer holds"
+            f"gpuxbar: `dac_lsb`, `adc_lsb` and `g` must have a length that divides {found.batch}, 1 or {found.outputs} values, and "
+            f"{len(way.slice_scale)} planes, got {row_scales}, {adc_lsbs} and {g[0]}; give what the layer holds"
         )
     patches = None if conv is None else Conv.of(conv)
     held = found.having(

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import NoneType
 from typing import Any
 
@@ -21,6 +21,10 @@ from gpuxbar.spec import CrossbarSpec
 __all__ = ["call", "conv_of", "gradient", "operator", "spec_of"]
 
 ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple, torch.Size}
+KEYS = {
+    "ADInplaceOrView",
+    *(f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")),
+}
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
 
 # operators take specs as JSON, so that a compiled graph sees a constant
@@ -76,15 +80,21 @@ def call(op: Any, *args: Any) -> Any:
 
 
 def _alone(args: tuple[Any, ...]) -> bool:
-    """Whether no mode, transform, tracer, profiler or kind of tensor is to see an operator called."""
+    """Whether no mode, tracer, profiler or kind of tensor is to see an operator called; the first argument tells of batches, say."""
     return (
-        (args[0].is_cpu or args[0].is_cuda)
-        and ORDINARY.issuperset(map(type, args))
+        ORDINARY.issuperset(map(type, args))
+        and _plain(torch._C._dispatch_keys(args[0]).raw_repr())
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
     )
+
+
+@cache
+def _plain(keys: int) -> bool:
+    """Whether a tensor of these dispatch keys holds its values as they are, on a CPU or a GPU."""
+    names = str(torch._C.DispatchKeySet.from_raw_repr(keys)).removeprefix("DispatchKeySet(").rstrip(")")
+    return KEYS.issuperset(names.split(", "))
 
 
 def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

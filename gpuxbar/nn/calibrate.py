@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
@@ -64,8 +64,8 @@ def calibrate(
         return
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
     called: set[AnalogLayer] = set()
-    losses: list[float] = []
-    grads_of: dict[Tensor, list[Tensor]] = {}  # of each batch, of what layers hold that are not called
+    # of the batches that had one, with their losses: gradients of what layers hold that are not called
+    grads_of: dict[Tensor, list[tuple[Tensor, float]]] = {}
 
     def watch(
         layer: AnalogLayer, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor
@@ -104,15 +104,14 @@ def calibrate(
                     value = _scalar(y)
                 if followed and value.requires_grad:
                     grads = torch.autograd.grad(value, followed, allow_unused=True)
-                    losses.append(value.item())
                     unread = {p for layer in layers if layer not in called for p in layer.parameters()}
                     for p, grad in zip(followed, grads, strict=True):
                         if p in unread and grad is not None:
-                            grads_of.setdefault(p, []).append(grad)
+                            grads_of.setdefault(p, []).append((grad, value.item()))
         finally:
             for hook in hooks:
                 hook.remove()
-    used = {p for p, each in grads_of.items() if not _is_penalty(each, losses)}
+    used = {p for p, each in grads_of.items() if not _is_penalty(*zip(*each, strict=True))}
     passed_by = [layer for layer in layers if layer not in called and _owned(layer, model) & used]
     if passed_by:
         raise ValueError(
@@ -133,7 +132,7 @@ def calibrate(
         layer.look_at_ranges()
 
 
-def _is_penalty(grads: list[Tensor], losses: list[float]) -> bool:
+def _is_penalty(grads: Sequence[Tensor], losses: Sequence[float]) -> bool:
     """Whether gradients of a parameter are those of a penalty of weights: the same for batches of other losses."""
     return len(set(losses)) > 1 and bool(grads[0].any()) and all(torch.equal(g, grads[0]) for g in grads)
 

@@ -190,7 +190,7 @@ class AnalogLayer(InSitu):
                     f"{self.name}: a layer with ADCs must be on a device that holds values, got meta; load or initialise the model "
                     "before gpuxbar.convert"
                 )
-            ready.append(not read.adc_bits or bool((full > 0).all()))
+            ready.append(not read.adc_bits or bool(((full > 0) & (full < torch.inf)).all()))
         self.calibrated, self.back_calibrated = ready
 
     def converters(self) -> tuple[Converter, Converter]:

@@ -503,7 +503,8 @@ def _host(read: TileRead, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> An
     if row_scale is not None:
         fields["rows_per_scale"] = read.batch // max(1, row_scale.size)
     if s["conv"] is not None:
-        fields["conv"] = ctypes.addressof(Conv.of(s["conv"]))  # which is kept
+        patches = Conv.of(s["conv"])
+        fields["conv"] = ctypes.addressof(patches)
     if read.batch and y.size:
         seed = s["seed"] & 0xFFFFFFFFFFFFFFFF
         read.run(**fields, seed=seed, row_offset=s["row_offset"], adc_per_column=adc_lsb.size > 1)
