@@ -358,6 +358,20 @@ def test_penalties_of_layers_that_are_not_called_pass_none_by():
             calibrate(network, *batches)
     calibrate(model.head, x, other)
     assert model.head.calibrated
+    losses = iter([model.head, model.head, model])  # passed by in one batch alone
+    with pytest.raises(ValueError, match="of inner itself"):
+        gx.calibrate(model, [x, other, other], step=lambda x: next(losses)(x).square().mean())
+
+
+def test_lines_that_carry_nothing_have_the_worst_range_beside_others():
+    parts = {"adc": {"bits": 8, "per": "column"}, "mapping": {"scheme": "subtracted"}}
+    layer = AnalogLinear(6, 3, bias=False, spec=spec(**parts))
+    with torch.no_grad():
+        layer.weight[1] = 0.0
+    gx.calibrate(layer, [torch.randn(9, 6)])
+    worst = 6 * layer.spec.device.g_max * layer.spec.dac.v_read
+    assert layer.adc_range[1].item() == pytest.approx(worst)
+    assert (layer.adc_range[[0, 2]] < worst / 2).all()
 
 
 class Heads(nn.Module):

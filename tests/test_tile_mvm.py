@@ -519,6 +519,15 @@ def test_the_host_kernel_is_what_was_tested():
     assert library() is not None
 
 
+def test_settings_of_another_type_are_refused_though_equal_ones_are_known():
+    v, g = np.ones((1, 4), np.float32), np.ones((4, 2), np.float32)
+    assert ops.tile_mvm(v, g, tile_rows=2).shape == (1, 2)
+    with pytest.raises(TypeError, match=r"`tile_rows` must be an integer, got 2\.0"):
+        ops.tile_mvm(v, g, tile_rows=2.0)
+    with pytest.raises(TypeError, match=r"`tile_rows` must be an integer, got \[2\]"):
+        ops.tile_mvm(v, g, tile_rows=[2])
+
+
 def test_dac_messages_hold_the_values():
     x = np.zeros((3, 5), np.float32)
     with pytest.raises(ValueError, match="must be 1 to 32767, got 0"):

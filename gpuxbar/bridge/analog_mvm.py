@@ -162,7 +162,7 @@ def _transposed(
         conv = _kept_geometry(plan, weight.shape, tuple(image)) if image else None
         plain = way.reference == (0, 0)
         if conv is not None and not plain:
-            v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1]).contiguous()
+            v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
             if dac is not None and lsb.numel() > 1:
                 dac = replace(dac, lsb=array(lsb.repeat_interleave(conv.pixels)))
         grad_x, _ = _read(
@@ -315,7 +315,7 @@ def driven_lines(part: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
     rows, cols = way.reference_lines
     block = part.view(1, way.groups, way.inputs + rows, way.outputs + cols)
     block = block[..., : way.outputs] if transposed else block[:, :, : way.inputs]
-    return block.reshape(1, -1, block.shape[-1]).contiguous()
+    return block.reshape(1, -1, block.shape[-1])
 
 
 def _own_lines(y: Tensor, way: ReadPlan, transposed: bool) -> tuple[Tensor, Tensor]:

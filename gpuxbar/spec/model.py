@@ -400,21 +400,6 @@ class CrossbarSpec(Part):
             )
         return self
 
-    @property
-    def _largest_digit(self) -> int:
-        """Driven at a time, in either direction."""
-        dacs = [self.dac] if self.backward.mode == "ideal" else [self.dac, self.backward_dac]
-        return max(2**dac.stream_bits - 1 if dac.stream_bits else dac.code_max for dac in dacs)
-
-    @model_validator(mode="after")
-    def _held(self) -> CrossbarSpec:
-        if self.precision == "bf16" and self._largest_digit > 256:
-            raise ValueError(
-                f"CrossbarSpec: `precision` must be fp16 or fp16x2 where digits up to {self._largest_digit} are driven (256 fit the 8 "
-                "bits of 'bf16'), got 'bf16'; choose one of these, or drive fewer bits at a time by dac.stream_bits"
-            )
-        return self
-
     @model_validator(mode="after")
     def _whole(self) -> CrossbarSpec:
         """Products of bytes are exact, or refused."""
@@ -426,12 +411,13 @@ class CrossbarSpec(Part):
         directions = [(self.dac, self.adc)]
         if self.backward.mode == "analog":
             directions.append((self.backward_dac, self.backward_adc))
+        digits = [2**dac.stream_bits - 1 if dac.stream_bits else dac.code_max for dac, _ in directions]
         obstacles = {
             self.off_levels: self.off_levels is not None,
             f"devices have {levels} levels ({most} fit 8 bits)": levels > most,
             "the noise of a read depends on the cell (read_noise.sigma_g)": self.read_noise.sigma_g > 0,
             "an ADC or DAC is missing": any(dac.bits is None or adc.bits is None for dac, adc in directions),
-            f"digits up to {self._largest_digit} are driven (127 fit 8 bits)": self._largest_digit > 127,
+            f"digits up to {max(digits)} are driven (127 fit 8 bits)": max(digits) > 127,
         }
         for why, found in obstacles.items():
             if found:
