@@ -117,12 +117,15 @@ def test_tied_weights_stay_tied_where_one_layer_moves():
 def test_computed_weights_do_not_move():
     converted, _ = gx.convert(model(), spec(COARSE))
     prune.random_unstructured(converted[5], "weight", 0.5)
-    assert gx.convert(converted, spec(COARSE))[1].rows[2].why == "already so"
-    with pytest.raises(
-        ValueError,
-        match="let its layers leave their crossbars, got 5: its weight is computed anew: make it a parameter",
-    ):
-        gx.convert(converted, spec(FINE))
+    normed, _ = gx.convert(model(), spec(COARSE))
+    nn.utils.parametrizations.weight_norm(normed[5])
+    for one in (converted, normed):
+        assert gx.convert(one, spec(COARSE))[1].rows[2].why == "already so"
+        with pytest.raises(
+            ValueError,
+            match="let its layers leave their crossbars, got 5: its weight is computed anew: make it a parameter",
+        ):
+            gx.convert(one, spec(FINE))
 
 
 def test_subclasses_of_crossbar_layers_stay():
@@ -133,7 +136,33 @@ def test_subclasses_of_crossbar_layers_stay():
     layers = nn.Sequential(Scaled(4, 4, spec=spec(COARSE), name="0"), nn.Linear(4, 4))
     again, report = gx.convert(layers, spec(FINE))
     assert type(again[0]) is Scaled
-    assert [row.why for row in report.rows] == ["already so", "default"]
+    assert [row.why for row in report.rows] == ["of a type that stays as it is", "default"]
+    gx.convert(layers, spec(FINE), rules={"0": None})
+
+
+def test_convolutions_keep_what_they_pad_by():
+    convolution = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", dilation=2)
+    x = images()
+    there, _ = gx.convert(convolution, spec({}))
+    back, _ = gx.convert(there, spec({}), rules={"*": None})
+    assert type(back) is nn.Conv2d
+    torch.testing.assert_close(back(x), convolution(x))
+
+
+def test_an_example_counts_what_is_not_calibrated_yet():
+    calibrated = {**COARSE, "adc": {"bits": 4}}
+    converted, report = gx.convert(model(), spec(calibrated), example=images())
+    again = gx.convert(converted, spec(calibrated), example=images())[1]
+    assert [row.macs for row in again.rows] == [row.macs for row in report.rows]
+    with pytest.raises(ValueError, match="must be calibrated before use"):
+        converted(images())
+
+
+def test_an_optimiser_begins_with_groups_of_digital_parameters():
+    converted, _ = gx.convert(model(), spec({**COARSE, **IN_SITU}), rules={"0": None})
+    groups = [{"params": [converted[0].weight]}, {"params": [converted[5].weight]}]
+    trained(converted, gx.optim.InSituSGD(groups, 0.1))
+    assert converted[5].in_situ
 
 
 @pytest.mark.parametrize("rule", [False, spec(FINE)])
@@ -143,3 +172,15 @@ def test_rules_are_overrides(rule):
         match=rf"`rules` must hold overrides of the spec or None, got {type(rule).__name__} for '5'; for",
     ):
         gx.convert(model(), spec({}), rules={"5": rule})
+
+
+@pytest.mark.parametrize(
+    ("rules", "text"),
+    [
+        ({5: None}, "must be by patterns of names, got 5; write '5'"),
+        (["5"], "must be a dict of patterns of names, got list"),
+    ],
+)
+def test_rules_are_by_patterns(rules, text):
+    with pytest.raises(TypeError, match=f"convert: `rules` {text}"):
+        gx.convert(model(), spec({}), rules=rules)

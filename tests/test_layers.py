@@ -469,6 +469,19 @@ def test_averaged_models_read_with_the_ranges_that_are_copied_to_them():
     assert torch.equal(averaged(x), fresh(x))
 
 
+def test_gradients_pass_by_ranges_that_were_copied():
+    parts = {**NOISY, "adc": {"bits": 8, "range": "worst_case"}, "backward": {"adc": {"bits": 8}}}
+    model = AnalogLinear(8, 6, spec=spec(**parts))
+    averaged = copy.deepcopy(model)
+    x = torch.randn(5, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="of the transposed read must be calibrated"):
+        averaged(x).sum().backward()
+    gx.calibrate(model, [x.detach()])
+    averaged.back_adc_range.copy_(model.back_adc_range)
+    averaged(x).sum().backward()
+    assert x.grad.abs().max() > 0
+
+
 def test_calibrate_and_convert_refuse_by_name():
     model, _ = gx.convert(nn.Sequential(nn.Linear(8, 4)), spec(**NOISY))
     for batch, what in (({"x": 1}, "dict"), ((torch.ones(1, 8), 0, 0), "tuple of 3"), ((1, 2), "tuple of 2")):

@@ -90,16 +90,14 @@ def test_the_hold_out_check_tells_a_right_law_from_a_wrong_one(tmp_path):
     assert not fit_law(quiet, "constant_step", **WINDOW).passed
 
 
-@pytest.mark.parametrize("read_noise", [0.0, 5e-8])
-def test_read_noise_of_pulses_in_a_row_is_told_from_that_of_the_law(read_noise):
-    law = SoftBounds(pulses=100, up=2, down=2, cycle=0.5, cycle_of="nominal")
-    rng = np.random.default_rng(0)
-    pulses, devices = 3000, 4
-    rising = np.tile(np.repeat([True, False], 50), pulses // 100)
-    y = [np.full(devices, 0.3)]
+def in_a_row(read_noise, gains, scatter, block=50, pulses=3000, seed=0):
+    """Pulses of soft bounds one after another on devices whose steps are `gains` of the nominal one, with noise `scatter(y)`."""
+    law, rng = SoftBounds(pulses=100, up=2, down=2).model_dump(), np.random.default_rng(seed)
+    rising = np.tile(np.repeat([True, False], block), pulses // (2 * block))
+    y, devices = [np.full(len(gains), 0.3)], len(gains)
     for up in rising:
-        step = reference.laws.moved(law.model_dump(), y[-1], np.full(devices, 0.01 if up else -0.01)) - y[-1]
-        y.append(np.clip(y[-1] + step + 0.005 * rng.normal(size=devices), 0, 1))
+        step = reference.laws.moved(law, y[-1], 0.01 * np.array(gains) * (1 if up else -1)) - y[-1]
+        y.append(np.clip(y[-1] + step + scatter(y[-1]) * rng.standard_t(4, size=devices), 0, 1))
     g = G_MIN + (G_MAX - G_MIN) * np.array(y) + read_noise * rng.normal(size=(pulses + 1, devices))
     measured = Pulses(
         g[:-1].ravel(),
@@ -107,7 +105,22 @@ def test_read_noise_of_pulses_in_a_row_is_told_from_that_of_the_law(read_noise):
         np.repeat(rising, devices),
         np.tile(np.arange(devices), pulses),
     )
-    fit = fit_law(measured, "soft_bounds", g_min=G_MIN / 2, g_max=G_MAX + G_MIN / 2)
+    return fit_law(measured, "soft_bounds", g_min=G_MIN / 2, g_max=G_MAX + G_MIN / 2)
+
+
+@pytest.mark.parametrize(
+    ("gains", "scatter", "block"),
+    [((0.6, 1.4), lambda y: 0.002, 1), ((1.0,), lambda y: 0.02 * y**3, 50)],
+    ids=["devices of other steps", "noise of the state"],
+)
+def test_noise_of_the_law_is_not_taken_for_read_noise(gains, scatter, block):
+    found = [in_a_row(0.0, gains, scatter, block, 1000, seed).read_share for seed in range(8)]
+    assert found == [0.0] * 8
+
+
+@pytest.mark.parametrize("read_noise", [0.0, 5e-8])
+def test_read_noise_of_pulses_in_a_row_is_told_from_that_of_the_law(read_noise):
+    fit = in_a_row(read_noise, [1.0] * 4, lambda y: 0.005 / 2**0.5)
     assert fit.read_noise == pytest.approx(read_noise, rel=0.1)
     assert fit.read_share == pytest.approx(
         2 * read_noise**2 / (2 * read_noise**2 + (0.05 * 1e-6) ** 2), rel=0.1

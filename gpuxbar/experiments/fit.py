@@ -38,7 +38,8 @@ class Fit:
         limit: Distance that a right law exceeds in any third in 1 % of cases, up and down.
         rank: Place of each held-out change in the law's distribution, 0 to 1; evenly spread for a right law.
         read_noise: Standard deviation of a measured conductance, S, by changes measured one after another on a device: a misread
-            conductance makes one too large and the next too small. 0 where that does not show.
+            conductance makes one too large and the next too small. 0 where that does not show; changes of a device that depend on one
+            another otherwise are taken for it, or hide it.
         read_share: Share of the scatter of changes that this makes; the law takes all scatter for its own.
     """
 
@@ -323,14 +324,18 @@ def _read_noise(law: UpdateLaw, window: Device, pulses: Pulses, ratio: np.ndarra
     one = pulses[np.argsort(pulses.device, kind="stable")]
     y, step = _shares(one, window)
     rest = step - _foretold(law, y, one.rising, ratio[np.minimum(one.device, len(ratio) - 1)])
+    way = 2 * one.device + one.rising
+    rest -= (np.bincount(way, rest) / np.maximum(np.bincount(way), 1))[
+        way
+    ]  # what a device does otherwise than the law is no noise
     after = (one.device[1:] == one.device[:-1]) & (np.abs(y[:-1] + step[:-1] - y[1:]) < SAME)
-    scatter, count = float(rest.var()), int(after.sum())
-    if not count:
+    products = -(rest[:-1] * rest[1:])[after]
+    if not products.size:
         return 0.0, 0.0
-    variance = -float(np.mean(rest[:-1][after] * rest[1:][after]))
-    if variance < SIGNIFICANT * scatter / count**0.5:
+    variance = float(products.mean())
+    if variance <= SIGNIFICANT * products.std() / products.size**0.5:
         return 0.0, 0.0
-    return variance**0.5 * (window.g_max - window.g_min), min(2 * variance / scatter, 1.0)
+    return variance**0.5 * (window.g_max - window.g_min), min(2 * variance / float(rest.var()), 1.0)
 
 
 def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, ratio: np.ndarray) -> Fit:

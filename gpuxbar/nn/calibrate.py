@@ -19,7 +19,7 @@ from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.in_situ import ROUNDING
 from gpuxbar.nn.layers import AnalogConv, AnalogLayer, require_apart
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "without_adcs"]
 
 ROWS = 64  # of a batch are looked at for a layer, and more while these make fewer partial sums than
 SUMS = 1 << 18
@@ -85,7 +85,7 @@ def calibrate(
         raise TypeError(
             f"calibrate: `loader` must give batches, got a tensor of shape {tuple(loader.shape)}; pass [tensor], or tensor.split(...)"
         )
-    with _without_adcs(model):
+    with without_adcs(model):
         hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
         try:
             for index, batch in enumerate(loader):
@@ -148,7 +148,7 @@ def _wanted(layer: AnalogLayer) -> bool:
 
 
 @contextmanager
-def _without_adcs(model: nn.Module) -> Any:
+def without_adcs(model: nn.Module) -> Any:
     """Every layer read without ADCs; afterwards modes are what they were, and buffers but for what reads found of the weights."""
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     modes = {module: module.training for module in model.modules()}

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
+from gpuxbar.nn.calibrate import without_adcs
 from gpuxbar.nn.layers import AnalogConv, AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
 from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
@@ -97,7 +98,8 @@ def convert(
 
     Layers on other crossbars than `spec` and `rules` say move there with their weights (what was read of them, where trained in
     situ), without ranges, devices and counts: so a trained network is tried on other crossbars, and `rules={"*": None}` makes
-    layers of torch of it again. Those whose crossbars are the same stay as they are, and so do subclasses of crossbar layers.
+    Linear, Conv1d and Conv2d of it again; the layers that attention and recurrent modules became stay apart. Those whose crossbars
+    are the same stay as they are, and so do subclasses of crossbar layers.
 
     Args:
         model: Any model; it is not changed.
@@ -129,7 +131,8 @@ def convert(
         if type(module) in FUSED.values():  # a bias, beside layers that follow
             continue
         if isinstance(module, AnalogLayer):
-            rows.append(Row(label, kind, "analog", "already so", *_counts(module, names, positions)))
+            why = "already so" if _type(module) in ANALOG else "of a type that stays as it is"
+            rows.append(Row(label, kind, "analog", why, *_counts(module, names, positions)))
         elif not _is_layer(module):
             rows.append(
                 Row(label, kind, "digital", TIED if module in tied else _why_not(module, names, choices))
@@ -153,7 +156,16 @@ class _Rules:
     """Which spec a layer gets, and which of the rules said so of any layer."""
 
     def __init__(self, spec: CrossbarSpec, rules: dict[str, dict[str, Any] | None]):
+        if not isinstance(rules, dict):
+            raise TypeError(
+                f"convert: `rules` must be a dict of patterns of names, got {type(rules).__name__}; for instance "
+                '{"classifier": None}'
+            )
         for pattern, change in rules.items():
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"convert: `rules` must be by patterns of names, got {pattern!r}; write {str(pattern)!r}"
+                )
             if change is not None and not isinstance(change, dict):
                 raise TypeError(
                     f"convert: `rules` must hold overrides of the spec or None, got {type(change).__name__} for {pattern!r}; for "
@@ -194,11 +206,11 @@ def _off_others(model: nn.Module, rules: _Rules) -> nn.Module:
     """The model with layers of torch where layers are on other crossbars than the rules want."""
     owners = _owners(model)
     for module, names in _places(model).items():
-        kind: Any = type(module).__base__ if is_parametrized(module) else type(module)
-        if kind not in ANALOG:
+        if not isinstance(module, AnalogLayer):
             continue
+        kind = _type(module)
         chosen, _ = rules.of([*names, *owners.get(module, ())])
-        if chosen == module.spec:
+        if kind not in ANALOG or chosen == module.spec:
             continue
         obstacle = _obstacle(module)
         if obstacle:
@@ -221,9 +233,14 @@ def _of_torch(layer: Any, kind: Any) -> nn.Module:
     return plain.train(layer.training)
 
 
+def _type(module: nn.Module) -> Any:
+    """The type of a module, whose parametrizations make another one of it."""
+    return type(module).__base__ if is_parametrized(module) else type(module)
+
+
 def _form(module: nn.Module) -> type[nn.Module] | None:
     """The type with a crossbar form that a module is of, or computes as: a subclass that changes nothing but how it is made."""
-    kind: Any = type(module).__base__ if is_parametrized(module) else type(module)
+    kind = _type(module)
     if kind in LAYERS or kind in FUSED:
         return kind
     base = next((plain for plain in PLAIN if isinstance(module, plain)), None)
@@ -407,7 +424,7 @@ def _positions(
     for name, module in watched.named_modules():
         if _is_layer(module) or isinstance(module, AnalogLayer):
             module.register_forward_hook(lambda layer, _, y, name=name: count(name, layer, y))
-    with torch.no_grad():
+    with torch.no_grad(), without_adcs(watched):  # of layers that stay, ranges may not be calibrated yet
         watched(*args, **options)
     return found
 

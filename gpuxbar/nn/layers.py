@@ -448,6 +448,9 @@ class AnalogLayer(InSitu):
             return
         if torch.compiler.is_compiling():
             self._refuse_gradient()
+        self.look_at_ranges()  # see `require_calibrated`
+        if self.back_calibrated:
+            return
         y.register_hook(self._refuse_gradient)
 
     def _refuse_gradient(self, *_: Tensor) -> None:
