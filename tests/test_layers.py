@@ -482,6 +482,23 @@ def test_gradients_pass_by_ranges_that_were_copied():
     assert x.grad.abs().max() > 0
 
 
+def test_ranges_that_are_copied_to_a_calibrated_layer_count():
+    """By way of the values of its state dict, which no method of the layer sees."""
+    model = AnalogLinear(8, 6, spec=spec(**NOISY))
+    x = torch.randn(5, 8)
+    gx.calibrate(model, [x])
+    average = copy.deepcopy(model)
+    model(x)
+    gx.calibrate(model, [0.3 * x.abs()])
+    for mine, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mine.copy_(theirs)
+    model.eval(), average.eval()
+    assert torch.equal(average(x), model(x))
+    average.adc_range.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the ADC range must be calibrated before use"):
+        average(x)
+
+
 def test_calibrate_and_convert_refuse_by_name():
     model, _ = gx.convert(nn.Sequential(nn.Linear(8, 4)), spec(**NOISY))
     for batch, what in (({"x": 1}, "dict"), ((torch.ones(1, 8), 0, 0), "tuple of 3"), ((1, 2), "tuple of 2")):

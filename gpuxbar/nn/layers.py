@@ -183,8 +183,8 @@ class AnalogLayer(InSitu):
     def look_at_ranges(self) -> None:
         """Take over the ADC ranges, and remember which direction's are set, so that reading them never waits for a GPU."""
         ready = []
-        for full, lsb, read, _ in self.converters():
-            lsb.copy_(full / max(read.adc_code_max, 1))
+        self._take_ranges()
+        for full, _, read, _ in self.converters():
             if read.adc_bits and full.is_meta:
                 raise ValueError(
                     f"{self.name}: a layer with ADCs must be on a device that holds values, got meta; load or initialise the model "
@@ -192,6 +192,17 @@ class AnalogLayer(InSitu):
                 )
             ready.append(not read.adc_bits or bool(((full > 0) & (full < torch.inf)).all()))
         self.calibrated, self.back_calibrated = ready
+
+    def _take_ranges(self) -> None:
+        for full, lsb, read, _ in self.converters():
+            lsb.copy_(full / max(read.adc_code_max, 1))
+        self._taken = self._range_versions()
+
+    def _range_versions(self) -> tuple[int, ...]:
+        """How often ranges were written, as averages of models and `DistributedDataParallel` do."""
+        return tuple(
+            0 if full.is_inference() else full._version for full in (self.adc_range, self.back_adc_range)
+        )
 
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
@@ -419,8 +430,11 @@ class AnalogLayer(InSitu):
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
-        if not self.calibrated and not torch.compiler.is_compiling():
-            self.look_at_ranges()  # which may have been copied here, as those of torch's AveragedModel are
+        if not torch.compiler.is_compiling() and self._taken != self._range_versions():
+            if self.adc_range.is_cpu or not (self.calibrated and self.back_calibrated):
+                self.look_at_ranges()
+            else:  # a look would wait for the GPU
+                self._take_ranges()
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
@@ -448,9 +462,6 @@ class AnalogLayer(InSitu):
             return
         if torch.compiler.is_compiling():
             self._refuse_gradient()
-        self.look_at_ranges()  # see `require_calibrated`
-        if self.back_calibrated:
-            return
         y.register_hook(self._refuse_gradient)
 
     def _refuse_gradient(self, *_: Tensor) -> None:
