@@ -494,9 +494,6 @@ def test_ranges_that_are_copied_to_a_calibrated_layer_count():
         mine.copy_(theirs)
     model.eval(), average.eval()
     assert torch.equal(average(x), model(x))
-    average.adc_range.fill_(torch.nan)
-    with pytest.raises(ValueError, match="the ADC range must be calibrated before use"):
-        average(x)
 
 
 def test_calibrate_and_convert_refuse_by_name():

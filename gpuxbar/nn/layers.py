@@ -135,6 +135,7 @@ class AnalogLayer(InSitu):
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         # the weight that the cells are of, held so that no other takes its place in memory
         self._cells_of: Tensor | None = None
+        self._taken: tuple[int, ...] = ()  # versions of the ranges that were taken over
         self._setup_packing(device)
         self.look_at_ranges()
         self.setup_programmed()
@@ -431,10 +432,10 @@ class AnalogLayer(InSitu):
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
         if not torch.compiler.is_compiling() and self._taken != self._range_versions():
-            if self.adc_range.is_cpu or not (self.calibrated and self.back_calibrated):
+            if self.calibrated and self.back_calibrated:
+                self._take_ranges()  # which waits for no GPU
+            else:
                 self.look_at_ranges()
-            else:  # a look would wait for the GPU
-                self._take_ranges()
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
