@@ -388,8 +388,8 @@ def test_transfer_reads_go_through_the_converters_noise_and_wires():
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_digital_parameters_are_trained_as_by_torchs_sgd(momentum):
     ours, theirs = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    beside = [AnalogLinear(4, 3, spec=spec()).weight]
-    for parameters, kind in (([ours, *beside], gx.optim.InSituSGD), ([theirs], torch.optim.SGD)):
+    layer = AnalogLinear(4, 3, spec=spec())
+    for parameters, kind in (([ours, layer.weight], gx.optim.InSituSGD), ([theirs], torch.optim.SGD)):
         parameter, optimiser = parameters[0], kind(parameters, lr=0.1, momentum=momentum)
         for step in range(3):
             optimiser.zero_grad()
