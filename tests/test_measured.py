@@ -6,8 +6,10 @@ import re
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from gpuxbar import ops, reference
+from gpuxbar.cli import app
 from gpuxbar.experiments.fit import fit_law, fit_table
 from gpuxbar.experiments.measured import Pulses, read_pulses
 from gpuxbar.spec import (
@@ -99,13 +101,29 @@ def in_a_row(read_noise, gains, scatter, block=50, pulses=3000, seed=0):
         step = reference.laws.moved(law, y[-1], 0.01 * np.array(gains) * (1 if up else -1)) - y[-1]
         y.append(np.clip(y[-1] + step + scatter(y[-1]) * rng.standard_t(4, size=devices), 0, 1))
     g = G_MIN + (G_MAX - G_MIN) * np.array(y) + read_noise * rng.normal(size=(pulses + 1, devices))
-    measured = Pulses(
-        g[:-1].ravel(),
-        np.diff(g, axis=0).ravel(),
-        np.repeat(rising, devices),
-        np.tile(np.arange(devices), pulses),
+    device = np.tile(np.arange(devices), pulses)
+    return g[:-1].ravel(), np.diff(g, axis=0).ravel(), np.where(np.repeat(rising, devices), 1, -1), device
+
+
+def fitted_in_a_row(*measurement):
+    g, dg, way, device = in_a_row(*measurement)
+    return fit_law(Pulses(g, dg, way > 0, device), "soft_bounds", g_min=G_MIN / 2, g_max=G_MAX + G_MIN / 2)
+
+
+@pytest.mark.parametrize(("read_noise", "told"), [(0.0, False), (1e-7, True)])
+def test_the_command_tells_of_read_noise(tmp_path, read_noise, told):
+    path = written(tmp_path / "m.csv", in_a_row(read_noise, [1.0] * 3, lambda y: 0.002))
+    shown = CliRunner().invoke(
+        app, ["fit", str(path), "--law", "soft_bounds", "--out", str(tmp_path / "law")]
     )
-    return fit_law(measured, "soft_bounds", g_min=G_MIN / 2, g_max=G_MAX + G_MIN / 2)
+    assert shown.exit_code == 0
+    found = re.search(
+        r"(\d+) % of the scatter of changes is read noise, of about (\S+) S", " ".join(shown.output.split())
+    )
+    assert (found is not None) is told
+    if found:
+        assert float(found[1]) > 50
+        assert float(found[2]) == pytest.approx(read_noise, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +132,13 @@ def in_a_row(read_noise, gains, scatter, block=50, pulses=3000, seed=0):
     ids=["devices of other steps", "noise of the state"],
 )
 def test_noise_of_the_law_is_not_taken_for_read_noise(gains, scatter, block):
-    found = [in_a_row(0.0, gains, scatter, block, 1000, seed).read_share for seed in range(8)]
+    found = [fitted_in_a_row(0.0, gains, scatter, block, 1000, seed).read_share for seed in range(8)]
     assert found == [0.0] * 8
 
 
 @pytest.mark.parametrize("read_noise", [0.0, 5e-8])
 def test_read_noise_of_pulses_in_a_row_is_told_from_that_of_the_law(read_noise):
-    fit = in_a_row(read_noise, [1.0] * 4, lambda y: 0.005 / 2**0.5)
+    fit = fitted_in_a_row(read_noise, [1.0] * 4, lambda y: 0.005 / 2**0.5)
     assert fit.read_noise == pytest.approx(read_noise, rel=0.1)
     assert fit.read_share == pytest.approx(
         2 * read_noise**2 / (2 * read_noise**2 + (0.05 * 1e-6) ** 2), rel=0.1
