@@ -19,9 +19,8 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.host import plan_of
 from gpuxbar.bridge.lines import fold_lines
-from gpuxbar.bridge.operator import call, gradient, operator
+from gpuxbar.bridge.operator import call, gradient, operator, plan_of
 from gpuxbar.bridge.outer_product import Samples, codes_gradient, conv_weight_gradient
 from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.launch import Device

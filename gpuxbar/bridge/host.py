@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from gpuxbar import ops
+from gpuxbar.bridge.operator import plan_of
 from gpuxbar.bridge.pairs import made_of
 from gpuxbar.launch import Device, host_call, host_library, library
-from gpuxbar.mapping.plan import Read, ReadPlan
+from gpuxbar.mapping.plan import Read
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.checks import require_finite_values
 from gpuxbar.ops.device_map import spread_names
@@ -33,13 +34,10 @@ __all__ = [
     "dac_fit",
     "dac_quantize",
     "device_update",
-    "plan_of",
     "reprogram",
     "serves",
     "tile_mvm",
 ]
-
-plan_of = lru_cache(maxsize=4096)(ReadPlan.loads)
 
 
 def serves(device: Device | None) -> bool:

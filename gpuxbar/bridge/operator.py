@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gpuxbar.mapping.plan import ReadPlan
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["call", "conv_of", "gradient", "operator", "spec_of"]
+__all__ = ["call", "conv_of", "gradient", "operator", "plan_of", "spec_of"]
 
 ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple, torch.Size}
 KEYS = {
@@ -27,8 +28,9 @@ KEYS = {
 }
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
 
-# operators take specs as JSON, so that a compiled graph sees a constant
+# operators take specs and plans as JSON, so that a compiled graph sees a constant
 spec_of = lru_cache(maxsize=4096)(CrossbarSpec.model_validate_json)
+plan_of = lru_cache(maxsize=4096)(ReadPlan.loads)
 
 
 def conv_of(patch: list[int] | None, x: Tensor, groups: int, crossbar: CrossbarSpec) -> ConvGeometry | None:
@@ -103,26 +105,29 @@ def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[...,
     That one reads the schema anew at every call, which costs more than a small layer. Gradients of gradients are refused.
     """
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = below(*args)
-        setup_context(ctx, args, output)
-        return output
-
     def below(*args: Any) -> Any:
-        if _alone(args):
-            return op.plain(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    def differentiable(run: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs an operator so, with its gradient where one is wanted."""
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = run(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        body = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
+
+        def call_it(*args: Any) -> Any:
+            wanted = torch.is_grad_enabled() and any(
+                isinstance(a, torch.Tensor) and a.requires_grad for a in args
+            )
+            return function.apply(*args) if wanted else run(*args)
+
+        return call_it
+
     name = op._schema.name.split("::")[1]
-    body = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
-    function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
-
-    def differentiable(*args: Any) -> Any:
-        wanted = torch.is_grad_enabled() and any(
-            isinstance(a, torch.Tensor) and a.requires_grad for a in args
-        )
-        return function.apply(*args) if wanted else below(*args)
-
-    op.eager = differentiable
-    LIBRARY.impl(name, differentiable, "Autograd")
+    op.eager = differentiable(op.plain)
+    LIBRARY.impl(name, differentiable(below), "Autograd")
