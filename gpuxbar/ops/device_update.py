@@ -26,7 +26,7 @@ from gpuxbar.ops.checks import check_array, check_numbers, check_written, counte
 from gpuxbar.ops.laws import Parameters
 from gpuxbar.ops.pairs import Pairs, Slices, Wear
 
-__all__ = ["KERNEL", "device_update"]
+__all__ = ["KERNEL", "device_update", "update_on_host"]
 
 OP = "device_update"
 
@@ -120,15 +120,20 @@ def device_update(
             pairs.g_held[...] = held
         weights[...] = pairs.read_out(w_max, groups)
         return weights
-    bad = np.zeros(1, np.int64)
     if weights.size:
         update = Update(**pairs.settings, **size, step=step, factor=factor)
-        host_call(
-            library(), "gpuxbar_device_update", pairs.g, pairs.g_held, pairs.pulse_count, pairs.device_map, dw, digits, weights,
-            w_max, np.frombuffer(bytes(update), np.uint8), bad,
-        )  # fmt: skip
-    require_finite(OP, name, int(bad[0]), "lower the rate")
+        devices = pairs.g, pairs.g_held, pairs.pulse_count, pairs.device_map
+        update_on_host(update, devices, dw, digits, weights, w_max, name)
     return weights
+
+
+def update_on_host(
+    update: Update, devices: tuple[Any, Any, Any, Any], dw: Any, digits: Any, weights: Any, w_max: Any, name: str = "dw"
+) -> None:  # fmt: skip
+    """`device_update` of arrays or addresses; `devices` are g, g_held, pulse_count and device_map."""
+    bad = ctypes.c_int64()
+    host_call(library(), "gpuxbar_device_update", *devices, dw, digits, weights, w_max, update, bad)
+    require_finite(OP, name, bad.value, "lower the rate")
 
 
 def _change(pairs: Pairs, dw: Any, digits: Any) -> tuple[str, Any, tuple[int, int, int]]:

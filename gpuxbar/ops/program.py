@@ -24,12 +24,13 @@ from gpuxbar.spec import Programming
 
 __all__ = [
     "IDEAL",
-    "LOWER",
     "Write",
     "Writing",
     "checksum",
+    "checksum_on_host",
     "program",
     "reprogram",
+    "reprogram_on_host",
     "write_values",
     "writing",
 ]
@@ -234,12 +235,19 @@ def reprogram(
             **write.settings,
         )  # fmt: skip
         return
-    bad = np.zeros(1, np.int64)
+    reprogram_on_host(write.at(int(write_step[0])), weight, w_max, g, noise_var, state, scale, full_weight)
+
+
+def reprogram_on_host(
+    write: Any, weight: Any, w_max: Any, g: Any, noise_var: Any, state: Any, scale: str, full_weight: float | None
+) -> None:  # fmt: skip
+    """`reprogram` of arrays or addresses."""
+    bad = ctypes.c_int64()
     host_call(
-        library(), "gpuxbar_reprogram", write.at(int(write_step[0])), weight, w_max, g, noise_var, state,
-        int(scale == "column"), float(full_weight or 0.0), bad,
+        library(), "gpuxbar_reprogram", write, weight, w_max, g, noise_var, state, scale == "column",
+        float(full_weight or 0.0), bad,
     )  # fmt: skip
-    require_finite(op, "weight", int(bad[0]), LOWER)
+    require_finite("reprogram", "weight", bad.value, LOWER)
 
 
 def checksum(weight: np.ndarray) -> int:
@@ -247,9 +255,14 @@ def checksum(weight: np.ndarray) -> int:
     several are."""
     if backend(weight) == "reference":
         return reference.fingerprint(weight)
-    found = np.empty(1, np.int64)
-    host_call(library(), "gpuxbar_checksum", weight, weight.size, found)
-    return int(found[0])
+    return checksum_on_host(weight, weight.size)
+
+
+def checksum_on_host(weight: Any, size: int) -> int:
+    """`checksum` of an array or address."""
+    found = ctypes.c_int64()
+    host_call(library(), "gpuxbar_checksum", weight, size, found)
+    return found.value
 
 
 @dataclass(frozen=True)
