@@ -113,7 +113,7 @@ def recursion(name, slow, fast, grads, settings, sides):
         else:
             if pulsed:
                 largest = [np.abs(lines).max(2) for lines in grad]
-                top = (largest[0] * largest[1]).sum(0).max()
+                top = np.sqrt(((largest[0] * largest[1]) ** 2).sum(0).max())
             else:
                 top = np.abs(grad).max()
             scale = top if step == 1 else 0.99 * scale + 0.01 * top
@@ -312,7 +312,7 @@ def distance(name, pulses=None, **settings):
 
 
 @pytest.mark.parametrize(("pulses", "chopped", "bounds"), [
-    (None, {"fast_lr": 0.3}, (0.4, 0.35)), ({}, {"fast_lr": 1.0}, (0.5, 0.45)),
+    (None, {"fast_lr": 0.3}, (0.4, 0.35)), ({}, {"fast_lr": 0.3}, (0.5, 0.45)),
 ], ids=["changes", "pulses"])  # fmt: skip
 def test_asymmetric_devices_defeat_sgd_and_not_tiki_taka(pulses, chopped, bounds):
     """Every write pulls a device to its symmetry point: SGD settles between it and the solution at any rate."""
@@ -487,7 +487,7 @@ def test_one_transfer_by_trains_is_that_of_the_rate_in_the_mean():
 
 @pytest.mark.parametrize("kind", ["lstm", "attention", "transposed", "sizes"])
 def test_a_fast_array_takes_all_samples_of_a_step(kind):
-    """Its scale is the sum of their largest products, whatever reads the layer, and however often."""
+    """Its scale is of their largest products, whatever reads the layer, and however often."""
     torch.manual_seed(0)
     model, x = {
         "lstm": lambda: (nn.LSTM(4, 3), torch.randn(5, 2, 4)),
@@ -504,7 +504,7 @@ def test_a_fast_array_takes_all_samples_of_a_step(kind):
     found = {}
     for layer in layers:
         lines = [layer.as_lines(x, d) for x, d in layer.streams.pairs]
-        found[layer] = sum((x.abs().amax(1) * d.abs().amax(1)).sum() for x, d in lines)
+        found[layer] = sum((x.abs().amax(1) * d.abs().amax(1)).square().sum() for x, d in lines).sqrt()
     opt.step()
     assert len(layers) == {"lstm": 2, "attention": 6}.get(kind, 1)
     for layer in layers:

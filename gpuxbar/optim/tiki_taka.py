@@ -15,12 +15,11 @@ v is what A reads, in units of the gradient. A weight changes by its gradient ti
 gradient of the layer (a running mean), and v is A's weight divided by the same, so `lr` is a rate in the sense of SGD, times
 the number of reads for which A remembers.
 
-Where a spec has `pulses`, A moves by pulse trains of inputs and errors, sample by sample, and no gradient is formed. So its place
-in the scale is taken by what drivers of lines can know: max|x| max|d|, summed over the samples of a step. Of one sample that is
-the largest gradient; of more it is what gradients cannot exceed, and pulses up and down together move no weight of A by more
-than `fast_lr` of its range, at a step of the mean size. Since opposite samples do not cancel before they are written, they too
-lead A to its symmetry points. What goes to C goes by pulses, too: in version 1 by trains, a sample for each line read; whole
-pulses of the others are as many coincidences for certain.
+Where a spec has `pulses`, A moves by pulse trains of inputs and errors, sample by sample, and no gradient is formed. The largest is
+then taken to be the root of the sum over samples of (max|x| max|d|)^2, which drivers of lines can know: that of one sample, and
+about that of many whose signs are independent. Opposite samples do not cancel before they are written, but lead A to its symmetry
+points as well, so that it remembers for fewer steps the more samples they have. What goes to C goes by pulses, too: in version 1
+by trains, a sample for each line read; whole pulses of the others are as many coincidences for certain.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ class Lines(NamedTuple):
 class Fast(nn.Module):
     """The fast array of a layer, and what its transfer keeps digitally; all of it is in the state dict.
 
-    Buffers: `scale`, running mean of the largest gradient, or of its bound by pulse trains, float32 [1]; `sign` that gradients are
-    written with,
+    Buffers: `scale`, running mean of the largest gradient, float32 [1]; `sign` that gradients are written with,
     float32 [G, 1, I]; `waiting`, the buffer H in pulses, `offset`, what A read before its last flip, and `mean`, its
     running mean since: float32 [G, O, I], empty where the algorithm has none; `reads` of wordlines, int64 [1].
     Counter of the host: `steps`, for `transfer_every` above 1.
@@ -114,7 +112,9 @@ class Fast(nn.Module):
         array = self.array
         assert array.w_max is not None
         top_x, top_d = (lines.abs().unflatten(1, (array.groups_, -1)).amax(2) for lines in (x, d))
-        scale = self._following((top_x * top_d).sum(0).amax())
+        # squares of what float32 still holds may be less than it does
+        likely = torch.linalg.vector_norm(top_x * top_d, dim=0, dtype=torch.float64)
+        scale = self._following(likely.amax().float())
         full = array.w_max.view(array.groups_, -1)
         top = full.amax(1, keepdim=True)
         root = (top / scale.clamp_min(LEAST)).sqrt()  # each takes its share of what scales the products
@@ -159,8 +159,7 @@ class TikiTaka(InSituOptimizer):
 
     Args:
         params, lr, momentum: As for `InSituSGD`.
-        fast_lr: Share of the range of A that the largest gradient of a layer moves a weight by; by pulse trains, that all pulses
-            of a step could.
+        fast_lr: Share of the range of A that the largest gradient of a layer moves a weight by.
         transfer_every: Steps between transfers.
         lines: Wordlines read at a transfer; all, where a layer has fewer. In hardware, about as many as samples are written.
         zero_shift: Pairs of up and down trains that lead A to its symmetry points first; 0: none.
