@@ -97,7 +97,7 @@ def apart(rank, before):
         run(x)  # by ranges of rank 0 alone
         gx.calibrate(model, data)
     run(x)
-    return [model.adc_range, model.adc_lsb, model.seen]
+    return [model.adc_range, model.seen]
 
 
 def programmed(rank):

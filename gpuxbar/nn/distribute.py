@@ -13,9 +13,6 @@ from gpuxbar.nn.layers import AnalogLayer, require_apart
 
 __all__ = ["distribute"]
 
-# follow from ranges, which may have been calibrated on each rank's own data
-STEPS = {"adc_lsb", "back_adc_lsb"}
-
 
 def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Module:
     """A converted model under `DistributedDataParallel`, trained as one process would with the batches of all ranks as one.
@@ -56,7 +53,7 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
         layer.set_plan(replace(layer.plan, rank=distributed.get_rank(group)))
         layer.streams.group = group
         prefix = f"{name}." if name else ""
-        derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set - STEPS]
+        derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, derived)
     made = DistributedDataParallel(model, **options) if wrap else _made_alike(model, group, derived)
     for layer in layers.values():  # all have rank 0's weights, devices and ranges now

@@ -227,7 +227,7 @@ def _lstm_at_once(
     cells = layer.conductances()
     counter, way = layer.counter()
     steps = counter + way * torch.arange(1, len(order) + 1)
-    converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
+    converters = layer.adc_range, layer.back_adc_range, layer.adc_error, layer.back_adc_error
     outputs, h, c = lstm_sequence(
         products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.plan, layer.static[0], order
     )  # fmt: skip
