@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import gpuxbar as gx
 from gpuxbar import reference
@@ -453,6 +454,9 @@ def test_errors():
         ValueError, match=r"InSituSGD: `params` must hold the weight of a crossbar layer, got none; pass"
     ):
         gx.optim.InSituSGD(nn.Linear(3, 2).parameters(), lr=0.1)
+    computed = parametrizations.weight_norm(AnalogLinear(4, 3, spec=spec()))  # that nothing has read yet
+    with pytest.raises(ValueError, match=r"got none; .*\(undo weight_norm by remove_parametrizations"):
+        gx.optim.InSituSGD(computed.parameters(), lr=0.1)
     sliced = AnalogLinear(4, 3, spec=gx.CrossbarSpec(mapping={"slices": 2, "slice_bits": 2}))
     with pytest.raises(
         ValueError, match=r"linear: `spec.update` must be an update law to train in situ, got None"

@@ -73,7 +73,8 @@ def refresh_wires(
                 anchor = ops.Anchor(*(array(part[swap]) for part in parts if part is not None))
             solved = _solve(blocks, wires, bool(swap), device, anchor, moved, solve_all)
             joined = merged(solved.unflatten(0, (-1, groups)), merge, base)
-            _untile(joined.flatten(0, 1), into=_arrays(target, groups))
+            # `data`: autograd need not know, for the weight that changed the cells is caught, and a GPU solves unchanged cells too
+            _untile(joined.flatten(0, 1), into=_arrays(target.data, groups))
         state.copy_(key)
         if anchored is not None:
             anchored.copy_(key)

@@ -27,12 +27,13 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
         wrap: False returns the model itself, for a framework that wraps it: Lightning (call this on the LightningModule, in its
-            `setup`), accelerate and transformers' Trainer. What such a model is only a part of sends derived conductances too.
+            `setup`), accelerate and transformers' Trainer; or for `fully_shard`, which shards parameters alone: every rank holds all
+            conductances, and layers cannot be trained in situ. What such a model is only a part of sends derived conductances too.
         options: Of `DistributedDataParallel`; without it, `process_group` alone.
 
     Raises:
         TypeError: Options are given with nothing to wrap by.
-        ValueError: torch.distributed is not initialised.
+        ValueError: torch.distributed is not initialised, or the model is sharded already.
     """
     if not wrap and options.keys() - {"process_group"}:
         raise TypeError(
@@ -42,6 +43,12 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
         raise ValueError(
             "distribute: torch.distributed must be initialised, got no process group; call "
             "torch.distributed.init_process_group, as torchrun's scripts do"
+        )
+    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
+    if sharded:
+        raise ValueError(
+            f"distribute: `model` must be whole, got shards of {sharded[0]}; call gpuxbar.distribute(model, wrap=False) before "
+            "fully_shard(model)"
         )
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AnalogLayer)}
     require_apart("distribute", layers.values())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
@@ -422,15 +422,24 @@ class AnalogLayer(InSitu):
             )
 
     def require_ranks(self) -> None:
-        """Refuse a pass of `DistributedDataParallel` that does not know of the other ranks."""
-        if self.streams.group is None and DistributedDataParallel._get_active_ddp_module() is not None:
-            noise = self.spec.read_noise
-            if self.keeps_operands or noise.sigma or noise.sigma_g:
-                raise ValueError(
-                    f"{self.name}: {'pulse trains and bit streams' if self.keeps_operands else 'rows that draw read noise'} must be those "
-                    "of all ranks of DistributedDataParallel, got a model that it wraps itself; wrap it by gpuxbar.distribute(model), or "
-                    "call gpuxbar.distribute(model, wrap=False) before a framework wraps it"
-                )
+        """Refuse a pass of data-parallel training that does not know of the other ranks."""
+        if self.streams.group is not None or not self._is_shared_out():
+            return
+        noise = self.spec.read_noise
+        if self.keeps_operands or noise.sigma or noise.sigma_g:
+            raise ValueError(
+                f"{self.name}: {'pulse trains and bit streams' if self.keeps_operands else 'rows that draw read noise'} must be those "
+                "of all ranks, got a model that DistributedDataParallel or FSDP wraps itself; wrap it by gpuxbar.distribute(model), or "
+                "call gpuxbar.distribute(model, wrap=False) before a framework or fully_shard wraps it"
+            )
+
+    def _is_shared_out(self) -> bool:
+        """Whether other ranks read other samples with this layer: under `DistributedDataParallel`, and where FSDP has put a weight
+        that it gathers from the ranks in the place of the layer's own."""
+        if not distributed.is_available() or not distributed.is_initialized():
+            return False
+        replicated = DistributedDataParallel._get_active_ddp_module() is not None
+        return replicated or not hasattr(self._parameters.get("weight"), "analog")
 
     def _follows_inputs(self) -> bool:
         """Whether reads move the DAC's range."""
