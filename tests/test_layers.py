@@ -542,6 +542,14 @@ def test_calibrate_and_convert_refuse_by_name():
         TypeError, match=r"`loader` must give batches, got a tensor of shape \(2, 4\); pass \[tensor\]"
     ):
         gx.calibrate(model, torch.zeros(2, 4))
+    images, labels = torch.zeros(2, 8), torch.tensor([0, 3])
+    for pair in ((images, labels), [images, labels], (images, torch.zeros(2))):
+        with pytest.raises(
+            TypeError, match=r"got one: tensors of shapes \(2, 8\) and \(2,\); pass \[\(batch"
+        ):
+            gx.calibrate(model, pair, loss=nn.functional.cross_entropy)
+    gx.calibrate(model, torch.randn(4, 8).split(2))
+    gx.calibrate(model, (images, labels), step=lambda batch: model(batch.float().view(2, -1).expand(2, 8)))
     with pytest.raises(TypeError, match="`spec` must be a CrossbarSpec, got dict"):
         gx.convert(nn.Linear(2, 2), {"tile": {"rows": 64}})
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +50,21 @@ def calibrate(
             need that run in training alone.
 
     Raises:
-        TypeError: `loader` is a tensor, or a batch is not of these forms.
+        TypeError: `loader` is a tensor or one batch with its target, or a batch is not of these forms.
         ValueError: `loader` gave no batch, both `loss` and `step` are given, or the model computes with the weight of a layer that
             it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
     """
     if loss is not None and step is not None:
         raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
+    if isinstance(loader, Tensor):
+        raise TypeError(
+            f"calibrate: `loader` must give batches, got a tensor of shape {tuple(loader.shape)}; pass [tensor], or tensor.split(...)"
+        )
+    if step is None and _is_batch(loader):
+        raise TypeError(
+            f"calibrate: `loader` must give batches, got one: tensors of shapes {tuple(loader[0].shape)} and {tuple(loader[1].shape)}; "
+            "pass [(batch, target)]"
+        )
     found = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     require_apart("calibrate", found)
     layers = [layer for layer in found if _wanted(layer)]
@@ -80,10 +89,6 @@ def calibrate(
         # what follows may work in place, which takes a view out of the graph and its hooks with it
         return y.clone()
 
-    if isinstance(loader, Tensor):
-        raise TypeError(
-            f"calibrate: `loader` must give batches, got a tensor of shape {tuple(loader.shape)}; pass [tensor], or tensor.split(...)"
-        )
     with without_adcs(model):
         hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
         try:
@@ -180,6 +185,18 @@ def without_adcs(model: nn.Module) -> Any:
             buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _is_batch(loader: Any) -> TypeGuard[Sequence[Tensor]]:
+    """Whether a loader is a batch with its target, as two tensors are that no model takes both."""
+    if not isinstance(loader, (tuple, list)) or len(loader) != 2:
+        return False
+    x, target = loader
+    return (
+        isinstance(x, Tensor)
+        and isinstance(target, Tensor)
+        and (x.dim(), x.dtype) != (target.dim(), target.dtype)
+    )
 
 
 def _pair(batch: Any) -> tuple[Tensor, Any]:
