@@ -400,6 +400,41 @@ def test_heads_that_the_loss_leaves_out_or_only_training_has_are_calibrated():
     sum(y.sum() for y in model.train()(x)).backward()
 
 
+def test_a_compiled_graph_takes_no_head_without_a_range_for_the_gradient_that_it_may_have():
+    """Which one of the worst case is."""
+    x, crossbar = torch.randn(5, 6), spec(adc={"bits": 8})
+    bare = {"pooler": {"backward": {"adc": {"bits": 8, "range": "worst_case"}}}, "auxiliary": None}
+    models = [gx.convert(Heads(), crossbar, rules=rules)[0] for rules in ({"auxiliary": None}, bare)]
+    for model in models:
+        gx.calibrate(model, [x], step=lambda x, model=model: model(x)[0].square().sum())
+    refused, compiled = (torch.compile(model, backend="aot_eager", fullgraph=True) for model in models)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"pooler: .* or a rule .*worst_case.* left out"):
+        refused(x)
+    grads = []
+    for run in (models[1], compiled):
+        run.zero_grad()
+        run(x)[0].sum().backward()
+        grads.append(models[1].trunk.weight.grad.clone())
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("which", ["outputs", "h", "c"])
+def test_gradients_of_an_lstms_states_alone_are_refused_without_a_range(which):
+    lstm, _ = gx.convert(nn.LSTM(6, 5), spec(dac={"bits": 8}, adc={"bits": 8}))
+    x = torch.randn(4, 3, 6)
+    gx.calibrate(lstm, [x], step=lambda x: lstm(x)[0].sum())
+
+    def backward():
+        outputs, (h, c) = lstm(x)
+        {"outputs": outputs, "h": h, "c": c}[which].sum().backward()
+
+    backward()
+    lstm.hh_l0.back_adc_range.fill_(torch.nan)
+    lstm.hh_l0.look_at_ranges()
+    with pytest.raises(ValueError, match=r"hh_l0: the ADC range of the transposed read must be calibrated"):
+        backward()
+
+
 class Keyed(nn.Module):
     """Takes and gives dicts."""
 

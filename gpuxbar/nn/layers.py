@@ -461,7 +461,8 @@ class AnalogLayer(InSitu):
     def _refuse_gradient(self) -> None:
         raise ValueError(
             f"{self.name}: the ADC range of the transposed read must be calibrated before gradients pass the layer, and none passed it "
-            "in gpuxbar.calibrate; give that a loss which depends on the layer, or set `backward.adc` of its spec"
+            "in gpuxbar.calibrate; give that a loss which depends on the layer, or a rule of gpuxbar.convert {'backward': {'adc': "
+            "{'range': 'worst_case'}}} if it is to be left out, as a compiled graph does not know"
         )
 
     def _devices(self) -> Tensor:
