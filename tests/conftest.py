@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import cuda_shim
 import pytest
@@ -17,8 +18,10 @@ torch.manual_seed(
 
 
 def pytest_runtest_setup():
-    """Every test draws the same numbers wherever and whenever it runs."""
+    """Every test draws the same numbers, and compiles models as often as it may, wherever and whenever it runs."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def pytest_collection_modifyitems(items):

@@ -138,6 +138,35 @@ def test_devices_age_by_their_place_in_the_window_from_zero_on():
     np.testing.assert_array_equal(layer.conductances().g, expected)
 
 
+@pytest.mark.parametrize(
+    ("of_sequences", "of_images"),
+    [
+        ({"stride": 2, "padding": 1}, {"stride": (1, 2), "padding": (0, 1)}),
+        ({"groups": 2, "dilation": 2}, {"groups": 2, "dilation": (1, 2)}),
+        ({"padding": "same", "padding_mode": "circular"}, {"padding": "same", "padding_mode": "circular"}),
+    ],
+)
+def test_convolutions_of_sequences_are_compensated_as_of_images_of_height_1(of_sequences, of_images):
+    spec, x = gx.presets.pcm().with_overrides(CONVERTERS), torch.randn(6, 4, 9)
+    sequences = gx.nn.AnalogConv1d(4, 6, 3, spec=spec, name="conv", **of_sequences)
+    images = gx.nn.AnalogConv2d(4, 6, (1, 3), spec=spec, name="conv", **of_images)
+    ideal = nn.Conv1d(4, 6, 3, **of_sequences)
+    ideal.load_state_dict({"weight": sequences.weight, "bias": sequences.bias})
+    images.load_state_dict(sequences.state_dict() | {"weight": sequences.weight.detach().unsqueeze(2)})
+    errors = {}
+    for compensate in (False, True):
+        found = []
+        for layer, inputs in ((sequences, x), (images, x.unsqueeze(2))):
+            gx.calibrate(layer.eval(), [inputs])
+            gx.program(layer)
+            gx.age(layer, "1y", compensate)
+            found.append(layer(inputs).reshape(6, 6, -1).detach())
+            gx.unprogram(layer)
+        assert torch.equal(*found)
+        errors[compensate] = (found[0] - ideal(x)).norm()
+    assert errors[True] < 0.5 * errors[False]
+
+
 def test_a_compensation_is_of_its_age_alone():
     model = converted()
     gx.program(model)

@@ -139,6 +139,17 @@ def test_anchored_wires_are_solved_before_a_capture(tape):
     assert same(other.state(), eager.state())
 
 
+def test_ranges_that_change_between_replays_are_read(tape):
+    eager, other = Run("digital"), Run("digital")
+    step = other.captured()
+    for run in (eager, other):
+        for layer in (run.model[0], run.model[4]):
+            layer.adc_range.mul_(0.3)
+            layer.back_adc_range.mul_(0.3)
+    assert step(*eager.batch) == eager.eager(*eager.batch)
+    assert same(other.state(), eager.state())
+
+
 def test_every_replay_draws_its_noise(tape):
     """Weights that a rate of next to nothing leaves alone: what differs is noise, and the counter says which."""
     run = Run("digital", lr=1e-30)

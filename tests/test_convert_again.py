@@ -99,10 +99,81 @@ def test_modules_that_became_layers_move_by_their_name(make, layer):
     converted, _ = gx.convert(fused, spec(COARSE))
     moved, _ = gx.convert(converted, spec(COARSE), rules={"a": {"dac": {"bits": 5}}})
     assert (moved["a"].get_submodule(layer).spec.dac.bits, moved["b"].spec.dac.bits) == (5, 4)
-    back, _ = gx.convert(converted, spec(COARSE), rules={"a": None})
+    back, _ = gx.convert(converted, spec(COARSE), rules={f"a.{layer}": None})
     assert type(back["a"].get_submodule(layer)) is nn.Linear
-    arguments = (torch.randn(3, 2, 4),) * (1 if make is nn.LSTM else 3)
-    torch.testing.assert_close(back["a"](*arguments)[0], fused["a"](*arguments)[0])
+
+
+SPLIT = {
+    "attention": (lambda: nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True), (5, 3, 8)),
+    "attention of others": (lambda: nn.MultiheadAttention(8, 2, bias=False, kdim=6, vdim=4, add_zero_attn=True), (5, 3, 8)),
+    "attention with rows": (lambda: nn.MultiheadAttention(8, 4, add_bias_kv=True), (5, 3, 8)),
+    "lstm": (lambda: nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True, dropout=0.1), (4, 3, 6)),
+    "projected": (lambda: nn.LSTM(6, 5, bias=False, proj_size=2), (4, 3, 6)),
+    "gru": (lambda: nn.GRU(6, 5, bidirectional=True), (4, 3, 6)),
+    "rnn": (lambda: nn.RNN(6, 5, nonlinearity="relu"), (4, 3, 6)),
+    "lstm cell": (lambda: nn.LSTMCell(6, 5), (3, 6)),
+    "gru cell": (lambda: nn.GRUCell(6, 5, bias=False), (3, 6)),
+    "rnn cell": (lambda: nn.RNNCell(6, 5, nonlinearity="relu"), (3, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 0), 2, True, (1, 2)), (2, 4, 5, 4)),
+    "transposed of sequences": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, bias=False), (2, 4, 5)),
+    "volumes": (lambda: nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), 1, (2, 1, 1), 2, padding_mode="circular"), (2, 4, 5, 6, 3)),
+    "padded volumes": (lambda: nn.Conv3d(2, 3, (3, 1, 2), padding="same", bias=False), (2, 2, 4, 5, 3)),
+}  # fmt: skip
+
+
+def outputs(module, shape):
+    x = [torch.randn(shape, generator=torch.Generator().manual_seed(2))]
+    if hasattr(module, "num_heads"):
+        x += [
+            torch.randn(*shape[:2], size, generator=torch.Generator().manual_seed(size))
+            for size in (module.kdim, module.vdim)
+        ]
+    y = module(*x)
+    while isinstance(y, tuple):
+        y = y[0]
+    return y
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:Using padding='same'")
+@pytest.mark.parametrize("name", SPLIT)
+def test_modules_that_became_layers_become_torchs_own_with_their_weights(name):
+    torch.manual_seed(0)
+    make, shape = SPLIT[name]
+    plain = nn.ModuleList([make()]).eval()
+    converted, _ = gx.convert(plain, spec({}))
+    back, report = gx.convert(converted, spec({}), rules={"0": None})
+    assert {row.runs for row in report.rows} == {"digital"}
+    assert repr(back) == repr(plain)
+    assert not any(part.training for part in back.modules())
+    assert back.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, plain.get_parameter(key)) for key, value in back.named_parameters())
+    assert torch.equal(outputs(back[0], shape), outputs(plain[0], shape))
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.mul_(1 + torch.rand_like(parameter))
+    back, _ = gx.convert(converted.requires_grad_(False), spec({}), rules={"*": None})
+    torch.testing.assert_close(outputs(back[0], shape), outputs(converted[0], shape), rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in back.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "act"),
+    [
+        (nn.MultiheadAttention, lambda model: model[0].k_proj.weight.requires_grad_(False)),
+        (nn.MultiheadAttention, lambda model: model[0].v_proj.bias.requires_grad_(False)),
+        (nn.MultiheadAttention, lambda model: setattr(model[1], "weight", model[0].q_proj.weight)),
+        (nn.LSTM, lambda model: model[0].hh_l0.register_forward_hook(lambda *_: None)),
+        (nn.LSTM, lambda model: setattr(model[0], "forward", model[0].forward)),
+    ],
+    ids=["frozen in part", "frozen bias", "tied", "hook", "forward"],
+)  # fmt: skip
+def test_layers_that_torchs_modules_cannot_hold_stay_apart(make, act):
+    converted, _ = gx.convert(nn.ModuleList([make(4, 2), nn.Linear(4, 4)]), spec({}))
+    act(converted)
+    back, report = gx.convert(converted, spec({}), rules={"*": None})
+    assert {row.runs for row in report.rows} == {"digital"}
+    assert type(back[0]) is type(converted[0])
+    assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in converted.parameters()]
 
 
 def test_tied_weights_stay_tied_where_one_layer_moves():

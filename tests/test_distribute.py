@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gpuxbar as gx
@@ -23,6 +25,8 @@ SPECS = {
         "carry": {"scheme": "streamed"},
     },
 }  # fmt: skip
+SHARDED = ("digital", "recurrent")
+GROUPED = ("digital", "pulses")
 READS = {
     "tile": {"rows": 8, "cols": 8},
     "mapping": {"scheme": "subtracted"},
@@ -76,7 +80,9 @@ def train(kind, model, run, x):
         first = y.detach() if first is None else first
         y.square().mean().backward()
         optimiser.step()
-    return first, [p.detach().clone() for p in model.parameters()]
+    return first, [
+        p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()
+    ]
 
 
 def batch():
@@ -101,7 +107,42 @@ def apart(rank, before):
         run(x)  # by ranges of rank 0 alone
         gx.calibrate(model, data)
     run(x)
-    return [model.adc_range, model.adc_lsb, model.seen]
+    return [model.adc_range, model.seen]
+
+
+def sharded(model):
+    """A model whose parameters lie in shards on all ranks, those of each child together."""
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*model.children(), model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+
+def refuse_shards():
+    """What ranks refuse of models that are sharded and not distributed, or the other way round, or in situ."""
+    draws = r"rows that draw read noise must be those of all ranks, got .*distribute\(model, wrap=False\) before a framework or fully_shard"
+    cpu = {"device_id": torch.device("cpu")}
+    for shard in (
+        sharded,
+        *(
+            lambda m, how=how: FullyShardedDataParallel(m, use_orig_params=how, **cpu)
+            for how in (False, True)
+        ),
+    ):
+        with pytest.raises(ValueError, match=draws):
+            shard(network("digital"))(batch())
+    quiet, _ = gx.convert(nn.Sequential(nn.Linear(6, 4)), gx.CrossbarSpec())
+    sharded(quiet)(torch.ones(3, 6))
+    with pytest.raises(
+        ValueError, match=r"`model` must be whole, got shards of 0\.weight; call gpuxbar\.distribute"
+    ):
+        gx.distribute(sharded(network("digital")), wrap=False)
+    for distribute in (lambda model: model, lambda model: gx.distribute(model, wrap=False)):
+        model = sharded(distribute(network("in situ")))
+        with pytest.raises(
+            ValueError, match=r"got none; .*shards \(use gpuxbar\.distribute in place of fully_shard\)"
+        ):
+            gx.optim.InSituSGD(model.parameters(), lr=0.5)
 
 
 def programmed(rank):
@@ -145,6 +186,18 @@ def work(rank, folder):
         model = network(kind)
         run = DistributedDataParallel(Framed(gx.distribute(model, wrap=False)))
         found[f"{kind}, wrapped"] = train(kind, model, run, batch()[4 * rank : 4 * rank + 4])
+    for kind in SHARDED:
+        model = sharded(gx.distribute(network(kind), wrap=False))
+        found[f"{kind}, sharded"] = train(kind, model, model, batch()[4 * rank : 4 * rank + 4])
+    refuse_shards()
+    own = [distributed.new_group([each]) for each in range(2)][rank]
+    for kind in GROUPED:
+        model = network(kind)
+        found[f"{kind}, in a group"] = train(
+            kind, model, gx.distribute(model, process_group=own), batch()[4 * rank :]
+        )
+        model = gx.distribute(network(kind), wrap=False, process_group=own)
+        found[f"{kind}, in a group, unwrapped"] = train(kind, model, model, batch()[4 * rank :])
     model = network("digital")
     names = {buffer: name for name, buffer in model.named_buffers()}
     sent = [names[buffer] for buffer in gx.distribute(model).modules_buffers]
@@ -183,8 +236,12 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("wrapped", ["", ", wrapped"])
-@pytest.mark.parametrize("kind", SPECS)
+WAYS = [(kind, way) for kind in SPECS for way in ("", ", wrapped")] + [
+    (kind, ", sharded") for kind in SHARDED
+]
+
+
+@pytest.mark.parametrize(("kind", "wrapped"), WAYS)
 def test_ranks_train_as_one_process(ranks, kind, wrapped):
     model = network(kind)
     y, weights = train(kind, model, model, batch())
@@ -193,6 +250,18 @@ def test_ranks_train_as_one_process(ranks, kind, wrapped):
     for one, two, alone in zip(parts[0][1], parts[1][1], weights, strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["", ", unwrapped"])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_a_rank_in_a_group_of_its_own_trains_as_one_process(ranks, kind, way):
+    for rank, (found, *_) in enumerate(ranks):
+        model = network(kind)
+        y, weights = train(kind, model, model, batch()[4 * rank :])
+        found_y, found_weights = found[f"{kind}, in a group{way}"]
+        assert torch.equal(found_y, y)
+        for one, alone in zip(found_weights, weights, strict=True):
+            torch.testing.assert_close(one, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_what_follows_from_weights_is_not_sent(ranks):

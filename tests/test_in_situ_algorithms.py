@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import gpuxbar as gx
 from gpuxbar import reference
@@ -621,6 +622,21 @@ def test_zero_shift_finds_the_symmetry_point():
     assert array.read_lines(torch.arange(4)).abs().max() < 1e-6 * layer.w_max[0]
 
 
+@pytest.mark.parametrize(
+    ("period", "lines", "every", "idle"), [(2, 3, 1, 4), (2, 7, 1, 2), (3, 2, 2, 20), (10, 32, 1, 10)]
+)
+def test_agad_writes_nothing_in_the_first_period_of_a_layer(period, lines, every, idle):
+    """period * 7 wordlines / lines transfers, rounded down; a layer with fewer lines than are read is read whole."""
+    layer = AnalogLinear(7, 4, spec=spec())
+    optimiser = build_optimizer("agad", layer, lr=50.0, period=period, lines=lines, transfer_every=every)
+    before, written = layer.weight.detach().clone(), []
+    for _ in range(idle + every):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimiser.step()
+        written.append(not torch.equal(layer.weight, before))
+    assert written == [False] * (idle + every - 1) + [True]
+
+
 def test_errors():
     layer = AnalogLinear(4, 3, spec=spec())
     for name, setting, text in (
@@ -656,6 +672,9 @@ def test_errors():
         ValueError, match=r"InSituSGD: `params` must hold the weight of a crossbar layer, got none; pass"
     ):
         gx.optim.InSituSGD(nn.Linear(3, 2).parameters(), lr=0.1)
+    computed = parametrizations.weight_norm(AnalogLinear(4, 3, spec=spec()))  # that nothing has read yet
+    with pytest.raises(ValueError, match=r"got none; .*\(undo weight_norm by remove_parametrizations"):
+        gx.optim.InSituSGD(computed.parameters(), lr=0.1)
     sliced = AnalogLinear(4, 3, spec=gx.CrossbarSpec(mapping={"slices": 2, "slice_bits": 2}))
     with pytest.raises(
         ValueError, match=r"linear: `spec.update` must be an update law to train in situ, got None"

@@ -249,8 +249,8 @@ def test_ranges_are_those_of_the_tiles():
         conv, linear, x, rows = twins(order, **parts)
         for layer, inputs in ((conv, x), (linear, rows)):
             gx.calibrate(layer, [inputs.detach()], loss=lambda y, _: (y**2).sum())
-        torch.testing.assert_close(conv.adc_lsb, linear.adc_lsb, rtol=0, atol=0)
-        torch.testing.assert_close(conv.back_adc_lsb, linear.back_adc_lsb, rtol=1e-5, atol=0)
+        torch.testing.assert_close(conv.adc_range, linear.adc_range, rtol=0, atol=0)
+        torch.testing.assert_close(conv.back_adc_range, linear.back_adc_range, rtol=1e-5, atol=0)
 
 
 def test_a_layer_on_a_gpu_keeps_what_it_packed(monkeypatch):

@@ -152,13 +152,22 @@ def test_a_checkpoint_brings_its_own_scale():
     assert torch.equal(bound(x), free(x))
 
 
-@pytest.mark.parametrize("in_situ", [False, True])
+WRITING = {"write_noise": 1e-7, "device_spread": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("in_situ", "programming"), [(False, {}), (False, WRITING), (True, {}), (True, WRITING)]
+)
 @pytest.mark.parametrize("scheme", ["subtracted", "differential"])
-def test_calibrated_layers_of_zeros_train(scheme, in_situ):
-    """Zeros tell nothing of the currents to come: the ranges are those of the worst case."""
-    model, trained = adapter(
-        ADAPTER if in_situ else {}, mapping={"scheme": scheme}, dac={"bits": 8}, adc={"bits": 8}
-    )
+def test_calibrated_layers_of_zeros_train(scheme, in_situ, programming):
+    """Zeros, and what noise writes of them, tell nothing of the currents to come: the ranges are those of the worst case."""
+    parts = {
+        "mapping": {"scheme": scheme},
+        "dac": {"bits": 8},
+        "adc": {"bits": 8},
+        "programming": programming,
+    }
+    model, trained = adapter(ADAPTER if in_situ else {}, **parts)
     optimiser = (gx.optim.InSituSGD if in_situ else torch.optim.SGD)(trained, lr=0.3)
     gx.calibrate(model, [(torch.randn(64, 12),) * 2], loss=lambda y, x: (y - x[:, :6]).square().mean())
     worst = 0.2 * 1e-5 * torch.tensor([3, 6])

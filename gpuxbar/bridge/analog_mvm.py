@@ -52,8 +52,8 @@ def analog_mvm(
     w_max: Tensor,
     bias: Tensor | None,
     dac_lsb: Tensor,
-    adc_lsb: Tensor,
-    back_adc_lsb: Tensor,
+    adc_range: Tensor,
+    back_adc_range: Tensor,
     adc_error: Tensor | None,
     back_adc_error: Tensor | None,
     step: Tensor,
@@ -76,7 +76,7 @@ def analog_mvm(
         w_max: Weight of a full pair, float32 [G * O].
         bias: Added digitally, float32 [G * O], or None.
         dac_lsb: Digital value of one DAC code, float32 [1] or [B or N].
-        adc_lsb, back_adc_lsb: Current of one ADC step forwards and backwards, A, float32 [1] or one per sensed line.
+        adc_range, back_adc_range: Current of the ADC's largest code forwards and backwards, A, float32 [1] or one per sensed line.
         adc_error, back_adc_error: Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed], or None.
         step: Read counter, int64 [1]; same value, same noise.
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
@@ -94,7 +94,7 @@ def analog_mvm(
         hosted = host.serves(device)
         v, dac, codes = _drive(x, dac_lsb, read, device, hosted, f"{way.name}: `x`", keep)
         y, gate = _read(
-            v, g, noise_var, dac_lsb, adc_lsb, adc_error, step, plan, device, hosted, dac=dac, conv=conv, want_gate=want_gate,
+            v, g, noise_var, dac_lsb, adc_range, adc_error, step, plan, device, hosted, dac=dac, conv=conv, want_gate=want_gate,
             packed=_packed(packed, packed_state, version, 0, device), col_scale=scale if plain else None,
             bias=bias if plain else None,
         )  # fmt: skip
@@ -106,7 +106,7 @@ def analog_mvm(
     return y, codes, gate
 
 
-def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan, *packing):
+def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan, *packing):
     shape = tuple(image) or (grad_y.shape[0], plan_of(plan).groups * plan_of(plan).inputs)
     return grad_y.new_empty(shape, dtype=torch.float32)
 
@@ -118,14 +118,14 @@ def analog_mvm_transposed(
     g: Tensor,
     noise_var: Tensor | None,
     w_max: Tensor,
-    adc_lsb: Tensor,
+    adc_range: Tensor,
     adc_error: Tensor | None,
     step: Tensor,
     image: list[int],
     plan: str,
 ) -> Tensor:
     """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
-    return _transposed(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan)
+    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan)
 
 
 # apart from the one above: torch's inductor fails on an operator of one result that changes optional arguments, all None
@@ -136,7 +136,7 @@ def analog_mvm_transposed_packed(
     g: Tensor,
     noise_var: Tensor | None,
     w_max: Tensor,
-    adc_lsb: Tensor,
+    adc_range: Tensor,
     adc_error: Tensor | None,
     step: Tensor,
     image: list[int],
@@ -147,11 +147,11 @@ def analog_mvm_transposed_packed(
 ) -> Tensor:
     """`analog_mvm_transposed` that keeps packed conductances in `packed`."""
     packing = packed, packed_state, version
-    return _transposed(grad_y, weight, g, noise_var, w_max, adc_lsb, adc_error, step, image, plan, packing)
+    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan, packing)
 
 
 def _transposed(
-    grad_y: Tensor, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, adc_lsb: Tensor,
+    grad_y: Tensor, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, adc_range: Tensor,
     adc_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     way = plan_of(plan)
@@ -165,7 +165,7 @@ def _transposed(
             if dac is not None and lsb.numel() > 1:
                 dac = replace(dac, lsb=array(lsb.repeat_interleave(conv.pixels)))
         grad_x, _ = _read(
-            v, g, noise_var, lsb, adc_lsb, adc_error, step, plan, device, hosted, dac=dac, transposed=True,
+            v, g, noise_var, lsb, adc_range, adc_error, step, plan, device, hosted, dac=dac, transposed=True,
             conv=conv if plain else None, packed=None if packing is None else _packed(*packing, 1, device),
         )  # fmt: skip
         if plain:
@@ -254,7 +254,7 @@ def _drive(
 
 
 def _read(
-    v: Tensor, g: Tensor, noise_var: Tensor | None, lsb: Tensor, adc_lsb: Tensor, adc_error: Tensor | None,
+    v: Tensor, g: Tensor, noise_var: Tensor | None, lsb: Tensor, adc_range: Tensor, adc_error: Tensor | None,
     step: Tensor, plan: str, device: Device | None, hosted: bool, *, dac: ops.Dac | None, conv: ConvGeometry | None,
     packed: ops.PackedConductance | None, transposed: bool = False, want_gate: bool = False,
     col_scale: Tensor | None = None, bias: Tensor | None = None,
@@ -263,6 +263,8 @@ def _read(
     way = plan_of(plan)
     read = way.backward if transposed else way.forward
     row_scale, g = lsb / read.v_lsb, driven_lines(g, way, transposed)
+    # at every read, also of a compiled or captured graph: ranges may be calibrated or copied at any time
+    adc_lsb = adc_range / read.adc_code_max if read.adc_bits else adc_range
     noise_var = None if noise_var is None else driven_lines(noise_var, way, transposed)
     if hosted:
         y, gate = host.tile_mvm(
@@ -333,12 +335,12 @@ def _less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_lsb, _, adc_error, step, *packing, plan, _,
+        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, step, *packing, plan, _,
     ) = inputs  # fmt: skip
     g = g if back_g is None else back_g
     _, v, gate = output
     # A change of the weight, which alone changes g and w_max, is caught here.
-    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step)
+    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, dac_lsb, adc_range, adc_error, step)
     ctx.packing = packing[1:]  # not saved: reads change it in place, and look at what it is
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
     ctx.set_materialize_grads(False)
@@ -347,7 +349,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return (None,) * 19
-    v, gate, weight, g, noise_var, w_max, dac_lsb, adc_lsb, adc_error, step = ctx.saved_tensors
+    v, gate, weight, g, noise_var, w_max, dac_lsb, adc_range, adc_error, step = ctx.saved_tensors
     way = plan_of(ctx.plan)
     grad_y = grad_y.float()
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
@@ -358,7 +360,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
         of_product = None  # else the weight's gradient alone needs it, whose product does it on the way
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
-        read = gated, weight, g, noise_var, w_max, adc_lsb, adc_error, step, ctx.image, ctx.plan
+        read = gated, weight, g, noise_var, w_max, adc_range, adc_error, step, ctx.image, ctx.plan
         packed = ctx.packing[0] is not None
         grad_x = (
             call(analog_mvm_transposed_packed, *read, *ctx.packing)

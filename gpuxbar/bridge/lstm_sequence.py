@@ -34,7 +34,7 @@ def lstm_sequence(
         weight: The layer's of the state; receives the gradient, its values are not used.
         bias: Added to its products, float32 [4 H], or None.
         cells: `g`, `back_g`, `noise_var` and `w_max` of `analog_mvm`.
-        converters: `adc_lsb`, `back_adc_lsb`, `adc_error` and `back_adc_error` of it.
+        converters: `adc_range`, `back_adc_range`, `adc_error` and `back_adc_error` of it.
         steps: Read counters in the order of the steps, int64 [T].
         way, plan: The layer's reads, and the same as JSON.
         order: Of the inputs.
@@ -79,7 +79,7 @@ class _Sequence(torch.autograd.Function):
 
 @once_differentiable
 def _gradients(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, _: Tensor) -> tuple[Any, ...]:
-    weight, g, noise_var, w_max, adc_lsb, adc_error, *kept = ctx.saved_tensors
+    weight, g, noise_var, w_max, adc_range, adc_error, *kept = ctx.saved_tensors
     codes, units, gates_of_adc, gates, cells = (kept[k::5] for k in range(5))
     grad_x = grad_outputs.new_empty(*grad_outputs.shape[:2], len(weight))
     gated = torch.empty_like(grad_x) if gates_of_adc[0].numel() else grad_x
@@ -90,7 +90,7 @@ def _gradients(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, _
             torch.mul(grad_x[t], gates_of_adc[k], out=gated[t])
         if k or ctx.needs_input_grad[1]:
             grad_h = analog_mvm_transposed.plain(
-                gated[t], weight, g, noise_var, w_max, adc_lsb, adc_error, ctx.steps[k], [], ctx.plan
+                gated[t], weight, g, noise_var, w_max, adc_range, adc_error, ctx.steps[k], [], ctx.plan
             )
     grad_w = None
     if ctx.needs_input_grad[3]:

@@ -43,6 +43,31 @@ class UnfusedAttention(nn.Module):
         self.bias_k, self.bias_v = attention.bias_k, attention.bias_v
         self.train(attention.training)
 
+    def fused(self) -> nn.MultiheadAttention | None:
+        """The module of torch with these parameters; None where it would hold as one what is frozen, or there, in part."""
+        layers = self.q_proj, self.k_proj, self.v_proj
+        weights, biases = (
+            [layer.get_parameter("weight") for layer in layers],
+            [layer.bias for layer in layers],
+        )
+        apart = (self.kdim, self.vdim) != (self.embed_dim, self.embed_dim)
+        if not _alike(biases) or not (apart or _alike(weights)):
+            return None
+        attention = nn.MultiheadAttention(
+            self.embed_dim, self.num_heads, self.dropout, biases[0] is not None, False, self.add_zero_attn, self.kdim, self.vdim,
+            self.batch_first, device="meta",
+        )  # fmt: skip
+        if apart:
+            attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight = weights
+        else:
+            attention.in_proj_weight = _joined(weights)
+        if biases[0] is not None:
+            attention.in_proj_bias = _joined(biases)
+        attention.out_proj.weight = self.out_proj.weight
+        attention.out_proj.register_parameter("bias", self.out_proj.bias)
+        attention.bias_k, attention.bias_v = self.bias_k, self.bias_v
+        return attention.train(self.training)
+
     def forward(
         self,
         query: Tensor,
@@ -147,6 +172,15 @@ class UnfusedAttention(nn.Module):
 
 def _thirds(fused: nn.Parameter) -> list[nn.Parameter]:
     return [nn.Parameter(part.clone(), fused.requires_grad) for part in fused.detach().chunk(3)]
+
+
+def _joined(parts: list[nn.Parameter]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([part.detach() for part in parts]), parts[0].requires_grad)
+
+
+def _alike(parts: list[Any]) -> bool:
+    """Whether parameters can be one: all frozen or none, or all None."""
+    return len({None if part is None else part.requires_grad for part in parts}) == 1
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping import worst_current
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.in_situ import ROUNDING
 from gpuxbar.nn.layers import AnalogConv, AnalogLayer, require_apart
 
 __all__ = ["calibrate", "without_adcs"]
@@ -38,8 +37,8 @@ def calibrate(
     Layers run without ADCs while what drives them, as their DACs do, is watched; of a batch and layer at least 64 rows are
     looked at, and more where these make few partial sums. The range of the transposed read comes from gradients; DACs, unless
     their range is fixed, scale them to their own range, so that their size does not matter, only their distribution over the
-    lines of a tile. Layers of zeros, and lines that carry no current, as where a loss does not depend on a layer yet, get the range
-    of the worst case: calibrate anew once training has begun.
+    lines of a tile. Layers of zeros, whatever noise wrote of these, and lines that carry no current, as where a loss does not depend
+    on a layer yet, get the range of the worst case: calibrate anew once training has begun.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
@@ -51,12 +50,21 @@ def calibrate(
             need that run in training alone.
 
     Raises:
-        TypeError: `loader` is a tensor, or a batch is not of these forms.
+        TypeError: `loader` is a tensor or one batch with its target, or a batch is not of these forms.
         ValueError: `loader` gave no batch, both `loss` and `step` are given, or the model computes with the weight of a layer that
             it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
     """
     if loss is not None and step is not None:
         raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
+    if isinstance(loader, Tensor):
+        raise TypeError(
+            f"calibrate: `loader` must give batches, got a tensor of shape {tuple(loader.shape)}; pass [tensor], or tensor.split(...)"
+        )
+    if step is None and _is_batch(loader):
+        raise TypeError(
+            f"calibrate: `loader` must give batches, got one: tensors of shapes {tuple(loader[0].shape)} and {tuple(loader[1].shape)}; "
+            "pass [(batch, target)]"
+        )
     found = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     require_apart("calibrate", found)
     layers = [layer for layer in found if _wanted(layer)]
@@ -81,10 +89,6 @@ def calibrate(
         # what follows may work in place, which takes a view out of the graph and its hooks with it
         return y.clone()
 
-    if isinstance(loader, Tensor):
-        raise TypeError(
-            f"calibrate: `loader` must give batches, got a tensor of shape {tuple(loader.shape)}; pass [tensor], or tensor.split(...)"
-        )
     with without_adcs(model):
         hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
         try:
@@ -128,7 +132,8 @@ def calibrate(
             adc, lines = converter.adc, layer.outputs if backward else layer.inputs
             full = _range(torch.cat(currents), adc.percentile, adc.per == "column")
             worst = worst_current(converter.read, layer.spec, lines)
-            converter.full.copy_(torch.where(full > 0, full, worst))
+            telling = (full > 0) & layer.holds_weights()
+            converter.full.copy_(torch.where(telling, full, worst))
         layer.look_at_ranges()
 
 
@@ -180,6 +185,18 @@ def without_adcs(model: nn.Module) -> Any:
             buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _is_batch(loader: Any) -> TypeGuard[Sequence[Tensor]]:
+    """Whether a loader is a batch with its target, as two tensors are that no model takes both."""
+    if not isinstance(loader, (tuple, list)) or len(loader) != 2:
+        return False
+    x, target = loader
+    return (
+        isinstance(x, Tensor)
+        and isinstance(target, Tensor)
+        and (x.dim(), x.dtype) != (target.dim(), target.dtype)
+    )
 
 
 def _pair(batch: Any) -> tuple[Tensor, Any]:
@@ -241,8 +258,7 @@ def _back_currents(layer: AnalogLayer, grad_y: Tensor) -> Tensor:
 
 
 def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, transposed: bool) -> Tensor:
-    """Of rows of `codes`, which need not be whole; relative to the largest value without a DAC. 0 of a layer of zeros, which tells
-    nothing of currents to come."""
+    """Of rows of `codes`, which need not be whole; relative to the largest value without a DAC."""
     g = cells.back_g if transposed and cells.back_g is not None else cells.g
     g = layer.lines(g, transposed)
     planes, groups = len(g), layer.groups_
@@ -257,13 +273,7 @@ def _partial_sums(layer: AnalogLayer, cells: Cells, read: Read, codes: Tensor, t
         part = slice(start, start + tile)
         current = torch.einsum("pbgr,sgro->psbgo", driven[..., part], by_group[:, :, part])
         out.append(current.abs().flatten(0, 2).flatten(1))
-    return torch.cat(out) * _holds_weights(layer, cells)
-
-
-def _holds_weights(layer: AnalogLayer, cells: Cells) -> Tensor:
-    """Whether a layer holds other weights than zeros, but for the rounding of what cells read."""
-    least = ROUNDING * torch.finfo(torch.float32).eps * cells.w_max.amax()
-    return layer.weight.detach().abs().amax() > least
+    return torch.cat(out)
 
 
 def _spread(layer: AnalogLayer, count: int, like: Tensor, transposed: bool) -> Tensor:

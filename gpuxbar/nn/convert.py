@@ -98,8 +98,8 @@ def convert(
 
     Layers on other crossbars than `spec` and `rules` say move there with their weights (what was read of them, where trained in
     situ), without ranges, devices and counts: so a trained network is tried on other crossbars, and `rules={"*": None}` makes
-    Linear, Conv1d and Conv2d of it again; the layers that attention and recurrent modules became stay apart. Those whose crossbars
-    are the same stay as they are, and so do subclasses of crossbar layers.
+    modules of torch of it again, fused ones where all of their layers leave (but those with hooks, tied to others, or frozen in
+    part). Those whose crossbars are the same stay as they are, and so do subclasses of crossbar layers.
 
     Args:
         model: Any model; it is not changed.
@@ -122,7 +122,7 @@ def convert(
             f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
         )
     choices = _Rules(spec, rules or {})
-    model, tied = _unfuse(_off_others(_copied(model), choices), choices)
+    model, tied = _unfuse(_fuse(_off_others(_copied(model), choices), choices), choices)
     owners = _owners(model)
     positions = _positions(model, example)
     rows = []
@@ -344,6 +344,27 @@ def _owners(model: nn.Module) -> dict[nn.Module, list[str]]:
     return owners
 
 
+def _fuse(model: nn.Module, rules: _Rules) -> nn.Module:
+    """The model with modules of torch where these had become layers, none of which is to be analog."""
+    owners: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in FUSED.values():
+            owners.setdefault(module, []).append(name)
+    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    for module, names in owners.items():
+        layers = dict(module.named_children())
+        choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)])[0] for leaf in layers]
+        if any(choice is not None for choice in choices) or _obstacle(module):
+            continue
+        if any(not _is_layer(layer) or any(_hooks(layer).values()) for layer in layers.values()):
+            continue
+        whole: nn.Module | None = module.fused()  # type: ignore[operator]
+        if whole is None or any(holders[p] > 1 for p in set(module.parameters()) - set(whole.parameters())):
+            continue
+        model = _replaced(model, names, whole)
+    return model
+
+
 def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, set[nn.Module]]:
     """The model with fused modules as layers, where any of these is to be analog; and modules whose layers would hold other
     parameters than now, which another module holds too."""
@@ -385,15 +406,20 @@ def _transposed_linear(module: nn.Module) -> nn.Linear:
 
 def _replaced(model: nn.Module, names: list[str], module: nn.Module) -> nn.Module:
     """The model with another module under these names, and with the hooks of the one that was there."""
-    for kind, value in vars(model.get_submodule(names[0])).items():
-        if kind.startswith(("_forward_", "_backward_", "_is_full_backward_hook")):
-            setattr(module, kind, value)
+    for kind, value in _hooks(model.get_submodule(names[0])).items():
+        setattr(module, kind, value)
     for name in names:
         parent, _, leaf = name.rpartition(".")
         if not name:
             return module
         setattr(model.get_submodule(parent), leaf, module)
     return model
+
+
+def _hooks(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps of its hooks."""
+    kinds = "_forward_", "_backward_", "_is_full_backward_hook"
+    return {kind: value for kind, value in vars(module).items() if kind.startswith(kinds)}
 
 
 def _call_layers(model: nn.Module) -> None:

@@ -13,9 +13,6 @@ from gpuxbar.nn.layers import AnalogLayer, require_apart
 
 __all__ = ["distribute"]
 
-# follow from ranges, which may have been calibrated on each rank's own data
-STEPS = {"adc_lsb", "back_adc_lsb"}
-
 
 def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Module:
     """A converted model under `DistributedDataParallel`, trained as one process would with the batches of all ranks as one.
@@ -30,12 +27,13 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
         wrap: False returns the model itself, for a framework that wraps it: Lightning (call this on the LightningModule, in its
-            `setup`), accelerate and transformers' Trainer. What such a model is only a part of sends derived conductances too.
+            `setup`), accelerate and transformers' Trainer; or for `fully_shard`, which shards parameters alone: every rank holds all
+            conductances, and layers cannot be trained in situ. What such a model is only a part of sends derived conductances too.
         options: Of `DistributedDataParallel`; without it, `process_group` alone.
 
     Raises:
         TypeError: Options are given with nothing to wrap by.
-        ValueError: torch.distributed is not initialised.
+        ValueError: torch.distributed is not initialised, or the model is sharded already.
     """
     if not wrap and options.keys() - {"process_group"}:
         raise TypeError(
@@ -45,6 +43,12 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
         raise ValueError(
             "distribute: torch.distributed must be initialised, got no process group; call "
             "torch.distributed.init_process_group, as torchrun's scripts do"
+        )
+    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
+    if sharded:
+        raise ValueError(
+            f"distribute: `model` must be whole, got shards of {sharded[0]}; call gpuxbar.distribute(model, wrap=False) before "
+            "fully_shard(model)"
         )
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AnalogLayer)}
     require_apart("distribute", layers.values())
@@ -56,7 +60,7 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
         layer.set_plan(replace(layer.plan, rank=distributed.get_rank(group)))
         layer.streams.group = group
         prefix = f"{name}." if name else ""
-        derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set - STEPS]
+        derived += [prefix + buffer for buffer in layer._non_persistent_buffers_set]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, derived)
     made = DistributedDataParallel(model, **options) if wrap else _made_alike(model, group, derived)
     for layer in layers.values():  # all have rank 0's weights, devices and ranges now

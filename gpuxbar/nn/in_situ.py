@@ -202,8 +202,7 @@ class InSitu(Programmed):
         assert self.spec.update is not None
         assert self.w_max is not None
         assert self.update_step is not None
-        share = weight / self.w_max.reshape(self.groups_, -1, 1)
-        cells = program_pairs(share.contiguous(), self.update_step, self.static[1], self.seed_of_cells)
+        cells = self._pairs_of(weight / self.w_max.reshape(self.groups_, -1, 1), self.update_step)
         if self.g_cells is None:
             self.g_cells = cells
             self.g_held = cells.clone() if self.spec.update.write_noise else None
@@ -225,6 +224,19 @@ class InSitu(Programmed):
             self.restart_wires()
         with torch.no_grad():
             self._move(torch.zeros_like(self.weight))
+
+    def _pairs_of(self, share: Tensor, step: Tensor) -> Tensor:
+        """Conductances that hold shares of full weights [G, O, I], written when the layer counted so many updates."""
+        return program_pairs(share.contiguous(), step, self.static[1], self.seed_of_cells)
+
+    def holds_weights(self) -> Tensor:
+        """Whether the layer holds other weights than zeros, bool []: in situ, other cells than zeros were written to at first, with
+        their noise, since the weight is what these read."""
+        if self.g_cells is None or self.update_step is None:
+            return self.weight.detach().any()
+        zeros = self.g_cells.new_zeros(self.groups_, self.outputs, self.inputs)
+        moved = self.g_cells - self._pairs_of(zeros, torch.zeros_like(self.update_step))
+        return moved.abs().amax() > ROUNDING * torch.finfo(torch.float32).eps * self.spec.device.g_max
 
     @torch.no_grad()
     def update_cells(self, change: Tensor, factor: float = 1.0) -> None:

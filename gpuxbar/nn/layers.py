@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
@@ -39,10 +39,9 @@ CARRYING: Any = {"tile": True, "device": True, "mapping": True, "carry": {"headr
 
 
 class Converter(NamedTuple):
-    """The ADCs of one direction: currents of the largest code and of a step, the read they convert, and their settings."""
+    """The ADCs of one direction: current of the largest code, the read they convert, and their settings."""
 
     full: Tensor
-    lsb: Tensor
     read: Read
     adc: ADC
 
@@ -72,8 +71,6 @@ class AnalogLayer(InSitu):
     adc_range: Tensor
     back_adc_range: Tensor
     range_settings: Tensor
-    adc_lsb: Tensor
-    back_adc_lsb: Tensor
     dac_max: Tensor
     adc_error: Tensor | None
     back_adc_error: Tensor | None
@@ -109,8 +106,6 @@ class AnalogLayer(InSitu):
             self.register_buffer(
                 f"{key}_range", torch.full((count,), full, dtype=torch.float32, device=device)
             )
-            lsb = torch.zeros(count, dtype=torch.float32, device=device)  # current of a step, A
-            self.register_buffer(f"{key}_lsb", lsb, persistent=False)
             if adc.gain_std or adc.offset_std:
                 error = self._converter_errors(key, adc, read, lines, size).to(device)
                 self.register_buffer(f"{key}_error", error, persistent=False)
@@ -135,7 +130,6 @@ class AnalogLayer(InSitu):
         self.register_buffer("written", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         # the weight that the cells are of, held so that no other takes its place in memory
         self._cells_of: Tensor | None = None
-        self._taken: tuple[int, ...] = ()  # versions of the ranges that were taken over
         self._setup_packing(device)
         self.look_at_ranges()
         self.setup_programmed()
@@ -182,10 +176,9 @@ class AnalogLayer(InSitu):
         return torch.stack([1 + adc.gain_std * found[0], adc.offset_std * found[1]])
 
     def look_at_ranges(self) -> None:
-        """Take over the ADC ranges, and remember which direction's are set, so that reading them never waits for a GPU."""
+        """Remember which direction's ADC ranges are set, so that reads never wait for a GPU to know it."""
         ready = []
-        self._take_ranges()
-        for full, _, read, _ in self.converters():
+        for full, read, _ in self.converters():
             if read.adc_bits and full.is_meta:
                 raise ValueError(
                     f"{self.name}: a layer with ADCs must be on a device that holds values, got meta; load or initialise the model "
@@ -194,22 +187,11 @@ class AnalogLayer(InSitu):
             ready.append(not read.adc_bits or bool(((full > 0) & (full < torch.inf)).all()))
         self.calibrated, self.back_calibrated = ready
 
-    def _take_ranges(self) -> None:
-        for full, lsb, read, _ in self.converters():
-            lsb.copy_(full / max(read.adc_code_max, 1))
-        self._taken = self._range_versions()
-
-    def _range_versions(self) -> tuple[int, ...]:
-        """How often ranges were written, as averages of models and `DistributedDataParallel` do."""
-        return tuple(
-            0 if full.is_inference() else full._version for full in (self.adc_range, self.back_adc_range)
-        )
-
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
         return (
-            Converter(self.adc_range, self.adc_lsb, self.plan.forward, self.spec.adc),
-            Converter(self.back_adc_range, self.back_adc_lsb, self.plan.backward, self.spec.backward_adc),
+            Converter(self.adc_range, self.plan.forward, self.spec.adc),
+            Converter(self.back_adc_range, self.plan.backward, self.spec.backward_adc),
         )
 
     def begin_in_situ(self) -> None:
@@ -435,11 +417,8 @@ class AnalogLayer(InSitu):
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
-        if not torch.compiler.is_compiling() and self._taken != self._range_versions():
-            if self.calibrated and self.back_calibrated:
-                self._take_ranges()  # which waits for no GPU
-            else:
-                self.look_at_ranges()
+        if not self.calibrated and not torch.compiler.is_compiling():
+            self.look_at_ranges()  # others may have been copied to the layer, as averages of models do
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
@@ -447,15 +426,24 @@ class AnalogLayer(InSitu):
             )
 
     def require_ranks(self) -> None:
-        """Refuse a pass of `DistributedDataParallel` that does not know of the other ranks."""
-        if self.streams.group is None and DistributedDataParallel._get_active_ddp_module() is not None:
-            noise = self.spec.read_noise
-            if self.keeps_operands or noise.sigma or noise.sigma_g:
-                raise ValueError(
-                    f"{self.name}: {'pulse trains and bit streams' if self.keeps_operands else 'rows that draw read noise'} must be those "
-                    "of all ranks of DistributedDataParallel, got a model that it wraps itself; wrap it by gpuxbar.distribute(model), or "
-                    "call gpuxbar.distribute(model, wrap=False) before a framework wraps it"
-                )
+        """Refuse a pass of data-parallel training that does not know of the other ranks."""
+        if self.streams.group is not None or not self._is_shared_out():
+            return
+        noise = self.spec.read_noise
+        if self.keeps_operands or noise.sigma or noise.sigma_g:
+            raise ValueError(
+                f"{self.name}: {'pulse trains and bit streams' if self.keeps_operands else 'rows that draw read noise'} must be those "
+                "of all ranks, got a model that DistributedDataParallel or FSDP wraps itself; wrap it by gpuxbar.distribute(model), or "
+                "call gpuxbar.distribute(model, wrap=False) before a framework or fully_shard wraps it"
+            )
+
+    def _is_shared_out(self) -> bool:
+        """Whether other ranks read other samples with this layer: under `DistributedDataParallel`, and where FSDP has put a weight
+        that it gathers from the ranks in the place of the layer's own."""
+        if not distributed.is_available() or not distributed.is_initialized():
+            return False
+        replicated = DistributedDataParallel._get_active_ddp_module() is not None
+        return replicated or not hasattr(self._parameters.get("weight"), "analog")
 
     def _follows_inputs(self) -> bool:
         """Whether reads move the DAC's range."""
@@ -467,12 +455,18 @@ class AnalogLayer(InSitu):
             return
         if torch.compiler.is_compiling():
             self._refuse_gradient()
-        y.register_hook(self._refuse_gradient)
+        y.register_hook(self._require_back_calibrated)
 
-    def _refuse_gradient(self, *_: Tensor) -> None:
+    def _require_back_calibrated(self, _: Tensor) -> None:
+        self.look_at_ranges()
+        if not self.back_calibrated:
+            self._refuse_gradient()
+
+    def _refuse_gradient(self) -> None:
         raise ValueError(
             f"{self.name}: the ADC range of the transposed read must be calibrated before gradients pass the layer, and none passed it "
-            "in gpuxbar.calibrate; give that a loss which depends on the layer, or set `backward.adc` of its spec"
+            "in gpuxbar.calibrate; give that a loss which depends on the layer, or a rule of gpuxbar.convert {'backward': {'adc': "
+            "{'range': 'worst_case'}}} if it is to be left out, as a compiled graph does not know"
         )
 
     def _devices(self) -> Tensor:
@@ -502,7 +496,7 @@ class AnalogLayer(InSitu):
             packing = self.packed, self.back_packed, self.packed_state, cells.version.clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
         y = call(
-            analog_mvm, x, weight, *cells[:4], bias, lsb, self.adc_lsb, self.back_adc_lsb, self.adc_error, self.back_adc_error, step,
+            analog_mvm, x, weight, *cells[:4], bias, lsb, self.adc_range, self.back_adc_range, self.adc_error, self.back_adc_error, step,
             *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
         counter.copy_(step)  # only now: a read that is refused leaves no trace

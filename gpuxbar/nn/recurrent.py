@@ -39,6 +39,19 @@ class UnfusedCell(nn.Module):
         self.ih, self.hh = _layer(cell, "ih"), _layer(cell, "hh")
         self.train(cell.training)
 
+    def fused(self) -> nn.RNNCellBase:
+        """The module of torch with these parameters."""
+        kinds = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell}
+        sizes = self.input_size, self.hidden_size, self.ih.bias is not None
+        if self.mode in kinds:
+            cell = kinds[self.mode](*sizes, device="meta")
+        else:
+            cell = nn.RNNCell(*sizes, _bend(self.mode), device="meta")
+        for part, layer in self.named_children():
+            for kind in ("weight", "bias"):
+                cell.register_parameter(f"{kind}_{part}", getattr(layer, kind))
+        return cell.train(self.training)
+
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the cell's: a step from state `hx`, which of an LSTM is (h, c)."""
         batched = input.dim() == 2
@@ -88,6 +101,26 @@ class UnfusedRNN(nn.Module):
             for part in self.parts:
                 self.add_module(part + suffix, _layer(rnn, part + suffix))
         self.train(rnn.training)
+
+    def fused(self) -> nn.RNNBase:
+        """The module of torch with these parameters."""
+        options: dict[str, Any] = {
+            "num_layers": self.num_layers, "bias": self.bias, "batch_first": self.batch_first, "dropout": self.dropout,
+            "bidirectional": self.bidirectional, "device": "meta",
+        }  # fmt: skip
+        sizes = self.input_size, self.hidden_size
+        rnn: nn.RNNBase
+        if self.mode == "LSTM":
+            rnn = nn.LSTM(*sizes, proj_size=self.proj_size, **options)
+        elif self.mode == "GRU":
+            rnn = nn.GRU(*sizes, **options)
+        else:
+            rnn = nn.RNN(*sizes, nonlinearity=_bend(self.mode), **options)
+        for part, layer in self.named_children():
+            for kind, parameter in layer.named_parameters():
+                setattr(rnn, f"{kind}_{part}", parameter)
+        rnn.flatten_parameters()
+        return rnn.train(self.training)
 
     def flatten_parameters(self) -> None:
         """Nothing to flatten; here so that models which call it go on to work."""
@@ -174,6 +207,11 @@ class UnfusedRNN(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *more)
 
 
+def _bend(mode: str) -> str:
+    """The non-linearity of an `nn.RNN` of a mode."""
+    return mode.removeprefix("RNN_").lower()
+
+
 def _check_states(mode: str, states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
     """Refuse states that would be broadcast, or of which some would not be used."""
     for state, shape in zip(states, shapes, strict=True):
@@ -227,7 +265,7 @@ def _lstm_at_once(
     cells = layer.conductances()
     counter, way = layer.counter()
     steps = counter + way * torch.arange(1, len(order) + 1)
-    converters = layer.adc_lsb, layer.back_adc_lsb, layer.adc_error, layer.back_adc_error
+    converters = layer.adc_range, layer.back_adc_range, layer.adc_error, layer.back_adc_error
     outputs, h, c = lstm_sequence(
         products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.plan, layer.static[0], order
     )  # fmt: skip

@@ -38,6 +38,23 @@ class UnfusedConvTranspose(nn.Module):
         self.register_parameter("bias", dict(conv.named_parameters()).get("bias"))
         self.train(conv.training)
 
+    def fused(self) -> nn.ConvTranspose1d | nn.ConvTranspose2d:
+        """The module of torch with these parameters."""
+        kind: Any = nn.ConvTranspose1d if self.flat else nn.ConvTranspose2d
+        kernel, stride, padding, output_padding, dilation = (
+            option[self.flat :]
+            for option in (self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation)
+        )
+        conv: nn.ConvTranspose1d | nn.ConvTranspose2d = kind(
+            self.product.in_channels, self.out_channels, kernel, stride, padding, output_padding, self.groups, False, dilation,
+            device="meta",
+        )  # fmt: skip
+        by_group = self.product.weight.detach().flatten(1).unflatten(0, (self.groups, -1))
+        weight = by_group.transpose(1, 2).reshape(conv.weight.shape).contiguous()
+        conv.weight = nn.Parameter(weight, self.product.weight.requires_grad)
+        conv.register_parameter("bias", self._parameters["bias"])
+        return conv.train(self.training)
+
     def _pair(self, value: tuple[int, ...], height: int) -> tuple[int, int]:
         return (height, value[0]) if self.flat else (value[0], value[1])
 

@@ -33,7 +33,23 @@ class UnfusedConv3d(nn.Module):
         )  # fmt: skip
         self.product.weight = nn.Parameter(weight.detach().flatten(1, 2), weight.requires_grad)
         self.product.register_parameter("bias", dict(conv.named_parameters()).get("bias"))
+        self.geometry: Any = conv.stride, conv.padding, conv.dilation
         self.train(conv.training)
+
+    def fused(self) -> nn.Conv3d:
+        """The module of torch with these parameters."""
+        product, depth = self.product, self.depth
+        kernel: Any = depth, *product.kernel_size
+        stride, padding, dilation = self.geometry
+        conv = nn.Conv3d(
+            product.in_channels // depth, product.out_channels, kernel, stride, padding, dilation, product.groups, False,
+            self.padding_mode, device="meta",
+        )  # fmt: skip
+        conv.weight = nn.Parameter(
+            product.weight.detach().unflatten(1, (-1, depth)), product.weight.requires_grad
+        )
+        conv.register_parameter("bias", product._parameters["bias"])
+        return conv.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """As the module's."""

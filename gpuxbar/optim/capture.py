@@ -69,8 +69,8 @@ def capture_step(
 
     Read, write and update counters lie in device memory and count on in the graph, so a replay draws what the same step
     would without a graph. Three steps warm up; model and optimiser are as before afterwards. What Python decides is decided
-    once: train or eval mode, layers' settings, rates of the optimiser, calibrated or not. Ranges may be calibrated between
-    calls: `calibrate` sets them in place.
+    once: train or eval mode, layers' settings, rates of the optimiser, calibrated or not. Ranges may be calibrated, or copied in
+    place, between calls.
 
     Args:
         model: On one CUDA device; any model of PyTorch, with or without crossbar layers.

@@ -291,7 +291,9 @@ class AGAD(TikiTakaV2):
     after `period` reads:  offset <- mean,  c <- -c.  beta = min(5 / period, 1). Whole pulses of H are written to C as
     in version 2, after the first period, which only measures (in aihwkit it adds to H, too).
 
-    The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric.
+    The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric. Of a layer with I
+    wordlines nothing is written in the first period * I / lines transfers (with the defaults of 128 lines, 40); for training that
+    is short give more `lines`, or a shorter `period`.
 
     Args:
         params, lr, momentum, fast_lr, transfer_every, lines, zero_shift, max_pulses: As for `TikiTakaV2`.
