@@ -17,7 +17,7 @@ __all__ = ["LR", "MOMENTUM", "InSituOptimizer", "Rule"]
 
 
 class Rule(NamedTuple):
-    """What a setting must be, in words and as a test, and a value to try."""
+    """What a setting of an `InSituOptimizer` must be, in words and as a test, and a value to try."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -37,8 +37,9 @@ class InSituOptimizer(torch.optim.Optimizer):
     unless it is on a GPU and PyTorch does not count the change, as one by an optimiser with fused=True, or in place through
     `weight.data`.
 
-    A subclass has `rules`, one a setting, and `_write`, which turns a gradient into writes of a layer's cells; what it
-    keeps for a layer beyond its cells is the module that `_begin` returns. At the end of a step all cells lose what
+    A subclass has `rules`, one a setting, `lr` and `momentum` among them, and `_write`, which turns a gradient into writes of a layer's
+    cells: `layer.change_cells(change, factor)` moves them by factor * change, of the shape of the weight, through the law. What
+    it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a step all cells lose what
     `spec.retention` says, whether they were written or not. The state dict holds these modules too:
     with the model's it resumes a run bit for bit.
 
@@ -111,7 +112,7 @@ class InSituOptimizer(torch.optim.Optimizer):
             )
 
     def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module | None:
-        """What is kept for a layer beside its cells."""
+        """What is kept for a layer beside its cells; `group` holds the settings."""
         return None
 
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
