@@ -5,6 +5,7 @@ one may be pulled to 0, if the main one learns what is left in it (Wu et al., Ne
 """
 
 import sys
+from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ class Residual(nn.Module):
 class ResidualLearning(gx.optim.InSituOptimizer):
     """P <- P - lr grad;  W <- W + transfer P, both through the law of their devices."""
 
-    rules = {
+    rules: ClassVar = {
         "lr": gx.optim.Rule("above 0", lambda value: value > 0, "0.1"),
         "momentum": gx.optim.Rule("0", lambda value: value == 0, "0"),
         "transfer": gx.optim.Rule("above 0 and at most 1", lambda value: 0 < value <= 1, "0.02"),
