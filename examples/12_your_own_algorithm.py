@@ -5,7 +5,6 @@ one may be pulled to 0, if the main one learns what is left in it (Wu et al., Ne
 """
 
 import sys
-from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
@@ -43,16 +42,14 @@ class Residual(nn.Module):
 class ResidualLearning(gx.optim.InSituOptimizer):
     """P <- P - lr grad;  W <- W + transfer P, both through the law of their devices."""
 
-    rules: ClassVar = {
-        "lr": gx.optim.Rule("above 0", lambda value: value > 0, "0.1"),
-        "momentum": gx.optim.Rule("0", lambda value: value == 0, "0"),
-        "transfer": gx.optim.Rule("above 0 and at most 1", lambda value: 0 < value <= 1, "0.02"),
+    rules = gx.optim.InSituOptimizer.rules | {
+        "transfer": gx.optim.Rule("above 0 and at most 1", lambda value: 0 < value <= 1, "0.02")
     }
 
     def __init__(self, model, lr, transfer=0.02):
         pairs = [module for module in model.modules() if isinstance(module, Residual)]
         self.residual_of = {module.main: module.residual for module in pairs}
-        super().__init__(model.parameters(), lr=lr, momentum=0.0, transfer=transfer)
+        super().__init__(model.parameters(), lr, transfer=transfer)
 
     def _write(self, layer, weight, group):
         residual = self.residual_of.get(layer)

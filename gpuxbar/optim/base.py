@@ -37,21 +37,21 @@ class InSituOptimizer(torch.optim.Optimizer):
     unless it is on a GPU and PyTorch does not count the change, as one by an optimiser with fused=True, or in place through
     `weight.data`.
 
-    A subclass has `rules`, one a setting, `lr` and `momentum` among them, and `_write`, which turns a gradient into writes of a layer's
+    A subclass adds to `rules` one for each setting of its own, and has `_write`, which turns a gradient into writes of a layer's
     cells: `layer.change_cells(change, factor)` moves them by factor * change, of the shape of the weight, through the law. What
-    it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a step all cells lose what
-    `spec.retention` says, whether they were written or not. The state dict holds these modules too:
+    it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a
+    step all cells lose what `spec.retention` says, whether they were written or not. The state dict holds these modules too:
     with the model's it resumes a run bit for bit.
 
     Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
     scheduler: they end in one gradient and one rate at each step.
     """
 
-    rules: ClassVar[dict[str, Rule]]
+    rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
 
-    def __init__(self, params: Any, **settings: Any):
+    def __init__(self, params: Any, lr: float, momentum: float = 0.0, **settings: Any):
         self.parts: dict[Tensor, nn.Module] = {}
-        super().__init__(params, settings)
+        super().__init__(params, {"lr": lr, "momentum": momentum, **settings})
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         if all(layer_of(parameter) is None for parameter in parameters):
             raise ValueError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpuxbar.nn.in_situ import InSitu, layer_of
 from gpuxbar.nn.layers import AnalogLayer
-from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
+from gpuxbar.optim.base import InSituOptimizer
 
 __all__ = ["InSituSGD"]
 
@@ -45,7 +45,6 @@ class InSituSGD(InSituOptimizer):
         Agarwal et al., IJCNN 2016.
     """
 
-    rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
     grad_scale: Any  # of a `GradScaler`, and there only while it steps; so is found_inf
     found_inf: Any
 
