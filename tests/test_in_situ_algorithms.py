@@ -701,3 +701,59 @@ def test_errors():
     saved = build_optimizer("tiki-taka-v2", copy.deepcopy(layer), lr=0.1).state_dict()
     with pytest.raises(ValueError, match=r"ChoppedTikiTakaV2: `state_dict` must be .* got one without flip"):
         build_optimizer("chopped-tiki-taka-v2", layer, lr=0.1).load_state_dict(saved)
+
+
+class Sign(gx.optim.InSituOptimizer):
+    """An algorithm of one's own, without rules or settings beside those of all."""
+
+    def _write(self, layer, weight, group):
+        layer.change_cells(weight.grad.sign(), -group["lr"])
+
+
+class Kept(Sign):
+    """The same after `wait` steps, which are counted beside the layer."""
+
+    rules = Sign.rules | {"wait": gx.optim.Rule("at least 0", lambda value: value >= 0, "2")}
+
+    def __init__(self, params, lr, wait):
+        super().__init__(params, lr, wait=wait)
+
+    def _begin(self, layer, group):
+        steps = nn.Module()
+        steps.register_buffer("taken", torch.zeros(1))
+        return steps
+
+    def _write(self, layer, weight, group):
+        if self.parts[weight].taken >= group["wait"]:
+            super()._write(layer, weight, group)
+        self.parts[weight].taken += 1
+
+
+def test_algorithms_of_ones_own_write_through_the_law_and_resume():
+    def step(model, optimiser):
+        optimiser.zero_grad()
+        model(torch.ones(1, 6)).sum().backward()
+        optimiser.step()
+
+    torch.manual_seed(0)
+    ideal = spec(update={"law": "ideal"})
+    model, _ = gx.convert(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), ideal, {"1": None})
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimiser = Sign(model.parameters(), 0.01)
+    step(model, optimiser)
+    sign = before[2].sum(0).sign()[:, None].expand(4, 6)
+    torch.testing.assert_close(model[0].weight.detach(), before[0] - 0.01 * sign, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model[1].bias.detach(), before[3] - 0.01)
+    waiting = Kept(model.parameters(), 0.01, wait=2)
+    step(model, waiting)
+    other = Kept(model.parameters(), 0.01, wait=2)
+    other.load_state_dict(waiting.state_dict())
+    held = model[0].weight.detach().clone()
+    step(model, other)
+    assert torch.equal(model[0].weight, held)
+    step(model, other)
+    assert not torch.equal(model[0].weight, held)
+    with pytest.raises(ValueError, match="Kept: `wait` must be at least 0, got -1; try 2"):
+        Kept(model.parameters(), 0.01, wait=-1)
+    with pytest.raises(ValueError, match=r"Sign: `momentum` must be at least 0 and below 1, got 2; try 0\.9"):
+        Sign(model.parameters(), 0.01, momentum=2)

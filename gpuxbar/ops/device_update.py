@@ -22,7 +22,15 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_array, check_numbers, check_written, counter, integer, require_finite
+from gpuxbar.ops.checks import (
+    check_array,
+    check_kind,
+    check_numbers,
+    check_written,
+    counter,
+    integer,
+    require_finite,
+)
 from gpuxbar.ops.laws import Parameters
 from gpuxbar.ops.pairs import Pairs, Slices, Wear
 
@@ -68,7 +76,7 @@ def device_update(
         of slices, w_max / (2**(slices slice_bits) - 1) times the sum of their digits times 2**(k slice_bits).
 
     Raises:
-        TypeError: An array has another dtype.
+        TypeError: An array has another dtype, or `pairs` are no `ops.Pairs`.
         ValueError: Shapes disagree, an array is not contiguous or must not be written to, a setting is out of range, or a change
             holds NaN or infinity (checked on the CPU; on a GPU no value is read back, and such a change moves its cells to a
             bound); pairs and `out` are unchanged.
@@ -76,6 +84,7 @@ def device_update(
     Source:
         Each law's own; see `spec.laws`.
     """
+    check_kind(OP, "pairs", pairs, Pairs)
     check_array(OP, "w_max", w_max, "float32", 1)
     if out is not None:
         check_array(OP, "out", out, "float32", 3)

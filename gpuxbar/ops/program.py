@@ -13,6 +13,7 @@ from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import (
     check_array,
     check_integers,
+    check_kind,
     check_window,
     check_written,
     integer,
@@ -94,7 +95,7 @@ def program(
         plane with the squares of their weights.
 
     Raises:
-        TypeError: An array has another dtype.
+        TypeError: An array has another dtype, or `programming` is no `spec.Programming`.
         ValueError: Shapes disagree, an array is not contiguous, a setting is out of range, or a weight is NaN or
             infinite (checked on the CPU; on a GPU its conductances become NaN, and no value is read back).
     """
@@ -295,6 +296,7 @@ def writing(
     sigma_g: float, exponent: float, seed: int,
 ) -> Writing:  # fmt: skip
     """Check the settings of writes of weights of a shape [G, O, I]."""
+    check_kind(op, "programming", programming, Programming)
     s: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits,
         "balanced": balanced, "levels": levels, "merge": merge, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,

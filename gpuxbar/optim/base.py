@@ -17,7 +17,7 @@ __all__ = ["LR", "MOMENTUM", "InSituOptimizer", "Rule"]
 
 
 class Rule(NamedTuple):
-    """What a setting must be, in words and as a test, and a value to try."""
+    """What a setting of an `InSituOptimizer` must be, in words and as a test, and a value to try."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -37,9 +37,10 @@ class InSituOptimizer(torch.optim.Optimizer):
     unless it is on a GPU and PyTorch does not count the change, as one by an optimiser with fused=True, or in place through
     `weight.data`.
 
-    A subclass has `rules`, one a setting, and `_write`, which turns a gradient into writes of a layer's cells; what it
-    keeps for a layer beyond its cells is the module that `_begin` returns. At the end of a step all cells lose what
-    `spec.retention` says, whether they were written or not. The state dict holds these modules too:
+    A subclass adds to `rules` one for each setting of its own, and has `_write`, which turns a gradient into writes of a layer's
+    cells: `layer.change_cells(change, factor)` moves them by factor * change, of the shape of the weight, through the law. Where
+    `layer.keeps_operands` there is no gradient, but what `layer.take_operands()` gives; or `_check` refuses such a layer. What it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a
+    step all cells lose what `spec.retention` says, whether they were written or not. The state dict holds these modules too:
     with the model's it resumes a run bit for bit.
 
     Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
@@ -52,13 +53,13 @@ class InSituOptimizer(torch.optim.Optimizer):
     gradients alone, is refused.
     """
 
-    rules: ClassVar[dict[str, Rule]]
+    rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
     grad_scale: Any  # of a `GradScaler`, and there only while it steps with layers that keep operands; so is found_inf
     found_inf: Any
 
-    def __init__(self, params: Any, **settings: Any):
+    def __init__(self, params: Any, lr: float, momentum: float = 0.0, **settings: Any):
         self.parts: dict[Tensor, nn.Module] = {}
-        super().__init__(params, settings)
+        super().__init__(params, {"lr": lr, "momentum": momentum, **settings})
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         if all(layer_of(parameter) is None for parameter in parameters):
             raise ValueError(
@@ -114,7 +115,7 @@ class InSituOptimizer(torch.optim.Optimizer):
             )
 
     def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module | None:
-        """What is kept for a layer beside its cells."""
+        """What is kept for a layer beside its cells; `group` holds the settings."""
         return None
 
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:

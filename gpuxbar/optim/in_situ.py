@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.layers import AnalogLayer
-from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
+from gpuxbar.optim.base import InSituOptimizer
 
 __all__ = ["InSituSGD"]
 
@@ -38,8 +38,6 @@ class InSituSGD(InSituOptimizer):
     Source:
         Agarwal et al., IJCNN 2016.
     """
-
-    rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum)
