@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -219,7 +219,7 @@ def _steps(
         "gpuxbar": (analog, make(analog.parameters(), RATE)),
     }
     if compiled:
-        trained["gpuxbar, compiled"] = (torch.compile(analog), trained["gpuxbar"][1])
+        trained["gpuxbar, compiled"] = (cast(nn.Module, torch.compile(analog)), trained["gpuxbar"][1])
     steps = {
         name: partial(_step, model, optimiser, x, target)
         for name, (model, optimiser) in (trained | others).items()
