@@ -153,7 +153,8 @@ def fit(
     csv: Annotated[
         Path,
         typer.Argument(
-            help=r"A line a pulse: columns g_before \[uS], dg \[uS], direction (+1 or -1), and device if several; units S to nS."
+            help=r"A line a pulse: columns g_before \[uS], dg \[uS], direction (+1 or -1), and device if several; units S to nS; "
+            "parted by commas, semicolons or tabs, comments behind #."
         ),
     ],
     law: Annotated[str, typer.Option(help="table, or a parametric law such as soft_bounds.")] = "table",

@@ -175,6 +175,11 @@ def test_layers_refuse_wrong_shapes():
             layer(x)
     with pytest.raises(TypeError, match=r"linear: `x` must be real, got torch\.complex64"):
         linear(torch.zeros(2, 4, dtype=torch.complex64))
+    with pytest.raises(
+        ValueError,
+        match=r"linear: `x` must be on the layer's device, cpu, got meta; move the batch or the model",
+    ):
+        linear(torch.zeros(2, 4, device="meta"))
 
 
 def test_layers_refuse_weights_of_another_size_and_transforms():

@@ -49,6 +49,8 @@ ALGORITHMS = {
     "mixed-precision": {}, "tiki-taka": FAST, "tiki-taka-v2": FAST, "agad": {**FAST, "period": 1}, "chopped-tiki-taka-v2": {**FAST, "flip": 0.4},
 }  # fmt: skip
 SETTINGS |= {name: {**BASE, "update": AGARWAL} for name in ALGORITHMS}
+BY_PULSES = {f"{name} by pulses": name for name in ("tiki-taka", "agad")}
+SETTINGS |= dict.fromkeys(BY_PULSES, SETTINGS["pulses"])
 
 
 class Run:
@@ -62,9 +64,10 @@ class Run:
         )
         self.model, _ = gx.convert(model, gx.CrossbarSpec.model_validate(SETTINGS[kind]))
         self.model.to(device)
-        if kind in ALGORITHMS:
-            more = {"lr": 10 * lr, "momentum": 0.9, **ALGORITHMS[kind]}
-            self.optimizer = gx.optim.build_optimizer(kind, self.model, **more)
+        name = BY_PULSES.get(kind, kind)
+        if name in ALGORITHMS:
+            more = {"lr": 10 * lr, "momentum": 0.9, **ALGORITHMS[name]}
+            self.optimizer = gx.optim.build_optimizer(name, self.model, **more)
         elif "update" in SETTINGS[kind]:
             momentum = 0.0 if kind == "streamed" or "pulses" in SETTINGS[kind] else 0.9
             self.optimizer = gx.optim.InSituSGD(self.model.parameters(), lr=lr, momentum=momentum)

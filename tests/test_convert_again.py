@@ -236,6 +236,16 @@ def test_an_optimiser_begins_with_groups_of_digital_parameters():
     assert converted[5].in_situ
 
 
+def test_the_last_rule_counts_alone():
+    rules = {"*": {"adc": {"bits": 9}}, "5": {"dac": {"bits": 3}}, "3": None}
+    converted, _ = gx.convert(model(), spec(COARSE), rules=rules)
+    assert (converted[0].spec.adc.bits, converted[0].spec.dac.bits) == (9, 4)
+    assert (converted[5].spec.adc.bits, converted[5].spec.dac.bits) == (4, 3)
+    assert type(converted[3]) is nn.Conv1d
+    _, report = gx.convert(model(), spec(COARSE), rules={"*": None, "5": {}})
+    assert [row.module for row in report.rows if row.runs == "analog"] == ["5"]
+
+
 @pytest.mark.parametrize("rule", [False, spec(FINE)])
 def test_rules_are_overrides(rule):
     with pytest.raises(

@@ -19,6 +19,7 @@ SPECS = {
     "recurrent": {},
     "in situ": {"update": {"law": "soft_bounds"}},
     "pulses": {"update": {"law": "soft_bounds"}, "pulses": {}},
+    "agad": {"update": {"law": "soft_bounds"}, "pulses": {}},
     "streams": {
         "update": {"law": "soft_bounds"}, "mapping": {"scheme": "differential", "slices": 3, "slice_bits": 2},
         "carry": {"scheme": "streamed"},
@@ -66,11 +67,14 @@ def network(kind):
 
 
 def train(kind, model, run, x):
-    """The first outputs, and the weights after two steps."""
-    make = gx.optim.InSituSGD if "update" in SPECS[kind] else torch.optim.SGD
-    optimiser = make(model.parameters(), lr=0.5)
+    """The first outputs, and the weights after some steps: two, or as many as a fast array has been read before it is written by."""
+    if kind == "agad":
+        optimiser = gx.optim.AGAD(model.parameters(), lr=0.5, lines=64, period=1)
+    else:
+        make = gx.optim.InSituSGD if "update" in SPECS[kind] else torch.optim.SGD
+        optimiser = make(model.parameters(), lr=0.5)
     first = None
-    for _ in range(2):
+    for _ in range(4 if kind == "agad" else 2):
         optimiser.zero_grad()
         y = run(x)
         first = y.detach() if first is None else first

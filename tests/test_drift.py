@@ -117,6 +117,8 @@ def test_an_age_is_one_draw_and_exponents_are_the_writes():
 
 
 ERRORS = {
+    "text": ({"age": "1h"}, TypeError, "`age` must be a number of seconds, got '1h'; gpuxbar.age takes text"),
+    "law": ({"law": {"nu": 0.1}}, TypeError, r"`law` must be a gpuxbar\.spec\.Drift, got dict; build one by Drift\(\.\.\.\)"),
     "age": ({"age": -1.0}, ValueError, "`age` must be finite and at least 0, got -1 s; count from programming"),
     "age-nan": ({"age": float("nan")}, ValueError, "`age` must be finite and at least 0, got nan s"),
     "window": ({"g_max": 0.0}, ValueError, "`g_max` must be finite and above 0, got 0 S; give"),

@@ -31,6 +31,7 @@ EXPECTED = {
     "09_look_at_ir_drop.py": ([], "ir_drop.png", r"nodal solution agree to \de-0[67]\n"),
     "10_slice_and_carry.py": (["1"], "slice_and_carry.png", r"periodic, pulses +0\.\d{3}"),
     "11_sequences.py": (["1"], "sequences.png", r"Recurrent: ideal 0\.\d{3}, trained on crossbars 0\.\d{3}"),
+    "12_your_own_algorithm.py": (["1"], "your_own_algorithm.png", r"residual +0\.\d{3}"),
     "mnist_in_situ.py": (
         ["--data", "digits", "--epochs", "1", "--seeds", "1", "--tries", "2", "--try-epochs", "1", "--batch", "64",
          "--devices", "reram-es", "--algorithms", "agad", "--record", "rows.jsonl"],

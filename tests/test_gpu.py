@@ -671,6 +671,18 @@ def test_every_replay_draws_its_noise(cuda_device, deterministic):
     assert [step(*run.batch).item() for _ in range(3)] == losses
 
 
+def test_a_step_is_captured_on_a_device_that_is_not_current(cuda_device, deterministic):
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU alone was found")
+    eager, other = Run("digital", device="cuda:1"), Run("digital", device="cuda:1")
+    step = other.captured()
+    for _ in range(2):
+        assert step(*eager.batch) == eager.eager(*eager.batch)
+    assert same(other.state(), eager.state())
+
+
 def test_a_residual_network_is_captured(cuda_device):
     from gpuxbar.bench.gpu.steps import check_steps
 

@@ -15,6 +15,7 @@ import gpuxbar as gx
 from gpuxbar import reference
 from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.reference import Purpose
 
@@ -40,6 +41,7 @@ SETTINGS = {
     "agad": {**FAST, "lines": 5, "period": 2, "transfer_every": 2},
     "mixed-precision": {"lr": 0.01, "momentum": 0.5, "transfer_every": 2},
 }
+FAST_ARRAYS = [name for name in OPTIMIZERS if "tiki-taka" in name or name == "agad"]
 
 
 def spec(**parts):
@@ -47,45 +49,61 @@ def spec(**parts):
 
 
 class Array:
-    """Pairs of devices in float64; of sliced weights with a dumped carry, which comes before an update."""
+    """Pairs of devices in float64; of sliced weights with a dumped carry, which comes before an update; with a dumped train, to pulse
+    them."""
 
-    def __init__(self, g, w_max, law, seed, carry=None):
+    def __init__(self, g, w_max, law, seed, carry=None, train=None):
         self.g, self.w_max, self.seed, self.law, self.carry = g.astype(np.float64), w_max, seed, law, carry
         self.lie = {} if carry is None else {"slices": len(g) // 2, "slice_bits": 2}
+        self.train = train
         self.step = 1  # beginning to train in situ counts as one update
         self.w = None
 
     def write(self, change):
+        how = self._make_room()
+        self.g, _, self.w = reference.device_update(self.g, change, **how)
+
+    def pulse(self, x, d, rate):
+        """By inputs [B, G, I] and errors [B, G, O]."""
+        how, groups = self._make_room(), x.shape[1]
+        lines = x.reshape(len(x), -1), d.reshape(len(x), -1)
+        self.g, self.w = reference.pulse_update(
+            self.g, *lines, rate=rate, train=self.train, groups=groups, **how
+        )
+
+    def _make_room(self):
         window = {"g_min": 1e-6, "g_max": 1e-5, "seed": self.seed}
         if self.carry is not None:
             self.g, _ = reference.carry(self.g, rule=self.carry, updates=self.step - 1, **self.lie, **window)
-        self.g, _, self.w = reference.device_update(
-            self.g,
-            change,
-            law=self.law,
-            w_max=self.w_max,
-            step=self.step,
-            carry=self.carry,
+        self.step += 1
+        return {
+            "law": self.law,
+            "w_max": self.w_max,
+            "step": self.step - 1,
+            "carry": self.carry,
             **self.lie,
             **window,
-        )
-        self.step += 1
+        }
 
 
 def recursion(name, slow, fast, grads, settings, sides):
-    """Weights of the slow array after every gradient [G, O, I], by the equations, one wordline at a time.
+    """Weights of the slow array after every gradient, by the equations, one wordline at a time.
 
-    `sides`: nominal steps of a device, 200 to a full weight, that a pulse makes.
+    `grads`: [G, O, I], or inputs [B, G, I] and errors [B, G, O] that make them by pulse trains. `sides`: nominal steps of a device,
+    200 to a full weight, that a pulse makes.
     """
-    groups, _, inputs = grads[0].shape
+    pulsed = isinstance(grads[0], tuple)
+    groups, outputs, inputs = (*grads[0][1].shape[1:], grads[0][0].shape[2]) if pulsed else grads[0].shape
+    shape = groups, outputs, inputs
     lr, every = settings["lr"], settings.get("transfer_every", 1)
     full = slow.w_max.reshape(groups, -1, 1).astype(np.float64)
     pulse = full * sides / 200
-    velocity, chi, waiting, mean, offset = (np.zeros(grads[0].shape) for _ in range(5))
+    velocity, chi, waiting, mean, offset = (np.zeros(shape) for _ in range(5))
     sign, scale, reads, transfers, out = np.ones((groups, inputs)), 0.0, 0, 0, []
     for step, grad in enumerate(grads, 1):
-        velocity = settings.get("momentum", 0.0) * velocity + grad
-        change = np.zeros(grad.shape)
+        change, written = np.zeros(shape), []
+        if not pulsed:
+            velocity = settings.get("momentum", 0.0) * velocity + grad
         if name == "sgd":
             change = -lr * velocity
         elif name == "mixed-precision":
@@ -94,10 +112,18 @@ def recursion(name, slow, fast, grads, settings, sides):
                 change = np.trunc(chi) * pulse
                 chi -= np.trunc(chi)
         else:
-            top = np.abs(grad).max()
+            if pulsed:
+                largest = [np.abs(lines).max(2) for lines in grad]
+                top = np.sqrt(((largest[0] * largest[1]) ** 2).sum(0).max())
+            else:
+                top = np.abs(grad).max()
             scale = top if step == 1 else 0.99 * scale + 0.01 * top
             unit = settings["fast_lr"] * full / scale
-            fast.write(-grad * sign[:, None] * unit)
+            if pulsed:
+                share = unit[..., 0] / unit.max()
+                fast.pulse(grad[0] * sign, grad[1] * share, unit.max())
+            else:
+                fast.write(-grad * sign[:, None] * unit)
             if step % every == 0:
                 transfers += 1
                 for line in [(reads + k) % inputs for k in range(min(settings["lines"], inputs))]:
@@ -106,6 +132,7 @@ def recursion(name, slow, fast, grads, settings, sides):
                     v = fast.w[..., line] / unit[..., 0]
                     if name == "tiki-taka":
                         change[..., line] = lr * v
+                        written.append((np.arange(inputs) == line, -v))
                         continue
                     if name == "agad":
                         now = fast.w[..., line]
@@ -132,7 +159,10 @@ def recursion(name, slow, fast, grads, settings, sides):
                     if name == "agad" and (sweep + 1) % settings["period"] == 0:
                         offset[..., line] = mean[..., line]
                         sign[:, line] *= -1
-        if step % every == 0 or name == "sgd":
+        if pulsed and name == "tiki-taka":
+            x, d = (np.array(part) for part in zip(*written, strict=True))
+            slow.pulse(np.repeat(x[:, None], groups, 1), d, lr)
+        elif step % every == 0 or name == "sgd":
             slow.write(change)
         out.append(slow.w)
     return out, waiting if "v2" in name or name == "agad" else chi
@@ -185,7 +215,76 @@ def test_steps_are_those_of_the_equations(name, sides, carry, zeros):
         np.testing.assert_allclose(part.waiting.numpy(), waiting, rtol=0, atol=2e-3)
 
 
-def distance(name, **settings):
+TRAINS = {
+    "stochastic": {},
+    "plain": {"length": 10, "update_management": False, "bound_management": False},
+    "implicit": {"scheme": "deterministic_implicit"},
+    "counted": {"mode": "aggregated"},
+}
+
+
+@pytest.mark.parametrize(("train", "sliced"), [
+    ("stochastic", False), ("plain", False), ("implicit", True), ("counted", False),
+], ids=["stochastic", "plain", "implicit, sliced", "counted"])  # fmt: skip
+@pytest.mark.parametrize("name", FAST_ARRAYS)
+def test_steps_by_pulse_trains_are_those_of_the_equations(name, train, sliced):
+    torch.manual_seed(1)
+    law = (
+        {"law": "constant_step", "pulses": 200, "step_spread": 0.1, "cycle": 0.3}
+        if train == "counted"
+        else LAW
+    )
+    # without update management a group's largest step splits a product, and columns of one range make the same of it
+    mapping = {"scheme": "subtracted", "scale": "tensor" if train == "plain" else "column"}
+    carry = None
+    if sliced:
+        mapping |= {"slices": 3, "slice_bits": 2}
+        carry = {"scheme": "periodic", "interval": 1, "headroom_bits": 3}
+    layer = AnalogConv2d(
+        4,
+        6,
+        (2, 2),
+        groups=2,
+        bias=False,
+        spec=spec(update=law, mapping=mapping, carry=carry, pulses=TRAINS[train]),
+    )
+    opt = build_optimizer(name, layer, **SETTINGS[name] | {"lr": 0.05, "transfer_every": 1})
+    array, w_max, dumped = opt.parts[layer.weight].array, layer.w_max.numpy(), layer.spec.update.model_dump()
+    how = {"train": layer.spec.pulses.model_dump()}
+    rule = layer.spec.carry and layer.spec.carry.model_dump()
+    slow = Array(layer.g_cells.numpy(), w_max, dumped, layer.plan.seed, rule, **how)
+    fast = Array(np.full((2, 16, 3), 5.5e-6), w_max, dumped, array.plan.seed, **how)
+    rng = np.random.default_rng(2)
+    steps = []
+    for _ in range(16):
+        x = np.maximum(rng.normal(size=(2, 4, 3, 2)), 0).astype(np.float32)
+        d = (0.1 * rng.normal(0.5, 1, (2, 6, 2, 1))).astype(np.float32)
+        patches = [x[:, :, top : top + 2].reshape(2, 2, 8) for top in (0, 1)]
+        errors = d[..., 0].reshape(2, 2, 3, 2).transpose(0, 3, 1, 2).reshape(4, 2, 3)
+        steps.append((x, d, np.stack(patches, 1).reshape(4, 2, 8), errors))
+    sides = 2 * (layer.spec.carry.window(2) / 63 if carry else 1)
+    expected, _ = recursion(
+        name,
+        slow,
+        fast,
+        [(x, d) for *_, x, d in steps],
+        SETTINGS[name] | {"lr": 0.05, "transfer_every": 1},
+        sides,
+    )
+    moved, before = 0, layer.weight.detach().clone()
+    for step, ((x, d, *_), want) in enumerate(zip(steps, expected, strict=True), 1):
+        layer.streams.pairs = [(torch.from_numpy(x), torch.from_numpy(d))]
+        opt.step()
+        off = (layer.weight.detach().view(2, 3, 8).numpy() - want) / w_max.reshape(2, 3, 1)
+        assert np.abs(off).max() < 2e-5, f"step {step}"
+        moved += not torch.equal(before, layer.weight)
+        before = layer.weight.detach().clone()
+    assert moved > 5
+    np.testing.assert_allclose(array.weight.view(2, 3, 8).numpy(), fast.w, rtol=0, atol=2e-5 * w_max.max())
+    assert np.abs(fast.w).max() > 0.05 * w_max.max()
+
+
+def distance(name, pulses=None, **settings):
     """Error left after learning a noisy linear map on devices that are symmetric far from a weight of 0."""
     law = {
         "law": "soft_bounds",
@@ -198,7 +297,7 @@ def distance(name, **settings):
     }
     torch.manual_seed(0)
     goal = 0.3 * torch.randn(8, 12)
-    layer = AnalogLinear(12, 8, bias=False, spec=spec(update=law))
+    layer = AnalogLinear(12, 8, bias=False, spec=spec(update=law, pulses=pulses))
     opt = build_optimizer(name, layer, **settings)
     draw = torch.Generator().manual_seed(1)
     errors = []
@@ -213,16 +312,19 @@ def distance(name, **settings):
     return sum(errors) / len(errors)
 
 
-def test_asymmetric_devices_defeat_sgd_and_not_tiki_taka():
+@pytest.mark.parametrize(("pulses", "chopped", "bounds"), [
+    (None, {"fast_lr": 0.3}, (0.4, 0.35)), ({}, {"fast_lr": 0.3}, (0.5, 0.45)),
+], ids=["changes", "pulses"])  # fmt: skip
+def test_asymmetric_devices_defeat_sgd_and_not_tiki_taka(pulses, chopped, bounds):
     """Every write pulls a device to its symmetry point: SGD settles between it and the solution at any rate."""
-    sgd = [distance("sgd", lr=lr) for lr in (0.003, 0.01)]
+    sgd = [distance("sgd", pulses, lr=lr) for lr in (0.003, 0.01)]
     others = {
-        "tiki-taka-v2": distance("tiki-taka-v2", lr=0.003, zero_shift=20),
-        "chopped-tiki-taka-v2": distance("chopped-tiki-taka-v2", lr=0.003, fast_lr=0.3),
-        "agad": distance("agad", lr=0.003, fast_lr=0.3),
+        "tiki-taka-v2": distance("tiki-taka-v2", pulses, lr=0.003, zero_shift=20),
+        "chopped-tiki-taka-v2": distance("chopped-tiki-taka-v2", pulses, lr=0.003, **chopped),
+        "agad": distance("agad", pulses, lr=0.003, fast_lr=0.3),
     }
-    assert min(sgd) > 0.4
-    assert max(others.values()) < 0.35
+    assert min(sgd) > bounds[0]
+    assert max(others.values()) < bounds[1]
 
 
 NOISY = {
@@ -239,6 +341,7 @@ SLICED = {
     **NOISY, "mapping": {"slices": 3, "slice_bits": 2}, "carry": {"interval": 2}, "endurance": {"pulses": 500},
     "retention": {"tau": 500.0},
 }  # fmt: skip
+PULSED_SLICES = {**SLICED, "carry": {"scheme": "periodic", "interval": 2, "headroom_bits": 3}, "pulses": {}}
 
 
 def build(name, seed=0, parts=NOISY, **settings):
@@ -266,9 +369,12 @@ def advance(model, opt, steps, first=0):
 
 @pytest.mark.parametrize(
     ("name", "parts"),
-    [*((name, NOISY) for name in OPTIMIZERS), ("agad", SLICED), ("mixed-precision", SLICED)],
-    ids=[*OPTIMIZERS, "agad-sliced", "mixed-precision-sliced"],
-)
+    [
+        *((name, NOISY) for name in OPTIMIZERS), ("agad", SLICED), ("mixed-precision", SLICED), ("tiki-taka", PULSED_SLICES),
+        *((name, {**NOISY, "pulses": {}}) for name in FAST_ARRAYS),
+    ],
+    ids=[*OPTIMIZERS, "agad-sliced", "mixed-precision-sliced", "tiki-taka-pulsed-slices", *(f"{name}-pulsed" for name in FAST_ARRAYS)],
+)  # fmt: skip
 def test_a_resumed_run_continues_bit_for_bit(name, parts):
     model, opt = build(name, parts=parts)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
@@ -323,6 +429,103 @@ def test_gradients_may_be_accumulated_and_scaled(name):
             scaler.update()
         results.append(model.state_dict())
     assert_same(*results)
+
+
+@pytest.mark.parametrize("name", FAST_ARRAYS)
+def test_samples_may_be_accumulated_and_scaled_by_pulse_trains(name):
+    """In two parts, of a loss scaled by a power of two, they make the pulses of the whole batch; an overflow leaves a step out."""
+    results = []
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        layers = nn.Linear(5, 4, bias=False), nn.Linear(4, 3, bias=False)
+        model, _ = gx.convert(nn.Sequential(*layers), spec(pulses={}))
+        opt = build_optimizer(name, model, **SETTINGS[name] | {"lr": 0.1, "transfer_every": 1})
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=parts > 1)
+        for _ in range(6):
+            opt.zero_grad()
+            scaler.scale(model(x).square().sum()).backward()
+            for layer in model:
+                assert layer.weight.grad is None
+                ((inputs, errors),) = layer.streams.pairs
+                layer.streams.pairs = list(zip(inputs.chunk(parts), errors.chunk(parts), strict=True))
+            scaler.step(opt)
+            scaler.update()
+        results.append(copy.deepcopy([model.state_dict(), opt.state_dict()["parts"]]))
+    assert_same(*results)
+    scaler.scale(model(x).sum()).backward()
+    model[0].streams.pairs[0][1][2, 1] = torch.inf  # as on a GPU, which does not look at each error
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**7
+    assert model[0].streams.pairs == []
+    assert_same(opt.state_dict()["parts"], results[1][1])
+
+
+def test_errors_of_any_scale_move_a_fast_array_alike():
+    """By a power of two, to the bit, though their squares are nothing in float32."""
+    arrays = []
+    for scale in (1.0, 2.0**-80):
+        torch.manual_seed(0)
+        layer = AnalogLinear(5, 3, spec=spec(pulses={}))
+        opt = build_optimizer("tiki-taka", layer, lr=0.1)
+        layer.streams.pairs = [(torch.randn(4, 5), scale * torch.randn(4, 3))]
+        opt.step()
+        arrays.append(opt.parts[layer.weight].array.g_cells)
+    assert torch.equal(*arrays)
+    assert arrays[0].unique().numel() > 10
+
+
+def test_one_transfer_by_trains_is_that_of_the_rate_in_the_mean():
+    """Over draws of the trains, of what a fast array holds, on one of its lines."""
+    changes, values = [], torch.linspace(-0.4, 0.4, 6).view(3, 2)
+    law = {"law": "constant_step", "pulses": 400}
+    for seed in range(150):
+        torch.manual_seed(0)
+        layer = AnalogLinear(2, 3, spec=spec(update=law, pulses={}, seed=seed))
+        opt = build_optimizer("tiki-taka", layer, lr=0.05, lines=1, fast_lr=0.5)
+        part, before = opt.parts[layer.weight], layer.weight.detach().clone()
+        part.array.update_cells(values * layer.w_max[0])
+        part.scale += 1.0
+        held = (
+            part.array.weight.detach() / (0.5 * layer.w_max[0]) * 0.99
+        )  # which an error of 0 leaves, but for the scale's mean
+        layer.streams.pairs = [(torch.ones(1, 2), torch.zeros(1, 3))]
+        opt.step()
+        changes.append(layer.weight.detach() - before)
+    changes = torch.stack(changes)
+    assert (changes[..., 1] == 0).all()
+    error = (changes.mean(0) - 0.05 * held)[:, 0] / (changes.std(0)[:, 0] / 150**0.5)
+    assert error.abs().max() < 4
+    assert (changes.std(0)[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["lstm", "attention", "transposed", "sizes"])
+def test_a_fast_array_takes_all_samples_of_a_step(kind):
+    """Its scale is of their largest products, whatever reads the layer, and however often."""
+    torch.manual_seed(0)
+    model, x = {
+        "lstm": lambda: (nn.LSTM(4, 3), torch.randn(5, 2, 4)),
+        "attention": lambda: (nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0), torch.randn(5, 2, 4)),
+        "transposed": lambda: (nn.Sequential(nn.ConvTranspose2d(2, 3, 2)), torch.randn(2, 2, 4, 4)),
+        "sizes": lambda: (nn.Sequential(nn.Conv2d(2, 3, 3)), torch.randn(2, 2, 5, 5)),
+    }[kind]()
+    model, _ = gx.convert(model, spec(pulses={}))
+    opt = build_optimizer("agad", model, lr=0.1, fast_lr=0.3)
+    for part in (x, x[..., :4]) if kind == "sizes" else (x,):
+        y = model(part)
+        (y[0] if kind == "lstm" else y).square().sum().backward()
+    layers = [layer for layer in model.modules() if isinstance(layer, AnalogLayer)]
+    found = {}
+    for layer in layers:
+        lines = [layer.as_lines(x, d) for x, d in layer.streams.pairs]
+        found[layer] = sum((x.abs().amax(1) * d.abs().amax(1)).square().sum() for x, d in lines).sqrt()
+    opt.step()
+    assert len(layers) == {"lstm": 2, "attention": 6}.get(kind, 1)
+    for layer in layers:
+        part = opt.parts[layer.weight]
+        torch.testing.assert_close(part.scale[0], found[layer])
+        assert (part.array.weight != 0).float().mean() > 0.2
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -480,9 +683,16 @@ def test_errors():
     pulsed = AnalogLinear(4, 3, spec=spec(pulses={}))
     with pytest.raises(
         ValueError,
-        match=r"TikiTaka: `spec\.pulses` must be None, got a pulse train for linear; pulse trains are InSituSGD's",
+        match=r"MixedPrecision: `spec\.pulses` must be None, got a pulse train for linear: changes add up digitally, .*; set pulses=None",
     ):
-        build_optimizer("tiki-taka", pulsed, lr=0.1)
+        build_optimizer("mixed-precision", pulsed, lr=0.1)
+    streamed = AnalogLinear(
+        4, 3, spec=spec(mapping={"slices": 2, "slice_bits": 2}, carry={"scheme": "streamed"})
+    )
+    with pytest.raises(
+        ValueError, match=r"AGAD: `spec\.carry\.scheme` must be accumulate or periodic, got 'streamed'"
+    ):
+        build_optimizer("agad", streamed, lr=0.1)
     saved = build_optimizer("agad", copy.deepcopy(layer), lr=0.1).state_dict()
     with pytest.raises(
         ValueError, match=r"`state_dict` must be of the same algorithm and layers, got .* \[0\] where \[\]"
@@ -491,3 +701,59 @@ def test_errors():
     saved = build_optimizer("tiki-taka-v2", copy.deepcopy(layer), lr=0.1).state_dict()
     with pytest.raises(ValueError, match=r"ChoppedTikiTakaV2: `state_dict` must be .* got one without flip"):
         build_optimizer("chopped-tiki-taka-v2", layer, lr=0.1).load_state_dict(saved)
+
+
+class Sign(gx.optim.InSituOptimizer):
+    """An algorithm of one's own, without rules or settings beside those of all."""
+
+    def _write(self, layer, weight, group):
+        layer.change_cells(weight.grad.sign(), -group["lr"])
+
+
+class Kept(Sign):
+    """The same after `wait` steps, which are counted beside the layer."""
+
+    rules = Sign.rules | {"wait": gx.optim.Rule("at least 0", lambda value: value >= 0, "2")}
+
+    def __init__(self, params, lr, wait):
+        super().__init__(params, lr, wait=wait)
+
+    def _begin(self, layer, group):
+        steps = nn.Module()
+        steps.register_buffer("taken", torch.zeros(1))
+        return steps
+
+    def _write(self, layer, weight, group):
+        if self.parts[weight].taken >= group["wait"]:
+            super()._write(layer, weight, group)
+        self.parts[weight].taken += 1
+
+
+def test_algorithms_of_ones_own_write_through_the_law_and_resume():
+    def step(model, optimiser):
+        optimiser.zero_grad()
+        model(torch.ones(1, 6)).sum().backward()
+        optimiser.step()
+
+    torch.manual_seed(0)
+    ideal = spec(update={"law": "ideal"})
+    model, _ = gx.convert(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), ideal, {"1": None})
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimiser = Sign(model.parameters(), 0.01)
+    step(model, optimiser)
+    sign = before[2].sum(0).sign()[:, None].expand(4, 6)
+    torch.testing.assert_close(model[0].weight.detach(), before[0] - 0.01 * sign, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model[1].bias.detach(), before[3] - 0.01)
+    waiting = Kept(model.parameters(), 0.01, wait=2)
+    step(model, waiting)
+    other = Kept(model.parameters(), 0.01, wait=2)
+    other.load_state_dict(waiting.state_dict())
+    held = model[0].weight.detach().clone()
+    step(model, other)
+    assert torch.equal(model[0].weight, held)
+    step(model, other)
+    assert not torch.equal(model[0].weight, held)
+    with pytest.raises(ValueError, match="Kept: `wait` must be at least 0, got -1; try 2"):
+        Kept(model.parameters(), 0.01, wait=-1)
+    with pytest.raises(ValueError, match=r"Sign: `momentum` must be at least 0 and below 1, got 2; try 0\.9"):
+        Sign(model.parameters(), 0.01, momentum=2)

@@ -29,8 +29,9 @@ from gpuxbar.spec import (
 G_MIN, G_MAX = 1e-6, 11e-6  # S
 
 
-def measurement(law, *, count=6000, devices=1, skewed=False, gamma=0.0, seed=0):
-    """Columns of a measurement of single pulses on devices of a law, by the oracle; `gamma`: noise by the square root of a step."""
+def measurement(law, *, count=6000, devices=1, skewed=False, gamma=0.0, of_step=False, seed=0):
+    """Columns of a measurement of single pulses on devices of a law, by the oracle; `gamma`: noise by the square root of a step,
+    `of_step`: by the step."""
     rng = np.random.default_rng(seed)
     dumped = law.model_dump()
     nominal = 1 / dumped.get("pulses", dumped.get("levels"))
@@ -40,7 +41,8 @@ def measurement(law, *, count=6000, devices=1, skewed=False, gamma=0.0, seed=0):
     t = gain * np.where(rising, 1 + law.asymmetry, law.asymmetry - 1) * nominal
     step = reference.laws.moved(dumped, y, t) - y
     noise = rng.exponential(size=count) - 1 if skewed else rng.normal(size=count)
-    step = step + (gamma * np.sqrt(np.abs(step)) if gamma else 0.3 * nominal * gain) * noise
+    scale = 0.3 * (np.abs(step) if of_step else nominal * gain)
+    step = step + (gamma * np.sqrt(np.abs(step)) if gamma else scale) * noise
     return G_MIN + (G_MAX - G_MIN) * y, (G_MAX - G_MIN) * step, np.where(rising, 1, -1), device
 
 
@@ -58,6 +60,27 @@ def test_a_file_is_read_in_its_units(tmp_path):
     np.testing.assert_allclose(pulses.dg, columns[1], rtol=1e-7)
     np.testing.assert_array_equal(pulses.rising, columns[2] > 0)
     np.testing.assert_array_equal(pulses.device, columns[3])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# sample 7; 300 K\n\ng_before [uS],dg [nS],direction\n1.5,20,1\n# second run\n2.5,-3.5,-1\n",
+        "g_before [uS];dg [nS];direction\n1,5;20;1\n2,5;-3,5;-1\n",
+        "g_before [uS]\tdg [nS]\tdirection\n1.5\t20\t1\n2,5\t-3,5\t-1\n",
+        "g_before [\N{MICRO SIGN}S],dg [nS],direction\n1.5,20,1\n2.5,-3.5,-1\n",
+        "g_before [\N{GREEK SMALL LETTER MU}S],dg [nS],direction\n1.5,20,1\n2.5,-3.5,-1\n",
+        "direction,g_before [uS],dg [nS],device\n1,1.5,20,\n-1,2.5,-3.5\n",
+    ],
+    ids=["comments", "semicolons", "tabs", "micro", "mu", "no-device"],
+)
+def test_a_file_may_be_of_another_hand(tmp_path, text):
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8")
+    pulses = read_pulses(tmp_path / "m.csv")
+    np.testing.assert_allclose(pulses.g_before, [1.5e-6, 2.5e-6])
+    np.testing.assert_allclose(pulses.dg, [20e-9, -3.5e-9])
+    np.testing.assert_array_equal(pulses.rising, [True, False])
+    np.testing.assert_array_equal(pulses.device, [0, 0])
 
 
 def fitted(tmp_path, law, **settings):
@@ -235,6 +258,15 @@ def test_the_error_of_few_pulses_is_no_spread_of_devices(tmp_path, spread, devic
     assert fit.law.step_spread == pytest.approx(spread, rel=0.05, abs=0.03)
 
 
+@pytest.mark.parametrize("cycle_of", ["step", "nominal"])
+def test_noise_is_that_of_steps_or_of_the_nominal_one(tmp_path, cycle_of):
+    law = SoftBounds(pulses=150, up=2, down=2)
+    fit = fit_law(fitted(tmp_path, law, count=20000, of_step=cycle_of == "step"), "soft_bounds", **WINDOW)
+    assert fit.law.cycle_of == cycle_of
+    assert fit.law.cycle == pytest.approx(0.3, rel=0.03)
+    assert fit.passed
+
+
 def test_what_is_held_out_takes_no_part_in_the_fit(tmp_path):
     pulses = fitted(tmp_path, ConstantStep(pulses=200), count=4000)
     right = fit_law(pulses, "constant_step", **WINDOW)
@@ -256,6 +288,7 @@ def test_what_is_held_out_takes_no_part_in_the_fit(tmp_path):
         ("g_before [uS],dg [uS]\n", "must have a column 'direction' (+1 or -1), got ['g_before [uS]', 'dg [uS]']; the sign"),
         ("g_before [uS],dg [uS],direction\n", "`m.csv` must hold a line a pulse, got none; measure first"),
         ("g_before [uS],dg [uS],direction\n1,0.1,1\n1,x,1\n", "column 'dg [uS]' must hold finite numbers, got 'x' in line 3 of m.csv"),
+        ("# one\n\ng_before [uS];dg [uS];direction\n# two\n1;0,1;1\n1;0,1,2;1\n", "must hold finite numbers, got '0.1.2' in line 6 of m.csv"),
         ("g_before [uS],dg [uS],direction\n1,0.1,3\n", "column 'direction' must be +1 or -1, got '3' in line 2 of m.csv; write +1"),
         ("g_before [uS],dg [uS],direction\n1,0.1,+1\n1,0.1,up\n", "column 'direction' must be +1 or -1, got 'up' in line 3 of m.csv; write"),
         ("g_before [uS],dg [uS],direction\n1,0.1\n", "column 'direction' must be +1 or -1, got '' in line 2 of m.csv; write"),
@@ -270,9 +303,9 @@ def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, message):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "m.csv").write_bytes(b"\xff\xfe\x00")
-    for name in ("m.csv", "none.csv"):
+    for name, way_out in (("m.csv", "save it as UTF-8"), ("none.csv", "check it")):
         with pytest.raises(
-            ValueError, match=rf"read_pulses: `.*{name}` must be a readable text file, got .*; check it"
+            ValueError, match=rf"read_pulses: `.*{name}` must be a readable text file, got .*; {way_out}"
         ):
             read_pulses(tmp_path / name)
 
@@ -284,6 +317,8 @@ def test_a_table_that_cannot_be_filled_is_refused_by_bin(tmp_path):
     for fit, message in (
         (lambda: fit_table(middle, bins=9, **WINDOW),
          "fit_table: bin 1 of 9 (1e-06 to 1.625e-06 S) must hold at least 20 pulses of direction +1 to fit, got 0; measure"),
+        (lambda: fit_table(pulses[:300], bins=9, **WINDOW), "; measure there, take 3 bins or narrow g_min and g_max"),
+        (lambda: fit_table(pulses[:30], bins=9, **WINDOW), "; measure there or narrow g_min and g_max"),
         (lambda: fit_table(pulses, bins=5, g_min=2e-6, g_max=G_MAX),
          "fit_table: column 'g_before' must lie in the window of 2e-06 to 1.1e-05 S, got"),
         (lambda: fit_table(pulses, bins=5, g_min=2e-6, g_max=1e-6),

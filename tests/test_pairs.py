@@ -29,6 +29,9 @@ def read_only(array):
 BAD = {
     "no-law": ({"law": None}, "`law` must be an update law of the spec, got None; build one"),
     "name": ({"law": "soft_bounds"}, "`law` must be an update law of the spec, got 'soft_bounds'"),
+    "no-programming": ({"programming": None}, "`programming` must be a gpuxbar.spec.Programming, got NoneType; build one by"),
+    "endurance": ({"endurance": 9.0}, "`endurance` must be a gpuxbar.spec.Endurance, got float; build one by"),
+    "carry": ({"carry": "periodic"}, "`carry` must be a gpuxbar.spec.Carry, got str; build one by"),
     "dtype": ({"g": cells(dtype=float)}, "`g` must be an array of float32, got float64; convert it"),
     "list": ({"g": [[0.0]]}, "`g` must be an array of float32, got list"),
     "axes": ({"g": cells()[0]}, r"`g` must have 3 axes, got 2 \(shape \(3, 4\)\); reshape it"),
@@ -67,6 +70,38 @@ def test_what_does_not_fit_is_named(name):
     change, text = BAD[name]
     with pytest.raises((TypeError, ValueError), match=f"^Pairs: {text}"):
         ops.Pairs(**{"g": cells(), "law": STEP, **WINDOW, **change})
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (ops.device_update, {"dw": None, "w_max": None}),
+        (ops.pulse_update, {"x": None, "d": None, "rate": 1.0, "train": None, "w_max": None}),
+        (ops.streamed_update, {"x": None, "d": None, "rate": 1.0, "w_max": None}),
+        (ops.carry, {"updates": 1}),
+        (ops.relax, {"law": None}),
+    ],
+)
+def test_conductances_alone_are_no_pairs(op, arguments):
+    text = rf"^{op.__name__}: `pairs` must be a gpuxbar\.ops\.Pairs, got ndarray; build one by Pairs"
+    with pytest.raises(TypeError, match=text):
+        op(cells(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "text"),
+    [
+        (ops.relax, {"law": {"tau": 1.0}}, r"`law` must be a gpuxbar\.spec\.Retention, got dict"),
+        (
+            ops.pulse_update,
+            {"x": None, "d": None, "rate": 1.0, "train": {"length": 31}, "w_max": None},
+            r"`train` must be a gpuxbar\.spec\.PulseTrain, got dict",
+        ),
+    ],
+)
+def test_settings_are_parts_of_the_spec(op, arguments, text):
+    with pytest.raises(TypeError, match=f"^{op.__name__}: {text}"):
+        op(ops.Pairs(cells(), law=STEP, **WINDOW), **arguments)
 
 
 def test_pairs_know_their_slices():

@@ -463,6 +463,7 @@ BAD = {
     "levels": ({"levels": 1}, ValueError, "`levels` must be 2 to 65536 with merge='none', got 1; None is continuous"),
     "middle": ({"levels": 2, "merge": "offset"}, ValueError, "`levels` must be 3 to 65536 with merge='offset', got 2; None"),
     "digits": ({"levels": 5, "slice_bits": 2}, ValueError, r"`levels` must be 2\*\*slice_bits = 4 for sliced weights, got 5; leave"),
+    "programming": ({"programming": {"write_noise": 1e-8}}, TypeError, r"`programming` must be a gpuxbar\.spec\.Programming, got dict"),
     "sigma": ({"sigma_g": float("inf")}, ValueError, "`sigma_g` must be at least 0, got inf S; 0 switches it off"),
     "exponent": ({"exponent": 5.0}, ValueError, "`exponent` must be 0 to 4, got 5; 0.5 is the square-root law"),
 }  # fmt: skip

@@ -214,9 +214,7 @@ def test_carries_come_between_updates_by_pulses():
         layer.begin_in_situ()
         before = layer.weight.detach().clone()
         for _ in range(40):
-            x = torch.ones(4, 12)
-            layer.streams.pairs.append((x, torch.ones(4, 7)))
-            layer.update_in_array(0.01)
+            layer.update_in_array(torch.ones(4, 12), torch.ones(4, 7), 0.01)
         ends.append((layer.weight - before).abs().mean().item() / layer.w_max[0].item())
     assert ends[1] < 14 / 255
     assert ends[0] > 0.5

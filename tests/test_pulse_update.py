@@ -122,6 +122,24 @@ def test_kernel_matches_oracle(law, train, shape):
     assert_matches_oracle(LAWS[law], TRAINS[train], shape, device)
 
 
+@pytest.mark.parametrize("sides", ["both", "reference", "one_sided"])
+def test_whole_pulses_are_those_of_a_change_of_as_many(sides):
+    """Without noise: what algorithms write in whole pulses needs no trains."""
+    law = SoftBounds(pulses=200, up=1.5, down=2.2, spread=0.1, sides=sides)
+    g, w_max = case(1, 1, 5, 3)[0], np.ones(3, np.float32)
+    pulses = np.random.default_rng(0).integers(-6, 7, (3, 5)).astype(np.float32)
+    step = (2 if sides == "both" else 1) / 200
+    changed, pulsed = (ops.Pairs(g.copy(), law=law, seed=SEED, **WINDOW) for _ in range(2))
+    ops.device_update(changed, (pulses * np.float32(step))[None], w_max=w_max)
+    train = PulseTrain(scheme="deterministic_implicit")
+    for o, i in np.argwhere(pulses):
+        x, d = np.zeros((1, 5), np.float32), np.zeros((1, 3), np.float32)
+        x[0, i], d[0, o] = 1, -pulses[o, i]
+        ops.pulse_update(pulsed, x, d, rate=step, train=train, w_max=w_max)
+    np.testing.assert_allclose(pulsed.g, changed.g, rtol=0, atol=1e-6 * (G_MAX - G_MIN))
+    assert (changed.g != g).mean() > 0.3
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("law", "train"), [("soft", "managed"), ("constant", "counted")])
 def test_kernel_gives_the_same_bits_in_every_thread_order(law, train, order):

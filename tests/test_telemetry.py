@@ -52,3 +52,37 @@ def test_telemetry_tells_what_became_of_the_arrays():
         ValueError, match="telemetry: `model` must hold its numbers, got '0' on the meta device"
     ):
         gx.telemetry(model.to("meta"))
+
+
+CONVERTED = {"dac": {"bits": 8}, "adc": {"bits": 8, "range": "worst_case"}}
+SOFT = {"update": {"law": "soft_bounds"}}
+SLICED = {"mapping": {"slices": 4, "slice_bits": 2}}
+BYTES = {
+    "merged": ({}, None, 4),
+    "subtracted": (CONVERTED | {"mapping": {"scheme": "subtracted"}}, None, 4),
+    "differential": (CONVERTED, None, 8),
+    "slices": (CONVERTED | SLICED, None, 32),
+    "wires": ({"parasitics": {"r_wordline": 1.0}}, None, 12),
+    "anchored": ({"parasitics": {"r_wordline": 1.0, "anchor": "ladder"}}, None, 28),
+    "sliced-wires": (SLICED | {"parasitics": {"r_wordline": 1.0}}, None, 36),
+    "sliced-anchored": (SLICED | {"parasitics": {"r_wordline": 1.0, "anchor": "ladder"}}, None, 100),
+    "in-situ": (SOFT, "sgd", 12),
+    "in-situ-slices": (SOFT | SLICED | {"carry": {}}, "sgd", 36),
+    "mixed-precision": (SOFT, "mixed-precision", 16),
+    "tiki-taka": (SOFT, "tiki-taka", 32),
+    "tiki-taka-v2": (SOFT, "tiki-taka-v2", 36),
+    "agad": (SOFT, "agad", 44),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_arrays_take_the_memory_that_the_readme_tells(name):
+    settings, algorithm, wanted = BYTES[name]
+    model, _ = gx.convert(nn.Sequential(nn.Linear(256, 128, bias=False)), gx.CrossbarSpec(**settings))
+    held = [model]
+    if algorithm:
+        held += gx.optim.build_optimizer(algorithm, model, lr=0.1).parts.values()
+    model(torch.ones(1, 256))
+    tensors = [t for part in held for t in (*part.buffers(), *part.parameters())]
+    beside = sum(t.numel() * t.element_size() for t in tensors) - 4 * 256 * 128
+    assert beside / (256 * 128) == pytest.approx(wanted, abs=0.1)

@@ -478,6 +478,12 @@ BAD = {
     "shape": ({"v": np.zeros((2, 4), np.float32)}, ValueError, r"`v` must have shape \(2, 3\)"),
     "bits": ({"adc_bits": 17, "adc_lsb": 1.0}, ValueError, "`adc_bits` must be 1 to 16, got 17"),
     "sign": ({"adc_bits": 1, "adc_lsb": 1.0}, ValueError, "2 to 16 for signed currents, got 1"),
+    "lsb-without-bits": ({"adc_lsb": 1e-7}, ValueError, "`adc_lsb` must go with adc_bits"),
+    "gain-without-bits": (
+        {"adc_gain": np.ones((1, 1, 3), np.float32)},
+        ValueError,
+        "`adc_gain` must go with adc_bits",
+    ),
     "no-lsb": ({"adc_bits": 8}, ValueError, "`adc_lsb` must be given with adc_bits=8"),
     "lsb": ({"adc_bits": 8, "adc_lsb": 0.0}, ValueError, "`adc_lsb` must be above 0 A, got 0 A"),
     "tile": ({"tile_rows": 0}, ValueError, "`tile_rows` must be at least 1, got 0"),

@@ -7,6 +7,8 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from cuda_shim import ShimDevice
+from tape import bridge_to
 from torch import nn
 
 import gpuxbar as gx
@@ -90,6 +92,22 @@ def test_grouped_convolutions_and_slices():
         np.testing.assert_allclose(seen[0, rows], merged, atol=2e-5 * np.abs(merged).max())
     x = torch.randn(2, 4, 7, 7)
     assert 0.01 < (layer(x) - plain(x)).norm() / plain(x).norm() < 0.5
+
+
+@pytest.mark.parametrize("wires", [{"method": "ladder"}, {"anchor": "ladder", "refresh_interval": 3}])
+def test_a_layer_may_be_read_again_before_its_backward_pass(monkeypatch, wires):
+    """As a recurrent one is. A GPU solves the wires at every read, to what they were."""
+
+    def gradient():
+        torch.manual_seed(0)
+        layer = AnalogLinear(37, 29, spec=spec(parasitics={**OHMS, **wires}))
+        x = torch.randn(5, 37, requires_grad=True)
+        (layer(x) + layer(2 * x)).square().sum().backward()
+        return x.grad
+
+    expected = gradient()
+    bridge_to(monkeypatch, ShimDevice(), lambda t: t.detach().contiguous().numpy(), torch.from_numpy)
+    torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_wires_are_solved_once_for_a_weight_version(monkeypatch):

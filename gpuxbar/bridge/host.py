@@ -6,7 +6,7 @@ looked at once, by the same rules, and of a tensor only what keeps a kernel insi
 
 from __future__ import annotations
 
-from ctypes import Array, addressof, c_float, c_int64
+from ctypes import Array, addressof, c_float
 from functools import cache, lru_cache
 from math import inf, prod
 from typing import Any
@@ -18,16 +18,15 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge.operator import plan_of
 from gpuxbar.bridge.pairs import made_of
-from gpuxbar.launch import Device, host_call, host_library, library
+from gpuxbar.launch import Device, host_library
 from gpuxbar.mapping.plan import Read
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.ops.checks import require_finite_values
+from gpuxbar.ops.dac_quantize import fit_on_host, quantize_on_host
 from gpuxbar.ops.device_map import spread_names
-from gpuxbar.ops.device_update import Update
+from gpuxbar.ops.device_update import Update, update_on_host
 from gpuxbar.ops.images import Conv
-from gpuxbar.ops.program import LOWER, Writing
+from gpuxbar.ops.program import Writing, checksum_on_host, reprogram_on_host
 from gpuxbar.ops.tile_mvm import TileRead, tile_read
-from gpuxbar.reference import SMALLEST_RANGE
 
 __all__ = [
     "checksum",
@@ -68,12 +67,10 @@ def dac_quantize(x: Tensor, lsb: Tensor, read: Read, what: str) -> Tensor:
     codes = x.new_empty(x.shape, dtype=torch.int16)
     size, count = x.numel(), lsb.numel()
     if size:
-        bad = c_int64()
-        host_call(
-            library(), "gpuxbar_dac_quantize", address("x", x, size), address("dac_lsb", lsb, 1 if count == 1 else len(x)),
-            codes.data_ptr(), len(x), size // len(x), count, read.code_max, read.signed, bad,
+        quantize_on_host(
+            address("x", x, size), address("dac_lsb", lsb, 1 if count == 1 else len(x)), codes.data_ptr(),
+            (len(x), size // len(x), count), read.code_max, read.signed, what,
         )  # fmt: skip
-        require_finite_values(what, bad.value, "bad data")
     return codes
 
 
@@ -81,14 +78,12 @@ def dac_fit(x: Tensor, scale: Tensor, read: Read, what: str) -> tuple[Tensor, Te
     """The codes of x times `scale` and the value of one, float32 [1] or [len(x)]: see `ops.dac_fit`."""
     x, scale = x.contiguous(), scale.contiguous()
     rows, channels = x.shape[:2]
-    size, bad = x.numel(), c_int64()
+    size = x.numel()
     codes, lsb = x.new_empty(x.shape, dtype=torch.int16), x.new_empty(rows if read.per_sample else 1)
-    host_call(
-        library(), "gpuxbar_dac_fit", address("x", x, size), address("w_max", scale, channels), codes.data_ptr(),
-        lsb.data_ptr(), rows, channels, size // max(1, rows * channels), lsb.numel(), read.code_max, read.signed,
-        SMALLEST_RANGE, bad,
+    fit_on_host(
+        address("x", x, size), address("w_max", scale, channels), codes.data_ptr(), lsb.data_ptr(),
+        (rows, channels, size // max(1, rows * channels), lsb.numel()), read.code_max, read.signed, what,
     )  # fmt: skip
-    require_finite_values(what, bad.value, "bad data")
     return codes, lsb
 
 
@@ -98,21 +93,18 @@ def reprogram(
 ) -> None:  # fmt: skip
     """Program weights again if they have changed: see `ops.reprogram`."""
     weight = weight.contiguous()
-    cells, bad = prod(writing.shape), c_int64()
-    host_call(
-        library(), "gpuxbar_reprogram", writing.at(int(write_step)), address("weight", weight, weight.numel()),
+    cells = prod(writing.shape)
+    reprogram_on_host(
+        writing.at(int(write_step)), address("weight", weight, weight.numel()),
         address("w_max", w_max, weight.shape[0] * weight.shape[1]), address("g", g, cells),
         None if noise_var is None else address("noise_var", noise_var, cells), address("state", state, 2, torch.int64),
-        scale == "column", full_weight or 0.0, bad,
+        scale, full_weight,
     )  # fmt: skip
-    require_finite_values("reprogram: `weight`", bad.value, LOWER)
 
 
 def checksum(x: Tensor) -> int:
     """See `ops.program.checksum`."""
-    found = c_int64()
-    host_call(library(), "gpuxbar_checksum", address("x", x, x.numel()), x.numel(), found)
-    return found.value
+    return checksum_on_host(address("x", x, x.numel()), x.numel())
 
 
 def device_update(
@@ -127,18 +119,19 @@ def device_update(
         raise ValueError(
             f"device_update: `w_max` must be finite and above 0, got {lowest:g} to {highest:g}; use the largest weight"
         )
-    now, bad = Update.from_buffer_copy(update), c_int64()
+    now = Update.from_buffer_copy(update)
     now.step, now.factor = int(step), factor
     cells = g.numel()
-    host_call(
-        library(), "gpuxbar_device_update", address("g", g, cells),
+    devices = (
+        address("g", g, cells),
         None if g_held is None else address("g_held", g_held, cells),
         None if pulse_count is None else address("pulse_count", pulse_count, cells, torch.int32),
         None if device_map is None else address("device_map", device_map, maps * cells, torch.float16),
-        address("dw", dw, dw.numel()), None, address("weight", weight, dw.numel()),
-        address("w_max", w_max, dw.shape[0] * dw.shape[1]), now, bad,
+    )
+    update_on_host(
+        now, devices, address("dw", dw, dw.numel()), None, address("weight", weight, dw.numel()),
+        address("w_max", w_max, dw.shape[0] * dw.shape[1]),
     )  # fmt: skip
-    require_finite_values("device_update: `dw`", bad.value, LOWER)
 
 
 @lru_cache(maxsize=4096)

@@ -21,6 +21,7 @@ __all__ = ["Fit", "fit_law", "fit_table", "plot_fit"]
 
 LAW: TypeAdapter[UpdateLaw] = TypeAdapter(UpdateLaw)
 SCORES = np.linspace(-4.0, 4.0, 17)
+BINS = 2, 3, 5, 9
 FEWEST = 20  # pulses of one direction in a bin
 HOLD_OUT = 0.2  # of the pulses
 SAME = 1e-3  # of the window, by which a conductance may differ from where the pulse before led to
@@ -134,6 +135,8 @@ def fit_law(
 ) -> Fit:
     """Fit a parametric law by least squares to the same pulses, with its asymmetry, spread and cycle noise.
 
+    Noise of laws with a `cycle_of` is that of the nominal step or of the step itself, whichever is likelier.
+
     Args:
         pulses: Measured single pulses.
         law: "agarwal", "agarwal_symmetric", "constant_step", "exponential_step", "linear_step", "neurosim", "piecewise_step",
@@ -176,9 +179,22 @@ def fit_law(
     elif law == "neurosim":
         found["cycle"], found["levels"] = np.sqrt(noise), max(round(found["levels"]), 2)
     else:
-        found["cycle"], found["cycle_of"] = np.sqrt(noise) * found["pulses"], "nominal"
+        found |= _cycle(rest, ratio[train.device] * mean, found["pulses"])
     found["step_spread"] = min(spread, 2.0)
     return _judged(LAW.validate_python(found), window, pulses, test, ratio)
+
+
+def _cycle(rest: np.ndarray, mean: np.ndarray, pulses: float) -> dict[str, Any]:
+    """Scatter `rest` around steps `mean` as a share of the nominal step or of these, whichever makes it likelier as Gaussian."""
+    nominal = np.sqrt(np.mean(rest**2))
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # steps of 0 do not scatter, unless with the nominal one
+        of_step = np.sqrt(np.mean((rest / mean) ** 2))
+        likelier = np.log(of_step) + np.mean(np.log(np.abs(mean))) < np.log(nominal)
+    if likelier:
+        return {"cycle": of_step, "cycle_of": "step"}
+    return {"cycle": nominal * pulses, "cycle_of": "nominal"}
 
 
 def _shaped(law: str, y: np.ndarray, step: np.ndarray, rising: np.ndarray, size: float) -> dict[str, Any]:
@@ -245,7 +261,7 @@ def _shares(pulses: Pulses, window: Device) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _require_bins(op: str, bins: int) -> None:
-    if bins not in (2, 3, 5, 9):
+    if bins not in BINS:
         raise ValueError(f"{op}: `bins` must be 2, 3, 5 or 9, got {bins}; choose one of these")
 
 
@@ -258,15 +274,19 @@ def _require_rising(op: str, step: float) -> None:
 
 
 def _require_filled(op: str, pulses: Pulses, y: np.ndarray, window: Device, bins: int) -> None:
-    nearest_node = np.rint(y * (bins - 1)).astype(int)
+    def filled(bins: int, way: bool) -> np.ndarray:
+        return np.bincount(np.rint(y[pulses.rising == way] * (bins - 1)).astype(int), minlength=bins)
+
     for way, name in ((True, "+1"), (False, "-1")):
-        count = np.bincount(nearest_node[pulses.rising == way], minlength=bins)
+        count = filled(bins, way)
         if count.min() < FEWEST:
+            enough = [n for n in BINS if n < bins and min(*filled(n, True), *filled(n, False)) >= FEWEST]
+            fewer = f", take {enough[-1]} bins" if enough else ""
             k, span = int(count.argmin()), window.g_max - window.g_min
             ends = [window.g_min + span * min(max((k + h) / (bins - 1), 0.0), 1.0) for h in (-0.5, 0.5)]
             raise ValueError(
                 f"{op}: bin {k + 1} of {bins} ({ends[0]:.4g} to {ends[1]:.4g} S) must hold at least {FEWEST} pulses of "
-                f"direction {name} to fit, got {count[k]}; measure there, take fewer bins or narrow g_min and g_max"
+                f"direction {name} to fit, got {count[k]}; measure there{fewer} or narrow g_min and g_max"
             )
 
 
@@ -355,7 +375,10 @@ def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, ratio:
     elif "gamma" in dumped:
         z = rest / np.maximum(dumped["gamma"] * np.sqrt(np.abs(mean)), 1e-30)
     else:
-        z = rest / max(dumped["cycle"] * (1.0 if dumped["law"] == "neurosim" else nominal), 1e-30)
+        scale = {"neurosim": 1.0, "step": np.abs(mean), "nominal": nominal}[
+            dumped.get("cycle_of", "neurosim")
+        ]
+        z = rest / np.maximum(dumped["cycle"] * scale, 1e-30)
     explained, distance, limit = [], [], []
     for way in (True, False):
         mine = test.rising == way

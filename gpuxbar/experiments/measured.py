@@ -1,16 +1,19 @@
 """Single pulses measured on devices, from a CSV.
 
-The file has a line a pulse and a header. Columns, in any order, others are ignored:
+The file has a header and a line a pulse; lines that begin with # are comments. Columns, in any order, others are ignored:
 
-    g_before [uS]   conductance before the pulse; the unit in brackets is S, mS, uS or nS
+    g_before [uS]   conductance before the pulse; the unit in brackets is S, mS, uS (or µS) or nS
     dg [uS]         its change by the pulse, signed
     direction       +1 potentiation, -1 depression
     device          optional: a name, for the spread between devices
+
+Commas part the columns, or what the header has between them: semicolons or tabs, and then numbers may have decimal commas.
 """
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -21,6 +24,7 @@ import numpy as np
 __all__ = ["Pulses", "read_pulses"]
 
 UNITS = {"S": 1.0, "mS": 1e-3, "uS": 1e-6, "nS": 1e-9}
+MICRO = str.maketrans("\N{MICRO SIGN}\N{GREEK SMALL LETTER MU}", "uu")
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ def read_pulses(path: str | Path) -> Pulses:
     try:
         content = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        way_out = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "check it"
         raise ValueError(
-            f"read_pulses: `{path}` must be a readable text file, got {error}; check it"
+            f"read_pulses: `{path}` must be a readable text file, got {error}; {way_out}"
         ) from error
     with StringIO(content, newline="") as file:
-        lines = csv.reader(file)
-        header = [cell.strip() for cell in next(lines, [])]
+        lines = _cells(file)
+        _, header = next(lines, (0, []))
         columns = {name: _column(path, header, name) for name in ("g_before", "dg")}
         if "direction" not in header:
             raise ValueError(
@@ -58,9 +63,7 @@ def read_pulses(path: str | Path) -> Pulses:
             )
         direction, device = header.index("direction"), header.index("device") if "device" in header else None
         found: dict[str, list[Any]] = {"g_before": [], "dg": [], "direction": [], "device": []}
-        for number, row in enumerate(lines, 2):
-            if not row:
-                continue
+        for number, row in lines:
             for name, (at, scale) in columns.items():
                 found[name].append(scale * _number(path, number, header[at], row, at))
             text, way = _cell(row, direction)
@@ -70,11 +73,27 @@ def read_pulses(path: str | Path) -> Pulses:
                     "potentiation, -1 for depression, and a line for each pulse of a train"
                 )
             found["direction"].append(way)
-            found["device"].append("" if device is None else row[device].strip())
+            found["device"].append("" if device is None or device >= len(row) else row[device])
     if not found["dg"]:
         raise ValueError(f"read_pulses: `{path}` must hold a line a pulse, got none; measure first")
     names, index = np.unique(found["device"], return_inverse=True)
     return Pulses(np.array(found["g_before"]), np.array(found["dg"]), np.array(found["direction"]) > 0, index)
+
+
+def _cells(file: StringIO) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every line but comments and empty ones, numbers with decimal points."""
+    lines = [
+        (n, line) for n, line in enumerate(file, 1) if line.strip() and not line.lstrip().startswith("#")
+    ]
+    head = lines[0][1] if lines else ""
+    apart = next((mark for mark in ";\t" if mark in head), ",")
+    rows = csv.reader((line for _, line in lines), delimiter=apart)
+    for row in rows:
+        cells = [cell.strip() for cell in row]
+        yield (
+            lines[rows.line_num - 1][0],
+            cells if apart == "," else [cell.replace(",", ".") for cell in cells],
+        )
 
 
 def _column(path: str | Path, header: list[str], name: str) -> tuple[int, float]:
@@ -83,7 +102,7 @@ def _column(path: str | Path, header: list[str], name: str) -> tuple[int, float]
         head, bracket, unit = title.partition("[")
         if head.strip() != name:
             continue
-        unit = unit.rstrip("] ").strip()
+        unit = unit.rstrip("] ").strip().translate(MICRO)
         if unit not in UNITS:
             raise ValueError(
                 f"read_pulses: column '{name}' of {path} must name its unit, one of {', '.join(UNITS)}, got "
@@ -98,7 +117,7 @@ def _column(path: str | Path, header: list[str], name: str) -> tuple[int, float]
 
 def _cell(row: list[str], at: int) -> tuple[str, float]:
     """Text and number in a column; NaN where there is none."""
-    text = row[at].strip() if at < len(row) else ""
+    text = row[at] if at < len(row) else ""
     try:
         return text, float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A second array beside a layer's own, which in-situ algorithms write gradients to and read line by line."""
+"""A second array beside a layer's own, which in-situ algorithms write gradients to, or pulse, and read line by line."""
 
 from __future__ import annotations
 
@@ -59,17 +59,16 @@ class AuxiliaryArray(AnalogLayer):
                 self.update_cells(-pulses * pulse)
         self.reference.copy_(self.weight)
 
+    def driven(self, lines: Tensor) -> Tensor:
+        """Inputs that drive some wordlines, one after the other, in every group at once: int64 [n] to float32 [n, G * I]."""
+        driven = torch.arange(self.inputs, device=lines.device) == lines[:, None]
+        return driven.float().repeat(1, self.groups_)
+
     @torch.no_grad()
     def read_lines(self, lines: Tensor) -> Tensor:
-        """Weights of some wordlines, read one after the other: int64 [n] to float32 [G, O, n].
-
-        The same wordline of every group is read at once.
-        """
-        count = len(lines)
-        driven = torch.arange(self.inputs, device=lines.device) == lines[:, None]
-        x = driven.float().repeat(1, self.groups_)
+        """Weights of some wordlines, read as `driven`: int64 [n] to float32 [G, O, n]."""
         with repeated():  # of an optimiser that may step within a backward pass
-            y = self.read(x).view(count, self.groups_, self.outputs).permute(1, 2, 0)
+            y = self.read(self.driven(lines)).view(len(lines), self.groups_, self.outputs).permute(1, 2, 0)
         return y - self.reference.view(self.groups_, self.outputs, -1)[..., lines]
 
 

@@ -104,8 +104,8 @@ def convert(
     Args:
         model: Any model; it is not changed.
         spec: The crossbars of every layer.
-        rules: Glob patterns of module names to overrides of the spec, or to None: digital. Later rules win. The
-            name of a module that becomes layers stands for them.
+        rules: Glob patterns of module names to overrides of the spec, or to None: digital. Of those that match a layer the last one
+            counts, and overrides of the others do not add to it. The name of a module that becomes layers stands for them.
         example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
             multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use digitally.
 

@@ -265,30 +265,38 @@ class InSitu(Programmed):
                 self.refresh(refresh.above)
             self.refresh_step += 1
 
+    def take_operands(self) -> tuple[Tensor, Tensor]:
+        """Inputs and errors of the backward passes since they were last taken, at least of one, one after another.
+
+        They are [B, G * I] and [B, G * O], or of a convolution images [N, G * channels, height, width] and [N, G * O, height,
+        width], but where these were of several sizes.
+        """
+        seen = self.streams.take()
+        if len({x.shape[1:] for x, _ in seen}) > 1:  # images of several sizes have lines alone in common
+            seen = [self.as_lines(x, d) for x, d in seen]
+        x, d = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*seen, strict=True))
+        return x, d
+
     @torch.no_grad()
-    def update_in_array(self, rate: float) -> None:
-        """Move the cells by products of the inputs and errors since the last update; the weight becomes what they read.
+    def update_in_array(self, x: Tensor, d: Tensor, rate: float) -> None:
+        """Move the cells by -rate d^T x, multiplied in the array; the weight becomes what they read.
 
         By pulse trains (`spec.pulses`) or bit streams (`spec.carry.scheme`); a rate of 0, as at the start of a warm-up, moves
         nothing. Before that, slices carry and pairs are refreshed where it is time (see `spec.Carry`, `spec.Refresh`).
+
+        Args:
+            x, d: Inputs and errors, as `take_operands` gives them.
+            rate: Learning rate, at least 0.
         """
         self.require_unprogrammed("weight")
+        self.require_read_out()
         assert self.w_max is not None
         assert self.update_step is not None
-        self.require_read_out()
-        seen = self.streams.take()
-        if not seen:
-            return
         self._make_room()
         if rate == 0:
             self._move(torch.zeros_like(self.weight))
             return
-        if len({x.shape[1:] for x, _ in seen}) > 1:  # images of several sizes have lines alone in common
-            seen = [self.as_lines(x, d) for x, d in seen]
-        x, d = (
-            (parts[0] if len(parts) == 1 else torch.cat(parts)).float().contiguous()
-            for parts in zip(*seen, strict=True)
-        )
+        x, d = (operand.float().contiguous() for operand in (x, d))
         way = self.plan
         kernel = image_shape(self.weight.shape)[2:]
         patch = [*kernel, *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None

@@ -386,6 +386,10 @@ class AnalogLayer(InSitu):
             cells = self.conductances(weight)
         else:
             cells, weight = steady
+        if x.device != weight.device:
+            raise ValueError(
+                f"{self.name}: `x` must be on the layer's device, {weight.device}, got {x.device}; move the batch or the model"
+            )
         watched = self.keeps_operands and weight.requires_grad and torch.is_grad_enabled()
         y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
         if passes_gradients:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, InOut, Kernel, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import counter, integer, require_finite
+from gpuxbar.ops.checks import check_kind, counter, integer, require_finite
 from gpuxbar.ops.pairs import Pairs, Slices
 from gpuxbar.ops.program import Write, write_values
 
@@ -35,12 +35,14 @@ def carry(pairs: Pairs, *, updates: Any, device: Device | None = None) -> None:
         device: Where CuPy arrays are run; None: CuPy's current device.
 
     Raises:
+        TypeError: `pairs` are no `ops.Pairs`.
         ValueError: Pairs have one slice, `updates` is not one integer, or `g` is not finite (checked on the CPU; on a GPU no
             value is read back); pairs are unchanged.
 
     Source:
         Ankit et al., "PANTHER", IEEE Transactions on Computers 2020; Agarwal et al., VLSI Technology 2017 (periodic carry).
     """
+    check_kind(OP, "pairs", pairs, Pairs)
     g, rule, bits = pairs.g, pairs.carry, pairs.slice_bits
     if rule is None or bits is None:
         raise ValueError(

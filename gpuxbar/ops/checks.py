@@ -17,6 +17,7 @@ __all__ = [
     "NUMBER",
     "check_array",
     "check_integers",
+    "check_kind",
     "check_lines",
     "check_numbers",
     "check_window",
@@ -108,6 +109,15 @@ def check_written(op: str, **arrays: Any) -> None:
     for name, array in arrays.items():
         if isinstance(array, np.ndarray) and not array.flags.writeable:
             raise ValueError(f"{op}: `{name}` must be writable, got a read-only array; pass a copy")
+
+
+def check_kind(op: str, name: str, value: Any, kind: type[Any]) -> None:
+    """Refuse what is no such object of the library."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{op}: `{name}` must be a gpuxbar.{kind.__module__.split('.')[1]}.{kind.__name__}, got {type(value).__name__}; build "
+            f"one by {kind.__name__}(...)"
+        )
 
 
 def check_integers(op: str, **values: Any) -> None:

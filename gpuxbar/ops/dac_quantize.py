@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from gpuxbar.ops.checks import (
     scalar_array,
 )
 
-__all__ = ["KERNEL", "Dac", "check_dac", "dac_fit", "dac_quantize"]
+__all__ = ["KERNEL", "Dac", "check_dac", "dac_fit", "dac_quantize", "fit_on_host", "quantize_on_host"]
 
 KERNEL = Kernel(
     "dac_quantize.cu",
@@ -128,22 +129,9 @@ def dac_quantize(
         return reference.dac_quantize(x, lsb=lsb, code_max=code_max, signed=signed)
     codes = np.empty(x.shape, dtype=np.int16)
     if x.size:
-        bad = np.zeros(1, dtype=np.int64)
-        per_row = x.size // len(x)
-        host_call(
-            library(),
-            "gpuxbar_dac_quantize",
-            x,
-            lsb,
-            codes,
-            len(x),
-            per_row,
-            lsb.size,
-            code_max,
-            int(signed),
-            bad,
+        quantize_on_host(
+            x, lsb, codes, (len(x), x.size // len(x), lsb.size), code_max, signed, "dac_quantize: `x`"
         )
-        require_finite("dac_quantize", "x", int(bad[0]), "bad data")
     _check_lsb(lsb)  # behind the values: a step taken from bad ones is bad itself
     return codes
 
@@ -199,13 +187,29 @@ def dac_fit(
         codes, lsb = reference.dac_fit(x, scale, code_max=code_max, signed=signed, per_sample=per_sample)
         return codes, lsb.astype(np.float32)
     codes, lsb = np.empty(x.shape, np.int16), np.empty(rows if per_sample else 1, np.float32)
-    count = np.zeros(1, np.int64)
-    host_call(
-        library(), "gpuxbar_dac_fit", x, scale, codes, lsb, rows, channels, x.size // max(1, rows * channels), lsb.size,
-        code_max, int(signed), reference.SMALLEST_RANGE, count,
-    )  # fmt: skip
-    require_finite_values(what, int(count[0]), "bad data")
+    sizes = rows, channels, x.size // max(1, rows * channels), lsb.size
+    fit_on_host(x, scale, codes, lsb, sizes, code_max, signed, what)
     return codes, lsb
+
+
+def quantize_on_host(
+    x: Any, lsb: Any, codes: Any, sizes: tuple[int, int, int], code_max: int, signed: bool, what: str
+) -> None:
+    """`dac_quantize` of arrays or addresses; sizes are those of leading indices, of values to each, and of steps."""
+    bad = c_int64()
+    host_call(library(), "gpuxbar_dac_quantize", x, lsb, codes, *sizes, code_max, signed, bad)
+    require_finite_values(what, bad.value, "bad data")
+
+
+def fit_on_host(
+    x: Any, scale: Any, codes: Any, lsb: Any, sizes: tuple[int, int, int, int], code_max: int, signed: bool, what: str
+) -> None:  # fmt: skip
+    """`dac_fit` of arrays or addresses; sizes are those of leading indices, of channels, of values to each, and of steps."""
+    bad = c_int64()
+    host_call(
+        library(), "gpuxbar_dac_fit", x, scale, codes, lsb, *sizes, code_max, signed, reference.SMALLEST_RANGE, bad
+    )  # fmt: skip
+    require_finite_values(what, bad.value, "bad data")
 
 
 def _cuda(device: Device, x: Any, dac: Dac) -> Any:

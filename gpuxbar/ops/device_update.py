@@ -22,11 +22,19 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_array, check_numbers, check_written, counter, integer, require_finite
+from gpuxbar.ops.checks import (
+    check_array,
+    check_kind,
+    check_numbers,
+    check_written,
+    counter,
+    integer,
+    require_finite,
+)
 from gpuxbar.ops.laws import Parameters
 from gpuxbar.ops.pairs import Pairs, Slices, Wear
 
-__all__ = ["KERNEL", "device_update"]
+__all__ = ["KERNEL", "device_update", "update_on_host"]
 
 OP = "device_update"
 
@@ -68,7 +76,7 @@ def device_update(
         of slices, w_max / (2**(slices slice_bits) - 1) times the sum of their digits times 2**(k slice_bits).
 
     Raises:
-        TypeError: An array has another dtype.
+        TypeError: An array has another dtype, or `pairs` are no `ops.Pairs`.
         ValueError: Shapes disagree, an array is not contiguous or must not be written to, a setting is out of range, or a change
             holds NaN or infinity (checked on the CPU; on a GPU no value is read back, and such a change moves its cells to a
             bound); pairs and `out` are unchanged.
@@ -76,6 +84,7 @@ def device_update(
     Source:
         Each law's own; see `spec.laws`.
     """
+    check_kind(OP, "pairs", pairs, Pairs)
     check_array(OP, "w_max", w_max, "float32", 1)
     if out is not None:
         check_array(OP, "out", out, "float32", 3)
@@ -120,15 +129,20 @@ def device_update(
             pairs.g_held[...] = held
         weights[...] = pairs.read_out(w_max, groups)
         return weights
-    bad = np.zeros(1, np.int64)
     if weights.size:
         update = Update(**pairs.settings, **size, step=step, factor=factor)
-        host_call(
-            library(), "gpuxbar_device_update", pairs.g, pairs.g_held, pairs.pulse_count, pairs.device_map, dw, digits, weights,
-            w_max, np.frombuffer(bytes(update), np.uint8), bad,
-        )  # fmt: skip
-    require_finite(OP, name, int(bad[0]), "lower the rate")
+        devices = pairs.g, pairs.g_held, pairs.pulse_count, pairs.device_map
+        update_on_host(update, devices, dw, digits, weights, w_max, name)
     return weights
+
+
+def update_on_host(
+    update: Update, devices: tuple[Any, Any, Any, Any], dw: Any, digits: Any, weights: Any, w_max: Any, name: str = "dw"
+) -> None:  # fmt: skip
+    """`device_update` of arrays or addresses; `devices` are g, g_held, pulse_count and device_map."""
+    bad = ctypes.c_int64()
+    host_call(library(), "gpuxbar_device_update", *devices, dw, digits, weights, w_max, update, bad)
+    require_finite(OP, name, bad.value, "lower the rate")
 
 
 def _change(pairs: Pairs, dw: Any, digits: Any) -> tuple[str, Any, tuple[int, int, int]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_integers, require_finite
+from gpuxbar.ops.checks import NUMBER, check_array, check_integers, check_kind, require_finite
 from gpuxbar.spec import Drift
 
 __all__ = ["KERNEL", "drift"]
@@ -38,7 +38,7 @@ def drift(
         Conductances at that age, float32 [P, R, C], S.
 
     Raises:
-        TypeError: `g` has another dtype.
+        TypeError: `g` has another dtype, `law` is no `spec.Drift`, or `age` no number.
         ValueError: `g` is not contiguous or not finite (checked on the CPU; on a GPU no value is read back), or a setting is
             out of range.
 
@@ -46,6 +46,9 @@ def drift(
         Joshi et al., Nature Communications 2020.
     """
     check_array(OP, "g", g, "float32", 3)
+    check_kind(OP, "law", law, Drift)
+    if not isinstance(age, NUMBER):
+        raise TypeError(f"{OP}: `age` must be a number of seconds, got {age!r}; gpuxbar.age takes text")
     if not 0 <= age < inf:
         raise ValueError(f"{OP}: `age` must be finite and at least 0, got {age:g} s; count from programming")
     if not 0 < g_max < inf:

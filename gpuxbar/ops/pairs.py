@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from gpuxbar import reference
-from gpuxbar.ops.checks import check_array, check_integers, check_window, check_written
+from gpuxbar.ops.checks import check_array, check_integers, check_kind, check_window, check_written
 from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.laws import parameters
 from gpuxbar.ops.program import IDEAL
@@ -45,7 +45,7 @@ class Pairs:
         seed: Of all draws.
 
     Raises:
-        TypeError: An array has another dtype.
+        TypeError: An array has another dtype, or a part of the spec is another.
         ValueError: Shapes disagree, an array is not contiguous or must not be written to, or a setting is out of range or
             does not go with another.
     """
@@ -72,6 +72,10 @@ class Pairs:
             raise TypeError(
                 f"{OP}: `law` must be an update law of the spec, got {self.law!r}; build one, such as SoftBounds()"
             )
+        for name, kind in (("carry", Carry), ("endurance", Endurance), ("programming", Programming)):
+            part = getattr(self, name)
+            if part is not None or name == "programming":
+                check_kind(OP, name, part, kind)
         planes, bits, sliced = len(self.g), self.slice_bits, self.carry is not None
         if sliced != (bits is not None) or (planes < 4 or planes % 2 if sliced else planes != 2):
             raise ValueError(

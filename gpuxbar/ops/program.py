@@ -13,6 +13,7 @@ from gpuxbar.launch import Device, backend, cuda_device, host_call, library
 from gpuxbar.ops.checks import (
     check_array,
     check_integers,
+    check_kind,
     check_window,
     check_written,
     integer,
@@ -24,12 +25,13 @@ from gpuxbar.spec import Programming
 
 __all__ = [
     "IDEAL",
-    "LOWER",
     "Write",
     "Writing",
     "checksum",
+    "checksum_on_host",
     "program",
     "reprogram",
+    "reprogram_on_host",
     "write_values",
     "writing",
 ]
@@ -93,7 +95,7 @@ def program(
         plane with the squares of their weights.
 
     Raises:
-        TypeError: An array has another dtype.
+        TypeError: An array has another dtype, or `programming` is no `spec.Programming`.
         ValueError: Shapes disagree, an array is not contiguous, a setting is out of range, or a weight is NaN or
             infinite (checked on the CPU; on a GPU its conductances become NaN, and no value is read back).
     """
@@ -234,12 +236,19 @@ def reprogram(
             **write.settings,
         )  # fmt: skip
         return
-    bad = np.zeros(1, np.int64)
+    reprogram_on_host(write.at(int(write_step[0])), weight, w_max, g, noise_var, state, scale, full_weight)
+
+
+def reprogram_on_host(
+    write: Any, weight: Any, w_max: Any, g: Any, noise_var: Any, state: Any, scale: str, full_weight: float | None
+) -> None:  # fmt: skip
+    """`reprogram` of arrays or addresses."""
+    bad = ctypes.c_int64()
     host_call(
-        library(), "gpuxbar_reprogram", write.at(int(write_step[0])), weight, w_max, g, noise_var, state,
-        int(scale == "column"), float(full_weight or 0.0), bad,
+        library(), "gpuxbar_reprogram", write, weight, w_max, g, noise_var, state, scale == "column",
+        float(full_weight or 0.0), bad,
     )  # fmt: skip
-    require_finite(op, "weight", int(bad[0]), LOWER)
+    require_finite("reprogram", "weight", bad.value, LOWER)
 
 
 def checksum(weight: np.ndarray) -> int:
@@ -247,9 +256,14 @@ def checksum(weight: np.ndarray) -> int:
     several are."""
     if backend(weight) == "reference":
         return reference.fingerprint(weight)
-    found = np.empty(1, np.int64)
-    host_call(library(), "gpuxbar_checksum", weight, weight.size, found)
-    return int(found[0])
+    return checksum_on_host(weight, weight.size)
+
+
+def checksum_on_host(weight: Any, size: int) -> int:
+    """`checksum` of an array or address."""
+    found = ctypes.c_int64()
+    host_call(library(), "gpuxbar_checksum", weight, size, found)
+    return found.value
 
 
 @dataclass(frozen=True)
@@ -282,6 +296,7 @@ def writing(
     sigma_g: float, exponent: float, seed: int,
 ) -> Writing:  # fmt: skip
     """Check the settings of writes of weights of a shape [G, O, I]."""
+    check_kind(op, "programming", programming, Programming)
     s: dict[str, Any] = {
         "g_min": g_min, "g_max": g_max, "slices": slices, "slice_bits": slice_bits, "headroom_bits": headroom_bits,
         "balanced": balanced, "levels": levels, "merge": merge, "sigma_g": sigma_g, "exponent": exponent, "seed": seed,

@@ -21,7 +21,7 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_lines, check_numbers, counter, integer, require_finite
+from gpuxbar.ops.checks import check_kind, check_lines, check_numbers, counter, integer, require_finite
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.laws import Parameters
 from gpuxbar.ops.pairs import Pairs, Slices, Wear
@@ -77,13 +77,15 @@ def pulse_update(
         Weights after the update, float32 [G, O, I], as `device_update` reads them.
 
     Raises:
-        TypeError: An array has another dtype.
+        TypeError: An array has another dtype, `pairs` are no `ops.Pairs`, or `train` is no `spec.PulseTrain`.
         ValueError: Shapes disagree, an array is not contiguous, the law and the trains do not go together, or a value is
             not finite (checked on the CPU; on a GPU no value is read back); pairs are unchanged.
 
     Source:
         Gokmen and Vlasov, Frontiers in Neuroscience 2016.
     """
+    check_kind(OP, "pairs", pairs, Pairs)
+    check_kind(OP, "train", train, PulseTrain)
     law = pairs.law
     check_train(OP, train, law, pairs.carry)
     assert law.nominal_pulses is not None

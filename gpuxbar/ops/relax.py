@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, InOut, Kernel, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_numbers, require_finite
+from gpuxbar.ops.checks import check_kind, check_numbers, require_finite
 from gpuxbar.ops.pairs import Pairs
 from gpuxbar.spec import Retention
 
@@ -30,12 +30,15 @@ def relax(pairs: Pairs, law: Retention, *, time: float | None = None, device: De
         device: Where CuPy arrays are run; None: CuPy's current device.
 
     Raises:
+        TypeError: `pairs` are no `ops.Pairs`, or `law` is no `spec.Retention`.
         ValueError: A conductance is not finite (checked on the CPU; on a GPU no value is read back), or `time` is out of
             range; pairs are unchanged.
 
     Source:
         Rasch et al., aihwkit, AICAS 2021.
     """
+    check_kind(OP, "pairs", pairs, Pairs)
+    check_kind(OP, "law", law, Retention)
     if time is not None:
         check_numbers(OP, "time", time, "s", "give the time that passes")
     if law.tau is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_lines, check_numbers, require_finite
+from gpuxbar.ops.checks import check_kind, check_lines, check_numbers, require_finite
 from gpuxbar.ops.device_update import device_update
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.outer_product import outer_product
@@ -68,7 +68,7 @@ def streamed_update(
         Weights after the update, float32 [G, O, I], as `device_update` reads them. The same on any number of threads.
 
     Raises:
-        TypeError: An array has another dtype.
+        TypeError: An array has another dtype, or `pairs` are no `ops.Pairs`.
         ValueError: Shapes disagree, an array is not contiguous, the carry is of another scheme, or a value is not finite
             (checked on the CPU; on a GPU no value is read back); pairs are unchanged.
 
@@ -76,6 +76,7 @@ def streamed_update(
         Own formulation of outer products sliced by bits; the idea of gathering them in slices with headroom and of
         resolving carries later is that of Ankit et al., "PANTHER", IEEE Transactions on Computers 2020.
     """
+    check_kind(OP, "pairs", pairs, Pairs)
     carry, bits = pairs.carry, pairs.slice_bits
     if carry is None or bits is None or carry.scheme != "streamed":
         got = "one pair" if carry is None else repr(carry.scheme)

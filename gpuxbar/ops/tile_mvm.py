@@ -79,7 +79,8 @@ def tile_mvm(
         v: What drives the lines: float32 [B, I] in units of `v_lsb` (so in V by default), finite; or int16 DAC codes.
             With `conv` the images [N, channels, height, width] of a convolution (or, `transposed`, the
             gradient of its output).
-        g: Conductance, float32 [I, O] or [S, I, O], S. `groups` stacked arrays share the first axis.
+        g: Conductance, float32 [I, O] or [S, I, O], S; finite, which is for the caller to see to: looking would take as long as
+            the read of a vector, and an ADC makes a code of a NaN. `groups` stacked arrays share the first axis.
         tile_rows: Wordlines of a tile; None: all. Counts when the wordlines are driven.
         tile_cols: Bitlines of a tile; None: all. Counts when `transposed` drives the bitlines.
         transposed: Read the same array backwards: v [B, O] on the bitlines, result [B, I].
@@ -157,7 +158,10 @@ def tile_mvm(
             f"{OP}: `want_gate` and `bias` must not be given with a transposed convolution, whose results are sums of "
             "patches; add the bias to the result"
         )
-    _check_adc_lsb(adc_bits, adc_lsb, read.outputs)
+    if adc_bits is None:
+        _refuse_converters(adc_lsb=adc_lsb, adc_gain=adc_gain, adc_offset=adc_offset)
+    else:
+        _check_adc_lsb(adc_bits, adc_lsb, read.outputs)
     _check_noise(read_noise, step)
     check_integers(OP, seed=seed, row_offset=row_offset)
     vectors = {
@@ -358,9 +362,16 @@ def _check_adc(bits: int | None, signed: bool) -> None:
         )
 
 
-def _check_adc_lsb(bits: int | None, lsb: Any, outputs: int) -> None:
-    if bits is None:
-        return
+def _refuse_converters(**settings: Any) -> None:
+    """Refuse what only converters have: without them, a read would be ideal and nobody told."""
+    for name, value in settings.items():
+        if value is not None:
+            raise ValueError(
+                f"{OP}: `{name}` must go with adc_bits, got it for currents that are summed as they are; give both or neither"
+            )
+
+
+def _check_adc_lsb(bits: int, lsb: Any, outputs: int) -> None:
     if lsb is None:
         raise ValueError(
             f"{OP}: `adc_lsb` must be given with adc_bits={bits}, got None; it is the current of one step, A"

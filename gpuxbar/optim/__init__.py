@@ -1,5 +1,6 @@
 """Optimisers that write to the devices themselves."""
 
+from gpuxbar.optim.base import InSituOptimizer, Rule
 from gpuxbar.optim.build import OPTIMIZERS, build_optimizer
 from gpuxbar.optim.capture import CapturedStep, capture_step
 from gpuxbar.optim.in_situ import InSituSGD
@@ -11,8 +12,10 @@ __all__ = [
     "OPTIMIZERS",
     "CapturedStep",
     "ChoppedTikiTakaV2",
+    "InSituOptimizer",
     "InSituSGD",
     "MixedPrecision",
+    "Rule",
     "TikiTaka",
     "TikiTakaV2",
     "build_optimizer",

@@ -17,7 +17,7 @@ __all__ = ["LR", "MOMENTUM", "InSituOptimizer", "Rule"]
 
 
 class Rule(NamedTuple):
-    """What a setting must be, in words and as a test, and a value to try."""
+    """What a setting of an `InSituOptimizer` must be, in words and as a test, and a value to try."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -37,20 +37,29 @@ class InSituOptimizer(torch.optim.Optimizer):
     unless it is on a GPU and PyTorch does not count the change, as one by an optimiser with fused=True, or in place through
     `weight.data`.
 
-    A subclass has `rules`, one a setting, and `_write`, which turns a gradient into writes of a layer's cells; what it
-    keeps for a layer beyond its cells is the module that `_begin` returns. At the end of a step all cells lose what
-    `spec.retention` says, whether they were written or not. The state dict holds these modules too:
+    A subclass adds to `rules` one for each setting of its own, and has `_write`, which turns a gradient into writes of a layer's
+    cells: `layer.change_cells(change, factor)` moves them by factor * change, of the shape of the weight, through the law. Where
+    `layer.keeps_operands` there is no gradient, but what `layer.take_operands()` gives; or `_check` refuses such a layer. What it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a
+    step all cells lose what `spec.retention` says, whether they were written or not. The state dict holds these modules too:
     with the model's it resumes a run bit for bit.
 
     Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
     scheduler: they end in one gradient and one rate at each step.
+
+    A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in an array of the inputs and
+    errors of its backward passes since the last step, of those that reach its weight. The weight gets no gradient, and one of
+    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands; that of a
+    module does not, nor does clipping gradients reach them. A `GradScaler` may scale the loss; its `unscale_`, which reaches
+    gradients alone, is refused.
     """
 
-    rules: ClassVar[dict[str, Rule]]
+    rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
+    grad_scale: Any  # of a `GradScaler`, and there only while it steps with layers that keep operands; so is found_inf
+    found_inf: Any
 
-    def __init__(self, params: Any, **settings: Any):
+    def __init__(self, params: Any, lr: float, momentum: float = 0.0, **settings: Any):
         self.parts: dict[Tensor, nn.Module] = {}
-        super().__init__(params, settings)
+        super().__init__(params, {"lr": lr, "momentum": momentum, **settings})
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         if all(layer_of(parameter) is None for parameter in parameters):
             raise ValueError(
@@ -100,28 +109,25 @@ class InSituOptimizer(torch.optim.Optimizer):
     def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
         """Refuse a layer that this algorithm cannot train, before any begins, and settings that were changed since."""
         layer.require_law()
-        if layer.spec.pulses is not None:
-            raise ValueError(
-                f"{type(self).__name__}: `spec.pulses` must be None, got a pulse train for {layer.name}; pulse trains are "
-                "InSituSGD's"
-            )
-        if layer.spec.updates_in_array:
+        if layer.spec.updates_in_array and layer.spec.pulses is None:
             raise ValueError(
                 f"{type(self).__name__}: `spec.carry.scheme` must be accumulate or periodic, got 'streamed' for {layer.name}; "
                 "bit streams are InSituSGD's"
             )
 
     def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module | None:
-        """What is kept for a layer beside its cells."""
+        """What is kept for a layer beside its cells; `group` holds the settings."""
         return None
 
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
-        """Write a layer's cells after `weight.grad`."""
+        """Write a layer's cells after `weight.grad`, or after the operands of one that keeps these."""
         raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns the loss of `closure`, if given."""
+        """Update what has a gradient, or whose layer kept inputs and errors; returns the loss of `closure`, if given."""
+        if not self._unscale():
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -130,15 +136,71 @@ class InSituOptimizer(torch.optim.Optimizer):
             self._require_ready(group)
         for group in self.param_groups:
             for parameter in group["params"]:
-                layer = layer_of(parameter)
-                if layer is not None and (layer.keeps_operands or parameter.grad is not None):
+                layer, grad = layer_of(parameter), parameter.grad
+                if layer is None:
+                    if grad is not None:
+                        parameter.add_(self._velocity(parameter, group["momentum"]), alpha=-group["lr"])
+                    continue
+                if layer.streams.pairs if layer.keeps_operands else grad is not None:
                     assert isinstance(layer, AnalogLayer)
                     self._write(layer, parameter, group)
-                elif parameter.grad is not None:
-                    parameter.add_(self._velocity(parameter, group["momentum"]), alpha=-group["lr"])
-                if layer is not None:
-                    self._relax(layer, self.parts.get(parameter))
+                self._relax(layer, self.parts.get(parameter))
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` itself undoes what a `GradScaler` did, which asks before it looks for gradients that are not finite: it
+        finds the errors of layers that make none."""
+        layers = [layer for layer in self._layers() if layer.keeps_operands]
+        for layer in layers:
+            if not layer.streams.pairs:
+                continue
+            looked_at = layer.streams.finite(layer.weight)
+            if layer.weight.grad is None:
+                layer.weight.grad = looked_at
+            else:  # of zeros, as `DistributedDataParallel` makes them, or one that `step` will refuse
+                layer.weight.grad += looked_at
+        return bool(layers)
+
+    def _unscale(self) -> bool:
+        """Undo what a `GradScaler` did where it leaves that to `step`; whether there is a step to make."""
+        for layer in self._layers():
+            grad = layer.weight.grad
+            if layer.keeps_operands and grad is not None and grad.is_sparse and not grad.dense_dim():
+                layer.weight.grad = None  # of `Streams.finite`; those of an embedding are dense in rows
+        if not hasattr(self, "found_inf"):
+            return True
+        if self.grad_scale is None:
+            raise ValueError(
+                f"{type(self).__name__}: `scaler.unscale_` must not be called with pulse trains or bit streams, whose errors it "
+                "does not reach; leave it out, `scaler.step` unscales"
+            )
+        if self.found_inf:
+            self._forget_operands()
+            return False
+        self.grad_scale = float(self.grad_scale)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= self.grad_scale
+        return True
+
+    @property
+    def _loss_scale(self) -> float:
+        """By which the operands of this step are too large."""
+        return getattr(self, "grad_scale", 1.0)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._forget_operands()
+
+    def _layers(self) -> list[InSitu]:
+        found = (layer_of(parameter) for group in self.param_groups for parameter in group["params"])
+        return [layer for layer in found if layer is not None]
+
+    def _forget_operands(self) -> None:
+        for layer in self._layers():
+            layer.streams.forget()
 
     def _relax(self, layer: InSitu, part: nn.Module | None) -> None:
         """Let a step's time pass for a layer's cells, and for the arrays beside them."""
@@ -175,7 +237,7 @@ class InSituOptimizer(torch.optim.Optimizer):
             errors = [] if parameter.grad is None else [parameter.grad]
             if layer.streams.group is None:  # else all ranks refuse together, once they have each other's
                 errors += [grad_y for _, grad_y in layer.streams.pairs]
-            if errors or layer.spec.retention.tau is not None:
+            if errors or layer.streams.pairs or layer.spec.retention.tau is not None:
                 layer.require_unprogrammed("weight")
                 layer.require_read_out()
             for error in errors:

@@ -29,7 +29,8 @@ def build_optimizer(name: str, model: nn.Module, **settings: Any) -> InSituOptim
 
     Args:
         name: sgd, tiki-taka, tiki-taka-v2, chopped-tiki-taka-v2, agad or mixed-precision. All train single pairs and sliced
-            weights, by the expected-value update; sgd also by pulse trains (`spec.pulses`) and bit streams (`Carry`).
+            weights, by the expected-value update; all but mixed-precision also by pulse trains (`spec.pulses`), sgd by bit streams
+            (`Carry`).
         model: A converted model; its crossbar layers begin in-situ training unless they have begun.
         settings: Of the optimiser's class; `lr` at least.
 

@@ -94,7 +94,8 @@ def capture_step(
         optimizer.step()
         return loss.detach()
 
-    loss, replay = _captured(step, _keeper(model, optimizer))
+    with torch.cuda.device_of(x):
+        loss, replay = _captured(step, _keeper(model, optimizer))
     return CapturedStep((x, target), loss, replay, optimizer)
 
 

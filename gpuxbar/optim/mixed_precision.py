@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.nn.auxiliary import pulse_weight
+from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
 
@@ -41,7 +42,7 @@ class MixedPrecision(InSituOptimizer):
     devices see few pulses, and asymmetric or coarse steps do little harm; the price is a digital memory of the size of the
     weights. A pulse counts as a nominal step (f = 1 of `spec.laws`), and 1,000 to the window for a law without steps. Of a
     sliced weight, pulses are those of its lowest slice, the least change that it can make; what is written goes to the slices as
-    `spec.Carry` says.
+    `spec.Carry` says. A layer with pulse trains, which make no gradient that could be added up, is refused.
 
     Args:
         params, lr, momentum: As for `InSituSGD`.
@@ -59,6 +60,14 @@ class MixedPrecision(InSituOptimizer):
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, transfer_every: int = 1):
         super().__init__(params, lr=lr, momentum=momentum, transfer_every=transfer_every)
+
+    def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
+        super()._check(layer, group)
+        if layer.spec.pulses is not None:
+            raise ValueError(
+                f"MixedPrecision: `spec.pulses` must be None, got a pulse train for {layer.name}: changes add up digitally, before "
+                "there are pulses; set pulses=None, or train by another algorithm"
+            )
 
     def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module:
         return Accumulator(layer)

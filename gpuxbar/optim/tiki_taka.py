@@ -14,6 +14,12 @@ Weights of C may be sliced; A is one pair for each of them, and pulses of C are 
 v is what A reads, in units of the gradient. A weight changes by its gradient times `fast_lr` of its range over the largest
 gradient of the layer (a running mean), and v is A's weight divided by the same, so `lr` is a rate in the sense of SGD, times
 the number of reads for which A remembers.
+
+Where a spec has `pulses`, A moves by pulse trains of inputs and errors, sample by sample, and no gradient is formed. The largest is
+then taken to be the root of the sum over samples of (max|x| max|d|)^2, which drivers of lines can know: that of one sample, and
+about that of many whose signs are independent. Opposite samples do not cancel before they are written, but lead A to its symmetry
+points as well, so that it remembers for fewer steps the more samples they have. What goes to C goes by pulses, too: in version 1
+by trains, a sample for each line read; whole pulses of the others are as many coincidences for certain.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
 __all__ = ["AGAD", "ChoppedTikiTakaV2", "TikiTaka", "TikiTakaV2"]
 
 SCALE_MEMORY = 0.99  # of the running mean of the largest gradient
+LEAST = 1e-30  # to divide by
 TAIL = 5  # AGAD's offset is measured over about the last fifth of a period
 
 POSITIVE = Rule("at least 1", lambda value: value >= 1, "1")
@@ -95,11 +102,32 @@ class Fast(nn.Module):
 
     def collect(self, grad: Tensor, fast_lr: float) -> None:
         """Write a gradient [G, O, I] to the array."""
-        largest = grad.abs().amax().reshape(1)
-        mean = SCALE_MEMORY * self.scale + (1 - SCALE_MEMORY) * largest
-        scale = torch.where(self.scale > 0, mean, largest)
+        scale = self._following(grad.abs().amax())
         change = -grad * self.sign * self.unit(fast_lr, scale)
         self.array.update_cells(change.view_as(self.array.weight))
+        self._count(scale)
+
+    def pulse(self, x: Tensor, d: Tensor, fast_lr: float) -> None:
+        """Write the products of inputs [B, G * I] and errors [B, G * O] to the array, by pulse trains."""
+        array = self.array
+        assert array.w_max is not None
+        top_x, top_d = (lines.abs().unflatten(1, (array.groups_, -1)).amax(2) for lines in (x, d))
+        # squares of what float32 still holds may be less than it does
+        likely = torch.linalg.vector_norm(top_x * top_d, dim=0, dtype=torch.float64)
+        scale = self._following(likely.amax().float())
+        full = array.w_max.view(array.groups_, -1)
+        top = full.amax(1, keepdim=True)
+        root = (top / scale.clamp_min(LEAST)).sqrt()  # each takes its share of what scales the products
+        x = x * (self.sign.squeeze(1) * root).flatten()
+        array.update_in_array(x, d * (full / top * root).flatten(), fast_lr)
+        self._count(scale)
+
+    def _following(self, largest: Tensor) -> Tensor:
+        """The running mean with one more of what it is of."""
+        mean = SCALE_MEMORY * self.scale + (1 - SCALE_MEMORY) * largest
+        return torch.where(self.scale > 0, mean, largest)
+
+    def _count(self, scale: Tensor) -> None:
         self.scale.copy_(scale)
         self.steps += 1
 
@@ -116,7 +144,7 @@ class Fast(nn.Module):
     def unit(self, fast_lr: float, scale: Tensor) -> Tensor:
         """Change of a weight of the array for a gradient of 1, [G, O, 1]."""
         assert self.array.w_max is not None
-        return fast_lr * self.array.w_max.view(self.array.groups_, -1, 1) / scale.clamp_min(1e-30)
+        return fast_lr * self.array.w_max.view(self.array.groups_, -1, 1) / scale.clamp_min(LEAST)
 
 
 class TikiTaka(InSituOptimizer):
@@ -126,6 +154,8 @@ class TikiTaka(InSituOptimizer):
 
     The network reads C alone (the paper's gamma is 0). A must read 0 at its symmetry point: `zero_shift` leads it there and
     takes what it reads for its zero. Digital parameters: as in `InSituSGD`; crossbar weights have no momentum, the fast array is one.
+    With `spec.pulses` both writes are pulse trains; a transfer is one of inputs 1 on the line read, 0 on others, and errors -v, at
+    most `pulses.length` pulses.
 
     Args:
         params, lr, momentum: As for `InSituSGD`.
@@ -136,7 +166,7 @@ class TikiTaka(InSituOptimizer):
 
     Source:
         Gokmen and Haensch, "Algorithm for training neural networks on resistive device arrays", Frontiers in
-        Neuroscience 2020.
+        Neuroscience 2020; Rasch et al., aihwkit, AICAS 2021 (transfers by trains).
     """
 
     rules: ClassVar[dict[str, Rule]] = FAST
@@ -167,19 +197,28 @@ class TikiTaka(InSituOptimizer):
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
         fast = self.parts[weight]
         assert isinstance(fast, Fast)
-        assert weight.grad is not None
-        change = torch.zeros(
-            layer.groups_, layer.outputs, layer.inputs, dtype=torch.float32, device=weight.device
-        )
-        fast.collect(layer.by_line(weight.grad.float()), group["fast_lr"])
+        if layer.keeps_operands:
+            x, d = layer.as_lines(*layer.take_operands())
+            fast.pulse(x, d / self._loss_scale, group["fast_lr"])
+        else:
+            assert weight.grad is not None
+            fast.collect(layer.by_line(weight.grad.float()), group["fast_lr"])
         if fast.steps % group["transfer_every"] == 0:
-            lines = fast.read(group["lines"], group["fast_lr"])
-            change[..., lines.at] = self._transfer(fast, lines, pulse_weight(layer), group)
-            layer.change_cells(layer.of_lines(change))
+            self._transfer(layer, fast, fast.read(group["lines"], group["fast_lr"]), group)
 
-    def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
-        """Weight changes of the lines read."""
-        return group["lr"] * lines.values
+    def _transfer(self, layer: AnalogLayer, fast: Fast, lines: Lines, group: dict[str, Any]) -> None:
+        """Write to a layer what the lines read say."""
+        if layer.keeps_operands:
+            errors = -lines.values.permute(2, 0, 1).flatten(1)
+            layer.update_in_array(fast.array.driven(lines.at), errors, group["lr"])
+        else:
+            self._change(layer, lines, group["lr"] * lines.values)
+
+    def _change(self, layer: AnalogLayer, lines: Lines, values: Tensor) -> None:
+        """Change the weights of the lines read by these, float32 [G, O, n]."""
+        change = values.new_zeros(layer.groups_, layer.outputs, layer.inputs)
+        change[..., lines.at] = values
+        layer.change_cells(layer.of_lines(change))
 
 
 class TikiTakaV2(TikiTaka):
@@ -188,7 +227,8 @@ class TikiTakaV2(TikiTaka):
     H <- H + lr v / pulse,  n = trunc(H) within +-max_pulses,  H <- H - n,  write n pulses to C
 
     The buffer filters the noise of reads and the offset of A that is smaller than the gradient. It keeps what was not
-    written; by default, aihwkit's forgets all but a tenth once it writes.
+    written; by default, aihwkit's forgets all but a tenth once it writes. Whole pulses need no trains: with `spec.pulses`, those
+    write to A alone.
 
     Args:
         params, lr, momentum, fast_lr, transfer_every, lines, zero_shift: As for `TikiTaka`.
@@ -206,11 +246,12 @@ class TikiTakaV2(TikiTaka):
     ):
         super().__init__(params, lr, momentum, max_pulses=max_pulses, **settings)
 
-    def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
+    def _transfer(self, layer: AnalogLayer, fast: Fast, lines: Lines, group: dict[str, Any]) -> None:
+        pulse = pulse_weight(layer)
         waiting = fast.waiting[..., lines.at] + group["lr"] * lines.values / pulse
         pulses = waiting.trunc().clamp(-group["max_pulses"], group["max_pulses"])
         fast.waiting[..., lines.at] = waiting - pulses
-        return pulses * pulse
+        self._change(layer, lines, pulses * pulse)
 
 
 class ChoppedTikiTakaV2(TikiTakaV2):
@@ -236,12 +277,11 @@ class ChoppedTikiTakaV2(TikiTakaV2):
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, flip: float = 0.02, **settings: Any):
         super().__init__(params, lr, momentum, flip=flip, **settings)
 
-    def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
+    def _transfer(self, layer: AnalogLayer, fast: Fast, lines: Lines, group: dict[str, Any]) -> None:
         signed = lines._replace(values=lines.values * fast.sign[..., lines.at])
-        change = super()._transfer(fast, signed, pulse, group)
+        super()._transfer(layer, fast, signed, group)
         transfers = fast.reads // len(lines.at)
         chop(fast.sign.squeeze(1), lines.at, transfers, group["flip"], fast.array.seed_of_cells)
-        return change
 
 
 class AGAD(TikiTakaV2):
@@ -269,17 +309,16 @@ class AGAD(TikiTakaV2):
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, period: int = 10, **settings: Any):
         super().__init__(params, lr, momentum, period=period, **settings)
 
-    def _transfer(self, fast: Fast, lines: Lines, pulse: Tensor, group: dict[str, Any]) -> Tensor:
+    def _transfer(self, layer: AnalogLayer, fast: Fast, lines: Lines, group: dict[str, Any]) -> None:
         period, at = group["period"], lines.at
         # offsets are kept as weights: the scale of the gradient drifts
         unit = fast.unit(group["fast_lr"], fast.scale)
         moved = (lines.values - fast.offset[..., at] / unit) * fast.sign[..., at]
         known = lines.sweeps >= period
-        change = super()._transfer(fast, lines._replace(values=moved * known), pulse, group)
+        super()._transfer(layer, fast, lines._replace(values=moved * known), group)
         mean = fast.mean[..., at]
         mean = mean + min(TAIL / period, 1.0) * (lines.values * unit - mean)
         fast.mean[..., at] = mean
         ends = (lines.sweeps + 1) % period == 0
         fast.offset[..., at] = torch.where(ends, mean, fast.offset[..., at])
         fast.sign[..., at] *= torch.where(ends, -1.0, 1.0)
-        return change

@@ -124,8 +124,8 @@ class SoftBounds(Stepping):
     dG < 0:  g' = g_min + (g - g_min) exp(-down |dG| / range)
     `up`: size of a small step at g_min relative to the wanted one; `down`: the same at g_max. Steps are half of that
     in mid-range, so up = down = 2 is right there, and up and down steps are alike at up / (up + down) of the window.
-    Devices with ends of their own make steps as large as others there, and of 0 at their own ends: ends do not move the
-    place where steps are alike.
+    Devices with ends of their own make steps as large as others at that place, so that ends do not move it, and of 0 at their
+    own ends.
     `spread`: device-to-device relative standard deviation of `up` and of `down`, drawn for each.
     Source: Fusi and Abbott, Nature Neuroscience 2007; Rasch et al., aihwkit, AICAS 2021.
     """
