@@ -133,10 +133,17 @@ def refuse_shards():
             shard(network("digital"))(batch())
     quiet, _ = gx.convert(nn.Sequential(nn.Linear(6, 4)), gx.CrossbarSpec())
     sharded(quiet)(torch.ones(3, 6))
-    with pytest.raises(
-        ValueError, match=r"`model` must be whole, got shards of 0\.weight; call gpuxbar\.distribute"
-    ):
-        gx.distribute(sharded(network("digital")), wrap=False)
+    whole = {
+        "distribute": lambda model: gx.distribute(model, wrap=False),
+        "calibrate": lambda model: gx.calibrate(model, [batch()]),
+        "program": gx.program,
+    }
+    for op, act in whole.items():
+        plain = nn.Sequential(nn.Linear(6, 4))
+        model = sharded(gx.convert(plain, gx.CrossbarSpec(adc={"bits": 8}))[0])
+        text = rf"{op}: `model` must be whole, got shards of 0\.weight; call gpuxbar\.{op} before fully_shard, or on another"
+        with pytest.raises(ValueError, match=text):
+            act(model)
     for distribute in (lambda model: model, lambda model: gx.distribute(model, wrap=False)):
         model = sharded(distribute(network("in situ")))
         with pytest.raises(

@@ -8,7 +8,7 @@ from numbers import Real
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer, require_apart
+from gpuxbar.nn.layers import AnalogLayer, require_apart, require_whole
 
 __all__ = ["age", "program", "unprogram"]
 
@@ -29,11 +29,12 @@ def program(model: nn.Module) -> None:
         model: A converted model.
 
     Raises:
-        ValueError: The model has no crossbar layers, or a weight is not finite.
+        ValueError: The model has no crossbar layers or is sharded, or a weight is not finite.
 
     Source:
         Joshi et al., Nature Communications 2020.
     """
+    require_whole("program", model)
     for layer in _layers("program", model):
         layer.program()
 

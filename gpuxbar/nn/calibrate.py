@@ -16,7 +16,7 @@ from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping import worst_current
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.layers import AnalogConv, AnalogLayer, require_apart
+from gpuxbar.nn.layers import AnalogConv, AnalogLayer, require_apart, require_whole
 
 __all__ = ["calibrate", "without_adcs"]
 
@@ -51,8 +51,8 @@ def calibrate(
 
     Raises:
         TypeError: `loader` is a tensor or one batch with its target, or a batch is not of these forms.
-        ValueError: `loader` gave no batch, both `loss` and `step` are given, or the model computes with the weight of a layer that
-            it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
+        ValueError: `loader` gave no batch, both `loss` and `step` are given, the model is sharded, or it computes with the weight of a
+            layer that it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
     """
     if loss is not None and step is not None:
         raise ValueError("calibrate: `loss` must be None with `step`, got both; let `step` return the loss")
@@ -70,6 +70,7 @@ def calibrate(
     layers = [layer for layer in found if _wanted(layer)]
     if not layers:
         return
+    require_whole("calibrate", model)
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
     called: set[AnalogLayer] = set()
     # of the batches that had one, with their losses: gradients of what layers hold that are not called

@@ -9,7 +9,7 @@ from torch import distributed, nn
 from torch.distributed.utils import _verify_param_shape_across_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from gpuxbar.nn.layers import AnalogLayer, require_apart
+from gpuxbar.nn.layers import AnalogLayer, require_apart, require_whole
 
 __all__ = ["distribute"]
 
@@ -28,7 +28,8 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
         model: With its layers on their device; build the optimiser from its parameters.
         wrap: False returns the model itself, for a framework that wraps it: Lightning (call this on the LightningModule, in its
             `setup`), accelerate and transformers' Trainer; or for `fully_shard`, which shards parameters alone: every rank holds all
-            conductances, and layers cannot be trained in situ. What such a model is only a part of sends derived conductances too.
+            conductances, and layers are calibrated before it and cannot be trained in situ. What such a model is only a part of sends
+            derived conductances too.
         options: Of `DistributedDataParallel`; without it, `process_group` alone.
 
     Raises:
@@ -44,12 +45,7 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
             "distribute: torch.distributed must be initialised, got no process group; call "
             "torch.distributed.init_process_group, as torchrun's scripts do"
         )
-    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
-    if sharded:
-        raise ValueError(
-            f"distribute: `model` must be whole, got shards of {sharded[0]}; call gpuxbar.distribute(model, wrap=False) before "
-            "fully_shard(model)"
-        )
+    require_whole("distribute", model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AnalogLayer)}
     require_apart("distribute", layers.values())
     group = options.get("process_group") or distributed.group.WORLD

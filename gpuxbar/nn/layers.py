@@ -554,6 +554,16 @@ def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:
             )
 
 
+def require_whole(op: str, model: nn.Module) -> None:
+    """Refuse a model that `fully_shard` has, whose weights are gathered for its passes alone."""
+    shard = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+    if shard is not None:
+        raise ValueError(
+            f"{op}: `model` must be whole, got shards of {shard}; call gpuxbar.{op} before fully_shard, or on another model that loads "
+            "its whole state"
+        )
+
+
 class AnalogLinear(nn.Linear, AnalogLayer):
     """`nn.Linear` read from crossbar tiles, which `spec` describes.
 

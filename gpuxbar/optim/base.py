@@ -64,7 +64,8 @@ class InSituOptimizer(torch.optim.Optimizer):
         if all(layer_of(parameter) is None for parameter in parameters):
             raise ValueError(
                 f"{type(self).__name__}: `params` must hold the weight of a crossbar layer, got none; pass those of the model that "
-                "gpuxbar.convert returned"
+                "gpuxbar.convert returned, with weights that are neither computed of other parameters (undo weight_norm by "
+                "remove_parametrizations or remove_weight_norm) nor shards (use gpuxbar.distribute in place of fully_shard)"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

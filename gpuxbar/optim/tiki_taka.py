@@ -292,8 +292,8 @@ class AGAD(TikiTakaV2):
     in version 2, after the first period, which only measures (in aihwkit it adds to H, too).
 
     The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric. Of a layer with I
-    wordlines nothing is written in the first period * I / lines transfers (with the defaults of 128 lines, 40); for training that
-    is short give more `lines`, or a shorter `period`.
+    wordlines nothing is written in the first period * I / lines transfers (by default 40 where I is 128): short training needs more
+    `lines` or a shorter `period`.
 
     Args:
         params, lr, momentum, fast_lr, transfer_every, lines, zero_shift, max_pulses: As for `TikiTakaV2`.
