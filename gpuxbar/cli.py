@@ -162,7 +162,10 @@ def fit(
     g_min: Annotated[
         float | None, typer.Option(help="Window, S; the smallest g_before if not given.")
     ] = None,
-    g_max: Annotated[float | None, typer.Option(help="Window, S; the largest g_before if not given.")] = None,
+    g_max: Annotated[
+        float | None,
+        typer.Option(help="Window, S; the largest g_before if not given; of soft bounds, where steps end."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="YAML of an otherwise ideal spec of it.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG of the fit.")] = None,
 ) -> None:

@@ -31,7 +31,7 @@ def netlist(
 
     Args:
         v: Wordline voltage, [R], V.
-        g: Conductance, [R, C], S.
+        g: Conductance, [R, C], S; of weights, a cut of a plane that `ops.program` returns.
         r_wordline, r_bitline, r_source, r_sink: As in `ops.effective_conductance`, ohm.
         title: First line of the netlist.
 

@@ -142,7 +142,7 @@ def fit_law(
         law: "agarwal", "agarwal_symmetric", "constant_step", "exponential_step", "linear_step", "neurosim", "piecewise_step",
             "power_step", "soft_bounds".
         bins: Of a piecewise step: as for `fit_table`.
-        g_min, g_max, seed: As for `fit_table`.
+        g_min, g_max, seed: As for `fit_table`. Soft bounds need the ends at which steps would be 0, which measurements seldom reach.
 
     Returns:
         The law, its window, and how it does on what was held out.
