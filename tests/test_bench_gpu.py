@@ -400,7 +400,7 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     done = run(command.app, ["--checks", "--section", "wgmma"])
     assert (done.exit_code, done.output) == (0, "light: green\n")
     path = tmp_path / "rows.jsonl"
-    done = run(command.app, ["--record", str(path), *HERE], env={"COLUMNS": "300"})
+    done = run(command.app, ["--record", str(path), *HERE])
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["case"] for row in rows] == [

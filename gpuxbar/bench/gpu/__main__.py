@@ -42,6 +42,7 @@ ROOT = Path(__file__).parents[3]
 # What is measured, most wanted first: reads by a fused kernel, training steps, updates and wires; seconds each may take.
 SECTIONS = {"fused": 90, "wgmma": 90, "steps": 80, "updates": 50, "cluster": 60}
 COMMAND = (sys.executable, "-m", "gpuxbar.bench.gpu")
+WIDTH = 250  # columns, where no terminal has a width of its own: tables in full
 
 app = typer.Typer(add_completion=False)
 
@@ -62,7 +63,10 @@ def main(
     ] = None,
 ) -> None:
     """Prove and time the fused reads, updates, wires and a training step on this machine's GPU."""
-    report = Report(Console(), record)
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
+    report = Report(console, record)
     try:
         arch = _arch()
         names = _sections(section or [], arch, checks)
