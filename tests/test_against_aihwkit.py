@@ -11,7 +11,17 @@ import torch
 from scipy.stats import ks_2samp
 
 from gpuxbar import ops
-from gpuxbar.spec import ConstantStep, ExponentialStep, LinearStep, PowerStep, PulseTrain, SoftBounds
+from gpuxbar.nn import AnalogConv2d
+from gpuxbar.optim import build_optimizer
+from gpuxbar.spec import (
+    ConstantStep,
+    CrossbarSpec,
+    ExponentialStep,
+    LinearStep,
+    PowerStep,
+    PulseTrain,
+    SoftBounds,
+)
 from gpuxbar.spec.devices import published_device
 
 pytest.importorskip("aihwkit", reason="aihwkit is not installed")
@@ -220,3 +230,69 @@ def test_published_devices_are_the_presets(name):
         sampling = 5 * 1.6 * (expected[2] - expected[0]) / 2 / np.sqrt(REPEATS)
         # a pulse is a flow here, a jump there, which tells where there are few
         np.testing.assert_allclose(found, expected, rtol=0, atol=sampling + FEW.get(name, 0.003) * width)
+
+
+BUFFER = {  # which keeps what was not written, in whole pulses; more of them than 1 are drawn there
+    "momentum": 0.0, "forget_buffer": False,
+    "transfer_update": configs.UpdateParameters(desired_bl=1, update_management=False, update_bl_management=False),
+}  # fmt: skip
+ALGORITHMS = {  # theirs with its settings, and those of ours
+    "tiki-taka": (configs.TransferCompound, {"transfer_update": configs.UpdateParameters()}, {}),
+    "tiki-taka-v2": (configs.BufferedTransferCompound, BUFFER, {"max_pulses": 1}),
+    "chopped-tiki-taka-v2": (
+        configs.ChoppedTransferCompound, BUFFER | {"auto_scale": False, "in_chop_prob": 0.3, "in_chop_random": True},
+        {"max_pulses": 1, "flip": 0.3},
+    ),
+}  # fmt: skip
+# as large in every sample, so that both scale the updates of the fast array alike at every step
+SAMPLES = 6
+XS = np.random.default_rng(1).uniform(-1, 1, (SAMPLES, 4)).astype(np.float32)
+XS /= np.abs(XS).max(1, keepdims=True)
+DS = np.random.default_rng(2).uniform(-1, 1, (SAMPLES, 3)).astype(np.float32) - 0.4
+DS /= np.abs(DS).max(1, keepdims=True)
+FAST_RATE, TRANSFER_RATE = 0.03, 0.4  # of the fast array's weights by x d; of the slow one's by what is read
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_fast_and_slow_arrays_have_the_same_distribution(name):
+    """After a few samples, each followed by the transfer of a line, over arrays side by side and tiles one after another."""
+    repeats = 1000
+    kind, settings, more = ALGORITHMS[name]
+    device = configs.SoftBoundsDevice(**THEIRS, mult_noise=True)
+    compound = kind(
+        unit_cell_devices=[device, device], gamma=0.0, fast_lr=FAST_RATE, transfer_lr=TRANSFER_RATE, scale_transfer_lr=False,
+        transfer_every=1.0, units_in_mbatch=False, transfer_forward=configs.IOParameters(is_perfect=True), **settings,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    theirs = []
+    for _ in range(repeats):
+        tile = tiles.AnalogTile(3, 4, configs.UnitCellRPUConfig(device=compound))
+        tile.set_learning_rate(1.0)
+        tile.set_weights(torch.zeros(3, 4), realistic=False)
+        for x, d in zip(XS, DS, strict=True):
+            tile.update(torch.from_numpy(x)[None], torch.from_numpy(d)[None])
+        hidden = next(v for k, v in tile.get_hidden_parameters().items() if k.startswith("hidden_weights_0"))
+        theirs.append(np.stack([tile.get_weights(realistic=False)[0].numpy(), hidden.numpy()]))
+    theirs = np.array(theirs)
+
+    law = SoftBounds(up=2, down=2, cycle_of="step", **OURS)
+    spec = CrossbarSpec(mapping={"scheme": "subtracted", "w_max": 2.0}, update=law, pulses={}, seed=3)
+    layer = AnalogConv2d(4 * repeats, 3 * repeats, 1, groups=repeats, bias=False, spec=spec)
+    torch.nn.init.zeros_(layer.weight)
+    rate = TRANSFER_RATE * FAST_RATE  # of what is read in units of the gradient
+    optimiser = build_optimizer(name, layer, lr=rate, fast_lr=FAST_RATE / 2, lines=1, **more)
+    for x, d in zip(XS, DS, strict=True):
+        images = (torch.from_numpy(np.tile(part, repeats)).view(1, -1, 1, 1) for part in (x, d))
+        layer.streams.pairs = [tuple(images)]
+        optimiser.step()
+    arrays = layer.weight.detach(), optimiser.parts[layer.weight].array.weight
+    ours = np.stack([part.reshape(repeats, 3, 4).numpy() for part in arrays], 1)
+    ours, theirs = ours.round(5), theirs.round(5)  # less is rounding of the window, not a pulse
+    assert np.abs(theirs).mean((0, 2, 3)).min() > STEP / 2
+    for moment in (lambda v: v, lambda v: (v - v.mean(0)) ** 2):
+        first, second = moment(ours), moment(theirs)
+        off = first.mean(0) - second.mean(0)
+        error = np.sqrt((first.var(0) + second.var(0)) / repeats)
+        assert (np.abs(off) < 4.5 * error + 1e-6).all(), (off / (error + 1e-9)).round(1)
+    for array, o, i in np.ndindex(2, 3, 4):
+        assert ks_2samp(ours[:, array, o, i], theirs[:, array, o, i]).pvalue > 1e-5, (array, o, i)

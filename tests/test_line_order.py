@@ -179,14 +179,15 @@ def test_algorithms_write_the_devices_of_the_linear_layer(name):
     assert (conv.g_cells != start).float().mean() > 0.3
 
 
-@pytest.mark.parametrize("mode", ["exact", "aggregated"])
-def test_pulse_trains_of_lines(mode):
+@pytest.mark.parametrize(("name", "mode"), [("sgd", "exact"), ("sgd", "aggregated"), ("tiki-taka", "exact")])
+def test_pulse_trains_of_lines(name, mode):
     """Samples are the patches, and a line has its trains, whichever order it is in; images of several sizes too."""
     parts = {**IN_SITU, "pulses": {"length": 15, "mode": mode}, "endurance": {"pulses": 500, "spread": 0.1}}
     conv, linear, x, rows = twins("position_channel", **parts)
     grad = torch.randn(conv(x).shape)
     for layer, inputs, d in ((conv, x, grad), (linear, rows, pixels(grad))):
-        optimizer = build_optimizer("sgd", layer, lr=0.5)
+        more = {} if name == "sgd" else {"lines": 99}
+        optimizer = build_optimizer(name, layer, lr=0.5, **more)
         layer.streams.pairs = [(inputs.detach(), d.contiguous())]
         optimizer.step()
     torch.testing.assert_close(conv.g_cells, linear.g_cells, rtol=0, atol=0)

@@ -797,6 +797,17 @@ def test_a_copied_layer_is_of_no_group_of_processes():
     assert torch.equal(copied.pairs[0][0], torch.ones(1, 3))
 
 
+def test_a_weight_set_by_others_is_refused_before_ranks_share_operands():
+    model, optimiser = pulsed(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED))
+    model(torch.ones(4, 3)).sum().backward()
+    model[0].streams.group = threading.Lock()  # of which no rank is asked
+    with torch.no_grad():
+        model[0].weight += 1
+    with pytest.raises(ValueError, match="0: `weight` must be what the cells read once trained in situ"):
+        optimiser.step()
+    assert len(model[0].streams.pairs) == 1
+
+
 def test_a_rate_of_numpy_is_as_one_of_python():
     g, x, d, w_max = case(3, 1, 9, 7)
     made = {"law": LAWS["constant"], **WINDOW, "seed": SEED}
