@@ -51,7 +51,7 @@ def test_reads_are_the_oracle_of_rounded_conductances(mode, shape, transposed, s
     assert ("fused_tile_mvm" in device.launches) == (strategy == "fused")
     expected, open_ = reference.tile_mvm(codes, rounded(g), tile=length, want_gate=True, **s)
     assert_matches(y, expected, s["adc_lsb"], 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1)))
-    assert (np.abs(gate - open_) > 1e-5).mean() < 2e-3
+    assert (np.abs(gate - open_) <= 1e-5).mean() > 1 - 2e-3
     other = reference.tile_mvm(codes, g, tile=length, **s)
     assert (np.abs(other - expected) > 0.5 * s["adc_lsb"]).mean() > 0.005  # rounding shows
 

@@ -344,7 +344,7 @@ def test_pipeline_matches_oracle(shape, mode, groups, transposed):
     )
     weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
     assert_matches(y, expected, s.get("adc_lsb", 0.0), weight)
-    assert (np.abs(shim_gate - gate) > 1e-5).mean() < 2e-3
+    assert (np.abs(shim_gate - gate) <= 1e-5).mean() > 1 - 2e-3
 
 
 @pytest.mark.parametrize("generator", ["exact", "fast"])

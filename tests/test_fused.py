@@ -56,7 +56,7 @@ def test_fused_matches_oracle(shape, mode, transposed):
     assert "fused_tile_mvm" in device.launches
     weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
     assert_matches(y, expected, s["adc_lsb"], weight)
-    assert (np.abs(shim_gate - gate) > 1e-5).mean() < 2e-3
+    assert (np.abs(shim_gate - gate) <= 1e-5).mean() > 1 - 2e-3
 
 
 def integers(batch, rows, cols, planes=1, groups=1):

@@ -89,7 +89,7 @@ def test_reads_match_oracle(cuda_device, shape, mode, groups, transposed):
     )
     weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
     assert_matches(y, expected, s.get("adc_lsb", 0.0), weight)
-    assert (np.abs(gpu_gate - gate) > 1e-5).mean() < 2e-3
+    assert (np.abs(gpu_gate - gate) <= 1e-5).mean() > 1 - 2e-3
 
 
 def noisy_read(generator="exact"):
@@ -374,8 +374,8 @@ def test_slices_match_oracle(cuda_device, scheme):
         pairs = pairs_of(to_gpu(before), s, write_noise=1e-7, stuck_at_g_min=0.1, seed=7)
         expected, written = carried(before, pairs, updates)
         ops.carry(pairs, updates=to_gpu(np.full(1, updates)), device=cuda_device)
-        off = np.abs(from_gpu(pairs.g) - expected) > 1e-5 * RANGE
-        assert off.mean() < 1e-3  # digits on an edge
+        close = np.abs(from_gpu(pairs.g) - expected) <= 1e-5 * RANGE
+        assert close.mean() > 1 - 1e-3  # digits on an edge
         assert written.any() == (updates != 2)
 
 
@@ -476,7 +476,7 @@ def test_programming_matches_oracle(cuda_device, shape, mapping, device):
     assert_programmed(g, expected, s)
     if variance.size:
         off = np.abs(variance - expected_variance)
-        assert (off > 1e-5 * expected_variance.max()).mean() <= 5e-3
+        assert (off <= 1e-5 * expected_variance.max()).mean() >= 1 - 5e-3
     again = run(cuda_device, ops.program, weight, **told(s))
     np.testing.assert_array_equal(again[0], g)
     np.testing.assert_array_equal(again[1], variance)

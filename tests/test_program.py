@@ -70,7 +70,7 @@ def assert_programmed(g, expected, settings, share=5e-3):
     assert g.dtype == np.float32
     assert g.shape == expected.shape
     off = np.abs(g.astype(np.float64) - expected)
-    assert (off > 2e-6 * whole).mean() <= share if off.size else True, off.max() / whole
+    assert (off <= 2e-6 * whole).mean() >= 1 - share if off.size else True, off.max() / whole
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["tensor", "column"])
@@ -130,7 +130,7 @@ def test_variance_of_a_read_matches_oracle(mapping, exponent):
     assert_programmed(g, expected, s)
     scale = expected_variance.max()
     off = np.abs(variance - expected_variance)
-    assert (off > 1e-5 * scale).mean() <= 5e-3, off.max() / scale
+    assert (off <= 1e-5 * scale).mean() >= 1 - 5e-3, off.max() / scale
     assert variance.min() >= 0
 
 

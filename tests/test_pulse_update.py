@@ -222,7 +222,7 @@ def test_pulses_of_many_samples_are_all_counted(scale):
     expected, _ = reference.pulse_update(g, x, d, train=PulseTrain().model_dump(), **plain.plain, **how)
     assert counts[1].max() > (40 if scale == 1 else 1)
     assert (counts[0] != counts[1]).mean() < 2e-3
-    assert (np.abs(ours.g - expected) > 2e-5 * (WINDOW["g_max"] - WINDOW["g_min"])).mean() < 5e-3
+    assert (np.abs(ours.g - expected) <= 2e-5 * (WINDOW["g_max"] - WINDOW["g_min"])).mean() > 1 - 5e-3
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.03], ids=["frequent", "rare"])
@@ -234,7 +234,7 @@ def test_noise_of_the_nominal_step_is_that_of_its_direction(scale):
     ops.pulse_update(ours, x, d, train=PulseTrain(), **how)
     expected, _ = reference.pulse_update(g, x, d, train=PulseTrain().model_dump(), **ours.plain, **how)
     assert (ours.g != g).mean() > 0.1
-    assert (np.abs(ours.g - expected) > 3e-6 * (WINDOW["g_max"] - WINDOW["g_min"])).mean() < 5e-3
+    assert (np.abs(ours.g - expected) <= 3e-6 * (WINDOW["g_max"] - WINDOW["g_min"])).mean() > 1 - 5e-3
 
 
 def test_the_same_bits_on_any_number_of_threads():

@@ -83,7 +83,7 @@ def test_host_matches_oracle(shape, mode, groups, transposed):
     y, host_gate = ops.tile_mvm(codes, g, tile_rows=length, tile_cols=length, want_gate=True, **s)
     weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
     assert_matches(y, expected, s.get("adc_lsb", 0.0), weight)
-    assert (np.abs(host_gate - gate) > 1e-5).mean() < 2e-3
+    assert (np.abs(host_gate - gate) <= 1e-5).mean() > 1 - 2e-3
 
 
 def convolution(kernel, stride, padding, dilation, groups, transposed, channels=3, outputs=7):
@@ -105,7 +105,7 @@ def assert_convolution_matches(y, expected):
     """The results of `convolution`, with the gate where there is one."""
     assert isinstance(y, tuple) == isinstance(expected, tuple)
     if isinstance(y, tuple):
-        assert (np.abs(y[1] - expected[1]) > 1e-5).mean() < 2e-3
+        assert (np.abs(y[1] - expected[1]) <= 1e-5).mean() > 1 - 2e-3
         y, expected = y[0], expected[0]
     assert_matches(y, expected, 1e-7, weight=2 * 3, share=2e-2)
 

@@ -31,7 +31,7 @@ def step(device):
     torch.manual_seed(0)
     noisy = gx.CrossbarSpec(adc={"bits": 8, "range": "worst_case"}, read_noise={"sigma": 1e-9})
     model = gx.convert(torch.nn.Sequential(torch.nn.Linear(6, 4)), noisy)[0].to(device)
-    model(torch.randn(5, 6, device=device)).square().sum().backward()
+    model(torch.randn(5, 6, device=device, requires_grad=True)).square().sum().backward()
 
 
 def test_a_span_has_its_name_and_domain(spans):
