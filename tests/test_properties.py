@@ -92,7 +92,7 @@ class Converters:
         lsb = 2.0 ** max(-3, range_bits - (self.adc_bits or 0)) * self.v_lsb
         return {
             "stream_bits": bits, "streams": -(-7 // bits) if bits else 1, "phases": self.phases if bits else 1,
-            "adc_bits": self.adc_bits, "adc_signed": self.adc_signed, "adc_lsb": lsb, "v_lsb": self.v_lsb,
+            "adc_bits": self.adc_bits, "adc_signed": self.adc_signed, "adc_lsb": lsb if self.adc_bits else None, "v_lsb": self.v_lsb,
         }  # fmt: skip
 
 
@@ -152,9 +152,11 @@ def test_host_is_its_oracle_with_noise(array, converter, generator, seed):
     v, g = array.codes(rng), array.conductances(rng)
     lsb = 2.0 ** rng.integers(3, 8, array.groups * array.sense)
     s = {
-        **converter.settings(array.lines), "adc_lsb": lsb.astype(np.float32), "v_lsb": 1.0, "read_noise": 20.0, "noise_var": np.abs(g),
+        **converter.settings(array.lines), "v_lsb": 1.0, "read_noise": 20.0, "noise_var": np.abs(g),
         "generator": generator, "seed": seed, "step": seed >> 7, "row_offset": seed >> 40,
     }  # fmt: skip
+    if s["adc_bits"]:
+        s["adc_lsb"] = lsb.astype(np.float32)
     y = ops.tile_mvm(v, g, **array.layout, **s)
     s["adc_bits"] = s["adc_bits"] or 0
     expected = reference.tile_mvm(
