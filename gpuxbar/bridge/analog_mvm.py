@@ -263,7 +263,7 @@ def _read(
     way = plan_of(plan)
     read = way.backward if transposed else way.forward
     row_scale, g = lsb / read.v_lsb, driven_lines(g, way, transposed)
-    noise_var = None if noise_var is None else driven_lines(noise_var, way, transposed)
+    noise_var = None if noise_var is None or read.ideal else driven_lines(noise_var, way, transposed)
     if hosted:
         y, gate = host.tile_mvm(
             plan, v, g, noise_var, row_scale, adc_lsb, adc_error, step, transposed=transposed, conv=conv,

@@ -32,6 +32,7 @@ class Read:
         noise: Standard deviation of the current of one conversion, A.
         per_sample: Whether each sample has a DAC range of its own.
         full: Digital value of the largest code where the range is fixed; 0: it follows the data.
+        ideal: Whether it is the exact product with the conductances, without the noise of cells too.
     """
 
     tile: int
@@ -46,6 +47,7 @@ class Read:
     noise: float
     per_sample: bool = False
     full: float = 0.0
+    ideal: bool = False
 
     @property
     def adc_code_max(self) -> int:
@@ -139,7 +141,7 @@ def plan_reads(
     else:
         why = "every plane, stream and tile is converted on its own: an ADC quantises"
     if spec.backward.mode == "ideal":
-        backward = Read(0, 0, True, 0, 1, 1, 1.0, 0, True, 0.0)
+        backward = Read(0, 0, True, 0, 1, 1, 1.0, 0, True, 0.0, ideal=True)
     reference = (spec.tile.rows, spec.tile.cols) if planes.merge == "offset" else (0, 0)
     g_step, g_offset = planes.levels(spec) if spec.precision == "int8" else (None, 0.0)
     plan = ReadPlan(
