@@ -16,7 +16,7 @@ from math import ceil, nan, sqrt
 from gpuxbar.mapping.planes import Planes
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
-__all__ = ["Read", "ReadPlan", "full_current", "plan_reads", "worst_current"]
+__all__ = ["IDEAL", "Read", "ReadPlan", "full_current", "plan_reads", "worst_current"]
 
 WHOLE = 1e-6  # relative rounding of a count of ADC steps
 
@@ -60,6 +60,9 @@ class Read:
     def v_max(self) -> float:
         """Voltage of the largest digit, V."""
         return self.v_lsb * (2**self.stream_bits - 1 if self.stream_bits else max(self.code_max, 1))
+
+
+IDEAL = Read(0, 0, True, 0, 1, 1, 1.0, 0, True, 0.0, ideal=True)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def plan_reads(
     else:
         why = "every plane, stream and tile is converted on its own: an ADC quantises"
     if spec.backward.mode == "ideal":
-        backward = Read(0, 0, True, 0, 1, 1, 1.0, 0, True, 0.0, ideal=True)
+        backward = IDEAL
     reference = (spec.tile.rows, spec.tile.cols) if planes.merge == "offset" else (0, 0)
     g_step, g_offset = planes.levels(spec) if spec.precision == "int8" else (None, 0.0)
     plan = ReadPlan(

@@ -19,13 +19,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
-from gpuxbar.nn.calibrate import without_adcs
 from gpuxbar.nn.layers import AnalogConv, AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
 from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.table import columns
 from gpuxbar.nn.transposed import UnfusedConvTranspose
 from gpuxbar.nn.volumes import UnfusedConv3d
+from gpuxbar.nn.watch import without_adcs
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
 

@@ -171,8 +171,8 @@ class ADC(Part):
 
     `bits`: resolution (`None`: no conversion). `range`: the current of the largest code: "calibrated" (the
     `percentile` of partial sums seen by `gpuxbar.calibrate`), "fixed" (`i_max`, A), "worst_case" (every cell
-    of a line at `g_max`, every input at `v_read`). Which of the two costs accuracy, clipping or rounding, is told by `bits` of 16,
-    which round next to nothing, and a `percentile` of 100, which clips nothing that was seen. Codes are signed, unless currents have one sign: of voltages of one sign (of
+    of a line at `g_max`, every input at `v_read`). `gpuxbar.conversion_errors` tells what clips, and whether clipping or
+    rounding costs more. Codes are signed, unless currents have one sign: of voltages of one sign (of
     unsigned or two-phase DACs) on devices that are not subtracted before. `per`: one range per "layer" or per output "column".
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; both drawn
     once per converter.
