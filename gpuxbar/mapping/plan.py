@@ -174,7 +174,7 @@ def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
         adc_signed=not (one_sided and spec.mapping.scheme != "subtracted"),
         noise=spec.read_noise.sigma,
         per_sample=dac.range == "sample",
-        full=dac.max or 0.0,
+        full=(dac.max or 0.0) if dac.range == "fixed" else 0.0,
     )
 
 

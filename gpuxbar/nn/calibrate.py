@@ -1,4 +1,4 @@
-"""Setting ADC ranges from the partial sums that data makes, forwards and backwards."""
+"""Setting ADC ranges from the partial sums that data makes, forwards and backwards, and the beginning of learned DAC ranges."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from gpuxbar.nn.watch import Lines, require_one, tile_sums, watch, without_adcs
 
 __all__ = ["calibrate"]
 
+RANGES = 100  # that a learned DAC range begins at one of, up to the largest of
+SAMPLE = 1 << 16  # values
+
 
 def calibrate(
     model: nn.Module,
@@ -24,13 +27,14 @@ def calibrate(
     loss: Callable[[Tensor, Any], Tensor] | None = None,
     step: Callable[[Any], Tensor] | None = None,
 ) -> None:
-    """Set every "calibrated" ADC range to a percentile of the partial sums of some batches.
+    """Set every "calibrated" ADC range to a percentile of the partial sums of some batches, and begin "learned" DAC ranges.
 
     Layers run without ADCs while what drives them, as their DACs do, is watched; of a batch and layer at least 64 rows are
     looked at, and more where these make few partial sums. The range of the transposed read comes from gradients; DACs, unless
     their range is fixed, scale them to their own range, so that their size does not matter, only their distribution over the
     lines of a tile. Layers of zeros, and lines that carry no current, as where a loss does not depend on a layer yet, get the range
-    of the worst case: calibrate anew once training has begun.
+    of the worst case: calibrate anew once training has begun. A learned DAC range that has not begun yet begins at the one with
+    which rounding and clipping these inputs makes the least squared error; others stay.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
@@ -43,7 +47,7 @@ def calibrate(
 
     Raises:
         TypeError: `loader` is a tensor, or a batch is not of these forms.
-        ValueError: `loader` gave no batch, both `loss` and `step` are given, or the model computes with the weight of a layer that
+        ValueError: `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, or the model computes with the weight of a layer that
             it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
     """
     require_one("calibrate", loss, step)
@@ -53,12 +57,20 @@ def calibrate(
     if not layers:
         return
     seen: dict[tuple[AnalogLayer, bool], list[Tensor]] = {}
+    to_begin: dict[AnalogLayer, list[Lines]] = {layer: [] for layer in layers if not layer.dac_begun}
 
     def look(layer: AnalogLayer, backward: bool, lines: Lines) -> None:
-        seen.setdefault((layer, backward), []).append(_currents(layer, backward, lines))
+        if layer in to_begin and not backward:
+            to_begin[layer].append(lines)  # whose currents are those of the range to come
+        else:
+            seen.setdefault((layer, backward), []).append(_currents(layer, backward, lines))
 
     with without_adcs(model):
         watch("calibrate", model, layers, loader, batches, loss, step, look)
+        for layer, each in to_begin.items():
+            if each:
+                _begin(layer, each)
+                seen[layer, False] = [_currents(layer, False, _driven_anew(layer, lines)) for lines in each]
     for (layer, backward), currents in seen.items():
         converter = layer.converters()[backward]
         if converter.calibrated:
@@ -70,7 +82,42 @@ def calibrate(
 
 
 def _wanted(layer: AnalogLayer) -> bool:
-    return any(converter.calibrated for converter in layer.converters())
+    return not layer.dac_begun or any(converter.calibrated for converter in layer.converters())
+
+
+@torch.no_grad()
+def _begin(layer: AnalogLayer, each: list[Lines]) -> None:
+    """Begin a learned DAC range at the one that rounds and clips these inputs with the least squared error.
+
+    Source: Bhalgat et al., LSQ+, CVPR Workshops 2020 (the beginning of learned ranges)."""
+    dac = layer.spec.dac
+    values = torch.cat([lines.values.flatten() for lines in each])
+    values = values if dac.signed else values.clamp_min(0)
+    at = torch.linspace(
+        0, len(values) - 1, min(len(values), SAMPLE), dtype=torch.float64, device=values.device
+    )
+    values = values[at.long()]
+    most = values.abs().amax()
+    if not most > 0:
+        raise ValueError(
+            f"{layer.name}: a DAC range that is learned must begin on inputs that are not all zeros, got zeros; set `dac.max` of its "
+            "spec, or calibrate on other data"
+        )
+    tops = most * torch.arange(1, RANGES + 1, device=values.device) / RANGES
+    errors = [(_rounded(values, top / dac.code_max, dac.code_max) - values).square().sum() for top in tops]
+    layer.dac_max.copy_(tops[torch.stack(errors).argmin()])
+    layer.dac_begun = True
+
+
+def _rounded(values: Tensor, lsb: Tensor, code_max: int) -> Tensor:
+    return (values / lsb).round().clamp(-code_max, code_max) * lsb
+
+
+@torch.no_grad()
+def _driven_anew(layer: AnalogLayer, lines: Lines) -> Lines:
+    """The same values, driven in the range of now."""
+    driven, lsb = layer.dac_inputs(lines.values, layer.dac_top(lines.values))
+    return lines._replace(driven=driven, lsb=lsb)
 
 
 def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:

@@ -79,7 +79,8 @@ class ConversionErrors:
 
         ways = list(dict.fromkeys(row.read for row in self.reads))
         figure = Figure(figsize=(6.5, 1 + 2.4 * len(ways)), layout="constrained")
-        for axis, way in zip(figure.subplots(len(ways), squeeze=False).ravel(), ways, strict=True):
+        axes = figure.subplots(len(ways), squeeze=False).ravel() if ways else ()
+        for axis, way in zip(axes, ways, strict=True):
             rows = [row for row in self.reads if row.read == way]
             for kind in KINDS:
                 errors = [

@@ -15,13 +15,12 @@ from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
 from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.layers import AnalogConv, AnalogLayer
+from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
 
 __all__ = ["Lines", "TileSums", "passes", "require_one", "tile_sums", "undisturbed", "watch", "without_adcs"]
 
 ROWS = 64  # of a batch are looked at for a layer, and more while these make fewer partial sums than
 SUMS = 1 << 18
-COUNTED = "read_step", "eval_step", "dac_max"  # buffers of a layer that change with each of its reads
 
 
 class Lines(NamedTuple):
@@ -80,7 +79,8 @@ def watch(
             return None
         reached = True
         x = args[0] if args else named["input"]
-        look(layer, False, _lines(layer, x.detach(), y))
+        with torch.no_grad():
+            look(layer, False, _lines(layer, x.detach(), y))
         if not y.requires_grad:
             return None
         y.register_hook(lambda grad: look(layer, True, _back_lines(layer, grad)))
