@@ -119,6 +119,12 @@ def test_conversions_that_clip_are_those_that_gradients_do_not_pass(form):
     assert row.dac_clipped == pytest.approx(cut)
 
 
+def test_whole_codes_have_no_error():
+    layer = layer_of("linear", settings({"dac": WHOLE}))
+    (row,) = gx.conversion_errors(layer, [whole_numbers(50, 40)], step=lambda x: layer(x).detach()).reads
+    assert row.largest == "none"
+
+
 def test_values_beyond_a_range_are_counted_over_all_batches():
     layer = layer_of("linear", settings({"dac": {"bits": 8, "range": "fixed", "max": 60.0}}))
     batches = [whole_numbers(1000, 40), torch.zeros(3000, 40)]

@@ -47,8 +47,9 @@ def calibrate(
 
     Raises:
         TypeError: `loader` is a tensor, or a batch is not of these forms.
-        ValueError: `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, or the model computes with the weight of a layer that
-            it does not call, as some fused attentions do. One batch alone does not tell that from a penalty.
+        ValueError: `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, or
+            the model computes with the weight of a layer that it does not call, as some fused attentions do. One batch alone does
+            not tell that from a penalty.
     """
     require_one("calibrate", loss, step)
     found = [m for m in model.modules() if isinstance(m, AnalogLayer)]
@@ -89,7 +90,8 @@ def _wanted(layer: AnalogLayer) -> bool:
 def _begin(layer: AnalogLayer, each: list[Lines]) -> None:
     """Begin a learned DAC range at the one that rounds and clips these inputs with the least squared error.
 
-    Source: Bhalgat et al., LSQ+, CVPR Workshops 2020 (the beginning of learned ranges)."""
+    Source: Bhalgat et al., LSQ+, CVPR Workshops 2020 (the beginning of learned ranges).
+    """
     dac = layer.spec.dac
     values = torch.cat([lines.values.flatten() for lines in each])
     values = values if dac.signed else values.clamp_min(0)
@@ -100,8 +102,8 @@ def _begin(layer: AnalogLayer, each: list[Lines]) -> None:
     most = values.abs().amax()
     if not most > 0:
         raise ValueError(
-            f"{layer.name}: a DAC range that is learned must begin on inputs that are not all zeros, got zeros; set `dac.max` of its "
-            "spec, or calibrate on other data"
+            f"{layer.name}: a DAC range that is learned must begin on inputs that are not all zeros, got zeros; set `dac.max` of "
+            "its spec, or calibrate on other data"
         )
     tops = most * torch.arange(1, RANGES + 1, device=values.device) / RANGES
     errors = [(_rounded(values, top / dac.code_max, dac.code_max) - values).square().sum() for top in tops]
@@ -129,8 +131,8 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
 
 
 def _currents(layer: AnalogLayer, backward: bool, lines: Lines) -> Tensor:
-    """Magnitudes of the partial sums of some rows, A: [conversions * rows, sensed lines]. 0 of a layer of zeros, which tells nothing
-    of currents to come."""
+    """Magnitudes of the partial sums of some rows, A: [conversions * rows, sensed lines]. 0 of a layer of zeros, which tells
+    nothing of currents to come."""
     cells, read = layer.conductances(), layer.plan.backward if backward else layer.plan.forward
     sums = tile_sums(layer, cells, read, lines.driven / lines.lsb, backward)
     currents = torch.cat([tile.current.abs().flatten(0, 2) for tile in sums])

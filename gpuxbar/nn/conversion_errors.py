@@ -19,14 +19,15 @@ from gpuxbar.nn.watch import Lines, TileSums, passes, require_one, tile_sums, un
 
 __all__ = ["ConversionErrors", "ReadErrors", "conversion_errors"]
 
+FLOAT32 = 1e-6  # relative errors up to which are those of its sums
 KINDS = "dac_clipping", "dac_rounding", "noise", "adc_clipping", "adc_rounding"
 
 
 @dataclass(frozen=True)
 class ReadErrors:
-    """One direction in which a layer is read. Errors are those of its products, forwards with the input and backwards with the gradient
-    of the output (of a convolution, before patches are added up), against exact ones with the same conductances: root mean
-    square over root mean square.
+    """One direction in which a layer is read. Errors are those of its products, forwards with the input and backwards with the
+    gradient of the output (of a convolution, before patches are added up), against exact ones with the same conductances: root
+    mean square over root mean square.
 
     Attributes:
         layer: Its name in the model.
@@ -35,7 +36,8 @@ class ReadErrors:
         dac_clipping: Error by what is cut off of these values.
         dac_rounding: Error by rounding to DAC codes.
         noise: Error by read noise, and by gain and offset of the ADCs.
-        adc_clipped: Share of the conversions beyond the ADC's range, as gradients count them: those above it, of a converter without sign.
+        adc_clipped: Share of the conversions beyond the ADC's range, as gradients count them (of a converter without sign,
+            those above it).
         adc_clipping: Error by what is cut off of these currents.
         adc_rounding: Error by rounding to ADC codes.
     """
@@ -52,9 +54,9 @@ class ReadErrors:
 
     @property
     def largest(self) -> str:
-        """The kind of error that is largest, "none" where there is no error."""
+        """The kind of error that is largest, "none" where all are those of float32."""
         kind = max(KINDS, key=lambda name: getattr(self, name))
-        return _words(kind) if getattr(self, kind) else "none"
+        return _words(kind) if getattr(self, kind) > FLOAT32 else "none"
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,8 @@ class ConversionErrors:
         for axis, way in zip(axes, ways, strict=True):
             rows = [row for row in self.reads if row.read == way]
             for kind in KINDS:
-                errors = [
-                    100 * getattr(row, kind) or nan for row in rows
-                ]  # no error has no place on a logarithmic axis
+                # no error has no place on a logarithmic axis
+                errors = [100 * getattr(row, kind) or nan for row in rows]
                 axis.plot(errors, "o-", label=_words(kind))
             axis.set(yscale="log", ylabel="error (%)", title=f"{way} reads")
             axis.set_xticks(
@@ -155,12 +156,12 @@ class _Sums:
 
     def __init__(self, layer: AnalogLayer, backward: bool):
         self.layer, self.backward = layer, backward
-        self.clipped = torch.zeros(2, dtype=torch.float64, device=layer.weight.device)  # of DAC and ADC
-        self.counts = [0, 0]
-        self.squares = torch.zeros(
-            1 + len(KINDS), dtype=torch.float64, device=layer.weight.device
-        )  # of results, and of errors
-        self.generator = torch.Generator(layer.weight.device).manual_seed(layer.plan.seed)
+        device = layer.weight.device
+        # of DAC and ADC
+        self.clipped, self.counts = torch.zeros(2, dtype=torch.float64, device=device), [0, 0]
+        # of results, and of errors
+        self.squares = torch.zeros(1 + len(KINDS), dtype=torch.float64, device=device)
+        self.generator = torch.Generator(device).manual_seed(layer.plan.seed)
 
     def add(self, lines: Lines) -> None:
         """Look at the rows of a batch."""
@@ -173,9 +174,11 @@ class _Sums:
             self._product(cells, part)
             for part in (lines.values, lines.driven - lines.values, held - lines.driven)
         ]
-        weights = torch.tensor(_stream_scale(read), device=codes.device)[:, None] * torch.tensor(
-            layer.plan.slice_scale, device=codes.device
+        scales = (
+            torch.tensor(scale, device=codes.device)
+            for scale in (_stream_scale(read), layer.plan.slice_scale)
         )
+        weights = torch.outer(*scales)
         of_tiles: Any = 0
         for tile, sums in enumerate(tile_sums(layer, cells, read, codes, backward)):
             parts, clipped = self._converted(converter, tile, sums)
@@ -190,7 +193,7 @@ class _Sums:
     def _converted(self, converter: Converter, tile: int, sums: TileSums) -> tuple[Tensor, Tensor]:
         """Errors of a tile's conversions, A, by noise, clipping and rounding: [3, passes, planes, rows, sensed lines]; and how many
         clip."""
-        full, lsb, read, _ = converter
+        _, lsb, read, _ = converter
         current = sums.current
         z = torch.randn(current.shape, generator=self.generator, device=current.device)
         arrived = current + z * torch.as_tensor(sums.variance, device=current.device).sqrt()

@@ -97,9 +97,9 @@ def convert(
     layers of other types stay digital and are named in the report.
 
     Layers on other crossbars than `spec` and `rules` say move there with their weights (what was read of them, where trained in
-    situ) and the DAC ranges that they learned, without other ranges, devices and counts: so a trained network is tried on other crossbars, and `rules={"*": None}` makes
-    Linear, Conv1d and Conv2d of it again; the layers that attention and recurrent modules became stay apart. Those whose crossbars
-    are the same stay as they are, and so do subclasses of crossbar layers.
+    situ) and the DAC ranges that they learned, without other ranges, devices and counts: so a trained network is tried on other
+    crossbars, and `rules={"*": None}` makes Linear, Conv1d and Conv2d of it again; the layers that attention and recurrent modules
+    became stay apart. Those whose crossbars are the same stay as they are, and so do subclasses of crossbar layers.
 
     Args:
         model: Any model; it is not changed.
@@ -207,7 +207,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _off_others(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, Tensor]]:
-    """The model with layers of torch where layers are on other crossbars than the rules want, and the DAC ranges that these learned."""
+    """The model with layers of torch where layers are on other crossbars than the rules want, and the DAC ranges that they learned."""
     owners, learned = _owners(model), {}
     for module, names in _places(model).items():
         if not isinstance(module, AnalogLayer):

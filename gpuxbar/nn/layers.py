@@ -63,8 +63,8 @@ class AnalogLayer(InSitu):
     every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the currents of an ADC's
     largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted;
     `range_settings`, int64 [1], is a checksum of the settings by which lines carry currents: calibrated ranges of a checkpoint of
-    others are forgotten. `dac_max` is the DAC's range where it is fixed, running or learned: a parameter where learned, NaN until it
-    begins, whose magnitude counts.
+    others are forgotten. `dac_max` is the DAC's range where it is fixed, running or learned: a parameter where learned, NaN
+    until it begins, whose magnitude counts.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
@@ -188,8 +188,8 @@ class AnalogLayer(InSitu):
         return torch.stack([1 + adc.gain_std * found[0], adc.offset_std * found[1]])
 
     def look_at_ranges(self) -> None:
-        """Take over the ADC ranges, and remember which direction's are set, and whether a learned DAC range has begun, so that reading
-        them never waits for a GPU."""
+        """Take over the ADC ranges, and remember which direction's are set, and whether a learned DAC range has begun, so that
+        reading them never waits for a GPU."""
         ready = []
         self._take_ranges()
         for full, _, read, _ in self.converters():
@@ -202,8 +202,8 @@ class AnalogLayer(InSitu):
         learned = self.spec.dac.range == "learned"
         if learned and self.dac_max.is_meta:
             raise ValueError(
-                f"{self.name}: a layer that learns its DAC range must be on a device that holds values, got meta; load or initialise "
-                "the model before gpuxbar.convert"
+                f"{self.name}: a layer that learns its DAC range must be on a device that holds values, got meta; load or "
+                "initialise the model before gpuxbar.convert"
             )
         self.dac_begun = not learned or _is_set(self.dac_max.abs())
         self.calibrated, self.back_calibrated = ready[0] and self.dac_begun, ready[1]

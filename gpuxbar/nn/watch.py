@@ -57,7 +57,8 @@ def watch(
     step: Callable[[Any], Tensor] | None,
     look: Callable[[AnalogLayer, bool, Lines], None],
 ) -> None:
-    """Call `look(layer, backward, lines)` at the reads of some batches; arguments and errors as of `gpuxbar.calibrate`, which `op` names.
+    """Call `look(layer, backward, lines)` at the reads of some batches. Other arguments and errors, which name `op`, are those of
+    `gpuxbar.calibrate`.
 
     To be called where the model is `undisturbed`.
     """
@@ -117,7 +118,8 @@ def watch(
     if passed_by:
         raise ValueError(
             f"{op}: layers must be called for their arrays to be read, got a model that computes with the weights of "
-            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert, or give several batches if the loss has penalties of weights"
+            f"{', '.join(layer.name for layer in passed_by)} itself; keep them digital by rules of gpuxbar.convert, or give several "
+            "batches if the loss has penalties of weights"
         )
     if not reached:
         raise ValueError(

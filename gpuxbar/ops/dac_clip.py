@@ -51,7 +51,7 @@ def dac_clip_gradient(
         raise ValueError(f"{OP}: `code_max` must be 0 to 32767, got {code_max}; int16 holds the codes")
     if grad.shape != x.shape:
         raise ValueError(
-            f"{OP}: `grad` must have the shape of `x`, {tuple(x.shape)}, got {tuple(grad.shape)}; pass the gradient of what was driven"
+            f"{OP}: `grad` must have the shape of `x`, {tuple(x.shape)}, got {tuple(grad.shape)}; pass that of what was driven"
         )
     if not 0 < top < inf:
         raise ValueError(

@@ -111,10 +111,11 @@ class DAC(Part):
     `polarity`: signed inputs driven as one "bipolar" voltage or in "two_phase" (positive, then negative).
     `range`: the digital value of the largest code: "sample" (abs-max of each row of a linear layer, each
     image of a convolution), "tensor" (abs-max of the call), "ema" (running mean of abs-max over training
-    calls, factor `momentum`; before the first, that of the call), "fixed" (`max`), "learned" (the layer's parameter `dac_max`, which
-    begins at `max`, or without it at what `gpuxbar.calibrate` finds to round and clip with the least squared error, and which any
-    optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020). That gradient sees the rounding and
-    the clipping of inputs, not ADCs and noise; ADC ranges should be calibrated anew when it has moved. `v_read`: voltage of the largest digit, V.
+    calls, factor `momentum`; before the first, that of the call), "fixed" (`max`), "learned" (the layer's parameter `dac_max`,
+    which begins at `max`, or without it at what `gpuxbar.calibrate` finds to round and clip with the least squared error, and
+    which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020). That gradient sees how
+    inputs are rounded and clipped, not ADCs and noise; calibrate ADC ranges anew when it has moved.
+    `v_read`: voltage of the largest digit, V.
     """
 
     bits: int | None = Field(None, ge=1, le=8)
@@ -145,13 +146,13 @@ class DAC(Part):
             )
         if self.range != "learned" and (self.range == "fixed") != (self.max is not None):
             raise ValueError(
-                f"DAC: `max` goes with range='fixed', which needs it, or 'learned', got range={self.range!r} and max={self.max}; set "
-                "both or neither"
+                f"DAC: `max` goes with range='fixed', which needs it, or 'learned', got range={self.range!r} and max={self.max}; "
+                "set both or neither"
             )
         if self.range == "learned" and self.bits is None:
             raise ValueError(
-                "DAC: `bits` must be set with range='learned', got None; without rounding, the wider a range the better: set it, or "
-                "range='tensor'"
+                "DAC: `bits` must be set with range='learned', got None; without rounding, the wider a range the better: set it, "
+                "or range='tensor'"
             )
         return self
 
@@ -452,8 +453,8 @@ class CrossbarSpec(Part):
             )
         if self.backward_dac.range in ("ema", "learned"):
             raise ValueError(
-                f"CrossbarSpec: `backward.dac.range` must be sample, tensor or fixed, got {self.backward_dac.range!r}; gradients shrink "
-                "as training goes on: choose one of these"
+                f"CrossbarSpec: `backward.dac.range` must be sample, tensor or fixed, got {self.backward_dac.range!r}; gradients "
+                "shrink as training goes on: choose one of these"
             )
         return self
 
