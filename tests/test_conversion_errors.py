@@ -119,10 +119,12 @@ def test_conversions_that_clip_are_those_that_gradients_do_not_pass(form):
     assert row.dac_clipped == pytest.approx(cut)
 
 
-def test_whole_codes_have_no_error():
-    layer = layer_of("linear", settings({"dac": WHOLE}))
-    (row,) = gx.conversion_errors(layer, [whole_numbers(50, 40)], step=lambda x: layer(x).detach()).reads
+def test_rounding_of_float32_is_no_error():
+    layer = layer_of("linear", settings({"dac": {**WHOLE, "max": 0.3 * 127}}))
+    x = 0.3 * whole_numbers(50, 40)
+    (row,) = gx.conversion_errors(layer, [x], step=lambda x: layer(x).detach()).reads
     assert row.largest == "none"
+    assert row.dac_rounding > 0
 
 
 def test_values_beyond_a_range_are_counted_over_all_batches():
