@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpuxbar import ops
-from gpuxbar.bridge.arrays import array, tensor
+from gpuxbar.bridge.arrays import array, on_cpu, tensor
 from gpuxbar.bridge.operator import call, gradient, operator
 
 __all__ = ["dac_clip", "dac_clip_gradient", "slopes"]
@@ -29,7 +29,7 @@ def dac_clip(x: Tensor, top: Tensor, code_max: int, signed: bool) -> Tensor:
         signed: Whether negative values are driven.
     """
     low = -top if signed else torch.zeros_like(top)
-    if x.is_cpu:  # numbers are several times as fast there; on a GPU they would be waited for
+    if on_cpu(x):  # numbers are several times as fast there; on a GPU they would be waited for
         return x.clamp(low.item(), top.item())
     return x.clamp(low, top)
 
@@ -39,7 +39,7 @@ def dac_clip_gradient(
     grad: Tensor, x: Tensor, top: Tensor, code_max: int, signed: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and `top`: see `ops.dac_clip_gradient`."""
-    if not x.is_cpu:
+    if not on_cpu(x):
         return slopes(grad, x, top, code_max, signed)
     grad_x, grad_top = ops.dac_clip_gradient(
         array(grad), array(x), top=top.item(), code_max=code_max, signed=signed
