@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpuxbar import ops
+from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, tensor
 from gpuxbar.bridge.operator import call, gradient, operator
 
@@ -28,10 +29,10 @@ def dac_clip(x: Tensor, top: Tensor, code_max: int, signed: bool) -> Tensor:
         code_max: Largest code; 0: none, and the range has no gradient.
         signed: Whether negative values are driven.
     """
-    low = -top if signed else torch.zeros_like(top)
     if on_cpu(x):  # numbers are several times as fast there; on a GPU they would be waited for
-        return x.clamp(low.item(), top.item())
-    return x.clamp(low, top)
+        most = top.item()
+        return x.clamp(-most if signed else 0.0, most)
+    return x.clamp(-top if signed else torch.zeros_like(top), top)
 
 
 @operator(lambda grad, x, top, code_max, signed: (x.new_empty(x.shape), x.new_empty(1)))
@@ -41,6 +42,8 @@ def dac_clip_gradient(
     """Gradients of `x` and `top`: see `ops.dac_clip_gradient`."""
     if not on_cpu(x):
         return slopes(grad, x, top, code_max, signed)
+    if host.serves(None):
+        return host.dac_clip_gradient(grad, x, top.item(), code_max, signed)
     grad_x, grad_top = ops.dac_clip_gradient(
         array(grad), array(x), top=top.item(), code_max=code_max, signed=signed
     )
@@ -65,9 +68,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, top = ctx.saved_tensors
     grad_x, grad_top = call(dac_clip_gradient, grad.contiguous(), x, top, ctx.code_max, ctx.signed)
+    if not ctx.needs_input_grad[1]:
+        return grad_x, None, None, None
     values = x.numel() // max(len(x), 1)
-    grad_top = grad_top * (ctx.code_max**1.5 / max(values, 1) ** 0.5)
-    return grad_x, grad_top if ctx.needs_input_grad[1] else None, None, None
+    return grad_x, grad_top * (ctx.code_max**1.5 / max(values, 1) ** 0.5), None, None
 
 
 gradient(dac_clip, _backward, _setup)

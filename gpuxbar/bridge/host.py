@@ -6,7 +6,7 @@ looked at once, by the same rules, and of a tensor only what keeps a kernel insi
 
 from __future__ import annotations
 
-from ctypes import Array, addressof, c_float, c_int64
+from ctypes import Array, addressof, c_double, c_float, c_int64
 from functools import cache, lru_cache
 from math import inf, prod
 from typing import Any
@@ -31,6 +31,7 @@ from gpuxbar.reference import SMALLEST_RANGE
 
 __all__ = [
     "checksum",
+    "dac_clip_gradient",
     "dac_fit",
     "dac_quantize",
     "device_update",
@@ -90,6 +91,19 @@ def dac_fit(x: Tensor, scale: Tensor, read: Read, what: str) -> tuple[Tensor, Te
     )  # fmt: skip
     require_finite_values(what, bad.value, "bad data")
     return codes, lsb
+
+
+def dac_clip_gradient(
+    grad: Tensor, x: Tensor, top: float, code_max: int, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of a DAC's range: see `ops.dac_clip_gradient`."""
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_x, size, slope = torch.empty_like(x), x.numel(), c_double()
+    host_call(
+        library(), "gpuxbar_dac_clip_gradient", address("grad", grad, size), address("x", x, size), top, grad_x.data_ptr(), size,
+        code_max, signed, slope,
+    )  # fmt: skip
+    return grad_x, x.new_full((1,), slope.value / max(code_max, 1))
 
 
 def reprogram(
