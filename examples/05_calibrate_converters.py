@@ -34,7 +34,7 @@ def accuracy(model):
 
 
 def on_crossbars(bits, percentile):
-    """Accuracy with ADCs of some bits, whose largest code is a percentile of the training images' currents."""
+    """The network with ADCs of some bits, whose largest code is a percentile of the training images' currents."""
     spec = gx.CrossbarSpec.model_validate(
         {
             "tile": {"rows": 32, "cols": 32},
@@ -45,11 +45,13 @@ def on_crossbars(bits, percentile):
     )
     analog, _ = gx.convert(model, spec)
     gx.calibrate(analog, x.split(256))
-    return accuracy(analog)
+    return analog
 
 
 ideal = accuracy(model)
-table = {percentile: [on_crossbars(bits, percentile) for bits in BITS] for percentile in PERCENTILES}
+table = {
+    percentile: [accuracy(on_crossbars(bits, percentile)) for bits in BITS] for percentile in PERCENTILES
+}
 
 figure = Figure(figsize=(5.5, 3.5), layout="constrained")
 axis = figure.subplots()
@@ -58,6 +60,9 @@ for percentile, row in table.items():
     axis.plot(BITS, row, "-o", markersize=4, label=f"range: {percentile} % of the currents")
     print(f"{percentile:>17}" + "".join(f"{value:12.3f}" for value in row))
 print(f"no converters: {ideal:.3f}")
+for percentile in (90, 100):
+    print(f"What converters of 4 bits do, range {percentile} %:")
+    print(gx.conversion_errors(on_crossbars(4, percentile), x.split(256)))
 axis.axhline(ideal, color="k", linestyle=":", label="no converters")
 axis.set(xlabel="ADC bits", ylabel="test accuracy")
 axis.grid(alpha=0.3)

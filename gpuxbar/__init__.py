@@ -1,7 +1,17 @@
 """Train neural networks as if every matrix product ran on analog resistive crossbars."""
 
 from gpuxbar import nn, ops, optim, spec
-from gpuxbar.nn import age, calibrate, convert, distribute, program, same_reads, telemetry, unprogram
+from gpuxbar.nn import (
+    age,
+    calibrate,
+    conversion_errors,
+    convert,
+    distribute,
+    program,
+    same_reads,
+    telemetry,
+    unprogram,
+)
 from gpuxbar.optim import capture_step
 from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, presets, save_spec
 
@@ -13,6 +23,7 @@ __all__ = [
     "age",
     "calibrate",
     "capture_step",
+    "conversion_errors",
     "convert",
     "distribute",
     "load_spec",

@@ -185,7 +185,8 @@ def gpu_path(monkeypatch, **settings):
             return torch.from_numpy(a.values)
 
     bridge_to(monkeypatch, device, array, tensor)
-    monkeypatch.setattr(sys.modules["gpuxbar.bridge.outer_product"], "_on_cpu", lambda _: False)
+    for module in ("outer_product", "dac_clip"):
+        monkeypatch.setattr(sys.modules[f"gpuxbar.bridge.{module}"], "on_cpu", lambda _: False)
     scales = sys.modules["gpuxbar.bridge.analog_mvm"]._slice_scale
     scales.cache_clear()  # arrays of the one kind are not for the other
     try:

@@ -26,6 +26,7 @@ SETTINGS = {
     "half-precision": {**BASE, "precision": "fp16x2", "mapping": {"scheme": "subtracted"}, "read_noise": {"sigma": 1e-7, "sigma_g": 1e-7}},
     "kept": {**BASE, "precision": "fp16x2", "keep_packed": True},
     "kept in-situ": {**BASE, "precision": "fp16x2", "keep_packed": True, "update": AGARWAL},
+    "learned": {**BASE, "dac": {"bits": 8, "range": "learned"}},
     "offset": {**BASE, "mapping": {"scheme": "offset"}},
     "wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "method": "ladder"}},
     "anchored wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "anchor": "ladder", "refresh_interval": 3}},

@@ -17,6 +17,10 @@ import gpuxbar as gx
 SPECS = {
     "digital": {},
     "recurrent": {},
+    "learned": {
+        "dac": {"bits": 8, "range": "learned", "max": 1.0},
+        "backward": {"dac": {"bits": 8, "range": "sample"}},
+    },
     "in situ": {"update": {"law": "soft_bounds"}},
     "pulses": {"update": {"law": "soft_bounds"}, "pulses": {}},
     "agad": {"update": {"law": "soft_bounds"}, "pulses": {}},

@@ -24,6 +24,8 @@ def draw_dac(rng, backward):
         dac["polarity"] = str(rng.choice(["bipolar", "two_phase"]))
         if rng.random() < 0.5:
             dac["stream_bits"] = int(rng.choice([1, 2, 3]))
+    if "bits" in dac and dac["range"] == "fixed" and rng.random() < 0.5:
+        dac["range"] = "learned"
     return dac | {"signed": bool(backward or rng.random() < 0.7)}
 
 
@@ -87,7 +89,7 @@ def arrays(w, spec):
 
 def driven(x, dac):
     """(value of a volt, volts) of every pass, and the values that they stand for."""
-    top = {"sample": np.abs(x).max(1, keepdims=True), "tensor": np.abs(x).max(), "fixed": dac.max}[dac.range]
+    top = {"sample": np.abs(x).max(1, keepdims=True), "tensor": np.abs(x).max()}.get(dac.range, dac.max)
     top = np.maximum(top, 1e-30)
     x = np.clip(x, -top if dac.signed else 0, top)
     if dac.bits is None:

@@ -299,6 +299,20 @@ def test_dac_codes_match_oracle(cuda_device, shape):
         assert (off != 0).sum() <= 1e-4 * x.size
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_gradients_of_a_dac_range_match_oracle(cuda_device, signed):
+    import torch
+
+    from gpuxbar.bridge.dac_clip import dac_clip_gradient
+
+    grad, x = np.random.default_rng(0).normal(size=(2, 4099, 31)).astype(np.float32)
+    arrays = (torch.from_numpy(a).cuda() for a in (grad, x))
+    grad_x, grad_top = dac_clip_gradient(*arrays, torch.tensor([1.5]).cuda(), 7, signed)
+    expected, slope = reference.dac_clip_gradient(grad, x, top=1.5, code_max=7, signed=signed)
+    np.testing.assert_array_equal(grad_x.cpu(), expected)
+    assert grad_top.item() == pytest.approx(slope, abs=1e-6 * np.abs(grad).sum())
+
+
 # ---- ageing
 
 

@@ -34,6 +34,7 @@ SPECS = {
         "backward": {"dac": {"bits": 6, "range": "sample"}},
     },
     "running": {**TILES, "dac": {"bits": 6, "range": "ema", "signed": False}},
+    "learned": {**TILES, "dac": {"bits": 6, "range": "learned"}},
     "states": {**TILES, "read_noise": {"sigma_g": 1e-7}, "generator": "fast"},
     "no converters": {"tile": {"rows": 16, "cols": 8}, "read_noise": {"sigma": 1e-8}},
     "written": {**TILES, "programming": {"write_noise": 1e-7, "stuck_at_g_min": 0.02}},

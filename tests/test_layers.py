@@ -888,6 +888,13 @@ def test_every_tile_has_reference_lines_of_its_own():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+def test_an_ideal_transposed_read_has_no_noise_of_cells():
+    layer = AnalogLinear(20, 6, spec=spec(read_noise={"sigma_g": 1e-6}, backward={"mode": "ideal"}))
+    x, grad = torch.randn(5, 20, requires_grad=True), torch.randn(5, 6)
+    layer(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ layer.weight.detach(), rtol=0, atol=1e-5)
+
+
 def test_the_transposed_read_is_calibrated_by_what_drives_it():
     """Gradients times the weights of full pairs, the largest of which drives v_read."""
     torch.manual_seed(0)

@@ -75,7 +75,7 @@ def idle(monkeypatch):
         return torch.empty(a.shape, dtype=getattr(torch, a.dtype.name), device="meta")
 
     def ready(layer):
-        layer.calibrated = layer.back_calibrated = True
+        layer.calibrated = layer.back_calibrated = layer.dac_begun = True
 
     bridge_to(monkeypatch, device, array, tensor)
     monkeypatch.setattr(AnalogLayer, "look_at_ranges", ready)

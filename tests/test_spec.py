@@ -245,6 +245,20 @@ def test_every_wrong_setting_has_its_line_and_parts_speak_for_themselves():
         ADC(range="fixed")
 
 
+def test_ranges_that_are_learned_round_inputs():
+    with pytest.raises(
+        gx.SpecError,
+        match=r"^DAC: `max` goes with range='fixed', which needs it, or 'learned', got range='ema'",
+    ):
+        DAC(range="ema", max=1.0)
+    with pytest.raises(gx.SpecError, match=r"^DAC: `bits` must be set with range='learned', got None"):
+        DAC(range="learned")
+    with pytest.raises(gx.SpecError, match=r"^CrossbarSpec: `backward.dac.range` must be .*, got 'learned'"):
+        gx.CrossbarSpec(backward={"dac": {"bits": 8, "range": "learned"}})
+    learned = gx.CrossbarSpec(dac={"bits": 8, "range": "learned", "max": 3.0})
+    assert (learned.backward_dac.range, learned.backward_dac.max) == ("tensor", None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

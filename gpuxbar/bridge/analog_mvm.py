@@ -29,7 +29,7 @@ from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.checks import require_finite_values
 from gpuxbar.reference import SMALLEST_RANGE
 
-__all__ = ["abs_max", "analog_mvm", "driven_gradient", "driven_lines"]
+__all__ = ["abs_max", "analog_mvm", "driven_gradient", "driven_lines", "gradient_values", "less_reference"]
 
 
 def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
@@ -100,7 +100,7 @@ def analog_mvm(
         )  # fmt: skip
         if not plain:
             along = [-1, *[1] * (y.dim() - 2)]
-            y = _less_reference(y, way, transposed=False) * scale.view(along)
+            y = less_reference(y, way, transposed=False) * scale.view(along)
             y = y if bias is None else y + bias.detach().view(along)
             gate = _own_lines(gate, way, transposed=False)[0].contiguous() if want_gate else gate
     return y, codes, gate
@@ -170,7 +170,7 @@ def _transposed(
         )  # fmt: skip
         if plain:
             return grad_x
-        grad_x = _less_reference(grad_x, way, transposed=True)
+        grad_x = less_reference(grad_x, way, transposed=True)
         if conv is None:
             return grad_x
         return fold_lines(grad_x, tuple(image), weight.shape, way)
@@ -199,13 +199,18 @@ def _drive_gradient(
 def driven_gradient(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tensor, Tensor]:
     """What a transposed read drives, inside the range of its DAC, and the value of one code, [1] or [len(grad_y)]."""
     read = way.backward
-    driven = grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
+    driven = gradient_values(grad_y, w_max, way)
     if read.full:
         full = read.full * way.unit * w_max.amax().reshape(1)
         driven = driven.clamp(-full, full)
     else:
         full = abs_max(driven, read.per_sample)
     return driven, full / max(read.code_max, 1)
+
+
+def gradient_values(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> Tensor:
+    """A gradient of the output in the units that a transposed read drives."""
+    return grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
 
 
 def abs_max(x: Tensor, per_sample: bool) -> Tensor:
@@ -265,7 +270,7 @@ def _read(
     row_scale, g = lsb / read.v_lsb, driven_lines(g, way, transposed)
     # at every read, also of a compiled or captured graph: ranges may be calibrated or copied at any time
     adc_lsb = adc_range / read.adc_code_max if read.adc_bits else adc_range
-    noise_var = None if noise_var is None else driven_lines(noise_var, way, transposed)
+    noise_var = None if noise_var is None or read.ideal else driven_lines(noise_var, way, transposed)
     if hosted:
         y, gate = host.tile_mvm(
             plan, v, g, noise_var, row_scale, adc_lsb, adc_error, step, transposed=transposed, conv=conv,
@@ -326,7 +331,7 @@ def _own_lines(y: Tensor, way: ReadPlan, transposed: bool) -> tuple[Tensor, Tens
     return by_group[:, :, :lines].flatten(1, 2), by_group[:, :, lines:]
 
 
-def _less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
+def less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
     """Every sensed line less the reference line of its tile."""
     own, reference = _own_lines(y, way, transposed)
     lines, tile = (way.inputs, way.reference[0]) if transposed else (way.outputs, way.reference[1])

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from gpuxbar.launch import CudaDevice, Device, span
 
-__all__ = ["array", "explain_gpu", "on_device", "tensor"]
+__all__ = ["array", "explain_gpu", "on_cpu", "on_device", "tensor"]
+
+
+def on_cpu(t: Tensor) -> bool:
+    """Whether a tensor lies there, for what a GPU leaves to PyTorch's functions."""
+    return t.is_cpu
 
 
 def on_device(t: Tensor, name: str) -> AbstractContextManager[Device | None]:

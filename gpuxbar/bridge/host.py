@@ -21,6 +21,7 @@ from gpuxbar.bridge.pairs import made_of
 from gpuxbar.launch import Device, host_library
 from gpuxbar.mapping.plan import Read
 from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.dac_clip import clip_gradient_on_host
 from gpuxbar.ops.dac_quantize import fit_on_host, quantize_on_host
 from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.device_update import Update, update_on_host
@@ -30,6 +31,7 @@ from gpuxbar.ops.tile_mvm import TileRead, tile_read
 
 __all__ = [
     "checksum",
+    "dac_clip_gradient",
     "dac_fit",
     "dac_quantize",
     "device_update",
@@ -85,6 +87,18 @@ def dac_fit(x: Tensor, scale: Tensor, read: Read, what: str) -> tuple[Tensor, Te
         (rows, channels, size // max(1, rows * channels), lsb.numel()), read.code_max, read.signed, what,
     )  # fmt: skip
     return codes, lsb
+
+
+def dac_clip_gradient(
+    grad: Tensor, x: Tensor, top: float, code_max: int, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of a DAC's range: see `ops.dac_clip_gradient`."""
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_x, size = torch.empty_like(x), x.numel()
+    slope = clip_gradient_on_host(
+        address("grad", grad, size), address("x", x, size), top, grad_x.data_ptr(), size, code_max, signed
+    )
+    return grad_x, x.new_full((1,), slope)
 
 
 def reprogram(

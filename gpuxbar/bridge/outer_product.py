@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
-from gpuxbar.bridge.arrays import array, tensor
+from gpuxbar.bridge.arrays import array, on_cpu, tensor
 from gpuxbar.bridge.operator import call, operator
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.ops import ConvGeometry
@@ -37,7 +37,7 @@ def outer_product(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
 
 def weight_gradient(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
     """Gradient of weights [O, I] of which inputs x [B, I] made outputs, for gradients d [B, O] of these, times `gate` if given."""
-    if not _on_cpu(d) or d.numel() * x.shape[1] < WORTH_PACKING:
+    if not on_cpu(d) or d.numel() * x.shape[1] < WORTH_PACKING:
         return (d if gate is None else d * gate).t() @ x
     found: Tensor = call(outer_product, d, x, gate)
     return found
@@ -126,12 +126,8 @@ def conv_outer_product(
 
 def conv_weight_gradient(d: Tensor, x: Tensor, scale: Tensor, shape: torch.Size, way: ReadPlan) -> Tensor:
     """Gradient of weights of a shape, of which images x in units of `scale`, [1] or [N], made others, for gradients d."""
-    if _on_cpu(d):
+    if on_cpu(d):
         found: Tensor = call(conv_outer_product, d, x, scale, shape, way.stride, way.padding, way.dilation)
         return found
     x = x.to(d.dtype, copy=True).mul_(scale.reshape(-1, 1, 1, 1))
     return conv2d_weight(x, shape, d, way.stride, way.padding, way.dilation, way.groups)
-
-
-def _on_cpu(d: Tensor) -> bool:
-    return d.device.type == "cpu"

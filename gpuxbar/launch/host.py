@@ -49,7 +49,7 @@ ABOUT = """
 #endif
 """
 PLAIN = {int, float, bool, NoneType}
-IN_MEMORY = (ctypes.Structure, ctypes.c_int64)
+IN_MEMORY = (ctypes.Structure, ctypes.c_int64, ctypes.c_double)
 ROOM = 16 << 20  # bytes, several times those of a build
 
 
@@ -164,7 +164,7 @@ def _refusal(command: list[str], done: subprocess.CompletedProcess[str]) -> str:
 
 
 def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
-    """Call a host kernel: arrays, structs and counters go as pointers, None as a null pointer, integers as int64 or addresses,
+    """Call a host kernel: arrays, structs, counters and sums go as pointers, None as a null pointer, integers as int64 or addresses,
     floats as double."""
     assert lib is not None  # else `backend` had chosen the reference
     function = getattr(lib, name)

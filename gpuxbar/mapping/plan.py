@@ -16,7 +16,7 @@ from math import ceil, nan, sqrt
 from gpuxbar.mapping.planes import Planes
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
 
-__all__ = ["Read", "ReadPlan", "full_current", "plan_reads", "worst_current"]
+__all__ = ["IDEAL", "Read", "ReadPlan", "full_current", "plan_reads", "worst_current"]
 
 WHOLE = 1e-6  # relative rounding of a count of ADC steps
 
@@ -32,6 +32,7 @@ class Read:
         noise: Standard deviation of the current of one conversion, A.
         per_sample: Whether each sample has a DAC range of its own.
         full: Digital value of the largest code where the range is fixed; 0: it follows the data.
+        ideal: Whether it is the exact product with the conductances, without the noise of cells too.
     """
 
     tile: int
@@ -46,6 +47,7 @@ class Read:
     noise: float
     per_sample: bool = False
     full: float = 0.0
+    ideal: bool = False
 
     @property
     def adc_code_max(self) -> int:
@@ -58,6 +60,9 @@ class Read:
     def v_max(self) -> float:
         """Voltage of the largest digit, V."""
         return self.v_lsb * (2**self.stream_bits - 1 if self.stream_bits else max(self.code_max, 1))
+
+
+IDEAL = Read(0, 0, True, 0, 1, 1, 1.0, 0, True, 0.0, ideal=True)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def plan_reads(
     else:
         why = "every plane, stream and tile is converted on its own: an ADC quantises"
     if spec.backward.mode == "ideal":
-        backward = Read(0, 0, True, 0, 1, 1, 1.0, 0, True, 0.0)
+        backward = IDEAL
     reference = (spec.tile.rows, spec.tile.cols) if planes.merge == "offset" else (0, 0)
     g_step, g_offset = planes.levels(spec) if spec.precision == "int8" else (None, 0.0)
     plan = ReadPlan(
@@ -169,7 +174,7 @@ def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
         adc_signed=not (one_sided and spec.mapping.scheme != "subtracted"),
         noise=spec.read_noise.sigma,
         per_sample=dac.range == "sample",
-        full=dac.max or 0.0,
+        full=(dac.max or 0.0) if dac.range == "fixed" else 0.0,
     )
 
 

@@ -3,6 +3,7 @@
 from gpuxbar.nn.ageing import age, program, unprogram
 from gpuxbar.nn.calibrate import calibrate
 from gpuxbar.nn.checkpoint import same_reads
+from gpuxbar.nn.conversion_errors import ConversionErrors, conversion_errors
 from gpuxbar.nn.convert import Report, convert
 from gpuxbar.nn.distribute import distribute
 from gpuxbar.nn.layers import AnalogConv1d, AnalogConv2d, AnalogLinear
@@ -12,10 +13,12 @@ __all__ = [
     "AnalogConv1d",
     "AnalogConv2d",
     "AnalogLinear",
+    "ConversionErrors",
     "Report",
     "Telemetry",
     "age",
     "calibrate",
+    "conversion_errors",
     "convert",
     "distribute",
     "program",

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import nn
 
 from gpuxbar.bridge.passes import repeated
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.layers import COUNTED, AnalogLayer
 
 __all__ = ["same_reads"]
 
@@ -32,7 +32,7 @@ def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
         The context of the first pass and that of the second.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, AnalogLayer)]
-    counters = [buffer for layer in layers for buffer in (layer.read_step, layer.eval_step, layer.dac_max)]
+    counters = [buffer for layer in layers for name, buffer in layer.named_buffers() if name in COUNTED]
     before = [counter.clone() for counter in counters]
 
     @contextmanager

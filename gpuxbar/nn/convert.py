@@ -19,13 +19,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
-from gpuxbar.nn.calibrate import without_adcs
 from gpuxbar.nn.layers import AnalogConv, AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
 from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.table import columns
 from gpuxbar.nn.transposed import UnfusedConvTranspose
 from gpuxbar.nn.volumes import UnfusedConv3d
+from gpuxbar.nn.watch import without_adcs
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
 
@@ -97,9 +97,10 @@ def convert(
     layers of other types stay digital and are named in the report.
 
     Layers on other crossbars than `spec` and `rules` say move there with their weights (what was read of them, where trained in
-    situ), without ranges, devices and counts: so a trained network is tried on other crossbars, and `rules={"*": None}` makes
-    modules of torch of it again, fused ones where all of their layers leave (but those with hooks, tied to others, or frozen in
-    part). Those whose crossbars are the same stay as they are, and so do subclasses of crossbar layers.
+    situ) and the DAC ranges that they learned, without other ranges, devices and counts: so a trained network is tried on other
+    crossbars, and `rules={"*": None}` makes modules of torch of it again, fused ones where all of their layers leave (but those with
+    hooks, tied to others, or frozen in part). Those whose crossbars are the same stay as they are, and so do subclasses of crossbar
+    layers.
 
     Args:
         model: Any model; it is not changed.
@@ -122,7 +123,8 @@ def convert(
             f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
         )
     choices = _Rules(spec, rules or {})
-    model, tied = _unfuse(_fuse(_off_others(_copied(model), choices), choices), choices)
+    model, learned = _off_others(_copied(model), choices)
+    model, tied = _unfuse(_fuse(model, choices), choices)
     owners = _owners(model)
     positions = _positions(model, example)
     rows = []
@@ -145,6 +147,9 @@ def convert(
                 rows.append(Row(label, kind, "digital", why, macs=_macs(module, names, positions)))
                 continue
             layer = _analog(module, chosen, names[0])
+            if chosen.dac.range == "learned" and module in learned:
+                layer.dac_max = learned[module]
+                layer.look_at_ranges()
             model = _replaced(model, names, layer)
             rows.append(Row(label, kind, "analog", why, *_counts(layer, names, positions), layer.clip_rate()))
     choices.require_used([row.module for row in rows if row.why != NO_FORM])
@@ -202,9 +207,9 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in left if not value.is_leaf})
 
 
-def _off_others(model: nn.Module, rules: _Rules) -> nn.Module:
-    """The model with layers of torch where layers are on other crossbars than the rules want."""
-    owners = _owners(model)
+def _off_others(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, Tensor]]:
+    """The model with layers of torch where layers are on other crossbars than the rules want, and the DAC ranges that they learned."""
+    owners, learned = _owners(model), {}
     for module, names in _places(model).items():
         if not isinstance(module, AnalogLayer):
             continue
@@ -217,8 +222,11 @@ def _off_others(model: nn.Module, rules: _Rules) -> nn.Module:
             raise ValueError(
                 f"convert: `model` must let its layers leave their crossbars, got {names[0]}: {obstacle}"
             )
-        model = _replaced(model, names, _of_torch(module, ANALOG[kind]))
-    return model
+        plain = _of_torch(module, ANALOG[kind])
+        if module.spec.dac.range == "learned" and module.dac_begun:
+            learned[plain] = module.dac_max
+        model = _replaced(model, names, plain)
+    return model, learned
 
 
 def _of_torch(layer: Any, kind: Any) -> nn.Module:

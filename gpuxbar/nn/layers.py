@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
+from gpuxbar.bridge.dac_clip import dac_clip
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import call
 from gpuxbar.bridge.outer_product import shared_weight
@@ -28,12 +29,14 @@ from gpuxbar.nn.cells import Cells, Steady
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.wires import settings_checksum
 from gpuxbar.ops import PackedConductance
-from gpuxbar.reference import Purpose, normals, uniforms
+from gpuxbar.reference import SMALLEST_RANGE, Purpose, normals, uniforms
 from gpuxbar.spec import ADC, CrossbarSpec
 
-__all__ = ["AnalogConv", "AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
+__all__ = ["COUNTED", "AnalogConv", "AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
+COUNTED = "read_step", "eval_step", "dac_max"  # buffers of a layer that change with each of its reads
 TEST_INPUTS = 32  # of a test read
+BOUNDED = "fixed", "ema", "learned"  # DAC ranges that values may exceed
 DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC,
 CARRYING: Any = {"tile": True, "device": True, "mapping": True, "carry": {"headroom_bits"}}  # and of a spec
 
@@ -59,7 +62,8 @@ class AnalogLayer(InSitu):
     every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the currents of an ADC's
     largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted;
     `range_settings`, int64 [1], is a checksum of the settings by which lines carry currents: calibrated ranges of a checkpoint of
-    others are forgotten. `dac_max` is the running DAC range.
+    others are forgotten. `dac_max` is the DAC's range where it is fixed, running or learned: a parameter where learned, NaN
+    until it begins, whose magnitude counts.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
@@ -113,9 +117,11 @@ class AnalogLayer(InSitu):
                 self.register_buffer(f"{key}_error", None)
         settings = torch.tensor([_carrying(spec)], device=device)
         self.register_buffer("range_settings", settings)
-        self.register_buffer(
-            "dac_max", torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
-        )
+        dac_max = torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
+        if spec.dac.range == "learned":
+            self.dac_max = nn.Parameter(dac_max if spec.dac.max else dac_max.fill_(torch.nan))
+        else:
+            self.register_buffer("dac_max", dac_max)
         # wires act on every device, so planes are programmed apart and merged behind them
         planes = 2 * spec.mapping.slices if spec.parasitics.active else len(self.plan.slice_scale)
         shape = (planes, sensed[1], self.outputs + extra_cols)
@@ -176,7 +182,8 @@ class AnalogLayer(InSitu):
         return torch.stack([1 + adc.gain_std * found[0], adc.offset_std * found[1]])
 
     def look_at_ranges(self) -> None:
-        """Remember which direction's ADC ranges are set, so that reads never wait for a GPU to know it."""
+        """Remember which direction's ADC ranges are set, and whether a learned DAC range has begun, so that reads never wait for a GPU to
+        know it."""
         ready = []
         for full, read, _ in self.converters():
             if read.adc_bits and full.is_meta:
@@ -184,8 +191,15 @@ class AnalogLayer(InSitu):
                     f"{self.name}: a layer with ADCs must be on a device that holds values, got meta; load or initialise the model "
                     "before gpuxbar.convert"
                 )
-            ready.append(not read.adc_bits or bool(((full > 0) & (full < torch.inf)).all()))
-        self.calibrated, self.back_calibrated = ready
+            ready.append(not read.adc_bits or _is_set(full))
+        learned = self.spec.dac.range == "learned"
+        if learned and self.dac_max.is_meta:
+            raise ValueError(
+                f"{self.name}: a layer that learns its DAC range must be on a device that holds values, got meta; load or "
+                "initialise the model before gpuxbar.convert"
+            )
+        self.dac_begun = not learned or _is_set(self.dac_max.abs())
+        self.calibrated, self.back_calibrated = ready[0] and self.dac_begun, ready[1]
 
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
@@ -338,6 +352,8 @@ class AnalogLayer(InSitu):
         dac = self.spec.dac
         if dac.range == "fixed":
             return self.dac_max
+        if dac.range == "learned" and self.dac_begun:
+            return self.dac_max.float().abs().clamp_min(SMALLEST_RANGE)
         seen = abs_max(x.detach(), dac.range == "sample")
         if dac.range != "ema":
             return seen
@@ -347,11 +363,11 @@ class AnalogLayer(InSitu):
     def dac_inputs(self, x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
         """The input inside the DAC's range, and the value of one code, [1] or [len(x)]."""
         dac = self.spec.dac
-        if dac.range in ("fixed", "ema"):
-            x = torch.minimum(torch.maximum(x, -top), top)
-        if not dac.signed:
+        if dac.range in BOUNDED:
+            x = call(dac_clip, x, top, dac.code_max, dac.signed)
+        elif not dac.signed:
             x = x.clamp_min(0)
-        return x, top / max(dac.code_max, 1)
+        return x, top.detach() / max(dac.code_max, 1)
 
     def steady(self) -> Steady:
         """For reads over and over before anything changes the layer."""
@@ -370,10 +386,10 @@ class AnalogLayer(InSitu):
         self.require_ranks()
         if self._follows_inputs() and not torch.compiler.is_compiling():
             require_first_pass(self.name)
-        passes_gradients = x.requires_grad
         x = x.float().contiguous()
         top = self.dac_top(x)
         x, lsb = self.dac_inputs(x, top)
+        passes_gradients = x.requires_grad
         bias = self.bias
         bias = None if bias is None else bias.float()
         if steady is None:
@@ -405,6 +421,8 @@ class AnalogLayer(InSitu):
         weight = weight.detach() if self.keeps_operands else weight
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(weight.dtype)
+            if self.spec.dac.range == "learned":  # which gets a gradient of 0 too
+                x = x + self.dac_max.to(weight.dtype)
             if x.dim() == 2:
                 return functional.linear(x, weight, bias)
             kernel = weight.reshape(image_shape(weight.shape))
@@ -419,6 +437,11 @@ class AnalogLayer(InSitu):
         """Refuse to read without an ADC range."""
         if not self.calibrated and not torch.compiler.is_compiling():
             self.look_at_ranges()  # others may have been copied to the layer, as averages of models do
+        if not self.calibrated and not self.dac_begun:
+            raise ValueError(
+                f"{self.name}: a DAC range that is learned must begin before use, got {self.dac_max.item():g}; call "
+                "gpuxbar.calibrate(model, loader), or set `dac.max` of its spec"
+            )
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
@@ -534,6 +557,11 @@ class AnalogLayer(InSitu):
         for name, value in kept.items():
             self.get_buffer(name).copy_(value)
         self.look_at_ranges()
+
+
+def _is_set(full: Tensor) -> bool:
+    """Whether ranges are such."""
+    return bool(((full > 0) & (full < torch.inf)).all())
 
 
 def _carrying(spec: CrossbarSpec) -> int:

@@ -4,6 +4,7 @@ from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.carry import carry
 from gpuxbar.ops.chop import chop
 from gpuxbar.ops.conv_outer_product import conv_outer_product
+from gpuxbar.ops.dac_clip import dac_clip_gradient
 from gpuxbar.ops.dac_quantize import Dac, dac_fit, dac_quantize
 from gpuxbar.ops.device_map import device_map, draw_device_map, spread_names
 from gpuxbar.ops.device_update import device_update
@@ -33,6 +34,7 @@ __all__ = [
     "carry",
     "chop",
     "conv_outer_product",
+    "dac_clip_gradient",
     "dac_fit",
     "dac_quantize",
     "device_map",

@@ -2,6 +2,7 @@
 
 from gpuxbar.reference.carry import carry
 from gpuxbar.reference.chop import chop
+from gpuxbar.reference.dac_clip import dac_clip_gradient
 from gpuxbar.reference.dac_quantize import SMALLEST_RANGE, dac_fit, dac_quantize
 from gpuxbar.reference.device_update import device_update, drawn_devices, read_out
 from gpuxbar.reference.drift import drift
@@ -30,6 +31,7 @@ __all__ = [
     "carry",
     "chop",
     "conv_outer_product",
+    "dac_clip_gradient",
     "dac_fit",
     "dac_quantize",
     "device_update",

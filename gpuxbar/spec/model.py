@@ -111,14 +111,18 @@ class DAC(Part):
     `polarity`: signed inputs driven as one "bipolar" voltage or in "two_phase" (positive, then negative).
     `range`: the digital value of the largest code: "sample" (abs-max of each row of a linear layer, each
     image of a convolution), "tensor" (abs-max of the call), "ema" (running mean of abs-max over training
-    calls, factor `momentum`; before the first, that of the call), "fixed" (`max`). `v_read`: voltage of the largest digit, V.
+    calls, factor `momentum`; before the first, that of the call), "fixed" (`max`), "learned" (the layer's parameter `dac_max`,
+    which begins at `max`, or without it at what `gpuxbar.calibrate` finds to round and clip with the least squared error, and
+    which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020). That gradient sees how
+    inputs are rounded and clipped, not ADCs and noise; calibrate ADC ranges anew when it has moved.
+    `v_read`: voltage of the largest digit, V.
     """
 
     bits: int | None = Field(None, ge=1, le=8)
     stream_bits: int | None = Field(None, ge=1, le=8)
     signed: bool = True
     polarity: Literal["bipolar", "two_phase"] = "bipolar"
-    range: Literal["sample", "tensor", "ema", "fixed"] = "tensor"
+    range: Literal["sample", "tensor", "ema", "fixed", "learned"] = "tensor"
     max: float | None = Field(None, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     v_read: float = Field(0.2, gt=0)
@@ -140,10 +144,15 @@ class DAC(Part):
                 "DAC: `bits` must be set with polarity='two_phase', got None; phases drive the positive and the negative part of a "
                 "quantised code: set it, or polarity='bipolar'"
             )
-        if (self.range == "fixed") != (self.max is not None):
+        if self.range != "learned" and (self.range == "fixed") != (self.max is not None):
             raise ValueError(
-                f"DAC: `max` goes with range='fixed' and only with it, got range={self.range!r} and "
-                f"max={self.max}; set both or neither"
+                f"DAC: `max` goes with range='fixed', which needs it, or 'learned', got range={self.range!r} and max={self.max}; "
+                "set both or neither"
+            )
+        if self.range == "learned" and self.bits is None:
+            raise ValueError(
+                "DAC: `bits` must be set with range='learned', got None; without rounding, the wider a range the better: set it, "
+                "or range='tensor'"
             )
         return self
 
@@ -171,8 +180,8 @@ class ADC(Part):
 
     `bits`: resolution (`None`: no conversion). `range`: the current of the largest code: "calibrated" (the
     `percentile` of partial sums seen by `gpuxbar.calibrate`), "fixed" (`i_max`, A), "worst_case" (every cell
-    of a line at `g_max`, every input at `v_read`). Which of the two costs accuracy, clipping or rounding, is told by `bits` of 16,
-    which round next to nothing, and a `percentile` of 100, which clips nothing that was seen. Codes are signed, unless currents have one sign: of voltages of one sign (of
+    of a line at `g_max`, every input at `v_read`). `gpuxbar.conversion_errors` tells what clips, and whether clipping or
+    rounding costs more. Codes are signed, unless currents have one sign: of voltages of one sign (of
     unsigned or two-phase DACs) on devices that are not subtracted before. `per`: one range per "layer" or per output "column".
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; both drawn
     once per converter.
@@ -442,10 +451,10 @@ class CrossbarSpec(Part):
                 "CrossbarSpec: `backward.dac.signed` must be true, got false; gradients have both signs, and one of them would be "
                 "lost: leave it out"
             )
-        if self.backward_dac.range == "ema":
+        if self.backward_dac.range in ("ema", "learned"):
             raise ValueError(
-                "CrossbarSpec: `backward.dac.range` must be sample, tensor or fixed, got 'ema'; gradients shrink as "
-                "training goes on: choose one of these"
+                f"CrossbarSpec: `backward.dac.range` must be sample, tensor or fixed, got {self.backward_dac.range!r}; gradients "
+                "shrink as training goes on: choose one of these"
             )
         return self
 
@@ -603,7 +612,7 @@ class CrossbarSpec(Part):
         if self.backward.dac is not None:
             return self.backward.dac
         bits = None if self.dac.bits is None else max(self.dac.bits, 2)
-        dynamic = "tensor" if self.dac.range in ("fixed", "ema") else self.dac.range
+        dynamic = "tensor" if self.dac.range in ("fixed", "ema", "learned") else self.dac.range
         polarity = "bipolar" if bits is None else self.dac.polarity
         return self.dac.model_copy(
             update={"signed": True, "bits": bits, "range": dynamic, "max": None, "polarity": polarity}

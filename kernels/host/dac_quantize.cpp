@@ -1,6 +1,7 @@
-// dac_quantize and dac_fit on the CPU: digital values to DAC codes, by a given step or by the one that fits the values.
+// dac_quantize, dac_fit and dac_clip_gradient on the CPU: digital values to DAC codes, by a given step or by the one that fits the
+// values, and gradients through the edges of a given range.
 //
-// Oracle: gpuxbar/reference/dac_quantize.py.
+// Oracle: gpuxbar/reference/dac_quantize.py, dac_clip.py.
 #include <algorithm>
 #include <vector>
 
@@ -89,4 +90,31 @@ extern "C" void gpuxbar_dac_fit(const float* x,      // [rows, channels, each]
       for (i64 i = 0; i < count; ++i) codes[first + i] = (i16)(i32)dac_code(value(i), inverse, bottom, top);
     });
   }
+}
+
+// Through the edges of a DAC's range: grad_x = grad where x is inside, and the derivative by the step, `*slope`, the sum of
+// grad (round(x / lsb) - x / lsb) inside and of grad times the largest or least code beyond (Esser et al., ICLR 2020).
+extern "C" void gpuxbar_dac_clip_gradient(const float* grad, const float* x, double top, float* grad_x, i64 size,
+                                          i64 code_max, i64 is_signed, double* slope) {
+  const float most = (float)code_max, least = is_signed ? -most : 0.0f;
+  const float high = (float)top, low = is_signed ? -high : 0.0f;
+  const float inverse = most / high;
+  const i64 blocks = (size + 4095) / 4096;
+  std::vector<double> sums(blocks);  // added up in order, whatever thread made them
+#pragma omp parallel for schedule(static)
+  for (i64 block = 0; block < blocks; ++block) {
+    const i64 end = std::min(size, (block + 1) * 4096);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (i64 e = block * 4096; e < end; ++e) {
+      const float steps = x[e] * inverse;
+      const bool inside = x[e] <= high && x[e] >= low;
+      const float by_step = inside ? round_even(steps) - steps : (x[e] > high ? most : least);
+      grad_x[e] = inside ? grad[e] : 0.0f;
+      sum += grad[e] * by_step;
+    }
+    sums[block] = sum;
+  }
+  *slope = 0.0;
+  for (const double sum : sums) *slope += sum;
 }
