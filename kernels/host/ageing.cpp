@@ -27,10 +27,11 @@ extern "C" void gpuxbar_drift(const Drift* law, const float* g, float* aged, i64
                               i64 step, i64 flicker_step) {
   const Drift d = *law;
   const bool spread = d.std_max > 0.0f, noise = d.flicker > 0.0f;
-  for_rows(planes, rows, cols, [=](u32 plane, u32 row, i64 col0, i64 first, i64 count) {
+  const WideKeys keys((u64)seed);
+  for_rows(planes, rows, cols, [=, &keys](u32 plane, u32 row, i64 col0, i64 first, i64 count) {
     alignas(64) float x[WIDE_ROW] = {}, nu[WIDE_ROW] = {}, flicker[WIDE_ROW] = {};
-    if (spread) draw_normals(Draw{DRIFT, plane, (u32)step, (u64)seed}, row, col0, nu);
-    if (noise) draw_normals(Draw{FLICKER, plane, (u32)flicker_step, (u64)seed}, row, col0, flicker);
+    if (spread) draw_normals(Draw{DRIFT, plane, (u32)step, keys}, row, col0, nu);
+    if (noise) draw_normals(Draw{FLICKER, plane, (u32)flicker_step, keys}, row, col0, flicker);
     std::copy(g + first, g + first + count, x);
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j) x[j] = drifted(d, x[j], nu[j], flicker[j]);
@@ -41,11 +42,12 @@ extern "C" void gpuxbar_drift(const Drift* law, const float* g, float* aged, i64
 extern "C" void gpuxbar_relax(const Retention* law, float* g, const i32* pulse_count, i64 planes, i64 rows, i64 cols,
                               i64 seed) {
   const Retention s = *law;
-  for_rows(planes, rows, cols, [=](u32 plane, u32 row, i64 col0, i64 first, i64 count) {
+  const WideKeys keys((u64)seed);
+  for_rows(planes, rows, cols, [=, &keys](u32 plane, u32 row, i64 col0, i64 first, i64 count) {
     alignas(64) float x[WIDE_ROW] = {}, z[WIDE_ROW] = {}, u[WIDE_ROW];
-    if (s.spread > 0.0f) draw_normals(Draw{RETENTION, plane, 0, (u64)seed}, row, col0, z);
+    if (s.spread > 0.0f) draw_normals(Draw{RETENTION, plane, 0, keys}, row, col0, z);
     if (s.stuck_low + s.stuck_high > 0.0f)
-      draw_uniforms(Draw{STUCK, plane, 0, (u64)seed}, row, col0, u);
+      draw_uniforms(Draw{STUCK, plane, 0, keys}, row, col0, u);
     else
       std::fill(u, u + WIDE_ROW, 0.5f);
     std::copy(g + first, g + first + count, x);

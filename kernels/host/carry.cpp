@@ -17,6 +17,7 @@ struct Arrays {
   float* g_held;           // like g, or null
   const i32* pulse_count;  // like g, or null
   i64 rows, cols;
+  const WideKeys& keys;
 };
 
 // 64 weights, of which `count` exist.
@@ -40,7 +41,7 @@ void load_pairs(const Programming& p, const Slices& s, const Arrays& a, const Sp
     const i64 first = place(a, at, plane);
     std::copy(a.g + first, a.g + first + at.count, side[n]);
     if (has_stuck(p)) {
-      draw_stuck(p, plane, at.row, at.col0, u);
+      draw_stuck(p, a.keys, plane, at.row, at.col0, u);
       for (int j = 0; j < WIDE_ROW; ++j) pairs.writable[j] *= stuck(p, u[j]) ? 0.0f : 1.0f;
     }
     if (a.pulse_count)
@@ -61,7 +62,7 @@ void write_pairs(const Programming& p, const Slices& s, const Arrays& a, const S
   for (i32 n = 0; n < 2; ++n) {
     const u32 plane = (u32)(n * s.count + k);
     const i64 first = place(a, at, plane);
-    const WriteDraws z(p, CARRY, plane, at.row, at.col0);
+    const WriteDraws z(p, a.keys, CARRY, plane, at.row, at.col0);
     alignas(64) float value[WIDE_ROW];
     const float sign = n ? -1.0f : 1.0f;
     const Programming settings = p;
@@ -120,7 +121,8 @@ extern "C" void gpuxbar_carry(const Programming* writes, const Slices* slices, f
                               const i32* pulse_count, i64 interval, i64 rows, i64 cols, i64* bad) {
   const Programming p = *writes;
   const Slices s = *slices;
-  const Arrays a{g, g_held, pulse_count, rows, cols};
+  const WideKeys keys(p.seed);
+  const Arrays a{g, g_held, pulse_count, rows, cols, keys};
   const i32 due = slices_due(s, interval, p.step);
   if (due == 0) return;
   *bad = count_not_finite(g, 2 * s.count * rows * cols);

@@ -24,6 +24,18 @@ inline void each_cell(i64 count, Work&& work) {
     for (i64 j = 0; j < count; ++j) work(j);
 }
 
+// Floats of `count` halves, at most a row.
+static inline void read_halves(const u16* from, i64 count, float* to) {
+#if defined(__F16C__)
+  if (count == WIDE_ROW) {  // a compiler that does not know fp16 finds no instruction for it
+    for (int j = 0; j < WIDE_ROW; j += 8)
+      _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + j))));
+    return;
+  }
+#endif
+  each_cell(count, [=](i64 j) { to[j] = half_value(from[j]); });
+}
+
 // Planes of a map of devices of this law.
 static inline int map_planes(const UpdateLaw& s) {
   return (s.step_spread != 0.0f) + (s.asymmetry_spread != 0.0f) + (s.low_spread != 0.0f) + (s.high_spread != 0.0f) +
@@ -35,13 +47,13 @@ struct Draws {
   alignas(64) float normal[6][WIDE_ROW];  // in the order of `Spreads`
 
   // `first`, `count`: index of the row's first cell in a plane of the map, and how many there are.
-  Draws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const Place& at, u64 seed) {
+  Draws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const Place& at, const WideKeys& keys) {
     const float spread[6] = {s.step_spread, s.asymmetry_spread, s.low_spread,
                              s.high_spread, s.spread_up,        s.spread_down};
     if (map.normal)
       read(spread, map, first, count);
     else
-      draw(spread, at, seed);
+      draw(spread, at, keys);
   }
 
   void read(const float (&spread)[6], DeviceMap map, i64 first, i64 count) {
@@ -49,18 +61,18 @@ struct Draws {
       float* to = normal[k];
       std::fill(to, to + WIDE_ROW, 0.0f);
       if (spread[k] == 0.0f) continue;
-      each_cell(count, [&](i64 j) { to[j] = half_value(map.normal[first + j]); });
+      read_halves(map.normal + first, count, to);
       map.normal += map.cells;
     }
   }
 
   // All words first: many chains of rounds, then of normals, keep the processor busy.
-  void draw(const float (&spread)[6], const Place& at, u64 seed) {
+  void draw(const float (&spread)[6], const Place& at, const WideKeys& keys) {
     constexpr Purpose OF[3] = {UPDATE_SPREAD_STEP, UPDATE_SPREAD_WINDOW, UPDATE_SPREAD_SHAPE};
     alignas(64) u32 word[3][WIDE_ROW];
     const auto wanted = [&](int k) { return spread[2 * k] != 0.0f || spread[2 * k + 1] != 0.0f; };
     for (int k = 0; k < 3; ++k)
-      if (wanted(k)) draw_fast_words(Draw{OF[k], at.plane, 0, seed}, at.row, at.col0, word[k]);
+      if (wanted(k)) draw_words<7>(Draw{OF[k], at.plane, 0, keys}, at.row, at.col0, word[k]);
     for (int k = 0; k < 3; ++k) {
       float *a = normal[2 * k], *b = normal[2 * k + 1];
       if (!wanted(k)) {
@@ -86,9 +98,9 @@ static inline bool noisy(const UpdateLaw& s) {
 }
 
 // 1 for cells that move, 0 for stuck ones.
-static inline void draw_free(float stuck_low, float stuck_high, const Place& at, u64 seed, float* free) {
+static inline void draw_free(float stuck_low, float stuck_high, const Place& at, const WideKeys& keys, float* free) {
   if (stuck_low + stuck_high > 0.0f) {
-    draw_uniforms(Draw{STUCK, at.plane, 0, seed}, at.row, at.col0, free);
+    draw_uniforms(Draw{STUCK, at.plane, 0, keys}, at.row, at.col0, free);
     for (int j = 0; j < WIDE_ROW; ++j) free[j] = free[j] < stuck_low || free[j] > 1.0f - stuck_high ? 0.0f : 1.0f;
   } else {
     std::fill(free, free + WIDE_ROW, 1.0f);

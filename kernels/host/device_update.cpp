@@ -42,16 +42,18 @@ struct Arrays {
   const float* digits;  // [slices, G * I, O], wanted units of every slice, or null
   float* w;             // [G, O, I]
   const float* w_max;   // [G * O]
+  const WideKeys& keys;
 };
 
 using Block = float[LINES][WIDE_ROW];
 
 // Count the pulses of changes d on a row of devices, and leave those that fail by them where they fail.
-void wear_row(const Update& u, const Place& at, const float* d, i64 count, i32* taken, float* x, float* shown) {
+void wear_row(const Update& u, const WideKeys& keys, const Place& at, const float* d, i64 count, i32* taken, float* x,
+              float* shown) {
   alignas(64) float z[WIDE_ROW] = {}, part[WIDE_ROW];
   const Endurance e = u.endurance;
-  if (e.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, u.seed}, at.row, at.col0, z);
-  draw_uniforms(Draw{WEAR, at.plane, (u32)u.step, u.seed}, at.row, at.col0, part);
+  if (e.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, keys}, at.row, at.col0, z);
+  draw_uniforms(Draw{WEAR, at.plane, (u32)u.step, keys}, at.row, at.col0, part);
   alignas(64) i32 now[WIDE_ROW] = {};
   alignas(64) float none[WIDE_ROW] = {};
   std::copy(taken, taken + count, now);
@@ -95,13 +97,13 @@ void prepare(const Update& u, const Arrays& a, const float* change, i64 count, R
   const i32* taken = a.pulse_count ? a.pulse_count + r.first : nullptr;
   if (u.stuck_low + u.stuck_high > 0.0f) {
     alignas(64) float free[WIDE_ROW];
-    draw_free(u.stuck_low, u.stuck_high, r.at, u.seed, free);
+    draw_free(u.stuck_low, u.stuck_high, r.at, a.keys, free);
 #pragma omp simd
     for (int j = 0; j < WIDE_ROW; ++j) r.d[j] *= free[j];
   }
   if (taken)
     for (i64 j = 0; j < count; ++j) r.d[j] = taken[j] < 0 ? 0.0f : r.d[j];
-  const Draws draws(s, a.map, r.first, count, r.at, u.seed);
+  const Draws draws(s, a.map, r.first, count, r.at, a.keys);
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
     const Device device = device_of(s, spreads(draws, j), r.rising[j] > 0.0f);
@@ -109,7 +111,7 @@ void prepare(const Update& u, const Arrays& a, const float* change, i64 count, R
     r.gain[j] = device.gain, r.shape[j] = device.shape;
   }
   if (noisy(s))
-    draw_normals(Draw{CYCLE, r.at.plane, (u32)u.step, u.seed}, r.at.row, r.at.col0, r.noise);
+    draw_normals(Draw{CYCLE, r.at.plane, (u32)u.step, a.keys}, r.at.row, r.at.col0, r.noise);
   else
     std::fill(r.noise, r.noise + WIDE_ROW, 0.0f);
 }
@@ -122,18 +124,27 @@ void move(const UpdateLaw s, Row& r) {
       const Device device{r.low[j], r.width[j], r.inverse_width[j], r.gain[j], r.shape[j]};
       r.shape[j] = fitted_shape<L>(s, device, r.rising[j] > 0.0f);
     }
+  alignas(64) Row::Cells from, by, per_square, fixed;  // of `Effort`
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
     const Device device{r.low[j], r.width[j], r.inverse_width[j], r.gain[j], r.shape[j]};
-    r.x[j] = moved<L>(s, device, r.x[j], r.d[j], r.rising[j] > 0.0f, r.noise[j], s.scatter);
+    const Effort effort = effort_of<L>(s, device, r.d[j], r.rising[j] > 0.0f);
+    from[j] = effort.reach.from, by[j] = effort.reach.by;
+    per_square[j] = effort.per_square, fixed[j] = effort.fixed;
+  }
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const Device device{r.low[j], r.width[j], r.inverse_width[j], r.gain[j], r.shape[j]};
+    const Effort effort{Reach{from[j], by[j]}, per_square[j], fixed[j]};
+    r.x[j] = moved<L>(s, device, effort, r.x[j], r.d[j], r.rising[j] > 0.0f, r.noise[j], s.scatter);
   }
 }
 
 // What touched devices show.
-void show(const Update& u, Row& r) {
+void show(const Update& u, const WideKeys& keys, Row& r) {
   const UpdateLaw s = u.law;
   alignas(64) float write[WIDE_ROW];
-  draw_normals(Draw{UPDATE_WRITE, r.at.plane, (u32)u.step, u.seed}, r.at.row, r.at.col0, write);
+  draw_normals(Draw{UPDATE_WRITE, r.at.plane, (u32)u.step, keys}, r.at.row, r.at.col0, write);
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j)
     r.shown[j] = r.d[j] > 0.0f ? max(fma(s.write_noise, write[j], r.x[j]), s.floor) : r.shown[j];
@@ -187,8 +198,9 @@ void update_rows(const Update& u, const Arrays& a, i32 sides, const float* chang
   for (Row* r = rows; r < rows + sides; ++r) prepared(u, a, change, count, *r);
   for (Row* r = rows; r < rows + sides; ++r) move<L>(u.law, *r);
   for (Row* r = rows; r < rows + sides; ++r) {
-    if (a.g_held) show(u, *r);
-    if (a.pulse_count) wear_row(u, r->at, r->d, count, a.pulse_count + r->first, r->x, a.g_held ? r->shown : nullptr);
+    if (a.g_held) show(u, a.keys, *r);
+    if (a.pulse_count)
+      wear_row(u, a.keys, r->at, r->d, count, a.pulse_count + r->first, r->x, a.g_held ? r->shown : nullptr);
     write_back(held + r->first, r->x, r->before, u.g_min, u.range, count);
     if (a.g_held) write_back(a.g + r->first, r->shown, r->shown_before, u.g_min, u.range, count);
   }
@@ -254,7 +266,8 @@ extern "C" void gpuxbar_device_update(float* g, float* g_held, i32* pulse_count,
                                       i64* bad) {
   const Update u = *update;
   const i64 size = u.groups * u.inputs * u.outputs;
-  const Arrays a{g, g_held, pulse_count, DeviceMap{device_map, 2 * u.slices.count * size}, dw, digits, w, w_max};
+  const WideKeys keys(u.seed);
+  const Arrays a{g, g_held, pulse_count, DeviceMap{device_map, 2 * u.slices.count * size}, dw, digits, w, w_max, keys};
   *bad = dw ? count_not_finite(dw, size) : count_not_finite(digits, u.slices.count * size);
   if (*bad) return;
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;

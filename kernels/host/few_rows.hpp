@@ -40,14 +40,16 @@ struct StripWork {
   Aligned memory;
   float *psum, *variance, *sum, *gate, *packed;
   std::unique_ptr<i32[]> codes;
-  StripWork(i64 batch, i64 length)
+  WideKeys keys;
+  StripWork(i64 batch, i64 length, u64 seed)
       : memory(4 * batch * STRIP + length * PITCH),
         psum(memory.get()),
         variance(psum + batch * STRIP),
         sum(variance + batch * STRIP),
         gate(sum + batch * STRIP),
         packed(gate + batch * STRIP),
-        codes(new i32[batch * STRIP]) {}
+        codes(new i32[batch * STRIP]),
+        keys(seed) {}
 };
 
 // Rows from i on, ROWS at a time, in register tiles of WIDTH vectors; the first row that is left.
@@ -97,7 +99,7 @@ inline void by_column(const float (&z)[8][LANES], float* to) {
 
 // c[j] += deviation[j] z[j], or sigma z where `deviation` is null, of one row's strip from `column` on.
 template <bool FAST>
-inline void add_strip_noise(u32 third, const TileMvm& p, u32 column, u32 row, i64 begin, i64 end,
+inline void add_strip_noise(u32 third, const TileMvm& p, const WideKeys& keys, u32 column, u32 row, i64 begin, i64 end,
                             const float* deviation, float* c) {
   constexpr int EACH = FAST ? 8 : 4, PAIRS = EACH / 2,
                 WORTH = EACH * LANES;  // columns of a counter, pairs, of a vector
@@ -108,7 +110,7 @@ inline void add_strip_noise(u32 third, const TileMvm& p, u32 column, u32 row, i6
   for (i64 j = begin / WORTH * WORTH; j < end; j += WORTH) {
     const Wide counter = even_lanes() + (u64)((column + (u32)j) / EACH);
     philox_lanes<FAST ? 7 : 10>(WideCounter{counter, row_, third_, step}, WideCounter{counter + 1, row_, third_, step},
-                                (u32)p.seed, (u32)(p.seed >> 32), words[0], words[1], words[2], words[3]);
+                                keys, words[0], words[1], words[2], words[3]);
     for (int q = 0; q < PAIRS; ++q) {
 #pragma omp simd
       for (int i = 0; i < LANES; ++i) {
@@ -139,8 +141,9 @@ inline void strip_noise(const TileMvm& p, const Strip& strip, u32 slot, i64 plan
   const u32 third = (p.transposed ? READ_TRANSPOSED : READ) << 24 | slot;
   for (i64 r = 0; r < p.batch; ++r) {
     const float* deviation = p.noise_var ? w.variance + r * STRIP : nullptr;
-    (p.fast ? add_strip_noise<true> : add_strip_noise<false>)(third, p, (u32)strip.column, (u32)(p.row_offset + r),
-                                                              strip.begin, strip.end, deviation, w.psum + r * STRIP);
+    (p.fast ? add_strip_noise<true> : add_strip_noise<false>)(third, p, w.keys, (u32)strip.column,
+                                                              (u32)(p.row_offset + r), strip.begin, strip.end,
+                                                              deviation, w.psum + r * STRIP);
   }
 }
 
@@ -227,7 +230,7 @@ inline void read_few(const TileMvm& p, const Shape& s, float share) {
   const i64 most = (s.sense + STRIP - 1) / STRIP + 1;
 #pragma omp parallel
   {
-    StripWork work(p.batch, std::min(p.tile, s.drive));
+    StripWork work(p.batch, std::min(p.tile, s.drive), p.seed);
 #pragma omp for schedule(dynamic, 1)
     for (i64 task = 0; task < p.groups * most; ++task) {
       const Strip strip(s, task / most, task % most);

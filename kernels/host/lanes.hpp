@@ -63,7 +63,8 @@ inline void multiply_block(i64 count, i64 begin, i64 end, i64 length, const Rows
 
 // What all draws of one conversion share.
 struct Draws {
-  u32 third, step, key_lo, key_hi;  // the counter's third word: purpose and slot
+  u32 third, step;  // the counter's third word: purpose and slot
+  const WideKeys& keys;
 };
 
 // words[q][i]: word q of the counter of `group` and row `row + i`, in whole TURNS of vectors.
@@ -75,7 +76,7 @@ inline void draw_words(const Draws& d, u32 group, u32 row, i64 rows, u32 (*words
     for (int n = 0; n < 2 * TURNS; ++n)
       c[n] = WideCounter{group + Wide{}, even_lanes() + (u64)(u32)(row + i + n / 2 * LANES + n % 2), d.third + Wide{},
                          d.step + Wide{}};
-    philox_lanes<ROUNDS>(c, d.key_lo, d.key_hi, words[0] + i, words[1] + i, words[2] + i, words[3] + i);
+    philox_lanes<ROUNDS>(c, d.keys, words[0] + i, words[1] + i, words[2] + i, words[3] + i);
   }
 }
 

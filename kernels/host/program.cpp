@@ -16,8 +16,8 @@ constexpr int LINES = 16;
 constexpr u32 INFINITE = 0x7F800000u;  // bits of infinity; NaN is above
 
 // What a write leaves of the targets of plane `slot`, in place.
-void write_row(const Programming p, u32 slot, u32 row, i64 col0, float* g) {
-  const WriteDraws z(p, WRITE, slot, row, col0);
+void write_row(const Programming p, const WideKeys& keys, u32 slot, u32 row, i64 col0, float* g) {
+  const WriteDraws z(p, keys, WRITE, slot, row, col0);
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) g[j] = written(p, g[j], z.spread[j], z.noise[j], z.u[j]);
 }
@@ -119,6 +119,7 @@ void load_block(const Programming& p, const float* weight, const float* w_max, i
 void program_cells(const Programming& p, const float* weight, const float* w_max, float* g, float* noise_var) {
   const bool pairs = p.merge != MERGE_OFFSET, ideal = p.spread == 0.0f && !noisy_writes(p) && !has_stuck(p);
   const i64 row_blocks = (p.inputs + LINES - 1) / LINES, col_blocks = (p.outputs + WIDE_ROW - 1) / WIDE_ROW;
+  const WideKeys keys(p.seed);
 #pragma omp parallel for collapse(3) schedule(static) if (p.groups * p.inputs * p.outputs >= WORTH_A_THREAD)
   for (i64 group = 0; group < p.groups; ++group)
     for (i64 rb = 0; rb < row_blocks; ++rb)
@@ -135,10 +136,10 @@ void program_cells(const Programming& p, const float* weight, const float* w_max
           for (i64 k = 0; k < p.slices; ++k) {
             const float by = p.merge == MERGE_ALL ? (float)(1ull << (k * p.slice_bits)) : 1.0f;
             target_row(p, w, code, k, 1.0f, pos);
-            if (!ideal) write_row(p, (u32)k, (u32)row, o0, pos);
+            if (!ideal) write_row(p, keys, (u32)k, (u32)row, o0, pos);
             if (pairs) {
               target_row(p, w, code, k, -1.0f, neg);
-              if (!ideal) write_row(p, (u32)(p.slices + k), (u32)row, o0, neg);
+              if (!ideal) write_row(p, keys, (u32)(p.slices + k), (u32)row, o0, neg);
             }
             store_row(p, k, pos, neg, -1.0f, by, sum, g + to, count);
             if (noise_var) {

@@ -56,21 +56,25 @@ struct Update {
   }
 };
 
-// How trains are held: as they are, a word for each line and sample; or slot by slot, as bits of words over the samples
-// of a line or over the lines of a sample, the signs in the place of the last slot.
+// How trains are held: as they are, a word for each line and sample; or as words of a slot's bits, over the samples of a
+// block (a line's signs and then its slots behind each other) or over lines (the signs in the place of the last slot).
 enum class Held { WHOLE, OVER_SAMPLES, OVER_LINES };
+
+// Words that a line takes of a block whose longest train that fires has so many slots; even, as they are read by twos.
+inline i64 words_of_line(i32 slots) { return (slots + 2) / 2 * 2; }
 
 // Trains of `count` lines on one side of an array.
 struct Trains {
-  // [G, lines, samples], [G, samples / SAMPLES, WORD, lines] or for every `across` lines [samples, WORD, row_words]
+  // [G, lines, samples], [G, samples / SAMPLES, lines, words_of_line] or for every `across` lines
+  // [samples, WORD, row_words]
   u32* words;
   i64 count, lines, samples;
   Held held;
   i64 across;  // lines of a row of bits over lines
 
   u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * samples; }
-  u32* over_samples(i64 group, i64 block, i64 slot) const {
-    return words + (group * samples + block * SAMPLES + slot) * lines;
+  u32* over_samples(i64 group, i64 block, i64 line, i32 slots) const {
+    return words + (group * samples + block * SAMPLES) * lines + line * words_of_line(slots);
   }
   // From a multiple of `across` on.
   u32* over_lines(i64 group, i64 line, i64 sample) const {
@@ -92,6 +96,7 @@ struct Arrays {
   Trains inputs, errors;
   float* length;  // [G, blocks * SAMPLES]
   i32* slots;     // [G, blocks]  of a block's longest train that fires
+  const WideKeys& keys;
 };
 
 inline i64 whole_vectors(i64 count) { return (count + LANES - 1) / LANES * LANES; }
@@ -199,22 +204,26 @@ class Trainer {
 
   // The slots that fire, and the signs, of WORD lines.
   void hold_bits(const Trains& to, i64 group, i64 block, i64 line, u32 (&words)[WORD][SAMPLES]) const {
-    const auto every_slot = [&](const auto& hold) {
-      for (int slot = 0; slot < most; ++slot) hold(slot);
-      hold(WORD - 1);
-    };
     if (to.held == Held::OVER_SAMPLES) {
-      alignas(64) u32 of_sample[SAMPLES][WORD];
-      transpose(words[0], SAMPLES, WORD, SAMPLES, of_sample[0], WORD);
-      turn_bits(of_sample);
-      every_slot([&](int slot) { std::copy_n(of_sample[slot], WORD, to.over_samples(group, block, slot) + line); });
+      alignas(64) u32 turned[SAMPLES][WORD];
+      transpose(words[0], SAMPLES, WORD, SAMPLES, turned[0], WORD);
+      turn_bits(turned);
+      transpose(turned[0], WORD, WORD, WORD, words[0], WORD);  // words[line][slot]
+      for (int k = 0; k < WORD; ++k) {
+        u32* bits = to.over_samples(group, block, line + k, most);
+        bits[0] = words[k][WORD - 1];
+        bits[words_of_line(most) - 1] = 0;
+        std::copy_n(words[k], most, bits + 1);
+      }
     } else {
       const i64 first = line / to.across * to.across, row = to.row_words(first);
       u32* bits = to.over_lines(group, first, block * SAMPLES) + (line - first) / WORD;
       turn_bits(words);
-      every_slot([&](int slot) {
+      const auto hold = [&](int slot) {
         for (int l = 0; l < SAMPLES; ++l) bits[(l * WORD + slot) * row] = words[slot][l];
-      });
+      };
+      for (int slot = 0; slot < most; ++slot) hold(slot);
+      hold(WORD - 1);
     }
   }
 
@@ -230,7 +239,7 @@ class Trainer {
     for (int l = 0; l < SAMPLES; ++l) eights[l] = eight, samples[l] = sample + (u32)l;
     for (u32 slot = 0; slot < (u32)most; ++slot) {
       std::fill(at, at + SAMPLES, slot);
-      draw_words_at<7>(purpose, (u32)u.step, u.seed, at, eights, samples, words);
+      draw_words_at<7>(purpose, (u32)u.step, a.keys, at, eights, samples, words);
       u32 open = 0;
       for (int q = 0; q < 4; ++q)
 #pragma omp simd reduction(| : open)
@@ -277,9 +286,9 @@ struct Row {
   alignas(64) float free[WIDE_ROW];
 
   // `failed`: whether a device has, null where none can.
-  Row(const Update& u, DeviceMap map, const Place& at, i64 count, const bool* failed)
-      : draws(u.law, map, (at.plane * u.groups * u.inputs + at.row) * u.outputs + at.col0, count, at, u.seed) {
-    draw_free(u.stuck_low, u.stuck_high, at, u.seed, free);
+  Row(const Update& u, const Arrays& a, const Place& at, i64 count, const bool* failed)
+      : draws(u.law, a.map, (at.plane * u.groups * u.inputs + at.row) * u.outputs + at.col0, count, at, a.keys) {
+    draw_free(u.stuck_low, u.stuck_high, at, a.keys, free);
     if (failed)
       for (int j = 0; j < WIDE_ROW; ++j) free[j] = failed[j] ? 0.0f : free[j];
   }
@@ -584,18 +593,18 @@ struct Tally {
 };
 
 // The slots in which a line fires, in a block of samples from `sample` on: 64 sample + 2 slot, and 1 where the line's sign
-// is negative. `bits`: its bits over samples, slots `stride` apart. How many there are.
-i64 find_slots(const u32* bits, i64 stride, i32 slots, u32 sample, u32* fired) {
-  constexpr int TOGETHER = 4;  // are written without a look at whether there are so many
-  const u32 negative = bits[(WORD - 1) * stride];
+// is negative. `bits`: its words over samples. How many there are.
+i64 find_slots(const u32* bits, i32 slots, u32 sample, u32* fired) {
+  constexpr int TOGETHER = 8;  // are written without a look at whether there are so many
+  const u32 negative = bits[0];
   i64 count = 0;
-  for (i32 slot = 0; slot < slots; ++slot) {
-    u32 samples = bits[slot * stride];
-    const int found = __builtin_popcount(samples);
+  for (i64 word = 0; word < words_of_line(slots); word += 2) {
+    u64 both = (u64)bits[word + 1] << 32 | (word ? bits[word] : 0u);  // many branches on few bits are foreseen badly
+    const int found = __builtin_popcountll(both);
     for (int k = 0; k < found; k += TOGETHER)
-      for (int q = 0; q < TOGETHER; ++q, samples &= samples - 1) {
-        const u32 l = (u32)__builtin_ctz(samples | NEGATIVE);
-        fired[count + k + q] = (sample + l) * 2 * WORD | (u32)slot << 1 | (negative >> l & 1u);
+      for (int q = 0; q < TOGETHER; ++q, both &= both - 1) {
+        const u32 at = (u32)__builtin_ctzll(both | 1ull << 63), l = at % SAMPLES;
+        fired[count + k + q] = (sample + l) * 2 * WORD | ((u32)word + at / SAMPLES - 1) << 1 | (negative >> l & 1u);
       }
     count += found;
   }
@@ -617,9 +626,11 @@ struct alignas(64) Coincidences {
       const u32* bits = many.over_lines(group, across - in_row, b0) + in_row / WORD;
       for (i64 i = 0; i < lines; ++i) {
         i64 found = 0;
-        for (i64 block = b0 / SAMPLES; block < std::min((b0 + PIECE) / SAMPLES, blocks); ++block)
-          found += find_slots(each.over_samples(group, block, 0) + first + i, each.lines,
-                              a.slots[group * blocks + block], (u32)(block * SAMPLES - b0), fired + found);
+        for (i64 block = b0 / SAMPLES; block < std::min((b0 + PIECE) / SAMPLES, blocks); ++block) {
+          const i32 slots = a.slots[group * blocks + block];
+          found += find_slots(each.over_samples(group, block, first + i, slots), slots, (u32)(block * SAMPLES - b0),
+                              fired + found);
+        }
         for (i64 begin = 0; begin < found; begin += Tally::MOST) {
           const auto slot = [&](i64 k) {
             const u32 at = fired[begin + k];
@@ -693,8 +704,8 @@ void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 
   Pulsed devices[2];
   for (u32 side = 0; side < u.sides(); ++side) {
     Pulsed& p = devices[side];
-    pulsed_row<L>(s, Row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i)), order,
-                  (int)moving, p);
+    pulsed_row<L>(s, Row(u, a, u.place(side, group, i0 + i, o0), count, block.failures(side, i)), order, (int)moving,
+                  p);
     for (i64 k = 0; k < moving; ++k) p.x[k] = block.x[side][i][order[k]], p.more[k] = block.more[side][i][order[k]];
   }
   for (i64 k = 0; k < moving; ++k) columns[k] = (u32)o0 + order[k];
@@ -704,7 +715,7 @@ void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 
     const u32* event = events.in_turn[turn];
     if (noisy(s)) {
       for (i64 k = 0; k < active; ++k) samples[k] = (u32)b0 + Events::sample(event[k]);
-      draw_pairs_at(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, (u32)(group * u.inputs + i0 + i), active, columns,
+      draw_pairs_at(Draw{PULSE_CYCLE, 0, (u32)u.step, a.keys}, (u32)(group * u.inputs + i0 + i), active, columns,
                     samples, z[0], z[1]);
     }
     for (u32 side = 0; side < u.sides(); ++side) pulse_row<L>(s, side == 0, (int)active, event, z[side], devices[side]);
@@ -748,9 +759,9 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
   alignas(64) float z[2][WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW];
   for (i64 i = 0; i < lines; ++i) {
     if (noisy(s))
-      draw_pairs(Draw{PULSE_CYCLE, 0, (u32)u.step, u.seed}, (u32)(group * u.inputs + i0 + i), o0, z[0], z[1]);
+      draw_pairs(Draw{PULSE_CYCLE, 0, (u32)u.step, a.keys}, (u32)(group * u.inputs + i0 + i), o0, z[0], z[1]);
     for (u32 side = 0; side < u.sides(); ++side) {
-      const Row row(u, a.map, u.place(side, group, i0 + i, o0), count, block.failures(side, i));
+      const Row row(u, a, u.place(side, group, i0 + i, o0), count, block.failures(side, i));
       share_pulses(s.sides, side == 0, row.free, block.raise[i], block.all[i], ups, downs);
       float* x = block.x[side][i];
 #pragma omp simd
@@ -761,9 +772,10 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
 }
 
 // Count the pulses of a row of devices, and leave those that fail by them where they fail.
-void wear_row(const Update& u, const Place& at, const i32* more, i64 count, i32* taken, float* x) {
+void wear_row(const Update& u, const WideKeys& keys, const Place& at, const i32* more, i64 count, i32* taken,
+              float* x) {
   alignas(64) float z[WIDE_ROW] = {};
-  if (u.endurance.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, u.seed}, at.row, at.col0, z);
+  if (u.endurance.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, keys}, at.row, at.col0, z);
   alignas(64) i32 now[WIDE_ROW] = {};
   std::copy(taken, taken + count, now);
   const Endurance e = u.endurance;
@@ -805,7 +817,8 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
     for (i64 i = 0; i < lines; ++i) {
       float *to = cells(side, 0, i), *x = block.x[side][i], *before = block.before[side][i];
       if (block.counted)
-        wear_row(u, u.place(side, group, i0 + i, o0), block.more[side][i], count, a.pulse_count + (to - a.g), x);
+        wear_row(u, a.keys, u.place(side, group, i0 + i, o0), block.more[side][i], count, a.pulse_count + (to - a.g),
+                 x);
 #pragma omp simd
       for (i64 j = 0; j < count; ++j)
         to[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : to[j];  // a cell that did not move keeps its bits
@@ -887,7 +900,8 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
   const Trains wordlines = bits ? counted(inputs, u.inputs, many_inputs) : trains(inputs, u.inputs, Held::WHOLE, 0),
                bitlines = bits ? counted(errors, u.outputs, !many_inputs)
                                : trains(errors, u.outputs, rare ? Held::OVER_LINES : Held::WHOLE, WIDE_ROW);
-  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots};
+  const WideKeys keys(u.seed);
+  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots, keys};
   bad[0] = count_not_finite(x, x_size);
   bad[1] = count_not_finite(d, d_size);
   if (bad[0] + bad[1]) return;

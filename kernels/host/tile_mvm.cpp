@@ -122,7 +122,7 @@ class Reader {
  public:
   // `images`: the most whose patches are folded together; `groups`: the most of a bundle; `share` of a gate: see gate_part.
   Reader(const TileMvm& p, const Shape& s, i64 images, i64 groups, float share)
-      : p(p), s(s), share(share), pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
+      : p(p), s(s), keys(p.seed), share(share), pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
     const bool spread = p.conv && !pointwise(*p.conv);
     if (spread && p.transposed) folded.emplace(*p.conv, images, groups);
     if (spread && !p.transposed) patches.emplace(*p.conv);
@@ -232,7 +232,7 @@ class Reader {
     if (!(sigma > 0.0f) && !p.noise_var) return;
     const u32 purpose = p.transposed ? READ_TRANSPOSED : READ, row = (u32)(p.row_offset + first);
     const u32 slot = (u32)((pass * p.planes + plane) * s.tiles + tile);
-    const Draws draws{purpose << 24 | slot, (u32)*p.step, (u32)p.seed, (u32)(p.seed >> 32)};
+    const Draws draws{purpose << 24 | slot, (u32)*p.step, keys};
     if (p.noise_var) {
       panel.by_group(s, [&](i64 group, i64, i64 begin, i64 end) {
         multiply_block(rows, begin, end, length, driven(squares, group * s.passes + pass, k0), b2 + k0 * COLS,
@@ -357,6 +357,7 @@ class Reader {
 
   const TileMvm& p;
   const Shape& s;
+  const WideKeys keys;
   const float share;
   const i64 pixels;
   std::optional<PatchLines<ROWS>> patches;

@@ -83,42 +83,53 @@ struct WideCounter {
   Wide x, y, z, w;  // words in the low halves; the high halves hold anything
 };
 
+// The keys of all rounds in every lane, made once: operands that need neither instructions nor registers.
+struct WideKeys {
+  Wide low[10], high[10];
+
+  explicit WideKeys(u64 seed) {
+    u32 lo = (u32)seed, hi = (u32)(seed >> 32);
+    for (int round = 0; round < 10; ++round, lo += 0x9E3779B9u, hi += 0xBB67AE85u)
+      low[round] = lo + Wide{}, high[round] = hi + Wide{};
+  }
+};
+
 // philox.cuh's rounds on N times LANES / 2 counters, in turns, since a round waits for the one before.
 template <int ROUNDS, int N>
-inline void philox_wide(WideCounter (&c)[N], u32 key_lo, u32 key_hi) {
+inline void philox_wide(WideCounter (&c)[N], const WideKeys& keys) {
   const Wide m0 = 0xD2511F53u + Wide{}, m1 = 0xCD9E8D57u + Wide{};
 #pragma GCC unroll 10
-  for (int round = 0; round < ROUNDS; ++round) {
+  for (int round = 0; round < ROUNDS; ++round)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const Wide p0 = multiply_low(c[n].x, m0), p1 = multiply_low(c[n].z, m1);
-      c[n] = WideCounter{high_halves(p1) ^ c[n].y ^ (u64)key_lo, p1, high_halves(p0) ^ c[n].w ^ (u64)key_hi, p0};
+      c[n] = WideCounter{high_halves(p1) ^ (c[n].y ^ keys.low[round]), p1,
+                         high_halves(p0) ^ (c[n].w ^ keys.high[round]), p0};
     }
-    key_lo += 0x9E3779B9u;
-    key_hi += 0xBB67AE85u;
-  }
 }
+
+// The low halves of `even` and of `odd` in turns.
+inline Wide join(Wide even, Wide odd) { return (even & 0xFFFFFFFFu) | odd << 32; }
 
 // The words of vectors of counters, of each the even ones and then the odd ones, behind each other at a pointer a word.
 template <int ROUNDS, int N>
-inline void philox_lanes(WideCounter (&c)[N], u32 key_lo, u32 key_hi, u32* x, u32* y, u32* z, u32* w) {
-  philox_wide<ROUNDS>(c, key_lo, key_hi);
-  const Wide low = 0xFFFFFFFFu + Wide{};
+inline void philox_lanes(WideCounter (&c)[N], const WideKeys& keys, u32* x, u32* y, u32* z, u32* w) {
+  philox_wide<ROUNDS>(c, keys);
 #pragma GCC unroll 2
   for (int n = 0; n < N; n += 2, x += LANES, y += LANES, z += LANES, w += LANES) {
-    *(Wide*)x = (c[n].x & low) | c[n + 1].x << 32;
-    *(Wide*)y = (c[n].y & low) | c[n + 1].y << 32;
-    *(Wide*)z = (c[n].z & low) | c[n + 1].z << 32;
-    *(Wide*)w = (c[n].w & low) | c[n + 1].w << 32;
+    *(Wide*)x = join(c[n].x, c[n + 1].x);
+    *(Wide*)y = join(c[n].y, c[n + 1].y);
+    *(Wide*)z = join(c[n].z, c[n + 1].z);
+    *(Wide*)w = join(c[n].w, c[n + 1].w);
   }
 }
 
 // The same of one vector.
 template <int ROUNDS>
-inline void philox_lanes(const WideCounter& even, const WideCounter& odd, u32 key_lo, u32 key_hi, u32* x, u32* y,
-                         u32* z, u32* w) {
+inline void philox_lanes(const WideCounter& even, const WideCounter& odd, const WideKeys& keys, u32* x, u32* y, u32* z,
+                         u32* w) {
   WideCounter c[2] = {even, odd};
-  philox_lanes<ROUNDS>(c, key_lo, key_hi, x, y, z, w);
+  philox_lanes<ROUNDS>(c, keys, x, y, z, w);
 }
 
 // Keeps what was loaded in its register: g++ loads it anew for every product with it.
@@ -251,6 +262,32 @@ inline Wide even_lanes() {
   Wide steps;
   for (int k = 0; k < LANES / 2; ++k) steps[k] = 2 * k;
   return steps;
+}
+
+// The order of a vector's counters for what follows, which picks within four lanes at a time: 0, LANES / 4, 1 ..
+inline Wide column_lanes() {
+  Wide steps;
+  for (int k = 0; k < LANES / 2; ++k) steps[k] = k / 2 + k % 2 * (LANES / 4);
+  return steps;
+}
+
+// to[4 j ..] = the words of counter j.
+inline void store_words(const WideCounter& c, u32* to) {
+  const auto evens = [](Vec a, Vec b) {
+    return pick(a, b, [](int k) { return k / 4 * 4 + k % 2 * 2 + (k & 2 ? LANES : 0); });
+  };
+  const auto odds = [](Vec a, Vec b) {
+    return pick(a, b, [](int k) { return k / 4 * 4 + k % 2 * 2 + 1 + (k & 2 ? LANES : 0); });
+  };
+  const Vec xy = evens((Vec)c.x, (Vec)c.y), zw = evens((Vec)c.z, (Vec)c.w);
+  *(Vec*)to = evens(xy, zw);
+  *(Vec*)(to + LANES) = odds(xy, zw);
+}
+
+// to[4 j ..] = a and b that words x and y of counter j make, and then those of z and w; made of `join` x, z and `join` y, w.
+inline void store_pairs(Vec a, Vec b, float* to) {
+  *(Vec*)to = pick(a, b, [](int k) { return k / 4 * 4 + k % 4 / 2 + (k & 1 ? LANES : 0); });
+  *(Vec*)(to + LANES) = pick(a, b, [](int k) { return k / 4 * 4 + k % 4 / 2 + 2 + (k & 1 ? LANES : 0); });
 }
 
 }  // namespace gpuxbar

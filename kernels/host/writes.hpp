@@ -10,9 +10,9 @@ namespace gpuxbar {
 inline bool has_stuck(const Programming& p) { return p.stuck_low > 0.0f || p.stuck_high < 1.0f; }
 
 // Uniforms that say which of 64 cells from bitline col0 are stuck.
-inline void draw_stuck(const Programming& p, u32 plane, u32 row, i64 col0, float* u) {
+inline void draw_stuck(const Programming& p, const WideKeys& keys, u32 plane, u32 row, i64 col0, float* u) {
   if (has_stuck(p))
-    draw_uniforms(Draw{STUCK, plane, 0, p.seed}, row, col0, u);
+    draw_uniforms(Draw{STUCK, plane, 0, keys}, row, col0, u);
   else
     std::fill(u, u + WIDE_ROW, 0.5f);
 }
@@ -21,10 +21,10 @@ inline void draw_stuck(const Programming& p, u32 plane, u32 row, i64 col0, float
 struct WriteDraws {
   alignas(64) float spread[WIDE_ROW] = {}, noise[WIDE_ROW] = {}, u[WIDE_ROW];
 
-  WriteDraws(const Programming& p, Purpose purpose, u32 plane, u32 row, i64 col0) {
-    if (p.spread > 0.0f) draw_normals(Draw{DEVICE_SPREAD, plane, 0, p.seed}, row, col0, spread);
-    if (noisy_writes(p)) draw_normals(Draw{(u32)purpose, plane, (u32)p.step, p.seed}, row, col0, noise);
-    draw_stuck(p, plane, row, col0, u);
+  WriteDraws(const Programming& p, const WideKeys& keys, Purpose purpose, u32 plane, u32 row, i64 col0) {
+    if (p.spread > 0.0f) draw_normals(Draw{DEVICE_SPREAD, plane, 0, keys}, row, col0, spread);
+    if (noisy_writes(p)) draw_normals(Draw{(u32)purpose, plane, (u32)p.step, keys}, row, col0, noise);
+    draw_stuck(p, keys, plane, row, col0, u);
   }
 };
 
