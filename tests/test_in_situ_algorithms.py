@@ -757,3 +757,27 @@ def test_algorithms_of_ones_own_write_through_the_law_and_resume():
         Kept(model.parameters(), 0.01, wait=-1)
     with pytest.raises(ValueError, match=r"Sign: `momentum` must be at least 0 and below 1, got 2; try 0\.9"):
         Sign(model.parameters(), 0.01, momentum=2)
+    with pytest.raises(TypeError, match=r"Sign: settings must be of lr, momentum, got wait; leave out what"):
+        Sign(model.parameters(), 0.01, wait=2)
+
+
+class Pulsed(gx.optim.InSituOptimizer):
+    """By pulse trains."""
+
+    def _write(self, layer, weight, group):
+        layer.update_in_array(*layer.take_operands(), group["lr"])
+
+
+def test_operands_of_a_scaled_loss_are_those_of_the_loss():
+    """For any algorithm, to the bit, though the scale is no power of four, of which roots would be exact."""
+    cells = []
+    for scale in (1.0, 2.0**9):
+        torch.manual_seed(0)
+        layer = AnalogLinear(6, 4, spec=spec(pulses={}))
+        optimiser = Pulsed(layer.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale((layer(torch.randn(5, 6)) * torch.randn(5, 4)).sum()).backward()
+        scaler.step(optimiser)
+        cells.append(layer.g_cells)
+    assert torch.equal(*cells)
+    assert cells[0].unique().numel() > 10

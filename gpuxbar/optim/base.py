@@ -39,9 +39,10 @@ class InSituOptimizer(torch.optim.Optimizer):
 
     A subclass adds to `rules` one for each setting of its own, and has `_write`, which turns a gradient into writes of a layer's
     cells: `layer.change_cells(change, factor)` moves them by factor * change, of the shape of the weight, through the law. Where
-    `layer.keeps_operands` there is no gradient, but what `layer.take_operands()` gives; or `_check` refuses such a layer. What it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a
-    step all cells lose what `spec.retention` says, whether they were written or not. The state dict holds these modules too:
-    with the model's it resumes a run bit for bit.
+    `layer.keeps_operands` there is no gradient, but what `layer.take_operands()` gives, for `layer.update_in_array`; or `_check`
+    refuses such a layer. What it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from
+    then on. At the end of a step all cells lose what `spec.retention` says, whether they were written or not. The state dict holds
+    these modules too: with the model's it resumes a run bit for bit.
 
     Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
     scheduler: they end in one gradient and one rate at each step.
@@ -58,6 +59,12 @@ class InSituOptimizer(torch.optim.Optimizer):
     found_inf: Any
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, **settings: Any):
+        unknown = sorted(settings.keys() - self.rules.keys())
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: settings must be of {', '.join(self.rules)}, got {', '.join(unknown)}; leave out what `rules` "
+                "has none for"
+            )
         self.parts: dict[Tensor, nn.Module] = {}
         super().__init__(params, {"lr": lr, "momentum": momentum, **settings})
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
@@ -178,17 +185,14 @@ class InSituOptimizer(torch.optim.Optimizer):
         if self.found_inf:
             self._forget_operands()
             return False
-        self.grad_scale = float(self.grad_scale)
+        scale = float(self.grad_scale)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.grad /= self.grad_scale
+                    parameter.grad /= scale
+        for layer in self._layers():
+            layer.streams.pairs = [(x, grad_y / scale) for x, grad_y in layer.streams.pairs]
         return True
-
-    @property
-    def _loss_scale(self) -> float:
-        """By which the operands of this step are too large."""
-        return getattr(self, "grad_scale", 1.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

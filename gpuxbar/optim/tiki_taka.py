@@ -198,8 +198,7 @@ class TikiTaka(InSituOptimizer):
         fast = self.parts[weight]
         assert isinstance(fast, Fast)
         if layer.keeps_operands:
-            x, d = layer.as_lines(*layer.take_operands())
-            fast.pulse(x, d / self._loss_scale, group["fast_lr"])
+            fast.pulse(*layer.as_lines(*layer.take_operands()), group["fast_lr"])
         else:
             assert weight.grad is not None
             fast.collect(layer.by_line(weight.grad.float()), group["fast_lr"])
