@@ -187,9 +187,8 @@ def fit_law(
 def _cycle(rest: np.ndarray, mean: np.ndarray, pulses: float) -> dict[str, Any]:
     """Scatter `rest` around steps `mean` as a share of the nominal step or of these, whichever makes it likelier as Gaussian."""
     nominal = np.sqrt(np.mean(rest**2))
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # steps of 0 do not scatter, unless with the nominal one
+    # steps of 0 do not scatter, unless with the nominal one
+    with np.errstate(divide="ignore", invalid="ignore"):
         of_step = np.sqrt(np.mean((rest / mean) ** 2))
         likelier = np.log(of_step) + np.mean(np.log(np.abs(mean))) < np.log(nominal)
     if likelier:
@@ -375,9 +374,8 @@ def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, ratio:
     elif "gamma" in dumped:
         z = rest / np.maximum(dumped["gamma"] * np.sqrt(np.abs(mean)), 1e-30)
     else:
-        scale = {"neurosim": 1.0, "step": np.abs(mean), "nominal": nominal}[
-            dumped.get("cycle_of", "neurosim")
-        ]
+        # of the window where a law knows no `cycle_of`
+        scale = {"step": np.abs(mean), "nominal": nominal}.get(dumped.get("cycle_of", ""), 1.0)
         z = rest / np.maximum(dumped["cycle"] * scale, 1e-30)
     explained, distance, limit = [], [], []
     for way in (True, False):

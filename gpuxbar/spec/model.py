@@ -366,7 +366,7 @@ class CrossbarSpec(Part):
     their levels and digits up to 127; on a CPU every product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
     cores, and pack them anew only when they change: micro-batches, evaluation and repeated reads save that pass over all
     cells, for 2 bytes a cell and direction (4 with fp16x2, 1 with int8, 2 more with `read_noise.sigma_g`); not with fp32 and
-    tf32. `update`: the device's own law, used by `gpuxbar.optim.InSituSGD`; needs pairs. `carry`: how sliced ones are
+    tf32. `update`: the device's own law, by which `gpuxbar.optim` trains in situ; needs pairs. `carry`: how sliced ones are
     trained by it. `pulses`: how its steps are pulsed, None: as one step of the wanted size. `drift`: of conductances after
     `gpuxbar.program`. `retention`: what
     devices trained in situ lose between updates. `endurance`: pulses that they bear. `refresh`: when pairs of one-sided ones
