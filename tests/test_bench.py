@@ -70,6 +70,7 @@ def test_times_are_of_a_piece_and_their_percentiles(monkeypatch):
     assert (row["ratio"], row["error"]) == ({"quarters": 0.25}, 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within inductor
 @pytest.mark.parametrize("name", SMALL)
 def test_every_kind_of_case_agrees_with_its_oracle_and_with_its_twins(name):
     torch.manual_seed(0)
