@@ -70,12 +70,14 @@ def test_times_are_of_a_piece_and_their_percentiles(monkeypatch):
     assert (row["ratio"], row["error"]) == ({"quarters": 0.25}, 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within inductor
 @pytest.mark.parametrize("name", SMALL)
 def test_every_kind_of_case_agrees_with_its_oracle_and_with_its_twins(name):
     torch.manual_seed(0)
     row = measure(Case(name, "small", 1.0, SMALL[name]), rounds=2)
     assert 0 < row["error"] < 1e-5
     others = set() if name == "mobilenet-step" else {"plain torch"}
+    others |= {"gpuxbar, compiled"} if name == "mlp-step" else set()
     assert set(row["ms"]) - {"AIHWKIT-Lightning"} == {"ideal", "gpuxbar"} | others
     assert all(low <= mid <= high for low, mid, high in row["ms"].values())
     if name.endswith("step"):

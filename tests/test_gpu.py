@@ -138,6 +138,7 @@ def test_noise_does_not_depend_on_the_workspace(cuda_device, workspace):
 def test_scalars_may_live_on_the_device(cuda_device):
     codes, g, s = noisy_read()
     by_value = run(cuda_device, ops.tile_mvm, codes, g, step=5, **s)
+    assert np.isfinite(by_value).all()
     arrays = {
         "adc_lsb": np.full(1, 1e-7, np.float32),
         "read_noise": np.full(1, 3e-7, np.float32),
@@ -234,6 +235,7 @@ def test_fused_reads_are_those_of_the_epilogue(cuda_device, strategy, tile, chan
     wanted = run(cuda_device, ops.tile_mvm, codes, g, **s, **{**way, "strategy": "epilogue"})
     for one, other in zip(*(r if change == "gate" else (r,) for r in (got, wanted)), strict=True):
         np.testing.assert_array_equal(one, other)
+        assert np.isfinite(one).all()
 
 
 @pytest.mark.parametrize("name", BYTES)
@@ -260,6 +262,7 @@ def test_packed_conductances_are_kept_until_the_version_is_another(cuda_device, 
         return run(cuda_device, ops.tile_mvm, kept.codes, kept.g, packed=packed, conv=conv, **kept.s)
 
     fresh = read(None)
+    assert np.isfinite(fresh).all()
     for version in range(3, 3 + REPEATS):
         packed.version.fill(version)
         packed.memory.fill(0)
@@ -277,6 +280,7 @@ def test_gathered_patches_are_the_unfolded_read(cuda_device, name):
     codes, g = images_and_kernels(conv, groups, images, 8, planes)
     s = {**s, "groups": groups, "conv": conv, "tile": tile}
     unfolded = run(cuda_device, read_images, codes, g, strategy="epilogue", **s)
+    assert np.isfinite(unfolded).all()
     hopper = ("implicit-wgmma",) * (cuda_device.arch == "sm_90" and name in BY_POSITION)
     for strategy in ("implicit", *hopper) * REPEATS:
         gathered = run(cuda_device, read_images, codes, g, strategy=strategy, **s)

@@ -166,7 +166,7 @@ def test_onlookers_see_operators_called(onlooker):
             return func(*args, **(kwargs or {}))
 
     module, x = layer(), torch.randn(3, 6, requires_grad=True)
-    with Mode() if onlooker == "mode" else profiler.profile() as found:
+    with Mode() if onlooker == "mode" else profiler.profile(acc_events=True) as found:
         module(x).sum().backward()
     if onlooker == "profiler":
         seen = [event.key for event in found.key_averages()]
