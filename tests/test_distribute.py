@@ -140,6 +140,7 @@ def refuse_shards():
     whole = {
         "distribute": lambda model: gx.distribute(model, wrap=False),
         "calibrate": lambda model: gx.calibrate(model, [batch()]),
+        "conversion_errors": lambda model: gx.conversion_errors(model, [batch()]),
         "program": gx.program,
     }
     for op, act in whole.items():

@@ -156,6 +156,17 @@ def test_a_range_that_has_not_begun_is_refused():
         AnalogLinear(4, 3, device="meta", spec=gx.CrossbarSpec(dac=LEARNED))
 
 
+def test_a_range_that_falls_to_zero_drives_next_to_nothing():
+    x = torch.randn(9, 20).relu()  # zeros too, which are inside any range
+    layer = layer_of(x, max=1.0)
+    with torch.no_grad():
+        layer.dac_max.zero_()
+    y = layer(x)
+    torch.testing.assert_close(y, layer.bias.expand(9, 6))
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_a_range_learns_by_the_transposed_read_of_a_first_layer_too():
     layer, x = AnalogLinear(20, 6, spec=gx.CrossbarSpec(**READS)), torch.randn(9, 20)
     gx.calibrate(layer, [x], step=lambda x: layer(x).detach())
@@ -274,6 +285,9 @@ def test_layers_that_move_take_their_ranges_along():
     assert "dac_max" not in dict(moved[3].named_parameters())
     fresh, _ = gx.convert(converted(), other)
     assert fresh[0].dac_max.item() == 9.0
+    kept, _ = gx.convert(model, gx.CrossbarSpec(**{**READS, "tile": {"rows": 8}}))
+    gx.calibrate(kept, [100 * images()])
+    assert kept[0].dac_max.item() == 1.25
     digital, _ = gx.convert(model, other, rules={"*": None})
     assert [name for name, _ in digital[0].named_parameters()] == ["weight", "bias"]
 
