@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 import pytest
 import torch
 from torch import nn
@@ -183,6 +185,10 @@ def test_the_table_and_the_picture_have_a_place_for_every_read():
     assert [text.get_text() for text in axes[0].get_xticklabels()] == ["0", "4"]
     drawn = dict(zip(KINDS, ([*line.get_ydata()] for line in axes[1].get_lines()), strict=True))
     assert drawn["noise"] == [100 * row.noise for row in found.reads if row.read == "backward"]
+    assert found.reads[1].dac_clipping == 0
+    assert isnan(drawn["dac_clipping"][0])  # no point of a logarithmic axis
+    part = gx.conversion_errors(nn.ModuleDict({"body": model}), [x], step=lambda x: model(x)).reads
+    assert [row.layer for row in part] == ["body.0", "body.0", "body.4", "body.4"]
     digital = nn.Linear(3, 2)
     none = gx.conversion_errors(digital, [x])
     assert (none.reads, none.draw().axes) == ((), [])
