@@ -129,6 +129,22 @@ def test_rounding_of_float32_is_no_error():
     assert row.dac_rounding > 0
 
 
+@pytest.mark.parametrize("shape", ["linear", "conv"])
+def test_rounding_is_by_the_range_of_each_sample(shape):
+    spec = settings({"dac": {"bits": 3, "range": "sample"}, "backward": {"mode": "ideal"}})
+    layer, exact = (layer_of(shape, each) for each in (spec, settings(WITHOUT_DAC)))
+    x = torch.randn(50, 40) if shape == "linear" else torch.randn(5, 4, 8, 8)  # on no edge of rounding
+    x *= torch.logspace(0, 2, len(x)).view(-1, *[1] * (x.dim() - 1))
+    (row,) = gx.conversion_errors(layer, [x]).reads
+    with torch.no_grad():
+        assert row.dac_rounding == pytest.approx(error(layer(x), exact(x)), rel=1e-3)
+
+
+def test_ideal_transposed_reads_have_no_errors_to_tell():
+    layer = layer_of("linear", settings({"backward": {"mode": "ideal"}}))
+    assert [row.read for row in gx.conversion_errors(layer, [whole_numbers(5, 40)]).reads] == ["forward"]
+
+
 def test_values_beyond_a_range_are_counted_over_all_batches():
     layer = layer_of("linear", settings({"dac": {"bits": 8, "range": "fixed", "max": 60.0}}))
     batches = [whole_numbers(1000, 40), torch.zeros(31_000, 40)]  # more rows than are looked at

@@ -156,6 +156,13 @@ def test_modules_that_became_layers_become_torchs_own_with_their_weights(name):
     assert not any(parameter.requires_grad for parameter in back.parameters())
 
 
+class OfAnother(nn.Linear):
+    """What computes otherwise than torch's."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 @pytest.mark.parametrize(
     ("make", "act"),
     [
@@ -164,8 +171,9 @@ def test_modules_that_became_layers_become_torchs_own_with_their_weights(name):
         (nn.MultiheadAttention, lambda model: setattr(model[1], "weight", model[0].q_proj.weight)),
         (nn.LSTM, lambda model: model[0].hh_l0.register_forward_hook(lambda *_: None)),
         (nn.LSTM, lambda model: setattr(model[0], "forward", model[0].forward)),
+        (nn.LSTM, lambda model: setattr(model[0], "hh_l0", OfAnother(2, 8))),
     ],
-    ids=["frozen in part", "frozen bias", "tied", "hook", "forward"],
+    ids=["frozen in part", "frozen bias", "tied", "hook", "forward", "another layer"],
 )  # fmt: skip
 def test_layers_that_torchs_modules_cannot_hold_stay_apart(make, act):
     converted, _ = gx.convert(nn.ModuleList([make(4, 2), nn.Linear(4, 4)]), spec({}))
