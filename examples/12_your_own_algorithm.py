@@ -40,7 +40,7 @@ class Residual(nn.Module):
 
 
 class ResidualLearning(gx.optim.InSituOptimizer):
-    """P <- P - lr grad;  W <- W + transfer P, both through the law of their devices."""
+    """W <- W + transfer P;  P <- P - lr grad, both through the law of their devices."""
 
     rules = gx.optim.InSituOptimizer.rules | {
         "transfer": gx.optim.Rule("above 0 and at most 1", lambda value: 0 < value <= 1, "0.02")
