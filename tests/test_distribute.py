@@ -10,7 +10,9 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
 import gpuxbar as gx
 
@@ -122,6 +124,16 @@ def sharded(model):
     return model
 
 
+def read_apart():
+    """Read layers with weights that are computed or lent, which no rank shares with others."""
+    pruned, lent = (
+        gx.nn.AnalogLinear(6, 4, spec=gx.CrossbarSpec(read_noise={"sigma": 2e-7})) for _ in range(2)
+    )
+    prune.random_unstructured(pruned, "weight", 0.5)
+    pruned(batch())
+    functional_call(lent, {"weight": 2 * lent.weight.detach()}, (batch(),))
+
+
 def refuse_shards():
     """What ranks refuse of models that are sharded and not distributed, or the other way round, or in situ."""
     draws = r"rows that draw read noise must be those of all ranks, got .*distribute\(model, wrap=False\) before a framework or fully_shard"
@@ -201,6 +213,7 @@ def work(rank, folder):
     for kind in SHARDED:
         model = sharded(gx.distribute(network(kind), wrap=False))
         found[f"{kind}, sharded"] = train(kind, model, model, batch()[4 * rank : 4 * rank + 4])
+    read_apart()
     refuse_shards()
     own = [distributed.new_group([each]) for each in range(2)][rank]
     for kind in GROUPED:

@@ -69,6 +69,29 @@ def test_what_a_running_range_cuts_off_has_no_gradient(bits):
     assert torch.equal(y, layer(x.detach().clamp(-top, top)))
 
 
+@pytest.mark.parametrize(
+    "dac", [{"range": "ema"}, {"range": "fixed", "max": 2.0}, {"range": "learned", "max": 2.0}]
+)
+def test_values_at_the_edge_of_a_range_have_all_of_their_gradient(dac):
+    """As the largest of the first batch, which makes a running range."""
+    layer = linear(dac={"bits": 8, **dac}, backward={"mode": "ideal"})
+    x = inputs().clamp(-2, 2).requires_grad_()
+    layer(x).sum().backward()
+    assert (x.detach().abs() == layer.dac_max).any()
+    torch.testing.assert_close(x.grad, layer.weight.detach().sum(0).expand_as(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_learned_range_begins_as_the_spec_says_where_another_kind_has_none(assign):
+    layer = linear(dac={"bits": 8, "range": "learned", "max": 4.0})
+    saved = linear(dac={"bits": 8, "range": "tensor"}).state_dict()
+    before = copy.deepcopy(saved)
+    layer.load_state_dict(saved, assign=assign)
+    assert all(torch.equal(value, before[key]) for key, value in saved.items())
+    layer(inputs())
+    assert layer.dac_max == 4.0
+
+
 def test_a_running_range_goes_on_by_its_momentum():
     layer = linear(dac={"bits": 8, "range": "ema", "momentum": 0.75})
     for factor in (1.0, 2.0):
@@ -383,13 +406,15 @@ def test_a_weight_that_was_read_can_be_exchanged():
 
 
 @pytest.mark.parametrize("settings", [{}, WIRED], ids=["ideal", "wired"])
-@pytest.mark.parametrize("other", ["weight", "devices", "age"])
+@pytest.mark.parametrize("other", ["weight", "devices", "age", "own"])
 def test_a_backward_pass_reads_the_devices_of_its_forward_pass(other, settings):
-    """Though another weight, or the same once more, was written to the array in between, or time has passed."""
+    """Though another weight, or the same once more, was written to the array in between, or time has passed, or the layer reads its own
+    weights again."""
     spread = {"programming": {"write_noise": 5e-7, "device_spread": 0.1}, "drift": {"nu": 0.2}}
     layer = linear(**spread, **settings)
-    if other == "age":
+    if other in ("age", "own"):
         gx.program(layer)
+        gx.age(layer, "1d")
     x = inputs().requires_grad_()
     y = layer(x)
     expected = torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0]
@@ -397,8 +422,10 @@ def test_a_backward_pass_reads_the_devices_of_its_forward_pass(other, settings):
         functional_call(layer, {"weight": 2 * layer.weight.detach().flip(0)}, (x.detach(),))
     elif other == "devices":
         layer.rewrite()
-    else:
+    elif other == "age":
         gx.age(layer, "1y")
+    else:
+        gx.unprogram(layer)
     if other != "weight":
         assert not torch.equal(layer(x), y)
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
@@ -425,7 +452,7 @@ def test_computed_weights_of_recurrent_layers_are_those_of_now(kind, way):
 
 
 def test_computed_weights_are_not_on_devices_that_are_written_once():
-    layer = linear(**TRAINED)
+    layer = linear(**TRAINED, dac={"bits": 8, "range": "learned", "max": 1.0})
     parametrizations.weight_norm(layer)
     layer(inputs()).sum().backward()
     assert gx.convert(layer, layer.spec)[1].rows[0].why == "already so"
@@ -437,7 +464,7 @@ def test_computed_weights_are_not_on_devices_that_are_written_once():
     with pytest.raises(ValueError, match="without pruning or parametrisations"):
         gx.optim.InSituSGD(layer.parameters(), lr=0.1)
     parametrize.remove_parametrizations(layer, "weight")
-    gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+    gx.optim.InSituSGD(layer.parameters(), lr=0.1)  # which trains a DAC range as before
     assert layer.in_situ
 
 

@@ -415,7 +415,7 @@ class InSitu(Programmed):
         """The weight for one read; where it is computed of other parameters, in-situ optimisers will refuse these."""
         if not torch.compiler.is_compiling() and "weight" not in self._parameters:
             for name, parameter in self.named_parameters():
-                if name != "bias" and not hasattr(parameter, "analog"):
+                if name not in ("bias", "dac_max") and not hasattr(parameter, "analog"):
                     parameter.analog = Owner(self)  # type: ignore[attr-defined]
         return self.weight
 

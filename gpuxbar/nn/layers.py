@@ -462,11 +462,15 @@ class AnalogLayer(InSitu):
 
     def _is_shared_out(self) -> bool:
         """Whether other ranks read other samples with this layer: under `DistributedDataParallel`, and where FSDP has put a weight
-        that it gathers from the ranks in the place of the layer's own."""
+        that it gathers from the ranks in the place of the layer's own, or of what it is computed of."""
         if not distributed.is_available() or not distributed.is_initialized():
             return False
-        replicated = DistributedDataParallel._get_active_ddp_module() is not None
-        return replicated or not hasattr(self._parameters.get("weight"), "analog")
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            return True
+        lent = (
+            "weight" not in vars(self) and type(self._parameters.get("weight")) is Tensor
+        )  # by `functional_call`
+        return not lent and not any(hasattr(parameter, "analog") for parameter in self.parameters())
 
     def _follows_inputs(self) -> bool:
         """Whether reads move the DAC's range."""
@@ -548,6 +552,11 @@ class AnalogLayer(InSitu):
                 kept[name] = torch.full_like(converter.full, torch.nan)
         if self.spec.dac.range == "fixed":
             kept["dac_max"] = self.dac_max.clone()
+        begun, dac = state_dict.get(f"{prefix}dac_max"), self.spec.dac
+        if (
+            dac.range == "learned" and dac.max and begun is not None and not begun.any()
+        ):  # of another kind of range
+            state_dict[f"{prefix}dac_max"] = torch.full_like(begun, dac.max)
         counted = state_dict.get(f"{prefix}read_step")
         if counted is not None:  # perhaps of before reads in eval mode were counted apart
             state_dict.setdefault(f"{prefix}eval_step", torch.zeros_like(counted))

@@ -151,6 +151,7 @@ class Programmed(Wires):
 
     def release(self) -> None:
         """Read the layer's own weights again."""
+        self.leave_cells()
         for name in (*HELD, "aged", "aged_variance"):
             setattr(self, name, None)
         self.restart_wires()
