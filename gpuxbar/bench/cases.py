@@ -18,7 +18,7 @@ from gpuxbar import ops, reference
 from gpuxbar.bench import updates
 from gpuxbar.bench.peers import Trained, aihwkit_steps, lightning_steps
 from gpuxbar.bench.plain import Tiles, on_tiles
-from gpuxbar.bridge.analog_mvm import driven_gradient
+from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
 from gpuxbar.experiments.networks import inverted_residuals, network, resnet50
 from gpuxbar.launch import set_threads
 from gpuxbar.mapping.plan import Read
@@ -456,7 +456,7 @@ def _layer_error(layer: AnalogLinear | AnalogConv2d, x: Tensor, grad: Tensor) ->
     _, lsb = layer.dac_inputs(x, layer.dac_top(x))
     x = _off_edges(x, lsb, layer.plan.forward)
     w_max = layer.conductances().w_max
-    driven, lsb = driven_gradient(grad, w_max, layer.plan)
+    driven, lsb = driven_gradient(gradient_values(grad, w_max, layer.plan), w_max, layer.plan)
     scale = (w_max * layer.plan.unit).view(-1, *[1] * (grad.dim() - 2))
     grad = _off_edges(driven, lsb, layer.plan.backward) / scale
 

@@ -191,26 +191,25 @@ def _drive_gradient(
             what=what,
         )  # fmt: skip
         return tensor(codes), None, tensor(lsb)
-    driven, lsb = driven_gradient(grad_y, w_max, way)
+    driven, lsb = driven_gradient(gradient_values(grad_y, w_max, way), w_max, way)
     v, dac, _ = _drive(driven, lsb, read, device, hosted, what, keep=False)
     return v, dac, lsb
-
-
-def driven_gradient(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tensor, Tensor]:
-    """What a transposed read drives, inside the range of its DAC, and the value of one code, [1] or [len(grad_y)]."""
-    read = way.backward
-    driven = gradient_values(grad_y, w_max, way)
-    if read.full:
-        full = read.full * way.unit * w_max.amax().reshape(1)
-        driven = driven.clamp(-full, full)
-    else:
-        full = abs_max(driven, read.per_sample)
-    return driven, full / max(read.code_max, 1)
 
 
 def gradient_values(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> Tensor:
     """A gradient of the output in the units that a transposed read drives."""
     return grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
+
+
+def driven_gradient(values: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tensor, Tensor]:
+    """`gradient_values` inside the range of the transposed read's DAC, and the value of one code, [1] or [len(values)]."""
+    read = way.backward
+    if read.full:
+        full = read.full * way.unit * w_max.amax().reshape(1)
+        values = values.clamp(-full, full)
+    else:
+        full = abs_max(values, read.per_sample)
+    return values, full / max(read.code_max, 1)
 
 
 def abs_max(x: Tensor, per_sample: bool) -> Tensor:

@@ -467,9 +467,8 @@ class AnalogLayer(InSitu):
             return False
         if DistributedDataParallel._get_active_ddp_module() is not None:
             return True
-        lent = (
-            "weight" not in vars(self) and type(self._parameters.get("weight")) is Tensor
-        )  # by `functional_call`
+        # by `functional_call`
+        lent = "weight" not in vars(self) and type(self._parameters.get("weight")) is Tensor
         return not lent and not any(hasattr(parameter, "analog") for parameter in self.parameters())
 
     def _follows_inputs(self) -> bool:
@@ -553,9 +552,8 @@ class AnalogLayer(InSitu):
         if self.spec.dac.range == "fixed":
             kept["dac_max"] = self.dac_max.clone()
         begun, dac = state_dict.get(f"{prefix}dac_max"), self.spec.dac
-        if (
-            dac.range == "learned" and dac.max and begun is not None and not begun.any()
-        ):  # of another kind of range
+        # 0: of another kind of range
+        if dac.range == "learned" and dac.max and begun is not None and not begun.any():
             state_dict[f"{prefix}dac_max"] = torch.full_like(begun, dac.max)
         counted = state_dict.get(f"{prefix}read_step")
         if counted is not None:  # perhaps of before reads in eval mode were counted apart

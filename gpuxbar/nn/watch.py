@@ -262,7 +262,7 @@ def _back_lines(layer: AnalogLayer, grad_y: Tensor) -> Lines:
     grad_y = layer.batched(grad_y) if isinstance(layer, AnalogConv) else grad_y.reshape(-1, grad_y.shape[-1])
     cells, way = layer.conductances(), layer.plan
     values = gradient_values(grad_y.float(), cells.w_max, way)
-    driven, lsb = driven_gradient(grad_y.float(), cells.w_max, way)
+    driven, lsb = driven_gradient(values, cells.w_max, way)
     values, driven = (part.reshape(*part.shape[:2], -1) for part in (values, driven))
     pixels = driven.shape[2]
     rows = _spread(layer, len(driven) * pixels, driven, transposed=True)

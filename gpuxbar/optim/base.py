@@ -148,7 +148,8 @@ class InSituOptimizer(torch.optim.Optimizer):
                     if grad is not None:
                         parameter.add_(self._velocity(parameter, group["momentum"]), alpha=-group["lr"])
                     continue
-                if layer.streams.pairs if layer.keeps_operands else grad is not None:
+                moves = bool(layer.streams.pairs) if layer.keeps_operands else grad is not None
+                if moves:
                     assert isinstance(layer, AnalogLayer)
                     self._write(layer, parameter, group)
                 self._relax(layer, self.parts.get(parameter))
