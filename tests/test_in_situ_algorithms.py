@@ -661,6 +661,12 @@ def test_agad_writes_nothing_in_the_first_period_of_a_layer(period, lines, every
     assert written == [False] * (idle + every - 1) + [True]
 
 
+def test_agad_learns_less_in_periods_of_few_steps():
+    """In which its fast array gathers little of what it remembers."""
+    short, long = (distance("agad", {}, lr=0.003, fast_lr=0.3, lines=12, period=period) for period in (2, 40))
+    assert short > 1.4 * long
+
+
 def test_errors():
     layer = AnalogLinear(4, 3, spec=spec())
     for name, setting, text in (

@@ -297,13 +297,13 @@ class AGAD(TikiTakaV2):
 
     With c the sign of a line and v what it reads:  H <- H + lr c (v - offset) / pulse,  mean <- mean + beta (v - mean);
     after `period` reads:  offset <- mean,  c <- -c.  beta = min(5 / period, 1). Whole pulses of H are written to C as
-    in version 2, after the first period, which only measures (in aihwkit it adds to H, too).
+    in version 2, after the first period, which only measures (in aihwkit that and the read after it go to H, too, and are lost
+    where they make pulses).
 
-    The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric. A period is
-    period * I / lines transfers of a layer with I wordlines (by default 40 where I is 128), and no fewer than `period`. In the first
-    one nothing is written. A is judged by what it gathers in one: where that is less than it remembers, C is written with more of the
-    noise of samples, whose opposite pulses pull it to its symmetry points, whatever `lr` is. So more `lines` than a step has samples
-    need a longer `period`.
+    The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric. A period takes
+    period * I / lines transfers of a layer with I wordlines (by default 40 where I is 128), and no fewer than `period`. Nothing is
+    written in the first. What reaches C is what A gathers in a period: where that is much less than A remembers, it is noisier, and
+    opposite pulses pull C to its symmetry points, whatever `lr` is. So more `lines` than a step has samples need a longer `period`.
 
     Args:
         params, lr, momentum, fast_lr, transfer_every, lines, zero_shift, max_pulses: As for `TikiTakaV2`.
