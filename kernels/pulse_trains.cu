@@ -20,16 +20,17 @@ constexpr int SAMPLES = 8, WORKERS = 32;  // samples of a block, and threads of 
 // Values of one side of an array.
 struct Side {
   const float* values;  // [B, G * lines], or images
-  const float* scale;   // [G * lines], or null: 1
+  const float* factor;  // [G * lines], or null: 1
+  bool outputs;         // whether images are of these, a pixel a sample; else a patch is one
   int lines, group, groups;
 
   GPUXBAR_FN float value(const Conv& conv, i64 sample, int line) const {
     i64 at = (sample * groups + group) * lines + line;
     if (CONV)
-      at = scale ? pixel_place(conv, sample, groups, group, lines, line)
-                 : patch_place(conv, sample, groups, group, line);
+      at = outputs ? pixel_place(conv, sample, groups, group, lines, line)
+                   : patch_place(conv, sample, groups, group, line);
     if (at < 0) return 0.0f;
-    return scale ? values[at] * scale[(i64)group * lines + line] : values[at];
+    return factor ? values[at] * factor[(i64)group * lines + line] : values[at];
   }
 
   // Largest magnitude of what every WORKERS-th thread sees of a sample.
@@ -79,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                  const float* __restrict__ d,      // [B, G * O], or images [N, G * O, out_h, out_w]
                  const float* __restrict__ scale,  // [G * O]     wanted pulses for an input and an error of 1
                  const float* __restrict__ unit,   // [G]         the least of them
+                 const float* __restrict__ sign,   // [G * I], or null: 1   what an input is driven with
                  const i64* __restrict__ step,     // [1], or null: step_value
                  u32* __restrict__ input_words,    // [B, G * I]
                  u32* __restrict__ error_words,    // [B, G * O]
@@ -88,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   const int group = blockIdx.y, worker = threadIdx.x / SAMPLES;
   const u32 when = (u32)(step ? *step : step_value);
   const i64 sample = (i64)blockIdx.x * SAMPLES + threadIdx.x % SAMPLES;
-  const Side input{x, nullptr, inputs, group, groups}, error{d, scale, outputs, group, groups};
+  const Side input{x, sign, false, inputs, group, groups}, error{d, scale, true, outputs, group, groups};
   const bool inside = sample < batch;
   const float top_input = sample_largest(inside ? input.largest(conv, sample, worker) : 0.0f, scratch);
   const float top_error = sample_largest(inside ? error.largest(conv, sample, worker) : 0.0f, scratch);

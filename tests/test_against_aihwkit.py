@@ -243,6 +243,10 @@ ALGORITHMS = {  # theirs with its settings, and those of ours
         configs.ChoppedTransferCompound, BUFFER | {"auto_scale": False, "in_chop_prob": 0.3, "in_chop_random": True},
         {"max_pulses": 1, "flip": 0.3},
     ),
+    "agad": (
+        configs.DynamicTransferCompound, BUFFER | {"auto_scale": False, "in_chop_prob": 1 / 6},
+        {"max_pulses": 1, "period": 6},
+    ),
 }  # fmt: skip
 # as large in every sample, so that both scale the updates of the fast array alike at every step
 SAMPLES = 6
@@ -256,12 +260,39 @@ FAST_RATE, TRANSFER_RATE = 0.03, 0.4  # of the fast array's weights by x d; of t
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_fast_and_slow_arrays_have_the_same_distribution(name):
     """After a few samples, each followed by the transfer of a line, over arrays side by side and tiles one after another."""
-    repeats = 1000
     kind, settings, more = ALGORITHMS[name]
+    steps = [(XS[i : i + 1], DS[i : i + 1]) for i in range(SAMPLES)]
+    if (
+        name == "agad"
+    ):  # nothing to accumulate in the period and a sweep in which they write nothing; then across a flip
+        nothing = np.zeros((1, 4), np.float32), np.zeros((1, 3), np.float32)
+        steps = [nothing] * 4 * 7 + steps * 5
+    theirs = their_arrays(kind, settings | {"fast_lr": FAST_RATE, "transfer_lr": TRANSFER_RATE}, steps)
+    # of what is read in units of the gradient
+    settings = {"lr": TRANSFER_RATE * FAST_RATE, "fast_lr": FAST_RATE / 2, **more}
+    assert_same_distribution(our_arrays(name, settings, steps), theirs)
+
+
+def test_fast_rates_scaled_by_themselves_are_theirs_converted():
+    """As the table of examples/README.md does, by errors of any size, with two samples a step."""
+    settings = {
+        "auto_scale": True, "correct_gradient_magnitudes": True, "in_chop_prob": 0.3, "in_chop_random": True, "fast_lr": 0.5,
+        "transfer_lr": TRANSFER_RATE,
+    }  # fmt: skip
+    size = np.float32([2, 0.5, 0.1])[:, None, None]
+    steps = list(zip(XS.reshape(3, 2, 4), size * DS.reshape(3, 2, 3), strict=True))
+    theirs = their_arrays(configs.ChoppedTransferCompound, BUFFER | settings, steps)
+    fast = 0.5 * 31 * STEP / 2 * 2**0.5
+    ours = {"lr": TRANSFER_RATE, "fast_lr": fast, "max_pulses": 1, "flip": 0.3}
+    assert_same_distribution(our_arrays("chopped-tiki-taka-v2", ours, steps), theirs)
+
+
+def their_arrays(kind, settings, steps, repeats=1000):
+    """Slow and fast weights [repeats, 2, O, I] of their tiles after steps, each followed by the transfer of a line."""
     device = configs.SoftBoundsDevice(**THEIRS, mult_noise=True)
     compound = kind(
-        unit_cell_devices=[device, device], gamma=0.0, fast_lr=FAST_RATE, transfer_lr=TRANSFER_RATE, scale_transfer_lr=False,
-        transfer_every=1.0, units_in_mbatch=False, transfer_forward=configs.IOParameters(is_perfect=True), **settings,
+        unit_cell_devices=[device, device], gamma=0.0, scale_transfer_lr=False, transfer_every=float(len(steps[0][0])),
+        units_in_mbatch=False, transfer_forward=configs.IOParameters(is_perfect=True), **settings,
     )  # fmt: skip
     torch.manual_seed(1)
     theirs = []
@@ -269,24 +300,32 @@ def test_fast_and_slow_arrays_have_the_same_distribution(name):
         tile = tiles.AnalogTile(3, 4, configs.UnitCellRPUConfig(device=compound))
         tile.set_learning_rate(1.0)
         tile.set_weights(torch.zeros(3, 4), realistic=False)
-        for x, d in zip(XS, DS, strict=True):
-            tile.update(torch.from_numpy(x)[None], torch.from_numpy(d)[None])
+        for x, d in steps:
+            tile.update(torch.from_numpy(x), torch.from_numpy(d))
         hidden = next(v for k, v in tile.get_hidden_parameters().items() if k.startswith("hidden_weights_0"))
         theirs.append(np.stack([tile.get_weights(realistic=False)[0].numpy(), hidden.numpy()]))
-    theirs = np.array(theirs)
+    return np.array(theirs)
 
+
+def our_arrays(name, settings, steps, repeats=1000):
+    """The same of groups of a layer."""
     law = SoftBounds(up=2, down=2, cycle_of="step", **OURS)
     spec = CrossbarSpec(mapping={"scheme": "subtracted", "w_max": 2.0}, update=law, pulses={}, seed=3)
     layer = AnalogConv2d(4 * repeats, 3 * repeats, 1, groups=repeats, bias=False, spec=spec)
     torch.nn.init.zeros_(layer.weight)
-    rate = TRANSFER_RATE * FAST_RATE  # of what is read in units of the gradient
-    optimiser = build_optimizer(name, layer, lr=rate, fast_lr=FAST_RATE / 2, lines=1, **more)
-    for x, d in zip(XS, DS, strict=True):
-        images = (torch.from_numpy(np.tile(part, repeats)).view(1, -1, 1, 1) for part in (x, d))
-        layer.streams.pairs = [tuple(images)]
+    optimiser = build_optimizer(name, layer, lines=1, **settings)
+    for operands in steps:
+        layer.streams.pairs = [
+            tuple(torch.from_numpy(np.tile(part, repeats))[..., None, None] for part in operands)
+        ]
         optimiser.step()
     arrays = layer.weight.detach(), optimiser.parts[layer.weight].array.weight
-    ours = np.stack([part.reshape(repeats, 3, 4).numpy() for part in arrays], 1)
+    return np.stack([part.reshape(repeats, 3, 4).numpy() for part in arrays], 1)
+
+
+def assert_same_distribution(ours, theirs):
+    """Of every weight of both arrays, within what the repeats tell."""
+    repeats = len(ours)
     ours, theirs = ours.round(5), theirs.round(5)  # less is rounding of the window, not a pulse
     assert np.abs(theirs).mean((0, 2, 3)).min() > STEP / 2
     for moment in (lambda v: v, lambda v: (v - v.mean(0)) ** 2):

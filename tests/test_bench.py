@@ -110,6 +110,7 @@ def test_pulses_agree_with_their_oracle(law, mode, monkeypatch):
     "build",
     [
         partial(cases.spec_step, cases.PULSED, batch=3),
+        partial(cases.spec_step, cases.PULSED, batch=3, algorithm="agad"),
         partial(cases.spec_step, cases.TXSIM, (1, 8, 8), 3),
         partial(cases.transformer_step, 16, 5, 3),
         partial(cases.lstm_step, 16, 4, 3),

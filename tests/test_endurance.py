@@ -197,7 +197,9 @@ def test_opcheck():
     )
     torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, (*pairs, *vectors, *how))
     patch = [1, 1, 1, 1, 0, 0, 1, 1]
-    torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, (*pairs, *images, *how, patch))
+    torch.library.opcheck(
+        torch.ops.gpuxbar.pulse_update.default, (*pairs, *images, *how, patch, torch.ones(5))
+    )
     torch.library.opcheck(torch.ops.gpuxbar.relax.default, pairs)
 
 

@@ -528,6 +528,30 @@ def test_a_fast_array_takes_all_samples_of_a_step(kind):
         assert (part.array.weight != 0).float().mean() > 0.2
 
 
+@pytest.mark.parametrize("order", ["channel_position", "position_channel"])
+def test_a_fast_array_is_pulsed_by_images_as_by_their_patches(order, monkeypatch):
+    """To the bit, signs of lines included, and without unfolding them."""
+    torch.manual_seed(0)
+    mapping = {"scheme": "subtracted", "line_order": order}
+    geometry = {"stride": (2, 1), "padding": (2, 3), "dilation": (1, 2), "groups": 2}
+    made = spec(mapping=mapping, pulses={"update_management": False})
+    layers = [AnalogConv2d(4, 6, (2, 3), bias=False, spec=made, **geometry) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    opts = [build_optimizer("agad", layer, lr=0.05, period=1, fast_lr=0.3, lines=5) for layer in layers]
+    for _ in range(6):
+        x, d = torch.randn(3, 4, 7, 5), torch.randn(3, 6, 5, 7)
+        layers[0].streams.pairs, layers[1].streams.pairs = [(x, d)], [layers[0].as_lines(x, d)]
+        with monkeypatch.context() as patched:
+            patched.setattr("torch.nn.functional.unfold", None)
+            for opt in opts:
+                opt.step()
+    parts = [opt.parts[layer.weight] for opt, layer in zip(opts, layers, strict=True)]
+    assert parts[0].sign.unique().tolist() == [-1, 1]
+    torch.testing.assert_close(parts[0].scale, parts[1].scale, rtol=1e-6, atol=0)
+    assert torch.equal(parts[0].array.weight, parts[1].array.weight)
+    assert parts[0].array.weight.std() > 0.02 * layers[0].w_max.max()
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_digits_are_learnt(name):
     from sklearn.datasets import load_digits
@@ -635,6 +659,12 @@ def test_agad_writes_nothing_in_the_first_period_of_a_layer(period, lines, every
         optimiser.step()
         written.append(not torch.equal(layer.weight, before))
     assert written == [False] * (idle + every - 1) + [True]
+
+
+def test_agad_learns_less_in_periods_of_few_steps():
+    """In which its fast array gathers little of what it remembers."""
+    short, long = (distance("agad", {}, lr=0.003, fast_lr=0.3, lines=12, period=period) for period in (2, 40))
+    assert short > 1.4 * long
 
 
 def test_errors():

@@ -289,6 +289,34 @@ def test_images_pulse_as_their_patches(geometry, train):
     assert (pairs.g != g).mean() > 0.1
 
 
+@pytest.mark.parametrize("train", ["managed", "counted", "implicit"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_signs_of_wordlines_are_those_of_their_inputs(geometry, train):
+    """To the bit on each backend, of lines and of images, whose pixels lie on lines of either sign."""
+    conv = GEOMETRIES[geometry]
+    g, x, d, w_max = images(conv)
+    sign = np.random.default_rng(2).choice(np.float32([-1, 1]), 2 * conv.inputs)
+    patches, errors = reference.unfold(x, conv), d.transpose(0, 2, 3, 1).reshape(-1, d.shape[1]).copy()
+    made, how = {**WINDOW, "seed": SEED}, {"rate": 0.1, "w_max": w_max, "groups": 2, "step": 9}
+    law, train = CONSTANT, TRAINS[train]
+    oracle = {"law": law.model_dump(), "train": train.model_dump(), **made, **how}
+    expected, _ = reference.pulse_update(g, x, d, conv=conv, sign=sign, **oracle)
+    np.testing.assert_array_equal(reference.pulse_update(g, patches * sign, errors, **oracle)[0], expected)
+    for device in (None, ShimDevice(order=11)):
+        alike = []
+        for lines, more in (
+            ((x, d), {"conv": conv, "sign": sign}),
+            ((patches, errors), {"sign": sign}),
+            ((patches * sign, errors), {}),
+        ):
+            pairs = ops.Pairs(g.copy(), law=law, **made)
+            ops.pulse_update(pairs, *lines, train=train, device=device, **how, **more)
+            alike.append(pairs.g)
+        np.testing.assert_array_equal(alike[0], alike[2])
+        np.testing.assert_array_equal(alike[1], alike[2])
+        np.testing.assert_allclose(alike[0], expected, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
+
+
 @pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "kernel"])
 def test_rare_pulses_are_not_lost(device):
     """Chances of 2^-18 a slot: the first 16 random bits leave open whether a slot fires, the last ones decide.
@@ -493,6 +521,8 @@ BAD = {
     "shape": ({"d": np.ones((3, 4), np.float32)}, ValueError, r"`d` must have shape \(2, 4\)"),
     "groups": ({"groups": 2}, ValueError, "`groups` must divide the inputs and the outputs, got 2 for 3"),
     "rate": ({"rate": 0.0}, ValueError, "`rate` must be above 0, got 0; give the learning rate"),
+    "signs": ({"sign": np.ones(4, np.float32)}, ValueError, r"`sign` must have shape \(3,\), one for each wordline, got \(4,\)"),
+    "factors": ({"sign": np.float32([1, -1, 0.5])}, ValueError, "`sign` must be 1 or -1, got 0.5; multiply the inputs by other"),
     "images": (
         {"conv": ConvGeometry(1, 2, 2, (1, 3), padding=(0, 1)), "x": np.ones((2, 1, 2, 3), np.float32),
          "d": np.ones((2, 4, 2, 2), np.float32)}, ValueError,

@@ -473,6 +473,19 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.gpuxbar.streamed_update.default, (*pairs, *lines))
 
 
+def test_signs_of_wordlines_are_refused():
+    layer = layer_of()
+    layer.begin_in_situ()
+    before = layer.g_cells.clone()
+    x, d = torch.ones(2, layer.inputs), torch.ones(2, layer.outputs)
+    with pytest.raises(
+        ValueError, match="`sign` must be None with bit streams, got one; multiply the inputs"
+    ):
+        layer.update_in_array(x, d, 0.1, torch.ones(layer.inputs))
+    assert torch.equal(layer.g_cells, before)
+    assert layer.carry_step == 0
+
+
 def test_what_streams_cannot_do_is_named():
     layer = layer_of()
     with pytest.raises(ValueError, match=r"InSituSGD: `momentum` must be 0 for layers with bit streams, got 0\.9 for layer; leave it out, or set carry\.scheme='accumulate'"):  # fmt: skip

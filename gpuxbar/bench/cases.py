@@ -24,7 +24,7 @@ from gpuxbar.launch import set_threads
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.optim import InSituSGD
+from gpuxbar.optim import OPTIMIZERS
 from gpuxbar.spec import CrossbarSpec, presets
 
 __all__ = ["CASES", "Case", "Contenders", "OracleMismatch", "threads"]
@@ -200,20 +200,23 @@ class Recurrent(nn.Module):
         return y
 
 
-def spec_step(spec: CrossbarSpec, shape: tuple[int, int, int] = (1, 28, 28), batch: int = 64) -> Contenders:
-    """The same of a network on the crossbars of a spec, in situ where that has a law."""
+def spec_step(
+    spec: CrossbarSpec, shape: tuple[int, int, int] = (1, 28, 28), batch: int = 64, algorithm: str = "sgd"
+) -> Contenders:
+    """The same of a network on the crossbars of a spec, in situ by an algorithm where that has a law."""
     ideal, others = _network(shape), {}
-    if spec.update is not None and spec.pulses is not None:
+    if spec.update is not None and spec.pulses is not None and algorithm == "sgd":
         others = aihwkit_steps(ideal, RATE, spec.update, spec.pulses)
-    return _steps(ideal, *_labelled((batch, *shape), batch), others, spec)
+    return _steps(ideal, *_labelled((batch, *shape), batch), others, spec, algorithm=algorithm)
 
 
 def _steps(
-    ideal: nn.Module, x: Tensor, target: Tensor, others: Trained, spec: CrossbarSpec | None = None, compiled: bool = False
+    ideal: nn.Module, x: Tensor, target: Tensor, others: Trained, spec: CrossbarSpec | None = None, compiled: bool = False,
+    algorithm: str = "sgd",
 ) -> Contenders:  # fmt: skip
     spec = spec or CrossbarSpec.model_validate(SPEC)
     analog, _ = convert(ideal, spec)
-    make = torch.optim.SGD if spec.update is None else InSituSGD
+    make = torch.optim.SGD if spec.update is None else OPTIMIZERS[algorithm]
     trained: Trained = {
         "ideal": (ideal, torch.optim.SGD(ideal.parameters(), RATE)),
         "gpuxbar": (analog, make(analog.parameters(), RATE)),
@@ -346,6 +349,10 @@ CASES = (
     Case(
         "lenet5-in-situ-step", "28 x 28, batch 64: training step by pulses, counted over the batch", 4.0,
         partial(spec_step, PULSED),
+    ),
+    Case(
+        "lenet5-agad-in-situ-step", "28 x 28, batch 64: training step by AGAD by pulses, counted over the batch", None,
+        partial(spec_step, PULSED, algorithm="agad"),
     ),
     Case(
         "resnet20-in-situ-step", "32 x 32, batch 32: training step by pulses, counted over the batch", 5.0,

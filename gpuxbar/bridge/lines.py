@@ -14,7 +14,15 @@ from torch.nn import functional
 
 from gpuxbar.mapping import ReadPlan
 
-__all__ = ["by_line", "fold_lines", "image_shape", "of_lines", "some_lines", "unfold_lines"]
+__all__ = [
+    "by_line",
+    "fold_lines",
+    "image_shape",
+    "largest_on_lines",
+    "of_lines",
+    "some_lines",
+    "unfold_lines",
+]
 
 
 def by_line(weight: Tensor, groups: int, line_order: str) -> Tensor:
@@ -43,6 +51,20 @@ def unfold_lines(x: Tensor, weight: tuple[int, ...], way: ReadPlan) -> Tensor:
     if _permuted(weight, way.line_order):
         patches = patches.unflatten(1, (way.groups, weight[1], -1)).transpose(2, 3).flatten(1, 3)
     return patches.transpose(1, 2).flatten(0, 1)
+
+
+def largest_on_lines(x: Tensor, groups: int, patch: list[int] | None = None) -> Tensor:
+    """Largest magnitude of each sample on the lines of each group, float32: of [B, G * lines] [B, G]; of images [N, G * channels, height,
+    width] [N, G, *out], where a sample is a pixel, or with `patch`, as `InSitu` has it, what an unfolded line would be."""
+    top = x.abs().unflatten(1, (groups, -1)).amax(2).float()
+    if patch is None:
+        return top
+    down, along = patch[4:6]
+    top = functional.pad(top, (along, along, down, down))
+    for axis in (0, 1):  # the largest of a rectangle is that of its columns' largest
+        size, stride, _, dilation = patch[axis::2]
+        top = top.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation].amax(-1)
+    return top
 
 
 def some_lines(x: Tensor, rows: Tensor, weight: tuple[int, ...], way: ReadPlan) -> Tensor:

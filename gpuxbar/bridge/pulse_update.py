@@ -12,7 +12,9 @@ from gpuxbar.bridge.pairs import pairs_of
 __all__ = ["pulse_update"]
 
 
-def _shape(g, g_held, pulse_count, device_map, spec, seed, x, d, w_max, step, rate, groups, patch=None):
+def _shape(
+    g, g_held, pulse_count, device_map, spec, seed, x, d, w_max, step, rate, groups, patch=None, sign=None
+):
     return g.new_empty((groups, g.shape[2], g.shape[1] // groups))
 
 
@@ -31,6 +33,7 @@ def pulse_update(
     rate: float,
     groups: int,
     patch: list[int] | None = None,
+    sign: Tensor | None = None,
 ) -> Tensor:
     """Pulse pairs of devices for a batch of inputs and errors; returns the weights read out, [G, O, I].
 
@@ -44,6 +47,7 @@ def pulse_update(
         rate: Learning rate.
         groups: Arrays side by side, G.
         patch: Kernel, stride, padding and dilation, two numbers each, of a convolution; None for a matrix.
+        sign: What the driver of each wordline multiplies its inputs by, 1 or -1, float32 [G * I]; None: 1.
     """
     crossbar = spec_of(spec)
     assert crossbar.pulses is not None
@@ -52,6 +56,6 @@ def pulse_update(
         pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)
         weights = ops.pulse_update(
             pairs, array(x), array(d), rate=rate, train=crossbar.pulses, w_max=array(w_max), groups=groups, conv=conv,
-            step=array(step), device=device,
+            sign=None if sign is None else array(sign), step=array(step), device=device,
         )  # fmt: skip
         return tensor(weights)

@@ -39,6 +39,7 @@ class AuxiliaryArray(AnalogLayer):
         )
         self.bias = None
         self.setup(_line_read(layer.spec), f"{layer.name}.{part}", layer.groups_)
+        self.patch = layer.patch  # it is driven by the layer's images, and read line by line
         self.start_cells(
             torch.zeros_like(self.weight).view(self.groups_, self.outputs, -1), layer.w_max.clone()
         )

@@ -43,10 +43,13 @@ class InSitu(Programmed):
     of an update.
     `carry_step`: number of updates, which carries between slices follow, int64 [1]; None without `spec.carry`.
     `refresh_step`: number of updates, which refreshes follow, int64 [1]; None without `spec.refresh.interval`.
+
+    `patch`: kernel, stride, padding and dilation, two numbers each, by which images drive the wordlines.
     """
 
     weight: Tensor
     plan: ReadPlan
+    patch: list[int]
     name: str
     inputs: int
     outputs: int
@@ -66,6 +69,8 @@ class InSitu(Programmed):
         ):  # fmt: skip
             self.register_buffer(name, None)
         self.seed_of_cells = self.plan.seed
+        way = self.plan
+        self.patch = [*image_shape(self.weight.shape)[2:], *way.stride, *way.padding, *way.dilation]
         self.streams = Streams()
         self._read: Mark | None = None  # of the weight when it was last what the cells read
 
@@ -278,7 +283,7 @@ class InSitu(Programmed):
         return x, d
 
     @torch.no_grad()
-    def update_in_array(self, x: Tensor, d: Tensor, rate: float) -> None:
+    def update_in_array(self, x: Tensor, d: Tensor, rate: float, sign: Tensor | None = None) -> None:
         """Move the cells by -rate d^T x, multiplied in the array; the weight becomes what they read.
 
         By pulse trains (`spec.pulses`) or bit streams (`spec.carry.scheme`); a rate of 0, as at the start of a warm-up, moves
@@ -287,9 +292,14 @@ class InSitu(Programmed):
         Args:
             x, d: Inputs and errors, as `take_operands` gives them.
             rate: Learning rate, at least 0.
+            sign: Of pulse trains, what the driver of each wordline multiplies its inputs by, 1 or -1, float32 [G * I]; None: 1.
         """
         self.require_unprogrammed("weight")
         self.require_read_out()
+        if sign is not None and self.spec.pulses is None:
+            raise ValueError(
+                f"{self.name}: `sign` must be None with bit streams, got one; multiply the inputs by it"
+            )
         assert self.w_max is not None
         assert self.update_step is not None
         self._make_room()
@@ -297,11 +307,12 @@ class InSitu(Programmed):
             self._move(torch.zeros_like(self.weight))
             return
         x, d = (operand.float().contiguous() for operand in (x, d))
-        way = self.plan
-        kernel = image_shape(self.weight.shape)[2:]
-        patch = [*kernel, *way.stride, *way.padding, *way.dilation] if x.dim() == 4 else None
-        update = streamed_update if self.spec.pulses is None else pulse_update
-        read = call(update, *self._pairs(), x, d, self.w_max, self.update_step, rate, self.groups_, patch)
+        patch = self.patch if x.dim() == 4 else None
+        operands = x, d, self.w_max, self.update_step, rate, self.groups_, patch
+        if self.spec.pulses is None:
+            read = call(streamed_update, *self._pairs(), *operands)
+        else:
+            read = call(pulse_update, *self._pairs(), *operands, sign)
         self._show(self.of_lines(read))
 
     @torch.no_grad()

@@ -21,7 +21,15 @@ from gpuxbar.launch import (
     host_call,
     library,
 )
-from gpuxbar.ops.checks import check_kind, check_lines, check_numbers, counter, integer, require_finite
+from gpuxbar.ops.checks import (
+    check_array,
+    check_kind,
+    check_lines,
+    check_numbers,
+    counter,
+    integer,
+    require_finite,
+)
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.laws import Parameters
 from gpuxbar.ops.pairs import Pairs, Slices, Wear
@@ -45,6 +53,7 @@ def pulse_update(
     w_max: Any,
     groups: int = 1,
     conv: ConvGeometry | None = None,
+    sign: Any = None,
     step: Any = 0,
     device: Device | None = None,
 ) -> Any:
@@ -70,6 +79,7 @@ def pulse_update(
         w_max: Weight of a full pair (of slices: whose digits are all 2**slice_bits - 1), float32 [G * O], above 0.
         groups: Arrays side by side, G.
         conv: Shape of the convolution whose patches drive the wordlines; no patch matrix is made.
+        sign: What the driver of each wordline multiplies its inputs by, 1 or -1, float32 [G * I], as choppers do; None: 1.
         step: With the seed of the pairs, of the trains and the noise of pulses: an integer or an int64 array of one element.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
@@ -91,6 +101,8 @@ def pulse_update(
     assert law.nominal_pulses is not None
     check_numbers(OP, "rate", rate, "", "give the learning rate")
     batch, inputs, outputs = check_lines(OP, pairs.g, x, d, w_max, groups, conv)
+    if sign is not None:
+        _check_sign(sign, groups * inputs)
     if batch > SAMPLES:
         raise ValueError(
             f"{OP}: `x` must hold at most {SAMPLES} samples, got {batch}; split the batch into several steps"
@@ -101,13 +113,14 @@ def pulse_update(
     size = {"batch": batch, "groups": groups, "inputs": inputs, "outputs": outputs}
     where = "cuda" if device is not None else backend(pairs.g)
     if where == "cuda":
-        return _cuda(device or cuda_device(), pairs, x, d, scale, train, w_max, conv, step, size)
+        return _cuda(device or cuda_device(), pairs, x, d, scale, train, w_max, conv, sign, step, size)
     step = integer(OP, "step", step)
     if where == "reference" and pairs.g.size:
         for name, array in (("x", x), ("d", d)):
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
         cells, _ = reference.pulse_update(
-            pairs.g, x, d, rate=rate, train=train.model_dump(), w_max=w_max, groups=groups, conv=conv, step=step, **pairs.plain
+            pairs.g, x, d, rate=rate, train=train.model_dump(), w_max=w_max, groups=groups, conv=conv, sign=sign, step=step,
+            **pairs.plain,
         )  # fmt: skip
         pairs.g[...] = cells
         return pairs.read_out(w_max, groups).astype(np.float32)
@@ -123,11 +136,24 @@ def pulse_update(
         settings = Update(train=Train.of(train), conv=Conv.of(conv), step=step, **size, **pairs.settings)
         host_call(
             library(), "gpuxbar_pulse_update", pairs.g, pairs.pulse_count, pairs.device_map, x, x.size, d, d.size, scale,
-            scale.reshape(groups, outputs).min(1), weights, w_max, *words, length, slots, np.frombuffer(bytes(settings), np.uint8), train.mode == "aggregated", bad,
+            scale.reshape(groups, outputs).min(1), sign, weights, w_max, *words, length, slots, np.frombuffer(bytes(settings), np.uint8), train.mode == "aggregated", bad,
         )  # fmt: skip
     for name, count in zip("xd", bad.tolist(), strict=True):
         require_finite(OP, name, count, "bad data")
     return weights
+
+
+def _check_sign(sign: Any, lines: int) -> None:
+    """Refuse signs that are not those of so many wordlines."""
+    check_array(OP, "sign", sign, "float32", 1)
+    if sign.shape != (lines,):
+        raise ValueError(
+            f"{OP}: `sign` must have shape {(lines,)}, one for each wordline, got {sign.shape}; check the axes"
+        )
+    if isinstance(sign, np.ndarray) and not (np.abs(sign) == 1).all():
+        raise ValueError(
+            f"{OP}: `sign` must be 1 or -1, got {sign[np.abs(sign) != 1][0]:g}; multiply the inputs by other factors"
+        )
 
 
 class Train(ctypes.Structure):
@@ -154,8 +180,8 @@ class Update(ctypes.Structure):
 
 
 def _cuda(
-    device: Device, pairs: Pairs, x: Any, d: Any, scale: Any, train: PulseTrain, w_max: Any, conv: ConvGeometry | None, step: Any,
-    size: dict[str, int],
+    device: Device, pairs: Pairs, x: Any, d: Any, scale: Any, train: PulseTrain, w_max: Any, conv: ConvGeometry | None, sign: Any,
+    step: Any, size: dict[str, int],
 ) -> Any:  # fmt: skip
     batch, groups, inputs, outputs = size.values()
     weights = device.empty((groups, outputs, inputs), "float32")
@@ -170,8 +196,8 @@ def _cuda(
         unit = scale.reshape(groups, outputs).min(1)
         device.launch(
             PULSE_TRAINS, (-(-batch // 8), groups), (256,),
-            {"x": x.reshape(-1), "d": d.reshape(-1), "scale": scale, "unit": unit, "train": Train.of(train),
-             "conv": Conv.of(conv), "seed": pairs.seed, **common}, {"CONV": int(conv is not None)},
+            {"x": x.reshape(-1), "d": d.reshape(-1), "scale": scale, "unit": unit, "sign": sign,
+             "train": Train.of(train), "conv": Conv.of(conv), "seed": pairs.seed, **common}, {"CONV": int(conv is not None)},
         )  # fmt: skip
     implicit, aggregated = train.scheme == "deterministic_implicit", train.mode == "aggregated"
     device.launch(
@@ -186,7 +212,7 @@ def _cuda(
 PULSE_TRAINS = Kernel(
     "pulse_trains.cu",
     x=In("float32", "source"), d=In("float32", "errors"), scale=In("float32", "D"), unit=In("float32", "G"),
-    step=In("int64", "one", optional=True), input_words=Out("uint32", "B X"), error_words=Out("uint32", "B D"),
+    sign=In("float32", "X", optional=True), step=In("int64", "one", optional=True), input_words=Out("uint32", "B X"), error_words=Out("uint32", "B D"),
     length=Out("float32", "B G"), train=Struct("Train", Train), conv=Struct("Conv", Conv), step_value=Scalar("int64"),
     seed=Scalar("uint64"), batch=Scalar("int32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.bridge.chop import chop
+from gpuxbar.bridge.lines import largest_on_lines
 from gpuxbar.nn.auxiliary import AuxiliaryArray, pulse_weight
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
@@ -108,18 +109,19 @@ class Fast(nn.Module):
         self._count(scale)
 
     def pulse(self, x: Tensor, d: Tensor, fast_lr: float) -> None:
-        """Write the products of inputs [B, G * I] and errors [B, G * O] to the array, by pulse trains."""
-        array = self.array
+        """Write the products of inputs and errors, as `take_operands` gives them, to the array, by pulse trains."""
+        array, groups = self.array, self.array.groups_
         assert array.w_max is not None
-        top_x, top_d = (lines.abs().unflatten(1, (array.groups_, -1)).amax(2) for lines in (x, d))
+        top_x = largest_on_lines(x, groups, array.patch if x.dim() == 4 else None)
+        tops = (top_x * largest_on_lines(d, groups)).transpose(0, 1).flatten(1)
         # squares of what float32 still holds may be less than it does
-        likely = torch.linalg.vector_norm(top_x * top_d, dim=0, dtype=torch.float64)
+        likely = torch.linalg.vector_norm(tops, dim=1, dtype=torch.float64)
         scale = self._following(likely.amax().float())
-        full = array.w_max.view(array.groups_, -1)
+        full = array.w_max.view(groups, -1)
         top = full.amax(1, keepdim=True)
         root = (top / scale.clamp_min(LEAST)).sqrt()  # each takes its share of what scales the products
-        x = x * (self.sign.squeeze(1) * root).flatten()
-        array.update_in_array(x, d * (full / top * root).flatten(), fast_lr)
+        x, d = _scaled(x, root), _scaled(d, full / top * root)
+        array.update_in_array(x, d, fast_lr, self.sign.flatten())
         self._count(scale)
 
     def _following(self, largest: Tensor) -> Tensor:
@@ -145,6 +147,13 @@ class Fast(nn.Module):
         """Change of a weight of the array for a gradient of 1, [G, O, 1]."""
         assert self.array.w_max is not None
         return fast_lr * self.array.w_max.view(self.array.groups_, -1, 1) / scale.clamp_min(LEAST)
+
+
+def _scaled(operand: Tensor, factor: Tensor) -> Tensor:
+    """Lines [B, G * lines] or images [N, G * channels, height, width] by factors of a group, [G, 1], or of each of its channels."""
+    groups = len(factor)
+    parts = operand.unflatten(1, (groups, -1))
+    return (parts * factor.view(groups, -1, *(1,) * (operand.dim() - 2))).flatten(1, 2)
 
 
 class TikiTaka(InSituOptimizer):
@@ -198,7 +207,7 @@ class TikiTaka(InSituOptimizer):
         fast = self.parts[weight]
         assert isinstance(fast, Fast)
         if layer.keeps_operands:
-            fast.pulse(*layer.as_lines(*layer.take_operands()), group["fast_lr"])
+            fast.pulse(*layer.take_operands(), group["fast_lr"])
         else:
             assert weight.grad is not None
             fast.collect(layer.by_line(weight.grad.float()), group["fast_lr"])
@@ -288,11 +297,13 @@ class AGAD(TikiTakaV2):
 
     With c the sign of a line and v what it reads:  H <- H + lr c (v - offset) / pulse,  mean <- mean + beta (v - mean);
     after `period` reads:  offset <- mean,  c <- -c.  beta = min(5 / period, 1). Whole pulses of H are written to C as
-    in version 2, after the first period, which only measures (in aihwkit it adds to H, too).
+    in version 2, after the first period, which only measures (in aihwkit that and the read after it go to H, too, and are lost
+    where they make pulses).
 
-    The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric. Of a layer with I
-    wordlines nothing is written in the first period * I / lines transfers (by default 40 where I is 128): short training needs more
-    `lines` or a shorter `period`.
+    The offset is learnt while training: A needs no symmetry point near its zero, and may even be symmetric. A period takes
+    period * I / lines transfers of a layer with I wordlines (by default 40 where I is 128), and no fewer than `period`. Nothing is
+    written in the first. What reaches C is what A gathers in a period: where that is much less than A remembers, it is noisier, and
+    opposite pulses pull C to its symmetry points, whatever `lr` is. So more `lines` than a step has samples need a longer `period`.
 
     Args:
         params, lr, momentum, fast_lr, transfer_every, lines, zero_shift, max_pulses: As for `TikiTakaV2`.

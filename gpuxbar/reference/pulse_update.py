@@ -95,6 +95,7 @@ def pulse_update(
     g_max: float,
     groups: int = 1,
     conv: ConvGeometry | None = None,
+    sign: Array | None = None,
     slices: int = 1,
     slice_bits: int | None = None,
     carry: dict[str, Any] | None = None,
@@ -109,11 +110,13 @@ def pulse_update(
     """(conductances [2 slices, G * I, O], weights read out [G, O, I]); `law`, `train` and `carry` are dumped specs.
 
     `pulse_count`, [2 slices, G * I, O], is updated in place where given; `device_map` as for `device_update`. With `conv`, x and d are
-    images.
+    images. `sign`, [G * I], multiplies what drives each wordline.
     """
     if conv is not None:
         x = unfold(x, conv)
         d = d.transpose(0, 2, 3, 1).reshape(len(x), d.shape[1])
+    if sign is not None:
+        x = x * sign
     batch, n_in, n_out = len(x), x.shape[1] // groups, d.shape[1] // groups
     span, pulses = g_max - g_min, law.get("pulses", law.get("levels"))
     w_max = np.asarray(w_max, np.float64)

@@ -91,6 +91,7 @@ struct Arrays {
   const float* d;      // [B, G * O], or images [N, G * O, out_h, out_w]
   const float* scale;  // [G * O]     wanted pulses for an input and an error of 1
   const float* unit;   // [G]         the least of them
+  const float* sign;   // [G * I], or null: 1   what an input is driven with
   float* w;            // [G, O, I]
   const float* w_max;  // [G * O]
   Trains inputs, errors;
@@ -131,9 +132,8 @@ class Trainer {
       std::fill(errors.begin(), errors.end(), 0.0f);
     }
     gather(group, b0, samples);
-    const float* scale = a.scale + group * u.outputs;
-    for (i64 o = 0; o < u.outputs; ++o)
-      for (int l = 0; l < SAMPLES; ++l) errors[o * SAMPLES + l] *= scale[o];
+    multiply(errors, a.scale + group * u.outputs, u.outputs);
+    if (a.sign) multiply(inputs, a.sign + group * u.inputs, u.inputs);
     alignas(64) float top_input[SAMPLES], top_error[SAMPLES];
     largest(inputs.data(), u.inputs, top_input);
     largest(errors.data(), u.outputs, top_error);
@@ -165,6 +165,12 @@ class Trainer {
       transpose(a.x + first * u.inputs, by_input, samples, u.inputs, inputs.data(), SAMPLES);
       transpose(a.d + first * u.outputs, by_output, samples, u.outputs, errors.data(), SAMPLES);
     }
+  }
+
+  // Values of lines by a factor of each.
+  static void multiply(std::vector<float>& values, const float* factor, i64 lines) {
+    for (i64 line = 0; line < lines; ++line)
+      for (int l = 0; l < SAMPLES; ++l) values[line * SAMPLES + l] *= factor[line];
   }
 
   // The largest magnitude of each sample.
@@ -883,9 +889,9 @@ double coincidences_expected(const Update& u, const float* x, i64 x_size, const 
 }  // namespace
 
 extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, i64 x_size,
-                                     const float* d, i64 d_size, const float* scale, const float* unit, float* w,
-                                     const float* w_max, u32* inputs, u32* errors, float* length, i32* slots,
-                                     const Update* update, i64 aggregated, i64* bad) {
+                                     const float* d, i64 d_size, const float* scale, const float* unit,
+                                     const float* sign, float* w, const float* w_max, u32* inputs, u32* errors,
+                                     float* length, i32* slots, const Update* update, i64 aggregated, i64* bad) {
   const Update u = *update;
   const DeviceMap map{device_map, 2 * u.slices.count * u.groups * u.inputs * u.outputs};
   // the side of fewer lines has fewer slots to go through
@@ -901,7 +907,7 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
                bitlines = bits ? counted(errors, u.outputs, !many_inputs)
                                : trains(errors, u.outputs, rare ? Held::OVER_LINES : Held::WHOLE, WIDE_ROW);
   const WideKeys keys(u.seed);
-  const Arrays a{g, pulse_count, map, x, d, scale, unit, w, w_max, wordlines, bitlines, length, slots, keys};
+  const Arrays a{g, pulse_count, map, x, d, scale, unit, sign, w, w_max, wordlines, bitlines, length, slots, keys};
   bad[0] = count_not_finite(x, x_size);
   bad[1] = count_not_finite(d, d_size);
   if (bad[0] + bad[1]) return;
