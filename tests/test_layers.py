@@ -715,6 +715,26 @@ def test_calibration_leaves_no_trace():
     assert [m.training for m in (model[0], model[4], model)] == [True, False, True]
 
 
+def test_norms_that_know_no_data_yet_calibrate_by_that_of_the_batch():
+    """As they begin they would pass on what training never shows the layer behind them: here, values of one sign."""
+    x = torch.rand(64, 6) + 5
+    spec = gx.CrossbarSpec(adc={"bits": 8}, backward={"mode": "ideal"})
+    torch.manual_seed(0)
+    fresh, _ = gx.convert(nn.Sequential(nn.BatchNorm1d(6, momentum=1.0), nn.Linear(6, 4)), spec)
+    trained = copy.deepcopy(fresh)
+    trained[0](x)
+    gx.calibrate(fresh, [x])
+    gx.calibrate(trained, [x])
+    assert fresh[1].adc_range.item() == pytest.approx(trained[1].adc_range.item(), rel=1e-3)
+    assert torch.equal(fresh[0].running_mean, torch.zeros(6))
+    assert fresh[0].num_batches_tracked == 0
+    assert fresh[0].training
+    kept = trained[0].running_mean.clone()
+    gx.calibrate(trained, [x - 5])  # statistics that were learned stand, whatever a batch has
+    assert torch.equal(trained[0].running_mean, kept)
+    assert trained[1].adc_range > 1.1 * fresh[1].adc_range
+
+
 def test_calibration_leaves_what_it_found_of_the_devices_to_the_next_read():
     wires = {"r_wordline": 5.0, "r_bitline": 5.0, "refresh_interval": 10, "anchor": "ladder"}
     settings = spec(**NOISY, parasitics=wires, programming={"write_noise": 1e-7})
