@@ -191,6 +191,14 @@ def test_convert_keeps_sharing_and_names_what_it_leaves():
     torch.testing.assert_close(converted.embed.weight.grad, model.embed.weight.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("module", "name"), [(nn.Linear(3, 2), "linear"), (nn.Conv2d(3, 2, 1), "conv")])
+def test_a_model_that_is_one_layer_has_the_name_of_a_layer_by_itself(module, name):
+    """Errors name it, and it draws as such a layer does."""
+    layer, _ = gx.convert(module, gx.CrossbarSpec(adc={"bits": 8}))
+    with pytest.raises(ValueError, match=rf"^{name}: the ADC range must be calibrated"):
+        layer(torch.rand(1, 3, 1, 3))
+
+
 def test_an_uncalibrated_layer_is_refused():
     layer = AnalogLinear(4, 2, spec=spec(adc={"bits": 8}))
     with pytest.raises(ValueError, match="must be calibrated"):
