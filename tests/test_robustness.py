@@ -361,19 +361,20 @@ def test_a_foreign_or_broken_checkpoint_is_named(name, run_folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "key"),
+    ("options", "text"),
     [
-        (["--set", "adc.bits=6"], "spec"),
-        (["--preset", "isaac"], "spec"),
-        (["--seed", "1"], "seed"),
-        (["--momentum", "0.5"], "momentum"),
+        (["--set", "adc.bits=6"], "`spec.adc.bits` must be that of the interrupted run, 8, got 6; repeat its settings"),
+        (["--preset", "isaac"], "`spec.mapping.scheme` must be that of the interrupted run, 'subtracted', got 'differential';"),
+        (["--set", "update=null"], "`spec.update` must be that of the interrupted run, {'asymmetry': 0.0, "),
+        (["--seed", "1"], "`seed` must be that of the interrupted run, 0, got 1;"),
+        (["--momentum", "0.5"], "`momentum` must be that of the interrupted run, 0.9, got 0.5;"),
     ],
-)
-def test_a_checkpoint_of_other_settings_is_refused(options, key, run_folder):
+)  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_refused(options, text, run_folder):
     before = (run_folder / "checkpoint.pt").read_bytes()
     result = train("--epochs", "2", "--modes", "ideal", "--resume", *options)
     assert result.exit_code == 2
-    assert f"`{key}` must be that of the interrupted run, got another; repeat its settings" in result.output
+    assert text in result.output
     assert (run_folder / "checkpoint.pt").read_bytes() == before
 
 
