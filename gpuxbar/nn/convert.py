@@ -78,7 +78,7 @@ class Report:
 
     rows: tuple[Row, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         cells = [(*astuple(row)[:-1], f"{row.clipped:.2%}") for row in self.rows]
         return columns([field.name for field in fields(Row)], [tuple(map(str, row)) for row in cells])
 
