@@ -50,8 +50,8 @@ def cache_dir() -> Path:
         scratch = Path(tempfile.mkdtemp(prefix="gpuxbar-"))
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         warnings.warn(
-            f"gpuxbar cannot write its build cache {wanted or '~/.cache/gpuxbar'} ({error.strerror}); building in {scratch} for this "
-            "process only: set GPUXBAR_CACHE to a writable folder",
+            f"gpuxbar cannot write its build cache {wanted or '~/.cache/gpuxbar'} ({error.strerror}); building in {scratch} for "
+            "this process only: set GPUXBAR_CACHE to a writable folder",
             RuntimeWarning,
             stacklevel=2,
         )

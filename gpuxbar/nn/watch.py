@@ -189,8 +189,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _knows_no_data(module: nn.Module) -> bool:
-    """Whether a norm has the running statistics that it began with: where it evaluates, values pass it as they come. Not of those that
-    other processes would have to run too."""
+    """Whether a norm has the running statistics that it began with: where it evaluates, values pass it as they come. Not of those
+    that other processes would have to run too."""
     return (
         isinstance(module, _NormBase)
         and not isinstance(module, nn.SyncBatchNorm)
