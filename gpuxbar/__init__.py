@@ -1,6 +1,6 @@
 """Train neural networks as if every matrix product ran on analog resistive crossbars."""
 
-from gpuxbar import nn, ops, optim, spec
+from gpuxbar import circuit, nn, ops, optim, spec
 from gpuxbar.nn import (
     age,
     calibrate,
@@ -23,6 +23,7 @@ __all__ = [
     "age",
     "calibrate",
     "capture_step",
+    "circuit",
     "conversion_errors",
     "convert",
     "distribute",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gpuxbar
 from gpuxbar import circuit, ops, reference
 
 # one line a circuit: what ngspice 39 and badcrossbar 1.1.0 found, with all digits they print
@@ -120,6 +121,10 @@ BAD = {
     "wire": ({"r_bitline": -1.0}, "`r_bitline` must be 0 or above and finite, got -1 ohm"),
     "lines": ({"r_sink": np.ones(3)}, r"`r_sink` must have 1 or 4 values, got shape \(3,\); give one, or one per bitline"),
 }  # fmt: skip
+
+
+def test_the_package_brings_it_along():
+    assert gpuxbar.__all__.count("circuit") == 1
 
 
 @pytest.mark.parametrize("function", [circuit.netlist, circuit.node_voltages, circuit.draw_ir_drop])

@@ -78,7 +78,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(in_tmp):
     assert "use --resume or another --name" in again.output
     slower = run(app, ["train", "--name", "part", "--resume", "--batch", "256", "--lr", "1e-3"])
     assert slower.exit_code == 2
-    assert "`lr` must be that of the interrupted run" in slower.output
+    assert "`lr` must be that of the interrupted run, 0.003, got 0.001" in slower.output
     (in_tmp / "runs/part/checkpoint.pt").write_bytes(b"not a checkpoint")
     corrupt = run(app, ["train", "--name", "part", "--resume"])
     assert corrupt.exit_code == 2
@@ -155,7 +155,7 @@ def test_mnist5k_trains_lenet5_and_is_resumed_on_the_same_data_only(in_tmp):
     assert metrics(in_tmp / "runs/mnist5k")[-1][3] > 0.85
     other = run(app, ["train", *options, "--data", "digits", "--name", "mnist5k", "--resume"])
     assert other.exit_code == 2
-    assert "`data` must be that of the interrupted run" in other.output
+    assert "`data.name` must be that of the interrupted run, 'mnist5k', got 'digits'" in other.output
 
 
 @pytest.mark.parametrize(

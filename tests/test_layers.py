@@ -191,6 +191,14 @@ def test_convert_keeps_sharing_and_names_what_it_leaves():
     torch.testing.assert_close(converted.embed.weight.grad, model.embed.weight.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("module", "name"), [(nn.Linear(3, 2), "linear"), (nn.Conv2d(3, 2, 1), "conv")])
+def test_a_model_that_is_one_layer_has_the_name_of_a_layer_by_itself(module, name):
+    """Errors name it, and it draws as such a layer does."""
+    layer, _ = gx.convert(module, gx.CrossbarSpec(adc={"bits": 8}))
+    with pytest.raises(ValueError, match=rf"^{name}: the ADC range must be calibrated"):
+        layer(torch.rand(1, 3, 1, 3))
+
+
 def test_an_uncalibrated_layer_is_refused():
     layer = AnalogLinear(4, 2, spec=spec(adc={"bits": 8}))
     with pytest.raises(ValueError, match="must be calibrated"):
@@ -713,6 +721,26 @@ def test_calibration_leaves_no_trace():
     changed = [k for k in before if not torch.equal(before[k], after[k])]
     assert changed == [f"{k}.{lsb}" for k in (0, 5, 7) for lsb in ("adc_range", "back_adc_range")]
     assert [m.training for m in (model[0], model[4], model)] == [True, False, True]
+
+
+def test_norms_that_know_no_data_yet_calibrate_by_that_of_the_batch():
+    """As they begin they would pass on what training never shows the layer behind them: here, values of one sign."""
+    x = torch.rand(64, 6) + 5
+    spec = gx.CrossbarSpec(adc={"bits": 8}, backward={"mode": "ideal"})
+    torch.manual_seed(0)
+    fresh, _ = gx.convert(nn.Sequential(nn.BatchNorm1d(6, momentum=1.0), nn.Linear(6, 4)), spec)
+    trained = copy.deepcopy(fresh)
+    trained[0](x)
+    gx.calibrate(fresh, [x])
+    gx.calibrate(trained, [x])
+    assert fresh[1].adc_range.item() == pytest.approx(trained[1].adc_range.item(), rel=1e-3)
+    assert torch.equal(fresh[0].running_mean, torch.zeros(6))
+    assert fresh[0].num_batches_tracked == 0
+    assert fresh[0].training
+    kept = trained[0].running_mean.clone()
+    gx.calibrate(trained, [x - 5])  # statistics that were learned stand, whatever a batch has
+    assert torch.equal(trained[0].running_mean, kept)
+    assert trained[1].adc_range > 1.1 * fresh[1].adc_range
 
 
 def test_calibration_leaves_what_it_found_of_the_devices_to_the_next_read():

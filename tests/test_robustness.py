@@ -153,7 +153,8 @@ def test_without_openmp_kernels_run_on_one_thread_after_one_warning(fake_compile
 def test_what_does_not_load_is_named(fake_compiler, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler("cxx", 'echo text > "$out"'))
     with pytest.raises(
-        CompileError, match=r"what .*/cxx built must load into this Python, got .*; set CXX to a "
+        CompileError,
+        match=r"what .*/cxx built must load into this Python, got .*; set CXX to a .*, or GPUXBAR_CACHE to a folder of your own",
     ):
         host.library()
 
@@ -236,6 +237,45 @@ def test_who_wants_a_build_that_another_makes_waits_for_it(tmp_path):
         assert list(pool.map(lambda _: sources.once(target, make), range(4))) == [target] * 4
     assert made == [False]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_beside_a_lock_that_is_not_to_be_had_a_build_is_made(tmp_path):
+    (tmp_path / "a.lock").mkdir()  # cannot be opened, as another user's cannot
+    target = tmp_path / "a.so"
+    assert sources.once(target, target.touch) == target
+    assert target.exists()
+
+
+def test_a_user_without_a_home_builds_in_a_folder_of_the_process():
+    script = (
+        "import pathlib\n"
+        "def none(): raise RuntimeError('Could not determine home directory.')\n"
+        "pathlib.Path.home = none\n"
+        "from gpuxbar.launch.sources import cache_dir, cached\n"
+        "print(cached('a.so').parent == cache_dir())"
+    )
+    done = in_a_process(script, GPUXBAR_CACHE=None)
+    assert done.stdout == "True\n", done.stderr
+    assert (
+        "cannot write its build cache ~/.cache/gpuxbar (this user has no home folder); building in "
+        in done.stderr
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell")
+@pytest.mark.usefixtures("cache")
+def test_as_many_compilers_run_as_the_process_may_use_processors(fake_compiler, monkeypatch):
+    workers = []
+
+    def pool(count):
+        workers.append(count)
+        return ThreadPoolExecutor(count)
+
+    monkeypatch.setattr(host, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 9, 11})
+    host.build(fake_compiler("cxx", 'touch "$out"'))
+    assert workers == [3]
 
 
 def test_without_a_compiler_the_reference_serves_after_one_warning(tmp_path):
@@ -321,19 +361,20 @@ def test_a_foreign_or_broken_checkpoint_is_named(name, run_folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "key"),
+    ("options", "text"),
     [
-        (["--set", "adc.bits=6"], "spec"),
-        (["--preset", "isaac"], "spec"),
-        (["--seed", "1"], "seed"),
-        (["--momentum", "0.5"], "momentum"),
+        (["--set", "adc.bits=6"], "`spec.adc.bits` must be that of the interrupted run, 8, got 6; repeat its settings"),
+        (["--preset", "isaac"], "`spec.mapping.scheme` must be that of the interrupted run, 'subtracted', got 'differential';"),
+        (["--set", "update=null"], "`spec.update` must be that of the interrupted run, {'asymmetry': 0.0, "),
+        (["--seed", "1"], "`seed` must be that of the interrupted run, 0, got 1;"),
+        (["--momentum", "0.5"], "`momentum` must be that of the interrupted run, 0.9, got 0.5;"),
     ],
-)
-def test_a_checkpoint_of_other_settings_is_refused(options, key, run_folder):
+)  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_refused(options, text, run_folder):
     before = (run_folder / "checkpoint.pt").read_bytes()
     result = train("--epochs", "2", "--modes", "ideal", "--resume", *options)
     assert result.exit_code == 2
-    assert f"`{key}` must be that of the interrupted run, got another; repeat its settings" in result.output
+    assert text in result.output
     assert (run_folder / "checkpoint.pt").read_bytes() == before
 
 

@@ -245,6 +245,18 @@ def test_every_wrong_setting_has_its_line_and_parts_speak_for_themselves():
         ADC(range="fixed")
 
 
+def test_a_spec_is_not_changed_but_made_anew():
+    spec = gx.CrossbarSpec(adc={"bits": 8})
+    with pytest.raises(gx.SpecError) as caught:
+        spec.adc.bits = 6
+    assert str(caught.value) == (
+        "ADC: `bits` must stay as it was made, got 6; make another spec, as by "
+        'spec.with_overrides({"adc": {"bits": 6}})'
+    )
+    assert spec.adc.bits == 8
+    assert copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == spec.model_copy() == spec
+
+
 def test_ranges_that_are_learned_round_inputs():
     with pytest.raises(
         gx.SpecError,

@@ -13,6 +13,14 @@ WIRES = {
 }  # fmt: skip
 
 
+def test_tables_show_where_a_prompt_echoes_them():
+    model, report = gx.convert(nn.Sequential(nn.Linear(3, 2)), gx.CrossbarSpec())
+    errors = gx.conversion_errors(model, [torch.rand(4, 3)])
+    for table, head in ((report, "module"), (gx.telemetry(model), "layer"), (errors, "layer")):
+        assert repr(table) == str(table)
+        assert repr(table).split()[0] == head
+
+
 def test_telemetry_tells_what_became_of_the_arrays():
     torch.manual_seed(0)
     spec = gx.CrossbarSpec(

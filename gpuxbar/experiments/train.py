@@ -217,12 +217,26 @@ def _open(run: Run, data: Data) -> dict[str, Any]:
         raise ValueError(
             f"train: `{path}` must be a checkpoint of gpuxbar train, got another file; check --name"
         )
-    for key, value in identity.items():
-        if saved["run"].get(key) != value:
-            raise ValueError(
-                f"train: `{key}` must be that of the interrupted run, got another; repeat its settings"
-            )
+    other = _other(saved["run"], identity)
+    if other is not None:
+        key, was, now = other
+        raise ValueError(
+            f"train: `{key}` must be that of the interrupted run, {was!r}, got {now!r}; repeat its settings"
+        )
     return saved
+
+
+def _other(saved: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs: its path and both values; None if none does."""
+    for key in here | saved:
+        was, now = saved.get(key), here.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            inner = _other(was, now)
+            if inner is not None:
+                return f"{key}.{inner[0]}", *inner[1:]
+        elif was != now:
+            return key, was, now
+    return None
 
 
 def _write(run: Run, state: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def library() -> ctypes.CDLL | None:
     except OSError as error:
         raise CompileError(
             f"host kernels: what {cxx} built must load into this Python, got {error}; "
-            "set CXX to a compiler of this Python's environment"
+            "set CXX to a compiler of this Python's environment, or GPUXBAR_CACHE to a folder of your own if it may not be read"
         ) from error
     lib.gpuxbar_openmp.restype = lib.gpuxbar_threads.restype = ctypes.c_int64
     if not lib.gpuxbar_openmp():
@@ -132,7 +132,7 @@ def _build(command: list[str], sources: list[Path], target: Path) -> None:
     """Compile the sources side by side and link them."""
     with (
         tempfile.TemporaryDirectory(dir=target.parent) as scratch,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(_processors()) as pool,
     ):
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         compiling = [command[0], f"-I{kernel_dir() / 'include'}", *command[1:], "-c"]
@@ -147,6 +147,11 @@ def _build(command: list[str], sources: list[Path], target: Path) -> None:
             )  # the compiler's message may not tell that there is none
             raise
         os.replace(built, target)
+
+
+def _processors() -> int:
+    """How many processors this process may use, where the system tells: on a shared machine fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(command: list[str]) -> None:

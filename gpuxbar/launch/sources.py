@@ -31,8 +31,9 @@ def kernel_dir() -> Path:
 
 def cached(name: str) -> Path:
     """Where the build of this name is, in a cache that may be read-only, or else where it is to be made."""
-    ready = _wanted_dir() / name
-    return ready if ready.exists() else cache_dir() / name
+    wanted = _wanted_dir()
+    ready = wanted / name if wanted else None
+    return ready if ready and ready.exists() else cache_dir() / name
 
 
 @lru_cache(maxsize=1)
@@ -40,6 +41,8 @@ def cache_dir() -> Path:
     """The build cache: `$GPUXBAR_CACHE`, else ~/.cache/gpuxbar; a temporary folder (one warning) if unwritable."""
     wanted = _wanted_dir()
     try:
+        if wanted is None:
+            raise OSError(errno.ENOENT, "this user has no home folder")
         wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=wanted):
             return wanted
@@ -47,8 +50,8 @@ def cache_dir() -> Path:
         scratch = Path(tempfile.mkdtemp(prefix="gpuxbar-"))
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         warnings.warn(
-            f"gpuxbar cannot write its build cache {wanted} ({error.strerror}); building in {scratch} for this "
-            "process only: set GPUXBAR_CACHE to a writable folder",
+            f"gpuxbar cannot write its build cache {wanted or '~/.cache/gpuxbar'} ({error.strerror}); building in {scratch} for "
+            "this process only: set GPUXBAR_CACHE to a writable folder",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -58,31 +61,36 @@ def cache_dir() -> Path:
 def once(target: Path, make: Callable[[], object]) -> Path:
     """`target`, made unless it is there: of processes that want it at a time, one makes it and the others wait.
 
-    `make` puts it there whole (`os.replace`). Where files cannot be locked, each process makes it, to no harm.
+    `make` puts it there whole (`os.replace`). Where files cannot be locked, and beside the lock of another user, each process makes
+    it, to no harm.
     """
     if target.exists():
         return target
     lock = target.with_suffix(".lock")
-    try:
-        with open(lock, "w") as file:
-            with contextlib.suppress(ImportError, OSError):
-                import fcntl  # not on Windows
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl  # not on Windows
 
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                if not target.exists():
-                    make()
-            finally:
+            fcntl.flock(held.enter_context(open(lock, "w")), fcntl.LOCK_EX)
+        try:
+            if not target.exists():
+                make()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CompileError(
+                f"gpuxbar: the build cache {target.parent} must have room for {target.name}, got {error.strerror}; "
+                "free some or set GPUXBAR_CACHE to another folder"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
                 lock.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CompileError(
-            f"gpuxbar: the build cache {target.parent} must have room for {target.name}, got {error.strerror}; "
-            "free some or set GPUXBAR_CACHE to another folder"
-        ) from error
     return target
 
 
-def _wanted_dir() -> Path:
-    return Path(os.environ.get("GPUXBAR_CACHE") or Path.home() / ".cache" / "gpuxbar")
+def _wanted_dir() -> Path | None:
+    """The cache that is asked for; None: that of a user without a home folder, as an id in a container may be."""
+    try:
+        return Path(os.environ.get("GPUXBAR_CACHE") or Path.home() / ".cache" / "gpuxbar")
+    except RuntimeError:
+        return None

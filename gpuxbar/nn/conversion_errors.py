@@ -65,7 +65,7 @@ class ConversionErrors:
 
     reads: tuple[ReadErrors, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         head = (
             "layer", "read", "DAC clips", "error", "DAC rounding", "noise", "ADC clips", "error", "ADC rounding", "largest",
         )  # fmt: skip

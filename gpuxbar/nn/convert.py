@@ -78,7 +78,7 @@ class Report:
 
     rows: tuple[Row, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         cells = [(*astuple(row)[:-1], f"{row.clipped:.2%}") for row in self.rows]
         return columns([field.name for field in fields(Row)], [tuple(map(str, row)) for row in cells])
 
@@ -465,7 +465,9 @@ def _positions(
 
 def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv:
     weight, bias = module.get_parameter("weight"), dict(module.named_parameters()).get("bias")
-    where: dict[str, Any] = {"spec": spec, "name": name, "device": weight.device, "dtype": weight.dtype}
+    where: dict[str, Any] = {"spec": spec, "device": weight.device, "dtype": weight.dtype}
+    if name:  # else it is the whole model, and has the name of a layer by itself
+        where["name"] = name
     layer: AnalogLinear | AnalogConv
     if isinstance(module, nn.Linear):
         layer = AnalogLinear(module.in_features, module.out_features, bias is not None, **where)

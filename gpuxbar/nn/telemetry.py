@@ -45,7 +45,7 @@ class Telemetry:
 
     layers: tuple[LayerState, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         head = ("layer", "state", "reads", "updates", "clipped", "saturation", "worn", "wire error", "age, s")
         return columns(
             head,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
 from gpuxbar.bridge.lines import some_lines
@@ -161,7 +162,8 @@ def _is_batch(loader: Any) -> TypeGuard[Sequence[Tensor]]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model evaluates; afterwards modes are what they were, and buffers but for what reads found of the weights."""
+    """The model evaluates, but for norms that know no data yet; afterwards modes are what they were, and buffers but for what reads
+    found of the weights."""
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     modes = {module: module.training for module in model.modules()}
     buffers = {
@@ -172,6 +174,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     }
     pairs = {layer: list(layer.streams.pairs) for layer in layers}
     model.eval()
+    for module in modes:
+        if _knows_no_data(module):
+            module.train()
     try:
         yield
     finally:
@@ -181,6 +186,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _knows_no_data(module: nn.Module) -> bool:
+    """Whether a norm has the running statistics that it began with: where it evaluates, values pass it as they come. Not of those
+    that other processes would have to run too."""
+    return (
+        isinstance(module, _NormBase)
+        and not isinstance(module, nn.SyncBatchNorm)
+        and module.running_mean is not None
+        and module.running_var is not None
+        and bool((module.running_mean == 0).all() & (module.running_var == 1).all())
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
 
-from gpuxbar.spec.errors import one_line_a_setting
+from gpuxbar.spec.errors import SpecError, one_line_a_setting
 
 __all__ = ["Part"]
 
@@ -24,6 +24,12 @@ class Part(BaseModel):
 
     # pydantic builds nested parts without this method, and so reports the whole path from the outermost one
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise SpecError(
+            f"{type(self).__name__}: `{name}` must stay as it was made, got {value!r}; make another spec, as by "
+            'spec.with_overrides({"adc": {"bits": 6}})'
+        )
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """Only what differs from the defaults is shown."""
