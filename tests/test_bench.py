@@ -73,7 +73,6 @@ def test_times_are_of_a_piece_and_their_percentiles(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within inductor
 @pytest.mark.parametrize("name", SMALL)
 def test_every_kind_of_case_agrees_with_its_oracle_and_with_its_twins(name):
-    torch.manual_seed(0)
     row = measure(Case(name, "small", 1.0, SMALL[name]), rounds=2)
     assert 0 < row["error"] < 1e-5
     others = set() if name == "mobilenet-step" else {"plain torch"}
@@ -116,7 +115,6 @@ def test_pulses_agree_with_their_oracle(law, mode, monkeypatch):
     ],
 )
 def test_networks_are_trained_against_their_oracle(build):
-    torch.manual_seed(0)
     row = measure(Case("step", "small", 1.0, build), rounds=2)
     assert 0 < row["error"] < 1e-5
     assert set(row["ms"]) == {"ideal", "gpuxbar"}
@@ -154,7 +152,6 @@ def test_carries_agree_with_their_oracle(monkeypatch):
 
 
 def test_plain_layers_are_the_layers_of_torch_without_noise_on_fine_converters():
-    torch.manual_seed(0)
     layer = nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0))
     x, y = torch.randn(4, 3, 9, 7, requires_grad=True), None
     grads = []
@@ -185,7 +182,6 @@ def test_layers_are_compared_on_values_off_the_edges_of_codes(ranged):
         "dac": {"bits": 4, "range": ranged},
         "adc": {"bits": 12},
     }
-    torch.manual_seed(0)
     layer = AnalogLinear(30, 20, spec=CrossbarSpec.model_validate(spec))
     lines = torch.arange(-15, 15) / 2
     x = torch.stack([lines.clamp(-7), 3 * lines.clamp(-7)])  # every other one on an edge

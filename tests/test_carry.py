@@ -549,7 +549,6 @@ def test_digits_are_learned_by_two_bit_slices():
 def test_txsim_trains_on_sliced_weights():
     """32 bits in 16 slices: changes far below what a 2-bit slice of w_max resolves are kept."""
     sliced = {"mapping": {"slices": 16, "slice_bits": 2}, "carry": {"scheme": "accumulate"}}
-    torch.manual_seed(0)
     layer = AnalogLinear(12, 7, spec=presets.preset("txsim-in-situ").with_overrides(sliced))
     train(layer, 3)
     weight = layer.weight.detach().clone()

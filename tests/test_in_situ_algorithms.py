@@ -503,7 +503,6 @@ def test_one_transfer_by_trains_is_that_of_the_rate_in_the_mean():
 @pytest.mark.parametrize("kind", ["lstm", "attention", "transposed", "sizes"])
 def test_a_fast_array_takes_all_samples_of_a_step(kind):
     """Its scale is of their largest products, whatever reads the layer, and however often."""
-    torch.manual_seed(0)
     model, x = {
         "lstm": lambda: (nn.LSTM(4, 3), torch.randn(5, 2, 4)),
         "attention": lambda: (nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0), torch.randn(5, 2, 4)),
@@ -535,7 +534,6 @@ def test_digits_are_learnt(name):
     pixels, classes = load_digits(return_X_y=True)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     x, t = torch.from_numpy(pixels).float().view(-1, 1, 8, 8)[order] / 16, torch.from_numpy(classes)[order]
-    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10)
     )
@@ -613,7 +611,6 @@ def test_full_weights_of_a_fast_array_are_those_of_its_layer():
 def test_zero_shift_finds_the_symmetry_point():
     """Where up = down in step: at up / (up + down) of the window, on the device that takes the changes."""
     law = {"law": "soft_bounds", "up": 1.0, "down": 3.0, "sides": "reference", "pulses": 200}
-    torch.manual_seed(0)
     layer = AnalogLinear(4, 3, spec=spec(update=law))
     opt = build_optimizer("tiki-taka", layer, lr=0.1, zero_shift=60)
     array = opt.parts[layer.weight].array
@@ -735,7 +732,6 @@ def test_algorithms_of_ones_own_write_through_the_law_and_resume():
         model(torch.ones(1, 6)).sum().backward()
         optimiser.step()
 
-    torch.manual_seed(0)
     ideal = spec(update={"law": "ideal"})
     model, _ = gx.convert(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), ideal, {"1": None})
     before = [parameter.detach().clone() for parameter in model.parameters()]

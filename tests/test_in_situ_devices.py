@@ -130,7 +130,6 @@ def test_the_weight_of_a_full_pair_is_the_specs_where_it_says_one(scale):
 @pytest.mark.parametrize("scheme", ["differential", "subtracted"])
 def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme, slices):
     """Variance of a product: sum over wordlines and slices k of x^2 16^k (s(g_pos) + s(g_neg)), s(g) = sigma_g^2 (g / g_max)^3."""
-    torch.manual_seed(0)
     mapping, noise = {"scheme": scheme}, {"sigma_g": 2e-8, "exponent": 1.5}
     parts = {"mapping": mapping, "read_noise": noise, "update": {"law": "agarwal"}}
     if slices > 1:
@@ -255,7 +254,6 @@ def test_a_refresh_leaves_pairs_that_cannot_be_written_to_training():
         "update": {"law": "constant_step", "sides": "one_sided", "pulses": 100, "asymmetry": 0.0},
         "programming": {"stuck_at_g_max": 0.1}, "endurance": {"pulses": 1e9}, "refresh": {"interval": 1},
     }  # fmt: skip
-    torch.manual_seed(0)
     layer = AnalogLinear(12, 7, spec=gx.CrossbarSpec.model_validate(settings | {"device": {"g_max": 1e-5}}))
     layer.begin_in_situ()
     stuck = layer.g_cells >= 0.999 * layer.spec.device.g_max
@@ -337,7 +335,6 @@ def test_a_step_sets_the_weight_where_it_lies_and_autograd_knows():
 
 
 def test_opcheck():
-    torch.manual_seed(0)
     spec = published_device("reram-sb").spec().model_dump_json()
     g = torch.rand(2, 5, 6) * 9e-6 + 1e-6
     change = (

@@ -40,7 +40,6 @@ def spec(**parts):
     ],
 )
 def test_ideal_convolution_is_torchs(options, scheme):
-    torch.manual_seed(0)
     layer = AnalogConv2d(
         4,
         6,
@@ -65,7 +64,6 @@ def test_ideal_convolution_is_torchs(options, scheme):
     "mapping", [{"slices": 4, "slice_bits": 2}, {"slices": 12, "slice_bits": 2, "scheme": "subtracted"}]
 )
 def test_sliced_weights_with_a_fine_adc_approach_the_ideal(mapping):
-    torch.manual_seed(0)
     parts = {
         "mapping": mapping,
         "dac": {"bits": 8, "stream_bits": 1},
@@ -487,7 +485,6 @@ def test_layers_that_are_called_by_keyword_are_calibrated():
 
 
 def test_averaged_models_read_with_the_ranges_that_are_copied_to_them():
-    torch.manual_seed(0)
     model, _ = gx.convert(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), spec(**NOISY))
     averaged = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
@@ -749,7 +746,6 @@ def test_streams_are_calibrated_by_what_they_drive():
 @pytest.mark.parametrize("percentile", [30.0, 75.0])
 def test_a_range_is_the_percentile_of_the_partial_sums(percentile):
     """Of one tile without an ADC the partial sums are its products."""
-    torch.manual_seed(0)
     parts = {"tile": {"rows": 32}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8}}
     x, ranges = torch.randn(50, 32), []
     ideal = AnalogLinear(32, 8, bias=False, spec=spec(**parts))
@@ -766,7 +762,6 @@ def test_a_range_is_the_percentile_of_the_partial_sums(percentile):
 @pytest.mark.parametrize("scheme", ["differential", "subtracted"])
 def test_two_phases_read_what_one_does(scheme):
     """Of inputs of one sign too, which one of the phases drives alone."""
-    torch.manual_seed(0)
     parts = {"tile": {"rows": 16}, "mapping": {"scheme": scheme}, "adc": {"bits": 10, "percentile": 100}}
     layer = AnalogLinear(30, 20, spec=spec(dac={"bits": 8, "polarity": "two_phase"}, **parts))
     x, ranges = torch.randn(40, 30), []
@@ -897,7 +892,6 @@ def test_an_ideal_transposed_read_has_no_noise_of_cells():
 
 def test_the_transposed_read_is_calibrated_by_what_drives_it():
     """Gradients times the weights of full pairs, the largest of which drives v_read."""
-    torch.manual_seed(0)
     parts = {"mapping": {"scheme": "subtracted", "scale": "column"}, "adc": {"bits": 8, "percentile": 100}}
     layer = AnalogLinear(30, 6, bias=False, spec=spec(**parts))
     with torch.no_grad():
@@ -1419,7 +1413,6 @@ def test_values_that_are_not_finite_are_named(direction):
 
 def test_noise_about_no_current_shuts_no_gate():
     """Inputs of one sign leave the phase of the other undriven: its conversions are noise around 0, the end of the range."""
-    torch.manual_seed(0)
     x, gradients = torch.rand(16, 30), []
     for sigma in (0.0, 1e-9):
         spec = gx.presets.isaac().with_overrides({"tile": {"rows": 8}, "read_noise": {"sigma": sigma}})

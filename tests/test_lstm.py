@@ -110,7 +110,6 @@ def test_bad_input_is_named():
     ids=["ideal", "noise", "clipping", "offset", "errors", "wires"],
 )  # fmt: skip
 def test_a_sequence_at_once_is_its_steps(spec, options, monkeypatch):
-    torch.manual_seed(0)
     plain = nn.LSTM(6, 9, **options)
     model, twin = (gx.convert(plain, gx.CrossbarSpec.model_validate(spec))[0] for _ in range(2))
     x = torch.randn(3, 5, 6)
@@ -132,7 +131,6 @@ def test_a_sequence_at_once_is_its_steps(spec, options, monkeypatch):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_noise_of_a_sample_does_not_depend_on_later_ones(kind):
-    torch.manual_seed(0)
     spec = {**NOISE, "dac": {"bits": 8, "range": "sample"}}
     plain, x = kind(6, 9), torch.randn(4, 5, 6)
     several, few = (gx.convert(plain, gx.CrossbarSpec.model_validate(spec))[0] for _ in range(2))
@@ -141,7 +139,6 @@ def test_noise_of_a_sample_does_not_depend_on_later_ones(kind):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_weights_that_hooks_set_are_those_of_the_step(kind):
-    torch.manual_seed(0)
     plain, x = kind(6, 9), torch.randn(4, 5, 6)
     model = gx.convert(plain, gx.CrossbarSpec())[0]
     layer = prune.random_unstructured(model.hh_l0, "weight", amount=0.5)

@@ -620,7 +620,6 @@ def test_the_reference_backend_resumes(train, monkeypatch):
 
 
 def test_training_by_pulses_learns_and_resumes_bit_for_bit():
-    torch.manual_seed(0)
     x = torch.randn(128, 10)
     target = torch.tanh(x @ torch.randn(10, 3))
 

@@ -335,7 +335,6 @@ def test_txsim_is_the_papers():
 def test_conversions_of_txsim_are_exact():
     """The 8-bit inputs are all that is left: a layer reads as the product of its quantised inputs and weights."""
     spec = gx.presets.txsim(tile=7)
-    torch.manual_seed(0)
     layer = gx.nn.AnalogLinear(17, 5, bias=False, spec=spec)
     x = torch.randn(3, 17)
     lsb = x.abs().amax(1, keepdim=True) / 127

@@ -435,7 +435,6 @@ def test_a_backward_pass_reads_the_devices_of_its_forward_pass(other, settings):
 @pytest.mark.parametrize("way", [prune.random_unstructured, parametrizations.weight_norm])
 def test_computed_weights_of_recurrent_layers_are_those_of_now(kind, way):
     """Pruning sets them just before each call of a layer."""
-    torch.manual_seed(0)
     digital = UnfusedRNN(kind(3, 5))
     analog, _ = gx.convert(digital, gx.CrossbarSpec())
     for model in (digital, analog):

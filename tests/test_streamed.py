@@ -427,7 +427,6 @@ def test_a_scaled_loss_is_the_same_step():
 
 def test_a_convolution_is_trained():
     """Images of two sizes, whose patches go together, move what a layer on their patches moves."""
-    torch.manual_seed(0)
     spec = gx.CrossbarSpec.model_validate(STREAMED)
     layer = AnalogConv2d(4, 6, 3, padding=1, groups=2, bias=False, spec=spec, name="layer")
     optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.5)
@@ -448,7 +447,6 @@ def test_a_convolution_is_trained():
 
 def test_digits_are_learned_by_streams():
     """Regression on 10 inputs."""
-    torch.manual_seed(0)
     x = torch.randn(128, 10)
     target = torch.tanh(x @ torch.randn(10, 3))
     torch.manual_seed(1)

@@ -14,7 +14,6 @@ WIRES = {
 
 
 def test_telemetry_tells_what_became_of_the_arrays():
-    torch.manual_seed(0)
     spec = gx.CrossbarSpec(
         device={"g_max": 1e-4},
         update={"law": "constant_step", "pulses": 50},

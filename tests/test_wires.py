@@ -51,7 +51,6 @@ def pairs(weight, w_max):
 def test_both_reads_see_the_wires(method, ends, scheme):
     source, sink, terminations = ends
     wires = {**OHMS, "r_source": source, "r_sink": sink, "terminations": terminations, "method": method}
-    torch.manual_seed(0)
     layer = AnalogLinear(37, 29, bias=False, spec=spec(parasitics=wires, mapping={"scheme": scheme}))
     w_max = layer.weight.detach().abs().max().item()
     unit = w_max / (DEVICE["g_max"] - DEVICE["g_min"])
@@ -77,7 +76,6 @@ def test_grouped_convolutions_and_slices():
     """Groups have arrays, and so tiles, of their own; slices are solved before shift-and-add."""
     wires = {**OHMS, "r_source": 10.0, "r_sink": 10.0}
     slices = {"slices": 4, "slice_bits": 2, "scheme": "subtracted"}
-    torch.manual_seed(0)
     layer = AnalogConv2d(4, 6, 3, groups=2, bias=False, spec=spec(parasitics=wires, mapping=slices))
     plain = AnalogConv2d(4, 6, 3, groups=2, bias=False, spec=spec(mapping=slices))
     plain.weight = layer.weight
@@ -128,7 +126,6 @@ def test_wires_are_solved_once_for_a_weight_version(monkeypatch):
 @pytest.mark.parametrize(("compiled", "anchor"), [(False, None), (True, None), (True, "ladder")])
 def test_in_situ_training_sees_the_wires(compiled, anchor):
     """Cells move, so what reads see moves; a loaded state is solved anew."""
-    torch.manual_seed(0)
     law = {"law": "agarwal"}
     wires = OHMS | {"anchor": anchor}  # every tile is due at every update
     model, _ = gx.convert(nn.Sequential(nn.Linear(20, 10)), spec(parasitics=wires, update=law))

@@ -281,7 +281,6 @@ def read(weight, wires, w_max):
 )
 def test_a_layer_has_the_derivative_of_its_arrays(name, merge):
     """By differences of the float64 reference; several tiles, cut short at both edges."""
-    torch.manual_seed(0)
     wires = {key: 20 * value for key, value in WIRES[name].items()}
     layer = AnalogLinear(7, 6, bias=False, spec=spec(wires, mapping=merge))
     x, grad = torch.randn(3, 7), torch.randn(3, 6)
@@ -306,7 +305,6 @@ def test_a_layer_has_the_derivative_of_its_arrays(name, merge):
 
 def test_without_wires_it_is_the_outer_product():
     """And near it, the nearer the smaller the resistance."""
-    torch.manual_seed(0)
     x, grad = torch.randn(3, 12), torch.randn(3, 7)
     weight = torch.randn(7, 12)
     off = []
@@ -361,7 +359,6 @@ def test_a_layer_on_a_gpu_has_it_too(monkeypatch, parts):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_in_situ_moves_both_devices(compiled):
     """The weight's gradient is the mean of both devices' own; under torch.compile too."""
-    torch.manual_seed(0)
     wires = {key: 20 * value for key, value in WIRES["strong"].items()}
     law = {"law": "agarwal"}
     model, _ = gx.convert(nn.Sequential(nn.Linear(9, 6, bias=False)), spec(wires, update=law))
@@ -419,7 +416,6 @@ def test_programmed_devices_have_the_gradient_of_their_own_wires():
         drift={"nu": 0.1},
         parasitics={**WIRES["strong"], "terminations": "line", "gradient": "exact"},
     )
-    torch.manual_seed(0)
     free = AnalogLinear(9, 4, spec=spec)
     programmed = copy.deepcopy(free)
     gx.program(programmed)
