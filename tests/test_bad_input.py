@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -154,13 +156,11 @@ def test_a_layer_refuses_inputs_and_gradients_that_are_not_finite(value, adc, da
     layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec.model_validate({"dac": {"bits": dac}, "adc": adc}))
     x = torch.ones(2, 4, requires_grad=True)
     with pytest.raises(
-        ValueError, match=r"must be finite, got \d+ NaN or infinite values; look for a diverging"
+        ValueError, match=r"^linear: `x` must be finite, got 2 NaN or infinite values; look for"
     ):
         layer(x * torch.tensor([1.0, value, 1.0, 1.0]))
     y = layer(x)
-    with pytest.raises(
-        ValueError, match=r"must be finite, got \d+ NaN or infinite values; look for a diverging"
-    ):
+    with pytest.raises(ValueError, match="the gradient of the output must be finite, got 6 NaN or infinite"):
         y.backward(torch.full_like(y, value))
 
 
@@ -188,11 +188,12 @@ def test_layers_refuse_weights_of_another_size_and_transforms():
     with pytest.raises(TypeError, match=r"got those of a transform of torch.func"):
         torch.func.grad(lambda x: layer(x).sum())(x)
     layer(x)
-    layer.weight = nn.Parameter(torch.randn(5, 4))
-    with pytest.raises(
-        ValueError, match=r"fit the arrays of 4 x 3 .* got shape \(5, 4\); change its size before"
-    ):
-        layer(x)
+    for size in ((5, 4), (3, 5)):
+        layer.weight = nn.Parameter(torch.randn(size))
+        with pytest.raises(
+            ValueError, match=rf"fit the arrays of 4 x 3 .* got shape {re.escape(str(size))}; change its size"
+        ):
+            layer(x)
 
 
 def test_layers_take_any_strides_and_float_types():
