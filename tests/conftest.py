@@ -12,9 +12,8 @@ import torch
 from gpuxbar.launch import CudaDevice
 from gpuxbar.launch.sources import kernel_dir
 
-torch.manual_seed(
-    0
-)  # for what modules draw when they are imported; PyTorch begins elsewhere in every process
+# for what modules draw when they are imported; PyTorch begins elsewhere in every process
+torch.manual_seed(0)
 
 
 def pytest_runtest_setup():
@@ -36,6 +35,13 @@ def cuda_device():
     if not cupy.cuda.is_available():
         pytest.skip("no NVIDIA GPU or driver was found")
     return PoisonedDevice()
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """The test runs in a folder of its own, given here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

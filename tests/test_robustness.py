@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_cli import metrics
 from torch import nn
 from typer.testing import CliRunner
 
@@ -261,17 +261,6 @@ def train(*options):
     return CliRunner().invoke(app, ["train", *QUICK, *options])
 
 
-def metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["mode"], r["epoch"], r["loss"], r["accuracy"]) for r in rows]
-
-
-@pytest.fixture
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a run of one epoch."""
@@ -326,6 +315,7 @@ def test_a_foreign_or_broken_checkpoint_is_named(name, run_folder):
         (["--set", "adc.bits=6"], "spec"),
         (["--preset", "isaac"], "spec"),
         (["--seed", "1"], "seed"),
+        (["--lr", "1e-3"], "lr"),
         (["--momentum", "0.5"], "momentum"),
     ],
 )
