@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from cuda_shim import REVERSE, ShimDevice
 from test_carry import LIES, RANGE, SEED, STUCK, cells, from_digits, lie, pairs_of, units_of
-from test_in_situ_devices import train
+from test_in_situ_devices import trained_and_resumed
 from torch import nn
 
 import gpuxbar as gx
@@ -178,27 +177,10 @@ def layer_on(spec, **overrides):
 layer_of = partial(layer_on, PULSED)
 
 
-def run(layer, steps, seed=0):
-    train(layer, gx.optim.InSituSGD(layer.parameters(), lr=0.05), steps, seed)
-
-
-def trained_and_resumed(make):
-    """A layer after ten steps; one that was saved and loaded after five is the same."""
-    whole, first, second = (make() for _ in range(3))
-    run(whole, 5)
-    run(whole, 5, seed=1)
-    run(first, 5)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    run(second, 5, seed=1)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
-    assert whole.carry_step.item() == 10
-    return whole
-
-
 @pytest.mark.parametrize("overrides", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_a_resumed_run_equals_an_uninterrupted_one(overrides):
     whole = trained_and_resumed(partial(layer_of, **overrides))
+    assert whole.carry_step.item() == 10
     if overrides:
         used = (whole.pulse_count != 0).reshape(2, 4, -1).any(2)
         assert used.tolist() == [[True, False, False, False]] * 2

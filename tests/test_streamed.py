@@ -24,7 +24,8 @@ from test_carry import (
     pairs_of,
     units_of,
 )
-from test_pulse_slices import layer_on, trained_and_resumed
+from test_in_situ_devices import trained_and_resumed
+from test_pulse_slices import layer_on
 from torch import nn
 
 import gpuxbar as gx
@@ -376,6 +377,7 @@ layer_of = partial(layer_on, STREAMED)
 def test_a_resumed_run_equals_an_uninterrupted_one(overrides):
     whole = trained_and_resumed(partial(layer_of, **overrides))
     assert whole.weight.grad is None
+    assert whole.carry_step.item() == 10
     if overrides:
         used = (whole.pulse_count != 0).reshape(2, 4, -1).any(2)
         assert used[:, :3].all()
