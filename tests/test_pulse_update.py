@@ -33,7 +33,6 @@ from gpuxbar.spec import (
     Programming,
     PulseTrain,
     SoftBounds,
-    SpecError,
 )
 
 G_MIN, G_MAX = 1e-6, 10e-6  # S
@@ -530,17 +529,6 @@ def test_bad_input_is_named_and_changes_nothing(name):
     with pytest.raises(error, match=f"^pulse_update: .*{text}"):
         ops.pulse_update(pairs, **values)
     assert (pairs.g == np.float32(5e-6)).all()
-
-
-def test_a_spec_refuses_trains_its_law_cannot_follow():
-    with pytest.raises(SpecError, match="`law` must be one with pulses to follow a pulse train, got none"):
-        CrossbarSpec(pulses={})
-    with pytest.raises(SpecError, match="`mode` must be exact for law='power_step'"):
-        CrossbarSpec(update={"law": "power_step"}, pulses={"mode": "aggregated"})
-    with pytest.raises(SpecError, match="length"):
-        PulseTrain(length=32)
-    spec = CrossbarSpec(update={"law": "soft_bounds"}, pulses={"length": 10})
-    assert CrossbarSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
 def pulsed(layer, spec, name="layer"):

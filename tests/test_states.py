@@ -607,40 +607,6 @@ def test_gradients_of_values_are_driven_in_one_phase():
     assert (x.grad - ideal).abs().max() < 0.02 * ideal.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        (
-            {"update": {"law": "ideal", "integer_pulses": True}},
-            "`update`: `integer_pulses` must be false, got true",
-        ),
-        (
-            {"mapping": {"scheme": "offset"}, "device": {"levels": 2}},
-            "`device.levels` must be at least 3 with",
-        ),
-        (
-            {"mapping": {"scheme": "offset", "slice_bits": 2}},
-            "`mapping`: `scheme` must be differential or subtracted",
-        ),
-        (
-            {"dac": {"polarity": "two_phase"}, "adc": {"bits": 8}},
-            "`dac`: `bits` must be set with polarity='two_phase'",
-        ),
-        (
-            {"backward": {"dac": {"signed": False, "bits": 8}}},
-            "`backward.dac.signed` must be true, got false",
-        ),
-        (
-            {"mapping": {"slice_bits": 1}, "device": {"levels": 2}, **TRAINED},
-            "`device.levels` must be None for sliced",
-        ),
-    ],
-)
-def test_settings_without_a_meaning_are_refused(settings, text):
-    with pytest.raises(gx.SpecError, match=re.escape(text)):
-        gx.CrossbarSpec(**settings)
-
-
 def test_gradients_of_gradients_are_refused():
     """They would lack what goes through the arrays, where digital layers let the rest through."""
     layer, x = linear(dac={"bits": 8}), inputs().requires_grad_()

@@ -14,7 +14,6 @@ from torch import nn
 import gpuxbar as gx
 from gpuxbar import reference
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
-from gpuxbar.spec import SpecError
 
 OHMS = {"r_wordline": 5.0, "r_bitline": 8.0}
 TILE = {"rows": 16, "cols": 12}
@@ -149,42 +148,6 @@ def test_in_situ_training_sees_the_wires(compiled, anchor):
         np.testing.assert_allclose(run(x) - layer.bias, expected, atol=5e-5 * np.abs(expected).max())
     model.load_state_dict(states[1])
     assert nn.functional.cross_entropy(run(x), t).item() == losses[1]
-
-
-@pytest.mark.parametrize(
-    ("parts", "text"),
-    [
-        (
-            {"parasitics": {"r_source": 5.0}},
-            "`parasitics`: `terminations` must be chosen where r_source and r_sink differ, got 5 and 0 ohm",
-        ),
-        (
-            {"parasitics": {"r_wordline": 1.0}, "mapping": {"scheme": "offset"}},
-            "`mapping.scheme` must be differential or subtracted with parasitics, got 'offset'",
-        ),
-        (
-            {"parasitics": {"refresh_interval": 4}},
-            "`parasitics`: `anchor` must be ladder or mean_field with refresh_interval 4, got None",
-        ),
-        (
-            {"parasitics": {"anchor": "ladder", "method": "ladder"}},
-            "`anchor` must go with method='exact' and shared_drivers=False, got 'ladder' and False",
-        ),
-        (
-            {"parasitics": {"shared_drivers": True, "anchor": "ladder"}},
-            "`anchor` must go with method='exact' and shared_drivers=False, got 'exact' and True",
-        ),
-        (
-            {"parasitics": {"shared_drivers": True, "method": "ladder"}},
-            "`shared_drivers` must go with method='exact'",
-        ),
-        ({"parasitics": {"r_bitline": -1.0}}, "`parasitics.r_bitline` must be a finite number of at least 0"),
-    ],
-)
-def test_settings_that_do_not_fit_are_named(parts, text):
-    with pytest.raises(SpecError) as error:
-        spec(**parts)
-    assert text in str(error.value)
 
 
 def test_column_tiles_can_share_their_drivers():

@@ -17,7 +17,6 @@ from gpuxbar import bridge, ops, reference
 from gpuxbar.bridge.wires import weight_through_wires, weight_through_wires_gradient
 from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
-from gpuxbar.spec import SpecError
 
 WIRES = {
     "mild": {"r_wordline": 1.0, "r_bitline": 1.0},
@@ -437,30 +436,3 @@ def test_a_weight_changed_before_backward_is_caught():
         layer.weight += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("parts", "text"),
-    [
-        (
-            {"parasitics": {"gradient": "exact", "method": "ladder"}},
-            "`gradient` must be straight_through unless method='exact' and shared_drivers=False, got 'exact' with 'ladder'",
-        ),
-        (
-            {"parasitics": {"gradient": "exact", "shared_drivers": True}},
-            "got 'exact' with 'exact' and True; choose these or gradient='straight_through'",
-        ),
-        (
-            {
-                "parasitics": {"gradient": "exact", "r_wordline": 1.0},
-                "update": {"law": "agarwal"},
-                "pulses": {},
-            },
-            "`parasitics.gradient` must be straight_through with pulses, got 'exact'",
-        ),
-    ],
-)
-def test_settings_that_do_not_fit_are_named(parts, text):
-    with pytest.raises(SpecError) as caught:
-        gx.CrossbarSpec.model_validate(parts)
-    assert text in str(caught.value)
