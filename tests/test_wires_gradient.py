@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuda_shim import FORWARD, REVERSE, ShimDevice
 from tape import gpu_path
+from test_effective_conductance import RON, WIRES, error, of_lines, tiles
 from torch import nn
 
 import gpuxbar as gx
@@ -18,28 +19,14 @@ from gpuxbar.bridge.wires import weight_through_wires, weight_through_wires_grad
 from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
-WIRES = {
-    "mild": {"r_wordline": 1.0, "r_bitline": 1.0},
-    "strong": {"r_wordline": 2.5, "r_bitline": 1.5, "r_source": 100.0, "r_sink": 30.0},
-    "ends": {"r_wordline": 0.0, "r_bitline": 0.0, "r_source": 500.0, "r_sink": 200.0},
-    "rows": {"r_wordline": 3.0, "r_bitline": 0.0, "r_sink": 50.0},
-    "none": {"r_wordline": 0.0, "r_bitline": 0.0},
-}
 # one cell, one line, one leaf, open cells at both ends, groups of leaves cut both ways
 SHAPES = [(1, 1), (1, 9), (9, 1), (8, 8), (12, 7), (33, 40)]
 DEVICE = {"g_min": 1e-6, "g_max": 1e-4}
 
 
-def case(rows, cols, ron=10e3):
-    rng = np.random.default_rng(rows)
-    g = rng.uniform(0, 1 / ron, (2, rows, cols))
-    g[rng.random(g.shape) < 0.2] = 0.0
-    g[..., 0, 0] = 0.5 / ron
-    return g.astype(np.float32), rng.normal(size=g.shape).astype(np.float32)
-
-
-def error(got, expected):
-    return np.abs(got - expected).max() / np.abs(expected).max()
+def case(rows, cols, ron=RON):
+    grad = np.random.default_rng(rows).normal(size=(2, rows, cols))
+    return tiles(2, rows, cols, ron=ron), grad.astype(np.float32)
 
 
 @pytest.mark.parametrize("name", WIRES)
@@ -52,23 +39,9 @@ def test_host_matches_oracle(shape, name):
     assert error(got, reference.effective_conductance_gradient(g, grad, **WIRES[name])) < 4e-6
 
 
-def own_lines():
-    g, grad = case(20, 30, ron=1e3)
-    rng = np.random.default_rng(0)
-    return (
-        g,
-        grad,
-        {
-            "r_wordline": rng.uniform(0, 10, 20),
-            "r_bitline": rng.uniform(0, 10, 30),
-            "r_source": rng.uniform(0, 1000, 20),
-            "r_sink": rng.uniform(0, 1000, 30),
-        },
-    )
-
-
 def test_lines_of_their_own_and_strong_wires():
-    g, grad, wires = own_lines()
+    g, grad = case(20, 30, ron=1e3)
+    wires = {name: ohm.astype(float) for name, ohm in of_lines(20, 30, 10, 1000).items()}
     got = ops.effective_conductance_gradient(g, grad, **wires)
     assert error(got, reference.effective_conductance_gradient(g, grad, **wires)) < 2e-5
 
@@ -114,8 +87,8 @@ def test_cuda_matches_oracle(shape, name, order):
 
 
 def test_cuda_lines_of_their_own_and_chunks():
-    g, grad, wires = own_lines()
-    wires = {name: value.astype(np.float32) for name, value in wires.items()}
+    g, grad = case(20, 30, ron=1e3)
+    wires = of_lines(20, 30, 10, 1000)
     whole, device = ShimDevice(FORWARD), ShimDevice(11, workspace=1)
     got = ops.effective_conductance_gradient(g, grad, device=whole, **wires)
     assert error(got, reference.effective_conductance_gradient(g, grad, **wires)) < 2e-5
