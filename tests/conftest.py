@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 
 import cuda_shim
 import pytest
 import torch
 
+from gpuxbar.bench import study
+from gpuxbar.experiments.data import load_data
 from gpuxbar.launch import CudaDevice
 from gpuxbar.launch.sources import kernel_dir
 
@@ -35,6 +38,14 @@ def cuda_device():
     if not cupy.cuda.is_available():
         pytest.skip("no NVIDIA GPU or driver was found")
     return PoisonedDevice()
+
+
+@pytest.fixture(scope="session")
+def learn():
+    """Trains a network on the bundled digits, 8 x 8, and gives its accuracy after every epoch."""
+    data = load_data("digits")
+    images, judge = torch.arange(len(data.x)), data.batch(slice(None), test=True)
+    return partial(study.learn, data=data, images=images, judge=judge, advance=lambda count: None)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 import gpuxbar as gx
+from gpuxbar.experiments.data import load_data
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
 NOISY = {
@@ -608,38 +609,16 @@ def test_opcheck(kind, scheme):
         )
 
 
-def digits():
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    x = torch.from_numpy(data.images).float()[:, None] / 16
-    return [
-        torch.as_tensor(a)
-        for a in train_test_split(x, data.target, test_size=0.25, random_state=0, stratify=data.target)
-    ]
-
-
-def test_hardware_aware_training_comes_within_a_percent_of_ideal():
-    x, x_test, t, t_test = digits()
-
-    def trained(convert):
+def test_hardware_aware_training_comes_within_a_percent_of_ideal(learn):
+    accuracy = []
+    for convert in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))  # fmt: skip
         if convert:
             model, _ = gx.convert(model, spec(**NOISY))
-            gx.calibrate(model, [x[:200]])
-        opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for epoch in range(6):
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
-            for part in order.split(64):
-                opt.zero_grad()
-                nn.functional.cross_entropy(model(x[part]), t[part]).backward()
-                opt.step()
-        with torch.no_grad():
-            return (model(x_test).argmax(1) == t_test).float().mean().item()
-
-    ideal, analog = trained(False), trained(True)
+            gx.calibrate(model, [load_data("digits").sample(200)])
+        accuracy.append(learn(model, torch.optim.AdamW(model.parameters(), lr=3e-3), epochs=6, batch=64)[-1])
+    ideal, analog = accuracy
     assert ideal > 0.96
     assert analog > ideal - 0.01
 
