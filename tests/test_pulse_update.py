@@ -607,40 +607,6 @@ def test_the_reference_backend_resumes(train, monkeypatch):
     assert torch.equal(again(torch.ones(3, 5)), model(torch.ones(3, 5)))
 
 
-def test_training_by_pulses_learns_and_resumes_bit_for_bit():
-    x = torch.randn(128, 10)
-    target = torch.tanh(x @ torch.randn(10, 3))
-
-    def built():
-        torch.manual_seed(1)
-        model, _ = convert(
-            nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 3)),
-            CrossbarSpec(
-                update={"law": "soft_bounds", "pulses": 2000, "cycle": 0.3, "up": 2.0, "down": 2.0}, pulses={}
-            ),
-        )
-        return model, InSituSGD(model.parameters(), lr=0.2)
-
-    def train(model, optimiser, steps):
-        for _ in range(steps):
-            optimiser.zero_grad()
-            loss = (model(x) - target).square().mean()
-            loss.backward()
-            optimiser.step()
-        return loss.item()
-
-    model, optimiser = built()
-    first = train(model, optimiser, 1)
-    assert train(model, optimiser, 60) < 0.4 * first
-    state = copy.deepcopy(model.state_dict())
-    again, other = built()
-    again.load_state_dict(state)
-    train(model, optimiser, 3)
-    train(again, other, 3)
-    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
 def test_streams_are_kept_until_a_step_and_forgotten_by_zero_grad():
     model, optimiser = pulsed(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED))
     for _ in range(2):

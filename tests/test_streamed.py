@@ -25,7 +25,7 @@ from test_carry import (
     units_of,
 )
 from test_in_situ_devices import trained_and_resumed
-from test_pulse_slices import layer_on
+from test_pulse_slices import PULSED, layer_on
 from torch import nn
 
 import gpuxbar as gx
@@ -447,13 +447,19 @@ def test_a_convolution_is_trained():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_digits_are_learned_by_streams():
-    """Regression on 10 inputs."""
+PULSED_PAIRS = {
+    "update": {"law": "soft_bounds", "pulses": 2000, "cycle": 0.3, "up": 2.0, "down": 2.0},
+    "pulses": {},
+}
+
+
+@pytest.mark.parametrize("spec", [STREAMED, PULSED, PULSED_PAIRS], ids=["streams", "pulses", "pairs"])
+def test_products_in_the_array_learn_a_regression(spec):
+    """On 10 inputs; slices as far as one pair by the same trains."""
     x = torch.randn(128, 10)
     target = torch.tanh(x @ torch.randn(10, 3))
-    torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 3))
-    model, _ = gx.convert(network, gx.CrossbarSpec.model_validate(STREAMED))
+    model, _ = gx.convert(network, gx.CrossbarSpec.model_validate(spec))
     optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.2)
     losses = []
     for _ in range(60):
