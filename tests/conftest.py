@@ -7,12 +7,13 @@ import sys
 from functools import partial
 
 import cuda_shim
+import numpy as np
 import pytest
 import torch
 
 from gpuxbar.bench import study
 from gpuxbar.experiments.data import load_data
-from gpuxbar.launch import CudaDevice
+from gpuxbar.launch import CudaDevice, set_threads, threads
 from gpuxbar.launch.sources import kernel_dir
 
 # for what modules draw when they are imported; PyTorch begins elsewhere in every process
@@ -46,6 +47,23 @@ def learn():
     data = load_data("digits")
     images, judge = torch.arange(len(data.x)), data.batch(slice(None), test=True)
     return partial(study.learn, data=data, images=images, judge=judge, advance=lambda count: None)
+
+
+@pytest.fixture
+def same_on_threads():
+    """Gives what a call returns on one thread of the host kernels, when it returns the same bits on two, or as many as are asked for."""
+    before = threads()
+
+    def same(call, counts=(2,)):
+        found = []
+        for count in (1, *counts):
+            set_threads(count)
+            found.append(call())
+            np.testing.assert_equal(found[-1], found[0])
+        return found[0]
+
+    yield same
+    set_threads(before)
 
 
 @pytest.fixture

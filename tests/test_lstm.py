@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from torch.nn.utils import prune
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
-from gpuxbar.launch import set_threads
 from gpuxbar.nn import recurrent
 
 CONVERTERS = {"dac": {"bits": 8}, "adc": {"bits": 8}, "tile": {"rows": 16, "cols": 16}}
@@ -66,16 +67,8 @@ def test_gradient_of_gates_is_autograds():
     torch.library.opcheck(torch.ops.gpuxbar.lstm_gates.default, (x.detach(), y.detach(), c.detach()))
 
 
-def test_bits_of_gates_do_not_depend_on_threads():
-    arrays = products(300, 250)
-    one = ops.lstm_gates(*arrays)
-    try:
-        set_threads(2)
-        two = ops.lstm_gates(*arrays)
-    finally:
-        set_threads(torch.get_num_threads())
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_bits_of_gates_do_not_depend_on_threads(same_on_threads):
+    same_on_threads(partial(ops.lstm_gates, *products(300, 250)))
 
 
 def test_arrays_that_cannot_be_written_to_are_read():

@@ -12,7 +12,6 @@ from cuda_shim import FORWARD, REVERSE, ShimDevice
 from torch import nn
 
 from gpuxbar import ops, reference
-from gpuxbar.launch.host import set_threads
 from gpuxbar.nn import AnalogLinear, calibrate, convert
 from gpuxbar.nn.streams import Streams
 from gpuxbar.ops import ConvGeometry
@@ -190,20 +189,21 @@ def test_rare_coincidences_are_found_as_frequent_ones_are():
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 530), (530, 3)])
-def test_coincidences_of_many_slots_are_counted(inputs, outputs):
+def test_coincidences_of_many_slots_are_counted(inputs, outputs, same_on_threads):
     """Of more samples than are counted together, on lines in blocks of 256 and of a word."""
     g, x, d, w_max = case(150, 2, inputs, outputs)
     train, law = PulseTrain(mode="aggregated", update_management=False, bound_management=False), CONSTANT
     how = {"rate": 30.0, "w_max": w_max, "groups": 2, "step": 9}
-    new, pairs = g.copy(), ops.Pairs(g.copy(), law=law, seed=SEED, **WINDOW)
-    cells, _ = reference.pulse_update(g, x, d, train=train.model_dump(), **pairs.plain, **how)
-    ops.pulse_update(ops.Pairs(new, law=law, seed=SEED, **WINDOW), x, d, train=train, **how)
+
+    def updated():
+        pairs = ops.Pairs(g.copy(), law=law, seed=SEED, **WINDOW)
+        ops.pulse_update(pairs, x, d, train=train, **how)
+        return pairs.g
+
+    new = same_on_threads(updated, (2, 8))  # for the more threads the smaller blocks
+    plain = ops.Pairs(g, law=law, seed=SEED, **WINDOW).plain
+    cells, _ = reference.pulse_update(g, x, d, train=train.model_dump(), **plain, **how)
     np.testing.assert_allclose(new, cells, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
-    parts = g.copy()
-    set_threads(8)  # for which blocks are smaller
-    ops.pulse_update(ops.Pairs(parts, law=law, seed=SEED, **WINDOW), x, d, train=train, **how)
-    set_threads(2)
-    np.testing.assert_array_equal(parts, new)
     inside = (new > 1.5 * G_MIN) & (new < 0.8 * G_MAX)
     assert inside.mean() > 0.1  # not all at an end of their window, where counts do not matter
     assert (new != g).mean() > 0.9
@@ -236,17 +236,15 @@ def test_noise_of_the_nominal_step_is_that_of_its_direction(scale):
     assert (np.abs(ours.g - expected) <= 3e-6 * (WINDOW["g_max"] - WINDOW["g_min"])).mean() > 1 - 5e-3
 
 
-def test_the_same_bits_on_any_number_of_threads():
+@pytest.mark.parametrize(("law", "train"), [("soft", "managed"), ("constant", "counted")])
+def test_the_same_bits_on_any_number_of_threads(law, train, same_on_threads):
     g, x, d, w_max = case(20, 2, 90, 65)
-    for law, train in (("soft", "managed"), ("constant", "counted")):
-        results = []
-        for threads in (1, 2):
-            set_threads(threads)
-            pairs = ops.Pairs(g.copy(), law=LAWS[law], **WINDOW)
-            read = ops.pulse_update(pairs, x, d, rate=0.1, train=TRAINS[train], w_max=w_max, groups=2)
-            results.append((pairs.g, read))
-        np.testing.assert_array_equal(results[0][0], results[1][0])
-        np.testing.assert_array_equal(results[0][1], results[1][1])
+
+    def updated():
+        pairs = ops.Pairs(g.copy(), law=LAWS[law], **WINDOW)
+        return pairs.g, ops.pulse_update(pairs, x, d, rate=0.1, train=TRAINS[train], w_max=w_max, groups=2)
+
+    same_on_threads(updated)
 
 
 GEOMETRIES = {

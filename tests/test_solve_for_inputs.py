@@ -10,7 +10,6 @@ from cuda_shim import FORWARD, REVERSE, ShimDevice
 from test_effective_conductance import RON, WIRES, error, of_lines, tiles
 
 from gpuxbar import ops, reference
-from gpuxbar.launch import set_threads
 
 SHAPES = [(1, 1, 1), (1, 1, 9), (3, 9, 1), (4, 12, 7), (16, 8, 8), (21, 37, 50)]  # lanes of 1, 4, 16, 16 + 16
 
@@ -228,16 +227,9 @@ def test_tolerance_is_kept(device, size):
     assert all(got < tolerance for got, tolerance in zip(off, (1e-1, 1e-2, 1e-4), strict=True))
 
 
-def test_same_bits_for_threads():
+def test_same_bits_for_threads(same_on_threads):
     values = case(21, 24, 40)
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        results.append(
-            (ops.solve_for_inputs(*values[:2], **WIRES["strong"]), *ops.solve_for_inputs_gradient(*values, **WIRES["strong"]))
-        )  # fmt: skip
-    for one, two in zip(*results, strict=True):
-        np.testing.assert_array_equal(one, two)
+    same_on_threads(lambda: both(*values, None, **WIRES["strong"]))
 
 
 @pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "cuda"])

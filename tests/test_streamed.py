@@ -30,7 +30,6 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
-from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import Agarwal, ConstantStep, Endurance, Ideal, SoftBounds
@@ -189,31 +188,21 @@ def test_slices_saturate_sooner_than_by_accumulation():
     np.testing.assert_allclose(ends[2, "accumulate", 1], [0, 4, 2], atol=1e-4)
 
 
-def test_results_do_not_depend_on_threads_or_chunks(monkeypatch):
+def test_results_do_not_depend_on_threads_or_chunks(same_on_threads, monkeypatch):
     """To the bit where sums are exact, in the lowest digit to their rounding."""
     s = streamed((4, 2, 2), 4)
     x, d, w_max = exact(s, 4, 300, 3, 33, 40)
     rough = np.random.default_rng(0).normal(0, 0.1, d.shape).astype(np.float32)
     how = {"rate": 0.125, "w_max": w_max, "groups": 3}
-    results = []
-    for errors, threads, workspace in (
-        (d, 1, None),
-        (d, 2, None),
-        (d, 2, 40000),
-        (rough, 1, None),
-        (rough, 2, None),
-    ):
-        if workspace:
-            monkeypatch.setattr(sys.modules["gpuxbar.ops.streamed_update"], "WORKSPACE", workspace)
-        set_threads(threads)
+
+    def updated(errors):
         pairs = pairs_of(cells(8, 99, 40), s, LAWS["agarwal"], seed=SEED)
-        results.append((ops.streamed_update(pairs, x, errors, **how), pairs.g))
-        monkeypatch.undo()
-    set_threads(1)
-    for one, other in ((0, 1), (0, 2), (3, 4)):
-        for a, b in zip(results[one], results[other], strict=True):
-            np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(results[0][1], results[3][1])
+        return ops.streamed_update(pairs, x, errors, **how), pairs.g
+
+    whole, other = (same_on_threads(lambda errors=errors: updated(errors)) for errors in (d, rough))
+    assert not np.array_equal(whole[1], other[1])
+    monkeypatch.setattr(sys.modules["gpuxbar.ops.streamed_update"], "WORKSPACE", 40000)
+    np.testing.assert_equal(updated(d), whole)
 
 
 def test_writes_of_one_direction_are_those_of_a_sequence():

@@ -16,7 +16,6 @@ from torch import nn
 import gpuxbar as gx
 from gpuxbar import bridge, ops, reference
 from gpuxbar.bridge.wires import weight_through_wires, weight_through_wires_gradient
-from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
 # one cell, one line, one leaf, open cells at both ends, groups of leaves cut both ways
@@ -64,13 +63,9 @@ def test_oracle_is_the_derivative(name):
         assert slope == pytest.approx(got[at], rel=2e-6, abs=1e-6 * np.abs(got).max())
 
 
-def test_same_bits_for_threads():
+def test_same_bits_for_threads(same_on_threads):
     g, grad = case(24, 40)
-    found = []
-    for threads in (1, 2):
-        set_threads(threads)
-        found.append(ops.effective_conductance_gradient(g, grad, **WIRES["strong"]))
-    np.testing.assert_array_equal(*found)
+    same_on_threads(lambda: ops.effective_conductance_gradient(g, grad, **WIRES["strong"]))
 
 
 # one cell, one line, one leaf, leaves along a line only, of both ways
