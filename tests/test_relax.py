@@ -68,13 +68,6 @@ def test_what_noisy_devices_hold_decays_as_what_they_show(where, monkeypatch):
         np.testing.assert_allclose(found, np.where(count < 0, before, later), rtol=0, atol=2e-6 * 9e-6)
 
 
-def test_reference_serves_without_a_compiler(monkeypatch):
-    g, law = case((2, 3, 5)), Retention(tau=3.0, spread=0.5)
-    host = relaxed(g, law)
-    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
-    np.testing.assert_allclose(relaxed(g, law), host, rtol=1e-5)
-
-
 @pytest.mark.parametrize("rate", [1e-6, 1e-3, 1.0, 20.0])
 def test_decay_is_exponential_and_steps_add_up(rate):
     """To 1 % of the change at a millionth a step, where it is ten steps of float32."""
