@@ -301,13 +301,13 @@ def distance(name, pulses=None, **settings):
     opt = build_optimizer(name, layer, **settings)
     draw = torch.Generator().manual_seed(1)
     errors = []
-    for step in range(700):
+    for step in range(500):
         x = torch.randn(4, 12, generator=draw)
         t = x @ goal.T + 0.5 * torch.randn(4, 8, generator=draw)
         opt.zero_grad()
         (0.5 * (layer(x) - t).square().sum(1).mean()).backward()
         opt.step()
-        if step >= 450:
+        if step >= 350:
             errors.append(((layer.weight - goal).square().sum() / goal.square().sum()).sqrt().item())
     return sum(errors) / len(errors)
 
