@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 
 import cuda_shim
+import numpy as np
 import pytest
 import torch
 
-from gpuxbar.launch import CudaDevice
+from gpuxbar.bench import study
+from gpuxbar.experiments.data import load_data
+from gpuxbar.launch import CudaDevice, set_threads, threads
 from gpuxbar.launch.sources import kernel_dir
 
-torch.manual_seed(
-    0
-)  # for what modules draw when they are imported; PyTorch begins elsewhere in every process
+# for what modules draw when they are imported; PyTorch begins elsewhere in every process
+torch.manual_seed(0)
 
 
 def pytest_runtest_setup():
@@ -36,6 +39,38 @@ def cuda_device():
     if not cupy.cuda.is_available():
         pytest.skip("no NVIDIA GPU or driver was found")
     return PoisonedDevice()
+
+
+@pytest.fixture(scope="session")
+def learn():
+    """Trains a network on the bundled digits, 8 x 8, and gives its accuracy after every epoch."""
+    data = load_data("digits")
+    images, judge = torch.arange(len(data.x)), data.batch(slice(None), test=True)
+    return partial(study.learn, data=data, images=images, judge=judge, advance=lambda count: None)
+
+
+@pytest.fixture
+def same_on_threads():
+    """Gives what a call returns on one thread of the host kernels, when it returns the same bits on two, or as many as are asked for."""
+    before = threads()
+
+    def same(call, counts=(2,)):
+        found = []
+        for count in (1, *counts):
+            set_threads(count)
+            found.append(call())
+            np.testing.assert_equal(found[-1], found[0])
+        return found[0]
+
+    yield same
+    set_threads(before)
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """The test runs in a folder of its own, given here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

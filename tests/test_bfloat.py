@@ -195,7 +195,6 @@ def test_values_need_a_dac():
 )
 def test_layers_read_both_ways(change, monkeypatch):
     spec = gx.CrossbarSpec.model_validate(LAYER).with_overrides(change)
-    torch.manual_seed(0)
     layer = AnalogLinear(20, 11, spec=spec)
     x = torch.randn(5, 20, requires_grad=True)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from cuda_shim import FORWARD, REVERSE, ShimDevice
-from test_in_situ_devices import train as train_by
+from test_in_situ_devices import run, trained_and_resumed
 from torch import nn
 
 import gpuxbar as gx
@@ -425,11 +427,6 @@ def layer_of(name="layer", **overrides):
     return AnalogLinear(12, 7, spec=spec, name=name)
 
 
-def train(layer, steps, seed=0, momentum=0.0):
-    optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05, momentum=momentum)
-    train_by(layer, optimiser, steps, seed)
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("sides", ["both", "one_sided"])
 def test_a_layer_begins_with_its_weights(sides, scheme):
@@ -460,7 +457,7 @@ def test_reads_of_both_directions_see_the_slices(scheme):
         parasitics={"r_wordline": 1e-3},
         tile={"rows": 8, "cols": 4},
     )
-    train(layer, 7)
+    run(layer, 7)
     x = torch.randn(6, 12, requires_grad=True)
     y = layer(x)
     exact = x.detach() @ layer.weight.T + layer.bias
@@ -494,20 +491,13 @@ def test_carries_come_as_often_as_set(scheme, monkeypatch):
      "endurance": {"pulses": 300, "spread": 0.5}, "retention": {"tau": 500.0}},
 ], ids=["accumulate", "periodic", "everything"])  # fmt: skip
 def test_a_resumed_run_equals_an_uninterrupted_one(overrides):
-    whole, first, second = (layer_of(**overrides) for _ in range(3))
-    train(whole, 5)
-    train(whole, 5, seed=1)
-    train(first, 5)
-    second.load_state_dict(first.state_dict())
-    train(second, 5, seed=1)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
+    whole = trained_and_resumed(partial(layer_of, **overrides))
     assert whole.carry_step.item() == 10
 
 
 def test_refreshing_keeps_digits_and_the_count():
     layer = layer_of(update={"sides": "one_sided"})
-    train(layer, 5)
+    run(layer, 5)
     weight = layer.weight.detach().clone()
     layer.refresh()
     assert (layer.weight - weight).abs().max().item() <= layer.w_max[0].item() / 255 / 2 * 1.001
@@ -515,43 +505,28 @@ def test_refreshing_keeps_digits_and_the_count():
     assert layer.saturation() < 3.001 / 15
 
 
-def test_digits_are_learned_by_two_bit_slices():
-    """8 x 8 digits: eight slices of 2 bits learn as digital weights do, by either scheme."""
-    from sklearn.datasets import load_digits
-
-    x, t = load_digits(return_X_y=True)
-    x, t = torch.from_numpy(x).float() / 16, torch.from_numpy(t)
-    for carry in (
-        {"scheme": "accumulate", "interval": 16},
-        {"scheme": "periodic", "interval": 1, "headroom_bits": 6},
-    ):
-        torch.manual_seed(0)
-        spec = {
-            "mapping": {"slices": 6, "slice_bits": 2},
-            "update": {"law": "agarwal", "nu": 0.1},
-            "carry": carry,
-        }
-        model, _ = gx.convert(
-            nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
-            gx.CrossbarSpec.model_validate(spec),
-        )
-        optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1, momentum=0.9)
-        for epoch in range(4):
-            for part in torch.randperm(1400, generator=torch.Generator().manual_seed(epoch)).split(32):
-                optimiser.zero_grad()
-                nn.functional.cross_entropy(model(x[part]), t[part]).backward()
-                optimiser.step()
-        with torch.no_grad():
-            accuracy = (model(x[1400:]).argmax(1) == t[1400:]).float().mean().item()
-        assert accuracy > 0.88, (carry, accuracy)
+@pytest.mark.parametrize(
+    "carry",
+    [{"scheme": "accumulate", "interval": 16}, {"scheme": "periodic", "interval": 1, "headroom_bits": 6}],
+)
+def test_digits_are_learned_by_two_bit_slices(carry, learn):
+    """Six of them learn as digital weights do, by either scheme."""
+    spec = {
+        "mapping": {"slices": 6, "slice_bits": 2},
+        "update": {"law": "agarwal", "nu": 0.1},
+        "carry": carry,
+    }
+    digital = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model, _ = gx.convert(digital, gx.CrossbarSpec.model_validate(spec))
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.1, momentum=0.9)
+    assert learn(model, optimiser, epochs=4, batch=32)[-1] > 0.88
 
 
 def test_txsim_trains_on_sliced_weights():
     """32 bits in 16 slices: changes far below what a 2-bit slice of w_max resolves are kept."""
     sliced = {"mapping": {"slices": 16, "slice_bits": 2}, "carry": {"scheme": "accumulate"}}
-    torch.manual_seed(0)
     layer = AnalogLinear(12, 7, spec=presets.preset("txsim-in-situ").with_overrides(sliced))
-    train(layer, 3)
+    run(layer, 3)
     weight = layer.weight.detach().clone()
     layer.update_cells(torch.full_like(weight, 3e-6) * layer.w_max[:, None])
     moved = (layer.weight - weight) / layer.w_max[:, None]

@@ -94,7 +94,6 @@ def test_moved_layers_train_in_situ_beside_digital_ones():
 
 @pytest.mark.parametrize(("make", "layer"), [(nn.LSTM, "ih_l0"), (nn.MultiheadAttention, "q_proj")])
 def test_modules_that_became_layers_move_by_their_name(make, layer):
-    torch.manual_seed(0)
     fused = nn.ModuleDict({"a": make(4, 2), "b": nn.Linear(4, 4)})
     converted, _ = gx.convert(fused, spec(COARSE))
     moved, _ = gx.convert(converted, spec(COARSE), rules={"a": {"dac": {"bits": 5}}})
@@ -137,7 +136,6 @@ def outputs(module, shape):
 @pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:Using padding='same'")
 @pytest.mark.parametrize("name", SPLIT)
 def test_modules_that_became_layers_become_torchs_own_with_their_weights(name):
-    torch.manual_seed(0)
     make, shape = SPLIT[name]
     plain = nn.ModuleList([make()]).eval()
     converted, _ = gx.convert(plain, spec({}))

@@ -8,8 +8,6 @@ import torch
 
 from gpuxbar import ops, reference
 from gpuxbar.bridge.dac_clip import dac_clip, slopes
-from gpuxbar.launch import set_threads
-from gpuxbar.launch import threads as kernel_threads
 
 SHAPES = [(0, 3), (1, 1), (7, 13), (3, 5, 4, 2), (1, 100_003)]
 
@@ -80,17 +78,9 @@ def test_the_gradient_is_the_slope_of_the_squared_error():
         assert found == pytest.approx((above - below) / (0.04 * top), rel=0.03)
 
 
-def test_threads_change_nothing():
+def test_threads_change_nothing(same_on_threads):
     grad, x = case((3, 50_001))
-    before, found = kernel_threads(), []
-    try:
-        for count in (1, 2):
-            set_threads(count)
-            found.append(ops.dac_clip_gradient(grad, x, top=1.1, code_max=7))
-    finally:
-        set_threads(before)
-    assert found[0][1] == found[1][1]
-    np.testing.assert_array_equal(found[0][0], found[1][0])
+    same_on_threads(lambda: ops.dac_clip_gradient(grad, x, top=1.1, code_max=7))
 
 
 def test_the_gradient_of_the_range_is_scaled_as_the_paper_scales_it():

@@ -99,7 +99,6 @@ def test_a_host_reads_the_same(signed):
 
 def test_a_layer_makes_no_codes_that_nobody_reads(monkeypatch):
     """A pass over what drives its lines less in each direction, and codes only where backward needs them."""
-    torch.manual_seed(0)
     spec = gx.CrossbarSpec.model_validate(
         {"tile": {"rows": 64, "cols": 64}, "dac": {"bits": 8}, "adc": {"bits": 8}}
     )

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuxbar import ops, reference
-from gpuxbar.launch import set_threads
 from gpuxbar.ops.effective_conductance_cuda import invert
 from gpuxbar.reference.effective_conductance import ports
 from gpuxbar.reference.nodal import Wires
@@ -19,19 +18,27 @@ WIRES = {
     "mild": {"r_wordline": 1.0, "r_bitline": 1.0},
     "strong": {"r_wordline": 2.5, "r_bitline": 1.5, "r_source": 100.0, "r_sink": 30.0},
     "ends": {"r_wordline": 0.0, "r_bitline": 0.0, "r_source": 500.0, "r_sink": 200.0},
-    "rows": {"r_wordline": 3.0, "r_bitline": 0.0, "r_source": 0.0, "r_sink": 50.0},
+    "rows": {"r_wordline": 3.0, "r_bitline": 0.0, "r_sink": 50.0},
     "none": {"r_wordline": 0.0, "r_bitline": 0.0},
-    "lines": "drawn",
 }
+KINDS = [*WIRES, "lines"]  # the last with resistances of every line's own
 SHAPES = [(1, 1), (1, 16), (16, 1), (8, 8), (9, 7), (37, 50), (24, 100), (33, 31)]
 
 
-def wires(name, rows, cols, seed=0):
-    if WIRES[name] != "drawn":
-        return WIRES[name]
-    rng = np.random.default_rng(seed)
-    drawn = {"r_wordline": (5, rows), "r_bitline": (5, cols), "r_source": (300, rows), "r_sink": (300, cols)}
-    return {key: rng.uniform(0, *value).astype(np.float32) for key, value in drawn.items()}
+def wires(name, rows, cols):
+    return of_lines(rows, cols) if name == "lines" else WIRES[name]
+
+
+def of_lines(rows, cols, segment=5, end=300):
+    """Resistances of every line's own, ohm at most of a segment and an end."""
+    rng = np.random.default_rng(0)
+    most = {
+        "r_wordline": (segment, rows),
+        "r_bitline": (segment, cols),
+        "r_source": (end, rows),
+        "r_sink": (end, cols),
+    }
+    return {key: rng.uniform(0, *value).astype(np.float32) for key, value in most.items()}
 
 
 def tiles(*shape, ron=RON, seed=0, open_cells=0.2):
@@ -46,7 +53,7 @@ def error(got, expected):
     return np.abs(got - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", WIRES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_merge_is_the_nodal_solution(shape, name):
     g, w = tiles(*shape), wires(name, *shape)
@@ -55,7 +62,7 @@ def test_merge_is_the_nodal_solution(shape, name):
 
 
 @pytest.mark.parametrize("method", reference.METHODS)
-@pytest.mark.parametrize("name", WIRES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 66), (123, 8), (5, 90)])
 def test_host_matches_oracle(shape, name, method):
     g, w = tiles(2, *shape), wires(name, *shape)
@@ -199,16 +206,10 @@ def test_approximations_are_as_good_as_said(method, bound):
 
 
 @pytest.mark.parametrize("method", reference.METHODS)
-def test_same_bits_for_threads_and_batches(method):
+def test_same_bits_for_threads_and_batches(method, same_on_threads):
     g = tiles(5, 40, 24)
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        results.append(ops.effective_conductance(g, method=method, **WIRES["strong"]))
-    np.testing.assert_array_equal(*results)
-    np.testing.assert_array_equal(
-        results[0][3], ops.effective_conductance(g[3], method=method, **WIRES["strong"])
-    )
+    many = same_on_threads(lambda: ops.effective_conductance(g, method=method, **WIRES["strong"]))
+    np.testing.assert_array_equal(many[3], ops.effective_conductance(g[3], method=method, **WIRES["strong"]))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 3), (2, 3, 0)])

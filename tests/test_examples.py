@@ -85,7 +85,6 @@ def test_example(name, tmp_path, monkeypatch, capsys, threads):
 
 
 def test_snippets_of_the_readme():
-    torch.manual_seed(0)
     layers = {
         "layer1": nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20)),
         "classifier": nn.Linear(20, 3),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from test_anchored_conductance import drifting
@@ -36,9 +38,9 @@ from test_tile_mvm import (
     SHAPES,
     assert_convolution_matches,
     assert_matches,
+    assert_reads,
     case,
     convolution,
-    settings,
 )
 
 from gpuxbar import ops, reference
@@ -77,19 +79,7 @@ def run(device, op, *arrays, **settings):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reads_match_oracle(cuda_device, shape, mode, groups, transposed):
-    batch, rows, cols, tile = shape
-    codes, g = case(batch, rows, cols, planes=2, groups=groups)
-    if transposed:
-        codes = np.random.default_rng(2).integers(-127, 128, (batch, groups * cols)).astype(np.int16)
-    s, length = settings(mode, shape, g, groups, transposed)
-    s["slice_scale"] = np.array([1.0, -4.0], np.float32)
-    expected, gate = reference.tile_mvm(codes, g, tile=length, want_gate=True, **s)
-    y, gpu_gate = run(
-        cuda_device, ops.tile_mvm, codes, g, tile_rows=length, tile_cols=length, want_gate=True, **s
-    )
-    weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
-    assert_matches(y, expected, s.get("adc_lsb", 0.0), weight)
-    assert (np.abs(gpu_gate - gate) <= 1e-5).mean() > 1 - 2e-3
+    assert_reads(partial(run, cuda_device, ops.tile_mvm), shape, mode, groups, transposed)
 
 
 def noisy_read(generator="exact"):

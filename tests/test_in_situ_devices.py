@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,23 @@ def train(layer, optimiser, steps, seed=0):
         optimiser.step()
 
 
+def run(layer, steps, seed=0):
+    train(layer, gx.optim.InSituSGD(layer.parameters(), lr=0.05), steps, seed)
+
+
+def trained_and_resumed(make, first=5, then=5):
+    """A layer that was trained twice; one that was saved and loaded in between is the same."""
+    whole, saved, loaded = (make() for _ in range(3))
+    run(whole, first)
+    run(whole, then, seed=1)
+    run(saved, first)
+    loaded.load_state_dict(saved.state_dict())
+    run(loaded, then, seed=1)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+    return whole
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_layers_train_on_every_published_device(name):
     layer = layer_on(name)
@@ -41,7 +59,7 @@ def test_weights_lie_in_memory_as_they_like():
     layers = [layer_on("reram-sb") for _ in range(2)]
     layers[1].weight = nn.Parameter(layers[1].weight.detach().t().contiguous().t())
     for layer in layers:
-        train(layer, gx.optim.InSituSGD(layer.parameters(), lr=0.05), 2)
+        run(layer, 2)
         with torch.no_grad():
             layer.weight.mul_(1.0)  # another version, so that the next read looks whether the cells read it
         layer(torch.zeros(1, 12))
@@ -130,7 +148,6 @@ def test_the_weight_of_a_full_pair_is_the_specs_where_it_says_one(scale):
 @pytest.mark.parametrize("scheme", ["differential", "subtracted"])
 def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme, slices):
     """Variance of a product: sum over wordlines and slices k of x^2 16^k (s(g_pos) + s(g_neg)), s(g) = sigma_g^2 (g / g_max)^3."""
-    torch.manual_seed(0)
     mapping, noise = {"scheme": scheme}, {"sigma_g": 2e-8, "exponent": 1.5}
     parts = {"mapping": mapping, "read_noise": noise, "update": {"law": "agarwal"}}
     if slices > 1:
@@ -150,16 +167,7 @@ def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme, slices):
 
 @pytest.mark.parametrize("name", ["reram-sb", "pcm"])
 def test_a_resumed_run_equals_an_uninterrupted_one(name):
-    whole, first = layer_on(name), layer_on(name)
-    optimisers = [gx.optim.InSituSGD(layer.parameters(), lr=0.05) for layer in (whole, first)]
-    train(whole, optimisers[0], 2)
-    train(whole, optimisers[0], 2, seed=1)
-    train(first, optimisers[1], 2)
-    second = layer_on(name)
-    second.load_state_dict(first.state_dict())
-    train(second, gx.optim.InSituSGD(second.parameters(), lr=0.05), 2, seed=1)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
+    trained_and_resumed(partial(layer_on, name))
 
 
 def test_one_sided_pairs_start_low_and_are_refreshed_before_they_saturate():
@@ -255,7 +263,6 @@ def test_a_refresh_leaves_pairs_that_cannot_be_written_to_training():
         "update": {"law": "constant_step", "sides": "one_sided", "pulses": 100, "asymmetry": 0.0},
         "programming": {"stuck_at_g_max": 0.1}, "endurance": {"pulses": 1e9}, "refresh": {"interval": 1},
     }  # fmt: skip
-    torch.manual_seed(0)
     layer = AnalogLinear(12, 7, spec=gx.CrossbarSpec.model_validate(settings | {"device": {"g_max": 1e-5}}))
     layer.begin_in_situ()
     stuck = layer.g_cells >= 0.999 * layer.spec.device.g_max
@@ -280,20 +287,11 @@ def test_a_refresh_leaves_pairs_that_cannot_be_written_to_training():
     ],
 )
 def test_refreshes_go_on_where_a_run_is_resumed(device, settings):
-    whole, first, second = (layer_on(device, refresh=REFRESH, **settings) for _ in range(3))
-    optimisers = [gx.optim.InSituSGD(layer.parameters(), lr=0.05) for layer in (whole, first)]
-    for layer, optimiser in zip((whole, first), optimisers, strict=True):
-        train(layer, optimiser, 2)
-    second.load_state_dict(first.state_dict())
-    train(whole, optimisers[0], 3, seed=1)
-    train(second, gx.optim.InSituSGD(second.parameters(), lr=0.05), 3, seed=1)
+    whole = trained_and_resumed(partial(layer_on, device, refresh=REFRESH, **settings), 2, 3)
     never = layer_on(device, **settings)
-    optimiser = gx.optim.InSituSGD(never.parameters(), lr=0.05)
-    train(never, optimiser, 2)
-    train(never, optimiser, 3, seed=1)
+    run(never, 2)
+    run(never, 3, seed=1)
     assert not torch.equal(whole.weight, never.weight)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
 
 
 def test_each_refresh_writes_with_its_own_noise():
@@ -337,7 +335,6 @@ def test_a_step_sets_the_weight_where_it_lies_and_autograd_knows():
 
 
 def test_opcheck():
-    torch.manual_seed(0)
     spec = published_device("reram-sb").spec().model_dump_json()
     g = torch.rand(2, 5, 6) * 9e-6 + 1e-6
     change = (

@@ -14,6 +14,7 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 import gpuxbar as gx
+from gpuxbar.experiments.data import load_data
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
 NOISY = {
@@ -40,7 +41,6 @@ def spec(**parts):
     ],
 )
 def test_ideal_convolution_is_torchs(options, scheme):
-    torch.manual_seed(0)
     layer = AnalogConv2d(
         4,
         6,
@@ -65,7 +65,6 @@ def test_ideal_convolution_is_torchs(options, scheme):
     "mapping", [{"slices": 4, "slice_bits": 2}, {"slices": 12, "slice_bits": 2, "scheme": "subtracted"}]
 )
 def test_sliced_weights_with_a_fine_adc_approach_the_ideal(mapping):
-    torch.manual_seed(0)
     parts = {
         "mapping": mapping,
         "dac": {"bits": 8, "stream_bits": 1},
@@ -199,12 +198,6 @@ def test_a_model_that_is_one_layer_has_the_name_of_a_layer_by_itself(module, nam
         layer(torch.rand(1, 3, 1, 3))
 
 
-def test_an_uncalibrated_layer_is_refused():
-    layer = AnalogLinear(4, 2, spec=spec(adc={"bits": 8}))
-    with pytest.raises(ValueError, match="must be calibrated"):
-        layer(torch.randn(2, 4))
-
-
 class Experts(nn.Module):
     """Each sees the samples that it is chosen for, which may be none."""
 
@@ -304,13 +297,6 @@ def test_calibration_leaves_a_running_dac_range():
     before = model[0].dac_max.clone()
     gx.calibrate(model, [torch.randn(9, 6)], step=lambda x: model.train()(x))
     assert torch.equal(model[0].dac_max, before)
-
-
-def test_a_weight_of_other_inputs_is_refused():
-    model, _ = gx.convert(nn.Sequential(nn.Linear(6, 5)), spec())
-    model[0].weight = nn.Parameter(torch.randn(5, 7))
-    with pytest.raises(ValueError, match=r"`weight` must fit the arrays of 6 x 5"):
-        model(torch.randn(2, 7))
 
 
 def test_nothing_in_another_precision_stays_so():
@@ -495,7 +481,6 @@ def test_layers_that_are_called_by_keyword_are_calibrated():
 
 
 def test_averaged_models_read_with_the_ranges_that_are_copied_to_them():
-    torch.manual_seed(0)
     model, _ = gx.convert(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), spec(**NOISY))
     averaged = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
@@ -632,38 +617,16 @@ def test_opcheck(kind, scheme):
         )
 
 
-def digits():
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    x = torch.from_numpy(data.images).float()[:, None] / 16
-    return [
-        torch.as_tensor(a)
-        for a in train_test_split(x, data.target, test_size=0.25, random_state=0, stratify=data.target)
-    ]
-
-
-def test_hardware_aware_training_comes_within_a_percent_of_ideal():
-    x, x_test, t, t_test = digits()
-
-    def trained(convert):
+def test_hardware_aware_training_comes_within_a_percent_of_ideal(learn):
+    accuracy = []
+    for convert in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))  # fmt: skip
         if convert:
             model, _ = gx.convert(model, spec(**NOISY))
-            gx.calibrate(model, [x[:200]])
-        opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for epoch in range(6):
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
-            for part in order.split(64):
-                opt.zero_grad()
-                nn.functional.cross_entropy(model(x[part]), t[part]).backward()
-                opt.step()
-        with torch.no_grad():
-            return (model(x_test).argmax(1) == t_test).float().mean().item()
-
-    ideal, analog = trained(False), trained(True)
+            gx.calibrate(model, [load_data("digits").sample(200)])
+        accuracy.append(learn(model, torch.optim.AdamW(model.parameters(), lr=3e-3), epochs=6, batch=64)[-1])
+    ideal, analog = accuracy
     assert ideal > 0.96
     assert analog > ideal - 0.01
 
@@ -777,7 +740,6 @@ def test_streams_are_calibrated_by_what_they_drive():
 @pytest.mark.parametrize("percentile", [30.0, 75.0])
 def test_a_range_is_the_percentile_of_the_partial_sums(percentile):
     """Of one tile without an ADC the partial sums are its products."""
-    torch.manual_seed(0)
     parts = {"tile": {"rows": 32}, "mapping": {"scheme": "subtracted"}, "dac": {"bits": 8}}
     x, ranges = torch.randn(50, 32), []
     ideal = AnalogLinear(32, 8, bias=False, spec=spec(**parts))
@@ -794,7 +756,6 @@ def test_a_range_is_the_percentile_of_the_partial_sums(percentile):
 @pytest.mark.parametrize("scheme", ["differential", "subtracted"])
 def test_two_phases_read_what_one_does(scheme):
     """Of inputs of one sign too, which one of the phases drives alone."""
-    torch.manual_seed(0)
     parts = {"tile": {"rows": 16}, "mapping": {"scheme": scheme}, "adc": {"bits": 10, "percentile": 100}}
     layer = AnalogLinear(30, 20, spec=spec(dac={"bits": 8, "polarity": "two_phase"}, **parts))
     x, ranges = torch.randn(40, 30), []
@@ -925,7 +886,6 @@ def test_an_ideal_transposed_read_has_no_noise_of_cells():
 
 def test_the_transposed_read_is_calibrated_by_what_drives_it():
     """Gradients times the weights of full pairs, the largest of which drives v_read."""
-    torch.manual_seed(0)
     parts = {"mapping": {"scheme": "subtracted", "scale": "column"}, "adc": {"bits": 8, "percentile": 100}}
     layer = AnalogLinear(30, 6, bias=False, spec=spec(**parts))
     with torch.no_grad():
@@ -1430,24 +1390,8 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
         assert (host - cuda).norm() < 0.03 * host.norm()  # codes on a rounding edge
 
 
-@pytest.mark.parametrize("direction", ["input", "gradient"])
-def test_values_that_are_not_finite_are_named(direction):
-    for dac in ({"bits": 8}, {}):
-        layer = AnalogLinear(4, 3, spec=spec(dac=dac))
-        x = torch.randn(2, 4, requires_grad=True)
-        with torch.no_grad():
-            x[0, 1] = float("nan") if direction == "input" else 0.5
-        if direction == "input":
-            with pytest.raises(ValueError, match="linear: `x` must be finite, got 1 NaN or infinite values"):
-                layer(x)
-        else:
-            with pytest.raises(ValueError, match="the gradient of the output must be finite, got 6 NaN"):
-                layer(x).backward(torch.full((2, 3), float("inf")))
-
-
 def test_noise_about_no_current_shuts_no_gate():
     """Inputs of one sign leave the phase of the other undriven: its conversions are noise around 0, the end of the range."""
-    torch.manual_seed(0)
     x, gradients = torch.rand(16, 30), []
     for sigma in (0.0, 1e-9):
         spec = gx.presets.isaac().with_overrides({"tile": {"rows": 8}, "read_noise": {"sigma": sigma}})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from torch.nn.utils import prune
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
-from gpuxbar.launch import set_threads
 from gpuxbar.nn import recurrent
 
 CONVERTERS = {"dac": {"bits": 8}, "adc": {"bits": 8}, "tile": {"rows": 16, "cols": 16}}
@@ -66,16 +67,8 @@ def test_gradient_of_gates_is_autograds():
     torch.library.opcheck(torch.ops.gpuxbar.lstm_gates.default, (x.detach(), y.detach(), c.detach()))
 
 
-def test_bits_of_gates_do_not_depend_on_threads():
-    arrays = products(300, 250)
-    one = ops.lstm_gates(*arrays)
-    try:
-        set_threads(2)
-        two = ops.lstm_gates(*arrays)
-    finally:
-        set_threads(torch.get_num_threads())
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_bits_of_gates_do_not_depend_on_threads(same_on_threads):
+    same_on_threads(partial(ops.lstm_gates, *products(300, 250)))
 
 
 def test_arrays_that_cannot_be_written_to_are_read():
@@ -110,7 +103,6 @@ def test_bad_input_is_named():
     ids=["ideal", "noise", "clipping", "offset", "errors", "wires"],
 )  # fmt: skip
 def test_a_sequence_at_once_is_its_steps(spec, options, monkeypatch):
-    torch.manual_seed(0)
     plain = nn.LSTM(6, 9, **options)
     model, twin = (gx.convert(plain, gx.CrossbarSpec.model_validate(spec))[0] for _ in range(2))
     x = torch.randn(3, 5, 6)
@@ -132,7 +124,6 @@ def test_a_sequence_at_once_is_its_steps(spec, options, monkeypatch):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_noise_of_a_sample_does_not_depend_on_later_ones(kind):
-    torch.manual_seed(0)
     spec = {**NOISE, "dac": {"bits": 8, "range": "sample"}}
     plain, x = kind(6, 9), torch.randn(4, 5, 6)
     several, few = (gx.convert(plain, gx.CrossbarSpec.model_validate(spec))[0] for _ in range(2))
@@ -141,7 +132,6 @@ def test_noise_of_a_sample_does_not_depend_on_later_ones(kind):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_weights_that_hooks_set_are_those_of_the_step(kind):
-    torch.manual_seed(0)
     plain, x = kind(6, 9), torch.randn(4, 5, 6)
     model = gx.convert(plain, gx.CrossbarSpec())[0]
     layer = prune.random_unstructured(model.hh_l0, "weight", amount=0.5)

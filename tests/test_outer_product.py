@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from gpuxbar import ops, reference
 from gpuxbar.bridge import outer_product as bridge
-from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.spec import CrossbarSpec
 
@@ -46,15 +47,8 @@ def test_a_gate_is_a_factor():
     np.testing.assert_array_equal(ops.outer_product(d, x, gate), ops.outer_product(d * gate, x))
 
 
-def test_bits_do_not_depend_on_threads():
-    d, x = case(300, 100, 200)
-    one = ops.outer_product(d, x)
-    try:
-        set_threads(2)
-        two = ops.outer_product(d, x)
-    finally:
-        set_threads(torch.get_num_threads())
-    np.testing.assert_array_equal(one, two)
+def test_bits_do_not_depend_on_threads(same_on_threads):
+    same_on_threads(partial(ops.outer_product, *case(300, 100, 200)))
 
 
 def test_without_a_compiler_the_reference_serves(monkeypatch):

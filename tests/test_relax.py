@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from cuda_shim import REVERSE, ShimDevice
+from test_in_situ_devices import trained_and_resumed
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
@@ -65,13 +66,6 @@ def test_what_noisy_devices_hold_decays_as_what_they_show(where, monkeypatch):
     for found, before in ((pairs.g, shown), (pairs.g_held, held)):
         later = reference.relax(before, g_rest=1e-6, rate=1 / 3, spread=0.5, seed=SEED)
         np.testing.assert_allclose(found, np.where(count < 0, before, later), rtol=0, atol=2e-6 * 9e-6)
-
-
-def test_reference_serves_without_a_compiler(monkeypatch):
-    g, law = case((2, 3, 5)), Retention(tau=3.0, spread=0.5)
-    host = relaxed(g, law)
-    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
-    np.testing.assert_allclose(relaxed(g, law), host, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-3, 1.0, 20.0])
@@ -140,31 +134,13 @@ def test_arrays_beside_a_layer_decay_too():
     torch.testing.assert_close(fast.weight.detach(), before.detach() * np.exp(-0.1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pulses", [None, {"length": 15}])
-@pytest.mark.parametrize("write_noise", [0.0, 1e-8])
+@pytest.mark.parametrize(("pulses", "write_noise"), [(None, 0.0), (None, 1e-8), ({"length": 15}, 0.0)])
 def test_a_resumed_run_equals_an_uninterrupted_one(pulses, write_noise):
-    if pulses and write_noise:
-        return  # pulse trains take no write noise
     overrides = {
         "update": {"law": "soft_bounds", "cycle": 0.1, "write_noise": write_noise}, "pulses": pulses,
         "retention": {"tau": 50.0, "spread": 0.3, "g_rest": 3e-6}, "programming": {"stuck_at_g_min": 0.1},
     }  # fmt: skip
-
-    def train(layer, seed):
-        optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)
-        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(seed))
-        layer(x).square().mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
-    whole, first, second = (layer_on(**overrides) for _ in range(3))
-    for layer in (whole, first):
-        train(layer, 1)
-    train(whole, 2)
-    second.load_state_dict(first.state_dict())
-    train(second, 2)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
+    trained_and_resumed(partial(layer_on, **overrides))
 
 
 def test_opcheck():
@@ -195,17 +171,3 @@ def test_what_noisy_devices_hold_must_be_finite():
     with pytest.raises(ValueError, match=r"^relax: `g_held` must be finite, got 12 NaN or infinite"):
         ops.relax(pairs, Retention(tau=1.0))
     np.testing.assert_array_equal(pairs.g, g)
-
-
-SPEC_ERRORS = {
-    "slow": ({"tau": 1e7}, "`retention`: `step_time` must be at least a millionth of tau, got 1 s for 1e+07 s; leave"),
-    "tau": ({"tau": 0}, "`retention.tau` must be a finite number above 0, or null, got 0"),
-    "key": ({"lifetime": 3}, "`retention.lifetime` must be a known key"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SPEC_ERRORS)
-def test_impossible_settings_are_named(name):
-    settings, text = SPEC_ERRORS[name]
-    with pytest.raises(gx.SpecError, match=re.escape(text)):
-        gx.CrossbarSpec.model_validate({"retention": settings})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_cli import metrics
 from torch import nn
 from typer.testing import CliRunner
 
@@ -301,17 +301,6 @@ def train(*options):
     return CliRunner().invoke(app, ["train", *QUICK, *options])
 
 
-def metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["mode"], r["epoch"], r["loss"], r["accuracy"]) for r in rows]
-
-
-@pytest.fixture
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a run of one epoch."""
@@ -367,6 +356,7 @@ def test_a_foreign_or_broken_checkpoint_is_named(name, run_folder):
         (["--preset", "isaac"], "`spec.mapping.scheme` must be that of the interrupted run, 'subtracted', got 'differential';"),
         (["--set", "update=null"], "`spec.update` must be that of the interrupted run, {'asymmetry': 0.0, "),
         (["--seed", "1"], "`seed` must be that of the interrupted run, 0, got 1;"),
+        (["--lr", "1e-3"], "`lr` must be that of the interrupted run, 0.003, got 0.001;"),
         (["--momentum", "0.5"], "`momentum` must be that of the interrupted run, 0.9, got 0.5;"),
     ],
 )  # fmt: skip

@@ -7,31 +7,17 @@ import sys
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
+from test_effective_conductance import RON, WIRES, error, of_lines, tiles
 
 from gpuxbar import ops, reference
-from gpuxbar.launch import set_threads
 
-WIRES = {
-    "mild": {"r_wordline": 1.0, "r_bitline": 1.0},
-    "strong": {"r_wordline": 2.5, "r_bitline": 1.5, "r_source": 100.0, "r_sink": 30.0},
-    "ends": {"r_wordline": 0.0, "r_bitline": 0.0, "r_source": 500.0, "r_sink": 200.0},
-    "rows": {"r_wordline": 3.0, "r_bitline": 0.0, "r_sink": 50.0},
-    "none": {"r_wordline": 0.0, "r_bitline": 0.0},
-}
 SHAPES = [(1, 1, 1), (1, 1, 9), (3, 9, 1), (4, 12, 7), (16, 8, 8), (21, 37, 50)]  # lanes of 1, 4, 16, 16 + 16
 
 
-def case(batch, rows, cols, ron=10e3):
+def case(batch, rows, cols, ron=RON):
     rng = np.random.default_rng(batch)
-    g = rng.uniform(0, 1 / ron, (2, rows, cols))
-    g[rng.random(g.shape) < 0.2] = 0.0
-    g[..., 0, 0] = 0.5 / ron
     v, grad_i = rng.uniform(-0.2, 0.3, (2, batch, rows)), rng.normal(size=(2, batch, cols))
-    return v.astype(np.float32), g.astype(np.float32), grad_i.astype(np.float32)
-
-
-def error(got, expected):
-    return np.abs(got - expected).max() / np.abs(expected).max()
+    return v.astype(np.float32), tiles(2, rows, cols, ron=ron), grad_i.astype(np.float32)
 
 
 @pytest.mark.parametrize("name", WIRES)
@@ -75,9 +61,7 @@ def both(v, g, grad_i, device, **wires):
 
 def test_cuda_lines_of_their_own():
     v, g, grad_i = case(3, 9, 14, ron=1e3)
-    rng = np.random.default_rng(0)
-    lines = {"r_wordline": (9, 10), "r_bitline": (14, 10), "r_source": (9, 1000), "r_sink": (14, 1000)}
-    wires = {name: rng.uniform(0, most, count).astype(np.float32) for name, (count, most) in lines.items()}
+    wires = of_lines(9, 14, 10, 1000)
     currents, *grads = both(v, g, grad_i, ShimDevice(11), **wires)
     assert error(currents, reference.solve_for_inputs(v, g, **wires)) < 3e-6
     for mine, oracle in zip(grads, reference.solve_for_inputs_gradient(v, g, grad_i, **wires), strict=True):
@@ -243,16 +227,9 @@ def test_tolerance_is_kept(device, size):
     assert all(got < tolerance for got, tolerance in zip(off, (1e-1, 1e-2, 1e-4), strict=True))
 
 
-def test_same_bits_for_threads():
+def test_same_bits_for_threads(same_on_threads):
     values = case(21, 24, 40)
-    results = []
-    for threads in (1, 2):
-        set_threads(threads)
-        results.append(
-            (ops.solve_for_inputs(*values[:2], **WIRES["strong"]), *ops.solve_for_inputs_gradient(*values, **WIRES["strong"]))
-        )  # fmt: skip
-    for one, two in zip(*results, strict=True):
-        np.testing.assert_array_equal(one, two)
+    same_on_threads(lambda: both(*values, None, **WIRES["strong"]))
 
 
 @pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "cuda"])

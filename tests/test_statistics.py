@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from gpuxbar import CrossbarSpec, ops
-from gpuxbar.launch import set_threads
 from gpuxbar.mapping import Planes, plan_reads
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.ops import ConvGeometry
@@ -291,23 +290,13 @@ def case(transposed, conv):
     return rng.normal(0, 1, shape).astype(np.float32), g, {**NOISY, **s, "noise_var": np.abs(g)}
 
 
-@pytest.fixture
-def threads():
-    yield set_threads
-    set_threads(2)
-
-
 @pytest.mark.parametrize("generator", ["exact", "fast"])
 @pytest.mark.parametrize("conv", [False, True], ids=["matrix", "conv"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-def test_same_bits_for_any_threads_and_split_of_the_batch(transposed, conv, generator, threads):
+def test_same_bits_for_any_threads_and_split_of_the_batch(transposed, conv, generator, same_on_threads):
     v, g, s = case(transposed, conv)
     s["generator"] = generator
-    threads(1)
-    whole = ops.tile_mvm(v, g, **s)
-    for count in (2, 3, 5):
-        threads(count)
-        np.testing.assert_array_equal(ops.tile_mvm(v, g, **s), whole)
+    whole = same_on_threads(lambda: ops.tile_mvm(v, g, **s), (2, 3, 5))
     rows = CONV.pixels if conv else 1
     for size in (1, 3) if conv else (1, 13, 49):
         parts = [ops.tile_mvm(v[i : i + size], g, row_offset=i * rows, **s) for i in range(0, len(v), size)]
@@ -387,7 +376,6 @@ def test_a_fine_adc_reads_as_none_in_distribution(name):
     """A layer with ADCs of 16 bits converts everything; one without merges: outputs and gradients agree."""
     spec = CrossbarSpec.model_validate({"tile": {"rows": 9, "cols": 7}, "read_noise": {"sigma": 1e-7}, **COLLAPSES[name]})  # fmt: skip
     fine = spec.with_overrides({"adc": {"bits": 16, "range": "worst_case"}, "seed": 1})
-    torch.manual_seed(0)
     weight, x, grad = torch.randn(OUTPUTS, INPUTS), torch.randn(INPUTS), torch.randn(OUTPUTS)
     found = []
     for each in (spec, fine):

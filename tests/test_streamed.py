@@ -24,12 +24,12 @@ from test_carry import (
     pairs_of,
     units_of,
 )
-from test_pulse_slices import layer_on, trained_and_resumed
+from test_in_situ_devices import trained_and_resumed
+from test_pulse_slices import PULSED, layer_on
 from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
-from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import Agarwal, ConstantStep, Endurance, Ideal, SoftBounds
@@ -188,31 +188,21 @@ def test_slices_saturate_sooner_than_by_accumulation():
     np.testing.assert_allclose(ends[2, "accumulate", 1], [0, 4, 2], atol=1e-4)
 
 
-def test_results_do_not_depend_on_threads_or_chunks(monkeypatch):
+def test_results_do_not_depend_on_threads_or_chunks(same_on_threads, monkeypatch):
     """To the bit where sums are exact, in the lowest digit to their rounding."""
     s = streamed((4, 2, 2), 4)
     x, d, w_max = exact(s, 4, 300, 3, 33, 40)
     rough = np.random.default_rng(0).normal(0, 0.1, d.shape).astype(np.float32)
     how = {"rate": 0.125, "w_max": w_max, "groups": 3}
-    results = []
-    for errors, threads, workspace in (
-        (d, 1, None),
-        (d, 2, None),
-        (d, 2, 40000),
-        (rough, 1, None),
-        (rough, 2, None),
-    ):
-        if workspace:
-            monkeypatch.setattr(sys.modules["gpuxbar.ops.streamed_update"], "WORKSPACE", workspace)
-        set_threads(threads)
+
+    def updated(errors):
         pairs = pairs_of(cells(8, 99, 40), s, LAWS["agarwal"], seed=SEED)
-        results.append((ops.streamed_update(pairs, x, errors, **how), pairs.g))
-        monkeypatch.undo()
-    set_threads(1)
-    for one, other in ((0, 1), (0, 2), (3, 4)):
-        for a, b in zip(results[one], results[other], strict=True):
-            np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(results[0][1], results[3][1])
+        return ops.streamed_update(pairs, x, errors, **how), pairs.g
+
+    whole, other = (same_on_threads(lambda errors=errors: updated(errors)) for errors in (d, rough))
+    assert not np.array_equal(whole[1], other[1])
+    monkeypatch.setattr(sys.modules["gpuxbar.ops.streamed_update"], "WORKSPACE", 40000)
+    np.testing.assert_equal(updated(d), whole)
 
 
 def test_writes_of_one_direction_are_those_of_a_sequence():
@@ -376,6 +366,7 @@ layer_of = partial(layer_on, STREAMED)
 def test_a_resumed_run_equals_an_uninterrupted_one(overrides):
     whole = trained_and_resumed(partial(layer_of, **overrides))
     assert whole.weight.grad is None
+    assert whole.carry_step.item() == 10
     if overrides:
         used = (whole.pulse_count != 0).reshape(2, 4, -1).any(2)
         assert used[:, :3].all()
@@ -427,7 +418,6 @@ def test_a_scaled_loss_is_the_same_step():
 
 def test_a_convolution_is_trained():
     """Images of two sizes, whose patches go together, move what a layer on their patches moves."""
-    torch.manual_seed(0)
     spec = gx.CrossbarSpec.model_validate(STREAMED)
     layer = AnalogConv2d(4, 6, 3, padding=1, groups=2, bias=False, spec=spec, name="layer")
     optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.5)
@@ -446,14 +436,19 @@ def test_a_convolution_is_trained():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_digits_are_learned_by_streams():
-    """Regression on 10 inputs."""
-    torch.manual_seed(0)
+PULSED_PAIRS = {
+    "update": {"law": "soft_bounds", "pulses": 2000, "cycle": 0.3, "up": 2.0, "down": 2.0},
+    "pulses": {},
+}
+
+
+@pytest.mark.parametrize("spec", [STREAMED, PULSED, PULSED_PAIRS], ids=["streams", "pulses", "pairs"])
+def test_products_in_the_array_learn_a_regression(spec):
+    """On 10 inputs; slices as far as one pair by the same trains."""
     x = torch.randn(128, 10)
     target = torch.tanh(x @ torch.randn(10, 3))
-    torch.manual_seed(1)
     network = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 3))
-    model, _ = gx.convert(network, gx.CrossbarSpec.model_validate(STREAMED))
+    model, _ = gx.convert(network, gx.CrossbarSpec.model_validate(spec))
     optimiser = gx.optim.InSituSGD(model.parameters(), lr=0.2)
     losses = []
     for _ in range(60):

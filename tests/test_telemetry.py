@@ -22,7 +22,6 @@ def test_tables_show_where_a_prompt_echoes_them():
 
 
 def test_telemetry_tells_what_became_of_the_arrays():
-    torch.manual_seed(0)
     spec = gx.CrossbarSpec(
         device={"g_max": 1e-4},
         update={"law": "constant_step", "pulses": 50},

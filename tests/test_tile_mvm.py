@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from gpuxbar import ops, reference
-from gpuxbar.launch import library, set_threads
 from gpuxbar.ops import ConvGeometry
 
 SEED = 2**40 + 12345  # above 2**32 on purpose
@@ -68,22 +67,30 @@ def settings(mode, shape, g, groups, transposed):
     return s, length
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_host_matches_oracle(shape, mode, groups, transposed):
-    batch, rows, cols, tile = shape
+def assert_reads(read, shape, mode, groups=1, transposed=False, bf16=False):
+    """Two planes and their gate as the oracle has them; `bf16`: of variances and squares that it holds."""
+    batch, rows, cols, _ = shape
     codes, g = case(batch, rows, cols, planes=2, groups=groups)
     if transposed:
         codes = np.random.default_rng(2).integers(-127, 128, (batch, groups * cols)).astype(np.int16)
     s, length = settings(mode, shape, g, groups, transposed)
     s["slice_scale"] = np.array([1.0, -4.0], np.float32)
+    if mode == "variance" and bf16:
+        codes %= 16
+        s["noise_var"] = (s["noise_var"].view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     expected, gate = reference.tile_mvm(codes, g, tile=length, want_gate=True, **s)
-    y, host_gate = ops.tile_mvm(codes, g, tile_rows=length, tile_cols=length, want_gate=True, **s)
+    y, found = read(codes, g, tile_rows=length, tile_cols=length, want_gate=True, **s)
     weight = 4 * 2 ** (s.get("stream_bits", 0) * (s.get("streams", 1) - 1))
     assert_matches(y, expected, s.get("adc_lsb", 0.0), weight)
-    assert (np.abs(host_gate - gate) <= 1e-5).mean() > 1 - 2e-3
+    assert (np.abs(found - gate) <= 1e-5).mean() > 1 - 2e-3
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_host_matches_oracle(shape, mode, groups, transposed):
+    assert_reads(ops.tile_mvm, shape, mode, groups, transposed)
 
 
 def convolution(kernel, stride, padding, dilation, groups, transposed, channels=3, outputs=7):
@@ -148,7 +155,7 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
     ],
 )
 def test_groups_read_together_match_oracle(
-    groups, channels, outputs, image, geometry, mode, line_order, transposed
+    groups, channels, outputs, image, geometry, mode, line_order, transposed, same_on_threads
 ):
     conv = ConvGeometry(channels, *image, *geometry, line_order=line_order)
     rng = np.random.default_rng(5)
@@ -165,16 +172,9 @@ def test_groups_read_together_match_oracle(
     if mode == "state-noise":
         s["noise_var"] = np.abs(g) * np.float32(1e-6)
     expected = reference.tile_mvm(codes, g, tile=50, **s)
-    found = []
-    for threads in (1, 2):
-        set_threads(threads)
-        try:
-            found.append(ops.tile_mvm(codes, g, tile_rows=50, tile_cols=50, **s))
-        finally:
-            set_threads(torch.get_num_threads())
-        y, of_oracle = (found[-1][0], expected[0]) if s["want_gate"] else (found[-1], expected)
-        assert_matches(y, of_oracle, 1e-7, weight=16 if mode == "streams" else 2 * 3, share=2e-2)
-    np.testing.assert_array_equal(*found)
+    y = same_on_threads(lambda: ops.tile_mvm(codes, g, tile_rows=50, tile_cols=50, **s))
+    y, expected = (y[0], expected[0]) if s["want_gate"] else (y, expected)
+    assert_matches(y, expected, 1e-7, weight=16 if mode == "streams" else 2 * 3, share=2e-2)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
@@ -222,7 +222,6 @@ def test_groups_read_together_are_driven_in_all_phases_that_one_of_them_has():
 
 
 def test_unfold_is_the_convolution_of_torch():
-    import torch
 
     conv = ConvGeometry(2, 9, 8, (3, 2), (2, 1), (1, 1), (1, 2))
     rng = np.random.default_rng(0)
@@ -236,56 +235,6 @@ def test_unfold_is_the_convolution_of_torch():
     assert np.vdot(reference.fold(back, 4, conv), x) == pytest.approx(
         np.vdot(back, reference.unfold(x, conv))
     )
-
-
-def test_one_cell_is_ohms_law():
-    y = ops.tile_mvm(np.array([[0.2]], np.float32), np.array([[5e-6]], np.float32))
-    assert y[0, 0] == pytest.approx(1e-6, rel=1e-6)
-
-
-def test_one_bit_adc_is_a_comparator_with_noise():
-    """E[code] = Phi((i - lsb / 2) / sigma) for one unsigned bit."""
-    from math import erf, sqrt
-
-    v = np.full((20000, 1), 0.2, np.float32)
-    g = np.full((1, 64), 3e-6, np.float32)
-    y = ops.tile_mvm(v, g, adc_bits=1, adc_signed=False, adc_lsb=1e-6, read_noise=2e-7, seed=4)
-    expected = 0.5 * (1 + erf((0.6e-6 - 0.5e-6) / 2e-7 / sqrt(2)))
-    assert set(np.unique(y)) == {np.float32(0), np.float32(1e-6)}
-    assert (y > 0).mean() == pytest.approx(expected, abs=4 * 0.5 / sqrt(y.size))
-
-
-@pytest.mark.parametrize("generator", ["exact", "fast"])
-def test_noise_statistics(generator):
-    """Mean, variance, tails and independence of 2.6e6 read noises, within four standard errors."""
-    from math import sqrt
-
-    y = ops.tile_mvm(
-        np.zeros((20000, 4), np.float32),
-        np.zeros((4, 130), np.float32),
-        read_noise=1.0,
-        seed=SEED,
-        generator=generator,
-    )
-    n = y.size
-    assert abs(y.mean()) < 4 / sqrt(n)
-    assert abs(y.var() - 1) < 4 * sqrt(2 / n)
-    assert abs((y**4).mean() - 3) < 4 * sqrt(96 / n)
-    for threshold, share in ((2, 4.550e-2), (3, 2.700e-3), (4, 6.33e-5)):
-        assert abs((np.abs(y) > threshold).mean() - share) < 4 * sqrt(share / n)
-    for other in (np.roll(y, 1, 0), np.roll(y, 1, 1), np.roll(y, 4, 1)):
-        assert abs((y * other).mean()) < 4 / sqrt(n)
-        assert abs(((y**2 - 1) * (other**2 - 1)).mean()) < 4 * 2 / sqrt(n)
-
-
-def test_collapsed_noise_has_the_variance_of_the_tiles():
-    v, g = case(4000, 256, 32, codes=False)
-    tiled = ops.tile_mvm(v, g, tile_rows=64, read_noise=1e-6, seed=1)
-    collapsed = ops.tile_mvm(v, g, read_noise=2e-6, seed=2)
-    clean = ops.tile_mvm(v, g)
-    n = clean.size
-    assert np.std(tiled - clean) == pytest.approx(2e-6, rel=4 * np.sqrt(0.5 / n))
-    assert np.std(collapsed - clean) == pytest.approx(2e-6, rel=4 * np.sqrt(0.5 / n))
 
 
 @pytest.mark.parametrize(
@@ -324,14 +273,6 @@ def test_folded_panels_and_planes_that_take_turns_add_up():
     v = rng.uniform(-1, 1, (1, 2048, *conv.out)).astype(np.float32)
     s = {"conv": conv, "transposed": True, "slice_scale": np.array([1.0, -0.5], np.float32)}
     assert_convolution_matches(ops.tile_mvm(v, g, **s), reference.tile_mvm(v, g, **s))
-
-
-def test_same_bits_for_any_chunk_of_the_batch():
-    codes, g = case(101, 70, 37)
-    s = {"tile_rows": 32, "adc_bits": 8, "adc_lsb": 1e-7, "read_noise": 1e-7, "v_lsb": 1e-3, "seed": SEED}
-    whole = ops.tile_mvm(codes, g, **s)
-    parts = [ops.tile_mvm(codes[i : i + 13], g, row_offset=i, **s) for i in range(0, 101, 13)]
-    np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
@@ -386,19 +327,6 @@ def test_same_bits_for_any_chunk_of_images(size, transposed):
     np.testing.assert_array_equal(whole, np.concatenate(parts))
     expected = reference.tile_mvm(codes, g[None], tile=conv.inputs, **s)
     assert_matches(whole, expected, 1e-7, weight=3, share=2e-2)
-
-
-def test_steps_seeds_and_directions_draw_apart():
-    v, g = np.zeros((4, 8), np.float32), np.zeros((8, 8), np.float32)
-    draw = lambda **s: ops.tile_mvm(v, g, read_noise=1.0, **s)  # noqa: E731
-    base = draw(seed=1, step=1)
-    np.testing.assert_array_equal(base, draw(seed=1, step=np.array([1])))
-    for other in (draw(seed=2, step=1), draw(seed=1, step=2), draw(seed=1, step=1, transposed=True)):
-        assert not np.isclose(base, other).any()
-
-
-def test_empty_batch():
-    assert ops.tile_mvm(np.empty((0, 3), np.float32), np.empty((3, 2), np.float32)).shape == (0, 2)
 
 
 def test_dac_codes_match_oracle():
@@ -466,65 +394,6 @@ def test_fitted_dac_refuses_scales_of_other_channels():
         ops.dac_fit(x, np.ones(5, np.float32), code_max=0)
 
 
-GOOD = {"v": np.zeros((2, 3), np.float32), "g": np.zeros((3, 4), np.float32)}
-BAD = {
-    "dtype": (
-        {"v": np.zeros((2, 3))},
-        TypeError,
-        "tile_mvm: `v` must be an array of float32 or int16, got float64",
-    ),
-    "axes": ({"v": np.zeros(3, np.float32)}, ValueError, "`v` must have 2 axes, got 1"),
-    "stride": ({"g": np.zeros((4, 3), np.float32).T}, ValueError, "`g` must be C-contiguous"),
-    "shape": ({"v": np.zeros((2, 4), np.float32)}, ValueError, r"`v` must have shape \(2, 3\)"),
-    "bits": ({"adc_bits": 17, "adc_lsb": 1.0}, ValueError, "`adc_bits` must be 1 to 16, got 17"),
-    "sign": ({"adc_bits": 1, "adc_lsb": 1.0}, ValueError, "2 to 16 for signed currents, got 1"),
-    "lsb-without-bits": ({"adc_lsb": 1e-7}, ValueError, "`adc_lsb` must go with adc_bits"),
-    "gain-without-bits": (
-        {"adc_gain": np.ones((1, 1, 3), np.float32)},
-        ValueError,
-        "`adc_gain` must go with adc_bits",
-    ),
-    "no-lsb": ({"adc_bits": 8}, ValueError, "`adc_lsb` must be given with adc_bits=8"),
-    "lsb": ({"adc_bits": 8, "adc_lsb": 0.0}, ValueError, "`adc_lsb` must be above 0 A, got 0 A"),
-    "tile": ({"tile_rows": 0}, ValueError, "`tile_rows` must be at least 1, got 0"),
-    "conversions": (
-        {
-            "v": np.zeros((1, 2**20), np.int16),
-            "g": np.zeros((2**20, 1), np.float32),
-            "tile_rows": 1,
-            "stream_bits": 1,
-            "streams": 15,
-            "phases": 2,
-        },
-        ValueError,
-        r"`tile_rows` must make at most 2\^24 conversions of a result, got 1 planes x 1048576 tiles x 30 passes",
-    ),
-    "groups": ({"groups": 2}, ValueError, "`groups` must divide the 3 rows"),
-    "bias": ({"bias": np.zeros(3, np.float32)}, ValueError, r"`bias` must have shape \(4,\), got \(3,\)"),
-    "generator": ({"generator": "quick"}, ValueError, "`generator` must be 'exact' or 'fast', got 'quick'"),
-    "list": ({"v": [[1.0]]}, TypeError, "got list"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_says_what_and_how(name):
-    change, error, text = BAD[name]
-    with pytest.raises(error, match=text):
-        ops.tile_mvm(**{**GOOD, **change})
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_dac_refuses_what_is_not_finite(value):
-    x = np.zeros((3, 5), np.float32)
-    x[1, 2] = value
-    with pytest.raises(ValueError, match="`x` must be finite, got 1 NaN or infinite"):
-        ops.dac_quantize(x, lsb=0.1, code_max=127)
-
-
-def test_the_host_kernel_is_what_was_tested():
-    assert library() is not None
-
-
 def test_settings_of_another_type_are_refused_though_equal_ones_are_known():
     v, g = np.ones((1, 4), np.float32), np.ones((4, 2), np.float32)
     assert ops.tile_mvm(v, g, tile_rows=2).shape == (1, 2)
@@ -532,11 +401,3 @@ def test_settings_of_another_type_are_refused_though_equal_ones_are_known():
         ops.tile_mvm(v, g, tile_rows=2.0)
     with pytest.raises(TypeError, match=r"`tile_rows` must be an integer, got \[2\]"):
         ops.tile_mvm(v, g, tile_rows=[2])
-
-
-def test_dac_messages_hold_the_values():
-    x = np.zeros((3, 5), np.float32)
-    with pytest.raises(ValueError, match="must be 1 to 32767, got 0"):
-        ops.dac_quantize(x, lsb=0.1, code_max=0)
-    with pytest.raises(ValueError, match="must have 1 or 3 values, got 2"):
-        ops.dac_quantize(x, lsb=[0.1, 0.2], code_max=127)

@@ -36,7 +36,6 @@ RNNS = [
     "options", [{}, {"bias": False}, {"kdim": 12, "vdim": 20}, {"add_bias_kv": True, "add_zero_attn": True}]
 )
 def test_attention_of_layers_is_torchs(options, batch_first):
-    torch.manual_seed(0)
     fused = nn.MultiheadAttention(16, 4, batch_first=batch_first, **options)
     parts = UnfusedAttention(nn.MultiheadAttention(16, 4, batch_first=batch_first, **options))
     parts.load_state_dict(fused.state_dict())
@@ -57,7 +56,6 @@ def test_attention_of_layers_is_torchs(options, batch_first):
 
 
 def test_attention_gradients_and_dropout():
-    torch.manual_seed(0)
     fused = nn.MultiheadAttention(16, 4)
     parts = UnfusedAttention(fused)
     x = torch.randn(5, 3, 16)
@@ -75,7 +73,6 @@ def test_attention_gradients_and_dropout():
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize(("kind", "options"), RNNS)
 def test_recurrence_of_layers_is_torchs(kind, options):
-    torch.manual_seed(0)
     fused = kind(6, 9, **options)
     parts = UnfusedRNN(kind(6, 9, **options))
     parts.load_state_dict(fused.state_dict())
@@ -101,7 +98,6 @@ def test_recurrence_of_layers_is_torchs(kind, options):
 
 def test_what_lies_between_the_layers_of_a_recurrence_drops_out():
     """And not what goes into the first: its last state is torch's, that of the second another at every call."""
-    torch.manual_seed(0)
     fused = nn.LSTM(6, 9, num_layers=2, dropout=0.5)
     parts, x = UnfusedRNN(fused), torch.randn(7, 4, 6)
     (_, (h, _)), (_, (other, _)), (_, (expected, _)) = parts(x), parts(x), fused(x)
@@ -120,7 +116,6 @@ def test_what_lies_between_the_layers_of_a_recurrence_drops_out():
     ids=["noise", "wires"],
 )
 def test_a_sequence_reads_its_devices_as_steps_would(more, monkeypatch):
-    torch.manual_seed(0)
     plain = nn.LSTM(6, 9, bidirectional=True, proj_size=5)
     models = [gx.convert(plain, gx.CrossbarSpec.model_validate({**CONVERTERS, **more}))[0] for _ in range(2)]
     x, outputs = torch.randn(5, 3, 6), []
@@ -158,7 +153,6 @@ def gradients_of(model, x):
 )
 def test_steps_share_one_gradient_of_a_weight(more, monkeypatch):
     """Whatever part of the graph a backward pass goes through, and how often."""
-    torch.manual_seed(0)
     model = gx.convert(nn.LSTM(6, 9), gx.CrossbarSpec(tile={"rows": 16, "cols": 16}, **more))[0]
     weight, x, made = model.hh_l0.weight, torch.randn(5, 3, 6, requires_grad=True), []
     product = outer_product.weight_gradient
@@ -213,7 +207,6 @@ def changes(model, optimiser):
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_cells_of_layers_are_torchs(kind):
-    torch.manual_seed(0)
     fused, parts = kind(6, 9), UnfusedCell(kind(6, 9))
     parts.load_state_dict(fused.state_dict())
     x = torch.randn(4, 6)
@@ -228,7 +221,6 @@ def test_cells_of_layers_are_torchs(kind):
     "options", [{}, {"stride": 2, "groups": 2}, {"padding": 2, "padding_mode": "reflect"}, {"padding": "same", "dilation": (2,)}]
 )  # fmt: skip
 def test_ideal_convolution_of_sequences_is_torchs(options):
-    torch.manual_seed(0)
     plain = nn.Conv1d(4, 6, 3, **options)
     layer = AnalogConv1d(4, 6, 3, **options, spec=gx.CrossbarSpec(tile={"rows": 7, "cols": 2}))
     layer.load_state_dict(plain.state_dict(), strict=False)
@@ -241,7 +233,6 @@ def test_ideal_convolution_of_sequences_is_torchs(options):
 
 
 def test_sequences_keep_what_models_read_of_their_convolutions():
-    torch.manual_seed(0)
     plain = nn.Sequential(
         nn.Conv1d(4, 4, 3, stride=2, padding=1, groups=2), nn.Conv1d(4, 4, 3, padding="same")
     )
@@ -263,7 +254,6 @@ def test_sequences_keep_what_models_read_of_their_convolutions():
     "more", [{"update": {"law": "ideal"}}, {"update": {"law": "constant_step"}, "pulses": {}}]
 )
 def test_sequences_train_in_situ_as_their_gradient_says(more, order):
-    torch.manual_seed(0)
     plain = nn.Conv1d(3, 4, 5, stride=2)
     layer, _ = gx.convert(plain, gx.CrossbarSpec(mapping={"line_order": order}, **more))
     optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.1)
@@ -326,7 +316,6 @@ def test_states_are_not_broadcast(kind, x, state, text):
     ],
 )
 def test_transposed_convolution_of_a_layer_is_torchs(kind, options):
-    torch.manual_seed(0)
     fused = kind(4, 6, 3, **options)
     parts = UnfusedConvTranspose(kind(4, 6, 3, **options))
     parts.load_state_dict(fused.state_dict())
@@ -355,7 +344,6 @@ VOLUMES = {
 
 @pytest.mark.parametrize("name", VOLUMES)
 def test_convolution_of_volumes_by_images_is_torchs(name):
-    torch.manual_seed(0)
     fused = nn.Conv3d(4, 6, (3, 2, 3), **VOLUMES[name])
     parts = UnfusedConv3d(nn.Conv3d(4, 6, (3, 2, 3), **VOLUMES[name]))
     parts.load_state_dict(fused.state_dict())
@@ -381,7 +369,6 @@ def test_convolutions_stay_frozen_and_as_they_run():
 
 
 def test_volumes_train_on_crossbars():
-    torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv3d(2, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
     )
@@ -552,7 +539,6 @@ def test_all_of_it_trains_in_situ(network):
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
 def test_second_derivatives_through_a_shared_weight_are_refused(kind):
-    torch.manual_seed(0)
     model, _ = gx.convert(kind(6, 5), gx.CrossbarSpec.model_validate({"dac": {"bits": 8}}))
     x = torch.randn(1, 3, 6)  # a single step, whose gradient no other read passes on
     (grad,) = torch.autograd.grad(model(x)[0].square().sum(), model.hh_l0.weight, create_graph=True)
@@ -562,7 +548,6 @@ def test_second_derivatives_through_a_shared_weight_are_refused(kind):
 
 @pytest.mark.parametrize("clips", [False, True])
 def test_a_shared_weight_gets_the_gradient_of_all_its_products_and_of_other_uses(clips):
-    torch.manual_seed(0)
     adc = {"bits": 6, "range": "fixed", "i_max": 2e-6 if clips else 2e-5}
     dac = {"bits": 8, "range": "sample"}
     layer = AnalogLinear(20, 8, spec=gx.CrossbarSpec.model_validate({"dac": dac, "adc": adc}))

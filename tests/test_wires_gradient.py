@@ -10,37 +10,22 @@ import pytest
 import torch
 from cuda_shim import FORWARD, REVERSE, ShimDevice
 from tape import gpu_path
+from test_effective_conductance import RON, WIRES, error, of_lines, tiles
 from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import bridge, ops, reference
 from gpuxbar.bridge.wires import weight_through_wires, weight_through_wires_gradient
-from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
-from gpuxbar.spec import SpecError
 
-WIRES = {
-    "mild": {"r_wordline": 1.0, "r_bitline": 1.0},
-    "strong": {"r_wordline": 2.5, "r_bitline": 1.5, "r_source": 100.0, "r_sink": 30.0},
-    "ends": {"r_wordline": 0.0, "r_bitline": 0.0, "r_source": 500.0, "r_sink": 200.0},
-    "rows": {"r_wordline": 3.0, "r_bitline": 0.0, "r_sink": 50.0},
-    "none": {"r_wordline": 0.0, "r_bitline": 0.0},
-}
 # one cell, one line, one leaf, open cells at both ends, groups of leaves cut both ways
 SHAPES = [(1, 1), (1, 9), (9, 1), (8, 8), (12, 7), (33, 40)]
 DEVICE = {"g_min": 1e-6, "g_max": 1e-4}
 
 
-def case(rows, cols, ron=10e3):
-    rng = np.random.default_rng(rows)
-    g = rng.uniform(0, 1 / ron, (2, rows, cols))
-    g[rng.random(g.shape) < 0.2] = 0.0
-    g[..., 0, 0] = 0.5 / ron
-    return g.astype(np.float32), rng.normal(size=g.shape).astype(np.float32)
-
-
-def error(got, expected):
-    return np.abs(got - expected).max() / np.abs(expected).max()
+def case(rows, cols, ron=RON):
+    grad = np.random.default_rng(rows).normal(size=(2, rows, cols))
+    return tiles(2, rows, cols, ron=ron), grad.astype(np.float32)
 
 
 @pytest.mark.parametrize("name", WIRES)
@@ -53,23 +38,9 @@ def test_host_matches_oracle(shape, name):
     assert error(got, reference.effective_conductance_gradient(g, grad, **WIRES[name])) < 4e-6
 
 
-def own_lines():
-    g, grad = case(20, 30, ron=1e3)
-    rng = np.random.default_rng(0)
-    return (
-        g,
-        grad,
-        {
-            "r_wordline": rng.uniform(0, 10, 20),
-            "r_bitline": rng.uniform(0, 10, 30),
-            "r_source": rng.uniform(0, 1000, 20),
-            "r_sink": rng.uniform(0, 1000, 30),
-        },
-    )
-
-
 def test_lines_of_their_own_and_strong_wires():
-    g, grad, wires = own_lines()
+    g, grad = case(20, 30, ron=1e3)
+    wires = {name: ohm.astype(float) for name, ohm in of_lines(20, 30, 10, 1000).items()}
     got = ops.effective_conductance_gradient(g, grad, **wires)
     assert error(got, reference.effective_conductance_gradient(g, grad, **wires)) < 2e-5
 
@@ -92,13 +63,9 @@ def test_oracle_is_the_derivative(name):
         assert slope == pytest.approx(got[at], rel=2e-6, abs=1e-6 * np.abs(got).max())
 
 
-def test_same_bits_for_threads():
+def test_same_bits_for_threads(same_on_threads):
     g, grad = case(24, 40)
-    found = []
-    for threads in (1, 2):
-        set_threads(threads)
-        found.append(ops.effective_conductance_gradient(g, grad, **WIRES["strong"]))
-    np.testing.assert_array_equal(*found)
+    same_on_threads(lambda: ops.effective_conductance_gradient(g, grad, **WIRES["strong"]))
 
 
 # one cell, one line, one leaf, leaves along a line only, of both ways
@@ -115,8 +82,8 @@ def test_cuda_matches_oracle(shape, name, order):
 
 
 def test_cuda_lines_of_their_own_and_chunks():
-    g, grad, wires = own_lines()
-    wires = {name: value.astype(np.float32) for name, value in wires.items()}
+    g, grad = case(20, 30, ron=1e3)
+    wires = of_lines(20, 30, 10, 1000)
     whole, device = ShimDevice(FORWARD), ShimDevice(11, workspace=1)
     got = ops.effective_conductance_gradient(g, grad, device=whole, **wires)
     assert error(got, reference.effective_conductance_gradient(g, grad, **wires)) < 2e-5
@@ -281,7 +248,6 @@ def read(weight, wires, w_max):
 )
 def test_a_layer_has_the_derivative_of_its_arrays(name, merge):
     """By differences of the float64 reference; several tiles, cut short at both edges."""
-    torch.manual_seed(0)
     wires = {key: 20 * value for key, value in WIRES[name].items()}
     layer = AnalogLinear(7, 6, bias=False, spec=spec(wires, mapping=merge))
     x, grad = torch.randn(3, 7), torch.randn(3, 6)
@@ -306,7 +272,6 @@ def test_a_layer_has_the_derivative_of_its_arrays(name, merge):
 
 def test_without_wires_it_is_the_outer_product():
     """And near it, the nearer the smaller the resistance."""
-    torch.manual_seed(0)
     x, grad = torch.randn(3, 12), torch.randn(3, 7)
     weight = torch.randn(7, 12)
     off = []
@@ -361,7 +326,6 @@ def test_a_layer_on_a_gpu_has_it_too(monkeypatch, parts):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_in_situ_moves_both_devices(compiled):
     """The weight's gradient is the mean of both devices' own; under torch.compile too."""
-    torch.manual_seed(0)
     wires = {key: 20 * value for key, value in WIRES["strong"].items()}
     law = {"law": "agarwal"}
     model, _ = gx.convert(nn.Sequential(nn.Linear(9, 6, bias=False)), spec(wires, update=law))
@@ -419,7 +383,6 @@ def test_programmed_devices_have_the_gradient_of_their_own_wires():
         drift={"nu": 0.1},
         parasitics={**WIRES["strong"], "terminations": "line", "gradient": "exact"},
     )
-    torch.manual_seed(0)
     free = AnalogLinear(9, 4, spec=spec)
     programmed = copy.deepcopy(free)
     gx.program(programmed)
@@ -441,30 +404,3 @@ def test_a_weight_changed_before_backward_is_caught():
         layer.weight += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("parts", "text"),
-    [
-        (
-            {"parasitics": {"gradient": "exact", "method": "ladder"}},
-            "`gradient` must be straight_through unless method='exact' and shared_drivers=False, got 'exact' with 'ladder'",
-        ),
-        (
-            {"parasitics": {"gradient": "exact", "shared_drivers": True}},
-            "got 'exact' with 'exact' and True; choose these or gradient='straight_through'",
-        ),
-        (
-            {
-                "parasitics": {"gradient": "exact", "r_wordline": 1.0},
-                "update": {"law": "agarwal"},
-                "pulses": {},
-            },
-            "`parasitics.gradient` must be straight_through with pulses, got 'exact'",
-        ),
-    ],
-)
-def test_settings_that_do_not_fit_are_named(parts, text):
-    with pytest.raises(SpecError) as caught:
-        gx.CrossbarSpec.model_validate(parts)
-    assert text in str(caught.value)

@@ -178,7 +178,6 @@ def test_calibrated_layers_of_zeros_train(scheme, in_situ, programming):
 
 def test_layers_on_which_a_loss_does_not_depend_yet_get_gradients_once_it_does():
     """As in a residual branch that ends with a scale of 0."""
-    torch.manual_seed(0)
     settings = gx.CrossbarSpec(mapping={"scheme": "subtracted"}, dac={"bits": 8}, adc={"bits": 8})
     layer, scale = AnalogLinear(8, 6, spec=settings), nn.Parameter(torch.zeros(1))
     x = torch.randn(16, 8, requires_grad=True)

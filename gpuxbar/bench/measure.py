@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpuxbar.bench.cases import CASES as READS
@@ -94,10 +95,7 @@ def _in_turns(
 
 def _percentiles(times: list[float]) -> list[float]:
     """20th, 50th and 80th percentile, ms."""
-    if len(times) == 1:
-        return [round(times[0] * 1e3, 5)] * 3
-    fifths = quantiles(times, n=10, method="inclusive")
-    return [round(fifths[i] * 1e3, 5) for i in (1, 4, 7)]
+    return [round(float(time) * 1e3, 5) for time in np.percentile(times, (20, 50, 80))]
 
 
 def extra_memory(case: Case, contender: str) -> float | None:

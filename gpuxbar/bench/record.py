@@ -28,7 +28,6 @@ __all__ = [
     "rows_of",
     "summary_table",
     "training_table",
-    "updates_table",
     "wires_table",
 ]
 
@@ -115,36 +114,16 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return list(last.values())
 
 
-def updates_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of the rows about updates: ratios to the ideal outer product, or to the ideal training step."""
-    out = [
-        "| case | ideal, ms | gpuxbar / ideal | target | others / ideal | error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        out.append(
-            f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {_target(row)} "
-            f"| {other_ratios(row)} | {row['error']:.0e} |"
-        )
-    return "\n".join([*out, "", *_machines(rows)])
-
-
 def readme_tables(rows: list[dict[str, Any]]) -> str:
-    """Markdown of the rows: times and ratios, memory."""
+    """Markdown of the rows: times and ratios, speed-ups last, and memory."""
     out = [
         "| case | ideal, ms | gpuxbar / ideal | target | others / ideal | error |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        if _is_cost(row):
-            out.append(
-                f"| {row['case']}: {row['size']} | {_ms(row['ms']['ideal'][1])} | {_verdict(row)} | {_target(row)} "
-                f"| {other_ratios(row)} | {row['error']:.0e} |"
-            )
-    speedups = [row for row in rows if not _is_cost(row)]
-    for row in speedups:
+    for row in sorted(rows, key=_is_cost, reverse=True):
+        ideal = _ms(row["ms"]["ideal"][1]) if _is_cost(row) else ""
         out.append(
-            f"| {row['case']}: {row['size']} | | {_verdict(row)} | {_target(row)} | | {row['error']:.0e} |"
+            f"| {row['case']}: {row['size']} | {ideal} | {_verdict(row)} | {_target(row)} | {other_ratios(row)} | {row['error']:.0e} |"
         )
     memory = [row for row in rows if row["extra_mb"]]
     if memory:
@@ -286,7 +265,7 @@ def rewrite_readmes(root: Path, rows: list[dict[str, Any]]) -> None:
     if {row["case"] for row in rows} >= SUMMARY.keys():
         kinds["summary"] = rows
     tables = {
-        "reads": readme_tables, "updates": updates_table, "wires": wires_table, "wires-training": training_table,
+        "reads": readme_tables, "updates": readme_tables, "wires": wires_table, "wires-training": training_table,
         "summary": summary_table,
     }  # fmt: skip
     for kind, of_kind in kinds.items():

@@ -224,10 +224,12 @@ def _count(law: str) -> str:
     return "levels" if law == "neurosim" else "pulses"
 
 
-def _predicted(found: dict[str, Any], y: np.ndarray, rising: np.ndarray) -> np.ndarray:
-    """Mean changes by a pulse, in shares of the window."""
-    gain = np.where(rising, 1 + found["asymmetry"], -(1 - found["asymmetry"])) / found[_count(found["law"])]
-    moved: np.ndarray = reference.laws.moved(found, y, gain)
+def _predicted(
+    law: dict[str, Any], y: np.ndarray, rising: np.ndarray | bool, ratio: np.ndarray | float = 1.0
+) -> np.ndarray:
+    """Mean changes by a pulse, in shares of the window, of devices that make this ratio of the law's steps."""
+    step = ratio * np.where(rising, 1 + law["asymmetry"], law["asymmetry"] - 1) / law[_count(law["law"])]
+    moved: np.ndarray = reference.laws.moved(law, y, np.broadcast_to(step, y.shape))
     return moved - y
 
 
@@ -342,7 +344,7 @@ def _read_noise(law: UpdateLaw, window: Device, pulses: Pulses, ratio: np.ndarra
     """Standard deviation of a read, S, and its share of the scatter of all pulses."""
     one = pulses[np.argsort(pulses.device, kind="stable")]
     y, step = _shares(one, window)
-    rest = step - _foretold(law, y, one.rising, ratio[np.minimum(one.device, len(ratio) - 1)])
+    rest = step - _predicted(law.model_dump(), y, one.rising, ratio[np.minimum(one.device, len(ratio) - 1)])
     way = 2 * one.device + one.rising
     rest -= (np.bincount(way, rest) / np.maximum(np.bincount(way), 1))[
         way
@@ -362,8 +364,8 @@ def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, ratio:
     y, step = _shares(test, window)
     gain = ratio[np.minimum(test.device, len(ratio) - 1)]
     dumped = law.model_dump()
-    nominal = _nominal_step(law)
-    mean = _foretold(law, y, test.rising, gain)
+    nominal = 1 / dumped[_count(law.law)]
+    mean = _predicted(dumped, y, test.rising, gain)
     rest = step - mean
     if isinstance(law, LookupTable):
         scale = np.maximum(gain, 1e-3) * nominal
@@ -420,7 +422,9 @@ def plot_fit(fit: Fit, path: str | Path) -> None:
         axis.plot(
             fit.held_out.g_before[mine] * 1e6, fit.held_out.dg[mine] * 1e9, ".", markersize=2, alpha=0.3
         )
-        axis.plot(g * 1e6, _foretold(fit.law, at, way) * span * 1e9, color="black", label=fit.law.law)
+        axis.plot(
+            g * 1e6, _predicted(fit.law.model_dump(), at, way) * span * 1e9, color="black", label=fit.law.law
+        )
         axis.set(xlabel="conductance before (uS)", ylabel="change (nS)", title=name)
         axis.legend()
         ranks.hist(fit.rank[mine], bins=20, range=(0, 1), density=True, histtype="step", label=name)
@@ -428,20 +432,3 @@ def plot_fit(fit: Fit, path: str | Path) -> None:
     ranks.set(xlabel="rank in the law's distribution", ylabel="density", title="hold-out")
     ranks.legend()
     figure.savefig(path, dpi=120)
-
-
-def _nominal_step(law: UpdateLaw) -> float:
-    """Share of the window that one nominal pulse moves."""
-    assert law.nominal_pulses is not None
-    return 1 / law.nominal_pulses
-
-
-def _foretold(
-    law: UpdateLaw, y: np.ndarray, rising: np.ndarray | bool, gain: np.ndarray | float = 1.0
-) -> np.ndarray:
-    """Mean change by one pulse, in shares of the window."""
-    change = gain * (1 + np.where(rising, law.asymmetry, -law.asymmetry)) * _nominal_step(law)
-    return (
-        reference.laws.moved(law.model_dump(), y, np.broadcast_to(np.where(rising, change, -change), y.shape))
-        - y
-    )

@@ -103,7 +103,9 @@ def train(run: Run) -> list[dict[str, Any]]:
                     "accuracy": accuracy,
                     "seconds": seconds,
                 }
-                records.append(record | ({} if mode == "ideal" else {"layers": _layers(model)}))
+                if mode != "ideal":
+                    record["layers"] = [asdict(layer) for layer in telemetry(model).layers]
+                records.append(record)
                 saved["states"][mode] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
                 _write(run, saved)
                 progress.update(bar, completed=epoch + 1)
@@ -171,11 +173,6 @@ def _accuracy(model: nn.Module, data: Data, device: str) -> float:
             x, t = data.batch(slice(start, start + 256), test=True, device=device)
             right += int((model(x).argmax(1) == t).sum())
     return right / len(data.x_test)
-
-
-def _layers(model: nn.Module) -> list[dict[str, Any]]:
-    """Telemetry of the crossbar layers."""
-    return [asdict(layer) for layer in telemetry(model).layers]
 
 
 def _identity(run: Run, data: Data) -> dict[str, Any]:

@@ -51,9 +51,7 @@ class Read:
 
     @property
     def adc_code_max(self) -> int:
-        """Largest ADC code; 0 without an ADC."""
-        if not self.adc_bits:
-            return 0
+        """Largest code of the ADC, where there is one."""
         return 2 ** (self.adc_bits - 1) - 1 if self.adc_signed else 2**self.adc_bits - 1
 
     @property

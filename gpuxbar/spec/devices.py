@@ -52,7 +52,12 @@ class PublishedDevice:
 
 
 AIHWKIT = "parameters of aihwkit's presets (Rasch et al., AICAS 2021)"
-CHOSEN = "chosen here"
+WINDOW = Device(g_min=1e-6, g_max=10e-6)  # where the source gives none
+SHIFTED = "window shifted so that the symmetry point is at weight 0"
+ARRAY = (
+    "about {} steps over the window; symmetry point at weight 0, without the 5 % by which its reference errs; {} % failed cells of "
+    "the array are not in it: set programming.stuck_at_*"
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,10 @@ class Steps:
     high_spread: float = 0.0
     write_noise: float = 0.0
 
-    def law(self, window: Device, up: float = 1.0, down: float = 1.0) -> dict[str, Any]:
+    def law(self, up: float = 1.0, down: float = 1.0, window: Device = WINDOW) -> dict[str, Any]:
         """Settings that all laws share; `up` and `down` are the law's steps where it is nominal, over those at weight 0."""
         width = self.high - self.low
-        up, down = up, down * (1 - self.up_down)
+        down *= 1 - self.up_down
         mean = (up + down) / 2
         return {
             "pulses": width / (self.size * mean),
@@ -90,36 +95,33 @@ class Steps:
         }
 
 
-def _linear(name: str, steps: Steps, slopes: tuple[float, float], cycle: float, of: str, spread: float, window: Device, source: str, valid: str) -> PublishedDevice:  # fmt: skip
+def _of_steps(name: str, law: UpdateLaw, source: str, valid: str) -> PublishedDevice:
+    return PublishedDevice(name, law, WINDOW, f"{source}; {AIHWKIT}", "chosen here", valid)
+
+
+def _linear(steps: Steps, slopes: tuple[float, float], cycle: float, of: str, spread: float) -> LinearStep:
     """Steps 1 - slope w / high upwards and 1 + slope w / low downwards; the law is nominal in mid-window."""
     width, middle = steps.high - steps.low, (steps.high + steps.low) / 2
     up, down = 1 - slopes[0] * middle / steps.high, 1 - slopes[1] * middle / steps.low
-    law = LinearStep.model_validate(
+    return LinearStep.model_validate(
         {
-            **steps.law(window, up, down),
+            **steps.law(up, down),
             "slope_up": slopes[0] * width / (2 * steps.high * up),
             "slope_down": slopes[1] * width / (-2 * steps.low * down),
             "spread": spread, "cycle": cycle, "cycle_of": of,
         }
     )  # fmt: skip
-    return PublishedDevice(name, law, window, f"{source}; {AIHWKIT}", CHOSEN, valid)
 
 
-def _soft(name: str, steps: Steps, cycle: float, window: Device, source: str, valid: str, lognormal: bool = False) -> PublishedDevice:  # fmt: skip
+def _soft(steps: Steps, cycle: float, lognormal: bool = False) -> SoftBounds:
     """Steps size (1 - w / high) upwards and size (1 - w / low) downwards, in the law each what a whole pulse makes of its flow."""
     pulses = (steps.high - steps.low) / steps.size
-    shape = {
-        "up": -pulses * log1p(-steps.size / steps.high),
-        "down": -pulses * log1p(steps.size / steps.low),
-    }
-    law = SoftBounds.model_validate(
-        {**steps.law(window), **shape, "cycle": cycle, "cycle_of": "nominal", "lognormal_steps": lognormal}
-    )
-    return PublishedDevice(name, law, window, f"{source}; {AIHWKIT}", CHOSEN, valid)
+    up, down = -pulses * log1p(-steps.size / steps.high), -pulses * log1p(steps.size / steps.low)
+    shape = {"up": up, "down": down, "cycle": cycle, "cycle_of": "nominal", "lognormal_steps": lognormal}
+    return SoftBounds.model_validate({**steps.law(), **shape})
 
 
 def reram_es() -> PublishedDevice:
-    window = Device(g_min=1e-6, g_max=10e-6)
     steps = Steps(0.00135, -1, 1, 0.259359, 0.2, 0.05, 0.3, 0.3, write_noise=75)
     shape = {
         "amplitude_up": -1.18445,
@@ -129,79 +131,59 @@ def reram_es() -> PublishedDevice:
         "a": -0.5,
         "b": -0.5,
     }
-    law = ExponentialStep.model_validate({**steps.law(window), **shape, "cycle": 5.0})
-    source = f"Gong et al., Nature Communications 2018 (ReRAM); {AIHWKIT}"
-    return PublishedDevice("reram-es", law, window, source, CHOSEN, "single pulses over the whole window")
+    law = ExponentialStep.model_validate({**steps.law(), **shape, "cycle": 5.0})
+    source = "Gong et al., Nature Communications 2018 (ReRAM)"
+    return _of_steps("reram-es", law, source, "single pulses over the whole window")
 
 
 def reram_sb() -> PublishedDevice:
     steps = Steps(0.002, -0.75, 1.25, 0, 0.3, 0.01, 0.3 / 0.75, 0.3 / 1.25, write_noise=56)
-    return _soft(
-        "reram-sb", steps, 3.75, Device(g_min=1e-6, g_max=10e-6), "Gong et al., Nature Communications 2018 (ReRAM), a loose fit",
-        "symmetry point at weight 0, as after subtraction of a calibrated reference",
-    )  # fmt: skip
+    source = "Gong et al., Nature Communications 2018 (ReRAM), a loose fit"
+    valid = "symmetry point at weight 0, as after subtraction of a calibrated reference"
+    return _of_steps("reram-sb", _soft(steps, 3.75), source, valid)
 
 
 def reram_array_om() -> PublishedDevice:
     steps = Steps(0.0949, -1, 1, 0, 0.7829, 0.01, 0.5695, 0.3499, write_noise=1.4113)
-    return _soft(
-        "reram-array-om", steps, 0.4158, Device(g_min=1e-6, g_max=10e-6), "Gong, Rasch et al., IEDM 2022 (array, optimized material)",
-        "about 20 steps over the window; symmetry point at weight 0, without the 5 % by which its reference errs; 13.5 % failed cells of "
-        "the array are not in it: set programming.stuck_at_*",
-        lognormal=True,
-    )  # fmt: skip
+    source = "Gong, Rasch et al., IEDM 2022 (array, optimized material)"
+    return _of_steps("reram-array-om", _soft(steps, 0.4158, lognormal=True), source, ARRAY.format(20, 13.5))
 
 
 def reram_array_hfo2() -> PublishedDevice:
     steps = Steps(0.4622, -1, 1, 0, 0.7125, 0.01, 0.5990, 0.4295, write_noise=0.5841)
-    return _soft(
-        "reram-array-hfo2", steps, 0.2174, Device(g_min=1e-6, g_max=10e-6), "Gong, Rasch et al., IEDM 2022 (array, baseline HfO2)",
-        "about 4 steps over the window; symmetry point at weight 0, without the 5 % by which its reference errs; 10 % failed cells of "
-        "the array are not in it: set programming.stuck_at_*",
-        lognormal=True,
-    )  # fmt: skip
+    source = "Gong, Rasch et al., IEDM 2022 (array, baseline HfO2)"
+    return _of_steps("reram-array-hfo2", _soft(steps, 0.2174, lognormal=True), source, ARRAY.format(4, 10))
 
 
 def capacitor() -> PublishedDevice:
-    steps = Steps(0.005, -1, 1, 0, 0.1, 0.06, 0.07, 0.07)
-    return _linear(
-        "capacitor", steps, (0.05, 0.05), 0.3, "nominal", 0.01, Device(g_min=1e-6, g_max=10e-6), "Li et al., VLSI 2018 (capacitor)",
-        "single pulses; leakage is not in it",
-    )  # fmt: skip
+    law = _linear(Steps(0.005, -1, 1, 0, 0.1, 0.06, 0.07, 0.07), (0.05, 0.05), 0.3, "nominal", 0.01)
+    return _of_steps(
+        "capacitor", law, "Li et al., VLSI 2018 (capacitor)", "single pulses; leakage is not in it"
+    )
 
 
 def ecram() -> PublishedDevice:
     steps = Steps(0.002, -0.8276, 1.1724, 0, 0.1, 0.01, 0.05, 0.05)
-    return _linear(
-        "ecram", steps, (0.1153, 0.5085), 0.3, "step", 0.05, Device(g_min=1e-6, g_max=10e-6), "Tang et al., IEDM 2018 (Li ECRAM)",
-        "window shifted so that the symmetry point is at weight 0",
-    )  # fmt: skip
+    law = _linear(steps, (0.1153, 0.5085), 0.3, "step", 0.05)
+    return _of_steps("ecram", law, "Tang et al., IEDM 2018 (Li ECRAM)", SHIFTED)
 
 
 def ecram_mo() -> PublishedDevice:
     steps = Steps(2.8214e-4, -0.8286, 1.1714, 0, 0.1, 0.01, 0.05, 0.05)
-    return _linear(
-        "ecram-mo", steps, (0.4152, 0.7342), 2.0, "step", 0.05, Device(g_min=1e-6, g_max=10e-6),
-        "Kim et al., IEDM 2019 (metal-oxide ECRAM)", "window shifted so that the symmetry point is at weight 0",
-    )  # fmt: skip
+    law = _linear(steps, (0.4152, 0.7342), 2.0, "step", 0.05)
+    return _of_steps("ecram-mo", law, "Kim et al., IEDM 2019 (metal-oxide ECRAM)", SHIFTED)
 
 
 def gokmen_vlasov() -> PublishedDevice:
-    window = Device(g_min=1e-6, g_max=10e-6)
-    steps = Steps(0.0016, -1, 1, 0, 0.3, 0.01, 0.3, 0.3)
-    law = ConstantStep.model_validate({**steps.law(window), "cycle": 0.3})
-    source = f"Gokmen and Vlasov, Frontiers in Neuroscience 2016 (specification, window scaled); {AIHWKIT}"
-    return PublishedDevice("gokmen-vlasov", law, window, source, CHOSEN, "a specification, not a measurement")
+    law = ConstantStep(**Steps(0.0016, -1, 1, 0, 0.3, 0.01, 0.3, 0.3).law(), cycle=0.3)
+    source = "Gokmen and Vlasov, Frontiers in Neuroscience 2016 (specification, window scaled)"
+    return _of_steps("gokmen-vlasov", law, source, "a specification, not a measurement")
 
 
 def idealized() -> PublishedDevice:
-    window = Device(g_min=1e-6, g_max=10e-6)
-    steps = Steps(0.0002, -1, 1, 0, 0.3, 0, 0.3, 0.3)
-    law = ConstantStep.model_validate({**steps.law(window), "cycle": 0.3})
-    source = f"Rasch, Gokmen and Haensch, IEEE Design & Test 2019; {AIHWKIT}"
-    return PublishedDevice(
-        "idealized", law, window, source, CHOSEN, "a specification of 10,000 steps, not a measurement"
-    )
+    law = ConstantStep(**Steps(0.0002, -1, 1, 0, 0.3, 0, 0.3, 0.3).law(), cycle=0.3)
+    source = "Rasch, Gokmen and Haensch, IEEE Design & Test 2019"
+    return _of_steps("idealized", law, source, "a specification of 10,000 steps, not a measurement")
 
 
 def pcm() -> PublishedDevice:
@@ -216,12 +198,15 @@ def pcm() -> PublishedDevice:
         "a": -1,
         "b": -1,
     }
-    law = ExponentialStep.model_validate({**steps.law(window), **shape, "cycle": 0.6, "sides": "one_sided"})
+    law = ExponentialStep.model_validate(
+        {**steps.law(window=window), **shape, "cycle": 0.6, "sides": "one_sided"}
+    )
     return PublishedDevice(
         "pcm", law, window, f"Nandakumar et al., Frontiers in Neuroscience 2020 (GST phase change memory); {AIHWKIT}",
         "Joshi et al., Nature Communications 2020",
-        "crystallising pulses only, whose first one, as a flow, is 0.75 of the fit's: pairs saturate unless the spec's `refresh` writes them anew; the part of the cycle noise that does not scale with "
-        "the step, from mid-window on several times the other, is not in it",
+        "crystallising pulses only, whose first one, as a flow, is 0.75 of the fit's: pairs saturate unless the spec's `refresh` writes "
+        "them anew; the part of the cycle noise that does not scale with the step, from mid-window on several times the other, is not "
+        "in it",
     )  # fmt: skip
 
 
@@ -270,7 +255,7 @@ def fefet() -> PublishedDevice:
 
 def txsim_ag_si() -> PublishedDevice:
     return PublishedDevice(
-        "txsim-ag-si", Agarwal(nu=0.1, gamma=0.05), Device(g_min=1e-6, g_max=10e-6),
+        "txsim-ag-si", Agarwal(nu=0.1, gamma=0.05), WINDOW,
         "Roy et al., TxSim, IEEE TVLSI 2021: the largest nu and gamma (in percent) that training bears", "the same (100 kOhm to 1 MOhm)",
         "a limit of training, not a measurement",
     )  # fmt: skip

@@ -534,11 +534,6 @@ class CrossbarSpec(Part):
                 f"{None if self.update is None else self.update.law!r} with {slices} "
                 f"slice{'s' if slices > 1 else ''}; set both, or carry=None"
             )
-        if self.carry is not None and self.device.levels is not None:
-            raise ValueError(
-                f"CrossbarSpec: `device.levels` must be None with carry, got {self.device.levels}; a window of "
-                "2**(slice_bits + headroom_bits) - 1 units follows from it, and updates leave devices between levels"
-            )
         if self.update is not None and self.mapping.slice_bits is not None and self.device.levels is not None:
             raise ValueError(
                 f"CrossbarSpec: `device.levels` must be None for sliced weights that are trained in situ, got "
