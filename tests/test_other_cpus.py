@@ -1,14 +1,19 @@
-"""The host kernels as a CPU without AVX-512 runs them, and by clang: what other tests say of them, once more, in a process of its own."""
+"""The host kernels as a CPU without AVX-512 runs them, and by clang: what other tests say of them, once more, in a process of its own.
+What no CPU at hand runs is compiled at least."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gpuxbar.launch.host import FLAGS, compiler
+from gpuxbar.launch.sources import kernel_dir
 
 HERE = Path(__file__).parent
 TESTS = {
@@ -34,14 +39,14 @@ TESTS = {
 
 
 INFO = Path("/proc/cpuinfo")
-FLAGS = INFO.read_text().split() if INFO.exists() else []
+FEATURES = INFO.read_text().split() if INFO.exists() else []
 CLANGS = [
     name for name in ("clang++", *(f"clang++-{version}" for version in range(14, 24))) if shutil.which(name)
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("avx512f" not in FLAGS, reason="this CPU has no AVX-512: all tests run these kernels")
+@pytest.mark.skipif("avx512f" not in FEATURES, reason="this CPU has no AVX-512: all tests run these kernels")
 def test_kernels_for_avx2():
     """Built for Haswell, of 2013: vectors of 8 floats, and bits counted and events packed without AVX-512."""
     hold_with(GPUXBAR_CXXFLAGS="-march=haswell")
@@ -51,6 +56,18 @@ def test_kernels_for_avx2():
 @pytest.mark.skipif(not CLANGS, reason="clang++ is not installed")
 def test_kernels_by_clang():
     hold_with(CXX=CLANGS[0])
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="for compilers of x86")
+@pytest.mark.parametrize("cpu", ["x86-64", "ivybridge", "x86-64-v4"])
+def test_every_branch_is_legal(cpu):
+    """Without vectors of AVX, with its fp16 but not AVX2, and with AVX-512."""
+    root = kernel_dir()
+    command = [compiler(), *FLAGS, f"-march={cpu}", "-fsyntax-only", f"-I{root / 'include'}"]
+    done = subprocess.run(
+        [*command, *map(str, (root / "host").glob("*.cpp"))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def hold_with(**settings):
