@@ -64,9 +64,8 @@ def conv_outer_product(d: Any, x: Any, scale: Any, conv: ConvGeometry, *, groups
     if where == "reference":
         return reference.conv_outer_product(d, x, scale, conv, groups).astype(np.float32)
     dw = np.empty((d.shape[1], conv.channels, *conv.kernel), np.float32)
-    geometry = np.frombuffer(bytes(Conv.of(conv)), np.int64)
     host_call(
-        library(), "gpuxbar_conv_outer_product", d, x, scale, geometry, dw, len(x), groups, d.shape[1] // groups,
+        library(), "gpuxbar_conv_outer_product", d, x, scale, Conv.of(conv), dw, len(x), groups, d.shape[1] // groups,
         x.dtype == np.int16, len(scale),
     )  # fmt: skip
     return dw
