@@ -107,19 +107,6 @@ static inline void draw_free(float stuck_low, float stuck_high, const Place& at,
   }
 }
 
-static inline i64 count_not_finite(const float* values, i64 size) {
-  constexpr i64 PIECE = 4096;  // counts of a piece stay in the lanes that compare
-  i64 count = 0;
-  for (i64 first = 0; first < size; first += PIECE) {
-    const i64 end = std::min(first + PIECE, size);
-    u32 found = 0;
-#pragma omp simd reduction(+ : found)
-    for (i64 e = first; e < end; ++e) found += (float_bits(values[e]) & 0x7F800000u) == 0x7F800000u;
-    count += found;
-  }
-  return count;
-}
-
 template <int KIND>
 struct LawTag {
   using Type = LawOf<KIND>;

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cells.hpp"
+#include "finite.hpp"
 #include "gpuxbar/endurance.cuh"
 #include "gpuxbar/slices.cuh"
 

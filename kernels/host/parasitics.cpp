@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "blocks.hpp"
+#include "finite.hpp"
 
 using namespace gpuxbar;
 using namespace gpuxbar::blocks;
@@ -28,7 +29,7 @@ struct Largest {
   bool sound() const {
     u32 largest = 0;
     for (int lane = 0; lane < LEAVES; ++lane) largest = std::max(largest, bits[lane]);
-    return largest < 0x7F800000u;
+    return largest < INFINITE;
   }
 };
 
@@ -338,7 +339,7 @@ bool sound(const float* x, i64 count, bool signs) {
   const u32 mask = signs ? 0xFFFFFFFFu : 0x7FFFFFFFu;
   u32 largest = 0;
   for (i64 e = 0; e < count; ++e) largest = std::max(largest, float_bits(x[e] + 0.0f) & mask);
-  return largest < 0x7F800000u;
+  return largest < INFINITE;
 }
 
 // Adds to a tile's approximation what it was off by at its last exact solution, down to 0.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "finite.hpp"
 #include "writes.hpp"
 
 using namespace gpuxbar;
@@ -13,7 +14,6 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 16;
-constexpr u32 INFINITE = 0x7F800000u;  // bits of infinity; NaN is above
 
 // What a write leaves of the targets of plane `slot`, in place.
 void write_row(const Programming p, const WideKeys& keys, u32 slot, u32 row, i64 col0, float* g) {
@@ -150,13 +150,6 @@ void program_cells(const Programming& p, const float* weight, const float* w_max
           }
         }
       }
-}
-
-i64 count_not_finite(const float* x, i64 count) {
-  i64 found = 0;
-#pragma omp parallel for reduction(+ : found) schedule(static) if (count >= WORTH_A_THREAD)
-  for (i64 e = 0; e < count; ++e) found += (float_bits(x[e]) & INFINITE) == INFINITE;
-  return found;
 }
 
 // Bits of the largest magnitude: order as the magnitudes do, infinity and NaN last.

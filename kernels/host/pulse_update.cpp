@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cells.hpp"
+#include "finite.hpp"
 #include "gpuxbar/endurance.cuh"
 #include "gpuxbar/pulses.cuh"
 #include "gpuxbar/slices.cuh"
