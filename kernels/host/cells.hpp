@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "draw.hpp"
+#include "gpuxbar/endurance.cuh"
 #include "gpuxbar/update.cuh"
 
 namespace gpuxbar {
@@ -105,6 +106,25 @@ static inline void draw_free(float stuck_low, float stuck_high, const Place& at,
   } else {
     std::fill(free, free + WIDE_ROW, 1.0f);
   }
+}
+
+// Counts the pulses of a row of devices, and leaves those that fail by them where they fail; `shown` may be null.
+static inline void wear_row(const Endurance e, const Place& at, const WideKeys& keys, const i32* pulses, i64 count,
+                            i32* taken, float* x, float* shown) {
+  alignas(64) float z[WIDE_ROW] = {}, none[WIDE_ROW] = {};
+  alignas(64) i32 now[WIDE_ROW] = {};
+  if (e.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, keys}, at.row, at.col0, z);
+  std::copy(taken, taken + count, now);
+  float* seen = shown ? shown : none;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const bool touched = pulses[j] > 0;  // and so alive
+    const i32 after = after_wear(e, touched ? now[j] : 0, pulses[j], z[j]);
+    now[j] = touched ? after : now[j];
+    x[j] = touched && after < 0 ? failed_share(e, x[j]) : x[j];
+    seen[j] = touched && after < 0 ? failed_share(e, seen[j]) : seen[j];
+  }
+  std::copy(now, now + count, taken);
 }
 
 template <int KIND>
