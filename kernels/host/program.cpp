@@ -73,26 +73,6 @@ void store_row(const Programming& p, i64 k, const float* pos, const float* neg, 
     store(sum, out, count);
 }
 
-// Even elements first, odd ones after: the bits of an index rotate right by one.
-void deinterleave(const float* x, float* y) {
-  constexpr int HALF = LINES * WIDE_ROW / 2;
-#pragma omp simd
-  for (int n = 0; n < HALF; ++n) {
-    y[n] = x[2 * n];
-    y[n + HALF] = x[2 * n + 1];
-  }
-}
-
-// rows[bitline][wordline] to block[wordline][bitline]; `rows` is used up.
-void transpose(float* rows, float* block) {
-  static_assert(LINES == 16, "four rotations of an index");
-  deinterleave(rows, block);
-  deinterleave(block, rows);
-  deinterleave(rows, block);
-  deinterleave(block, rows);
-  std::copy(rows, rows + WIDE_ROW * LINES, block);
-}
-
 // Weights of up to 64 bitlines and 16 wordlines, transposed: in units of w_max, and the codes of sliced ones.
 void load_block(const Programming& p, const float* weight, const float* w_max, i64 output, i64 i0, i64 lines, i64 count,
                 float* block, float* codes) {
@@ -111,8 +91,8 @@ void load_block(const Programming& p, const float* weight, const float* w_max, i
 #pragma omp simd
       for (int i = 0; i < LINES; ++i) row_code[i] = bits_float(weight_code(line[i], inverse, top));
   }
-  transpose(rows, block);
-  if (p.slice_bits) transpose(row_codes, codes);
+  transpose(rows, LINES, WIDE_ROW, LINES, block, WIDE_ROW);
+  if (p.slice_bits) transpose(row_codes, LINES, WIDE_ROW, LINES, codes, WIDE_ROW);
 }
 
 // Every cell of finite weights.

@@ -395,7 +395,7 @@ struct alignas(64) Events {
       for (i64 r = k; r < k + LANES; ++r)
         std::fill(of_device[order[r]] + found[order[r]], of_device[order[r]] + whole, 0u);
       for (i64 t = 0; t < whole; t += LANES)
-        transpose_tile([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
+        transpose_tile<LANES>([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
     }
   }
 
