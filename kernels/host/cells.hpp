@@ -76,16 +76,10 @@ struct Draws {
       if (wanted(k)) draw_words<7>(Draw{OF[k], at.plane, 0, keys}, at.row, at.col0, word[k]);
     for (int k = 0; k < 3; ++k) {
       float *a = normal[2 * k], *b = normal[2 * k + 1];
-      if (!wanted(k)) {
+      if (wanted(k))
+        make_pairs(word[k], a, b);
+      else
         std::fill(a, a + 2 * WIDE_ROW, 0.0f);
-        continue;
-      }
-#pragma omp simd
-      for (int j = 0; j < WIDE_ROW; ++j) {
-        const Pair pair = normal_pair_fast(word[k][j]);
-        a[j] = pair.a;
-        b[j] = pair.b;
-      }
     }
   }
 };
