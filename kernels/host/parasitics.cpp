@@ -5,6 +5,7 @@
 
 #include "blocks.hpp"
 #include "finite.hpp"
+#include "threads.hpp"
 
 using namespace gpuxbar;
 using namespace gpuxbar::blocks;
@@ -256,8 +257,7 @@ struct Coarse {
     merge_lines(cols, 0, lines.bitline, lines.sink, bitline, sink);
     ladder = std::make_unique<const Ladder>(this->rows, this->cols, this->lines());
   }
-  // k lines side by side and k segments in a row: the segment stays, and the end hangs (k - 1) / 2 segments before
-  // the middle of the block
+  // k lines side by side and k segments in a row.
   void merge_lines(i64 count, i64 before, const float* segment, const float* end, std::vector<float>& segments,
                    std::vector<float>& ends) const {
     for (i64 block = 0; block * k < count + before; ++block) {
@@ -266,19 +266,11 @@ struct Coarse {
       for (i64 i = from; i < to; ++i) wire += segment[i], last += end[i];
       wire /= (double)(to - from), last /= (double)(to - from);
       segments.push_back((float)wire);
-      ends.push_back((float)((last + wire * (double)(k - 1) / 2) / (double)k));
+      ends.push_back((float)coarse_end(last, wire, (int)k));
     }
   }
   Lines lines() const { return {wordline.data(), bitline.data(), source.data(), sink.data()}; }
   i64 work() const { return rows * cols * 3 + rows + cols + fine_rows + fine_cols * (1 + rows) + ladder->work(); }
-
-  // where cell `i` lies between the centres of blocks: the lower one, and the share of the next
-  i64 between(i64 i, i64 before, i64 blocks, float* share) const {
-    const float at = ((float)(i + before) + 0.5f) / (float)k - 0.5f;
-    const i64 low = std::max<i64>(0, std::min((i64)std::max(at, 0.0f), blocks - 2));
-    *share = std::max(0.0f, std::min(1.0f, at - (float)low));
-    return low;
-  }
 
   // g_eff holds the ladder of g; adds the coupling.
   void add_coupling(const float* g, float* g_eff, Builder& builder, float* work) const {
@@ -317,17 +309,19 @@ struct Coarse {
         const float coupling = -exact.part(L, B)[(r + builder.pad) * exact.ld + c] - alone[r * cols + c];
         smooth[r * cols + c] = strength > 0.0f ? coupling / strength : 0.0f;
       }
-    float share;
     for (i64 j = 0; j < fine_cols; ++j) {
-      const i64 c = between(j, 0, cols, &share), next = std::min(c + 1, cols - 1);
+      const Between c = between((int)j, (int)k, (int)cols);
+      const i64 next = std::min<i64>(c.low + 1, cols - 1);
       for (i64 r = 0; r < rows; ++r)
-        across[r * fine_cols + j] = q[j] * ((1.0f - share) * smooth[r * cols + c] + share * smooth[r * cols + next]);
+        across[r * fine_cols + j] =
+            q[j] * ((1.0f - c.share) * smooth[r * cols + c.low] + c.share * smooth[r * cols + next]);
     }
     for (i64 i = 0; i < fine_rows; ++i) {
-      const i64 r = between(i, pad, rows, &share), next = std::min(r + 1, rows - 1);
-      const float low = p[i] * (1.0f - share), high = p[i] * share;
+      const Between r = between((int)(i + pad), (int)k, (int)rows);
+      const i64 next = std::min<i64>(r.low + 1, rows - 1);
+      const float low = p[i] * (1.0f - r.share), high = p[i] * r.share;
       for (i64 j = 0; j < fine_cols; ++j)
-        g_eff[i * fine_cols + j] += low * across[r * fine_cols + j] + high * across[next * fine_cols + j];
+        g_eff[i * fine_cols + j] += low * across[r.low * fine_cols + j] + high * across[next * fine_cols + j];
     }
   }
 };
@@ -369,11 +363,6 @@ float moved(const float* g, const float* anchor, i64 count) {
   return sqrt_fast(away / std::max(whole, 1e-30f));  // far below the square of a conductance
 }
 
-void note(i64* first, i64 tile) {
-#pragma omp critical
-  if (*first < 0 || tile < *first) *first = tile;
-}
-
 }  // namespace
 
 enum Method { NONE, FIRST_ORDER, LADDER, MEAN_FIELD, EXACT };
@@ -411,14 +400,14 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
       if (method == LADDER) {
         const Ladder::Sound sound = alone.solve(from, to, work);
         if (!sound.given)
-          note(bad, tile);
+          note_first(bad, tile);
         else if (!sound.found)
-          note(bad + 1, tile);
+          note_first(bad + 1, tile);
         if (offset) correct(to, offset + tile * rows * cols, rows * cols);
         continue;
       }
       if (!sound(from, rows * cols, true)) {
-        note(bad, tile);
+        note_first(bad, tile);
         continue;
       }
       if (method == NONE) std::memcpy(to, from, sizeof(float) * rows * cols);
@@ -438,7 +427,7 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
                         sizeof(float) * rows);
       }
       if (offset) correct(to, offset + tile * rows * cols, rows * cols);
-      if (!sound(to, rows * cols, false)) note(bad + 1, tile);
+      if (!sound(to, rows * cols, false)) note_first(bad + 1, tile);
     }
   }
 }
