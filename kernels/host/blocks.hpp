@@ -27,15 +27,10 @@ constexpr int ACROSS = 2;
 
 typedef float Lane __attribute__((vector_size(4 * LEAVES)));  // one value of every leaf of a group
 
-// The first `count` of LEAVES floats, the others 0.
-inline Lane some(const float* from, i64 count) {
-  Lane x = {};
-  if (count >= LEAVES)
-    std::memcpy(&x, from, sizeof x);
-  else
-    std::memcpy(&x, from, sizeof(float) * count);
-  return x;
-}
+using LaneMemory = Floats<LEAVES>::Vec;
+
+inline Lane load(const float* from) { return *(const LaneMemory*)from; }
+inline void store(float* to, const Lane& x) { *(LaneMemory*)to = x; }
 
 // ---------------------------------------------------------------- products
 

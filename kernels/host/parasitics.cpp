@@ -14,11 +14,6 @@ namespace {
 
 // ---------------------------------------------------------------- lines on their own
 
-using Row = Floats<LEAVES>::Vec;
-
-inline Lane load(const float* from) { return *(const Row*)from; }
-inline void store(float* to, const Lane& x) { *(Row*)to = x; }
-
 // The largest of many numbers that are to be finite and not negative, as bits; -0 counts as 0.
 struct Largest {
   typedef u32 Bits __attribute__((vector_size(4 * LEAVES)));
@@ -242,6 +237,8 @@ void first_order(const float* g, i64 rows, i64 cols, Lines lines, float* out, fl
 
 // ---------------------------------------------------------------- lines and a coarse tile
 
+constexpr i64 SIDE = 16;  // the most cells along a side of the coarse tile
+
 // Merges k x k cells into one, so that the coupling between lines is read off a small tile.
 struct Coarse {
   i64 k, rows, cols, pad;  // of the coarse tile; open cells added at the top
@@ -249,8 +246,8 @@ struct Coarse {
   i64 fine_rows, fine_cols;
   std::unique_ptr<const Ladder> ladder;  // of the coarse tile
 
-  Coarse(i64 rows, i64 cols, Lines lines, i64 blocks) : fine_rows(rows), fine_cols(cols) {
-    k = (std::max(rows, cols) + blocks - 1) / blocks;
+  Coarse(i64 rows, i64 cols, Lines lines) : fine_rows(rows), fine_cols(cols) {
+    k = (std::max(rows, cols) + SIDE - 1) / SIDE;
     this->rows = (rows + k - 1) / k, this->cols = (cols + k - 1) / k;
     pad = this->rows * k - rows;
     merge_lines(rows, pad, lines.wordline, lines.source, wordline, source);
@@ -374,9 +371,9 @@ enum Method { NONE, FIRST_ORDER, LADDER, MEAN_FIELD, EXACT };
 extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wordline, const float* r_bitline,
                                               const float* r_source, const float* r_sink, float* g_eff,
                                               float* admittance, const float* offset, const float* anchor, float* drift,
-                                              i64 tiles, i64 rows, i64 cols, i64 method, i64 blocks, i64* bad) {
+                                              i64 tiles, i64 rows, i64 cols, i64 method, i64* bad) {
   const Lines lines{r_wordline, r_bitline, r_source, r_sink};
-  const Coarse coarse(rows, cols, lines, blocks);
+  const Coarse coarse(rows, cols, lines);
   const Ladder alone(rows, cols, lines);
   if (method == MEAN_FIELD && coarse.k == 1) method = EXACT;
   const Builder plan = method == MEAN_FIELD ? Builder(coarse.rows, coarse.cols, coarse.lines(), false)

@@ -238,7 +238,7 @@ struct Adjoint {
     Lane* const q = lane_grads.take(SIDE * SIDE);
     for (i64 e0 = 0; lane_grads.base && e0 < SIDE * SIDE; e0 += LEAVES) {
       Lane square[LEAVES];
-      for (int lane = 0; lane < LEAVES; ++lane) square[lane] = some(leaf_grads + lane * SIDE * SIDE + e0, LEAVES);
+      for (int lane = 0; lane < LEAVES; ++lane) square[lane] = load(leaf_grads + lane * SIDE * SIDE + e0);
       swap_lanes<1>(square);
       std::copy(square, square + LEAVES, q + e0);
     }
