@@ -26,14 +26,8 @@ extern "C" __global__ void __launch_bounds__(256)
   const Leaf at = leaf_place(leaf, high_bits, wide_bits);
   const Wires wires{r_wordline, r_bitline, r_source, r_sink, wordline_value, bitline_value, source_value, sink_value};
   cell_level(leaf_cell(g + tile * rows * cols, wires, at, rows, cols, (LEAF << high_bits) - rows), blocks[0]);
-  merge_level<1, 1, true>(blocks[0], blocks[1], work, false, false, false);
-  merge_level<1, 2, false>(blocks[1], blocks[0], work, false, false, false);
-  merge_level<2, 2, true>(blocks[0], blocks[1], work, false, false, false);
-  merge_level<2, 4, false>(blocks[1], blocks[0], work, false, false, false);
-  merge_level<4, 4, true>(blocks[0], blocks[1], work, false, false, false);
-  merge_level<4, 8, false>(blocks[1], blocks[0], work, false, false, false);
-  merge_level<8, 8, true>(blocks[0], blocks[1], work, false, false, false);
-  merge_level<8, 16, false>(blocks[1], blocks[0], work, true, wide_bits > 0, leaf & 1);
+  merge_levels(LAST, blocks[0], blocks[1], work);
+  merge_level<LAST>(blocks[1], blocks[0], work, Next{wide_bits > 0, (leaf & 1) != 0});
   for (int e = threadIdx.x; e < 4096; e += THREADS) q[(i64)blockIdx.x * 4096 + e] = blocks[0][e];
 }
 

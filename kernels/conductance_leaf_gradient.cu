@@ -11,18 +11,17 @@ extern __shared__ __align__(1024) unsigned char gx_smem[];
 
 namespace gpuxbar {
 
-constexpr int LEVEL = 4608;  // largest level of blocks
-constexpr int WORK = 2048;   // of a merge, and of the products below
+constexpr int MOST = 4608;  // largest level of blocks
+constexpr int WORK = 2048;  // of a merge, and of the products below
 
 // `grad`, gradients of all merged blocks, becomes those of their parts `q` (what a merge_level of the same arguments
 // reads); `q` and `other` are used up. With B = [[B1, 0], [0, B2]], the joined sides' columns, and T = [[A F, -F'], [-F,
 // -F Z]], the joined sides see B T of the merged block's ports, so that theirs are T' (B' D B) T and D B T.
-template <int P, int Q, bool ALONG_ROWS>
-__device__ __forceinline__ void split_level(float* q, float* other, float* grad, float* work, bool last,
-                                            bool last_along_rows, bool last_second) {
-  constexpr int S = 2 * P + 2 * Q, K = ALONG_ROWS ? P : Q, E = S - K, PAIRS = LEAF * LEAF / (2 * P * Q), N = 2 * E;
-  constexpr int ROWS = ALONG_ROWS ? P : 2 * P, COLS = ALONG_ROWS ? 2 * Q : Q, EACH = 2 * PAIRS * S * K / THREADS;
-  static_assert(ROWS + COLS == E && 2 * PAIRS * S * K % THREADS == 0);
+template <int LEVEL>
+__device__ __forceinline__ void split_level(float* q, float* other, float* grad, float* work, Next next) {
+  using L = Level<LEVEL>;
+  constexpr int PAIRS = L::PAIRS, S = L::S, K = L::K, E = L::E, N = 2 * E, EACH = 2 * PAIRS * S * K / THREADS;
+  static_assert(L::ROWS + L::COLS == E && 2 * PAIRS * S * K % THREADS == 0);
   float* const side = q;                   // [PAIRS, 2, S, K] the joined sides' columns of q
   float* const t = q + 2 * PAIRS * S * K;  // [PAIRS, 2 K, 2 K] T
   float* const h = t + PAIRS * 4 * K * K;  // [PAIRS, 2 K, 2 K] B' D B
@@ -30,7 +29,7 @@ __device__ __forceinline__ void split_level(float* q, float* other, float* grad,
   float* const u = work;                   // [PAIRS, N, 2 K] D B
   float* const f = work;                   // [PAIRS, K, K] F = (1 + Z A)^-1, before u
   float* const g = work;                   // [PAIRS, 2 K, 2 K] B' D B T, after u
-  static_assert(2 * PAIRS * S * K + 8 * PAIRS * K * K <= LEVEL && PAIRS * N * 2 * K <= WORK);
+  static_assert(2 * PAIRS * S * K + 8 * PAIRS * K * K <= MOST && PAIRS * N * 2 * K <= WORK);
   const int me = this_thread();
 
   float own[EACH];
@@ -41,9 +40,7 @@ __device__ __forceinline__ void split_level(float* q, float* other, float* grad,
   }
   for_each<PAIRS * N * N>([=](int e) {
     const int pair = e / (N * N);
-    const bool along = last ? last_along_rows : !ALONG_ROWS, second = last ? last_second : pair & 1;
-    const Place i = source_of(e / N % N, ROWS, COLS, along, second, ALONG_ROWS);
-    const Place j = source_of(e % N, ROWS, COLS, along, second, ALONG_ROWS);
+    const Place i = port_of<LEVEL>(e / N % N, pair, next), j = port_of<LEVEL>(e % N, pair, next);
     d[(pair * N + i.block * E + i.at) * N + j.block * E + j.at] = grad[e];
   });
   __syncthreads();
@@ -103,6 +100,15 @@ __device__ __forceinline__ void split_level(float* q, float* other, float* grad,
   __syncthreads();
 }
 
+// The level of that number, LEVEL or below; of blocks where `merge_levels` leaves them.
+template <int LEVEL = LAST>
+__device__ __forceinline__ void split(int level, float* a, float* b, float* grad, float* work, Next next) {
+  if (level == LEVEL)
+    split_level<LEVEL>(LEVEL % 2 ? b : a, LEVEL % 2 ? a : b, grad, work, next);
+  else if constexpr (LEVEL > 0)
+    split<LEVEL - 1>(level, a, b, grad, work, next);
+}
+
 extern "C" __global__ void __launch_bounds__(256)
     conductance_leaf_gradient(const float* __restrict__ g,           // [T, R, C] S
                               const float* __restrict__ r_wordline,  // [R] ohm, or null: wordline_value; others alike
@@ -113,9 +119,9 @@ extern "C" __global__ void __launch_bounds__(256)
                               int wide_bits)  // leaves: 2^high_bits x 2^wide_bits
 {
   float* const a = (float*)gx_smem;
-  float* const b = a + LEVEL;
-  float* const grad = b + LEVEL;
-  float* const work = grad + LEVEL;
+  float* const b = a + MOST;
+  float* const grad = b + MOST;
+  float* const work = grad + MOST;
   const i64 tile = blockIdx.x >> (high_bits + wide_bits);
   const int leaf = (int)(blockIdx.x & ((1u << (high_bits + wide_bits)) - 1));
   const Leaf at = leaf_place(leaf, high_bits, wide_bits);
@@ -125,41 +131,10 @@ extern "C" __global__ void __launch_bounds__(256)
     const int i = e / 64, j = e % 64;
     grad[e] = grad_q[(i64)blockIdx.x * 4096 + (i >= 48 && j < 48 ? j * 64 + i : e)];
   }
-  for (int level = 7; level >= 0;
-       --level) {  // merges that the parts have behind them; made again, which takes no memory
+  for (int level = LAST; level >= 0; --level) {
     cell_level(cell, a);
-    if (level > 0) merge_level<1, 1, true>(a, b, work, false, false, false);
-    if (level > 1) merge_level<1, 2, false>(b, a, work, false, false, false);
-    if (level > 2) merge_level<2, 2, true>(a, b, work, false, false, false);
-    if (level > 3) merge_level<2, 4, false>(b, a, work, false, false, false);
-    if (level > 4) merge_level<4, 4, true>(a, b, work, false, false, false);
-    if (level > 5) merge_level<4, 8, false>(b, a, work, false, false, false);
-    if (level > 6) merge_level<8, 8, true>(a, b, work, false, false, false);
-    switch (level) {
-      case 7:
-        split_level<8, 16, false>(b, a, grad, work, true, wide_bits > 0, leaf & 1);
-        break;
-      case 6:
-        split_level<8, 8, true>(a, b, grad, work, false, false, false);
-        break;
-      case 5:
-        split_level<4, 8, false>(b, a, grad, work, false, false, false);
-        break;
-      case 4:
-        split_level<4, 4, true>(a, b, grad, work, false, false, false);
-        break;
-      case 3:
-        split_level<2, 4, false>(b, a, grad, work, false, false, false);
-        break;
-      case 2:
-        split_level<2, 2, true>(a, b, grad, work, false, false, false);
-        break;
-      case 1:
-        split_level<1, 2, false>(b, a, grad, work, false, false, false);
-        break;
-      default:
-        split_level<1, 1, true>(a, b, grad, work, false, false, false);
-    }
+    merge_levels(level, a, b, work);  // what the parts have behind them, made again: that takes no memory
+    split(level, a, b, grad, work, Next{wide_bits > 0, (leaf & 1) != 0});
   }
   if (cell.row < 0 || cell.col >= cols) return;
   float voltage[4], sum = 0.0f;

@@ -20,16 +20,15 @@ extern "C" __global__ void __launch_bounds__(256, 2)
            float* __restrict__ g_eff, float wordline_value, float bitline_value, float source_value, float sink_value,
            int rows, int cols) {
   const i64 tile = (i64)blockIdx.x * rows * cols;
+  const Wires wires{r_wordline, r_bitline, r_source, r_sink, wordline_value, bitline_value, source_value, sink_value};
   const float* const from = g + tile;
   float* const along = share + tile;
   float* const down = g_eff + tile;
   for (int r = threadIdx.x; r < rows; r += blockDim.x)
-    walk<FIRST_ORDER>(from + (i64)r * cols, along + (i64)r * cols, cols, 1, r_source ? r_source[r] : source_value,
-                      r_wordline ? r_wordline[r] : wordline_value);
+    walk<FIRST_ORDER>(from + (i64)r * cols, along + (i64)r * cols, cols, 1, wires.at_source(r), wires.along(r));
   for (int c = threadIdx.x; c < cols; c += blockDim.x) {
     const i64 last = (i64)(rows - 1) * cols + c;
-    walk<FIRST_ORDER>(from + last, down + last, rows, -(i64)cols, r_sink ? r_sink[c] : sink_value,
-                      r_bitline ? r_bitline[c] : bitline_value);
+    walk<FIRST_ORDER>(from + last, down + last, rows, -(i64)cols, wires.at_sink(c), wires.down(c));
   }
   __syncthreads();
   for (int e = threadIdx.x; e < rows * cols; e += blockDim.x)

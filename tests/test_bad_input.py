@@ -345,3 +345,25 @@ def test_empty_batches_and_arrays_change_nothing(backend, monkeypatch):
     assert ops.device_update(pairs, zeros(2, 0, 3), **how).shape == (2, 0, 3)
     train, x, d = spec.PulseTrain(length=7), zeros(5, 6), zeros(5, 0)
     assert ops.pulse_update(pairs, x, d, rate=0.1, train=train, groups=2, **how).shape == (2, 0, 3)
+
+
+class DeviceArray(np.ndarray):
+    """An array of CuPy's, as far as `launch.is_cupy` looks."""
+
+
+DeviceArray.__module__ = "cupy"
+ON_HOSTS = {
+    "conv_outer_product": ("d", (zeros(1, 4, 2, 2), zeros(1, 2, 3, 3), zeros(1), ConvGeometry(2, 3, 3, (2, 2))), {}),
+    "dac_clip_gradient": ("x", (zeros(2, 3), zeros(2, 3)), {"top": 1.0, "code_max": 7}),
+    "lstm_gates": ("c", (zeros(2, 12), zeros(2, 12), zeros(2, 3)), {}),
+    "outer_product": ("d", (zeros(2, 3), zeros(2, 4)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ON_HOSTS)
+def test_arrays_of_a_gpu_are_refused_where_only_a_host_has_a_kernel(op):
+    name, arrays, how = ON_HOSTS[op]
+    arrays = [a.view(DeviceArray) if isinstance(a, np.ndarray) else a for a in arrays]
+    text = rf"^{op}: `{name}` must be a NumPy array, got CuPy's; on a GPU, \w"
+    with pytest.raises(TypeError, match=text):
+        getattr(ops, op)(*arrays, **how)

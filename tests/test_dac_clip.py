@@ -111,7 +111,7 @@ def test_opcheck():
     ("change", "kind", "text"),
     [
         ({"x": np.zeros((2, 3))}, TypeError, "`x` must be .*float32"),
-        ({"grad": np.zeros((2, 4), np.float32)}, ValueError, r"`grad` must have the shape of `x`, \(2, 3\), got \(2, 4\)"),
+        ({"grad": np.zeros((2, 4), np.float32)}, ValueError, r"`grad` must have shape \(2, 3\) for this `x`, got \(2, 4\)"),
         ({"top": 0.0}, ValueError, "`top` must be finite and above 0, got 0"),
         ({"top": float("nan")}, ValueError, "`top` must be finite and above 0, got nan"),
         ({"code_max": -1}, ValueError, "`code_max` must be 0 to 32767, got -1"),

@@ -72,7 +72,7 @@ def test_bad_input_is_named(d, x, message):
 
 def test_a_gate_of_another_shape_is_named():
     d, x = case(7, 5, 3)
-    with pytest.raises(ValueError, match=r"`gate` must have the shape of d, \(7, 5\), got \(7, 3\)"):
+    with pytest.raises(ValueError, match=r"`gate` must have shape \(7, 5\) for this `d`, got \(7, 3\)"):
         ops.outer_product(d, x, x)
 
 

@@ -300,7 +300,7 @@ def test_bad_input_is_named_before_a_launch(name):
 
 
 def test_bad_gradients_are_named():
-    with pytest.raises(ValueError, match=r"`grad_i` must have the shape of the currents \(2, 4, 5\), got"):
+    with pytest.raises(ValueError, match=r"`grad_i` must have shape \(2, 4, 5\) for `v` \(2, 4, 3\), got"):
         ops.solve_for_inputs_gradient(GOOD["v"], GOOD["g"], GOOD["grad_i"][:, :1].copy(), **WIRES["mild"])
     with pytest.raises(ValueError, match="`grad_i` must be finite, got inf 1/A"):
         ops.solve_for_inputs_gradient(

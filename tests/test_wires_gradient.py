@@ -136,7 +136,7 @@ def test_cuda_of_no_tile():
 GOOD = dict(zip(("g", "grad"), case(3, 5), strict=True))
 BAD = {
     "dtype": ({"grad": np.zeros((2, 3, 5))}, TypeError, "`grad` must be an array of float32, got float64"),
-    "shape": ({"grad": np.zeros((2, 5, 3), np.float32)}, ValueError, r"`grad` must have the shape \(2, 3, 5\) of `g`, got \(2, 5, 3\)"),
+    "shape": ({"grad": np.zeros((2, 5, 3), np.float32)}, ValueError, r"`grad` must have shape \(2, 3, 5\) for this `g`, got \(2, 5, 3\)"),
     "nan": ({"grad": np.full((2, 3, 5), np.nan, np.float32)}, ValueError, "`grad` must be finite, got nan 1/S"),
     "cell": ({"g": np.full((2, 3, 5), -1, np.float32)}, ValueError, r"`g` must be 0 or above and finite, got -1 S in tile \(0,\)"),
     "wire": ({"r_sink": -1.0}, ValueError, "`r_sink` must be 0 or above and finite, got -1 ohm"),

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar.launch import Device, backend, cuda_device
 from gpuxbar.ops.anchored_conductance_cuda import apply_cuda, update_cuda
-from gpuxbar.ops.checks import check_array, check_integers, check_written
+from gpuxbar.ops.checks import check_array, check_integers, check_shape, check_written
 from gpuxbar.ops.effective_conductance import (
     Arithmetic,
     Method,
@@ -180,7 +180,4 @@ def _check(
     for name, array in anchor._asdict().items():
         shape = g.shape if name in ("offset", "g") else (tiles,)
         check_array(OP, f"anchor.{name}", array, "int32" if name == "age" else "float32", len(shape))
-        if array.shape != shape:
-            raise ValueError(
-                f"{OP}: `anchor.{name}` must have shape {shape}, got {tuple(array.shape)}; make it with Anchor.new(g.shape)"
-            )
+        check_shape(OP, f"anchor.{name}", array, shape, "make it with Anchor.new(g.shape)")

@@ -21,13 +21,8 @@ ANCHOR_DRIFT = Kernel(
     every=_INT,
 )  # fmt: skip
 ANCHOR_CHOOSE = Kernel(
-    "anchor.cu",
-    name="anchor_choose",
-    urgency=In("float32", "T"),
-    chosen=Out("int32", "B"),
-    tiles=_INT,
-    most=_INT,
-)
+    "anchor.cu", name="anchor_choose", urgency=In("float32", "T"), chosen=Out("int32", "B"), tiles=_INT, most=_INT
+)  # fmt: skip
 ANCHOR_GATHER = Kernel(
     "anchor.cu", name="anchor_gather", g=In("float32", "T R C"), chosen=In("int32", "B"),
     gathered=Out("float32", "B R C"), cells=_INT,

@@ -76,8 +76,8 @@ def carry(pairs: Pairs, *, updates: Any, device: Device | None = None) -> None:
         return
     bad = np.zeros(1, np.int64)
     host_call(
-        library(), "gpuxbar_carry", np.frombuffer(bytes(Write(**writes, step=count)), np.uint8),
-        np.frombuffer(bytes(lie), np.uint8), g, pairs.g_held, pairs.pulse_count, rule.interval, rows, cols, bad,
+        library(), "gpuxbar_carry", Write(**writes, step=count), lie, g, pairs.g_held, pairs.pulse_count, rule.interval, rows,
+        cols, bad,
     )  # fmt: skip
     require_finite(OP, "g", int(bad[0]), "bad data")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gpuxbar.launch import is_cupy
+from gpuxbar.launch import Backend, backend, is_cupy
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = [
@@ -20,9 +20,11 @@ __all__ = [
     "check_kind",
     "check_lines",
     "check_numbers",
+    "check_shape",
     "check_window",
     "check_written",
     "counter",
+    "host_backend",
     "integer",
     "kept",
     "require_finite",
@@ -86,6 +88,24 @@ _NO_DTYPE = np.dtype(object)  # not None, which NumPy takes for float64
 @lru_cache
 def _dtypes(names: str | tuple[str, ...]) -> tuple[np.dtype[Any], ...]:
     return tuple(np.dtype(name) for name in ((names,) if isinstance(names, str) else names))
+
+
+def check_shape(
+    op: str, name: str, array: Any, shape: tuple[int, ...], way_out: str, wanted_by: str = ""
+) -> None:
+    """Refuse an array of another shape."""
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: `{name}` must have shape {tuple(shape)}{wanted_by and f' for {wanted_by}'}, got {tuple(array.shape)}; {way_out}"
+        )
+
+
+def host_backend(op: str, name: str, array: Any, on_gpu: str) -> Backend:
+    """The backend of an array for an operation that a GPU has no kernel for; refuses CuPy's."""
+    where = backend(array)
+    if where == "cuda":
+        raise TypeError(f"{op}: `{name}` must be a NumPy array, got CuPy's; on a GPU, {on_gpu}")
+    return where
 
 
 def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, zero: bool = False) -> None:
@@ -163,11 +183,7 @@ def check_lines(
         ("d", d, (batch, cols) if conv is None else (len(x), cols, *conv.out)),
         ("w_max", w_max, (cols,)),
     ):
-        if tuple(array.shape) != shape:
-            raise ValueError(
-                f"{op}: `{name}` must have shape {shape} for x {tuple(x.shape)} in {groups} groups, "
-                f"got {tuple(array.shape)}; check the axes"
-            )
+        check_shape(op, name, array, shape, "check the axes", f"x {tuple(x.shape)} in {groups} groups")
     check_numbers(op, "w_max", w_max, "", "use the largest weight")
     return batch, rows // groups, cols // groups
 

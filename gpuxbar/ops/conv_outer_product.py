@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import backend, host_call, library
-from gpuxbar.ops.checks import check_array, check_integers
+from gpuxbar.launch import host_call, library
+from gpuxbar.ops.checks import check_array, check_integers, check_shape, host_backend
 from gpuxbar.ops.images import Conv
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
@@ -48,25 +48,16 @@ def conv_outer_product(d: Any, x: Any, scale: Any, conv: ConvGeometry, *, groups
         ("x", x, (len(x), groups * conv.channels, conv.height, conv.width)),
         ("d", d, (len(x), d.shape[1], *conv.out)),
     ):
-        if array.shape != want:
-            raise ValueError(
-                f"{OP}: `{name}` must have shape {want}, got {tuple(array.shape)}; check the convolution"
-            )
+        check_shape(OP, name, array, want, "check the convolution")
     if len(scale) not in (1, len(x)):
         raise ValueError(
             f"{OP}: `scale` must have 1 or {len(x)} values, got {len(scale)}; give one for each image"
         )
-    where = backend(d)
-    if where == "cuda":
-        raise TypeError(
-            f"{OP}: `d` must be a NumPy array, got CuPy's; on a GPU, call torch.nn.grad.conv2d_weight"
-        )
-    if where == "reference":
+    if host_backend(OP, "d", d, "call torch.nn.grad.conv2d_weight") == "reference":
         return reference.conv_outer_product(d, x, scale, conv, groups).astype(np.float32)
     dw = np.empty((d.shape[1], conv.channels, *conv.kernel), np.float32)
-    geometry = np.frombuffer(bytes(Conv.of(conv)), np.int64)
     host_call(
-        library(), "gpuxbar_conv_outer_product", d, x, scale, geometry, dw, len(x), groups, d.shape[1] // groups,
+        library(), "gpuxbar_conv_outer_product", d, x, scale, Conv.of(conv), dw, len(x), groups, d.shape[1] // groups,
         x.dtype == np.int16, len(scale),
     )  # fmt: skip
     return dw

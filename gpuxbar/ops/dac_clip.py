@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import backend, host_call, library
-from gpuxbar.ops.checks import check_array, check_integers
+from gpuxbar.launch import host_call, library
+from gpuxbar.ops.checks import check_array, check_integers, check_shape, host_backend
 
 __all__ = ["clip_gradient_on_host", "dac_clip_gradient"]
 
@@ -50,18 +50,12 @@ def dac_clip_gradient(
     check_integers(OP, code_max=code_max)
     if not 0 <= code_max <= 32767:
         raise ValueError(f"{OP}: `code_max` must be 0 to 32767, got {code_max}; int16 holds the codes")
-    if grad.shape != x.shape:
-        raise ValueError(
-            f"{OP}: `grad` must have the shape of `x`, {tuple(x.shape)}, got {tuple(grad.shape)}; pass that of what was driven"
-        )
+    check_shape(OP, "grad", grad, x.shape, "pass that of what was driven", "this `x`")
     if not 0 < top < inf:
         raise ValueError(
             f"{OP}: `top` must be finite and above 0, got {top:g}; it is the value of the largest code"
         )
-    where = backend(x)
-    if where == "cuda":
-        raise TypeError(f"{OP}: `x` must be a NumPy array, got CuPy's; on a GPU, use PyTorch's functions")
-    if where == "reference":
+    if host_backend(OP, "x", x, "use PyTorch's functions") == "reference":
         grad_x, grad_top = reference.dac_clip_gradient(grad, x, top=top, code_max=code_max, signed=signed)
         return grad_x.astype(np.float32), grad_top
     grad_x = np.empty_like(x)

@@ -8,17 +8,8 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.ops.checks import check_window
-from gpuxbar.ops.laws import parameters
-from gpuxbar.spec import (
-    Agarwal,
-    AgarwalSymmetric,
-    ExponentialStep,
-    LinearStep,
-    NeuroSim,
-    PowerStep,
-    SoftBounds,
-    UpdateLaw,
-)
+from gpuxbar.ops.laws import OWN, parameters
+from gpuxbar.spec import UpdateLaw
 
 __all__ = ["device_map", "draw_device_map", "spread_names"]
 
@@ -28,16 +19,6 @@ SPREADS = {
     "step": "step_spread", "asymmetry": "asymmetry_spread", "low": "low_spread", "high": "high_spread", "up": "spread_up",
     "down": "spread_down",
 }  # fmt: skip
-# fields of a law's own parameter, and whether its spread is relative; a factor of 1 otherwise
-OWN: dict[type, tuple[str | None, str | None, bool]] = {
-    LinearStep: ("slope_up", "slope_down", False),
-    SoftBounds: ("up", "down", True),
-    ExponentialStep: ("amplitude_up", "amplitude_down", True),
-    PowerStep: ("exponent_up", "exponent_down", False),
-    Agarwal: ("nu", "nu", True),
-    AgarwalSymmetric: ("alpha", "alpha", True),
-    NeuroSim: ("nonlinearity_ltp", "nonlinearity_ltd", False),
-}
 
 
 def spread_names(law: UpdateLaw) -> tuple[str, ...]:
@@ -126,7 +107,7 @@ def device_map(
         found["low"] = (arrays["g_low"] - g_min) / span / law.low_spread
     if "high" in names:
         found["high"] = (arrays["g_high"] - g_max) / span / law.high_spread
-    up, down, relative = OWN.get(type(law), (None, None, True))
+    up, down, relative = OWN.get(type(law), (None, None, True))  # else a factor of 1
     for way, field in (("up", up), ("down", down)):
         if way in names:
             nominal = 1.0 if field is None else getattr(law, field)

@@ -26,6 +26,7 @@ from gpuxbar.ops.checks import (
     check_array,
     check_kind,
     check_numbers,
+    check_shape,
     check_written,
     counter,
     integer,
@@ -97,11 +98,8 @@ def device_update(
         ("w_max", w_max, (groups * outputs,)),
         ("out", out, shape),
     ):
-        if array is not None and tuple(array.shape) != wanted:
-            raise ValueError(
-                f"{OP}: `{other}` must have shape {wanted} for {name} {tuple(change.shape)}, got {tuple(array.shape)}; check "
-                "the axes"
-            )
+        if array is not None:
+            check_shape(OP, other, array, wanted, "check the axes", f"{name} {tuple(change.shape)}")
     check_numbers(OP, "w_max", w_max, "", "use the largest weight")
     check_written(OP, out=out)
     size = {"groups": groups, "inputs": inputs, "outputs": outputs}

@@ -72,9 +72,8 @@ def drift(
         found = reference.drift(g, age, law=law.model_dump(), g_max=g_max, seed=seed, **steps)
         return found.astype(np.float32)
     aged = np.empty_like(g)
-    settings = np.frombuffer(bytes(_settings(law, age, g_max)), np.uint8)
     host_call(
-        library(), "gpuxbar_drift", settings, g, aged, planes, rows, cols, seed, steps["step"], steps["flicker_step"]
+        library(), "gpuxbar_drift", _settings(law, age, g_max), g, aged, planes, rows, cols, seed, *steps.values()
     )  # fmt: skip
     return aged
 

@@ -18,7 +18,6 @@ Method = Literal["none", "first_order", "ladder", "mean_field", "exact"]
 Arithmetic = Literal["fp32", "3xtf32", "tf32"]
 ARITHMETICS = ("fp32", "3xtf32", "tf32")
 TINY = np.float32(1e-30)  # S**2; far below the square of a conductance
-BLOCKS = 16  # side of the coarse tile of "mean_field"
 
 
 def effective_conductance(
@@ -142,7 +141,7 @@ def _host(
     host_call(
         library(), "gpuxbar_effective_conductance", g, lines["r_wordline"], lines["r_bitline"], lines["r_source"],
         lines["r_sink"], out, admittance, *(correction or (None,) * 3), g.size // (rows * cols), rows, cols,
-        reference.METHODS.index(method), BLOCKS, bad,
+        reference.METHODS.index(method), bad,
     )  # fmt: skip
     if bad[0] >= 0:
         check_conductance(OP, g)

@@ -83,9 +83,7 @@ KERNELS = (
 )  # fmt: skip
 
 LEAF = 16  # cells along the side of a leaf, and at most along that of the coarse tile of a mean field
-Operand = tuple[
-    Any, int, int, int
-]  # array, offset, elements to the next matrix of the batch, to the next row
+Operand = tuple[Any, int, int, int]  # array, offset, elements to a batch's next matrix and to the next row
 CHUNK = 8  # workspaces of the device for the exact solution of a chunk: 128 tiles of 128 x 128, 95 launches, in 512 MB
 BASE = 32  # largest matrix inverted in shared memory
 
@@ -149,10 +147,8 @@ def _add_coupling(device: Device, g: Any, ladder: Any, wires: dict[str, Any]) ->
     tiles, rows, cols = g.shape
     k = -(-max(rows, cols) // LEAF)
     high, wide = -(-rows // k), -(-cols // k)
-    coarse, strength = (
-        device.empty((tiles, high, wide), "float32"),
-        device.empty((tiles, rows + cols), "float32"),
-    )
+    coarse = device.empty((tiles, high, wide), "float32")
+    strength = device.empty((tiles, rows + cols), "float32")
     segments, ends = (device.empty((2, LEAF), "float32") for _ in range(2))
     size = {"rows": rows, "cols": cols, "k": k}
     between = {"coarse": coarse, "strength": strength, "segments": segments, "ends": ends, **size}

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.checks import check_array, check_shape
 from gpuxbar.ops.effective_conductance import check_conductance, device_lines, per_lines
 from gpuxbar.ops.effective_conductance_gradient_cuda import effective_conductance_gradient_cuda
 
@@ -51,10 +51,7 @@ def effective_conductance_gradient(
     """
     check_array(OP, "g", g, "float32", range(2, 9))
     check_array(OP, "grad", grad, "float32", g.ndim)
-    if grad.shape != g.shape:
-        raise ValueError(
-            f"{OP}: `grad` must have the shape {tuple(g.shape)} of `g`, got {tuple(grad.shape)}; give every cell one"
-        )
+    check_shape(OP, "grad", grad, g.shape, "give every cell one", "this `g`")
     rows, cols = g.shape[-2:]
     given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
     if device is not None or backend(g) == "cuda":

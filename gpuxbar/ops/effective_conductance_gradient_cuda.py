@@ -45,13 +45,8 @@ PARTS = Kernel(
     size=_LONG,
 )  # fmt: skip
 TURN = Kernel(
-    "conductance_gradient.cu",
-    name="conductance_gradient_turn",
-    f=In("float32"),
-    t=Out("float32"),
-    k=_INT,
-    size=_LONG,
-)
+    "conductance_gradient.cu", name="conductance_gradient_turn", f=In("float32"), t=Out("float32"), k=_INT, size=_LONG
+)  # fmt: skip
 CONDUCTANCE_LEAF_GRADIENT = Kernel(
     "conductance_leaf_gradient.cu", g=In("float32", "T R C"), **LINES, grad_q=In("float32"),
     grad_g=Out("float32", "T R C"), **VALUES, rows=_INT, cols=_INT, high_bits=_INT, wide_bits=_INT,
@@ -159,13 +154,8 @@ def _parts(level: Level, whole: Any, above: Level | None) -> Any:
          "along_rows": int(level.along_rows), "next_along_rows": int(above is not None and above.along_rows),
          "alternate": int(above is not None), "size": whole.size},
     )  # fmt: skip
-    t, u, h, g = (
-        level.new(2 * k, 2 * k),
-        level.new(2 * e, 2 * k),
-        level.new(2 * k, 2 * k),
-        level.new(2 * k, 2 * k),
-    )
-    f = level.solved
+    t, h, g = (level.new(2 * k, 2 * k) for _ in range(3))
+    f, u = level.solved, level.new(2 * e, 2 * k)
     device.launch(
         TURN, grid(pairs * k * k), (256,), {"f": f[0], "t": t[0], "k": k, "size": pairs * k * k}
     )  # fmt: skip
@@ -187,15 +177,8 @@ def _parts(level: Level, whole: Any, above: Level | None) -> Any:
             to = _at(u, row, other.block * k)
             multiply(own.size, k, other.size, d, level.block(other.block, other.at, e), to)
         wide, more = len(others) * k, width[own.block] > 0
-        multiply(
-            k,
-            wide,
-            own.size,
-            level.block(own.block, e, own.at),
-            _at(u, row, 0),
-            _at(h, own.block * k, 0),
-            float(more),
-        )
+        rows, to = level.block(own.block, e, own.at), _at(h, own.block * k, 0)
+        multiply(k, wide, own.size, rows, _at(u, row, 0), to, float(more))
         multiply(own.size, k, wide, _at(u, row, 0), _at(t, 0, own.block * k), grad(own.block, own.at, e))
         width[own.block] = max(wide, width[own.block])
     for block in range(2):

@@ -23,7 +23,7 @@ from gpuxbar.spec import (
     UpdateLaw,
 )
 
-__all__ = ["LAWS", "Parameters", "parameters"]
+__all__ = ["LAWS", "OWN", "Parameters", "parameters"]
 
 NODES, SCORES = 9, 17
 SIDES = {"both": 0, "reference": 1, "one_sided": 2}
@@ -31,6 +31,17 @@ LAWS = {
     ConstantStep: 0, Ideal: 0, LinearStep: 0, SoftBounds: 1, Agarwal: 2, AgarwalSymmetric: 3, NeuroSim: 4,
     ExponentialStep: 5, PowerStep: 6, PiecewiseStep: 7, LookupTable: 8,
 }  # fmt: skip
+
+# fields of a law's own parameter each way, and whether its spread is relative
+OWN: dict[type, tuple[str, str, bool]] = {
+    LinearStep: ("slope_up", "slope_down", False),
+    SoftBounds: ("up", "down", True),
+    ExponentialStep: ("amplitude_up", "amplitude_down", True),
+    PowerStep: ("exponent_up", "exponent_down", False),
+    Agarwal: ("nu", "nu", True),
+    AgarwalSymmetric: ("alpha", "alpha", True),
+    NeuroSim: ("nonlinearity_ltp", "nonlinearity_ltd", False),
+}
 
 
 class Parameters(ctypes.Structure):
@@ -84,24 +95,8 @@ def _noise(law: UpdateLaw) -> dict[str, float]:
 
 def _shape(law: UpdateLaw) -> dict[str, Any]:
     """The law's own parameters each way, in the mirrored form of laws.cuh, with the spread of the first."""
-    if isinstance(law, LinearStep):
-        return _ways(law.slope_up, law.slope_down, law.spread, law.spread)
-    if isinstance(law, SoftBounds):
-        return _ways(law.up, law.down, law.spread * law.up, law.spread * law.down)
-    if isinstance(law, Agarwal):
-        return _ways(law.nu, law.nu, law.spread * law.nu, law.spread * law.nu)
-    if isinstance(law, AgarwalSymmetric):
-        return _ways(law.alpha, law.alpha, law.spread * law.alpha, law.spread * law.alpha)
-    if isinstance(law, NeuroSim):
-        return _ways(law.nonlinearity_ltp, law.nonlinearity_ltd, law.spread, law.spread)
-    if isinstance(law, PowerStep):
-        return _ways(law.exponent_up, law.exponent_down, law.spread, law.spread)
-    if isinstance(law, ExponentialStep):
-        # rate z = rate (b -+ a) + 2 a rate v, with v = y upwards and 1 - y downwards
-        up = law.amplitude_up * np.exp(law.rate_up * (law.b - law.a))
-        down = law.amplitude_down * np.exp(-law.rate_down * (law.b + law.a))
-        rates = {"second_up": 2 * law.a * law.rate_up, "second_down": 2 * law.a * law.rate_down}
-        return {**_ways(up, down, law.spread * up, law.spread * down), **rates}
+    if isinstance(law, ConstantStep | Ideal):
+        return {}
     if isinstance(law, PiecewiseStep | LookupTable):
         at = np.linspace(0, 1, NODES)
         nodes = [np.interp(at, np.linspace(0, 1, len(values)), values) for values in (law.up, law.down[::-1])]
@@ -111,7 +106,15 @@ def _shape(law: UpdateLaw) -> dict[str, Any]:
             **{name: (ctypes.c_float * NODES)(*node) for name, node in zip(("node_up", "node_down"), nodes, strict=True)},
             **measured,
         }  # fmt: skip
-    return {}
+    *fields, relative = OWN[type(law)]
+    up, down = (getattr(law, field) for field in fields)
+    rates = {}
+    if isinstance(law, ExponentialStep):
+        # rate z = rate (b -+ a) + 2 a rate v, with v = y upwards and 1 - y downwards
+        up *= np.exp(law.rate_up * (law.b - law.a))
+        down *= np.exp(-law.rate_down * (law.b + law.a))
+        rates = {"second_up": 2 * law.a * law.rate_up, "second_down": 2 * law.a * law.rate_down}
+    return {**_ways(up, down, *(law.spread * (way if relative else 1.0) for way in (up, down))), **rates}
 
 
 def _ways(up: float, down: float, spread_up: float, spread_down: float) -> dict[str, Any]:

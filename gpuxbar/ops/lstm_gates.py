@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import backend, host_call, library
-from gpuxbar.ops.checks import check_array
+from gpuxbar.launch import host_call, library
+from gpuxbar.ops.checks import check_array, check_shape, host_backend
 
 __all__ = ["lstm_gates", "lstm_gates_gradient"]
 
@@ -77,15 +77,9 @@ def lstm_gates_gradient(grad_h: Any, grad_c: Any, gates: Any, c: Any) -> tuple[A
 def _state(c: Any) -> tuple[str, int, int]:
     """The backend of a cell state, and its shape."""
     check_array(OP, "c", c, "float32", 2)
-    where = backend(c)
-    if where == "cuda":
-        raise TypeError(f"{OP}: `c` must be a NumPy array, got CuPy's; on a GPU, step by PyTorch's functions")
-    return where, *c.shape
+    return host_backend(OP, "c", c, "step by PyTorch's functions"), *c.shape
 
 
 def _check(name: str, array: Any, shape: tuple[int, int]) -> None:
     check_array(OP, name, array, "float32", 2)
-    if array.shape != shape:
-        raise ValueError(
-            f"{OP}: `{name}` must have shape {shape} for this cell state, got {tuple(array.shape)}; check the axes"
-        )
+    check_shape(OP, name, array, shape, "check the axes", "this cell state")

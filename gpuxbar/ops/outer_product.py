@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import backend, host_call, library
-from gpuxbar.ops.checks import check_array
+from gpuxbar.launch import host_call, library
+from gpuxbar.ops.checks import check_array, check_shape, host_backend
 
 __all__ = ["outer_product"]
 
@@ -36,14 +36,8 @@ def outer_product(d: Any, x: Any, gate: Any = None) -> Any:
         raise ValueError(f"{OP}: `x` must have the batch of d, {len(d)}, got {len(x)}; check the axes")
     if gate is not None:
         check_array(OP, "gate", gate, "float32", 2)
-        if gate.shape != d.shape:
-            raise ValueError(
-                f"{OP}: `gate` must have the shape of d, {d.shape}, got {gate.shape}; check the axes"
-            )
-    where = backend(d)
-    if where == "cuda":
-        raise TypeError(f"{OP}: `d` must be a NumPy array, got CuPy's; on a GPU, write d.T @ x")
-    if where == "reference":
+        check_shape(OP, "gate", gate, d.shape, "check the axes", "this `d`")
+    if host_backend(OP, "d", d, "write d.T @ x") == "reference":
         return reference.outer_product(d if gate is None else d * gate, x).astype(np.float32)
     dw = np.empty((d.shape[1], x.shape[1]), np.float32)
     host_call(library(), "gpuxbar_outer_product", d, gate, x, dw, len(d), *dw.shape)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
-from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.checks import check_array, check_shape
 from gpuxbar.ops.tile_mvm_cuda import Shape, conductance_scale
 from gpuxbar.ops.tile_mvm_plan import STEP, gathered_chunks, step_lines
 
@@ -134,10 +134,8 @@ def check_packed(op: str, packed: PackedConductance) -> None:
     ):
         array = getattr(packed, name)
         check_array(op, f"packed.{name}", array, dtype, 1 if shape is None else len(shape))
-        if shape is not None and tuple(array.shape) != shape:
-            raise ValueError(
-                f"{op}: `packed.{name}` must have shape {shape}, got {tuple(array.shape)}; see PackedConductance"
-            )
+        if shape is not None:
+            check_shape(op, f"packed.{name}", array, shape, "see PackedConductance")
 
 
 def right_operand(

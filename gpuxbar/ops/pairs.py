@@ -8,7 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from gpuxbar import reference
-from gpuxbar.ops.checks import check_array, check_integers, check_kind, check_window, check_written
+from gpuxbar.ops.checks import (
+    check_array,
+    check_integers,
+    check_kind,
+    check_shape,
+    check_window,
+    check_written,
+)
 from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.laws import parameters
 from gpuxbar.ops.program import IDEAL
@@ -109,20 +116,14 @@ class Pairs:
         ):
             if array is not None:
                 check_array(OP, name, array, dtype, 3)
-                if array.shape != self.g.shape:
-                    raise ValueError(
-                        f"{OP}: `{name}` must have the shape of g, {tuple(self.g.shape)}, got {tuple(array.shape)}; check "
-                        "the axes"
-                    )
+                check_shape(OP, name, array, self.g.shape, "check the axes", "this `g`")
         if self.device_map is not None:
             check_array(OP, "device_map", self.device_map, "float16", 4)
             names = spread_names(self.law)
-            if self.device_map.shape != (len(names), *self.g.shape):
-                raise ValueError(
-                    f"{OP}: `device_map` must have shape {(len(names), *self.g.shape)} for a law that spreads in "
-                    f"{', '.join(names) or 'nothing'}, got {tuple(self.device_map.shape)}; make it by ops.device_map for "
-                    "that law"
-                )
+            check_shape(
+                OP, "device_map", self.device_map, (len(names), *self.g.shape), "make it by ops.device_map for that law",
+                f"a law that spreads in {', '.join(names) or 'nothing'}",
+            )  # fmt: skip
         check_written(OP, g=self.g, g_held=self.g_held, pulse_count=self.pulse_count)
 
     @property

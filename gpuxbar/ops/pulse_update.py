@@ -136,7 +136,8 @@ def pulse_update(
         settings = Update(train=Train.of(train), conv=Conv.of(conv), step=step, **size, **pairs.settings)
         host_call(
             library(), "gpuxbar_pulse_update", pairs.g, pairs.pulse_count, pairs.device_map, x, x.size, d, d.size, scale,
-            scale.reshape(groups, outputs).min(1), sign, weights, w_max, *words, length, slots, np.frombuffer(bytes(settings), np.uint8), train.mode == "aggregated", bad,
+            scale.reshape(groups, outputs).min(1), sign, weights, w_max, *words, length, slots, settings,
+            train.mode == "aggregated", bad,
         )  # fmt: skip
     for name, count in zip("xd", bad.tolist(), strict=True):
         require_finite(OP, name, count, "bad data")

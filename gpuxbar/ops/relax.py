@@ -69,8 +69,7 @@ def relax(pairs: Pairs, law: Retention, *, time: float | None = None, device: De
             g[...] = later if pairs.pulse_count is None else np.where(pairs.pulse_count < 0, g, later)
         else:
             host_call(
-                library(), "gpuxbar_relax", np.frombuffer(bytes(Settings(**decay)), np.uint8), g, pairs.pulse_count, planes,
-                rows, cols, pairs.seed,
+                library(), "gpuxbar_relax", Settings(**decay), g, pairs.pulse_count, planes, rows, cols, pairs.seed
             )  # fmt: skip
 
 

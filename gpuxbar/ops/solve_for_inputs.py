@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array
+from gpuxbar.ops.checks import check_array, check_shape
 from gpuxbar.ops.effective_conductance import check_conductance, device_lines, per_lines, tile_name
 from gpuxbar.ops.solve_for_inputs_cuda import solve_for_inputs_cuda, solve_for_inputs_gradient_cuda
 
@@ -112,11 +112,9 @@ def solve_for_inputs_gradient(
     given = {"r_wordline": r_wordline, "r_bitline": r_bitline, "r_source": r_source, "r_sink": r_sink}
     _check_shapes(op, v, g, tolerance)
     check_array(op, "grad_i", grad_i, "float32", v.ndim)
-    expected = (*v.shape[:-1], g.shape[-1])
-    if grad_i.shape != expected:
-        raise ValueError(
-            f"{op}: `grad_i` must have the shape of the currents {expected}, got {grad_i.shape}; give every one a gradient"
-        )
+    check_shape(
+        op, "grad_i", grad_i, (*v.shape[:-1], g.shape[-1]), "give every current a gradient", f"`v` {v.shape}"
+    )
     if device is not None or backend(g) == "cuda":
         place = device or cuda_device()
         lines = device_lines(op, place, given, *g.shape[-2:])

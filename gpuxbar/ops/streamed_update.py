@@ -142,14 +142,13 @@ def _gathered(lines: Lines, batch: int, x: Any, d: Any, w_max: Any) -> Any:
     total = np.zeros((slices, lines.groups, inputs, outputs), np.float32)
     if not (total.size and batch):
         return total
-    largest, settings = _largest(x, lines.groups), np.frombuffer(bytes(lines), np.uint8)
-    together = lines.samples(WORKSPACE, 1)
+    largest, together = _largest(x, lines.groups), lines.samples(WORKSPACE, 1)
     for first in range(0, batch, together):
         rows = min(together, batch - first) * streams
         bits, digits = np.empty((rows, inputs), np.float32), np.empty((slices, rows, outputs), np.float32)
         for group in range(lines.groups):
             host_call(
-                library(), "gpuxbar_streamed_lines", x, d, largest, w_max, settings, group, first, rows // streams, bits, digits,
+                library(), "gpuxbar_streamed_lines", x, d, largest, w_max, lines, group, first, rows // streams, bits, digits,
             )  # fmt: skip
             for k in range(slices):
                 if digits[k].any():  # the highest digits of small changes are 0

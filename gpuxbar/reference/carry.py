@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gpuxbar.reference.random import Purpose, normals, uniforms
+from gpuxbar.reference.program import written
+from gpuxbar.reference.random import Purpose, uniforms
 
 __all__ = ["carry", "slices_due"]
 
@@ -36,15 +37,15 @@ def carry(
     g_max: float,
     balanced: bool = True,
     pulse_count: np.ndarray | None = None,
-    write_noise: float = 0.0,
-    write_noise_slope: float = 0.0,
-    write_noise_curve: float = 0.0,
-    device_spread: float = 0.0,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
+    **writes: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(conductances after a carry, which devices were written), [2 slices, R, C] each; `rule` is a dumped `spec.Carry`."""
+    """(conductances after a carry, which devices were written), [2 slices, R, C] each.
+
+    `rule` is a dumped `spec.Carry`, and `writes` are as `written` has them.
+    """
     base, window, span = 2**slice_bits, 2 ** (slice_bits + rule["headroom_bits"]) - 1, g_max - g_min
     due = slices_due(updates, slices, base, rule["scheme"], rule["interval"])
     cells = np.array(g, np.float64)
@@ -57,35 +58,29 @@ def carry(
         free &= pulse_count >= 0
     pairs = free[:slices] & free[slices:]
     digits = (cells[:slices] - cells[slices:]) / span * window
-    written = np.zeros(digits.shape, bool)
+    changed = np.zeros(digits.shape, bool)
     for k in range(due):
         out = (
             np.trunc((np.abs(digits[k]) + UNRESOLVED) / base) * np.sign(digits[k]) * (pairs[k] & pairs[k + 1])
         )
         digits[k] -= base * out
         digits[k + 1] += out
-        written[k : k + 2] |= out != 0
+        changed[k : k + 2] |= out != 0
     if due == slices - 1:
         over = (np.abs(digits[-1]) + UNRESOLVED >= base) & pairs[-1]
         digits = np.where(over, np.sign(digits[-1]) * (base - 1), digits)
-        written |= over
+        changed |= over
     if due and not balanced:  # one-sided devices that have come far
         looked = slices if due == slices - 1 else due
         common = (np.minimum(cells[:slices], cells[slices:]) - g_min) / span * window
-        written[:looked] |= common[:looked] >= 1
+        changed[:looked] |= common[:looked] >= 1
     sides = np.concatenate([digits, -digits]) / window
     share = np.clip((1 + sides) / 2 if balanced else sides, 0, 1)
-    both = np.concatenate([written & pairs] * 2)
+    both = np.concatenate([changed & pairs] * 2)
     for plane in planes:
-        where: dict[str, Any] = {"slot": plane, "seed": seed}
-        target = g_min + span * share[plane]
-        r = target / g_max
-        deviation = write_noise + write_noise_slope * r + write_noise_curve * r**2
-        value = target * (
-            1 + device_spread * normals(rows, g.shape[2], purpose=Purpose.DEVICE_SPREAD, **where)
-        )
-        value += deviation * normals(
-            rows, g.shape[2], purpose=Purpose.CARRY, step=updates & 0xFFFFFFFF, **where
-        )
-        cells[plane] = np.where(both[plane], np.maximum(value, 0.0), cells[plane])
+        value = written(
+            g_min + span * share[plane], g_max=g_max, purpose=Purpose.CARRY, slot=plane, seed=seed, step=updates & 0xFFFFFFFF,
+            **writes,
+        )  # fmt: skip
+        cells[plane] = np.where(both[plane], value, cells[plane])
     return cells, both

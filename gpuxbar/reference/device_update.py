@@ -32,7 +32,6 @@ class Cells:
         device_map: dict[str, np.ndarray] | None = None,
     ) -> Cells:  # fmt: skip
         """The devices of a map (see `device_update`) or a seed; `floor` is the share of the window where g = 0."""
-
         z = drawn_devices(rows, cols, plane, seed)
         if device_map is not None:
             none = np.zeros((plane + 1, len(rows), cols))
@@ -50,17 +49,15 @@ class Cells:
     def law_window(self, rising: bool) -> tuple[np.ndarray, np.ndarray]:
         """(where a law's y is 0, and from there to where it is 1), in shares of the nominal window."""
         law, width = self.law, self.high - self.low
-        if (
-            law["law"] == "soft_bounds"
-        ):  # steps are nominal where those of the nominal device are alike, and 0 at the bound
+        if law["law"] == "soft_bounds":
+            # steps are nominal where those of the nominal device are alike, and 0 at the bound
             alike = law["up"] / (law["up"] + law["down"])
             if rising:
                 span = np.maximum(self.high - alike, min(1 - alike, 0.01)) / (1 - alike)
                 return self.high - span, span
             return self.low, np.maximum(alike - self.low, min(alike, 0.01)) / alike
-        if (
-            law["law"] == "exponential_step"
-        ):  # around the middle of the nominal window, as wide as the device's own
+        if law["law"] == "exponential_step":
+            # around the middle of the nominal window, as wide as the device's own
             return (1 - width) / 2, width
         return self.low, width
 

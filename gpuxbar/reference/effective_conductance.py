@@ -169,8 +169,8 @@ def _first_order_drops(g: np.ndarray, wires: Wires) -> np.ndarray:
     return along + down
 
 
-def mean_field(g: np.ndarray, wires: Wires, blocks: int = 16) -> np.ndarray:
-    """The ladder, plus the coupling between lines read off a coarsened tile of at most blocks x blocks cells.
+def mean_field(g: np.ndarray, wires: Wires) -> np.ndarray:
+    """The ladder, plus the coupling between lines read off a coarsened tile of at most 16 x 16 cells.
 
     k x k cells become one: their conductances in parallel, wires of k lines in parallel and k segments in series.
     What the coarse tile's exact G_eff has beyond its ladder, divided by the strengths P_I Q_L of its lines (sums of
@@ -178,7 +178,7 @@ def mean_field(g: np.ndarray, wires: Wires, blocks: int = 16) -> np.ndarray:
     """
     along, down = ladder_factors(g, wires)
     base = g * along * down
-    k = -(-max(g.shape[-2:]) // blocks)
+    k = -(-max(g.shape[-2:]) // 16)
     if k == 1:
         return -ports(g, wires)["LB"]
     coarse, coarse_wires = coarsen(g, wires, k)

@@ -33,16 +33,8 @@ class Wires:
     @classmethod
     def of(cls, rows: int, cols: int, r_wordline: Any, r_bitline: Any, r_source: Any, r_sink: Any) -> Wires:
         """One number for all lines, or one per line."""
-
-        def per_line(value: Any, count: int) -> np.ndarray:
-            return np.broadcast_to(np.asarray(value, np.float64), (count,))
-
-        return cls(
-            per_line(r_wordline, rows),
-            per_line(r_bitline, cols),
-            per_line(r_source, rows),
-            per_line(r_sink, cols),
-        )
+        given = (r_wordline, rows), (r_bitline, cols), (r_source, rows), (r_sink, cols)
+        return cls(*(np.broadcast_to(np.asarray(value, np.float64), (count,)) for value, count in given))
 
     def segments(self) -> tuple[np.ndarray, np.ndarray]:
         """Of every cell [R, C]: resistance of the wordline segment left of it, of the bitline segment below it."""

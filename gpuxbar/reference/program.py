@@ -13,7 +13,7 @@ import numpy as np
 
 from gpuxbar.reference.random import Purpose, normals, uniforms
 
-__all__ = ["fingerprint", "program", "reprogram"]
+__all__ = ["fingerprint", "program", "reprogram", "written"]
 
 
 def program(
@@ -28,24 +28,20 @@ def program(
     balanced: bool = False,
     levels: int | None = None,
     merge: str = "none",
-    write_noise: float = 0.0,
-    write_noise_slope: float = 0.0,
-    write_noise_curve: float = 0.0,
-    device_spread: float = 0.0,
     stuck_at_g_min: float = 0.0,
     stuck_at_g_max: float = 0.0,
     sigma_g: float = 0.0,
     exponent: float = 0.5,
     seed: int = 0,
     step: int = 0,
+    **writes: float,
 ) -> Any:
-    """See `gpuxbar.ops.program`; float64 throughout, rounded to float32 at the end."""
+    """See `gpuxbar.ops.program`; float64 throughout, rounded to float32 at the end. `writes`: as `written` has them."""
     n_groups, n_out, n_in = weight.shape
     scale = np.asarray(w_max, np.float64)
     scale = np.broadcast_to(scale.reshape(-1, 1, 1) if scale.size == 1 else scale.reshape(n_groups, n_out, 1), (n_groups, n_out, 1))  # fmt: skip
     w = np.clip(np.asarray(weight, np.float64) / scale, -1.0, 1.0)
     w = w.transpose(0, 2, 1).reshape(n_groups * n_in, n_out)
-    rows = np.arange(len(w))
     if merge == "offset":
         shares = [_offset_share(w, levels)]
     else:
@@ -59,17 +55,10 @@ def program(
         ]
     planes = []
     for slot, share in enumerate(shares):
-        g = g_min + share * (g_max - g_min)
-        where: dict[str, Any] = {"slot": slot, "seed": seed}
-        r = g / g_max
-        deviation = write_noise + write_noise_slope * r + write_noise_curve * r**2
-        if device_spread:
-            g = g * (1.0 + device_spread * normals(rows, n_out, purpose=Purpose.DEVICE_SPREAD, **where))
-        if write_noise or write_noise_slope or write_noise_curve:
-            g = g + deviation * normals(rows, n_out, purpose=Purpose.WRITE, step=step, **where)
-        g = np.maximum(g, 0.0)
+        target = g_min + share * (g_max - g_min)
+        g = written(target, g_max=g_max, purpose=Purpose.WRITE, slot=slot, seed=seed, step=step, **writes)
         if stuck_at_g_min or stuck_at_g_max:
-            u = uniforms(rows, n_out, purpose=Purpose.STUCK, **where)
+            u = uniforms(np.arange(len(g)), n_out, purpose=Purpose.STUCK, slot=slot, seed=seed)
             g = np.where(u < stuck_at_g_min, g_min, np.where(u > 1.0 - stuck_at_g_max, g_max, g))
         planes.append(g)
     devices = np.stack(planes)
@@ -79,6 +68,23 @@ def program(
         return g
     variance = (sigma_g * (devices / g_max) ** exponent) ** 2
     return g, _merged(variance, merge, slices, base**2, 1.0)
+
+
+def written(
+    target: np.ndarray, *, g_max: float, purpose: Purpose, slot: int, seed: int, step: int, device_spread: float = 0.0,
+    write_noise: float = 0.0, write_noise_slope: float = 0.0, write_noise_curve: float = 0.0,
+) -> np.ndarray:  # fmt: skip
+    """What a write leaves of the targets of a plane, [R, C], where no cell is stuck."""
+    rows, cols = np.arange(len(target)), target.shape[1]
+    where: dict[str, Any] = {"slot": slot, "seed": seed}
+    r = target / g_max
+    deviation = write_noise + write_noise_slope * r + write_noise_curve * r**2
+    g = target
+    if device_spread:
+        g = g * (1.0 + device_spread * normals(rows, cols, purpose=Purpose.DEVICE_SPREAD, **where))
+    if write_noise or write_noise_slope or write_noise_curve:
+        g = g + deviation * normals(rows, cols, purpose=purpose, step=step, **where)
+    return np.maximum(g, 0.0)
 
 
 def fingerprint(weight: np.ndarray) -> int:

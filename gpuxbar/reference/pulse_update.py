@@ -156,14 +156,8 @@ def pulse_update(
             if law["sides"] == "one_sided":
                 down = np.zeros_like(down)
             z = normals(
-                rows,
-                2 * n_out,
-                purpose=Purpose.PULSE_CYCLE,
-                slot=sample,
-                step=step,
-                seed=seed,
-                generator="fast",
-            )
+                rows, 2 * n_out, purpose=Purpose.PULSE_CYCLE, slot=sample, step=step, seed=seed, generator="fast"
+            )  # fmt: skip
             new = _after(devices, share, up / pulses, down / pulses, z[:, side::2])
             share = np.where(free & (up + down > 0), new, share)
             taken += np.where(free, up + down, 0).astype(np.int64)

@@ -191,13 +191,7 @@ def tile_mvm(
     purpose = Purpose.READ_TRANSPOSED if transposed else Purpose.READ
     code_max = 2 ** (adc_bits - 1) - 1 if adc_signed else 2**adc_bits - 1
     code_min = -code_max if adc_signed else 0
-    lsb = (
-        None
-        if not adc_bits
-        else np.broadcast_to(
-            np.asarray(adc_lsb, np.float64).ravel(), groups * sense if np.size(adc_lsb) > 1 else 1
-        )
-    )
+    lsb = np.asarray(adc_lsb, np.float64).ravel() if adc_bits else None
 
     y = np.zeros((batch, groups * sense))
     gate = np.zeros((batch, groups * sense))

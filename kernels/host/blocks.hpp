@@ -27,15 +27,10 @@ constexpr int ACROSS = 2;
 
 typedef float Lane __attribute__((vector_size(4 * LEAVES)));  // one value of every leaf of a group
 
-// The first `count` of LEAVES floats, the others 0.
-inline Lane some(const float* from, i64 count) {
-  Lane x = {};
-  if (count >= LEAVES)
-    std::memcpy(&x, from, sizeof x);
-  else
-    std::memcpy(&x, from, sizeof(float) * count);
-  return x;
-}
+using LaneMemory = Floats<LEAVES>::Vec;
+
+inline Lane load(const float* from) { return *(const LaneMemory*)from; }
+inline void store(float* to, const Lane& x) { *(LaneMemory*)to = x; }
 
 // ---------------------------------------------------------------- products
 
@@ -104,28 +99,9 @@ GPUXBAR_METHOD void product(i64 rows, i64 cols, i64 depth, const Lane* at, i64 l
 
 // ---------------------------------------------------------------- transposes and inverse
 
-// to[j][i] = from[i][j] of STEP x STEP.
-template <int STEP>
-inline void mirror_tile(const float* from, i64 ld_from, float* to, i64 ld_to) {
-  using V = typename Floats<STEP>::Vec;
-  typedef float Row __attribute__((vector_size(4 * STEP)));
-  Row rows[STEP];
-#pragma GCC unroll 16
-  for (int i = 0; i < STEP; ++i) rows[i] = *(const V*)(from + i * ld_from);
-  swap_lanes<1>(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < STEP; ++i) *(V*)(to + i * ld_to) = rows[i];
-}
-
-// to = from', from [rows, cols]; rows and cols are multiples of 8.
+// to = from', from [rows, cols]. One copy of it, too.
 __attribute__((noinline)) inline void mirror(i64 rows, i64 cols, const float* from, i64 ld_from, float* to, i64 ld_to) {
-  const i64 high = rows / WIDTH * WIDTH, wide = cols / WIDTH * WIDTH;
-  for (i64 i = 0; i < high; i += WIDTH)
-    for (i64 j = 0; j < wide; j += WIDTH)
-      mirror_tile<WIDTH>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
-  for (i64 i = 0; i < rows; i += 8)
-    for (i64 j = i < high ? wide : 0; j < cols; j += 8)
-      mirror_tile<8>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+  transpose(from, ld_from, rows, cols, to, ld_to);
 }
 
 inline void mirror(i64 rows, i64 cols, const Lane* from, i64 ld_from, Lane* to, i64 ld_to) {
@@ -180,7 +156,7 @@ inline void invert(i64 n, float* m, i64 ld, float* work) {
     float turned[LEAF * LEAF];
     for (int i = 0; i < LEAF; ++i) pivot[i] = *(const Panel*)(m + (t + i) * ld + t);
     invert_rows(pivot);
-    mirror_tile<LEAF>((const float*)pivot, LEAF, turned, LEAF);
+    transpose_tile<LEAF>([&](int i) { return pivot + i; }, turned, LEAF);
     for (int i = 0; i < LEAF; ++i) {
       Panel unit = {};
       unit[i] = 1.0f;

@@ -4,7 +4,8 @@
 // depend on threads. Meaning and oracle: gpuxbar/reference/carry.py.
 #include <algorithm>
 
-#include "cells.hpp"
+#include "draw.hpp"
+#include "finite.hpp"
 #include "gpuxbar/slices.cuh"
 #include "writes.hpp"
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "draw.hpp"
+#include "gpuxbar/endurance.cuh"
 #include "gpuxbar/update.cuh"
 
 namespace gpuxbar {
@@ -75,16 +76,10 @@ struct Draws {
       if (wanted(k)) draw_words<7>(Draw{OF[k], at.plane, 0, keys}, at.row, at.col0, word[k]);
     for (int k = 0; k < 3; ++k) {
       float *a = normal[2 * k], *b = normal[2 * k + 1];
-      if (!wanted(k)) {
+      if (wanted(k))
+        make_pairs(word[k], a, b);
+      else
         std::fill(a, a + 2 * WIDE_ROW, 0.0f);
-        continue;
-      }
-#pragma omp simd
-      for (int j = 0; j < WIDE_ROW; ++j) {
-        const Pair pair = normal_pair_fast(word[k][j]);
-        a[j] = pair.a;
-        b[j] = pair.b;
-      }
     }
   }
 };
@@ -107,17 +102,23 @@ static inline void draw_free(float stuck_low, float stuck_high, const Place& at,
   }
 }
 
-static inline i64 count_not_finite(const float* values, i64 size) {
-  constexpr i64 PIECE = 4096;  // counts of a piece stay in the lanes that compare
-  i64 count = 0;
-  for (i64 first = 0; first < size; first += PIECE) {
-    const i64 end = std::min(first + PIECE, size);
-    u32 found = 0;
-#pragma omp simd reduction(+ : found)
-    for (i64 e = first; e < end; ++e) found += (float_bits(values[e]) & 0x7F800000u) == 0x7F800000u;
-    count += found;
+// Counts the pulses of a row of devices, and leaves those that fail by them where they fail; `shown` may be null.
+static inline void wear_row(const Endurance e, const Place& at, const WideKeys& keys, const i32* pulses, i64 count,
+                            i32* taken, float* x, float* shown) {
+  alignas(64) float z[WIDE_ROW] = {}, none[WIDE_ROW] = {};
+  alignas(64) i32 now[WIDE_ROW] = {};
+  if (e.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, keys}, at.row, at.col0, z);
+  std::copy(taken, taken + count, now);
+  float* seen = shown ? shown : none;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) {
+    const bool touched = pulses[j] > 0;  // and so alive
+    const i32 after = after_wear(e, touched ? now[j] : 0, pulses[j], z[j]);
+    now[j] = touched ? after : now[j];
+    x[j] = touched && after < 0 ? failed_share(e, x[j]) : x[j];
+    seen[j] = touched && after < 0 ? failed_share(e, seen[j]) : seen[j];
   }
-  return count;
+  std::copy(now, now + count, taken);
 }
 
 template <int KIND>

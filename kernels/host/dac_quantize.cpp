@@ -5,13 +5,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "finite.hpp"
 #include "gpuxbar/converter.cuh"
 
 using namespace gpuxbar;
 
 namespace {
-
-constexpr u32 NOT_FINITE = 0x7F800000u;  // the bits of infinity; those of NaN are above
 
 // Values [rows, channels, each], those of a channel times its scale.
 struct Scaled {
@@ -36,8 +35,8 @@ struct Scaled {
 extern "C" void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* codes, i64 rows, i64 per_row, i64 lsb_count,
                                      i64 code_max, i64 is_signed, i64* bad) {
   const float top = (float)code_max, bottom = is_signed ? -top : 0.0f;
-  i64 not_finite = 0;
-#pragma omp parallel for reduction(+ : not_finite) schedule(static)
+  i64 found = 0;
+#pragma omp parallel for reduction(+ : found) schedule(static)
   for (i64 block = 0; block < (rows * per_row + 4095) / 4096; ++block) {
     const i64 end = std::min(rows * per_row, (block + 1) * 4096);
     for (i64 e = block * 4096; e < end;) {
@@ -45,14 +44,14 @@ extern "C" void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* code
       const float inverse = 1.0f / lsb[lsb_count > 1 ? row : 0];
       i64 odd = 0;
       for (i64 k = e; k < stop; ++k) {
-        odd += (float_bits(x[k]) & 0x7F800000u) == 0x7F800000u;
+        odd += not_finite(x[k]);
         codes[k] = (i16)(i32)dac_code(x[k], inverse, bottom, top);
       }
-      not_finite += odd;
+      found += odd;
       e = stop;
     }
   }
-  *bad = not_finite;
+  *bad = found;
 }
 
 extern "C" void gpuxbar_dac_fit(const float* x,      // [rows, channels, each]
@@ -74,10 +73,10 @@ extern "C" void gpuxbar_dac_fit(const float* x,      // [rows, channels, each]
   }
   const u32 most = rows ? *std::max_element(largest.begin(), largest.end()) : 0;
   *bad = 0;
-  if (most >= NOT_FINITE) {
+  if (most >= INFINITE) {
     for (i64 row = 0; row < rows; ++row)
       values.row(row, [&](i64, i64 count, const auto& value) {
-        for (i64 i = 0; i < count; ++i) *bad += (float_bits(value(i)) & NOT_FINITE) == NOT_FINITE;
+        for (i64 i = 0; i < count; ++i) *bad += not_finite(value(i));
       });
     return;
   }

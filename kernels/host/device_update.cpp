@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "cells.hpp"
-#include "gpuxbar/endurance.cuh"
+#include "finite.hpp"
 #include "gpuxbar/slices.cuh"
 
 using namespace gpuxbar;
@@ -46,29 +46,6 @@ struct Arrays {
 };
 
 using Block = float[LINES][WIDE_ROW];
-
-// Count the pulses of changes d on a row of devices, and leave those that fail by them where they fail.
-void wear_row(const Update& u, const WideKeys& keys, const Place& at, const float* d, i64 count, i32* taken, float* x,
-              float* shown) {
-  alignas(64) float z[WIDE_ROW] = {}, part[WIDE_ROW];
-  const Endurance e = u.endurance;
-  if (e.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, keys}, at.row, at.col0, z);
-  draw_uniforms(Draw{WEAR, at.plane, (u32)u.step, keys}, at.row, at.col0, part);
-  alignas(64) i32 now[WIDE_ROW] = {};
-  alignas(64) float none[WIDE_ROW] = {};
-  std::copy(taken, taken + count, now);
-  float* seen = shown ? shown : none;
-  const float pulses = u.law.pulses;
-#pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    const bool touched = d[j] > 0.0f;  // and so alive
-    const i32 after = after_wear(e, touched ? now[j] : 0, whole_pulses(d[j] * pulses, part[j]), z[j]);
-    now[j] = touched ? after : now[j];
-    x[j] = touched && after < 0 ? failed_share(e, x[j]) : x[j];
-    seen[j] = touched && after < 0 ? failed_share(e, seen[j]) : seen[j];
-  }
-  std::copy(now, now + count, taken);
-}
 
 // A row of devices on one side of their pairs, in shares of the window.
 struct alignas(64) Row {
@@ -150,6 +127,15 @@ void show(const Update& u, const WideKeys& keys, Row& r) {
     r.shown[j] = r.d[j] > 0.0f ? max(fma(s.write_noise, write[j], r.x[j]), s.floor) : r.shown[j];
 }
 
+// Whole pulses of the changes.
+void count_pulses(const Update& u, const WideKeys& keys, const Row& r, i32* pulses) {
+  alignas(64) float part[WIDE_ROW];
+  draw_uniforms(Draw{WEAR, r.at.plane, (u32)u.step, keys}, r.at.row, r.at.col0, part);
+  const float most = u.law.pulses;
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) pulses[j] = r.d[j] > 0.0f ? whole_pulses(r.d[j] * most, part[j]) : 0;
+}
+
 // A cell that did not move keeps its bits.
 void write_back(float* cells, const float* x, const float* before, float g_min, float range, i64 count) {
   each_cell(count, [=](i64 j) { cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j]; });
@@ -199,8 +185,12 @@ void update_rows(const Update& u, const Arrays& a, i32 sides, const float* chang
   for (Row* r = rows; r < rows + sides; ++r) move<L>(u.law, *r);
   for (Row* r = rows; r < rows + sides; ++r) {
     if (a.g_held) show(u, a.keys, *r);
-    if (a.pulse_count)
-      wear_row(u, a.keys, r->at, r->d, count, a.pulse_count + r->first, r->x, a.g_held ? r->shown : nullptr);
+    if (a.pulse_count) {
+      alignas(64) i32 pulses[WIDE_ROW];
+      count_pulses(u, a.keys, *r, pulses);
+      float* const shown = a.g_held ? r->shown : nullptr;
+      wear_row(u.endurance, r->at, a.keys, pulses, count, a.pulse_count + r->first, r->x, shown);
+    }
     write_back(held + r->first, r->x, r->before, u.g_min, u.range, count);
     if (a.g_held) write_back(a.g + r->first, r->shown, r->shown_before, u.g_min, u.range, count);
   }

@@ -103,16 +103,21 @@ static inline void draw_pairs_at(const Draw& d, u32 row, i64 count, const Lines&
   }
 }
 
-// The same of one slot.
-static inline void draw_pairs(const Draw& d, u32 row, i64 col0, float* a, float* b) {
-  alignas(64) u32 word[WIDE_ROW];
-  draw_words<7>(d, row, col0, word);
+// Two normals of each word of a row by the fast generator.
+static inline void make_pairs(const u32* word, float* a, float* b) {
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
     const Pair pair = normal_pair_fast(word[j]);
     a[j] = pair.a;
     b[j] = pair.b;
   }
+}
+
+// Two normals of each column of a row by the fast generator.
+static inline void draw_pairs(const Draw& d, u32 row, i64 col0, float* a, float* b) {
+  alignas(64) u32 word[WIDE_ROW];
+  draw_words<7>(d, row, col0, word);
+  make_pairs(word, a, b);
 }
 
 }  // namespace gpuxbar

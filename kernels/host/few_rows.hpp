@@ -152,14 +152,9 @@ inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, 
                           i64 plane, i64 pass, float weight, StripWork& w) {
   const float code_max = p.code_max(), code_min = p.code_min(), share = gpuxbar::abs(weight);
   const float per_ampere = p.per_ampere();
-  alignas(64) float lsb[STRIP], factor[STRIP], gain[STRIP], offset[STRIP];
-  std::fill_n(lsb, STRIP, p.adc_bits ? p.adc_lsb[0] : 1.0f);
-  std::fill_n(factor, STRIP, steps_of_one(p.amperes(), lsb[0]));
-  if (p.adc_bits && p.adc_per_column)
-    for (i64 j = strip.begin; j < strip.end; ++j) {
-      lsb[j] = p.adc_lsb[strip.column + j];
-      factor[j] = steps_of_one(p.amperes(), lsb[j]);
-    }
+  const Converters<STRIP> adc(p, strip.column, strip.begin, strip.end);
+  const float *lsb = adc.lsb, *factor = adc.factor;
+  alignas(64) float gain[STRIP], offset[STRIP];
   if (p.adc_bits) std::memset(w.codes.get(), 0, sizeof(i32) * p.batch * STRIP);
   for (i64 t = 0; t < s.tiles; ++t) {
     const i64 k0 = t * p.tile, length = std::min(p.tile, s.drive - k0);
@@ -239,8 +234,7 @@ inline void read_few(const TileMvm& p, const Shape& s, float share) {
         std::memset(work.sum, 0, sizeof(float) * p.batch * STRIP);
         if (p.gate) std::memset(work.gate, 0, sizeof(float) * p.batch * STRIP);
         for (i64 pass = 0; pass < s.passes; ++pass) {
-          const Pass way = pass_of(p, pass);
-          const float weight = (way.phase < 0 ? -way.weight : way.weight) * p.slice_scale[plane];
+          const float weight = pass_of(p, pass).weight * p.slice_scale[plane];
           const i64 at = strip.group * group_lines + pass * lines;
           convert_strip(p, s, strip, a + at, a2 + at, plane, pass, weight, work);
         }

@@ -4,6 +4,8 @@
 #include <memory>
 
 #include "blocks.hpp"
+#include "finite.hpp"
+#include "threads.hpp"
 
 using namespace gpuxbar;
 using namespace gpuxbar::blocks;
@@ -11,11 +13,6 @@ using namespace gpuxbar::blocks;
 namespace {
 
 // ---------------------------------------------------------------- lines on their own
-
-using Row = Floats<LEAVES>::Vec;
-
-inline Lane load(const float* from) { return *(const Row*)from; }
-inline void store(float* to, const Lane& x) { *(Row*)to = x; }
 
 // The largest of many numbers that are to be finite and not negative, as bits; -0 counts as 0.
 struct Largest {
@@ -28,7 +25,7 @@ struct Largest {
   bool sound() const {
     u32 largest = 0;
     for (int lane = 0; lane < LEAVES; ++lane) largest = std::max(largest, bits[lane]);
-    return largest < 0x7F800000u;
+    return largest < INFINITE;
   }
 };
 
@@ -240,6 +237,8 @@ void first_order(const float* g, i64 rows, i64 cols, Lines lines, float* out, fl
 
 // ---------------------------------------------------------------- lines and a coarse tile
 
+constexpr i64 SIDE = 16;  // the most cells along a side of the coarse tile
+
 // Merges k x k cells into one, so that the coupling between lines is read off a small tile.
 struct Coarse {
   i64 k, rows, cols, pad;  // of the coarse tile; open cells added at the top
@@ -247,16 +246,15 @@ struct Coarse {
   i64 fine_rows, fine_cols;
   std::unique_ptr<const Ladder> ladder;  // of the coarse tile
 
-  Coarse(i64 rows, i64 cols, Lines lines, i64 blocks) : fine_rows(rows), fine_cols(cols) {
-    k = (std::max(rows, cols) + blocks - 1) / blocks;
+  Coarse(i64 rows, i64 cols, Lines lines) : fine_rows(rows), fine_cols(cols) {
+    k = (std::max(rows, cols) + SIDE - 1) / SIDE;
     this->rows = (rows + k - 1) / k, this->cols = (cols + k - 1) / k;
     pad = this->rows * k - rows;
     merge_lines(rows, pad, lines.wordline, lines.source, wordline, source);
     merge_lines(cols, 0, lines.bitline, lines.sink, bitline, sink);
     ladder = std::make_unique<const Ladder>(this->rows, this->cols, this->lines());
   }
-  // k lines side by side and k segments in a row: the segment stays, and the end hangs (k - 1) / 2 segments before
-  // the middle of the block
+  // k lines side by side and k segments in a row.
   void merge_lines(i64 count, i64 before, const float* segment, const float* end, std::vector<float>& segments,
                    std::vector<float>& ends) const {
     for (i64 block = 0; block * k < count + before; ++block) {
@@ -265,19 +263,11 @@ struct Coarse {
       for (i64 i = from; i < to; ++i) wire += segment[i], last += end[i];
       wire /= (double)(to - from), last /= (double)(to - from);
       segments.push_back((float)wire);
-      ends.push_back((float)((last + wire * (double)(k - 1) / 2) / (double)k));
+      ends.push_back((float)coarse_end(last, wire, (int)k));
     }
   }
   Lines lines() const { return {wordline.data(), bitline.data(), source.data(), sink.data()}; }
   i64 work() const { return rows * cols * 3 + rows + cols + fine_rows + fine_cols * (1 + rows) + ladder->work(); }
-
-  // where cell `i` lies between the centres of blocks: the lower one, and the share of the next
-  i64 between(i64 i, i64 before, i64 blocks, float* share) const {
-    const float at = ((float)(i + before) + 0.5f) / (float)k - 0.5f;
-    const i64 low = std::max<i64>(0, std::min((i64)std::max(at, 0.0f), blocks - 2));
-    *share = std::max(0.0f, std::min(1.0f, at - (float)low));
-    return low;
-  }
 
   // g_eff holds the ladder of g; adds the coupling.
   void add_coupling(const float* g, float* g_eff, Builder& builder, float* work) const {
@@ -316,17 +306,19 @@ struct Coarse {
         const float coupling = -exact.part(L, B)[(r + builder.pad) * exact.ld + c] - alone[r * cols + c];
         smooth[r * cols + c] = strength > 0.0f ? coupling / strength : 0.0f;
       }
-    float share;
     for (i64 j = 0; j < fine_cols; ++j) {
-      const i64 c = between(j, 0, cols, &share), next = std::min(c + 1, cols - 1);
+      const Between c = between((int)j, (int)k, (int)cols);
+      const i64 next = std::min<i64>(c.low + 1, cols - 1);
       for (i64 r = 0; r < rows; ++r)
-        across[r * fine_cols + j] = q[j] * ((1.0f - share) * smooth[r * cols + c] + share * smooth[r * cols + next]);
+        across[r * fine_cols + j] =
+            q[j] * ((1.0f - c.share) * smooth[r * cols + c.low] + c.share * smooth[r * cols + next]);
     }
     for (i64 i = 0; i < fine_rows; ++i) {
-      const i64 r = between(i, pad, rows, &share), next = std::min(r + 1, rows - 1);
-      const float low = p[i] * (1.0f - share), high = p[i] * share;
+      const Between r = between((int)(i + pad), (int)k, (int)rows);
+      const i64 next = std::min<i64>(r.low + 1, rows - 1);
+      const float low = p[i] * (1.0f - r.share), high = p[i] * r.share;
       for (i64 j = 0; j < fine_cols; ++j)
-        g_eff[i * fine_cols + j] += low * across[r * fine_cols + j] + high * across[next * fine_cols + j];
+        g_eff[i * fine_cols + j] += low * across[r.low * fine_cols + j] + high * across[next * fine_cols + j];
     }
   }
 };
@@ -338,7 +330,7 @@ bool sound(const float* x, i64 count, bool signs) {
   const u32 mask = signs ? 0xFFFFFFFFu : 0x7FFFFFFFu;
   u32 largest = 0;
   for (i64 e = 0; e < count; ++e) largest = std::max(largest, float_bits(x[e] + 0.0f) & mask);
-  return largest < 0x7F800000u;
+  return largest < INFINITE;
 }
 
 // Adds to a tile's approximation what it was off by at its last exact solution, down to 0.
@@ -368,11 +360,6 @@ float moved(const float* g, const float* anchor, i64 count) {
   return sqrt_fast(away / std::max(whole, 1e-30f));  // far below the square of a conductance
 }
 
-void note(i64* first, i64 tile) {
-#pragma omp critical
-  if (*first < 0 || tile < *first) *first = tile;
-}
-
 }  // namespace
 
 enum Method { NONE, FIRST_ORDER, LADDER, MEAN_FIELD, EXACT };
@@ -384,9 +371,9 @@ enum Method { NONE, FIRST_ORDER, LADDER, MEAN_FIELD, EXACT };
 extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wordline, const float* r_bitline,
                                               const float* r_source, const float* r_sink, float* g_eff,
                                               float* admittance, const float* offset, const float* anchor, float* drift,
-                                              i64 tiles, i64 rows, i64 cols, i64 method, i64 blocks, i64* bad) {
+                                              i64 tiles, i64 rows, i64 cols, i64 method, i64* bad) {
   const Lines lines{r_wordline, r_bitline, r_source, r_sink};
-  const Coarse coarse(rows, cols, lines, blocks);
+  const Coarse coarse(rows, cols, lines);
   const Ladder alone(rows, cols, lines);
   if (method == MEAN_FIELD && coarse.k == 1) method = EXACT;
   const Builder plan = method == MEAN_FIELD ? Builder(coarse.rows, coarse.cols, coarse.lines(), false)
@@ -410,14 +397,14 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
       if (method == LADDER) {
         const Ladder::Sound sound = alone.solve(from, to, work);
         if (!sound.given)
-          note(bad, tile);
+          note_first(bad, tile);
         else if (!sound.found)
-          note(bad + 1, tile);
+          note_first(bad + 1, tile);
         if (offset) correct(to, offset + tile * rows * cols, rows * cols);
         continue;
       }
       if (!sound(from, rows * cols, true)) {
-        note(bad, tile);
+        note_first(bad, tile);
         continue;
       }
       if (method == NONE) std::memcpy(to, from, sizeof(float) * rows * cols);
@@ -437,7 +424,7 @@ extern "C" void gpuxbar_effective_conductance(const float* g, const float* r_wor
                         sizeof(float) * rows);
       }
       if (offset) correct(to, offset + tile * rows * cols, rows * cols);
-      if (!sound(to, rows * cols, false)) note(bad + 1, tile);
+      if (!sound(to, rows * cols, false)) note_first(bad + 1, tile);
     }
   }
 }

@@ -111,10 +111,6 @@ void split(const Block<E>& a, const Block<E>& b, bool along_rows, Wanted wanted,
                   row > half * wide1 ? h + half * (k * ld + k) : nullptr, ld, 1.0f, h + half * (k * ld + k), ld);
         row += rows;
       }
-    if (!wide1)
-      for (i64 i = 0; i < k; ++i) std::fill_n(h + i * ld, 2 * k, E{});
-    if (wide1 == n)
-      for (i64 i = 0; i < k; ++i) std::fill_n(h + (k + i) * ld + k, k, E{});
     mirror(k, k, h + k, ld, h + k * ld, ld);
     mirror(n, 2 * k, u, ld, u_t, ld_t);
     product(2 * k, 2 * k, 2 * k, h, ld, t, ld, nullptr, 0, 1.0f, g, ld);
@@ -242,7 +238,7 @@ struct Adjoint {
     Lane* const q = lane_grads.take(SIDE * SIDE);
     for (i64 e0 = 0; lane_grads.base && e0 < SIDE * SIDE; e0 += LEAVES) {
       Lane square[LEAVES];
-      for (int lane = 0; lane < LEAVES; ++lane) square[lane] = some(leaf_grads + lane * SIDE * SIDE + e0, LEAVES);
+      for (int lane = 0; lane < LEAVES; ++lane) square[lane] = load(leaf_grads + lane * SIDE * SIDE + e0);
       swap_lanes<1>(square);
       std::copy(square, square + LEAVES, q + e0);
     }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "finite.hpp"
 #include "writes.hpp"
 
 using namespace gpuxbar;
@@ -13,7 +14,6 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 16;
-constexpr u32 INFINITE = 0x7F800000u;  // bits of infinity; NaN is above
 
 // What a write leaves of the targets of plane `slot`, in place.
 void write_row(const Programming p, const WideKeys& keys, u32 slot, u32 row, i64 col0, float* g) {
@@ -73,26 +73,6 @@ void store_row(const Programming& p, i64 k, const float* pos, const float* neg, 
     store(sum, out, count);
 }
 
-// Even elements first, odd ones after: the bits of an index rotate right by one.
-void deinterleave(const float* x, float* y) {
-  constexpr int HALF = LINES * WIDE_ROW / 2;
-#pragma omp simd
-  for (int n = 0; n < HALF; ++n) {
-    y[n] = x[2 * n];
-    y[n + HALF] = x[2 * n + 1];
-  }
-}
-
-// rows[bitline][wordline] to block[wordline][bitline]; `rows` is used up.
-void transpose(float* rows, float* block) {
-  static_assert(LINES == 16, "four rotations of an index");
-  deinterleave(rows, block);
-  deinterleave(block, rows);
-  deinterleave(rows, block);
-  deinterleave(block, rows);
-  std::copy(rows, rows + WIDE_ROW * LINES, block);
-}
-
 // Weights of up to 64 bitlines and 16 wordlines, transposed: in units of w_max, and the codes of sliced ones.
 void load_block(const Programming& p, const float* weight, const float* w_max, i64 output, i64 i0, i64 lines, i64 count,
                 float* block, float* codes) {
@@ -111,8 +91,8 @@ void load_block(const Programming& p, const float* weight, const float* w_max, i
 #pragma omp simd
       for (int i = 0; i < LINES; ++i) row_code[i] = bits_float(weight_code(line[i], inverse, top));
   }
-  transpose(rows, block);
-  if (p.slice_bits) transpose(row_codes, codes);
+  transpose(rows, LINES, WIDE_ROW, LINES, block, WIDE_ROW);
+  if (p.slice_bits) transpose(row_codes, LINES, WIDE_ROW, LINES, codes, WIDE_ROW);
 }
 
 // Every cell of finite weights.
@@ -150,13 +130,6 @@ void program_cells(const Programming& p, const float* weight, const float* w_max
           }
         }
       }
-}
-
-i64 count_not_finite(const float* x, i64 count) {
-  i64 found = 0;
-#pragma omp parallel for reduction(+ : found) schedule(static) if (count >= WORTH_A_THREAD)
-  for (i64 e = 0; e < count; ++e) found += (float_bits(x[e]) & INFINITE) == INFINITE;
-  return found;
 }
 
 // Bits of the largest magnitude: order as the magnitudes do, infinity and NaN last.

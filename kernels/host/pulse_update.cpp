@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cells.hpp"
-#include "gpuxbar/endurance.cuh"
+#include "finite.hpp"
 #include "gpuxbar/pulses.cuh"
 #include "gpuxbar/slices.cuh"
 #include "images.hpp"
@@ -401,7 +401,7 @@ struct alignas(64) Events {
       for (i64 r = k; r < k + LANES; ++r)
         std::fill(of_device[order[r]] + found[order[r]], of_device[order[r]] + whole, 0u);
       for (i64 t = 0; t < whole; t += LANES)
-        transpose_tile([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
+        transpose_tile<LANES>([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
     }
   }
 
@@ -777,24 +777,6 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
   }
 }
 
-// Count the pulses of a row of devices, and leave those that fail by them where they fail.
-void wear_row(const Update& u, const WideKeys& keys, const Place& at, const i32* more, i64 count, i32* taken,
-              float* x) {
-  alignas(64) float z[WIDE_ROW] = {};
-  if (u.endurance.spread > 0.0f) draw_normals(Draw{ENDURANCE, at.plane, 0, keys}, at.row, at.col0, z);
-  alignas(64) i32 now[WIDE_ROW] = {};
-  std::copy(taken, taken + count, now);
-  const Endurance e = u.endurance;
-#pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    const bool touched = more[j] > 0;  // and so alive
-    const i32 after = after_wear(e, touched ? now[j] : 0, more[j], z[j]);
-    now[j] = touched ? after : now[j];
-    x[j] = touched && after < 0 ? failed_share(e, x[j]) : x[j];
-  }
-  std::copy(now, now + count, taken);
-}
-
 template <class L, bool IMPLICIT>
 void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, Block& block) {
   block.counted = a.pulse_count != nullptr;
@@ -823,8 +805,8 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
     for (i64 i = 0; i < lines; ++i) {
       float *to = cells(side, 0, i), *x = block.x[side][i], *before = block.before[side][i];
       if (block.counted)
-        wear_row(u, a.keys, u.place(side, group, i0 + i, o0), block.more[side][i], count, a.pulse_count + (to - a.g),
-                 x);
+        wear_row(u.endurance, u.place(side, group, i0 + i, o0), a.keys, block.more[side][i], count,
+                 a.pulse_count + (to - a.g), x, nullptr);
 #pragma omp simd
       for (i64 j = 0; j < count; ++j)
         to[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : to[j];  // a cell that did not move keeps its bits

@@ -42,6 +42,22 @@ struct Shape {
   i64 drive, sense, tiles, passes;
 };
 
+// Converters of COUNT columns, of which those from `begin` to `end` - 1 are real.
+template <int COUNT>
+struct Converters {
+  alignas(64) float lsb[COUNT], factor[COUNT];
+  Converters(const TileMvm& p, i64 column, i64 begin, i64 end) {
+    const float one = p.adc_bits ? p.adc_lsb[0] : 1.0f;
+    std::fill_n(lsb, COUNT, one);
+    std::fill_n(factor, COUNT, steps_of_one(p.amperes(), one));
+    if (!p.adc_bits || !p.adc_per_column) return;
+    for (i64 j = begin; j < end; ++j) {
+      lsb[j] = p.adc_lsb[column + j];
+      factor[j] = steps_of_one(p.amperes(), lsb[j]);
+    }
+  }
+};
+
 // One pass of the DAC: which bits of a code are driven, and their digital weight.
 struct Pass {
   int shift, phase;
@@ -52,7 +68,7 @@ inline Pass pass_of(const TileMvm& p, i64 index) {
   const int stream = (int)(index % p.streams), shift = (int)(stream * p.stream_bits);
   const float weight = (float)(1ull << shift);
   if (p.phases == 1) return Pass{shift, 0, weight};
-  return index < p.streams ? Pass{shift, 1, weight} : Pass{shift, -1, weight};
+  return index < p.streams ? Pass{shift, 1, weight} : Pass{shift, -1, -weight};
 }
 
 // What the driven array drives in a pass, in units of v_lsb.

@@ -17,4 +17,10 @@ inline i64 threads_here() { return 1; }
 inline i64 threads_to_come() { return 1; }
 #endif
 
+// The first of the things that threads found, in their order; -1 before any.
+inline void note_first(i64* first, i64 found) {
+#pragma omp critical
+  if (*first < 0 || found < *first) *first = found;
+}
+
 }  // namespace gpuxbar

@@ -95,21 +95,6 @@ void pack_panels(const TileMvm& p, const Shape& s, const float* m, i64 plane, co
       });
 }
 
-// Converters of a panel's columns.
-struct Converters {
-  alignas(64) float lsb[COLS], factor[COLS];
-  Converters(const TileMvm& p, const Panel& panel) {
-    const float one = p.adc_bits ? p.adc_lsb[0] : 1.0f;
-    std::fill_n(lsb, COLS, one);
-    std::fill_n(factor, COLS, steps_of_one(p.amperes(), one));
-    if (!p.adc_bits || !p.adc_per_column) return;
-    for (i64 j = panel.begin; j < panel.end; ++j) {
-      lsb[j] = p.adc_lsb[panel.column + j];
-      factor[j] = steps_of_one(p.amperes(), lsb[j]);
-    }
-  }
-};
-
 // Where the sums of a block go: vector v of the rows of column j to `to + j * column + vector[v]`.
 struct Way {
   float* to;
@@ -184,7 +169,7 @@ class Reader {
 
   // Reads a panel of a plane, whose packed conductances and variances are b and b2, and adds the block's results to y.
   void read(const Panel& panel, const float* b, const float* b2, i64 plane) {
-    const Converters adc(p, panel);
+    const Converters<COLS> adc(p, panel.column, panel.begin, panel.end);
     const bool sent = send_to(panel, plane == 0);
     if (s.passes > 1 || !p.adc_bits) std::fill_n(sum.at, COLS * ROWS, 0.0f);
     if (p.gate) std::fill_n(gate.at, COLS * ROWS, 0.0f);
@@ -256,9 +241,8 @@ class Reader {
   }
 
   // Converts partial sums; behind the last tile of the last pass, sums of all are sent on their way.
-  void convert(const Panel& panel, const Converters& adc, i64 plane, i64 pass, i64 tile) {
-    const Pass bits = pass_of(p, pass);
-    const float weight = (bits.phase < 0 ? -bits.weight : bits.weight) * p.slice_scale[plane];
+  void convert(const Panel& panel, const Converters<COLS>& adc, i64 plane, i64 pass, i64 tile) {
+    const float weight = pass_of(p, pass).weight * p.slice_scale[plane];
     const float code_max = p.code_max(), code_min = p.code_min(), part = gpuxbar::abs(weight);
     const i64 count = lanes;
     const bool begun = tile > 0, last = tile == s.tiles - 1, done = last && pass == s.passes - 1;
@@ -391,7 +375,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   const i64 units = (p.batch + unit_rows - 1) / unit_rows;
   float weights = 0.0f;
   for (i64 plane = 0; plane < p.planes; ++plane)
-    for (i64 pass = 0; pass < s.passes; ++pass) weights += gpuxbar::abs(p.slice_scale[plane]) * pass_of(p, pass).weight;
+    for (i64 pass = 0; pass < s.passes; ++pass) weights += gpuxbar::abs(p.slice_scale[plane] * pass_of(p, pass).weight);
   const float share = gpuxbar::gate_part(weights, s.tiles);
   if (!p.conv && p.batch <= FEW) {
     read_few(p, s, share);

@@ -207,29 +207,35 @@ inline void swap_lanes(V (&rows)[N]) {
   if constexpr (2 * STRIDE < N) swap_lanes<2 * STRIDE>(rows);
 }
 
-// to[j][i] = row(i)[j] of a tile of LANES x LANES.
-template <class Row, class Value>
+// to[j][i] = row(i)[j] of a tile of SIDE x SIDE.
+template <int SIDE, class Row, class Value>
 inline void transpose_tile(const Row& row, Value* to, i64 to_stride) {
-  alignas(4 * LANES) Vec rows[LANES];  // a template's argument forgets that Vec may lie anywhere
+  static_assert(sizeof(Value) == sizeof(float));
+  typedef float Line __attribute__((vector_size(4 * SIDE)));
+  typedef float Anywhere __attribute__((vector_size(4 * SIDE), aligned(4), may_alias));
+  Line lines[SIDE];
 #pragma GCC unroll 16
-  for (int r = 0; r < LANES; ++r) rows[r] = *(const Vec*)row(r);
-  swap_lanes<1>(rows);
+  for (int r = 0; r < SIDE; ++r) lines[r] = *(const Anywhere*)row(r);
+  swap_lanes<1>(lines);
 #pragma GCC unroll 16
-  for (int r = 0; r < LANES; ++r) *(Vec*)(to + r * to_stride) = rows[r];
+  for (int r = 0; r < SIDE; ++r) *(Anywhere*)(to + r * to_stride) = lines[r];
 }
 
-// to[j][i] = from[i][j] for rows x columns of floats or words.
-template <class Value>
+// to[j][i] = from[i][j] for rows x columns of floats or words; in tiles of SIDE, and what is left in smaller ones.
+template <int SIDE = LANES, class Value>
 inline void transpose(const Value* from, i64 from_stride, i64 rows, i64 columns, Value* to, i64 to_stride) {
-  static_assert(sizeof(Value) == sizeof(float));
-  for (i64 i = 0; i < rows; i += LANES)
-    for (i64 j = 0; j < columns; j += LANES) {
-      if (rows - i >= LANES && columns - j >= LANES) {
-        transpose_tile([=](int r) { return from + (i + r) * from_stride + j; }, to + j * to_stride + i, to_stride);
-        continue;
-      }
-      for (i64 r = i; r < std::min(i + LANES, rows); ++r)
-        for (i64 c = j; c < std::min(j + LANES, columns); ++c) to[c * to_stride + r] = from[r * from_stride + c];
+  for (i64 i = 0; i < rows; i += SIDE)
+    for (i64 j = 0; j < columns; j += SIDE) {
+      const i64 high = std::min<i64>(SIDE, rows - i), wide = std::min<i64>(SIDE, columns - j);
+      const Value* part = from + i * from_stride + j;
+      Value* part_to = to + j * to_stride + i;
+      if (high == SIDE && wide == SIDE)
+        transpose_tile<SIDE>([=](int r) { return part + r * from_stride; }, part_to, to_stride);
+      else if constexpr (SIDE > 8)
+        transpose<SIDE / 2>(part, from_stride, high, wide, part_to, to_stride);
+      else
+        for (i64 r = 0; r < high; ++r)
+          for (i64 c = 0; c < wide; ++c) part_to[c * to_stride + r] = part[r * from_stride + c];
     }
 }
 

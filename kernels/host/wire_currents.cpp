@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "gpuxbar/parasitics.cuh"
+#include "threads.hpp"
 #include "wide.hpp"
 
 using namespace gpuxbar;
@@ -260,11 +261,6 @@ bool gradients(const float* v, const float* g, const float* grad_i, i64 rows, i6
   return true;
 }
 
-void note(i64* first, i64 tile) {
-#pragma omp critical
-  if (*first < 0 || tile < *first) *first = tile;
-}
-
 }  // namespace
 
 // i [tiles, batch, C] for v [tiles, batch, R]; bad[0]: first tile that did not converge, or -1.
@@ -280,7 +276,7 @@ extern "C" void gpuxbar_wire_currents(const float* v, const float* g, const floa
     const auto run = count == 1 ? currents<1> : count <= 4 ? currents<4> : currents<LANES>;
     if (!run(v + (tile * batch + b) * rows, g + tile * rows * cols, rows, cols, ends, count, tolerance, iterations,
              i + (tile * batch + b) * cols))
-      note(bad, tile);
+      note_first(bad, tile);
   }
 }
 
@@ -300,7 +296,7 @@ extern "C" void gpuxbar_wire_currents_gradient(const float* v, const float* g, c
       const auto run = count == 1 ? gradients<1> : count <= 4 ? gradients<4> : gradients<LANES>;
       if (!run(v + at * rows, g + tile * rows * cols, grad_i + at * cols, rows, cols, ends, count, tolerance,
                iterations, grad_v + at * rows, to))
-        note(bad, tile);
+        note_first(bad, tile);
     }
   }
 }

@@ -96,12 +96,36 @@ __device__ __forceinline__ void invert_all(float* f, float* spare) {
   }
 }
 
-// Joins all pairs of blocks of P x Q cells: ALONG_ROWS left (1) to right (2), else lower (1) to upper (2). Blocks lie
-// one after the other, their joined side last; `later` is the way of the next merge.
-template <int P, int Q, bool ALONG_ROWS>
-__device__ __forceinline__ void merge_level(const float* in, float* out, float* work, bool last, bool last_along_rows,
-                                            bool last_second) {
-  constexpr int S = 2 * P + 2 * Q, K = ALONG_ROWS ? P : Q, E = S - K, PAIRS = LEAF * LEAF / (2 * P * Q);
+constexpr int LAST = 7;  // level of a leaf's last merge, of its lower and its upper half
+
+// Pairs of blocks of P x Q cells that are joined at a level: ALONG_ROWS left (1) to right (2), else lower (1) to upper (2); S
+// ports of a block, K of them at the joined side, and E others. The pair is a block of ROWS x COLS.
+template <int LEVEL>
+struct Level {
+  static constexpr int P = 1 << LEVEL / 2, Q = 1 << (LEVEL + 1) / 2, PAIRS = LEAF * LEAF / (2 * P * Q);
+  static constexpr bool ALONG_ROWS = LEVEL % 2 == 0;
+  static constexpr int S = 2 * P + 2 * Q, K = ALONG_ROWS ? P : Q, E = S - K;
+  static constexpr int ROWS = ALONG_ROWS ? P : 2 * P, COLS = ALONG_ROWS ? 2 * Q : Q;
+};
+
+// How blocks are joined after their leaf is whole: along the wordlines, and this one as the second of a pair.
+struct Next {
+  bool along_rows, second;
+};
+
+// Where a port of pair `pair` of a level lies in its parts.
+template <int LEVEL>
+__device__ __forceinline__ Place port_of(int port, int pair, Next next) {
+  using L = Level<LEVEL>;
+  const bool along = LEVEL == LAST ? next.along_rows : !L::ALONG_ROWS, second = LEVEL == LAST ? next.second : pair & 1;
+  return source_of(port, L::ROWS, L::COLS, along, second, L::ALONG_ROWS);
+}
+
+// Joins all pairs of a level. Blocks lie one after the other, their joined side last.
+template <int LEVEL>
+__device__ __forceinline__ void merge_level(const float* in, float* out, float* work, Next next) {
+  using L = Level<LEVEL>;
+  constexpr int PAIRS = L::PAIRS, S = L::S, K = L::K, E = L::E;
   float* const f = work;                // [PAIRS, K, K] (1 + Z A)^-1
   float* const fz = f + PAIRS * K * K;  // [PAIRS, K, K], negative
   float* const x = fz + PAIRS * K * K;  // [PAIRS, K, E]
@@ -132,12 +156,10 @@ __device__ __forceinline__ void merge_level(const float* in, float* out, float* 
   });
   __syncthreads();
 
-  constexpr int ROWS = ALONG_ROWS ? P : 2 * P, COLS = ALONG_ROWS ? 2 * Q : Q, OUT = 2 * ROWS + 2 * COLS;
+  constexpr int OUT = 2 * L::ROWS + 2 * L::COLS;
   for_each<PAIRS * OUT * OUT>([=](int e) {
     const int pair = e / (OUT * OUT);
-    const bool along = last ? last_along_rows : !ALONG_ROWS, second = last ? last_second : pair & 1;
-    const Place i = source_of(e / OUT % OUT, ROWS, COLS, along, second, ALONG_ROWS);
-    const Place j = source_of(e % OUT, ROWS, COLS, along, second, ALONG_ROWS);
+    const Place i = port_of<LEVEL>(e / OUT % OUT, pair, next), j = port_of<LEVEL>(e % OUT, pair, next);
     const float* const q = in + 2 * pair * S * S;
     const bool same = i.block == j.block;
     const Place& from = same || i.block ? i : j;  // across, from the second block
@@ -148,6 +170,13 @@ __device__ __forceinline__ void merge_level(const float* in, float* out, float* 
     out[e] = same ? own + sum : -sum;
   });
   __syncthreads();
+}
+
+// Merges cells in `a` so many levels up; what they are made of lies in `a` again, or in `b` after an odd number of them.
+template <int LEVEL = 0>
+__device__ __forceinline__ void merge_levels(int count, float* a, float* b, float* work) {
+  if (count > LEVEL) merge_level<LEVEL>(a, b, work, Next{});
+  if constexpr (LEVEL + 1 < LAST) merge_levels<LEVEL + 1>(count, b, a, work);
 }
 
 }  // namespace gpuxbar

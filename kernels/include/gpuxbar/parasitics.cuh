@@ -97,7 +97,10 @@ GPUXBAR_FN Scale scale_of(float largest) {
 
 // What stands before the middle of a coarse line of k lines side by side, each of `end` ohm and then k segments: a
 // block's cells hang on average (k - 1) / 2 segments behind its first.
-GPUXBAR_FN float coarse_end(float end, float segment, int k) { return (end + segment * (float)(k - 1) / 2) / (float)k; }
+template <class T>
+GPUXBAR_FN T coarse_end(T end, T segment, int k) {
+  return (end + segment * (T)(k - 1) / 2) / (T)k;
+}
 
 // Where a cell lies between the centres of blocks of k: `low` and `low + 1` with a `share` of the latter; constant
 // beyond the outer ones. `at` counts from the beginning of block 0.
