@@ -352,7 +352,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple[Any, ...]:
     if grad_y is None:
-        return (None,) * 19
+        return None, None, None
     v, gate, weight, g, noise_var, w_max, dac_lsb, adc_range, adc_error, step = ctx.saved_tensors
     way = plan_of(ctx.plan)
     grad_y = grad_y.float()
@@ -378,7 +378,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
             samples.leave(gated, v, dac_lsb)
         else:
             grad_w = codes_gradient(gated, v, dac_lsb, of_product).to(weight.dtype)
-    return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 12
+    return grad_x, grad_w, grad_bias
 
 
-gradient(analog_mvm, _backward, _setup)
+gradient(analog_mvm, _backward, _setup, wrt=(0, 1, 6))
