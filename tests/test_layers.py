@@ -595,12 +595,12 @@ def test_opcheck(kind, scheme):
         layer, x = AnalogConv2d(2, 3, 3, spec=settings), torch.randn(2, 2, 5, 4)
     g, back_g, noise_var, w_max, version = layer.conductances()
     step, plan = torch.zeros(1, dtype=torch.int64), layer.plan.dumps()
-    lsb = torch.full((1,), 0.02)
-    args = (
-        x.requires_grad_(), layer.weight, g, back_g, noise_var, w_max, layer.bias, lsb, layer.adc_range, layer.back_adc_range,
-        layer.adc_error, layer.back_adc_error, step, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
+    for lsb in (torch.full((1,), 0.02), None):
+        args = (
+            x.requires_grad_(), layer.weight, g, back_g, noise_var, w_max, layer.bias, lsb, layer.adc_range, layer.back_adc_range,
+            layer.adc_error, layer.back_adc_error, step, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
@@ -608,12 +608,11 @@ def test_opcheck(kind, scheme):
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
     packing = torch.zeros(8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64), version
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed_packed.default, (*back, *packing))
-    weight = weight.reshape(1, 3, -1)
     if scheme == "subtracted":
         settings_json = layer.spec.model_dump_json()
         torch.library.opcheck(
             torch.ops.gpuxbar.reprogram.default,
-            (weight, g, noise_var, w_max, layer.written, layer.write_step, settings_json, "subtract", 3),
+            (weight, g, noise_var, w_max, layer.written, layer.write_step, settings_json, "subtract", plan),
         )
 
 

@@ -369,6 +369,13 @@ def test_fitted_dac_is_a_dac_with_the_range_of_its_values(shape, per_sample, sig
     assert np.count_nonzero(codes != expected) <= 1e-3 * x.size
 
 
+def test_fitted_dac_of_unscaled_values():
+    x = np.random.default_rng(0).normal(size=(3, 5, 2)).astype(np.float32)
+    found, expected = (ops.dac_fit(x, *scale, code_max=127) for scale in ((), (np.ones(5, np.float32),)))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_fitted_dac_of_nothing_drives_nothing():
     codes, lsb = ops.dac_fit(np.zeros((2, 3), np.float32), np.ones(3, np.float32), code_max=7)
     assert not codes.any()

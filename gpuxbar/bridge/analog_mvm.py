@@ -8,7 +8,6 @@ is the caller's `clamp`. Reference lines of an offset mapping count as constant.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -29,7 +28,17 @@ from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.checks import require_finite_values
 from gpuxbar.reference import SMALLEST_RANGE
 
-__all__ = ["abs_max", "analog_mvm", "driven_gradient", "driven_lines", "gradient_values", "less_reference"]
+__all__ = [
+    "NOT_PACKED",
+    "abs_max",
+    "analog_mvm",
+    "driven_gradient",
+    "driven_lines",
+    "gradient_values",
+    "less_reference",
+]
+
+NOT_PACKED: tuple[Tensor | None, ...] = (None,) * 4  # in place of memory for packed conductances
 
 
 def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
@@ -39,7 +48,9 @@ def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
     shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
     y = x.new_empty(shape, dtype=torch.float32)
     v = x.new_empty(x.shape if want_gate else 0, dtype=torch.int16 if way.forward.code_max else x.dtype)
-    return y, v, x.new_empty(shape if want_gate and way.forward.adc_bits else 0, dtype=torch.float32)
+    gate = x.new_empty(shape if want_gate and way.forward.adc_bits else 0, dtype=torch.float32)
+    steps = x.shape[0] if way.forward.per_sample else 1
+    return y, v, gate, x.new_empty(steps if want_gate and dac_lsb is None else 0, dtype=torch.float32)
 
 
 @operator(_read_shapes, mutates_args=("packed", "packed_state"))
@@ -51,7 +62,7 @@ def analog_mvm(
     noise_var: Tensor | None,
     w_max: Tensor,
     bias: Tensor | None,
-    dac_lsb: Tensor,
+    dac_lsb: Tensor | None,
     adc_range: Tensor,
     back_adc_range: Tensor,
     adc_error: Tensor | None,
@@ -63,8 +74,8 @@ def analog_mvm(
     version: Tensor | None,
     plan: str,
     want_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Read a layer's tiles: y float32, with the driven codes and the ADC gate that backward needs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read a layer's tiles: y float32, with the driven codes, the ADC gate and the value of a code that backward needs.
 
     Args:
         x: Inputs inside the DAC range, float32 [B, G * I] or images [N, channels, height, width].
@@ -75,35 +86,36 @@ def analog_mvm(
         noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2, or None.
         w_max: Weight of a full pair, float32 [G * O].
         bias: Added digitally, float32 [G * O], or None.
-        dac_lsb: Digital value of one DAC code, float32 [1] or [B or N].
+        dac_lsb: Digital value of one DAC code, float32 [1] or [B or N]; None: that of a range which fits the inputs, all of them or
+            each sample as the plan says.
         adc_range, back_adc_range: Current of the ADC's largest code forwards and backwards, A, float32 [1] or one per sensed line.
         adc_error, back_adc_error: Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed], or None.
         step: Read counter, int64 [1]; same value, same noise.
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
             `ops.PackedConductance`, whose states are `packed_state`, int64 [2, 2], and whose number is `version`, int64 [1].
         plan: `mapping.ReadPlan` as JSON.
-        want_gate: Whether backward will follow; without, codes and gate are empty.
+        want_gate: Whether backward will follow; without, codes, gate and value of a code are empty; that one too where it is given.
     """
     way = plan_of(plan)
-    read, keep, want_gate = way.forward, want_gate, want_gate and way.forward.adc_bits > 0
-    conv = _kept_geometry(plan, weight.shape, x.shape)
-    scale, plain = w_max * way.unit, way.reference == (0, 0)
+    read, plain = way.forward, way.reference == (0, 0)
     if read.noise or noise_var is not None:
         require_first_pass(way.name)
     with on_device(x, way.name) as device:
-        hosted = host.serves(device)
-        v, dac, codes = _drive(x, dac_lsb, read, device, hosted, f"{way.name}: `x`", keep)
-        y, gate = _read(
-            v, g, noise_var, dac_lsb, adc_range, adc_error, step, plan, device, hosted, dac=dac, conv=conv, want_gate=want_gate,
-            packed=_packed(packed, packed_state, version, 0, device), col_scale=scale if plain else None,
-            bias=bias if plain else None,
+        y, gate, codes, lsb = _read(
+            x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, step, plan, device,
+            f"{way.name}: `x`", conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
+            want_gate=want_gate and read.adc_bits > 0, packed=_packed(packed, packed_state, version, 0, device),
         )  # fmt: skip
         if not plain:
             along = [-1, *[1] * (y.dim() - 2)]
-            y = less_reference(y, way, transposed=False) * scale.view(along)
+            y = less_reference(y, way, transposed=False) * (w_max * way.unit).view(along)
             y = y if bias is None else y + bias.detach().view(along)
-            gate = _own_lines(gate, way, transposed=False)[0].contiguous() if want_gate else gate
-    return y, codes, gate
+            gate = None if gate is None else _own_lines(gate, way, transposed=False)[0].contiguous()
+    if codes is None or not want_gate:
+        codes = x.new_empty(0, dtype=torch.int16 if read.code_max else x.dtype)
+    if lsb is None or dac_lsb is not None or not want_gate:
+        lsb = x.new_empty(0)
+    return y, codes, x.new_empty(0) if gate is None else gate, lsb
 
 
 def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan, *packing):
@@ -155,45 +167,27 @@ def _transposed(
     adc_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     way = plan_of(plan)
+    read, plain = way.backward, way.reference == (0, 0)
+    conv = _kept_geometry(plan, weight.shape, tuple(image)) if image else None
     with on_device(grad_y, f"{way.name} backward") as device:
-        hosted = host.serves(device)
-        v, dac, lsb = _drive_gradient(grad_y, w_max, way, device, hosted)
-        conv = _kept_geometry(plan, weight.shape, tuple(image)) if image else None
-        plain = way.reference == (0, 0)
-        if conv is not None and not plain:
-            v = v.permute(0, 2, 3, 1).reshape(-1, v.shape[1])
-            if dac is not None and lsb.numel() > 1:
-                dac = replace(dac, lsb=array(lsb.repeat_interleave(conv.pixels)))
-        grad_x, _ = _read(
-            v, g, noise_var, lsb, adc_range, adc_error, step, plan, device, hosted, dac=dac, transposed=True,
-            conv=conv if plain else None, packed=None if packing is None else _packed(*packing, 1, device),
+        values, lsb = grad_y, None
+        scale: Tensor | None = w_max
+        if device is not None or read.full or not read.code_max or (image and not plain):
+            # what drives the lines is made here: no DAC of a layer on the CPU fits it
+            values, lsb = driven_gradient(gradient_values(grad_y, w_max, way), w_max, way)
+            scale = None
+        if conv is not None and lsb is not None and not plain:
+            lsb = lsb.repeat_interleave(conv.pixels) if lsb.numel() > 1 else lsb
+            values, conv = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]), None
+        grad_x, *_ = _read(
+            values, lsb, g, noise_var, scale, None, adc_range, adc_error, step, plan, device,
+            f"{way.name}: the gradient of the output", transposed=True, conv=conv,
+            packed=None if packing is None else _packed(*packing, 1, device),
         )  # fmt: skip
         if plain:
             return grad_x
         grad_x = less_reference(grad_x, way, transposed=True)
-        if conv is None:
-            return grad_x
-        return fold_lines(grad_x, tuple(image), weight.shape, way)
-
-
-def _drive_gradient(
-    grad_y: Tensor, w_max: Tensor, way: ReadPlan, device: Device | None, hosted: bool
-) -> tuple[Tensor, ops.Dac | None, Tensor]:  # fmt: skip
-    """What drives the lines for a gradient of the output, as `_drive` has it, and the value of one unit of it."""
-    read, what = way.backward, f"{way.name}: the gradient of the output"
-    if device is None and read.code_max and not read.full:
-        scale = w_max * way.unit
-        if hosted:
-            codes, lsb = host.dac_fit(grad_y, scale, read, what)
-            return codes, None, lsb
-        codes, lsb = ops.dac_fit(
-            array(grad_y), array(scale), code_max=read.code_max, signed=read.signed, per_sample=read.per_sample,
-            what=what,
-        )  # fmt: skip
-        return tensor(codes), None, tensor(lsb)
-    driven, lsb = driven_gradient(gradient_values(grad_y, w_max, way), w_max, way)
-    v, dac, _ = _drive(driven, lsb, read, device, hosted, what, keep=False)
-    return v, dac, lsb
+        return fold_lines(grad_x, tuple(image), weight.shape, way) if image else grad_x
 
 
 def gradient_values(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> Tensor:
@@ -233,19 +227,24 @@ def _kept_geometry(plan: str, weight: torch.Size, image: tuple[int, ...]) -> Con
 
 
 def _drive(
-    x: Tensor, lsb: Tensor, read: Read, device: Device | None, hosted: bool, what: str, keep: bool
-) -> tuple[Tensor, ops.Dac | None, Tensor]:  # fmt: skip
-    """What drives the lines, codes or values relative to the largest without a DAC; the same to `keep`, or nothing.
+    x: Tensor, lsb: Tensor | None, scale: Tensor | None, read: Read, device: Device | None, what: str, keep: bool
+) -> tuple[Tensor, ops.Dac | None, Tensor, Tensor]:  # fmt: skip
+    """What drives the lines for values x, times `scale` of their channels where the DAC's range fits them (`lsb` is None): codes,
+    or values relative to the largest without a DAC; the same to be kept; the value of one code.
 
-    On a GPU the DAC works on the way to the products: what drives the lines are values then, and the codes to keep come with
+    On a GPU the DAC works on the way to the products: what drives the lines are values then, and the codes to `keep` come with
     the read.
     """
+    if device is None and read.code_max and lsb is None:
+        codes, steps = ops.dac_fit(
+            array(x), None if scale is None else array(scale), code_max=read.code_max, signed=read.signed,
+            per_sample=read.per_sample, what=what,
+        )  # fmt: skip
+        return tensor(codes), None, tensor(codes), tensor(steps)
+    lsb = abs_max(x, read.per_sample) / max(read.code_max, 1) if lsb is None else lsb
     if read.code_max and device is not None:
         codes = x.new_empty(x.shape if keep else 0, dtype=torch.int16)
-        return x, ops.Dac(array(lsb), read.code_max, read.signed, array(codes) if keep else None), codes
-    if read.code_max and hosted:
-        v = host.dac_quantize(x, lsb, read, what)
-        return v, None, v if keep else v.new_empty(0)
+        return x, ops.Dac(array(lsb), read.code_max, read.signed, array(codes) if keep else None), codes, lsb
     if device is None:
         extremes = [lsb, *torch.aminmax(x)]
         if not all(np.isfinite(array(value)).all() for value in extremes):
@@ -254,45 +253,49 @@ def _drive(
         v = tensor(ops.dac_quantize(array(x), lsb=array(lsb), code_max=read.code_max, signed=read.signed))
     else:
         v = x / lsb.reshape(-1, *[1] * (x.dim() - 1))
-    return v, None, v if keep else v.new_empty(0)
+    return v, None, v, lsb
 
 
 def _read(
-    v: Tensor, g: Tensor, noise_var: Tensor | None, lsb: Tensor, adc_range: Tensor, adc_error: Tensor | None,
-    step: Tensor, plan: str, device: Device | None, hosted: bool, *, dac: ops.Dac | None, conv: ConvGeometry | None,
-    packed: ops.PackedConductance | None, transposed: bool = False, want_gate: bool = False,
-    col_scale: Tensor | None = None, bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, gate) in digital units along the driven side; the gate is empty unless wanted."""
+    x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
+    adc_range: Tensor, adc_error: Tensor | None, step: Tensor, plan: str, device: Device | None, what: str, *,
+    conv: ConvGeometry | None, packed: ops.PackedConductance | None, transposed: bool = False, keep: bool = False,
+    want_gate: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """A read of digital values x, through the DAC, in digital units along the driven side: see `host.layer_read`; what is not to
+    `keep` may be None."""
     way = plan_of(plan)
     read = way.backward if transposed else way.forward
-    row_scale, g = lsb / read.v_lsb, driven_lines(g, way, transposed)
-    # at every read, also of a compiled or captured graph: ranges may be calibrated or copied at any time
-    adc_lsb = adc_range / read.adc_code_max if read.adc_bits else adc_range
+    g = driven_lines(g, way, transposed)
     noise_var = None if noise_var is None or read.ideal else driven_lines(noise_var, way, transposed)
-    if hosted:
-        y, gate = host.tile_mvm(
-            plan, v, g, noise_var, row_scale, adc_lsb, adc_error, step, transposed=transposed, conv=conv,
-            want_gate=want_gate, col_scale=col_scale, bias=bias,
+    if host.serves(device):
+        if dac_lsb is None and not read.code_max:
+            dac_lsb = abs_max(x, read.per_sample)
+        return host.layer_read(
+            plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, step, what, transposed=transposed, conv=conv,
+            keep=keep, want_gate=want_gate,
         )  # fmt: skip
-        return y, v.new_empty(0, dtype=torch.float32) if gate is None else gate
+    scale = None if w_max is None else w_max * way.unit
+    v, dac, driven, lsb = _drive(x, dac_lsb, scale if transposed else None, read, device, what, keep)
     more: dict[str, Any] = {"tile_cols" if transposed else "tile_rows": read.tile or None}
     if read.adc_bits:
-        more |= {"adc_bits": read.adc_bits, "adc_lsb": array(adc_lsb), "adc_signed": read.adc_signed}
+        # at every read, also of a compiled or captured graph: ranges may be calibrated or copied at any time
+        adc_lsb = array(adc_range / read.adc_code_max)
+        more |= {"adc_bits": read.adc_bits, "adc_lsb": adc_lsb, "adc_signed": read.adc_signed}
         if adc_error is not None:
             more |= {"adc_gain": array(adc_error[0]), "adc_offset": array(adc_error[1])}
-    vectors = {"noise_var": noise_var, "col_scale": col_scale, "bias": bias}
+    vectors = {"noise_var": noise_var, "col_scale": None if transposed else scale, "bias": bias}
     more |= {name: array(vector) for name, vector in vectors.items() if vector is not None}
     found = ops.tile_mvm(
         array(v), array(g), transposed=transposed, groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits,
         streams=read.streams, phases=read.phases, slice_scale=_slice_scale(way.slice_scale, v.device),
         read_noise=read.noise, generator=way.generator, seed=way.seed, step=array(step),
-        row_offset=way.rank * len(v) * (1 if conv is None else conv.pixels), row_scale=array(row_scale), conv=conv,
+        row_offset=way.rank * len(v) * (1 if conv is None else conv.pixels), row_scale=array(lsb / read.v_lsb), conv=conv,
         want_gate=want_gate, precision=way.precision if read.code_max else "fp32", g_range=way.g_range, g_step=way.g_step,
         g_offset=way.g_offset, packed=packed, dac=dac, device=device, **more,
     )  # fmt: skip
     y, gate = found if want_gate else (found, None)
-    return tensor(y), v.new_empty(0, dtype=torch.float32) if gate is None else tensor(gate)
+    return tensor(y), None if gate is None else tensor(gate), driven, lsb
 
 
 def _packed(
@@ -342,18 +345,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, step, *packing, plan, _,
     ) = inputs  # fmt: skip
     g = g if back_g is None else back_g
-    _, v, gate = output
+    _, v, gate, fitted = output
     # A change of the weight, which alone changes g and w_max, is caught here.
-    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, dac_lsb, adc_range, adc_error, step)
+    lsb = fitted if dac_lsb is None else dac_lsb
+    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, step)
     ctx.packing = packing[1:]  # not saved: reads change it in place, and look at what it is
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
-        return (None,) * 19
-    v, gate, weight, g, noise_var, w_max, dac_lsb, adc_range, adc_error, step = ctx.saved_tensors
+        return None, None, None
+    v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, step = ctx.saved_tensors
     way = plan_of(ctx.plan)
     grad_y = grad_y.float()
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
@@ -373,12 +377,12 @@ def _backward(ctx: Any, grad_y: Tensor | None, _codes: Any, _gate: Any) -> tuple
         )
     if ctx.needs_input_grad[1]:
         if ctx.image:
-            grad_w = conv_weight_gradient(gated, v, dac_lsb, weight.shape, way).to(weight.dtype)
+            grad_w = conv_weight_gradient(gated, v, lsb, weight.shape, way).to(weight.dtype)
         elif samples is not None:
-            samples.leave(gated, v, dac_lsb)
+            samples.leave(gated, v, lsb)
         else:
-            grad_w = codes_gradient(gated, v, dac_lsb, of_product).to(weight.dtype)
-    return grad_x, grad_w, None, None, None, None, grad_bias, *(None,) * 12
+            grad_w = codes_gradient(gated, v, lsb, of_product).to(weight.dtype)
+    return grad_x, grad_w, grad_bias
 
 
-gradient(analog_mvm, _backward, _setup)
+gradient(analog_mvm, _backward, _setup, wrt=(0, 1, 6))

@@ -69,9 +69,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, top = ctx.saved_tensors
     grad_x, grad_top = call(dac_clip_gradient, grad.contiguous(), x, top, ctx.code_max, ctx.signed)
     if not ctx.needs_input_grad[1]:
-        return grad_x, None, None, None
+        return grad_x, None
     values = x.numel() // max(len(x), 1)
-    return grad_x, grad_top * (ctx.code_max**1.5 / max(values, 1) ** 0.5), None, None
+    return grad_x, grad_top * (ctx.code_max**1.5 / max(values, 1) ** 0.5)
 
 
-gradient(dac_clip, _backward, _setup)
+gradient(dac_clip, _backward, _setup, wrt=(0, 1))

@@ -97,9 +97,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grad_g = conductance_through_wires_gradient(grad.contiguous(), *ctx.saved_tensors)
-    return grad_g, *(None,) * 6
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    return conductance_through_wires_gradient(grad.contiguous(), *ctx.saved_tensors)
 
 
-gradient(conductance_through_wires, _backward, _setup)
+gradient(conductance_through_wires, _backward, _setup, wrt=(0,))

@@ -6,10 +6,10 @@ looked at once, by the same rules, and of a tensor only what keeps a kernel insi
 
 from __future__ import annotations
 
-from ctypes import Array, addressof, c_float
+from ctypes import Array, addressof, c_float, sizeof
 from functools import cache, lru_cache
 from math import inf, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,25 +19,22 @@ from gpuxbar import ops
 from gpuxbar.bridge.operator import plan_of
 from gpuxbar.bridge.pairs import made_of
 from gpuxbar.launch import Device, host_library
-from gpuxbar.mapping.plan import Read
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.dac_clip import clip_gradient_on_host
-from gpuxbar.ops.dac_quantize import fit_on_host, quantize_on_host
 from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.device_update import Update, update_on_host
 from gpuxbar.ops.images import Conv
+from gpuxbar.ops.layer_read import LayerRead
 from gpuxbar.ops.program import Writing, checksum_on_host, reprogram_on_host
-from gpuxbar.ops.tile_mvm import TileRead, tile_read
+from gpuxbar.ops.tile_mvm import tile_read
 
 __all__ = [
     "checksum",
     "dac_clip_gradient",
-    "dac_fit",
-    "dac_quantize",
     "device_update",
+    "layer_read",
     "reprogram",
     "serves",
-    "tile_mvm",
 ]
 
 
@@ -63,32 +60,6 @@ def address(name: str, t: Tensor, count: int, dtype: torch.dtype = torch.float32
     return t.data_ptr()
 
 
-def dac_quantize(x: Tensor, lsb: Tensor, read: Read, what: str) -> Tensor:
-    """The codes of x, int16: see `ops.dac_quantize`."""
-    x, lsb = x.contiguous(), lsb.contiguous()
-    codes = x.new_empty(x.shape, dtype=torch.int16)
-    size, count = x.numel(), lsb.numel()
-    if size:
-        quantize_on_host(
-            address("x", x, size), address("dac_lsb", lsb, 1 if count == 1 else len(x)), codes.data_ptr(),
-            (len(x), size // len(x), count), read.code_max, read.signed, what,
-        )  # fmt: skip
-    return codes
-
-
-def dac_fit(x: Tensor, scale: Tensor, read: Read, what: str) -> tuple[Tensor, Tensor]:
-    """The codes of x times `scale` and the value of one, float32 [1] or [len(x)]: see `ops.dac_fit`."""
-    x, scale = x.contiguous(), scale.contiguous()
-    rows, channels = x.shape[:2]
-    size = x.numel()
-    codes, lsb = x.new_empty(x.shape, dtype=torch.int16), x.new_empty(rows if read.per_sample else 1)
-    fit_on_host(
-        address("x", x, size), address("w_max", scale, channels), codes.data_ptr(), lsb.data_ptr(),
-        (rows, channels, size // max(1, rows * channels), lsb.numel()), read.code_max, read.signed, what,
-    )  # fmt: skip
-    return codes, lsb
-
-
 def dac_clip_gradient(
     grad: Tensor, x: Tensor, top: float, code_max: int, signed: bool
 ) -> tuple[Tensor, Tensor]:
@@ -102,17 +73,15 @@ def dac_clip_gradient(
 
 
 def reprogram(
-    writing: Writing, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, state: Tensor, write_step: Tensor,
+    writes: Writing, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, state: Tensor, write_step: Tensor,
     scale: str, full_weight: float | None,
 ) -> None:  # fmt: skip
     """Program weights again if they have changed: see `ops.reprogram`."""
-    weight = weight.contiguous()
-    cells = prod(writing.shape)
+    lines, cells = writes.values["scale_count"], prod(writes.shape)
     reprogram_on_host(
-        writing.at(int(write_step)), address("weight", weight, weight.numel()),
-        address("w_max", w_max, weight.shape[0] * weight.shape[1]), address("g", g, cells),
-        None if noise_var is None else address("noise_var", noise_var, cells), address("state", state, 2, torch.int64),
-        scale, full_weight,
+        writes.at(int(write_step)), address("weight", weight, lines * writes.values["inputs"]), address("w_max", w_max, lines),
+        address("g", g, cells), None if noise_var is None else address("noise_var", noise_var, cells),
+        address("state", state, 2, torch.int64), scale, full_weight,
     )  # fmt: skip
 
 
@@ -174,68 +143,110 @@ def _update(
     return bytes(Update(**pairs.settings, groups=groups, inputs=inputs, outputs=outputs)), maps
 
 
-def tile_mvm(
-    plan: str, v: Tensor, g: Tensor, noise_var: Tensor | None, row_scale: Tensor, adc_lsb: Tensor, adc_error: Tensor | None,
-    step: Tensor, *, transposed: bool, conv: ConvGeometry | None, want_gate: bool, col_scale: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """A read by a `mapping.ReadPlan`, and the gate if it is wanted: see `ops.tile_mvm`."""
-    v, g, row_scale, adc_lsb = v.contiguous(), g.contiguous(), row_scale.contiguous(), adc_lsb.contiguous()
-    read, _ = _read(
-        plan, transposed, v.shape, v.dtype, g.shape, conv, want_gate, row_scale.numel(), adc_lsb.numel()
-    )
-    outputs, converters = read.outputs, prod(read.shapes["adc_gain"])
-    y = v.new_empty(read.y_shape, dtype=torch.float32)
-    gate = torch.empty_like(y) if want_gate else None
-    cells = g.numel()
-    given = [
-        (name, t.contiguous(), count)
-        for name, t, count in (
-            ("noise_var", noise_var, cells), ("col_scale", col_scale, outputs), ("bias", bias, outputs),
-            ("adc_gain", adc_error, 2 * converters),
-        )
-        if t is not None
-    ]  # fmt: skip
-    fields = {name: address(name, t, count) for name, t, count in given}
+def layer_read(
+    plan: str, x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
+    adc_range: Tensor, adc_error: Tensor | None, step: Tensor, what: str, *, transposed: bool, conv: ConvGeometry | None,
+    keep: bool, want_gate: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """A read of digital values by a `mapping.ReadPlan`, through the DAC: see `ops.dac_quantize` and `ops.tile_mvm`.
+
+    Args:
+        dac_lsb: Value of one code, float32 [1] or [len(x)]; None: that of a DAC whose range fits x, or, driven backwards, x times
+            the weights of full pairs.
+        w_max: These weights, by which the result is scaled; None: nothing is.
+        what: What the error about values that are not finite calls x.
+
+    Returns:
+        y, the gate if it is wanted, and if they are to `keep` what drives the lines and the value of one code.
+    """
+    x, g, adc_range = x.contiguous(), g.contiguous(), adc_range.contiguous()
+    steps = None if dac_lsb is None else dac_lsb.numel()
+    kept = _layer_read(plan, transposed, x.shape, g.shape, conv, want_gate, steps, adc_range.numel())
+    read = LayerRead.from_buffer_copy(kept.struct)
+    read.x = address("x", x, kept.values)
+    read.g = address("g", g, kept.cells)
+    read.adc_range = address("adc_range", adc_range, kept.ranges)
+    read.step = address("step", step, 1, torch.int64)
+    if w_max is not None:
+        w_max = w_max.contiguous()
+        read.w_max = address("w_max", w_max, kept.weights)
+    if bias is not None:
+        bias = bias.contiguous()
+        read.bias = address("bias", bias, kept.outputs)
+    if noise_var is not None:
+        noise_var = noise_var.contiguous()
+        read.noise_var = address("noise_var", noise_var, kept.cells)
     if adc_error is not None:
-        fields["adc_offset"] = fields["adc_gain"] + converters * adc_error.element_size()
-    if gate is not None:
-        fields["gate"] = gate.data_ptr()
-    if y.numel():
-        read.run(
-            v=address("v", v, v.numel(), v.dtype), g=address("g", g, cells), y=y.data_ptr(),
-            row_scale=address("row_scale", row_scale, row_scale.numel()), step=address("step", step, 1, torch.int64),
-            adc_lsb=address("adc_lsb", adc_lsb, adc_lsb.numel()), **fields,
-        )  # fmt: skip
-    return y, gate
+        adc_error = adc_error.contiguous()
+        read.adc_gain = address("adc_error", adc_error, 2 * kept.converters)
+        read.adc_offset = read.adc_gain + kept.converters * adc_error.element_size()
+    if dac_lsb is not None:
+        dac_lsb = dac_lsb.contiguous()
+        read.dac_lsb = address("dac_lsb", dac_lsb, kept.steps)
+    y = x.new_empty(kept.y_shape)
+    driven, gate, lsb = None, None, dac_lsb
+    read.y = y.data_ptr()
+    if want_gate:
+        gate = torch.empty_like(y)
+        read.gate = gate.data_ptr()
+    if keep:
+        driven = torch.empty_like(x, dtype=torch.int16) if read.is_code else torch.empty_like(x)
+        read.driven = driven.data_ptr()
+    if keep and dac_lsb is None:
+        lsb = x.new_empty(kept.steps)
+        read.dac_lsb = lsb.data_ptr()
+    read.run(what)
+    return y, gate, driven, lsb
+
+
+class Kept(NamedTuple):
+    """What shapes and settings say of a layer's read: `LayerRead` as bytes, the convolution that it points to, and counts."""
+
+    struct: bytes
+    patches: Conv | None
+    y_shape: tuple[int, ...]
+    values: int
+    steps: int
+    cells: int
+    weights: int
+    outputs: int
+    converters: int
+    ranges: int
 
 
 @lru_cache(maxsize=4096)
-def _read(
-    plan: str, transposed: bool, v: torch.Size, dtype: torch.dtype, g: torch.Size, conv: ConvGeometry | None, want_gate: bool,
-    row_scales: int, adc_lsbs: int,
-) -> tuple[TileRead, Conv | None]:  # fmt: skip
-    """What shapes and settings say of a read, and the struct that it points to."""
+def _layer_read(
+    plan: str, transposed: bool, x: torch.Size, g: torch.Size, conv: ConvGeometry | None, want_gate: bool, steps: int | None,
+    ranges: int,
+) -> Kept:  # fmt: skip
     way = plan_of(plan)
     read = way.backward if transposed else way.forward
     tile = read.tile or None
     found = tile_read(
-        tuple(v), dtype is torch.int16, tuple(g), None if transposed else tile, tile if transposed else None, transposed, way.groups,
+        tuple(x), read.code_max > 0, tuple(g), None if transposed else tile, tile if transposed else None, transposed, way.groups,
         read.v_lsb, read.stream_bits, read.streams, read.phases, read.adc_bits or None, read.adc_signed, way.generator, conv,
         want_gate, "fp32", None, None, 0.0,
     )  # fmt: skip
-    if found.batch % row_scales or adc_lsbs not in (1, found.outputs) or len(way.slice_scale) != g[0]:
+    lsbs = (x[0] if read.per_sample else 1) if steps is None else steps
+    if lsbs not in (1, x[0]) or ranges not in (1, found.outputs) or len(way.slice_scale) != g[0]:
         raise ValueError(
-            f"gpuxbar: `dac_lsb`, `adc_lsb` and `g` must have a length that divides {found.batch}, 1 or {found.outputs} values, and "
-            f"{len(way.slice_scale)} planes, got {row_scales}, {adc_lsbs} and {g[0]}; give what the layer holds"
+            f"gpuxbar: `dac_lsb`, `adc_range` and `g` must have 1 or {x[0]} values, 1 or {found.outputs} values, and "
+            f"{len(way.slice_scale)} planes, got {lsbs}, {ranges} and {g[0]}; give what the layer holds"
         )
     patches = None if conv is None else Conv.of(conv)
-    held = found.having(
-        slice_scale=addressof(_floats(way.slice_scale)), read_noise=addressof(_floats((read.noise,))),
-        seed=way.seed & 0xFFFFFFFFFFFFFFFF, row_offset=way.rank * found.batch, rows_per_scale=found.batch // row_scales,
-        adc_per_column=adc_lsbs > 1, conv=None if patches is None else addressof(patches),
+    struct = LayerRead.from_buffer_copy(found.params.ljust(sizeof(LayerRead), b"\0"))
+    for name, value in {
+        "slice_scale": addressof(_floats(way.slice_scale)), "read_noise": addressof(_floats((read.noise,))),
+        "seed": way.seed & 0xFFFFFFFFFFFFFFFF, "row_offset": way.rank * found.batch, "rows_per_scale": found.batch // max(1, lsbs),
+        "adc_per_column": ranges > 1, "conv": None if patches is None else addressof(patches), "unit": way.unit, "rows": x[0],
+        "channels": x[1], "each": prod(x[2:]), "lsb_count": lsbs, "fits": steps is None, "dac_code_max": read.code_max,
+        "dac_signed": read.signed,
+    }.items():  # fmt: skip
+        setattr(struct, name, value)
+    converters = prod(found.shapes["adc_gain"])
+    return Kept(
+        bytes(struct), patches, found.y_shape, prod(x), lsbs, prod(g), way.groups * g[2], found.outputs, converters, ranges
     )  # fmt: skip
-    return held, patches
 
 
 @cache

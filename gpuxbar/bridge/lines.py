@@ -22,6 +22,7 @@ __all__ = [
     "of_lines",
     "some_lines",
     "unfold_lines",
+    "written",
 ]
 
 
@@ -30,6 +31,16 @@ def by_line(weight: Tensor, groups: int, line_order: str) -> Tensor:
     if _permuted(weight.shape, line_order):
         weight = weight.movedim(1, -1)
     return weight.reshape(groups, len(weight) // groups, -1)
+
+
+def written(weight: Tensor, way: ReadPlan) -> Tensor:
+    """Weights of a layer as they are written, float32 with the values of [G, O, I] in this order: with those of the reference lines
+    of an offset mapping, which are 0."""
+    weight = weight.detach().float()
+    if way.reference == (0, 0) and not _permuted(weight.shape, way.line_order):
+        return weight.contiguous()  # in the shape that it has
+    rows, cols = way.reference_lines
+    return functional.pad(by_line(weight, way.groups, way.line_order), (0, rows, 0, cols)).contiguous()
 
 
 def of_lines(lines: Tensor, shape: tuple[int, ...], line_order: str) -> Tensor:

@@ -40,4 +40,4 @@ def _backward(ctx: Any, grad_h: Tensor, grad_c: Tensor, _gates: Any) -> tuple[Te
     return grad_x, grad_x, before
 
 
-gradient(lstm_gates, _backward, _setup)
+gradient(lstm_gates, _backward, _setup, wrt=(0, 1, 2))

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, analog_mvm_transposed
+from gpuxbar.bridge.analog_mvm import NOT_PACKED, analog_mvm, analog_mvm_transposed
 from gpuxbar.bridge.lstm_gates import lstm_gates, lstm_gates_gradient
 from gpuxbar.bridge.outer_product import codes_gradient
-from gpuxbar.mapping.plan import ReadPlan
 
 __all__ = ["lstm_sequence"]
 
 Arrays = tuple[Tensor | None, ...]
-NOT_PACKED = (None,) * 4
 
 
 def lstm_sequence(
     x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, cells: Arrays, converters: Arrays, steps: Tensor,
-    way: ReadPlan, plan: str, order: range,
+    plan: str, order: range,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Step an LSTM through a sequence; the DAC follows the values of each state.
 
@@ -36,13 +34,13 @@ def lstm_sequence(
         cells: `g`, `back_g`, `noise_var` and `w_max` of `analog_mvm`.
         converters: `adc_range`, `back_adc_range`, `adc_error` and `back_adc_error` of it.
         steps: Read counters in the order of the steps, int64 [T].
-        way, plan: The layer's reads, and the same as JSON.
+        plan: The layer's reads, a `mapping.ReadPlan` as JSON.
         order: Of the inputs.
 
     Returns:
         Outputs, float32 [T, N, H], and the last state (h, c).
     """
-    settings = cells, converters, steps, way, plan, order, torch.is_grad_enabled()
+    settings = cells, converters, steps, plan, order, torch.is_grad_enabled()
     found: tuple[Tensor, Tensor, Tensor] = _Sequence.apply(x, h, c, weight, bias, *settings)  # type: ignore[no-untyped-call]
     return found
 
@@ -51,14 +49,13 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, cells: Arrays, converters: Arrays,
-        steps: Tensor, way: ReadPlan, plan: str, order: range, keep: bool,
+        steps: Tensor, plan: str, order: range, keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        read, outputs, kept = way.forward, x.new_empty(*x.shape[:2], h.shape[1]), []
+        outputs, kept = x.new_empty(*x.shape[:2], h.shape[1]), []
         ctx.steps, ctx.plan, ctx.order, ctx.has_bias = steps.split(1), plan, order, bias is not None
         for t, step in zip(order, ctx.steps, strict=True):
-            lsb = abs_max(h, read.per_sample) / max(read.code_max, 1)
-            y, v, gate = analog_mvm.plain(
-                h, weight, *cells, bias, lsb, *converters, step, *NOT_PACKED, plan, keep
+            y, v, gate, lsb = analog_mvm.plain(
+                h, weight, *cells, bias, None, *converters, step, *NOT_PACKED, plan, keep
             )
             before = c
             h, c, gates = lstm_gates.plain(x[t], y, before)
@@ -98,4 +95,4 @@ def _gradients(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, _
         units = [unit.expand(grad_x.shape[1]) for unit in units]
         grad_w = codes_gradient(d.flatten(0, 1), torch.cat(codes), torch.cat(units))
     grad_bias = grad_x.sum((0, 1)) if ctx.has_bias else None
-    return grad_x, grad_h, grad_c, grad_w, grad_bias, *(None,) * 7
+    return grad_x, grad_h, grad_c, grad_w, grad_bias, *(None,) * 6

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import once_differentiable
 
 from gpuxbar.mapping.plan import ReadPlan
@@ -22,10 +23,6 @@ from gpuxbar.spec import CrossbarSpec
 __all__ = ["call", "conv_of", "gradient", "operator", "plan_of", "spec_of"]
 
 ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple, torch.Size}
-KEYS = {
-    "ADInplaceOrView",
-    *(f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")),
-}
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
 
 # operators take specs and plans as JSON, so that a compiled graph sees a constant
@@ -85,25 +82,38 @@ def _alone(args: tuple[Any, ...]) -> bool:
     """Whether no mode, tracer, profiler or kind of tensor is to see an operator called; the first argument tells of batches, say."""
     return (
         ORDINARY.issuperset(map(type, args))
-        and _plain(torch._C._dispatch_keys(args[0]).raw_repr())
+        and _plain(args[0])
+        and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
     )
 
 
-@cache
-def _plain(keys: int) -> bool:
-    """Whether a tensor of these dispatch keys holds its values as they are, on a CPU or a GPU."""
-    names = str(torch._C.DispatchKeySet.from_raw_repr(keys)).removeprefix("DispatchKeySet(").rstrip(")")
-    return KEYS.issuperset(names.split(", "))
+def _plain(t: Tensor) -> bool:
+    """Whether a tensor holds its values as they are, on a CPU or a GPU: its dispatch keys tell, too, but slowly."""
+    return (t.is_cpu or t.is_cuda) and not (t.is_neg() or t._is_zerotensor() or is_legacy_batchedtensor(t))
 
 
-def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give an operator its gradient, from the same functions as `torch.library.register_autograd`.
+def gradient(
+    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None], wrt: tuple[int, ...]
+) -> None:
+    """Give an operator its gradient.
 
-    That one reads the schema anew at every call, which costs more than a small layer. Gradients of gradients are refused.
+    `torch.library.register_autograd` reads the schema anew at every call, which costs more than a small layer, and autograd looks at
+    every argument, so that it is given those `wrt` alone. Gradients of gradients are refused.
+
+    Args:
+        backward: Gradients of the arguments `wrt`, in this order, in which `ctx.needs_input_grad` tells of them too.
+        setup_context: Called with what it is to keep them in, all arguments, and the output.
+        wrt: Places of the arguments that have a gradient.
     """
+    name = op._schema.name.split("::")[1]
+    refusing = once_differentiable(backward)
+
+    def once(ctx: Any, *grads: Any) -> Any:
+        found = (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+        return *(found if isinstance(found, tuple) else (found,)), None
 
     def below(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -112,22 +122,21 @@ def gradient(op: Any, backward: Callable[..., Any], setup_context: Callable[...,
     def differentiable(run: Callable[..., Any]) -> Callable[..., Any]:
         """What runs an operator so, with its gradient where one is wanted."""
 
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            args = inputs[-1]
             output = run(*args)
             setup_context(ctx, args, output)
             return output
 
-        body = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        body = {"forward": staticmethod(forward), "backward": staticmethod(once)}
         function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
 
         def call_it(*args: Any) -> Any:
-            wanted = torch.is_grad_enabled() and any(
-                isinstance(a, torch.Tensor) and a.requires_grad for a in args
-            )
-            return function.apply(*args) if wanted else run(*args)
+            inputs = [args[place] for place in wrt]
+            wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+            return function.apply(*inputs, args) if wanted else run(*args)
 
         return call_it
 
-    name = op._schema.name.split("::")[1]
     op.eager = differentiable(op.plain)
     LIBRARY.impl(name, differentiable(below), "Autograd")

@@ -45,7 +45,7 @@ def weight_gradient(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
 
 def codes_gradient(d: Tensor, codes: Tensor, scale: Tensor, gate: Tensor | None = None) -> Tensor:
     """`weight_gradient` for inputs as codes [B, I] in units of `scale`, [1] or [B]."""
-    return weight_gradient(d, codes.to(d.dtype, copy=True).mul_(scale.reshape(-1, 1)), gate)
+    return weight_gradient(d, codes * (scale if scale.numel() == 1 else scale.unsqueeze(1)), gate)
 
 
 class Samples:

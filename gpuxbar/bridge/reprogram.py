@@ -11,7 +11,9 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.operator import operator, spec_of
+from gpuxbar.bridge.lines import written
+from gpuxbar.bridge.operator import operator, plan_of, spec_of
+from gpuxbar.mapping import ReadPlan
 from gpuxbar.ops.program import Writing, writing
 from gpuxbar.ops.program import checksum as checksum_of
 
@@ -28,12 +30,12 @@ def reprogram(
     write_step: Tensor,
     spec: str,
     merge: str,
-    seed: int,
+    plan: str,
 ) -> None:
     """Program weights unless the cells hold them already.
 
     Args:
-        weight: float32 [G, O, I].
+        weight: The layer's.
         g: Conductances, float32 [S, G * I, O], S.
         noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2; None without such noise.
         w_max: Weight of a full pair, float32 [G * O]; set from the weights.
@@ -41,16 +43,18 @@ def reprogram(
         write_step: Added to the fingerprint of the weights, which is the step of the write noise, int64 [1].
         spec: The layer's `CrossbarSpec` as JSON.
         merge: How planes are joined; see `ops.program`.
-        seed: The layer's seed.
+        plan: The layer's `mapping.ReadPlan` as JSON.
     """
+    way = plan_of(plan)
+    values = written(weight, way)
     with on_device(weight, "program") as device:
         if host.serves(device):
-            write = _writing(spec, merge, seed, weight.shape)
-            host.reprogram(write, weight, g, noise_var, w_max, state, write_step, **_scale(spec))
+            writes, scale, full_weight = _writing(spec, merge, plan)
+            host.reprogram(writes, values, g, noise_var, w_max, state, write_step, scale, full_weight)
             return
         ops.reprogram(
-            array(weight), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
-            write_step=array(write_step), seed=seed, device=device, merge=merge, **_settings(spec), **_scale(spec),
+            array(values.view(_shape(way))), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
+            write_step=array(write_step), seed=way.seed, device=device, merge=merge, **_settings(spec), **_scale(spec),
         )  # fmt: skip
 
 
@@ -87,22 +91,23 @@ def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
         )
 
 
-def program_devices(weight: Tensor, write_step: Tensor, spec: str, seed: int) -> tuple[Tensor, Tensor]:
-    """All devices that hold weights float32 [G, O, I], and the weight of a full pair, float32 [G * O].
+def program_devices(weight: Tensor, write_step: Tensor, spec: str, plan: str) -> tuple[Tensor, Tensor]:
+    """All devices that hold a layer's weights [G, O, I], and the weight of a full pair, float32 [G * O].
 
     Conductances are float32 [2 slices, G * I, O] ([1, G * I, O] of an offset mapping), S; `write_step`, int64 [1], fixes
     the write noise, with weights and seed.
     """
     mapping = spec_of(spec).mapping
-    offset = mapping.scheme == "offset"
-    groups, outputs, inputs = weight.shape
+    offset, way = mapping.scheme == "offset", plan_of(plan)
+    groups, outputs, inputs = shape = _shape(way)
+    weight = written(weight, way).view(shape)
     g = weight.new_zeros(1 if offset else 2 * mapping.slices, groups * inputs, outputs)
     w_max = weight.new_zeros(groups * outputs)
     state = torch.zeros(2, dtype=torch.int64, device=weight.device)
     settings = _settings(spec) | {"merge": "offset" if offset else "none", "sigma_g": 0.0}
     with on_device(weight, "program") as device:
         ops.reprogram(
-            array(weight), array(g), array(w_max), array(state), write_step=array(write_step), seed=seed, device=device,
+            array(weight), array(g), array(w_max), array(state), write_step=array(write_step), seed=way.seed, device=device,
             **settings, **_scale(spec),
         )  # fmt: skip
     return g, w_max
@@ -125,12 +130,20 @@ def _settings(spec: str) -> dict[str, Any]:
     }
 
 
+def _shape(way: ReadPlan) -> tuple[int, int, int]:
+    """[G, O, I] of the weights that are written."""
+    rows, cols = way.reference_lines
+    return way.groups, way.outputs + cols, way.inputs + rows
+
+
 @lru_cache(maxsize=4096)
-def _writing(spec: str, merge: str, seed: int, weight: torch.Size) -> Writing:
-    """What settings and the shape of weights [G, O, I] say of writing them."""
-    groups, outputs, _ = weight
-    settings = _settings(spec) | {"merge": merge, "balanced": False, "seed": seed}
-    return writing("reprogram", weight, groups * outputs, **settings)
+def _writing(spec: str, merge: str, plan: str) -> tuple[Writing, str, float | None]:
+    """What settings say of writing a layer's weights, and of the weight of a full pair."""
+    way = plan_of(plan)
+    groups, outputs, inputs = _shape(way)
+    settings = _settings(spec) | {"merge": merge, "balanced": False, "seed": way.seed}
+    writes = writing("reprogram", (groups, outputs, inputs), groups * outputs, **settings)
+    return writes, *_scale(spec).values()
 
 
 @lru_cache(maxsize=4096)

@@ -136,11 +136,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     )  # a change of the weight, which alone changes cells, is caught
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return weight_through_wires_gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *(None,) * 5
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    return weight_through_wires_gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
 
 
-gradient(weight_through_wires, _backward, _setup)
+gradient(weight_through_wires, _backward, _setup, wrt=(0,))
 
 
 def merged(planes: Tensor, merge: str, base: int, power: int = 1) -> Tensor:

@@ -76,7 +76,7 @@ class InSitu(Programmed):
 
     @property
     def in_situ(self) -> bool:
-        return self.g_cells is not None
+        return self._buffers["g_cells"] is not None
 
     def by_line(self, weight: Tensor) -> Tensor:
         """Weights (or their changes), shape of `weight`, as the array holds them: [G, O, I], in its order of wordlines."""

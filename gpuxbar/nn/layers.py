@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
-from gpuxbar.bridge.analog_mvm import abs_max, analog_mvm, driven_lines
+from gpuxbar.bridge.analog_mvm import NOT_PACKED, abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.dac_clip import dac_clip
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import call
@@ -35,6 +35,8 @@ from gpuxbar.spec import ADC, CrossbarSpec
 __all__ = ["COUNTED", "AnalogConv", "AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
 
 COUNTED = "read_step", "eval_step", "dac_max"  # buffers of a layer that change with each of its reads
+CELLS = "cells", "noise_var", "full_pair", "written"  # buffers of what was programmed
+CONVERTERS = "adc_range", "back_adc_range", "adc_error", "back_adc_error"  # and of what digitises it
 TEST_INPUTS = 32  # of a test read
 BOUNDED = "fixed", "ema", "learned"  # DAC ranges that values may exceed
 DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC,
@@ -244,17 +246,16 @@ class AnalogLayer(InSitu):
             if self._cells_of is not None:
                 self.leave_cells()
             self._cells_of = weight.detach()
-        weight = self._written_weight(weight)
-        merge = "none" if self.seen is not None else self.planes.merge
-        cells, noise_var, w_max, written = self.cells, self.noise_var, self.full_pair, self.written
-        call(
-            reprogram, weight, cells, noise_var, w_max, written, self.write_step, self.static[1], merge, self.plan.seed
-        )  # fmt: skip
-        if len(w_max) > self.groups_ * self.outputs:  # those of reference lines
+        held: Any = self._buffers  # whose values nn.Module finds slowly
+        cells, noise_var, w_max, written = arrays = [held[name] for name in CELLS]
+        wires, (plan, spec) = held["seen"] is not None, self.static
+        merge = "none" if wires else self.planes.merge
+        call(reprogram, weight.detach(), *arrays, held["write_step"], spec, merge, plan)
+        if self.plan.reference != (0, 0):  # those of reference lines too
             w_max = w_max.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
-        if self.seen is None:
-            return Cells(cells, None, noise_var, w_max, written[:1])
-        return self.through_wires(cells, noise_var, w_max, written[:1])
+        if wires:
+            return self.through_wires(cells, noise_var, w_max, written[:1])
+        return Cells(cells, None, noise_var, w_max, written)
 
     def _require_shape(self, weight: Tensor) -> None:
         """Refuse a weight that does not fit the layer's arrays."""
@@ -274,16 +275,10 @@ class AnalogLayer(InSitu):
     def leave_cells(self) -> None:
         """See `Wires.leave_cells`. A weight that changes in place needs none of it: autograd refuses passes of the old one."""
         super().leave_cells()
-        self.renew("cells", "noise_var", "full_pair", "written")
+        self.renew(*CELLS)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cells_of": None}  # nobody has read what is copied
-
-    def _written_weight(self, weight: Tensor) -> Tensor:
-        """The weights [G, O, I] as they are written, with the reference lines of an offset mapping: weights of 0."""
-        weight = self.by_line(weight.detach().float())
-        rows, cols = self.plan.reference_lines
-        return functional.pad(weight, (0, rows, 0, cols)) if rows else weight
 
     def program(self) -> None:
         """Write the present weights once (not those of cells trained in situ) and read these devices from now on."""
@@ -294,9 +289,8 @@ class AnalogLayer(InSitu):
         if self.g_cells is not None and self.w_max is not None:
             self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
         else:
-            weight = self._written_weight(self.weight)
-            seed = self.plan.seed
-            self.hold(*program_devices(weight, self.write_step, self.static[1], seed), seed)
+            devices = program_devices(self.weight, self.write_step, self.static[1], self.static[0])
+            self.hold(*devices, self.plan.seed)
 
     @torch.no_grad()
     def compensate(self) -> None:
@@ -347,6 +341,11 @@ class AnalogLayer(InSitu):
         bound = limit.view(-1, 1) * (1 - 1e-6) if isinstance(limit, Tensor) else limit
         return (weight > bound).float().mean().item()
 
+    @property
+    def fits_inputs(self) -> bool:
+        """Whether the DAC's range is that of what it drives, whatever the sign, which reads then look at themselves."""
+        return self.spec.dac.signed and self.spec.dac.range in ("tensor", "sample")
+
     def dac_top(self, x: Tensor) -> Tensor:
         """Digital value of the DAC's largest code where it drives x, [1] or [len(x)]."""
         dac = self.spec.dac
@@ -384,11 +383,13 @@ class AnalogLayer(InSitu):
             return self._of_nothing(x)
         self.require_calibrated()
         self.require_ranks()
-        if self._follows_inputs() and not torch.compiler.is_compiling():
+        follows = self._follows_inputs()
+        if follows and not torch.compiler.is_compiling():
             require_first_pass(self.name)
-        x = x.float().contiguous()
-        top = self.dac_top(x)
-        x, lsb = self.dac_inputs(x, top)
+        x, lsb = x.float().contiguous(), None
+        if not self.fits_inputs:
+            top = self.dac_top(x)
+            x, lsb = self.dac_inputs(x, top)
         passes_gradients = x.requires_grad
         bias = self.bias
         bias = None if bias is None else bias.float()
@@ -410,7 +411,7 @@ class AnalogLayer(InSitu):
         y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
         if passes_gradients:
             self.await_gradient(y)
-        if self._follows_inputs():
+        if follows:
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
         return y.to(weight.dtype)
@@ -431,7 +432,8 @@ class AnalogLayer(InSitu):
     def counter(self) -> tuple[Tensor, int]:
         """Number of the last read, int64 [1], which fixed its noise, and what the next one adds to it: reads of training count up,
         others down."""
-        return (self.read_step, 1) if self.training else (self.eval_step, -1)
+        held: Any = self._buffers
+        return (held["read_step"], 1) if self.training else (held["eval_step"], -1)
 
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
@@ -501,8 +503,10 @@ class AnalogLayer(InSitu):
             return self.aged
         return self.cells if self.g_cells is None else self.g_cells
 
-    def _products(self, x: Tensor, weight: Tensor, lsb: Tensor, bias: Tensor | None, cells: Cells) -> Tensor:
-        """One read: x inside the DAC's range, whose codes are worth `lsb`; the gradient goes to `weight`."""
+    def _products(
+        self, x: Tensor, weight: Tensor, lsb: Tensor | None, bias: Tensor | None, cells: Cells
+    ) -> Tensor:
+        """One read: x inside the DAC's range, whose codes are worth `lsb` (None: the range fits x); the gradient goes to `weight`."""
         counter, way = self.counter()
         step = counter + way
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
@@ -515,15 +519,15 @@ class AnalogLayer(InSitu):
                 self.in_situ,
                 self.static[1],
             )
-        packing: tuple[Tensor | None, ...] = (None,) * 4
-        if (
-            self.packed_state is not None
-        ):  # a copy: backward reads the devices of now, whatever their number is then
-            packing = self.packed, self.back_packed, self.packed_state, cells.version.clone()
+        held: Any = self._buffers
+        packing = NOT_PACKED
+        if held["packed_state"] is not None:
+            # a copy: backward reads the devices of now, whatever their number is then
+            packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
         y = call(
-            analog_mvm, x, weight, *cells[:4], bias, lsb, self.adc_range, self.back_adc_range, self.adc_error, self.back_adc_error, step,
-            *packing, self.static[0], torch.is_grad_enabled(),
+            analog_mvm, x, weight, *cells[:4], bias, lsb, *(held[name] for name in CONVERTERS), step, *packing, self.static[0],
+            torch.is_grad_enabled(),
         )[0]  # fmt: skip
         counter.copy_(step)  # only now: a read that is refused leaves no trace
         return y

@@ -109,7 +109,7 @@ class Programmed(Wires):
 
     @property
     def programmed(self) -> bool:
-        return self.g_programmed is not None
+        return self._buffers["g_programmed"] is not None
 
     def require_unprogrammed(self, act: str) -> None:
         """Refuse to write devices that only age."""

@@ -245,12 +245,11 @@ def _unwatched(layer: nn.Module, *values: Tensor) -> TypeGuard[AnalogLinear]:
     if type(layer) is not AnalogLinear or torch.compiler.is_compiling() or _has_any_global_hook():
         return False
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    dac, wires = layer.spec.dac, layer.spec.parasitics
     return (
         not any(hooks)
         and not layer.keeps_operands
-        and not wires.exact_gradient
-        and (dac.signed and dac.range in ("sample", "tensor"))
+        and not layer.spec.parasitics.exact_gradient
+        and layer.fits_inputs
         and all(len(v) and v.is_cpu and v.dtype == torch.float32 for v in (*values, layer.weight))
         and all(type(v) in (Tensor, nn.Parameter) for v in values)
     )
@@ -267,7 +266,7 @@ def _lstm_at_once(
     steps = counter + way * torch.arange(1, len(order) + 1)
     converters = layer.adc_range, layer.back_adc_range, layer.adc_error, layer.back_adc_error
     outputs, h, c = lstm_sequence(
-        products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.plan, layer.static[0], order
+        products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.static[0], order
     )  # fmt: skip
     counter += way * len(order)
     for found in (outputs, h, c):

@@ -21,7 +21,7 @@ from gpuxbar.ops.checks import (
     scalar_array,
 )
 
-__all__ = ["KERNEL", "Dac", "check_dac", "dac_fit", "dac_quantize", "fit_on_host", "quantize_on_host"]
+__all__ = ["KERNEL", "Dac", "check_dac", "dac_fit", "dac_quantize"]
 
 KERNEL = Kernel(
     "dac_quantize.cu",
@@ -129,16 +129,17 @@ def dac_quantize(
         return reference.dac_quantize(x, lsb=lsb, code_max=code_max, signed=signed)
     codes = np.empty(x.shape, dtype=np.int16)
     if x.size:
-        quantize_on_host(
-            x, lsb, codes, (len(x), x.size // len(x), lsb.size), code_max, signed, "dac_quantize: `x`"
-        )
+        bad = c_int64()
+        sizes = len(x), x.size // len(x), lsb.size
+        host_call(library(), "gpuxbar_dac_quantize", x, lsb, codes, *sizes, code_max, signed, bad)
+        require_finite("dac_quantize", "x", bad.value, "bad data")
     _check_lsb(lsb)  # behind the values: a step taken from bad ones is bad itself
     return codes
 
 
 def dac_fit(
     x: Any,
-    scale: Any,
+    scale: Any = None,
     *,
     code_max: int,
     signed: bool = True,
@@ -152,7 +153,7 @@ def dac_fit(
 
     Args:
         x: Values, NumPy float32 [n, channels, ...], C-contiguous; finite.
-        scale: Factor of each channel, float32 [channels].
+        scale: Factor of each channel, float32 [channels]; None: 1.
         code_max: Largest code, 1 to 32767.
         signed: Whether negative codes exist.
         per_sample: Fit the range to each leading index, not to all.
@@ -168,10 +169,11 @@ def dac_fit(
     """
     op = "dac_fit"
     check_array(op, "x", x, "float32", range(2, 8))
-    check_array(op, "scale", scale, "float32", 1)
     _check_code_max(op, code_max)
     rows, channels = x.shape[:2]
-    if len(scale) != channels:
+    if scale is not None:
+        check_array(op, "scale", scale, "float32", 1)
+    if scale is not None and len(scale) != channels:
         raise ValueError(
             f"{op}: `scale` must have {channels} values, got {len(scale)}; give one for each channel of `x`"
         )
@@ -181,6 +183,7 @@ def dac_fit(
             f"{op}: `x` must be a NumPy array, got CuPy's; on a GPU, scale it and call dac_quantize"
         )
     if where == "reference":
+        scale = np.ones(channels, np.float32) if scale is None else scale
         with np.errstate(over="ignore", invalid="ignore"):
             bad = int((~np.isfinite(x * scale.reshape(-1, *[1] * (x.ndim - 2)))).sum())
         require_finite_values(what, bad, "bad data")
@@ -188,28 +191,12 @@ def dac_fit(
         return codes, lsb.astype(np.float32)
     codes, lsb = np.empty(x.shape, np.int16), np.empty(rows if per_sample else 1, np.float32)
     sizes = rows, channels, x.size // max(1, rows * channels), lsb.size
-    fit_on_host(x, scale, codes, lsb, sizes, code_max, signed, what)
-    return codes, lsb
-
-
-def quantize_on_host(
-    x: Any, lsb: Any, codes: Any, sizes: tuple[int, int, int], code_max: int, signed: bool, what: str
-) -> None:
-    """`dac_quantize` of arrays or addresses; sizes are those of leading indices, of values to each, and of steps."""
-    bad = c_int64()
-    host_call(library(), "gpuxbar_dac_quantize", x, lsb, codes, *sizes, code_max, signed, bad)
-    require_finite_values(what, bad.value, "bad data")
-
-
-def fit_on_host(
-    x: Any, scale: Any, codes: Any, lsb: Any, sizes: tuple[int, int, int, int], code_max: int, signed: bool, what: str
-) -> None:  # fmt: skip
-    """`dac_fit` of arrays or addresses; sizes are those of leading indices, of channels, of values to each, and of steps."""
-    bad = c_int64()
+    found = c_int64()
     host_call(
-        library(), "gpuxbar_dac_fit", x, scale, codes, lsb, *sizes, code_max, signed, reference.SMALLEST_RANGE, bad
+        library(), "gpuxbar_dac_fit", x, scale, codes, lsb, *sizes, code_max, signed, reference.SMALLEST_RANGE, found
     )  # fmt: skip
-    require_finite_values(what, bad.value, "bad data")
+    require_finite_values(what, found.value, "bad data")
+    return codes, lsb
 
 
 def _cuda(device: Device, x: Any, dac: Dac) -> Any:

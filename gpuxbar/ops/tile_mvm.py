@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from types import NoneType
 from typing import Any
@@ -22,7 +22,7 @@ from gpuxbar.ops.tile_mvm_cuda import amperes_of_one, generator_of, tile_mvm_cud
 from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
-__all__ = ["TileRead", "tile_mvm", "tile_read"]
+__all__ = ["TileMvm", "TileRead", "tile_mvm", "tile_read"]
 
 OP = "tile_mvm"
 INT16 = np.dtype("int16")
@@ -266,19 +266,12 @@ class TileRead:
     y_shape: tuple[int, ...]
     params: bytes
 
-    def having(self, **fields: Any) -> TileRead:
-        """The same with these fields of the struct; None is a null pointer."""
-        return replace(self, params=bytes(self._struct(fields)))
-
     def run(self, **fields: Any) -> None:
-        """Read on the CPU, with these fields too."""
-        host_call(library(), "gpuxbar_tile_mvm", self._struct(fields))
-
-    def _struct(self, fields: dict[str, Any]) -> _Params:
-        struct = _Params.from_buffer_copy(self.params)
+        """Read on the CPU, with these fields too; None is a null pointer."""
+        struct = TileMvm.from_buffer_copy(self.params)
         for name, value in fields.items():
             setattr(struct, name, value)
-        return struct
+        host_call(library(), "gpuxbar_tile_mvm", struct)
 
 
 @kept
@@ -343,7 +336,7 @@ def tile_read(
         y_shape = (v[0], groups * conv.channels, conv.height, conv.width)
     else:
         y_shape = (v[0], outputs, *conv.out)
-    params = _Params(
+    params = TileMvm(
         batch=batch, groups=groups, inputs=inputs, cols=cols, planes=planes, tile=tile, rows_per_scale=1,
         is_code=codes, transposed=transposed, stream_bits=stream_bits, streams=streams, phases=phases,
         adc_bits=adc_bits or 0, adc_signed=adc_signed, fast=generator == "fast", v_lsb=v_lsb,
@@ -481,7 +474,7 @@ def _check_drive(
         )
 
 
-class _Params(ctypes.Structure):
+class TileMvm(ctypes.Structure):
     """Twin of `struct TileMvm` in kernels/host/read.hpp."""
 
     _fields_ = [

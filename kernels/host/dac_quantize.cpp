@@ -12,7 +12,7 @@ using namespace gpuxbar;
 
 namespace {
 
-// Values [rows, channels, each], those of a channel times its scale.
+// Values [rows, channels, each], those of a channel times its scale; null: as they are.
 struct Scaled {
   const float *x, *scale;
   i64 channels, each;
@@ -21,6 +21,10 @@ struct Scaled {
   template <class Visit>
   void row(i64 row, const Visit& visit) const {
     const i64 begin = row * channels * each;
+    if (!scale) {
+      visit(begin, channels * each, [x = x + begin](i64 i) { return x[i]; });
+      return;
+    }
     if (each == 1) {
       visit(begin, channels, [x = x + begin, s = scale](i64 i) { return x[i] * s[i]; });
       return;
@@ -55,7 +59,7 @@ extern "C" void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* code
 }
 
 extern "C" void gpuxbar_dac_fit(const float* x,      // [rows, channels, each]
-                                const float* scale,  // [channels]
+                                const float* scale,  // [channels], or null
                                 i16* codes,          // like x
                                 float* lsb,          // [lsb_count]: for each row, or one for all
                                 i64 rows, i64 channels, i64 each, i64 lsb_count, i64 code_max, i64 is_signed,

@@ -1,0 +1,75 @@
+// layer_read on the CPU: what a layer's read takes, in one call: the DAC (dac_quantize or dac_fit), then tile_mvm, with the steps
+// and scales that follow from what the layer holds.
+//
+// Small layers compute less than it takes to call kernels one by one. The same bits as by single calls.
+#include "read.hpp"
+#include "wide.hpp"
+
+using namespace gpuxbar;
+
+extern "C" {
+void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* codes, i64 rows, i64 per_row, i64 lsb_count,
+                          i64 code_max, i64 is_signed, i64* bad);
+void gpuxbar_dac_fit(const float* x, const float* scale, i16* codes, float* lsb, i64 rows, i64 channels, i64 each,
+                     i64 lsb_count, i64 code_max, i64 is_signed, double smallest, i64* bad);
+void gpuxbar_tile_mvm(const TileMvm* params);
+}
+
+namespace {
+
+// Mirrored field by field in gpuxbar/ops/layer_read.py. Of the base, `v` and what is said here in other words is not given.
+struct LayerRead : TileMvm {
+  const float* x;      // [rows, channels, each] digital values: inputs, or driven backwards, gradients of outputs
+  void* driven;        // like x: what drives the lines: int16 codes, or without a DAC float32; null: nobody asks for it
+  float* dac_lsb;      // [lsb_count] value of one code; written where it `fits`, null: nobody asks for it then
+  const float* w_max;  // [groups * cols] weight of a full pair, or null: nothing is scaled by it
+  const float* adc_range;  // [1] or [groups * sense] A: current of the largest code
+  double unit;             // weight of a full pair in digital units is w_max * unit
+  i64 rows, channels, each, lsb_count, fits, dac_code_max, dac_signed;
+};
+
+// x in units of `lsb`, and how many values are not finite.
+i64 in_units(const LayerRead& l, float* to) {
+  const i64 per_row = l.channels * l.each;
+  i64 bad = 0;
+#pragma omp parallel for reduction(+ : bad) schedule(static)
+  for (i64 row = 0; row < l.rows; ++row) {
+    const float lsb = l.dac_lsb[l.lsb_count > 1 ? row : 0];
+    for (i64 e = row * per_row; e < (row + 1) * per_row; ++e) {
+      bad += (float_bits(l.x[e]) & 0x7F800000u) == 0x7F800000u;
+      to[e] = l.x[e] / lsb;
+    }
+  }
+  return bad;
+}
+
+}  // namespace
+
+extern "C" void gpuxbar_layer_read(const LayerRead* layer, double smallest, i64* bad) {
+  LayerRead l = *layer;
+  const i64 values = l.rows * l.channels * l.each, outputs = l.groups * l.cols;
+  const i64 sensed = l.groups * (l.transposed ? l.inputs : l.cols), ranges = l.adc_per_column ? sensed : 1;
+  const Aligned room(2 * l.lsb_count + outputs + ranges + (l.driven ? 0 : values));
+  float *const row_scale = room.get(), *const scale = row_scale + 2 * l.lsb_count, *const adc_lsb = scale + outputs;
+  if (!l.dac_lsb) l.dac_lsb = row_scale + l.lsb_count;
+  if (!l.driven) l.driven = adc_lsb + ranges;
+  if (l.w_max)
+    for (i64 j = 0; j < outputs; ++j) scale[j] = l.w_max[j] * (float)l.unit;
+  const float* scales = l.w_max ? scale : nullptr;
+  if (!l.is_code)
+    *bad = in_units(l, (float*)l.driven);
+  else if (l.fits)
+    gpuxbar_dac_fit(l.x, l.transposed ? scales : nullptr, (i16*)l.driven, l.dac_lsb, l.rows, l.channels, l.each,
+                    l.lsb_count, l.dac_code_max, l.dac_signed, smallest, bad);
+  else
+    gpuxbar_dac_quantize(l.x, l.dac_lsb, (i16*)l.driven, l.rows, l.channels * l.each, l.lsb_count, l.dac_code_max,
+                         l.dac_signed, bad);
+  if (*bad || !l.batch) return;
+  for (i64 k = 0; k < l.lsb_count; ++k) row_scale[k] = l.dac_lsb[k] / (float)l.v_lsb;
+  for (i64 k = 0; l.adc_bits && k < ranges; ++k) adc_lsb[k] = l.adc_range[k] / l.code_max();
+  l.v = l.driven;
+  l.row_scale = row_scale;
+  l.adc_lsb = adc_lsb;
+  l.col_scale = l.transposed ? nullptr : scales;
+  gpuxbar_tile_mvm(&l);
+}
