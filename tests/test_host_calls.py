@@ -33,6 +33,17 @@ SPECS = {
         "dac": {"bits": 6, "range": "sample"},
         "backward": {"dac": {"bits": 6, "range": "sample"}},
     },
+    "offset samples": {
+        **TILES,
+        "mapping": {"scheme": "offset"},
+        "dac": {"bits": 6, "range": "sample"},
+        "backward": {"dac": {"bits": 6, "range": "sample"}},
+    },
+    "fixed": {
+        **TILES,
+        "dac": {"bits": 6, "range": "fixed", "max": 2.0},
+        "backward": {"dac": {"bits": 6, "range": "fixed", "max": 0.01}},
+    },
     "running": {**TILES, "dac": {"bits": 6, "range": "ema", "signed": False}},
     "learned": {**TILES, "dac": {"bits": 6, "range": "learned"}},
     "states": {**TILES, "read_noise": {"sigma_g": 1e-7}, "generator": "fast"},
