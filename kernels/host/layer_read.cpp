@@ -2,6 +2,7 @@
 // and scales that follow from what the layer holds.
 //
 // Small layers compute less than it takes to call kernels one by one. The same bits as by single calls.
+#include "finite.hpp"
 #include "read.hpp"
 #include "wide.hpp"
 
@@ -36,7 +37,7 @@ i64 in_units(const LayerRead& l, float* to) {
   for (i64 row = 0; row < l.rows; ++row) {
     const float lsb = l.dac_lsb[l.lsb_count > 1 ? row : 0];
     for (i64 e = row * per_row; e < (row + 1) * per_row; ++e) {
-      bad += (float_bits(l.x[e]) & 0x7F800000u) == 0x7F800000u;
+      bad += not_finite(l.x[e]);
       to[e] = l.x[e] / lsb;
     }
   }
