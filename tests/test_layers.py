@@ -935,6 +935,14 @@ def test_a_fixed_range_clips_gradients(bits, rounding):
     torch.testing.assert_close(x.grad, expected, rtol=0, atol=rounding * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("fitted", ["tensor", "sample"])
+def test_what_an_unsigned_dac_cannot_drive_gets_no_gradient(fitted):
+    layer = AnalogLinear(6, 4, spec=spec(dac={"bits": 8, "signed": False, "range": fitted}))
+    x = torch.randn(5, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.equal(x.grad != 0, x > 0)
+
+
 def test_updates_draw_anew():
     """The same change twice from the same seed: what the device adds is independent."""
     law = {"law": "agarwal", "nu": 0.0, "gamma": 0.02}

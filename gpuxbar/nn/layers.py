@@ -506,7 +506,7 @@ class AnalogLayer(InSitu):
     def _products(
         self, x: Tensor, weight: Tensor, lsb: Tensor | None, bias: Tensor | None, cells: Cells
     ) -> Tensor:
-        """One read: x inside the DAC's range, whose codes are worth `lsb` (None: the range fits x); the gradient goes to `weight`."""
+        """One read: x in the DAC's range, whose codes are worth `lsb` (None: the range fits x); the gradient goes to `weight`."""
         counter, way = self.counter()
         step = counter + way
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
