@@ -48,6 +48,11 @@ SPECS = {
     "learned": {**TILES, "dac": {"bits": 6, "range": "learned"}},
     "states": {**TILES, "read_noise": {"sigma_g": 1e-7}, "generator": "fast"},
     "no converters": {"tile": {"rows": 16, "cols": 8}, "read_noise": {"sigma": 1e-8}},
+    "samples as they are": {
+        "tile": {"rows": 16, "cols": 8},
+        "dac": {"range": "sample"},
+        "backward": {"dac": {"range": "sample"}},
+    },
     "written": {**TILES, "programming": {"write_noise": 1e-7, "stuck_at_g_min": 0.02}},
     "in situ": {**TILES, "update": SOFT},
     "held": {**TILES, "update": {**SOFT, "write_noise": 1e-8}, "endurance": {"pulses": 1e4, "spread": 0.1}},
