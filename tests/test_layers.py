@@ -586,8 +586,8 @@ def test_calibrate_and_convert_refuse_by_name():
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_opcheck(kind, scheme):
     settings = spec(
-        dac={"bits": 8}, adc={"bits": 8, "range": "worst_case", "gain_std": 0.1}, read_noise={"sigma": 1e-7, "sigma_g": 1e-7},
-        mapping={"scheme": scheme},
+        dac={"bits": 8, "range": "sample"}, adc={"bits": 8, "range": "worst_case", "gain_std": 0.1},
+        read_noise={"sigma": 1e-7, "sigma_g": 1e-7}, mapping={"scheme": scheme},
     )  # fmt: skip
     if kind == "linear":
         layer, x = AnalogLinear(6, 3, spec=settings), torch.randn(2, 6)
