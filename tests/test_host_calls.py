@@ -172,6 +172,14 @@ def test_tensors_that_are_not_what_lies_in_memory_are_resolved_first():
     torch.testing.assert_close(many, fresh(x, ones)[1].expand(2, 3, 6))
 
 
+def test_layers_are_read_within_a_transform_of_what_they_do_not_read():
+    module, x = layer(), torch.randn(3, 6)
+    y = module(x)
+    module.read_step.zero_()
+    found = torch.func.vmap(lambda factor: factor * module(x))(torch.ones(2))
+    torch.testing.assert_close(found, y.expand(2, 3, 7))
+
+
 @pytest.mark.parametrize("onlooker", ["profiler", "mode"])
 def test_onlookers_see_operators_called(onlooker):
     seen = []
