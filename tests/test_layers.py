@@ -584,7 +584,7 @@ def test_calibrate_and_convert_refuse_by_name():
 
 @pytest.mark.parametrize("scheme", ["subtracted", "offset"])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_opcheck(kind, scheme):
+def test_opcheck(kind, scheme, monkeypatch):
     settings = spec(
         dac={"bits": 8, "range": "sample"}, adc={"bits": 8, "range": "worst_case", "gain_std": 0.1},
         read_noise={"sigma": 1e-7, "sigma_g": 1e-7}, mapping={"scheme": scheme},
@@ -601,6 +601,12 @@ def test_opcheck(kind, scheme):
             layer.adc_error, layer.back_adc_error, step, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
+    for backend in ("host", "reference"):  # without backward to follow
+        monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+        torch.library.opcheck(
+            torch.ops.gpuxbar.analog_mvm.default, (*args[:-1], False), test_utils="test_faketensor"
+        )
+    monkeypatch.undo()
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
