@@ -213,7 +213,8 @@ PULSE_TRAINS = Kernel(
     x=In("float32", "source"), d=In("float32", "errors"), scale=In("float32", "D"), unit=In("float32", "G"),
     sign=In("float32", "X", optional=True), step=In("int64", "one", optional=True), input_words=Out("uint32", "B X"),
     error_words=Out("uint32", "B D"), length=Out("float32", "B G"), train=Struct("Train", Train), conv=Struct("Conv", Conv),
-    step_value=Scalar("int64"), seed=Scalar("uint64"), batch=Scalar("int32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
+    step_value=Scalar("int64"), seed=Scalar("uint64"), batch=Scalar("int32"), groups=Scalar("int32"), inputs=Scalar("int32"),
+    outputs=Scalar("int32"),
 )  # fmt: skip
 PULSE_UPDATE = Kernel(
     "pulse_update.cu",
