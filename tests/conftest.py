@@ -51,7 +51,7 @@ def learn():
 
 @pytest.fixture
 def same_on_threads():
-    """Gives what a call returns on one thread of the host kernels, when it returns the same bits on two, or as many as are asked for."""
+    """Gives what a call returns on one thread of the host kernels, and sees the same bits on two, or as many as are asked for."""
     before = threads()
 
     def same(call, counts=(2,)):

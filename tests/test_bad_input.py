@@ -192,8 +192,9 @@ def test_layers_refuse_wrong_shapes():
         linear(torch.zeros(2, 4, device="meta"))
 
 
-def test_layers_refuse_weights_of_another_size_and_transforms():
-    layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec())
+@pytest.mark.parametrize("dac", [{}, {"bits": 8, "range": "fixed", "max": 1.0}], ids=["fitted", "fixed"])
+def test_layers_refuse_weights_of_another_size_and_transforms(dac):
+    layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec(dac=dac))
     x = torch.randn(2, 4)
     with pytest.raises(TypeError, match=r"got those of a transform of torch.func"):
         torch.func.grad(lambda x: layer(x).sum())(x)

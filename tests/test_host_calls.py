@@ -48,6 +48,11 @@ SPECS = {
     "learned": {**TILES, "dac": {"bits": 6, "range": "learned"}},
     "states": {**TILES, "read_noise": {"sigma_g": 1e-7}, "generator": "fast"},
     "no converters": {"tile": {"rows": 16, "cols": 8}, "read_noise": {"sigma": 1e-8}},
+    "samples as they are": {
+        "tile": {"rows": 16, "cols": 8},
+        "dac": {"range": "sample"},
+        "backward": {"dac": {"range": "sample"}},
+    },
     "written": {**TILES, "programming": {"write_noise": 1e-7, "stuck_at_g_min": 0.02}},
     "in situ": {**TILES, "update": SOFT},
     "held": {**TILES, "update": {**SOFT, "write_noise": 1e-8}, "endurance": {"pulses": 1e4, "spread": 0.1}},
@@ -165,6 +170,14 @@ def test_tensors_that_are_not_what_lies_in_memory_are_resolved_first():
     module.read_step.zero_()
     (many,) = torch.autograd.grad(module(x), x, torch.ones(2, 3, 7), is_grads_batched=True)
     torch.testing.assert_close(many, fresh(x, ones)[1].expand(2, 3, 6))
+
+
+def test_layers_are_read_within_a_transform_of_what_they_do_not_read():
+    module, x = layer(), torch.randn(3, 6)
+    y = module(x)
+    module.read_step.zero_()
+    found = torch.func.vmap(lambda factor: factor * module(x))(torch.ones(2))
+    torch.testing.assert_close(found, y.expand(2, 3, 7))
 
 
 @pytest.mark.parametrize("onlooker", ["profiler", "mode"])

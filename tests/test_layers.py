@@ -584,10 +584,10 @@ def test_calibrate_and_convert_refuse_by_name():
 
 @pytest.mark.parametrize("scheme", ["subtracted", "offset"])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_opcheck(kind, scheme):
+def test_opcheck(kind, scheme, monkeypatch):
     settings = spec(
-        dac={"bits": 8}, adc={"bits": 8, "range": "worst_case", "gain_std": 0.1}, read_noise={"sigma": 1e-7, "sigma_g": 1e-7},
-        mapping={"scheme": scheme},
+        dac={"bits": 8, "range": "sample"}, adc={"bits": 8, "range": "worst_case", "gain_std": 0.1},
+        read_noise={"sigma": 1e-7, "sigma_g": 1e-7}, mapping={"scheme": scheme},
     )  # fmt: skip
     if kind == "linear":
         layer, x = AnalogLinear(6, 3, spec=settings), torch.randn(2, 6)
@@ -601,6 +601,12 @@ def test_opcheck(kind, scheme):
             layer.adc_error, layer.back_adc_error, step, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
+    for backend in ("host", "reference"):  # without backward to follow
+        monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+        torch.library.opcheck(
+            torch.ops.gpuxbar.analog_mvm.default, (*args[:-1], False), test_utils="test_faketensor"
+        )
+    monkeypatch.undo()
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
@@ -933,6 +939,14 @@ def test_a_fixed_range_clips_gradients(bits, rounding):
     layer(x).backward(grad)
     expected = grad.clamp(-0.5, 0.5) @ layer.weight.detach()
     torch.testing.assert_close(x.grad, expected, rtol=0, atol=rounding * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("fitted", ["tensor", "sample"])
+def test_what_an_unsigned_dac_cannot_drive_gets_no_gradient(fitted):
+    layer = AnalogLinear(6, 4, spec=spec(dac={"bits": 8, "signed": False, "range": fitted}))
+    x = torch.randn(5, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.equal(x.grad != 0, x > 0)
 
 
 def test_updates_draw_anew():

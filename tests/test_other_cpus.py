@@ -1,5 +1,5 @@
-"""The host kernels as a CPU without AVX-512 runs them, and by clang: what other tests say of them, once more, in a process of its own.
-What no CPU at hand runs is compiled at least."""
+"""The host kernels as a CPU without AVX-512 runs them, and by clang: what other tests say of them, once more, in a process of its
+own. What no CPU at hand runs is compiled at least."""
 
 from __future__ import annotations
 

@@ -234,6 +234,19 @@ def test_fingerprint_of_single_weights_by_hand():
     assert fingerprint(np.zeros(5, np.float32)) == 0
 
 
+@pytest.mark.parametrize("size", [17, 4096 * 4 + 5])
+def test_every_weight_that_is_not_finite_is_counted(size, same_on_threads):
+    """To the last one of the last piece that a thread looks at."""
+    weight = np.ones((1, 1, size), np.float32)
+    weight.flat[[0, size // 2, -1]] = np.nan, np.inf, -np.inf
+
+    def refused():
+        with pytest.raises(ValueError, match="`weight` must be finite, got 3 NaN or infinite values"):
+            ops.program(weight, w_max=np.ones(1, np.float32), **WINDOW)
+
+    same_on_threads(refused)
+
+
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 16384 * 3 + 5])
 def test_checksum_is_one_on_any_threads(size, same_on_threads):
     weight = np.random.default_rng(size).normal(size=size).astype(np.float32)

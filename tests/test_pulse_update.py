@@ -518,7 +518,7 @@ BAD = {
     "shape": ({"d": np.ones((3, 4), np.float32)}, ValueError, r"`d` must have shape \(2, 4\)"),
     "groups": ({"groups": 2}, ValueError, "`groups` must divide the inputs and the outputs, got 2 for 3"),
     "rate": ({"rate": 0.0}, ValueError, "`rate` must be above 0, got 0; give the learning rate"),
-    "signs": ({"sign": np.ones(4, np.float32)}, ValueError, r"`sign` must have shape \(3,\), one for each wordline, got \(4,\)"),
+    "signs": ({"sign": np.ones(4, np.float32)}, ValueError, r"`sign` must have shape \(3,\) for this `g`, got \(4,\); give one for each"),
     "factors": ({"sign": np.float32([1, -1, 0.5])}, ValueError, "`sign` must be 1 or -1, got 0.5; multiply the inputs by other"),
     "images": (
         {"conv": ConvGeometry(1, 2, 2, (1, 3), padding=(0, 1)), "x": np.ones((2, 1, 2, 3), np.float32),

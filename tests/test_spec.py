@@ -276,6 +276,7 @@ IN_SITU = {"update": {"law": "constant_step"}}
         ({"programming": {"write_noise": 1e-7, "write_noise_slope": -3e-7, "write_noise_curve": 1e-7}},
          "`programming`: write_noise + write_noise_slope r + write_noise_curve r**2 must be at least 0 for r of 0 to 1, got -1e-07 S at r = 1"),
         ({"programming": {"write_noise": -1e-6}}, "`programming.write_noise` must be a finite number of at least 0, got -1e-06"),
+        ({"programming": {"device_spread": float("nan")}}, "`programming.device_spread` must be a finite number of at least 0, got"),
         ({"programming": {"stuck_at_g_min": 0.6, "stuck_at_g_max": 0.5}},
          "`programming`: stuck_at_g_min + stuck_at_g_max must be at most 1, got 0.6 + 0.5; they are shares of the cells"),
         ({"drift": {"nu_min": 0.2, "nu_max": 0.1}}, "`drift`: `nu_min` must be at most nu_max, got 0.2 and 0.1"),

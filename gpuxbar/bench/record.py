@@ -123,7 +123,8 @@ def readme_tables(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=_is_cost, reverse=True):
         ideal = _ms(row["ms"]["ideal"][1]) if _is_cost(row) else ""
         out.append(
-            f"| {row['case']}: {row['size']} | {ideal} | {_verdict(row)} | {_target(row)} | {other_ratios(row)} | {row['error']:.0e} |"
+            f"| {row['case']}: {row['size']} | {ideal} | {_verdict(row)} | {_target(row)} | {other_ratios(row)} "
+            f"| {row['error']:.0e} |"
         )
     memory = [row for row in rows if row["extra_mb"]]
     if memory:

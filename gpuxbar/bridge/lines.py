@@ -65,8 +65,8 @@ def unfold_lines(x: Tensor, weight: tuple[int, ...], way: ReadPlan) -> Tensor:
 
 
 def largest_on_lines(x: Tensor, groups: int, patch: list[int] | None = None) -> Tensor:
-    """Largest magnitude of each sample on the lines of each group, float32: of [B, G * lines] [B, G]; of images [N, G * channels, height,
-    width] [N, G, *out], where a sample is a pixel, or with `patch`, as `InSitu` has it, what an unfolded line would be."""
+    """Largest magnitude of each sample on the lines of each group, float32 [B, G]; of images [N, G * channels, height, width] it is
+    [N, G, *out], of every pixel, or with a `patch` of `InSitu` of every patch."""
     top = x.abs().unflatten(1, (groups, -1)).amax(2).float()
     if patch is None:
         return top

@@ -100,12 +100,12 @@ def gradient(
 ) -> None:
     """Give an operator its gradient.
 
-    `torch.library.register_autograd` reads the schema anew at every call, which costs more than a small layer, and autograd looks at
-    every argument, so that it is given those `wrt` alone. Gradients of gradients are refused.
+    `torch.library.register_autograd` reads the schema anew at every call, which costs more than a small layer; autograd looks at
+    every argument that it is given, so it is given those `wrt` alone. Gradients of gradients are refused.
 
     Args:
-        backward: Gradients of the arguments `wrt`, in this order, in which `ctx.needs_input_grad` tells of them too.
-        setup_context: Called with what it is to keep them in, all arguments, and the output.
+        backward: Gives the gradients of the arguments `wrt`, in their order, which is that of `ctx.needs_input_grad` too.
+        setup_context: Called with the context, all arguments and the output.
         wrt: Places of the arguments that have a gradient.
     """
     name = op._schema.name.split("::")[1]

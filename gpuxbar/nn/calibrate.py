@@ -47,8 +47,9 @@ def calibrate(
     Raises:
         TypeError: `loader` is a tensor or one batch with its target, or a batch is not of these forms.
         ValueError: `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, the
-            model is sharded, or it computes with the weight of a layer that it does not call, as some fused attentions do. One batch
-            alone does not tell that from a penalty.
+            model is sharded, a batch norm with the statistics that it began with gets one value a channel, or the model computes
+            with the weight of a layer that it does not call, as some fused attentions do. One batch alone does not tell that
+            from a penalty.
     """
     require_batches("calibrate", loader, loss, step)
     found = [m for m in model.modules() if isinstance(m, AnalogLayer)]

@@ -386,13 +386,6 @@ class AnalogLayer(InSitu):
         follows = self._follows_inputs()
         if follows and not torch.compiler.is_compiling():
             require_first_pass(self.name)
-        x, lsb = x.float().contiguous(), None
-        if not self.fits_inputs:
-            top = self.dac_top(x)
-            x, lsb = self.dac_inputs(x, top)
-        passes_gradients = x.requires_grad
-        bias = self.bias
-        bias = None if bias is None else bias.float()
         if steady is None:
             weight = self.look_at_weight()
             if not torch.compiler.is_compiling() and any(map(is_functorch_wrapped_tensor, (x, weight))):
@@ -407,6 +400,13 @@ class AnalogLayer(InSitu):
             raise ValueError(
                 f"{self.name}: `x` must be on the layer's device, {weight.device}, got {x.device}; move the batch or the model"
             )
+        x, lsb = x.float().contiguous(), None
+        if not self.fits_inputs:
+            top = self.dac_top(x)
+            x, lsb = self.dac_inputs(x, top)
+        passes_gradients = x.requires_grad
+        bias = self.bias
+        bias = None if bias is None else bias.float()
         watched = self.keeps_operands and weight.requires_grad and torch.is_grad_enabled()
         y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
         if passes_gradients:
@@ -506,7 +506,7 @@ class AnalogLayer(InSitu):
     def _products(
         self, x: Tensor, weight: Tensor, lsb: Tensor | None, bias: Tensor | None, cells: Cells
     ) -> Tensor:
-        """One read: x inside the DAC's range, whose codes are worth `lsb` (None: the range fits x); the gradient goes to `weight`."""
+        """One read: x in the DAC's range, whose codes are worth `lsb` (None: the range fits x); the gradient goes to `weight`."""
         counter, way = self.counter()
         step = counter + way
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():

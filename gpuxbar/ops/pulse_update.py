@@ -26,6 +26,7 @@ from gpuxbar.ops.checks import (
     check_kind,
     check_lines,
     check_numbers,
+    check_shape,
     counter,
     integer,
     require_finite,
@@ -147,10 +148,7 @@ def pulse_update(
 def _check_sign(sign: Any, lines: int) -> None:
     """Refuse signs that are not those of so many wordlines."""
     check_array(OP, "sign", sign, "float32", 1)
-    if sign.shape != (lines,):
-        raise ValueError(
-            f"{OP}: `sign` must have shape {(lines,)}, one for each wordline, got {sign.shape}; check the axes"
-        )
+    check_shape(OP, "sign", sign, (lines,), "give one for each wordline", "this `g`")
     if isinstance(sign, np.ndarray) and not (np.abs(sign) == 1).all():
         raise ValueError(
             f"{OP}: `sign` must be 1 or -1, got {sign[np.abs(sign) != 1][0]:g}; multiply the inputs by other factors"
@@ -213,9 +211,10 @@ def _cuda(
 PULSE_TRAINS = Kernel(
     "pulse_trains.cu",
     x=In("float32", "source"), d=In("float32", "errors"), scale=In("float32", "D"), unit=In("float32", "G"),
-    sign=In("float32", "X", optional=True), step=In("int64", "one", optional=True), input_words=Out("uint32", "B X"), error_words=Out("uint32", "B D"),
-    length=Out("float32", "B G"), train=Struct("Train", Train), conv=Struct("Conv", Conv), step_value=Scalar("int64"),
-    seed=Scalar("uint64"), batch=Scalar("int32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
+    sign=In("float32", "X", optional=True), step=In("int64", "one", optional=True), input_words=Out("uint32", "B X"),
+    error_words=Out("uint32", "B D"), length=Out("float32", "B G"), train=Struct("Train", Train), conv=Struct("Conv", Conv),
+    step_value=Scalar("int64"), seed=Scalar("uint64"), batch=Scalar("int32"), groups=Scalar("int32"), inputs=Scalar("int32"),
+    outputs=Scalar("int32"),
 )  # fmt: skip
 PULSE_UPDATE = Kernel(
     "pulse_update.cu",
