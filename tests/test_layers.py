@@ -160,6 +160,13 @@ def test_the_report_knows_converted_and_lazy_layers():
     assert twice[0].spec == once[0].spec
 
 
+def test_an_example_may_be_one_sample_behind_batch_norms_that_know_no_data():
+    _, report = gx.convert(
+        nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), spec(), example=torch.randn(1, 6)
+    )
+    assert report.rows[0].macs == 24
+
+
 def test_convert_keeps_sharing_and_names_what_it_leaves():
     class Tied(nn.Module):
         def __init__(self):

@@ -16,7 +16,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
-from gpuxbar.bridge.lines import by_line, fold_lines, of_lines, some_lines, unfold_lines
+from gpuxbar.bridge.lines import by_line, fold_lines, of_lines, some_lines, unfold_lines, written
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import build_optimizer
@@ -296,6 +296,13 @@ def test_lines_there_and_back():
         np.testing.assert_allclose(images, reference.fold(patches.numpy(), 2, conv), rtol=1e-12)
     kept = weight.to(memory_format=torch.channels_last)
     assert by_line(kept, 2, "position_channel").data_ptr() == kept.data_ptr()
+
+
+def test_weights_that_lie_as_their_lines_are_written_from_where_they_lie():
+    weight = torch.randn(4, CHANNELS, *KERNEL)
+    for order, memory in zip(ORDERS, (torch.contiguous_format, torch.channels_last), strict=True):
+        weight, layer = weight.to(memory_format=memory), AnalogConv2d(CHANNELS, 4, KERNEL, spec=spec(order))
+        assert written(weight, layer.plan).data_ptr() == weight.data_ptr()
 
 
 def test_it_is_a_setting_of_the_mapping():

@@ -39,8 +39,8 @@ def written(weight: Tensor, way: ReadPlan) -> Tensor:
     weight = weight.detach().float()
     if way.reference == (0, 0) and not _permuted(weight.shape, way.line_order):
         return weight.contiguous()  # in the shape that it has
-    rows, cols = way.reference_lines
-    return functional.pad(by_line(weight, way.groups, way.line_order), (0, rows, 0, cols)).contiguous()
+    lines, (rows, cols) = by_line(weight, way.groups, way.line_order), way.reference_lines
+    return (functional.pad(lines, (0, rows, 0, cols)) if rows else lines).contiguous()
 
 
 def of_lines(lines: Tensor, shape: tuple[int, ...], line_order: str) -> Tensor:

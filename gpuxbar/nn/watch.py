@@ -70,8 +70,11 @@ def watch(
     """Call `look(layer, backward, lines)` at the reads of some batches. Other arguments and errors, which name `op`, are those of
     `gpuxbar.calibrate`.
 
-    To be called where the model is `undisturbed`.
+    To be called where the model is `undisturbed`; norms that know no data yet take the statistics of the batch.
     """
+    for module in model.modules():
+        if _knows_no_data(module):
+            module.train()
     called: set[AnalogLayer] = set()
     reached = False
     # of the batches that had one, with their losses: gradients of what layers hold that are not called
@@ -162,8 +165,7 @@ def _is_batch(loader: Any) -> TypeGuard[Sequence[Tensor]]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model evaluates, but for norms that know no data yet; afterwards modes are what they were, and buffers but for what reads
-    found of the weights."""
+    """The model evaluates; afterwards modes are what they were, and buffers but for what reads found of the weights."""
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     modes = {module: module.training for module in model.modules()}
     buffers = {
@@ -174,9 +176,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     }
     pairs = {layer: list(layer.streams.pairs) for layer in layers}
     model.eval()
-    for module in modes:
-        if _knows_no_data(module):
-            module.train()
     try:
         yield
     finally:
