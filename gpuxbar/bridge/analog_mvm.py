@@ -176,9 +176,9 @@ def _transposed(
             # what drives the lines is made here: no DAC of a layer on the CPU fits it
             values, lsb = driven_gradient(gradient_values(grad_y, w_max, way), w_max, way)
             scale = None
-        if conv is not None and lsb is not None and not plain:
-            lsb = lsb.repeat_interleave(conv.pixels) if lsb.numel() > 1 else lsb
-            values, conv = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]), None
+            if conv is not None and not plain:
+                lsb = lsb.repeat_interleave(conv.pixels) if lsb.numel() > 1 else lsb
+                values, conv = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]), None
         grad_x, *_ = _read(
             values, lsb, g, noise_var, scale, None, adc_range, adc_error, step, plan, device,
             f"{way.name}: the gradient of the output", transposed=True, conv=conv,

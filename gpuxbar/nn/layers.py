@@ -32,7 +32,15 @@ from gpuxbar.ops import PackedConductance
 from gpuxbar.reference import SMALLEST_RANGE, Purpose, normals, uniforms
 from gpuxbar.spec import ADC, CrossbarSpec
 
-__all__ = ["COUNTED", "AnalogConv", "AnalogConv1d", "AnalogConv2d", "AnalogLayer", "AnalogLinear"]
+__all__ = [
+    "CONVERTERS",
+    "COUNTED",
+    "AnalogConv",
+    "AnalogConv1d",
+    "AnalogConv2d",
+    "AnalogLayer",
+    "AnalogLinear",
+]
 
 COUNTED = "read_step", "eval_step", "dac_max"  # buffers of a layer that change with each of its reads
 CELLS = "cells", "noise_var", "full_pair", "written"  # buffers of what was programmed
@@ -255,7 +263,7 @@ class AnalogLayer(InSitu):
             w_max = w_max.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if wires:
             return self.through_wires(cells, noise_var, w_max, written[:1])
-        return Cells(cells, None, noise_var, w_max, written)
+        return Cells(cells, None, noise_var, w_max, written[:1])
 
     def _require_shape(self, weight: Tensor) -> None:
         """Refuse a weight that does not fit the layer's arrays."""
@@ -523,7 +531,7 @@ class AnalogLayer(InSitu):
         packing = NOT_PACKED
         if held["packed_state"] is not None:
             # a copy: backward reads the devices of now, whatever their number is then
-            packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
+            packing = self.packed, self.back_packed, self.packed_state, cells.version.clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
         y = call(
             analog_mvm, x, weight, *cells[:4], bias, lsb, *(held[name] for name in CONVERTERS), step, *packing, self.static[0],

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from gpuxbar.bridge.lstm_gates import lstm_gates
 from gpuxbar.bridge.lstm_sequence import lstm_sequence
-from gpuxbar.nn.layers import AnalogLinear
+from gpuxbar.nn.layers import CONVERTERS, AnalogLinear
 from gpuxbar.nn.linear import linear_of
 
 __all__ = ["UnfusedCell", "UnfusedRNN"]
@@ -264,7 +264,7 @@ def _lstm_at_once(
     cells = layer.conductances()
     counter, way = layer.counter()
     steps = counter + way * torch.arange(1, len(order) + 1)
-    converters = layer.adc_range, layer.back_adc_range, layer.adc_error, layer.back_adc_error
+    converters = tuple(getattr(layer, name) for name in CONVERTERS)
     outputs, h, c = lstm_sequence(
         products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.static[0], order
     )  # fmt: skip

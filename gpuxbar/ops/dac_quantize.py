@@ -16,6 +16,7 @@ from gpuxbar.ops.checks import (
     check_integers,
     check_numbers,
     check_written,
+    host_backend,
     require_finite,
     require_finite_values,
     scalar_array,
@@ -173,16 +174,11 @@ def dac_fit(
     rows, channels = x.shape[:2]
     if scale is not None:
         check_array(op, "scale", scale, "float32", 1)
-    if scale is not None and len(scale) != channels:
-        raise ValueError(
-            f"{op}: `scale` must have {channels} values, got {len(scale)}; give one for each channel of `x`"
-        )
-    where = backend(x)
-    if where == "cuda":
-        raise TypeError(
-            f"{op}: `x` must be a NumPy array, got CuPy's; on a GPU, scale it and call dac_quantize"
-        )
-    if where == "reference":
+        if len(scale) != channels:
+            raise ValueError(
+                f"{op}: `scale` must have {channels} values, got {len(scale)}; give one for each channel of `x`"
+            )
+    if host_backend(op, "x", x, "scale it and call dac_quantize") == "reference":
         scale = np.ones(channels, np.float32) if scale is None else scale
         with np.errstate(over="ignore", invalid="ignore"):
             bad = int((~np.isfinite(x * scale.reshape(-1, *[1] * (x.ndim - 2)))).sum())

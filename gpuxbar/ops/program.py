@@ -14,6 +14,7 @@ from gpuxbar.ops.checks import (
     check_array,
     check_integers,
     check_kind,
+    check_shape,
     check_window,
     check_written,
     integer,
@@ -217,11 +218,7 @@ def reprogram(
         if name == "noise_var" and array is None:
             continue
         check_array(op, name, array, dtype, len(want))
-        if tuple(array.shape) != want:
-            raise ValueError(
-                f"{op}: `{name}` must have shape {want} for weight {tuple(weight.shape)}, got {tuple(array.shape)}; "
-                "check the axes"
-            )
+        check_shape(op, name, array, want, "check the axes", f"weight {tuple(weight.shape)}")
     check_written(op, g=g, w_max=w_max, state=state, noise_var=noise_var)
     where = "cuda" if device is not None else backend(weight)
     if where == "cuda":

@@ -12,7 +12,15 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, address, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_integers, check_numbers, kept, require_finite, scalar_array
+from gpuxbar.ops.checks import (
+    check_array,
+    check_integers,
+    check_numbers,
+    check_shape,
+    kept,
+    require_finite,
+    scalar_array,
+)
 from gpuxbar.ops.dac_quantize import Dac, check_dac
 from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
@@ -173,10 +181,7 @@ def tile_mvm(
             continue
         shape = read.shapes[name]
         check_array(OP, name, array, "float32", len(shape))
-        if array.shape != shape:
-            raise ValueError(
-                f"{OP}: `{name}` must have shape {shape}, got {tuple(array.shape)}; see the axes of `g`"
-            )
+        check_shape(OP, name, array, shape, "see the axes of `g`")
     _check_row_scale(row_scale, read.batch)
     if packed is not None:
         check_packed(OP, packed)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "calls.hpp"
 #include "finite.hpp"
 #include "gpuxbar/converter.cuh"
 

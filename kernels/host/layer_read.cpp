@@ -2,19 +2,11 @@
 // and scales that follow from what the layer holds.
 //
 // Small layers compute less than it takes to call kernels one by one. The same bits as by single calls.
+#include "calls.hpp"
 #include "finite.hpp"
-#include "read.hpp"
 #include "wide.hpp"
 
 using namespace gpuxbar;
-
-extern "C" {
-void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* codes, i64 rows, i64 per_row, i64 lsb_count,
-                          i64 code_max, i64 is_signed, i64* bad);
-void gpuxbar_dac_fit(const float* x, const float* scale, i16* codes, float* lsb, i64 rows, i64 channels, i64 each,
-                     i64 lsb_count, i64 code_max, i64 is_signed, double smallest, i64* bad);
-void gpuxbar_tile_mvm(const TileMvm* params);
-}
 
 namespace {
 

@@ -9,12 +9,12 @@
 #include <optional>
 #include <vector>
 
+#include "calls.hpp"
 #include "few_rows.hpp"
 #include "gpuxbar/converter.cuh"
 #include "fold.hpp"
 #include "images.hpp"
 #include "lanes.hpp"
-#include "read.hpp"
 #include "threads.hpp"
 
 using namespace gpuxbar;
