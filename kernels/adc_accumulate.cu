@@ -8,9 +8,10 @@
 //         any launch and split of the rows.
 // Random  read noise of (row, column, conversion): normal.cuh; one counter a thread and conversion.
 // Macros  NOISE 0 none, 1 exact (4 columns a thread), 2 fast (8 columns); VARIANCE state-dependent part; ADC; GATE;
-//         IMAGES y and gate in image layout; VECTOR sense is a multiple of WIDTH (16-byte loads)
+//         INL converters bend; IMAGES y and gate in image layout; VECTOR sense is a multiple of WIDTH (16-byte loads)
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/converter.cuh"
+#include "gpuxbar/inl.cuh"
 #include "gpuxbar/normal.cuh"
 
 #ifndef NOISE
@@ -24,6 +25,9 @@
 #endif
 #ifndef GATE
 #define GATE 0
+#endif
+#ifndef INL
+#define INL 0
 #endif
 #ifndef IMAGES
 #define IMAGES 0
@@ -67,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
                    const float* __restrict__ adc_lsb,      // [1] or [G * sense], or null: adc_lsb_value   A
                    const float* __restrict__ adc_gain,     // [S, T, G * sense] or null
                    const float* __restrict__ adc_offset,   // [S, T, G * sense] or null                    A
+                   const float* __restrict__ adc_inl,      // [S, T, G * sense] or null (INL)              steps
                    const float* __restrict__ read_noise,   // [1] or null: read_noise_value                A
                    const i64* __restrict__ step,           // [1] or null: step_value
                    const float* __restrict__ row_scale,    // [all rows / rows_per_scale] or null
@@ -158,7 +163,10 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
             const bool real = VECTOR || j < count;
             const float gain = adc_gain && real ? factor[j] * adc_gain[converter + j] : factor[j];
             const float offset = adc_offset && real ? adc_offset[converter + j] * per_ampere * factor[j] : 0.0f;
-            const float steps = fma(current[j], gain, offset);
+            float steps = fma(current[j], gain, offset);
+#if INL
+            steps = bent(steps, real ? adc_inl[converter + j] : 0.0f, code_max);
+#endif
             codes[j] += (i32)adc_code(steps, code_min, code_max);
 #if GATE
             inside[j] += in_range(steps, code_min, code_max) ? share : 0.0f;

@@ -54,7 +54,7 @@ def reads(device, rng, x):
     for strategy in ("epilogue", "fused"):
         read(codes, g, tile_rows=5, noise_var=np.abs(g), strategy=strategy, precision="bf16")
     back = rng.integers(-9, 9, (3, 7, *CONV.out)).astype(np.int16)
-    read(back, g, tile_cols=3, transposed=True)
+    read(back, g, tile_cols=3, transposed=True, adc_inl=normal(rng, 2, 3, CONV.inputs))
     ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)
 
 

@@ -78,6 +78,25 @@ def test_each_kind_of_error_is_that_of_the_read(kind, form, shape):
     assert all(getattr(row, other) < 1e-3 * expected + 1e-4 for other in KINDS if other != kind)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "errors", [{"gain_std": 0.1, "offset_std": 1e-8}, {"inl": 300.0, "inl_std": 30.0}], ids=["gain", "inl"]
+)
+def test_errors_of_converters_count_as_noise(errors, form):
+    spec = settings(
+        {"dac": WHOLE, "adc": {"bits": 12, "range": "worst_case", **errors}},
+        FORMS[form],
+        {"backward": {"mode": "ideal"}},
+    )
+    layer, exact = (layer_of("linear", each) for each in (spec, settings(FORMS[form], WITHOUT_DAC)))
+    x = whole_numbers(300, 40)
+    (row,) = gx.conversion_errors(layer, [x], step=lambda x: layer(x).detach()).reads
+    with torch.no_grad():
+        expected = error(layer(x), exact(x))
+    assert row.noise == pytest.approx(expected, rel=0.02)
+    assert row.largest == "noise"
+
+
 @pytest.mark.parametrize("shape", ["linear", "conv"])
 @pytest.mark.parametrize("form", FORMS)
 def test_errors_of_a_transposed_read_are_those_of_the_gradient(form, shape):
@@ -104,7 +123,15 @@ def test_errors_of_a_transposed_read_are_those_of_the_gradient(form, shape):
 def test_conversions_that_clip_are_those_that_gradients_do_not_pass(form):
     """By the gate of the kernels: of planes and passes of one weight, its mean is the share of conversions inside the range."""
     more = {"mapping": {"scheme": form}, "dac": {**WHOLE, "signed": form == "subtracted"}}
-    adc = {"bits": 5, "range": "fixed", "i_max": 4e-6, "gain_std": 0.2, "offset_std": 3e-7}
+    adc = {
+        "bits": 5,
+        "range": "fixed",
+        "i_max": 4e-6,
+        "gain_std": 0.2,
+        "offset_std": 3e-7,
+        "inl": 1.5,
+        "inl_std": 0.5,
+    }
     layer = layer_of("linear", settings({"adc": adc}, more))
     x = whole_numbers(200, 40)
     (row, _) = gx.conversion_errors(layer, [x]).reads

@@ -75,6 +75,7 @@ def test_reads_are_those_of_every_conversion(name):
         {"read_noise": {"sigma": 1e-9}},
         {"read_noise": {"sigma_g": 1e-9}},
         {"adc": {"gain_std": 0.01}},
+        {"adc": {"inl": 0.1}},
         {"adc": {"range": "calibrated", "i_max": None}},
         {"adc": {"i_max": 62 * 2e-7}},  # the step is no part of a current
         {"adc": {"bits": 6, "i_max": 63 * 2e-7}},  # 8 lines of 10 units are cut off

@@ -244,6 +244,7 @@ def test_hopper_takes_it_where_it_fits():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [({"converters": 2}, "gain or offset of their own"),
+     ({"converters": 3}, "converters are non-linear"),
      ({"adc_bits": 0}, "nothing is converted")],
 )  # fmt: skip
 @pytest.mark.parametrize("strategy", ["wgmma", "cluster"])

@@ -6,6 +6,7 @@ import copy
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 import gpuxbar as gx
+from gpuxbar import reference
 from gpuxbar.experiments.data import load_data
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
@@ -669,7 +671,7 @@ def test_calibrated_layers_with_every_nonideality_stay_near_the_ideal(scheme):
     model = small_network()
     x, t = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
     parts = {**CONVERTED, "mapping": {"scheme": scheme}, "read_noise": {"sigma": 2e-9, "sigma_g": 5e-9}}
-    parts["adc"] = {**parts["adc"], "gain_std": 0.0005, "offset_std": 1e-9}
+    parts["adc"] = {**parts["adc"], "gain_std": 0.0005, "offset_std": 1e-9, "inl": 1.0, "inl_std": 0.5}
     converted, _ = gx.convert(model, spec(**parts))
     with pytest.raises(ValueError, match="must be calibrated"):
         converted(x)
@@ -797,15 +799,43 @@ def test_converter_errors_are_of_the_converter():
 
 
 def test_converters_err_apart():
-    """Gains and offsets, forwards and backwards: no two are alike."""
-    adc = {"bits": 8, "range": "worst_case", "gain_std": 0.1, "offset_std": 1e-9}
+    """Gains, offsets and curves, forwards and backwards: no two are alike."""
+    adc = {"bits": 8, "range": "worst_case", "gain_std": 0.1, "offset_std": 1e-9, "inl": -3.0, "inl_std": 0.5}
     layer = AnalogLinear(
         400, 400, spec=spec(mapping={"scheme": "subtracted"}, tile={"rows": 512, "cols": 512}, adc=adc)
     )
     errors = torch.cat([layer.adc_error, layer.back_adc_error]).flatten(1)
-    apart = torch.corrcoef(errors) - torch.eye(4)
+    apart = torch.corrcoef(errors) - torch.eye(6)
     assert apart.abs().max() < 4 / 400**0.5
-    assert errors.std(1) == pytest.approx([0.1, 1e-9, 0.1, 1e-9], rel=0.2)
+    assert errors.std(1) == pytest.approx([0.1, 1e-9, 0.5, 0.1, 1e-9, 0.5], rel=0.2)
+    assert errors.mean(1)[[2, 5]] == pytest.approx([-3.0, -3.0], abs=0.1)
+
+
+@pytest.mark.parametrize("batch", [1, 70], ids=["few", "block"])
+def test_bent_converters_read_as_the_oracle_has_it(batch):
+    """Both ways, by the curve of each."""
+    adc = {"bits": 8, "range": "worst_case", "inl": 8.0, "inl_std": 4.0}
+    layer = AnalogLinear(
+        40, 12, bias=False, spec=spec(tile={"rows": 16, "cols": 8}, mapping={"scheme": "subtracted"}, adc=adc)
+    )
+    x = torch.randn(batch, 40, requires_grad=True)
+    y, grad_y = layer(x), torch.randn(batch, 12)
+    y.backward(grad_y)
+    volts, w_max = layer.spec.dac.v_read, layer.weight.abs().max()
+    for found, driven, full, tile, errors, transposed in (
+        (y, x, layer.adc_range, 16, layer.adc_error, False),
+        (x.grad, grad_y, layer.back_adc_range, 8, layer.back_adc_error, True),
+    ):
+        top = driven.detach().abs().max()
+        gain, offset, inl = errors.numpy()
+        expected = reference.tile_mvm(
+            (driven.detach() / top * volts).numpy(), layer.cells.numpy(), tile=tile, transposed=transposed, adc_bits=8,
+            adc_lsb=full.item() / 127, adc_gain=gain, adc_offset=offset, adc_inl=inl,
+        ) * (top / volts * layer.planes.unit * w_max).item()  # fmt: skip
+        step = full.item() / 127 * (top / volts * layer.planes.unit * w_max).item()
+        off = np.abs(found.detach().numpy() - expected)
+        assert (off < 1e-4 * step).mean() > 0.98  # others are on a rounding edge
+        assert off.max() < 1.01 * step
 
 
 def test_converters_add_their_offsets_to_nothing():

@@ -219,7 +219,7 @@ def test_values_of_a_command_line(text, value):
         (
             {"adc": 5},
             "CrossbarSpec: `adc` must hold settings by name, got 5; known: bits, range, i_max, percentile, per, "
-            "gain_std, offset_std",
+            "gain_std, offset_std, inl, inl_std",
         ),
     ],
 )
@@ -258,7 +258,8 @@ IN_SITU = {"update": {"law": "constant_step"}}
         ({"update": {"law": "piecewise_step", "up": [1, 1, 1, 1]}}, "`update`: `up` must hold 2, 3, 5 or 9 values, got 4"),
         ({"update": {"law": "piecewise_step", "down": [1, -1]}}, "`update`: `down` must hold steps of 0 to 1000 nominal ones, got [1.0, -1.0]"),
         ({1: 2}, "`1` must be valid, got 1; Keys should be strings"),
-        ({"adc": {"gain_std": 0.1}}, "`adc`: `bits` must be set with converter errors, got None with gain_std=0.1 and offset_std=0"),
+        ({"adc": {"gain_std": 0.1}}, "`adc`: `bits` must be set with converter errors, got None with gain_std=0.1, offset_std=0, inl=0, inl_std=0"),
+        ({"adc": {"bits": 8, "inl": -22}}, "`adc`: `inl` must be within +-21.3333 steps, a twelfth of the codes of 8 bits, got -22"),
         ({"dac": {"bits": 1}}, "`dac`: `bits` must be 2 to 8 for signed inputs, got 1; one bit holds no sign"),
         ({"dac": {"stream_bits": 2}}, "`dac`: `bits` must be set with `stream_bits`, got None; streams of 2 bits"),
         ({"dac": {"polarity": "two_phase"}, "adc": {"bits": 8}}, "`dac`: `bits` must be set with polarity='two_phase'"),

@@ -43,6 +43,7 @@ MODES = {
     "ideal-noise": {"read_noise": 2e-6},
     "variance": {"adc_bits": 8, "read_noise": 1e-6, "noise_var": True},
     "errors": {"adc_bits": 8, "errors": True},
+    "bent": {"adc_bits": 6, "adc_signed": False, "errors": True, "inl": True, "read_noise": 1e-6},
     "streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4},
     "two-phase": {"adc_bits": 8, "stream_bits": 7, "streams": 1, "phases": 2, "read_noise": 1e-6},
 }
@@ -60,6 +61,8 @@ def settings(mode, shape, g, groups, transposed):
         size = (g.shape[0], -(-drive // length), groups * sense)
         s["adc_gain"] = rng.normal(1, 0.05, size).astype(np.float32)
         s["adc_offset"] = rng.normal(0, 1e-6, size).astype(np.float32)
+    if s.pop("inl", None):
+        s["adc_inl"] = rng.normal(-0.7, 2, size).astype(np.float32)
     if s.get("noise_var"):
         s["noise_var"] = np.abs(g) * np.float32(1e-6)
     if "adc_bits" in s:
@@ -253,6 +256,26 @@ def test_silent_passes_and_many_planes_match_oracle(shape, transposed):
     y = ops.tile_mvm(codes, g, tile_rows=128, tile_cols=128, **s)
     expected = reference.tile_mvm(codes, g, tile=128, **s)
     assert_matches(y, expected, s["adc_lsb"], weight=16, share=1e-2)
+
+
+@pytest.mark.parametrize("read", [ops.tile_mvm, reference.tile_mvm], ids=["host", "oracle"])
+@pytest.mark.parametrize("batch", [1, 60], ids=["few", "block"])
+@pytest.mark.parametrize("inl", [20.0, -20.0])
+def test_a_bent_converter_is_off_by_its_inl_at_most(read, batch, inl):
+    """Largest at 1 / sqrt(3) of the range, the other way below 0; right at 0, at both ends, and all that clips."""
+    code_max = 2**11 - 1
+    above = np.linspace(0, 1.2, 1201) * code_max
+    n = np.concatenate([-above[:0:-1], above])  # steps
+    g = n.astype(np.float32)[None, None, :]
+    converters = np.full((1, 1, n.size), inl, np.float32)
+    code = read(np.ones((batch, 1), np.float32), g, adc_bits=12, adc_lsb=1.0, adc_inl=converters)[-1]
+    straight = np.clip(np.rint(n), -code_max, code_max)
+    off, inside = code - straight, np.abs(n) < code_max
+    assert np.abs(off).max() == abs(inl)
+    assert np.isin(off[np.abs(n - code_max / np.sqrt(3)) < 0.005 * code_max], [inl - np.sign(inl), inl]).all()
+    np.testing.assert_array_equal(off, -off[::-1])
+    np.testing.assert_array_equal(off[~inside | (n == 0)], 0)
+    assert (np.diff(code) >= 0).all()
 
 
 @pytest.mark.parametrize("batch", [5, 60], ids=["few", "block"])

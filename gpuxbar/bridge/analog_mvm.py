@@ -89,7 +89,8 @@ def analog_mvm(
         dac_lsb: Digital value of one DAC code, float32 [1] or [B or N]; None: that of a range which fits the inputs, all of them or
             each sample as the plan says.
         adc_range, back_adc_range: Current of the ADC's largest code forwards and backwards, A, float32 [1] or one per sensed line.
-        adc_error, back_adc_error: Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed], or None.
+        adc_error, back_adc_error: Gain, offset in A and, where there is any, integral non-linearity in steps of every converter,
+            float32 [2 or 3, S, tiles, sensed], or None.
         step: Read counter, int64 [1]; same value, same noise.
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
             `ops.PackedConductance`, whose states are `packed_state`, int64 [2, 2], and whose number is `version`, int64 [1].
@@ -283,7 +284,10 @@ def _read(
         adc_lsb = array(adc_range / read.adc_code_max)
         more |= {"adc_bits": read.adc_bits, "adc_lsb": adc_lsb, "adc_signed": read.adc_signed}
         if adc_error is not None:
-            more |= {"adc_gain": array(adc_error[0]), "adc_offset": array(adc_error[1])}
+            more |= {
+                name: array(of)
+                for name, of in zip(("adc_gain", "adc_offset", "adc_inl"), adc_error, strict=False)
+            }
     vectors = {"noise_var": noise_var, "col_scale": None if transposed else scale, "bias": bias}
     more |= {name: array(vector) for name, vector in vectors.items() if vector is not None}
     found = ops.tile_mvm(

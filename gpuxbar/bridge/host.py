@@ -178,8 +178,10 @@ def layer_read(
         read.noise_var = address("noise_var", noise_var, kept.cells)
     if adc_error is not None:
         adc_error = adc_error.contiguous()
-        read.adc_gain = address("adc_error", adc_error, 2 * kept.converters)
-        read.adc_offset = read.adc_gain + kept.converters * adc_error.element_size()
+        kinds = ("adc_gain", "adc_offset", "adc_inl")[: len(adc_error)]
+        first = address("adc_error", adc_error, len(kinds) * kept.converters)
+        for n, kind in enumerate(kinds):
+            setattr(read, kind, first + n * kept.converters * adc_error.element_size())
     if dac_lsb is not None:
         dac_lsb = dac_lsb.contiguous()
         read.dac_lsb = address("dac_lsb", dac_lsb, kept.steps)

@@ -194,7 +194,7 @@ def _exact(read: Read, spec: CrossbarSpec, adc: ADC, lines: int) -> bool:
     Only of float32 products: lower precisions hold the levels of a slice, but not of all slices merged.
     """
     noise, offset = spec.read_noise, spec.mapping.scheme == "offset"
-    if noise.sigma or noise.sigma_g or adc.gain_std or adc.offset_std or adc.range == "calibrated":
+    if noise.sigma or noise.sigma_g or adc.flawed or adc.range == "calibrated":
         return False
     if not read.code_max or spec.levels is None or spec.off_levels or offset or spec.precision != "fp32":
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
-from math import nan
+from math import nan, sqrt
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class ReadErrors:
         dac_clipped: Share of the values beyond the DAC's range.
         dac_clipping: Error by what is cut off of these values.
         dac_rounding: Error by rounding to DAC codes.
-        noise: Error by read noise, and by gain and offset of the ADCs.
+        noise: Error by read noise, and by gain, offset and non-linearity of the ADCs.
         adc_clipped: Share of the conversions beyond the ADC's range, as gradients count them (of a converter without sign,
             those above it).
         adc_clipping: Error by what is cut off of these currents.
@@ -200,12 +200,15 @@ class _Sums:
         if not read.adc_bits:
             none = torch.zeros_like(current)
             return torch.stack([arrived - current, none, none]), none.sum()
-        error = self.layer.back_adc_error if self.backward else self.layer.adc_error
-        if error is not None:
-            gain, offset = error[:, :, tile, None]
-            arrived = arrived * gain + offset
         most, least = read.adc_code_max, -read.adc_code_max if read.adc_signed else 0
         lsb = converter.full / most
+        error = self.layer.back_adc_error if self.backward else self.layer.adc_error
+        if error is not None:
+            gain, offset, *inl = error[:, :, tile, None]
+            arrived = arrived * gain + offset
+            for largest in inl:
+                u = (arrived / converter.full).clamp(-1, 1)
+                arrived = arrived + 1.5 * sqrt(3) * largest * (u - u**3) * lsb
         steps = arrived / lsb
         inside = steps.clamp(least - 0.5, most + 0.5)
         code = inside.round().clamp(least, most)

@@ -120,7 +120,7 @@ class AnalogLayer(InSitu):
             self.register_buffer(
                 f"{key}_range", torch.full((count,), full, dtype=torch.float32, device=device)
             )
-            if adc.gain_std or adc.offset_std:
+            if adc.flawed:
                 error = self._converter_errors(key, adc, read, lines, size).to(device)
                 self.register_buffer(f"{key}_error", error, persistent=False)
             else:
@@ -181,15 +181,23 @@ class AnalogLayer(InSitu):
         self.static = (plan.dumps(), self.spec.model_dump_json())
 
     def _converter_errors(self, key: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
-        """Gain, and offset in A, of every converter, float32 [2, S, tiles, sensed]; drawn once per seed."""
+        """Gain, offset in A and, where there is any, non-linearity in steps of every converter, float32 [2 or 3, S, tiles, sensed]; drawn
+        once per seed."""
         planes, tiles = len(self.plan.slice_scale), -(-lines // (read.tile or lines))
-        found = []
-        for purpose in (Purpose.ADC_GAIN, Purpose.ADC_OFFSET):
+        way = 0 if key == "adc" else 1
+
+        def drawn(purpose: Purpose, row: int, mean: float, std: float) -> Tensor:
             where: dict[str, Any] = {"purpose": purpose, "seed": self.plan.seed}
-            rows = np.array([0 if key == "adc" else 1])
-            z = [normals(rows, sensed, slot=slot, **where) for slot in range(planes * tiles)]
-            found.append(torch.from_numpy(np.concatenate(z)).float().view(planes, tiles, sensed))
-        return torch.stack([1 + adc.gain_std * found[0], adc.offset_std * found[1]])
+            z = [normals(np.array([row]), sensed, slot=slot, **where) for slot in range(planes * tiles)]
+            return mean + std * torch.from_numpy(np.concatenate(z)).float().view(planes, tiles, sensed)
+
+        errors = [
+            drawn(Purpose.ADC_GAIN, way, 1.0, adc.gain_std),
+            drawn(Purpose.ADC_OFFSET, way, 0.0, adc.offset_std),
+        ]
+        if adc.inl or adc.inl_std:
+            errors.append(drawn(Purpose.ADC_GAIN, 2 + way, adc.inl, adc.inl_std))
+        return torch.stack(errors)
 
     def look_at_ranges(self) -> None:
         """Remember which direction's ADC ranges are set, and whether a learned DAC range has begun, so that reads never wait for a GPU to

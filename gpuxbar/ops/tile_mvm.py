@@ -56,6 +56,7 @@ def tile_mvm(
     adc_lsb: Any = None,
     adc_gain: Any = None,
     adc_offset: Any = None,
+    adc_inl: Any = None,
     read_noise: Any = 0.0,
     noise_var: Any = None,
     generator: str = "exact",
@@ -79,7 +80,8 @@ def tile_mvm(
     """Read every tile of an array: drive the wordlines, sum on the bitlines, digitise, shift and add.
 
     i[p, s, t, b, o] = sum_{r in tile t} v[p, b, r] g[s, r, o] + noise
-    code             = clip(round((i gain + offset) / adc_lsb))
+    n                = (i gain + offset) / adc_lsb,  u = n / code_max within +-1
+    code             = clip(round(n + 3 sqrt(3) / 2 inl (u - u**3)))
     y[b, o]          = row_scale[b] col_scale[o] sum_{p, s} 2**(p stream_bits) slice_scale[s] adc_lsb sum_t code
                        + bias[o]
 
@@ -102,7 +104,8 @@ def tile_mvm(
             +-(2**(adc_bits - 1) - 1), unsigned ones 0 .. 2**adc_bits - 1.
         adc_signed: Whether currents can be negative; needs 2 bits.
         adc_lsb: Current of one ADC step, A, above 0: a number or float32 [outputs].
-        adc_gain, adc_offset: Gain, and offset in A, of every converter, float32 [S, tiles, outputs].
+        adc_gain, adc_offset, adc_inl: Gain, offset in A, and integral non-linearity in steps of every converter: by how much its
+            curve is off at most, at 58 % of the range, and the other way below 0; float32 [S, tiles, outputs].
         read_noise: Standard deviation of the current of one conversion, A.
         noise_var: Added variance per squared volt, float32 shape of `g`, A**2/V**2.
         generator: "exact" or "fast" normals.
@@ -167,14 +170,14 @@ def tile_mvm(
             "patches; add the bias to the result"
         )
     if adc_bits is None:
-        _refuse_converters(adc_lsb=adc_lsb, adc_gain=adc_gain, adc_offset=adc_offset)
+        _refuse_converters(adc_lsb=adc_lsb, adc_gain=adc_gain, adc_offset=adc_offset, adc_inl=adc_inl)
     else:
         _check_adc_lsb(adc_bits, adc_lsb, read.outputs)
     _check_noise(read_noise, step)
     check_integers(OP, seed=seed, row_offset=row_offset)
     vectors = {
         "col_scale": col_scale, "bias": bias, "slice_scale": slice_scale, "adc_gain": adc_gain, "adc_offset": adc_offset,
-        "noise_var": noise_var,
+        "adc_inl": adc_inl, "noise_var": noise_var,
     }  # fmt: skip
     for name, array in vectors.items():
         if array is None:
@@ -188,7 +191,7 @@ def tile_mvm(
     settings = {
         "groups": groups, "tile": read.tile, "transposed": transposed, "v_lsb": v_lsb, "stream_bits": stream_bits,
         "streams": streams, "phases": phases, "slice_scale": slice_scale, "adc_bits": adc_bits or 0,
-        "adc_signed": adc_signed, "adc_lsb": adc_lsb, "adc_gain": adc_gain, "adc_offset": adc_offset,
+        "adc_signed": adc_signed, "adc_lsb": adc_lsb, "adc_gain": adc_gain, "adc_offset": adc_offset, "adc_inl": adc_inl,
         "read_noise": read_noise, "noise_var": noise_var, "generator": generator, "seed": seed, "step": step,
         "row_offset": row_offset, "row_scale": row_scale, "col_scale": col_scale, "bias": bias, "conv": conv,
         "want_gate": want_gate,
@@ -217,11 +220,11 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
     """The read on a GPU, the way the planner chooses."""
     planes, _, cols = g.shape
     drive, sense = (cols, inputs) if s["transposed"] else (inputs, cols)
-    errors = s["adc_gain"] is not None or s["adc_offset"] is not None
+    errors = 2 if s["adc_gain"] is not None or s["adc_offset"] is not None else int(np.size(s["adc_lsb"]) > 1)
     case = Case(
         rows, s["groups"], drive, sense, planes, s["tile"], s["streams"], s["phases"], s["stream_bits"],
         adc_bits=s["adc_bits"], adc_signed=s["adc_signed"], noise=("none", "exact", "fast")[generator_of(s)],
-        variance=s["noise_var"] is not None, converters=2 if errors else int(np.size(s["adc_lsb"]) > 1),
+        variance=s["noise_var"] is not None, converters=errors if s["adc_inl"] is None else 3,
         gate=s["want_gate"], precision=s["precision"], codes=s["dac"] is not None or v.dtype.name == "int16", dac=s["dac"] is not None, images=_images(v, s),
         line_order="channel_position" if s["conv"] is None else s["conv"].line_order,
     )  # fmt: skip
@@ -333,7 +336,7 @@ def tile_read(
     converters = (planes, tiles, outputs)
     shapes: dict[str, tuple[int, ...]] = {
         "col_scale": (outputs,), "bias": (outputs,), "slice_scale": (planes,), "adc_gain": converters,
-        "adc_offset": converters, "noise_var": g,
+        "adc_offset": converters, "adc_inl": converters, "noise_var": g,
     }  # fmt: skip
     if conv is None:
         y_shape: tuple[int, ...] = (batch, outputs)
@@ -485,7 +488,7 @@ class TileMvm(ctypes.Structure):
     _fields_ = [
         *[
             (name, ctypes.c_void_p)
-            for name in ["v", "g", "noise_var", "slice_scale", "adc_lsb", "adc_gain", "adc_offset", "read_noise", "step", "row_scale", "col_scale", "bias", "y", "gate", "conv"]
+            for name in ["v", "g", "noise_var", "slice_scale", "adc_lsb", "adc_gain", "adc_offset", "adc_inl", "read_noise", "step", "row_scale", "col_scale", "bias", "y", "gate", "conv"]
         ],
         *[
             (name, ctypes.c_int64)
@@ -503,7 +506,7 @@ def _host(read: TileRead, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> An
     adc_lsb = scalar_array(np, s["adc_lsb"]) if s["adc_bits"] else ONE
     arrays = {
         "v": v, "g": g, "noise_var": s["noise_var"], "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
-        "adc_lsb": adc_lsb, "read_noise": scalar_array(np, s["read_noise"]),
+        "adc_inl": s["adc_inl"], "adc_lsb": adc_lsb, "read_noise": scalar_array(np, s["read_noise"]),
         "step": scalar_array(np, s["step"], "int64"), "col_scale": s["col_scale"], "bias": s["bias"], "y": y, "gate": gate,
         "row_scale": row_scale,
         "slice_scale": np.ones(len(g), np.float32) if s["slice_scale"] is None else s["slice_scale"],

@@ -49,6 +49,7 @@ ADC_ACCUMULATE = Kernel(
     psum=In("float32", "Q M N"), variance=In("float32", "Q M N", optional=True),
     slice_scale=In("float32", "S", optional=True), adc_lsb=In("float32", "L", optional=True),
     adc_gain=In("float32", "S T C", optional=True), adc_offset=In("float32", "S T C", optional=True),
+    adc_inl=In("float32", "S T C", optional=True),
     read_noise=In("float32", "one", optional=True), step=In("int64", "one", optional=True),
     row_scale=In("float32", "R", optional=True), col_scale=In("float32", "C", optional=True),
     bias=In("float32", "C", optional=True), y=Out("float32"), gate=Out("float32", optional=True),
@@ -288,7 +289,7 @@ def _accumulate(
     device.launch(
         ADC_ACCUMULATE, (-(-outputs // (8 * width)), -(-rows // 32)), (256,),
         {"psum": psum, "variance": variance, "slice_scale": s["slice_scale"], "adc_lsb": lsb, "adc_gain": s["adc_gain"],
-         "adc_offset": s["adc_offset"], "read_noise": sigma, "step": step, "row_scale": row_scale,
+         "adc_offset": s["adc_offset"], "adc_inl": s["adc_inl"], "read_noise": sigma, "step": step, "row_scale": row_scale,
          "col_scale": s["col_scale"], "bias": s["bias"],
          "y": y, "gate": gate, "amperes": amperes, "adc_lsb_value": lsb_value, "read_noise_value": sigma_value,
          "step_value": step_value, "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF, "row0": row0, "y_row0": y_row0,
@@ -299,7 +300,7 @@ def _accumulate(
          "rows_per_scale": 1 if row_scale is None else shape.rows // row_scale.size, "pixels": 1 if s["conv"] is None else s["conv"].pixels,
          "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},
         {"NOISE": noise, "VARIANCE": int(variance is not None), "ADC": int(bits > 0), "GATE": int(gate is not None),
-         "IMAGES": int(images), "VECTOR": int(shape.sense % width == 0)},
+         "INL": int(s["adc_inl"] is not None), "IMAGES": int(images), "VECTOR": int(shape.sense % width == 0)},
     )  # fmt: skip
 
 

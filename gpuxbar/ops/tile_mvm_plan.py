@@ -66,7 +66,7 @@ class Case:
     Attributes:
         noise: "none", "exact" or "fast".
         variance: Whether the noise depends on the state (`noise_var`).
-        converters: 0 one LSB for all columns, 1 an LSB a column, 2 also gain or offset of every converter.
+        converters: 0 one LSB for all columns, 1 an LSB a column, 2 also gain or offset of every converter, 3 also its non-linearity.
         codes: Whether int16 codes drive the lines.
         dac: Whether these are made on the way, which takes a pass of its own where patches are unfolded.
         images: Of a convolution read forwards: images, their height and width with padding, and the
@@ -346,6 +346,8 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
         return f"{arch} has no mma.sync of 16-bit operands (sm_80 and later do)"
     if not case.adc_bits:
         return "nothing is converted (adc_bits=None)"
+    if case.converters > 2:
+        return "converters are non-linear"
     if not case.codes:
         return "the lines are driven by floats, not int16 codes"
     if case.precision not in ("fp16", "fp16x2", "bf16", "int8"):
@@ -408,7 +410,7 @@ def _wgmma_obstacle(case: Case, arch: str) -> str | None:
     """Why the Hopper kernel cannot compute a case; None if it can."""
     if arch != "sm_90":
         return f"{arch} has no wgmma (sm_90 does)"
-    if case.converters > 1:
+    if case.converters == 2:
         return "converters have a gain or offset of their own"
     if case.int8 or case.bf16:
         return f"it multiplies no {'bytes' if case.int8 else 'bf16'}"

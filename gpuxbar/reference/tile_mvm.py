@@ -1,7 +1,8 @@
 """Reading a stack of tiles, in NumPy float64: the oracle of `ops.tile_mvm`.
 
     i[p, s, t, b, o] = sum_{r in tile t} v[p, b, r] g[s, r, o] + noise
-    code             = clip(round((i gain[s, t, o] + offset[s, t, o]) / adc_lsb[o]))
+    n                = (i gain[s, t, o] + offset[s, t, o]) / adc_lsb[o],  u = clip(n / code_max) within +-1
+    code             = clip(round(n + 3 sqrt(3) / 2 inl[s, t, o] (u - u**3)))
     y[b, o]          = row_scale[b] col_scale[o] sum_{p, s} stream_scale[p] slice_scale[s] adc_lsb[o] sum_t code
                        + bias[o]
 
@@ -162,6 +163,7 @@ def tile_mvm(
     adc_lsb=None,
     adc_gain=None,
     adc_offset=None,
+    adc_inl=None,
     read_noise=0.0,
     noise_var=None,
     generator="exact",
@@ -224,6 +226,9 @@ def tile_mvm(
                     if adc_offset is not None:
                         current = current + adc_offset[s, t]
                     steps = current / lsb
+                    if adc_inl is not None:
+                        u = np.clip(steps / code_max, -1, 1)
+                        steps = steps + 1.5 * np.sqrt(3) * adc_inl[s, t] * (u - u**3)
                     code = np.clip(np.rint(steps), code_min, code_max)
                     y += weight * code * lsb
                     gate += abs(weight) * (

@@ -29,6 +29,8 @@ __all__ = [
     "Tile",
 ]
 
+ERRORS = "gain_std", "offset_std", "inl", "inl_std"  # of converters
+
 
 class Tile(Part):
     """One physical array: `rows` wordlines by `cols` bitlines; larger layers take several."""
@@ -183,8 +185,10 @@ class ADC(Part):
     of a line at `g_max`, every input at `v_read`). `gpuxbar.conversion_errors` tells what clips, and whether clipping or
     rounding costs more. Codes are signed, unless currents have one sign: of voltages of one sign (of
     unsigned or two-phase DACs) on devices that are not subtracted before. `per`: one range per "layer" or per output "column".
-    `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; both drawn
-    once per converter.
+    `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; `inl`, `inl_std`: mean and
+    spread of their integral non-linearity, in steps: by how much the curve of a converter is off at most, at 58 % of the range
+    (outwards above 0; below 0 of signed codes it is as far off the other way, and right at 0 and at both ends). Errors are drawn once
+    per converter.
     """
 
     bits: int | None = Field(None, ge=1, le=16)
@@ -194,6 +198,8 @@ class ADC(Part):
     per: Literal["layer", "column"] = "layer"
     gain_std: float = Field(0.0, ge=0)
     offset_std: float = Field(0.0, ge=0)
+    inl: float = 0.0
+    inl_std: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> ADC:
@@ -202,12 +208,23 @@ class ADC(Part):
                 f"ADC: `i_max` goes with range='fixed' and only with it, got range={self.range!r} and "
                 f"i_max={self.i_max}; set both or neither"
             )
-        if self.bits is None and (self.gain_std or self.offset_std):
+        if self.bits is None and self.flawed:
+            errors = ", ".join(f"{name}={getattr(self, name):g}" for name in ERRORS)
             raise ValueError(
-                f"ADC: `bits` must be set with converter errors, got None with gain_std={self.gain_std:g} and "
-                f"offset_std={self.offset_std:g}; set the resolution"
+                f"ADC: `bits` must be set with converter errors, got None with {errors}; set the resolution"
+            )
+        most = 2 ** ((self.bits or 1) - 1) / 6
+        if abs(self.inl) > most:
+            raise ValueError(
+                f"ADC: `inl` must be within +-{most:g} steps, a twelfth of the codes of {self.bits} bits, got {self.inl:g}; a curve that bends "
+                "more turns back"
             )
         return self
+
+    @property
+    def flawed(self) -> bool:
+        """Whether converters have errors of their own."""
+        return any(getattr(self, name) for name in ERRORS)
 
 
 class ReadNoise(Part):
@@ -587,7 +604,7 @@ class CrossbarSpec(Part):
                 noise.sigma, noise.sigma_g, programming.write_noise, programming.write_noise_slope,
                 programming.write_noise_curve, programming.device_spread, programming.stuck_at_g_min,
                 programming.stuck_at_g_max, drift.nu_std, drift.nu_std_slope, drift.nu_std_min, drift.flicker,
-                *(error for adc in (self.adc, self.backward_adc) for error in (adc.gain_std, adc.offset_std)),
+                *(error for adc in (self.adc, self.backward_adc) for error in (adc.gain_std, adc.offset_std, adc.inl_std)),
             )
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 // read: what a read of tiles is told, and what drives its lines.
 #pragma once
 #include "gpuxbar/converter.cuh"
+#include "gpuxbar/inl.cuh"
 #include "images.hpp"
 
 namespace gpuxbar {
@@ -14,6 +15,7 @@ struct TileMvm {
   const float* adc_lsb;      // [1] or [groups * sense] A
   const float* adc_gain;     // [planes, tiles, groups * sense] or null
   const float* adc_offset;   // [planes, tiles, groups * sense] or null, A
+  const float* adc_inl;      // [planes, tiles, groups * sense] or null, steps
   const float* read_noise;   // [1] A
   const i64* step;           // [1]
   const float* row_scale;    // [batch / rows_per_scale] or null

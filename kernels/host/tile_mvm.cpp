@@ -247,7 +247,7 @@ class Reader {
     const i64 count = lanes;
     const bool begun = tile > 0, last = tile == s.tiles - 1, done = last && pass == s.passes - 1;
     for (i64 j = panel.begin; j < panel.end; ++j) {
-      const float* current = psum.at + j * ROWS;
+      float* current = psum.at + j * ROWS;
       float *total = sum.at + j * ROWS, *open = gate.at + j * ROWS;
       i32* code_sum = codes + j * ROWS;
       if (!p.adc_bits) {
@@ -259,8 +259,13 @@ class Reader {
         continue;
       }
       const i64 converter = (plane * s.tiles + tile) * p.groups * s.sense + panel.column + j;
-      const float gain = adc.factor[j] * (p.adc_gain ? p.adc_gain[converter] : 1.0f);
-      const float offset = p.adc_offset ? p.adc_offset[converter] * p.per_ampere() * adc.factor[j] : 0.0f;
+      float gain = adc.factor[j] * (p.adc_gain ? p.adc_gain[converter] : 1.0f);
+      float offset = p.adc_offset ? p.adc_offset[converter] * p.per_ampere() * adc.factor[j] : 0.0f;
+      if (p.adc_inl) {  // beforehand, so that what follows is every converter's
+        for (i64 i = 0; i < count; ++i)
+          current[i] = bent(fma(current[i], gain, offset), p.adc_inl[converter], code_max);
+        gain = 1.0f, offset = 0.0f;
+      }
       const float step = weight * adc.lsb[j];
       const auto steps = [=](i64 i) { return fma(current[i], gain, offset); };
       const auto code = [=](i64 i) { return adc_code(steps(i), code_min, code_max); };

@@ -19,10 +19,10 @@ enum Purpose : u32 {
   WRITE = 3,            // write noise of programming; slot: plane
   DEVICE_SPREAD = 4,    // device-to-device spread of programming; slot: plane
   STUCK = 5,            // stuck cells; slot: plane
-  ADC_GAIN = 6,         // gain error of a converter; slot: conversion
-  ADC_OFFSET = 7,       // offset error of a converter; slot: conversion
-  TEST_READ = 8,        // inputs of a test read; row: sample
-  CYCLE = 16,           // cycle-to-cycle noise of an update; slot: plane
+  ADC_GAIN = 6,    // gain error of a converter; slot: conversion, row: 0 forwards, 1 backwards; 2 and 3: non-linearity
+  ADC_OFFSET = 7,  // offset error of a converter; slot: conversion
+  TEST_READ = 8,   // inputs of a test read; row: sample
+  CYCLE = 16,      // cycle-to-cycle noise of an update; slot: plane
   // device-to-device spread of an update, two parameters a draw by the fast generator; slot: plane, row: wordline,
   // columns 2 bitline and 2 bitline + 1
   UPDATE_SPREAD_SHAPE = 17,   // of the law's parameter upwards and downwards
