@@ -17,7 +17,7 @@ TILES = {
     "adc": {"bits": 7},
     "read_noise": {"sigma": 2e-8},
 }
-ERRORS = {"bits": 7, "per": "column", "gain_std": 0.02, "offset_std": 1e-8}
+ERRORS = {"bits": 7, "per": "column", "gain_std": 0.02, "offset_std": 1e-8, "inl": 1.0, "inl_std": 0.5}
 SOFT = {"law": "soft_bounds", "spread": 0.2, "cycle": 0.1, "pulses": 200}
 SPECS = {
     "pairs": TILES,

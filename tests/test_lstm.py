@@ -97,7 +97,7 @@ def test_bad_input_is_named():
         ({**CONVERTERS, **NOISE}, {"num_layers": 2, "bidirectional": True, "batch_first": True}),
         ({**CONVERTERS, "adc": {"bits": 3}, "dac": {"bits": 4, "range": "sample"}}, {"bias": False}),
         ({**CONVERTERS, "mapping": {"scheme": "offset"}, "dac": {"bits": 8, "stream_bits": 1}}, {}),
-        ({**CONVERTERS, "adc": {"bits": 6, "gain_std": 0.01, "offset_std": 1e-8}, "read_noise": {"sigma_g": 1e-7}}, {}),
+        ({**CONVERTERS, "adc": {"bits": 6, "gain_std": 0.01, "offset_std": 1e-8, "inl_std": 0.5}, "read_noise": {"sigma_g": 1e-7}}, {}),
         ({**CONVERTERS, "parasitics": {"r_wordline": 2.0, "r_bitline": 2.0, "r_source": 500.0, "terminations": "role"}}, {}),
     ],
     ids=["ideal", "noise", "clipping", "offset", "errors", "wires"],

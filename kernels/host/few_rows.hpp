@@ -165,7 +165,7 @@ inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, 
       gain[j] = factor[j] * (p.adc_gain ? p.adc_gain[converters + j] : 1.0f);
       offset[j] = p.adc_offset ? p.adc_offset[converters + j] * per_ampere * factor[j] : 0.0f;
     }
-    if (p.adc_inl) {  // beforehand, so that what follows is every converter's
+    if (p.adc_bits && p.adc_inl) {  // beforehand, so that what follows is every converter's
       for (float* psum = w.psum; psum < w.psum + p.batch * STRIP; psum += STRIP)
         for (i64 j = strip.begin; j < strip.end; ++j)
           psum[j] = bent(fma(psum[j], gain[j], offset[j]), p.adc_inl[converters + j], code_max);
