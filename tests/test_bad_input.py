@@ -11,7 +11,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, spec
-from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.nn import AnalogConv1d, AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 
 
@@ -175,19 +175,36 @@ def test_a_layer_refuses_inputs_and_gradients_that_are_not_finite(value, adc, da
 
 
 def test_layers_refuse_wrong_shapes():
-    linear, conv = AnalogLinear(4, 3, spec=gx.CrossbarSpec()), AnalogConv2d(2, 3, 3, spec=gx.CrossbarSpec())
+    """By name: of a converted model it may be any."""
+    ideal = gx.CrossbarSpec()
+    linear, conv = AnalogLinear(4, 3, spec=ideal, name="head"), AnalogConv2d(2, 3, 3, spec=ideal, name="stem")
+    sequence = AnalogConv1d(2, 3, 3, spec=ideal, name="text")
+    wide, images = r"\[..., 4\] for", r"\[N, 2, height, width\], or without N, for"
     for layer, x, text in (
-        (linear, torch.zeros(2, 5), r"must have shape \(2, 4\) to drive the rows of `g`, got \(2, 5\)"),
-        (conv, torch.zeros(1, 3, 5, 5), r"must have shape \(1, 2, 5, 5\) to drive .* got \(1, 3, 5, 5\)"),
-        (conv, torch.zeros(1, 2, 2, 2), r"`kernel` must fit into the padded image, got \(3, 3\) for 2 x 2"),
-    ):
+        (linear, torch.zeros(2, 5), rf"^head: `x` must have shape {wide} the layer's weights, got \(2, 5\); look at the layer before"),
+        (linear, torch.zeros(0, 5), rf"^head: `x` must have shape {wide} .* got \(0, 5\)"),
+        (linear, torch.tensor(1.0), rf"^head: `x` must have shape {wide} .* got \(\)"),
+        (conv, torch.zeros(1, 3, 5, 5), rf"^stem: `x` must have shape {images} .* got \(1, 3, 5, 5\)"),
+        (conv, torch.zeros(2, 5), rf"^stem: `x` must have shape {images} .* got \(2, 5\)"),
+        (sequence, torch.zeros(1, 2, 5, 5), r"^text: `x` must have shape \[N, 2, width\], or .* got \(1, 2, 5, 5\)"),
+        (conv, torch.zeros(1, 2, 2, 2), r"^stem: `kernel` must fit into the padded image, got \(3, 3\) for 2 x 2"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             layer(x)
-    with pytest.raises(TypeError, match=r"linear: `x` must be real, got torch\.complex64"):
+    for layer, x in ((linear, zeros(2, 4)), (conv, zeros(1, 2, 5, 5)), (linear, [1.0])):
+        with pytest.raises(
+            TypeError,
+            match=f"^{layer.name}: `x` must be a tensor, got {type(x).__name__}; convert it by torch",
+        ):
+            layer(x)
+    lstm, _ = gx.convert(nn.LSTM(4, 3), ideal)
+    with pytest.raises(TypeError, match=r"^LSTM: `input` must be a tensor or a PackedSequence, got ndarray"):
+        lstm(zeros(5, 2, 4))
+    with pytest.raises(TypeError, match=r"head: `x` must be real, got torch\.complex64"):
         linear(torch.zeros(2, 4, dtype=torch.complex64))
     with pytest.raises(
         ValueError,
-        match=r"linear: `x` must be on the layer's device, cpu, got meta; move the batch or the model",
+        match=r"head: `x` must be on the layer's device, cpu, got meta; move the batch or the model",
     ):
         linear(torch.zeros(2, 4, device="meta"))
 

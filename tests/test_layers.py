@@ -1421,3 +1421,21 @@ def test_noise_about_no_current_shuts_no_gate():
         layer(rows).sum().backward()
         gradients.append(rows.grad)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_printed_layer_says_what_it_runs_on():
+    made = {
+        "tiles=3x2 of 128x128": gx.CrossbarSpec(),
+        "tiles=3x2 of 128x128, dac=8 bits, adc=8 bits": gx.presets.demo(),
+        "tiles=5x3 of 64x64, slices=16 of 2 bits, dac=8 bits, adc=10 bits": gx.presets.txsim(),
+    }
+    for said, spec in made.items():
+        model, _ = gx.convert(nn.Sequential(nn.Linear(300, 150)), spec)
+        assert repr(model[0]) == f"AnalogLinear(in_features=300, out_features=150, bias=True, {said})"
+    conv = AnalogConv2d(8, 4, 3, groups=2, spec=gx.CrossbarSpec(tile={"rows": 16}))
+    assert repr(conv).endswith("groups=2, tiles=6x1 of 16x128)")
+    conv.program()
+    assert repr(conv).endswith("of 16x128, programmed=True)")
+    model, _ = gx.convert(nn.Linear(4, 3), gx.presets.demo())
+    gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    assert repr(model).endswith("adc=8 bits, in_situ=agarwal)")

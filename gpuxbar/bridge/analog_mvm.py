@@ -215,9 +215,12 @@ def abs_max(x: Tensor, per_sample: bool) -> Tensor:
 def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
     if len(weight) != 4:
         return None
-    return ConvGeometry(
-        weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation, way.line_order
-    )  # fmt: skip
+    try:
+        return ConvGeometry(
+            weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation, way.line_order
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{way.name}: {str(error).removeprefix('ConvGeometry: ')}") from None
 
 
 @lru_cache(maxsize=4096)
