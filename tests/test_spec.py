@@ -308,11 +308,20 @@ def test_every_wrong_setting_has_its_line_and_parts_speak_for_themselves():
 def test_a_spec_is_not_changed_but_made_anew():
     spec = gx.CrossbarSpec(adc={"bits": 8})
     with pytest.raises(gx.SpecError) as caught:
-        spec.adc.bits = 6
+        spec.tile.rows = 64
     assert str(caught.value) == (
-        "ADC: `bits` must stay as it was made, got 6; make another spec, as by "
-        'spec.with_overrides({"adc": {"bits": 6}})'
+        "Tile: `rows` must stay as it was made, got 64; make another spec, with {'rows': 64} under this part's key in "
+        "spec.with_overrides"
     )
+    with pytest.raises(gx.SpecError) as caught:
+        spec.seed = 6
+    assert str(caught.value) == (
+        "CrossbarSpec: `seed` must stay as it was made, got 6; make another spec, by spec.with_overrides({'seed': 6})"
+    )
+    with pytest.raises(
+        gx.SpecError, match=r"^ADC: `bits` must stay as it was made, got del; make another spec without it"
+    ):
+        del spec.adc.bits
     assert spec.adc.bits == 8
     assert copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == spec.model_copy() == spec
 

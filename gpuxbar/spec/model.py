@@ -376,6 +376,8 @@ class CrossbarSpec(Part):
     are written anew.
     """
 
+    another = "by spec.with_overrides({})"
+
     tile: Tile = Tile()
     device: Device = Device()
     mapping: Mapping = Mapping()
