@@ -161,17 +161,61 @@ def test_empty_batches_are_empty(backend, monkeypatch):
 @pytest.mark.parametrize("dac", [None, 8], ids=["no-dac", "dac"])
 @pytest.mark.parametrize("adc", [{}, {"bits": 8, "range": "worst_case"}], ids=["no-adc", "adc"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_layer_refuses_inputs_and_gradients_that_are_not_finite(value, adc, dac):
-    """An ADC would make an ordinary code of them."""
+def test_what_is_not_finite_stays_so_or_is_refused(value, adc, dac):
+    """An ADC would make an ordinary code of it."""
     layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec.model_validate({"dac": {"bits": dac}, "adc": adc}))
     x = torch.ones(2, 4, requires_grad=True)
     with pytest.raises(
-        ValueError, match=r"^linear: `x` must be finite, got 2 NaN or infinite values; look for"
+        gx.ops.NotFiniteError, match=r"^linear: `x` must be finite, got 2 NaN or infinite values; look for"
     ):
         layer(x * torch.tensor([1.0, value, 1.0, 1.0]))
     y = layer(x)
-    with pytest.raises(ValueError, match="the gradient of the output must be finite, got 6 NaN or infinite"):
-        y.backward(torch.full_like(y, value))
+    y.backward(torch.full_like(y, value))
+    assert x.grad.isnan().all()
+    assert not layer.weight.grad.isfinite().any()
+
+
+CUT = {"r_wordline": 1.0, "r_bitline": 1.0, "gradient": "exact"}
+OVERFLOWS = {
+    "hardware-aware": ({}, None),
+    "offset": ({"mapping": {"scheme": "offset"}}, None),
+    "wires": ({"parasitics": CUT}, None),
+    "sgd": ({"update": spec.ConstantStep()}, "sgd"),
+    "agad": ({"update": spec.ConstantStep()}, "agad"),
+    "pulses": ({"update": spec.ConstantStep(), "pulses": {"length": 31}}, "sgd"),
+}
+
+
+@pytest.mark.parametrize("kind", OVERFLOWS)
+def test_a_grad_scaler_skips_a_step_of_a_loss_that_it_scaled_too_far(kind):
+    change, algorithm = OVERFLOWS[kind]
+    crossbars = gx.CrossbarSpec(dac={"bits": 8}, adc={"bits": 8, "range": "worst_case"}, **change)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3))
+    model, _ = gx.convert(model, crossbars)
+    optimiser = (
+        gx.optim.build_optimizer(algorithm, model, lr=0.1)
+        if algorithm
+        else torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    scaler, x = torch.amp.GradScaler("cpu", init_scale=2.0**127), torch.randn(4, 1, 4, 4)
+    moved = []
+    for _ in range(2):
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.scale(64 * model(x).square().sum()).backward()
+        scaler.step(optimiser)
+        scaler.update(1.0)
+        optimiser.zero_grad()
+        moved.append(not all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)))
+    assert moved == [False, True]
+
+
+def test_a_loss_that_is_not_finite_calibrates_nothing():
+    model, _ = gx.convert(nn.Sequential(nn.Linear(4, 3)), gx.presets.demo())
+    with pytest.raises(
+        gx.ops.NotFiniteError, match=r"^0: the gradient of the output must be finite, got 6 NaN"
+    ):
+        gx.calibrate(model, [torch.ones(2, 4)], step=lambda x: model(x).sum() * float("nan"))
 
 
 def test_layers_refuse_wrong_shapes():

@@ -17,6 +17,7 @@ from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
+from gpuxbar.ops.checks import require_finite_values
 
 __all__ = [
     "Lines",
@@ -275,6 +276,9 @@ def _lines(layer: AnalogLayer, x: Tensor, y: Tensor) -> Lines:
 
 def _back_lines(layer: AnalogLayer, grad_y: Tensor) -> Lines:
     """Of a gradient of the output."""
+    require_finite_values(
+        f"{layer.name}: the gradient of the output", int((~grad_y.isfinite()).sum()), "bad data"
+    )
     grad_y = layer.batched(grad_y) if isinstance(layer, AnalogConv) else grad_y.reshape(-1, grad_y.shape[-1])
     cells, way = layer.conductances(), layer.plan
     values = gradient_values(grad_y.float(), cells.w_max, way)
