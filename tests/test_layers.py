@@ -718,6 +718,16 @@ def test_norms_that_know_no_data_yet_calibrate_by_that_of_the_batch():
     assert trained[1].adc_range > 1.1 * fresh[1].adc_range
 
 
+@pytest.mark.parametrize("op", [gx.calibrate, gx.conversion_errors])
+def test_norms_that_know_no_data_yet_need_several_values_a_channel(op):
+    model, _ = gx.convert(nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)), spec(adc={"bits": 8}))
+    gx.calibrate(model, [torch.randn(1, 1, 3, 4)])
+    text = rf"^{op.__name__}: 1, a batch norm with .* must get several values a channel, got .* \(1, 6, 1, 1\); give larger"
+    with pytest.raises(ValueError, match=text):
+        op(model, [torch.randn(1, 1, 3, 3)])
+    op(model, [torch.randn(2, 1, 3, 3)])
+
+
 def test_calibration_leaves_what_it_found_of_the_devices_to_the_next_read():
     wires = {"r_wordline": 5.0, "r_bitline": 5.0, "refresh_interval": 10, "anchor": "ladder"}
     settings = spec(**NOISY, parasitics=wires, programming={"write_noise": 1e-7})

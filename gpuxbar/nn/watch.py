@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from math import ceil
+from functools import partial
+from math import ceil, prod
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
 from gpuxbar.bridge.lines import some_lines
@@ -73,9 +74,9 @@ def watch(
 
     To be called where the model is `undisturbed`; norms that know no data yet take the statistics of the batch.
     """
-    for module in model.modules():
-        if _knows_no_data(module):
-            module.train()
+    fresh = {name: module for name, module in model.named_modules() if _knows_no_data(module)}
+    for norm in fresh.values():
+        norm.train()
     called: set[AnalogLayer] = set()
     reached = False
     # of the batches that had one, with their losses: gradients of what layers hold that are not called
@@ -99,6 +100,9 @@ def watch(
         return y.clone()
 
     hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    for name, norm in fresh.items():
+        if isinstance(norm, _BatchNorm):
+            hooks.append(norm.register_forward_pre_hook(partial(_require_several, f"{op}: {name}")))
     try:
         for index, batch in enumerate(loader):
             if index == batches:
@@ -198,6 +202,16 @@ def _knows_no_data(module: nn.Module) -> bool:
         and module.running_var is not None
         and bool((module.running_mean == 0).all() & (module.running_var == 1).all())
     )
+
+
+def _require_several(what: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Refuse a batch of which a norm would subtract every value from itself."""
+    shape = tuple(args[0].shape) if args else ()
+    if shape and prod(shape[:1] + shape[2:]) == 1:
+        raise ValueError(
+            f"{what}, a batch norm with the statistics that it began with, must get several values a channel, got an input of shape "
+            f"{shape}; give larger batches, or train the model a little first"
+        )
 
 
 @contextmanager
