@@ -130,6 +130,20 @@ def test_convert_reports_every_module():
         gx.convert(model, spec(), rules={"head": None})
 
 
+def test_products_that_are_not_known_are_not_counted_as_none():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    parts = {"own": Own(4, 4), "norm": nn.LayerNorm(4), "words": nn.Embedding(5, 4), "lstm": nn.LSTM(4, 4)}
+    _, report = gx.convert(nn.ModuleDict(parts | {"head": nn.Linear(4, 2)}), spec(), rules={"lstm": None})
+    assert {row.module: row.macs for row in report.rows} == {
+        "own": None, "norm": 0, "words": 0, "lstm": None, "head": 8,
+    }  # fmt: skip
+    shown = {line.split()[0]: "unknown" in line for line in str(report).splitlines()[1:]}
+    assert shown == {"own": True, "norm": False, "words": False, "lstm": True, "head": False}
+
+
 @pytest.mark.parametrize(
     ("settings", "conversions"),
     [
