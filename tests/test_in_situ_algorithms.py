@@ -564,7 +564,7 @@ def test_digits_are_learnt(name, learn):
         "tiki-taka": {"lr": 0.01},
         "tiki-taka-v2": {"lr": 0.01},
         "chopped-tiki-taka-v2": {"lr": 0.01, "fast_lr": 0.3, "lines": 128},
-        "agad": {"lr": 0.05, "lines": 128},
+        "agad": {"lr": 0.05},
     }[name]
     optimiser = build_optimizer(name, model, momentum=0.9, **settings)
     assert learn(model, optimiser, epochs=3, batch=20)[-1] > 0.85
