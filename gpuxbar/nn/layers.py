@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -486,22 +487,34 @@ class AnalogLayer(InSitu):
             )
 
     def require_ranks(self) -> None:
-        """Refuse a pass of data-parallel training that does not know of the other ranks."""
-        if self.streams.group is not None or not self._is_shared_out():
+        """Refuse a pass of data-parallel training that does not know of the other ranks, and warn of one that may be such."""
+        if (
+            self.streams.group is not None
+            or not distributed.is_available()
+            or not distributed.is_initialized()
+        ):
             return
         noise = self.spec.read_noise
-        if self.keeps_operands or noise.sigma or noise.sigma_g:
+        if not (self.keeps_operands or noise.sigma or noise.sigma_g):
+            return
+        what = "pulse trains and bit streams" if self.keeps_operands else "rows that draw read noise"
+        if self._is_shared_out():
             raise ValueError(
-                f"{self.name}: {'pulse trains and bit streams' if self.keeps_operands else 'rows that draw read noise'} must be those "
-                "of all ranks, got a model that DistributedDataParallel or FSDP wraps itself; wrap it by gpuxbar.distribute(model), or "
-                "call gpuxbar.distribute(model, wrap=False) before a framework or fully_shard wraps it"
+                f"{self.name}: {what} must be those of all ranks, got a model that DistributedDataParallel or FSDP wraps itself; wrap it "
+                "by gpuxbar.distribute(model), or call gpuxbar.distribute(model, wrap=False) before a framework or fully_shard wraps it"
+            )
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and distributed.get_world_size() > 1:
+            warnings.warn(
+                f"gpuxbar: {what} are this process's alone, of {distributed.get_world_size()} that torch.distributed runs; if these share "
+                "batches, call gpuxbar.distribute(model, wrap=False) on each before a framework wraps the model",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def _is_shared_out(self) -> bool:
         """Whether other ranks read other samples with this layer: under `DistributedDataParallel`, and where FSDP has put a weight
         that it gathers from the ranks in the place of the layer's own, or of what it is computed of."""
-        if not distributed.is_available() or not distributed.is_initialized():
-            return False
         if DistributedDataParallel._get_active_ddp_module() is not None:
             return True
         # by `functional_call`
