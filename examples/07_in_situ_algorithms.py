@@ -13,7 +13,8 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1500
 torch.set_num_threads(1)  # layers this small gain nothing from more
 set_threads(1)
 
-# Up and down steps are alike at 40 % of the window: every pair of opposite writes pulls a weight there.
+# Up and down steps are alike at 40 % of the window: every pair of opposite writes pulls a weight there. A batch makes one change of
+# the wanted size; pulses={"length": 31} would make trains of pulses of it, sample by sample, for all but mixed precision.
 spec = gx.CrossbarSpec(
     mapping={"scheme": "subtracted"},
     update={

@@ -91,7 +91,10 @@ def train(
     table = Table("mode", "test accuracy", "seconds per epoch", title=str(run.folder))
     for mode in dict.fromkeys(r["mode"] for r in records):
         rows = [r for r in records if r["mode"] == mode]
-        table.add_row(mode, f"{rows[-1]['accuracy']:.3f}", f"{median(r['seconds'] for r in rows):.2f}")
+        last, rate = rows[-1], "--in-situ-lr" if mode == "in-situ" else "--lr"
+        diverged = f"diverged in epoch {last['epoch'] + 1}; lower {rate}"
+        reached = diverged if last["accuracy"] is None else f"{last['accuracy']:.3f}"
+        table.add_row(mode, reached, f"{median(r['seconds'] for r in rows):.2f}")
     console.print(table)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, spec
-from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.nn import AnalogConv1d, AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 
 
@@ -161,33 +161,94 @@ def test_empty_batches_are_empty(backend, monkeypatch):
 @pytest.mark.parametrize("dac", [None, 8], ids=["no-dac", "dac"])
 @pytest.mark.parametrize("adc", [{}, {"bits": 8, "range": "worst_case"}], ids=["no-adc", "adc"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_layer_refuses_inputs_and_gradients_that_are_not_finite(value, adc, dac):
-    """An ADC would make an ordinary code of them."""
+def test_what_is_not_finite_stays_so_or_is_refused(value, adc, dac):
+    """An ADC would make an ordinary code of it."""
     layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec.model_validate({"dac": {"bits": dac}, "adc": adc}))
     x = torch.ones(2, 4, requires_grad=True)
     with pytest.raises(
-        ValueError, match=r"^linear: `x` must be finite, got 2 NaN or infinite values; look for"
+        gx.ops.NotFiniteError, match=r"^linear: `x` must be finite, got 2 NaN or infinite values; look for"
     ):
         layer(x * torch.tensor([1.0, value, 1.0, 1.0]))
     y = layer(x)
-    with pytest.raises(ValueError, match="the gradient of the output must be finite, got 6 NaN or infinite"):
-        y.backward(torch.full_like(y, value))
+    y.backward(torch.full_like(y, value))
+    assert x.grad.isnan().all()
+    assert not layer.weight.grad.isfinite().any()
+
+
+CUT = {"r_wordline": 1.0, "r_bitline": 1.0, "gradient": "exact"}
+OVERFLOWS = {
+    "hardware-aware": ({}, None),
+    "offset": ({"mapping": {"scheme": "offset"}}, None),
+    "wires": ({"parasitics": CUT}, None),
+    "sgd": ({"update": spec.ConstantStep()}, "sgd"),
+    "agad": ({"update": spec.ConstantStep()}, "agad"),
+    "pulses": ({"update": spec.ConstantStep(), "pulses": {"length": 31}}, "sgd"),
+}
+
+
+@pytest.mark.parametrize("kind", OVERFLOWS)
+def test_a_grad_scaler_skips_a_step_of_a_loss_that_it_scaled_too_far(kind):
+    change, algorithm = OVERFLOWS[kind]
+    crossbars = gx.CrossbarSpec(dac={"bits": 8}, adc={"bits": 8, "range": "worst_case"}, **change)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3))
+    model, _ = gx.convert(model, crossbars)
+    optimiser = (
+        gx.optim.build_optimizer(algorithm, model, lr=0.1)
+        if algorithm
+        else torch.optim.SGD(model.parameters(), lr=0.1)
+    )
+    scaler, x = torch.amp.GradScaler("cpu", init_scale=2.0**127), torch.randn(4, 1, 4, 4)
+    moved = []
+    for _ in range(2):
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.scale(64 * model(x).square().sum()).backward()
+        scaler.step(optimiser)
+        scaler.update(1.0)
+        optimiser.zero_grad()
+        moved.append(not all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)))
+    assert moved == [False, True]
+
+
+def test_a_loss_that_is_not_finite_calibrates_nothing():
+    model, _ = gx.convert(nn.Sequential(nn.Linear(4, 3)), gx.presets.demo())
+    with pytest.raises(
+        gx.ops.NotFiniteError, match=r"^0: the gradient of the output must be finite, got 6 NaN"
+    ):
+        gx.calibrate(model, [torch.ones(2, 4)], step=lambda x: model(x).sum() * float("nan"))
 
 
 def test_layers_refuse_wrong_shapes():
-    linear, conv = AnalogLinear(4, 3, spec=gx.CrossbarSpec()), AnalogConv2d(2, 3, 3, spec=gx.CrossbarSpec())
+    """By name: of a converted model it may be any."""
+    ideal = gx.CrossbarSpec()
+    linear, conv = AnalogLinear(4, 3, spec=ideal, name="head"), AnalogConv2d(2, 3, 3, spec=ideal, name="stem")
+    sequence = AnalogConv1d(2, 3, 3, spec=ideal, name="text")
+    wide, images = r"\[..., 4\] for", r"\[N, 2, height, width\], or without N, for"
     for layer, x, text in (
-        (linear, torch.zeros(2, 5), r"must have shape \(2, 4\) to drive the rows of `g`, got \(2, 5\)"),
-        (conv, torch.zeros(1, 3, 5, 5), r"must have shape \(1, 2, 5, 5\) to drive .* got \(1, 3, 5, 5\)"),
-        (conv, torch.zeros(1, 2, 2, 2), r"`kernel` must fit into the padded image, got \(3, 3\) for 2 x 2"),
-    ):
+        (linear, torch.zeros(2, 5), rf"^head: `x` must have shape {wide} the layer's weights, got \(2, 5\); look at the layer before"),
+        (linear, torch.zeros(0, 5), rf"^head: `x` must have shape {wide} .* got \(0, 5\)"),
+        (linear, torch.tensor(1.0), rf"^head: `x` must have shape {wide} .* got \(\)"),
+        (conv, torch.zeros(1, 3, 5, 5), rf"^stem: `x` must have shape {images} .* got \(1, 3, 5, 5\)"),
+        (conv, torch.zeros(2, 5), rf"^stem: `x` must have shape {images} .* got \(2, 5\)"),
+        (sequence, torch.zeros(1, 2, 5, 5), r"^text: `x` must have shape \[N, 2, width\], or .* got \(1, 2, 5, 5\)"),
+        (conv, torch.zeros(1, 2, 2, 2), r"^stem: `kernel` must fit into the padded image, got \(3, 3\) for 2 x 2"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             layer(x)
-    with pytest.raises(TypeError, match=r"linear: `x` must be real, got torch\.complex64"):
+    for layer, x in ((linear, zeros(2, 4)), (conv, zeros(1, 2, 5, 5)), (linear, [1.0])):
+        with pytest.raises(
+            TypeError,
+            match=f"^{layer.name}: `x` must be a tensor, got {type(x).__name__}; convert it by torch",
+        ):
+            layer(x)
+    lstm, _ = gx.convert(nn.LSTM(4, 3), ideal)
+    with pytest.raises(TypeError, match=r"^LSTM: `input` must be a tensor or a PackedSequence, got ndarray"):
+        lstm(zeros(5, 2, 4))
+    with pytest.raises(TypeError, match=r"head: `x` must be real, got torch\.complex64"):
         linear(torch.zeros(2, 4, dtype=torch.complex64))
     with pytest.raises(
         ValueError,
-        match=r"linear: `x` must be on the layer's device, cpu, got meta; move the batch or the model",
+        match=r"head: `x` must be on the layer's device, cpu, got meta; move the batch or the model",
     ):
         linear(torch.zeros(2, 4, device="meta"))
 

@@ -41,6 +41,22 @@ def test_the_table_shows_the_last_accuracy_and_the_median_time(monkeypatch):
     ]
 
 
+def test_the_table_tells_of_modes_that_diverged(monkeypatch):
+    ends = {"ideal": None, "hardware-aware": 0.9, "in-situ": None}
+    records = [
+        {"mode": mode, "epoch": 2, "loss": 1.0, "accuracy": accuracy, "seconds": 1.0}
+        for mode, accuracy in ends.items()
+    ]
+    monkeypatch.setattr("gpuxbar.cli.run_training", lambda settings: records)
+    done = run(app, ["train"])
+    assert done.exit_code == 0, done.output
+    assert re.findall(r"│ ([a-z-]+)\W+((?:diverged|0)[^│]*?) +│", done.output) == [
+        ("ideal", "diverged in epoch 3; lower --lr"),
+        ("hardware-aware", "0.900"),
+        ("in-situ", "diverged in epoch 3; lower --in-situ-lr"),
+    ]
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(in_tmp):
     whole = run(app, ["train", "--epochs", "2", "--batch", "256", "--name", "whole"])
     assert whole.exit_code == 0, whole.output

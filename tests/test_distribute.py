@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -130,8 +131,33 @@ def read_apart():
         gx.nn.AnalogLinear(6, 4, spec=gx.CrossbarSpec(read_noise={"sigma": 2e-7})) for _ in range(2)
     )
     prune.random_unstructured(pruned, "weight", 0.5)
-    pruned(batch())
-    functional_call(lent, {"weight": 2 * lent.weight.detach()}, (batch(),))
+    alone = "rows that draw read noise are this process's alone"
+    with pytest.warns(RuntimeWarning, match=alone):
+        pruned(batch())
+    with pytest.warns(RuntimeWarning, match=alone):
+        functional_call(lent, {"weight": 2 * lent.weight.detach()}, (batch(),))
+
+
+def warn():
+    """Of what some framework may share out, which no layer sees; not where nothing is trained or drawn, nor of what is distributed."""
+    for kind, what in (("digital", "rows that draw read noise"), ("pulses", "pulse trains and bit streams")):
+        model = network(kind)
+        if kind == "pulses":
+            gx.optim.InSituSGD(model.parameters(), lr=0.5)
+        with pytest.warns(
+            RuntimeWarning,
+            match=rf"{what} are this process's alone, of 2 .*distribute\(model, wrap=False\)",
+        ):
+            model(batch())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.eval()(batch())
+            with torch.no_grad():
+                model.train()(batch())
+            gx.distribute(model, wrap=False)(batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gx.convert(nn.Linear(6, 4), gx.CrossbarSpec())[0](torch.ones(2, 6))
 
 
 def refuse_shards():
@@ -214,6 +240,7 @@ def work(rank, folder):
         model = sharded(gx.distribute(network(kind), wrap=False))
         found[f"{kind}, sharded"] = train(kind, model, model, batch()[4 * rank : 4 * rank + 4])
     read_apart()
+    warn()
     refuse_shards()
     own = [distributed.new_group([each]) for each in range(2)][rank]
     for kind in GROUPED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -563,7 +564,7 @@ def test_digits_are_learnt(name, learn):
         "tiki-taka": {"lr": 0.01},
         "tiki-taka-v2": {"lr": 0.01},
         "chopped-tiki-taka-v2": {"lr": 0.01, "fast_lr": 0.3, "lines": 128},
-        "agad": {"lr": 0.05, "lines": 128},
+        "agad": {"lr": 0.05},
     }[name]
     optimiser = build_optimizer(name, model, momentum=0.9, **settings)
     assert learn(model, optimiser, epochs=3, batch=20)[-1] > 0.85
@@ -794,3 +795,18 @@ def test_operands_of_a_scaled_loss_are_those_of_the_loss():
         cells.append(layer.g_cells)
     assert torch.equal(*cells)
     assert cells[0].unique().numel() > 10
+
+
+def test_the_table_of_algorithms_names_all_with_what_they_keep():
+    text = (Path(__file__).parent.parent / "examples" / "README.md").read_text()
+    lines = text.partition("## Algorithms in situ")[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    assert sorted(row[0].strip("`") for row in rows) == sorted(OPTIMIZERS)
+    named = {"lr", "momentum"}
+    for name, _, memory, settings, _ in rows:
+        layer = AnalogLinear(256, 256, bias=False, spec=spec())
+        optimiser = gx.optim.build_optimizer(name.strip("`"), layer, lr=0.1)
+        kept = [t for part in optimiser.parts.values() for t in (*part.parameters(), *part.buffers())]
+        assert sum(t.nbytes for t in kept) / 256**2 == pytest.approx(int(memory), abs=0.1)
+        named |= {word.strip("`") for word in settings.replace(",", "").split() if word != "and"}
+        assert optimiser.rules.keys() <= named

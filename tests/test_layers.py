@@ -132,6 +132,20 @@ def test_convert_reports_every_module():
         gx.convert(model, spec(), rules={"head": None})
 
 
+def test_products_that_are_not_known_are_not_counted_as_none():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    parts = {"own": Own(4, 4), "norm": nn.LayerNorm(4), "words": nn.Embedding(5, 4), "lstm": nn.LSTM(4, 4)}
+    _, report = gx.convert(nn.ModuleDict(parts | {"head": nn.Linear(4, 2)}), spec(), rules={"lstm": None})
+    assert {row.module: row.macs for row in report.rows} == {
+        "own": None, "norm": 0, "words": 0, "lstm": None, "head": 8,
+    }  # fmt: skip
+    shown = {line.split()[0]: "unknown" in line for line in str(report).splitlines()[1:]}
+    assert shown == {"own": True, "norm": False, "words": False, "lstm": True, "head": False}
+
+
 @pytest.mark.parametrize(
     ("settings", "conversions"),
     [
@@ -718,6 +732,16 @@ def test_norms_that_know_no_data_yet_calibrate_by_that_of_the_batch():
     gx.calibrate(trained, [x - 5])  # statistics that were learned stand, whatever a batch has
     assert torch.equal(trained[0].running_mean, kept)
     assert trained[1].adc_range > 1.1 * fresh[1].adc_range
+
+
+@pytest.mark.parametrize("op", [gx.calibrate, gx.conversion_errors])
+def test_norms_that_know_no_data_yet_need_several_values_a_channel(op):
+    model, _ = gx.convert(nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)), spec(adc={"bits": 8}))
+    gx.calibrate(model, [torch.randn(1, 1, 3, 4)])
+    text = rf"^{op.__name__}: 1, a batch norm with .* must get several values a channel, got .* \(1, 6, 1, 1\); give larger"
+    with pytest.raises(ValueError, match=text):
+        op(model, [torch.randn(1, 1, 3, 3)])
+    op(model, [torch.randn(2, 1, 3, 3)])
 
 
 def test_calibration_leaves_what_it_found_of_the_devices_to_the_next_read():
@@ -1451,3 +1475,21 @@ def test_noise_about_no_current_shuts_no_gate():
         layer(rows).sum().backward()
         gradients.append(rows.grad)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_printed_layer_says_what_it_runs_on():
+    made = {
+        "tiles=3x2 of 128x128": gx.CrossbarSpec(),
+        "tiles=3x2 of 128x128, dac=8 bits, adc=8 bits": gx.presets.demo(),
+        "tiles=5x3 of 64x64, slices=16 of 2 bits, dac=8 bits, adc=10 bits": gx.presets.txsim(),
+    }
+    for said, spec in made.items():
+        model, _ = gx.convert(nn.Sequential(nn.Linear(300, 150)), spec)
+        assert repr(model[0]) == f"AnalogLinear(in_features=300, out_features=150, bias=True, {said})"
+    conv = AnalogConv2d(8, 4, 3, groups=2, spec=gx.CrossbarSpec(tile={"rows": 16}))
+    assert repr(conv).endswith("groups=2, tiles=6x1 of 16x128)")
+    conv.program()
+    assert repr(conv).endswith("of 16x128, programmed=True)")
+    model, _ = gx.convert(nn.Linear(4, 3), gx.presets.demo())
+    gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    assert repr(model).endswith("adc=8 bits, in_situ=agarwal)")

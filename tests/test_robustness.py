@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import gpuxbar as gx
 from gpuxbar.cli import app
-from gpuxbar.launch import explain, host, sources
+from gpuxbar.launch import cubin, explain, host, sources
 from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.nn import AnalogLinear
 
@@ -88,6 +88,30 @@ def test_an_interrupted_build_is_not_found_by_the_next(cache, fake_compiler):
     assert list(cache.iterdir()) == []
     flag.touch()
     assert host.build(cxx).read_text() == "whole"
+
+
+def test_the_next_build_clears_what_a_killed_one_left(cache, fake_compiler, monkeypatch):
+    """Once it is old: a build that goes on looks the same."""
+    script = f"from gpuxbar.launch import host; host.build({fake_compiler('slow', 'sleep 60')!r})"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    while not list(cache.glob("unfinished-*")):
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    with monkeypatch.context() as dead:
+        dead.setattr(os, "replace", lambda *_: None)
+        cubin._write(cache / "a.cubin", b"whole")
+    left = [*cache.glob("unfinished-*")]
+    assert len(left) == 2
+    cxx = fake_compiler("cxx", 'printf whole > "$out"')
+    first = host.build(cxx)
+    assert {*cache.iterdir()} == {first, *left}
+    for each in left:
+        os.utime(each, (0, 0))
+    second = host.build(cxx, ("-DMORE",))
+    assert {*cache.iterdir()} == {first, second}
 
 
 def test_a_build_is_found_again_by_sources_flags_and_compiler_only(cache, fake_compiler):

@@ -309,11 +309,20 @@ def test_every_wrong_setting_has_its_line_and_parts_speak_for_themselves():
 def test_a_spec_is_not_changed_but_made_anew():
     spec = gx.CrossbarSpec(adc={"bits": 8})
     with pytest.raises(gx.SpecError) as caught:
-        spec.adc.bits = 6
+        spec.tile.rows = 64
     assert str(caught.value) == (
-        "ADC: `bits` must stay as it was made, got 6; make another spec, as by "
-        'spec.with_overrides({"adc": {"bits": 6}})'
+        "Tile: `rows` must stay as it was made, got 64; make another spec, with {'rows': 64} under this part's key in "
+        "spec.with_overrides"
     )
+    with pytest.raises(gx.SpecError) as caught:
+        spec.seed = 6
+    assert str(caught.value) == (
+        "CrossbarSpec: `seed` must stay as it was made, got 6; make another spec, by spec.with_overrides({'seed': 6})"
+    )
+    with pytest.raises(
+        gx.SpecError, match=r"^ADC: `bits` must stay as it was made, got del; make another spec without it"
+    ):
+        del spec.adc.bits
     assert spec.adc.bits == 8
     assert copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == spec.model_copy() == spec
 
@@ -403,6 +412,43 @@ def test_txsim_is_the_papers():
     assert gx.presets.txsim_in_situ(nu=1.0).update == Agarwal(nu=1.0, gamma=0.05)
     with pytest.raises(gx.SpecError, match="`tile` must be 2 to 1024 lines, got 1"):
         gx.presets.txsim(tile=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "most"),
+    [
+        ({"tile": {"rows": 256}}, "0.000512"),
+        ({"tile": {"cols": 256}}, "0.000512"),
+        ({"device": {"g_max": 2e-5}}, "0.000256"),
+        ({"dac": {"v_read": 1.0}}, "0.00064"),
+    ],
+)
+def test_ranges_that_held_all_currents_are_given_anew_where_these_grow(change, most):
+    """As of a preset: currents would be cut off without a word."""
+    txsim = gx.presets.txsim()
+    text = rf"`adc\.i_max` must be given where currents grow, got 0.000205 A, .* 0.000128 A of before, but not {most} A"
+    with pytest.raises(gx.SpecError, match=text):
+        txsim.with_overrides(change)
+    for adc in (
+        {"i_max": 1e-3},
+        {"i_max": txsim.adc.i_max},
+        {"range": "worst_case", "i_max": None},
+        {"bits": None},
+    ):
+        assert txsim.with_overrides({**change, "adc": adc}).adc.bits == adc.get("bits", 10)
+
+
+def test_other_ranges_stay_as_they_are_where_currents_grow():
+    """Those that cut currents off already, that still hold all, and of reads that convert nothing."""
+    txsim = gx.presets.txsim()
+    assert txsim.with_overrides({"tile": {"rows": 100, "cols": 32}}).adc == txsim.adc
+    narrow = gx.CrossbarSpec(adc={"bits": 8, "range": "fixed", "i_max": 1e-5})
+    assert narrow.with_overrides({"tile": {"rows": 256}}).adc == narrow.adc
+    forward = txsim.with_overrides({"backward": {"mode": "ideal"}})
+    assert forward.with_overrides({"tile": {"cols": 256}}).adc == txsim.adc
+    apart = txsim.with_overrides({"backward": {"adc": txsim.adc.model_dump()}})
+    with pytest.raises(gx.SpecError, match=r"`backward\.adc\.i_max` must be given where currents grow"):
+        apart.with_overrides({"tile": {"cols": 256}})
 
 
 def test_conversions_of_txsim_are_exact():

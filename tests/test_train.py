@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from gpuxbar.experiments import Run, train
 from gpuxbar.experiments.data import Data
 from gpuxbar.experiments.networks import network
-from gpuxbar.spec import CrossbarSpec
+from gpuxbar.spec import CrossbarSpec, presets
 
 BATCHES = []
 
@@ -73,3 +75,31 @@ def test_converters_are_calibrated_before_every_epoch_by_the_loss_of_the_same_im
     assert len(calls) == 2
     assert {loss for _, loss in calls} == {nn.functional.cross_entropy}
     assert torch.equal(calls[0][0][0], calls[1][0][0])
+
+
+def test_a_mode_that_diverges_ends_there_and_the_others_go_on(data, tmp_path):
+    """In JSON, which knows no NaN; and a run that is resumed leaves it as it is."""
+    run = Run(tmp_path / "run", presets.demo(), epochs=2, batch=64, lr=1e20, in_situ_lr=0.01)
+    train(run)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    ends = [(record["mode"], record["epoch"], record["accuracy"] is None) for record in records]
+    assert ends == [
+        ("ideal", 0, True),
+        ("hardware-aware", 0, True),
+        ("in-situ", 0, False),
+        ("in-situ", 1, False),
+    ]
+    assert [record["loss"] is None for record in records] == [True, True, False, False]
+    assert (run.folder / "curves.png").stat().st_size
+    assert train(replace(run, resume=True)) == records
+
+
+@pytest.mark.parametrize("mode", ["ideal", "hardware-aware"])
+def test_weights_that_the_last_step_made_infinite_are_told_of(data, tmp_path, mode):
+    """The losses of that epoch, of one step, are finite."""
+    [record] = train(
+        Run(tmp_path / "run", CrossbarSpec(dac={"bits": 8}), modes=(mode,), epochs=2, batch=150, lr=1e37)
+    )
+    assert (record["epoch"], record["accuracy"]) == (0, None)
+    assert 0 < record["loss"] < 10

@@ -24,7 +24,7 @@ from gpuxbar.bridge.outer_product import Samples, codes_gradient, conv_weight_gr
 from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
-from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops import ConvGeometry, NotFiniteError
 from gpuxbar.ops.checks import require_finite_values
 from gpuxbar.reference import SMALLEST_RANGE
 
@@ -180,11 +180,16 @@ def _transposed(
             if conv is not None and not plain:
                 lsb = lsb.repeat_interleave(conv.pixels) if lsb.numel() > 1 else lsb
                 values, conv = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]), None
-        grad_x, *_ = _read(
-            values, lsb, g, noise_var, scale, None, adc_range, adc_error, step, plan, device,
-            f"{way.name}: the gradient of the output", transposed=True, conv=conv,
-            packed=None if packing is None else _packed(*packing, 1, device),
-        )  # fmt: skip
+        try:
+            grad_x, *_ = _read(
+                values, lsb, g, noise_var, scale, None, adc_range, adc_error, step, plan, device,
+                f"{way.name}: the gradient of the output", transposed=True, conv=conv,
+                packed=None if packing is None else _packed(*packing, 1, device),
+            )  # fmt: skip
+        except (
+            NotFiniteError
+        ):  # as of a loss that was scaled too far: left to be found as a GradScaler finds it
+            return grad_y.new_full(tuple(image) or (len(grad_y), way.groups * way.inputs), torch.nan)
         if plain:
             return grad_x
         grad_x = less_reference(grad_x, way, transposed=True)
@@ -216,9 +221,12 @@ def abs_max(x: Tensor, per_sample: bool) -> Tensor:
 def _geometry(way: ReadPlan, weight: Any, image: Any) -> ConvGeometry | None:
     if len(weight) != 4:
         return None
-    return ConvGeometry(
-        weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation, way.line_order
-    )  # fmt: skip
+    try:
+        return ConvGeometry(
+            weight[1], image[2], image[3], (weight[2], weight[3]), way.stride, way.padding, way.dilation, way.line_order
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{way.name}: {str(error).removeprefix('ConvGeometry: ')}") from None
 
 
 @lru_cache(maxsize=4096)

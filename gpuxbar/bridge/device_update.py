@@ -12,6 +12,7 @@ from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_device
 from gpuxbar.bridge.operator import operator
 from gpuxbar.bridge.pairs import pairs_of
+from gpuxbar.ops.checks import require_finite_values
 
 __all__ = ["device_update", "require_finite_gradient"]
 
@@ -20,11 +21,8 @@ def require_finite_gradient(grad: Tensor, what: str) -> None:
     """Refuse a gradient that is not finite, on a CPU; on a GPU, looking would wait for the device."""
     with on_device(grad, "update") as device:
         if device is None and not isfinite(grad.sum().item()):
-            bad = int((~torch.isfinite(grad)).sum())
-            if bad:  # a sum of finite values may overflow
-                raise ValueError(
-                    f"{what} must be finite, got {bad} NaN or infinite values; look for a diverging loss or bad data"
-                )
+            # a sum of finite values may overflow
+            require_finite_values(what, int((~torch.isfinite(grad)).sum()), "bad data")
 
 
 @operator(lambda *_: None, mutates_args=("g", "g_held", "pulse_count", "weight"))

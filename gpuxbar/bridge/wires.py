@@ -112,9 +112,12 @@ def weight_through_wires_gradient(
         tiles = _tiles(_arrays(cells, groups), crossbar)
         seen = by_line(grad.detach().float(), groups, order) * full
         seen = _tiles(seen.mT, crossbar).repeat(len(cells), 1, 1, 1, 1)
-        by_tile = ops.effective_conductance_gradient(
-            array(tiles), array(seen), **_ohms(crossbar.parasitics, swap=False), device=device
-        )
+        try:
+            by_tile = ops.effective_conductance_gradient(
+                array(tiles), array(seen), **_ohms(crossbar.parasitics, swap=False), device=device
+            )
+        except ops.NotFiniteError:  # left to be found in the gradient, as of ideal wires
+            return torch.full_like(grad, torch.nan)
         by_cell = torch.empty_like(cells)
         _untile(tensor(by_tile), into=_arrays(by_cell, groups))
     moved = by_cell.view(2, slices, groups, -1, cells.shape[2]).mT

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import explain, set_threads
 from gpuxbar.nn import calibrate, convert, telemetry
+from gpuxbar.ops import NotFiniteError
 from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.spec import CrossbarSpec, save_spec
 from gpuxbar.spec.errors import nearest
@@ -58,7 +60,10 @@ class Run:
 
 
 def train(run: Run) -> list[dict[str, Any]]:
-    """Run or resume; returns one record per mode and epoch, as written to metrics.jsonl, with `telemetry` of crossbar layers."""
+    """Run or resume; returns one record per mode and epoch, as written to metrics.jsonl, with `telemetry` of crossbar layers.
+
+    A mode that diverges, to values that are not finite, ends with that epoch, whose `accuracy` is None and mostly also its `loss`.
+    """
     modes = _modes(run)
     _check_device(run.device)
     if run.threads is not None:
@@ -76,9 +81,10 @@ def train(run: Run) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = saved["records"]
     with Progress() as progress:
         for mode in modes:
-            done = sum(record["mode"] == mode for record in records)
+            before = [record for record in records if record["mode"] == mode]
+            done = len(before)
             bar = progress.add_task(mode, total=run.epochs, completed=done)
-            if done >= run.epochs:
+            if done >= run.epochs or (before and before[-1]["accuracy"] is None):
                 continue
             torch.manual_seed(run.seed)
             model = network(data.shape, data.classes)[1].to(run.device)
@@ -90,12 +96,9 @@ def train(run: Run) -> list[dict[str, Any]]:
                 optimiser.load_state_dict(saved["states"][mode]["optimiser"])
             for epoch in range(done, run.epochs):
                 started = time.perf_counter()
-                if mode != "ideal":  # converter ranges follow the weights
-                    sample = data.sample(256, device=run.device)
-                    calibrate(model, [sample], loss=nn.functional.cross_entropy)
-                loss = _epoch(model, optimiser, data, run, epoch, partial(progress.advance, bar))
+                loss = _epoch(mode, model, optimiser, data, run, epoch, partial(progress.advance, bar))
                 seconds = time.perf_counter() - started
-                accuracy = _accuracy(model, data, run.device)
+                accuracy = None if loss is None else _accuracy(model, data, run.device)
                 record = {
                     "mode": mode,
                     "epoch": epoch,
@@ -103,9 +106,12 @@ def train(run: Run) -> list[dict[str, Any]]:
                     "accuracy": accuracy,
                     "seconds": seconds,
                 }
+                records.append(record)
+                if accuracy is None:
+                    _write(run, saved)
+                    break
                 if mode != "ideal":
                     record["layers"] = [asdict(layer) for layer in telemetry(model).layers]
-                records.append(record)
                 saved["states"][mode] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
                 _write(run, saved)
                 progress.update(bar, completed=epoch + 1)
@@ -148,30 +154,51 @@ def _check_device(device: str) -> None:
 
 
 def _epoch(
-    model: nn.Module, optimiser: Any, data: Data, run: Run, epoch: int, advance: Callable[[float], None]
-) -> float:
-    """One pass over the training part in an order of its own, whose share done `advance` hears; returns the mean loss."""
+    mode: str,
+    model: nn.Module,
+    optimiser: Any,
+    data: Data,
+    run: Run,
+    epoch: int,
+    advance: Callable[[float], None],
+) -> float | None:
+    """One pass over the training part in an order of its own, whose share done `advance` hears; returns the mean loss, None where
+    values are not finite."""
     order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(run.seed + epoch))
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    model.train()
-    for part in order.split(run.batch):
-        x, t = data.batch(part, device=run.device)
-        optimiser.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), t)
-        loss.backward()
-        optimiser.step()
-        total += loss.detach() * len(part)
-        advance(len(part) / len(data.x))
-    return total.item() / len(data.x)
+    try:
+        if mode != "ideal":  # converter ranges follow the weights
+            sample = data.sample(256, device=run.device)
+            calibrate(model, [sample], loss=nn.functional.cross_entropy)
+        model.train()
+        for part in order.split(run.batch):
+            x, t = data.batch(part, device=run.device)
+            optimiser.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), t)
+            loss.backward()
+            optimiser.step()
+            total += loss.detach() * len(part)
+            advance(len(part) / len(data.x))
+    except NotFiniteError:
+        return None
+    mean = total.item() / len(data.x)
+    return mean if isfinite(mean) else None
 
 
-def _accuracy(model: nn.Module, data: Data, device: str) -> float:
+def _accuracy(model: nn.Module, data: Data, device: str) -> float | None:
+    """Share of the test part that is classified right; None where values are not finite."""
     model.eval()
     right = 0
-    with torch.no_grad():
-        for start in range(0, len(data.x_test), 256):
-            x, t = data.batch(slice(start, start + 256), test=True, device=device)
-            right += int((model(x).argmax(1) == t).sum())
+    try:
+        with torch.no_grad():
+            for start in range(0, len(data.x_test), 256):
+                x, t = data.batch(slice(start, start + 256), test=True, device=device)
+                y = model(x)
+                if not y.isfinite().all():
+                    return None
+                right += int((y.argmax(1) == t).sum())
+    except NotFiniteError:
+        return None
     return right / len(data.x_test)
 
 
@@ -238,7 +265,7 @@ def _other(saved: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] 
 
 def _write(run: Run, state: dict[str, Any]) -> None:
     """Write checkpoint and metrics beside the old ones, then swap: an interruption leaves the old ones whole."""
-    text = "".join(json.dumps(record) + "\n" for record in state["records"])
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in state["records"])
     for name in ("checkpoint.pt", "metrics.jsonl"):
         scratch = run.folder / f".{name}.part"
         try:
@@ -265,10 +292,11 @@ def _plot(records: list[dict[str, Any]], path: Path) -> None:
         figure.subplots(1, 2), ("loss", "accuracy"), ("training loss", "test accuracy"), strict=True
     ):
         for mode, style in STYLES.items():
-            points = [(r["epoch"] + 1, r[key]) for r in records if r["mode"] == mode]
+            points = [(r["epoch"] + 1, r[key]) for r in records if r["mode"] == mode and r[key] is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), style, markersize=4, label=mode)
         axis.set(xlabel="epoch", ylabel=label)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(path, dpi=120)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuxbar.launch.nvrtc import compile_cuda, nvrtc_version
-from gpuxbar.launch.sources import cached, kernel_dir, once
+from gpuxbar.launch.sources import UNFINISHED, cached, kernel_dir, once
 
 __all__ = ["Resources", "closure", "cubin", "options", "resources"]
 
@@ -85,6 +85,6 @@ def closure(path: Path, include: Path) -> list[Path]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
+    with tempfile.NamedTemporaryFile(prefix=UNFINISHED, dir=path.parent, delete=False) as scratch:
         scratch.write(data)
     os.replace(scratch.name, path)

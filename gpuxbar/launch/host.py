@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from gpuxbar.launch.nvrtc import CompileError
-from gpuxbar.launch.sources import cached, kernel_dir, once
+from gpuxbar.launch.sources import UNFINISHED, cached, kernel_dir, once
 
 __all__ = ["address", "build", "compiler", "host_call", "library", "set_threads", "threads"]
 
@@ -131,7 +131,7 @@ def _command(cxx: str, more: tuple[str, ...]) -> tuple[list[str], str]:
 def _build(command: list[str], sources: list[Path], target: Path) -> None:
     """Compile the sources side by side and link them."""
     with (
-        tempfile.TemporaryDirectory(dir=target.parent) as scratch,
+        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=target.parent) as scratch,
         ThreadPoolExecutor(_processors()) as pool,
     ):
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]

@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,7 +16,10 @@ from pathlib import Path
 
 from gpuxbar.launch.nvrtc import CompileError
 
-__all__ = ["cache_dir", "cached", "kernel_dir", "once"]
+__all__ = ["UNFINISHED", "cache_dir", "cached", "kernel_dir", "once"]
+
+UNFINISHED = "unfinished-"  # prefix of what builds work on in the cache
+DEAD = 3600  # seconds after which a build that has touched nothing was killed
 
 
 def kernel_dir() -> Path:
@@ -74,6 +78,7 @@ def once(target: Path, make: Callable[[], object]) -> Path:
             fcntl.flock(held.enter_context(open(lock, "w")), fcntl.LOCK_EX)
         try:
             if not target.exists():
+                _clear(target.parent)
                 make()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -86,6 +91,14 @@ def once(target: Path, make: Callable[[], object]) -> Path:
             with contextlib.suppress(OSError):
                 lock.unlink(missing_ok=True)
     return target
+
+
+def _clear(cache: Path) -> None:
+    """Remove what killed builds left."""
+    for left in cache.glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):  # of another user, or just gone
+            if time.time() - left.stat().st_mtime > DEAD:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _wanted_dir() -> Path | None:

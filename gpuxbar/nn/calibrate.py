@@ -41,8 +41,8 @@ def calibrate(
         loss: Called as loss(output, target) for the gradients; None: a fixed random gradient of the output.
         step: For batches of other forms: called as step(batch), passes one through the model and returns the loss, or a
             tensor of outputs to take a fixed random gradient of. The model evaluates, but for batch norms with the statistics that
-            they began with, which take those of the batch; a step may call `model.train()`, as layers need that run in training
-            alone.
+            they began with, frozen or not, which take those of the batch; a step may call `model.train()`, as layers need that run
+            in training alone.
 
     Raises:
         TypeError: `loader` is a tensor or one batch with its target, or a batch is not of these forms.

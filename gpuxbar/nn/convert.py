@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from math import ceil
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
@@ -44,6 +45,8 @@ FUSED: dict[type[nn.Module], Any] = {
 }
 # subclasses of these may compute as they do
 PLAIN = *LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv3d
+# parameters that scale, shift or are looked up, and are multiplied by no matrix
+NO_PRODUCTS = _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Row:
         why: Why so.
         tiles: Tiles, all planes counted.
         macs: Multiply-accumulates of a sample (one place on the first axis of the example), or of one output position where no
-            example was given; 0 of modules whose products are not known.
+            example was given; None, printed as unknown, of modules that may compute with their parameters in any way.
         conversions: Of currents by ADCs (or what stands for them, where the spec has none) for these, forwards: one a tile, plane,
             stream, phase and bitline.
         clipped: Share of the weights beyond `mapping.w_max`.
@@ -67,7 +70,7 @@ class Row:
     runs: str
     why: str
     tiles: int = 0
-    macs: int = 0
+    macs: int | None = 0
     conversions: int = 0
     clipped: float = 0.0
 
@@ -79,8 +82,17 @@ class Report:
     rows: tuple[Row, ...]
 
     def __repr__(self) -> str:
-        cells = [(*astuple(row)[:-1], f"{row.clipped:.2%}") for row in self.rows]
-        return columns([field.name for field in fields(Row)], [tuple(map(str, row)) for row in cells])
+        cells = [
+            {
+                **asdict(row),
+                "macs": "unknown" if row.macs is None else row.macs,
+                "clipped": f"{row.clipped:.2%}",
+            }
+            for row in self.rows
+        ]
+        return columns(
+            [field.name for field in fields(Row)], [tuple(map(str, row.values())) for row in cells]
+        )
 
 
 def convert(
@@ -136,9 +148,8 @@ def convert(
             why = "already so" if _type(module) in ANALOG else "of a type that stays as it is"
             rows.append(Row(label, kind, "analog", why, *_counts(module, names, positions)))
         elif not _is_layer(module):
-            rows.append(
-                Row(label, kind, "digital", TIED if module in tied else _why_not(module, names, choices))
-            )
+            why = TIED if module in tied else _why_not(module, names, choices)
+            rows.append(Row(label, kind, "digital", why, macs=0 if isinstance(module, NO_PRODUCTS) else None))
         else:
             chosen, why = choices.of([*names, *owners.get(module, ())])
             if positions is not None and names[0] not in positions:

@@ -22,7 +22,8 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
     follow from weights are not sent. Batches must be of one size on all ranks. ADC ranges are those that rank 0 calibrated.
     What is not as in one process: DAC ranges "tensor" and "ema" are those of a rank's own part, and layers whose inputs count
     other things before samples, as sequence-first transformers and packed sequences of other lengths on each rank, draw noise
-    of other rows, though no two ranks the same.
+    of other rows, though no two ranks the same. Layers refuse to train without this under `DistributedDataParallel` and FSDP,
+    and warn where other processes of torch.distributed run, which may share batches with this one or not.
 
     Args:
         model: With its layers on their device; build the optimiser from its parameters.

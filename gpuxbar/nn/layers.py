@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from math import ceil
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -432,6 +434,16 @@ class AnalogLayer(InSitu):
         y = self.streams.watch(y, weight, x) if watched else y
         return y.to(weight.dtype)
 
+    def refuse_input(self, x: Any, shape: str) -> NoReturn:
+        """Say what `x`, which is no input of the layer, must be."""
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{self.name}: `x` must be a tensor, got {type(x).__name__}; convert it by torch.as_tensor(x)"
+            )
+        raise ValueError(
+            f"{self.name}: `x` must have shape {shape} for the layer's weights, got {tuple(x.shape)}; look at the layer before it"
+        )
+
     def _of_nothing(self, x: Tensor) -> Tensor:
         """The products of no sample, as experts and detectors may have: nothing is driven or counted, and gradients are 0."""
         weight, bias, way = self.look_at_weight(), self.bias, self.plan
@@ -444,6 +456,22 @@ class AnalogLayer(InSitu):
                 return functional.linear(x, weight, bias)
             kernel = weight.reshape(image_shape(weight.shape))
             return functional.conv2d(x, kernel, bias, way.stride, way.padding, way.dilation, self.groups_)
+
+    def crossbars(self) -> str:
+        """What the layer runs on, for `extra_repr`: tiles of a plane along inputs and outputs, and what is not ideal."""
+        spec = self.spec
+        tile, slices, law = spec.tile, spec.mapping.slices, spec.update
+        count = self.groups_ * ceil(self.inputs / tile.rows), ceil(self.outputs / tile.cols)
+        said = [f"tiles={count[0]}x{count[1]} of {tile.rows}x{tile.cols}"]
+        said += [f"slices={slices} of {spec.mapping.slice_bits} bits"] if slices > 1 else []
+        said += [
+            f"{key}={part.bits} bits"
+            for key, part in (("dac", spec.dac), ("adc", spec.adc))
+            if part.bits is not None
+        ]
+        said += [f"in_situ={law.law}"] if self.in_situ and law is not None else []
+        said += ["programmed=True"] if self.programmed else []
+        return ", ".join(said)
 
     def counter(self) -> tuple[Tensor, int]:
         """Number of the last read, int64 [1], which fixed its noise, and what the next one adds to it: reads of training count up,
@@ -467,22 +495,34 @@ class AnalogLayer(InSitu):
             )
 
     def require_ranks(self) -> None:
-        """Refuse a pass of data-parallel training that does not know of the other ranks."""
-        if self.streams.group is not None or not self._is_shared_out():
+        """Refuse a pass of data-parallel training that does not know of the other ranks, and warn of one that may be such."""
+        if (
+            self.streams.group is not None
+            or not distributed.is_available()
+            or not distributed.is_initialized()
+        ):
             return
         noise = self.spec.read_noise
-        if self.keeps_operands or noise.sigma or noise.sigma_g:
+        if not (self.keeps_operands or noise.sigma or noise.sigma_g):
+            return
+        what = "pulse trains and bit streams" if self.keeps_operands else "rows that draw read noise"
+        if self._is_shared_out():
             raise ValueError(
-                f"{self.name}: {'pulse trains and bit streams' if self.keeps_operands else 'rows that draw read noise'} must be those "
-                "of all ranks, got a model that DistributedDataParallel or FSDP wraps itself; wrap it by gpuxbar.distribute(model), or "
-                "call gpuxbar.distribute(model, wrap=False) before a framework or fully_shard wraps it"
+                f"{self.name}: {what} must be those of all ranks, got a model that DistributedDataParallel or FSDP wraps itself; wrap it "
+                "by gpuxbar.distribute(model), or call gpuxbar.distribute(model, wrap=False) before a framework or fully_shard wraps it"
+            )
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and distributed.get_world_size() > 1:
+            warnings.warn(
+                f"gpuxbar: {what} are this process's alone, of {distributed.get_world_size()} that torch.distributed runs; if these share "
+                "batches, call gpuxbar.distribute(model, wrap=False) on each before a framework wraps the model",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def _is_shared_out(self) -> bool:
         """Whether other ranks read other samples with this layer: under `DistributedDataParallel`, and where FSDP has put a weight
         that it gathers from the ranks in the place of the layer's own, or of what it is computed of."""
-        if not distributed.is_available() or not distributed.is_initialized():
-            return False
         if DistributedDataParallel._get_active_ddp_module() is not None:
             return True
         # by `functional_call`
@@ -639,8 +679,13 @@ class AnalogLinear(nn.Linear, AnalogLayer):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.setup(spec, name, 1)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.crossbars()}"
+
     def forward(self, input: Tensor, steady: Steady | None = None) -> Tensor:
         """As `nn.Linear`'s; `steady` see `read`."""
+        if not isinstance(input, Tensor) or not input.dim() or input.shape[-1] != self.in_features:
+            self.refuse_input(input, f"[..., {self.in_features}]")
         if input.dim() == 2:
             return self.read(input, steady)
         flat = self.read(input.reshape(-1, input.shape[-1]), steady)
@@ -679,6 +724,14 @@ class AnalogConv(_ConvNd, AnalogLayer):
                     f"{self.name}: `{key}` must stay {self._planned[key]!r}, as the layer was made, got {value!r}; change it before "
                     "gpuxbar.convert"
                 )
+        axes = len(self.kernel_size)
+        if (
+            not isinstance(x, Tensor)
+            or x.dim() not in (1 + axes, 2 + axes)
+            or x.shape[-1 - axes] != self.in_channels
+        ):
+            size = ("height", "width")[-axes:]
+            self.refuse_input(x, f"[N, {self.in_channels}, {', '.join(size)}], or without N,")
         x = self.batched(x)
         if self._pads:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -688,6 +741,9 @@ class AnalogConv(_ConvNd, AnalogLayer):
     def batched(self, x: Tensor) -> Tensor:
         """Samples of an input or output, which may be one without a batch."""
         return x if x.dim() == 2 + len(self.kernel_size) else x[None]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.crossbars()}"
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.read(self.padded(input))

@@ -131,7 +131,11 @@ class UnfusedRNN(nn.Module):
         if packed is not None:
             x, lengths = pad_packed_sequence(packed)
         else:
-            assert isinstance(input, Tensor)
+            if not isinstance(input, Tensor):
+                raise TypeError(
+                    f"{self.mode}: `input` must be a tensor or a PackedSequence, got {type(input).__name__}; convert it by "
+                    "torch.as_tensor(x)"
+                )
             batched = input.dim() == 3
             x = input if batched else input[:, None]
             x = x.transpose(0, 1) if self.batch_first and batched else x

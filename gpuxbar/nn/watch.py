@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from math import ceil
+from functools import partial
+from math import ceil, prod
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
 from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
+from gpuxbar.ops.checks import require_finite_values
 
 __all__ = [
     "Lines",
@@ -72,9 +74,9 @@ def watch(
 
     To be called where the model is `undisturbed`; norms that know no data yet take the statistics of the batch.
     """
-    for module in model.modules():
-        if _knows_no_data(module):
-            module.train()
+    fresh = {name: module for name, module in model.named_modules() if _knows_no_data(module)}
+    for norm in fresh.values():
+        norm.train()
     called: set[AnalogLayer] = set()
     reached = False
     # of the batches that had one, with their losses: gradients of what layers hold that are not called
@@ -98,6 +100,9 @@ def watch(
         return y.clone()
 
     hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    for name, norm in fresh.items():
+        if isinstance(norm, _BatchNorm):
+            hooks.append(norm.register_forward_pre_hook(partial(_require_several, f"{op}: {name}")))
     try:
         for index, batch in enumerate(loader):
             if index == batches:
@@ -199,6 +204,16 @@ def _knows_no_data(module: nn.Module) -> bool:
     )
 
 
+def _require_several(what: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Refuse a batch of which a norm would subtract every value from itself."""
+    shape = tuple(args[0].shape) if args else ()
+    if shape and prod(shape[:1] + shape[2:]) == 1:
+        raise ValueError(
+            f"{what}, a batch norm with the statistics that it began with, must get several values a channel, got an input of shape "
+            f"{shape}; give larger batches, or train the model a little first"
+        )
+
+
 @contextmanager
 def without_adcs(model: nn.Module) -> Iterator[None]:
     """The same with every layer read without ADCs."""
@@ -275,6 +290,9 @@ def _lines(layer: AnalogLayer, x: Tensor, y: Tensor) -> Lines:
 
 def _back_lines(layer: AnalogLayer, grad_y: Tensor) -> Lines:
     """Of a gradient of the output."""
+    require_finite_values(
+        f"{layer.name}: the gradient of the output", int((~grad_y.isfinite()).sum()), "bad data"
+    )
     grad_y = layer.batched(grad_y) if isinstance(layer, AnalogConv) else grad_y.reshape(-1, grad_y.shape[-1])
     cells, way = layer.conductances(), layer.plan
     values = gradient_values(grad_y.float(), cells.w_max, way)

@@ -2,6 +2,7 @@
 
 from gpuxbar.ops.anchored_conductance import Anchor, anchored_conductance
 from gpuxbar.ops.carry import carry
+from gpuxbar.ops.checks import NotFiniteError
 from gpuxbar.ops.chop import chop
 from gpuxbar.ops.conv_outer_product import conv_outer_product
 from gpuxbar.ops.dac_clip import dac_clip_gradient
@@ -28,6 +29,7 @@ __all__ = [
     "ConvGeometry",
     "Dac",
     "Method",
+    "NotFiniteError",
     "PackedConductance",
     "Pairs",
     "anchored_conductance",

@@ -15,6 +15,7 @@ from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = [
     "NUMBER",
+    "NotFiniteError",
     "check_array",
     "check_integers",
     "check_kind",
@@ -34,6 +35,10 @@ __all__ = [
 
 T = TypeVar("T")
 NUMBER = (int, float, np.number)  # what a setting is that is no array
+
+
+class NotFiniteError(ValueError):
+    """Values that must be finite are NaN or infinite, as those of a training that diverges."""
 
 
 def kept(function: Callable[..., T]) -> Callable[..., T]:
@@ -206,7 +211,7 @@ def require_finite(op: str, name: str, bad: int, way_out: str) -> None:
 def require_finite_values(what: str, bad: int, way_out: str) -> None:
     """`require_finite` for values that are called otherwise."""
     if bad:
-        raise ValueError(
+        raise NotFiniteError(
             f"{what} must be finite, got {bad} NaN or infinite values; look for a diverging loss or {way_out}"
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuxbar import reference
 from gpuxbar.launch import Device, backend, cuda_device, host_call, library
-from gpuxbar.ops.checks import check_array, check_shape
+from gpuxbar.ops.checks import NotFiniteError, check_array, check_shape
 from gpuxbar.ops.effective_conductance import check_conductance, device_lines, per_lines
 from gpuxbar.ops.effective_conductance_gradient_cuda import effective_conductance_gradient_cuda
 
@@ -65,7 +65,7 @@ def effective_conductance_gradient(
     check_conductance(OP, g)
     if not np.isfinite(grad).all():
         wrong = grad[~np.isfinite(grad)].flat[0]
-        raise ValueError(f"{OP}: `grad` must be finite, got {wrong:g} 1/S; look for a diverging loss")
+        raise NotFiniteError(f"{OP}: `grad` must be finite, got {wrong:g} 1/S; look for a diverging loss")
     if not g.size:
         return np.zeros_like(g)
     if backend(g) == "reference":

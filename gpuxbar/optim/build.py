@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, type[InSituOptimizer]] = {
 
 
 def build_optimizer(name: str, model: nn.Module, **settings: Any) -> InSituOptimizer:
-    """The optimiser of a name over all parameters of a model with crossbar layers.
+    """The optimiser of a name over all parameters of a model with crossbar layers; examples/README.md compares them.
 
     Args:
         name: sgd, tiki-taka, tiki-taka-v2, chopped-tiki-taka-v2, agad or mixed-precision. All train single pairs and sliced

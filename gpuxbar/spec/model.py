@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from gpuxbar.spec.ageing import Drift, Endurance, Retention
 from gpuxbar.spec.carry import Carry
+from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.laws import UpdateLaw
 from gpuxbar.spec.part import Part
 from gpuxbar.spec.pulses import PulseTrain, check_train
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 ERRORS = "gain_std", "offset_std", "inl", "inl_std"  # of converters
+HELD = 1 + 1e-6  # of a range, by which rounding may leave currents beyond it
 
 
 class Tile(Part):
@@ -390,6 +392,8 @@ class CrossbarSpec(Part):
     are written anew.
     """
 
+    another = "by spec.with_overrides({})"
+
     tile: Tile = Tile()
     device: Device = Device()
     mapping: Mapping = Mapping()
@@ -559,8 +563,37 @@ class CrossbarSpec(Part):
         return self
 
     def with_overrides(self, overrides: dict[str, Any]) -> CrossbarSpec:
-        """A copy with a nested dictionary laid over it: `{"adc": {"bits": 6}}`; validated anew."""
-        return CrossbarSpec.model_validate(_merged(self.model_dump(), overrides))
+        """A copy with a nested dictionary laid over it: `{"adc": {"bits": 6}}`; validated anew.
+
+        A fixed ADC range that holds every current is to be given with tiles, windows or voltages by which it would not any more.
+        """
+        changed = CrossbarSpec.model_validate(_merged(self.model_dump(), overrides))
+        for (key, adc, most), (_, old, before) in zip(
+            changed._conversions(), self._conversions(), strict=True
+        ):
+            full = adc.i_max
+            if full is None or full != old.i_max or _gives(overrides, key):
+                continue
+            if before <= HELD * full < most:
+                raise SpecError(
+                    f"CrossbarSpec: `{'.'.join(key)}` must be given where currents grow, got {full:.3g} A, which holds those of up to "
+                    f"{before:.3g} A of before, but not {most:.3g} A; give it, and `bits` for the steps that you want, or "
+                    "range='worst_case' and i_max=None"
+                )
+        return changed
+
+    def _conversions(self) -> list[tuple[tuple[str, ...], ADC, float]]:
+        """Of the forward and of the transposed read: the key of the ADC's range, the ADC, and the largest current of a tile, A, 0 where
+        none is converted."""
+        back = ("backward", "adc", "i_max") if self.backward.adc is not None else ("adc", "i_max")
+        analog = self.backward.mode == "analog"
+        return [
+            (key, adc, volts * self.device.g_max * lines if adc.bits and converts else 0.0)
+            for key, adc, volts, lines, converts in (
+                (("adc", "i_max"), self.adc, self.dac.v_read, self.tile.rows, True),
+                (back, self.backward_adc, self.backward_dac.v_read, self.tile.cols, analog),
+            )
+        ]
 
     @property
     def levels(self) -> int | None:
@@ -633,6 +666,15 @@ class CrossbarSpec(Part):
     @property
     def backward_adc(self) -> ADC:
         return self.backward.adc or self.adc
+
+
+def _gives(overrides: Any, key: tuple[str, ...]) -> bool:
+    """Whether a nested dictionary has a value for a key."""
+    for name in key:
+        if not isinstance(overrides, dict) or name not in overrides:
+            return False
+        overrides = overrides[name]
+    return True
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import Self
@@ -16,6 +16,8 @@ __all__ = ["Part"]
 class Part(BaseModel):
     """A frozen group of settings; a wrong one raises a `SpecError` of one line."""
 
+    another: ClassVar[str] = "with {} under this part's key in spec.with_overrides"  # way to have settings
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     def __init__(self, /, **settings: Any) -> None:
@@ -26,9 +28,14 @@ class Part(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        way_out = self.another.format({name: value})
         raise SpecError(
-            f"{type(self).__name__}: `{name}` must stay as it was made, got {value!r}; make another spec, as by "
-            'spec.with_overrides({"adc": {"bits": 6}})'
+            f"{type(self).__name__}: `{name}` must stay as it was made, got {value!r}; make another spec, {way_out}"
+        )
+
+    def __delattr__(self, name: str) -> None:
+        raise SpecError(
+            f"{type(self).__name__}: `{name}` must stay as it was made, got del; make another spec without it, for the default"
         )
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:

@@ -42,6 +42,7 @@ def txsim(tile: int = 64) -> CrossbarSpec:
     to 8), driven as a positive and a negative phase; ADCs with a step of one `g_min`, of which every current is a
     multiple, so that conversions are exact until noise, spread, wires or fewer bits are asked for. While they are, a read
     is one product; then it is 448 conversions for every tile and output, unless `adc={"bits": None}` leaves them out.
+    Bits and range of the ADCs are those of `tile`: overrides with larger tiles, windows or voltages give `adc.i_max` too.
     Not in it: the paper's wire, source and sink resistances and its process variation, whose values it does not give;
     set them with `parasitics` and `programming`.
 
