@@ -20,7 +20,7 @@ import gpuxbar
 from gpuxbar import ops, reference
 from gpuxbar.bench.__main__ import bench
 from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
-from gpuxbar.experiments import Run
+from gpuxbar.experiments import Run, sweep
 from gpuxbar.experiments import train as run_training
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.experiments.staircase import plot_staircases
@@ -29,7 +29,7 @@ from gpuxbar.launch.host import compiler
 from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
 from gpuxbar.launch.sources import cache_dir
 from gpuxbar.optim import OPTIMIZERS
-from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, parse_value, save_spec
+from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, nested, parse_value, save_spec
 from gpuxbar.spec.devices import DEVICES, published_device
 from gpuxbar.spec.presets import PRESETS, preset
 
@@ -47,6 +47,12 @@ def train(
         typer.Option("--preset", help=f"A spec by name: {', '.join(PRESETS)} (demo if none is given)."),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override, such as adc.bits=6.")] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats."
+        ),
+    ] = None,
     modes: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +90,8 @@ def train(
             momentum=momentum, optimizer=optimizer, seed=seed, resume=resume, data=data,
             data_dir=data_dir, download=download, device=device, threads=threads,
         )  # fmt: skip
+        if vary:
+            return _sweep(run, vary, console)
         records = run_training(run)
     except (ValueError, OSError, CompileError) as error:
         show_error(error)
@@ -98,23 +106,38 @@ def train(
     console.print(table)
 
 
+def _sweep(run: Run, vary: list[str], console: Console) -> None:
+    values = {
+        key: [parse_value(part) for part in text.split(",")]
+        for key, text in _pairs("--vary", "VALUES", vary, "adc.bits=4,6,8")
+    }
+    rows = sweep(run, values, lambda name: console.print(f"[bold]{escape(name)}[/bold]"))
+    table = Table(*values, "mode", "test accuracy", title=str(run.folder))
+    for row in rows:
+        reached = "diverged" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        table.add_row(*(str(row.get(key, "")) for key in values), row["mode"], reached)
+    console.print(table)
+
+
 def _settings(path: Path | None, name: str | None, overrides: list[str]) -> CrossbarSpec:
     if path is not None and name is not None:
         raise SpecError(
             f"train: `--spec` and `--preset` must not go together, got {path} and {name}; leave one out"
         )
     settings = load_spec(path) if path is not None else preset(name or "demo")
-    changes: dict[str, Any] = {}
-    for item in overrides:
+    changes = {key: parse_value(value) for key, value in _pairs("--set", "VALUE", overrides, "adc.bits=6")}
+    return settings.with_overrides(nested(changes))
+
+
+def _pairs(option: str, what: str, items: list[str], example: str) -> list[tuple[str, str]]:
+    """Keys and texts of options such as adc.bits=6."""
+    found = []
+    for item in items:
         key, equals, value = item.partition("=")
-        *groups, last = key.split(".")
-        place: Any = changes
-        for group in groups:
-            place = place.setdefault(group, {}) if isinstance(place, dict) else None
-        if not equals or not isinstance(place, dict):
-            raise SpecError(f"train: `--set` must be KEY=VALUE, got {item!r}; for instance adc.bits=6")
-        place[last] = parse_value(value)
-    return settings.with_overrides(changes)
+        if not equals:
+            raise SpecError(f"train: `{option}` must be KEY={what}, got {item!r}; for instance {example}")
+        found.append((key, value))
+    return found
 
 
 @app.command()

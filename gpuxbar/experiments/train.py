@@ -25,7 +25,7 @@ from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.spec import CrossbarSpec, save_spec
 from gpuxbar.spec.errors import nearest
 
-__all__ = ["Run", "train"]
+__all__ = ["STYLES", "Run", "modes_of", "train"]
 
 FORMAT = "gpuxbar-run-3"
 STYLES = {"ideal": "k--", "hardware-aware": "C0-o", "in-situ": "C1-s"}
@@ -64,7 +64,7 @@ def train(run: Run) -> list[dict[str, Any]]:
 
     A mode that diverges, to values that are not finite, ends with that epoch, whose `accuracy` is None and mostly also its `loss`.
     """
-    modes = _modes(run)
+    modes = modes_of(run)
     _check_device(run.device)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -119,7 +119,8 @@ def train(run: Run) -> list[dict[str, Any]]:
     return records
 
 
-def _modes(run: Run) -> tuple[str, ...]:
+def modes_of(run: Run) -> tuple[str, ...]:
+    """The modes that a run trains."""
     if run.optimizer not in OPTIMIZERS:
         raise ValueError(
             f"train: `optimizer` must be an in-situ algorithm, got {run.optimizer!r}; {nearest(run.optimizer, OPTIMIZERS)}"

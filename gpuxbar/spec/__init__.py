@@ -5,7 +5,7 @@ from gpuxbar.spec.ageing import Drift, Endurance, Retention
 from gpuxbar.spec.carry import Carry
 from gpuxbar.spec.devices import PublishedDevice, published_device
 from gpuxbar.spec.errors import SpecError
-from gpuxbar.spec.io import load_spec, parse_value, save_spec
+from gpuxbar.spec.io import load_spec, nested, parse_value, save_spec
 from gpuxbar.spec.laws import (
     Agarwal,
     AgarwalSymmetric,
@@ -70,6 +70,7 @@ __all__ = [
     "UpdateLaw",
     "check_train",
     "load_spec",
+    "nested",
     "parse_value",
     "presets",
     "published_device",

@@ -12,7 +12,7 @@ import yaml
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.model import CrossbarSpec
 
-__all__ = ["load_spec", "parse_value", "save_spec"]
+__all__ = ["load_spec", "nested", "parse_value", "save_spec"]
 
 # a date that is none is a ValueError, nesting beyond Python's stack a RecursionError
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
@@ -72,6 +72,22 @@ def parse_value(text: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of a spec from values by dotted keys: {"adc.bits": 6} to {"adc": {"bits": 6}}."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, last = key.split(".")
+        place = out
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise SpecError(
+                    f"CrossbarSpec: `{key}` must not follow a value of {group}, got one; leave one out"
+                )
+        place[last] = value
+    return out
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,0 +1,135 @@
+"""Sweeps of settings: which runs they are, what they write, and that an interrupted one loses nothing."""
+
+from __future__ import annotations
+
+import csv
+import re
+from importlib import import_module
+
+import pytest
+from test_train import BATCHES, data  # noqa: F401
+from typer.testing import CliRunner
+
+from gpuxbar.cli import app
+from gpuxbar.experiments import Run, sweep, train
+from gpuxbar.spec import CrossbarSpec, SpecError, nested
+
+pytestmark = pytest.mark.usefixtures("data")
+SPEC = CrossbarSpec(read_noise={"sigma": 1e-6})
+VARY = {"adc.bits": [2, 8], "seed": [0, 1]}
+COMMON = {"epochs": 1, "batch": 64}
+
+
+def table(folder):
+    with (folder / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_is_a_run_for_every_combination_and_one_that_is_ideal(tmp_path):
+    heard = []
+    rows = sweep(Run(tmp_path / "all", SPEC, **COMMON), VARY, heard.append)
+    names = ["ideal", *(f"adc.bits={bits},seed={seed}" for bits in (2, 8) for seed in (0, 1))]
+    assert heard == [f"{name} ({k + 1} of 5)" for k, name in enumerate(names)]
+    for name, row in zip(names, rows, strict=True):
+        bits, seed = row.get("adc.bits"), row.get("seed", 0)
+        spec = SPEC.with_overrides({"adc": {"bits": bits}, "seed": seed})
+        alone = Run(tmp_path / f"alone {name}", spec, modes=(row["mode"],), **COMMON)
+        assert row["mode"] == ("ideal" if name == "ideal" else "hardware-aware")
+        (found,) = train(alone)
+        assert {key: found[key] for key in ("mode", "loss", "accuracy")}.items() <= row.items()
+    assert len({row["loss"] for row in rows}) == 5
+    written = [{key: value for key, value in row.items() if value} for row in table(tmp_path / "all")]
+    assert written == [{key: str(value) for key, value in row.items()} for row in rows]
+    assert (tmp_path / "all/sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
+    run = Run(tmp_path / "cut", SPEC, modes=("hardware-aware",), **COMMON)
+
+    def interrupt(name):
+        if "(3 of 4)" in name:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(run, VARY, interrupt)
+    assert len(table(run.folder)) == 2
+    BATCHES.clear()
+    resumed = sweep(Run(**vars(run) | {"resume": True}), VARY)
+    trained = [part for part in BATCHES if len(part) < 150]  # not what converters are calibrated by
+    assert len(trained) == 2 * 3
+    assert resumed == sweep(Run(**vars(run) | {"folder": tmp_path / "whole"}), VARY)
+    more = sweep(Run(**vars(run) | {"resume": True}), {**VARY, "adc.bits": [2, 8, 4]})
+    assert more[:4] == resumed
+    assert [row["adc.bits"] for row in more[4:]] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("vary", "modes", "message"),
+    [
+        ({"adc.bits": [6, 99]}, None, "CrossbarSpec: `adc.bits` must be"),
+        ({"adc.bitz": [6]}, None, "CrossbarSpec: `adc.bitz` must be a known key"),
+        ({"adc.bits": [6, 8, 6]}, None, r"sweep: `vary` must hold values that differ, got \[6, 8, 6\] for adc.bits"),
+        ({"adc.bits": []}, None, r"sweep: `vary` must hold values that differ, got \[\] for adc.bits"),
+        ({"adc.bits": [6]}, ("in-situ",), "`update` of the spec must be an update law"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_anything_is(vary, modes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sweep(Run(tmp_path / "refused", SPEC, modes=modes, **COMMON), vary)
+    assert not (tmp_path / "refused").exists()
+    assert not BATCHES
+
+
+def test_a_folder_is_begun_or_resumed_as_wanted(tmp_path):
+    run = Run(tmp_path / "there", SPEC, **COMMON)
+    with pytest.raises(ValueError, match="must exist to resume, got none; leave out --resume"):
+        sweep(Run(**vars(run) | {"resume": True}), VARY)
+    run.folder.mkdir()
+    with pytest.raises(ValueError, match="must not exist yet, got a folder; use --resume or another --name"):
+        sweep(run, VARY)
+
+
+def test_the_picture_has_a_line_for_every_combination_of_what_is_not_along_it(tmp_path, monkeypatch):
+    """Means over seeds; one that diverged leaves a gap; the ideal accuracy all along."""
+    module, drawn = import_module("gpuxbar.experiments.sweep"), []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    vary = {"adc.bits": [2, 4, 8], "seed": [0, 1], "dac.bits": [6, 8]}
+    rows = [{"mode": "ideal", "accuracy": 0.9}]
+    rows += [
+        {"adc.bits": a, "seed": s, "dac.bits": d, "mode": "in-situ", "accuracy": a / 10 + s / 50 if a + d != 10 or s else None}
+        for a in (2, 4, 8) for s in (0, 1) for d in (6, 8)
+    ]  # fmt: skip
+    module._plot(rows, vary, tmp_path / "sweep.png")
+    (axis,) = drawn[0].axes
+    lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+    assert set(lines) == {"ideal", "in-situ, dac.bits=6", "in-situ, dac.bits=8"}
+    assert list(lines["ideal"].get_ydata()) == [0.9] * 3
+    assert list(lines["in-situ, dac.bits=6"].get_ydata()) == pytest.approx([0.21, 0.42, 0.81])
+    assert list(lines["in-situ, dac.bits=8"].get_ydata()) == pytest.approx([0.22, 0.41, 0.81])
+    assert axis.get_xlabel() == "adc.bits"
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["2", "4", "8"]
+
+
+def test_values_are_varied_on_the_command_line(in_tmp):
+    command = ["train", "--epochs", "1", "--batch", "512", "--modes", "hardware-aware"]
+    done = CliRunner().invoke(app, [*command, "--vary", "adc.bits=2,8", "--vary", "read_noise.sigma=0,1e-7"])
+    assert done.exit_code == 0, done.output
+    found = re.findall(r"│ (\d)\s+│ (\S+)\s+│ hardware-aware │ (0\.\d+)", done.output)
+    assert [row[:2] for row in found] == [("2", "0"), ("2", "1e-07"), ("8", "0"), ("8", "1e-07")]
+    assert [f"{float(row['accuracy']):.3f}" for row in table(in_tmp / "runs/digits")] == [
+        row[2] for row in found
+    ]
+    wrong = CliRunner().invoke(app, [*command, "--name", "x", "--vary", "adc.bits"])
+    assert wrong.exit_code == 2
+    assert "`--vary` must be KEY=VALUES, got 'adc.bits'; for instance adc.bits=4,6,8" in " ".join(
+        wrong.output.split()
+    )
+
+
+def test_dotted_keys_are_nested():
+    assert nested({"adc.bits": 6, "adc.range": "fixed", "seed": 1}) == {
+        "adc": {"bits": 6, "range": "fixed"},
+        "seed": 1,
+    }
+    with pytest.raises(SpecError, match=r"`adc\.bits` must not follow a value of adc"):
+        nested({"adc": None, "adc.bits": 6})
