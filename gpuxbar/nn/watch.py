@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
+from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
-from gpuxbar.ops.checks import require_finite_values
 
 __all__ = [
     "Lines",
@@ -290,9 +290,7 @@ def _lines(layer: AnalogLayer, x: Tensor, y: Tensor) -> Lines:
 
 def _back_lines(layer: AnalogLayer, grad_y: Tensor) -> Lines:
     """Of a gradient of the output."""
-    require_finite_values(
-        f"{layer.name}: the gradient of the output", int((~grad_y.isfinite()).sum()), "bad data"
-    )
+    require_finite_gradient(grad_y, f"{layer.name}: the gradient of the output")
     grad_y = layer.batched(grad_y) if isinstance(layer, AnalogConv) else grad_y.reshape(-1, grad_y.shape[-1])
     cells, way = layer.conductances(), layer.plan
     values = gradient_values(grad_y.float(), cells.w_max, way)
