@@ -10,7 +10,7 @@
 namespace gpuxbar {
 
 // 64 cells of one plane: a wordline, from bitline col0.
-struct Place {
+struct RowPlace {
   u32 plane, row;
   i64 col0;
 };
@@ -48,7 +48,7 @@ struct Draws {
   alignas(64) float normal[6][WIDE_ROW];  // in the order of `Spreads`
 
   // `first`, `count`: index of the row's first cell in a plane of the map, and how many there are.
-  Draws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const Place& at, const WideKeys& keys) {
+  Draws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const RowPlace& at, const WideKeys& keys) {
     const float spread[6] = {s.step_spread, s.asymmetry_spread, s.low_spread,
                              s.high_spread, s.spread_up,        s.spread_down};
     if (map.normal)
@@ -68,7 +68,7 @@ struct Draws {
   }
 
   // All words first: many chains of rounds, then of normals, keep the processor busy.
-  void draw(const float (&spread)[6], const Place& at, const WideKeys& keys) {
+  void draw(const float (&spread)[6], const RowPlace& at, const WideKeys& keys) {
     constexpr Purpose OF[3] = {UPDATE_SPREAD_STEP, UPDATE_SPREAD_WINDOW, UPDATE_SPREAD_SHAPE};
     alignas(64) u32 word[3][WIDE_ROW];
     const auto wanted = [&](int k) { return spread[2 * k] != 0.0f || spread[2 * k + 1] != 0.0f; };
@@ -93,7 +93,7 @@ static inline bool noisy(const UpdateLaw& s) {
 }
 
 // 1 for cells that move, 0 for stuck ones.
-static inline void draw_free(float stuck_low, float stuck_high, const Place& at, const WideKeys& keys, float* free) {
+static inline void draw_free(float stuck_low, float stuck_high, const RowPlace& at, const WideKeys& keys, float* free) {
   if (stuck_low + stuck_high > 0.0f) {
     draw_uniforms(Draw{STUCK, at.plane, 0, keys}, at.row, at.col0, free);
     for (int j = 0; j < WIDE_ROW; ++j) free[j] = free[j] < stuck_low || free[j] > 1.0f - stuck_high ? 0.0f : 1.0f;
@@ -103,7 +103,7 @@ static inline void draw_free(float stuck_low, float stuck_high, const Place& at,
 }
 
 // Counts the pulses of a row of devices, and leaves those that fail by them where they fail; `shown` may be null.
-static inline void wear_row(const Endurance e, const Place& at, const WideKeys& keys, const i32* pulses, i64 count,
+static inline void wear_row(const Endurance e, const RowPlace& at, const WideKeys& keys, const i32* pulses, i64 count,
                             i32* taken, float* x, float* shown) {
   alignas(64) float z[WIDE_ROW] = {}, none[WIDE_ROW] = {};
   alignas(64) i32 now[WIDE_ROW] = {};

@@ -50,7 +50,7 @@ using Block = float[LINES][WIDE_ROW];
 // A row of devices on one side of their pairs, in shares of the window.
 struct alignas(64) Row {
   using Cells = float[WIDE_ROW];
-  Place at;
+  RowPlace at;
   i64 first;                                                 // place of the first device in its arrays
   alignas(64) Cells x, before, shown, shown_before;          // the last two with write noise
   alignas(64) Cells d, rising;                               // size of the change, and 1 where it is upwards
@@ -227,7 +227,7 @@ void update_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
     for (i32 k = 0; k < u.slices.count; ++k) {
       for (i32 side = 0; side < 2; ++side) {
         const u32 plane = (u32)(side * u.slices.count + k);
-        rows[side].at = Place{plane, (u32)row, o0};
+        rows[side].at = RowPlace{plane, (u32)row, o0};
         rows[side].first = ((i64)plane * u.groups * u.inputs + row) * u.outputs + o0;
       }
       if (a.digits)

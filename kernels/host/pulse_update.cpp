@@ -51,8 +51,8 @@ struct Update {
   // Planes of devices that can move: of the lowest slice, both sides or the positive one.
   u32 sides() const { return law.sides == REFERENCE ? 1u : 2u; }
   // A row of devices of the lowest slice.
-  Place place(u32 side, i64 group, i64 line, i64 col0) const {
-    return Place{side * (u32)slices.count, (u32)(group * inputs + line), col0};
+  RowPlace place(u32 side, i64 group, i64 line, i64 col0) const {
+    return RowPlace{side * (u32)slices.count, (u32)(group * inputs + line), col0};
   }
 };
 
@@ -292,7 +292,7 @@ struct Row {
   alignas(64) float free[WIDE_ROW];
 
   // `failed`: whether a device has, null where none can.
-  Row(const Update& u, const Arrays& a, const Place& at, i64 count, const bool* failed)
+  Row(const Update& u, const Arrays& a, const RowPlace& at, i64 count, const bool* failed)
       : draws(u.law, a.map, (at.plane * u.groups * u.inputs + at.row) * u.outputs + at.col0, count, at, a.keys) {
     draw_free(u.stuck_low, u.stuck_high, at, a.keys, free);
     if (failed)
