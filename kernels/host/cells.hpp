@@ -44,11 +44,11 @@ static inline int map_planes(const UpdateLaw& s) {
 }
 
 // The spreads of a row of devices; parameters without spread draw nothing.
-struct Draws {
+struct SpreadDraws {
   alignas(64) float normal[6][WIDE_ROW];  // in the order of `Spreads`
 
   // `first`, `count`: index of the row's first cell in a plane of the map, and how many there are.
-  Draws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const RowPlace& at, const WideKeys& keys) {
+  SpreadDraws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const RowPlace& at, const WideKeys& keys) {
     const float spread[6] = {s.step_spread, s.asymmetry_spread, s.low_spread,
                              s.high_spread, s.spread_up,        s.spread_down};
     if (map.normal)
@@ -84,7 +84,7 @@ struct Draws {
   }
 };
 
-GPUXBAR_FN Spreads spreads(const Draws& z, int j) {
+GPUXBAR_FN Spreads spreads(const SpreadDraws& z, int j) {
   return Spreads{z.normal[0][j], z.normal[1][j], z.normal[2][j], z.normal[3][j], z.normal[4][j], z.normal[5][j]};
 }
 

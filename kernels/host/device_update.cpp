@@ -80,7 +80,7 @@ void prepare(const Update& u, const Arrays& a, const float* change, i64 count, R
   }
   if (taken)
     for (i64 j = 0; j < count; ++j) r.d[j] = taken[j] < 0 ? 0.0f : r.d[j];
-  const Draws draws(s, a.map, r.first, count, r.at, a.keys);
+  const SpreadDraws draws(s, a.map, r.first, count, r.at, a.keys);
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) {
     const Device device = device_of(s, spreads(draws, j), r.rising[j] > 0.0f);

@@ -288,7 +288,7 @@ class Trainer {
 
 // A row of devices with what they keep for all time.
 struct Row {
-  Draws draws;
+  SpreadDraws draws;
   alignas(64) float free[WIDE_ROW];
 
   // `failed`: whether a device has, null where none can.
@@ -302,7 +302,8 @@ struct Row {
 
 // `after_pulses` for cell j of a row; a struct made in a simd loop itself would keep it from vectorising.
 template <class L>
-GPUXBAR_FN float both_ways(const UpdateLaw& s, const Draws& z, int j, float x, float ups, float downs, float noise) {
+GPUXBAR_FN float both_ways(const UpdateLaw& s, const SpreadDraws& z, int j, float x, float ups, float downs,
+                           float noise) {
   return after_pulses<L>(s, spreads(z, j), x, ups, downs, noise);
 }
 
