@@ -153,7 +153,9 @@ def test_complex_layers_stay_digital():
     model = nn.Sequential(nn.Linear(8, 4, dtype=torch.complex64), nn.Linear(4, 2, dtype=torch.complex64))
     x = torch.randn(3, 8, dtype=torch.complex64)
     converted, report = gx.convert(model, spec(), example=x)
-    assert {row.why for row in report.rows} == {"its weights are complex: take real and imaginary parts apart"}
+    assert {row.why for row in report.rows} == {
+        "its weights are complex: take real and imaginary parts apart"
+    }
     assert torch.equal(converted(x), model(x))
 
 
