@@ -1289,7 +1289,7 @@ def test_checkpointed_layers_read_the_same_twice():
     "draws",
     [
         {"read_noise": {"sigma": 1e-8}},
-        {"read_noise": {"sigma_g": 0.01}},
+        {"read_noise": {"sigma_g": 1e-7}},
         {"dac": {"bits": 8, "range": "ema"}},
     ],
 )
