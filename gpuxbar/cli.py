@@ -223,7 +223,7 @@ def doctor() -> None:
     """Print versions and backends, and test the read kernel of each; status 1 if one is wrong."""
     try:
         backend, errors = ": ".join(explain()), _self_test()
-    except CompileError as failure:
+    except (CompileError, ValueError) as failure:
         backend, errors = f"none, {failure}", {}
     table = Table("what", "is", title="gpuxbar doctor")
     for row in (
