@@ -195,7 +195,7 @@ def fit(
         "variance explained",
         "distance, worst third",
         "limit",
-        title=f"{csv.name}: {found.law.law}",
+        title=f"{csv.name}: {found.law.law}, devices: {pulses.device.max() + 1}",
     )
     for k, way in enumerate(("potentiation", "depression")):
         count = int((found.held_out.rising == (k == 0)).sum())

@@ -62,6 +62,12 @@ def test_a_file_is_read_in_its_units(tmp_path):
     np.testing.assert_array_equal(pulses.device, columns[3])
 
 
+def test_names_of_columns_may_have_capitals(tmp_path):
+    columns = measurement(SoftBounds(pulses=100), count=50, devices=4)
+    path = written(tmp_path / "m.csv", columns, header="G_before [uS],dG [nS],Direction,Device")
+    np.testing.assert_array_equal(read_pulses(path).device, columns[3])
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -140,6 +146,7 @@ def test_the_command_tells_of_read_noise(tmp_path, read_noise, told):
         app, ["fit", str(path), "--law", "soft_bounds", "--out", str(tmp_path / "law")]
     )
     assert shown.exit_code == 0
+    assert "m.csv: soft_bounds, devices: 3" in shown.output
     found = re.search(
         r"(\d+) % of the scatter of changes is read noise, of about (\S+) S", " ".join(shown.output.split())
     )
