@@ -221,7 +221,7 @@ def fit(
         "variance explained",
         "distance, worst third",
         "limit",
-        title=f"{csv.name}: {found.law.law}",
+        title=f"{csv.name}: {found.law.law}, devices: {pulses.device.max() + 1}",
     )
     for k, way in enumerate(("potentiation", "depression")):
         count = int((found.held_out.rising == (k == 0)).sum())
@@ -249,7 +249,7 @@ def doctor() -> None:
     """Print versions and backends, and test the read kernel of each; status 1 if one is wrong."""
     try:
         backend, errors = ": ".join(explain()), _self_test()
-    except CompileError as failure:
+    except (CompileError, ValueError) as failure:
         backend, errors = f"none, {failure}", {}
     table = Table("what", "is", title="gpuxbar doctor")
     for row in (

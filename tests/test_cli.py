@@ -100,6 +100,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(in_tmp):
         (["--device", "tpu"], "`device` must be cpu or cuda, got 'tpu'"),
         (["--modes", "magic"], "got 'magic'"),
         (["--optimizer", "agd"], "train: `optimizer` must be an in-situ algorithm, got 'agd'; did you mean"),
+        (["--momentum", "1.5"], "InSituSGD: `momentum` must be at least 0 and below 1, got 1.5"),
+        (["--optimizer", "mixed-precision", "--set", "pulses.length=10"], "MixedPrecision: "),
         (["--preset", "isac"], "did you mean `isaac`?"),
         (["--spec", "none.yaml"], "`none.yaml` must be a file, got none"),
         (["--spec", "a.yaml", "--preset", "demo"], "`--spec` and `--preset` must not go together"),

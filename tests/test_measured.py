@@ -62,6 +62,12 @@ def test_a_file_is_read_in_its_units(tmp_path):
     np.testing.assert_array_equal(pulses.device, columns[3])
 
 
+def test_names_of_columns_may_have_capitals(tmp_path):
+    columns = measurement(SoftBounds(pulses=100), count=50, devices=4)
+    path = written(tmp_path / "m.csv", columns, header="G_before [uS],dG [nS],Direction,Device")
+    np.testing.assert_array_equal(read_pulses(path).device, columns[3])
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -140,6 +146,7 @@ def test_the_command_tells_of_read_noise(tmp_path, read_noise, told):
         app, ["fit", str(path), "--law", "soft_bounds", "--out", str(tmp_path / "law")]
     )
     assert shown.exit_code == 0
+    assert "m.csv: soft_bounds, devices: 3" in shown.output
     found = re.search(
         r"(\d+) % of the scatter of changes is read noise, of about (\S+) S", " ".join(shown.output.split())
     )
@@ -323,6 +330,10 @@ def test_a_table_that_cannot_be_filled_is_refused_by_bin(tmp_path):
          "fit_table: column 'g_before' must lie in the window of 2e-06 to 1.1e-05 S, got"),
         (lambda: fit_table(pulses, bins=5, g_min=2e-6, g_max=1e-6),
          "fit_table: column 'g_before' must span a window of conductances of at least 0, got 2e-06 to 1e-06 S; give g_min"),
+        (lambda: fit_table(type(pulses)(pulses.g_before - 1.2e-6, pulses.dg, pulses.rising, pulses.device), g_min=0.0),
+         "fit_table: column 'g_before' must hold conductances of at least 0, got -1.981e-07 S among 70 below 0; where"),
+        (lambda: fit_law(pulses, "soft_bounds", g_min=0.0, g_max=11.0),
+         "fit_law: `law` must fit these pulses by settings in its range, got 'soft_bounds' and: CrossbarSpec: `update.pulses` must"),
         (lambda: fit_table(pulses, bins=4), "fit_table: `bins` must be 2, 3, 5 or 9, got 4; choose one of these"),
         (lambda: fit_law(pulses, "piecewise_step", bins=4), "fit_law: `bins` must be 2, 3, 5 or 9, got 4; choose one of these"),
         (lambda: fit_law(pulses, "soft_bound"),

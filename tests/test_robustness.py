@@ -511,3 +511,13 @@ def test_weights_that_are_not_finite_are_refused(x):
         layer.weight[1, 2] = float("nan")
     with pytest.raises(ValueError, match=r"`weight` must be finite"):
         layer(x)
+
+
+def test_a_backend_of_another_name_is_refused(monkeypatch):
+    monkeypatch.setenv("GPUXBAR_BACKEND", "refrence")
+    message = "gpuxbar: `GPUXBAR_BACKEND` must be reference or host, got 'refrence'"
+    with pytest.raises(ValueError, match=message):
+        gx.ops.tile_mvm(np.ones((2, 3), np.float32), np.ones((3, 2), np.float32))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert f"none, {message}" in " ".join(re.sub("[│\n]", "", result.output).split())

@@ -19,7 +19,7 @@ CHANGED = {
     "mapping": {"scheme": "subtracted", "scale": "column"},
     "dac": {"bits": 6, "stream_bits": 2, "range": "fixed", "max": 1.5},
     "adc": {"bits": 5, "range": "fixed", "i_max": 1e-20, "per": "column", "gain_std": 0.1},
-    "read_noise": {"sigma": 1.0 / 3.0, "sigma_g": 1e-300},
+    "read_noise": {"sigma": 1e-6 / 3.0, "sigma_g": 1e-300},
     "programming": {"write_noise": 1e-8, "stuck_at_g_min": 0.01},
     "backward": {"dac": {"bits": 3}, "adc": {"bits": 4}},
     "seed": 2**63 - 1,
@@ -112,6 +112,23 @@ def test_values_of_a_command_line(text, value):
         (
             {"read_noise": {"sigma": float("nan")}},
             "CrossbarSpec: `read_noise.sigma` must be a finite number of at least 0, got nan; the default is 0.0",
+        ),
+        (
+            {"read_noise": {"sigma": 0.01}},
+            "CrossbarSpec: `read_noise.sigma` must be at most 0.000256 A, what all cells of a bitline carry, got 0.01 A; give it in A, "
+            "not as a share",
+        ),
+        (
+            {"read_noise": {"sigma_g": 0.01}},
+            "CrossbarSpec: `read_noise.sigma_g` must be at most 1e-05 S, the device.g_max, got 0.01 S; give it in S, not as a share",
+        ),
+        (
+            {"programming": {"write_noise": 0.05}},
+            "CrossbarSpec: `programming.write_noise` must be at most 1e-05 S, the device.g_max, got 0.05 S; give it in S, not as a share",
+        ),
+        (
+            {"update": {"law": "constant_step", "write_noise": 0.01}},
+            "CrossbarSpec: `update.write_noise` must be at most 1e-05 S, the device.g_max, got 0.01 S; give it in S, not as a share",
         ),
         (
             {"mapping": {"scheme": "ofset"}},

@@ -797,3 +797,11 @@ def test_a_layer_without_memory_takes_the_weight_of_a_checkpoint():
         layer = AnalogLinear(20, 8, spec=gx.CrossbarSpec())
     layer.load_state_dict(linear().state_dict(), assign=True)
     assert torch.equal(layer.weight, linear().weight)
+
+
+def test_a_layer_without_memory_gets_none_unset():
+    model, _ = gx.convert(nn.Sequential(nn.Linear(20, 8)), gx.CrossbarSpec(adc={"bits": 8, "gain_std": 0.1}))
+    with pytest.raises(
+        ValueError, match=r"0: a crossbar layer must have its values .*; call to_empty\(\) and load the model"
+    ):
+        model.to("meta").to_empty(device="cpu")

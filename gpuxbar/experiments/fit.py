@@ -14,7 +14,7 @@ from scipy.special import ndtr
 
 from gpuxbar import reference
 from gpuxbar.experiments.measured import Pulses
-from gpuxbar.spec import Device, LookupTable, PiecewiseStep, UpdateLaw
+from gpuxbar.spec import CrossbarSpec, Device, LookupTable, PiecewiseStep, SpecError, UpdateLaw
 from gpuxbar.spec.errors import nearest
 
 __all__ = ["Fit", "fit_law", "fit_table", "plot_fit"]
@@ -181,7 +181,20 @@ def fit_law(
     else:
         found |= _cycle(rest, ratio[train.device] * mean, found["pulses"])
     found["step_spread"] = min(spread, 2.0)
-    return _judged(LAW.validate_python(found), window, pulses, test, ratio)
+    return _judged(_lawful(found), window, pulses, test, ratio)
+
+
+def _lawful(found: dict[str, Any]) -> UpdateLaw:
+    """The law of these settings, which a fit may have led beyond what a law takes."""
+    try:
+        law = CrossbarSpec(update=found).update
+    except SpecError as error:
+        raise ValueError(
+            f"fit_law: `law` must fit these pulses by settings in its range, got {found['law']!r} and: {error}; check g_min and "
+            "g_max, which are in S, or take another law"
+        ) from None
+    assert law is not None
+    return law
 
 
 def _cycle(rest: np.ndarray, mean: np.ndarray, pulses: float) -> dict[str, Any]:
@@ -204,7 +217,7 @@ def _shaped(law: str, y: np.ndarray, step: np.ndarray, rising: np.ndarray, size:
     target = np.bincount(way.ravel(), step) / weight
 
     def settings(p: np.ndarray, fixed: dict[str, float]) -> dict[str, Any]:
-        scale = {_count(law): 1 / (size * np.exp(p[0])), "asymmetry": np.tanh(p[1])}
+        scale = {_count(law): float(1 / (size * np.exp(p[0]))), "asymmetry": np.tanh(p[1])}
         return base | scale | fixed | dict(zip(shapes, map(float, p[2:]), strict=True))
 
     def off(p: np.ndarray, fixed: dict[str, float]) -> np.ndarray:
@@ -237,6 +250,12 @@ def _prepared(
     op: str, pulses: Pulses, g_min: float | None, g_max: float | None, seed: int
 ) -> tuple[Device, Pulses, Pulses]:
     """The window, the pulses to fit, and the held-out ones."""
+    negative = pulses.g_before < 0
+    if negative.any():
+        raise ValueError(
+            f"{op}: column 'g_before' must hold conductances of at least 0, got {pulses.g_before.min():g} S among {negative.sum()} "
+            "below 0; where small conductances were misread, leave out these lines"
+        )
     low = float(pulses.g_before.min()) if g_min is None else g_min
     high = float(pulses.g_before.max()) if g_max is None else g_max
     if not 0 <= low < high:

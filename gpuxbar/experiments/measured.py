@@ -1,6 +1,6 @@
 """Single pulses measured on devices, from a CSV.
 
-The file has a header and a line a pulse; lines that begin with # are comments. Columns, in any order, others are ignored:
+The file has a header and a line a pulse; lines that begin with # are comments. Columns, in any order and case, others are ignored:
 
     g_before [uS]   conductance before the pulse; the unit in brackets is S, mS, uS (or µS) or nS
     dg [uS]         its change by the pulse, signed
@@ -56,12 +56,13 @@ def read_pulses(path: str | Path) -> Pulses:
         lines = _cells(file)
         _, header = next(lines, (0, []))
         columns = {name: _column(path, header, name) for name in ("g_before", "dg")}
-        if "direction" not in header:
+        names = [_name(title) for title in header]
+        if "direction" not in names:
             raise ValueError(
                 f"read_pulses: `{path}` must have a column 'direction' (+1 or -1), got {header}; the sign of a noisy change "
                 "does not tell the pulse's"
             )
-        direction, device = header.index("direction"), header.index("device") if "device" in header else None
+        direction, device = names.index("direction"), names.index("device") if "device" in names else None
         found: dict[str, list[Any]] = {"g_before": [], "dg": [], "direction": [], "device": []}
         for number, row in lines:
             for name, (at, scale) in columns.items():
@@ -76,7 +77,7 @@ def read_pulses(path: str | Path) -> Pulses:
             found["device"].append("" if device is None or device >= len(row) else row[device])
     if not found["dg"]:
         raise ValueError(f"read_pulses: `{path}` must hold a line a pulse, got none; measure first")
-    names, index = np.unique(found["device"], return_inverse=True)
+    _, index = np.unique(found["device"], return_inverse=True)
     return Pulses(np.array(found["g_before"]), np.array(found["dg"]), np.array(found["direction"]) > 0, index)
 
 
@@ -96,13 +97,17 @@ def _cells(file: StringIO) -> Iterator[tuple[int, list[str]]]:
         )
 
 
+def _name(title: str) -> str:
+    """Of a column, without its unit."""
+    return title.partition("[")[0].strip().lower()
+
+
 def _column(path: str | Path, header: list[str], name: str) -> tuple[int, float]:
     """Place of a column and its unit in S."""
     for at, title in enumerate(header):
-        head, bracket, unit = title.partition("[")
-        if head.strip() != name:
+        if _name(title) != name:
             continue
-        unit = unit.rstrip("] ").strip().translate(MICRO)
+        unit = title.partition("[")[2].rstrip("] ").strip().translate(MICRO)
         if unit not in UNITS:
             raise ValueError(
                 f"read_pulses: column '{name}' of {path} must name its unit, one of {', '.join(UNITS)}, got "

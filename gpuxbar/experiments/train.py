@@ -74,6 +74,8 @@ def train(run: Run) -> list[dict[str, Any]]:
             progress.add_task("building kernels", total=None)
             explain()
     data = load_data(run.data, run.data_dir, run.download)
+    for mode in modes:
+        _begin(run, mode, data)  # settings that do not go together are refused before anything is written
     saved = _open(run, data)
     _write(
         run, saved
@@ -86,11 +88,7 @@ def train(run: Run) -> list[dict[str, Any]]:
             bar = progress.add_task(mode, total=run.epochs, completed=done)
             if done >= run.epochs or (before and before[-1]["accuracy"] is None):
                 continue
-            torch.manual_seed(run.seed)
-            model = network(data.shape, data.classes)[1].to(run.device)
-            if mode != "ideal":
-                model, _ = convert(model, run.spec)
-            optimiser = _optimiser(run, mode, model)
+            model, optimiser = _begin(run, mode, data)
             if done:
                 model.load_state_dict(saved["states"][mode]["model"])
                 optimiser.load_state_dict(saved["states"][mode]["optimiser"])
@@ -141,10 +139,15 @@ def modes_of(run: Run) -> tuple[str, ...]:
     return run.modes
 
 
-def _optimiser(run: Run, mode: str, model: nn.Module) -> torch.optim.Optimizer:
+def _begin(run: Run, mode: str, data: Data) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The network of a mode before its first epoch, and its optimiser."""
+    torch.manual_seed(run.seed)
+    model = network(data.shape, data.classes)[1].to(run.device)
+    if mode != "ideal":
+        model, _ = convert(model, run.spec)
     if mode == "in-situ":
-        return build_optimizer(run.optimizer, model, lr=run.in_situ_lr, momentum=run.momentum)
-    return torch.optim.AdamW(model.parameters(), lr=run.lr)
+        return model, build_optimizer(run.optimizer, model, lr=run.in_situ_lr, momentum=run.momentum)
+    return model, torch.optim.AdamW(model.parameters(), lr=run.lr)
 
 
 def _check_device(device: str) -> None:

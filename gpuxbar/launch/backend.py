@@ -36,15 +36,26 @@ def backend(array: Any) -> Backend:
 
 def host_library() -> CDLL | None:
     """The library that serves NumPy arrays and tensors of the CPU; None: the reference does."""
-    return None if os.environ.get("GPUXBAR_BACKEND") == "reference" else host.library()
+    return None if _wants_reference() else host.library()
 
 
 def explain() -> tuple[Backend, str]:
     """The backend of NumPy arrays and CPU tensors, and the reason."""
-    if os.environ.get("GPUXBAR_BACKEND") == "reference":
+    if _wants_reference():
         return "reference", "GPUXBAR_BACKEND=reference is set"
     lib = host.library()
     if lib is None:
         return "reference", "no C++ compiler was found"
     threads = f"threads: {host.threads()}" if lib.gpuxbar_openmp() else "one thread, for want of OpenMP"
     return "host", f"host kernels built with {host.compiler()}; {threads}"
+
+
+def _wants_reference() -> bool:
+    """Whether GPUXBAR_BACKEND asks for the reference."""
+    wanted = os.environ.get("GPUXBAR_BACKEND") or "host"
+    if wanted not in ("host", "reference"):
+        raise ValueError(
+            f"gpuxbar: `GPUXBAR_BACKEND` must be reference or host, got {wanted!r}; unset it for host kernels, and the reference "
+            "where there is no compiler"
+        )
+    return wanted == "reference"

@@ -294,6 +294,8 @@ def _obstacle(module: nn.Module) -> str | None:
     """What keeps a module of a type that has a crossbar form digital, if anything does."""
     if "forward" in vars(module):
         return "its forward was replaced: undo that first"
+    if any(weight.is_complex() for weight in module.parameters()):
+        return "its weights are complex: take real and imaginary parts apart"
     computed = any(
         is_parametrized(part)
         or any(

@@ -590,6 +590,11 @@ class AnalogLayer(InSitu):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
+        if self.written.is_meta and not fn(self.written).is_meta:
+            raise ValueError(
+                f"{self.name}: a crossbar layer must have its values from gpuxbar.convert, got empty memory instead of the meta "
+                "device's, which a state dict fills in part; call to_empty() and load the model before gpuxbar.convert"
+            )
         buffers, held = dict(self._buffers), self.is_held()
         super()._apply(fn, recurse)
         self._held = self.mark() if held else None

@@ -50,8 +50,8 @@ class InSituOptimizer(torch.optim.Optimizer):
     A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in an array of the inputs and
     errors of its backward passes since the last step, of those that reach its weight. The weight gets no gradient, and one of
     another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands; that of a
-    module does not, nor does clipping gradients reach them. A `GradScaler` may scale the loss; its `unscale_`, which reaches
-    gradients alone, is refused.
+    module does not, nor does clipping gradients reach them. Those of a layer that no optimiser has any more pile up: freeze it by
+    `weight.requires_grad_(False)`. A `GradScaler` may scale the loss; its `unscale_`, which reaches gradients alone, is refused.
     """
 
     rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}

@@ -457,6 +457,24 @@ class CrossbarSpec(Part):
         return self
 
     @model_validator(mode="after")
+    def _measured(self) -> CrossbarSpec:
+        """Noise in S and A, not in shares of a window or a range: it is no larger than what it is around."""
+        g_max = self.device.g_max
+        largest = {
+            "read_noise.sigma": (self.read_noise.sigma, self.tile.rows * g_max * self.dac.v_read, "A, what all cells of a bitline carry"),
+            "read_noise.sigma_g": (self.read_noise.sigma_g, g_max, "S, the device.g_max"),
+            "programming.write_noise": (self.programming.write_noise, g_max, "S, the device.g_max"),
+            "update.write_noise": (self.update.write_noise if self.update else 0.0, g_max, "S, the device.g_max"),
+        }  # fmt: skip
+        for key, (noise, most, what) in largest.items():
+            if noise > most:
+                raise ValueError(
+                    f"CrossbarSpec: `{key}` must be at most {most:g} {what}, got {noise:g} {what[0]}; give it in {what[0]}, not "
+                    "as a share"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _wired(self) -> CrossbarSpec:
         if self.parasitics.active and self.mapping.scheme == "offset":
             raise ValueError(
