@@ -113,7 +113,7 @@ def step_of(module, x, grad):
 
 
 def test_the_reference_is_asked_where_it_is_wanted(monkeypatch):
-    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
     monkeypatch.setattr(host, "address", None)
     module, x = layer(), torch.randn(3, 6, requires_grad=True)
     y, to_x = step_of(module, x, torch.ones(3, 7))

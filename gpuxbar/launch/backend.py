@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from ctypes import CDLL
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ def is_cupy(array: Any) -> bool:
 def backend(array: Any) -> Backend:
     """The backend that serves an array: CuPy -> cuda; NumPy -> host, or reference without a compiler.
 
-    The environment variable GPUXBAR_BACKEND=reference sends NumPy arrays to the reference.
+    The environment variable GPUXBAR_BACKEND=reference, set before gpuxbar is imported, sends NumPy arrays to the reference.
     """
     if is_cupy(array):
         return "cuda"
@@ -36,12 +35,12 @@ def backend(array: Any) -> Backend:
 
 def host_library() -> CDLL | None:
     """The library that serves NumPy arrays and tensors of the CPU; None: the reference does."""
-    return None if os.environ.get("GPUXBAR_BACKEND") == "reference" else host.library()
+    return None if host.WANTED == "reference" else host.library()
 
 
 def explain() -> tuple[Backend, str]:
     """The backend of NumPy arrays and CPU tensors, and the reason."""
-    if os.environ.get("GPUXBAR_BACKEND") == "reference":
+    if host.WANTED == "reference":
         return "reference", "GPUXBAR_BACKEND=reference is set"
     lib = host.library()
     if lib is None:
