@@ -1,5 +1,9 @@
 """What layers call on the CPU by address against the same calls of the ops on arrays, whose oracle is the reference."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn, profiler
@@ -119,6 +123,18 @@ def test_the_reference_is_asked_where_it_is_wanted(monkeypatch):
     y, to_x = step_of(module, x, torch.ones(3, 7))
     assert y.abs().max() > 0
     assert to_x.abs().max() > 0
+
+
+@pytest.mark.parametrize(("wanted", "backend"), [("reference", "reference"), ("", "host")])
+def test_the_environment_is_asked_as_python_imports(wanted, backend):
+    done = subprocess.run(
+        [sys.executable, "-c", "from gpuxbar.launch import explain; print(*explain())"],
+        env={**os.environ, "GPUXBAR_BACKEND": wanted},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(backend)
 
 
 def test_convolutions_are_read_after_those_of_many_other_shapes():
