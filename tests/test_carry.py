@@ -138,7 +138,7 @@ def test_reference_serves_without_a_compiler(monkeypatch):
     results = []
     for name in ("auto", "reference"):
         if name == "reference":
-            monkeypatch.setenv("GPUXBAR_BACKEND", name)
+            monkeypatch.setattr("gpuxbar.launch.host.WANTED", name)
         g, g_held = cells(6, 5, 7), cells(6, 5, 7)
         pairs = pairs_of(g, s, law, g_held=g_held, write_noise=1e-7)
         ops.carry(pairs, updates=64)

@@ -43,7 +43,7 @@ def aged(g, age, law, device=None, step=9):
 def test_backends_match_the_oracle(name, shape, where, monkeypatch):
     """Bitlines not a multiple of 4, and a multiple (16-byte accesses)."""
     if where == "reference":
-        monkeypatch.setenv("GPUXBAR_BACKEND", where)
+        monkeypatch.setattr("gpuxbar.launch.host.WANTED", where)
     g = case(shape)
     for age in (0.0, 3600.0, YEAR):
         found = aged(g, age, LAWS[name], ShimDevice(order=11) if where == "kernel" else None)

@@ -248,7 +248,7 @@ def test_bad_input_is_named(name, where, monkeypatch):
     if where == "reference":
         if name == "units":
             pytest.skip("float64 does not overflow")
-        monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+        monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
     change, kind, text = BAD[name]
     values = {**GOOD, **change}
     with pytest.raises(kind, match=text):

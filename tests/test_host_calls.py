@@ -1,5 +1,9 @@
 """What layers call on the CPU by address against the same calls of the ops on arrays, whose oracle is the reference."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn, profiler
@@ -113,12 +117,24 @@ def step_of(module, x, grad):
 
 
 def test_the_reference_is_asked_where_it_is_wanted(monkeypatch):
-    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
     monkeypatch.setattr(host, "address", None)
     module, x = layer(), torch.randn(3, 6, requires_grad=True)
     y, to_x = step_of(module, x, torch.ones(3, 7))
     assert y.abs().max() > 0
     assert to_x.abs().max() > 0
+
+
+@pytest.mark.parametrize(("wanted", "backend"), [("reference", "reference"), ("", "host")])
+def test_the_environment_is_asked_as_python_imports(wanted, backend):
+    done = subprocess.run(
+        [sys.executable, "-c", "from gpuxbar.launch import explain; print(*explain())"],
+        env={**os.environ, "GPUXBAR_BACKEND": wanted},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(backend)
 
 
 def test_convolutions_are_read_after_those_of_many_other_shapes():

@@ -635,7 +635,7 @@ def test_opcheck(kind, scheme, monkeypatch):
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
     for backend in ("host", "reference"):  # without backward to follow
-        monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+        monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
         torch.library.opcheck(
             torch.ops.gpuxbar.analog_mvm.default, (*args[:-1], False), test_utils="test_faketensor"
         )

@@ -89,7 +89,7 @@ def pixels(y):
 @pytest.mark.parametrize("backend", ["host", "reference"])
 def test_a_convolution_is_the_linear_layer_of_its_patches(monkeypatch, backend, order, parts):
     """Forwards bit for bit; backwards up to the order in which patches fold."""
-    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
     conv, linear, x, rows = twins(order, **parts)
     y, expected = conv(x), linear(rows)
     torch.testing.assert_close(pixels(y), expected, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The gradient of a matrix of weights against float64, and where a layer takes it from."""
+"""The gradient of a matrix of weights against float64, of inputs as values and as codes, and as a layer takes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gpuxbar import ops, reference
-from gpuxbar.bridge import outer_product as bridge
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.spec import CrossbarSpec
 
@@ -24,6 +23,9 @@ SHAPES = [
 ]
 
 
+ONE = np.ones(1, np.float32)
+
+
 def case(batch, outputs, inputs):
     rng = np.random.default_rng(batch + outputs)
     return rng.normal(size=(batch, outputs)).astype(np.float32), rng.normal(size=(batch, inputs)).astype(
@@ -34,7 +36,7 @@ def case(batch, outputs, inputs):
 @pytest.mark.parametrize(("batch", "outputs", "inputs"), SHAPES)
 def test_sums_match_the_oracle(batch, outputs, inputs):
     d, x = case(batch, outputs, inputs)
-    found, expected = ops.outer_product(d, x), reference.outer_product(d, x)
+    found, expected = ops.outer_product(d, x), reference.outer_product(d, x, ONE)
     # no worse than twice what float32 NumPy makes of it
     plain = np.abs(d.T @ x - expected).max(initial=0)
     assert found.shape == (outputs, inputs)
@@ -47,14 +49,27 @@ def test_a_gate_is_a_factor():
     np.testing.assert_array_equal(ops.outer_product(d, x, gate), ops.outer_product(d * gate, x))
 
 
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+@pytest.mark.parametrize("each", [False, True], ids=["one-unit", "a-unit-of-each-sample"])
+def test_inputs_come_in_units(kind, each):
+    d, x = case(257, 49, 65)
+    codes = (100 * x).astype(kind)
+    scale = np.linspace(0.1, 0.3, 257 if each else 1, dtype=np.float32)
+    found = ops.outer_product(d, codes, scale=scale)
+    np.testing.assert_array_equal(found, ops.outer_product(d, codes * scale[:, None]))
+    np.testing.assert_allclose(found, reference.outer_product(d, codes, scale), atol=5e-3)
+
+
 def test_bits_do_not_depend_on_threads(same_on_threads):
     same_on_threads(partial(ops.outer_product, *case(300, 100, 200)))
 
 
 def test_without_a_compiler_the_reference_serves(monkeypatch):
     d, x = case(7, 5, 3)
-    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
-    np.testing.assert_array_equal(ops.outer_product(d, x), reference.outer_product(d, x).astype(np.float32))
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
+    np.testing.assert_array_equal(
+        ops.outer_product(d, x), reference.outer_product(d, x, ONE).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,17 +91,40 @@ def test_a_gate_of_another_shape_is_named():
         ops.outer_product(d, x, x)
 
 
-def test_operator_is_sound():
+def test_units_of_another_number_are_named():
+    d, x = case(7, 5, 3)
+    with pytest.raises(ValueError, match="`scale` must have 1 or 7 values, got 2; give one for each sample"):
+        ops.outer_product(d, x, scale=np.ones(2, np.float32))
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+def test_operator_is_sound(backend, monkeypatch):
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
     d, x = (torch.from_numpy(a) for a in case(7, 5, 3))
-    torch.library.opcheck(torch.ops.gpuxbar.outer_product.default, (d, x))
-    torch.library.opcheck(torch.ops.gpuxbar.outer_product.default, (d, x, torch.rand(d.shape)))
+    codes, units, gate = (100 * x).short(), torch.rand(7), torch.rand(d.shape)
+    outer_product = torch.ops.gpuxbar.outer_product.default
+    torch.library.opcheck(outer_product, (d, x, units[:1]))
+    torch.library.opcheck(outer_product, (d, codes, units, gate))
+    expected = torch.from_numpy(ops.outer_product(*(t.numpy() for t in (d, codes, gate, units))))
+    # memory that is not as the kernel takes it
+    columns, every_other = (
+        (d.t().contiguous().t(), codes.t().contiguous().t()),
+        torch.stack([units] * 2, 1)[:, 0],
+    )
+    found = outer_product(*columns, every_other, gate.t().contiguous().t())
+    assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("worth", [0, 1 << 30], ids=["ours", "torch"])
+def test_memory_beyond_the_samples_is_not_read():
+    d, x = (torch.from_numpy(a) for a in case(7, 5, 3))
+    for inputs, units in ((x[:6], torch.ones(1)), (x, torch.ones(2))):
+        with pytest.raises(ValueError, match="`x` and `scale` must have 7 rows and 1 or 7 values, got"):
+            torch.ops.gpuxbar.outer_product(d, inputs, units)
+
+
 @pytest.mark.parametrize("adc", [{}, {"bits": 4, "range": "fixed", "i_max": 5e-7}], ids=["open", "clipping"])
-def test_a_layer_takes_its_gradient_from_either(monkeypatch, worth, adc):
+def test_a_layer_takes_its_gradient_from_it(adc):
     """And the same whether its input needs one or not: the gates of the ADCs then meet the gradient elsewhere."""
-    monkeypatch.setattr(bridge, "WORTH_PACKING", worth)
     layer = AnalogLinear(9, 7, bias=False, spec=CrossbarSpec(adc=adc))
     x, d = torch.randn(5, 9), torch.randn(5, 7)
     layer(x).backward(d)

@@ -329,7 +329,7 @@ def device(request, monkeypatch):
     """None for the CPU's backends; the CUDA kernels on the CPU."""
     if request.param.startswith("cuda"):
         return ShimDevice(FORWARD if request.param == "cuda-forward" else 11)
-    monkeypatch.setenv("GPUXBAR_BACKEND", request.param)
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", request.param)
     return None
 
 
@@ -425,7 +425,7 @@ def test_cuda_launches_do_not_depend_on_the_decision():
 @pytest.mark.parametrize("full_weight", [None, 1.0])
 @pytest.mark.parametrize("backend", ["host", "reference"])
 def test_weights_that_are_not_finite_change_nothing(value, full_weight, backend, monkeypatch):
-    monkeypatch.setenv("GPUXBAR_BACKEND", backend)
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
     weight, _ = weights((2, 19, 7))
     array = Array(weight.shape)
     assert array.wrote(weight)

@@ -625,7 +625,7 @@ def test_images_of_several_sizes_add_up():
 @pytest.mark.parametrize("train", [None, {"length": 31}])
 def test_the_reference_backend_resumes(train, monkeypatch):
     """Weights are what the float32 cells read, not the float64 ones that they were rounded from."""
-    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
     spec = CrossbarSpec(update={"law": "soft_bounds"}, pulses=train)
     model, optimiser = pulsed(nn.Sequential(nn.Linear(5, 4)), spec)
     model(torch.ones(3, 5)).square().sum().backward()

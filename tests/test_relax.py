@@ -53,7 +53,7 @@ def test_backends_match_the_oracle(shape, kernel):
 def test_what_noisy_devices_hold_decays_as_what_they_show(where, monkeypatch):
     """Of slices too; failed devices keep both."""
     if where == "reference":
-        monkeypatch.setenv("GPUXBAR_BACKEND", where)
+        monkeypatch.setattr("gpuxbar.launch.host.WANTED", where)
     shown, held = case((6, 5, 7)), case((6, 5, 7), seed=1)
     count = np.random.default_rng(2).integers(-1, 2, shown.shape).astype(np.int32)
     pairs = pairs_of(

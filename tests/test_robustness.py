@@ -514,7 +514,7 @@ def test_weights_that_are_not_finite_are_refused(x):
 
 
 def test_a_backend_of_another_name_is_refused(monkeypatch):
-    monkeypatch.setenv("GPUXBAR_BACKEND", "refrence")
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", "refrence")
     message = "gpuxbar: `GPUXBAR_BACKEND` must be reference or host, got 'refrence'"
     with pytest.raises(ValueError, match=message):
         gx.ops.tile_mvm(np.ones((2, 3), np.float32), np.ones((3, 2), np.float32))

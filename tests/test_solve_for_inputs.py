@@ -275,7 +275,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named(name, where, monkeypatch):
     if where == "reference":
-        monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+        monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
     change, kind, text = BAD[name]
     values = {**GOOD, **WIRES["mild"], **change}
     v, g, grad_i = (values.pop(key) for key in ("v", "g", "grad_i"))

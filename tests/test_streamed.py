@@ -266,7 +266,7 @@ def test_reference_serves_without_a_compiler(monkeypatch):
     x, d, w_max = exact(s, 3, 5, 1, 5, 7)
     results = []
     for name in ("auto", "reference"):
-        monkeypatch.setenv("GPUXBAR_BACKEND", name)
+        monkeypatch.setattr("gpuxbar.launch.host.WANTED", name)
         g, g_held = cells(6, 5, 7), cells(6, 5, 7)
         pairs = pairs_of(g, s, SoftBounds(write_noise=1e-7), g_held=g_held)
         read = ops.streamed_update(pairs, x, d, rate=0.5, w_max=w_max)

@@ -154,7 +154,7 @@ def test_nothing_to_do_and_the_fallback(monkeypatch):
     empty = np.zeros((3, 0, 4), np.float32)
     assert ops.effective_conductance_gradient(empty, empty, **WIRES["mild"]).shape == (3, 0, 4)
     host = ops.effective_conductance_gradient(**GOOD, **WIRES["strong"])
-    monkeypatch.setenv("GPUXBAR_BACKEND", "reference")
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
     assert error(host, ops.effective_conductance_gradient(**GOOD, **WIRES["strong"])) < 4e-6
 
 

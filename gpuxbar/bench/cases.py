@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from gpuxbar.bench.peers import Trained, aihwkit_steps, lightning_steps
 from gpuxbar.bench.plain import Tiles, on_tiles
 from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
 from gpuxbar.experiments.networks import inverted_residuals, network, resnet50
-from gpuxbar.launch import set_threads
+from gpuxbar.launch import host, set_threads
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
 from gpuxbar.ops import ConvGeometry
@@ -503,11 +502,8 @@ def _off_edges(values: Tensor, lsb: Tensor, read: Read) -> Tensor:
 
 @contextmanager
 def _reference_backend() -> Iterator[None]:
-    before = os.environ.get("GPUXBAR_BACKEND")
-    os.environ["GPUXBAR_BACKEND"] = "reference"
+    before, host.WANTED = host.WANTED, "reference"
     try:
         yield
     finally:
-        del os.environ["GPUXBAR_BACKEND"]
-        if before is not None:
-            os.environ["GPUXBAR_BACKEND"] = before
+        host.WANTED = before

@@ -149,7 +149,7 @@ def in_situ_step(
     optimiser = InSituSGD(layer.parameters(), lr=1e-5)
 
     def ours() -> object:
-        layer.weight.grad = weight_gradient(d, x)
+        layer.weight.grad = weight_gradient(d, x, torch.ones(1))
         return optimiser.step()
 
     _, check = expected_update(batch, min(inputs, 64), outputs)

@@ -20,7 +20,7 @@ from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_device, tensor
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import call, gradient, operator, plan_of
-from gpuxbar.bridge.outer_product import Samples, codes_gradient, conv_weight_gradient
+from gpuxbar.bridge.outer_product import Samples, conv_weight_gradient, weight_gradient
 from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
@@ -393,7 +393,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         elif samples is not None:
             samples.leave(gated, v, lsb)
         else:
-            grad_w = codes_gradient(gated, v, lsb, of_product).to(weight.dtype)
+            grad_w = weight_gradient(gated, v, lsb, of_product).to(weight.dtype)
     return grad_x, grad_w, grad_bias
 
 

@@ -25,6 +25,7 @@ from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.device_update import Update, update_on_host
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.layer_read import LayerRead
+from gpuxbar.ops.outer_product import outer_product_on_host
 from gpuxbar.ops.program import Writing, checksum_on_host, reprogram_on_host
 from gpuxbar.ops.tile_mvm import tile_read
 
@@ -33,6 +34,7 @@ __all__ = [
     "dac_clip_gradient",
     "device_update",
     "layer_read",
+    "outer_product",
     "reprogram",
     "serves",
 ]
@@ -70,6 +72,24 @@ def dac_clip_gradient(
         address("grad", grad, size), address("x", x, size), top, grad_x.data_ptr(), size, code_max, signed
     )
     return grad_x, x.new_full((1,), slope)
+
+
+def outer_product(d: Tensor, x: Tensor, scale: Tensor, gate: Tensor | None) -> Tensor:
+    """The gradient of a matrix of weights: see `ops.outer_product`."""
+    d, x, scale = d.contiguous(), x.contiguous(), scale.contiguous()
+    gate = None if gate is None else gate.contiguous()
+    (batch, outputs), inputs, units = d.shape, x.shape[1], scale.numel()
+    if len(x) != batch or units not in (1, batch):
+        raise ValueError(
+            f"gpuxbar: `x` and `scale` must have {batch} rows and 1 or {batch} values, got {len(x)} and {units}; give those of d"
+        )
+    dw, is_code = d.new_empty((outputs, inputs)), x.dtype is torch.int16
+    outer_product_on_host(
+        address("d", d, d.numel()), None if gate is None else address("gate", gate, d.numel()),
+        address("x", x, x.numel(), torch.int16 if is_code else torch.float32), address("scale", scale, units), dw.data_ptr(),
+        (batch, outputs, inputs), is_code, units,
+    )  # fmt: skip
+    return dw
 
 
 def reprogram(

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, analog_mvm, analog_mvm_transposed
 from gpuxbar.bridge.lstm_gates import lstm_gates, lstm_gates_gradient
-from gpuxbar.bridge.outer_product import codes_gradient
+from gpuxbar.bridge.outer_product import weight_gradient
 
 __all__ = ["lstm_sequence"]
 
@@ -93,6 +93,6 @@ def _gradients(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, _
     if ctx.needs_input_grad[3]:
         d = gated[list(ctx.order)] if ctx.order.step < 0 else gated  # in the order of the codes
         units = [unit.expand(grad_x.shape[1]) for unit in units]
-        grad_w = codes_gradient(d.flatten(0, 1), torch.cat(codes), torch.cat(units))
+        grad_w = weight_gradient(d.flatten(0, 1), torch.cat(codes), torch.cat(units))
     grad_bias = grad_x.sum((0, 1)) if ctx.has_bias else None
     return grad_x, grad_h, grad_c, grad_w, grad_bias, *(None,) * 6

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
+from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, tensor
 from gpuxbar.bridge.operator import call, operator
 from gpuxbar.mapping import ReadPlan
@@ -18,34 +19,31 @@ from gpuxbar.ops import ConvGeometry
 
 __all__ = [
     "Samples",
-    "codes_gradient",
     "conv_outer_product",
     "conv_weight_gradient",
     "outer_product",
     "shared_weight",
+    "weight_gradient",
 ]
 
 _geometry = lru_cache(maxsize=4096)(ConvGeometry)
-WORTH_PACKING = 1 << 22  # products; fewer are done sooner by PyTorch, which needs no operator
 
 
-@operator(lambda d, x, gate=None: d.new_empty(d.shape[1], x.shape[1]))
-def outer_product(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Sum of the outer products of a batch, [O, I], of float32 [B, O] and [B, I] of the CPU: see `ops.outer_product`."""
-    return tensor(ops.outer_product(array(d), array(x), None if gate is None else array(gate)))
+@operator(lambda d, x, scale, gate=None: d.new_empty(d.shape[1], x.shape[1]))
+def outer_product(d: Tensor, x: Tensor, scale: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Sum of the outer products of a batch, [O, I], of tensors of the CPU: see `ops.outer_product`."""
+    if host.serves(None):
+        return host.outer_product(d, x, scale, gate)
+    return tensor(ops.outer_product(array(d), array(x), None if gate is None else array(gate), array(scale)))
 
 
-def weight_gradient(d: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Gradient of weights [O, I] of which inputs x [B, I] made outputs, for gradients d [B, O] of these, times `gate` if given."""
-    if not on_cpu(d) or d.numel() * x.shape[1] < WORTH_PACKING:
-        return (d if gate is None else d * gate).t() @ x
-    found: Tensor = call(outer_product, d, x, gate)
-    return found
-
-
-def codes_gradient(d: Tensor, codes: Tensor, scale: Tensor, gate: Tensor | None = None) -> Tensor:
-    """`weight_gradient` for inputs as codes [B, I] in units of `scale`, [1] or [B]."""
-    return weight_gradient(d, codes * (scale if scale.numel() == 1 else scale.unsqueeze(1)), gate)
+def weight_gradient(d: Tensor, x: Tensor, scale: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Gradient of weights [O, I] of which inputs x [B, I] in units of `scale`, [1] or [B], made outputs, for gradients d [B, O] of
+    these, times `gate` if given."""
+    if on_cpu(d):
+        found: Tensor = call(outer_product, d, x, scale, gate)
+        return found
+    return (d if gate is None else d * gate).t() @ (x * scale.unsqueeze(1))
 
 
 class Samples:
@@ -72,7 +70,7 @@ class Samples:
         parts, self.parts = self.parts, []
         if not parts or self.backward_pass != torch._C._current_graph_task_id():
             return None
-        return codes_gradient(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return weight_gradient(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def shared_weight(weight: Tensor) -> Tensor:

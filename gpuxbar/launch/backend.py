@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from ctypes import CDLL
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ def is_cupy(array: Any) -> bool:
 def backend(array: Any) -> Backend:
     """The backend that serves an array: CuPy -> cuda; NumPy -> host, or reference without a compiler.
 
-    The environment variable GPUXBAR_BACKEND=reference sends NumPy arrays to the reference.
+    The environment variable GPUXBAR_BACKEND=reference, set before gpuxbar is imported, sends NumPy arrays to the reference.
     """
     if is_cupy(array):
         return "cuda"
@@ -52,10 +51,9 @@ def explain() -> tuple[Backend, str]:
 
 def _wants_reference() -> bool:
     """Whether GPUXBAR_BACKEND asks for the reference."""
-    wanted = os.environ.get("GPUXBAR_BACKEND") or "host"
-    if wanted not in ("host", "reference"):
+    if host.WANTED not in ("host", "reference"):
         raise ValueError(
-            f"gpuxbar: `GPUXBAR_BACKEND` must be reference or host, got {wanted!r}; unset it for host kernels, and the reference "
+            f"gpuxbar: `GPUXBAR_BACKEND` must be reference or host, got {host.WANTED!r}; unset it for host kernels, and the reference "
             "where there is no compiler"
         )
-    return wanted == "reference"
+    return host.WANTED == "reference"

@@ -28,6 +28,7 @@ from gpuxbar.launch.sources import UNFINISHED, cached, kernel_dir, once
 
 __all__ = ["address", "build", "compiler", "host_call", "library", "set_threads", "threads"]
 
+WANTED = os.environ.get("GPUXBAR_BACKEND") or "host"  # looked at once: every read of a layer asks
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -17,7 +17,7 @@ class Cells(NamedTuple):
         back_g: The same for a transposed read, where wires make it another matrix; None: `g`.
         noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2, or None.
         w_max: Weight of a full pair, float32 [G * O].
-        version: Number of the state of the conductances, int64 [1]: another one whenever they change.
+        version: Number of the state of the conductances, the first value of an int64 tensor: another one whenever they change.
     """
 
     g: Tensor

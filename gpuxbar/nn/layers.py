@@ -273,7 +273,7 @@ class AnalogLayer(InSitu):
             w_max = w_max.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if wires:
             return self.through_wires(cells, noise_var, w_max, written[:1])
-        return Cells(cells, None, noise_var, w_max, written[:1])
+        return Cells(cells, None, noise_var, w_max, written)
 
     def _require_shape(self, weight: Tensor) -> None:
         """Refuse a weight that does not fit the layer's arrays."""
@@ -432,7 +432,7 @@ class AnalogLayer(InSitu):
         if follows:
             self.dac_max.copy_(top)
         y = self.streams.watch(y, weight, x) if watched else y
-        return y.to(weight.dtype)
+        return y if y.dtype is weight.dtype else y.to(weight.dtype)
 
     def refuse_input(self, x: Any, shape: str) -> NoReturn:
         """Say what `x`, which is no input of the layer, must be."""
@@ -579,7 +579,7 @@ class AnalogLayer(InSitu):
         packing = NOT_PACKED
         if held["packed_state"] is not None:
             # a copy: backward reads the devices of now, whatever their number is then
-            packing = self.packed, self.back_packed, self.packed_state, cells.version.clone()
+            packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
         y = call(
             analog_mvm, x, weight, *cells[:4], bias, lsb, *(held[name] for name in CONVERTERS), step, *packing, self.static[0],

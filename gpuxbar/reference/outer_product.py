@@ -11,9 +11,9 @@ from gpuxbar.reference.tile_mvm import ConvGeometry, by_group, unfold
 __all__ = ["conv_outer_product", "outer_product"]
 
 
-def outer_product(d: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """sum_b d[b, o] x[b, i]"""
-    return d.astype(np.float64).T @ x.astype(np.float64)
+def outer_product(d: np.ndarray, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """sum_b d[b, o] scale[b] x[b, i]"""
+    return d.astype(np.float64).T @ (scale.astype(np.float64)[:, None] * x)
 
 
 def conv_outer_product(
