@@ -49,7 +49,7 @@ EXPECTED = {
     "against_aihwkit.py": (
         ["--data", "digits", "--epochs", "1", "--seeds", "2", "--algorithms", "agad", "--record", "rows.jsonl"],
         "against_aihwkit.png",
-        r"agad, reram-sb \| \d+\.\d \+- \d+\.\d \| \d+\.\d \+- \d+\.\d \| [+-]\d+\.\d \+- \d+\.\d \|",
+        r"agad, reram-sb( \| \d+\.\d \+- \d+\.\d){3} \| [+-]\d+\.\d \+- \d+\.\d \|",
     ),
 }  # fmt: skip
 
