@@ -107,9 +107,8 @@ def their_training(model, pairing, seed):
 def our_training(model, pairing, seed):
     """The model on crossbars here, and its optimiser."""
     window = published_device(pairing.device).window if pairing.device else gx.CrossbarSpec().device
-    one = (
-        gx.CrossbarSpec().dac.v_read * (window.g_max - window.g_min) / W_MAX
-    )  # A, of an input and a weight of 1
+    # A, of an input and a weight of 1
+    one = gx.CrossbarSpec().dac.v_read * (window.g_max - window.g_min) / W_MAX
     reads = {
         **READS_AS, "adc": {"bits": 9, "range": "fixed", "i_max": BOUND * one}, "read_noise": {"sigma": NOISE * one}, "seed": seed,
     }  # fmt: skip
@@ -210,7 +209,7 @@ def plot(rows):
                 panel.fill_between(epochs, middle - spread, middle + spread, alpha=0.25)
         panel.set_title(pairing, fontsize=9)
         panel.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    next(panel for panel in figure.axes if panel.lines).legend(fontsize=8)
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel("test accuracy, %", fontsize=9)
     figure.savefig("against_aihwkit.png", dpi=110)
