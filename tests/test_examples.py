@@ -8,13 +8,16 @@ import runpy
 import subprocess
 import sys
 from collections import OrderedDict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 
+from gpuxbar.bench.study import Study
 from gpuxbar.launch import set_threads
 from gpuxbar.launch import threads as kernel_threads
 
@@ -43,6 +46,11 @@ EXPECTED = {
         "sensitivity.png",
         r"spread of nu between devices \| 0: \d+\.\d, .* 3: \d+\.\d \|",
     ),
+    "against_aihwkit.py": (
+        ["--data", "digits", "--epochs", "1", "--seeds", "2", "--algorithms", "agad", "--record", "rows.jsonl"],
+        "against_aihwkit.png",
+        r"agad, reram-sb( \| \d+\.\d \+- \d+\.\d){3} \| [+-]\d+\.\d \+- \d+\.\d \|",
+    ),
 }  # fmt: skip
 
 
@@ -59,7 +67,13 @@ def threads():
     set_threads(of_kernels)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+def trial(name):
+    """The example, where what it needs is installed."""
+    missing = pytest.mark.skipif(find_spec("aihwkit") is None, reason="aihwkit is not installed")
+    return pytest.param(name, marks=[pytest.mark.aihwkit, missing] if name == "against_aihwkit.py" else [])
+
+
+@pytest.mark.parametrize("name", [trial(name) for name in EXPECTED])
 def test_example(name, tmp_path, monkeypatch, capsys, threads):
     """As a script; the first in a process of its own, the others in this one, which has imported what takes longest."""
     arguments, picture, text = EXPECTED[name]
@@ -82,6 +96,21 @@ def test_example(name, tmp_path, monkeypatch, capsys, threads):
         said = capsys.readouterr().out
     assert re.search(text, said), said
     assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_study_against_aihwkit_says_where_that_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["against_aihwkit.py"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples/against_aihwkit.py"), run_name="__main__")
+    assert "aihwkit must be installed, got none; pip install aihwkit" in capsys.readouterr().err
+
+
+def test_the_table_against_aihwkit_is_that_of_its_rows():
+    study = Study(ROOT / "examples/results/against-aihwkit.jsonl", ROOT, Progress())
+    script = runpy.run_path(str(ROOT / "examples/against_aihwkit.py"))
+    text = "\n\n".join([script["START"], script["table"](study.rows, study.where()), script["END"]])
+    assert text in (ROOT / "examples/README.md").read_text()
 
 
 def test_snippets_of_the_readme():

@@ -144,6 +144,55 @@ def test_the_weight_of_a_full_pair_is_the_specs_where_it_says_one(scale):
     torch.testing.assert_close(layer.weight.detach(), torch.full((2, 3), 0.5), rtol=1e-5, atol=0)
 
 
+def referred(mapping=None, **more):
+    """A layer whose references lie at 0.25 of the window, and shares of full weights -0.5 .. 0.5 that it began with."""
+    law = {
+        "law": "soft_bounds",
+        "up": 4 / 3,
+        "down": 4.0,
+        "pulses": 200,
+        "sides": "reference",
+        "reference_at": 0.25,
+    }
+    spec = gx.CrossbarSpec(update=law, mapping={"scheme": "subtracted", "w_max": 2.0}, **more)
+    layer = AnalogLinear(40, 30, bias=False, spec=spec)
+    share = torch.linspace(-0.5, 0.5, 1200).view(30, 40)
+    with torch.no_grad():
+        layer.weight.copy_(2 * share)
+    layer.begin_in_situ()
+    return layer, share
+
+
+def test_devices_hold_whole_weights_beside_references_at_their_place():
+    layer, share = referred()
+    held, reference = ((cells - 1e-6) / 9e-6 for cells in layer.g_cells)
+    torch.testing.assert_close(reference, torch.full_like(reference, 0.25), rtol=0, atol=1e-6)
+    torch.testing.assert_close(held, (0.25 + share.T).clamp(min=0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.weight.detach(), 2 * share.clamp(min=-0.25), rtol=0, atol=4e-6)
+    first = layer.g_cells.clone()
+    layer.update_cells(torch.full((30, 40), 0.1))
+    assert torch.equal(layer.g_cells[1], first[1])
+    assert (layer.g_cells[0] > first[0]).all()
+
+
+def test_writes_leave_noise_on_devices_and_references_alike():
+    noise, (quiet, _) = 2e-7, referred()
+    layer, _ = referred(programming={"write_noise": noise})
+    held, reference = (layer.g_cells - quiet.g_cells)[:, quiet.g_cells[0] > 2e-6].double()
+    assert held.std().item() == pytest.approx(noise, rel=0.1)
+    assert reference.std().item() == pytest.approx(noise, rel=0.1)
+    assert abs(torch.corrcoef(torch.stack([held, reference]))[0, 1]) < 0.15
+
+
+def test_opposite_pulses_lead_weights_to_0_where_references_lie_at_the_symmetry_point():
+    """Of these soft bounds: down / up is 3, so steps are alike at a quarter of the window."""
+    layer, _ = referred()
+    for _ in range(300):
+        for way in (1, -1):
+            layer.update_cells(torch.full((30, 40), way * 2 / 200))
+    assert layer.weight.abs().max() < 0.02
+
+
 @pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("scheme", ["differential", "subtracted"])
 def test_the_read_noise_of_both_devices_of_a_pair_adds_up(scheme, slices):

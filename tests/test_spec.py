@@ -155,6 +155,15 @@ def test_values_of_a_command_line(text, value):
             "'subtracted', or update=None",
         ),
         (
+            {"update": {"law": "soft_bounds", "reference_at": 0.4}},
+            "CrossbarSpec: `update`: `sides` must be reference with reference_at, got 'both'; choose it, or leave reference_at None",
+        ),
+        (
+            {**SLICED, "update": {"law": "agarwal", "sides": "reference", "reference_at": 0.4}},
+            "CrossbarSpec: `update.reference_at` must be None for sliced weights, got 0.4; their digits lie half on either device: "
+            "leave it out, or use mapping.slices=1 and slice_bits=None",
+        ),
+        (
             {"update": {"law": "agarwal"}, "carry": {}},
             "CrossbarSpec: `carry` must go with an update law and sliced weights, got update='agarwal' with 1 slice; set "
             "both, or carry=None",

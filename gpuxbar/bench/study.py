@@ -42,11 +42,11 @@ class Study:
                 found: list[float] = row["curve"]
                 return found
         bar = self.progress.add_task(label, total=total)
-        started = time.perf_counter()
+        started, of_processors = time.perf_counter(), time.process_time()
         curve = run(lambda count: self.progress.advance(bar, count))
-        seconds = time.perf_counter() - started
+        taken = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - of_processors}
         self.progress.remove_task(bar)
-        row = {"training": key, "curve": curve, "seconds": seconds, **environment(self.root)}
+        row = {"training": key, "curve": curve, **taken, **environment(self.root)}
         append(self.path, row)
         self.rows.append(row)
         return curve

@@ -72,23 +72,32 @@ def checksum(weight: Tensor) -> int | None:
 def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
     """Pairs to be trained in situ: shares of a full weight, float32 [G, O, I], to conductances [2 slices, G * I, O], S.
 
-    One-sided devices begin at the lower end of the window, others around its middle. `step`, int64 [1], fixes the write
-    noise, with the seed.
+    One-sided devices begin at the lower end of the window, others around its middle, or where references lie. `step`, int64 [1],
+    fixes the write noise, with the seed.
     """
     law = spec_of(spec).update
     assert law is not None
     settings = _settings(spec) | {"merge": "none", "sigma_g": 0.0, "balanced": law.sides != "one_sided"}
-    with on_device(share, "program") as device:
-        return tensor(
-            ops.program(
-                array(share),
-                w_max=array(share.new_ones(1)),
-                step=array(step),
-                seed=seed,
-                device=device,
-                **settings,
+
+    def written(balanced: Tensor) -> Tensor:
+        with on_device(share, "program") as device:
+            return tensor(
+                ops.program(
+                    array(balanced),
+                    w_max=array(share.new_ones(1)),
+                    step=array(step),
+                    seed=seed,
+                    device=device,
+                    **settings,
+                )
             )
-        )
+
+    if law.reference_at is None:
+        return written(share)
+    # a balanced pair lies at (1 + w) / 2 and (1 - w) / 2 of the window
+    first = written(2 * (law.reference_at + share) - 1)[:1]
+    second = written(torch.full_like(share, 1 - 2 * law.reference_at))[1:]
+    return torch.cat([first, second])
 
 
 def program_devices(weight: Tensor, write_step: Tensor, spec: str, plan: str) -> tuple[Tensor, Tensor]:

@@ -103,9 +103,10 @@ class InSitu(Programmed):
         """Program the present weights onto pairs once, and train the pairs from now on.
 
         The two devices of a pair lie half of w / w_max of the window above and below its middle, so that both
-        have room both ways; with a one-sided law one of them lies at its lower end, so that both have room upwards. Pairs
-        of a sliced weight lie so for their digits. `w_max` see `full_weights`. The weight becomes what the array holds after
-        clipping at `w_max`, write noise and stuck cells.
+        have room both ways; with a one-sided law one of them lies at its lower end, so that both have room upwards; and where
+        references have their place (`update.reference_at`), the first holds the whole weight. Pairs of a sliced weight lie so for
+        their digits. `w_max` see `full_weights`. The weight becomes what the array holds after clipping at `w_max`, and where the
+        window of the device that holds it ends, write noise and stuck cells.
         """
         w_max = self.full_weights()
         self.start_cells(self.by_line(self.weight.detach().float()), w_max)

@@ -49,6 +49,9 @@ class Law(Part):
     `sides`: which devices of a pair take a wanted change of its weight: "both" (half each, up and down), "reference"
     (all on the first; the second is a reference that never moves, so that a weight has half the range), "one_sided" (gains on the first, losses on the
     second, both by potentiation).
+    `reference_at`: share of the window at which all references lie, so that the first device holds the whole weight (with
+    sides="reference"). Where up and down steps are alike, opposite pulses lead weights to 0. None: a pair begins with half of its
+    weight above the middle of the window and half below, and the reference keeps that half.
     """
 
     asymmetry: float = Field(0.0, gt=-1, lt=1)
@@ -60,6 +63,15 @@ class Law(Part):
     low_spread: float = Field(0.0, ge=0, le=0.5)
     high_spread: float = Field(0.0, ge=0, le=0.5)
     sides: Literal["both", "reference", "one_sided"] = "both"
+    reference_at: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _referred(self) -> Law:
+        if self.reference_at is not None and self.sides != "reference":
+            raise ValueError(
+                f"{type(self).__name__}: `sides` must be reference with reference_at, got {self.sides!r}; choose it, or leave reference_at None"
+            )
+        return self
 
     @property
     def nominal_pulses(self) -> float | None:

@@ -543,6 +543,19 @@ class CrossbarSpec(Part):
         return self
 
     @model_validator(mode="after")
+    def _referred(self) -> CrossbarSpec:
+        if (
+            self.mapping.slice_bits is not None
+            and self.update is not None
+            and self.update.reference_at is not None
+        ):
+            raise ValueError(
+                f"CrossbarSpec: `update.reference_at` must be None for sliced weights, got {self.update.reference_at:g}; their digits "
+                "lie half on either device: leave it out, or use mapping.slices=1 and slice_bits=None"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refreshed(self) -> CrossbarSpec:
         if self.refresh.interval is None:
             return self
