@@ -477,6 +477,14 @@ def test_other_ranges_stay_as_they_are_where_currents_grow():
         apart.with_overrides({"tile": {"cols": 256}})
 
 
+def test_ranges_that_cut_currents_off_may_begin_to_convert():
+    """Whether currents grow does not depend on what was converted before."""
+    narrow = gx.CrossbarSpec(adc={"range": "fixed", "i_max": 1e-5}, backward={"mode": "ideal"})
+    converting = narrow.with_overrides({"adc": {"bits": 6}})
+    assert (converting.adc.bits, converting.adc.i_max) == (6, 1e-5)
+    assert converting.with_overrides({"backward": {"mode": "analog"}}).backward_adc == converting.adc
+
+
 def test_conversions_of_txsim_are_exact():
     """The 8-bit inputs are all that is left: a layer reads as the product of its quantised inputs and weights."""
     spec = gx.presets.txsim(tile=7)

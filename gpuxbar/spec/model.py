@@ -599,11 +599,11 @@ class CrossbarSpec(Part):
         A fixed ADC range that holds every current is to be given with tiles, windows or voltages by which it would not any more.
         """
         changed = CrossbarSpec.model_validate(_merged(self.model_dump(), overrides))
-        for (key, adc, most), (_, old, before) in zip(
+        for (key, adc, most, converts), (_, old, before, _) in zip(
             changed._conversions(), self._conversions(), strict=True
         ):
             full = adc.i_max
-            if full is None or full != old.i_max or _gives(overrides, key):
+            if full is None or not converts or full != old.i_max or _gives(overrides, key):
                 continue
             if before <= HELD * full < most:
                 raise SpecError(
@@ -613,17 +613,20 @@ class CrossbarSpec(Part):
                 )
         return changed
 
-    def _conversions(self) -> list[tuple[tuple[str, ...], ADC, float]]:
-        """Of the forward and of the transposed read: the key of the ADC's range, the ADC, and the largest current of a tile, A, 0 where
-        none is converted."""
+    def _conversions(self) -> list[tuple[tuple[str, ...], ADC, float, bool]]:
+        """Of the forward and of the transposed read: the key of the ADC's range, the ADC, the largest current of a tile, A, and whether
+        it is converted."""
         back = ("backward", "adc", "i_max") if self.backward.adc is not None else ("adc", "i_max")
+        volts, back_volts, g_max = self.dac.v_read, self.backward_dac.v_read, self.device.g_max
         analog = self.backward.mode == "analog"
         return [
-            (key, adc, volts * self.device.g_max * lines if adc.bits and converts else 0.0)
-            for key, adc, volts, lines, converts in (
-                (("adc", "i_max"), self.adc, self.dac.v_read, self.tile.rows, True),
-                (back, self.backward_adc, self.backward_dac.v_read, self.tile.cols, analog),
-            )
+            (("adc", "i_max"), self.adc, volts * g_max * self.tile.rows, self.adc.bits is not None),
+            (
+                back,
+                self.backward_adc,
+                back_volts * g_max * self.tile.cols,
+                analog and self.backward_adc.bits is not None,
+            ),
         ]
 
     @property
