@@ -115,6 +115,18 @@ def test_weights_at_the_bounds_of_their_cells_are_counted():
     assert layer.clip_rate() == 0.25
 
 
+@pytest.mark.parametrize("place", [{"reference_at": 0.25}, {}], ids=["placed", "balanced"])
+def test_weights_beside_references_are_counted_where_their_devices_can_go_no_further(place):
+    law = {"law": "constant_step", "sides": "reference", **place}
+    layer = AnalogLinear(12, 8, spec=gx.CrossbarSpec(update=law, mapping={"w_max": 2.0}))
+    layer.begin_in_situ()
+    assert layer.clip_rate() == 0
+    change = torch.zeros(8, 12)
+    change[:, ::4], change[:2, 1] = -2, 2
+    layer.update_cells(change)
+    assert layer.clip_rate() == pytest.approx((24 + 2) / 96)
+
+
 def test_a_column_of_zeros_has_room_to_train():
     spec = gx.CrossbarSpec(
         update={"law": "agarwal"}, mapping={"scheme": "subtracted", "scale": "column", "headroom": 2.0}

@@ -17,8 +17,8 @@ WITHOUT_STEPS = 1000  # pulses over the window of a device whose law has no step
 
 
 class AuxiliaryArray(AnalogLayer):
-    """Pairs of devices of a layer's spec, one for each of its weights, sliced ones too; they start in mid-window, where they
-    read 0, and a full one weighs as much as a full weight of the layer.
+    """Pairs of devices of a layer's spec, one for each of its weights, sliced ones too; they start in mid-window, or where
+    references lie, and so read 0, and a full one weighs as much as a full weight of the layer.
 
     Devices, wires and converters are those of the layer's spec, drawn from a seed of their own. A read drives one
     wordline fully, so the range of the ADC, unless it is fixed, is the current of one cell at g_max.

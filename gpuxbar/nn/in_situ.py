@@ -202,6 +202,16 @@ class InSitu(Programmed):
         window = self.spec.device
         return ((self.g_cells.max() - window.g_min) / (window.g_max - window.g_min)).item()
 
+    def at_window_ends(self) -> float:
+        """Share of the positive devices of unsliced pairs that hold an end of the window, where those beside references can go no
+        further, whatever their weight."""
+        held = self.g_cells if self.g_held is None else self.g_held
+        assert held is not None
+        window = self.spec.device
+        near = ROUNDING * torch.finfo(torch.float32).eps * window.g_max
+        ends = (held[0] <= window.g_min + near) | (held[0] >= window.g_max - near)
+        return ends.float().mean().item()
+
     def _program(self, weight: Tensor, above: float | None = None) -> None:
         """Program pairs with weights [G, O, I]; `above`: as of `refresh`."""
         self.require_unprogrammed("weight")

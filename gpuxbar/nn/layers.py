@@ -352,7 +352,10 @@ class AnalogLayer(InSitu):
 
     def clip_rate(self) -> float:
         """Share of the weights beyond `mapping.w_max`, or at the bounds of cells trained in situ."""
-        limit = self.w_max if self.in_situ else self.spec.mapping.w_max
+        law, mapping = self.spec.update, self.spec.mapping
+        if self.in_situ and law is not None and law.sides == "reference" and mapping.slices == 1:
+            return self.at_window_ends()
+        limit = self.w_max if self.in_situ else mapping.w_max
         if limit is None:
             return 0.0
         weight = self.weight.detach().reshape(self.groups_ * self.outputs, -1).abs()
