@@ -214,6 +214,7 @@ REFUSED = {
     "drift": ({"drift": {"nu": 0.05}}, "devices drift off their levels"),
     "in-situ": ({"update": {"law": "agarwal"}}, "in-situ updates end between levels"),
     "sigma_g": ({"read_noise": {"sigma_g": 1e-7}}, "the noise of a read depends on the cell"),
+    "inl": ({"backward": {"adc": {"bits": 8, "range": "worst_case", "inl_std": 0.1}}}, r"converters are non-linear \(adc\.inl\)"),
     "adc": ({"adc": {"bits": None}}, "an ADC or DAC is missing"),
     "digits": ({"dac": {"signed": False}}, r"digits up to 255 are driven \(127 fit 8 bits\)"),
 }  # fmt: skip

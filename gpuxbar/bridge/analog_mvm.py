@@ -186,9 +186,8 @@ def _transposed(
                 f"{way.name}: the gradient of the output", transposed=True, conv=conv,
                 packed=None if packing is None else _packed(*packing, 1, device),
             )  # fmt: skip
-        except (
-            NotFiniteError
-        ):  # as of a loss that was scaled too far: left to be found as a GradScaler finds it
+        except NotFiniteError:
+            # as of a loss that was scaled too far: left to be found as a GradScaler finds it
             return grad_y.new_full(tuple(image) or (len(grad_y), way.groups * way.inputs), torch.nan)
         if plain:
             return grad_x

@@ -446,6 +446,7 @@ class CrossbarSpec(Part):
             self.off_levels: self.off_levels is not None,
             f"devices have {levels} levels ({most} fit 8 bits)": levels > most,
             "the noise of a read depends on the cell (read_noise.sigma_g)": self.read_noise.sigma_g > 0,
+            "converters are non-linear (adc.inl)": any(adc.inl or adc.inl_std for _, adc in directions),
             "an ADC or DAC is missing": any(dac.bits is None or adc.bits is None for dac, adc in directions),
             f"digits up to {max(digits)} are driven (127 fit 8 bits)": max(digits) > 127,
         }
