@@ -16,8 +16,8 @@ gradient of the layer (a running mean), and v is A's weight divided by the same,
 the number of reads for which A remembers.
 
 Where a spec has `pulses`, A moves by pulse trains of inputs and errors, sample by sample, and no gradient is formed. The largest is
-then taken to be the root of the sum over samples of (max|x| max|d|)^2, which drivers of lines can know: that of one sample, and
-about that of many whose signs are independent. Opposite samples do not cancel before they are written, but lead A to its symmetry
+then taken to be the mean over samples of max|x| max|d|, which drivers of lines can know, times the root of their number: that of
+one sample, and about that of many alike whose signs are independent. Opposite samples do not cancel before they are written, but lead A to its symmetry
 points as well, so that it remembers for fewer steps the more samples they have. What goes to C goes by pulses, too: in version 1
 by trains, a sample for each line read; whole pulses of the others are as many coincidences for certain.
 """
@@ -114,9 +114,7 @@ class Fast(nn.Module):
         assert array.w_max is not None
         top_x = largest_on_lines(x, groups, array.patch if x.dim() == 4 else None)
         tops = (top_x * largest_on_lines(d, groups)).transpose(0, 1).flatten(1)
-        # squares of what float32 still holds may be less than it does
-        likely = torch.linalg.vector_norm(tops, dim=1, dtype=torch.float64)
-        scale = self._following(likely.amax().float())
+        scale = self._following(tops.mean(1).amax() * tops.shape[1] ** 0.5)
         full = array.w_max.view(groups, -1)
         top = full.amax(1, keepdim=True)
         root = (top / scale.clamp_min(LEAST)).sqrt()  # each takes its share of what scales the products
