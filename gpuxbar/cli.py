@@ -24,6 +24,7 @@ from gpuxbar.experiments import Run, sweep
 from gpuxbar.experiments import train as run_training
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.experiments.staircase import plot_staircases
+from gpuxbar.experiments.sweep import shown
 from gpuxbar.launch import explain
 from gpuxbar.launch.host import compiler
 from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
@@ -50,7 +51,7 @@ def train(
     vary: Annotated[
         list[str] | None,
         typer.Option(
-            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats."
+            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats with other devices and noise."
         ),
     ] = None,
     modes: Annotated[
@@ -107,15 +108,22 @@ def train(
 
 
 def _sweep(run: Run, vary: list[str], console: Console) -> None:
-    values = {
-        key: [parse_value(part) for part in text.split(",")]
-        for key, text in _pairs("--vary", "VALUES", vary, "adc.bits=4,6,8")
-    }
+    values: dict[str, list[Any]] = {}
+    for key, text in _pairs("--vary", "VALUES", vary, "adc.bits=4,6,8"):
+        listed = parse_value(f"[{text}]")
+        if key in values or not isinstance(listed, list):
+            raise SpecError(
+                f"train: `--vary` must be values separated by commas, all of a key at once, got {f'{key}={text}'!r}; for instance "
+                "adc.bits=4,6,8"
+            )
+        values[key] = [parse_value(part) if isinstance(part, str) else part for part in listed]
     rows = sweep(run, values, lambda name: console.print(f"[bold]{escape(name)}[/bold]"))
     table = Table(*values, "mode", "test accuracy", title=str(run.folder))
     for row in rows:
         reached = "diverged" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
-        table.add_row(*(str(row.get(key, "")) for key in values), row["mode"], reached)
+        table.add_row(
+            *(escape(shown(row[key])) if key in row else "" for key in values), row["mode"], reached
+        )
     console.print(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from importlib import import_module
+from math import nan
 
 import pytest
 from test_train import BATCHES, data  # noqa: F401
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.usefixtures("data")
 SPEC = CrossbarSpec(read_noise={"sigma": 1e-6})
 VARY = {"adc.bits": [2, 8], "seed": [0, 1]}
 COMMON = {"epochs": 1, "batch": 64}
+SLICED = {
+    "update.law": ["linear_step"], "mapping.scheme": ["subtracted"], "mapping.slices": [2], "mapping.slice_bits": [2],
+}  # fmt: skip
 
 
 def table(folder):
@@ -71,11 +75,13 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
         ({"adc.bits": [6, 8, 6]}, None, r"sweep: `vary` must hold values that differ, got \[6, 8, 6\] for adc.bits"),
         ({"adc.bits": []}, None, r"sweep: `vary` must hold values that differ, got \[\] for adc.bits"),
         ({"adc.bits": [6]}, ("in-situ",), "`update` of the spec must be an update law"),
+        ({"update": [{"law": "ideal"}, None]}, ("in-situ",), "`update` of the spec must be an update law"),
+        ({**SLICED, "carry.scheme": ["accumulate", "streamed"]}, ("in-situ",), "`spec.carry.scheme` must be accumulate"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused_before_anything_is(vary, modes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        sweep(Run(tmp_path / "refused", SPEC, modes=modes, **COMMON), vary)
+        sweep(Run(tmp_path / "refused", SPEC, modes=modes, optimizer="agad", **COMMON), vary)
     assert not (tmp_path / "refused").exists()
     assert not BATCHES
 
@@ -90,22 +96,25 @@ def test_a_folder_is_begun_or_resumed_as_wanted(tmp_path):
 
 
 def test_the_picture_has_a_line_for_every_combination_of_what_is_not_along_it(tmp_path, monkeypatch):
-    """Means over seeds; one that diverged leaves a gap; the ideal accuracy all along."""
+    """Means over seeds that did not diverge; where all did there is a gap; the ideal accuracy all along."""
     module, drawn = import_module("gpuxbar.experiments.sweep"), []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
-    vary = {"adc.bits": [2, 4, 8], "seed": [0, 1], "dac.bits": [6, 8]}
+    vary = {"seed": [0, 1], "adc.bits": [2, 4, 8], "dac.bits": [6, 8, None]}
+    diverged = {(2, 0, 8), (4, 0, None), (4, 1, None)}
     rows = [{"mode": "ideal", "accuracy": 0.9}]
     rows += [
-        {"adc.bits": a, "seed": s, "dac.bits": d, "mode": "in-situ", "accuracy": a / 10 + s / 50 if a + d != 10 or s else None}
-        for a in (2, 4, 8) for s in (0, 1) for d in (6, 8)
+        {"adc.bits": a, "seed": s, "dac.bits": d, "mode": "in-situ", "accuracy": None if (a, s, d) in diverged else a / 10 + s / 50}
+        for s in (0, 1) for a in (2, 4, 8) for d in (6, 8, None)
     ]  # fmt: skip
     module._plot(rows, vary, tmp_path / "sweep.png")
     (axis,) = drawn[0].axes
     lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
-    assert set(lines) == {"ideal", "in-situ, dac.bits=6", "in-situ, dac.bits=8"}
+    assert set(lines) == {"ideal", "in-situ, dac.bits=6", "in-situ, dac.bits=8", "in-situ, dac.bits=null"}
     assert list(lines["ideal"].get_ydata()) == [0.9] * 3
-    assert list(lines["in-situ, dac.bits=6"].get_ydata()) == pytest.approx([0.21, 0.42, 0.81])
+    assert list(lines["in-situ, dac.bits=6"].get_ydata()) == pytest.approx([0.21, 0.41, 0.81])
     assert list(lines["in-situ, dac.bits=8"].get_ydata()) == pytest.approx([0.22, 0.41, 0.81])
+    gap = list(lines["in-situ, dac.bits=null"].get_ydata())
+    assert gap == pytest.approx([0.21, nan, 0.81], nan_ok=True)
     assert axis.get_xlabel() == "adc.bits"
     assert [label.get_text() for label in axis.get_xticklabels()] == ["2", "4", "8"]
 
@@ -119,11 +128,60 @@ def test_values_are_varied_on_the_command_line(in_tmp):
     assert [f"{float(row['accuracy']):.3f}" for row in table(in_tmp / "runs/digits")] == [
         row[2] for row in found
     ]
-    wrong = CliRunner().invoke(app, [*command, "--name", "x", "--vary", "adc.bits"])
-    assert wrong.exit_code == 2
-    assert "`--vary` must be KEY=VALUES, got 'adc.bits'; for instance adc.bits=4,6,8" in " ".join(
-        wrong.output.split()
+
+
+def test_values_are_read_as_settings_are(monkeypatch):
+    got = {}
+    monkeypatch.setattr("gpuxbar.cli.sweep", lambda run, vary, announce: got.update(vary) or [])
+    varied = [
+        "--vary",
+        "read_noise.sigma=0,1e-7",
+        "--vary",
+        "adc.bits=null,8",
+        "--vary",
+        "update.up=[1, 2],[2e-1, 1]",
+    ]
+    done = CliRunner().invoke(
+        app, ["train", *varied, "--vary", "dac.signed=true", "--vary", "update.law=soft_bounds"]
     )
+    assert done.exit_code == 0, done.output
+    assert got == {
+        "read_noise.sigma": [0, 1e-7], "adc.bits": [None, 8], "update.up": [[1, 2], ["2e-1", 1]], "dac.signed": [True],
+        "update.law": ["soft_bounds"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("varied", "message"),
+    [
+        (["adc.bits"], "`--vary` must be KEY=VALUES, got 'adc.bits'; for instance adc.bits=4,6,8"),
+        (["adc.bits=4", "adc.bits=6"], "must be values separated by commas, all of a key at once, got 'adc.bits=6'; for instance"),
+        (["adc.bits=4,,6"], "must be values separated by commas, all of a key at once, got 'adc.bits=4,,6'; for instance"),
+        (["adc.bits="], "`vary` must hold values that differ, got [] for adc.bits"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_told_apart_are_refused(varied, message, in_tmp):
+    options = [part for text in varied for part in ("--vary", text)]
+    wrong = CliRunner().invoke(app, ["train", *options])
+    assert wrong.exit_code == 2
+    assert message in " ".join(wrong.output.split())
+
+
+def test_runs_are_named_by_what_a_command_line_has(tmp_path):
+    vary = {"adc.bits": [None], "dac.signed": [True], "dac.range": ["tensor"]}
+    sweep(Run(tmp_path / "names", SPEC, modes=("hardware-aware",), **COMMON), vary)
+    assert (tmp_path / "names/adc.bits=null,dac.signed=true,dac.range=tensor/spec.yaml").exists()
+    (row,) = table(tmp_path / "names")
+    assert (row["adc.bits"], row["dac.signed"]) == ("null", "true")
+
+
+def test_a_law_that_only_points_have_trains_in_situ(tmp_path):
+    vary = {"update.law": ["ideal", "soft_bounds"]}
+    run = Run(tmp_path / "laws", CrossbarSpec(mapping={"scheme": "subtracted"}), modes=("in-situ",), **COMMON)
+    assert [(row["update.law"], row["mode"]) for row in sweep(run, vary)] == [
+        ("ideal", "in-situ"),
+        ("soft_bounds", "in-situ"),
+    ]
 
 
 def test_dotted_keys_are_nested():

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from gpuxbar.experiments.train import STYLES, Run, modes_of, train
+from gpuxbar.experiments.train import STYLES, Run, modes_of, prepare, train
 from gpuxbar.spec import nested
 
-__all__ = ["sweep"]
+__all__ = ["shown", "sweep"]
 
 REPEATED = "seed"  # the setting whose values repeat a point
 
@@ -26,7 +28,7 @@ def sweep(
 
     Each combination is a run of its own, in the folder `key=value,...` of `run.folder`; the mode "ideal", which no setting
     changes, is one in the folder `ideal`. After each, `sweep.csv` and `sweep.png` are written anew: accuracies over the values of
-    the first setting, a line for every combination of the others, through the means over values of `seed`.
+    the first setting, a line for every combination of the others, through the means over values of `seed` that did not diverge.
 
     Args:
         run: What all runs have in common. `run.resume` goes on with those that were begun, and begins those that are new.
@@ -61,20 +63,25 @@ def sweep(
 
 def _runs(run: Run, vary: dict[str, list[Any]]) -> list[tuple[dict[str, Any], Run]]:
     """The values of every run, none of the ideal one, and the run."""
-    modes = modes_of(run)
     runs: list[tuple[dict[str, Any], Run]] = []
-    if "ideal" in modes:
-        runs.append(({}, replace(run, folder=run.folder / "ideal", modes=("ideal",))))
-    modes = tuple(mode for mode in modes if mode != "ideal")
-    for values in itertools.product(*vary.values()) if modes else ():
+    for values in itertools.product(*vary.values()):
         point = dict(zip(vary, values, strict=True))
-        name = ",".join(f"{key}={value}" for key, value in point.items()).replace(os.sep, "-")
-        each = replace(
-            run, folder=run.folder / name, modes=modes, spec=run.spec.with_overrides(nested(point))
-        )
-        modes_of(each)
-        runs.append((point, each))
+        each = replace(run, spec=run.spec.with_overrides(nested(point)))
+        modes = modes_of(each)
+        if "ideal" in modes and not runs:
+            runs.append(({}, replace(run, folder=run.folder / "ideal", modes=("ideal",))))
+        modes = tuple(mode for mode in modes if mode != "ideal")
+        if modes:
+            name = ",".join(f"{key}={shown(value)}" for key, value in point.items()).replace(os.sep, "-")
+            runs.append((point, replace(each, folder=run.folder / name, modes=modes)))
+    for _, each in runs:
+        prepare(each)
     return runs
+
+
+def shown(value: Any) -> str:
+    """A value of a setting as a command line has it: null, true, 1e-07, soft_bounds."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _write(rows: list[dict[str, Any]], keys: list[str], path: Path) -> None:
@@ -82,7 +89,7 @@ def _write(rows: list[dict[str, Any]], keys: list[str], path: Path) -> None:
     with scratch.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, [*keys, "mode", "loss", "accuracy"])
         table.writeheader()
-        table.writerows(rows)
+        table.writerows([{key: shown(value) for key, value in row.items()} for row in rows])
     scratch.replace(path)
 
 
@@ -96,19 +103,19 @@ def _plot(rows: list[dict[str, Any]], vary: dict[str, list[Any]], path: Path) ->
     for row in rows:
         if row["accuracy"] is None:
             continue
-        label = ", ".join([row["mode"], *(f"{key}={row[key]}" for key in others if key in row)])
+        label = ", ".join([row["mode"], *(f"{key}={shown(row[key])}" for key in others if key in row)])
         places = [vary[along].index(row[along])] if along in row else range(len(vary[along]))
         for place in places:
             lines.setdefault(label, {}).setdefault(place, []).append(row["accuracy"])
     for label, points in lines.items():
-        means = [mean(found) for found in points.values()]
+        means = [mean(points.get(place, [nan])) for place in range(len(vary[along]))]
         if label == "ideal":
-            axis.plot(list(points), means, STYLES[label], label=label)
+            axis.plot(means, STYLES[label], label=label)
             continue
-        (line,) = axis.plot(list(points), means, label=label)
+        (line,) = axis.plot(means, label=label)
         for place, found in points.items():
             axis.plot([place] * len(found), found, "o", color=line.get_color(), markersize=3)
-    axis.set_xticks(range(len(vary[along])), [str(value) for value in vary[along]])
+    axis.set_xticks(range(len(vary[along])), [shown(value) for value in vary[along]])
     axis.set(xlabel=along, ylabel="test accuracy")
     axis.grid(alpha=0.3)
     if lines:

@@ -25,7 +25,7 @@ from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.spec import CrossbarSpec, save_spec
 from gpuxbar.spec.errors import nearest
 
-__all__ = ["STYLES", "Run", "modes_of", "train"]
+__all__ = ["STYLES", "Run", "modes_of", "prepare", "train"]
 
 FORMAT = "gpuxbar-run-3"
 STYLES = {"ideal": "k--", "hardware-aware": "C0-o", "in-situ": "C1-s"}
@@ -64,18 +64,7 @@ def train(run: Run) -> list[dict[str, Any]]:
 
     A mode that diverges, to values that are not finite, ends with that epoch, whose `accuracy` is None and mostly also its `loss`.
     """
-    modes = modes_of(run)
-    _check_device(run.device)
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
-        set_threads(run.threads)
-    if run.device == "cpu" and modes != ("ideal",):
-        with Progress(transient=True) as progress:  # now, so that it is no epoch's time
-            progress.add_task("building kernels", total=None)
-            explain()
-    data = load_data(run.data, run.data_dir, run.download)
-    for mode in modes:
-        _begin(run, mode, data)  # settings that do not go together are refused before anything is written
+    modes, data = modes_of(run), prepare(run)
     saved = _open(run, data)
     _write(
         run, saved
@@ -115,6 +104,23 @@ def train(run: Run) -> list[dict[str, Any]]:
                 progress.update(bar, completed=epoch + 1)
     _plot(records, run.folder / "curves.png")
     return records
+
+
+def prepare(run: Run) -> Data:
+    """The data of a run; refuses what cannot be trained, and writes nothing."""
+    modes = modes_of(run)
+    _check_device(run.device)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+        set_threads(run.threads)
+    if run.device == "cpu" and modes != ("ideal",):
+        with Progress(transient=True) as progress:  # now, so that it is no epoch's time
+            progress.add_task("building kernels", total=None)
+            explain()
+    data = load_data(run.data, run.data_dir, run.download)
+    for mode in modes:
+        _begin(run, mode, data)  # refuses settings that do not go together
+    return data
 
 
 def modes_of(run: Run) -> tuple[str, ...]:
