@@ -235,6 +235,7 @@ def test_layers_refuse_wrong_shapes():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             layer(x)
+    assert conv(torch.zeros(2, 5, 5)).shape == (3, 3, 3)
     for layer, x in ((linear, zeros(2, 4)), (conv, zeros(1, 2, 5, 5)), (linear, [1.0])):
         with pytest.raises(
             TypeError,

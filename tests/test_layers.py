@@ -1491,6 +1491,9 @@ def test_a_printed_layer_says_what_it_runs_on():
     made = {
         "tiles=3x2 of 128x128": gx.CrossbarSpec(),
         "tiles=3x2 of 128x128, dac=8 bits, adc=8 bits": gx.presets.demo(),
+        "tiles=3x2 of 128x128, slices=2 of 2 bits": gx.CrossbarSpec(
+            mapping={"scheme": "subtracted", "slices": 2, "slice_bits": 2}
+        ),
         "tiles=5x3 of 64x64, slices=16 of 2 bits, dac=8 bits, adc=10 bits": gx.presets.txsim(),
     }
     for said, spec in made.items():

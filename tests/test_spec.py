@@ -114,13 +114,13 @@ def test_values_of_a_command_line(text, value):
             "CrossbarSpec: `read_noise.sigma` must be a finite number of at least 0, got nan; the default is 0.0",
         ),
         (
-            {"read_noise": {"sigma": 0.01}},
-            "CrossbarSpec: `read_noise.sigma` must be at most 0.000256 A, what all cells of a bitline carry, got 0.01 A; give it in A, "
+            {"read_noise": {"sigma": 0.0003}, "tile": {"cols": 512}},
+            "CrossbarSpec: `read_noise.sigma` must be at most 0.000256 A, what all cells of a bitline carry, got 0.0003 A; give it in A, "
             "not as a share",
         ),
         (
-            {"read_noise": {"sigma_g": 0.01}},
-            "CrossbarSpec: `read_noise.sigma_g` must be at most 1e-05 S, the device.g_max, got 0.01 S; give it in S, not as a share",
+            {"read_noise": {"sigma_g": 1.01e-5}},
+            "CrossbarSpec: `read_noise.sigma_g` must be at most 1e-05 S, the device.g_max, got 1.01e-05 S; give it in S, not as a share",
         ),
         (
             {"programming": {"write_noise": 0.05}},
@@ -468,6 +468,10 @@ def test_other_ranges_stay_as_they_are_where_currents_grow():
     """Those that cut currents off already, that still hold all, and of reads that convert nothing."""
     txsim = gx.presets.txsim()
     assert txsim.with_overrides({"tile": {"rows": 100, "cols": 32}}).adc == txsim.adc
+    most = 128 * gx.CrossbarSpec().dac.v_read * gx.CrossbarSpec().device.g_max
+    rounded = gx.CrossbarSpec(adc={"bits": 8, "range": "fixed", "i_max": most * (1 - 1e-7)})
+    with pytest.raises(gx.SpecError, match=r"`adc\.i_max` must be given where currents grow"):
+        rounded.with_overrides({"tile": {"rows": 256}})
     narrow = gx.CrossbarSpec(adc={"bits": 8, "range": "fixed", "i_max": 1e-5})
     assert narrow.with_overrides({"tile": {"rows": 256}}).adc == narrow.adc
     forward = txsim.with_overrides({"backward": {"mode": "ideal"}})
@@ -483,6 +487,11 @@ def test_ranges_that_cut_currents_off_may_begin_to_convert():
     converting = narrow.with_overrides({"adc": {"bits": 6}})
     assert (converting.adc.bits, converting.adc.i_max) == (6, 1e-5)
     assert converting.with_overrides({"backward": {"mode": "analog"}}).backward_adc == converting.adc
+
+
+def test_a_curve_that_all_converters_share_is_not_drawn():
+    drawn = {key: gx.CrossbarSpec(adc={"bits": 8, key: 0.5}).draws for key in ("inl", "inl_std", "gain_std")}
+    assert drawn == {"inl": False, "inl_std": True, "gain_std": True}
 
 
 def test_conversions_of_txsim_are_exact():

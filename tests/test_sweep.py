@@ -131,8 +131,8 @@ def test_values_are_varied_on_the_command_line(in_tmp):
 
 
 def test_values_are_read_as_settings_are(monkeypatch):
-    got = {}
-    monkeypatch.setattr("gpuxbar.cli.sweep", lambda run, vary, announce: got.update(vary) or [])
+    got, ended = {}, {"adc.bits": None, "mode": "in-situ", "accuracy": None}
+    monkeypatch.setattr("gpuxbar.cli.sweep", lambda run, vary, announce: got.update(vary) or [ended])
     varied = [
         "--vary",
         "read_noise.sigma=0,1e-7",
@@ -149,6 +149,7 @@ def test_values_are_read_as_settings_are(monkeypatch):
         "read_noise.sigma": [0, 1e-7], "adc.bits": [None, 8], "update.up": [[1, 2], ["2e-1", 1]], "dac.signed": [True],
         "update.law": ["soft_bounds"],
     }  # fmt: skip
+    assert re.search(r"│ null\s.*│ in-situ │ diverged", done.output)
 
 
 @pytest.mark.parametrize(
