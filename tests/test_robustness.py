@@ -97,6 +97,7 @@ def test_the_next_build_clears_what_a_killed_one_left(cache, fake_compiler, monk
         [sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     while not list(cache.glob("unfinished-*")):
+        assert killed.poll() is None, "it was to be building"
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
