@@ -21,8 +21,8 @@ class LayerState:
         state: "hardware-aware" (written at every change of its weight), "in situ" or "programmed".
         reads, updates: How often its arrays were read forwards, and updated in situ (its beginning, refreshes and steps of
             `spec.retention` count too).
-        clipped: Share of the weights at or beyond the weight of a full pair; beside references, of those whose device is at an end of
-            the window.
+        clipped: Share of the weights at or beyond the weight of a full pair; beside references, of those whose device is at an end
+            of the window.
         saturation: Largest share of the window that a device trained in situ shows.
         worn: Share of the devices that have failed (`spec.endurance`).
         wire_error: Estimated relative error of the worst tile's conductances at the last read; 0 unless wires are anchored.

@@ -17,9 +17,9 @@ the number of reads for which A remembers.
 
 Where a spec has `pulses`, A moves by pulse trains of inputs and errors, sample by sample, and no gradient is formed. The largest is
 then taken to be the mean over samples of max|x| max|d|, which drivers of lines can know, times the root of their number: that of
-one sample, and about that of many alike whose signs are independent. Opposite samples do not cancel before they are written, but lead A to its symmetry
-points as well, so that it remembers for fewer steps the more samples they have. What goes to C goes by pulses, too: in version 1
-by trains, a sample for each line read; whole pulses of the others are as many coincidences for certain.
+one sample, and about that of many alike whose signs are independent. Opposite samples do not cancel before they are written, but
+lead A to its symmetry points as well, so that it remembers for fewer steps the more samples they have. What goes to C goes by
+pulses, too: in version 1 by trains, a sample for each line read; whole pulses of the others are as many coincidences for certain.
 """
 
 from __future__ import annotations

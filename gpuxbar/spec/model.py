@@ -615,8 +615,8 @@ class CrossbarSpec(Part):
         return changed
 
     def _conversions(self) -> list[tuple[tuple[str, ...], ADC, float, bool]]:
-        """Of the forward and of the transposed read: the key of the ADC's range, the ADC, the largest current of a tile, A, and whether
-        it is converted."""
+        """Of the forward and of the transposed read: the key of the ADC's range, the ADC, the largest current of a tile, A, and
+        whether it is converted."""
         back = ("backward", "adc", "i_max") if self.backward.adc is not None else ("adc", "i_max")
         volts, back_volts, g_max = self.dac.v_read, self.backward_dac.v_read, self.device.g_max
         analog = self.backward.mode == "analog"
