@@ -218,6 +218,16 @@ def test_a_loss_that_is_not_finite_calibrates_nothing():
         gx.calibrate(model, [torch.ones(2, 4)], step=lambda x: model(x).sum() * float("nan"))
 
 
+@pytest.mark.parametrize(
+    "make", [lambda spec: AnalogLinear(5, 3, spec=spec), lambda spec: AnalogConv2d(2, 3, 3, spec=spec)]
+)
+def test_gradients_of_a_loss_scaled_too_far_go_back_as_such(make):
+    """To every input, also where the transposed read refuses them."""
+    x = torch.ones(4, 2, 5, 5, requires_grad=True)
+    make(gx.CrossbarSpec(dac={"bits": 8}))(x).sum().mul(float("inf")).backward()
+    assert x.grad.isnan().all()
+
+
 def test_layers_refuse_wrong_shapes():
     """By name: of a converted model it may be any."""
     ideal = gx.CrossbarSpec()

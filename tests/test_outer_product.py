@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpuxbar import ops, reference
+from gpuxbar.bridge.outer_product import weight_gradient
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.spec import CrossbarSpec
 
@@ -132,3 +133,14 @@ def test_a_layer_takes_its_gradient_from_it(adc):
     layer(x.requires_grad_()).backward(d)
     torch.testing.assert_close(layer.weight.grad, alone)
     assert torch.allclose(alone, d.T @ x, atol=1e-5) == (not adc)
+
+
+def test_a_gpu_takes_the_product_of_torch_in_the_same_units(monkeypatch):
+    d, x = (torch.from_numpy(each) for each in case(9, 4, 6))
+    codes, gate = (10 * x).to(torch.int16), (d > 0).float()
+    for scale in (torch.tensor([0.1]), torch.linspace(0.1, 0.9, 9)):
+        on_cpu = weight_gradient(d, codes, scale, gate)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("gpuxbar.bridge.outer_product.on_cpu", lambda _: False)
+            found = weight_gradient(d, codes, scale, gate)
+        torch.testing.assert_close(found, on_cpu)
