@@ -431,3 +431,12 @@ def test_settings_of_another_type_are_refused_though_equal_ones_are_known():
         ops.tile_mvm(v, g, tile_rows=2.0)
     with pytest.raises(TypeError, match=r"`tile_rows` must be an integer, got \[2\]"):
         ops.tile_mvm(v, g, tile_rows=[2])
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_what_is_beyond_the_range_stays_there_where_converters_bend(rows):
+    v = np.repeat(np.float32([[2.0], [-2.0]]), rows, axis=0)
+    y = ops.tile_mvm(
+        v, np.ones((1, 3), np.float32), tile_rows=1, adc_bits=8, adc_lsb=1 / 127, adc_inl=np.float32([[[21.0, -21.0, 0.0]]])
+    )  # fmt: skip
+    np.testing.assert_allclose(y, np.repeat([[1.0], [-1.0]], rows, axis=0) * np.ones(3), rtol=1e-6)
