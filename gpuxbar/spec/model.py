@@ -461,16 +461,16 @@ class CrossbarSpec(Part):
     def _measured(self) -> CrossbarSpec:
         """Noise in S and A, not in shares of a window or a range: it is no larger than what it is around."""
         g_max = self.device.g_max
-        largest = {
-            "read_noise.sigma": (self.read_noise.sigma, self.tile.rows * g_max * self.dac.v_read, "A, what all cells of a bitline carry"),
-            "read_noise.sigma_g": (self.read_noise.sigma_g, g_max, "S, the device.g_max"),
-            "programming.write_noise": (self.programming.write_noise, g_max, "S, the device.g_max"),
-            "update.write_noise": (self.update.write_noise if self.update else 0.0, g_max, "S, the device.g_max"),
-        }  # fmt: skip
-        for key, (noise, most, what) in largest.items():
+        bitline = self.tile.rows * g_max * self.dac.v_read
+        for key, noise, most, unit, what in (
+            ("read_noise.sigma", self.read_noise.sigma, bitline, "A", "what all cells of a bitline carry"),
+            ("read_noise.sigma_g", self.read_noise.sigma_g, g_max, "S", "the device.g_max"),
+            ("programming.write_noise", self.programming.write_noise, g_max, "S", "the device.g_max"),
+            ("update.write_noise", self.update.write_noise if self.update else 0.0, g_max, "S", "the device.g_max"),
+        ):  # fmt: skip
             if noise > most:
                 raise ValueError(
-                    f"CrossbarSpec: `{key}` must be at most {most:g} {what}, got {noise:g} {what[0]}; give it in {what[0]}, not "
+                    f"CrossbarSpec: `{key}` must be at most {most:g} {unit}, {what}, got {noise:g} {unit}; give it in {unit}, not "
                     "as a share"
                 )
         return self
