@@ -291,10 +291,7 @@ def _read(
         adc_lsb = array(adc_range / read.adc_code_max)
         more |= {"adc_bits": read.adc_bits, "adc_lsb": adc_lsb, "adc_signed": read.adc_signed}
         if adc_error is not None:
-            more |= {
-                name: array(of)
-                for name, of in zip(("adc_gain", "adc_offset", "adc_inl"), adc_error, strict=False)
-            }
+            more |= {name: array(of) for name, of in zip(host.ADC_ERRORS, adc_error, strict=False)}
     vectors = {"noise_var": noise_var, "col_scale": None if transposed else scale, "bias": bias}
     more |= {name: array(vector) for name, vector in vectors.items() if vector is not None}
     found = ops.tile_mvm(

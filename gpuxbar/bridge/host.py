@@ -30,6 +30,7 @@ from gpuxbar.ops.program import Writing, checksum_on_host, reprogram_on_host
 from gpuxbar.ops.tile_mvm import tile_read
 
 __all__ = [
+    "ADC_ERRORS",
     "checksum",
     "dac_clip_gradient",
     "device_update",
@@ -38,6 +39,9 @@ __all__ = [
     "reprogram",
     "serves",
 ]
+
+
+ADC_ERRORS = "adc_gain", "adc_offset", "adc_inl"  # arguments of `ops.tile_mvm`, in the order of `adc_error`
 
 
 def serves(device: Device | None) -> bool:
@@ -198,7 +202,7 @@ def layer_read(
         read.noise_var = address("noise_var", noise_var, kept.cells)
     if adc_error is not None:
         adc_error = adc_error.contiguous()
-        kinds = ("adc_gain", "adc_offset", "adc_inl")[: len(adc_error)]
+        kinds = ADC_ERRORS[: len(adc_error)]
         first = address("adc_error", adc_error, len(kinds) * kept.converters)
         for n, kind in enumerate(kinds):
             setattr(read, kind, first + n * kept.converters * adc_error.element_size())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
-from math import nan, sqrt
+from math import nan
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.layers import AnalogLayer, Converter, require_apart, require_whole
 from gpuxbar.nn.table import columns
 from gpuxbar.nn.watch import Lines, TileSums, passes, require_batches, tile_sums, undisturbed, watch
+from gpuxbar.reference import bent
 
 __all__ = ["ConversionErrors", "ReadErrors", "conversion_errors"]
 
@@ -207,8 +208,7 @@ class _Sums:
             gain, offset, *inl = error[:, :, tile, None]
             arrived = arrived * gain + offset
             for largest in inl:
-                u = (arrived / converter.full).clamp(-1, 1)
-                arrived = arrived + 1.5 * sqrt(3) * largest * (u - u**3) * lsb
+                arrived = bent(arrived / lsb, largest, most) * lsb
         steps = arrived / lsb
         inside = steps.clamp(least - 0.5, most + 0.5)
         code = inside.round().clamp(least, most)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import sqrt
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from gpuxbar.reference.random import Purpose, normals
 __all__ = [
     "LINE_ORDERS",
     "ConvGeometry",
+    "bent",
     "by_group",
     "fold",
     "stream_digits",
@@ -146,6 +148,12 @@ def stream_digits(codes: np.ndarray, stream_bits: int, streams: int, phases: int
     return [np.where(codes > 0, d, 0) for d in digits] + [np.where(codes < 0, d, 0) for d in digits]
 
 
+def bent(steps, inl, code_max):
+    """ADC steps as a converter finds them whose curve is `inl` steps off at most; arrays of NumPy or tensors."""
+    u = (steps / code_max).clip(-1, 1)
+    return steps + 1.5 * sqrt(3) * inl * (u - u**3)
+
+
 def tile_mvm(
     v,
     g,
@@ -227,8 +235,7 @@ def tile_mvm(
                         current = current + adc_offset[s, t]
                     steps = current / lsb
                     if adc_inl is not None:
-                        u = np.clip(steps / code_max, -1, 1)
-                        steps = steps + 1.5 * np.sqrt(3) * adc_inl[s, t] * (u - u**3)
+                        steps = bent(steps, adc_inl[s, t], code_max)
                     code = np.clip(np.rint(steps), code_min, code_max)
                     y += weight * code * lsb
                     gate += abs(weight) * (
