@@ -440,3 +440,5 @@ def test_what_is_beyond_the_range_stays_there_where_converters_bend(rows):
         v, np.ones((1, 3), np.float32), tile_rows=1, adc_bits=8, adc_lsb=1 / 127, adc_inl=np.float32([[[21.0, -21.0, 0.0]]])
     )  # fmt: skip
     np.testing.assert_allclose(y, np.repeat([[1.0], [-1.0]], rows, axis=0) * np.ones(3), rtol=1e-6)
+    beyond = np.array([254.0, -254.0])
+    np.testing.assert_array_equal(reference.bent(beyond, 21.0, 127), beyond)
