@@ -792,11 +792,16 @@ def test_a_layer_trains_after_it_was_written_anew_in_inference_mode():
     assert layer.weight.grad is not None
 
 
-def test_a_layer_without_memory_takes_the_weight_of_a_checkpoint():
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_layer_without_memory_is_not_loaded(assign):
+    """It would have no memory for its devices."""
     with torch.device("meta"):
         layer = AnalogLinear(20, 8, spec=gx.CrossbarSpec())
-    layer.load_state_dict(linear().state_dict(), assign=True)
-    assert torch.equal(layer.weight, linear().weight)
+    with pytest.raises(
+        ValueError,
+        match=r"linear: a crossbar layer must have its values .* got a state dict .*load the model before gpuxbar\.convert",
+    ):
+        layer.load_state_dict(linear().state_dict(), assign=assign)
 
 
 def test_a_layer_without_memory_gets_none_unset():

@@ -373,7 +373,9 @@ class AnalogLayer(InSitu):
         if dac.range == "fixed":
             return self.dac_max
         if dac.range == "learned" and self.dac_begun:
-            return self.dac_max.float().abs().clamp_min(SMALLEST_RANGE)
+            learned = self.dac_max.float()
+            # not abs(), whose slope at 0 is 0, so that a range would never leave it
+            return torch.where(learned < 0, -learned, learned) + SMALLEST_RANGE
         seen = abs_max(x.detach(), dac.range == "sample")
         if dac.range != "ema":
             return seen
@@ -594,10 +596,7 @@ class AnalogLayer(InSitu):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
         if self.written.is_meta and not fn(self.written).is_meta:
-            raise ValueError(
-                f"{self.name}: a crossbar layer must have its values from gpuxbar.convert, got empty memory instead of the meta "
-                "device's, which a state dict fills in part; call to_empty() and load the model before gpuxbar.convert"
-            )
+            self._refuse_filling("empty memory instead of the meta device's")
         buffers, held = dict(self._buffers), self.is_held()
         super()._apply(fn, recurse)
         self._held = self.mark() if held else None
@@ -607,7 +606,16 @@ class AnalogLayer(InSitu):
                 self._buffers[name] = old.to(new.device)
         return self
 
+    def _refuse_filling(self, got: str) -> NoReturn:
+        """Refuse to fill a layer of the meta device."""
+        raise ValueError(
+            f"{self.name}: a crossbar layer must have its values from gpuxbar.convert, got {got}, which a state dict fills in part; call "
+            "to_empty() and load the model before gpuxbar.convert"
+        )
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        if self.written.is_meta:
+            self._refuse_filling("a state dict for one of the meta device")
         saved, here = state_dict.get(f"{prefix}range_settings"), _carrying(self.spec)
         programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
         others = saved is not None and (programmed or saved.item() != here)
