@@ -594,16 +594,20 @@ class AnalogLayer(InSitu):
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
+        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs, and a weight trained in situ is
+        what the cells read there."""
         if self.written.is_meta and not fn(self.written).is_meta:
             self._refuse_filling("empty memory instead of the meta device's")
         buffers, held = dict(self._buffers), self.is_held()
+        trained = self.weight.dtype if self.in_situ and self.is_read_out() else None
         super()._apply(fn, recurse)
         self._held = self.mark() if held else None
         for name, new in self._buffers.items():
             old = buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        if trained is not None and self.weight.dtype != trained:  # not what another precision left of it
+            self.read_out()
         return self
 
     def _refuse_filling(self, got: str) -> NoReturn:
