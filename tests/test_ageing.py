@@ -342,7 +342,7 @@ ERRORS = {
     "text": (lambda: gx.age(programmed(), "soon"), "age: `time` must be a number with a unit of s, min, h, d, w, y, got 'soon'; write \"1h\" or 3600"),
     "unit": (lambda: gx.age(programmed(), "3 months"), "age: `time` must be a number with a unit of s, min, h"),
     "sign": (lambda: gx.age(programmed(), "-3h"), "age: `time` must be a number with a unit"),
-    "digital": (lambda: gx.program(network()), "program: `model` must have crossbar layers, got none; make them with"),
+    "digital": (lambda: gx.program(network()), "program: `model` must have crossbar layers, got none; pass the copy that has"),
     "digital-free": (lambda: gx.unprogram(network()), "unprogram: `model` must have crossbar layers, got none"),
     "weight": (changed, "3: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write"),
     "rewrite": (lambda: programmed()[3].rewrite(), "3: `rewrite` must wait until the layer is free"),

@@ -8,7 +8,7 @@ from numbers import Real
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer, require_apart, require_whole
+from gpuxbar.nn.layers import AnalogLayer, converted_layers, require_apart, require_whole
 
 __all__ = ["age", "program", "unprogram"]
 
@@ -29,13 +29,15 @@ def program(model: nn.Module) -> None:
         model: A converted model.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: The model has no crossbar layers or is sharded, or a weight is not finite.
 
     Source:
         Joshi et al., Nature Communications 2020.
     """
+    layers = _layers("program", model)
     require_whole("program", model)
-    for layer in _layers("program", model):
+    for layer in layers:
         layer.program()
 
 
@@ -53,8 +55,8 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
             count as reads. False leaves products uncompensated.
 
     Raises:
-        TypeError: `time` is neither a number nor text.
-        ValueError: The model is not programmed, `time` is no time, an ADC range that a test read needs is not
+        TypeError: `model` is no module, or `time` is neither a number nor text.
+        ValueError: The model has no crossbar layers or is not programmed, `time` is no time, an ADC range that a test read needs is not
             calibrated, or a layer's test read finds nothing at that age.
 
     Source:
@@ -77,18 +79,19 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
 
 
 def unprogram(model: nn.Module) -> None:
-    """Take a model out of the programmed state: layers read their own weights again, which it never changed."""
+    """Take a model out of the programmed state: layers read their own weights again, which it never changed.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: It has no crossbar layers.
+    """
     for layer in _layers("unprogram", model):
         if layer.programmed:
             layer.release()
 
 
 def _layers(op: str, model: nn.Module) -> list[AnalogLayer]:
-    layers = [module for module in model.modules() if isinstance(module, AnalogLayer)]
-    if not layers:
-        raise ValueError(
-            f"{op}: `model` must have crossbar layers, got none; make them with gpuxbar.convert(model, spec)"
-        )
+    layers = converted_layers(op, model)
     require_apart(op, layers)
     return layers
 

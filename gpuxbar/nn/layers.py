@@ -658,6 +658,31 @@ def _carrying(spec: CrossbarSpec) -> int:
     )
 
 
+def require_module(op: str, model: Any, argument: str = "model") -> None:
+    """Refuse what is no module, as what `gpuxbar.convert` returns as a whole."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"{op}: `{argument}` must be a torch.nn.Module, got {what}; pass the model itself, which gpuxbar.convert returns beside a report"
+        )
+
+
+def crossbar_layers(op: str, model: nn.Module) -> dict[str, AnalogLayer]:
+    """The crossbar layers of a model, by name."""
+    require_module(op, model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, AnalogLayer)}
+
+
+def converted_layers(op: str, model: nn.Module) -> list[AnalogLayer]:
+    """The crossbar layers of a model, which must have such."""
+    layers = list(crossbar_layers(op, model).values())
+    if not layers:
+        raise ValueError(
+            f"{op}: `model` must have crossbar layers, got none; pass the copy that has them: model, report = gpuxbar.convert(model, spec)"
+        )
+    return layers
+
+
 def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:
     """Refuse layers of one seed: their devices and their noise would be the same. Those that draw nothing may be."""
     seen: dict[int, AnalogLayer] = {}
