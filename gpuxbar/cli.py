@@ -51,7 +51,8 @@ def train(
     vary: Annotated[
         list[str] | None,
         typer.Option(
-            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats with other devices and noise."
+            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats with other "
+            "devices and noise, train.seed=0,1,2 with other first weights; train.lr, train.batch and so on vary options of this command."
         ),
     ] = None,
     modes: Annotated[
