@@ -177,10 +177,12 @@ def devices(
         return
     [device] = chosen
     window = f"{device.window.g_min:g} to {device.window.g_max:g} S ({device.window_source})"
+    zero = "" if device.reference_at is None else f"at {device.reference_at:g} of the window"
     for what, is_ in (
-        ("source", device.source), ("window", window), ("valid", device.valid), ("law", repr(device.law)),
+        ("source", device.source), ("window", window), ("valid", device.valid), ("weight 0", zero), ("law", repr(device.law)),
     ):  # fmt: skip
-        console.print(f"[bold]{what}[/bold] {escape(is_)}", highlight=False, soft_wrap=True)
+        if is_:
+            console.print(f"[bold]{what}[/bold] {escape(is_)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -30,7 +30,9 @@ __all__ = ["STYLES", "Run", "modes_of", "prepare", "train"]
 
 FORMAT = "gpuxbar-run-3"
 COUNT = Rule("a whole number of at least 1", lambda value: type(value) is int and value >= 1, "10")
-RATE = Rule("a number above 0", lambda value: type(value) in (int, float) and 0 < value < inf, "0.01")
+RATE = Rule(
+    "a finite number of at least 0", lambda value: type(value) in (int, float) and 0 <= value < inf, "0.01"
+)
 NUMBERS = {
     "epochs": COUNT,
     "batch": COUNT,
