@@ -198,7 +198,8 @@ class AnalogLayer(InSitu):
             drawn(Purpose.ADC_OFFSET, way, 0.0, adc.offset_std),
         ]
         if adc.inl or adc.inl_std:
-            errors.append(drawn(Purpose.ADC_GAIN, 2 + way, adc.inl, adc.inl_std))
+            inl = drawn(Purpose.ADC_GAIN, 2 + way, adc.inl, adc.inl_std)
+            errors.append(inl.clamp(-adc.inl_most, adc.inl_most))
         return torch.stack(errors)
 
     def look_at_ranges(self) -> None:
