@@ -228,6 +228,29 @@ def test_gradients_of_a_loss_scaled_too_far_go_back_as_such(make):
     assert x.grad.isnan().all()
 
 
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("scheme", ["subtracted", "offset"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_fixed_range_does_not_hide_that_gradients_are_not_finite(kind, scheme, bits):
+    """A clipped one would be taken for a large one by layers before it."""
+    settings = {
+        "mapping": {"scheme": scheme},
+        "backward": {"dac": {"bits": bits, "range": "fixed", "max": 0.5}},
+    }
+    layer = (
+        AnalogLinear(5, 3, spec=gx.CrossbarSpec(**settings))
+        if kind == "linear"
+        else AnalogConv2d(2, 3, 3, spec=gx.CrossbarSpec(**settings))
+    )
+    x = torch.ones((4, 5) if kind == "linear" else (4, 2, 5, 5), requires_grad=True)
+    for wrong in (float("inf"), -float("inf"), float("nan"), 1e30):
+        y, x.grad = layer(x), None
+        grad_y = torch.ones_like(y)
+        grad_y.view(-1)[1] = wrong
+        y.backward(grad_y)
+        assert x.grad.isnan().all() if wrong != 1e30 else x.grad.isfinite().all()
+
+
 def test_layers_refuse_wrong_shapes():
     """By name: of a converted model it may be any."""
     ideal = gx.CrossbarSpec()
