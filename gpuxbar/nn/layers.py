@@ -299,8 +299,9 @@ class AnalogLayer(InSitu):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cells_of": None}  # nobody has read what is copied
 
-    def program(self) -> None:
-        """Write the present weights once (not those of cells trained in situ) and read these devices from now on."""
+    def program(self, chip: int = 0) -> None:
+        """Write the present weights once (not those of cells trained in situ) to the arrays of a chip, see `gpuxbar.program`, and read
+        these devices from now on."""
         self.require_own_weight("program")
         if self.in_situ:
             self.require_read_out()
@@ -308,8 +309,9 @@ class AnalogLayer(InSitu):
         if self.g_cells is not None and self.w_max is not None:
             self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
         else:
-            devices = program_devices(self.weight, self.write_step, self.static[1], self.static[0])
-            self.hold(*devices, self.plan.seed)
+            seed = self.plan.seed ^ chip
+            plan = replace(self.plan, seed=seed).dumps()
+            self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed)
 
     @torch.no_grad()
     def compensate(self) -> None:
