@@ -51,7 +51,8 @@ def train(
     vary: Annotated[
         list[str] | None,
         typer.Option(
-            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats with other devices and noise."
+            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats with other "
+            "devices and noise, train.seed=0,1,2 with other first weights; train.lr, train.batch and so on vary options of this command."
         ),
     ] = None,
     modes: Annotated[
@@ -176,10 +177,12 @@ def devices(
         return
     [device] = chosen
     window = f"{device.window.g_min:g} to {device.window.g_max:g} S ({device.window_source})"
+    zero = "" if device.reference_at is None else f"at {device.reference_at:g} of the window"
     for what, is_ in (
-        ("source", device.source), ("window", window), ("valid", device.valid), ("law", repr(device.law)),
+        ("source", device.source), ("window", window), ("valid", device.valid), ("weight 0", zero), ("law", repr(device.law)),
     ):  # fmt: skip
-        console.print(f"[bold]{what}[/bold] {escape(is_)}", highlight=False, soft_wrap=True)
+        if is_:
+            console.print(f"[bold]{what}[/bold] {escape(is_)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -872,6 +872,16 @@ def test_bent_converters_read_as_the_oracle_has_it(batch):
         assert off.max() < 1.01 * step
 
 
+def test_no_curve_of_a_converter_turns_back():
+    adc = {"bits": 6, "range": "worst_case", "inl": 3.0, "inl_std": 5.0}
+    layer = AnalogLinear(40, 200, spec=spec(adc=adc))
+    inl, most = layer.adc_error[2], 32 / 6
+    assert inl.abs().max() == pytest.approx(most)
+    assert 0.1 < (inl == inl.max()).float().mean() < 0.6  # others are as they were drawn
+    steps = np.linspace(-31, 31, 201)
+    assert all((np.diff(reference.bent(steps, each, 31)) >= 0).all() for each in (-most, most))
+
+
 def test_converters_add_their_offsets_to_nothing():
     """Where nothing is driven, products are what the offsets of their tiles' converters stand for, both ways."""
     fixed = {"bits": 8, "range": "fixed", "max": 0.5}

@@ -286,6 +286,7 @@ IN_SITU = {"update": {"law": "constant_step"}}
         ({1: 2}, "`1` must be valid, got 1; Keys should be strings"),
         ({"adc": {"gain_std": 0.1}}, "`adc`: `bits` must be set with converter errors, got None with gain_std=0.1, offset_std=0, inl=0, inl_std=0"),
         ({"adc": {"bits": 8, "inl": -22}}, "`adc`: `inl` must be within +-21.3333 steps, a twelfth of the codes of 8 bits, got -22"),
+        ({"adc": {"bits": 8, "inl_std": 22}}, "`adc`: `inl_std` must be within +-21.3333 steps, a twelfth of the codes of 8 bits, got 22"),
         ({"dac": {"bits": 1}}, "`dac`: `bits` must be 2 to 8 for signed inputs, got 1; one bit holds no sign"),
         ({"dac": {"stream_bits": 2}}, "`dac`: `bits` must be set with `stream_bits`, got None; streams of 2 bits"),
         ({"dac": {"polarity": "two_phase"}, "adc": {"bits": 8}}, "`dac`: `bits` must be set with polarity='two_phase'"),

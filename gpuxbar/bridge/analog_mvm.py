@@ -205,7 +205,8 @@ def driven_gradient(values: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tenso
     read = way.backward
     if read.full:
         full = read.full * way.unit * w_max.amax().reshape(1)
-        values = values.clamp(-full, full)
+        # times 0 what is not finite is NaN, and stays so inside the range
+        values = values.clamp(-full, full).add_(values, alpha=0)
     else:
         full = abs_max(values, read.per_sample)
     return values, full / max(read.code_max, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.mapping import worst_current
-from gpuxbar.nn.layers import AnalogLayer, require_apart, require_whole
+from gpuxbar.nn.layers import AnalogLayer, converted_layers, require_apart, require_whole
 from gpuxbar.nn.watch import Lines, require_batches, tile_sums, watch, without_adcs
 
 __all__ = ["calibrate"]
@@ -45,14 +45,14 @@ def calibrate(
             in training alone.
 
     Raises:
-        TypeError: `loader` is a tensor or one batch with its target, or a batch is not of these forms.
-        ValueError: `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, the
+        TypeError: `model` is no module, `loader` is a tensor or one batch with its target, or a batch is not of these forms.
+        ValueError: The model has no crossbar layers, `batches` is below 1, `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, the
             model is sharded, a batch norm with the statistics that it began with gets one value a channel, or the model computes
             with the weight of a layer that it does not call, as some fused attentions do. One batch alone does not tell that
             from a penalty.
     """
-    require_batches("calibrate", loader, loss, step)
-    found = [m for m in model.modules() if isinstance(m, AnalogLayer)]
+    require_batches("calibrate", loader, batches, loss, step)
+    found = converted_layers("calibrate", model)
     require_apart("calibrate", found)
     layers = [layer for layer in found if _wanted(layer)]
     if not layers:

@@ -363,17 +363,30 @@ class InSitu(Programmed):
 
     def require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""
-        if not torch.compiler.is_compiling() and not self._is_read_out():
+        if not torch.compiler.is_compiling() and not self.is_read_out():
             self._compare_read_out()
 
-    def _is_read_out(self) -> bool:
+    def is_read_out(self) -> bool:
+        """Whether the weight is still what it was when the cells read so."""
         return self._read is not None and self._read.is_of(self.weight)
+
+    @torch.no_grad()
+    def read_out(self) -> None:
+        """Set the weight to what the cells read, in its precision."""
+        self.weight.copy_(self.of_lines(self._cells_read()))
+        self._read = self.mark()
+
+    @torch.no_grad()
+    def _cells_read(self) -> Tensor:
+        """The weight that the cells are, float32 [G, O, I]."""
+        read = self._blank()
+        self._update(torch.zeros_like(self.weight), 1.0, read)
+        return read
 
     def _compare_read_out(self) -> None:
         assert self.w_max is not None
+        read = self._cells_read()
         with torch.no_grad():
-            read = self._blank()
-            self._update(torch.zeros_like(self.weight), 1.0, read)
             # other machines round sums otherwise, and weights of a lower precision hold less
             last = ROUNDING * torch.finfo(torch.float32).eps * self.w_max.view(self.groups_, -1, 1)
             off = (self.by_line(self.weight.float()) - read).abs()
@@ -381,7 +394,8 @@ class InSitu(Programmed):
         if off.any():
             raise ValueError(
                 f"{self.name}: `weight` must be what the cells read once trained in situ, got {int(off.sum())} other "
-                "values; update it by an in-situ optimiser alone, or program it anew with begin_in_situ()"
+                "values; update it by an in-situ optimiser alone, or write it to the cells anew by the layer's begin_in_situ(), as averages "
+                "of weights must be"
             )
         self._read = self.mark()
 
@@ -426,7 +440,7 @@ class InSitu(Programmed):
         self._own_weight()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_read": self._is_read_out()}
+        return super().__getstate__() | {"_read": self.is_read_out()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

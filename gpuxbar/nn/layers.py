@@ -198,7 +198,8 @@ class AnalogLayer(InSitu):
             drawn(Purpose.ADC_OFFSET, way, 0.0, adc.offset_std),
         ]
         if adc.inl or adc.inl_std:
-            errors.append(drawn(Purpose.ADC_GAIN, 2 + way, adc.inl, adc.inl_std))
+            inl = drawn(Purpose.ADC_GAIN, 2 + way, adc.inl, adc.inl_std)
+            errors.append(inl.clamp(-adc.inl_most, adc.inl_most))
         return torch.stack(errors)
 
     def look_at_ranges(self) -> None:
@@ -298,8 +299,9 @@ class AnalogLayer(InSitu):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cells_of": None}  # nobody has read what is copied
 
-    def program(self) -> None:
-        """Write the present weights once (not those of cells trained in situ) and read these devices from now on."""
+    def program(self, chip: int = 0) -> None:
+        """Write the present weights once (not those of cells trained in situ) to the arrays of a chip, see `gpuxbar.program`, and read
+        these devices from now on."""
         self.require_own_weight("program")
         if self.in_situ:
             self.require_read_out()
@@ -307,8 +309,9 @@ class AnalogLayer(InSitu):
         if self.g_cells is not None and self.w_max is not None:
             self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
         else:
-            devices = program_devices(self.weight, self.write_step, self.static[1], self.static[0])
-            self.hold(*devices, self.plan.seed)
+            seed = self.plan.seed ^ chip
+            plan = replace(self.plan, seed=seed).dumps()
+            self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed)
 
     @torch.no_grad()
     def compensate(self) -> None:
@@ -373,7 +376,9 @@ class AnalogLayer(InSitu):
         if dac.range == "fixed":
             return self.dac_max
         if dac.range == "learned" and self.dac_begun:
-            return self.dac_max.float().abs().clamp_min(SMALLEST_RANGE)
+            learned = self.dac_max.float()
+            # not abs(), whose slope at 0 is 0, so that a range would never leave it
+            return torch.where(learned < 0, -learned, learned) + SMALLEST_RANGE
         seen = abs_max(x.detach(), dac.range == "sample")
         if dac.range != "ema":
             return seen
@@ -592,22 +597,32 @@ class AnalogLayer(InSitu):
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
+        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs, and a weight trained in situ is
+        what the cells read there."""
         if self.written.is_meta and not fn(self.written).is_meta:
-            raise ValueError(
-                f"{self.name}: a crossbar layer must have its values from gpuxbar.convert, got empty memory instead of the meta "
-                "device's, which a state dict fills in part; call to_empty() and load the model before gpuxbar.convert"
-            )
+            self._refuse_filling("empty memory instead of the meta device's")
         buffers, held = dict(self._buffers), self.is_held()
+        trained = self.weight.dtype if self.in_situ and self.is_read_out() else None
         super()._apply(fn, recurse)
         self._held = self.mark() if held else None
         for name, new in self._buffers.items():
             old = buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        if trained is not None and self.weight.dtype != trained:  # not what another precision left of it
+            self.read_out()
         return self
 
+    def _refuse_filling(self, got: str) -> NoReturn:
+        """Refuse to fill a layer of the meta device."""
+        raise ValueError(
+            f"{self.name}: a crossbar layer must have its values from gpuxbar.convert, got {got}, which a state dict fills in part; call "
+            "to_empty() and load the model before gpuxbar.convert"
+        )
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        if self.written.is_meta:
+            self._refuse_filling("a state dict for one of the meta device")
         saved, here = state_dict.get(f"{prefix}range_settings"), _carrying(self.spec)
         programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
         others = saved is not None and (programmed or saved.item() != here)
@@ -644,6 +659,31 @@ def _carrying(spec: CrossbarSpec) -> int:
         spec.model_dump_json(include=CARRYING),
         *(dac.model_dump_json(include=DRIVEN) for dac in (spec.dac, spec.backward_dac)),
     )
+
+
+def require_module(op: str, model: Any, argument: str = "model") -> None:
+    """Refuse what is no module, as what `gpuxbar.convert` returns as a whole."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"{op}: `{argument}` must be a torch.nn.Module, got {what}; pass the model itself, which gpuxbar.convert returns beside a report"
+        )
+
+
+def crossbar_layers(op: str, model: nn.Module) -> dict[str, AnalogLayer]:
+    """The crossbar layers of a model, by name."""
+    require_module(op, model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, AnalogLayer)}
+
+
+def converted_layers(op: str, model: nn.Module) -> list[AnalogLayer]:
+    """The crossbar layers of a model, which must have such."""
+    layers = list(crossbar_layers(op, model).values())
+    if not layers:
+        raise ValueError(
+            f"{op}: `model` must have crossbar layers, got none; pass the copy that has them: model, report = gpuxbar.convert(model, spec)"
+        )
+    return layers
 
 
 def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:

@@ -190,7 +190,7 @@ class ADC(Part):
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; `inl`, `inl_std`: mean and
     spread of their integral non-linearity, in steps: by how much the curve of a converter is off at most, at 58 % of the range
     (outwards above 0; below 0 of signed codes it is as far off the other way, and right at 0 and at both ends). Errors are drawn once
-    per converter.
+    per converter; a curve that would turn back is bent as far as none does.
     """
 
     bits: int | None = Field(None, ge=1, le=16)
@@ -215,13 +215,18 @@ class ADC(Part):
             raise ValueError(
                 f"ADC: `bits` must be set with converter errors, got None with {errors}; set the resolution"
             )
-        most = 2 ** ((self.bits or 1) - 1) / 6
-        if abs(self.inl) > most:
-            raise ValueError(
-                f"ADC: `inl` must be within +-{most:g} steps, a twelfth of the codes of {self.bits} bits, got {self.inl:g}; a curve that bends "
-                "more turns back"
-            )
+        for name, inl in (("inl", self.inl), ("inl_std", self.inl_std)):
+            if abs(inl) > self.inl_most:
+                raise ValueError(
+                    f"ADC: `{name}` must be within +-{self.inl_most:g} steps, a twelfth of the codes of {self.bits} bits, got {inl:g}; a "
+                    "curve that bends more turns back"
+                )
         return self
+
+    @property
+    def inl_most(self) -> float:
+        """Largest magnitude of an integral non-linearity with which no curve turns back, in steps."""
+        return 2 ** ((self.bits or 1) - 1) / 6
 
     @property
     def flawed(self) -> bool:
