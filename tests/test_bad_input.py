@@ -11,6 +11,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, spec
+from gpuxbar.launch import host_call, host_library
 from gpuxbar.nn import AnalogConv1d, AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 
@@ -440,3 +441,31 @@ def test_arrays_of_a_gpu_are_refused_where_only_a_host_has_a_kernel(op):
     text = rf"^{op}: `{name}` must be a NumPy array, got CuPy's; on a GPU, \w"
     with pytest.raises(TypeError, match=text):
         getattr(ops, op)(*arrays, **how)
+
+
+class ArrayElsewhere:
+    """An array of CuPy's, whose values the host cannot reach."""
+
+    def __init__(self, like):
+        self.dtype, self.shape, self.ndim = like.dtype, like.shape, like.ndim
+        self.size, self.flags = like.size, like.flags
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __int__(self):
+        return 7  # CuPy reads a single value back
+
+
+ArrayElsewhere.__module__ = "cupy"
+
+
+def test_arrays_of_a_gpu_are_refused_among_those_of_the_host():
+    library = host_library()
+    if library is None:
+        pytest.skip("no host kernels")
+    text = r"arrays must be all NumPy's or all CuPy's, got NumPy's and a cupy\.ArrayElsewhere; move them by"
+    with pytest.raises(TypeError, match=text):
+        ops.tile_mvm(zeros(2, 3), ArrayElsewhere(zeros(1, 3, 4)))
+    with pytest.raises(TypeError, match=text):  # not its value for an address
+        host_call(library, "gpuxbar_set_threads", ArrayElsewhere(np.zeros(1, np.int64)))
