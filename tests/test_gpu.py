@@ -691,6 +691,21 @@ def test_a_step_is_captured_on_a_device_that_is_not_current(cuda_device, determi
     assert same(other.state(), eager.state())
 
 
+def test_tensors_of_two_devices_are_refused(cuda_device):
+    import torch
+
+    from gpuxbar.bridge.chop import chop
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU alone was found")
+    lines, step = (torch.arange(n, device="cuda:1") for n in (3, 1))
+    with pytest.raises(
+        ValueError,
+        match=r"^gpuxbar: tensors of one call must be on one device, got one on cuda:1 and another on cuda:0;",
+    ):
+        chop(torch.ones(2, 5, device="cuda:0"), lines, step, 0.5, 7)
+
+
 def test_a_residual_network_is_captured(cuda_device):
     from gpuxbar.bench.gpu.steps import check_steps
 
