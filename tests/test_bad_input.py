@@ -11,6 +11,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, spec
+from gpuxbar.launch import host_call, host_library
 from gpuxbar.nn import AnalogConv1d, AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 
@@ -555,3 +556,31 @@ def test_specs_are_saved_to_paths(tmp_path):
             gx.save_spec(*arguments)
     with pytest.raises(TypeError, match=r"load_spec: `path` must be text or a pathlib\.Path, got Cross"):
         gx.load_spec(spec)
+
+
+class ArrayElsewhere:
+    """An array of CuPy's, whose values the host cannot reach."""
+
+    def __init__(self, like):
+        self.dtype, self.shape, self.ndim = like.dtype, like.shape, like.ndim
+        self.size, self.flags = like.size, like.flags
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __int__(self):
+        return 7  # CuPy reads a single value back
+
+
+ArrayElsewhere.__module__ = "cupy"
+
+
+def test_arrays_of_a_gpu_are_refused_among_those_of_the_host():
+    library = host_library()
+    if library is None:
+        pytest.skip("no host kernels")
+    text = r"arrays must be all NumPy's or all CuPy's, got NumPy's and a cupy\.ArrayElsewhere; move them by"
+    with pytest.raises(TypeError, match=text):
+        ops.tile_mvm(zeros(2, 3), ArrayElsewhere(zeros(1, 3, 4)))
+    with pytest.raises(TypeError, match=text):  # not its value for an address
+        host_call(library, "gpuxbar_set_threads", ArrayElsewhere(np.zeros(1, np.int64)))

@@ -186,16 +186,20 @@ def address(array: np.ndarray) -> int:
     try:  # several times as fast as `ctypes`
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     except (TypeError, ValueError):  # not to be written to, or empty
+        if not isinstance(array, np.ndarray):
+            raise TypeError(
+                f"gpuxbar: arrays must be all NumPy's or all CuPy's, got NumPy's and a {type(array).__module__}.{type(array).__name__}; "
+                "move them by cupy.asarray or cupy.asnumpy"
+            ) from None
         return array.ctypes.data
 
 
 def _c_value(arg: Any) -> Any:
-    kind = type(arg)
-    if kind in PLAIN:
+    if type(arg) in PLAIN:
         return arg
-    if kind is np.ndarray:
-        return address(arg)
-    return ctypes.byref(arg) if isinstance(arg, IN_MEMORY) else int(arg)
+    if isinstance(arg, IN_MEMORY):
+        return ctypes.byref(arg)
+    return int(arg) if isinstance(arg, np.integer) else address(arg)
 
 
 def set_threads(count: int) -> None:

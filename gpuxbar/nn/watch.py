@@ -229,7 +229,9 @@ def without_adcs(model: nn.Module) -> Iterator[None]:
         try:
             for layer, plan in plans.items():
                 forward, backward = (replace(read, adc_bits=0) for read in (plan.forward, plan.backward))
-                layer.set_plan(replace(plan, forward=forward, backward=backward))
+                # no kernel sums bytes that nothing converts; two halves hold their levels
+                precision = "fp16x2" if plan.precision == "int8" else plan.precision
+                layer.set_plan(replace(plan, forward=forward, backward=backward, precision=precision))
                 layer.calibrated = layer.back_calibrated = True
             yield
         finally:
