@@ -37,6 +37,9 @@ def calibrate(
     anew once training has begun. A learned DAC range that has not begun yet begins at the one with which rounding and clipping these
     inputs makes the least squared error; others stay.
 
+    Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: where
+    `conversion_errors` shows clipping, calibrate anew.
+
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
         loader: Batches, or (batch, target) pairs.
