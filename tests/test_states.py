@@ -608,11 +608,14 @@ def test_gradients_of_values_are_driven_in_one_phase():
     assert (x.grad - ideal).abs().max() < 0.02 * ideal.abs().max()
 
 
-def test_gradients_of_gradients_are_refused():
-    """They would lack what goes through the arrays, where digital layers let the rest through."""
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_of_gradients_are_refused(last):
+    """They would lack what goes through the arrays, where digital layers let the rest through; where the layer is the last one, all of
+    it."""
     layer, x = linear(dac={"bits": 8}), inputs().requires_grad_()
-    (grad,) = torch.autograd.grad(layer(x.sin()).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    y = layer(x.sin())
+    (grad,) = torch.autograd.grad((y if last else y.square()).sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="must not be differentiated again, got a second derivative"):
         grad.square().sum().backward()
 
 

@@ -544,6 +544,7 @@ def test_layers_of_gpt_2_are_linear():
     torch.testing.assert_close(model["c_attn"](x), block["c_attn"](x))
 
 
+@pytest.mark.filterwarnings("ignore:calibrate:RuntimeWarning")  # a cell begins with a state of zeros
 @pytest.mark.parametrize("rules", [{}, {"*self_attn": None}])
 @pytest.mark.parametrize("padded", [False, True])
 def test_inference_of_encoders_calls_the_layers(network, rules, padded):
@@ -560,6 +561,7 @@ def test_inference_of_encoders_calls_the_layers(network, rules, padded):
     torch.testing.assert_close(y, again(x, padding).detach())
 
 
+@pytest.mark.filterwarnings("ignore:calibrate:RuntimeWarning")  # a cell begins with a state of zeros
 def test_all_of_it_trains_in_situ(network):
     spec = gx.CrossbarSpec.model_validate(
         {**CONVERTERS, "update": {"law": "soft_bounds", "up": 2, "down": 2}}
@@ -580,12 +582,12 @@ def test_all_of_it_trains_in_situ(network):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_second_derivatives_through_a_shared_weight_are_refused(kind):
     model, _ = gx.convert(kind(6, 5), gx.CrossbarSpec.model_validate({"dac": {"bits": 8}}))
     x = torch.randn(1, 3, 6)  # a single step, whose gradient no other read passes on
     (grad,) = torch.autograd.grad(model(x)[0].square().sum(), model.hh_l0.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(ValueError, match="must not be differentiated again"):
         grad.square().sum().backward()
 
 

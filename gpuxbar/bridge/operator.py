@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd.function import once_differentiable
 
 from gpuxbar.mapping.plan import ReadPlan
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["call", "conv_of", "gradient", "operator", "plan_of", "spec_of"]
+__all__ = ["call", "conv_of", "gradient", "once", "operator", "plan_of", "spec_of"]
 
 ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple, torch.Size}
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
@@ -101,7 +100,7 @@ def gradient(
     """Give an operator its gradient.
 
     `torch.library.register_autograd` reads the schema anew at every call, which costs more than a small layer; autograd looks at
-    every argument that it is given, so it is given those `wrt` alone. Gradients of gradients are refused.
+    every argument that it is given, so it is given those `wrt` alone. Gradients of gradients are refused: see `once`.
 
     Args:
         backward: Gives the gradients of the arguments `wrt`, in their order, which is that of `ctx.needs_input_grad` too.
@@ -109,10 +108,10 @@ def gradient(
         wrt: Places of the arguments that have a gradient.
     """
     name = op._schema.name.split("::")[1]
-    refusing = once_differentiable(backward)
+    first = once(backward)
 
-    def once(ctx: Any, *grads: Any) -> Any:
-        found = (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+    def with_none(ctx: Any, *grads: Any) -> Any:
+        found = first(ctx, *grads)
         return *(found if isinstance(found, tuple) else (found,)), None
 
     def below(*args: Any) -> Any:
@@ -128,7 +127,7 @@ def gradient(
             setup_context(ctx, args, output)
             return output
 
-        body = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+        body = {"forward": staticmethod(forward), "backward": staticmethod(with_none)}
         function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
 
         def call_it(*args: Any) -> Any:
@@ -140,3 +139,34 @@ def gradient(
 
     op.eager = differentiable(op.plain)
     LIBRARY.impl(name, differentiable(below), "Autograd")
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward function whose gradients refuse to be differentiated, even those in which a derivative would be missed in silence: of
+    a last layer, say, whose weight alone they depend on."""
+
+    def wrap(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        anchor = torch.zeros(0, requires_grad=True)
+        refusing = _Once.apply(anchor, *(found if isinstance(found, tuple) else (found,)))  # type: ignore[no-untyped-call]
+        return refusing if isinstance(found, tuple) else refusing[0]
+
+    return wrap
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Any) -> Any:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ValueError(
+            "gpuxbar: a gradient that passed crossbar layers must not be differentiated again, got a second derivative, as of a gradient "
+            "penalty; take the penalty of a difference of outputs, or keep these layers digital by rules of gpuxbar.convert"
+        )

@@ -154,7 +154,6 @@ def plan_reads(
 
 
 def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
-    one_sided = dac.phases == 2 or not dac.signed
     driven = 2**dac.stream_bits - 1 if dac.stream_bits else max(dac.code_max, 1)
     bits = 0
     if dac.bits is not None:
@@ -169,7 +168,7 @@ def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
         phases=dac.phases if bits else 1,
         v_lsb=dac.v_read / driven,
         adc_bits=adc.bits or 0,
-        adc_signed=not (one_sided and spec.mapping.scheme != "subtracted"),
+        adc_signed=spec.both_signs(dac),
         noise=spec.read_noise.sigma,
         per_sample=dac.range == "sample",
         full=(dac.max or 0.0) if dac.range == "fixed" else 0.0,

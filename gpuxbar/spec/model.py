@@ -117,7 +117,8 @@ class DAC(Part):
     image of a convolution), "tensor" (abs-max of the call), "ema" (running mean of abs-max over training
     calls, factor `momentum`; before the first, that of the call), "fixed" (`max`), "learned" (the layer's parameter `dac_max`,
     which begins at `max`, or without it at what `gpuxbar.calibrate` finds to round and clip with the least squared error, and
-    which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020). That gradient sees how
+    which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020; that of the
+    range is scaled by code_max**1.5 / sqrt(values of a sample), which is that paper's scale for a step). That gradient sees how
     inputs are rounded and clipped, not ADCs and noise; calibrate ADC ranges anew when it has moved.
     `v_read`: voltage of the largest digit, V.
     """
@@ -463,6 +464,22 @@ class CrossbarSpec(Part):
         return self
 
     @model_validator(mode="after")
+    def _converted(self) -> CrossbarSpec:
+        """One bit holds no sign."""
+        if self.adc.bits == 1 and self.both_signs(self.dac):
+            raise ValueError(
+                "CrossbarSpec: `adc.bits` must be at least 2 where currents have both signs, got 1; add a bit, or drive arrays that are not "
+                "subtracted by an unsigned or two-phase DAC"
+            )
+        analog = self.backward.mode == "analog"
+        if analog and self.backward_adc.bits == 1 and self.both_signs(self.backward_dac):
+            raise ValueError(
+                "CrossbarSpec: `backward.adc.bits` must be at least 2 where currents have both signs, as gradients make them, got 1; give "
+                "it, or backward.mode='ideal'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _measured(self) -> CrossbarSpec:
         """Noise in S and A, not in shares of a window or a range: it is no larger than what it is around."""
         g_max = self.device.g_max
@@ -598,6 +615,10 @@ class CrossbarSpec(Part):
                 f"{self.device.levels}; updates leave devices between levels"
             )
         return self
+
+    def both_signs(self, dac: DAC) -> bool:
+        """Whether lines carry currents of both signs where this DAC drives the others."""
+        return self.mapping.scheme == "subtracted" or (dac.signed and dac.phases == 1)
 
     def with_overrides(self, overrides: dict[str, Any]) -> CrossbarSpec:
         """A copy with a nested dictionary laid over it: `{"adc": {"bits": 6}}`; validated anew.
