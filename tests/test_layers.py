@@ -631,7 +631,7 @@ def test_opcheck(kind, scheme, monkeypatch):
     for lsb in (torch.full((1,), 0.02), None):
         args = (
             x.requires_grad_(), layer.weight, g, back_g, noise_var, w_max, layer.bias, lsb, layer.adc_range, layer.back_adc_range,
-            layer.adc_error, layer.back_adc_error, step, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
+            layer.adc_error, layer.back_adc_error, step, 1, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
     for backend in ("host", "reference"):  # without backward to follow
@@ -645,6 +645,22 @@ def test_opcheck(kind, scheme, monkeypatch):
     weight = layer.weight.detach()
     back = grad_y, weight, g, noise_var, w_max, layer.back_adc_range, layer.back_adc_error, step, image, plan
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
+    if kind == "linear" and scheme == "subtracted":
+        saved = torch.ops.gpuxbar.analog_mvm.default(*args[:-1], True)
+        for wanted in ((True, True, True), (False, True, False)):
+            gradients = (
+                grad_y,
+                saved[2].detach(),
+                saved[1],
+                saved[3].detach(),
+                g,
+                noise_var,
+                w_max,
+                *back[5:8],
+                plan,
+                *wanted,
+            )
+            torch.library.opcheck(torch.ops.gpuxbar.matrix_gradients.default, gradients)
     packing = torch.zeros(8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64), version
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed_packed.default, (*back, *packing))
     if scheme == "subtracted":

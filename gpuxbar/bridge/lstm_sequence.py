@@ -54,8 +54,8 @@ class _Sequence(torch.autograd.Function):
         outputs, kept = x.new_empty(*x.shape[:2], h.shape[1]), []
         ctx.steps, ctx.plan, ctx.order, ctx.has_bias = steps.split(1), plan, order, bias is not None
         for t, step in zip(order, ctx.steps, strict=True):
-            y, v, gate, lsb = analog_mvm.plain(
-                h, weight, *cells, bias, None, *converters, step, *NOT_PACKED, plan, keep
+            y, v, gate, lsb, _ = analog_mvm.plain(
+                h, weight, *cells, bias, None, *converters, step, 0, *NOT_PACKED, plan, keep
             )
             before = c
             h, c, gates = lstm_gates.plain(x[t], y, before)

@@ -96,7 +96,11 @@ def _plain(t: Tensor) -> bool:
 
 
 def gradient(
-    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None], wrt: tuple[int, ...]
+    op: Any,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    wrt: tuple[int, ...],
+    results: int | None = None,
 ) -> None:
     """Give an operator its gradient.
 
@@ -107,6 +111,8 @@ def gradient(
         backward: Gives the gradients of the arguments `wrt`, in their order, which is that of `ctx.needs_input_grad` too.
         setup_context: Called with the context, all arguments and the output.
         wrt: Places of the arguments that have a gradient.
+        results: How many there are but for those at the end that backward alone needs, which are not shown to autograd where an operator
+            that gives several runs at once, and not returned there; None: all.
     """
     name = op._schema.name.split("::")[1]
     refusing = once_differentiable(backward)
@@ -119,14 +125,14 @@ def gradient(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    def differentiable(run: Callable[..., Any]) -> Callable[..., Any]:
+    def differentiable(run: Callable[..., Any], results: int | None) -> Callable[..., Any]:
         """What runs an operator so, with its gradient where one is wanted."""
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             args = inputs[-1]
             output = run(*args)
             setup_context(ctx, args, output)
-            return output
+            return output if results is None else output[:results]
 
         body = {"forward": staticmethod(forward), "backward": staticmethod(once)}
         function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
@@ -138,5 +144,5 @@ def gradient(
 
         return call_it
 
-    op.eager = differentiable(op.plain)
-    LIBRARY.impl(name, differentiable(below), "Autograd")
+    op.eager = differentiable(op.plain, results)
+    LIBRARY.impl(name, differentiable(below, None), "Autograd")

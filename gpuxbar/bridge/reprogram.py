@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge import host
-from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
 from gpuxbar.bridge.lines import written
 from gpuxbar.bridge.operator import operator, plan_of, spec_of
 from gpuxbar.mapping import ReadPlan
@@ -60,13 +60,10 @@ def reprogram(
 
 def checksum(weight: Tensor) -> int | None:
     """Of the values of weights of any shape; None on a GPU, which would have to be waited for, and elsewhere."""
-    if weight.device.type not in ("cpu", "cuda"):
+    if not on_cpu(weight):
         return None
-    with on_device(weight, "checksum") as device:
-        if device is not None:
-            return None
-        values = weight.detach().float().contiguous()
-        return host.checksum(values) if host.serves(device) else checksum_of(array(values))
+    values = weight.detach().float().contiguous()
+    return host.checksum(values) if host.serves(None) else checksum_of(array(values))
 
 
 def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:

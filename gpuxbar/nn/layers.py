@@ -566,8 +566,6 @@ class AnalogLayer(InSitu):
         self, x: Tensor, weight: Tensor, lsb: Tensor | None, bias: Tensor | None, cells: Cells
     ) -> Tensor:
         """One read: x in the DAC's range, whose codes are worth `lsb` (None: the range fits x); the gradient goes to `weight`."""
-        counter, way = self.counter()
-        step = counter + way
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             weight = call(
                 weight_through_wires,
@@ -584,12 +582,10 @@ class AnalogLayer(InSitu):
             # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
-        y = call(
-            analog_mvm, x, weight, *cells[:4], bias, lsb, *(held[name] for name in CONVERTERS), step, *packing, self.static[0],
-            torch.is_grad_enabled(),
+        return call(
+            analog_mvm, x, weight, *cells[:4], bias, lsb, *(held[name] for name in CONVERTERS), *self.counter(), *packing,
+            self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
-        counter.copy_(step)  # only now: a read that is refused leaves no trace
-        return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
