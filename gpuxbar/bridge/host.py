@@ -106,9 +106,9 @@ def reprogram(
     scale: str, full_weight: float | None,
 ) -> None:  # fmt: skip
     """Program weights again if they have changed: see `ops.reprogram`."""
-    lines, cells = writes.values["scale_count"], prod(writes.shape)
+    cells = writes.cells
     reprogram_on_host(
-        writes.at(int(write_step)), address("weight", weight, lines * writes.values["inputs"]), address("w_max", w_max, lines),
+        writes.at(int(write_step)), address("weight", weight, writes.weights), address("w_max", w_max, writes.values["scale_count"]),
         address("g", g, cells), None if noise_var is None else address("noise_var", noise_var, cells),
         address("state", state, 2, torch.int64), scale, full_weight,
     )  # fmt: skip

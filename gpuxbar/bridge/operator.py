@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import once_differentiable
 
@@ -80,19 +82,17 @@ def call(op: Any, *args: Any) -> Any:
 
 def _alone(args: tuple[Any, ...]) -> bool:
     """Whether no mode, tracer, profiler or kind of tensor is to see an operator called; the first argument tells of batches, say."""
+    first = args[0]
     return (
         ORDINARY.issuperset(map(type, args))
-        and _plain(args[0])
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
+        # holds its values as they are, on a CPU or a GPU: dispatch keys tell, too, but slowly
+        and (first.is_cpu or first.is_cuda)
+        and not (first.is_neg() or first._is_zerotensor() or is_legacy_batchedtensor(first))
+        and not _are_functorch_transforms_active()
+        and not _len_torch_dispatch_stack()
+        and _get_tracing_state() is None
+        and not _profiler_enabled()
     )
-
-
-def _plain(t: Tensor) -> bool:
-    """Whether a tensor holds its values as they are, on a CPU or a GPU: its dispatch keys tell, too, but slowly."""
-    return (t.is_cpu or t.is_cuda) and not (t.is_neg() or t._is_zerotensor() or is_legacy_batchedtensor(t))
 
 
 def gradient(
@@ -138,9 +138,12 @@ def gradient(
         function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
 
         def call_it(*args: Any) -> Any:
-            inputs = [args[place] for place in wrt]
-            wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-            return function.apply(*inputs, args) if wanted else run(*args)
+            if torch.is_grad_enabled():
+                inputs = [args[place] for place in wrt]
+                for x in inputs:
+                    if x is not None and x.requires_grad:
+                        return function.apply(*inputs, args)
+            return run(*args)
 
         return call_it
 

@@ -540,8 +540,11 @@ def layer_of(parameter: Tensor) -> InSitu | None:
     owner = getattr(parameter, "analog", None)
     if owner is None:
         return None
-    living = (link() for link in owner.links)
-    layers = [layer for layer in living if layer is not None and layer._parameters.get("weight") is parameter]
+    layers = [
+        layer
+        for link in owner.links
+        if (layer := link()) is not None and layer._parameters.get("weight") is parameter
+    ]
     if not layers:
         raise ValueError(
             f"in-situ optimiser: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "

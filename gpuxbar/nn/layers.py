@@ -265,10 +265,21 @@ class AnalogLayer(InSitu):
                 self.leave_cells()
             self._cells_of = weight.detach()
         held: Any = self._buffers  # whose values nn.Module finds slowly
-        cells, noise_var, w_max, written = arrays = [held[name] for name in CELLS]
+        cells, noise_var, w_max, written = map(held.get, CELLS)
         wires, (plan, spec) = held["seen"] is not None, self.static
         merge = "none" if wires else self.planes.merge
-        call(reprogram, weight.detach(), *arrays, held["write_step"], spec, merge, plan)
+        call(
+            reprogram,
+            weight.detach(),
+            cells,
+            noise_var,
+            w_max,
+            written,
+            held["write_step"],
+            spec,
+            merge,
+            plan,
+        )
         if self.plan.reference != (0, 0):  # those of reference lines too
             w_max = w_max.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if wires:
@@ -409,7 +420,9 @@ class AnalogLayer(InSitu):
             require_first_pass(self.name)
         if steady is None:
             weight = self.look_at_weight()
-            if not torch.compiler.is_compiling() and any(map(is_functorch_wrapped_tensor, (x, weight))):
+            if not torch.compiler.is_compiling() and (
+                is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(weight)
+            ):
                 raise TypeError(
                     f"{self.name}: `x` and `weight` must be plain tensors, got those of a transform of torch.func, which crossbars do "
                     "not follow; call backward() or torch.autograd.grad"
@@ -577,14 +590,15 @@ class AnalogLayer(InSitu):
                 self.static[1],
             )
         held: Any = self._buffers
+        adc_range, back_adc_range, adc_error, back_adc_error = map(held.get, CONVERTERS)
         packing = NOT_PACKED
         if held["packed_state"] is not None:
             # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
         return call(
-            analog_mvm, x, weight, *cells[:4], bias, lsb, *(held[name] for name in CONVERTERS), *self.counter(), *packing,
-            self.static[0], torch.is_grad_enabled(),
+            analog_mvm, x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, adc_error, back_adc_error, *self.counter(),
+            *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -272,12 +273,15 @@ class Writing:
         settings: As `reference.program` takes them.
         values: The fields of `struct Programming` at step 0, by name.
         packed: The struct, as bytes.
+        weights, cells: How many there are.
     """
 
     shape: tuple[int, int, int]
     settings: dict[str, Any]
     values: dict[str, Any]
     packed: bytes
+    weights: int
+    cells: int
 
     def at(self, step: int) -> Write:
         """The struct at a step."""
@@ -308,7 +312,8 @@ def writing(
         "steps": 0 if levels is None or slice_bits else levels - 1, "read_var": sigma_g**2, "read_power": 2.0 * exponent,
         **write_values(s),
     }  # fmt: skip
-    return Writing((planes, groups * inputs, outputs), s, values, bytes(Write(**values)))
+    shape = planes, groups * inputs, outputs
+    return Writing(shape, s, values, bytes(Write(**values)), prod(weight), prod(shape))
 
 
 def _check_settings(op: str, s: dict[str, Any]) -> None:
