@@ -626,14 +626,18 @@ def test_opcheck(kind, scheme, monkeypatch):
         layer, x = AnalogLinear(6, 3, spec=settings), torch.randn(2, 6)
     else:
         layer, x = AnalogConv2d(2, 3, 3, spec=settings), torch.randn(2, 2, 5, 4)
-    g, back_g, noise_var, w_max, version = layer.conductances()
+    g, back_g, noise_var, w_max, version, _ = layer.conductances()
     step, plan = torch.zeros(1, dtype=torch.int64), layer.plan.dumps()
     for lsb in (torch.full((1,), 0.02), None):
         args = (
             x.requires_grad_(), layer.weight, g, back_g, noise_var, w_max, layer.bias, lsb, layer.adc_range, layer.back_adc_range,
-            layer.adc_error, layer.back_adc_error, step, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
+            layer.adc_error, layer.back_adc_error, step, 1, layer.packed, layer.back_packed, layer.packed_state, version,
+            None, None, "", "", plan, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
+    if scheme == "subtracted":
+        writes = layer.written, layer.write_step, layer.spec.model_dump_json(), "subtract"
+        torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, (*args[:-6], *writes, *args[-2:]))
     for backend in ("host", "reference"):  # without backward to follow
         monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
         torch.library.opcheck(
@@ -645,6 +649,22 @@ def test_opcheck(kind, scheme, monkeypatch):
     weight = layer.weight.detach()
     back = grad_y, weight, g, noise_var, w_max, layer.back_adc_range, layer.back_adc_error, step, image, plan
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
+    if kind == "linear" and scheme == "subtracted":
+        saved = torch.ops.gpuxbar.analog_mvm.default(*args[:-1], True)
+        for wanted in ((True, True, True), (False, True, False)):
+            gradients = (
+                grad_y,
+                saved[2].detach(),
+                saved[1],
+                saved[3].detach(),
+                g,
+                noise_var,
+                w_max,
+                *back[5:8],
+                plan,
+                *wanted,
+            )
+            torch.library.opcheck(torch.ops.gpuxbar.matrix_gradients.default, gradients)
     packing = torch.zeros(8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64), version
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed_packed.default, (*back, *packing))
     if scheme == "subtracted":
@@ -1468,6 +1488,7 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
 
             for module in ("analog_mvm", "reprogram", "device_update"):
                 monkeypatch.setattr(sys.modules[f"gpuxbar.bridge.{module}"], "on_device", on_device)
+            monkeypatch.setattr(sys.modules["gpuxbar.bridge.analog_mvm"], "on_cpu", lambda _: False)
         x.grad = None
         results.append(step_of(model, x, t))
         results[-1][1].append(x.grad)

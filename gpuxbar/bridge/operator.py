@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_legacy_batchedtensor
 
 from gpuxbar.mapping.plan import ReadPlan
@@ -79,23 +81,25 @@ def call(op: Any, *args: Any) -> Any:
 
 def _alone(args: tuple[Any, ...]) -> bool:
     """Whether no mode, tracer, profiler or kind of tensor is to see an operator called; the first argument tells of batches, say."""
+    first = args[0]
     return (
         ORDINARY.issuperset(map(type, args))
-        and _plain(args[0])
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
+        # holds its values as they are, on a CPU or a GPU: dispatch keys tell, too, but slowly
+        and (first.is_cpu or first.is_cuda)
+        and not (first.is_neg() or first._is_zerotensor() or is_legacy_batchedtensor(first))
+        and not _are_functorch_transforms_active()
+        and not _len_torch_dispatch_stack()
+        and _get_tracing_state() is None
+        and not _profiler_enabled()
     )
 
 
-def _plain(t: Tensor) -> bool:
-    """Whether a tensor holds its values as they are, on a CPU or a GPU: its dispatch keys tell, too, but slowly."""
-    return (t.is_cpu or t.is_cuda) and not (t.is_neg() or t._is_zerotensor() or is_legacy_batchedtensor(t))
-
-
 def gradient(
-    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None], wrt: tuple[int, ...]
+    op: Any,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    wrt: tuple[int, ...],
+    results: int | None = None,
 ) -> None:
     """Give an operator its gradient.
 
@@ -106,6 +110,8 @@ def gradient(
         backward: Gives the gradients of the arguments `wrt`, in their order, which is that of `ctx.needs_input_grad` too.
         setup_context: Called with the context, all arguments and the output.
         wrt: Places of the arguments that have a gradient.
+        results: How many there are but for those at the end that backward alone needs, which are not shown to autograd where an operator
+            that gives several runs at once, and not returned there; None: all.
     """
     name = op._schema.name.split("::")[1]
     first = once(backward)
@@ -118,27 +124,30 @@ def gradient(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    def differentiable(run: Callable[..., Any]) -> Callable[..., Any]:
+    def differentiable(run: Callable[..., Any], results: int | None) -> Callable[..., Any]:
         """What runs an operator so, with its gradient where one is wanted."""
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             args = inputs[-1]
             output = run(*args)
             setup_context(ctx, args, output)
-            return output
+            return output if results is None else output[:results]
 
         body = {"forward": staticmethod(forward), "backward": staticmethod(with_none)}
         function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
 
         def call_it(*args: Any) -> Any:
-            inputs = [args[place] for place in wrt]
-            wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-            return function.apply(*inputs, args) if wanted else run(*args)
+            if torch.is_grad_enabled():
+                inputs = [args[place] for place in wrt]
+                for x in inputs:
+                    if x is not None and x.requires_grad:
+                        return function.apply(*inputs, args)
+            return run(*args)
 
         return call_it
 
-    op.eager = differentiable(op.plain)
-    LIBRARY.impl(name, differentiable(below), "Autograd")
+    op.eager = differentiable(op.plain, results)
+    LIBRARY.impl(name, differentiable(below, None), "Autograd")
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -307,6 +307,11 @@ class InSitu(Programmed):
         """
         self.require_unprogrammed("weight")
         self.require_read_out()
+        self.change_in_array(x, d, rate, sign)
+
+    @torch.no_grad()
+    def change_in_array(self, x: Tensor, d: Tensor, rate: float, sign: Tensor | None = None) -> None:
+        """`update_in_array` for an optimiser, which has just looked whether the weight is what the cells read."""
         if sign is not None and self.spec.pulses is None:
             raise ValueError(
                 f"{self.name}: `sign` must be None with bit streams, got one; multiply the inputs by it"
@@ -319,12 +324,13 @@ class InSitu(Programmed):
             return
         x, d = (operand.float().contiguous() for operand in (x, d))
         patch = self.patch if x.dim() == 4 else None
-        operands = x, d, self.w_max, self.update_step, rate, self.groups_, patch
+        settings = self.w_max, self.update_step, rate, self.groups_, patch
         if self.spec.pulses is None:
-            read = call(streamed_update, *self._pairs(), *operands)
-        else:
-            read = call(pulse_update, *self._pairs(), *operands, sign)
-        self._show(self.of_lines(read))
+            self._show(self.of_lines(call(streamed_update, *self._pairs(), x, d, *settings)))
+            return
+        read, own = self._read_out()
+        call(pulse_update, *self._pairs(), x, d, read, *settings, sign)
+        self._show(None if own else self.of_lines(read))
 
     @torch.no_grad()
     def relax(self) -> None:
@@ -401,15 +407,16 @@ class InSitu(Programmed):
 
     def _move(self, change: Tensor, factor: float = 1.0) -> None:
         """Move the cells by factor * change; the weight becomes what they read. A change of 0 moves nothing."""
-        lines = self.by_line(self.weight.detach())
-        own = (
-            lines.is_contiguous()
-            and lines.dtype == torch.float32
-            and lines.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
-        )
-        read = lines if own else self._blank()
+        read, own = self._read_out()
         self._update(change, factor, read)
         self._show(None if own else self.of_lines(read))
+
+    def _read_out(self) -> tuple[Tensor, bool]:
+        """Where the cells are to be read out, float32 [G, O, I], and whether it is the memory of the weight itself."""
+        weight = self.weight.detach()
+        lines = self.by_line(weight)
+        own = lines.is_contiguous() and lines.dtype == torch.float32 and lines.data_ptr() == weight.data_ptr()
+        return (lines if own else self._blank()), own
 
     def _blank(self) -> Tensor:
         """Room for a weight as the array reads it, float32 [G, O, I]."""
@@ -547,7 +554,11 @@ def layer_of(parameter: Tensor) -> InSitu | None:
     owner = getattr(parameter, "analog", None)
     if owner is None:
         return None
-    layers = [layer for layer in owner.layers() if layer._parameters.get("weight") is parameter]
+    layers = [
+        layer
+        for link in owner.links
+        if (layer := link()) is not None and layer._parameters.get("weight") is parameter
+    ]
     if not layers:
         raise ValueError(
             f"in-situ optimiser: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "

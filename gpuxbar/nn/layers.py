@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
-from gpuxbar.bridge.analog_mvm import NOT_PACKED, abs_max, analog_mvm, driven_lines
+from gpuxbar.bridge.analog_mvm import NOT_PACKED, NOT_WRITTEN, abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.dac_clip import dac_clip
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import call
@@ -247,11 +247,13 @@ class AnalogLayer(InSitu):
         self.leave_cells()
         self.write_step += 1
 
-    def conductances(self, weight: Tensor | None = None) -> Cells:
+    def conductances(self, weight: Tensor | None = None, for_one_read: bool = False) -> Cells:
         """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires.
 
         Args:
             weight: The layer's, where it has just been computed: by dropout, say, another at every look. None: look.
+            for_one_read: Whether a read follows at once, to which programming may be left: a call of its own costs more than small
+                layers compute.
         """
         if self.programmed:
             return self.aged_cells()
@@ -266,11 +268,14 @@ class AnalogLayer(InSitu):
                 self.leave_cells()
             self._cells_of = weight.detach()
         held: Any = self._buffers  # whose values nn.Module finds slowly
-        cells, noise_var, w_max, written = arrays = [held[name] for name in CELLS]
+        cells, noise_var, w_max, written = map(held.get, CELLS)
         wires, (plan, spec) = held["seen"] is not None, self.static
         merge = "none" if wires else self.planes.merge
-        call(reprogram, weight.detach(), *arrays, held["write_step"], spec, merge, plan)
-        if self.plan.reference != (0, 0):  # those of reference lines too
+        writes, plain = (written, held["write_step"], spec, merge), self.plan.reference == (0, 0)
+        if for_one_read and plain and not wires and held["packed_state"] is None:
+            return Cells(cells, None, noise_var, w_max, written, writes)
+        call(reprogram, weight.detach(), cells, noise_var, w_max, *writes, plan)
+        if not plain:  # those of reference lines too
             w_max = w_max.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if wires:
             return self.through_wires(cells, noise_var, w_max, written[:1])
@@ -414,12 +419,14 @@ class AnalogLayer(InSitu):
             require_first_pass(self.name)
         if steady is None:
             weight = self.look_at_weight()
-            if not torch.compiler.is_compiling() and any(map(is_functorch_wrapped_tensor, (x, weight))):
+            if not torch.compiler.is_compiling() and (
+                is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(weight)
+            ):
                 raise TypeError(
                     f"{self.name}: `x` and `weight` must be plain tensors, got those of a transform of torch.func, which crossbars do "
                     "not follow; call backward() or torch.autograd.grad"
                 )
-            cells = self.conductances(weight)
+            cells = self.conductances(weight, for_one_read=True)
         else:
             cells, weight = steady
         if x.device != weight.device:
@@ -571,8 +578,6 @@ class AnalogLayer(InSitu):
         self, x: Tensor, weight: Tensor, lsb: Tensor | None, bias: Tensor | None, cells: Cells
     ) -> Tensor:
         """One read: x in the DAC's range, whose codes are worth `lsb` (None: the range fits x); the gradient goes to `weight`."""
-        counter, way = self.counter()
-        step = counter + way
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             weight = call(
                 weight_through_wires,
@@ -584,17 +589,16 @@ class AnalogLayer(InSitu):
                 self.static[1],
             )
         held: Any = self._buffers
+        adc_range, back_adc_range, adc_error, back_adc_error = map(held.get, CONVERTERS)
         packing = NOT_PACKED
         if held["packed_state"] is not None:
             # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
-        y = call(
-            analog_mvm, x, weight, *cells[:4], bias, lsb, *(held[name] for name in CONVERTERS), step, *packing, self.static[0],
-            torch.is_grad_enabled(),
+        return call(
+            analog_mvm, x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, adc_error, back_adc_error, *self.counter(),
+            *packing, *(cells.writes or NOT_WRITTEN), self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
-        counter.copy_(step)  # only now: a read that is refused leaves no trace
-        return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs, and a weight trained in situ is
