@@ -29,17 +29,18 @@ from gpuxbar.spec.errors import nearest
 __all__ = ["STYLES", "Run", "modes_of", "prepare", "train"]
 
 FORMAT = "gpuxbar-run-3"
-COUNT = Rule("a whole number of at least 1", lambda value: type(value) is int and value >= 1, "10")
+# of Python, whose numbers checkpoints hold
+COUNT = Rule("an int of at least 1", lambda value: type(value) is int and value >= 1, "10")
 RATE = Rule(
-    "a finite number of at least 0", lambda value: type(value) in (int, float) and 0 <= value < inf, "0.01"
+    "a finite float of at least 0", lambda value: type(value) in (int, float) and 0 <= value < inf, "0.01"
 )
 NUMBERS = {
     "epochs": COUNT,
     "batch": COUNT,
-    "seed": Rule("a whole number", lambda value: type(value) is int, "0"),
+    "seed": Rule("an int", lambda value: type(value) is int, "0"),
     "lr": RATE,
     "in_situ_lr": RATE,
-    "momentum": Rule("a number", lambda value: type(value) in (int, float), "0.9"),
+    "momentum": Rule("a float", lambda value: type(value) in (int, float), "0.9"),
 }
 STYLES = {"ideal": "k--", "hardware-aware": "C0-o", "in-situ": "C1-s"}
 
