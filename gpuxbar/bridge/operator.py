@@ -150,19 +150,21 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        anchor = torch.zeros(0, requires_grad=True)
-        refusing = _Once.apply(anchor, *(found if isinstance(found, tuple) else (found,)))  # type: ignore[no-untyped-call]
+        several = found if isinstance(found, tuple) else (found,)
+        # beside what they depend on, so that torch.autograd.grad finds its way here too
+        anchors = torch.zeros(0, requires_grad=True), *ctx.saved_tensors
+        refusing = _Once.apply(len(several), *several, *anchors)  # type: ignore[no-untyped-call]
         return refusing if isinstance(found, tuple) else refusing[0]
 
     return wrap
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are."""
+    """Gradients as they are, `count` of the tensors."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Any) -> Any:
-        return grads
+    def forward(ctx: Any, count: int, *tensors: Any) -> Any:
+        return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
