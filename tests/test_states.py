@@ -681,7 +681,8 @@ def test_layers_of_one_seed_are_refused(op, act):
     """Made by hand, without names: their devices and noise would be the same."""
     model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 20), linear(**TRAINED))
     with pytest.raises(
-        ValueError, match=rf"{op}: crossbar layers must each have a name, .*, got 'linear' twice; their"
+        ValueError,
+        match=rf"{op}: crossbar layers must each have a name, .*, got 'linear' twice; their .* by specs of other seeds",
     ):
         act(model)
     assert not any(model[k].in_situ or model[k].programmed for k in (0, 2))
