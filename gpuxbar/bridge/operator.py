@@ -148,15 +148,26 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrap(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        kept = _Unpacked(ctx)
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            found = backward(kept, *grads)
         several = found if isinstance(found, tuple) else (found,)
         # beside what they depend on, so that torch.autograd.grad finds its way here too
-        anchors = torch.zeros(0, requires_grad=True), *ctx.saved_tensors
+        anchors = torch.zeros(0, requires_grad=True), *kept.saved_tensors
         refusing = _Once.apply(len(several), *several, *anchors)  # type: ignore[no-untyped-call]
         return refusing if isinstance(found, tuple) else refusing[0]
 
     return wrap
+
+
+class _Unpacked:
+    """A context whose tensors may be looked at again, which activation checkpoints give once."""
+
+    def __init__(self, ctx: Any):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
 
 
 class _Once(torch.autograd.Function):
