@@ -153,7 +153,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
             found = backward(kept, *grads)
         several = found if isinstance(found, tuple) else (found,)
         # beside what they depend on, so that torch.autograd.grad finds its way here too
-        anchors = torch.zeros(0, requires_grad=True), *kept.saved_tensors
+        anchors = torch.zeros(0, requires_grad=True), *grads, *kept.saved_tensors
         refusing = _Once.apply(len(several), *several, *anchors)  # type: ignore[no-untyped-call]
         return refusing if isinstance(found, tuple) else refusing[0]
 
