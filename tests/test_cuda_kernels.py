@@ -44,6 +44,7 @@ from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTA
 from gpuxbar.ops.effective_conductance_gradient_cuda import KERNELS as CONDUCTANCE_GRADIENT
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
+from gpuxbar.ops.laws import LAWS
 from gpuxbar.ops.program_cuda import KERNELS as PROGRAM
 from gpuxbar.ops.pulse_update import KERNELS as PULSES
 from gpuxbar.ops.relax import KERNEL as RELAX
@@ -99,7 +100,7 @@ VARIANTS = {
     "wire_currents.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
     "wire_currents_gradient.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
-    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in range(9)), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), *({"LAW": law, "COUNTED": 1, "SLICED": 1} for law in (0, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}, {"LAW": 8, "COUNTED": 1, "SLICED": 1, "DIGITS": 1}],
+    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in sorted(set(LAWS.values()))), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), *({"LAW": law, "COUNTED": 1, "SLICED": 1} for law in (0, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}, {"LAW": 8, "COUNTED": 1, "SLICED": 1, "DIGITS": 1}],
     "fused_tile_mvm_sm90.cu": [
         *({"IMPLICIT": 1, "BLOCK_N": 128, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": 4}
           for terms, noise, converters, gate in [(1, 2, 0, 0), (2, 2, 1, 1)]),

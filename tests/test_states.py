@@ -616,7 +616,30 @@ def test_gradients_of_gradients_are_refused(last):
     y = layer(x.sin())
     (grad,) = torch.autograd.grad((y if last else y.square()).sum(), x, create_graph=True)
     with pytest.raises(ValueError, match="must not be differentiated again, got a second derivative"):
-        grad.square().sum().backward()
+        grad.square().sum().backward(retain_graph=True)
+    with pytest.raises(ValueError, match="must not be differentiated again"):
+        torch.autograd.grad(grad.square().sum(), layer.weight, allow_unused=True)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.RNN, nn.LSTM])
+def test_products_with_a_hessian_are_refused(kind):
+    """By `torch.autograd.grad`, which looks only where it is asked to, and would find zeros."""
+    spec = gx.CrossbarSpec.model_validate({"dac": {"bits": 8}})
+    model, _ = gx.convert(nn.Sequential(kind(6, 5)), spec)
+    x, weights = torch.randn(4, 3, 6), [p for p in model.parameters() if p.dim() > 1]
+    y = model(x)
+    grads = torch.autograd.grad((y if kind is nn.Linear else y[0]).square().sum(), weights, create_graph=True)
+    for weight, grad in zip(weights, grads, strict=True):
+        with pytest.raises(ValueError, match="must not be differentiated again"):
+            torch.autograd.grad(grad.sum(), weight, allow_unused=True, retain_graph=True)
+
+
+def test_products_with_a_hessian_through_a_frozen_layer_are_refused():
+    layer, first = linear(dac={"bits": 8}).requires_grad_(False), nn.Linear(6, 20)
+    y = layer(first(torch.randn(4, 6)))
+    (grad,) = torch.autograd.grad(y.square().sum(), first.weight, create_graph=True)
+    with pytest.raises(ValueError, match="must not be differentiated again"):
+        torch.autograd.grad(grad.sum(), first.weight, allow_unused=True)
 
 
 @pytest.mark.parametrize("algorithm", ["InSituSGD", "MixedPrecision", "TikiTaka"])
@@ -659,7 +682,8 @@ def test_layers_of_one_seed_are_refused(op, act):
     """Made by hand, without names: their devices and noise would be the same."""
     model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 20), linear(**TRAINED))
     with pytest.raises(
-        ValueError, match=rf"{op}: crossbar layers must each have a name, .*, got 'linear' twice; their"
+        ValueError,
+        match=rf"{op}: crossbar layers must each have a name, .*, got 'linear' twice; their .* by specs of other seeds",
     ):
         act(model)
     assert not any(model[k].in_situ or model[k].programmed for k in (0, 2))

@@ -157,21 +157,34 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrap(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        kept = _Unpacked(ctx)
         with torch.no_grad():
-            found = backward(ctx, *grads)
-        anchor = torch.zeros(0, requires_grad=True)
-        refusing = _Once.apply(anchor, *(found if isinstance(found, tuple) else (found,)))  # type: ignore[no-untyped-call]
+            found = backward(kept, *grads)
+        several = found if isinstance(found, tuple) else (found,)
+        # beside what they depend on, so that torch.autograd.grad finds its way here too
+        anchors = torch.zeros(0, requires_grad=True), *grads, *kept.saved_tensors
+        refusing = _Once.apply(len(several), *several, *anchors)  # type: ignore[no-untyped-call]
         return refusing if isinstance(found, tuple) else refusing[0]
 
     return wrap
 
 
+class _Unpacked:
+    """A context whose tensors may be looked at again, which activation checkpoints give once."""
+
+    def __init__(self, ctx: Any):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
 class _Once(torch.autograd.Function):
-    """Gradients as they are."""
+    """Gradients as they are, `count` of the tensors."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Any) -> Any:
-        return grads
+    def forward(ctx: Any, count: int, *tensors: Any) -> Any:
+        return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

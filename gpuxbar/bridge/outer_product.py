@@ -85,6 +85,7 @@ class _Shared(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.samples = Samples()
+        ctx.save_for_backward(weight)  # for `once`
         return weight.view_as(weight)
 
     @staticmethod

@@ -697,7 +697,8 @@ def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:
         if layer.spec.draws and seen.setdefault(layer.plan.seed, layer) is not layer:
             raise ValueError(
                 f"{op}: crossbar layers must each have a name, or a seed in their spec, of their own, got {layer.name!r} twice; "
-                "their devices and noise would be alike: pass name=... to each, as gpuxbar.convert does, or copy before it"
+                "their devices and noise would be alike: convert models as parts of one or by specs of other seeds, copy a model before that, "
+                "and pass name=... to layers made otherwise"
             )
 
 
