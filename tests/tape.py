@@ -163,7 +163,12 @@ def _again(function, args, kwargs, out):
 
 def bridge_to(monkeypatch, device, array, tensor):
     """Every operator runs on a device, with these in place of `bridge.arrays`' ways from tensors to arrays and back."""
-    replacements = {"on_device": lambda *_: nullcontext(device), "array": array, "tensor": tensor}
+    replacements = {
+        "on_device": lambda *_: nullcontext(device),
+        "on_cpu": lambda _: False,
+        "array": array,
+        "tensor": tensor,
+    }
     for module in MODULES:
         for name, replacement in replacements.items():
             found = sys.modules[f"gpuxbar.bridge.{module}"]
@@ -185,7 +190,7 @@ def gpu_path(monkeypatch, **settings):
             return torch.from_numpy(a.values)
 
     bridge_to(monkeypatch, device, array, tensor)
-    for module in ("analog_mvm", "outer_product", "dac_clip", "reprogram"):
+    for module in ("outer_product", "dac_clip"):
         monkeypatch.setattr(sys.modules[f"gpuxbar.bridge.{module}"], "on_cpu", lambda _: False)
     scales = sys.modules["gpuxbar.bridge.analog_mvm"]._slice_scale
     scales.cache_clear()  # arrays of the one kind are not for the other

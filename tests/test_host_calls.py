@@ -59,6 +59,13 @@ SPECS = {
     },
     "written": {**TILES, "programming": {"write_noise": 1e-7, "stuck_at_g_min": 0.02}},
     "in situ": {**TILES, "update": SOFT},
+    "pulsed": {**TILES, "update": SOFT, "pulses": {}},
+    "counted": {
+        **TILES,
+        "update": {"law": "constant_step"},
+        "pulses": {"mode": "aggregated"},
+        "endurance": {"pulses": 1e4},
+    },
     "held": {**TILES, "update": {**SOFT, "write_noise": 1e-8}, "endurance": {"pulses": 1e4, "spread": 0.1}},
 }
 
@@ -127,6 +134,52 @@ def test_the_reference_is_asked_where_it_is_wanted(monkeypatch):
     y, to_x = step_of(module, x, torch.ones(3, 7))
     assert y.abs().max() > 0
     assert to_x.abs().max() > 0
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_are_the_same_whichever_are_wanted(wanted):
+    module, x, grad = layer(), torch.randn(5, 6), torch.randn(5, 7)
+    module.adc_range *= 0.05  # so that some conversions clip, and gates count
+
+    def found(*asked):
+        module.read_step.zero_()
+        tensors = x.clone(), module.weight, module.bias
+        for tensor, one in zip(tensors, asked, strict=True):
+            tensor.requires_grad_(one)
+        some = [tensor for tensor, one in zip(tensors, asked, strict=True) if one]
+        return torch.autograd.grad(module(tensors[0]), some, grad)
+
+    (alone,) = found(*wanted)
+    assert alone.abs().max() > 0
+    assert torch.equal(alone, found(True, True, True)[wanted.index(True)])
+
+
+def test_the_gradient_of_a_bias_keeps_its_digits_over_many_samples():
+    module = layer()
+    grad = torch.rand(100_003, 7)
+    (found,) = torch.autograd.grad(module(torch.randn(len(grad), 6)), module.bias, grad)
+    torch.testing.assert_close(found.double(), grad.double().sum(0), rtol=3e-7, atol=0)
+
+
+def test_gradients_that_are_not_finite_are_left_to_be_found():
+    module, x, grad = layer(), torch.randn(5, 6, requires_grad=True), torch.ones(5, 7)
+    grad[2, 3] = torch.inf
+    to_x, to_weight, to_bias = torch.autograd.grad(module(x), (x, module.weight, module.bias), grad)
+    assert to_x.isnan().all()
+    assert to_weight.isfinite().all(1).tolist() == [True] * 3 + [False] + [True] * 3
+    assert to_bias.isinf().tolist() == [False] * 3 + [True] + [False] * 3
+
+
+@pytest.mark.parametrize("bad", ["weight", "x"])
+def test_a_read_that_is_refused_leaves_no_trace(bad):
+    module, x = layer(), torch.randn(3, 6)
+    module(x)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.no_grad():
+        (module.weight if bad == "weight" else x)[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=f"`{bad}` must be finite, got 1 NaN"):
+        module(x)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
 
 
 @pytest.mark.parametrize(("wanted", "backend"), [("reference", "reference"), ("", "host")])
@@ -232,6 +285,18 @@ def test_a_range_of_no_weight_is_refused_before_any_device_moves():
     module.w_max[2] = float("nan")
     with pytest.raises(ValueError, match="`w_max` must be finite and above 0, got nan to nan"):
         module.update_cells(torch.full((7, 6), 0.1))
+    assert torch.equal(module.g_cells, before)
+
+
+def test_a_range_of_no_weight_is_refused_before_any_pulse():
+    module = layer(update={"law": "soft_bounds"}, pulses={})
+    module.begin_in_situ()
+    before = module.g_cells.clone()
+    module.w_max[2:4] = 0.0
+    with pytest.raises(
+        ValueError, match="`w_max` must be finite and above 0, got 2 other values; use the largest"
+    ):
+        module.change_in_array(torch.ones(2, 6), torch.ones(2, 7), 0.1)
     assert torch.equal(module.g_cells, before)
 
 

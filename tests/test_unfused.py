@@ -180,9 +180,9 @@ def test_steps_share_one_gradient_of_a_weight(more, monkeypatch):
 
 
 def counted(function, counts, name):
-    def call(*args):
+    def call(*args, **named):
         counts[name] += 1
-        return function(*args)
+        return function(*args, **named)
 
     return call
 

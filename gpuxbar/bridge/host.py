@@ -203,8 +203,10 @@ def _pulses(
 ) -> tuple[bytes, int]:  # fmt: skip
     """What shapes and settings say of pulses, and how many planes a map of the devices has."""
     pairs, maps = _like_pairs(spec, seed, g, given)
-    train, lines = spec_of(spec).pulses, [np.empty(of, np.float32) for of in (x, d)]
-    size = check_pulses(pairs, *lines, train, np.ones(d[1], np.float32), groups, conv)
+    train = spec_of(spec).pulses
+    assert train is not None
+    inputs, errors = np.empty(x, np.float32), np.empty(d, np.float32)
+    size = check_pulses(pairs, inputs, errors, train, np.ones(d[1], np.float32), groups, conv)
     return bytes(Pulses.of(pairs, train, conv, size)), maps
 
 

@@ -121,6 +121,10 @@ def gradient(
         return *(found if isinstance(found, tuple) else (found,)), None
 
     def below(*args: Any) -> Any:
+        if _alone(
+            args
+        ):  # as in a compiled graph: to dispatch once more takes longer than small layers compute
+            return op.plain(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

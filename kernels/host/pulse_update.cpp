@@ -912,8 +912,8 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
                bitlines = bits ? counted(errors, u.outputs, !many_inputs)
                                : trains(errors, u.outputs, rare ? Held::OVER_LINES : Held::WHOLE, WIDE_ROW);
   const WideKeys keys(u.seed);
-  const Arrays a{g, pulse_count, map, x, d, scale.data(), unit.data(), sign, w, w_max, wordlines, bitlines,
-                 length.data(), slots.data(), keys};
+  const Arrays a{g,        pulse_count,   map,          x,   d, scale.data(), unit.data(), sign, w, w_max, wordlines,
+                 bitlines, length.data(), slots.data(), keys};
 #pragma omp parallel
   {
     Trainer trainer(u, a);
