@@ -44,9 +44,20 @@ MODES = {
     "variance": {"adc_bits": 8, "read_noise": 1e-6, "noise_var": True},
     "errors": {"adc_bits": 8, "errors": True},
     "bent": {"adc_bits": 6, "adc_signed": False, "errors": True, "inl": True, "read_noise": 1e-6},
+    "drivers": {"adc_bits": 8, "drivers": (True, None)},
+    "sinh": {"adc_bits": 8, "drivers": (False, 0.08), "noise_var": True},
+    "driven-streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4, "phases": 2, "drivers": (True, 0.1), "read_noise": 1e-6},
     "streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4},
     "two-phase": {"adc_bits": 8, "stream_bits": 7, "streams": 1, "phases": 2, "read_noise": 1e-6},
 }
+
+
+def drivers(flawed, v_sinh, lines, bits=7):
+    """Settings of drivers with errors, and of devices that are not ohmic; the largest digit has so many bits."""
+    rng = np.random.default_rng(4)
+    error = rng.normal([[1], [0], [-1]], [[0.05], [0.01], [bits]], (3, lines)).astype(np.float32)
+    given = ops.Drivers(v_read=0.2, error=error if flawed else None, v_sinh=v_sinh)
+    return {"drivers": given, "v_lsb": 0.2 / (2**bits - 1)}
 
 
 def settings(mode, shape, g, groups, transposed):
@@ -63,6 +74,8 @@ def settings(mode, shape, g, groups, transposed):
         s["adc_offset"] = rng.normal(0, 1e-6, size).astype(np.float32)
     if s.pop("inl", None):
         s["adc_inl"] = rng.normal(-0.7, 2, size).astype(np.float32)
+    if "drivers" in s:
+        s |= drivers(*s["drivers"], groups * drive, s.get("stream_bits", 7))
     if s.get("noise_var"):
         s["noise_var"] = np.abs(g) * np.float32(1e-6)
     if "adc_bits" in s:
