@@ -157,7 +157,7 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
-@pytest.mark.parametrize("mode", ["one-plane", "gate", "streams", "state-noise"])
+@pytest.mark.parametrize("mode", ["one-plane", "gate", "streams", "state-noise", "drivers"])
 @pytest.mark.parametrize(
     ("groups", "channels", "outputs", "image", "geometry"),
     [
@@ -185,8 +185,10 @@ def test_groups_read_together_match_oracle(
     }  # fmt: skip
     if mode == "streams":
         s |= {"stream_bits": 4, "streams": 2, "phases": 2}
-    if mode == "state-noise":
+    if mode in ("state-noise", "drivers"):
         s["noise_var"] = np.abs(g) * np.float32(1e-6)
+    if mode == "drivers":
+        s |= drivers(True, 0.1, groups * (outputs if transposed else conv.inputs))
     expected = reference.tile_mvm(codes, g, tile=50, **s)
     y = same_on_threads(lambda: ops.tile_mvm(codes, g, tile_rows=50, tile_cols=50, **s))
     y, expected = (y[0], expected[0]) if s["want_gate"] else (y, expected)
@@ -195,7 +197,7 @@ def test_groups_read_together_match_oracle(
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
-@pytest.mark.parametrize("mode", ["plain", "streams", "bias", "state-noise"])
+@pytest.mark.parametrize("mode", ["plain", "streams", "bias", "state-noise", "drivers", "sinh"])
 def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
     conv = ConvGeometry(3, 4, 32, (3, 5), (1, 1), (1, 4), (1, 2), line_order)
     rng = np.random.default_rng(5)
@@ -214,6 +216,8 @@ def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
         }
     elif mode == "state-noise":
         s["noise_var"] = rng.uniform(0, 1e-13, g.shape).astype(np.float32)
+    elif mode in ("drivers", "sinh"):
+        s |= drivers(mode == "drivers", 0.1, 9 if transposed else conv.inputs)
     y = ops.tile_mvm(codes, g, tile_rows=20, tile_cols=20, **s)
     assert_convolution_matches(y, reference.tile_mvm(codes, g, tile=20, **s))
 

@@ -67,6 +67,8 @@ def analog_mvm(
     back_adc_range: Tensor,
     adc_error: Tensor | None,
     back_adc_error: Tensor | None,
+    dac_error: Tensor | None,
+    back_dac_error: Tensor | None,
     step: Tensor,
     packed: Tensor | None,
     back_packed: Tensor | None,
@@ -91,6 +93,7 @@ def analog_mvm(
         adc_range, back_adc_range: Current of the ADC's largest code forwards and backwards, A, float32 [1] or one per sensed line.
         adc_error, back_adc_error: Gain, offset in A and, where there is any, integral non-linearity in steps of every converter,
             float32 [2 or 3, S, tiles, sensed], or None.
+        dac_error, back_dac_error: Gain, offset in V and non-linearity in steps of every driven line's DAC, float32 [3, lines], or None.
         step: Read counter, int64 [1]; same value, same noise.
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
             `ops.PackedConductance`, whose states are `packed_state`, int64 [2, 2], and whose number is `version`, int64 [1].
@@ -103,7 +106,7 @@ def analog_mvm(
         require_first_pass(way.name)
     with on_device(x, way.name) as device:
         y, gate, codes, lsb = _read(
-            x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, step, plan, device,
+            x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, dac_error, step, plan, device,
             f"{way.name}: `x`", conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
             want_gate=want_gate and read.adc_bits > 0, packed=_packed(packed, packed_state, version, 0, device),
         )  # fmt: skip
@@ -119,7 +122,7 @@ def analog_mvm(
     return y, codes, x.new_empty(0) if gate is None else gate, lsb
 
 
-def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan, *packing):
+def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, *packing):
     shape = tuple(image) or (grad_y.shape[0], plan_of(plan).groups * plan_of(plan).inputs)
     return grad_y.new_empty(shape, dtype=torch.float32)
 
@@ -133,12 +136,13 @@ def analog_mvm_transposed(
     w_max: Tensor,
     adc_range: Tensor,
     adc_error: Tensor | None,
+    dac_error: Tensor | None,
     step: Tensor,
     image: list[int],
     plan: str,
 ) -> Tensor:
     """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
-    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan)
+    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan)
 
 
 # apart from the one above: torch's inductor fails on an operator of one result that changes optional arguments, all None
@@ -151,6 +155,7 @@ def analog_mvm_transposed_packed(
     w_max: Tensor,
     adc_range: Tensor,
     adc_error: Tensor | None,
+    dac_error: Tensor | None,
     step: Tensor,
     image: list[int],
     plan: str,
@@ -160,12 +165,12 @@ def analog_mvm_transposed_packed(
 ) -> Tensor:
     """`analog_mvm_transposed` that keeps packed conductances in `packed`."""
     packing = packed, packed_state, version
-    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan, packing)
+    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, packing)
 
 
 def _transposed(
     grad_y: Tensor, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, adc_range: Tensor,
-    adc_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
+    adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     way = plan_of(plan)
     read, plain = way.backward, way.reference == (0, 0)
@@ -182,7 +187,7 @@ def _transposed(
                 values, conv = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]), None
         try:
             grad_x, *_ = _read(
-                values, lsb, g, noise_var, scale, None, adc_range, adc_error, step, plan, device,
+                values, lsb, g, noise_var, scale, None, adc_range, adc_error, dac_error, step, plan, device,
                 f"{way.name}: the gradient of the output", transposed=True, conv=conv,
                 packed=None if packing is None else _packed(*packing, 1, device),
             )  # fmt: skip
@@ -266,7 +271,7 @@ def _drive(
 
 def _read(
     x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
-    adc_range: Tensor, adc_error: Tensor | None, step: Tensor, plan: str, device: Device | None, what: str, *,
+    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, plan: str, device: Device | None, what: str, *,
     conv: ConvGeometry | None, packed: ops.PackedConductance | None, transposed: bool = False, keep: bool = False,
     want_gate: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -280,7 +285,7 @@ def _read(
         if dac_lsb is None and not read.code_max:
             dac_lsb = abs_max(x, read.per_sample)
         return host.layer_read(
-            plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, step, what, transposed=transposed, conv=conv,
+            plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, step, what, transposed=transposed, conv=conv,
             keep=keep, want_gate=want_gate,
         )  # fmt: skip
     scale = None if w_max is None else w_max * way.unit
@@ -292,6 +297,9 @@ def _read(
         more |= {"adc_bits": read.adc_bits, "adc_lsb": adc_lsb, "adc_signed": read.adc_signed}
         if adc_error is not None:
             more |= {name: array(of) for name, of in zip(host.ADC_ERRORS, adc_error, strict=False)}
+    if not read.straight:
+        error = None if dac_error is None else array(dac_error)
+        more["drivers"] = ops.Drivers(read.v_max, error, read.v_sinh)
     vectors = {"noise_var": noise_var, "col_scale": None if transposed else scale, "bias": bias}
     more |= {name: array(vector) for name, vector in vectors.items() if vector is not None}
     found = ops.tile_mvm(
@@ -350,13 +358,13 @@ def less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, step, *packing, plan, _,
+        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, _, dac_error, step, *packing, plan, _,
     ) = inputs  # fmt: skip
     g = g if back_g is None else back_g
     _, v, gate, fitted = output
     # A change of the weight, which alone changes g and w_max, is caught here.
     lsb = fitted if dac_lsb is None else dac_lsb
-    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, step)
+    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, dac_error, step)
     ctx.packing = packing[1:]  # not saved: reads change it in place, and look at what it is
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
     ctx.set_materialize_grads(False)
@@ -365,7 +373,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return None, None, None
-    v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, step = ctx.saved_tensors
+    v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, dac_error, step = ctx.saved_tensors
     way = plan_of(ctx.plan)
     grad_y = grad_y.float()
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
@@ -376,7 +384,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         of_product = None  # else the weight's gradient alone needs it, whose product does it on the way
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
-        read = gated, weight, g, noise_var, w_max, adc_range, adc_error, step, ctx.image, ctx.plan
+        read = gated, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, ctx.image, ctx.plan
         packed = ctx.packing[0] is not None
         grad_x = (
             call(analog_mvm_transposed_packed, *read, *ctx.packing)

@@ -169,7 +169,7 @@ def _update(
 
 def layer_read(
     plan: str, x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
-    adc_range: Tensor, adc_error: Tensor | None, step: Tensor, what: str, *, transposed: bool, conv: ConvGeometry | None,
+    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, what: str, *, transposed: bool, conv: ConvGeometry | None,
     keep: bool, want_gate: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """A read of digital values by a `mapping.ReadPlan`, through the DAC: see `ops.dac_quantize` and `ops.tile_mvm`.
@@ -206,6 +206,9 @@ def layer_read(
         first = address("adc_error", adc_error, len(kinds) * kept.converters)
         for n, kind in enumerate(kinds):
             setattr(read, kind, first + n * kept.converters * adc_error.element_size())
+    if dac_error is not None:
+        dac_error = dac_error.contiguous()
+        read.dac_error = address("dac_error", dac_error, 3 * kept.lines)
     if dac_lsb is not None:
         dac_lsb = dac_lsb.contiguous()
         read.dac_lsb = address("dac_lsb", dac_lsb, kept.steps)
@@ -236,6 +239,7 @@ class Kept(NamedTuple):
     cells: int
     weights: int
     outputs: int
+    lines: int
     converters: int
     ranges: int
 
@@ -266,12 +270,12 @@ def _layer_read(
         "seed": way.seed & 0xFFFFFFFFFFFFFFFF, "row_offset": way.rank * found.batch, "rows_per_scale": found.batch // max(1, lsbs),
         "adc_per_column": ranges > 1, "conv": None if patches is None else addressof(patches), "unit": way.unit, "rows": x[0],
         "channels": x[1], "each": prod(x[2:]), "lsb_count": lsbs, "fits": steps is None, "dac_code_max": read.code_max,
-        "dac_signed": read.signed,
+        "dac_signed": read.signed, "v_read": read.v_max, "v_sinh": read.v_sinh or 0.0,
     }.items():  # fmt: skip
         setattr(struct, name, value)
     converters = prod(found.shapes["adc_gain"])
     return Kept(
-        bytes(struct), patches, found.y_shape, prod(x), lsbs, prod(g), way.groups * g[2], found.outputs, converters, ranges
+        bytes(struct), patches, found.y_shape, prod(x), lsbs, prod(g), way.groups * g[2], found.outputs, found.shapes["drivers.error"][1], converters, ranges
     )  # fmt: skip
 
 

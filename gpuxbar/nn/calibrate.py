@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpuxbar.mapping import worst_current
 from gpuxbar.nn.layers import AnalogLayer, require_apart, require_whole
 from gpuxbar.nn.watch import Lines, require_batches, tile_sums, watch, without_adcs
 
@@ -76,11 +75,10 @@ def calibrate(
     for (layer, backward), currents in seen.items():
         converter = layer.converters()[backward]
         if converter.calibrated:
-            adc, lines = converter.adc, layer.outputs if backward else layer.inputs
+            adc = converter.adc
             full = _range(torch.cat(currents), adc.percentile, adc.per == "column")
-            worst = worst_current(converter.read, layer.spec, lines)
             telling = (full > 0) & layer.holds_weights()
-            converter.full.copy_(torch.where(telling, full, worst))
+            converter.full.copy_(torch.where(telling, full, converter.worst))
         layer.look_at_ranges()
 
 

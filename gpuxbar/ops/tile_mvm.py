@@ -29,6 +29,7 @@ from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
 from gpuxbar.ops.tile_mvm_cuda import amperes_of_one, generator_of, tile_mvm_cuda
 from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry, Drivers
+from gpuxbar.spec.model import STEEPEST
 
 __all__ = ["TileMvm", "TileRead", "tile_mvm", "tile_read"]
 
@@ -36,7 +37,6 @@ OP = "tile_mvm"
 INT16 = np.dtype("int16")
 ONE = np.ones(1, np.float32)
 BFLOAT_CODES = 256  # up to which bf16 holds all integers
-STEEPEST = 20  # v_read over v_sinh
 
 
 def tile_mvm(

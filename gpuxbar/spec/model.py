@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 ERRORS = "gain_std", "offset_std", "inl", "inl_std"  # of converters
+STEEPEST = 20  # v_read over v_sinh
 HELD = 1 + 1e-6  # of a range, by which rounding may leave currents beyond it
 
 
@@ -42,11 +43,20 @@ class Tile(Part):
 
 
 class Device(Part):
-    """A cell's conductance window, S, and its number of programmable levels (`None`: continuous)."""
+    """A cell's conductance window, S, and its number of programmable levels (`None`: continuous).
+
+    `v_sinh`: of devices that are not ohmic, V (`None`: ohmic): at v volts they carry g v_read sinh(v / v_sinh) /
+    sinh(v_read / v_sinh), with g their conductance at `dac.v_read`. Values between 0 and the largest so weigh less than they
+    should, unless they are driven by streams of 1 bit. The curve is that of all devices. Gradients of weights and pulses
+    follow the digital values, and know nothing of it.
+
+    Source of the curve: Guan, Yu, Wong, IEEE Electron Device Letters 33 (2012).
+    """
 
     g_min: float = Field(1e-6, ge=0)
     g_max: float = Field(10e-6, gt=0)
     levels: int | None = Field(None, ge=2, le=65536)
+    v_sinh: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Device:
@@ -120,6 +130,12 @@ class DAC(Part):
     which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020). That gradient sees how
     inputs are rounded and clipped, not ADCs and noise; calibrate ADC ranges anew when it has moved.
     `v_read`: voltage of the largest digit, V.
+    `gain_std`, `offset_std`, `inl`, `inl_std`: errors as an ADC has them, of what a digit is driven as: relative spread of the gain,
+    spread of the offset, V, and mean and spread of the integral non-linearity, in steps of the largest digit's. Every line of a
+    layer has one DAC, drawn once, which drives it in all column tiles, planes and passes (`parasitics.shared_drivers` is of the
+    resistance behind it). What drives nothing is driven with the offset: zeros, padding of images, every stream's digits of
+    0; two phases on ohmic devices subtract it again. Gradients are straight-through inside the range, and
+    those of weights, and pulses, follow the codes.
     """
 
     bits: int | None = Field(None, ge=1, le=8)
@@ -130,6 +146,10 @@ class DAC(Part):
     max: float | None = Field(None, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     v_read: float = Field(0.2, gt=0)
+    gain_std: float = Field(0.0, ge=0)
+    offset_std: float = Field(0.0, ge=0)
+    inl: float = 0.0
+    inl_std: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> DAC:
@@ -158,7 +178,27 @@ class DAC(Part):
                 "DAC: `bits` must be set with range='learned', got None; without rounding, the wider a range the better: set it, "
                 "or range='tensor'"
             )
+        if self.bits is None and self.flawed:
+            raise ValueError(
+                f"DAC: `bits` must be set with converter errors, got None with {_errors(self)}; set the resolution"
+            )
+        most = self.digit_max / 6
+        if abs(self.inl) > most:
+            raise ValueError(
+                f"DAC: `inl` must be within +-{most:g} steps, a sixth of the largest digit, got {self.inl:g}; a curve that bends more "
+                "turns back"
+            )
         return self
+
+    @property
+    def flawed(self) -> bool:
+        """Whether DACs have errors of their own."""
+        return any(getattr(self, name) for name in ERRORS)
+
+    @property
+    def digit_max(self) -> int:
+        """Largest digit, driven with `v_read`; 1 when nothing is quantised."""
+        return 2**self.stream_bits - 1 if self.stream_bits else max(self.code_max, 1)
 
     @property
     def code_max(self) -> int:
@@ -184,9 +224,9 @@ class ADC(Part):
 
     `bits`: resolution (`None`: no conversion). `range`: the current of the largest code: "calibrated" (the
     `percentile` of partial sums seen by `gpuxbar.calibrate`), "fixed" (`i_max`, A), "worst_case" (every cell
-    of a line at `g_max`, every input at `v_read`). `gpuxbar.conversion_errors` tells what clips, and whether clipping or
+    of a line at `g_max`, every input at `v_read`, or at the most that its DAC's errors make of any digit). `gpuxbar.conversion_errors` tells what clips, and whether clipping or
     rounding costs more. Codes are signed, unless currents have one sign: of voltages of one sign (of
-    unsigned or two-phase DACs) on devices that are not subtracted before. `per`: one range per "layer" or per output "column".
+    unsigned or two-phase DACs without offsets) on devices that are not subtracted before. `per`: one range per "layer" or per output "column".
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; `inl`, `inl_std`: mean and
     spread of their integral non-linearity, in steps: by how much the curve of a converter is off at most, at 58 % of the range
     (outwards above 0; below 0 of signed codes it is as far off the other way, and right at 0 and at both ends). Errors are drawn once
@@ -211,9 +251,8 @@ class ADC(Part):
                 f"i_max={self.i_max}; set both or neither"
             )
         if self.bits is None and self.flawed:
-            errors = ", ".join(f"{name}={getattr(self, name):g}" for name in ERRORS)
             raise ValueError(
-                f"ADC: `bits` must be set with converter errors, got None with {errors}; set the resolution"
+                f"ADC: `bits` must be set with converter errors, got None with {_errors(self)}; set the resolution"
             )
         most = 2 ** ((self.bits or 1) - 1) / 6
         if abs(self.inl) > most:
@@ -441,12 +480,14 @@ class CrossbarSpec(Part):
         directions = [(self.dac, self.adc)]
         if self.backward.mode == "analog":
             directions.append((self.backward_dac, self.backward_adc))
-        digits = [2**dac.stream_bits - 1 if dac.stream_bits else dac.code_max for dac, _ in directions]
+        digits = [dac.digit_max for dac, _ in directions]
         obstacles = {
             self.off_levels: self.off_levels is not None,
             f"devices have {levels} levels ({most} fit 8 bits)": levels > most,
             "the noise of a read depends on the cell (read_noise.sigma_g)": self.read_noise.sigma_g > 0,
             "converters are non-linear (adc.inl)": any(adc.inl or adc.inl_std for _, adc in directions),
+            "DACs have errors (dac.gain_std, offset_std, inl)": any(dac.flawed for dac, _ in directions),
+            "devices are not ohmic (device.v_sinh)": self.device.v_sinh is not None,
             "an ADC or DAC is missing": any(dac.bits is None or adc.bits is None for dac, adc in directions),
             f"digits up to {max(digits)} are driven (127 fit 8 bits)": max(digits) > 127,
         }
@@ -459,11 +500,13 @@ class CrossbarSpec(Part):
 
     @model_validator(mode="after")
     def _measured(self) -> CrossbarSpec:
-        """Noise in S and A, not in shares of a window or a range: it is no larger than what it is around."""
+        """Noise in S, A and V, not in shares of a window or a range: it is no larger than what it is around."""
         g_max = self.device.g_max
         bitline = self.tile.rows * g_max * self.dac.v_read
         for key, noise, most, unit, what in (
             ("read_noise.sigma", self.read_noise.sigma, bitline, "A", "what all cells of a bitline carry"),
+            ("dac.offset_std", self.dac.offset_std, self.dac.v_read, "V", "the dac.v_read"),
+            ("backward.dac.offset_std", self.backward_dac.offset_std, self.backward_dac.v_read, "V", "the v_read there"),
             ("read_noise.sigma_g", self.read_noise.sigma_g, g_max, "S", "the device.g_max"),
             ("programming.write_noise", self.programming.write_noise, g_max, "S", "the device.g_max"),
             ("update.write_noise", self.update.write_noise if self.update else 0.0, g_max, "S", "the device.g_max"),
@@ -481,6 +524,24 @@ class CrossbarSpec(Part):
             raise ValueError(
                 "CrossbarSpec: `mapping.scheme` must be differential or subtracted with parasitics, got 'offset'; the wires "
                 "of its reference lines are not modelled: choose one of these"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _conducting(self) -> CrossbarSpec:
+        v_sinh = self.device.v_sinh
+        if v_sinh is None:
+            return self
+        least = max(self.dac.v_read, self.backward_dac.v_read) / STEEPEST
+        if v_sinh < least:
+            raise ValueError(
+                f"CrossbarSpec: `device.v_sinh` must be at least v_read / {STEEPEST} = {least:g} V, got {v_sinh:g} V; such devices are "
+                "switches: None is ohmic"
+            )
+        if self.parasitics.active:
+            raise ValueError(
+                f"CrossbarSpec: `device.v_sinh` must be None with parasitics, got {v_sinh:g} V; wires are solved as a network of linear "
+                "resistors: leave it out, or all r_* of the wires"
             )
         return self
 
@@ -672,7 +733,8 @@ class CrossbarSpec(Part):
                 noise.sigma, noise.sigma_g, programming.write_noise, programming.write_noise_slope,
                 programming.write_noise_curve, programming.device_spread, programming.stuck_at_g_min,
                 programming.stuck_at_g_max, drift.nu_std, drift.nu_std_slope, drift.nu_std_min, drift.flicker,
-                *(error for adc in (self.adc, self.backward_adc) for error in (adc.gain_std, adc.offset_std, adc.inl_std)),
+                *(error for part in (self.dac, self.backward_dac, self.adc, self.backward_adc)
+                  for error in (part.gain_std, part.offset_std, part.inl_std)),
             )
         )  # fmt: skip
 
@@ -701,6 +763,10 @@ class CrossbarSpec(Part):
     @property
     def backward_adc(self) -> ADC:
         return self.backward.adc or self.adc
+
+
+def _errors(converter: DAC | ADC) -> str:
+    return ", ".join(f"{name}={getattr(converter, name):g}" for name in ERRORS)
 
 
 def _gives(overrides: Any, key: tuple[str, ...]) -> bool:
