@@ -406,9 +406,13 @@ def test_digits_alone_fit_kernels_that_cut_them_out_of_codes():
     device = ShimDevice()
     ops.tile_mvm(codes, g, device=device, **s)
     assert "adc_accumulate" in device.launches
-    with pytest.raises(ValueError, match="got 'fused' where no codes drive the lines: DACs have errors, or devices"):
+    with pytest.raises(
+        ValueError, match="got 'fused' where no codes drive the lines: DACs have errors, or devices"
+    ):
         ops.tile_mvm(codes, g, device=device, strategy="fused", **s)
-    with pytest.raises(ValueError, match="`precision` must be another with drivers, got 'int8', which multiplies"):
+    with pytest.raises(
+        ValueError, match="`precision` must be another with drivers, got 'int8', which multiplies"
+    ):
         ops.tile_mvm(codes, g, device=device, **{**s, "precision": "int8", "g_step": 1e-7})
 
 

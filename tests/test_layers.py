@@ -643,7 +643,19 @@ def test_opcheck(kind, scheme, monkeypatch):
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
-    back = grad_y, weight, g, noise_var, w_max, layer.back_adc_range, layer.back_adc_error, layer.back_dac_error, step, image, plan
+    back = (
+        grad_y,
+        weight,
+        g,
+        noise_var,
+        w_max,
+        layer.back_adc_range,
+        layer.back_adc_error,
+        layer.back_dac_error,
+        step,
+        image,
+        plan,
+    )
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
     packing = torch.zeros(8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64), version
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed_packed.default, (*back, *packing))

@@ -46,7 +46,14 @@ MODES = {
     "bent": {"adc_bits": 6, "adc_signed": False, "errors": True, "inl": True, "read_noise": 1e-6},
     "drivers": {"adc_bits": 8, "drivers": (True, None)},
     "sinh": {"adc_bits": 8, "drivers": (False, 0.08), "noise_var": True},
-    "driven-streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4, "phases": 2, "drivers": (True, 0.1), "read_noise": 1e-6},
+    "driven-streams": {
+        "adc_bits": 8,
+        "stream_bits": 2,
+        "streams": 4,
+        "phases": 2,
+        "drivers": (True, 0.1),
+        "read_noise": 1e-6,
+    },
     "streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4},
     "two-phase": {"adc_bits": 8, "stream_bits": 7, "streams": 1, "phases": 2, "read_noise": 1e-6},
 }

@@ -122,7 +122,9 @@ def analog_mvm(
     return y, codes, x.new_empty(0) if gate is None else gate, lsb
 
 
-def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, *packing):
+def _transposed_shape(
+    grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, *packing
+):
     shape = tuple(image) or (grad_y.shape[0], plan_of(plan).groups * plan_of(plan).inputs)
     return grad_y.new_empty(shape, dtype=torch.float32)
 
@@ -142,7 +144,9 @@ def analog_mvm_transposed(
     plan: str,
 ) -> Tensor:
     """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
-    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan)
+    return _transposed(
+        grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan
+    )
 
 
 # apart from the one above: torch's inductor fails on an operator of one result that changes optional arguments, all None
@@ -165,7 +169,9 @@ def analog_mvm_transposed_packed(
 ) -> Tensor:
     """`analog_mvm_transposed` that keeps packed conductances in `packed`."""
     packing = packed, packed_state, version
-    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, packing)
+    return _transposed(
+        grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, packing
+    )
 
 
 def _transposed(

@@ -51,8 +51,18 @@ CELLS = "cells", "noise_var", "full_pair", "written"  # buffers of what was prog
 CONVERTERS = "adc_range", "back_adc_range", "adc_error", "back_adc_error", "dac_error", "back_dac_error"
 TEST_INPUTS = 32  # of a test read
 BOUNDED = "fixed", "ema", "learned"  # DAC ranges that values may exceed
-DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC (and its errors),
-CARRYING: Any = {"tile": True, "device": {"g_min", "g_max", "levels"}, "mapping": True, "carry": {"headroom_bits"}}  # and of a spec
+DRIVEN = {
+    "signed",
+    "stream_bits",
+    "polarity",
+    "v_read",
+}  # what currents follow from, of a DAC (and its errors),
+CARRYING: Any = {
+    "tile": True,
+    "device": {"g_min", "g_max", "levels"},
+    "mapping": True,
+    "carry": {"headroom_bits"},
+}  # and of a spec
 
 
 class Converter(NamedTuple):
@@ -126,7 +136,9 @@ class AnalogLayer(InSitu):
             _, _, read, lines, _ = directions[len(self.worst)]
             error = self._dac_errors(key, dac, lines) if read.dac_flawed else None
             self.worst += (self._worst_current(read, lines, error),)
-            self.register_buffer(f"{key}_error", None if error is None else error.to(device), persistent=False)
+            self.register_buffer(
+                f"{key}_error", None if error is None else error.to(device), persistent=False
+            )
         for (key, adc, read, lines, size), worst in zip(directions, self.worst, strict=True):
             full = full_current(adc, worst) if read.adc_bits else 0.0
             count = size if adc.per == "column" else 1
@@ -681,7 +693,9 @@ def _carrying(spec: CrossbarSpec) -> int:
     if spec.device.v_sinh is not None:
         bending.append(f"{spec.device.v_sinh}")
     return settings_checksum(
-        spec.model_dump_json(include=CARRYING), *(dac.model_dump_json(include=DRIVEN) for dac in dacs), *bending
+        spec.model_dump_json(include=CARRYING),
+        *(dac.model_dump_json(include=DRIVEN) for dac in dacs),
+        *bending,
     )
 
 
