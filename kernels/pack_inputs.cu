@@ -83,9 +83,9 @@ extern "C" __global__ void __launch_bounds__(256)
                 int* __restrict__ code_sums,    // [P, M, G, T], zeros, or null: digits summed over a tile (INT8)
                 const float* __restrict__ lsb,  // [1], or a value for each row or image: of one code, above 0 (DAC)
                 i16* __restrict__ codes,        // like v, or null: what the DAC makes of it (DAC)
-                const float* __restrict__ dac_error,  // [3, G * drive]  gain, offset in V, non-linearity in steps (DRIVERS 1, 3)
+                const float* __restrict__ dac_error,  // [3, G * drive]  gain, offset in V, curve in steps (DRIVERS)
                 float per_volt, float digit_max,      // digits of 1 V, and the largest (DRIVERS)
-                float bend, float scale,              // of `Conduction` (DRIVERS 2, 3)
+                float bend, float scale,              // of `Conduction` (DRIVERS)
                 float code_min, float code_max, i64 lsb_count,
                 i64 row0,  // first row of this call
                 int rows, int groups, int drive, int tiles, int tile, int k, int stream_bits, int streams, int phases,
@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(256)
   DacError error{1.0f, 0.0f, 0.0f};
 #if DRIVERS != 2
   if (own >= 0) {
-    const int at = own_group * drive + own, all = groups * drive;
+    const i64 at = (i64)own_group * drive + own, all = (i64)groups * drive;
     error = DacError{dac_error[at], dac_error[all + at] * per_volt, dac_error[2 * all + at]};
   }
 #endif

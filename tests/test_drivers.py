@@ -152,8 +152,8 @@ def driven_volts(layer, digits, backward):
     """What devices see of digits [n, lines], V: by the settings alone."""
     spec = layer.spec
     dac = spec.backward_dac if backward else spec.dac
-    rows = np.arange(3) + (3 if backward else 0)
-    z = reference.normals(rows, digits.shape[1], slot=0, purpose=Purpose.DAC_ERROR, seed=layer.plan.seed)
+    rows = np.arange(3) + (7 if backward else 4)
+    z = reference.normals(rows, digits.shape[1], slot=0, purpose=Purpose.ADC_GAIN, seed=layer.plan.seed)
     most = (
         1
         if dac.bits is None

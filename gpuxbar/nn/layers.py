@@ -226,9 +226,9 @@ class AnalogLayer(InSitu):
 
     def _dac_errors(self, key: str, dac: DAC, lines: int) -> Tensor:
         """Gain, offset in V and non-linearity in steps of the DAC of every line, float32 [3, lines]; drawn once per seed."""
-        first = 0 if key == "dac" else 3
+        first = 4 if key == "dac" else 7
         rows = np.arange(first, first + 3)
-        z = normals(rows, self.groups_ * lines, slot=0, purpose=Purpose.DAC_ERROR, seed=self.plan.seed)
+        z = normals(rows, self.groups_ * lines, slot=0, purpose=Purpose.ADC_GAIN, seed=self.plan.seed)
         std = np.array([[dac.gain_std], [dac.offset_std], [dac.inl_std]])
         return torch.from_numpy(np.array([[1.0], [0.0], [dac.inl]]) + std * z).float()
 

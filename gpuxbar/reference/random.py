@@ -25,7 +25,6 @@ class Purpose(IntEnum):
     ADC_GAIN = 6
     ADC_OFFSET = 7
     TEST_READ = 8
-    DAC_ERROR = 9
     CYCLE = 16
     UPDATE_SPREAD_SHAPE = 17
     UPDATE_SPREAD_STEP = 18

@@ -121,9 +121,11 @@ struct Drivers {
         per_volt((float)(1.0 / p.v_lsb)),
         ohmic(!(p.v_sinh > 0.0)),
         device(ohmic ? Conduction{0.0f, 0.0f}
-                     : Conduction{(float)(p.v_lsb / p.v_sinh), (float)(p.v_read / p.v_lsb / std::sinh(p.v_read / p.v_sinh))}) {}
+                     : Conduction{(float)(p.v_lsb / p.v_sinh),
+                                  (float)(p.v_read / p.v_lsb / std::sinh(p.v_read / p.v_sinh))}) {}
   DacError of(i64 line) const {
-    return error ? DacError{error[line], error[lines + line] * per_volt, error[2 * lines + line]} : DacError{1.0f, 0.0f, 0.0f};
+    return error ? DacError{error[line], error[lines + line] * per_volt, error[2 * lines + line]}
+                 : DacError{1.0f, 0.0f, 0.0f};
   }
   // `count` digits of one line
   void of_line(float* digits, i64 count, i64 line) const {
