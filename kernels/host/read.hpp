@@ -123,26 +123,31 @@ struct Drivers {
         device(ohmic ? Conduction{0.0f, 0.0f}
                      : Conduction{(float)(p.v_lsb / p.v_sinh),
                                   (float)(p.v_read / p.v_lsb / std::sinh(p.v_read / p.v_sinh))}) {}
-  DacError of(i64 line) const {
-    return error ? DacError{error[line], error[lines + line] * per_volt, error[2 * lines + line]}
-                 : DacError{1.0f, 0.0f, 0.0f};
-  }
+  DacError of(i64 line) const { return DacError{error[line], error[lines + line] * per_volt, error[2 * lines + line]}; }
   // `count` digits of one line
   void of_line(float* digits, i64 count, i64 line) const {
-    const DacError e = of(line);
-    if (error)
-      for (i64 i = 0; i < count; ++i) digits[i] = dac_steps(digits[i], e, digit_max);
+    if (error) {
+      const DacError own = of(line);
+      const float most = digit_max;
+#pragma omp simd
+      for (i64 i = 0; i < count; ++i) digits[i] = dac_steps(digits[i], own, most);
+    }
     conduct(digits, count);
   }
   // one digit each of `count` lines from `line` on
   void of_lines(float* digits, i64 count, i64 line) const {
-    if (error)
-      for (i64 i = 0; i < count; ++i) digits[i] = dac_steps(digits[i], of(line + i), digit_max);
+    if (error) {
+      const Drivers own = *this;
+#pragma omp simd
+      for (i64 i = 0; i < count; ++i) digits[i] = dac_steps(digits[i], own.of(line + i), own.digit_max);
+    }
     conduct(digits, count);
   }
   void conduct(float* steps, i64 count) const {
-    if (!ohmic)
-      for (i64 i = 0; i < count; ++i) steps[i] = conducted(steps[i], device);
+    if (ohmic) return;
+    const Conduction own = device;
+#pragma omp simd
+    for (i64 i = 0; i < count; ++i) steps[i] = conducted(steps[i], own);
   }
 };
 

@@ -197,9 +197,10 @@ class Reader {
   // Puts what devices see of the lines of a group in the place of digits.
   void bend(i64 group, float* digits) const {
     if (direct) return drivers.conduct(digits, size);
+    const i64 together = p.conv ? lanes : LANES;  // rows of a line
     for (i64 k = 0; k < s.drive; ++k)
-      for (i64 v = 0; v * LANES < lanes; ++v)
-        drivers.of_line(digits + packed[k] + vector[v], LANES, group * s.drive + k);
+      for (i64 i = 0; i < lanes; i += together)
+        drivers.of_line(digits + packed[k] + vector[i / LANES], together, group * s.drive + k);
   }
 
   // Decides where sums go: to their place in y or in what is folded, if they are alone there and whole vectors of rows lie
