@@ -27,6 +27,7 @@ SETTINGS = {
     "kept": {**BASE, "precision": "fp16x2", "keep_packed": True},
     "kept in-situ": {**BASE, "precision": "fp16x2", "keep_packed": True, "update": AGARWAL},
     "learned": {**BASE, "dac": {"bits": 8, "range": "learned"}},
+    "drivers": {**BASE, "dac": {"bits": 8, "stream_bits": 2, "gain_std": 0.1, "offset_std": 0.01}, "device": {"v_sinh": 0.1}},
     "offset": {**BASE, "mapping": {"scheme": "offset"}},
     "wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "method": "ladder"}},
     "anchored wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "anchor": "ladder", "refresh_interval": 3}},

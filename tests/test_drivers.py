@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tape import gpu_path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -240,6 +241,16 @@ def test_layers_read_as_their_settings_say(way, converted, shape, batch, backend
         assert np.square(found.numpy() - wanted).mean() < np.square(close * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("shape", ["linear", "conv"])
+@pytest.mark.parametrize("way", ["whole", "sinh", "2-bits", "no-dac", "of-its-own"])
+def test_layers_on_a_gpu_read_as_their_settings_say(way, shape, monkeypatch):
+    layer, (x, grad_y) = layer_of(shape, spec_of(WAYS[way])), inputs_of(shape, 3)
+    with gpu_path(monkeypatch, order=11):
+        found = run(layer, x, grad_y)
+    for each, wanted in zip(found, expected(layer, x, grad_y), strict=True):
+        np.testing.assert_allclose(each.numpy(), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
 def test_no_two_draws_are_alike():
     """Gains, offsets and curves of the lines, forwards and backwards; ADCs have their own."""
     flawed = {"gain_std": 0.1, "offset_std": 1e-3, "inl": -3.0, "inl_std": 0.5}
@@ -450,6 +461,10 @@ WRONG = {
         {"device": {"v_sinh": 0.009}},
         "`device.v_sinh` must be at least v_read / 20 = 0.01 V, got 0.009 V; such devices",
     ),
+    "another voltage": (
+        {"device": {"v_sinh": 0.1}, "backward": {"dac": {"v_read": 0.1}}},
+        "`backward.dac.v_read` must be that of `dac` with device.v_sinh, 0.2 V, got 0.1 V; conductances",
+    ),
     "wires": (
         {"device": {"v_sinh": 0.1}, "parasitics": {"r_source": 1.0, "terminations": "line"}},
         "`device.v_sinh` must be None with parasitics, got 0.1 V; wires are solved as a network of linear",
@@ -482,8 +497,11 @@ def test_a_spec_refuses(name):
         gx.CrossbarSpec(**settings)
 
 
-def test_wires_without_resistance_leave_devices_their_curve():
+def test_a_spec_takes_devices_of_a_curve():
+    """Where it has no effect, too."""
     assert gx.CrossbarSpec(device={"v_sinh": 0.1}, parasitics={"method": "ladder"}).device.v_sinh == 0.1
+    voltages = {"dac": {"bits": 8, "stream_bits": 1}, "adc": {"bits": 8, "range": "worst_case"}}
+    assert gx.CrossbarSpec(precision="int8", device={"levels": 4, "v_sinh": 0.1}, **voltages).device.v_sinh == 0.1
     drawn = {key: gx.CrossbarSpec(dac={"bits": 8, key: 0.1}).draws for key in ERRORS}
     assert drawn == {"gain_std": True, "offset_std": True, "inl": False, "inl_std": True}
 

@@ -127,29 +127,24 @@ class AnalogLayer(InSitu):
             self.register_buffer(counter, torch.zeros(1, dtype=torch.int64, device=device))
         extra_rows, extra_cols = self.plan.reference_lines
         sensed = (groups * (self.outputs + extra_cols), groups * (self.inputs + extra_rows))
-        directions = (
-            ("adc", spec.adc, self.plan.forward, self.inputs, sensed[0]),
-            ("back_adc", spec.backward_adc, self.plan.backward, self.outputs, sensed[1]),
+        ways = (
+            ("", spec.dac, spec.adc, self.plan.forward, self.inputs, sensed[0]),
+            ("back_", spec.backward_dac, spec.backward_adc, self.plan.backward, self.outputs, sensed[1]),
         )
-        self.worst: tuple[float, ...] = ()  # currents, A
-        for key, dac in (("dac", spec.dac), ("back_dac", spec.backward_dac)):
-            _, _, read, lines, _ = directions[len(self.worst)]
-            error = self._dac_errors(key, dac, lines) if read.dac_flawed else None
-            self.worst += (self._worst_current(read, lines, error),)
-            self.register_buffer(
-                f"{key}_error", None if error is None else error.to(device), persistent=False
-            )
-        for (key, adc, read, lines, size), worst in zip(directions, self.worst, strict=True):
-            full = full_current(adc, worst) if read.adc_bits else 0.0
+        self.worst: tuple[float, ...] = ()  # currents of both, A
+        for way, dac, adc, read, lines, size in ways:
+            dac_error = self._dac_errors(way, dac, lines) if read.dac_flawed else None
+            adc_error = self._converter_errors(way, adc, read, lines, size) if adc.flawed else None
+            for name, error in (("dac_error", dac_error), ("adc_error", adc_error)):
+                self.register_buffer(
+                    f"{way}{name}", None if error is None else error.to(device), persistent=False
+                )
+            self.worst += (self._worst_current(read, lines, dac_error),)
+            full = full_current(adc, self.worst[-1]) if read.adc_bits else 0.0
             count = size if adc.per == "column" else 1
             self.register_buffer(
-                f"{key}_range", torch.full((count,), full, dtype=torch.float32, device=device)
+                f"{way}adc_range", torch.full((count,), full, dtype=torch.float32, device=device)
             )
-            if adc.flawed:
-                error = self._converter_errors(key, adc, read, lines, size).to(device)
-                self.register_buffer(f"{key}_error", error, persistent=False)
-            else:
-                self.register_buffer(f"{key}_error", None)
         settings = torch.tensor([_carrying(spec)], device=device)
         self.register_buffer("range_settings", settings)
         dac_max = torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
@@ -205,11 +200,11 @@ class AnalogLayer(InSitu):
         self.plan = plan
         self.static = (plan.dumps(), self.spec.model_dump_json())
 
-    def _converter_errors(self, key: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
+    def _converter_errors(self, way: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
         """Gain, offset in A and, where there is any, non-linearity in steps of every converter, float32 [2 or 3, S, tiles, sensed]; drawn
         once per seed."""
         planes, tiles = len(self.plan.slice_scale), -(-lines // (read.tile or lines))
-        way = 0 if key == "adc" else 1
+        back = int(way == "back_")
 
         def drawn(purpose: Purpose, row: int, mean: float, std: float) -> Tensor:
             where: dict[str, Any] = {"purpose": purpose, "seed": self.plan.seed}
@@ -217,17 +212,16 @@ class AnalogLayer(InSitu):
             return mean + std * torch.from_numpy(np.concatenate(z)).float().view(planes, tiles, sensed)
 
         errors = [
-            drawn(Purpose.ADC_GAIN, way, 1.0, adc.gain_std),
-            drawn(Purpose.ADC_OFFSET, way, 0.0, adc.offset_std),
+            drawn(Purpose.ADC_GAIN, back, 1.0, adc.gain_std),
+            drawn(Purpose.ADC_OFFSET, back, 0.0, adc.offset_std),
         ]
         if adc.inl or adc.inl_std:
-            errors.append(drawn(Purpose.ADC_GAIN, 2 + way, adc.inl, adc.inl_std))
+            errors.append(drawn(Purpose.ADC_GAIN, 2 + back, adc.inl, adc.inl_std))
         return torch.stack(errors)
 
-    def _dac_errors(self, key: str, dac: DAC, lines: int) -> Tensor:
+    def _dac_errors(self, way: str, dac: DAC, lines: int) -> Tensor:
         """Gain, offset in V and non-linearity in steps of the DAC of every line, float32 [3, lines]; drawn once per seed."""
-        first = 4 if key == "dac" else 7
-        rows = np.arange(first, first + 3)
+        rows = np.arange(4, 7) + (3 if way == "back_" else 0)
         z = normals(rows, self.groups_ * lines, slot=0, purpose=Purpose.ADC_GAIN, seed=self.plan.seed)
         std = np.array([[dac.gain_std], [dac.offset_std], [dac.inl_std]])
         return torch.from_numpy(np.array([[1.0], [0.0], [dac.inl]]) + std * z).float()
@@ -689,7 +683,9 @@ def _is_set(full: Tensor) -> bool:
 
 def _carrying(spec: CrossbarSpec) -> int:
     dacs = spec.dac, spec.backward_dac
-    bending = [dac.model_dump_json(include=set(ERRORS)) for dac in dacs if dac.flawed]
+    bending = [
+        f"{way}{dac.model_dump_json(include=set(ERRORS))}" for way, dac in enumerate(dacs) if dac.flawed
+    ]
     if spec.device.v_sinh is not None:
         bending.append(f"{spec.device.v_sinh}")
     return settings_checksum(

@@ -46,9 +46,9 @@ class Device(Part):
     """A cell's conductance window, S, and its number of programmable levels (`None`: continuous).
 
     `v_sinh`: of devices that are not ohmic, V (`None`: ohmic): at v volts they carry g v_read sinh(v / v_sinh) /
-    sinh(v_read / v_sinh), with g their conductance at `dac.v_read`. Values between 0 and the largest so weigh less than they
-    should, unless they are driven by streams of 1 bit. The curve is that of all devices. Gradients of weights and pulses
-    follow the digital values, and know nothing of it.
+    sinh(v_read / v_sinh), with g their conductance at `dac.v_read`. So values between 0 and the largest weigh less than they
+    should, unless they are driven by streams of 1 bit. All devices have the one curve; gradients are as of ohmic ones, and
+    weights and pulses follow the digital values. Not with `parasitics`.
 
     Source of the curve: Guan, Yu, Wong, IEEE Electron Device Letters 33 (2012).
     """
@@ -130,12 +130,12 @@ class DAC(Part):
     which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020). That gradient sees how
     inputs are rounded and clipped, not ADCs and noise; calibrate ADC ranges anew when it has moved.
     `v_read`: voltage of the largest digit, V.
-    `gain_std`, `offset_std`, `inl`, `inl_std`: errors as an ADC has them, of what a digit is driven as: relative spread of the gain,
-    spread of the offset, V, and mean and spread of the integral non-linearity, in steps of the largest digit's. Every line of a
-    layer has one DAC, drawn once, which drives it in all column tiles, planes and passes (`parasitics.shared_drivers` is of the
-    resistance behind it). What drives nothing is driven with the offset: zeros, padding of images, every stream's digits of
-    0; two phases on ohmic devices subtract it again. Gradients are straight-through inside the range, and
-    those of weights, and pulses, follow the codes.
+    `gain_std`, `offset_std`, `inl`, `inl_std`: errors as those of an `ADC`, of what a digit is driven as: relative spread of the
+    gain, spread of the offset, V, and mean and spread of the integral non-linearity, in steps of a digit. Every line of a layer
+    has one DAC, drawn once, which drives it in all column tiles, planes and passes (`parasitics.shared_drivers` is of the
+    resistance behind it). What has nothing to drive is driven with the offset: zeros, padding of images, digits of 0 in every
+    stream; two phases on ohmic devices subtract it again. Gradients are straight-through inside the range, and those of weights,
+    and pulses, follow the codes.
     """
 
     bits: int | None = Field(None, ge=1, le=8)
@@ -224,9 +224,10 @@ class ADC(Part):
 
     `bits`: resolution (`None`: no conversion). `range`: the current of the largest code: "calibrated" (the
     `percentile` of partial sums seen by `gpuxbar.calibrate`), "fixed" (`i_max`, A), "worst_case" (every cell
-    of a line at `g_max`, every input at `v_read`, or at the most that its DAC's errors make of any digit). `gpuxbar.conversion_errors` tells what clips, and whether clipping or
-    rounding costs more. Codes are signed, unless currents have one sign: of voltages of one sign (of
-    unsigned or two-phase DACs without offsets) on devices that are not subtracted before. `per`: one range per "layer" or per output "column".
+    of a line at `g_max`, every input at `v_read`, or at the most that the errors of its DAC make of a digit).
+    `gpuxbar.conversion_errors` tells what clips, and whether clipping or rounding costs more. Codes are signed, unless currents
+    have one sign: of voltages of one sign (of unsigned or two-phase DACs without offsets) on devices that are not subtracted
+    before. `per`: one range per "layer" or per output "column".
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; `inl`, `inl_std`: mean and
     spread of their integral non-linearity, in steps: by how much the curve of a converter is off at most, at 58 % of the range
     (outwards above 0; below 0 of signed codes it is as far off the other way, and right at 0 and at both ends). Errors are drawn once
@@ -487,7 +488,7 @@ class CrossbarSpec(Part):
             "the noise of a read depends on the cell (read_noise.sigma_g)": self.read_noise.sigma_g > 0,
             "converters are non-linear (adc.inl)": any(adc.inl or adc.inl_std for _, adc in directions),
             "DACs have errors (dac.gain_std, offset_std, inl)": any(dac.flawed for dac, _ in directions),
-            "devices are not ohmic (device.v_sinh)": self.device.v_sinh is not None,
+            "devices are not ohmic (device.v_sinh)": self.device.v_sinh is not None and max(digits) > 1,
             "an ADC or DAC is missing": any(dac.bits is None or adc.bits is None for dac, adc in directions),
             f"digits up to {max(digits)} are driven (127 fit 8 bits)": max(digits) > 127,
         }
@@ -532,7 +533,13 @@ class CrossbarSpec(Part):
         v_sinh = self.device.v_sinh
         if v_sinh is None:
             return self
-        least = max(self.dac.v_read, self.backward_dac.v_read) / STEEPEST
+        v_read, back = self.dac.v_read, self.backward_dac.v_read
+        if back != v_read:
+            raise ValueError(
+                f"CrossbarSpec: `backward.dac.v_read` must be that of `dac` with device.v_sinh, {v_read:g} V, got {back:g} V; conductances "
+                "are those at one voltage: leave it out"
+            )
+        least = v_read / STEEPEST
         if v_sinh < least:
             raise ValueError(
                 f"CrossbarSpec: `device.v_sinh` must be at least v_read / {STEEPEST} = {least:g} V, got {v_sinh:g} V; such devices are "
