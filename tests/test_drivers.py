@@ -101,6 +101,11 @@ REFUSED = {
 }
 
 
+def test_drivers_are_an_object():
+    with pytest.raises(TypeError, match=r"`drivers` must be an ops.Drivers, got dict; None drives lines"):
+        ops.tile_mvm(np.zeros((2, 5), np.int16), np.ones((5, 3), np.float32), drivers={"v_read": V_READ})
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     change, text = REFUSED[name]
@@ -326,6 +331,16 @@ def test_ranges_are_calibrated_by_the_currents_of_the_drivers():
     assert ranges[0] != pytest.approx(ranges[1], rel=0.02)
 
 
+def test_offsets_alone_calibrate_nothing():
+    """Where a loss does not depend on a layer yet, the range of its gradients is that of the worst case."""
+    parts = {"dac": {"offset_std": 1e-3}, "device": {"v_sinh": None}, "adc": {"bits": 8}}
+    layer = layer_of("linear", spec_of(parts))
+    gx.calibrate(layer, [torch.randn(9, 20)], loss=lambda y, _: (0 * y).sum())
+    worst = layer_of("linear", spec_of(parts, CONVERTED))
+    assert torch.equal(layer.back_adc_range, worst.back_adc_range)
+    assert not torch.equal(layer.adc_range, worst.adc_range)
+
+
 @pytest.mark.parametrize("polarity", ["bipolar", "two_phase"])
 def test_offsets_are_not_cut_off(polarity):
     """Currents of unsigned inputs, and of phases, have both signs then, and so have codes."""
@@ -501,7 +516,10 @@ def test_a_spec_takes_devices_of_a_curve():
     """Where it has no effect, too."""
     assert gx.CrossbarSpec(device={"v_sinh": 0.1}, parasitics={"method": "ladder"}).device.v_sinh == 0.1
     voltages = {"dac": {"bits": 8, "stream_bits": 1}, "adc": {"bits": 8, "range": "worst_case"}}
-    assert gx.CrossbarSpec(precision="int8", device={"levels": 4, "v_sinh": 0.1}, **voltages).device.v_sinh == 0.1
+    assert (
+        gx.CrossbarSpec(precision="int8", device={"levels": 4, "v_sinh": 0.1}, **voltages).device.v_sinh
+        == 0.1
+    )
     drawn = {key: gx.CrossbarSpec(dac={"bits": 8, key: 0.1}).draws for key in ERRORS}
     assert drawn == {"gain_std": True, "offset_std": True, "inl": False, "inl_std": True}
 

@@ -1,9 +1,9 @@
 """The crossbar product as a PyTorch operator: non-ideal read forwards, non-ideal transposed read backwards.
 
 Gradient: the input's is the transposed read of the output's gradient; the weight's is the digital outer product of that
-gradient with the driven input. Straight-through inside the ADC range: the output gradient is multiplied by the share (by
-digital weight) of the output's conversions inside the range, so it is zero where all of them clipped. Clipping of inputs
-is the caller's `clamp`. Reference lines of an offset mapping count as constant.
+gradient with the input's codes, whatever DACs and devices make of them. Straight-through inside the ADC range: the output
+gradient is multiplied by the share (by digital weight) of the output's conversions inside the range, so it is zero where all of
+them clipped. Clipping of inputs is the caller's `clamp`. Reference lines of an offset mapping count as constant.
 """
 
 from __future__ import annotations

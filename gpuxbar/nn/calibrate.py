@@ -131,7 +131,7 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
 
 
 def _currents(layer: AnalogLayer, backward: bool, lines: Lines) -> Tensor:
-    """Magnitudes of the partial sums of some rows, A: [conversions * rows, sensed lines]."""
+    """Magnitudes of the partial sums of some rows, A: [conversions * rows, sensed lines]; 0 where offsets of DACs alone drive all."""
     read = layer.plan.backward if backward else layer.plan.forward
     sums = tile_sums(layer, layer.conductances(), read, lines.driven / lines.lsb, backward)
-    return torch.cat([tile.current.abs().flatten(0, 2) for tile in sums])
+    return torch.cat([tile.current.abs().flatten(0, 2) for tile in sums]) * lines.driven.any()

@@ -393,6 +393,10 @@ def _check_adc_lsb(bits: int, lsb: Any, outputs: int) -> None:
 
 
 def _check_drivers(drivers: Drivers, shape: tuple[int, ...], precision: str) -> None:
+    if not isinstance(drivers, Drivers):
+        raise TypeError(
+            f"{OP}: `drivers` must be an ops.Drivers, got {type(drivers).__name__}; None drives lines with the digits themselves"
+        )
     check_numbers(OP, "drivers.v_read", drivers.v_read, "V", "it is the voltage of the largest digit")
     if drivers.error is not None:
         check_array(OP, "drivers.error", drivers.error, "float32", 2)
