@@ -87,18 +87,8 @@ def _gradients(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, _
             torch.mul(grad_x[t], gates_of_adc[k], out=gated[t])
         if k or ctx.needs_input_grad[1]:
             grad_h = analog_mvm_transposed.plain(
-                gated[t],
-                weight,
-                g,
-                noise_var,
-                w_max,
-                adc_range,
-                adc_error,
-                dac_error,
-                ctx.steps[k],
-                [],
-                ctx.plan,
-            )
+                gated[t], weight, g, noise_var, w_max, adc_range, adc_error, dac_error, ctx.steps[k], [], ctx.plan
+            )  # fmt: skip
     grad_w = None
     if ctx.needs_input_grad[3]:
         d = gated[list(ctx.order)] if ctx.order.step < 0 else gated  # in the order of the codes

@@ -47,22 +47,13 @@ __all__ = [
 
 COUNTED = "read_step", "eval_step", "dac_max"  # buffers of a layer that change with each of its reads
 CELLS = "cells", "noise_var", "full_pair", "written"  # buffers of what was programmed
-# and of the converters around it
+# of the converters around it
 CONVERTERS = "adc_range", "back_adc_range", "adc_error", "back_adc_error", "dac_error", "back_dac_error"
 TEST_INPUTS = 32  # of a test read
 BOUNDED = "fixed", "ema", "learned"  # DAC ranges that values may exceed
-DRIVEN = {
-    "signed",
-    "stream_bits",
-    "polarity",
-    "v_read",
-}  # what currents follow from, of a DAC (and its errors),
-CARRYING: Any = {
-    "tile": True,
-    "device": {"g_min", "g_max", "levels"},
-    "mapping": True,
-    "carry": {"headroom_bits"},
-}  # and of a spec
+DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC,
+WINDOW = {"g_min", "g_max", "levels"}  # of devices,
+CARRYING: Any = {"tile": True, "device": WINDOW, "mapping": True, "carry": {"headroom_bits"}}  # and of a spec
 
 
 class Converter(NamedTuple):
@@ -683,6 +674,7 @@ def _is_set(full: Tensor) -> bool:
 
 def _carrying(spec: CrossbarSpec) -> int:
     dacs = spec.dac, spec.backward_dac
+    # said only where there is any, so that others keep the checksums that checkpoints have
     bending = [
         f"{way}{dac.model_dump_json(include=set(ERRORS))}" for way, dac in enumerate(dacs) if dac.flawed
     ]

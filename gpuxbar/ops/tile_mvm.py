@@ -400,13 +400,7 @@ def _check_drivers(drivers: Drivers, shape: tuple[int, ...], precision: str) -> 
     check_numbers(OP, "drivers.v_read", drivers.v_read, "V", "it is the voltage of the largest digit")
     if drivers.error is not None:
         check_array(OP, "drivers.error", drivers.error, "float32", 2)
-        check_shape(
-            OP,
-            "drivers.error",
-            drivers.error,
-            shape,
-            "give gain, offset and non-linearity of every driven line",
-        )
+        check_shape(OP, "drivers.error", drivers.error, shape, "give three errors of every driven line")
     if drivers.v_sinh is not None and not 0 < drivers.v_read <= STEEPEST * drivers.v_sinh < inf:
         raise ValueError(
             f"{OP}: `drivers.v_sinh` must be finite and at least v_read / {STEEPEST} = {drivers.v_read / STEEPEST:g} V, got "

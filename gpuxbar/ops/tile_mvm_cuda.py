@@ -285,13 +285,8 @@ def _driving(drivers: Drivers | None, v_lsb: float) -> dict[str, Any]:
         return {"dac_error": None, "per_volt": 0, "digit_max": 0, "bend": 0, "scale": 0}
     digit_max, v_sinh = drivers.v_read / v_lsb, drivers.v_sinh
     bend, scale = (0, 0) if v_sinh is None else (v_lsb / v_sinh, digit_max / sinh(drivers.v_read / v_sinh))
-    return {
-        "dac_error": drivers.error,
-        "per_volt": 1 / v_lsb,
-        "digit_max": digit_max,
-        "bend": bend,
-        "scale": scale,
-    }
+    of_digits = {"per_volt": 1 / v_lsb, "digit_max": digit_max, "bend": bend, "scale": scale}
+    return {"dac_error": drivers.error, **of_digits}
 
 
 def _accumulate(

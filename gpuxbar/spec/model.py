@@ -47,8 +47,8 @@ class Device(Part):
 
     `v_sinh`: of devices that are not ohmic, V (`None`: ohmic): at v volts they carry g v_read sinh(v / v_sinh) /
     sinh(v_read / v_sinh), with g their conductance at `dac.v_read`. So values between 0 and the largest weigh less than they
-    should, unless they are driven by streams of 1 bit. All devices have the one curve; gradients are as of ohmic ones, and
-    weights and pulses follow the digital values. Not with `parasitics`.
+    should, unless they are driven by streams of 1 bit. All devices have the one curve. Gradients are straight-through: those of
+    inputs are read by such devices too, and those of weights, and pulses, follow the digital values. Not with `parasitics`.
 
     Source of the curve: Guan, Yu, Wong, IEEE Electron Device Letters 33 (2012).
     """
@@ -421,11 +421,12 @@ class CrossbarSpec(Part):
     another model's layers of the same names do, unless it has a seed of its own. `generator`: "exact" or "fast"
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
     "fp16", "fp16x2" (conductances as a high and a low half, 22 bits), "bf16" (8 bits: the coarsest, no faster than fp16) or "int8"
-    (levels, exact); half precisions need a DAC, whose codes they hold exactly, and int8 also an ADC, devices that hold
-    their levels and digits up to 127; on a CPU every product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
-    cores, and pack them anew only when they change: micro-batches, evaluation and repeated reads save that pass over all
-    cells, for 2 bytes a cell and direction (4 with fp16x2, 1 with int8, 2 more with `read_noise.sigma_g`); not with fp32 and
-    tf32. `update`: the device's own law, by which `gpuxbar.optim` trains in situ; needs pairs. `carry`: how sliced ones are
+    (levels, exact); half precisions need a DAC, whose codes they hold exactly (what errors of DACs or devices make of these,
+    rounded), and int8 also an ADC, devices that hold their levels and digits up to 127; on a CPU every product is float32.
+    `keep_packed`: keep conductances on a GPU in the layout of its tensor cores, and pack them anew only when they change:
+    micro-batches, evaluation and repeated reads save that pass over all cells, for 2 bytes a cell and direction (4 with fp16x2, 1
+    with int8, 2 more with `read_noise.sigma_g`); not with fp32 and tf32. `update`: the device's own law, by which
+    `gpuxbar.optim` trains in situ; needs pairs. `carry`: how sliced ones are
     trained by it. `pulses`: how its steps are pulsed, None: as one step of the wanted size. `drift`: of conductances after
     `gpuxbar.program`. `retention`: what
     devices trained in situ lose between updates. `endurance`: pulses that they bear. `refresh`: when pairs of one-sided ones
