@@ -15,7 +15,7 @@ from torch import nn
 import gpuxbar as gx
 
 EPOCHS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
-CHIPS = 5  # programmings, each with its own write noise and drift
+CHIPS = 5  # each with devices, write noise and drift of its own
 AGES = {"1s": 1, "1min": 60, "1h": 3600, "1d": 86400, "30d": 2592000, "1y": 31557600}  # s
 
 digits = load_digits()
@@ -48,8 +48,8 @@ def accuracy():
 
 
 curves = {False: {age: [] for age in AGES}, True: {age: [] for age in AGES}}
-for _ in range(CHIPS):
-    gx.program(model)
+for chip in range(CHIPS):
+    gx.program(model, chip)
     for compensate, curve in curves.items():
         for age in AGES:
             gx.age(model, age, compensate)

@@ -116,9 +116,9 @@ def our_training(model, pairing, seed):
         model, _ = gx.convert(model, gx.CrossbarSpec(**reads))
         return model, torch.optim.SGD(model.parameters(), lr=pairing.lr)
     theirs = their_device(pairing.device)
-    zero = -theirs.w_min / (theirs.w_max - theirs.w_min)
-    update = {"sides": "reference", "reference_at": zero, "write_noise": 0.0}
-    spec = published_device(pairing.device).spec(**reads, update=update, pulses={})
+    device = published_device(pairing.device)
+    update = {"sides": "reference", "reference_at": device.reference_at, "write_noise": 0.0}
+    spec = device.spec(**reads, update=update, pulses={})
     model, _ = gx.convert(model, spec)
     weights, biases = ([p for p in model.parameters() if p.dim() == dims] for dims in (2, 1))
     settings = {"lr": pairing.lr}

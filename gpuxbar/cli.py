@@ -51,7 +51,8 @@ def train(
     vary: Annotated[
         list[str] | None,
         typer.Option(
-            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats with other devices and noise."
+            help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats with other "
+            "devices and noise, train.seed=0,1,2 with other first weights; train.lr, train.batch and so on vary options of this command."
         ),
     ] = None,
     modes: Annotated[
@@ -176,10 +177,12 @@ def devices(
         return
     [device] = chosen
     window = f"{device.window.g_min:g} to {device.window.g_max:g} S ({device.window_source})"
+    zero = "" if device.reference_at is None else f"at {device.reference_at:g} of the window"
     for what, is_ in (
-        ("source", device.source), ("window", window), ("valid", device.valid), ("law", repr(device.law)),
+        ("source", device.source), ("window", window), ("valid", device.valid), ("weight 0", zero), ("law", repr(device.law)),
     ):  # fmt: skip
-        console.print(f"[bold]{what}[/bold] {escape(is_)}", highlight=False, soft_wrap=True)
+        if is_:
+            console.print(f"[bold]{what}[/bold] {escape(is_)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -274,15 +277,16 @@ def doctor() -> None:
         ("backend of GPU tensors", "{}: {}".format(*explain_gpu())),
     ):
         table.add_row(*row)
-    for name, error in errors.items():
-        outcome = f"{'passed' if error < 1e-5 else 'FAILED'}, relative error {error:.1e}"
-        table.add_row(f"self-test, {name}", outcome)
+    passed = [isinstance(error, float) and error < 1e-5 for error in errors.values()]
+    for (name, error), good in zip(errors.items(), passed, strict=True):
+        what = f"relative error {error:.1e}" if isinstance(error, float) else escape(str(error))
+        table.add_row(f"self-test, {name}", f"{'passed' if good else 'FAILED'}, {what}")
     Console().print(table)
-    raise typer.Exit(0 if errors and max(errors.values()) < 1e-5 else 1)
+    raise typer.Exit(0 if passed and all(passed) else 1)
 
 
-def _self_test() -> dict[str, float]:
-    """Largest relative error of a noisy read by each backend at hand, in float64 terms."""
+def _self_test() -> dict[str, float | RuntimeError]:
+    """Largest relative error of a noisy read by each backend at hand, in float64 terms, or what a GPU's libraries raise."""
     rng = np.random.default_rng(0)
     v = rng.uniform(-0.2, 0.2, (64, 100)).astype(np.float32)
     g = rng.uniform(1e-6, 1e-5, (100, 40)).astype(np.float32)
@@ -291,12 +295,20 @@ def _self_test() -> dict[str, float]:
     found = {"reference": reference.tile_mvm(v, g[None], tile=32) - exact}
     if explain()[0] == "host":
         found["host"] = ops.tile_mvm(v, g, tile_rows=32, read_noise=1e-7, seed=1) - oracle
+    refused: dict[str, float | RuntimeError] = {}
     if explain_gpu()[0] == "cuda":
-        tensors = torch.from_numpy(v).cuda(), torch.from_numpy(g).cuda()
-        with on_device(tensors[0], "doctor") as device:
-            y = ops.tile_mvm(*map(array, tensors), tile_rows=32, read_noise=1e-7, seed=1, device=device)
-            found["cuda"] = tensor(y).cpu().numpy() - oracle
-    return {name: float(np.abs(error).max() / np.abs(exact).max()) for name, error in found.items()}
+        try:
+            found["cuda"] = _read_on_gpu(v, g) - oracle
+        except RuntimeError as error:  # of NVRTC, the driver, cuBLAS: to be seen beside their versions
+            refused["cuda"] = error
+    return {name: float(np.abs(error).max() / np.abs(exact).max()) for name, error in found.items()} | refused
+
+
+def _read_on_gpu(v: np.ndarray, g: np.ndarray) -> np.ndarray:
+    tensors = torch.from_numpy(v).cuda(), torch.from_numpy(g).cuda()
+    with on_device(tensors[0], "doctor") as device:
+        y = ops.tile_mvm(*map(array, tensors), tile_rows=32, read_noise=1e-7, seed=1, device=device)
+        return tensor(y).cpu().numpy()
 
 
 def _version(*packages: str) -> str:

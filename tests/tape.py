@@ -185,7 +185,7 @@ def gpu_path(monkeypatch, **settings):
             return torch.from_numpy(a.values)
 
     bridge_to(monkeypatch, device, array, tensor)
-    for module in ("outer_product", "dac_clip"):
+    for module in ("analog_mvm", "outer_product", "dac_clip", "reprogram"):
         monkeypatch.setattr(sys.modules[f"gpuxbar.bridge.{module}"], "on_cpu", lambda _: False)
     scales = sys.modules["gpuxbar.bridge.analog_mvm"]._slice_scale
     scales.cache_clear()  # arrays of the one kind are not for the other

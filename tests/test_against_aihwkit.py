@@ -211,6 +211,7 @@ def test_published_devices_are_the_presets(name):
     span = 9e-6
     g_min = span if low else 0.0  # ends of windows may lie below
     device = published_device(name)
+    assert device.reference_at == (-low / width if low else None)  # their one-sided devices make pairs
     scale = span / (device.window.g_max - device.window.g_min)
     law = device.law.model_copy(update={"sides": "reference", "write_noise": device.law.write_noise * scale})
     g = np.full((2, 1, REPEATS), g_min - low / width * span, np.float32)

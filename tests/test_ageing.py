@@ -309,6 +309,76 @@ def test_what_is_digital_may_still_learn():
     assert error(model) < before
 
 
+def devices(model):
+    return [layer.g_programmed for layer in (model[0], model[3])]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_chip_has_devices_of_its_own(name):
+    """Those of a conversion with the other seed."""
+    scatter = {"programming": {"stuck_at_g_min": 0.1, "stuck_at_g_max": 0.1, "device_spread": 0.2}}
+    model = converted(name, **scatter)
+    found = []
+    for chip in range(4):
+        gx.program(model, chip)
+        found.append(devices(model))
+    for chip in range(4):
+        other = converted(name, **scatter, seed=chip)
+        for _ in range(chip + 1):  # as often as the model by then
+            gx.program(other)
+        assert all(torch.equal(a, b) for a, b in zip(found[chip], devices(other), strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    gx.unprogram(model)
+
+
+def test_spread_and_stuck_cells_are_a_chips_and_write_noise_is_a_writings():
+    quiet = {
+        "device_spread": 0.2,
+        "stuck_at_g_min": 0.1,
+        "write_noise": 0.0,
+        "write_noise_slope": 0.0,
+        "write_noise_curve": 0.0,
+    }
+    for noise, same in ((0.0, True), (1e-7, False)):
+        model = converted(programming={**quiet, "write_noise": noise})
+        found = []
+        for _ in range(2):
+            gx.program(model, 3)
+            found.append(devices(model))
+        assert all(torch.equal(a, b) is same for a, b in zip(*found, strict=True))
+
+
+def test_a_chip_ages_as_such_in_another_model(tmp_path):
+    model = converted()
+    gx.program(model, 2)
+    gx.age(model, "1d")
+    other = converted()
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(a.aged, b.aged) for a, b in ((model[k], other[k]) for k in (0, 3)))
+    gx.age(model, "1y")
+    gx.age(other, "1y")
+    assert torch.equal(model(images()), other(images()))
+
+
+def test_what_is_no_chip_is_refused():
+    model = converted()
+    for chip in (-1, 2**31):
+        with pytest.raises(
+            ValueError, match=f"program: `chip` must be at least 0 and below 2147483648, got {chip}; give"
+        ):
+            gx.program(model, chip)
+    with pytest.raises(TypeError, match="program: `chip` must be a whole number, got str; give one"):
+        gx.program(model, "3")
+    trained, _ = gx.convert(network(), gx.CrossbarSpec(update={"law": "soft_bounds"}))
+    gx.optim.InSituSGD(trained.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError,
+        match=r"`chip` must be 0 for layers trained in situ, .* got 4 for 0, 3; gpuxbar\.convert\(.*'seed': 4",
+    ):
+        gx.program(trained, 4)
+    gx.program(trained)
+
+
 def test_times_are_numbers_or_text():
     with pytest.raises(
         TypeError, match=r'^age: `time` must be a number of seconds or text, got NoneType; write 3600 or "1h"'
@@ -342,7 +412,7 @@ ERRORS = {
     "text": (lambda: gx.age(programmed(), "soon"), "age: `time` must be a number with a unit of s, min, h, d, w, y, got 'soon'; write \"1h\" or 3600"),
     "unit": (lambda: gx.age(programmed(), "3 months"), "age: `time` must be a number with a unit of s, min, h"),
     "sign": (lambda: gx.age(programmed(), "-3h"), "age: `time` must be a number with a unit"),
-    "digital": (lambda: gx.program(network()), "program: `model` must have crossbar layers, got none; make them with"),
+    "digital": (lambda: gx.program(network()), "program: `model` must have crossbar layers, got none; pass the copy that has"),
     "digital-free": (lambda: gx.unprogram(network()), "unprogram: `model` must have crossbar layers, got none"),
     "weight": (changed, "3: `weight` must stay as it was programmed, got another; call gpuxbar.program(model) to write"),
     "rewrite": (lambda: programmed()[3].rewrite(), "3: `rewrite` must wait until the layer is free"),

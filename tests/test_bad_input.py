@@ -11,6 +11,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar import ops, spec
+from gpuxbar.launch import host_call, host_library
 from gpuxbar.nn import AnalogConv1d, AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 
@@ -228,6 +229,29 @@ def test_gradients_of_a_loss_scaled_too_far_go_back_as_such(make):
     assert x.grad.isnan().all()
 
 
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("scheme", ["subtracted", "offset"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_fixed_range_does_not_hide_that_gradients_are_not_finite(kind, scheme, bits):
+    """A clipped one would be taken for a large one by layers before it."""
+    settings = {
+        "mapping": {"scheme": scheme},
+        "backward": {"dac": {"bits": bits, "range": "fixed", "max": 0.5}},
+    }
+    layer = (
+        AnalogLinear(5, 3, spec=gx.CrossbarSpec(**settings))
+        if kind == "linear"
+        else AnalogConv2d(2, 3, 3, spec=gx.CrossbarSpec(**settings))
+    )
+    x = torch.ones((4, 5) if kind == "linear" else (4, 2, 5, 5), requires_grad=True)
+    for wrong in (float("inf"), -float("inf"), float("nan"), 1e30):
+        y, x.grad = layer(x), None
+        grad_y = torch.ones_like(y)
+        grad_y.view(-1)[1] = wrong
+        y.backward(grad_y)
+        assert x.grad.isnan().all() if wrong != 1e30 else x.grad.isfinite().all()
+
+
 def test_layers_refuse_wrong_shapes():
     """By name: of a converted model it may be any."""
     ideal = gx.CrossbarSpec()
@@ -440,3 +464,123 @@ def test_arrays_of_a_gpu_are_refused_where_only_a_host_has_a_kernel(op):
     text = rf"^{op}: `{name}` must be a NumPy array, got CuPy's; on a GPU, \w"
     with pytest.raises(TypeError, match=text):
         getattr(ops, op)(*arrays, **how)
+
+
+TAKE_MODELS = {
+    "age": lambda model: gx.age(model, "1h"),
+    "calibrate": lambda model: gx.calibrate(model, [torch.ones(2, 4)]),
+    "program": gx.program,
+    "unprogram": gx.unprogram,
+}
+TAKE_MODULES = {
+    **TAKE_MODELS,
+    "build_optimizer": lambda model: gx.optim.build_optimizer("sgd", model, lr=0.1),
+    "capture_step": lambda model: gx.capture_step(model, None, None, None),
+    "conversion_errors": lambda model: gx.conversion_errors(model, [torch.ones(2, 4)]),
+    "convert": lambda model: gx.convert(model, gx.CrossbarSpec()),
+    "distribute": gx.distribute,
+    "same_reads": gx.same_reads,
+    "telemetry": gx.telemetry,
+}
+
+
+@pytest.mark.parametrize("op", TAKE_MODULES)
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (None, "NoneType"),
+        ("model", "str"),
+        (lambda x: x, "function"),
+        (nn.Linear, "the class Linear"),
+        ((nn.Linear(4, 3), "a report"), "tuple"),
+    ],
+)
+def test_functions_of_models_take_modules(op, model, what):
+    """A tuple is what `convert` returns as a whole."""
+    name = "module" if op == "same_reads" else "model"
+    with pytest.raises(
+        TypeError,
+        match=f"^{op}: `{name}` must be a torch.nn.Module, got {what}; pass the model itself, which gpuxbar.convert returns beside",
+    ):
+        TAKE_MODULES[op](model)
+
+
+@pytest.mark.parametrize("op", TAKE_MODELS)
+@pytest.mark.parametrize("digital", [False, True])
+def test_functions_of_crossbars_refuse_models_without(op, digital):
+    """As one whose converted copy was not kept."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    if digital:
+        model, _ = gx.convert(model, gx.CrossbarSpec(), rules={"*": None})
+    with pytest.raises(
+        ValueError,
+        match=rf"^{op}: `model` must have crossbar layers, got none; pass the copy .* gpuxbar\.convert",
+    ):
+        TAKE_MODELS[op](model)
+
+
+@pytest.mark.parametrize("op", ["calibrate", "conversion_errors"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((None,), TypeError, "`loader` must give batches, got NoneType; pass a list of them"),
+        (([torch.ones(2, 4)], 0), ValueError, "`batches` must be at least 1, got 0; give more"),
+        (([torch.ones(2, 4)], 1.5), TypeError, "`batches` must be a whole number, got float; give a count"),
+    ],
+)
+def test_what_gives_no_batches_is_refused(op, arguments, error, text):
+    model = AnalogLinear(4, 3, spec=gx.presets.demo())
+    with pytest.raises(error, match=f"^{op}: {text}"):
+        getattr(gx, op)(model, *arguments)
+
+
+def test_samples_by_index_give_batches():
+    """As a dataset does."""
+
+    class Batches:
+        def __getitem__(self, index):
+            return [torch.ones(2, 4)][index]
+
+    layer = AnalogLinear(4, 3, spec=gx.presets.demo())
+    gx.calibrate(layer, Batches())
+    assert layer.calibrated
+
+
+def test_specs_are_saved_to_paths(tmp_path):
+    spec, path = gx.CrossbarSpec(), tmp_path / "spec.yaml"
+    for arguments, text in (
+        ((path, spec), "save_spec: `spec` must be a CrossbarSpec, got PosixPath; call save_spec"),
+        ((spec, None), "save_spec: `path` must be text or a pathlib.Path, got NoneType; for instance"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            gx.save_spec(*arguments)
+    with pytest.raises(TypeError, match=r"load_spec: `path` must be text or a pathlib\.Path, got Cross"):
+        gx.load_spec(spec)
+
+
+class ArrayElsewhere:
+    """An array of CuPy's, whose values the host cannot reach."""
+
+    def __init__(self, like):
+        self.dtype, self.shape, self.ndim = like.dtype, like.shape, like.ndim
+        self.size, self.flags = like.size, like.flags
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __int__(self):
+        return 7  # CuPy reads a single value back
+
+
+ArrayElsewhere.__module__ = "cupy"
+
+
+def test_arrays_of_a_gpu_are_refused_among_those_of_the_host():
+    library = host_library()
+    if library is None:
+        pytest.skip("no host kernels")
+    text = r"arrays must be all NumPy's or all CuPy's, got NumPy's and a cupy\.ArrayElsewhere; move them by"
+    with pytest.raises(TypeError, match=text):
+        ops.tile_mvm(zeros(2, 3), ArrayElsewhere(zeros(1, 3, 4)))
+    with pytest.raises(TypeError, match=text):  # not its value for an address
+        host_call(library, "gpuxbar_set_threads", ArrayElsewhere(np.zeros(1, np.int64)))

@@ -358,7 +358,9 @@ def test_updates_and_wires_of_the_size_that_is_timed(monkeypatch):
 @pytest.fixture
 def emulated(monkeypatch):
     """A GPU whose checks and clock are stubs."""
-    runtime = SimpleNamespace(getDeviceProperties=lambda number: {"name": b"Emulated"})
+    runtime = SimpleNamespace(
+        getDeviceProperties=lambda _: {"name": b"Emulated"}, driverGetVersion=lambda: 13010
+    )
     cuda = SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(id=0))
     us = {
         "fused": {"read": 400.0, "from codes": 420.0, "call": 450.0},
@@ -369,7 +371,8 @@ def emulated(monkeypatch):
         "epilogue": {"read": 1000.0, "from codes": 1100.0},
         "ideal": {"read": 200.0},
     }
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, __version__="14.2.0"))
+    monkeypatch.setattr(command, "nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(checks, "CHECKS", {"light": lambda subject: "green"})
     monkeypatch.setattr(command, "check_steps", lambda: "replayed")
     monkeypatch.setattr(device_ops, "check", lambda *_: "exact")
@@ -417,7 +420,8 @@ def test_a_row_is_recorded_with_its_machine(tmp_path, emulated):
     assert first["floors"]["wgmma"]["noise"] == pytest.approx(4096 * 4096 * 32 / 2000.0 * 1e-3)
     assert rows[0]["targets"]["fused"] == {"us": 430, "speedup": 2.6}
     assert next(row["ms"] for row in rows if row["case"] == STEP_ROWS[-1]) == 25.0
-    assert all(row["gpu"] == "Emulated" for row in rows)
+    machine = {"gpu": "Emulated", "driver": "13.1", "cupy": "14.2.0", "nvrtc": "13.0"}
+    assert all(machine.items() <= row.items() for row in rows)
     assert all({"commit", "date", "ceilings"} <= set(row) for row in rows)
     lines = [" ".join(line.replace("│", " ").split()) for line in done.output.splitlines()]
     size = READS[0].size

@@ -160,6 +160,18 @@ def test_doctor_finds_a_broken_kernel(monkeypatch):
     assert re.search(r"self-test, host +│ FAILED", result.output)
 
 
+def test_doctor_tells_what_a_gpu_refuses_beside_the_versions(monkeypatch):
+    def refuse(v, g):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr("gpuxbar.cli.explain_gpu", lambda: ("cuda", "a stand-in"))
+    monkeypatch.setattr("gpuxbar.cli._read_on_gpu", refuse)
+    result = run(app, ["doctor"])
+    assert result.exit_code == 1
+    assert re.search(r"self-test, host +│ passed", result.output)
+    assert re.search(r"self-test, cuda +│ FAILED, no kernel image is available", result.output)
+
+
 def test_in_situ_training_by_a_named_algorithm():
     done = run(
         app, ["train", "--preset", "txsim-in-situ", "--modes", "in-situ", *QUICK, "--optimizer", "agad"]

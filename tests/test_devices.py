@@ -36,6 +36,8 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_steps_at_weight_0_are_the_published_ones(name):
     up, down, low, high = PUBLISHED[name]
+    if name != "pcm":  # which moves one way
+        assert published_device(name).reference_at == -low / (high - low)
     law = published_device(name).law.model_dump()
     width = high - low
     small = (
@@ -151,6 +153,9 @@ def test_devices_are_listed_and_drawn(tmp_path, monkeypatch):
     shown = CliRunner().invoke(app, ["devices", "ecram", "--plot", str(plot)])
     assert shown.exit_code == 0, shown.output
     assert "Tang et al., IEDM 2018" in shown.output
+    assert "weight 0 at 0.4138 of the window" in shown.output
+    weightless = CliRunner().invoke(app, ["devices", "pcmo"])
+    assert "weight 0" not in weightless.output
     assert plot.read_bytes()[:4] == b"\x89PNG"
     wrong = CliRunner().invoke(app, ["devices", "ecramm"])
     assert wrong.exit_code == 2

@@ -123,7 +123,7 @@ WAYS = {
     "ohmic": {"dac": {**ERRORS, "range": "sample"}, "device": {"v_sinh": None}},
     "sinh": {"dac": {}},
     "no-dac": {"dac": {"bits": None}},
-    "1-bit": {"dac": {**ERRORS, "inl": 0.1, "stream_bits": 1}},
+    "1-bit": {"dac": {**ERRORS, "inl": 0.1, "inl_std": 0.1, "stream_bits": 1}},
     "2-bits": {"dac": {**ERRORS, "stream_bits": 2}},
     "two-phase": {"dac": {**ERRORS, "polarity": "two_phase"}},
     "streams-of-phases": {"dac": {**ERRORS, "polarity": "two_phase", "stream_bits": 2, "offset_std": 0.0}},
@@ -168,7 +168,8 @@ def driven_volts(layer, digits, backward):
         else 2 ** (dac.bits - dac.signed) - 1
     )
     u = digits / most
-    bent = digits + np.sqrt(27 / 4) * (dac.inl + dac.inl_std * z[2]) * (u - u**3)
+    inl = np.clip(dac.inl + dac.inl_std * z[2], -most / 6, most / 6)  # no curve turns back
+    bent = digits + np.sqrt(27 / 4) * inl * (u - u**3)
     volts = bent * dac.v_read / most * (1 + dac.gain_std * z[0]) + dac.offset_std * z[1]
     v_sinh = spec.device.v_sinh
     seen = volts if v_sinh is None else dac.v_read * np.sinh(volts / v_sinh) / np.sinh(dac.v_read / v_sinh)
@@ -335,7 +336,8 @@ def test_offsets_alone_calibrate_nothing():
     """Where a loss does not depend on a layer yet, the range of its gradients is that of the worst case."""
     parts = {"dac": {"offset_std": 1e-3}, "device": {"v_sinh": None}, "adc": {"bits": 8}}
     layer = layer_of("linear", spec_of(parts))
-    gx.calibrate(layer, [torch.randn(9, 20)], loss=lambda y, _: (0 * y).sum())
+    with pytest.warns(RuntimeWarning, match="got none of linear backwards"):
+        gx.calibrate(layer, [torch.randn(9, 20)], loss=lambda y, _: (0 * y).sum())
     worst = layer_of("linear", spec_of(parts, CONVERTED))
     assert torch.equal(layer.back_adc_range, worst.back_adc_range)
     assert not torch.equal(layer.adc_range, worst.adc_range)
@@ -464,6 +466,7 @@ WRONG = {
         {"dac": {"bits": 8, "inl": 30.0}},
         r"`dac`: `inl` must be within \+-21.1667 steps, a sixth of the largest digit, got 30",
     ),
+    "spread": ({"dac": {"bits": 8, "inl_std": 30.0}}, r"`dac`: `inl_std` must be within \+-21.1667 steps"),
     "inl of streams": (
         {"dac": {"bits": 8, "stream_bits": 2, "inl": 1.0}},
         r"`inl` must be within \+-0.5 steps",

@@ -194,9 +194,10 @@ def test_opcheck():
     vectors, images = (
         tuple(torch.randn(n, lines, *size) for lines in (5, 6)) for n, size in ((4, ()), (2, (4, 3)))
     )
-    torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, (*pairs, *vectors, *how))
+    weight = torch.empty(1, 6, 5)
+    torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, (*pairs, *vectors, weight, *how))
     patch = [1, 1, 1, 1, 0, 0, 1, 1]
     torch.library.opcheck(
-        torch.ops.gpuxbar.pulse_update.default, (*pairs, *images, *how, patch, torch.ones(5))
+        torch.ops.gpuxbar.pulse_update.default, (*pairs, *images, weight, *how, patch, torch.ones(5))
     )
     torch.library.opcheck(torch.ops.gpuxbar.relax.default, pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import cuda_shim
@@ -262,3 +263,20 @@ def test_layers_read_their_levels(name, monkeypatch):
         step = np.abs(theirs).max() / 20
         assert_matches(mine, theirs, step, share=0.1)
         assert np.unique(mine).size > mine.size / 4
+
+
+def test_layers_of_bytes_are_calibrated(monkeypatch):
+    """To the ranges that the CPU finds, by reads without ADCs, of which no kernel multiplies bytes."""
+    spec = gx.CrossbarSpec.model_validate(LAYER).with_overrides({"adc": {"range": "calibrated"}})
+    x, ranges = torch.randn(3, 20), []
+    for path in (nullcontext(), gpu_path(monkeypatch)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            AnalogLinear(20, 11, spec=spec), torch.nn.ReLU(), AnalogLinear(11, 7, spec=spec)
+        )
+        with path:
+            gx.calibrate(model, [x])
+        ranges.append([converter.full for layer in (model[0], model[2]) for converter in layer.converters()])
+        assert model[0].plan.precision == "int8"
+    for mine, theirs in zip(*ranges, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0.0)

@@ -304,7 +304,7 @@ def test_gradients_of_a_dac_range_match_oracle(cuda_device, signed):
     grad_x, grad_top = dac_clip_gradient(*arrays, torch.tensor([1.5]).cuda(), 7, signed)
     expected, slope = reference.dac_clip_gradient(grad, x, top=1.5, code_max=7, signed=signed)
     np.testing.assert_array_equal(grad_x.cpu(), expected)
-    assert grad_top.item() == pytest.approx(slope, abs=1e-6 * np.abs(grad).sum())
+    assert grad_top.item() == pytest.approx(slope, abs=1e-6 * float(np.abs(grad).sum()))
 
 
 # ---- ageing
@@ -691,6 +691,21 @@ def test_a_step_is_captured_on_a_device_that_is_not_current(cuda_device, determi
     assert same(other.state(), eager.state())
 
 
+def test_tensors_of_two_devices_are_refused(cuda_device):
+    import torch
+
+    from gpuxbar.bridge.chop import chop
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU alone was found")
+    lines, step = (torch.arange(n, device="cuda:1") for n in (3, 1))
+    with pytest.raises(
+        ValueError,
+        match=r"^gpuxbar: tensors of one call must be on one device, got one on cuda:1 and another on cuda:0;",
+    ):
+        chop(torch.ones(2, 5, device="cuda:0"), lines, step, 0.5, 7)
+
+
 def test_a_residual_network_is_captured(cuda_device):
     from gpuxbar.bench.gpu.steps import check_steps
 
@@ -727,9 +742,10 @@ def test_shared_drivers_match_oracle(cuda_device, shape):
         assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (20, 37), (70, 30), (128, 128)])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 16, 16), (3, 20, 37), (3, 70, 30), (1, 128, 128)])
 def test_gradients_through_wires_match_oracle(cuda_device, monkeypatch, shape):
-    g, w = tiles(3, *shape), wires("lines", *shape)
+    """Of one large tile alone: the oracle takes seconds for each."""
+    g, w = tiles(*shape), wires("lines", *shape[1:])
     grad = np.random.default_rng(1).normal(size=g.shape).astype(np.float32)
     found = run(cuda_device, ops.effective_conductance_gradient, g, grad, **w)
     expected = reference.effective_conductance_gradient(g, grad, **w)

@@ -626,14 +626,18 @@ def test_opcheck(kind, scheme, monkeypatch):
         layer, x = AnalogLinear(6, 3, spec=settings), torch.randn(2, 6)
     else:
         layer, x = AnalogConv2d(2, 3, 3, spec=settings), torch.randn(2, 2, 5, 4)
-    g, back_g, noise_var, w_max, version = layer.conductances()
+    g, back_g, noise_var, w_max, version, _ = layer.conductances()
     step, plan = torch.zeros(1, dtype=torch.int64), layer.plan.dumps()
     for lsb in (torch.full((1,), 0.02), None):
         args = (
             x.requires_grad_(), layer.weight, g, back_g, noise_var, w_max, layer.bias, lsb, layer.adc_range, layer.back_adc_range,
-            layer.adc_error, layer.back_adc_error, layer.dac_error, layer.back_dac_error, step, layer.packed, layer.back_packed, layer.packed_state, version, plan, True,
+            layer.adc_error, layer.back_adc_error, layer.dac_error, layer.back_dac_error, step, 1, layer.packed,
+            layer.back_packed, layer.packed_state, version, None, None, "", "", plan, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
+    if scheme == "subtracted":
+        writes = layer.written, layer.write_step, layer.spec.model_dump_json(), "subtract"
+        torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, (*args[:-6], *writes, *args[-2:]))
     for backend in ("host", "reference"):  # without backward to follow
         monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
         torch.library.opcheck(
@@ -644,19 +648,25 @@ def test_opcheck(kind, scheme, monkeypatch):
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
     back = (
-        grad_y,
-        weight,
-        g,
-        noise_var,
-        w_max,
-        layer.back_adc_range,
-        layer.back_adc_error,
-        layer.back_dac_error,
-        step,
-        image,
-        plan,
-    )
+        grad_y, weight, g, noise_var, w_max, layer.back_adc_range, layer.back_adc_error, layer.back_dac_error, step, image, plan,
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
+    if kind == "linear" and scheme == "subtracted":
+        saved = torch.ops.gpuxbar.analog_mvm.default(*args[:-1], True)
+        for wanted in ((True, True, True), (False, True, False)):
+            gradients = (
+                grad_y,
+                saved[2].detach(),
+                saved[1],
+                saved[3].detach(),
+                g,
+                noise_var,
+                w_max,
+                *back[5:9],
+                plan,
+                *wanted,
+            )
+            torch.library.opcheck(torch.ops.gpuxbar.matrix_gradients.default, gradients)
     packing = torch.zeros(8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64), version
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed_packed.default, (*back, *packing))
     if scheme == "subtracted":
@@ -882,6 +892,16 @@ def test_bent_converters_read_as_the_oracle_has_it(batch):
         off = np.abs(found.detach().numpy() - expected)
         assert (off < 1e-4 * step).mean() > 0.98  # others are on a rounding edge
         assert off.max() < 1.01 * step
+
+
+def test_no_curve_of_a_converter_turns_back():
+    adc = {"bits": 6, "range": "worst_case", "inl": 3.0, "inl_std": 5.0}
+    layer = AnalogLinear(40, 200, spec=spec(adc=adc))
+    inl, most = layer.adc_error[2], 32 / 6
+    assert inl.abs().max() == pytest.approx(most)
+    assert 0.1 < (inl == inl.max()).float().mean() < 0.6  # others are as they were drawn
+    steps = np.linspace(-31, 31, 201)
+    assert all((np.diff(reference.bent(steps, each, 31)) >= 0).all() for each in (-most, most))
 
 
 def test_converters_add_their_offsets_to_nothing():
@@ -1470,6 +1490,7 @@ def test_the_cuda_path_trains_like_the_host(scheme, precision, monkeypatch):
 
             for module in ("analog_mvm", "reprogram", "device_update"):
                 monkeypatch.setattr(sys.modules[f"gpuxbar.bridge.{module}"], "on_device", on_device)
+            monkeypatch.setattr(sys.modules["gpuxbar.bridge.analog_mvm"], "on_cpu", lambda _: False)
         x.grad = None
         results.append(step_of(model, x, t))
         results[-1][1].append(x.grad)

@@ -167,6 +167,21 @@ def test_a_range_that_falls_to_zero_drives_next_to_nothing():
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("at", [0.0, -0.0, 1e-35, -1e-35])
+def test_a_range_that_fell_to_zero_learns_to_be_one_again(at):
+    x = torch.randn(256, 20)
+    layer = layer_of(x, max=1.0)
+    target = nn.functional.linear(x, layer.weight, layer.bias).detach()
+    with torch.no_grad():
+        layer.dac_max.fill_(at)
+    optimiser = torch.optim.Adam([layer.dac_max], lr=0.1)
+    for _ in range(300):
+        optimiser.zero_grad()
+        (layer(x) - target).square().mean().backward()
+        optimiser.step()
+    assert 2.3 < abs(layer.dac_max.item()) < 2.9
+
+
 def test_a_range_learns_by_the_transposed_read_of_a_first_layer_too():
     layer, x = AnalogLinear(20, 6, spec=gx.CrossbarSpec(**READS)), torch.randn(9, 20)
     gx.calibrate(layer, [x], step=lambda x: layer(x).detach())

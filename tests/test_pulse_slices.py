@@ -205,7 +205,8 @@ def test_opcheck():
     spec = layer_of(**EVERYTHING).spec.model_dump_json()
     g = torch.from_numpy(cells(8, 5, 6))
     count = torch.zeros(8, 5, 6, dtype=torch.int32)
-    lines = (torch.randn(4, 5), torch.randn(4, 6), torch.ones(6), torch.ones(1, dtype=torch.int64), 0.1, 1)
+    step, weight = torch.ones(1, dtype=torch.int64), torch.empty(1, 6, 5)
+    lines = (torch.randn(4, 5), torch.randn(4, 6), weight, torch.ones(6), step, 0.1, 1)
     args = (g, None, count, None, spec, 3, *lines)
     torch.library.opcheck(torch.ops.gpuxbar.pulse_update.default, args)
 

@@ -286,6 +286,12 @@ IN_SITU = {"update": {"law": "constant_step"}}
         ({1: 2}, "`1` must be valid, got 1; Keys should be strings"),
         ({"adc": {"gain_std": 0.1}}, "`adc`: `bits` must be set with converter errors, got None with gain_std=0.1, offset_std=0, inl=0, inl_std=0"),
         ({"adc": {"bits": 8, "inl": -22}}, "`adc`: `inl` must be within +-21.3333 steps, a twelfth of the codes of 8 bits, got -22"),
+        ({"adc": {"bits": 8, "inl_std": 22}}, "`adc`: `inl_std` must be within +-21.3333 steps, a twelfth of the codes of 8 bits, got 22"),
+
+
+        ({"adc": {"bits": 1}}, "`adc.bits` must be at least 2 where currents have both signs, got 1; add a bit"),
+        ({"adc": {"bits": 1}, "dac": {"bits": 4, "signed": False}}, "`backward.adc.bits` must be at least 2 where currents have both signs"),
+        ({"backward": {"adc": {"bits": 1}}}, "as gradients make them, got 1; give it, or backward.mode='ideal'"),
         ({"dac": {"bits": 1}}, "`dac`: `bits` must be 2 to 8 for signed inputs, got 1; one bit holds no sign"),
         ({"dac": {"stream_bits": 2}}, "`dac`: `bits` must be set with `stream_bits`, got None; streams of 2 bits"),
         ({"dac": {"polarity": "two_phase"}, "adc": {"bits": 8}}, "`dac`: `bits` must be set with polarity='two_phase'"),
@@ -319,6 +325,18 @@ IN_SITU = {"update": {"law": "constant_step"}}
 def test_settings_that_do_not_fit_are_named(settings, text):
     with pytest.raises(gx.SpecError, match=re.escape(text)):
         gx.CrossbarSpec.model_validate(settings)
+
+
+def test_one_bit_converts_currents_of_one_sign():
+    dac, adc = {"bits": 4, "signed": False}, {"bits": 1, "range": "worst_case"}
+    layer = torch.nn.Linear(8, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0], [-1.0], [0.3]]).expand(3, 8))
+    model, _ = gx.convert(
+        layer, gx.CrossbarSpec.model_validate({"dac": dac, "adc": adc, "backward": {"mode": "ideal"}})
+    )
+    full = 8 * 1e-5 / 9e-6  # of either array
+    torch.testing.assert_close(model(torch.ones(1, 8)).detach(), torch.tensor([[full, -full, 0.0]]))
 
 
 def test_every_wrong_setting_has_its_line_and_parts_speak_for_themselves():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 
 import gpuxbar as gx
 from gpuxbar.bridge.device_update import require_finite_gradient
@@ -607,11 +608,14 @@ def test_gradients_of_values_are_driven_in_one_phase():
     assert (x.grad - ideal).abs().max() < 0.02 * ideal.abs().max()
 
 
-def test_gradients_of_gradients_are_refused():
-    """They would lack what goes through the arrays, where digital layers let the rest through."""
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_of_gradients_are_refused(last):
+    """They would lack what goes through the arrays, where digital layers let the rest through; where the layer is the last one, all of
+    it."""
     layer, x = linear(dac={"bits": 8}), inputs().requires_grad_()
-    (grad,) = torch.autograd.grad(layer(x.sin()).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    y = layer(x.sin())
+    (grad,) = torch.autograd.grad((y if last else y.square()).sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="must not be differentiated again, got a second derivative"):
         grad.square().sum().backward()
 
 
@@ -792,11 +796,16 @@ def test_a_layer_trains_after_it_was_written_anew_in_inference_mode():
     assert layer.weight.grad is not None
 
 
-def test_a_layer_without_memory_takes_the_weight_of_a_checkpoint():
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_layer_without_memory_is_not_loaded(assign):
+    """It would have no memory for its devices."""
     with torch.device("meta"):
         layer = AnalogLinear(20, 8, spec=gx.CrossbarSpec())
-    layer.load_state_dict(linear().state_dict(), assign=True)
-    assert torch.equal(layer.weight, linear().weight)
+    with pytest.raises(
+        ValueError,
+        match=r"linear: a crossbar layer must have its values .* got a state dict .*load the model before gpuxbar\.convert",
+    ):
+        layer.load_state_dict(linear().state_dict(), assign=assign)
 
 
 def test_a_layer_without_memory_gets_none_unset():
@@ -805,3 +814,46 @@ def test_a_layer_without_memory_gets_none_unset():
         ValueError, match=r"0: a crossbar layer must have its values .*; call to_empty\(\) and load the model"
     ):
         model.to("meta").to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("law", [{}, {"write_noise": 1e-7}])
+def test_cells_keep_their_weight_through_another_precision(law, read):
+    layer = linear(update={"law": "constant_step", **law})
+    layer.begin_in_situ()
+    before = state_of(layer)
+    layer.half()
+    if read:
+        layer(inputs().half())
+    layer.float()
+    assert torch.equal(layer.weight, before["weight"])
+    assert torch.equal(layer.g_cells, before["g_cells"])
+    assert layer.update_step == before["update_step"]
+    layer(inputs())
+
+
+def test_a_weight_that_the_cells_do_not_read_stays_refused_in_another_precision():
+    layer = held(False)
+    with torch.no_grad():
+        layer.weight.mul_(0.5)
+    with pytest.raises(ValueError, match="linear: `weight` must be what the cells read"):
+        layer.double()(inputs().double())
+
+
+def test_averaged_weights_are_read_once_they_are_written_to_cells():
+    layer = held(False)
+    optimiser, averaged = gx.optim.InSituSGD(layer.parameters(), lr=0.5), AveragedModel(layer)
+    for _ in range(3):
+        optimiser.zero_grad()
+        layer(inputs()).square().mean().backward()
+        optimiser.step()
+        averaged.update_parameters(layer)
+    expected = averaged.module.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"or write it to the cells anew by the layer's begin_in_situ\(\), as averages"
+    ):
+        averaged(inputs())
+    digital, _ = gx.convert(averaged.module, gx.CrossbarSpec(), rules={"*": None})
+    averaged.module.begin_in_situ()
+    torch.testing.assert_close(averaged.module.weight, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(averaged(inputs()), digital(inputs()), rtol=1e-4, atol=1e-4)

@@ -73,6 +73,14 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
         ({"adc.bits": [6, 99]}, None, "CrossbarSpec: `adc.bits` must be"),
         ({"adc.bitz": [6]}, None, "CrossbarSpec: `adc.bitz` must be a known key"),
         ({"adc.bits": [6, 8, 6]}, None, r"sweep: `vary` must hold values that differ, got \[6, 8, 6\] for adc.bits"),
+        ({"train.lrr": [0.1]}, None, r"sweep: `vary` must hold options of a training behind train\., got train\.lrr; did you mean `train\.lr`"),
+        ({"train.lr": [0.1, -1]}, None, "train: `lr` must be a finite number of at least 0, got -1; try 0.01"),
+        ({"train.lr": ["fast"]}, None, "train: `lr` must be a finite number of at least 0, got 'fast'"),
+        ({"train.batch": [2.5]}, None, "train: `batch` must be a whole number of at least 1, got 2.5"),
+        ({"train.epochs": [0]}, None, "train: `epochs` must be a whole number of at least 1, got 0"),
+        ({"train.seed": ["a"]}, None, "train: `seed` must be a whole number, got 'a'"),
+        ({"train.momentum": ["a"]}, None, "train: `momentum` must be a number, got 'a'"),
+        ({"train.optimizer": ["agadd"]}, None, "train: `optimizer` must be an in-situ algorithm, got 'agadd'"),
         ({"adc.bits": []}, None, r"sweep: `vary` must hold values that differ, got \[\] for adc.bits"),
         ({"adc.bits": [6]}, ("in-situ",), "`update` of the spec must be an update law"),
         ({"update": [{"law": "ideal"}, None]}, ("in-situ",), "`update` of the spec must be an update law"),
@@ -183,6 +191,76 @@ def test_a_law_that_only_points_have_trains_in_situ(tmp_path):
         ("ideal", "in-situ"),
         ("soft_bounds", "in-situ"),
     ]
+
+
+def test_options_of_the_training_are_varied_behind_a_word(tmp_path):
+    """The ideal mode runs once for each combination of those that change it."""
+    vary = {"train.lr": [1e-3, 1e-2], "train.in_situ_lr": [0.1, 0.2]}
+    run = Run(tmp_path / "all", SPEC, **COMMON)
+    rows = sweep(run, vary)
+    assert [row["mode"] for row in rows] == ["ideal", "hardware-aware", "hardware-aware"] * 2
+    assert [row.get("train.in_situ_lr") for row in rows] == [None, 0.1, 0.2] * 2
+    (found,) = train(Run(tmp_path / "alone", SPEC, modes=("hardware-aware",), lr=1e-2, **COMMON))
+    assert {"train.lr": 1e-2, "loss": found["loss"]}.items() <= rows[4].items()
+    assert rows[1]["loss"] == rows[2]["loss"] != rows[4]["loss"]
+    folders = {path.name for path in run.folder.iterdir() if path.is_dir()}
+    assert {"ideal,train.lr=0.001", "ideal,train.lr=0.01", "train.lr=0.01,train.in_situ_lr=0.2"} < folders
+    assert len(folders) == 6
+    # in another order, of which the ideal runs know nothing
+    again = sweep(Run(**vars(run) | {"resume": True}), {**vary, "train.in_situ_lr": [0.2, 0.1]})
+    assert sorted(map(str, again)) == sorted(map(str, rows))
+
+
+def test_first_weights_are_varied_apart_from_devices(tmp_path):
+    rows = sweep(Run(tmp_path / "seeds", SPEC, **COMMON), {"train.seed": [0, 1], "seed": [0, 1]})
+    assert [(row["mode"], row["train.seed"], row.get("seed")) for row in rows] == [
+        (mode, at, seed) for at in (0, 1) for mode, seed in (("ideal", None), ("hardware-aware", 0), ("hardware-aware", 1))
+    ]  # fmt: skip
+    assert len({row["loss"] for row in rows}) == 6
+
+
+def test_rows_of_another_sweep_stay_in_the_table(tmp_path):
+    run = Run(tmp_path / "kept", SPEC, modes=("hardware-aware",), **COMMON)
+    sweep(run, {"adc.bits": [2, 8]})
+    before = table(run.folder)
+    sweep(Run(**vars(run) | {"resume": True}), {"adc.bits": [8, 4]})
+    again = table(run.folder)
+    assert [row["adc.bits"] for row in again] == ["2", "8", "4"]
+    assert again[:2] == before
+    sweep(Run(**vars(run) | {"resume": True}), {"adc.bits": [8], "dac.bits": [6]})
+    more = table(run.folder)
+    assert list(more[0]) == ["adc.bits", "dac.bits", "mode", "loss", "accuracy"]
+    assert [(row["adc.bits"], row["dac.bits"]) for row in more] == [
+        ("2", ""),
+        ("8", ""),
+        ("4", ""),
+        ("8", "6"),
+    ]
+
+
+def test_data_is_loaded_once(tmp_path, monkeypatch):
+    module, names = import_module("gpuxbar.experiments.train"), []
+    load = module.load_data
+    monkeypatch.setattr(module, "load_data", lambda name, *more: names.append(name) or load(name, *more))
+    sweep(Run(tmp_path / "once", SPEC, modes=("hardware-aware",), **COMMON), {"adc.bits": [6, 8]})
+    train(Run(tmp_path / "alone", SPEC, modes=("hardware-aware",), **COMMON))
+    assert names == ["digits", "digits"]
+
+
+def test_many_lines_can_be_told_apart(tmp_path, monkeypatch):
+    module, drawn = import_module("gpuxbar.experiments.sweep"), []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    vary = {"adc.bits": [6, 8], "dac.bits": [*range(2, 15)]}
+    rows = [
+        {"adc.bits": a, "dac.bits": d, "mode": "in-situ", "accuracy": d / 20}
+        for a in vary["adc.bits"] for d in vary["dac.bits"]
+    ]  # fmt: skip
+    module._plot(rows, vary, tmp_path / "sweep.png")
+    (axis,) = drawn[0].axes
+    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 13
+    (legend,) = drawn[0].legends
+    assert len(legend.get_texts()) == 13
 
 
 def test_dotted_keys_are_nested():

@@ -25,6 +25,7 @@ from gpuxbar.bench.record import (
     put_table,
     rewrite_readmes,
     rows_of,
+    summary_table,
 )
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.spec.errors import nearest
@@ -81,6 +82,7 @@ def bench(
             rewrite_readmes(root, rows)
             if narrow:
                 put_table(root / "examples/README.md", avx2_table(narrow, rows), *markers("avx2"))
+                put_table(root / "README.md", summary_table(narrow), *markers("summary"))
             on_gpu = gpu_table(lines_of(root / "examples/results/gpu.jsonl"))
             put_table(root / "examples/README.md", on_gpu, *markers("gpu"))
         else:

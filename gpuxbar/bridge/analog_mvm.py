@@ -17,11 +17,12 @@ from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge import host
-from gpuxbar.bridge.arrays import array, on_device, tensor
-from gpuxbar.bridge.lines import fold_lines
+from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
+from gpuxbar.bridge.lines import fold_lines, written
 from gpuxbar.bridge.operator import call, gradient, operator, plan_of
 from gpuxbar.bridge.outer_product import Samples, conv_weight_gradient, weight_gradient
 from gpuxbar.bridge.passes import require_first_pass
+from gpuxbar.bridge.reprogram import reprogram, writing_of
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry, NotFiniteError
@@ -30,6 +31,7 @@ from gpuxbar.reference import SMALLEST_RANGE
 
 __all__ = [
     "NOT_PACKED",
+    "NOT_WRITTEN",
     "abs_max",
     "analog_mvm",
     "driven_gradient",
@@ -39,10 +41,11 @@ __all__ = [
 ]
 
 NOT_PACKED: tuple[Tensor | None, ...] = (None,) * 4  # in place of memory for packed conductances
+NOT_WRITTEN = None, None, "", ""  # in place of what the cells are to be written by
 
 
 def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
-    plan, want_gate = more[-2:]
+    counter, plan, want_gate = more[6], *more[-2:]
     way = plan_of(plan)
     conv = _geometry(way, weight.shape, x.shape)
     shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
@@ -50,10 +53,13 @@ def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
     v = x.new_empty(x.shape if want_gate else 0, dtype=torch.int16 if way.forward.code_max else x.dtype)
     gate = x.new_empty(shape if want_gate and way.forward.adc_bits else 0, dtype=torch.float32)
     steps = x.shape[0] if way.forward.per_sample else 1
-    return y, v, gate, x.new_empty(steps if want_gate and dac_lsb is None else 0, dtype=torch.float32)
+    unit = x.new_empty(steps if want_gate and dac_lsb is None else 0, dtype=torch.float32)
+    return y, v, gate, unit, counter.new_empty(int(want_gate))
 
 
-@operator(_read_shapes, mutates_args=("packed", "packed_state"))
+@operator(
+    _read_shapes, mutates_args=("g", "noise_var", "w_max", "counter", "packed", "packed_state", "state")
+)
 def analog_mvm(
     x: Tensor,
     weight: Tensor,
@@ -69,19 +75,25 @@ def analog_mvm(
     back_adc_error: Tensor | None,
     dac_error: Tensor | None,
     back_dac_error: Tensor | None,
-    step: Tensor,
+    counter: Tensor,
+    count: int,
     packed: Tensor | None,
     back_packed: Tensor | None,
     packed_state: Tensor | None,
     version: Tensor | None,
+    state: Tensor | None,
+    write_step: Tensor | None,
+    spec: str,
+    merge: str,
     plan: str,
     want_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read a layer's tiles: y float32, with the driven codes, the ADC gate and the value of a code that backward needs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Read a layer's tiles: y float32, with what backward needs: the driven codes, the ADC gate, the value of a code and the read's
+    number.
 
     Args:
         x: Inputs inside the DAC range, float32 [B, G * I] or images [N, channels, height, width].
-        weight: The layer's weight; receives the gradient, its values are not used.
+        weight: The layer's weight; receives the gradient, its values are used where they are written first.
         g: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping; the wordlines of a
             convolution in the order of its plan.
         back_g: The same where the transposed read sees another matrix, or None.
@@ -94,20 +106,29 @@ def analog_mvm(
         adc_error, back_adc_error: Gain, offset in A and, where there is any, integral non-linearity in steps of every converter,
             float32 [2 or 3, S, tiles, sensed], or None.
         dac_error, back_dac_error: Gain, offset in V and non-linearity in steps of every driven line's DAC, float32 [3, lines], or None.
-        step: Read counter, int64 [1]; same value, same noise.
+        counter: Reads so far, int64 [1], which become `count` more: the number of this read; same number, same noise. A read that is
+            refused leaves no trace.
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
             `ops.PackedConductance`, whose states are `packed_state`, int64 [2, 2], and whose number is `version`, int64 [1].
+        state, write_step, spec, merge: As of `reprogram`, which comes first; None: the cells are as they are.
         plan: `mapping.ReadPlan` as JSON.
-        want_gate: Whether backward will follow; without, codes, gate and value of a code are empty; that one too where it is given.
+        want_gate: Whether backward will follow; without, all but y is empty, and where it is given the value of a code, too.
     """
     way = plan_of(plan)
     read, plain = way.forward, way.reference == (0, 0)
     if read.noise or noise_var is not None:
         require_first_pass(way.name)
     with on_device(x, way.name) as device:
-        y, gate, codes, lsb = _read(
-            x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, dac_error, step, plan, device,
-            f"{way.name}: `x`", conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
+        writes = None
+        if state is not None and write_step is not None:
+            if host.serves(device):
+                how, *scale = writing_of(spec, merge, plan)
+                writes = how, written(weight, way), g, noise_var, w_max, state, write_step, *scale
+            else:
+                reprogram.plain(weight, g, noise_var, w_max, state, write_step, spec, merge, plan)
+        y, gate, codes, lsb, number = _read(
+            x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, dac_error, counter, count,
+            plan, device, f"{way.name}: `x`", writes=writes, conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
             want_gate=want_gate and read.adc_bits > 0, packed=_packed(packed, packed_state, version, 0, device),
         )  # fmt: skip
         if not plain:
@@ -119,7 +140,8 @@ def analog_mvm(
         codes = x.new_empty(0, dtype=torch.int16 if read.code_max else x.dtype)
     if lsb is None or dac_lsb is not None or not want_gate:
         lsb = x.new_empty(0)
-    return y, codes, x.new_empty(0) if gate is None else gate, lsb
+    number = counter.new_empty(0) if number is None or not want_gate else number
+    return y, codes, x.new_empty(0) if gate is None else gate, lsb, number
 
 
 def _transposed_shape(
@@ -193,7 +215,7 @@ def _transposed(
                 values, conv = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]), None
         try:
             grad_x, *_ = _read(
-                values, lsb, g, noise_var, scale, None, adc_range, adc_error, dac_error, step, plan, device,
+                values, lsb, g, noise_var, scale, None, adc_range, adc_error, dac_error, step, 0, plan, device,
                 f"{way.name}: the gradient of the output", transposed=True, conv=conv,
                 packed=None if packing is None else _packed(*packing, 1, device),
             )  # fmt: skip
@@ -206,6 +228,54 @@ def _transposed(
         return fold_lines(grad_x, tuple(image), weight.shape, way) if image else grad_x
 
 
+def _gradient_shapes(
+    grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, number, plan, *wanted
+):
+    (batch, outputs), inputs = grad_y.shape, v.shape[1]
+    shapes = (batch, inputs), (outputs, inputs), (outputs,)
+    return tuple(grad_y.new_empty(shape if asked else 0) for shape, asked in zip(shapes, wanted, strict=True))
+
+
+@operator(_gradient_shapes)
+def matrix_gradients(
+    grad_y: Tensor,
+    gate: Tensor,
+    v: Tensor,
+    lsb: Tensor,
+    g: Tensor,
+    noise_var: Tensor | None,
+    w_max: Tensor,
+    adc_range: Tensor,
+    adc_error: Tensor | None,
+    dac_error: Tensor | None,
+    number: Tensor,
+    plan: str,
+    want_x: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All gradients of a read of a matrix on the CPU at once, as far as they are wanted: of its inputs, weights and bias.
+
+    What `analog_mvm` returned of the read, and what it was given for the transposed one, are `gate` to `number`.
+    """
+    grad_x, grad_w, grad_bias = host.layer_gradient(
+        plan, grad_y, gate if gate.numel() else None, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, number,
+        f"{plan_of(plan).name}: the gradient of the output", (want_x, want_weight, want_bias),
+    )  # fmt: skip
+    return (
+        grad_y.new_empty(0) if grad_x is None else grad_x,
+        grad_y.new_empty(0) if grad_w is None else grad_w,
+        grad_y.new_empty(0) if grad_bias is None else grad_bias,
+    )
+
+
+def _at_once(grad_y: Tensor, way: ReadPlan) -> bool:
+    """Whether the gradients of a read of a matrix are `matrix_gradients`."""
+    read = way.backward
+    fits = read.code_max > 0 and not read.full and way.reference == (0, 0)
+    return fits and on_cpu(grad_y) and host.serves(None)
+
+
 def gradient_values(grad_y: Tensor, w_max: Tensor, way: ReadPlan) -> Tensor:
     """A gradient of the output in the units that a transposed read drives."""
     return grad_y * (w_max * way.unit).reshape(-1, *[1] * (grad_y.dim() - 2))
@@ -216,7 +286,8 @@ def driven_gradient(values: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tenso
     read = way.backward
     if read.full:
         full = read.full * way.unit * w_max.amax().reshape(1)
-        values = values.clamp(-full, full)
+        # times 0 what is not finite is NaN, and stays so inside the range
+        values = values.clamp(-full, full).add_(values, alpha=0)
     else:
         full = abs_max(values, read.per_sample)
     return values, full / max(read.code_max, 1)
@@ -277,10 +348,11 @@ def _drive(
 
 def _read(
     x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
-    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, plan: str, device: Device | None, what: str, *,
+    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor, count: int, plan: str,
+    device: Device | None, what: str, *,
     conv: ConvGeometry | None, packed: ops.PackedConductance | None, transposed: bool = False, keep: bool = False,
-    want_gate: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    want_gate: bool = False, writes: tuple[Any, ...] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """A read of digital values x, through the DAC, in digital units along the driven side: see `host.layer_read`; what is not to
     `keep` may be None."""
     way = plan_of(plan)
@@ -291,9 +363,10 @@ def _read(
         if dac_lsb is None and not read.code_max:
             dac_lsb = abs_max(x, read.per_sample)
         return host.layer_read(
-            plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, step, what, transposed=transposed, conv=conv,
-            keep=keep, want_gate=want_gate,
+            plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, counter, count, what,
+            transposed=transposed, conv=conv, keep=keep, want_gate=want_gate, writes=writes,
         )  # fmt: skip
+    number = counter + count
     scale = None if w_max is None else w_max * way.unit
     v, dac, driven, lsb = _drive(x, dac_lsb, scale if transposed else None, read, device, what, keep)
     more: dict[str, Any] = {"tile_cols" if transposed else "tile_rows": read.tile or None}
@@ -311,13 +384,15 @@ def _read(
     found = ops.tile_mvm(
         array(v), array(g), transposed=transposed, groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits,
         streams=read.streams, phases=read.phases, slice_scale=_slice_scale(way.slice_scale, v.device),
-        read_noise=read.noise, generator=way.generator, seed=way.seed, step=array(step),
+        read_noise=read.noise, generator=way.generator, seed=way.seed, step=array(number),
         row_offset=way.rank * len(v) * (1 if conv is None else conv.pixels), row_scale=array(lsb / read.v_lsb), conv=conv,
         want_gate=want_gate, precision=way.precision if read.code_max else "fp32", g_range=way.g_range, g_step=way.g_step,
         g_offset=way.g_offset, packed=packed, dac=dac, device=device, **more,
     )  # fmt: skip
+    if count:
+        counter.copy_(number)
     y, gate = found if want_gate else (found, None)
-    return tensor(y), None if gate is None else tensor(gate), driven, lsb
+    return tensor(y), None if gate is None else tensor(gate), driven, lsb, number
 
 
 def _packed(
@@ -364,10 +439,10 @@ def less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, _, dac_error, step, *packing, plan, _,
+        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, _, dac_error, _, _, *packing, _, _, _, _, plan, _,
     ) = inputs  # fmt: skip
     g = g if back_g is None else back_g
-    _, v, gate, fitted = output
+    _, v, gate, fitted, step = output
     # A change of the weight, which alone changes g and w_max, is caught here.
     lsb = fitted if dac_lsb is None else dac_lsb
     ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, dac_error, step)
@@ -382,8 +457,19 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, dac_error, step = ctx.saved_tensors
     way = plan_of(ctx.plan)
     grad_y = grad_y.float()
-    grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
     samples = None if ctx.image else Samples.of(weight)
+    if not ctx.image and samples is None and _at_once(grad_y, way):
+        to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+        grad_x, grad_w, grad_bias = call(
+            matrix_gradients, grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, step, ctx.plan, to_x, to_weight,
+            to_bias,
+        )  # fmt: skip
+        return (
+            grad_x if to_x else None,
+            grad_w.to(weight.dtype) if to_weight else None,
+            grad_bias if to_bias else None,
+        )
+    grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
     gated, of_product = grad_y.contiguous(), gate if gate.numel() else None
     if of_product is not None and (ctx.needs_input_grad[0] or ctx.image or samples):
         gated = gated * gate
@@ -407,4 +493,4 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return grad_x, grad_w, grad_bias
 
 
-gradient(analog_mvm, _backward, _setup, wrt=(0, 1, 6))
+gradient(analog_mvm, _backward, _setup, wrt=(0, 1, 6), results=1)

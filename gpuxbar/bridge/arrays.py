@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,7 @@ def _on_gpu(t: Tensor, name: str) -> Iterator[Device]:
     import cupy
 
     def memory(size: int) -> Any:
-        block = torch.empty(size, dtype=torch.uint8, device=t.device)
-        return cupy.cuda.MemoryPointer(
-            cupy.cuda.UnownedMemory(block.data_ptr(), size, block, t.device.index), 0
-        )
+        return _memory(torch.empty(size, dtype=torch.uint8, device=t.device))
 
     with (
         torch.cuda.device(t.device),
@@ -58,13 +56,31 @@ def _on_gpu(t: Tensor, name: str) -> Iterator[Device]:
 
 
 def array(t: Tensor) -> Any:
-    """A view of a tensor; of a contiguous copy if it is not contiguous."""
+    """A view of a tensor, of a GPU's current device alone; of a contiguous copy if it is not contiguous."""
     t = (t.detach() if t.requires_grad else t).contiguous()
     if t.is_cpu:
         return t.numpy()
     import cupy
 
-    return cupy.from_dlpack(t)
+    if t.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"gpuxbar: tensors of one call must be on one device, got one on {t.device} and another on "
+            f"cuda:{torch.cuda.current_device()}; move them by .to()"
+        )
+    # DLPack would give the same view, in ten times as long, and make streams wait that are one
+    return cupy.ndarray(t.shape, _dtype(t.dtype), _memory(t))
+
+
+def _memory(t: Tensor) -> Any:
+    """Where the values of a contiguous tensor lie in a GPU's memory, for CuPy, which keeps the tensor."""
+    import cupy
+
+    return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(t.data_ptr(), t.nbytes, t, t.device.index), 0)
+
+
+@cache
+def _dtype(kind: torch.dtype) -> np.dtype[Any]:
+    return np.dtype(str(kind).removeprefix("torch."))
 
 
 def explain_gpu() -> tuple[str, str]:

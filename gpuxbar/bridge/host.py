@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from gpuxbar import ops
-from gpuxbar.bridge.operator import plan_of
+from gpuxbar.bridge.operator import plan_of, spec_of
 from gpuxbar.bridge.pairs import made_of
 from gpuxbar.launch import Device, host_library
-from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops import ConvGeometry, NotFiniteError
 from gpuxbar.ops.dac_clip import clip_gradient_on_host
 from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.device_update import Update, update_on_host
 from gpuxbar.ops.images import Conv
-from gpuxbar.ops.layer_read import LayerRead
+from gpuxbar.ops.layer_read import LayerGradient, LayerRead
 from gpuxbar.ops.outer_product import outer_product_on_host
-from gpuxbar.ops.program import Writing, checksum_on_host, reprogram_on_host
+from gpuxbar.ops.program import Rewrite, Writing, checksum_on_host, reprogram_on_host
+from gpuxbar.ops.pulse_update import Update as Pulses
+from gpuxbar.ops.pulse_update import check_pulses, check_sign, pulse_on_host, pulses_of
 from gpuxbar.ops.tile_mvm import tile_read
 
 __all__ = [
@@ -34,8 +36,10 @@ __all__ = [
     "checksum",
     "dac_clip_gradient",
     "device_update",
+    "layer_gradient",
     "layer_read",
     "outer_product",
+    "pulse_update",
     "reprogram",
     "serves",
 ]
@@ -51,19 +55,20 @@ def serves(device: Device | None) -> bool:
 
 def address(name: str, t: Tensor, count: int, dtype: torch.dtype = torch.float32) -> int:
     """Where the values of a tensor lie; refused unless it holds so many of a type, one after the other."""
+    at: int = t.data_ptr()  # 0 of a tensor of zeros that are nowhere
     if (
         t.dtype is not dtype
         or t.numel() != count
         or not t.is_contiguous()
         or not t.is_cpu
         or t.is_neg()
-        or t._is_zerotensor()
+        or not (at or not count)
     ):
         raise ValueError(
             f"gpuxbar: `{name}` must be a contiguous tensor of {count} values of {dtype} in the CPU's memory, got shape {tuple(t.shape)} "
             f"and strides {t.stride()} of {t.dtype} on {t.device}; pass its clone().contiguous()"
         )
-    return t.data_ptr()
+    return at
 
 
 def dac_clip_gradient(
@@ -101,12 +106,22 @@ def reprogram(
     scale: str, full_weight: float | None,
 ) -> None:  # fmt: skip
     """Program weights again if they have changed: see `ops.reprogram`."""
-    lines, cells = writes.values["scale_count"], prod(writes.shape)
-    reprogram_on_host(
-        writes.at(int(write_step)), address("weight", weight, lines * writes.values["inputs"]), address("w_max", w_max, lines),
-        address("g", g, cells), None if noise_var is None else address("noise_var", noise_var, cells),
-        address("state", state, 2, torch.int64), scale, full_weight,
-    )  # fmt: skip
+    r = _rewrite(writes, weight, g, noise_var, w_max, state, write_step, scale, full_weight)
+    reprogram_on_host(r.settings, r.weight, r.w_max, r.g, r.noise_var, r.state, scale, full_weight)
+
+
+def _rewrite(
+    writes: Writing, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, state: Tensor, write_step: Tensor,
+    scale: str, full_weight: float | None,
+) -> Rewrite:  # fmt: skip
+    """Arguments of `reprogram`."""
+    found, cells = writes.rewrite(int(write_step), scale, full_weight), writes.cells
+    found.weight, found.g = address("weight", weight, writes.weights), address("g", g, cells)
+    found.w_max = address("w_max", w_max, writes.values["scale_count"])
+    found.state = address("state", state, 2, torch.int64)
+    if noise_var is not None:
+        found.noise_var = address("noise_var", noise_var, cells)
+    return found
 
 
 def checksum(x: Tensor) -> int:
@@ -146,6 +161,55 @@ def _update(
     spec: str, seed: int, g: torch.Size, dw: torch.Size, given: tuple[bool, bool, bool]
 ) -> tuple[bytes, int]:
     """What shapes and settings say of an update, and how many planes a map of the devices has."""
+    pairs, maps = _like_pairs(spec, seed, g, given)
+    shape = pairs.g.shape
+    groups, outputs, inputs = dw
+    if shape != (2 * pairs.slices, groups * inputs, outputs):
+        raise ValueError(
+            f"device_update: `g` must have shape {(2 * pairs.slices, groups * inputs, outputs)} for dw {tuple(dw)}, got {shape}; check "
+            "the axes"
+        )
+    return bytes(Update(**pairs.settings, groups=groups, inputs=inputs, outputs=outputs)), maps
+
+
+def pulse_update(
+    g: Tensor, pulse_count: Tensor | None, device_map: Tensor | None, spec: str, seed: int, x: Tensor, d: Tensor, weight: Tensor,
+    w_max: Tensor, step: Tensor, rate: float, groups: int, conv: ConvGeometry | None, sign: Tensor | None,
+) -> None:  # fmt: skip
+    """Pulse pairs of devices, and read the weights out: see `ops.pulse_update`."""
+    given = False, pulse_count is not None, device_map is not None
+    update, maps = _pulses(spec, seed, g.shape, x.shape, d.shape, groups, conv, given)
+    now = Pulses.from_buffer_copy(update)
+    now.step, now.pulses = int(step), pulses_of(made_of(spec)["law"], now.slices, rate)
+    if sign is not None:
+        check_sign(sign.numpy(), groups * now.inputs)
+    cells = g.numel()
+    devices = (
+        address("g", g, cells),
+        None if pulse_count is None else address("pulse_count", pulse_count, cells, torch.int32),
+        None if device_map is None else address("device_map", device_map, maps * cells, torch.float16),
+    )
+    pulse_on_host(
+        now, devices, address("x", x, x.numel()), address("d", d, d.numel()),
+        None if sign is None else address("sign", sign, groups * now.inputs),
+        address("weight", weight, groups * now.outputs * now.inputs), address("w_max", w_max, groups * now.outputs),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _pulses(
+    spec: str, seed: int, g: torch.Size, x: torch.Size, d: torch.Size, groups: int, conv: ConvGeometry | None,
+    given: tuple[bool, bool, bool],
+) -> tuple[bytes, int]:  # fmt: skip
+    """What shapes and settings say of pulses, and how many planes a map of the devices has."""
+    pairs, maps = _like_pairs(spec, seed, g, given)
+    train, lines = spec_of(spec).pulses, [np.empty(of, np.float32) for of in (x, d)]
+    size = check_pulses(pairs, *lines, train, np.ones(d[1], np.float32), groups, conv)
+    return bytes(Pulses.of(pairs, train, conv, size)), maps
+
+
+def _like_pairs(spec: str, seed: int, g: torch.Size, given: tuple[bool, bool, bool]) -> tuple[ops.Pairs, int]:
+    """Pairs of a shape, with `g_held`, `pulse_count` and `device_map` or without, and how many planes the last has."""
     shape, maps = tuple(g), len(spread_names(made_of(spec)["law"]))
     kinds = {
         "g_held": ("float32", shape),
@@ -157,46 +221,123 @@ def _update(
         for there, (name, (kind, of)) in zip(given, kinds.items(), strict=True)
         if there
     }
-    pairs = ops.Pairs(np.empty(shape, np.float32), **parts, seed=seed, **made_of(spec))
-    groups, outputs, inputs = dw
-    if shape != (2 * pairs.slices, groups * inputs, outputs):
-        raise ValueError(
-            f"device_update: `g` must have shape {(2 * pairs.slices, groups * inputs, outputs)} for dw {tuple(dw)}, got {shape}; check "
-            "the axes"
-        )
-    return bytes(Update(**pairs.settings, groups=groups, inputs=inputs, outputs=outputs)), maps
+    return ops.Pairs(np.empty(shape, np.float32), **parts, seed=seed, **made_of(spec)), maps
 
 
 def layer_read(
     plan: str, x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
-    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, what: str, *, transposed: bool, conv: ConvGeometry | None,
-    keep: bool, want_gate: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor, count: int, what: str, *,
+    transposed: bool,
+    conv: ConvGeometry | None, keep: bool, want_gate: bool, writes: tuple[Any, ...] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """A read of digital values by a `mapping.ReadPlan`, through the DAC: see `ops.dac_quantize` and `ops.tile_mvm`.
 
     Args:
         dac_lsb: Value of one code, float32 [1] or [len(x)]; None: that of a DAC whose range fits x, or, driven backwards, x times
             the weights of full pairs.
         w_max: These weights, by which the result is scaled; None: nothing is.
+        counter: Reads so far, int64 [1], which become `count` more: the number of this read.
         what: What the error about values that are not finite calls x.
+        writes: Arguments of a `reprogram` of the cells that comes first; None: none does.
 
     Returns:
-        y, the gate if it is wanted, and if they are to `keep` what drives the lines and the value of one code.
+        y, the gate if it is wanted, and if they are to `keep` what drives the lines, the value of one code and the read's number.
     """
-    x, g, adc_range = x.contiguous(), g.contiguous(), adc_range.contiguous()
     steps = None if dac_lsb is None else dac_lsb.numel()
-    kept = _layer_read(plan, transposed, x.shape, g.shape, conv, want_gate, steps, adc_range.numel())
-    read = LayerRead.from_buffer_copy(kept.struct)
-    read.x = address("x", x, kept.values)
-    read.g = address("g", g, kept.cells)
-    read.adc_range = address("adc_range", adc_range, kept.ranges)
-    read.step = address("step", step, 1, torch.int64)
-    if w_max is not None:
-        w_max = w_max.contiguous()
-        read.w_max = address("w_max", w_max, kept.weights)
+    kept = _layer_read(
+        LayerRead, plan, transposed, x.shape, g.shape, conv, want_gate, steps, adc_range.numel()
+    )
+    read: LayerRead = LayerRead.from_buffer_copy(kept.struct)
+    held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, dac_error, counter)
+    x = x.contiguous()
+    read.x, read.count = address("x", x, kept.values), count
+    if writes is not None:
+        rewrite = _rewrite(*writes)
+        read.rewrite = addressof(rewrite)
     if bias is not None:
         bias = bias.contiguous()
         read.bias = address("bias", bias, kept.outputs)
+    if dac_lsb is not None:
+        dac_lsb = dac_lsb.contiguous()
+        read.dac_lsb = address("dac_lsb", dac_lsb, kept.steps)
+    y = x.new_empty(kept.y_shape)
+    driven, gate, lsb, number = None, None, dac_lsb, None
+    read.y = y.data_ptr()
+    if want_gate:
+        gate = torch.empty_like(y)
+        read.gate = gate.data_ptr()
+    if keep:
+        driven = torch.empty_like(x, dtype=torch.int16) if read.is_code else torch.empty_like(x)
+        number = torch.empty_like(counter)
+        read.driven, read.number = driven.data_ptr(), number.data_ptr()
+    if keep and dac_lsb is None:
+        lsb = x.new_empty(kept.steps)
+        read.dac_lsb = lsb.data_ptr()
+    read.run(what)
+    del held
+    return y, gate, driven, lsb, number
+
+
+def layer_gradient(
+    plan: str, d: Tensor, passed: Tensor | None, v: Tensor, v_unit: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor,
+    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, number: Tensor, what: str,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the inputs, the weights and the bias of a layer's read of a matrix, where they are wanted.
+
+    The first is a transposed read by a DAC whose range fits what it drives; the others see `outer_product`.
+
+    Args:
+        d: Gradients of the outputs, float32 [B, O]; in the first, where they are not finite, all is NaN.
+        passed: The gate of the read, like d, or None.
+        v: What drove its lines, int16 codes or float32 [B, I], in units of `v_unit`, [1] or [B].
+        number: Its number, int64 [1].
+        what: What an error calls d.
+    """
+    kept = _layer_read(LayerGradient, plan, True, d.shape, g.shape, None, False, None, adc_range.numel())
+    d, v, v_unit = d.contiguous(), v.contiguous(), v_unit.contiguous()
+    read: LayerGradient = LayerGradient.from_buffer_copy(kept.struct)
+    held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, dac_error, number)
+    is_code, units = v.dtype is torch.int16, v_unit.numel()
+    if units not in (1, len(d)):
+        raise ValueError(f"gpuxbar: `v_unit` must have 1 or {len(d)} values, got {units}; give those of `v`")
+    read.d, read.v_is_code, read.v_units = address("d", d, kept.values), is_code, units
+    read.v = address("v", v, len(d) * kept.outputs, torch.int16 if is_code else torch.float32)
+    read.v_unit = address("v_unit", v_unit, units)
+    if passed is not None:
+        passed = passed.contiguous()
+        read.passed = address("passed", passed, kept.values)
+    dx = dw = dbias = None
+    if wanted[0]:
+        dx = d.new_empty(kept.y_shape)
+        read.y = dx.data_ptr()
+    if wanted[1]:
+        dw = d.new_empty((d.shape[1], kept.outputs))
+        read.dw = dw.data_ptr()
+    if wanted[2]:
+        dbias = d.new_empty(d.shape[1])
+        read.dbias = dbias.data_ptr()
+    try:
+        read.run(what)
+    except NotFiniteError:
+        # as of a loss that was scaled too far: left to be found as a GradScaler finds it
+        assert dx is not None
+        dx.fill_(torch.nan)
+    del held
+    return dx, dw, dbias
+
+
+def _hold(
+    read: LayerRead, kept: Kept, g: Tensor, w_max: Tensor | None, noise_var: Tensor | None, adc_range: Tensor,
+    adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Tell a read where that lies which a layer holds; returns what must live until then."""
+    g, adc_range = g.contiguous(), adc_range.contiguous()
+    read.g, read.adc_range = address("g", g, kept.cells), address("adc_range", adc_range, kept.ranges)
+    read.counter = address("counter", counter, 1, torch.int64)
+    if w_max is not None:
+        w_max = w_max.contiguous()
+        read.w_max = address("w_max", w_max, kept.weights)
     if noise_var is not None:
         noise_var = noise_var.contiguous()
         read.noise_var = address("noise_var", noise_var, kept.cells)
@@ -209,27 +350,11 @@ def layer_read(
     if dac_error is not None:
         dac_error = dac_error.contiguous()
         read.dac_error = address("dac_error", dac_error, 3 * kept.lines)
-    if dac_lsb is not None:
-        dac_lsb = dac_lsb.contiguous()
-        read.dac_lsb = address("dac_lsb", dac_lsb, kept.steps)
-    y = x.new_empty(kept.y_shape)
-    driven, gate, lsb = None, None, dac_lsb
-    read.y = y.data_ptr()
-    if want_gate:
-        gate = torch.empty_like(y)
-        read.gate = gate.data_ptr()
-    if keep:
-        driven = torch.empty_like(x, dtype=torch.int16) if read.is_code else torch.empty_like(x)
-        read.driven = driven.data_ptr()
-    if keep and dac_lsb is None:
-        lsb = x.new_empty(kept.steps)
-        read.dac_lsb = lsb.data_ptr()
-    read.run(what)
-    return y, gate, driven, lsb
+    return g, w_max, noise_var, adc_range, adc_error, dac_error
 
 
 class Kept(NamedTuple):
-    """What shapes and settings say of a layer's read: `LayerRead` as bytes, the convolution that it points to, and counts."""
+    """What shapes and settings say of a layer's read: the struct that it is told by as bytes, the convolution that it points to, and counts."""
 
     struct: bytes
     patches: Conv | None
@@ -246,7 +371,7 @@ class Kept(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _layer_read(
-    plan: str, transposed: bool, x: torch.Size, g: torch.Size, conv: ConvGeometry | None, want_gate: bool, steps: int | None,
+    kind: type[LayerRead], plan: str, transposed: bool, x: torch.Size, g: torch.Size, conv: ConvGeometry | None, want_gate: bool, steps: int | None,
     ranges: int,
 ) -> Kept:  # fmt: skip
     way = plan_of(plan)
@@ -264,7 +389,7 @@ def _layer_read(
             f"{len(way.slice_scale)} planes, got {lsbs}, {ranges} and {g[0]}; give what the layer holds"
         )
     patches = None if conv is None else Conv.of(conv)
-    struct = LayerRead.from_buffer_copy(found.params.ljust(sizeof(LayerRead), b"\0"))
+    struct = kind.from_buffer_copy(found.params.ljust(sizeof(kind), b"\0"))
     for name, value in {
         "slice_scale": addressof(_floats(way.slice_scale)), "read_noise": addressof(_floats((read.noise,))),
         "seed": way.seed & 0xFFFFFFFFFFFFFFFF, "row_offset": way.rank * found.batch, "rows_per_scale": found.batch // max(1, lsbs),
@@ -275,7 +400,8 @@ def _layer_read(
         setattr(struct, name, value)
     converters = prod(found.shapes["adc_gain"])
     return Kept(
-        bytes(struct), patches, found.y_shape, prod(x), lsbs, prod(g), way.groups * g[2], found.outputs, found.shapes["drivers.error"][1], converters, ranges
+        bytes(struct), patches, found.y_shape, prod(x), lsbs, prod(g), way.groups * g[2], found.outputs,
+        found.shapes["drivers.error"][1], converters, ranges,
     )  # fmt: skip
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gpuxbar.bridge.analog_mvm import NOT_PACKED, analog_mvm, analog_mvm_transposed
+from gpuxbar.bridge.analog_mvm import NOT_PACKED, NOT_WRITTEN, analog_mvm, analog_mvm_transposed
 from gpuxbar.bridge.lstm_gates import lstm_gates, lstm_gates_gradient
+from gpuxbar.bridge.operator import once
 from gpuxbar.bridge.outer_product import weight_gradient
 
 __all__ = ["lstm_sequence"]
@@ -54,8 +54,8 @@ class _Sequence(torch.autograd.Function):
         outputs, kept = x.new_empty(*x.shape[:2], h.shape[1]), []
         ctx.steps, ctx.plan, ctx.order, ctx.has_bias = steps.split(1), plan, order, bias is not None
         for t, step in zip(order, ctx.steps, strict=True):
-            y, v, gate, lsb = analog_mvm.plain(
-                h, weight, *cells, bias, None, *converters, step, *NOT_PACKED, plan, keep
+            y, v, gate, lsb, _ = analog_mvm.plain(
+                h, weight, *cells, bias, None, *converters, step, 0, *NOT_PACKED, *NOT_WRITTEN, plan, keep
             )
             before = c
             h, c, gates = lstm_gates.plain(x[t], y, before)
@@ -68,31 +68,27 @@ class _Sequence(torch.autograd.Function):
         return outputs, h, c
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        grad_outputs, grad_h, grad_c = grads
-        # a second derivative is refused even where none of these has one
-        return _gradients(ctx, grad_outputs, grad_h, grad_c, torch.zeros(0, requires_grad=True))
-
-
-@once_differentiable
-def _gradients(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, _: Tensor) -> tuple[Any, ...]:
-    weight, g, noise_var, w_max, adc_range, adc_error, dac_error, *kept = ctx.saved_tensors
-    codes, units, gates_of_adc, gates, cells = (kept[k::5] for k in range(5))
-    grad_x = grad_outputs.new_empty(*grad_outputs.shape[:2], len(weight))
-    gated = torch.empty_like(grad_x) if gates_of_adc[0].numel() else grad_x
-    for k in reversed(range(len(ctx.order))):
-        t = ctx.order[k]
-        grad_x[t], grad_c = lstm_gates_gradient.plain(grad_h + grad_outputs[t], grad_c, gates[k], cells[k])
-        if gated is not grad_x:
-            torch.mul(grad_x[t], gates_of_adc[k], out=gated[t])
-        if k or ctx.needs_input_grad[1]:
-            grad_h = analog_mvm_transposed.plain(
-                gated[t], weight, g, noise_var, w_max, adc_range, adc_error, dac_error, ctx.steps[k], [], ctx.plan
-            )  # fmt: skip
-    grad_w = None
-    if ctx.needs_input_grad[3]:
-        d = gated[list(ctx.order)] if ctx.order.step < 0 else gated  # in the order of the codes
-        units = [unit.expand(grad_x.shape[1]) for unit in units]
-        grad_w = weight_gradient(d.flatten(0, 1), torch.cat(codes), torch.cat(units))
-    grad_bias = grad_x.sum((0, 1)) if ctx.has_bias else None
-    return grad_x, grad_h, grad_c, grad_w, grad_bias, *(None,) * 6
+    @once
+    def backward(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor) -> tuple[Any, ...]:
+        weight, g, noise_var, w_max, adc_range, adc_error, dac_error, *kept = ctx.saved_tensors
+        codes, units, gates_of_adc, gates, cells = (kept[k::5] for k in range(5))
+        grad_x = grad_outputs.new_empty(*grad_outputs.shape[:2], len(weight))
+        gated = torch.empty_like(grad_x) if gates_of_adc[0].numel() else grad_x
+        for k in reversed(range(len(ctx.order))):
+            t = ctx.order[k]
+            grad_x[t], grad_c = lstm_gates_gradient.plain(
+                grad_h + grad_outputs[t], grad_c, gates[k], cells[k]
+            )
+            if gated is not grad_x:
+                torch.mul(grad_x[t], gates_of_adc[k], out=gated[t])
+            if k or ctx.needs_input_grad[1]:
+                grad_h = analog_mvm_transposed.plain(
+                    gated[t], weight, g, noise_var, w_max, adc_range, adc_error, dac_error, ctx.steps[k], [], ctx.plan
+                )  # fmt: skip
+        grad_w = None
+        if ctx.needs_input_grad[3]:
+            d = gated[list(ctx.order)] if ctx.order.step < 0 else gated  # in the order of the codes
+            units = [unit.expand(grad_x.shape[1]) for unit in units]
+            grad_w = weight_gradient(d.flatten(0, 1), torch.cat(codes), torch.cat(units))
+        grad_bias = grad_x.sum((0, 1)) if ctx.has_bias else None
+        return grad_x, grad_h, grad_c, grad_w, grad_bias, *(None,) * 6

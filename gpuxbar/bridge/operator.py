@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd.function import once_differentiable
 
 from gpuxbar.mapping.plan import ReadPlan
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["call", "conv_of", "gradient", "operator", "plan_of", "spec_of"]
+__all__ = ["call", "conv_of", "gradient", "once", "operator", "plan_of", "spec_of"]
 
 ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple, torch.Size}
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
@@ -80,63 +81,101 @@ def call(op: Any, *args: Any) -> Any:
 
 def _alone(args: tuple[Any, ...]) -> bool:
     """Whether no mode, tracer, profiler or kind of tensor is to see an operator called; the first argument tells of batches, say."""
+    first = args[0]
     return (
         ORDINARY.issuperset(map(type, args))
-        and _plain(args[0])
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
+        # holds its values as they are, on a CPU or a GPU: dispatch keys tell, too, but slowly
+        and (first.is_cpu or first.is_cuda)
+        and not (first.is_neg() or first._is_zerotensor() or is_legacy_batchedtensor(first))
+        and not _are_functorch_transforms_active()
+        and not _len_torch_dispatch_stack()
+        and _get_tracing_state() is None
+        and not _profiler_enabled()
     )
 
 
-def _plain(t: Tensor) -> bool:
-    """Whether a tensor holds its values as they are, on a CPU or a GPU: its dispatch keys tell, too, but slowly."""
-    return (t.is_cpu or t.is_cuda) and not (t.is_neg() or t._is_zerotensor() or is_legacy_batchedtensor(t))
-
-
 def gradient(
-    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None], wrt: tuple[int, ...]
+    op: Any,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    wrt: tuple[int, ...],
+    results: int | None = None,
 ) -> None:
     """Give an operator its gradient.
 
     `torch.library.register_autograd` reads the schema anew at every call, which costs more than a small layer; autograd looks at
-    every argument that it is given, so it is given those `wrt` alone. Gradients of gradients are refused.
+    every argument that it is given, so it is given those `wrt` alone. Gradients of gradients are refused: see `once`.
 
     Args:
         backward: Gives the gradients of the arguments `wrt`, in their order, which is that of `ctx.needs_input_grad` too.
         setup_context: Called with the context, all arguments and the output.
         wrt: Places of the arguments that have a gradient.
+        results: How many there are but for those at the end that backward alone needs, which are not shown to autograd where an operator
+            that gives several runs at once, and not returned there; None: all.
     """
     name = op._schema.name.split("::")[1]
-    refusing = once_differentiable(backward)
+    first = once(backward)
 
-    def once(ctx: Any, *grads: Any) -> Any:
-        found = (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+    def with_none(ctx: Any, *grads: Any) -> Any:
+        found = first(ctx, *grads)
         return *(found if isinstance(found, tuple) else (found,)), None
 
     def below(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    def differentiable(run: Callable[..., Any]) -> Callable[..., Any]:
+    def differentiable(run: Callable[..., Any], results: int | None) -> Callable[..., Any]:
         """What runs an operator so, with its gradient where one is wanted."""
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             args = inputs[-1]
             output = run(*args)
             setup_context(ctx, args, output)
-            return output
+            return output if results is None else output[:results]
 
-        body = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+        body = {"forward": staticmethod(forward), "backward": staticmethod(with_none)}
         function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
 
         def call_it(*args: Any) -> Any:
-            inputs = [args[place] for place in wrt]
-            wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-            return function.apply(*inputs, args) if wanted else run(*args)
+            if torch.is_grad_enabled():
+                inputs = [args[place] for place in wrt]
+                for x in inputs:
+                    if x is not None and x.requires_grad:
+                        return function.apply(*inputs, args)
+            return run(*args)
 
         return call_it
 
-    op.eager = differentiable(op.plain)
-    LIBRARY.impl(name, differentiable(below), "Autograd")
+    op.eager = differentiable(op.plain, results)
+    LIBRARY.impl(name, differentiable(below, None), "Autograd")
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward function whose gradients refuse to be differentiated, even those in which a derivative would be missed in silence: of
+    a last layer, say, whose weight alone they depend on."""
+
+    def wrap(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        anchor = torch.zeros(0, requires_grad=True)
+        refusing = _Once.apply(anchor, *(found if isinstance(found, tuple) else (found,)))  # type: ignore[no-untyped-call]
+        return refusing if isinstance(found, tuple) else refusing[0]
+
+    return wrap
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Any) -> Any:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ValueError(
+            "gpuxbar: a gradient that passed crossbar layers must not be differentiated again, got a second derivative, as of a gradient "
+            "penalty; take the penalty of a difference of outputs, or keep these layers digital by rules of gpuxbar.convert"
+        )

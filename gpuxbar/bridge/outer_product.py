@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
 from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, tensor
-from gpuxbar.bridge.operator import call, operator
+from gpuxbar.bridge.operator import call, once, operator
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.ops import ConvGeometry
 
@@ -89,17 +88,11 @@ class _Shared(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
+    @once
     def backward(ctx: Any, *grads: Any) -> Tensor | None:
-        # a second derivative is refused even where all samples were left, and none of these has one
-        found: Tensor | None = _sum(ctx.samples, grads[0], torch.zeros(0, requires_grad=True))
-        return found
-
-
-@once_differentiable
-def _sum(samples: Samples, grad: Tensor | None, _: Tensor) -> Tensor | None:
-    """Gradient of a weight from the samples of its products, and from uses that are no products."""
-    found = samples.gradient()
-    return grad if found is None else found if grad is None else grad + found
+        """Gradient of a weight from the samples of its products, and from uses that are no products."""
+        grad, found = grads[0], ctx.samples.gradient()
+        return grad if found is None else found if grad is None else grad + found
 
 
 @operator(lambda d, x, scale, shape, *geometry: d.new_empty(shape))

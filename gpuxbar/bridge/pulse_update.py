@@ -5,20 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from gpuxbar import ops
-from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge import host
+from gpuxbar.bridge.arrays import array, on_device
 from gpuxbar.bridge.operator import conv_of, operator, spec_of
 from gpuxbar.bridge.pairs import pairs_of
 
 __all__ = ["pulse_update"]
 
 
-def _shape(
-    g, g_held, pulse_count, device_map, spec, seed, x, d, w_max, step, rate, groups, patch=None, sign=None
-):
-    return g.new_empty((groups, g.shape[2], g.shape[1] // groups))
-
-
-@operator(_shape, mutates_args=("g", "pulse_count"))
+@operator(lambda *_: None, mutates_args=("g", "pulse_count", "weight"))
 def pulse_update(
     g: Tensor,
     g_held: Tensor | None,
@@ -28,20 +23,22 @@ def pulse_update(
     seed: int,
     x: Tensor,
     d: Tensor,
+    weight: Tensor,
     w_max: Tensor,
     step: Tensor,
     rate: float,
     groups: int,
     patch: list[int] | None = None,
     sign: Tensor | None = None,
-) -> Tensor:
-    """Pulse pairs of devices for a batch of inputs and errors; returns the weights read out, [G, O, I].
+) -> None:
+    """Pulse pairs of devices for a batch of inputs and errors, and read the weights out.
 
     Args:
         g, ..., seed: The pairs, as `bridge.pairs` says; of a spec with pulse trains, without `g_held`; `g` and
             `pulse_count` are changed in place.
         x: Inputs, float32 [B, G * I], or images [N, G * channels, height, width] with `patch`; finite.
         d: Gradient of the outputs, float32 [B, G * O] or images [N, G * O, height, width]; finite.
+        weight: What the pairs read as afterwards, float32 [G, O, I]; set in place.
         w_max: Weight of a full pair, float32 [G * O].
         step: Update counter, int64 [1]; same value, same trains and noise.
         rate: Learning rate.
@@ -53,9 +50,13 @@ def pulse_update(
     assert crossbar.pulses is not None
     conv = conv_of(patch, x, groups, crossbar)
     with on_device(g, "pulses") as device:
+        if host.serves(device):
+            host.pulse_update(
+                g, pulse_count, device_map, spec, seed, x, d, weight, w_max, step, rate, groups, conv, sign
+            )
+            return
         pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)
-        weights = ops.pulse_update(
+        ops.pulse_update(
             pairs, array(x), array(d), rate=rate, train=crossbar.pulses, w_max=array(w_max), groups=groups, conv=conv,
-            sign=None if sign is None else array(sign), step=array(step), device=device,
+            sign=None if sign is None else array(sign), out=array(weight), step=array(step), device=device,
         )  # fmt: skip
-        return tensor(weights)

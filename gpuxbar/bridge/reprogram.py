@@ -10,14 +10,14 @@ from torch import Tensor
 
 from gpuxbar import ops
 from gpuxbar.bridge import host
-from gpuxbar.bridge.arrays import array, on_device, tensor
+from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
 from gpuxbar.bridge.lines import written
 from gpuxbar.bridge.operator import operator, plan_of, spec_of
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.ops.program import Writing, writing
 from gpuxbar.ops.program import checksum as checksum_of
 
-__all__ = ["checksum", "program_devices", "program_pairs", "reprogram"]
+__all__ = ["checksum", "program_devices", "program_pairs", "reprogram", "writing_of"]
 
 
 @operator(lambda *_: None, mutates_args=("g", "noise_var", "w_max", "state"))
@@ -49,7 +49,7 @@ def reprogram(
     values = written(weight, way)
     with on_device(weight, "program") as device:
         if host.serves(device):
-            writes, scale, full_weight = _writing(spec, merge, plan)
+            writes, scale, full_weight = writing_of(spec, merge, plan)
             host.reprogram(writes, values, g, noise_var, w_max, state, write_step, scale, full_weight)
             return
         ops.reprogram(
@@ -60,13 +60,10 @@ def reprogram(
 
 def checksum(weight: Tensor) -> int | None:
     """Of the values of weights of any shape; None on a GPU, which would have to be waited for, and elsewhere."""
-    if weight.device.type not in ("cpu", "cuda"):
+    if not on_cpu(weight):
         return None
-    with on_device(weight, "checksum") as device:
-        if device is not None:
-            return None
-        values = weight.detach().float().contiguous()
-        return host.checksum(values) if host.serves(device) else checksum_of(array(values))
+    values = weight.detach().float().contiguous()
+    return host.checksum(values) if host.serves(None) else checksum_of(array(values))
 
 
 def program_pairs(share: Tensor, step: Tensor, spec: str, seed: int) -> Tensor:
@@ -146,7 +143,7 @@ def _shape(way: ReadPlan) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _writing(spec: str, merge: str, plan: str) -> tuple[Writing, str, float | None]:
+def writing_of(spec: str, merge: str, plan: str) -> tuple[Writing, str, float | None]:
     """What settings say of writing a layer's weights, and of the weight of a full pair."""
     way = plan_of(plan)
     groups, outputs, inputs = _shape(way)

@@ -15,10 +15,17 @@ from typing import Any
 
 from gpuxbar.experiments.train import STYLES, Run, modes_of, prepare, train
 from gpuxbar.spec import nested
+from gpuxbar.spec.errors import nearest
 
 __all__ = ["shown", "sweep"]
 
-REPEATED = "seed"  # the setting whose values repeat a point
+OPTION = "train."  # before keys of options of a training
+OPTIONS = ("epochs", "batch", "lr", "in_situ_lr", "momentum", "optimizer", "seed")
+OF_IDEAL = [OPTION + name for name in ("epochs", "batch", "lr", "seed")]  # that change the mode "ideal" too
+REPEATED = "seed", OPTION + "seed"  # whose values repeat a point
+RESULTS = "loss", "accuracy"
+LINES = "-", "--", ":", "-."
+LEGEND = 8  # lines that one inside the axes has room for
 
 
 def sweep(
@@ -26,13 +33,16 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Train at every combination of values of settings; returns a row for each and every mode, with the last `loss` and `accuracy`.
 
-    Each combination is a run of its own, in the folder `key=value,...` of `run.folder`; the mode "ideal", which no setting
-    changes, is one in the folder `ideal`. After each, `sweep.csv` and `sweep.png` are written anew: accuracies over the values of
-    the first setting, a line for every combination of the others, through the means over values of `seed` that did not diverge.
+    Each combination is a run of its own, in the folder `key=value,...` of `run.folder`; the mode "ideal", which no setting of a
+    spec changes, is one in the folder `ideal`, or one for each combination of what changes it. After each, `sweep.csv` and
+    `sweep.png` are written anew: accuracies over the values of the first setting, a line for every combination of the others, through
+    the means over values of `seed` and `train.seed` that did not diverge.
 
     Args:
-        run: What all runs have in common. `run.resume` goes on with those that were begun, and begins those that are new.
-        vary: Values by keys of the spec: {"adc.bits": [6, 8], "seed": [0, 1]}.
+        run: What all runs have in common. `run.resume` goes on with those that were begun, and begins those that are new; rows
+            of others stay in `sweep.csv`.
+        vary: Values by keys of the spec, {"adc.bits": [6, 8], "seed": [0, 1]}, or of options of the training behind `train.`:
+            `train.epochs`, `train.batch`, `train.lr`, `train.in_situ_lr`, `train.momentum`, `train.optimizer` and `train.seed`.
         announce: Hears of every run before it begins.
 
     Raises:
@@ -43,40 +53,71 @@ def sweep(
             raise ValueError(
                 f"sweep: `vary` must hold values that differ, got {values} for {key}; for instance adc.bits=6,8"
             )
+        if key.startswith(OPTION) and key.removeprefix(OPTION) not in OPTIONS:
+            known = [OPTION + name for name in OPTIONS]
+            raise ValueError(
+                f"sweep: `vary` must hold options of a training behind {OPTION}, got {key}; {nearest(key, known)}"
+            )
     if run.folder.exists() != run.resume:
         found = "a folder; use --resume or another --name" if not run.resume else "none; leave out --resume"
         raise ValueError(
             f"sweep: `{run.folder}` must {'' if run.resume else 'not '}exist {'to resume' if run.resume else 'yet'}, got {found}"
         )
     rows: list[dict[str, Any]] = []
-    runs = _runs(run, vary)
+    runs, data = _runs(run, vary), None
+    for _, each in runs:
+        data = prepare(each, data)
+    table = run.folder / "sweep.csv"
+    others = _others(table, runs)
     for number, (point, each) in enumerate(runs):
         announce(f"{each.folder.name} ({number + 1} of {len(runs)})")
-        records = train(replace(each, resume=each.folder.exists()))
+        records = train(replace(each, resume=each.folder.exists()), data)
         for mode in modes_of(each):
             last = [record for record in records if record["mode"] == mode][-1]
             rows.append({**point, "mode": mode, "loss": last["loss"], "accuracy": last["accuracy"]})
-        _write(rows, list(vary), run.folder / "sweep.csv")
+        _write([*others, *rows], list(vary), table)
         _plot(rows, vary, run.folder / "sweep.png")
     return rows
 
 
 def _runs(run: Run, vary: dict[str, list[Any]]) -> list[tuple[dict[str, Any], Run]]:
-    """The values of every run, none of the ideal one, and the run."""
+    """The values of every run, of the ideal ones those that change them, and the run."""
     runs: list[tuple[dict[str, Any], Run]] = []
     for values in itertools.product(*vary.values()):
         point = dict(zip(vary, values, strict=True))
-        each = replace(run, spec=run.spec.with_overrides(nested(point)))
-        modes = modes_of(each)
-        if "ideal" in modes and not runs:
-            runs.append(({}, replace(run, folder=run.folder / "ideal", modes=("ideal",))))
+        modes = modes_of(_at(run, point, run.modes))
+        own = {key: value for key, value in point.items() if key in OF_IDEAL}
+        ideal = own, _at(run, own, ("ideal",))
+        if "ideal" in modes and ideal not in runs:
+            runs.append(ideal)
         modes = tuple(mode for mode in modes if mode != "ideal")
         if modes:
-            name = ",".join(f"{key}={shown(value)}" for key, value in point.items()).replace(os.sep, "-")
-            runs.append((point, replace(each, folder=run.folder / name, modes=modes)))
-    for _, each in runs:
-        prepare(each)
+            runs.append((point, _at(run, point, modes)))
     return runs
+
+
+def _at(run: Run, point: dict[str, Any], modes: tuple[str, ...] | None) -> Run:
+    """The run of some modes at a point."""
+    options = {key.removeprefix(OPTION): value for key, value in point.items() if key.startswith(OPTION)}
+    settings = {key: value for key, value in point.items() if not key.startswith(OPTION)}
+    spec = run.spec.with_overrides(nested(settings))
+    names = ["ideal"] * (modes == ("ideal",)) + [f"{key}={shown(value)}" for key, value in point.items()]
+    folder = run.folder / ",".join(names).replace(os.sep, "-")
+    return replace(run, spec=spec, folder=folder, modes=modes, **options)
+
+
+def _others(path: Path, runs: list[tuple[dict[str, Any], Run]]) -> list[dict[str, str]]:
+    """The rows of a table but for those of these runs."""
+    if not path.exists():
+        return []
+    here = [
+        {key: shown(value) for key, value in {**point, "mode": mode}.items()}
+        for point, run in runs
+        for mode in modes_of(run)
+    ]
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{key: text for key, text in row.items() if text} for row in csv.DictReader(file)]
+    return [row for row in rows if {k: v for k, v in row.items() if k not in RESULTS} not in here]
 
 
 def shown(value: Any) -> str:
@@ -87,7 +128,9 @@ def shown(value: Any) -> str:
 def _write(rows: list[dict[str, Any]], keys: list[str], path: Path) -> None:
     scratch = path.with_name(f".{path.name}.part")
     with scratch.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [*keys, "mode", "loss", "accuracy"])
+        known = [*keys, "mode", *RESULTS]
+        more = dict.fromkeys(key for row in rows for key in row if key not in known)  # of an earlier sweep
+        table = csv.DictWriter(file, [*keys, *more, "mode", *RESULTS])
         table.writeheader()
         table.writerows([{key: shown(value) for key, value in row.items()} for row in rows])
     scratch.replace(path)
@@ -96,9 +139,7 @@ def _write(rows: list[dict[str, Any]], keys: list[str], path: Path) -> None:
 def _plot(rows: list[dict[str, Any]], vary: dict[str, list[Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    along, *others = [key for key in vary if key != REPEATED] or [REPEATED]
+    along, *others = [key for key in vary if key not in REPEATED] or vary
     lines: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if row["accuracy"] is None:
@@ -107,17 +148,23 @@ def _plot(rows: list[dict[str, Any]], vary: dict[str, list[Any]], path: Path) ->
         places = [vary[along].index(row[along])] if along in row else range(len(vary[along]))
         for place in places:
             lines.setdefault(label, {}).setdefault(place, []).append(row["accuracy"])
-    for label, points in lines.items():
+    many = len(lines) > LEGEND
+    figure = Figure(figsize=(9 if many else 6, max(4, 0.2 * len(lines))), layout="constrained")
+    axis = figure.subplots()
+    for number, (label, points) in enumerate(lines.items()):
         means = [mean(points.get(place, [nan])) for place in range(len(vary[along]))]
         if label == "ideal":
             axis.plot(means, STYLES[label], label=label)
             continue
-        (line,) = axis.plot(means, label=label)
+        # in another style where the ten colours are used up
+        (line,) = axis.plot(means, LINES[number // 10 % len(LINES)], label=label)
         for place, found in points.items():
             axis.plot([place] * len(found), found, "o", color=line.get_color(), markersize=3)
     axis.set_xticks(range(len(vary[along])), [shown(value) for value in vary[along]])
     axis.set(xlabel=along, ylabel="test accuracy")
     axis.grid(alpha=0.3)
-    if lines:
+    if many:
+        figure.legend(loc="outside right upper", fontsize=8)
+    elif lines:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)

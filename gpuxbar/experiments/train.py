@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,25 @@ from gpuxbar.launch import explain, set_threads
 from gpuxbar.nn import calibrate, convert, telemetry
 from gpuxbar.ops import NotFiniteError
 from gpuxbar.optim import OPTIMIZERS, build_optimizer
+from gpuxbar.optim.base import Rule
 from gpuxbar.spec import CrossbarSpec, save_spec
 from gpuxbar.spec.errors import nearest
 
 __all__ = ["STYLES", "Run", "modes_of", "prepare", "train"]
 
 FORMAT = "gpuxbar-run-3"
+COUNT = Rule("a whole number of at least 1", lambda value: type(value) is int and value >= 1, "10")
+RATE = Rule(
+    "a finite number of at least 0", lambda value: type(value) in (int, float) and 0 <= value < inf, "0.01"
+)
+NUMBERS = {
+    "epochs": COUNT,
+    "batch": COUNT,
+    "seed": Rule("a whole number", lambda value: type(value) is int, "0"),
+    "lr": RATE,
+    "in_situ_lr": RATE,
+    "momentum": Rule("a number", lambda value: type(value) in (int, float), "0.9"),
+}
 STYLES = {"ideal": "k--", "hardware-aware": "C0-o", "in-situ": "C1-s"}
 
 
@@ -59,12 +72,16 @@ class Run:
     threads: int | None = None
 
 
-def train(run: Run) -> list[dict[str, Any]]:
+def train(run: Run, data: Data | None = None) -> list[dict[str, Any]]:
     """Run or resume; returns one record per mode and epoch, as written to metrics.jsonl, with `telemetry` of crossbar layers.
 
     A mode that diverges, to values that are not finite, ends with that epoch, whose `accuracy` is None and mostly also its `loss`.
+
+    Args:
+        run: What to train.
+        data: Of the run, which `prepare` has looked at; None: do that first.
     """
-    modes, data = modes_of(run), prepare(run)
+    modes, data = modes_of(run), data or prepare(run)
     saved = _open(run, data)
     _write(
         run, saved
@@ -106,9 +123,10 @@ def train(run: Run) -> list[dict[str, Any]]:
     return records
 
 
-def prepare(run: Run) -> Data:
-    """The data of a run; refuses what cannot be trained, and writes nothing."""
+def prepare(run: Run, data: Data | None = None) -> Data:
+    """The data of a run, loaded unless given; refuses what cannot be trained, and writes nothing."""
     modes = modes_of(run)
+    _check_numbers(run)
     _check_device(run.device)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -117,7 +135,7 @@ def prepare(run: Run) -> Data:
         with Progress(transient=True) as progress:  # now, so that it is no epoch's time
             progress.add_task("building kernels", total=None)
             explain()
-    data = load_data(run.data, run.data_dir, run.download)
+    data = data or load_data(run.data, run.data_dir, run.download)
     for mode in modes:
         _begin(run, mode, data)  # refuses settings that do not go together
     return data
@@ -154,6 +172,13 @@ def _begin(run: Run, mode: str, data: Data) -> tuple[nn.Module, torch.optim.Opti
     if mode == "in-situ":
         return model, build_optimizer(run.optimizer, model, lr=run.in_situ_lr, momentum=run.momentum)
     return model, torch.optim.AdamW(model.parameters(), lr=run.lr)
+
+
+def _check_numbers(run: Run) -> None:
+    for name, rule in NUMBERS.items():
+        value = getattr(run, name)
+        if not rule.holds(value):
+            raise ValueError(f"train: `{name}` must be {rule.text}, got {value!r}; try {rule.example}")
 
 
 def _check_device(device: str) -> None:

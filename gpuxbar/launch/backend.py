@@ -35,7 +35,7 @@ def backend(array: Any) -> Backend:
 
 def host_library() -> CDLL | None:
     """The library that serves NumPy arrays and tensors of the CPU; None: the reference does."""
-    return None if _wants_reference() else host.library()
+    return host.library() if host.WANTED == "host" or not _wants_reference() else None
 
 
 def explain() -> tuple[Backend, str]:

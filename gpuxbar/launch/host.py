@@ -50,7 +50,7 @@ ABOUT = """
 #endif
 """
 PLAIN = {int, float, bool, NoneType}
-IN_MEMORY = (ctypes.Structure, ctypes.c_int64, ctypes.c_double)
+IN_MEMORY = (ctypes.Structure, ctypes.Array, ctypes.c_int64, ctypes.c_double)
 ROOM = 16 << 20  # bytes, several times those of a build
 
 
@@ -178,7 +178,7 @@ def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
         # integers of 64 bits go as pointers do, and one kernel takes arrays of one call and addresses or None of the next
         kinds = [ctypes.c_double if isinstance(arg, float) else ctypes.c_void_p for arg in args]
         function.restype, function.argtypes = None, kinds
-    function(*map(_c_value, args))
+    function(*[arg if type(arg) in PLAIN else _c_value(arg) for arg in args])
 
 
 def address(array: np.ndarray) -> int:
@@ -186,16 +186,20 @@ def address(array: np.ndarray) -> int:
     try:  # several times as fast as `ctypes`
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     except (TypeError, ValueError):  # not to be written to, or empty
+        if not isinstance(array, np.ndarray):
+            raise TypeError(
+                f"gpuxbar: arrays must be all NumPy's or all CuPy's, got NumPy's and a {type(array).__module__}.{type(array).__name__}; "
+                "move them by cupy.asarray or cupy.asnumpy"
+            ) from None
         return array.ctypes.data
 
 
 def _c_value(arg: Any) -> Any:
-    kind = type(arg)
-    if kind in PLAIN:
-        return arg
-    if kind is np.ndarray:
+    if type(arg) is np.ndarray:
         return address(arg)
-    return ctypes.byref(arg) if isinstance(arg, IN_MEMORY) else int(arg)
+    if isinstance(arg, IN_MEMORY):
+        return ctypes.byref(arg)
+    return int(arg) if isinstance(arg, np.integer) else address(arg)
 
 
 def set_threads(count: int) -> None:

@@ -165,7 +165,6 @@ def plan_reads(
 
 
 def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
-    one_sided = (dac.phases == 2 or not dac.signed) and not dac.offset_std
     two_voltages = dac.bits is not None and dac.digit_max == 1 and not dac.flawed
     bits = 0
     if dac.bits is not None:
@@ -180,7 +179,7 @@ def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
         phases=dac.phases if bits else 1,
         v_lsb=dac.v_read / dac.digit_max,
         adc_bits=adc.bits or 0,
-        adc_signed=not (one_sided and spec.mapping.scheme != "subtracted"),
+        adc_signed=spec.both_signs(dac),
         noise=spec.read_noise.sigma,
         per_sample=dac.range == "sample",
         full=(dac.max or 0.0) if dac.range == "fixed" else 0.0,

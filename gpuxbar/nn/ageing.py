@@ -4,39 +4,65 @@ from __future__ import annotations
 
 import re
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer, require_apart, require_whole
+from gpuxbar.nn.layers import AnalogLayer, converted_layers, require_apart, require_whole
 
 __all__ = ["age", "program", "unprogram"]
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0, "y": 365.25 * 86400.0}  # s
 
+CHIPS = 1 << 31  # seeds of layers differ from there on
 
-def program(model: nn.Module) -> None:
+
+def program(model: nn.Module, chip: int = 0) -> None:
     """Write a model's weights to its arrays once; from now on its crossbar layers read these devices, at age 0.
 
-    Write noise, spread and stuck cells are those of `spec.programming`, drawn anew at every call. Layers trained in situ
-    are not written: their devices age as they stand. Weights of crossbar layers must not change while they are
+    Write noise, spread and stuck cells are those of `spec.programming`. Write noise is drawn anew at every call; spread and stuck
+    cells are those of a chip. Layers trained in situ are not written: their devices age as they stand. Weights of crossbar layers must not change while they are
     programmed; everything else may, digital layers and converter ranges for instance, and gradients flow as before. A weight that
     changed is refused at the next read, unless it is on a GPU and PyTorch does not count the change: one by an optimiser with
     fused=True, or in place through `weight.data`.
     The state dict keeps what was written and its age, so that an evaluation resumes bit for bit.
 
+    A network is judged on several chips by
+
+        found = []
+        for chip in range(10):
+            gx.program(model, chip)
+            found.append(accuracy(model))
+        gx.unprogram(model)
+        print(statistics.mean(found), statistics.stdev(found))
+
     Args:
         model: A converted model.
+        chip: Which devices are written to: 0 are those of the model, as it was trained with if it is hardware-aware; each number up to
+            2**31 - 1 has others. Converters, with their errors and ranges, and wires stay.
 
     Raises:
-        ValueError: The model has no crossbar layers or is sharded, or a weight is not finite.
+        TypeError: `model` is no module, or `chip` no whole number.
+        ValueError: The model has no crossbar layers or is sharded, a weight is not finite, `chip` is out of range, or not 0 for layers
+            trained in situ.
 
     Source:
         Joshi et al., Nature Communications 2020.
     """
+    layers = _layers("program", model)
     require_whole("program", model)
-    for layer in _layers("program", model):
-        layer.program()
+    if not isinstance(chip, Integral):
+        raise TypeError(f"program: `chip` must be a whole number, got {type(chip).__name__}; give one")
+    if not 0 <= chip < CHIPS:
+        raise ValueError(f"program: `chip` must be at least 0 and below {CHIPS}, got {chip}; give another")
+    trained = [layer.name for layer in layers if layer.in_situ]
+    if chip and trained:
+        raise ValueError(
+            f"program: `chip` must be 0 for layers trained in situ, whose devices hold what they learned, got {chip} for "
+            f"{', '.join(trained)}; gpuxbar.convert(model, spec.with_overrides({{'seed': {chip}}})) moves what they read to others"
+        )
+    for layer in layers:
+        layer.program(int(chip))
 
 
 def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
@@ -53,8 +79,8 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
             count as reads. False leaves products uncompensated.
 
     Raises:
-        TypeError: `time` is neither a number nor text.
-        ValueError: The model is not programmed, `time` is no time, an ADC range that a test read needs is not
+        TypeError: `model` is no module, or `time` is neither a number nor text.
+        ValueError: The model has no crossbar layers or is not programmed, `time` is no time, an ADC range that a test read needs is not
             calibrated, or a layer's test read finds nothing at that age.
 
     Source:
@@ -77,18 +103,19 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
 
 
 def unprogram(model: nn.Module) -> None:
-    """Take a model out of the programmed state: layers read their own weights again, which it never changed."""
+    """Take a model out of the programmed state: layers read their own weights again, which it never changed.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: It has no crossbar layers.
+    """
     for layer in _layers("unprogram", model):
         if layer.programmed:
             layer.release()
 
 
 def _layers(op: str, model: nn.Module) -> list[AnalogLayer]:
-    layers = [module for module in model.modules() if isinstance(module, AnalogLayer)]
-    if not layers:
-        raise ValueError(
-            f"{op}: `model` must have crossbar layers, got none; make them with gpuxbar.convert(model, spec)"
-        )
+    layers = converted_layers(op, model)
     require_apart(op, layers)
     return layers
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpuxbar.nn.layers import AnalogLayer, require_apart, require_whole
+from gpuxbar.nn.layers import AnalogLayer, converted_layers, require_apart, require_whole
 from gpuxbar.nn.watch import Lines, require_batches, tile_sums, watch, without_adcs
 
 __all__ = ["calibrate"]
 
 RANGES = 100  # that a learned DAC range begins at one of, up to the largest of
 SAMPLE = 1 << 16  # values
+NAMED = 4  # layers that a warning names
 
 
 def calibrate(
@@ -30,8 +32,12 @@ def calibrate(
     looked at, and more where these make few partial sums. The range of the transposed read comes from gradients; DACs, unless
     their range is fixed, scale them to their own range, so that their size does not matter, only their distribution over the
     lines of a tile. Layers of zeros, whatever noise wrote of these, and lines that carry no current, as where a loss does not depend
-    on a layer yet, get the range of the worst case: calibrate anew once training has begun. A learned DAC range that has not begun
-    yet begins at the one with which rounding and clipping these inputs makes the least squared error; others stay.
+    on a layer yet, get the range of the worst case, which is coarse; a RuntimeWarning names layers that got nothing else: calibrate
+    anew once training has begun. A learned DAC range that has not begun yet begins at the one with which rounding and clipping these
+    inputs makes the least squared error; others stay.
+
+    Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: where
+    `conversion_errors` shows clipping, calibrate anew.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
@@ -44,14 +50,14 @@ def calibrate(
             in training alone.
 
     Raises:
-        TypeError: `loader` is a tensor or one batch with its target, or a batch is not of these forms.
-        ValueError: `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, the
+        TypeError: `model` is no module, `loader` is a tensor or one batch with its target, or a batch is not of these forms.
+        ValueError: The model has no crossbar layers, `batches` is below 1, `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, the
             model is sharded, a batch norm with the statistics that it began with gets one value a channel, or the model computes
             with the weight of a layer that it does not call, as some fused attentions do. One batch alone does not tell that
             from a penalty.
     """
-    require_batches("calibrate", loader, loss, step)
-    found = [m for m in model.modules() if isinstance(m, AnalogLayer)]
+    require_batches("calibrate", loader, batches, loss, step)
+    found = converted_layers("calibrate", model)
     require_apart("calibrate", found)
     layers = [layer for layer in found if _wanted(layer)]
     if not layers:
@@ -72,6 +78,7 @@ def calibrate(
             if each:
                 _begin(layer, each)
                 seen[layer, False] = [_currents(layer, False, _driven_anew(layer, lines)) for lines in each]
+    coarse: list[str] = []
     for (layer, backward), currents in seen.items():
         converter = layer.converters()[backward]
         if converter.calibrated:
@@ -79,7 +86,19 @@ def calibrate(
             full = _range(torch.cat(currents), adc.percentile, adc.per == "column")
             telling = (full > 0) & layer.holds_weights()
             converter.full.copy_(torch.where(telling, full, converter.worst))
+            if not telling.any():
+                coarse.append(f"{layer.name} {'backwards' if backward else 'forwards'}")
         layer.look_at_ranges()
+    if coarse:
+        named = ", ".join(coarse[:NAMED]) + (
+            f" and {len(coarse) - NAMED} more" if len(coarse) > NAMED else ""
+        )
+        warnings.warn(
+            f"calibrate: ADC ranges must follow currents, got none of {named}, whose weights or inputs are zeros or on which the loss does "
+            "not depend yet; they have the range of the worst case: calibrate anew when that has changed, as when training has begun",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _wanted(layer: AnalogLayer) -> bool:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import nn
 
 from gpuxbar.bridge.passes import repeated
-from gpuxbar.nn.layers import COUNTED, AnalogLayer
+from gpuxbar.nn.layers import COUNTED, AnalogLayer, require_module
 
 __all__ = ["same_reads"]
 
@@ -30,7 +30,11 @@ def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
 
     Returns:
         The context of the first pass and that of the second.
+
+    Raises:
+        TypeError: `module` is no module.
     """
+    require_module("same_reads", module, "module")
     layers = [layer for layer in module.modules() if isinstance(layer, AnalogLayer)]
     counters = [buffer for layer in layers for name, buffer in layer.named_buffers() if name in COUNTED]
     before = [counter.clone() for counter in counters]

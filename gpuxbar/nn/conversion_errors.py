@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gpuxbar.bridge.analog_mvm import less_reference
 from gpuxbar.mapping.plan import IDEAL, Read
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.layers import AnalogLayer, Converter, require_apart, require_whole
+from gpuxbar.nn.layers import AnalogLayer, Converter, crossbar_layers, require_apart, require_whole
 from gpuxbar.nn.table import columns
 from gpuxbar.nn.watch import Lines, TileSums, passes, require_batches, tile_sums, undisturbed, watch
 from gpuxbar.reference import bent
@@ -127,8 +127,8 @@ def conversion_errors(
     Example:
         print(gx.conversion_errors(model, loader, loss=loss))
     """
-    require_batches("conversion_errors", loader, loss, step)
-    names = {module: name for name, module in model.named_modules() if isinstance(module, AnalogLayer)}
+    require_batches("conversion_errors", loader, batches, loss, step)
+    names = {layer: name for name, layer in crossbar_layers("conversion_errors", model).items()}
     require_apart("conversion_errors", names)
     if not names:
         return ConversionErrors(())

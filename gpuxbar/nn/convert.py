@@ -20,7 +20,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
-from gpuxbar.nn.layers import AnalogConv, AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
+from gpuxbar.nn.layers import (
+    AnalogConv,
+    AnalogConv1d,
+    AnalogConv2d,
+    AnalogLayer,
+    AnalogLinear,
+    require_module,
+)
 from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.table import columns
@@ -126,10 +133,11 @@ def convert(
         The model and the report.
 
     Raises:
-        TypeError: `spec` is not a CrossbarSpec, or `rules` hold something else than overrides.
+        TypeError: `model` is no module, `spec` is not a CrossbarSpec, or `rules` hold something else than overrides.
         ValueError: A rule matches no layer, a layer with ADCs has no values yet, or the weight of one that would leave its crossbar
             is computed of others.
     """
+    require_module("convert", model)
     if not isinstance(spec, CrossbarSpec):
         raise TypeError(
             f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"

@@ -9,7 +9,7 @@ from torch import distributed, nn
 from torch.distributed.utils import _verify_param_shape_across_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from gpuxbar.nn.layers import AnalogLayer, require_apart, require_whole
+from gpuxbar.nn.layers import AnalogLayer, require_apart, require_module, require_whole
 
 __all__ = ["distribute"]
 
@@ -34,13 +34,14 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
         options: Of `DistributedDataParallel`; without it, `process_group` alone.
 
     Raises:
-        TypeError: Options are given with nothing to wrap by.
+        TypeError: `model` is no module, or options are given with nothing to wrap by.
         ValueError: torch.distributed is not initialised, or the model is sharded already.
     """
     if not wrap and options.keys() - {"process_group"}:
         raise TypeError(
             f"distribute: options must be given to what wraps the model with wrap=False, got {', '.join(options)}; leave them out"
         )
+    require_module("distribute", model)
     if not distributed.is_available() or not distributed.is_initialized():
         raise ValueError(
             "distribute: torch.distributed must be initialised, got no process group; call "

@@ -307,6 +307,11 @@ class InSitu(Programmed):
         """
         self.require_unprogrammed("weight")
         self.require_read_out()
+        self.change_in_array(x, d, rate, sign)
+
+    @torch.no_grad()
+    def change_in_array(self, x: Tensor, d: Tensor, rate: float, sign: Tensor | None = None) -> None:
+        """`update_in_array` for an optimiser, which has just looked whether the weight is what the cells read."""
         if sign is not None and self.spec.pulses is None:
             raise ValueError(
                 f"{self.name}: `sign` must be None with bit streams, got one; multiply the inputs by it"
@@ -319,12 +324,13 @@ class InSitu(Programmed):
             return
         x, d = (operand.float().contiguous() for operand in (x, d))
         patch = self.patch if x.dim() == 4 else None
-        operands = x, d, self.w_max, self.update_step, rate, self.groups_, patch
+        settings = self.w_max, self.update_step, rate, self.groups_, patch
         if self.spec.pulses is None:
-            read = call(streamed_update, *self._pairs(), *operands)
-        else:
-            read = call(pulse_update, *self._pairs(), *operands, sign)
-        self._show(self.of_lines(read))
+            self._show(self.of_lines(call(streamed_update, *self._pairs(), x, d, *settings)))
+            return
+        read, own = self._read_out()
+        call(pulse_update, *self._pairs(), x, d, read, *settings, sign)
+        self._show(None if own else self.of_lines(read))
 
     @torch.no_grad()
     def relax(self) -> None:
@@ -363,17 +369,30 @@ class InSitu(Programmed):
 
     def require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""
-        if not torch.compiler.is_compiling() and not self._is_read_out():
+        if not torch.compiler.is_compiling() and not self.is_read_out():
             self._compare_read_out()
 
-    def _is_read_out(self) -> bool:
+    def is_read_out(self) -> bool:
+        """Whether the weight is still what it was when the cells read so."""
         return self._read is not None and self._read.is_of(self.weight)
+
+    @torch.no_grad()
+    def read_out(self) -> None:
+        """Set the weight to what the cells read, in its precision."""
+        self.weight.copy_(self.of_lines(self._cells_read()))
+        self._read = self.mark()
+
+    @torch.no_grad()
+    def _cells_read(self) -> Tensor:
+        """The weight that the cells are, float32 [G, O, I]."""
+        read = self._blank()
+        self._update(torch.zeros_like(self.weight), 1.0, read)
+        return read
 
     def _compare_read_out(self) -> None:
         assert self.w_max is not None
+        read = self._cells_read()
         with torch.no_grad():
-            read = self._blank()
-            self._update(torch.zeros_like(self.weight), 1.0, read)
             # other machines round sums otherwise, and weights of a lower precision hold less
             last = ROUNDING * torch.finfo(torch.float32).eps * self.w_max.view(self.groups_, -1, 1)
             off = (self.by_line(self.weight.float()) - read).abs()
@@ -381,21 +400,23 @@ class InSitu(Programmed):
         if off.any():
             raise ValueError(
                 f"{self.name}: `weight` must be what the cells read once trained in situ, got {int(off.sum())} other "
-                "values; update it by an in-situ optimiser alone, or program it anew with begin_in_situ()"
+                "values; update it by an in-situ optimiser alone, or write it to the cells anew by the layer's begin_in_situ(), as averages "
+                "of weights must be"
             )
         self._read = self.mark()
 
     def _move(self, change: Tensor, factor: float = 1.0) -> None:
         """Move the cells by factor * change; the weight becomes what they read. A change of 0 moves nothing."""
-        lines = self.by_line(self.weight.detach())
-        own = (
-            lines.is_contiguous()
-            and lines.dtype == torch.float32
-            and lines.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
-        )
-        read = lines if own else self._blank()
+        read, own = self._read_out()
         self._update(change, factor, read)
         self._show(None if own else self.of_lines(read))
+
+    def _read_out(self) -> tuple[Tensor, bool]:
+        """Where the cells are to be read out, float32 [G, O, I], and whether it is the memory of the weight itself."""
+        weight = self.weight.detach()
+        lines = self.by_line(weight)
+        own = lines.is_contiguous() and lines.dtype == torch.float32 and lines.data_ptr() == weight.data_ptr()
+        return (lines if own else self._blank()), own
 
     def _blank(self) -> Tensor:
         """Room for a weight as the array reads it, float32 [G, O, I]."""
@@ -426,7 +447,7 @@ class InSitu(Programmed):
         self._own_weight()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_read": self._is_read_out()}
+        return super().__getstate__() | {"_read": self.is_read_out()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -533,7 +554,11 @@ def layer_of(parameter: Tensor) -> InSitu | None:
     owner = getattr(parameter, "analog", None)
     if owner is None:
         return None
-    layers = [layer for layer in owner.layers() if layer._parameters.get("weight") is parameter]
+    layers = [
+        layer
+        for link in owner.links
+        if (layer := link()) is not None and layer._parameters.get("weight") is parameter
+    ]
     if not layers:
         raise ValueError(
             f"in-situ optimiser: `params` must be weights of living layers, got one of shape {tuple(parameter.shape)} whose "

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
-from gpuxbar.bridge.analog_mvm import NOT_PACKED, abs_max, analog_mvm, driven_lines
+from gpuxbar.bridge.analog_mvm import NOT_PACKED, NOT_WRITTEN, abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.dac_clip import dac_clip
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import call
@@ -207,7 +207,8 @@ class AnalogLayer(InSitu):
             drawn(Purpose.ADC_OFFSET, back, 0.0, adc.offset_std),
         ]
         if adc.inl or adc.inl_std:
-            errors.append(drawn(Purpose.ADC_GAIN, 2 + back, adc.inl, adc.inl_std))
+            inl = drawn(Purpose.ADC_GAIN, 2 + back, adc.inl, adc.inl_std)
+            errors.append(inl.clamp(-adc.inl_most, adc.inl_most))
         return torch.stack(errors)
 
     def _dac_errors(self, way: str, dac: DAC, lines: int) -> Tensor:
@@ -215,7 +216,9 @@ class AnalogLayer(InSitu):
         rows = np.arange(4, 7) + (3 if way == "back_" else 0)
         z = normals(rows, self.groups_ * lines, slot=0, purpose=Purpose.ADC_GAIN, seed=self.plan.seed)
         std = np.array([[dac.gain_std], [dac.offset_std], [dac.inl_std]])
-        return torch.from_numpy(np.array([[1.0], [0.0], [dac.inl]]) + std * z).float()
+        error = np.array([[1.0], [0.0], [dac.inl]]) + std * z
+        error[2] = error[2].clip(-dac.inl_most, dac.inl_most)
+        return torch.from_numpy(error).float()
 
     def _worst_current(self, read: Read, lines: int, error: Tensor | None) -> float:
         """Current of a line with every cell at `g_max` and every input what its DAC drives most with, A."""
@@ -279,11 +282,13 @@ class AnalogLayer(InSitu):
         self.leave_cells()
         self.write_step += 1
 
-    def conductances(self, weight: Tensor | None = None) -> Cells:
+    def conductances(self, weight: Tensor | None = None, for_one_read: bool = False) -> Cells:
         """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires.
 
         Args:
             weight: The layer's, where it has just been computed: by dropout, say, another at every look. None: look.
+            for_one_read: Whether a read follows at once, to which programming may be left: a call of its own costs more than small
+                layers compute.
         """
         if self.programmed:
             return self.aged_cells()
@@ -298,11 +303,14 @@ class AnalogLayer(InSitu):
                 self.leave_cells()
             self._cells_of = weight.detach()
         held: Any = self._buffers  # whose values nn.Module finds slowly
-        cells, noise_var, w_max, written = arrays = [held[name] for name in CELLS]
+        cells, noise_var, w_max, written = map(held.get, CELLS)
         wires, (plan, spec) = held["seen"] is not None, self.static
         merge = "none" if wires else self.planes.merge
-        call(reprogram, weight.detach(), *arrays, held["write_step"], spec, merge, plan)
-        if self.plan.reference != (0, 0):  # those of reference lines too
+        writes, plain = (written, held["write_step"], spec, merge), self.plan.reference == (0, 0)
+        if for_one_read and plain and not wires and held["packed_state"] is None:
+            return Cells(cells, None, noise_var, w_max, written, writes)
+        call(reprogram, weight.detach(), cells, noise_var, w_max, *writes, plan)
+        if not plain:  # those of reference lines too
             w_max = w_max.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if wires:
             return self.through_wires(cells, noise_var, w_max, written[:1])
@@ -331,8 +339,9 @@ class AnalogLayer(InSitu):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cells_of": None}  # nobody has read what is copied
 
-    def program(self) -> None:
-        """Write the present weights once (not those of cells trained in situ) and read these devices from now on."""
+    def program(self, chip: int = 0) -> None:
+        """Write the present weights once (not those of cells trained in situ) to the arrays of a chip, see `gpuxbar.program`, and read
+        these devices from now on."""
         self.require_own_weight("program")
         if self.in_situ:
             self.require_read_out()
@@ -340,8 +349,9 @@ class AnalogLayer(InSitu):
         if self.g_cells is not None and self.w_max is not None:
             self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
         else:
-            devices = program_devices(self.weight, self.write_step, self.static[1], self.static[0])
-            self.hold(*devices, self.plan.seed)
+            seed = self.plan.seed ^ chip
+            plan = replace(self.plan, seed=seed).dumps()
+            self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed)
 
     @torch.no_grad()
     def compensate(self) -> None:
@@ -406,7 +416,9 @@ class AnalogLayer(InSitu):
         if dac.range == "fixed":
             return self.dac_max
         if dac.range == "learned" and self.dac_begun:
-            return self.dac_max.float().abs().clamp_min(SMALLEST_RANGE)
+            learned = self.dac_max.float()
+            # not abs(), whose slope at 0 is 0, so that a range would never leave it
+            return torch.where(learned < 0, -learned, learned) + SMALLEST_RANGE
         seen = abs_max(x.detach(), dac.range == "sample")
         if dac.range != "ema":
             return seen
@@ -442,12 +454,14 @@ class AnalogLayer(InSitu):
             require_first_pass(self.name)
         if steady is None:
             weight = self.look_at_weight()
-            if not torch.compiler.is_compiling() and any(map(is_functorch_wrapped_tensor, (x, weight))):
+            if not torch.compiler.is_compiling() and (
+                is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(weight)
+            ):
                 raise TypeError(
                     f"{self.name}: `x` and `weight` must be plain tensors, got those of a transform of torch.func, which crossbars do "
                     "not follow; call backward() or torch.autograd.grad"
                 )
-            cells = self.conductances(weight)
+            cells = self.conductances(weight, for_one_read=True)
         else:
             cells, weight = steady
         if x.device != weight.device:
@@ -599,8 +613,6 @@ class AnalogLayer(InSitu):
         self, x: Tensor, weight: Tensor, lsb: Tensor | None, bias: Tensor | None, cells: Cells
     ) -> Tensor:
         """One read: x in the DAC's range, whose codes are worth `lsb` (None: the range fits x); the gradient goes to `weight`."""
-        counter, way = self.counter()
-        step = counter + way
         if self.spec.parasitics.exact_gradient and torch.is_grad_enabled():
             weight = call(
                 weight_through_wires,
@@ -612,35 +624,44 @@ class AnalogLayer(InSitu):
                 self.static[1],
             )
         held: Any = self._buffers
+        adc_range, back_adc_range, *errors = map(held.get, CONVERTERS)
         packing = NOT_PACKED
         if held["packed_state"] is not None:
             # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
-        y = call(
-            analog_mvm, x, weight, *cells[:4], bias, lsb, *(held[name] for name in CONVERTERS), step, *packing, self.static[0],
-            torch.is_grad_enabled(),
+        return call(
+            analog_mvm, x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, *errors, *self.counter(),
+            *packing, *(cells.writes or NOT_WRITTEN), self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
-        counter.copy_(step)  # only now: a read that is refused leaves no trace
-        return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs."""
+        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs, and a weight trained in situ is
+        what the cells read there."""
         if self.written.is_meta and not fn(self.written).is_meta:
-            raise ValueError(
-                f"{self.name}: a crossbar layer must have its values from gpuxbar.convert, got empty memory instead of the meta "
-                "device's, which a state dict fills in part; call to_empty() and load the model before gpuxbar.convert"
-            )
+            self._refuse_filling("empty memory instead of the meta device's")
         buffers, held = dict(self._buffers), self.is_held()
+        trained = self.weight.dtype if self.in_situ and self.is_read_out() else None
         super()._apply(fn, recurse)
         self._held = self.mark() if held else None
         for name, new in self._buffers.items():
             old = buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        if trained is not None and self.weight.dtype != trained:  # not what another precision left of it
+            self.read_out()
         return self
 
+    def _refuse_filling(self, got: str) -> NoReturn:
+        """Refuse to fill a layer of the meta device."""
+        raise ValueError(
+            f"{self.name}: a crossbar layer must have its values from gpuxbar.convert, got {got}, which a state dict fills in part; call "
+            "to_empty() and load the model before gpuxbar.convert"
+        )
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        if self.written.is_meta:
+            self._refuse_filling("a state dict for one of the meta device")
         saved, here = state_dict.get(f"{prefix}range_settings"), _carrying(self.spec)
         programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
         others = saved is not None and (programmed or saved.item() != here)
@@ -685,6 +706,31 @@ def _carrying(spec: CrossbarSpec) -> int:
         *(dac.model_dump_json(include=DRIVEN) for dac in dacs),
         *bending,
     )
+
+
+def require_module(op: str, model: Any, argument: str = "model") -> None:
+    """Refuse what is no module, as what `gpuxbar.convert` returns as a whole."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"{op}: `{argument}` must be a torch.nn.Module, got {what}; pass the model itself, which gpuxbar.convert returns beside a report"
+        )
+
+
+def crossbar_layers(op: str, model: nn.Module) -> dict[str, AnalogLayer]:
+    """The crossbar layers of a model, by name."""
+    require_module(op, model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, AnalogLayer)}
+
+
+def converted_layers(op: str, model: nn.Module) -> list[AnalogLayer]:
+    """The crossbar layers of a model, which must have such."""
+    layers = list(crossbar_layers(op, model).values())
+    if not layers:
+        raise ValueError(
+            f"{op}: `model` must have crossbar layers, got none; pass the copy that has them: model, report = gpuxbar.convert(model, spec)"
+        )
+    return layers
 
 
 def require_apart(op: str, layers: Iterable[AnalogLayer]) -> None:

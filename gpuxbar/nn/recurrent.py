@@ -54,14 +54,14 @@ class UnfusedCell(nn.Module):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the cell's: a step from state `hx`, which of an LSTM is (h, c)."""
+        _check_input(self, input, ("", "N, "))
         batched = input.dim() == 2
         x = input if batched else input[None]
         if hx is None:
             h = c = x.new_zeros(len(x), self.hidden_size)
         else:
-            h, c = hx if self.mode == "LSTM" else (hx, hx)
+            h, c = _checked_states(self, hx, *((*input.shape[:-1], self.hidden_size),) * 2)
             h, c = (h, c) if batched else (h[None], c[None])
-            _check_states(self.mode, (h, c), ((len(x), self.hidden_size),) * 2)
         h, c = _step(self.mode, self.ih(x), self.hh(h), h, c)
         h, c = (h, c) if batched else (h[0], c[0])
         return (h, c) if self.mode == "LSTM" else h
@@ -127,18 +127,20 @@ class UnfusedRNN(nn.Module):
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """As the module's: the output of every step, and the last state, which of an LSTM is (h, c)."""
-        packed, lengths, batched = input if isinstance(input, PackedSequence) else None, None, True
-        if packed is not None:
+        packed, lengths, batched = None, None, True
+        if isinstance(input, PackedSequence):
+            _check_input(self, input.data, ("sum of lengths, ",))
+            packed = input
             x, lengths = pad_packed_sequence(packed)
         else:
-            if not isinstance(input, Tensor):
-                raise TypeError(
-                    f"{self.mode}: `input` must be a tensor or a PackedSequence, got {type(input).__name__}; convert it by "
-                    "torch.as_tensor(x)"
-                )
+            _check_input(self, input, ("T, ", "N, T, " if self.batch_first else "T, N, "))
             batched = input.dim() == 3
             x = input if batched else input[:, None]
             x = x.transpose(0, 1) if self.batch_first and batched else x
+            if not len(x):
+                raise ValueError(
+                    f"{_called(self)}: `input` must have a step at least, got shape {tuple(input.shape)}; leave such sequences out"
+                )
         h, c = self._states(x, hx, batched)
         ways = 1 + self.bidirectional
         states = []
@@ -166,13 +168,11 @@ class UnfusedRNN(nn.Module):
             return x.new_zeros(*shape, self.proj_size or self.hidden_size), x.new_zeros(
                 *shape, self.hidden_size
             )
-        h, c = hx if self.mode == "LSTM" else (hx, hx)
-        h, c = (h, c) if batched else (h[:, None], c[:, None])
-        where = len(self.suffixes), x.shape[1]
-        _check_states(
-            self.mode, (h, c), ((*where, self.proj_size or self.hidden_size), (*where, self.hidden_size))
+        where = len(self.suffixes), *x.shape[1 : 1 + batched]
+        h, c = _checked_states(
+            self, hx, (*where, self.proj_size or self.hidden_size), (*where, self.hidden_size)
         )
-        return h, c
+        return (h, c) if batched else (h[:, None], c[:, None])
 
     def _run(
         self, suffix: str, x: Tensor, h: Tensor, c: Tensor, lengths: Tensor | None
@@ -216,14 +216,47 @@ def _bend(mode: str) -> str:
     return mode.removeprefix("RNN_").lower()
 
 
-def _check_states(mode: str, states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
-    """Refuse states that would be broadcast, or of which some would not be used."""
-    for state, shape in zip(states, shapes, strict=True):
+def _called(module: UnfusedCell | UnfusedRNN) -> str:
+    """What errors call a module: by the name that its layers on crossbars begin with, and its kind."""
+    kind = module.mode.partition("_")[0] + ("Cell" if isinstance(module, UnfusedCell) else "")
+    names = (layer.name for layer in module.children() if isinstance(layer, AnalogLinear))
+    name = next(names, "").rpartition(".")[0]
+    return f"{name} ({kind})" if name else kind
+
+
+def _check_input(module: UnfusedCell | UnfusedRNN, x: Any, axes: tuple[str, ...]) -> None:
+    """Refuse what is no input of a module, which has one of these groups of axes before that of its values."""
+    size = module.input_size
+    if not isinstance(x, Tensor):
+        also = " or a PackedSequence" if isinstance(module, UnfusedRNN) else ""
+        raise TypeError(
+            f"{_called(module)}: `input` must be a tensor{also}, got {type(x).__name__}; convert it by torch.as_tensor(x)"
+        )
+    if x.dim() not in [1 + each.count(",") for each in axes] or x.shape[-1] != size:
+        shapes = " or ".join(f"[{each}{size}]" for each in axes)
+        raise ValueError(
+            f"{_called(module)}: `input` must have shape {shapes}, got {tuple(x.shape)}; look at the layer before it"
+        )
+
+
+def _checked_states(
+    module: UnfusedCell | UnfusedRNN, hx: Any, *shapes: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The states (h, c) that `hx` holds, of these shapes: others would be broadcast, or some of them not be used."""
+    pair = module.mode == "LSTM"
+    states = list(hx) if pair and isinstance(hx, (tuple, list)) else [hx]
+    if len(states) != 1 + pair or not all(isinstance(state, Tensor) for state in states):
+        kinds = ", ".join(type(state).__name__ for state in states)
+        raise TypeError(
+            f"{_called(module)}: `hx` must be {'tensors (h, c)' if pair else 'a tensor'}, got {kinds}; leave it out to begin with zeros"
+        )
+    for state, shape in zip(states, shapes, strict=False):
         if tuple(state.shape) != shape:
             raise ValueError(
-                f"{mode}: `hx` must be of shape {shape} for this input, got {tuple(state.shape)}; give a state for every layer and "
-                "sample"
+                f"{_called(module)}: `hx` must be of shape {shape} for this input, got {tuple(state.shape)}; give a state for every layer "
+                "and sample"
             )
+    return states[0], states[-1]
 
 
 def _step(mode: str, x: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

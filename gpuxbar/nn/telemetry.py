@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.layers import AnalogLayer, crossbar_layers
 from gpuxbar.nn.table import columns
 
 __all__ = ["LayerState", "Telemetry", "telemetry"]
@@ -67,9 +67,10 @@ def telemetry(model: nn.Module) -> Telemetry:
         model: A converted model; layers that stay digital are left out.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: A layer is on the meta device, where there is nothing to look at.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AnalogLayer)}
+    layers = crossbar_layers("telemetry", model)
     for name, layer in layers.items():
         if layer.weight.is_meta:
             raise ValueError(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil, prod
+from numbers import Integral
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -141,8 +142,14 @@ def watch(
         )
 
 
-def require_batches(op: str, loader: Any, loss: object, step: object) -> None:
-    """Refuse a loss beside a step that returns one, and one batch in place of batches."""
+def require_batches(op: str, loader: Any, batches: Any, loss: object, step: object) -> None:
+    """Refuse a loss beside a step that returns one, one batch in place of batches, and what is no count of them."""
+    if not isinstance(batches, Integral):
+        raise TypeError(f"{op}: `batches` must be a whole number, got {type(batches).__name__}; give a count")
+    if batches < 1:
+        raise ValueError(f"{op}: `batches` must be at least 1, got {batches}; give more")
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(f"{op}: `loader` must give batches, got {type(loader).__name__}; pass a list of them")
     if loss is not None and step is not None:
         raise ValueError(f"{op}: `loss` must be None with `step`, got both; let `step` return the loss")
     if isinstance(loader, Tensor):
@@ -222,7 +229,9 @@ def without_adcs(model: nn.Module) -> Iterator[None]:
         try:
             for layer, plan in plans.items():
                 forward, backward = (replace(read, adc_bits=0) for read in (plan.forward, plan.backward))
-                layer.set_plan(replace(plan, forward=forward, backward=backward))
+                # no kernel sums bytes that nothing converts; two halves hold their levels
+                precision = "fp16x2" if plan.precision == "int8" else plan.precision
+                layer.set_plan(replace(plan, forward=forward, backward=backward, precision=precision))
                 layer.calibrated = layer.back_calibrated = True
             yield
         finally:

@@ -1,4 +1,4 @@
-"""A layer's read on the CPU in one call: DAC, tiles and converters, by what the layer holds."""
+"""A layer's read on the CPU in one call, DAC, tiles and converters, and its backward pass in another, by what the layer holds."""
 
 from __future__ import annotations
 
@@ -7,25 +7,38 @@ from typing import ClassVar
 
 from gpuxbar.launch import host_call, library
 from gpuxbar.ops.checks import require_finite_values
+from gpuxbar.ops.program import require_finite_weights
 from gpuxbar.ops.tile_mvm import TileMvm
 from gpuxbar.reference import SMALLEST_RANGE
 
-__all__ = ["LayerRead"]
+__all__ = ["LayerGradient", "LayerRead"]
 
 
 class LayerRead(TileMvm):
     """Twin of `struct LayerRead` in kernels/host/layer_read.cpp: what `dac_quantize` or `dac_fit`, then `tile_mvm`, are told."""
 
+    kernel = "gpuxbar_layer_read"
     _fields_: ClassVar = [
-        *((name, c_void_p) for name in ("x", "driven", "dac_lsb", "w_max", "adc_range")),
+        *((name, c_void_p) for name in ("x", "driven", "dac_lsb", "w_max", "adc_range", "rewrite", "counter", "number")),
         ("unit", c_double),
         *((name, c_int64) for name in (
-            "rows", "channels", "each", "lsb_count", "fits", "dac_code_max", "dac_signed",
+            "rows", "channels", "each", "lsb_count", "fits", "dac_code_max", "dac_signed", "count",
         )),
     ]  # fmt: skip
 
     def run(self, what: str) -> None:
         """Read; the error about values that are not finite calls them `what`."""
-        bad = c_int64()
-        host_call(library(), "gpuxbar_layer_read", self, SMALLEST_RANGE, bad)
-        require_finite_values(what, bad.value, "bad data")
+        bad = (c_int64 * 2)()
+        host_call(library(), self.kernel, self, SMALLEST_RANGE, bad)
+        require_finite_weights(bad[1])
+        require_finite_values(what, bad[0], "bad data")
+
+
+class LayerGradient(LayerRead):
+    """Twin of `struct LayerGradient` there: what the transposed read, `outer_product` and the sum of a bias' gradient are told."""
+
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("d", "passed", "v", "v_unit", "dw", "dbias")),
+        *((name, c_int64) for name in ("v_is_code", "v_units")),
+    ]
+    kernel = "gpuxbar_layer_gradient"

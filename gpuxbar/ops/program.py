@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -245,7 +246,12 @@ def reprogram_on_host(
         library(), "gpuxbar_reprogram", write, weight, w_max, g, noise_var, state, scale == "column",
         float(full_weight or 0.0), bad,
     )  # fmt: skip
-    require_finite("reprogram", "weight", bad.value, LOWER)
+    require_finite_weights(bad.value)
+
+
+def require_finite_weights(bad: int) -> None:
+    """Refuse weights to `reprogram` of which so many are NaN or infinite."""
+    require_finite("reprogram", "weight", bad, LOWER)
 
 
 def checksum(weight: np.ndarray) -> int:
@@ -272,18 +278,25 @@ class Writing:
         settings: As `reference.program` takes them.
         values: The fields of `struct Programming` at step 0, by name.
         packed: The struct, as bytes.
+        weights, cells: How many there are.
     """
 
     shape: tuple[int, int, int]
     settings: dict[str, Any]
     values: dict[str, Any]
     packed: bytes
+    weights: int
+    cells: int
 
     def at(self, step: int) -> Write:
         """The struct at a step."""
         write = Write.from_buffer_copy(self.packed)
         write.step = step
         return write
+
+    def rewrite(self, step: int, scale: str, full_weight: float | None) -> Rewrite:
+        """The arguments of a `reprogram`, without addresses."""
+        return Rewrite(self.at(step), per_column=scale == "column", full_weight=full_weight or 0.0)
 
 
 @kept
@@ -308,7 +321,8 @@ def writing(
         "steps": 0 if levels is None or slice_bits else levels - 1, "read_var": sigma_g**2, "read_power": 2.0 * exponent,
         **write_values(s),
     }  # fmt: skip
-    return Writing((planes, groups * inputs, outputs), s, values, bytes(Write(**values)))
+    shape = planes, groups * inputs, outputs
+    return Writing(shape, s, values, bytes(Write(**values)), prod(weight), prod(shape))
 
 
 def _check_settings(op: str, s: dict[str, Any]) -> None:
@@ -367,6 +381,15 @@ class Write(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in (
             "digit_max", "steps", "g_min", "g_max", "spread", "write_noise", "write_slope", "write_curve", "stuck_low", "stuck_high", "read_var", "read_power")),
+    ]  # fmt: skip
+
+
+class Rewrite(ctypes.Structure):
+    """Twin of `struct Rewrite` in kernels/host/layer_read.cpp: arguments of `reprogram`."""
+
+    _fields_ = [
+        ("settings", Write), *((name, ctypes.c_void_p) for name in ("weight", "w_max", "g", "noise_var", "state")),
+        ("per_column", ctypes.c_int64), ("full_weight", ctypes.c_double),
     ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from gpuxbar.ops.checks import (
     check_lines,
     check_numbers,
     check_shape,
+    check_written,
     counter,
     integer,
     require_finite,
@@ -35,13 +36,12 @@ from gpuxbar.ops.images import Conv
 from gpuxbar.ops.laws import Parameters
 from gpuxbar.ops.pairs import Pairs, Slices, Wear
 from gpuxbar.reference.tile_mvm import ConvGeometry
-from gpuxbar.spec import PulseTrain, check_train
+from gpuxbar.spec import PulseTrain, UpdateLaw, check_train
 
-__all__ = ["KERNELS", "pulse_update"]
+__all__ = ["KERNELS", "Update", "check_pulses", "check_sign", "pulse_on_host", "pulse_update", "pulses_of"]
 
 OP = "pulse_update"
 SAMPLES = 2**23  # draws tell that many apart
-TOGETHER = 32  # samples of a block, and lines of a word: SAMPLES and WORD in kernels/host/pulse_update.cpp
 
 
 def pulse_update(
@@ -55,6 +55,7 @@ def pulse_update(
     groups: int = 1,
     conv: ConvGeometry | None = None,
     sign: Any = None,
+    out: Any = None,
     step: Any = 0,
     device: Device | None = None,
 ) -> Any:
@@ -81,41 +82,38 @@ def pulse_update(
         groups: Arrays side by side, G.
         conv: Shape of the convolution whose patches drive the wordlines; no patch matrix is made.
         sign: What the driver of each wordline multiplies its inputs by, 1 or -1, float32 [G * I], as choppers do; None: 1.
+        out: Where the weights go, float32 [G, O, I]; None: a new array.
         step: With the seed of the pairs, of the trains and the noise of pulses: an integer or an int64 array of one element.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
 
     Returns:
-        Weights after the update, float32 [G, O, I], as `device_update` reads them.
+        Weights after the update, float32 [G, O, I], as `device_update` reads them; `out` where given.
 
     Raises:
         TypeError: An array has another dtype, `pairs` are no `ops.Pairs`, or `train` is no `spec.PulseTrain`.
-        ValueError: Shapes disagree, an array is not contiguous, the law and the trains do not go together, or a value is
-            not finite (checked on the CPU; on a GPU no value is read back); pairs are unchanged.
+        ValueError: Shapes disagree, an array is not contiguous or must not be written to, the law and the trains do not go
+            together, or a value is not finite (checked on the CPU; on a GPU no value is read back); pairs and `out` are unchanged.
 
     Source:
         Gokmen and Vlasov, Frontiers in Neuroscience 2016.
     """
-    check_kind(OP, "pairs", pairs, Pairs)
-    check_kind(OP, "train", train, PulseTrain)
-    law = pairs.law
-    check_train(OP, train, law, pairs.carry)
-    assert law.nominal_pulses is not None
-    check_numbers(OP, "rate", rate, "", "give the learning rate")
-    batch, inputs, outputs = check_lines(OP, pairs.g, x, d, w_max, groups, conv)
+    size = check_pulses(pairs, x, d, train, w_max, groups, conv)
+    pulses = pulses_of(pairs.law, pairs.settings["slices"], rate)
+    shape = groups, size["outputs"], size["inputs"]
     if sign is not None:
-        _check_sign(sign, groups * inputs)
-    if batch > SAMPLES:
-        raise ValueError(
-            f"{OP}: `x` must hold at most {SAMPLES} samples, got {batch}; split the batch into several steps"
-        )
-    sides = 2 if law.sides == "both" else 1
-    # pulses for an input and an error of 1; a NumPy scalar would make float64 of it
-    scale = float(rate) * law.nominal_pulses / (sides * pairs.settings["slices"].lowest_share) / w_max
-    size = {"batch": batch, "groups": groups, "inputs": inputs, "outputs": outputs}
+        check_sign(sign, groups * size["inputs"])
+    if out is not None:
+        check_array(OP, "out", out, "float32", 3)
+        check_shape(OP, "out", out, shape, "check the axes", "these lines")
+        check_written(OP, out=out)
     where = "cuda" if device is not None else backend(pairs.g)
     if where == "cuda":
-        return _cuda(device or cuda_device(), pairs, x, d, scale, train, w_max, conv, sign, step, size)
+        device = device or cuda_device()
+        weights = device.empty(shape, "float32") if out is None else out
+        _cuda(device, pairs, x, d, pulses / w_max, train, weights, w_max, conv, sign, step, size)
+        return weights
     step = integer(OP, "step", step)
+    weights = np.empty(shape, np.float32) if out is None else out
     if where == "reference" and pairs.g.size:
         for name, array in (("x", x), ("d", d)):
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
@@ -124,28 +122,53 @@ def pulse_update(
             **pairs.plain,
         )  # fmt: skip
         pairs.g[...] = cells
-        return pairs.read_out(w_max, groups).astype(np.float32)
-    weights, bad = np.empty((groups, outputs, inputs), np.float32), np.zeros(2, np.int64)
-    if weights.size:
-        blocks = -(-batch // TOGETHER)
-        # samples and lines in whole blocks, and room behind them for the bits of more lines than there are
-        words = (
-            np.empty(groups * blocks * TOGETHER * -(-n // TOGETHER) * TOGETHER + TOGETHER, np.uint32)
-            for n in (inputs, outputs)
-        )
-        length, slots = np.empty(groups * blocks * TOGETHER, np.float32), np.empty(groups * blocks, np.int32)
-        settings = Update(train=Train.of(train), conv=Conv.of(conv), step=step, **size, **pairs.settings)
-        host_call(
-            library(), "gpuxbar_pulse_update", pairs.g, pairs.pulse_count, pairs.device_map, x, x.size, d, d.size, scale,
-            scale.reshape(groups, outputs).min(1), sign, weights, w_max, *words, length, slots, settings,
-            train.mode == "aggregated", bad,
-        )  # fmt: skip
-    for name, count in zip("xd", bad.tolist(), strict=True):
-        require_finite(OP, name, count, "bad data")
+        weights[...] = pairs.read_out(w_max, groups)
+    elif weights.size:
+        update = Update.of(pairs, train, conv, size)
+        update.step, update.pulses = step, pulses
+        pulse_on_host(update, (pairs.g, pairs.pulse_count, pairs.device_map), x, d, sign, weights, w_max)
     return weights
 
 
-def _check_sign(sign: Any, lines: int) -> None:
+def check_pulses(
+    pairs: Pairs, x: Any, d: Any, train: PulseTrain, w_max: Any, groups: int, conv: ConvGeometry | None
+) -> dict[str, int]:
+    """Refuse pairs, trains and arrays that do not go together; returns the sizes."""
+    check_kind(OP, "pairs", pairs, Pairs)
+    check_kind(OP, "train", train, PulseTrain)
+    check_train(OP, train, pairs.law, pairs.carry)
+    batch, inputs, outputs = check_lines(OP, pairs.g, x, d, w_max, groups, conv)
+    if batch > SAMPLES:
+        raise ValueError(
+            f"{OP}: `x` must hold at most {SAMPLES} samples, got {batch}; split the batch into several steps"
+        )
+    return {"batch": batch, "groups": groups, "inputs": inputs, "outputs": outputs}
+
+
+def pulses_of(law: UpdateLaw, slices: Slices, rate: float) -> float:
+    """Pulses wanted for an input, an error and a full weight of 1."""
+    check_numbers(OP, "rate", rate, "", "give the learning rate")
+    assert law.nominal_pulses is not None
+    sides = 2 if law.sides == "both" else 1
+    # a NumPy scalar would make float64 of what it divides
+    return float(rate) * law.nominal_pulses / (sides * slices.lowest_share)
+
+
+def pulse_on_host(
+    update: Update, devices: tuple[Any, Any, Any], x: Any, d: Any, sign: Any, weights: Any, w_max: Any
+) -> None:  # fmt: skip
+    """`pulse_update` of arrays or addresses; `devices` are g, pulse_count and device_map."""
+    bad = (ctypes.c_int64 * 3)()
+    host_call(library(), "gpuxbar_pulse_update", *devices, x, d, sign, weights, w_max, update, bad)
+    require_finite(OP, "x", bad[0], "bad data")
+    require_finite(OP, "d", bad[1], "bad data")
+    if bad[2]:
+        raise ValueError(
+            f"{OP}: `w_max` must be finite and above 0, got {bad[2]} other values; use the largest weight"
+        )
+
+
+def check_sign(sign: Any, lines: int) -> None:
     """Refuse signs that are not those of so many wordlines."""
     check_array(OP, "sign", sign, "float32", 1)
     check_shape(OP, "sign", sign, (lines,), "give one for each wordline", "this `g`")
@@ -173,19 +196,25 @@ class Update(ctypes.Structure):
 
     _fields_ = [
         ("law", Parameters), ("train", Train), ("endurance", Wear), ("slices", Slices), ("conv", Conv),
-        *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step")), ("seed", ctypes.c_uint64),
-        *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high")),
+        *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step", "aggregated")),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high", "pulses")),
     ]  # fmt: skip
+
+    @classmethod
+    def of(cls, pairs: Pairs, train: PulseTrain, conv: ConvGeometry | None, size: dict[str, int]) -> Update:
+        """With all but the step and `pulses_of` the rate."""
+        aggregated = train.mode == "aggregated"
+        return cls(train=Train.of(train), conv=Conv.of(conv), aggregated=aggregated, **size, **pairs.settings)
 
 
 def _cuda(
-    device: Device, pairs: Pairs, x: Any, d: Any, scale: Any, train: PulseTrain, w_max: Any, conv: ConvGeometry | None, sign: Any,
-    step: Any, size: dict[str, int],
-) -> Any:  # fmt: skip
+    device: Device, pairs: Pairs, x: Any, d: Any, scale: Any, train: PulseTrain, weights: Any, w_max: Any, conv: ConvGeometry | None,
+    sign: Any, step: Any, size: dict[str, int],
+) -> None:  # fmt: skip
     batch, groups, inputs, outputs = size.values()
-    weights = device.empty((groups, outputs, inputs), "float32")
     if not weights.size:
-        return weights
+        return
     common = {
         "input_words": device.empty((batch, groups * inputs), "uint32"),
         "error_words": device.empty((batch, groups * outputs), "uint32"),
@@ -205,7 +234,6 @@ def _cuda(
          **pairs.settings, **common},
         {"AGGREGATED": int(aggregated), "IMPLIED": int(implicit), **pairs.macros},
     )  # fmt: skip
-    return weights
 
 
 PULSE_TRAINS = Kernel(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from gpuxbar.nn.layers import require_module
 from gpuxbar.optim.base import InSituOptimizer
 from gpuxbar.optim.in_situ import InSituSGD
 from gpuxbar.optim.mixed_precision import MixedPrecision
@@ -37,8 +38,9 @@ def build_optimizer(name: str, model: nn.Module, **settings: Any) -> InSituOptim
     Raises:
         ValueError: The name is unknown, a setting is out of range, no layer is on a crossbar, or one has no update law, or pulse
             trains that the algorithm does not follow.
-        TypeError: A setting is not one of the optimiser's.
+        TypeError: `model` is no module, or a setting is not one of the optimiser's.
     """
+    require_module("build_optimizer", model)
     if name not in OPTIMIZERS:
         raise ValueError(
             f"build_optimizer: `name` must be an algorithm, got {name!r}; {nearest(name, OPTIMIZERS)}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.layers import AnalogLayer, require_module
 from gpuxbar.optim.base import InSituOptimizer
 from gpuxbar.optim.in_situ import InSituSGD
 from gpuxbar.optim.mixed_precision import MixedPrecision
@@ -80,9 +80,10 @@ def capture_step(
         batch: (x, target) on that device; the shapes and dtypes of every later batch.
 
     Raises:
-        TypeError: The optimiser keeps counts on the host.
+        TypeError: `model` is no module, or the optimiser keeps counts on the host.
         ValueError: The model is not on a GPU, or an optimiser's setting cannot be captured.
     """
+    require_module(OP, model)
     _check_place(model)
     _check_kind(model, optimizer)
     x, target = (part.clone() for part in batch)

@@ -57,6 +57,6 @@ class InSituSGD(InSituOptimizer):
 
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:
         if layer.keeps_operands:
-            layer.update_in_array(*layer.take_operands(), group["lr"])
+            layer.change_in_array(*layer.take_operands(), group["lr"])
         else:
             layer.change_cells(self._velocity(weight, group["momentum"]), -group["lr"])

@@ -216,7 +216,7 @@ class TikiTaka(InSituOptimizer):
         """Write to a layer what the lines read say."""
         if layer.keeps_operands:
             errors = -lines.values.permute(2, 0, 1).flatten(1)
-            layer.update_in_array(fast.array.driven(lines.at), errors, group["lr"])
+            layer.change_in_array(fast.array.driven(lines.at), errors, group["lr"])
         else:
             self._change(layer, lines, group["lr"] * lines.values)
 

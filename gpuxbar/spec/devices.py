@@ -37,6 +37,8 @@ class PublishedDevice:
         source: Where the parameters are from.
         window_source: Where the window is from.
         valid: What the fit covers.
+        reference_at: Share of the window where weight 0 lies, of a source in which a device holds a whole weight beside a reference:
+            a setting of the update law, for `sides="reference"`. None: the source knows no such weights, or moves one way.
     """
 
     name: str
@@ -45,6 +47,7 @@ class PublishedDevice:
     source: str
     window_source: str
     valid: str
+    reference_at: float | None = None
 
     def spec(self, **overrides: Any) -> CrossbarSpec:
         """An otherwise ideal crossbar of these devices, with a nested dictionary laid over it."""
@@ -95,8 +98,9 @@ class Steps:
         }
 
 
-def _of_steps(name: str, law: UpdateLaw, source: str, valid: str) -> PublishedDevice:
-    return PublishedDevice(name, law, WINDOW, f"{source}; {AIHWKIT}", "chosen here", valid)
+def _of_steps(name: str, steps: Steps, law: UpdateLaw, source: str, valid: str) -> PublishedDevice:
+    zero = -steps.low / (steps.high - steps.low)
+    return PublishedDevice(name, law, WINDOW, f"{source}; {AIHWKIT}", "chosen here", valid, zero)
 
 
 def _linear(steps: Steps, slopes: tuple[float, float], cycle: float, of: str, spread: float) -> LinearStep:
@@ -133,57 +137,61 @@ def reram_es() -> PublishedDevice:
     }
     law = ExponentialStep.model_validate({**steps.law(), **shape, "cycle": 5.0})
     source = "Gong et al., Nature Communications 2018 (ReRAM)"
-    return _of_steps("reram-es", law, source, "single pulses over the whole window")
+    return _of_steps("reram-es", steps, law, source, "single pulses over the whole window")
 
 
 def reram_sb() -> PublishedDevice:
     steps = Steps(0.002, -0.75, 1.25, 0, 0.3, 0.01, 0.3 / 0.75, 0.3 / 1.25, write_noise=56)
     source = "Gong et al., Nature Communications 2018 (ReRAM), a loose fit"
     valid = "symmetry point at weight 0, as after subtraction of a calibrated reference"
-    return _of_steps("reram-sb", _soft(steps, 3.75), source, valid)
+    return _of_steps("reram-sb", steps, _soft(steps, 3.75), source, valid)
 
 
 def reram_array_om() -> PublishedDevice:
     steps = Steps(0.0949, -1, 1, 0, 0.7829, 0.01, 0.5695, 0.3499, write_noise=1.4113)
     source = "Gong, Rasch et al., IEDM 2022 (array, optimized material)"
-    return _of_steps("reram-array-om", _soft(steps, 0.4158, lognormal=True), source, ARRAY.format(20, 13.5))
+    law = _soft(steps, 0.4158, lognormal=True)
+    return _of_steps("reram-array-om", steps, law, source, ARRAY.format(20, 13.5))
 
 
 def reram_array_hfo2() -> PublishedDevice:
     steps = Steps(0.4622, -1, 1, 0, 0.7125, 0.01, 0.5990, 0.4295, write_noise=0.5841)
     source = "Gong, Rasch et al., IEDM 2022 (array, baseline HfO2)"
-    return _of_steps("reram-array-hfo2", _soft(steps, 0.2174, lognormal=True), source, ARRAY.format(4, 10))
+    law = _soft(steps, 0.2174, lognormal=True)
+    return _of_steps("reram-array-hfo2", steps, law, source, ARRAY.format(4, 10))
 
 
 def capacitor() -> PublishedDevice:
-    law = _linear(Steps(0.005, -1, 1, 0, 0.1, 0.06, 0.07, 0.07), (0.05, 0.05), 0.3, "nominal", 0.01)
-    return _of_steps(
-        "capacitor", law, "Li et al., VLSI 2018 (capacitor)", "single pulses; leakage is not in it"
-    )
+    steps = Steps(0.005, -1, 1, 0, 0.1, 0.06, 0.07, 0.07)
+    law = _linear(steps, (0.05, 0.05), 0.3, "nominal", 0.01)
+    source = "Li et al., VLSI 2018 (capacitor)"
+    return _of_steps("capacitor", steps, law, source, "single pulses; leakage is not in it")
 
 
 def ecram() -> PublishedDevice:
     steps = Steps(0.002, -0.8276, 1.1724, 0, 0.1, 0.01, 0.05, 0.05)
     law = _linear(steps, (0.1153, 0.5085), 0.3, "step", 0.05)
-    return _of_steps("ecram", law, "Tang et al., IEDM 2018 (Li ECRAM)", SHIFTED)
+    return _of_steps("ecram", steps, law, "Tang et al., IEDM 2018 (Li ECRAM)", SHIFTED)
 
 
 def ecram_mo() -> PublishedDevice:
     steps = Steps(2.8214e-4, -0.8286, 1.1714, 0, 0.1, 0.01, 0.05, 0.05)
     law = _linear(steps, (0.4152, 0.7342), 2.0, "step", 0.05)
-    return _of_steps("ecram-mo", law, "Kim et al., IEDM 2019 (metal-oxide ECRAM)", SHIFTED)
+    return _of_steps("ecram-mo", steps, law, "Kim et al., IEDM 2019 (metal-oxide ECRAM)", SHIFTED)
 
 
 def gokmen_vlasov() -> PublishedDevice:
-    law = ConstantStep(**Steps(0.0016, -1, 1, 0, 0.3, 0.01, 0.3, 0.3).law(), cycle=0.3)
+    steps = Steps(0.0016, -1, 1, 0, 0.3, 0.01, 0.3, 0.3)
+    law = ConstantStep(**steps.law(), cycle=0.3)
     source = "Gokmen and Vlasov, Frontiers in Neuroscience 2016 (specification, window scaled)"
-    return _of_steps("gokmen-vlasov", law, source, "a specification, not a measurement")
+    return _of_steps("gokmen-vlasov", steps, law, source, "a specification, not a measurement")
 
 
 def idealized() -> PublishedDevice:
-    law = ConstantStep(**Steps(0.0002, -1, 1, 0, 0.3, 0, 0.3, 0.3).law(), cycle=0.3)
+    steps = Steps(0.0002, -1, 1, 0, 0.3, 0, 0.3, 0.3)
+    law = ConstantStep(**steps.law(), cycle=0.3)
     source = "Rasch, Gokmen and Haensch, IEEE Design & Test 2019"
-    return _of_steps("idealized", law, source, "a specification of 10,000 steps, not a measurement")
+    return _of_steps("idealized", steps, law, source, "a specification of 10,000 steps, not a measurement")
 
 
 def pcm() -> PublishedDevice:
@@ -273,7 +281,11 @@ DEVICES: dict[str, Callable[[], PublishedDevice]] = {
 def published_device(name: str) -> PublishedDevice:
     """A device of the literature by name, as `gpuxbar devices` lists them.
 
-    `published_device("pcm").spec(refresh={"interval": 40})` is a crossbar of them, otherwise ideal but for what is laid over it.
+    `published_device("pcm").spec(refresh={"interval": 40})` is a crossbar of them, otherwise ideal but for what is laid over it. Both
+    devices of a pair move in most; a device a weight, as the source may have it, is
+
+        device = published_device("ecram")
+        spec = device.spec(update={"sides": "reference", "reference_at": device.reference_at})
 
     Raises:
         SpecError: The name is unknown.

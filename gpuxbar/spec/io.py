@@ -26,10 +26,11 @@ def load_spec(path: str | Path) -> CrossbarSpec:
         path: A file as `save_spec` writes it; a mapping of the keys of `CrossbarSpec`.
 
     Raises:
+        TypeError: `path` is neither text nor a path.
         SpecError: The file is missing, is not YAML, names a key twice, or holds a wrong setting. The text names
             the file, the key, the rule and the nearest known key.
     """
-    path = Path(path)
+    path = _path("load_spec", path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         if not isinstance(data, dict):
@@ -55,9 +56,29 @@ def load_spec(path: str | Path) -> CrossbarSpec:
 
 
 def save_spec(spec: CrossbarSpec, path: str | Path) -> None:
-    """Write every setting of a spec, defaults included, so that `load_spec` gives an equal one."""
+    """Write every setting of a spec, defaults included, so that `load_spec` gives an equal one.
+
+    Args:
+        spec: What to write.
+        path: A file, in a folder that exists; written over.
+
+    Raises:
+        TypeError: `spec` is not a CrossbarSpec, or `path` is neither text nor a path.
+    """
+    if not isinstance(spec, CrossbarSpec):
+        raise TypeError(
+            f"save_spec: `spec` must be a CrossbarSpec, got {type(spec).__name__}; call save_spec(spec, path)"
+        )
     text = yaml.safe_dump(spec.model_dump(), sort_keys=False)
-    Path(path).write_text(HEADER + text, encoding="utf-8")
+    _path("save_spec", path).write_text(HEADER + text, encoding="utf-8")
+
+
+def _path(op: str, path: Any) -> Path:
+    if not isinstance(path, (str, Path)):
+        raise TypeError(
+            f'{op}: `path` must be text or a pathlib.Path, got {type(path).__name__}; for instance "spec.yaml"'
+        )
+    return Path(path)
 
 
 def parse_value(text: str) -> Any:

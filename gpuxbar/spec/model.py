@@ -127,7 +127,8 @@ class DAC(Part):
     image of a convolution), "tensor" (abs-max of the call), "ema" (running mean of abs-max over training
     calls, factor `momentum`; before the first, that of the call), "fixed" (`max`), "learned" (the layer's parameter `dac_max`,
     which begins at `max`, or without it at what `gpuxbar.calibrate` finds to round and clip with the least squared error, and
-    which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020). That gradient sees how
+    which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020; that of the
+    range is scaled by code_max**1.5 / sqrt(values of a sample), which is that paper's scale for a step). That gradient sees how
     inputs are rounded and clipped, not ADCs and noise; calibrate ADC ranges anew when it has moved.
     `v_read`: voltage of the largest digit, V.
     `gain_std`, `offset_std`, `inl`, `inl_std`: errors as those of an `ADC`, of what a digit is driven as: relative spread of the
@@ -182,13 +183,18 @@ class DAC(Part):
             raise ValueError(
                 f"DAC: `bits` must be set with converter errors, got None with {_errors(self)}; set the resolution"
             )
-        most = self.digit_max / 6
-        if abs(self.inl) > most:
-            raise ValueError(
-                f"DAC: `inl` must be within +-{most:g} steps, a sixth of the largest digit, got {self.inl:g}; a curve that bends more "
-                "turns back"
-            )
+        for name, inl in (("inl", self.inl), ("inl_std", self.inl_std)):
+            if abs(inl) > self.inl_most:
+                raise ValueError(
+                    f"DAC: `{name}` must be within +-{self.inl_most:g} steps, a sixth of the largest digit, got {inl:g}; a curve that "
+                    "bends more turns back"
+                )
         return self
+
+    @property
+    def inl_most(self) -> float:
+        """Largest magnitude of an integral non-linearity with which no curve turns back, in steps."""
+        return self.digit_max / 6
 
     @property
     def flawed(self) -> bool:
@@ -231,7 +237,7 @@ class ADC(Part):
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; `inl`, `inl_std`: mean and
     spread of their integral non-linearity, in steps: by how much the curve of a converter is off at most, at 58 % of the range
     (outwards above 0; below 0 of signed codes it is as far off the other way, and right at 0 and at both ends). Errors are drawn once
-    per converter.
+    per converter; a curve that would turn back is bent as far as none does.
     """
 
     bits: int | None = Field(None, ge=1, le=16)
@@ -255,13 +261,18 @@ class ADC(Part):
             raise ValueError(
                 f"ADC: `bits` must be set with converter errors, got None with {_errors(self)}; set the resolution"
             )
-        most = 2 ** ((self.bits or 1) - 1) / 6
-        if abs(self.inl) > most:
-            raise ValueError(
-                f"ADC: `inl` must be within +-{most:g} steps, a twelfth of the codes of {self.bits} bits, got {self.inl:g}; a curve that bends "
-                "more turns back"
-            )
+        for name, inl in (("inl", self.inl), ("inl_std", self.inl_std)):
+            if abs(inl) > self.inl_most:
+                raise ValueError(
+                    f"ADC: `{name}` must be within +-{self.inl_most:g} steps, a twelfth of the codes of {self.bits} bits, got {inl:g}; a "
+                    "curve that bends more turns back"
+                )
         return self
+
+    @property
+    def inl_most(self) -> float:
+        """Largest magnitude of an integral non-linearity with which no curve turns back, in steps."""
+        return 2 ** ((self.bits or 1) - 1) / 6
 
     @property
     def flawed(self) -> bool:
@@ -501,6 +512,22 @@ class CrossbarSpec(Part):
         return self
 
     @model_validator(mode="after")
+    def _converted(self) -> CrossbarSpec:
+        """One bit holds no sign."""
+        if self.adc.bits == 1 and self.both_signs(self.dac):
+            raise ValueError(
+                "CrossbarSpec: `adc.bits` must be at least 2 where currents have both signs, got 1; add a bit, or drive arrays that are not "
+                "subtracted by an unsigned or two-phase DAC"
+            )
+        analog = self.backward.mode == "analog"
+        if analog and self.backward_adc.bits == 1 and self.both_signs(self.backward_dac):
+            raise ValueError(
+                "CrossbarSpec: `backward.adc.bits` must be at least 2 where currents have both signs, as gradients make them, got 1; give "
+                "it, or backward.mode='ideal'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _measured(self) -> CrossbarSpec:
         """Noise in S, A and V, not in shares of a window or a range: it is no larger than what it is around."""
         g_max = self.device.g_max
@@ -662,6 +689,10 @@ class CrossbarSpec(Part):
                 f"{self.device.levels}; updates leave devices between levels"
             )
         return self
+
+    def both_signs(self, dac: DAC) -> bool:
+        """Whether lines carry currents of both signs where this DAC drives the others."""
+        return self.mapping.scheme == "subtracted" or (dac.signed and dac.phases == 1) or dac.offset_std > 0
 
     def with_overrides(self, overrides: dict[str, Any]) -> CrossbarSpec:
         """A copy with a nested dictionary laid over it: `{"adc": {"bits": 6}}`; validated anew.

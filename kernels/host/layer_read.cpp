@@ -1,14 +1,26 @@
-// layer_read on the CPU: what a layer's read takes, in one call: the DAC (dac_quantize or dac_fit), then tile_mvm, with the steps
-// and scales that follow from what the layer holds.
+// layer_read on the CPU: what a layer's read takes, in one call: its weights written if they have changed (reprogram), the DAC
+// (dac_quantize or dac_fit), then tile_mvm, with the steps and scales that follow from what the layer holds. layer_gradient: what a backward pass through a matrix takes, in one call.
 //
 // Small layers compute less than it takes to call kernels one by one. The same bits as by single calls.
+#include <algorithm>
+
 #include "calls.hpp"
 #include "finite.hpp"
+#include "draw.hpp"
 #include "wide.hpp"
 
 using namespace gpuxbar;
 
 namespace {
+
+// Arguments of reprogram; mirrored field by field in gpuxbar/ops/program.py.
+struct Rewrite {
+  Programming settings;
+  const float* weight;
+  float *w_max, *g, *noise_var;
+  i64 *state, per_column;
+  double full_weight;
+};
 
 // Mirrored field by field in gpuxbar/ops/layer_read.py. Of the base, `v` and what is said here in other words is not given.
 struct LayerRead : TileMvm {
@@ -17,8 +29,23 @@ struct LayerRead : TileMvm {
   float* dac_lsb;      // [lsb_count] value of one code; written where it `fits`, null: nobody asks for it then
   const float* w_max;  // [groups * cols] weight of a full pair, or null: nothing is scaled by it
   const float* adc_range;  // [1] or [groups * sense] A: current of the largest code
+  const Rewrite* rewrite;  // of the cells that are read, if they are not of the weights of now, or null
+  i64* counter;            // [1] reads so far; `count` more, after this one
+  i64* number;             // [1] that number of this read, which fixes its noise; written, null: nobody asks for it
   double unit;             // weight of a full pair in digital units is w_max * unit
-  i64 rows, channels, each, lsb_count, fits, dac_code_max, dac_signed;
+  i64 rows, channels, each, lsb_count, fits, dac_code_max, dac_signed, count;
+};
+
+// Mirrored field by field in gpuxbar/ops/layer_read.py. The base is the transposed read, of `d` in place of `x`, whose result
+// is the gradient of the inputs; null: nobody asks for it.
+struct LayerGradient : LayerRead {
+  const float* d;       // [rows, channels] gradients of outputs
+  const float* passed;  // like d: shares of conversions inside the range, by which d is multiplied, or null: 1
+  const void* v;        // [rows, groups * inputs] what drove the lines forwards: int16 codes, or without a DAC float32
+  const float* v_unit;  // [v_units] value of one code
+  float* dw;            // [channels, groups * inputs], or null: not asked for
+  float* dbias;         // [channels], or null
+  i64 v_is_code, v_units;
 };
 
 // x in units of `lsb`, and how many values are not finite.
@@ -36,10 +63,40 @@ i64 in_units(const LayerRead& l, float* to) {
   return bad;
 }
 
+// Sums of columns: of sixteen rows, then of sixteen such sums, and so on, so that few roundings lie between a value and a sum.
+void sum_rows(const float* x, i64 rows, i64 columns, float* sum) {
+  constexpr i64 LEVELS = 4, AT_ONCE = 16, WIDE = 128;
+#pragma omp parallel for schedule(static) if (rows * columns >= WORTH_A_THREAD)
+  for (i64 j0 = 0; j0 < columns; j0 += WIDE) {
+    const i64 count = std::min(WIDE, columns - j0);
+    float part[LEVELS][WIDE] = {};
+    const auto add = [=](const float* from, float* to) {
+#pragma omp simd
+      for (i64 j = 0; j < count; ++j) to[j] += from[j];
+    };
+    for (i64 row = 0; row < rows; ++row) {
+      add(x + row * columns + j0, part[0]);
+      i64 done = row + 1;
+      for (int level = 1; level < LEVELS && done % AT_ONCE == 0; ++level, done /= AT_ONCE) {
+        add(part[level - 1], part[level]);
+        std::fill_n(part[level - 1], count, 0.0f);
+      }
+    }
+    for (int level = 1; level < LEVELS; ++level) add(part[level], part[0]);
+    std::copy_n(part[0], count, sum + j0);
+  }
+}
+
 }  // namespace
 
+// `bad`, [2]: how many values of x and of weights are not finite; a read that finds such leaves no trace.
 extern "C" void gpuxbar_layer_read(const LayerRead* layer, double smallest, i64* bad) {
   LayerRead l = *layer;
+  if (const Rewrite* r = l.rewrite) {
+    gpuxbar_reprogram(&r->settings, r->weight, r->w_max, r->g, r->noise_var, r->state, r->per_column, r->full_weight,
+                      bad + 1);
+    if (bad[1]) return;
+  }
   const i64 values = l.rows * l.channels * l.each, outputs = l.groups * l.cols;
   const i64 sensed = l.groups * (l.transposed ? l.inputs : l.cols), ranges = l.adc_per_column ? sensed : 1;
   const Aligned room(2 * l.lsb_count + outputs + ranges + (l.driven ? 0 : values));
@@ -57,12 +114,35 @@ extern "C" void gpuxbar_layer_read(const LayerRead* layer, double smallest, i64*
   else
     gpuxbar_dac_quantize(l.x, l.dac_lsb, (i16*)l.driven, l.rows, l.channels * l.each, l.lsb_count, l.dac_code_max,
                          l.dac_signed, bad);
-  if (*bad || !l.batch) return;
+  if (*bad) return;
+  const i64 number = *l.counter + l.count;
+  if (l.count) *l.counter = number;
+  if (l.number) *l.number = number;
+  if (!l.batch) return;
   for (i64 k = 0; k < l.lsb_count; ++k) row_scale[k] = l.dac_lsb[k] / (float)l.v_lsb;
   for (i64 k = 0; l.adc_bits && k < ranges; ++k) adc_lsb[k] = l.adc_range[k] / l.code_max();
   l.v = l.driven;
+  l.step = &number;
   l.row_scale = row_scale;
   l.adc_lsb = adc_lsb;
   l.col_scale = l.transposed ? nullptr : scales;
   gpuxbar_tile_mvm(&l);
+}
+
+extern "C" void gpuxbar_layer_gradient(const LayerGradient* gradient, double smallest, i64* bad) {
+  LayerGradient l = *gradient;
+  const i64 values = l.rows * l.channels;
+  const bool apart = l.passed && l.y;  // else the product multiplies on the way
+  const Aligned room(apart ? values : 0);
+  if (apart)
+#pragma omp parallel for simd schedule(static) if (values >= WORTH_A_THREAD)
+    for (i64 e = 0; e < values; ++e) room.get()[e] = l.d[e] * l.passed[e];
+  const float* d = apart ? room.get() : l.d;
+  if (l.dbias) sum_rows(l.d, l.rows, l.channels, l.dbias);
+  if (l.dw)
+    gpuxbar_outer_product(d, apart ? nullptr : l.passed, l.v, l.v_unit, l.dw, l.rows, l.channels, l.groups * l.inputs,
+                          l.v_is_code, l.v_units);
+  if (!l.y) return;
+  l.x = d;
+  gpuxbar_layer_read(&l, smallest, bad);
 }

@@ -5,6 +5,7 @@
 // threads. Oracle: gpuxbar/reference/outer_product.py.
 #include <algorithm>
 
+#include "calls.hpp"
 #include "wide.hpp"
 
 using namespace gpuxbar;

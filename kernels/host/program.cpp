@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "calls.hpp"
 #include "finite.hpp"
 #include "writes.hpp"
 

@@ -41,11 +41,17 @@ struct Update {
   Endurance endurance;
   Slices slices;
   Conv conv;  // whose patches and pixels drive the lines; without pixels, matrices do
-  i64 batch, groups, inputs, outputs, step;
+  i64 batch, groups, inputs, outputs, step, aggregated;
   u64 seed;
   float g_min, range;  // S
   float stuck_low, stuck_high;
+  float pulses;  // wanted for an input, an error and a full weight of 1
 
+  i64 x_size() const {
+    if (!conv.out_h) return batch * groups * inputs;
+    return batch / (conv.out_h * conv.out_w) * groups * conv.channels * conv.height * conv.width;
+  }
+  i64 d_size() const { return batch * groups * outputs; }
   // In whole blocks.
   i64 samples() const { return (batch + SAMPLES - 1) / SAMPLES * SAMPLES; }
   // Planes of devices that can move: of the lowest slice, both sides or the positive one.
@@ -864,18 +870,34 @@ double mean_magnitude(const float* values, i64 size) {
 }
 
 // Of a device and a sample, about.
-double coincidences_expected(const Update& u, const float* x, i64 x_size, const float* d, i64 d_size,
-                             const float* scale) {
-  return mean_magnitude(x, x_size) * mean_magnitude(d, d_size) * mean_magnitude(scale, u.groups * u.outputs);
+double coincidences_expected(const Update& u, const float* x, const float* d, const float* scale) {
+  return mean_magnitude(x, u.x_size()) * mean_magnitude(d, u.d_size()) * mean_magnitude(scale, u.groups * u.outputs);
 }
 
 }  // namespace
 
-extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, i64 x_size,
-                                     const float* d, i64 d_size, const float* scale, const float* unit,
-                                     const float* sign, float* w, const float* w_max, u32* inputs, u32* errors,
-                                     float* length, i32* slots, const Update* update, i64 aggregated, i64* bad) {
+// `bad`, [3]: how many values of x and d are not finite, and of w_max not finite or not above 0; nothing moves then.
+extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, const float* d,
+                                     const float* sign, float* w, const float* w_max, const Update* update, i64* bad) {
   const Update u = *update;
+  const i64 bitlines_of_all = u.groups * u.outputs;
+  bad[0] = count_not_finite(x, u.x_size());
+  bad[1] = count_not_finite(d, u.d_size());
+  bad[2] = std::count_if(w_max, w_max + bitlines_of_all, [](float w) { return !(w > 0.0f) || not_finite(w); });
+  if (bad[0] + bad[1] + bad[2]) return;
+  const bool aggregated = u.aggregated != 0;
+  std::vector<float> scale(bitlines_of_all), unit(u.groups);
+  for (i64 j = 0; j < bitlines_of_all; ++j) scale[j] = u.pulses / w_max[j];
+  for (i64 group = 0; group < u.groups; ++group)
+    unit[group] = *std::min_element(&scale[group * u.outputs], &scale[group * u.outputs] + u.outputs);
+  // samples and lines in whole blocks, and room behind them for the bits of more lines than there are
+  const auto words_for = [&](i64 lines) {
+    return std::unique_ptr<u32[]>(new u32[u.groups * u.samples() * ((lines + WORD - 1) / WORD * WORD) + WORD]);
+  };
+  const auto input_words = words_for(u.inputs), error_words = words_for(u.outputs);
+  u32 *const inputs = input_words.get(), *const errors = error_words.get();
+  std::vector<float> length(u.groups * u.samples());
+  std::vector<i32> slots(u.groups * u.samples() / SAMPLES);
   const DeviceMap map{device_map, 2 * u.slices.count * u.groups * u.inputs * u.outputs};
   // the side of fewer lines has fewer slots to go through
   const bool bits = aggregated && !u.train.implicit, many_inputs = u.inputs > u.outputs;
@@ -885,15 +907,13 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
   const auto counted = [&](u32* words, i64 count, bool many) {
     return trains(words, count, many ? Held::OVER_LINES : Held::OVER_SAMPLES, ACROSS);
   };
-  const bool rare = !aggregated && !u.train.implicit && coincidences_expected(u, x, x_size, d, d_size, scale) < RARE;
+  const bool rare = !aggregated && !u.train.implicit && coincidences_expected(u, x, d, scale.data()) < RARE;
   const Trains wordlines = bits ? counted(inputs, u.inputs, many_inputs) : trains(inputs, u.inputs, Held::WHOLE, 0),
                bitlines = bits ? counted(errors, u.outputs, !many_inputs)
                                : trains(errors, u.outputs, rare ? Held::OVER_LINES : Held::WHOLE, WIDE_ROW);
   const WideKeys keys(u.seed);
-  const Arrays a{g, pulse_count, map, x, d, scale, unit, sign, w, w_max, wordlines, bitlines, length, slots, keys};
-  bad[0] = count_not_finite(x, x_size);
-  bad[1] = count_not_finite(d, d_size);
-  if (bad[0] + bad[1]) return;
+  const Arrays a{g, pulse_count, map, x, d, scale.data(), unit.data(), sign, w, w_max, wordlines, bitlines,
+                 length.data(), slots.data(), keys};
 #pragma omp parallel
   {
     Trainer trainer(u, a);
@@ -914,8 +934,8 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
       for (i64 rb = 0; rb < row_blocks; ++rb)
         for (i64 cb = 0; cb < col_blocks; ++cb)
           if (u.train.implicit)
-            update_blocks<L, true>(u, a, aggregated != 0, group, rb * rows, cb * cols, rows, cols);
+            update_blocks<L, true>(u, a, aggregated, group, rb * rows, cb * cols, rows, cols);
           else
-            update_blocks<L, false>(u, a, aggregated != 0, group, rb * rows, cb * cols, rows, cols);
+            update_blocks<L, false>(u, a, aggregated, group, rb * rows, cb * cols, rows, cols);
   });
 }

@@ -37,6 +37,7 @@ from gpuxbar.bench.record import append, environment
 from gpuxbar.bridge.arrays import explain_gpu
 from gpuxbar.experiments.messages import show_error
 from gpuxbar.launch import CudaDevice
+from gpuxbar.launch.nvrtc import nvrtc_version
 
 ROOT = Path(__file__).parents[3]
 # What is measured, most wanted first: reads by a fused kernel, training steps, updates and wires; seconds each may take.
@@ -70,7 +71,7 @@ def main(
     try:
         arch = _arch()
         names = _sections(section or [], arch, checks)
-        report.about = {"gpu": _gpu_name(), **environment(ROOT)}
+        report.about = {**_machine(), **environment(ROOT)}
     except (OSError, ValueError) as error:
         show_error(error)
         raise typer.Exit(2) from error
@@ -162,11 +163,17 @@ class Report:
             append(self.record, row | self.about)
 
 
-def _gpu_name() -> str:
+def _machine() -> dict[str, str]:
+    """The GPU at hand, the newest CUDA that its driver runs, and what compiles and launches kernels."""
     import cupy
 
-    name: bytes = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"]
-    return name.decode()
+    runtime = cupy.cuda.runtime
+    name: bytes = runtime.getDeviceProperties(cupy.cuda.Device().id)["name"]
+    driver = runtime.driverGetVersion()
+    return {
+        "gpu": name.decode(), "driver": f"{driver // 1000}.{driver % 1000 // 10}", "cupy": cupy.__version__,
+        "nvrtc": ".".join(map(str, nvrtc_version())),
+    }  # fmt: skip
 
 
 def _gpu(only: str | None = None, exact: bool = False) -> Subject:
