@@ -9,9 +9,12 @@
 //         (digits up to 127, beyond which they saturate), else float32;
 //         PANELS a in panels of 128 x 64 (M padded to 128, panels.cuh), for fused_tile_mvm_sm90;
 //         CONV 0 matrix, 1 patches of [N, G * channels, height, width], 2 images [N, G * drive, out_h, out_w]
-// Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py (unfold, stream_digits)
+//         DRIVERS 1: a DAC with errors on every line, 2: devices that are not ohmic, 3: both; what devices see of digits is
+//         rounded to the operand (not with INT8 and PANELS, whose products are of digits)
+// Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py (unfold, stream_digits, Drivers)
 #include "gpuxbar/bfloat.cuh"
 #include "gpuxbar/converter.cuh"
+#include "gpuxbar/drivers.cuh"
 #include "gpuxbar/panels.cuh"
 
 #ifndef CODES
@@ -36,6 +39,13 @@
 #define CONV 0
 #endif
 
+#ifndef DRIVERS
+#define DRIVERS 0
+#endif
+
+#if DRIVERS && (INT8 || PANELS)
+#error "DRIVERS goes without INT8 and PANELS"
+#endif
 #if DAC && (!CODES || CONV == 1)
 #error "DAC goes with CODES, and without CONV 1"
 #endif
@@ -73,6 +83,9 @@ extern "C" __global__ void __launch_bounds__(256)
                 int* __restrict__ code_sums,    // [P, M, G, T], zeros, or null: digits summed over a tile (INT8)
                 const float* __restrict__ lsb,  // [1], or a value for each row or image: of one code, above 0 (DAC)
                 i16* __restrict__ codes,        // like v, or null: what the DAC makes of it (DAC)
+                const float* __restrict__ dac_error,  // [3, G * drive]  gain, offset in V, curve in steps (DRIVERS)
+                float per_volt, float digit_max,      // digits of 1 V, and the largest (DRIVERS)
+                float bend, float scale,              // of `Conduction` (DRIVERS)
                 float code_min, float code_max, i64 lsb_count,
                 i64 row0,  // first row of this call
                 int rows, int groups, int drive, int tiles, int tile, int k, int stream_bits, int streams, int phases,
@@ -145,6 +158,24 @@ extern "C" __global__ void __launch_bounds__(256)
 
   const int line = line0 + x;
   if (line >= lines) return;
+#if DRIVERS
+  int own_group;
+  const int own = driven_line(line, own_group);
+  DacError error{1.0f, 0.0f, 0.0f};
+#if DRIVERS != 2
+  if (own >= 0) {
+    const i64 at = (i64)own_group * drive + own, all = (i64)groups * drive;
+    error = DacError{dac_error[at], dac_error[all + at] * per_volt, dac_error[2 * all + at]};
+  }
+#endif
+  // What devices see of a digit; nothing drives what is no line.
+  const auto seen = [&](float digit) {
+    const float steps = DRIVERS == 2 ? digit : dac_steps(digit, error, digit_max);
+    return DRIVERS == 1 ? steps : conducted(steps, Conduction{bend, scale});
+  };
+#else
+  const auto seen = [](float digit) { return digit; };
+#endif
   const int stored = PANELS ? (int)gridDim.y * 32 : rows;
   // Where the first row of a thread lies in a, in the first pass; the rows of a block are those of one panel.
   i64 to = PANELS ? panel_place(first + y, line, lines) : (i64)(first + y) * lines + line;
@@ -164,9 +195,9 @@ extern "C" __global__ void __launch_bounds__(256)
                                                              phases == 1  ? 0
                                                              : phase == 0 ? 1
                                                                           : -1);
-        const float digit = INT8 ? min(max(driven, -127.0f), 127.0f) : driven;
+        const float digit = seen(INT8 ? min(max(driven, -127.0f), 127.0f) : driven);
 #else
-        const float digit = value;
+        const float digit = seen(value);
 #endif
         const i64 at = to + (i64)8 * step * (PANELS ? PANEL_LINES : lines);
         a[at] = operand(digit);

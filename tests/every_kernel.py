@@ -55,7 +55,8 @@ def reads(device, rng, x):
         read(codes, g, tile_rows=5, noise_var=np.abs(g), strategy=strategy, precision="bf16")
     back = rng.integers(-9, 9, (3, 7, *CONV.out)).astype(np.int16)
     read(back, g, tile_cols=3, transposed=True, adc_inl=normal(rng, 2, 3, CONV.inputs))
-    ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device)
+    drivers = ops.Drivers(v_read=127.0, error=1 + 0.1 * normal(rng, 3, 18), v_sinh=60.0)
+    ops.tile_mvm(codes.reshape(3, -1)[:, :18].copy(), g, device=device, drivers=drivers)
 
 
 def updates(device, rng, x, cells):

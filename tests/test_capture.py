@@ -27,6 +27,7 @@ SETTINGS = {
     "kept": {**BASE, "precision": "fp16x2", "keep_packed": True},
     "kept in-situ": {**BASE, "precision": "fp16x2", "keep_packed": True, "update": AGARWAL},
     "learned": {**BASE, "dac": {"bits": 8, "range": "learned"}},
+    "drivers": {**BASE, "dac": {"bits": 8, "stream_bits": 2, "gain_std": 0.1, "offset_std": 0.01}, "device": {"v_sinh": 0.1}},
     "offset": {**BASE, "mapping": {"scheme": "offset"}},
     "wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "method": "ladder"}},
     "anchored wires": {**BASE, "parasitics": {"r_wordline": 1.0, "r_bitline": 1.0, "anchor": "ladder", "refresh_interval": 3}},
@@ -205,9 +206,11 @@ def test_a_step_by_value_would_show(tape, monkeypatch):
     module = sys.modules["gpuxbar.bridge.analog_mvm"]
     read, count = module._read, iter(range(99))
 
-    def baked(v, g, noise_var, lsb, adc_lsb, adc_error, step, *more, **settings):
+    def baked(x, lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, step, *more, **settings):
         fixed = torch.full_like(step, next(count))
-        return read(v, g, noise_var, lsb, adc_lsb, adc_error, fixed, *more, **settings)
+        return read(
+            x, lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, fixed, *more, **settings
+        )
 
     monkeypatch.setattr(module, "_read", baked)
     run = Run("digital", lr=1e-30)

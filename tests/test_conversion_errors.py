@@ -14,11 +14,15 @@ from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
 TILES = {"tile": {"rows": 16, "cols": 8}}
 WHOLE = {"bits": 8, "range": "fixed", "max": 127.0}  # of inputs that are codes
-KINDS = "dac_clipping", "dac_rounding", "noise", "adc_clipping", "adc_rounding"
+KINDS = "dac_clipping", "dac_rounding", "driving", "noise", "adc_clipping", "adc_rounding"
 # settings that make one kind of error alone
 ONE_KIND = {
     "dac_clipping": {"dac": {"range": "fixed", "max": 60.0}},
     "dac_rounding": {"dac": {"bits": 3, "range": "fixed", "max": 127.0}},
+    "driving": {
+        "dac": {**WHOLE, "gain_std": 0.1, "offset_std": 5e-3, "inl": 0.3, "inl_std": 0.1},
+        "device": {"v_sinh": 0.1},
+    },
     "noise": {"dac": WHOLE, "read_noise": {"sigma": 1e-7, "sigma_g": 1e-7}},
     "adc_clipping": {"dac": WHOLE, "adc": {"bits": 16, "range": "fixed", "i_max": 3e-6}},
     "adc_rounding": {"dac": WHOLE, "adc": {"bits": 6, "range": "worst_case"}},
@@ -140,7 +144,7 @@ def test_conversions_that_clip_are_those_that_gradients_do_not_pass(form):
     cells, packing = layer.conductances(), (None,) * 4
     gate = analog_mvm(
         driven, layer.weight.detach(), *cells[:4], None, lsb, layer.adc_range, layer.back_adc_range, layer.adc_error,
-        layer.back_adc_error, layer.read_step, 1, *packing, None, None, "", "", layer.static[0], True,
+        layer.back_adc_error, layer.dac_error, layer.back_dac_error, layer.read_step, 1, *packing, None, None, "", "", layer.static[0], True,
     )[2]  # fmt: skip
     assert 0.05 < row.adc_clipped < 0.95
     assert row.adc_clipped == pytest.approx(1 - gate.mean().item(), abs=1e-4)
@@ -220,7 +224,7 @@ def test_the_table_and_the_picture_have_a_place_for_every_read():
     gx.calibrate(model, [x])
     found = gx.conversion_errors(model, [x])
     head, *rows = str(found).splitlines()
-    names = "layer read DAC clips error DAC rounding noise ADC clips error ADC rounding largest"
+    names = "layer read DAC clips error DAC rounding driving noise ADC clips error ADC rounding largest"
     assert " ".join(head.split()) == names
     assert [row.split()[:2] for row in rows] == [[row.layer, row.read] for row in found.reads]
     axes = found.draw().axes

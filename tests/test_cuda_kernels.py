@@ -23,6 +23,7 @@ from test_tile_mvm import (
     assert_reads,
     case,
     convolution,
+    drivers,
 )
 
 from gpuxbar import ops, reference
@@ -94,7 +95,7 @@ VARIANTS = {
         for noise, variance, gate, images, vector in
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
     ] + [{"NOISE": 2, "VARIANCE": 1, "GATE": 1, "INL": 1, "IMAGES": 0, "VECTOR": 0}],
-    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}, {"BFLOAT": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 0, "DAC": 1}, {"CODES": 1, "HALF": 1, "CONV": 2, "DAC": 1, "PANELS": 1}],
+    "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}, {"BFLOAT": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 0, "DAC": 1}, {"CODES": 1, "HALF": 1, "CONV": 2, "DAC": 1, "PANELS": 1}, {"CODES": 1, "HALF": 1, "CONV": 1, "DRIVERS": 1}, {"CODES": 0, "HALF": 0, "CONV": 0, "DRIVERS": 2}, {"CODES": 1, "HALF": 0, "CONV": 2, "DAC": 1, "DRIVERS": 3}],
     "pack_images.cu": [{"DAC": 0}, {"DAC": 1}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],
     "wire_currents.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
@@ -368,19 +369,51 @@ def test_precisions(precision):
         assert np.abs(y - expected).max() > 2.0**-18 * scale
 
 
+@pytest.mark.parametrize("driven", [False, True], ids=["digits", "drivers"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"),
     [((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 1), (0, 2), (1, 2)), ((5, 2), (2, 3), (3, 1), (2, 1))],
 )
-def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, transposed):
+def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, transposed, driven):
     codes, g, s = convolution(kernel, stride, padding, dilation, groups, transposed)
+    if driven:
+        s |= drivers(True, 0.1, groups * (g.shape[2] if transposed else s["conv"].inputs))
     device = ShimDevice(order=12, workspace=1 << 14)  # several chunks
     y = ops.tile_mvm(codes, g, tile_rows=4, tile_cols=4, device=device, **s)
     expected = reference.tile_mvm(codes, g, tile=4, **s)
     assert device.launches.count("adc_accumulate") > 1
     assert_convolution_matches(y, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16x2", "bf16"])
+def test_what_devices_see_of_digits_is_rounded(precision):
+    """To the operands' bits, whatever the conductances have; values of one row and one line a column."""
+    lines, bits = 255, {"fp16": 11, "fp16x2": 11, "bf16": 8}[precision]
+    codes = np.arange(-127, 128, dtype=np.int16)[None]
+    s = drivers(True, 0.1, lines) | {"tile_rows": lines, "precision": precision, "g_range": G_MAX}
+    g = (np.eye(lines) * 2.0**-17).astype(np.float32)
+    y = ops.tile_mvm(codes, g, device=ShimDevice(), **s)
+    digits = s["drivers"].driven(codes.astype(np.float64), s["v_lsb"])
+    off = np.abs(y / (digits * 2.0**-17) - 1)
+    assert 2.0 ** -(bits + 2) < off.max() < 2.0**-bits
+
+
+def test_digits_alone_fit_kernels_that_cut_them_out_of_codes():
+    codes, g = case(40, 60, 24)
+    s = drivers(True, None, 60) | {"adc_bits": 8, "adc_lsb": 1e-7, "precision": "fp16", "g_range": G_MAX}
+    device = ShimDevice()
+    ops.tile_mvm(codes, g, device=device, **s)
+    assert "adc_accumulate" in device.launches
+    with pytest.raises(
+        ValueError, match="got 'fused' where no codes drive the lines: DACs have errors, or devices"
+    ):
+        ops.tile_mvm(codes, g, device=device, strategy="fused", **s)
+    with pytest.raises(
+        ValueError, match="`precision` must be another with drivers, got 'int8', which multiplies"
+    ):
+        ops.tile_mvm(codes, g, device=device, **{**s, "precision": "int8", "g_step": 1e-7})
 
 
 def test_numbers_may_be_those_of_numpy():

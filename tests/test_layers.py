@@ -619,7 +619,7 @@ def test_calibrate_and_convert_refuse_by_name():
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_opcheck(kind, scheme, monkeypatch):
     settings = spec(
-        dac={"bits": 8, "range": "sample"}, adc={"bits": 8, "range": "worst_case", "gain_std": 0.1},
+        dac={"bits": 8, "range": "sample", "gain_std": 0.1}, adc={"bits": 8, "range": "worst_case", "gain_std": 0.1},
         read_noise={"sigma": 1e-7, "sigma_g": 1e-7}, mapping={"scheme": scheme},
     )  # fmt: skip
     if kind == "linear":
@@ -631,8 +631,8 @@ def test_opcheck(kind, scheme, monkeypatch):
     for lsb in (torch.full((1,), 0.02), None):
         args = (
             x.requires_grad_(), layer.weight, g, back_g, noise_var, w_max, layer.bias, lsb, layer.adc_range, layer.back_adc_range,
-            layer.adc_error, layer.back_adc_error, step, 1, layer.packed, layer.back_packed, layer.packed_state, version,
-            None, None, "", "", plan, True,
+            layer.adc_error, layer.back_adc_error, layer.dac_error, layer.back_dac_error, step, 1, layer.packed,
+            layer.back_packed, layer.packed_state, version, None, None, "", "", plan, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.gpuxbar.analog_mvm.default, args)
     if scheme == "subtracted":
@@ -647,7 +647,9 @@ def test_opcheck(kind, scheme, monkeypatch):
     grad_y = torch.ones_like(layer(x)).detach()
     image = list(x.shape) if kind == "conv" else []
     weight = layer.weight.detach()
-    back = grad_y, weight, g, noise_var, w_max, layer.back_adc_range, layer.back_adc_error, step, image, plan
+    back = (
+        grad_y, weight, g, noise_var, w_max, layer.back_adc_range, layer.back_adc_error, layer.back_dac_error, step, image, plan,
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.gpuxbar.analog_mvm_transposed.default, back)
     if kind == "linear" and scheme == "subtracted":
         saved = torch.ops.gpuxbar.analog_mvm.default(*args[:-1], True)
@@ -660,7 +662,7 @@ def test_opcheck(kind, scheme, monkeypatch):
                 g,
                 noise_var,
                 w_max,
-                *back[5:8],
+                *back[5:9],
                 plan,
                 *wanted,
             )

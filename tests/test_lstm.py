@@ -98,9 +98,10 @@ def test_bad_input_is_named():
         ({**CONVERTERS, "adc": {"bits": 3}, "dac": {"bits": 4, "range": "sample"}}, {"bias": False}),
         ({**CONVERTERS, "mapping": {"scheme": "offset"}, "dac": {"bits": 8, "stream_bits": 1}}, {}),
         ({**CONVERTERS, "adc": {"bits": 6, "gain_std": 0.01, "offset_std": 1e-8, "inl_std": 0.5}, "read_noise": {"sigma_g": 1e-7}}, {}),
+        ({**CONVERTERS, "dac": {"bits": 8, "gain_std": 0.1, "offset_std": 0.01, "inl_std": 2.0}, "device": {"v_sinh": 0.1}}, {}),
         ({**CONVERTERS, "parasitics": {"r_wordline": 2.0, "r_bitline": 2.0, "r_source": 500.0, "terminations": "role"}}, {}),
     ],
-    ids=["ideal", "noise", "clipping", "offset", "errors", "wires"],
+    ids=["ideal", "noise", "clipping", "offset", "errors", "drivers", "wires"],
 )  # fmt: skip
 def test_a_sequence_at_once_is_its_steps(spec, options, monkeypatch):
     plain = nn.LSTM(6, 9, **options)

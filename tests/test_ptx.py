@@ -136,7 +136,7 @@ def inline_assembly():
 
 CASES = {  # tests of other modules
     "convolution": (test_cuda_kernels.test_convolution_matches_oracle,
-                    {"kernel": (2, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2), "groups": 2, "transposed": True}),
+                    {"kernel": (2, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2), "groups": 2, "transposed": True, "driven": True}),
     "wide": (test_cuda_kernels.test_wide_columns_in_every_thread_order, {"order": REVERSE, "generator": "exact"}),
     "streams": (test_fused.test_fused_is_the_epilogue_bit_for_bit, {"way": "signed-streams", "planes": 1}),
     "implicit": (test_fused_implicit.test_gathered_patches_are_the_unfolded_read_bit_for_bit,

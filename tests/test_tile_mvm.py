@@ -44,9 +44,27 @@ MODES = {
     "variance": {"adc_bits": 8, "read_noise": 1e-6, "noise_var": True},
     "errors": {"adc_bits": 8, "errors": True},
     "bent": {"adc_bits": 6, "adc_signed": False, "errors": True, "inl": True, "read_noise": 1e-6},
+    "drivers": {"adc_bits": 8, "drivers": (True, None)},
+    "sinh": {"adc_bits": 8, "drivers": (False, 0.08), "noise_var": True},
+    "driven-streams": {
+        "adc_bits": 8,
+        "stream_bits": 2,
+        "streams": 4,
+        "phases": 2,
+        "drivers": (True, 0.1),
+        "read_noise": 1e-6,
+    },
     "streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4},
     "two-phase": {"adc_bits": 8, "stream_bits": 7, "streams": 1, "phases": 2, "read_noise": 1e-6},
 }
+
+
+def drivers(flawed, v_sinh, lines, bits=7):
+    """Settings of drivers with errors, and of devices that are not ohmic; the largest digit has so many bits."""
+    rng = np.random.default_rng(4)
+    error = rng.normal([[1], [0], [-1]], [[0.05], [0.01], [bits]], (3, lines)).astype(np.float32)
+    given = ops.Drivers(v_read=0.2, error=error if flawed else None, v_sinh=v_sinh)
+    return {"drivers": given, "v_lsb": 0.2 / (2**bits - 1)}
 
 
 def settings(mode, shape, g, groups, transposed):
@@ -63,6 +81,8 @@ def settings(mode, shape, g, groups, transposed):
         s["adc_offset"] = rng.normal(0, 1e-6, size).astype(np.float32)
     if s.pop("inl", None):
         s["adc_inl"] = rng.normal(-0.7, 2, size).astype(np.float32)
+    if "drivers" in s:
+        s |= drivers(*s["drivers"], groups * drive, s.get("stream_bits", 7))
     if s.get("noise_var"):
         s["noise_var"] = np.abs(g) * np.float32(1e-6)
     if "adc_bits" in s:
@@ -144,7 +164,7 @@ def test_convolution_matches_oracle(kernel, stride, padding, dilation, groups, t
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
-@pytest.mark.parametrize("mode", ["one-plane", "gate", "streams", "state-noise"])
+@pytest.mark.parametrize("mode", ["one-plane", "gate", "streams", "state-noise", "drivers"])
 @pytest.mark.parametrize(
     ("groups", "channels", "outputs", "image", "geometry"),
     [
@@ -172,8 +192,10 @@ def test_groups_read_together_match_oracle(
     }  # fmt: skip
     if mode == "streams":
         s |= {"stream_bits": 4, "streams": 2, "phases": 2}
-    if mode == "state-noise":
+    if mode in ("state-noise", "drivers"):
         s["noise_var"] = np.abs(g) * np.float32(1e-6)
+    if mode == "drivers":
+        s |= drivers(True, 0.1, groups * (outputs if transposed else conv.inputs))
     expected = reference.tile_mvm(codes, g, tile=50, **s)
     y = same_on_threads(lambda: ops.tile_mvm(codes, g, tile_rows=50, tile_cols=50, **s))
     y, expected = (y[0], expected[0]) if s["want_gate"] else (y, expected)
@@ -182,7 +204,7 @@ def test_groups_read_together_match_oracle(
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
-@pytest.mark.parametrize("mode", ["plain", "streams", "bias", "state-noise"])
+@pytest.mark.parametrize("mode", ["plain", "streams", "bias", "state-noise", "drivers", "sinh"])
 def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
     conv = ConvGeometry(3, 4, 32, (3, 5), (1, 1), (1, 4), (1, 2), line_order)
     rng = np.random.default_rng(5)
@@ -201,6 +223,8 @@ def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
         }
     elif mode == "state-noise":
         s["noise_var"] = rng.uniform(0, 1e-13, g.shape).astype(np.float32)
+    elif mode in ("drivers", "sinh"):
+        s |= drivers(mode == "drivers", 0.1, 9 if transposed else conv.inputs)
     y = ops.tile_mvm(codes, g, tile_rows=20, tile_cols=20, **s)
     assert_convolution_matches(y, reference.tile_mvm(codes, g, tile=20, **s))
 

@@ -1,9 +1,9 @@
 """The crossbar product as a PyTorch operator: non-ideal read forwards, non-ideal transposed read backwards.
 
 Gradient: the input's is the transposed read of the output's gradient; the weight's is the digital outer product of that
-gradient with the driven input. Straight-through inside the ADC range: the output gradient is multiplied by the share (by
-digital weight) of the output's conversions inside the range, so it is zero where all of them clipped. Clipping of inputs
-is the caller's `clamp`. Reference lines of an offset mapping count as constant.
+gradient with the input's codes, whatever DACs and devices make of them. Straight-through inside the ADC range: the output
+gradient is multiplied by the share (by digital weight) of the output's conversions inside the range, so it is zero where all of
+them clipped. Clipping of inputs is the caller's `clamp`. Reference lines of an offset mapping count as constant.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NOT_WRITTEN = None, None, "", ""  # in place of what the cells are to be written
 
 
 def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
-    counter, plan, want_gate = more[4], *more[-2:]
+    counter, plan, want_gate = more[6], *more[-2:]
     way = plan_of(plan)
     conv = _geometry(way, weight.shape, x.shape)
     shape = (x.shape[0], w_max.shape[0]) if conv is None else (x.shape[0], w_max.shape[0], *conv.out)
@@ -73,6 +73,8 @@ def analog_mvm(
     back_adc_range: Tensor,
     adc_error: Tensor | None,
     back_adc_error: Tensor | None,
+    dac_error: Tensor | None,
+    back_dac_error: Tensor | None,
     counter: Tensor,
     count: int,
     packed: Tensor | None,
@@ -103,6 +105,7 @@ def analog_mvm(
         adc_range, back_adc_range: Current of the ADC's largest code forwards and backwards, A, float32 [1] or one per sensed line.
         adc_error, back_adc_error: Gain, offset in A and, where there is any, integral non-linearity in steps of every converter,
             float32 [2 or 3, S, tiles, sensed], or None.
+        dac_error, back_dac_error: Gain, offset in V and non-linearity in steps of every driven line's DAC, float32 [3, lines], or None.
         counter: Reads so far, int64 [1], which become `count` more: the number of this read; same number, same noise. A read that is
             refused leaves no trace.
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
@@ -124,8 +127,8 @@ def analog_mvm(
             else:
                 reprogram.plain(weight, g, noise_var, w_max, state, write_step, spec, merge, plan)
         y, gate, codes, lsb, number = _read(
-            x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, counter, count, plan,
-            device, f"{way.name}: `x`", writes=writes, conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
+            x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, dac_error, counter, count,
+            plan, device, f"{way.name}: `x`", writes=writes, conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
             want_gate=want_gate and read.adc_bits > 0, packed=_packed(packed, packed_state, version, 0, device),
         )  # fmt: skip
         if not plain:
@@ -141,7 +144,9 @@ def analog_mvm(
     return y, codes, x.new_empty(0) if gate is None else gate, lsb, number
 
 
-def _transposed_shape(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan, *packing):
+def _transposed_shape(
+    grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, *packing
+):
     shape = tuple(image) or (grad_y.shape[0], plan_of(plan).groups * plan_of(plan).inputs)
     return grad_y.new_empty(shape, dtype=torch.float32)
 
@@ -155,12 +160,15 @@ def analog_mvm_transposed(
     w_max: Tensor,
     adc_range: Tensor,
     adc_error: Tensor | None,
+    dac_error: Tensor | None,
     step: Tensor,
     image: list[int],
     plan: str,
 ) -> Tensor:
     """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
-    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan)
+    return _transposed(
+        grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan
+    )
 
 
 # apart from the one above: torch's inductor fails on an operator of one result that changes optional arguments, all None
@@ -173,6 +181,7 @@ def analog_mvm_transposed_packed(
     w_max: Tensor,
     adc_range: Tensor,
     adc_error: Tensor | None,
+    dac_error: Tensor | None,
     step: Tensor,
     image: list[int],
     plan: str,
@@ -182,12 +191,14 @@ def analog_mvm_transposed_packed(
 ) -> Tensor:
     """`analog_mvm_transposed` that keeps packed conductances in `packed`."""
     packing = packed, packed_state, version
-    return _transposed(grad_y, weight, g, noise_var, w_max, adc_range, adc_error, step, image, plan, packing)
+    return _transposed(
+        grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, packing
+    )
 
 
 def _transposed(
     grad_y: Tensor, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, adc_range: Tensor,
-    adc_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
+    adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     way = plan_of(plan)
     read, plain = way.backward, way.reference == (0, 0)
@@ -204,7 +215,7 @@ def _transposed(
                 values, conv = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]), None
         try:
             grad_x, *_ = _read(
-                values, lsb, g, noise_var, scale, None, adc_range, adc_error, step, 0, plan, device,
+                values, lsb, g, noise_var, scale, None, adc_range, adc_error, dac_error, step, 0, plan, device,
                 f"{way.name}: the gradient of the output", transposed=True, conv=conv,
                 packed=None if packing is None else _packed(*packing, 1, device),
             )  # fmt: skip
@@ -217,7 +228,9 @@ def _transposed(
         return fold_lines(grad_x, tuple(image), weight.shape, way) if image else grad_x
 
 
-def _gradient_shapes(grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, number, plan, *wanted):
+def _gradient_shapes(
+    grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, number, plan, *wanted
+):
     (batch, outputs), inputs = grad_y.shape, v.shape[1]
     shapes = (batch, inputs), (outputs, inputs), (outputs,)
     return tuple(grad_y.new_empty(shape if asked else 0) for shape, asked in zip(shapes, wanted, strict=True))
@@ -234,6 +247,7 @@ def matrix_gradients(
     w_max: Tensor,
     adc_range: Tensor,
     adc_error: Tensor | None,
+    dac_error: Tensor | None,
     number: Tensor,
     plan: str,
     want_x: bool,
@@ -245,7 +259,7 @@ def matrix_gradients(
     What `analog_mvm` returned of the read, and what it was given for the transposed one, are `gate` to `number`.
     """
     grad_x, grad_w, grad_bias = host.layer_gradient(
-        plan, grad_y, gate if gate.numel() else None, v, lsb, g, noise_var, w_max, adc_range, adc_error, number,
+        plan, grad_y, gate if gate.numel() else None, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, number,
         f"{plan_of(plan).name}: the gradient of the output", (want_x, want_weight, want_bias),
     )  # fmt: skip
     return (
@@ -334,7 +348,8 @@ def _drive(
 
 def _read(
     x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
-    adc_range: Tensor, adc_error: Tensor | None, counter: Tensor, count: int, plan: str, device: Device | None, what: str, *,
+    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor, count: int, plan: str,
+    device: Device | None, what: str, *,
     conv: ConvGeometry | None, packed: ops.PackedConductance | None, transposed: bool = False, keep: bool = False,
     want_gate: bool = False, writes: tuple[Any, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -348,8 +363,8 @@ def _read(
         if dac_lsb is None and not read.code_max:
             dac_lsb = abs_max(x, read.per_sample)
         return host.layer_read(
-            plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, counter, count, what, transposed=transposed,
-            conv=conv, keep=keep, want_gate=want_gate, writes=writes,
+            plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, counter, count, what,
+            transposed=transposed, conv=conv, keep=keep, want_gate=want_gate, writes=writes,
         )  # fmt: skip
     number = counter + count
     scale = None if w_max is None else w_max * way.unit
@@ -361,6 +376,9 @@ def _read(
         more |= {"adc_bits": read.adc_bits, "adc_lsb": adc_lsb, "adc_signed": read.adc_signed}
         if adc_error is not None:
             more |= {name: array(of) for name, of in zip(host.ADC_ERRORS, adc_error, strict=False)}
+    if not read.straight:
+        error = None if dac_error is None else array(dac_error)
+        more["drivers"] = ops.Drivers(read.v_max, error, read.v_sinh)
     vectors = {"noise_var": noise_var, "col_scale": None if transposed else scale, "bias": bias}
     more |= {name: array(vector) for name, vector in vectors.items() if vector is not None}
     found = ops.tile_mvm(
@@ -421,13 +439,13 @@ def less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, _, _, *packing, _, _, _, _, plan, _,
+        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, _, dac_error, _, _, *packing, _, _, _, _, plan, _,
     ) = inputs  # fmt: skip
     g = g if back_g is None else back_g
     _, v, gate, fitted, step = output
     # A change of the weight, which alone changes g and w_max, is caught here.
     lsb = fitted if dac_lsb is None else dac_lsb
-    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, step)
+    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, dac_error, step)
     ctx.packing = packing[1:]  # not saved: reads change it in place, and look at what it is
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
     ctx.set_materialize_grads(False)
@@ -436,14 +454,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return None, None, None
-    v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, step = ctx.saved_tensors
+    v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, dac_error, step = ctx.saved_tensors
     way = plan_of(ctx.plan)
     grad_y = grad_y.float()
     samples = None if ctx.image else Samples.of(weight)
     if not ctx.image and samples is None and _at_once(grad_y, way):
         to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
         grad_x, grad_w, grad_bias = call(
-            matrix_gradients, grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, step, ctx.plan, to_x, to_weight,
+            matrix_gradients, grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, step, ctx.plan, to_x, to_weight,
             to_bias,
         )  # fmt: skip
         return (
@@ -458,7 +476,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         of_product = None  # else the weight's gradient alone needs it, whose product does it on the way
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
-        read = gated, weight, g, noise_var, w_max, adc_range, adc_error, step, ctx.image, ctx.plan
+        read = gated, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, ctx.image, ctx.plan
         packed = ctx.packing[0] is not None
         grad_x = (
             call(analog_mvm_transposed_packed, *read, *ctx.packing)

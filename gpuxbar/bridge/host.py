@@ -228,7 +228,8 @@ def _like_pairs(spec: str, seed: int, g: torch.Size, given: tuple[bool, bool, bo
 
 def layer_read(
     plan: str, x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
-    adc_range: Tensor, adc_error: Tensor | None, counter: Tensor, count: int, what: str, *, transposed: bool,
+    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor, count: int, what: str, *,
+    transposed: bool,
     conv: ConvGeometry | None, keep: bool, want_gate: bool, writes: tuple[Any, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """A read of digital values by a `mapping.ReadPlan`, through the DAC: see `ops.dac_quantize` and `ops.tile_mvm`.
@@ -249,7 +250,7 @@ def layer_read(
         LayerRead, plan, transposed, x.shape, g.shape, conv, want_gate, steps, adc_range.numel()
     )
     read: LayerRead = LayerRead.from_buffer_copy(kept.struct)
-    held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, counter)
+    held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, dac_error, counter)
     x = x.contiguous()
     read.x, read.count = address("x", x, kept.values), count
     if writes is not None:
@@ -281,7 +282,8 @@ def layer_read(
 
 def layer_gradient(
     plan: str, d: Tensor, passed: Tensor | None, v: Tensor, v_unit: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor,
-    adc_range: Tensor, adc_error: Tensor | None, number: Tensor, what: str, wanted: tuple[bool, bool, bool],
+    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, number: Tensor, what: str,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the inputs, the weights and the bias of a layer's read of a matrix, where they are wanted.
 
@@ -297,7 +299,7 @@ def layer_gradient(
     kept = _layer_read(LayerGradient, plan, True, d.shape, g.shape, None, False, None, adc_range.numel())
     d, v, v_unit = d.contiguous(), v.contiguous(), v_unit.contiguous()
     read: LayerGradient = LayerGradient.from_buffer_copy(kept.struct)
-    held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, number)
+    held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, dac_error, number)
     is_code, units = v.dtype is torch.int16, v_unit.numel()
     if units not in (1, len(d)):
         raise ValueError(f"gpuxbar: `v_unit` must have 1 or {len(d)} values, got {units}; give those of `v`")
@@ -329,7 +331,7 @@ def layer_gradient(
 
 def _hold(
     read: LayerRead, kept: Kept, g: Tensor, w_max: Tensor | None, noise_var: Tensor | None, adc_range: Tensor,
-    adc_error: Tensor | None, counter: Tensor,
+    adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Tell a read where that lies which a layer holds; returns what must live until then."""
     g, adc_range = g.contiguous(), adc_range.contiguous()
@@ -347,7 +349,10 @@ def _hold(
         first = address("adc_error", adc_error, len(kinds) * kept.converters)
         for n, kind in enumerate(kinds):
             setattr(read, kind, first + n * kept.converters * adc_error.element_size())
-    return g, w_max, noise_var, adc_range, adc_error
+    if dac_error is not None:
+        dac_error = dac_error.contiguous()
+        read.dac_error = address("dac_error", dac_error, 3 * kept.lines)
+    return g, w_max, noise_var, adc_range, adc_error, dac_error
 
 
 class Kept(NamedTuple):
@@ -361,6 +366,7 @@ class Kept(NamedTuple):
     cells: int
     weights: int
     outputs: int
+    lines: int
     converters: int
     ranges: int
 
@@ -391,12 +397,13 @@ def _layer_read(
         "seed": way.seed & 0xFFFFFFFFFFFFFFFF, "row_offset": way.rank * found.batch, "rows_per_scale": found.batch // max(1, lsbs),
         "adc_per_column": ranges > 1, "conv": None if patches is None else addressof(patches), "unit": way.unit, "rows": x[0],
         "channels": x[1], "each": prod(x[2:]), "lsb_count": lsbs, "fits": steps is None, "dac_code_max": read.code_max,
-        "dac_signed": read.signed,
+        "dac_signed": read.signed, "v_read": read.v_max, "v_sinh": read.v_sinh or 0.0,
     }.items():  # fmt: skip
         setattr(struct, name, value)
     converters = prod(found.shapes["adc_gain"])
     return Kept(
-        bytes(struct), patches, found.y_shape, prod(x), lsbs, prod(g), way.groups * g[2], found.outputs, converters, ranges
+        bytes(struct), patches, found.y_shape, prod(x), lsbs, prod(g), way.groups * g[2], found.outputs,
+        found.shapes["drivers.error"][1], converters, ranges,
     )  # fmt: skip
 
 

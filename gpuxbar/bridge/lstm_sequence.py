@@ -32,7 +32,7 @@ def lstm_sequence(
         weight: The layer's of the state; receives the gradient, its values are not used.
         bias: Added to its products, float32 [4 H], or None.
         cells: `g`, `back_g`, `noise_var` and `w_max` of `analog_mvm`.
-        converters: `adc_range`, `back_adc_range`, `adc_error` and `back_adc_error` of it.
+        converters: `adc_range`, `back_adc_range`, `adc_error`, `back_adc_error`, `dac_error` and `back_dac_error` of it.
         steps: Read counters in the order of the steps, int64 [T].
         plan: The layer's reads, a `mapping.ReadPlan` as JSON.
         order: Of the inputs.
@@ -62,7 +62,7 @@ class _Sequence(torch.autograd.Function):
             outputs[t] = h
             kept += [v, lsb, gate, gates, before] if keep else []
         g, back_g, noise_var, w_max = cells
-        transposed = g if back_g is None else back_g, noise_var, w_max, converters[1], converters[3]
+        transposed = g if back_g is None else back_g, noise_var, w_max, *converters[1::2]
         # A change of the weight, which alone changes g and w_max, is caught here.
         ctx.save_for_backward(weight, *transposed, *kept)
         return outputs, h, c
@@ -70,7 +70,7 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor) -> tuple[Any, ...]:
-        weight, g, noise_var, w_max, adc_range, adc_error, *kept = ctx.saved_tensors
+        weight, g, noise_var, w_max, adc_range, adc_error, dac_error, *kept = ctx.saved_tensors
         codes, units, gates_of_adc, gates, cells = (kept[k::5] for k in range(5))
         grad_x = grad_outputs.new_empty(*grad_outputs.shape[:2], len(weight))
         gated = torch.empty_like(grad_x) if gates_of_adc[0].numel() else grad_x
@@ -83,8 +83,8 @@ class _Sequence(torch.autograd.Function):
                 torch.mul(grad_x[t], gates_of_adc[k], out=gated[t])
             if k or ctx.needs_input_grad[1]:
                 grad_h = analog_mvm_transposed.plain(
-                    gated[t], weight, g, noise_var, w_max, adc_range, adc_error, ctx.steps[k], [], ctx.plan
-                )
+                    gated[t], weight, g, noise_var, w_max, adc_range, adc_error, dac_error, ctx.steps[k], [], ctx.plan
+                )  # fmt: skip
         grad_w = None
         if ctx.needs_input_grad[3]:
             d = gated[list(ctx.order)] if ctx.order.step < 0 else gated  # in the order of the codes

@@ -3,8 +3,8 @@
 Without an ADC a read is linear: planes, streams and tiles merge into one product, and their independent Gaussian noises
 into one draw of the summed variance. With one, every conversion is computed, unless all are exact: where every current is
 a whole number of ADC steps inside the range, codes are the currents. Two things keep their place without an ADC:
-the streams of a read whose noise depends on what each of them drives, and the reference lines of an offset mapping,
-whose noise all outputs of a tile share.
+the streams of a read whose noise depends on what each of them drives, or whose digits are not driven in proportion (DACs with
+errors, devices that are not ohmic), and the reference lines of an offset mapping, whose noise all outputs of a tile share.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Read:
         per_sample: Whether each sample has a DAC range of its own.
         full: Digital value of the largest code where the range is fixed; 0: it follows the data.
         ideal: Whether it is the exact product with the conductances, without the noise of cells too.
+        dac_flawed: Whether DACs have errors.
+        v_sinh: Voltage over which devices bend currents, V; None: they are ohmic, or know 0 and `v_read` alone.
     """
 
     tile: int
@@ -48,6 +50,13 @@ class Read:
     per_sample: bool = False
     full: float = 0.0
     ideal: bool = False
+    dac_flawed: bool = False
+    v_sinh: float | None = None
+
+    @property
+    def straight(self) -> bool:
+        """Whether what drives the lines is proportional to the digits."""
+        return not self.dac_flawed and self.v_sinh is None
 
     @property
     def adc_code_max(self) -> int:
@@ -135,7 +144,9 @@ def plan_reads(
         why = "tiles and planes merge: no ADC quantises in either direction"
         if converted:
             why = "tiles, planes and streams merge: every current is a whole number of ADC steps, and none is cut off"
-        if forward.streams > 1:
+        if forward.stream_bits and not forward.straight:
+            why += "; streams do not: digits are not driven in proportion"
+        elif forward.streams > 1:
             why += "; streams do not: the noise depends on what each drives"
         if planes.merge == "offset":
             why += "; reference lines do not: all outputs of a tile share their noise"
@@ -154,7 +165,7 @@ def plan_reads(
 
 
 def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
-    driven = 2**dac.stream_bits - 1 if dac.stream_bits else max(dac.code_max, 1)
+    two_voltages = dac.bits is not None and dac.digit_max == 1 and not dac.flawed
     bits = 0
     if dac.bits is not None:
         # two phases drive magnitudes even when all their bits go at once
@@ -166,20 +177,20 @@ def _read(spec: CrossbarSpec, dac: DAC, adc: ADC, tile: int) -> Read:
         stream_bits=bits,
         streams=dac.streams,
         phases=dac.phases if bits else 1,
-        v_lsb=dac.v_read / driven,
+        v_lsb=dac.v_read / dac.digit_max,
         adc_bits=adc.bits or 0,
         adc_signed=spec.both_signs(dac),
         noise=spec.read_noise.sigma,
         per_sample=dac.range == "sample",
         full=(dac.max or 0.0) if dac.range == "fixed" else 0.0,
+        dac_flawed=dac.flawed,
+        v_sinh=None if two_voltages else spec.device.v_sinh,
     )
 
 
-def full_current(read: Read, spec: CrossbarSpec, adc: ADC, lines: int) -> float:
-    """Current of the largest ADC code of a read that drives `lines`, A; NaN where it is calibrated."""
-    if adc.range == "calibrated":
-        return nan
-    return adc.i_max or worst_current(read, spec, lines)
+def full_current(adc: ADC, worst: float) -> float:
+    """Current of the largest ADC code, A, of `worst_current`; NaN where it is calibrated."""
+    return nan if adc.range == "calibrated" else adc.i_max or worst
 
 
 def worst_current(read: Read, spec: CrossbarSpec, lines: int) -> float:
@@ -193,13 +204,13 @@ def _exact(read: Read, spec: CrossbarSpec, adc: ADC, lines: int) -> bool:
     Only of float32 products: lower precisions hold the levels of a slice, but not of all slices merged.
     """
     noise, offset = spec.read_noise, spec.mapping.scheme == "offset"
-    if noise.sigma or noise.sigma_g or adc.flawed or adc.range == "calibrated":
+    if noise.sigma or noise.sigma_g or adc.flawed or not read.straight or adc.range == "calibrated":
         return False
     if not read.code_max or spec.levels is None or spec.off_levels or offset or spec.precision != "fp32":
         return False
     lowest = 0.0 if spec.mapping.scheme == "subtracted" else spec.device.g_min
     window = spec.device.g_max - spec.device.g_min
-    full = full_current(read, spec, adc, lines)
+    full = full_current(adc, worst_current(read, spec, lines))
     steps = [read.v_lsb * g * read.adc_code_max / full for g in (lowest, window / (spec.levels - 1))]
     whole = all(abs(count - round(count)) <= WHOLE * count for count in steps)
     return whole and read.v_max * (lowest + window) * min(read.tile, lines) <= (1 + WHOLE) * full
@@ -210,7 +221,7 @@ def _merged(read: Read, spec: CrossbarSpec, planes: Planes, lines: int) -> Read:
     slices = sum(s * s for s in planes.slice_scale)
     noise = read.noise * sqrt(slices * ceil(lines / read.tile))
     read = replace(read, tile=0, noise=noise, adc_bits=0)
-    if spec.read_noise.sigma_g and read.streams > 1:
+    if (spec.read_noise.sigma_g and read.streams > 1) or (read.stream_bits and not read.straight):
         return read
     passes = sum(4.0 ** (read.stream_bits * k) for k in range(read.streams)) * read.phases
     return replace(read, stream_bits=0, streams=1, phases=1, noise=noise * sqrt(passes))

@@ -21,7 +21,8 @@ class AuxiliaryArray(AnalogLayer):
     references lie, and so read 0, and a full one weighs as much as a full weight of the layer.
 
     Devices, wires and converters are those of the layer's spec, drawn from a seed of their own. A read drives one
-    wordline fully, so the range of the ADC, unless it is fixed, is the current of one cell at g_max.
+    wordline fully, so the range of the ADC, unless it is fixed, is the current of one cell at g_max; offsets of DACs drive the
+    others, and are to be small beside it.
 
     Buffers beside those of a layer in situ: `reference`, float32 [G * O, I], subtracted from what is read.
     """

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpuxbar.mapping import worst_current
 from gpuxbar.nn.layers import AnalogLayer, converted_layers, require_apart, require_whole
 from gpuxbar.nn.watch import Lines, require_batches, tile_sums, watch, without_adcs
 
@@ -83,11 +82,10 @@ def calibrate(
     for (layer, backward), currents in seen.items():
         converter = layer.converters()[backward]
         if converter.calibrated:
-            adc, lines = converter.adc, layer.outputs if backward else layer.inputs
+            adc = converter.adc
             full = _range(torch.cat(currents), adc.percentile, adc.per == "column")
-            worst = worst_current(converter.read, layer.spec, lines)
             telling = (full > 0) & layer.holds_weights()
-            converter.full.copy_(torch.where(telling, full, worst))
+            converter.full.copy_(torch.where(telling, full, converter.worst))
             if not telling.any():
                 coarse.append(f"{layer.name} {'backwards' if backward else 'forwards'}")
         layer.look_at_ranges()
@@ -152,7 +150,7 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
 
 
 def _currents(layer: AnalogLayer, backward: bool, lines: Lines) -> Tensor:
-    """Magnitudes of the partial sums of some rows, A: [conversions * rows, sensed lines]."""
+    """Magnitudes of the partial sums of some rows, A: [conversions * rows, sensed lines]; 0 where offsets of DACs alone drive all."""
     read = layer.plan.backward if backward else layer.plan.forward
     sums = tile_sums(layer, layer.conductances(), read, lines.driven / lines.lsb, backward)
-    return torch.cat([tile.current.abs().flatten(0, 2) for tile in sums])
+    return torch.cat([tile.current.abs().flatten(0, 2) for tile in sums]) * lines.driven.any()

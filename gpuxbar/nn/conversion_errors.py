@@ -21,7 +21,7 @@ from gpuxbar.reference import bent
 __all__ = ["ConversionErrors", "ReadErrors", "conversion_errors"]
 
 FLOAT32 = 1e-6  # relative errors up to which are those of its sums
-KINDS = "dac_clipping", "dac_rounding", "noise", "adc_clipping", "adc_rounding"
+KINDS = "dac_clipping", "dac_rounding", "driving", "noise", "adc_clipping", "adc_rounding"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ReadErrors:
         dac_clipped: Share of the values beyond the DAC's range.
         dac_clipping: Error by what is cut off of these values.
         dac_rounding: Error by rounding to DAC codes.
+        driving: Error by gain, offset and non-linearity of the DACs, and by devices that are not ohmic.
         noise: Error by read noise, and by gain, offset and non-linearity of the ADCs.
         adc_clipped: Share of the conversions beyond the ADC's range, as gradients count them (of a converter without sign,
             those above it).
@@ -48,6 +49,7 @@ class ReadErrors:
     dac_clipped: float
     dac_clipping: float
     dac_rounding: float
+    driving: float
     noise: float
     adc_clipped: float
     adc_clipping: float
@@ -68,7 +70,7 @@ class ConversionErrors:
 
     def __repr__(self) -> str:
         head = (
-            "layer", "read", "DAC clips", "error", "DAC rounding", "noise", "ADC clips", "error", "ADC rounding", "largest",
+            "layer", "read", "DAC clips", "error", "DAC rounding", "driving", "noise", "ADC clips", "error", "ADC rounding", "largest",
         )  # fmt: skip
         rows = (
             (row.layer, row.read, *(f"{share:.2%}" for share in astuple(row)[2:]), row.largest)
@@ -171,10 +173,15 @@ class _Sums:
         converter, cells = layer.converters()[backward], layer.conductances()
         read = converter.read
         codes = lines.driven / lines.lsb
-        held = _joined(passes(codes, read), read) * lines.lsb if read.code_max else lines.driven
+        digits, drivers = passes(codes, read), layer.drivers(backward)
+        held = _joined(digits, read) * lines.lsb if read.code_max else lines.driven
+        seen = held
+        if drivers is not None:
+            volts = [drivers.driven(each, read.v_lsb) for each in digits]
+            seen = _joined(volts, read) * lines.lsb / read.v_lsb
         errors = [
             self._product(cells, part)
-            for part in (lines.values, lines.driven - lines.values, held - lines.driven)
+            for part in (lines.values, lines.driven - lines.values, held - lines.driven, seen - held)
         ]
         scales = (
             torch.tensor(scale, device=codes.device)

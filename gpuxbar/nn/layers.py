@@ -25,14 +25,15 @@ from gpuxbar.bridge.outer_product import shared_weight
 from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.bridge.reprogram import program_devices, reprogram
 from gpuxbar.bridge.wires import weight_through_wires
-from gpuxbar.mapping import full_current, plan_reads
+from gpuxbar.mapping import full_current, plan_reads, worst_current
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.nn.cells import Cells, Steady
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.wires import settings_checksum
 from gpuxbar.ops import PackedConductance
-from gpuxbar.reference import SMALLEST_RANGE, Purpose, normals, uniforms
-from gpuxbar.spec import ADC, CrossbarSpec
+from gpuxbar.reference import SMALLEST_RANGE, Drivers, Purpose, normals, uniforms
+from gpuxbar.spec import ADC, DAC, CrossbarSpec
+from gpuxbar.spec.model import ERRORS
 
 __all__ = [
     "CONVERTERS",
@@ -46,19 +47,22 @@ __all__ = [
 
 COUNTED = "read_step", "eval_step", "dac_max"  # buffers of a layer that change with each of its reads
 CELLS = "cells", "noise_var", "full_pair", "written"  # buffers of what was programmed
-CONVERTERS = "adc_range", "back_adc_range", "adc_error", "back_adc_error"  # and of what digitises it
+# of the converters around it
+CONVERTERS = "adc_range", "back_adc_range", "adc_error", "back_adc_error", "dac_error", "back_dac_error"
 TEST_INPUTS = 32  # of a test read
 BOUNDED = "fixed", "ema", "learned"  # DAC ranges that values may exceed
 DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC,
-CARRYING: Any = {"tile": True, "device": True, "mapping": True, "carry": {"headroom_bits"}}  # and of a spec
+WINDOW = {"g_min", "g_max", "levels"}  # of devices,
+CARRYING: Any = {"tile": True, "device": WINDOW, "mapping": True, "carry": {"headroom_bits"}}  # and of a spec
 
 
 class Converter(NamedTuple):
-    """The ADCs of one direction: current of the largest code, the read they convert, and their settings."""
+    """The ADCs of one direction: current of the largest code, the read they convert, their settings, and the largest current, A."""
 
     full: Tensor
     read: Read
     adc: ADC
+    worst: float
 
     @property
     def calibrated(self) -> bool:
@@ -90,6 +94,8 @@ class AnalogLayer(InSitu):
     dac_max: Tensor
     adc_error: Tensor | None
     back_adc_error: Tensor | None
+    dac_error: Tensor | None
+    back_dac_error: Tensor | None
     cells: Tensor
     noise_var: Tensor | None
     full_pair: Tensor
@@ -112,21 +118,24 @@ class AnalogLayer(InSitu):
             self.register_buffer(counter, torch.zeros(1, dtype=torch.int64, device=device))
         extra_rows, extra_cols = self.plan.reference_lines
         sensed = (groups * (self.outputs + extra_cols), groups * (self.inputs + extra_rows))
-        directions = (
-            ("adc", spec.adc, self.plan.forward, self.inputs, sensed[0]),
-            ("back_adc", spec.backward_adc, self.plan.backward, self.outputs, sensed[1]),
+        ways = (
+            ("", spec.dac, spec.adc, self.plan.forward, self.inputs, sensed[0]),
+            ("back_", spec.backward_dac, spec.backward_adc, self.plan.backward, self.outputs, sensed[1]),
         )
-        for key, adc, read, lines, size in directions:
-            full = full_current(read, spec, adc, lines) if read.adc_bits else 0.0
+        self.worst: tuple[float, ...] = ()  # currents of both, A
+        for way, dac, adc, read, lines, size in ways:
+            dac_error = self._dac_errors(way, dac, lines) if read.dac_flawed else None
+            adc_error = self._converter_errors(way, adc, read, lines, size) if adc.flawed else None
+            for name, error in (("dac_error", dac_error), ("adc_error", adc_error)):
+                self.register_buffer(
+                    f"{way}{name}", None if error is None else error.to(device), persistent=False
+                )
+            self.worst += (self._worst_current(read, lines, dac_error),)
+            full = full_current(adc, self.worst[-1]) if read.adc_bits else 0.0
             count = size if adc.per == "column" else 1
             self.register_buffer(
-                f"{key}_range", torch.full((count,), full, dtype=torch.float32, device=device)
+                f"{way}adc_range", torch.full((count,), full, dtype=torch.float32, device=device)
             )
-            if adc.flawed:
-                error = self._converter_errors(key, adc, read, lines, size).to(device)
-                self.register_buffer(f"{key}_error", error, persistent=False)
-            else:
-                self.register_buffer(f"{key}_error", None)
         settings = torch.tensor([_carrying(spec)], device=device)
         self.register_buffer("range_settings", settings)
         dac_max = torch.full((1,), spec.dac.max or 0.0, dtype=torch.float32, device=device)
@@ -182,11 +191,11 @@ class AnalogLayer(InSitu):
         self.plan = plan
         self.static = (plan.dumps(), self.spec.model_dump_json())
 
-    def _converter_errors(self, key: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
+    def _converter_errors(self, way: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
         """Gain, offset in A and, where there is any, non-linearity in steps of every converter, float32 [2 or 3, S, tiles, sensed]; drawn
         once per seed."""
         planes, tiles = len(self.plan.slice_scale), -(-lines // (read.tile or lines))
-        way = 0 if key == "adc" else 1
+        back = int(way == "back_")
 
         def drawn(purpose: Purpose, row: int, mean: float, std: float) -> Tensor:
             where: dict[str, Any] = {"purpose": purpose, "seed": self.plan.seed}
@@ -194,19 +203,45 @@ class AnalogLayer(InSitu):
             return mean + std * torch.from_numpy(np.concatenate(z)).float().view(planes, tiles, sensed)
 
         errors = [
-            drawn(Purpose.ADC_GAIN, way, 1.0, adc.gain_std),
-            drawn(Purpose.ADC_OFFSET, way, 0.0, adc.offset_std),
+            drawn(Purpose.ADC_GAIN, back, 1.0, adc.gain_std),
+            drawn(Purpose.ADC_OFFSET, back, 0.0, adc.offset_std),
         ]
         if adc.inl or adc.inl_std:
-            inl = drawn(Purpose.ADC_GAIN, 2 + way, adc.inl, adc.inl_std)
+            inl = drawn(Purpose.ADC_GAIN, 2 + back, adc.inl, adc.inl_std)
             errors.append(inl.clamp(-adc.inl_most, adc.inl_most))
         return torch.stack(errors)
+
+    def _dac_errors(self, way: str, dac: DAC, lines: int) -> Tensor:
+        """Gain, offset in V and non-linearity in steps of the DAC of every line, float32 [3, lines]; drawn once per seed."""
+        rows = np.arange(4, 7) + (3 if way == "back_" else 0)
+        z = normals(rows, self.groups_ * lines, slot=0, purpose=Purpose.ADC_GAIN, seed=self.plan.seed)
+        std = np.array([[dac.gain_std], [dac.offset_std], [dac.inl_std]])
+        error = np.array([[1.0], [0.0], [dac.inl]]) + std * z
+        error[2] = error[2].clip(-dac.inl_most, dac.inl_most)
+        return torch.from_numpy(error).float()
+
+    def _worst_current(self, read: Read, lines: int, error: Tensor | None) -> float:
+        """Current of a line with every cell at `g_max` and every input what its DAC drives most with, A."""
+        if error is None:
+            return worst_current(read, self.spec, lines)
+        most = round(read.v_max / read.v_lsb)
+        digits = torch.arange(0 if read.phases == 2 or not read.signed else -most, most + 1)
+        drivers = Drivers(read.v_max, error.unsqueeze(1), read.v_sinh)
+        volts = drivers.driven(digits[:, None], read.v_lsb).abs().amax(0).view(self.groups_, lines)
+        of_tiles = [part.sum(1).max() for part in volts.split(read.tile or lines, 1)]
+        return float(max(of_tiles)) * self.spec.device.g_max
+
+    def drivers(self, backward: bool) -> Drivers | None:
+        """What lines are driven with; None: the digits."""
+        read = self.plan.backward if backward else self.plan.forward
+        error = self.back_dac_error if backward else self.dac_error
+        return None if read.straight else Drivers(read.v_max, error, read.v_sinh)
 
     def look_at_ranges(self) -> None:
         """Remember which direction's ADC ranges are set, and whether a learned DAC range has begun, so that reads never wait for a GPU to
         know it."""
         ready = []
-        for full, read, _ in self.converters():
+        for full, read, *_ in self.converters():
             if read.adc_bits and full.is_meta:
                 raise ValueError(
                     f"{self.name}: a layer with ADCs must be on a device that holds values, got meta; load or initialise the model "
@@ -225,8 +260,8 @@ class AnalogLayer(InSitu):
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
         return (
-            Converter(self.adc_range, self.plan.forward, self.spec.adc),
-            Converter(self.back_adc_range, self.plan.backward, self.spec.backward_adc),
+            Converter(self.adc_range, self.plan.forward, self.spec.adc, self.worst[0]),
+            Converter(self.back_adc_range, self.plan.backward, self.spec.backward_adc, self.worst[1]),
         )
 
     def begin_in_situ(self) -> None:
@@ -589,14 +624,14 @@ class AnalogLayer(InSitu):
                 self.static[1],
             )
         held: Any = self._buffers
-        adc_range, back_adc_range, adc_error, back_adc_error = map(held.get, CONVERTERS)
+        adc_range, back_adc_range, *errors = map(held.get, CONVERTERS)
         packing = NOT_PACKED
         if held["packed_state"] is not None:
             # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
         return call(
-            analog_mvm, x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, adc_error, back_adc_error, *self.counter(),
+            analog_mvm, x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, *errors, *self.counter(),
             *packing, *(cells.writes or NOT_WRITTEN), self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
 
@@ -659,9 +694,17 @@ def _is_set(full: Tensor) -> bool:
 
 
 def _carrying(spec: CrossbarSpec) -> int:
+    dacs = spec.dac, spec.backward_dac
+    # said only where there is any, so that others keep the checksums that checkpoints have
+    bending = [
+        f"{way}{dac.model_dump_json(include=set(ERRORS))}" for way, dac in enumerate(dacs) if dac.flawed
+    ]
+    if spec.device.v_sinh is not None:
+        bending.append(f"{spec.device.v_sinh}")
     return settings_checksum(
         spec.model_dump_json(include=CARRYING),
-        *(dac.model_dump_json(include=DRIVEN) for dac in (spec.dac, spec.backward_dac)),
+        *(dac.model_dump_json(include=DRIVEN) for dac in dacs),
+        *bending,
     )
 
 

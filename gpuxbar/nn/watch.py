@@ -246,7 +246,9 @@ def tile_sums(
     """What every tile sums of rows of `codes`, which need not be whole; relative to the largest value without a DAC."""
     g = layer.lines(cells.back_g if transposed and cells.back_g is not None else cells.g, transposed)
     noise = None if cells.noise_var is None or read.ideal else layer.lines(cells.noise_var, transposed)
-    volts = (torch.stack(passes(codes, read)) * read.v_lsb).unflatten(2, (layer.groups_, -1))
+    digits, drivers = torch.stack(passes(codes, read)), None if read.straight else layer.drivers(transposed)
+    volts = digits * read.v_lsb if drivers is None else drivers.driven(digits, read.v_lsb)
+    volts = volts.unflatten(2, (layer.groups_, -1))
     tile = read.tile or volts.shape[3]
     for start in range(0, volts.shape[3], tile):
         part = slice(start, start + tile)

@@ -22,12 +22,13 @@ from gpuxbar.ops.relax import relax
 from gpuxbar.ops.solve_for_inputs import solve_for_inputs, solve_for_inputs_gradient
 from gpuxbar.ops.streamed_update import streamed_update
 from gpuxbar.ops.tile_mvm import tile_mvm
-from gpuxbar.reference.tile_mvm import ConvGeometry
+from gpuxbar.reference.tile_mvm import ConvGeometry, Drivers
 
 __all__ = [
     "Anchor",
     "ConvGeometry",
     "Dac",
+    "Drivers",
     "Method",
     "NotFiniteError",
     "PackedConductance",

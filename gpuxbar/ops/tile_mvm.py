@@ -28,7 +28,8 @@ from gpuxbar.ops.images import Conv
 from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
 from gpuxbar.ops.tile_mvm_cuda import amperes_of_one, generator_of, tile_mvm_cuda
 from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
-from gpuxbar.reference.tile_mvm import ConvGeometry
+from gpuxbar.reference.tile_mvm import ConvGeometry, Drivers
+from gpuxbar.spec.model import STEEPEST
 
 __all__ = ["TileMvm", "TileRead", "tile_mvm", "tile_read"]
 
@@ -47,6 +48,7 @@ def tile_mvm(
     transposed: bool = False,
     groups: int = 1,
     v_lsb: float = 1.0,
+    drivers: Drivers | None = None,
     stream_bits: int = 0,
     streams: int = 1,
     phases: int = 1,
@@ -79,7 +81,7 @@ def tile_mvm(
 ) -> Any:
     """Read every tile of an array: drive the wordlines, sum on the bitlines, digitise, shift and add.
 
-    i[p, s, t, b, o] = sum_{r in tile t} v[p, b, r] g[s, r, o] + noise
+    i[p, s, t, b, o] = sum_{r in tile t} v[p, b, r] g[s, r, o] + noise, v of digits as `Drivers` has it
     n                = (i gain + offset) / adc_lsb,  u = n / code_max within +-1
     code             = clip(round(n + 3 sqrt(3) / 2 inl (u - u**3)))
     y[b, o]          = row_scale[b] col_scale[o] sum_{p, s} 2**(p stream_bits) slice_scale[s] adc_lsb sum_t code
@@ -96,6 +98,8 @@ def tile_mvm(
         transposed: Read the same array backwards: v [B, O] on the bitlines, result [B, I].
         groups: Independent arrays side by side (grouped convolution).
         v_lsb: Voltage of one unit of `v`, V.
+        drivers: Errors of the lines' DACs, and how devices bend currents (`ops.Drivers`); None: DACs are exact, devices ohmic. On a GPU
+            what drives the lines is rounded to `precision`, which holds digits alone exactly; not for "int8".
         stream_bits, streams, phases: Bits of a code driven at a time, number of such streams, and 2 to drive
             positive and negative codes one after the other; 0 bits drive the whole value at once. Bits above those of the
             streams drive nothing.
@@ -186,10 +190,12 @@ def tile_mvm(
         check_array(OP, name, array, "float32", len(shape))
         check_shape(OP, name, array, shape, "see the axes of `g`")
     _check_row_scale(row_scale, read.batch)
+    if drivers is not None:
+        _check_drivers(drivers, read.shapes["drivers.error"], precision)
     if packed is not None:
         check_packed(OP, packed)
     settings = {
-        "groups": groups, "tile": read.tile, "transposed": transposed, "v_lsb": v_lsb, "stream_bits": stream_bits,
+        "groups": groups, "tile": read.tile, "transposed": transposed, "v_lsb": v_lsb, "drivers": drivers, "stream_bits": stream_bits,
         "streams": streams, "phases": phases, "slice_scale": slice_scale, "adc_bits": adc_bits or 0,
         "adc_signed": adc_signed, "adc_lsb": adc_lsb, "adc_gain": adc_gain, "adc_offset": adc_offset, "adc_inl": adc_inl,
         "read_noise": read_noise, "noise_var": noise_var, "generator": generator, "seed": seed, "step": step,
@@ -225,7 +231,8 @@ def _cuda(device: Device, v: Any, g: Any, rows: int, inputs: int, s: dict[str, A
         rows, s["groups"], drive, sense, planes, s["tile"], s["streams"], s["phases"], s["stream_bits"],
         adc_bits=s["adc_bits"], adc_signed=s["adc_signed"], noise=("none", "exact", "fast")[generator_of(s)],
         variance=s["noise_var"] is not None, converters=errors if s["adc_inl"] is None else 3,
-        gate=s["want_gate"], precision=s["precision"], codes=s["dac"] is not None or v.dtype.name == "int16", dac=s["dac"] is not None, images=_images(v, s),
+        gate=s["want_gate"], precision=s["precision"], codes=s["dac"] is not None or v.dtype.name == "int16", dac=s["dac"] is not None,
+        drivers=s["drivers"] is not None, images=_images(v, s),
         line_order="channel_position" if s["conv"] is None else s["conv"].line_order,
     )  # fmt: skip
     plan = plan_tile_mvm(case, device.arch, device.multiprocessors, s["strategy"])
@@ -336,7 +343,7 @@ def tile_read(
     converters = (planes, tiles, outputs)
     shapes: dict[str, tuple[int, ...]] = {
         "col_scale": (outputs,), "bias": (outputs,), "slice_scale": (planes,), "adc_gain": converters,
-        "adc_offset": converters, "adc_inl": converters, "noise_var": g,
+        "adc_offset": converters, "adc_inl": converters, "noise_var": g, "drivers.error": (3, groups * drive),
     }  # fmt: skip
     if conv is None:
         y_shape: tuple[int, ...] = (batch, outputs)
@@ -382,6 +389,26 @@ def _check_adc_lsb(bits: int, lsb: Any, outputs: int) -> None:
     if count not in (1, outputs):
         raise ValueError(
             f"{OP}: `adc_lsb` must have 1 or {outputs} values, got {count}; see the axes of the result"
+        )
+
+
+def _check_drivers(drivers: Drivers, shape: tuple[int, ...], precision: str) -> None:
+    if not isinstance(drivers, Drivers):
+        raise TypeError(
+            f"{OP}: `drivers` must be an ops.Drivers, got {type(drivers).__name__}; None drives lines with the digits themselves"
+        )
+    check_numbers(OP, "drivers.v_read", drivers.v_read, "V", "it is the voltage of the largest digit")
+    if drivers.error is not None:
+        check_array(OP, "drivers.error", drivers.error, "float32", 2)
+        check_shape(OP, "drivers.error", drivers.error, shape, "give three errors of every driven line")
+    if drivers.v_sinh is not None and not 0 < drivers.v_read <= STEEPEST * drivers.v_sinh < inf:
+        raise ValueError(
+            f"{OP}: `drivers.v_sinh` must be finite and at least v_read / {STEEPEST} = {drivers.v_read / STEEPEST:g} V, got "
+            f"{drivers.v_sinh:g}; None is ohmic"
+        )
+    if precision == "int8":
+        raise ValueError(
+            f"{OP}: `precision` must be another with drivers, got 'int8', which multiplies whole digits; choose 'fp16' or 'fp16x2'"
         )
 
 
@@ -488,14 +515,14 @@ class TileMvm(ctypes.Structure):
     _fields_ = [
         *[
             (name, ctypes.c_void_p)
-            for name in ["v", "g", "noise_var", "slice_scale", "adc_lsb", "adc_gain", "adc_offset", "adc_inl", "read_noise", "step", "row_scale", "col_scale", "bias", "y", "gate", "conv"]
+            for name in ["v", "g", "noise_var", "slice_scale", "adc_lsb", "adc_gain", "adc_offset", "adc_inl", "dac_error", "read_noise", "step", "row_scale", "col_scale", "bias", "y", "gate", "conv"]
         ],
         *[
             (name, ctypes.c_int64)
             for name in ["batch", "groups", "inputs", "cols", "planes", "tile", "rows_per_scale", "row_offset", "is_code", "transposed", "stream_bits", "streams", "phases", "adc_bits", "adc_signed", "adc_per_column", "fast"]
         ],
         ("seed", ctypes.c_uint64),
-        ("v_lsb", ctypes.c_double),
+        *[(name, ctypes.c_double) for name in ["v_lsb", "v_read", "v_sinh"]],
     ]  # fmt: skip
 
 
@@ -511,7 +538,12 @@ def _host(read: TileRead, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> An
         "row_scale": row_scale,
         "slice_scale": np.ones(len(g), np.float32) if s["slice_scale"] is None else s["slice_scale"],
     }  # fmt: skip
+    drivers = s["drivers"]
+    if drivers is not None:
+        arrays["dac_error"] = drivers.error
     fields: dict[str, Any] = {name: address(array) for name, array in arrays.items() if array is not None}
+    if drivers is not None:
+        fields |= {"v_read": drivers.v_read, "v_sinh": drivers.v_sinh or 0.0}
     if row_scale is not None:
         fields["rows_per_scale"] = read.batch // max(1, row_scale.size)
     if s["conv"] is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import floor, log2
+from math import floor, log2, sinh
 from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
@@ -18,6 +18,7 @@ from gpuxbar.ops.checks import NUMBER
 from gpuxbar.ops.dac_quantize import NO_DAC
 from gpuxbar.ops.images import line_steps
 from gpuxbar.reference.random import Purpose
+from gpuxbar.reference.tile_mvm import Drivers
 
 __all__ = [
     "KERNELS", "Shape", "amperes_of_one", "chunks", "code_range", "conductance_scale", "fold_patches", "generator_of", "pack_inputs", "split_value",
@@ -35,7 +36,8 @@ PACK_INPUTS = Kernel(
     "pack_inputs.cu",
     v=In("int16|float32"), a=Out("float32|float16|int16|int8", "P M G T K"),
     squares=Out("float32", "P M G T K", optional=True), code_sums=InOut("int32", "P M G T", optional=True),
-    lsb=In("float32", "L", optional=True), codes=Out("int16", optional=True), code_min=_FLOAT, code_max=_FLOAT, lsb_count=_LONG,
+    lsb=In("float32", "L", optional=True), codes=Out("int16", optional=True), dac_error=In("float32", "E N", optional=True),
+    per_volt=_FLOAT, digit_max=_FLOAT, bend=_FLOAT, scale=_FLOAT, code_min=_FLOAT, code_max=_FLOAT, lsb_count=_LONG,
     row0=_LONG, rows=_INT, groups=_INT, drive=_INT, tiles=_INT, tile=_INT, k=_INT, stream_bits=_INT, streams=_INT,
     phases=_INT, channels=_INT, **_PLACE_ARGUMENTS,
 )  # fmt: skip
@@ -265,11 +267,26 @@ def pack_inputs(
         PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-stored // 32)), (256,),
         {"v": v, "a": a, "squares": squares, "code_sums": code_sums, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
          "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": stream_bits,
-         "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places, **(dac.arguments() if dac else NO_DAC)},
+         "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places, **(dac.arguments() if dac else NO_DAC), **_driving(s["drivers"], s["v_lsb"])},
         {"CODES": int(dac is not None or v.dtype.name == "int16"), "DAC": int(dac is not None), "HALF": int(dtype == "float16"), "BFLOAT": int(dtype == "int16"), "INT8": int(dtype == "int8"),
-         "CONV": 0 if conv is None else 2 if s["transposed"] else 1, "PANELS": int(panel_rows > 0)},
+         "CONV": 0 if conv is None else 2 if s["transposed"] else 1, "PANELS": int(panel_rows > 0), "DRIVERS": _drivers_of(s["drivers"])},
     )  # fmt: skip
     return a
+
+
+def _drivers_of(drivers: Drivers | None) -> int:
+    """The macro DRIVERS: 0 none, 1 DACs with errors, 2 devices that are not ohmic, 3 both."""
+    return 0 if drivers is None else (drivers.error is not None) + 2 * (drivers.v_sinh is not None)
+
+
+def _driving(drivers: Drivers | None, v_lsb: float) -> dict[str, Any]:
+    """What `pack_inputs` is told of drivers."""
+    if drivers is None:
+        return {"dac_error": None, "per_volt": 0, "digit_max": 0, "bend": 0, "scale": 0}
+    digit_max, v_sinh = drivers.v_read / v_lsb, drivers.v_sinh
+    bend, scale = (0, 0) if v_sinh is None else (v_lsb / v_sinh, digit_max / sinh(drivers.v_read / v_sinh))
+    of_digits = {"per_volt": 1 / v_lsb, "digit_max": digit_max, "bend": bend, "scale": scale}
+    return {"dac_error": drivers.error, **of_digits}
 
 
 def _accumulate(

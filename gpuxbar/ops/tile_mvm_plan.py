@@ -69,6 +69,7 @@ class Case:
         converters: 0 one LSB for all columns, 1 an LSB a column, 2 also gain or offset of every converter, 3 also its non-linearity.
         codes: Whether int16 codes drive the lines.
         dac: Whether these are made on the way, which takes a pass of its own where patches are unfolded.
+        drivers: Whether DACs have errors or devices are not ohmic (`reference.Drivers`).
         images: Of a convolution read forwards: images, their height and width with padding, and the
             positions of the kernel; else None.
         line_order: Of these positions and the channels on the driven lines (`ConvGeometry`).
@@ -92,6 +93,7 @@ class Case:
     precision: str = "fp16"
     codes: bool = True
     dac: bool = False
+    drivers: bool = False
     images: tuple[int, int, int, int] | None = None
     line_order: str = "channel_position"
 
@@ -350,6 +352,8 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
         return "converters are non-linear"
     if not case.codes:
         return "the lines are driven by floats, not int16 codes"
+    if case.drivers:
+        return "no codes drive the lines: DACs have errors, or devices are not ohmic"
     if case.precision not in ("fp16", "fp16x2", "bf16", "int8"):
         return f"precision={case.precision!r} (fp16, fp16x2, bf16 and int8 run on tensor cores)"
     if case.passes > 1 and not case.stream_bits:

@@ -16,7 +16,7 @@ from gpuxbar.reference.pulse_update import pulse_trains, pulse_update
 from gpuxbar.reference.random import Purpose, normals, philox, uniforms
 from gpuxbar.reference.relax import relax
 from gpuxbar.reference.streamed_update import streamed_digits, streamed_update
-from gpuxbar.reference.tile_mvm import ConvGeometry, bent, fold, tile_mvm, unfold
+from gpuxbar.reference.tile_mvm import ConvGeometry, Drivers, bent, fold, tile_mvm, unfold
 from gpuxbar.reference.wire_currents import (
     effective_conductance_gradient,
     solve_for_inputs,
@@ -27,6 +27,7 @@ __all__ = [
     "METHODS",
     "SMALLEST_RANGE",
     "ConvGeometry",
+    "Drivers",
     "Purpose",
     "bent",
     "carry",

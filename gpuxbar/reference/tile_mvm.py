@@ -1,6 +1,6 @@
 """Reading a stack of tiles, in NumPy float64: the oracle of `ops.tile_mvm`.
 
-    i[p, s, t, b, o] = sum_{r in tile t} v[p, b, r] g[s, r, o] + noise
+    i[p, s, t, b, o] = sum_{r in tile t} v[p, b, r] g[s, r, o] + noise, v of digits as `Drivers` has it
     n                = (i gain[s, t, o] + offset[s, t, o]) / adc_lsb[o],  u = clip(n / code_max) within +-1
     code             = clip(round(n + 3 sqrt(3) / 2 inl[s, t, o] (u - u**3)))
     y[b, o]          = row_scale[b] col_scale[o] sum_{p, s} stream_scale[p] slice_scale[s] adc_lsb[o] sum_t code
@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import sqrt
+from math import e, sinh, sqrt
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from gpuxbar.reference.random import Purpose, normals
 __all__ = [
     "LINE_ORDERS",
     "ConvGeometry",
+    "Drivers",
     "bent",
     "by_group",
     "fold",
@@ -149,9 +151,45 @@ def stream_digits(codes: np.ndarray, stream_bits: int, streams: int, phases: int
 
 
 def bent(steps, inl, code_max):
-    """ADC steps as a converter finds them whose curve is `inl` steps off at most; arrays of NumPy or tensors."""
+    """Steps as a converter finds them, or makes them, whose curve is `inl` steps off at most; arrays of NumPy or tensors."""
     u = (steps / code_max).clip(-1, 1)
     return steps + 1.5 * sqrt(3) * inl * (u - u**3)
+
+
+@dataclass(frozen=True)
+class Drivers:
+    """What lines are driven with for digits, and what devices make of it: DACs with errors, devices that are not ohmic.
+
+        volts = (bent(digit, inl, v_read / v_lsb) v_lsb) gain + offset
+        v     = v_read sinh(volts / v_sinh) / sinh(v_read / v_sinh)
+
+    with v the voltage at which a device of conductance g, that at `v_read`, would carry the same current if it were ohmic. Every
+    line has one DAC, which drives it in all tiles, planes and passes; what drives nothing (a digit of 0, padding of images)
+    is driven with `offset`.
+
+    Attributes:
+        v_read: Voltage of the largest digit, V.
+        error: Gain, offset in V, and integral non-linearity in steps of the DAC of every line, as of `ops.tile_mvm`'s ADCs; float32
+            [3, lines]. None: they have none.
+        v_sinh: Voltage over which the current of a device bends, V; None: devices are ohmic.
+
+    Source: the current of filaments with a gap, i ~ sinh(v / v_sinh): Guan, Yu, Wong, IEEE Electron Device Letters 33 (2012).
+    """
+
+    v_read: float
+    error: Any = None
+    v_sinh: float | None = None
+
+    def driven(self, digits, v_lsb):
+        """The voltages v for digits [..., lines], arrays of NumPy or tensors; `v_lsb`: voltage of one digit, V."""
+        volts = digits * v_lsb
+        if self.error is not None:
+            gain, offset, inl = self.error
+            volts = bent(digits, inl, self.v_read / v_lsb) * v_lsb * gain + offset
+        if self.v_sinh is None:
+            return volts
+        bend = volts / self.v_sinh
+        return self.v_read / sinh(self.v_read / self.v_sinh) * (e**bend - e**-bend) / 2
 
 
 def tile_mvm(
@@ -183,6 +221,7 @@ def tile_mvm(
     bias=None,
     conv=None,
     want_gate=False,
+    drivers=None,
 ):
     """See `gpuxbar.ops.tile_mvm`; float64 throughout. Returns y, or (y, gate) with `want_gate`."""
     g = np.asarray(g, dtype=np.float64)
@@ -207,7 +246,8 @@ def tile_mvm(
     gate = np.zeros((batch, groups * sense))
     row_index = row_offset + np.arange(batch)
     for p, digits in enumerate(passes):
-        volts = np.asarray(digits, np.float64) * v_lsb
+        digits = np.asarray(digits, np.float64)
+        volts = digits * v_lsb if drivers is None else drivers.driven(digits, v_lsb)
         for s in range(planes):
             for t, span in enumerate(spans):
                 current = np.empty((batch, groups * sense))

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 ERRORS = "gain_std", "offset_std", "inl", "inl_std"  # of converters
+STEEPEST = 20  # v_read over v_sinh
 HELD = 1 + 1e-6  # of a range, by which rounding may leave currents beyond it
 
 
@@ -42,11 +43,20 @@ class Tile(Part):
 
 
 class Device(Part):
-    """A cell's conductance window, S, and its number of programmable levels (`None`: continuous)."""
+    """A cell's conductance window, S, and its number of programmable levels (`None`: continuous).
+
+    `v_sinh`: of devices that are not ohmic, V (`None`: ohmic): at v volts they carry g v_read sinh(v / v_sinh) /
+    sinh(v_read / v_sinh), with g their conductance at `dac.v_read`. So values between 0 and the largest weigh less than they
+    should, unless they are driven by streams of 1 bit. All devices have the one curve. Gradients are straight-through: those of
+    inputs are read by such devices too, and those of weights, and pulses, follow the digital values. Not with `parasitics`.
+
+    Source of the curve: Guan, Yu, Wong, IEEE Electron Device Letters 33 (2012).
+    """
 
     g_min: float = Field(1e-6, ge=0)
     g_max: float = Field(10e-6, gt=0)
     levels: int | None = Field(None, ge=2, le=65536)
+    v_sinh: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Device:
@@ -121,6 +131,12 @@ class DAC(Part):
     range is scaled by code_max**1.5 / sqrt(values of a sample), which is that paper's scale for a step). That gradient sees how
     inputs are rounded and clipped, not ADCs and noise; calibrate ADC ranges anew when it has moved.
     `v_read`: voltage of the largest digit, V.
+    `gain_std`, `offset_std`, `inl`, `inl_std`: errors as those of an `ADC`, of what a digit is driven as: relative spread of the
+    gain, spread of the offset, V, and mean and spread of the integral non-linearity, in steps of a digit. Every line of a layer
+    has one DAC, drawn once, which drives it in all column tiles, planes and passes (`parasitics.shared_drivers` is of the
+    resistance behind it). What has nothing to drive is driven with the offset: zeros, padding of images, digits of 0 in every
+    stream; two phases on ohmic devices subtract it again. Gradients are straight-through inside the range, and those of weights,
+    and pulses, follow the codes.
     """
 
     bits: int | None = Field(None, ge=1, le=8)
@@ -131,6 +147,10 @@ class DAC(Part):
     max: float | None = Field(None, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     v_read: float = Field(0.2, gt=0)
+    gain_std: float = Field(0.0, ge=0)
+    offset_std: float = Field(0.0, ge=0)
+    inl: float = 0.0
+    inl_std: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> DAC:
@@ -159,7 +179,32 @@ class DAC(Part):
                 "DAC: `bits` must be set with range='learned', got None; without rounding, the wider a range the better: set it, "
                 "or range='tensor'"
             )
+        if self.bits is None and self.flawed:
+            raise ValueError(
+                f"DAC: `bits` must be set with converter errors, got None with {_errors(self)}; set the resolution"
+            )
+        for name, inl in (("inl", self.inl), ("inl_std", self.inl_std)):
+            if abs(inl) > self.inl_most:
+                raise ValueError(
+                    f"DAC: `{name}` must be within +-{self.inl_most:g} steps, a sixth of the largest digit, got {inl:g}; a curve that "
+                    "bends more turns back"
+                )
         return self
+
+    @property
+    def inl_most(self) -> float:
+        """Largest magnitude of an integral non-linearity with which no curve turns back, in steps."""
+        return self.digit_max / 6
+
+    @property
+    def flawed(self) -> bool:
+        """Whether DACs have errors of their own."""
+        return any(getattr(self, name) for name in ERRORS)
+
+    @property
+    def digit_max(self) -> int:
+        """Largest digit, driven with `v_read`; 1 when nothing is quantised."""
+        return 2**self.stream_bits - 1 if self.stream_bits else max(self.code_max, 1)
 
     @property
     def code_max(self) -> int:
@@ -185,9 +230,10 @@ class ADC(Part):
 
     `bits`: resolution (`None`: no conversion). `range`: the current of the largest code: "calibrated" (the
     `percentile` of partial sums seen by `gpuxbar.calibrate`), "fixed" (`i_max`, A), "worst_case" (every cell
-    of a line at `g_max`, every input at `v_read`). `gpuxbar.conversion_errors` tells what clips, and whether clipping or
-    rounding costs more. Codes are signed, unless currents have one sign: of voltages of one sign (of
-    unsigned or two-phase DACs) on devices that are not subtracted before. `per`: one range per "layer" or per output "column".
+    of a line at `g_max`, every input at `v_read`, or at the most that the errors of its DAC make of a digit).
+    `gpuxbar.conversion_errors` tells what clips, and whether clipping or rounding costs more. Codes are signed, unless currents
+    have one sign: of voltages of one sign (of unsigned or two-phase DACs without offsets) on devices that are not subtracted
+    before. `per`: one range per "layer" or per output "column".
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; `inl`, `inl_std`: mean and
     spread of their integral non-linearity, in steps: by how much the curve of a converter is off at most, at 58 % of the range
     (outwards above 0; below 0 of signed codes it is as far off the other way, and right at 0 and at both ends). Errors are drawn once
@@ -212,9 +258,8 @@ class ADC(Part):
                 f"i_max={self.i_max}; set both or neither"
             )
         if self.bits is None and self.flawed:
-            errors = ", ".join(f"{name}={getattr(self, name):g}" for name in ERRORS)
             raise ValueError(
-                f"ADC: `bits` must be set with converter errors, got None with {errors}; set the resolution"
+                f"ADC: `bits` must be set with converter errors, got None with {_errors(self)}; set the resolution"
             )
         for name, inl in (("inl", self.inl), ("inl_std", self.inl_std)):
             if abs(inl) > self.inl_most:
@@ -387,11 +432,12 @@ class CrossbarSpec(Part):
     another model's layers of the same names do, unless it has a seed of its own. `generator`: "exact" or "fast"
     normals (kernels/README.md, "Random numbers"). `precision`: arithmetic of the tile products on a GPU, "fp32", "tf32",
     "fp16", "fp16x2" (conductances as a high and a low half, 22 bits), "bf16" (8 bits: the coarsest, no faster than fp16) or "int8"
-    (levels, exact); half precisions need a DAC, whose codes they hold exactly, and int8 also an ADC, devices that hold
-    their levels and digits up to 127; on a CPU every product is float32. `keep_packed`: keep conductances on a GPU in the layout of its tensor
-    cores, and pack them anew only when they change: micro-batches, evaluation and repeated reads save that pass over all
-    cells, for 2 bytes a cell and direction (4 with fp16x2, 1 with int8, 2 more with `read_noise.sigma_g`); not with fp32 and
-    tf32. `update`: the device's own law, by which `gpuxbar.optim` trains in situ; needs pairs. `carry`: how sliced ones are
+    (levels, exact); half precisions need a DAC, whose codes they hold exactly (what errors of DACs or devices make of these,
+    rounded), and int8 also an ADC, devices that hold their levels and digits up to 127; on a CPU every product is float32.
+    `keep_packed`: keep conductances on a GPU in the layout of its tensor cores, and pack them anew only when they change:
+    micro-batches, evaluation and repeated reads save that pass over all cells, for 2 bytes a cell and direction (4 with fp16x2, 1
+    with int8, 2 more with `read_noise.sigma_g`); not with fp32 and tf32. `update`: the device's own law, by which
+    `gpuxbar.optim` trains in situ; needs pairs. `carry`: how sliced ones are
     trained by it. `pulses`: how its steps are pulsed, None: as one step of the wanted size. `drift`: of conductances after
     `gpuxbar.program`. `retention`: what
     devices trained in situ lose between updates. `endurance`: pulses that they bear. `refresh`: when pairs of one-sided ones
@@ -447,12 +493,14 @@ class CrossbarSpec(Part):
         directions = [(self.dac, self.adc)]
         if self.backward.mode == "analog":
             directions.append((self.backward_dac, self.backward_adc))
-        digits = [2**dac.stream_bits - 1 if dac.stream_bits else dac.code_max for dac, _ in directions]
+        digits = [dac.digit_max for dac, _ in directions]
         obstacles = {
             self.off_levels: self.off_levels is not None,
             f"devices have {levels} levels ({most} fit 8 bits)": levels > most,
             "the noise of a read depends on the cell (read_noise.sigma_g)": self.read_noise.sigma_g > 0,
             "converters are non-linear (adc.inl)": any(adc.inl or adc.inl_std for _, adc in directions),
+            "DACs have errors (dac.gain_std, offset_std, inl)": any(dac.flawed for dac, _ in directions),
+            "devices are not ohmic (device.v_sinh)": self.device.v_sinh is not None and max(digits) > 1,
             "an ADC or DAC is missing": any(dac.bits is None or adc.bits is None for dac, adc in directions),
             f"digits up to {max(digits)} are driven (127 fit 8 bits)": max(digits) > 127,
         }
@@ -481,11 +529,13 @@ class CrossbarSpec(Part):
 
     @model_validator(mode="after")
     def _measured(self) -> CrossbarSpec:
-        """Noise in S and A, not in shares of a window or a range: it is no larger than what it is around."""
+        """Noise in S, A and V, not in shares of a window or a range: it is no larger than what it is around."""
         g_max = self.device.g_max
         bitline = self.tile.rows * g_max * self.dac.v_read
         for key, noise, most, unit, what in (
             ("read_noise.sigma", self.read_noise.sigma, bitline, "A", "what all cells of a bitline carry"),
+            ("dac.offset_std", self.dac.offset_std, self.dac.v_read, "V", "the dac.v_read"),
+            ("backward.dac.offset_std", self.backward_dac.offset_std, self.backward_dac.v_read, "V", "the v_read there"),
             ("read_noise.sigma_g", self.read_noise.sigma_g, g_max, "S", "the device.g_max"),
             ("programming.write_noise", self.programming.write_noise, g_max, "S", "the device.g_max"),
             ("update.write_noise", self.update.write_noise if self.update else 0.0, g_max, "S", "the device.g_max"),
@@ -503,6 +553,30 @@ class CrossbarSpec(Part):
             raise ValueError(
                 "CrossbarSpec: `mapping.scheme` must be differential or subtracted with parasitics, got 'offset'; the wires "
                 "of its reference lines are not modelled: choose one of these"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _conducting(self) -> CrossbarSpec:
+        v_sinh = self.device.v_sinh
+        if v_sinh is None:
+            return self
+        v_read, back = self.dac.v_read, self.backward_dac.v_read
+        if back != v_read:
+            raise ValueError(
+                f"CrossbarSpec: `backward.dac.v_read` must be that of `dac` with device.v_sinh, {v_read:g} V, got {back:g} V; conductances "
+                "are those at one voltage: leave it out"
+            )
+        least = v_read / STEEPEST
+        if v_sinh < least:
+            raise ValueError(
+                f"CrossbarSpec: `device.v_sinh` must be at least v_read / {STEEPEST} = {least:g} V, got {v_sinh:g} V; such devices are "
+                "switches: None is ohmic"
+            )
+        if self.parasitics.active:
+            raise ValueError(
+                f"CrossbarSpec: `device.v_sinh` must be None with parasitics, got {v_sinh:g} V; wires are solved as a network of linear "
+                "resistors: leave it out, or all r_* of the wires"
             )
         return self
 
@@ -618,7 +692,7 @@ class CrossbarSpec(Part):
 
     def both_signs(self, dac: DAC) -> bool:
         """Whether lines carry currents of both signs where this DAC drives the others."""
-        return self.mapping.scheme == "subtracted" or (dac.signed and dac.phases == 1)
+        return self.mapping.scheme == "subtracted" or (dac.signed and dac.phases == 1) or dac.offset_std > 0
 
     def with_overrides(self, overrides: dict[str, Any]) -> CrossbarSpec:
         """A copy with a nested dictionary laid over it: `{"adc": {"bits": 6}}`; validated anew.
@@ -698,7 +772,8 @@ class CrossbarSpec(Part):
                 noise.sigma, noise.sigma_g, programming.write_noise, programming.write_noise_slope,
                 programming.write_noise_curve, programming.device_spread, programming.stuck_at_g_min,
                 programming.stuck_at_g_max, drift.nu_std, drift.nu_std_slope, drift.nu_std_min, drift.flicker,
-                *(error for adc in (self.adc, self.backward_adc) for error in (adc.gain_std, adc.offset_std, adc.inl_std)),
+                *(error for part in (self.dac, self.backward_dac, self.adc, self.backward_adc)
+                  for error in (part.gain_std, part.offset_std, part.inl_std)),
             )
         )  # fmt: skip
 
@@ -727,6 +802,10 @@ class CrossbarSpec(Part):
     @property
     def backward_adc(self) -> ADC:
         return self.backward.adc or self.adc
+
+
+def _errors(converter: DAC | ADC) -> str:
+    return ", ".join(f"{name}={getattr(converter, name):g}" for name in ERRORS)
 
 
 def _gives(overrides: Any, key: tuple[str, ...]) -> bool:

@@ -217,12 +217,14 @@ inline void read_few(const TileMvm& p, const Shape& s, float share) {
   std::unique_ptr<float[]> values(new float[p.groups * group_lines * (p.noise_var ? 2 : 1) + s.drive]);
   float *const a = values.get(), *const a2 = p.noise_var ? a + p.groups * group_lines : a;
   float* const line = a + p.groups * group_lines * (p.noise_var ? 2 : 1);
+  const Drivers drivers(p, p.groups * s.drive);
   for (i64 group = 0; group < p.groups; ++group)
     for (i64 pass = 0; pass < s.passes; ++pass) {
       const Driver drive(p, pass_of(p, pass));
       float* to = a + group * group_lines + pass * lines;
       for (i64 r = 0; r < p.batch; ++r) {
         drive(line, (r * p.groups + group) * s.drive, s.drive);
+        if (p.bends()) drivers.of_lines(line, s.drive, group * s.drive);
         for (i64 k = 0; k < s.drive; ++k) to[k * p.batch + r] = line[k];
       }
     }

@@ -1,7 +1,9 @@
 // read: what a read of tiles is told, and what drives its lines.
 #pragma once
+#include <cmath>
+
 #include "gpuxbar/converter.cuh"
-#include "gpuxbar/inl.cuh"
+#include "gpuxbar/drivers.cuh"
 #include "images.hpp"
 
 namespace gpuxbar {
@@ -16,6 +18,7 @@ struct TileMvm {
   const float* adc_gain;     // [planes, tiles, groups * sense] or null
   const float* adc_offset;   // [planes, tiles, groups * sense] or null, A
   const float* adc_inl;      // [planes, tiles, groups * sense] or null, steps
+  const float* dac_error;    // [3, groups * drive] or null: gain, offset in V, non-linearity in steps
   const float* read_noise;   // [1] A
   const i64* step;           // [1]
   const float* row_scale;    // [batch / rows_per_scale] or null
@@ -28,6 +31,7 @@ struct TileMvm {
   i64 is_code, transposed, stream_bits, streams, phases, adc_bits, adc_signed, adc_per_column, fast;
   u64 seed;
   double v_lsb;
+  double v_read, v_sinh;  // V, of the largest digit, and over which devices bend; v_sinh 0: they are ohmic
 
   // Largest and smallest ADC code; 0 without an ADC.
   float code_max() const { return adc_bits ? (float)((1 << (adc_signed ? adc_bits - 1 : adc_bits)) - 1) : 0.0f; }
@@ -37,6 +41,9 @@ struct TileMvm {
   float amperes() const { return (float)v_lsb; }
   float per_ampere() const { return 1.0f / amperes(); }
   float sigma() const { return read_noise[0] * per_ampere(); }  // of the noise, in partial sums
+
+  // Whether what drives the lines is not the digits themselves.
+  bool bends() const { return dac_error || v_sinh > 0.0; }
 };
 
 // Lines a group drives and senses, tiles along the driven ones, passes of the DAC.
@@ -97,6 +104,50 @@ struct Driver {
       const i16* x = (const i16*)p.v + src;
       for (i64 i = 0; i < count; ++i) dst[i] = stream_digit(x[i], pass.shift, mask, pass.phase);
     }
+  }
+};
+
+// What devices see of digits that drive their lines, in units of v_lsb.
+struct Drivers {
+  const float* error;  // [3][lines] or null
+  const i64 lines;
+  const float digit_max, per_volt;
+  const bool ohmic;
+  const Conduction device;
+  Drivers(const TileMvm& p, i64 lines)
+      : error(p.dac_error),
+        lines(lines),
+        digit_max((float)(p.v_read / p.v_lsb)),
+        per_volt((float)(1.0 / p.v_lsb)),
+        ohmic(!(p.v_sinh > 0.0)),
+        device(ohmic ? Conduction{0.0f, 0.0f}
+                     : Conduction{(float)(p.v_lsb / p.v_sinh),
+                                  (float)(p.v_read / p.v_lsb / std::sinh(p.v_read / p.v_sinh))}) {}
+  DacError of(i64 line) const { return DacError{error[line], error[lines + line] * per_volt, error[2 * lines + line]}; }
+  // `count` digits of one line
+  void of_line(float* digits, i64 count, i64 line) const {
+    if (error) {
+      const DacError own = of(line);
+      const float most = digit_max;
+#pragma omp simd
+      for (i64 i = 0; i < count; ++i) digits[i] = dac_steps(digits[i], own, most);
+    }
+    conduct(digits, count);
+  }
+  // one digit each of `count` lines from `line` on
+  void of_lines(float* digits, i64 count, i64 line) const {
+    if (error) {
+      const Drivers own = *this;
+#pragma omp simd
+      for (i64 i = 0; i < count; ++i) digits[i] = dac_steps(digits[i], own.of(line + i), own.digit_max);
+    }
+    conduct(digits, count);
+  }
+  void conduct(float* steps, i64 count) const {
+    if (ohmic) return;
+    const Conduction own = device;
+#pragma omp simd
+    for (i64 i = 0; i < count; ++i) steps[i] = conducted(steps[i], own);
   }
 };
 

@@ -107,12 +107,18 @@ class Reader {
  public:
   // `images`: the most whose patches are folded together; `groups`: the most of a bundle; `share` of a gate: see gate_part.
   Reader(const TileMvm& p, const Shape& s, i64 images, i64 groups, float share)
-      : p(p), s(s), keys(p.seed), share(share), pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
+      : p(p),
+        s(s),
+        drivers(p, p.groups * s.drive),
+        keys(p.seed),
+        share(share),
+        pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
     const bool spread = p.conv && !pointwise(*p.conv);
     if (spread && p.transposed) folded.emplace(*p.conv, images, groups);
     if (spread && !p.transposed) patches.emplace(*p.conv);
-    // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie
-    direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0;
+    // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie, unless every
+    // line of the array makes something else of them
+    direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0 && !p.dac_error;
     size = direct ? patches->size : s.drive * ROWS;
     values = Aligned(groups * s.passes * size);
     std::fill_n(values.get(), groups * s.passes * size, 0.0f);
@@ -161,6 +167,7 @@ class Reader {
         patches->fill(drive, p.groups, group, runs.front(), runs.back(), to);
       else
         patches->pack(drive, p.groups, group, runs, to);
+      if (p.bends()) bend(group, to);
       live[part] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
     }
     if (p.noise_var)
@@ -187,6 +194,15 @@ class Reader {
   }
 
  private:
+  // Puts what devices see of the lines of a group in the place of digits.
+  void bend(i64 group, float* digits) const {
+    if (direct) return drivers.conduct(digits, size);
+    const i64 together = p.conv ? lanes : LANES;  // rows of a line
+    for (i64 k = 0; k < s.drive; ++k)
+      for (i64 i = 0; i < lanes; i += together)
+        drivers.of_line(digits + packed[k] + vector[i / LANES], together, group * s.drive + k);
+  }
+
   // Decides where sums go: to their place in y or in what is folded, if they are alone there and whole vectors of rows lie
   // together, and true; else to `sum`.
   bool send_to(const Panel& panel, bool first_plane) {
@@ -346,6 +362,7 @@ class Reader {
 
   const TileMvm& p;
   const Shape& s;
+  const Drivers drivers;
   const WideKeys keys;
   const float share;
   const i64 pixels;

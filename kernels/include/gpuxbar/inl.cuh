@@ -1,4 +1,4 @@
-// inl: the integral non-linearity of an analog-to-digital converter.
+// inl: the integral non-linearity of a converter.
 //
 // Source: IEEE Std 1241-2010 (the term, of curves through both ends of the range); an amplifier's third harmonic bends so.
 #pragma once
@@ -6,7 +6,7 @@
 
 namespace gpuxbar {
 
-// ADC steps as a converter finds them whose curve is `inl` steps off at most: (3 sqrt(3) / 2) inl (u - u^3) with u the share
+// Steps as a converter finds them, or makes them, whose curve is `inl` steps off at most: (3 sqrt(3) / 2) inl (u - u^3) with u the share
 // of the range, so that both ends and 0 stay where they are, and all beyond.
 GPUXBAR_FN float bent(float steps, float inl, float code_max) {
   const float u = min(max(steps / code_max, -1.0f), 1.0f);

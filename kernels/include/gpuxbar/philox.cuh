@@ -19,7 +19,9 @@ enum Purpose : u32 {
   WRITE = 3,            // write noise of programming; slot: plane
   DEVICE_SPREAD = 4,    // device-to-device spread of programming; slot: plane
   STUCK = 5,            // stuck cells; slot: plane
-  ADC_GAIN = 6,    // gain error of a converter; slot: conversion, row: 0 forwards, 1 backwards; 2 and 3: non-linearity
+  // gain error of a converter; slot: conversion, row: 0 forwards, 1 backwards; 2 and 3: non-linearity; of DACs, slot 0, row 4, 5
+  // and 6: gain, offset and non-linearity forwards, 7, 8 and 9 backwards
+  ADC_GAIN = 6,
   ADC_OFFSET = 7,  // offset error of a converter; slot: conversion
   TEST_READ = 8,   // inputs of a test read; row: sample
   CYCLE = 16,      // cycle-to-cycle noise of an update; slot: plane
