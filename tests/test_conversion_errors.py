@@ -144,7 +144,7 @@ def test_conversions_that_clip_are_those_that_gradients_do_not_pass(form):
     cells, packing = layer.conductances(), (None,) * 4
     gate = analog_mvm(
         driven, layer.weight.detach(), *cells[:4], None, lsb, layer.adc_range, layer.back_adc_range, layer.adc_error,
-        layer.back_adc_error, layer.dac_error, layer.back_dac_error, layer.read_step, 1, *packing, None, None, "", "", layer.static[0], True,
+        layer.back_adc_error, layer.dac_error, layer.back_dac_error, layer.read_step, 1, *packing, layer.static[0], True,
     )[2]  # fmt: skip
     assert 0.05 < row.adc_clipped < 0.95
     assert row.adc_clipped == pytest.approx(1 - gate.mean().item(), abs=1e-4)

@@ -267,7 +267,7 @@ def test_onlookers_see_operators_called(onlooker):
         module(x).sum().backward()
     if onlooker == "profiler":
         seen = [event.key for event in found.key_averages()]
-    assert {f"gpuxbar::{name}" for name in ("analog_mvm", "matrix_gradients")} <= set(seen)
+    assert {f"gpuxbar::{name}" for name in ("reprogram", "analog_mvm", "matrix_gradients")} <= set(seen)
 
 
 def test_planes_that_the_plan_does_not_know_are_refused():

@@ -18,11 +18,10 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
-from gpuxbar.bridge.lines import fold_lines, written
+from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import call, gradient, operator, plan_of
 from gpuxbar.bridge.outer_product import Samples, conv_weight_gradient, weight_gradient
 from gpuxbar.bridge.passes import require_first_pass
-from gpuxbar.bridge.reprogram import reprogram, writing_of
 from gpuxbar.launch import Device
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.ops import ConvGeometry, NotFiniteError
@@ -31,7 +30,6 @@ from gpuxbar.reference import SMALLEST_RANGE
 
 __all__ = [
     "NOT_PACKED",
-    "NOT_WRITTEN",
     "abs_max",
     "analog_mvm",
     "driven_gradient",
@@ -41,7 +39,6 @@ __all__ = [
 ]
 
 NOT_PACKED: tuple[Tensor | None, ...] = (None,) * 4  # in place of memory for packed conductances
-NOT_WRITTEN = None, None, "", ""  # in place of what the cells are to be written by
 
 
 def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
@@ -57,9 +54,7 @@ def _read_shapes(x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, *more):
     return y, v, gate, unit, counter.new_empty(int(want_gate))
 
 
-@operator(
-    _read_shapes, mutates_args=("g", "noise_var", "w_max", "counter", "packed", "packed_state", "state")
-)
+@operator(_read_shapes, mutates_args=("counter", "packed", "packed_state"))
 def analog_mvm(
     x: Tensor,
     weight: Tensor,
@@ -81,10 +76,6 @@ def analog_mvm(
     back_packed: Tensor | None,
     packed_state: Tensor | None,
     version: Tensor | None,
-    state: Tensor | None,
-    write_step: Tensor | None,
-    spec: str,
-    merge: str,
     plan: str,
     want_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -93,7 +84,7 @@ def analog_mvm(
 
     Args:
         x: Inputs inside the DAC range, float32 [B, G * I] or images [N, channels, height, width].
-        weight: The layer's weight; receives the gradient, its values are used where they are written first.
+        weight: The layer's weight; receives the gradient, its values are not used.
         g: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping; the wordlines of a
             convolution in the order of its plan.
         back_g: The same where the transposed read sees another matrix, or None.
@@ -110,7 +101,6 @@ def analog_mvm(
             refused leaves no trace.
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
             `ops.PackedConductance`, whose states are `packed_state`, int64 [2, 2], and whose number is `version`, int64 [1].
-        state, write_step, spec, merge: As of `reprogram`, which comes first; None: the cells are as they are.
         plan: `mapping.ReadPlan` as JSON.
         want_gate: Whether backward will follow; without, all but y is empty, and where it is given the value of a code, too.
     """
@@ -119,16 +109,9 @@ def analog_mvm(
     if read.noise or noise_var is not None:
         require_first_pass(way.name)
     with on_device(x, way.name) as device:
-        writes = None
-        if state is not None and write_step is not None:
-            if host.serves(device):
-                how, *scale = writing_of(spec, merge, plan)
-                writes = how, written(weight, way), g, noise_var, w_max, state, write_step, *scale
-            else:
-                reprogram.plain(weight, g, noise_var, w_max, state, write_step, spec, merge, plan)
         y, gate, codes, lsb, number = _read(
             x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, dac_error, counter, count,
-            plan, device, f"{way.name}: `x`", writes=writes, conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
+            plan, device, f"{way.name}: `x`", conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
             want_gate=want_gate and read.adc_bits > 0, packed=_packed(packed, packed_state, version, 0, device),
         )  # fmt: skip
         if not plain:
@@ -351,7 +334,7 @@ def _read(
     adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor, count: int, plan: str,
     device: Device | None, what: str, *,
     conv: ConvGeometry | None, packed: ops.PackedConductance | None, transposed: bool = False, keep: bool = False,
-    want_gate: bool = False, writes: tuple[Any, ...] | None = None,
+    want_gate: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """A read of digital values x, through the DAC, in digital units along the driven side: see `host.layer_read`; what is not to
     `keep` may be None."""
@@ -364,7 +347,7 @@ def _read(
             dac_lsb = abs_max(x, read.per_sample)
         return host.layer_read(
             plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, counter, count, what,
-            transposed=transposed, conv=conv, keep=keep, want_gate=want_gate, writes=writes,
+            transposed=transposed, conv=conv, keep=keep, want_gate=want_gate,
         )  # fmt: skip
     number = counter + count
     scale = None if w_max is None else w_max * way.unit
@@ -439,7 +422,7 @@ def less_reference(y: Tensor, way: ReadPlan, transposed: bool) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, _, dac_error, _, _, *packing, _, _, _, _, plan, _,
+        x, weight, g, back_g, noise_var, w_max, bias, dac_lsb, _, adc_range, _, adc_error, _, dac_error, _, _, *packing, plan, _,
     ) = inputs  # fmt: skip
     g = g if back_g is None else back_g
     _, v, gate, fitted, step = output

@@ -26,7 +26,7 @@ from gpuxbar.ops.device_update import Update, update_on_host
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.layer_read import LayerGradient, LayerRead
 from gpuxbar.ops.outer_product import outer_product_on_host
-from gpuxbar.ops.program import Rewrite, Writing, checksum_on_host, reprogram_on_host
+from gpuxbar.ops.program import Writing, checksum_on_host, reprogram_on_host
 from gpuxbar.ops.pulse_update import Update as Pulses
 from gpuxbar.ops.pulse_update import check_pulses, check_sign, pulse_on_host, pulses_of
 from gpuxbar.ops.tile_mvm import tile_read
@@ -106,22 +106,12 @@ def reprogram(
     scale: str, full_weight: float | None,
 ) -> None:  # fmt: skip
     """Program weights again if they have changed: see `ops.reprogram`."""
-    r = _rewrite(writes, weight, g, noise_var, w_max, state, write_step, scale, full_weight)
-    reprogram_on_host(r.settings, r.weight, r.w_max, r.g, r.noise_var, r.state, scale, full_weight)
-
-
-def _rewrite(
-    writes: Writing, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, state: Tensor, write_step: Tensor,
-    scale: str, full_weight: float | None,
-) -> Rewrite:  # fmt: skip
-    """Arguments of `reprogram`."""
-    found, cells = writes.rewrite(int(write_step), scale, full_weight), writes.cells
-    found.weight, found.g = address("weight", weight, writes.weights), address("g", g, cells)
-    found.w_max = address("w_max", w_max, writes.values["scale_count"])
-    found.state = address("state", state, 2, torch.int64)
-    if noise_var is not None:
-        found.noise_var = address("noise_var", noise_var, cells)
-    return found
+    cells = writes.cells
+    reprogram_on_host(
+        writes.at(int(write_step)), address("weight", weight, writes.weights), address("w_max", w_max, writes.values["scale_count"]),
+        address("g", g, cells), None if noise_var is None else address("noise_var", noise_var, cells),
+        address("state", state, 2, torch.int64), scale, full_weight,
+    )  # fmt: skip
 
 
 def checksum(x: Tensor) -> int:
@@ -229,8 +219,7 @@ def _like_pairs(spec: str, seed: int, g: torch.Size, given: tuple[bool, bool, bo
 def layer_read(
     plan: str, x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
     adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor, count: int, what: str, *,
-    transposed: bool,
-    conv: ConvGeometry | None, keep: bool, want_gate: bool, writes: tuple[Any, ...] | None = None,
+    transposed: bool, conv: ConvGeometry | None, keep: bool, want_gate: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """A read of digital values by a `mapping.ReadPlan`, through the DAC: see `ops.dac_quantize` and `ops.tile_mvm`.
 
@@ -240,7 +229,6 @@ def layer_read(
         w_max: These weights, by which the result is scaled; None: nothing is.
         counter: Reads so far, int64 [1], which become `count` more: the number of this read.
         what: What the error about values that are not finite calls x.
-        writes: Arguments of a `reprogram` of the cells that comes first; None: none does.
 
     Returns:
         y, the gate if it is wanted, and if they are to `keep` what drives the lines, the value of one code and the read's number.
@@ -253,9 +241,6 @@ def layer_read(
     held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, dac_error, counter)
     x = x.contiguous()
     read.x, read.count = address("x", x, kept.values), count
-    if writes is not None:
-        rewrite = _rewrite(*writes)
-        read.rewrite = addressof(rewrite)
     if bias is not None:
         bias = bias.contiguous()
         read.bias = address("bias", bias, kept.outputs)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpuxbar.bridge.analog_mvm import NOT_PACKED, NOT_WRITTEN, analog_mvm, analog_mvm_transposed
+from gpuxbar.bridge.analog_mvm import NOT_PACKED, analog_mvm, analog_mvm_transposed
 from gpuxbar.bridge.lstm_gates import lstm_gates, lstm_gates_gradient
 from gpuxbar.bridge.operator import once
 from gpuxbar.bridge.outer_product import weight_gradient
@@ -55,7 +55,7 @@ class _Sequence(torch.autograd.Function):
         ctx.steps, ctx.plan, ctx.order, ctx.has_bias = steps.split(1), plan, order, bias is not None
         for t, step in zip(order, ctx.steps, strict=True):
             y, v, gate, lsb, _ = analog_mvm.plain(
-                h, weight, *cells, bias, None, *converters, step, 0, *NOT_PACKED, *NOT_WRITTEN, plan, keep
+                h, weight, *cells, bias, None, *converters, step, 0, *NOT_PACKED, plan, keep
             )
             before = c
             h, c, gates = lstm_gates.plain(x[t], y, before)

@@ -17,7 +17,7 @@ from gpuxbar.mapping import ReadPlan
 from gpuxbar.ops.program import Writing, writing
 from gpuxbar.ops.program import checksum as checksum_of
 
-__all__ = ["checksum", "program_devices", "program_pairs", "reprogram", "writing_of"]
+__all__ = ["checksum", "program_devices", "program_pairs", "reprogram"]
 
 
 @operator(lambda *_: None, mutates_args=("g", "noise_var", "w_max", "state"))
@@ -49,7 +49,7 @@ def reprogram(
     values = written(weight, way)
     with on_device(weight, "program") as device:
         if host.serves(device):
-            writes, scale, full_weight = writing_of(spec, merge, plan)
+            writes, scale, full_weight = _writing(spec, merge, plan)
             host.reprogram(writes, values, g, noise_var, w_max, state, write_step, scale, full_weight)
             return
         ops.reprogram(
@@ -143,7 +143,7 @@ def _shape(way: ReadPlan) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=4096)
-def writing_of(spec: str, merge: str, plan: str) -> tuple[Writing, str, float | None]:
+def _writing(spec: str, merge: str, plan: str) -> tuple[Writing, str, float | None]:
     """What settings say of writing a layer's weights, and of the weight of a full pair."""
     way = plan_of(plan)
     groups, outputs, inputs = _shape(way)

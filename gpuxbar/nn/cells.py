@@ -18,7 +18,6 @@ class Cells(NamedTuple):
         noise_var: Variance of state-dependent read noise, shape of `g`, A**2/V**2, or None.
         w_max: Weight of a full pair, float32 [G * O].
         version: Number of the state of the conductances, the first value of an int64 tensor: another one whenever they change.
-        writes: `state` to `merge` of `analog_mvm`, for a read that is to write the weight first, or None.
     """
 
     g: Tensor
@@ -26,7 +25,6 @@ class Cells(NamedTuple):
     noise_var: Tensor | None
     w_max: Tensor
     version: Tensor
-    writes: tuple[Tensor, Tensor, str, str] | None = None
 
 
 class Steady(NamedTuple):

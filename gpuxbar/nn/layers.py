@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
-from gpuxbar.bridge.analog_mvm import NOT_PACKED, NOT_WRITTEN, abs_max, analog_mvm, driven_lines
+from gpuxbar.bridge.analog_mvm import NOT_PACKED, abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.dac_clip import dac_clip
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import call
@@ -282,13 +282,11 @@ class AnalogLayer(InSitu):
         self.leave_cells()
         self.write_step += 1
 
-    def conductances(self, weight: Tensor | None = None, for_one_read: bool = False) -> Cells:
+    def conductances(self, weight: Tensor | None = None) -> Cells:
         """What a read finds: programmed if the weights changed, or trained in situ; seen through the wires.
 
         Args:
             weight: The layer's, where it has just been computed: by dropout, say, another at every look. None: look.
-            for_one_read: Whether a read follows at once, to which programming may be left: a call of its own costs more than small
-                layers compute.
         """
         if self.programmed:
             return self.aged_cells()
@@ -306,11 +304,10 @@ class AnalogLayer(InSitu):
         cells, noise_var, w_max, written = map(held.get, CELLS)
         wires, (plan, spec) = held["seen"] is not None, self.static
         merge = "none" if wires else self.planes.merge
-        writes, plain = (written, held["write_step"], spec, merge), self.plan.reference == (0, 0)
-        if for_one_read and plain and not wires and held["packed_state"] is None:
-            return Cells(cells, None, noise_var, w_max, written, writes)
-        call(reprogram, weight.detach(), cells, noise_var, w_max, *writes, plan)
-        if not plain:  # those of reference lines too
+        call(
+            reprogram, weight.detach(), cells, noise_var, w_max, written, held["write_step"], spec, merge, plan
+        )  # fmt: skip
+        if self.plan.reference != (0, 0):  # those of reference lines too
             w_max = w_max.view(self.groups_, -1)[:, : self.outputs].reshape(-1)
         if wires:
             return self.through_wires(cells, noise_var, w_max, written[:1])
@@ -461,7 +458,7 @@ class AnalogLayer(InSitu):
                     f"{self.name}: `x` and `weight` must be plain tensors, got those of a transform of torch.func, which crossbars do "
                     "not follow; call backward() or torch.autograd.grad"
                 )
-            cells = self.conductances(weight, for_one_read=True)
+            cells = self.conductances(weight)
         else:
             cells, weight = steady
         if x.device != weight.device:
@@ -632,7 +629,7 @@ class AnalogLayer(InSitu):
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
         return call(
             analog_mvm, x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, *errors, *self.counter(),
-            *packing, *(cells.writes or NOT_WRITTEN), self.static[0], torch.is_grad_enabled(),
+            *packing, self.static[0], torch.is_grad_enabled(),
         )[0]  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

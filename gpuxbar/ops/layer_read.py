@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from gpuxbar.launch import host_call, library
 from gpuxbar.ops.checks import require_finite_values
-from gpuxbar.ops.program import require_finite_weights
 from gpuxbar.ops.tile_mvm import TileMvm
 from gpuxbar.reference import SMALLEST_RANGE
 
@@ -19,7 +18,7 @@ class LayerRead(TileMvm):
 
     kernel = "gpuxbar_layer_read"
     _fields_: ClassVar = [
-        *((name, c_void_p) for name in ("x", "driven", "dac_lsb", "w_max", "adc_range", "rewrite", "counter", "number")),
+        *((name, c_void_p) for name in ("x", "driven", "dac_lsb", "w_max", "adc_range", "counter", "number")),
         ("unit", c_double),
         *((name, c_int64) for name in (
             "rows", "channels", "each", "lsb_count", "fits", "dac_code_max", "dac_signed", "count",
@@ -28,10 +27,9 @@ class LayerRead(TileMvm):
 
     def run(self, what: str) -> None:
         """Read; the error about values that are not finite calls them `what`."""
-        bad = (c_int64 * 2)()
+        bad = c_int64()
         host_call(library(), self.kernel, self, SMALLEST_RANGE, bad)
-        require_finite_weights(bad[1])
-        require_finite_values(what, bad[0], "bad data")
+        require_finite_values(what, bad.value, "bad data")
 
 
 class LayerGradient(LayerRead):

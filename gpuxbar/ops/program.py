@@ -246,12 +246,7 @@ def reprogram_on_host(
         library(), "gpuxbar_reprogram", write, weight, w_max, g, noise_var, state, scale == "column",
         float(full_weight or 0.0), bad,
     )  # fmt: skip
-    require_finite_weights(bad.value)
-
-
-def require_finite_weights(bad: int) -> None:
-    """Refuse weights to `reprogram` of which so many are NaN or infinite."""
-    require_finite("reprogram", "weight", bad, LOWER)
+    require_finite("reprogram", "weight", bad.value, LOWER)
 
 
 def checksum(weight: np.ndarray) -> int:
@@ -293,10 +288,6 @@ class Writing:
         write = Write.from_buffer_copy(self.packed)
         write.step = step
         return write
-
-    def rewrite(self, step: int, scale: str, full_weight: float | None) -> Rewrite:
-        """The arguments of a `reprogram`, without addresses."""
-        return Rewrite(self.at(step), per_column=scale == "column", full_weight=full_weight or 0.0)
 
 
 @kept
@@ -381,15 +372,6 @@ class Write(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in (
             "digit_max", "steps", "g_min", "g_max", "spread", "write_noise", "write_slope", "write_curve", "stuck_low", "stuck_high", "read_var", "read_power")),
-    ]  # fmt: skip
-
-
-class Rewrite(ctypes.Structure):
-    """Twin of `struct Rewrite` in kernels/host/layer_read.cpp: arguments of `reprogram`."""
-
-    _fields_ = [
-        ("settings", Write), *((name, ctypes.c_void_p) for name in ("weight", "w_max", "g", "noise_var", "state")),
-        ("per_column", ctypes.c_int64), ("full_weight", ctypes.c_double),
     ]  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 // Kernels that other host kernels call: declared where both look, so that the compiler sees them agree.
 #pragma once
-#include "gpuxbar/programming.cuh"
 #include "read.hpp"
 
 extern "C" {
@@ -11,9 +10,6 @@ void gpuxbar_dac_fit(const float* x, const float* scale, gpuxbar::i16* codes, fl
                      gpuxbar::i64 channels, gpuxbar::i64 each, gpuxbar::i64 lsb_count, gpuxbar::i64 code_max,
                      gpuxbar::i64 is_signed, double smallest, gpuxbar::i64* bad);
 void gpuxbar_tile_mvm(const gpuxbar::TileMvm* params);
-void gpuxbar_reprogram(const gpuxbar::Programming* settings, const float* weight, float* w_max, float* g,
-                       float* noise_var, gpuxbar::i64* state, gpuxbar::i64 per_column, double full_weight,
-                       gpuxbar::i64* bad);
 void gpuxbar_outer_product(const float* d, const float* gate, const void* x, const float* scale, float* dw,
                            gpuxbar::i64 batch, gpuxbar::i64 outputs, gpuxbar::i64 inputs, gpuxbar::i64 is_code,
                            gpuxbar::i64 scale_count);

@@ -1,5 +1,5 @@
-// layer_read on the CPU: what a layer's read takes, in one call: its weights written if they have changed (reprogram), the DAC
-// (dac_quantize or dac_fit), then tile_mvm, with the steps and scales that follow from what the layer holds. layer_gradient: what a backward pass through a matrix takes, in one call.
+// layer_read on the CPU: what a layer's read takes, in one call: the DAC (dac_quantize or dac_fit), then tile_mvm, with the steps
+// and scales that follow from what the layer holds. layer_gradient: what a backward pass through a matrix takes, in one call.
 //
 // Small layers compute less than it takes to call kernels one by one. The same bits as by single calls.
 #include <algorithm>
@@ -13,15 +13,6 @@ using namespace gpuxbar;
 
 namespace {
 
-// Arguments of reprogram; mirrored field by field in gpuxbar/ops/program.py.
-struct Rewrite {
-  Programming settings;
-  const float* weight;
-  float *w_max, *g, *noise_var;
-  i64 *state, per_column;
-  double full_weight;
-};
-
 // Mirrored field by field in gpuxbar/ops/layer_read.py. Of the base, `v` and what is said here in other words is not given.
 struct LayerRead : TileMvm {
   const float* x;      // [rows, channels, each] digital values: inputs, or driven backwards, gradients of outputs
@@ -29,7 +20,6 @@ struct LayerRead : TileMvm {
   float* dac_lsb;      // [lsb_count] value of one code; written where it `fits`, null: nobody asks for it then
   const float* w_max;  // [groups * cols] weight of a full pair, or null: nothing is scaled by it
   const float* adc_range;  // [1] or [groups * sense] A: current of the largest code
-  const Rewrite* rewrite;  // of the cells that are read, if they are not of the weights of now, or null
   i64* counter;            // [1] reads so far; `count` more, after this one
   i64* number;             // [1] that number of this read, which fixes its noise; written, null: nobody asks for it
   double unit;             // weight of a full pair in digital units is w_max * unit
@@ -89,14 +79,8 @@ void sum_rows(const float* x, i64 rows, i64 columns, float* sum) {
 
 }  // namespace
 
-// `bad`, [2]: how many values of x and of weights are not finite; a read that finds such leaves no trace.
 extern "C" void gpuxbar_layer_read(const LayerRead* layer, double smallest, i64* bad) {
   LayerRead l = *layer;
-  if (const Rewrite* r = l.rewrite) {
-    gpuxbar_reprogram(&r->settings, r->weight, r->w_max, r->g, r->noise_var, r->state, r->per_column, r->full_weight,
-                      bad + 1);
-    if (bad[1]) return;
-  }
   const i64 values = l.rows * l.channels * l.each, outputs = l.groups * l.cols;
   const i64 sensed = l.groups * (l.transposed ? l.inputs : l.cols), ranges = l.adc_per_column ? sensed : 1;
   const Aligned room(2 * l.lsb_count + outputs + ranges + (l.driven ? 0 : values));

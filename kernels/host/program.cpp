@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "calls.hpp"
 #include "finite.hpp"
 #include "writes.hpp"
 
