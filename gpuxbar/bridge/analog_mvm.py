@@ -181,7 +181,8 @@ def analog_mvm_transposed_packed(
 
 def _transposed(
     grad_y: Tensor, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, adc_range: Tensor,
-    adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, image: list[int], plan: str, packing: tuple[Tensor, Tensor, Tensor] | None = None,
+    adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, image: list[int], plan: str,
+    packing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     way = plan_of(plan)
     read, plain = way.backward, way.reference == (0, 0)

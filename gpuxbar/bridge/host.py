@@ -62,7 +62,7 @@ def address(name: str, t: Tensor, count: int, dtype: torch.dtype = torch.float32
         or not t.is_contiguous()
         or not t.is_cpu
         or t.is_neg()
-        or not (at or not count)
+        or (count and not at)
     ):
         raise ValueError(
             f"gpuxbar: `{name}` must be a contiguous tensor of {count} values of {dtype} in the CPU's memory, got shape {tuple(t.shape)} "
@@ -341,7 +341,7 @@ def _hold(
 
 
 class Kept(NamedTuple):
-    """What shapes and settings say of a layer's read: the struct that it is told by as bytes, the convolution that it points to, and counts."""
+    """What shapes and settings say of a layer's read: its struct as bytes, the convolution that this points to, and counts."""
 
     struct: bytes
     patches: Conv | None
@@ -358,8 +358,8 @@ class Kept(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _layer_read(
-    kind: type[LayerRead], plan: str, transposed: bool, x: torch.Size, g: torch.Size, conv: ConvGeometry | None, want_gate: bool, steps: int | None,
-    ranges: int,
+    kind: type[LayerRead], plan: str, transposed: bool, x: torch.Size, g: torch.Size, conv: ConvGeometry | None, want_gate: bool,
+    steps: int | None, ranges: int,
 ) -> Kept:  # fmt: skip
     way = plan_of(plan)
     read = way.backward if transposed else way.forward

@@ -121,9 +121,8 @@ def gradient(
         return *(found if isinstance(found, tuple) else (found,)), None
 
     def below(*args: Any) -> Any:
-        if _alone(
-            args
-        ):  # as in a compiled graph: to dispatch once more takes longer than small layers compute
+        # alone in a compiled graph, too: to dispatch once more takes longer than small layers compute
+        if _alone(args):
             return op.plain(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

@@ -21,10 +21,10 @@ def program(model: nn.Module, chip: int = 0) -> None:
     """Write a model's weights to its arrays once; from now on its crossbar layers read these devices, at age 0.
 
     Write noise, spread and stuck cells are those of `spec.programming`. Write noise is drawn anew at every call; spread and stuck
-    cells are those of a chip. Layers trained in situ are not written: their devices age as they stand. Weights of crossbar layers must not change while they are
-    programmed; everything else may, digital layers and converter ranges for instance, and gradients flow as before. A weight that
-    changed is refused at the next read, unless it is on a GPU and PyTorch does not count the change: one by an optimiser with
-    fused=True, or in place through `weight.data`.
+    cells are those of a chip. Layers trained in situ are not written: their devices age as they stand. Weights of crossbar layers
+    must not change while they are programmed; everything else may, digital layers and converter ranges for instance, and gradients
+    flow as before. A weight that changed is refused at the next read, unless it is on a GPU and PyTorch does not count the change:
+    one by an optimiser with fused=True, or in place through `weight.data`.
     The state dict keeps what was written and its age, so that an evaluation resumes bit for bit.
 
     A network is judged on several chips by

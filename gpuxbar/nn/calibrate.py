@@ -51,10 +51,10 @@ def calibrate(
 
     Raises:
         TypeError: `model` is no module, `loader` is a tensor or one batch with its target, or a batch is not of these forms.
-        ValueError: The model has no crossbar layers, `batches` is below 1, `loader` gave no batch, a learned DAC range is to begin on inputs of zeros, both `loss` and `step` are given, the
-            model is sharded, a batch norm with the statistics that it began with gets one value a channel, or the model computes
-            with the weight of a layer that it does not call, as some fused attentions do. One batch alone does not tell that
-            from a penalty.
+        ValueError: The model has no crossbar layers, `batches` is below 1, `loader` gave no batch, a learned DAC range is to begin on
+            inputs of zeros, both `loss` and `step` are given, the model is sharded, a batch norm with the statistics that it began
+            with gets one value a channel, or the model computes with the weight of a layer that it does not call, as some fused
+            attentions do. One batch alone does not tell that from a penalty.
     """
     require_batches("calibrate", loader, batches, loss, step)
     found = converted_layers("calibrate", model)
