@@ -634,6 +634,14 @@ def test_products_with_a_hessian_are_refused(kind):
             torch.autograd.grad(grad.sum(), weight, allow_unused=True, retain_graph=True)
 
 
+def test_gradients_that_nothing_trained_has_a_part_in_are_refused_too():
+    """Of a frozen last layer, beside a penalty that has a gradient."""
+    layer, x = linear(dac={"bits": 8}).requires_grad_(False), inputs().requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="must not be differentiated again"):
+        (grad.square().sum() + x.square().sum()).backward()
+
+
 def test_products_with_a_hessian_through_a_frozen_layer_are_refused():
     layer, first = linear(dac={"bits": 8}).requires_grad_(False), nn.Linear(6, 20)
     y = layer(first(torch.randn(4, 6)))

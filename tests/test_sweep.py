@@ -103,15 +103,16 @@ def test_a_folder_is_begun_or_resumed_as_wanted(tmp_path):
         sweep(run, VARY)
 
 
-def test_the_picture_has_a_line_for_every_combination_of_what_is_not_along_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seed", ["seed", "train.seed"])
+def test_the_picture_has_a_line_for_every_combination_of_what_is_not_along_it(seed, tmp_path, monkeypatch):
     """Means over seeds that did not diverge; where all did there is a gap; the ideal accuracy all along."""
     module, drawn = import_module("gpuxbar.experiments.sweep"), []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
-    vary = {"seed": [0, 1], "adc.bits": [2, 4, 8], "dac.bits": [6, 8, None]}
+    vary = {seed: [0, 1], "adc.bits": [2, 4, 8], "dac.bits": [6, 8, None]}
     diverged = {(2, 0, 8), (4, 0, None), (4, 1, None)}
     rows = [{"mode": "ideal", "accuracy": 0.9}]
     rows += [
-        {"adc.bits": a, "seed": s, "dac.bits": d, "mode": "in-situ", "accuracy": None if (a, s, d) in diverged else a / 10 + s / 50}
+        {"adc.bits": a, seed: s, "dac.bits": d, "mode": "in-situ", "accuracy": None if (a, s, d) in diverged else a / 10 + s / 50}
         for s in (0, 1) for a in (2, 4, 8) for d in (6, 8, None)
     ]  # fmt: skip
     module._plot(rows, vary, tmp_path / "sweep.png")
