@@ -288,6 +288,19 @@ def test_a_range_of_no_weight_is_refused_before_any_device_moves():
     assert torch.equal(module.g_cells, before)
 
 
+def test_a_weight_that_something_else_set_is_refused_before_any_pulse():
+    module = layer(update={"law": "soft_bounds"}, pulses={})
+    module.begin_in_situ()
+    before = module.g_cells.clone()
+    with torch.no_grad():
+        module.weight[0, 0] += 0.1
+    with pytest.raises(
+        ValueError, match="`weight` must be what the cells read once trained in situ, got 1 other"
+    ):
+        module.update_in_array(torch.ones(2, 6), torch.ones(2, 7), 0.1)
+    assert torch.equal(module.g_cells, before)
+
+
 def test_a_range_of_no_weight_is_refused_before_any_pulse():
     module = layer(update={"law": "soft_bounds"}, pulses={})
     module.begin_in_situ()
