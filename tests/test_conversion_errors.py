@@ -103,9 +103,16 @@ def test_errors_of_converters_count_as_noise(errors, form):
 
 @pytest.mark.parametrize("shape", ["linear", "conv"])
 @pytest.mark.parametrize("form", FORMS)
-def test_errors_of_a_transposed_read_are_those_of_the_gradient(form, shape):
-    of_adc = {"adc": {"bits": 6, "range": "worst_case"}}
-    spec = settings(FORMS[form], {"dac": {"range": "sample", "max": None, "bits": 8}, "backward": of_adc})
+@pytest.mark.parametrize(
+    ("backward", "largest"),
+    [
+        ({"adc": {"bits": 6, "range": "worst_case"}}, "ADC rounding"),
+        ({"dac": {"bits": 8, "range": "sample", "gain_std": 0.1, "offset_std": 1e-3, "inl": 2.0}}, "driving"),
+    ],
+    ids=["adc", "dac"],
+)
+def test_errors_of_a_transposed_read_are_those_of_the_gradient(backward, largest, form, shape):
+    spec = settings(FORMS[form], {"dac": {"range": "sample", "max": None, "bits": 8}, "backward": backward})
     layer, exact = (layer_of(shape, each, stride=3) for each in (spec, settings(FORMS[form], WITHOUT_DAC)))
     x = torch.zeros(50, 40) if shape == "linear" else torch.zeros(5, 4, 9, 9)
     grad = whole_numbers(*layer(x).shape)
@@ -120,7 +127,7 @@ def test_errors_of_a_transposed_read_are_those_of_the_gradient(form, shape):
     assert rows[0].largest == "none"  # nothing is driven
     whole = sum(getattr(rows[1], kind) ** 2 for kind in KINDS) ** 0.5
     assert whole == pytest.approx(error(*found), rel=0.02)
-    assert rows[1].largest == "ADC rounding"
+    assert rows[1].largest == largest
 
 
 @pytest.mark.parametrize("form", ["subtracted", "differential"])
