@@ -242,15 +242,12 @@ def matrix_gradients(
 
     What `analog_mvm` returned of the read, and what it was given for the transposed one, are `gate` to `number`.
     """
-    grad_x, grad_w, grad_bias = host.layer_gradient(
+    found = host.layer_gradient(
         plan, grad_y, gate if gate.numel() else None, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, number,
         f"{plan_of(plan).name}: the gradient of the output", (want_x, want_weight, want_bias),
     )  # fmt: skip
-    return (
-        grad_y.new_empty(0) if grad_x is None else grad_x,
-        grad_y.new_empty(0) if grad_w is None else grad_w,
-        grad_y.new_empty(0) if grad_bias is None else grad_bias,
-    )
+    grad_x, grad_w, grad_bias = (grad_y.new_empty(0) if each is None else each for each in found)
+    return grad_x, grad_w, grad_bias
 
 
 def _at_once(grad_y: Tensor, way: ReadPlan) -> bool:
@@ -443,16 +440,12 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     grad_y = grad_y.float()
     samples = None if ctx.image else Samples.of(weight)
     if not ctx.image and samples is None and _at_once(grad_y, way):
-        to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
-        grad_x, grad_w, grad_bias = call(
-            matrix_gradients, grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, step, ctx.plan, to_x, to_weight,
-            to_bias,
+        wanted = ctx.needs_input_grad[:3]
+        found = call(
+            matrix_gradients, grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, step, ctx.plan, *wanted
         )  # fmt: skip
-        return (
-            grad_x if to_x else None,
-            grad_w.to(weight.dtype) if to_weight else None,
-            grad_bias if to_bias else None,
-        )
+        # which autograd gives the precision of the weight and the bias
+        return tuple(each if asked else None for each, asked in zip(found, wanted, strict=True))
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
     gated, of_product = grad_y.contiguous(), gate if gate.numel() else None
     if of_product is not None and (ctx.needs_input_grad[0] or ctx.image or samples):
