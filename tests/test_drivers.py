@@ -247,6 +247,15 @@ def test_layers_read_as_their_settings_say(way, converted, shape, batch, backend
         assert np.square(found.numpy() - wanted).mean() < np.square(close * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("way", ["whole", "sinh", "2-bits"])
+def test_images_of_whole_vectors_are_driven_as_others(way):
+    """Their lines drive arrays from where they lie, but by DACs with errors, where every line of an array has its own."""
+    layer = layer_of("conv", spec_of(WAYS[way]))
+    x, grad_y = torch.randn(2, 4, 8, 16), torch.randn(2, 6, 8, 16)
+    for found, wanted in zip(run(layer, x, grad_y), expected(layer, x, grad_y), strict=True):
+        np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("shape", ["linear", "conv"])
 @pytest.mark.parametrize("way", ["whole", "sinh", "2-bits", "no-dac", "of-its-own"])
 def test_layers_on_a_gpu_read_as_their_settings_say(way, shape, monkeypatch):
