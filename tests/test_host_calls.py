@@ -301,11 +301,12 @@ def test_a_weight_that_something_else_set_is_refused_before_any_pulse():
     assert torch.equal(module.g_cells, before)
 
 
-def test_a_range_of_no_weight_is_refused_before_any_pulse():
+@pytest.mark.parametrize("value", [0.0, float("inf")])
+def test_a_range_of_no_weight_is_refused_before_any_pulse(value):
     module = layer(update={"law": "soft_bounds"}, pulses={})
     module.begin_in_situ()
     before = module.g_cells.clone()
-    module.w_max[2:4] = 0.0
+    module.w_max[2:4] = value
     with pytest.raises(
         ValueError, match="`w_max` must be finite and above 0, got 2 other values; use the largest"
     ):
