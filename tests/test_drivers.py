@@ -549,3 +549,9 @@ def test_errors_of_dacs_pass_wires_by_superposition():
         np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5 * np.abs(wanted).max())
     weight = layer.weight.detach().numpy()
     assert np.abs(seen.T * scale - weight).max() > 0.01 * np.abs(weight).max()
+
+
+def test_devices_that_hardly_bend_drive_tensors_as_ohmic_ones_do():
+    digits = torch.arange(-127, 128, dtype=torch.float32)
+    volts = ops.Drivers(v_read=0.2, v_sinh=1e6).driven(digits, 0.2 / 127)
+    torch.testing.assert_close(volts, digits * (0.2 / 127), rtol=1e-6, atol=0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import e, sinh, sqrt
+from math import sinh, sqrt
 from typing import Any
 
 import numpy as np
@@ -189,7 +189,9 @@ class Drivers:
         if self.v_sinh is None:
             return volts
         bend = volts / self.v_sinh
-        return self.v_read / sinh(self.v_read / self.v_sinh) * (e**bend - e**-bend) / 2
+        # not by exponentials, which cancel in float32
+        of_devices = bend.sinh() if hasattr(bend, "sinh") else np.sinh(bend)
+        return self.v_read / sinh(self.v_read / self.v_sinh) * of_devices
 
 
 def tile_mvm(
