@@ -317,27 +317,26 @@ def layer_gradient(
 def _hold(
     read: LayerRead, kept: Kept, g: Tensor, w_max: Tensor | None, noise_var: Tensor | None, adc_range: Tensor,
     adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     """Tell a read where that lies which a layer holds; returns what must live until then."""
-    g, adc_range = g.contiguous(), adc_range.contiguous()
-    read.g, read.adc_range = address("g", g, kept.cells), address("adc_range", adc_range, kept.ranges)
+    held = []
+    for name, values, count in (
+        ("g", g, kept.cells), ("adc_range", adc_range, kept.ranges), ("w_max", w_max, kept.weights),
+        ("noise_var", noise_var, kept.cells), ("dac_error", dac_error, 3 * kept.lines),
+    ):  # fmt: skip
+        if values is not None:
+            values = values.contiguous()
+            setattr(read, name, address(name, values, count))
+            held.append(values)
     read.counter = address("counter", counter, 1, torch.int64)
-    if w_max is not None:
-        w_max = w_max.contiguous()
-        read.w_max = address("w_max", w_max, kept.weights)
-    if noise_var is not None:
-        noise_var = noise_var.contiguous()
-        read.noise_var = address("noise_var", noise_var, kept.cells)
     if adc_error is not None:
         adc_error = adc_error.contiguous()
         kinds = ADC_ERRORS[: len(adc_error)]
         first = address("adc_error", adc_error, len(kinds) * kept.converters)
         for n, kind in enumerate(kinds):
             setattr(read, kind, first + n * kept.converters * adc_error.element_size())
-    if dac_error is not None:
-        dac_error = dac_error.contiguous()
-        read.dac_error = address("dac_error", dac_error, 3 * kept.lines)
-    return g, w_max, noise_var, adc_range, adc_error, dac_error
+        held.append(adc_error)
+    return held
 
 
 class Kept(NamedTuple):

@@ -116,6 +116,22 @@ class Mapping(Part):
         return self
 
 
+def _check_errors(converter: DAC | ADC, share: str) -> None:
+    """Refuse errors of a converter without codes, and curves that turn back; `share`: what the bound of these is of the codes."""
+    kind, most = type(converter).__name__, converter.inl_most
+    if converter.bits is None and converter.flawed:
+        errors = ", ".join(f"{name}={getattr(converter, name):g}" for name in ERRORS)
+        raise ValueError(
+            f"{kind}: `bits` must be set with converter errors, got None with {errors}; set the resolution"
+        )
+    for name in ("inl", "inl_std"):
+        inl = getattr(converter, name)
+        if abs(inl) > most:
+            raise ValueError(
+                f"{kind}: `{name}` must be within +-{most:g} steps, {share}, got {inl:g}; a curve that bends more turns back"
+            )
+
+
 class DAC(Part):
     """Digital input to wordline voltage.
 
@@ -179,16 +195,7 @@ class DAC(Part):
                 "DAC: `bits` must be set with range='learned', got None; without rounding, the wider a range the better: set it, "
                 "or range='tensor'"
             )
-        if self.bits is None and self.flawed:
-            raise ValueError(
-                f"DAC: `bits` must be set with converter errors, got None with {_errors(self)}; set the resolution"
-            )
-        for name, inl in (("inl", self.inl), ("inl_std", self.inl_std)):
-            if abs(inl) > self.inl_most:
-                raise ValueError(
-                    f"DAC: `{name}` must be within +-{self.inl_most:g} steps, a sixth of the largest digit, got {inl:g}; a curve that "
-                    "bends more turns back"
-                )
+        _check_errors(self, "a sixth of the largest digit")
         return self
 
     @property
@@ -257,16 +264,7 @@ class ADC(Part):
                 f"ADC: `i_max` goes with range='fixed' and only with it, got range={self.range!r} and "
                 f"i_max={self.i_max}; set both or neither"
             )
-        if self.bits is None and self.flawed:
-            raise ValueError(
-                f"ADC: `bits` must be set with converter errors, got None with {_errors(self)}; set the resolution"
-            )
-        for name, inl in (("inl", self.inl), ("inl_std", self.inl_std)):
-            if abs(inl) > self.inl_most:
-                raise ValueError(
-                    f"ADC: `{name}` must be within +-{self.inl_most:g} steps, a twelfth of the codes of {self.bits} bits, got {inl:g}; a "
-                    "curve that bends more turns back"
-                )
+        _check_errors(self, f"a twelfth of the codes of {self.bits} bits")
         return self
 
     @property
@@ -802,10 +800,6 @@ class CrossbarSpec(Part):
     @property
     def backward_adc(self) -> ADC:
         return self.backward.adc or self.adc
-
-
-def _errors(converter: DAC | ADC) -> str:
-    return ", ".join(f"{name}={getattr(converter, name):g}" for name in ERRORS)
 
 
 def _gives(overrides: Any, key: tuple[str, ...]) -> bool:
