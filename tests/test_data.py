@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from dataclasses import replace
@@ -141,6 +142,16 @@ def test_a_missing_package_is_named(monkeypatch, name, package, extra):
         ValueError, match=rf"must have a working {package}, .*pip install 'gpuxbar\[{extra}\]'"
     ):
         load_data(name)
+
+
+def test_a_torchvision_of_another_torch_is_named(monkeypatch):
+    def refuse(module):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("gpuxbar.experiments.data.importlib.import_module", refuse)
+    way_out = re.escape(f"install a torchvision that fits torch {torch.__version__}")
+    with pytest.raises(ValueError, match=f"nms does not exist; {way_out}"):
+        load_data("torchvision:CIFAR10")
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,10 @@ def _package(name: str, module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the latter
         package = module.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError):
+            way_out = f"pip install 'gpuxbar[{extra}]'"
+        else:
+            way_out = f"install a {package} that fits torch {torch.__version__} and numpy {np.__version__}"
         raise ValueError(
-            f"load_data: `{name}` must have a working {package}, got: {error}; pip install 'gpuxbar[{extra}]'"
+            f"load_data: `{name}` must have a working {package}, got: {error}; {way_out}"
         ) from error
