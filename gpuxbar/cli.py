@@ -23,6 +23,7 @@ from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
 from gpuxbar.experiments import Run, sweep
 from gpuxbar.experiments import train as run_training
 from gpuxbar.experiments.messages import show_error
+from gpuxbar.experiments.networks import NETWORKS
 from gpuxbar.experiments.staircase import plot_staircases
 from gpuxbar.experiments.sweep import shown
 from gpuxbar.launch import explain
@@ -64,6 +65,10 @@ def train(
     data: Annotated[str, typer.Option(help="digits, mnist5k or torchvision:<Name>.")] = "digits",
     data_dir: Annotated[Path, typer.Option(help="Folder of torchvision's files.")] = Path("data"),
     download: Annotated[bool, typer.Option(help="Download what is missing there.")] = False,
+    network: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(NETWORKS)}; what is usual for the size of the images if not given."),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate of AdamW.")] = 3e-3,
@@ -90,7 +95,7 @@ def train(
             folder=Path("runs") / (name or data.replace(":", "-")), spec=_settings(spec, preset_, set_ or []),
             modes=None if modes is None else tuple(modes.split(",")), epochs=epochs, batch=batch, lr=lr, in_situ_lr=in_situ_lr,
             momentum=momentum, optimizer=optimizer, seed=seed, resume=resume, data=data,
-            data_dir=data_dir, download=download, device=device, threads=threads,
+            data_dir=data_dir, download=download, network=network, device=device, threads=threads,
         )  # fmt: skip
         if vary:
             return _sweep(run, vary, console)

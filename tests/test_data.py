@@ -169,6 +169,25 @@ def test_networks_have_their_published_size(shape, name, parameters):
     assert model(torch.randn(2, *shape)).shape == (2, 10)
 
 
-def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match="images must be 8 x 8, 28 x 28 or 32 x 32, got 96 x 96;"):
-        network((3, 96, 96), 10)
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("mlp", 256 * 2305 + 128 * 257 + 7 * 129), ("resnet20", 269527), ("resnet18", 11172423)],
+)
+def test_some_networks_take_images_of_any_size(name, parameters):
+    got, model = network((3, 32, 24), 7, name)
+    assert got == name
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.randn(2, 3, 32, 24)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "message"),
+    [
+        ((3, 96, 96), None, "`name` must be given for images of 96 x 96, got none; choose one of mlp, resnet20, resnet18,"),
+        ((1, 28, 28), "cnn", "`name` must be a network for images of 28 x 28, got 'cnn', for 8 x 8; choose another"),
+        ((1, 28, 28), "resnet", "`name` must be a network, got 'resnet'; did you mean `resnet"),
+    ],
+)  # fmt: skip
+def test_networks_that_do_not_fit_are_refused(shape, name, message):
+    with pytest.raises(ValueError, match=message):
+        network(shape, 10, name)

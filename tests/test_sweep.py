@@ -81,6 +81,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
         ({"train.seed": ["a"]}, None, "train: `seed` must be an int, got 'a'"),
         ({"train.momentum": ["a"]}, None, "train: `momentum` must be a float, got 'a'"),
         ({"train.optimizer": ["agadd"]}, None, "train: `optimizer` must be an in-situ algorithm, got 'agadd'"),
+        ({"train.network": ["mlp", "resnet19"]}, None, "network: `name` must be a network, got 'resnet19'"),
         ({"adc.bits": []}, None, r"sweep: `vary` must hold values that differ, got \[\] for adc.bits"),
         ({"adc.bits": [6]}, ("in-situ",), "`update` of the spec must be an update law"),
         ({"update": [{"law": "ideal"}, None]}, ("in-situ",), "`update` of the spec must be an update law"),
@@ -210,6 +211,17 @@ def test_options_of_the_training_are_varied_behind_a_word(tmp_path):
     # in another order, of which the ideal runs know nothing
     again = sweep(Run(**vars(run) | {"resume": True}), {**vary, "train.in_situ_lr": [0.2, 0.1]})
     assert sorted(map(str, again)) == sorted(map(str, rows))
+
+
+def test_networks_are_varied(tmp_path):
+    rows = sweep(Run(tmp_path / "nets", SPEC, **COMMON), {"train.network": ["mlp", "cnn"]})
+    assert [(row["train.network"], row["mode"]) for row in rows] == [
+        (name, mode) for name in ("mlp", "cnn") for mode in ("ideal", "hardware-aware")
+    ]
+    alone = train(Run(tmp_path / "alone", SPEC, modes=("ideal",), network="mlp", **COMMON))
+    assert rows[0]["loss"] == alone[-1]["loss"] != rows[2]["loss"]
+    with pytest.raises(ValueError, match="`network` must be that of the interrupted run, 'mlp', got 'cnn'"):
+        train(Run(tmp_path / "alone", SPEC, modes=("ideal",), resume=True, **COMMON))
 
 
 def test_first_weights_are_varied_apart_from_devices(tmp_path):

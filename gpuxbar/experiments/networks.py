@@ -1,31 +1,60 @@
-"""The networks of the main job, chosen by the shape of an image."""
+"""The networks of the main job, chosen by name or by the size of an image."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from math import prod
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["inverted_residuals", "network", "resnet18", "resnet50"]
+from gpuxbar.spec.errors import nearest
+
+__all__ = ["NETWORKS", "inverted_residuals", "network", "resnet18", "resnet50"]
+
+Shape = tuple[int, int, int]
+SIZES = {"cnn": (8, 8), "lenet5": (28, 28)}  # of images; the other networks take any
+USUAL = {(8, 8): "cnn", (28, 28): "lenet5", (32, 32): "resnet20"}
 
 
-def network(shape: tuple[int, int, int], classes: int) -> tuple[str, nn.Module]:
-    """Name and network for images of some channels, height and width.
+def network(shape: Shape, classes: int, name: str | None = None) -> tuple[str, nn.Module]:
+    """Name and network for images of some channels, height and width; None: what is usual for that size.
 
-    8 x 8: two convolutions and two linear layers. 28 x 28: LeNet-5 (LeCun et al., Proc. IEEE 1998) with ReLU and
-    max-pooling. 32 x 32: ResNet-20 (He et al., CVPR 2016).
+    "cnn", for 8 x 8: two convolutions and two linear layers. "lenet5", for 28 x 28: LeNet-5 (LeCun et al., Proc. IEEE 1998) with
+    ReLU and max-pooling. For any size, "mlp": linear layers of 256, 128 and as many as there are classes; "resnet20" and
+    "resnet18" (He et al., CVPR 2016), with the first layer of networks for 32 x 32.
     """
-    channels, *size = shape
-    if size == [8, 8]:
-        return "cnn", _cnn(channels, classes)
-    if size == [28, 28]:
-        return "lenet5", _lenet5(channels, classes)
-    if size == [32, 32]:
-        return "resnet20", ResNet(channels, classes, blocks=3)
-    raise ValueError(
-        f"network: images must be 8 x 8, 28 x 28 or 32 x 32, got {size[0]} x {size[1]}; choose other data, or "
-        "convert a network of yours with gpuxbar.convert"
+    size = shape[1:]
+    if name is None:
+        name = USUAL.get(size)
+    if name is None:
+        any_size = ", ".join(each for each in NETWORKS if each not in SIZES)
+        raise ValueError(
+            f"network: `name` must be given for images of {_text(size)}, got none; choose one of {any_size}, or convert a network of "
+            "yours with gpuxbar.convert"
+        )
+    if name not in NETWORKS:
+        raise ValueError(f"network: `name` must be a network, got {name!r}; {nearest(name, NETWORKS)}")
+    if SIZES.get(name, size) != size:
+        raise ValueError(
+            f"network: `name` must be a network for images of {_text(size)}, got {name!r}, for {_text(SIZES[name])}; choose another"
+        )
+    return name, NETWORKS[name](shape, classes)
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _mlp(shape: Shape, classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(prod(shape), 256),
+        nn.ReLU(),
+        nn.Linear(256, 128),
+        nn.ReLU(),
+        nn.Linear(128, classes),
     )
 
 
@@ -161,3 +190,12 @@ class ResNet(nn.Sequential):
             nn.Flatten(),
             nn.Linear(last, classes),
         )
+
+
+NETWORKS: dict[str, Callable[[Shape, int], nn.Module]] = {
+    "mlp": _mlp,
+    "cnn": lambda shape, classes: _cnn(shape[0], classes),
+    "lenet5": lambda shape, classes: _lenet5(shape[0], classes),
+    "resnet20": lambda shape, classes: ResNet(shape[0], classes, blocks=3),
+    "resnet18": lambda shape, classes: resnet18(shape[0], classes),
+}

@@ -20,8 +20,10 @@ from gpuxbar.spec.errors import nearest
 __all__ = ["shown", "sweep"]
 
 OPTION = "train."  # before keys of options of a training
-OPTIONS = ("epochs", "batch", "lr", "in_situ_lr", "momentum", "optimizer", "seed")
-OF_IDEAL = [OPTION + name for name in ("epochs", "batch", "lr", "seed")]  # that change the mode "ideal" too
+OPTIONS = ("network", "epochs", "batch", "lr", "in_situ_lr", "momentum", "optimizer", "seed")
+OF_IDEAL = [
+    OPTION + name for name in ("network", "epochs", "batch", "lr", "seed")
+]  # that change the mode "ideal" too
 REPEATED = "seed", OPTION + "seed"  # whose values repeat a point
 RESULTS = "loss", "accuracy"
 LINES = "-", "--", ":", "-."
@@ -42,7 +44,8 @@ def sweep(
         run: What all runs have in common. `run.resume` goes on with those that were begun, and begins those that are new; rows
             of others stay in `sweep.csv`.
         vary: Values by keys of the spec, {"adc.bits": [6, 8], "seed": [0, 1]}, or of options of the training behind `train.`:
-            `train.epochs`, `train.batch`, `train.lr`, `train.in_situ_lr`, `train.momentum`, `train.optimizer` and `train.seed`.
+            `train.network`, `train.epochs`, `train.batch`, `train.lr`, `train.in_situ_lr`, `train.momentum`, `train.optimizer` and
+            `train.seed`.
         announce: Hears of every run before it begins.
 
     Raises:

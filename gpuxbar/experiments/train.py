@@ -52,7 +52,7 @@ class Run:
     `modes`: among "ideal", "hardware-aware" and "in-situ"; None: all, in-situ only if the spec has an update law.
     `lr`: of AdamW, for the first two modes; `in_situ_lr`, `momentum`: of the in-situ `optimizer`, a
     name of `optim.build_optimizer`.
-    `data`, `data_dir`, `download`: see `load_data`. `threads`: of the CPU; None leaves them as they are.
+    `data`, `data_dir`, `download`: see `load_data`; `network`: its `name`, what is usual for the images if None. `threads`: of the CPU; None leaves them as they are.
     """
 
     folder: Path
@@ -69,6 +69,7 @@ class Run:
     data: str = "digits"
     data_dir: Path = Path("data")
     download: bool = False
+    network: str | None = None
     device: str = "cpu"
     threads: int | None = None
 
@@ -167,7 +168,7 @@ def modes_of(run: Run) -> tuple[str, ...]:
 def _begin(run: Run, mode: str, data: Data) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The network of a mode before its first epoch, and its optimiser."""
     torch.manual_seed(run.seed)
-    model = network(data.shape, data.classes)[1].to(run.device)
+    model = network(data.shape, data.classes, run.network)[1].to(run.device)
     if mode != "ideal":
         model, _ = convert(model, run.spec)
     if mode == "in-situ":
@@ -242,7 +243,7 @@ def _identity(run: Run, data: Data) -> dict[str, Any]:
     return {
         "spec": run.spec.model_dump(),
         "data": data.identity(),
-        "network": network(data.shape, data.classes)[0],
+        "network": network(data.shape, data.classes, run.network)[0],
         "batch": run.batch,
         "lr": run.lr,
         "in_situ_lr": run.in_situ_lr,
