@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -174,6 +175,27 @@ def test_what_is_not_finite_stays_so_or_is_refused(value, adc, dac):
     y.backward(torch.full_like(y, value))
     assert x.grad.isnan().all()
     assert not layer.weight.grad.isfinite().any()
+
+
+@pytest.mark.parametrize("backend", ["host", "reference"])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("kind", ["tensor", "sample", "fixed", "ema", "learned"])
+def test_no_range_of_a_dac_hides_that_inputs_are_not_finite(kind, signed, backend, monkeypatch):
+    """In training or not; one is refused that would be clipped, and leaves no trace."""
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+    most = {"max": 0.5} if kind in ("fixed", "learned") else {}
+    dac = {"bits": 8, "signed": signed, "range": kind, **most}
+    layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec(dac=dac))
+    layer(torch.ones(2, 4))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    for training, value in itertools.product((True, False), (float("inf"), -float("inf"), float("nan"))):
+        x = torch.ones(2, 4)
+        x[1, 2] = value
+        with pytest.raises(
+            gx.ops.NotFiniteError, match=r"^linear: `x` must be finite, got \d NaN or infinite values; look"
+        ):
+            layer.train(training)(x)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
 
 CUT = {"r_wordline": 1.0, "r_bitline": 1.0, "gradient": "exact"}

@@ -18,6 +18,7 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
+from gpuxbar.bridge.dac_clip import as_finite
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import call, gradient, operator, plan_of
 from gpuxbar.bridge.outer_product import Samples, conv_weight_gradient, weight_gradient
@@ -267,8 +268,7 @@ def driven_gradient(values: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tenso
     read = way.backward
     if read.full:
         full = read.full * way.unit * w_max.amax().reshape(1)
-        # times 0 what is not finite is NaN, and stays so inside the range
-        values = values.clamp(-full, full).add_(values, alpha=0)
+        values = as_finite(values.clamp(-full, full), values)
     else:
         full = abs_max(values, read.per_sample)
     return values, full / max(read.code_max, 1)

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, abs_max, analog_mvm, driven_lines
-from gpuxbar.bridge.dac_clip import dac_clip
+from gpuxbar.bridge.dac_clip import as_finite, dac_clip
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import call
 from gpuxbar.bridge.outer_product import shared_weight
@@ -428,7 +428,7 @@ class AnalogLayer(InSitu):
         if dac.range in BOUNDED:
             x = call(dac_clip, x, top, dac.code_max, dac.signed)
         elif not dac.signed:
-            x = x.clamp_min(0)
+            x = as_finite(x.clamp_min(0), x)
         return x, top.detach() / max(dac.code_max, 1)
 
     def steady(self) -> Steady:
