@@ -310,6 +310,47 @@ def test_layers_refuse_wrong_shapes():
         linear(torch.zeros(2, 4, device="meta"))
 
 
+INPUTS = {
+    "Linear": (nn.Linear(4, 3), (2, 4), "x"),
+    "Conv2d": (nn.Conv2d(2, 3, 3), (1, 2, 5, 5), "x"),
+    "LSTM": (nn.LSTM(4, 3), (5, 2, 4), "input"),
+    "MultiheadAttention": (nn.MultiheadAttention(4, 2), (5, 2, 4), "query"),
+    "ConvTranspose2d": (nn.ConvTranspose2d(2, 3, 3), (1, 2, 5, 5), "input"),
+    "Conv3d": (nn.Conv3d(2, 3, 3), (1, 2, 5, 5, 5), "input"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("name", INPUTS)
+def test_sparse_and_nested_inputs_and_symbolic_traces_are_refused(name):
+    module, shape, argument = INPUTS[name]
+    model, _ = gx.convert(module, gx.CrossbarSpec())
+    x = torch.ones(shape)
+    times = 3 if name == "MultiheadAttention" else 1
+    for given, text in (
+        (x.to_sparse(), r"dense, got torch\.sparse_coo; pass x\.to_dense\(\)"),
+        (torch.ones(2, 4).to_sparse_csr(), r"dense, got torch\.sparse_csr; pass x"),
+        (torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), r"dense, got a nested tensor; pass .*padded_tensor\(x, 0\.0\)"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f": `{argument}` must be {text}"):
+            model(*[given] * times)
+    with pytest.raises(
+        TypeError, match=f"`{argument}` must be .*, got a Proxy of torch.fx; trace the model before gpuxbar"
+    ):
+        torch.fx.symbolic_trace(model)
+
+
+def test_models_are_traced_before_they_are_converted():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.LSTM(3, 2)), torch.randn(5, 2, 4)
+    of_trace, report = gx.convert(torch.fx.symbolic_trace(model), gx.presets.demo())
+    assert [row.runs for row in report.rows] == ["analog"] * 3
+    as_it_is, _ = gx.convert(model, gx.presets.demo())
+    for both in (of_trace, as_it_is):
+        gx.calibrate(both, [x], step=lambda x, both=both: both(x)[0].sum())
+    assert torch.equal(of_trace(x)[0], as_it_is(x)[0])
+
+
 @pytest.mark.parametrize("dac", [{}, {"bits": 8, "range": "fixed", "max": 1.0}], ids=["fitted", "fixed"])
 def test_layers_refuse_weights_of_another_size_and_transforms(dac):
     layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec(dac=dac))
