@@ -475,8 +475,8 @@ def _warn_of_hidden(model: nn.Module) -> None:
     ]
     if hidden:
         warnings.warn(
-            f"gpuxbar: {', '.join(hidden)} of the model hold layers that are none of its submodules, as lists and dicts of Python do; these "
-            "stay digital and out of the report: keep layers in nn.ModuleList or nn.ModuleDict",
+            f"gpuxbar: {', '.join(hidden)} of the model hold layers that are none of its submodules, as lists and dicts of Python do; "
+            "these stay as they are, and out of the report: keep layers in nn.ModuleList or nn.ModuleDict",
             RuntimeWarning,
             stacklevel=3,
         )

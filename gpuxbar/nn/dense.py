@@ -20,8 +20,8 @@ def refuse_other(called: str, argument: str, x: Any, also: str = "") -> NoReturn
     """Say what an argument that is none must be; `also`: what else may be given."""
     if isinstance(x, Proxy):
         raise TypeError(
-            f"{called}: `{argument}` must be a tensor{also}, got a Proxy of torch.fx; trace the model before gpuxbar.convert, which takes "
-            "what torch.fx makes of it, or call torch.export.export"
+            f"{called}: `{argument}` must be a tensor{also}, got a Proxy of torch.fx; trace the model before gpuxbar.convert, "
+            "which takes what torch.fx makes of it, or call torch.export.export"
         )
     if not isinstance(x, Tensor):
         raise TypeError(

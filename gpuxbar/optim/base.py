@@ -41,9 +41,10 @@ class InSituOptimizer(torch.optim.Optimizer):
     A subclass adds to `rules` one for each setting of its own, and has `_write`, which turns a gradient into writes of a layer's
     cells: `layer.change_cells(change, factor)` moves them by factor * change, of the shape of the weight, through the law. Where
     `layer.keeps_operands` there is no gradient, but what `layer.take_operands()` gives, for `layer.change_in_array`: one that
-    deals with such layers says so by `in_array`, of "pulses" and "streamed"; else they are refused. What it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from
-    then on. At the end of a step all cells lose what `spec.retention` says, whether they were written or not. The state dict holds
-    these modules too: with the model's it resumes a run bit for bit.
+    deals with such layers says so by `in_array`, of "pulses" and "streamed"; else they are refused. What it keeps for a layer
+    beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a step all cells lose
+    what `spec.retention` says, whether they were written or not. The state dict holds these modules too: with the model's it
+    resumes a run bit for bit.
 
     Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
     scheduler: they end in one gradient and one rate at each step.
