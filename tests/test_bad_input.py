@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -176,6 +177,27 @@ def test_what_is_not_finite_stays_so_or_is_refused(value, adc, dac):
     assert not layer.weight.grad.isfinite().any()
 
 
+@pytest.mark.parametrize("backend", ["host", "reference"])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("kind", ["tensor", "sample", "fixed", "ema", "learned"])
+def test_no_range_of_a_dac_hides_that_inputs_are_not_finite(kind, signed, backend, monkeypatch):
+    """In training or not; one is refused that would be clipped, and leaves no trace."""
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+    most = {"max": 0.5} if kind in ("fixed", "learned") else {}
+    dac = {"bits": 8, "signed": signed, "range": kind, **most}
+    layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec(dac=dac))
+    layer(torch.ones(2, 4))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    for training, value in itertools.product((True, False), (float("inf"), -float("inf"), float("nan"))):
+        x = torch.ones(2, 4)
+        x[1, 2] = value
+        with pytest.raises(
+            gx.ops.NotFiniteError, match=r"^linear: `x` must be finite, got \d NaN or infinite values; look"
+        ):
+            layer.train(training)(x)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
 CUT = {"r_wordline": 1.0, "r_bitline": 1.0, "gradient": "exact"}
 OVERFLOWS = {
     "hardware-aware": ({}, None),
@@ -286,6 +308,47 @@ def test_layers_refuse_wrong_shapes():
         match=r"head: `x` must be on the layer's device, cpu, got meta; move the batch or the model",
     ):
         linear(torch.zeros(2, 4, device="meta"))
+
+
+INPUTS = {
+    "Linear": (nn.Linear(4, 3), (2, 4), "x"),
+    "Conv2d": (nn.Conv2d(2, 3, 3), (1, 2, 5, 5), "x"),
+    "LSTM": (nn.LSTM(4, 3), (5, 2, 4), "input"),
+    "MultiheadAttention": (nn.MultiheadAttention(4, 2), (5, 2, 4), "query"),
+    "ConvTranspose2d": (nn.ConvTranspose2d(2, 3, 3), (1, 2, 5, 5), "input"),
+    "Conv3d": (nn.Conv3d(2, 3, 3), (1, 2, 5, 5, 5), "input"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("name", INPUTS)
+def test_sparse_and_nested_inputs_and_symbolic_traces_are_refused(name):
+    module, shape, argument = INPUTS[name]
+    model, _ = gx.convert(module, gx.CrossbarSpec())
+    x = torch.ones(shape)
+    times = 3 if name == "MultiheadAttention" else 1
+    for given, text in (
+        (x.to_sparse(), r"dense, got torch\.sparse_coo; pass x\.to_dense\(\)"),
+        (torch.ones(2, 4).to_sparse_csr(), r"dense, got torch\.sparse_csr; pass x"),
+        (torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), r"dense, got a nested tensor; pass .*padded_tensor\(x, 0\.0\)"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f": `{argument}` must be {text}"):
+            model(*[given] * times)
+    with pytest.raises(
+        TypeError, match=f"`{argument}` must be .*, got a Proxy of torch.fx; trace the model before gpuxbar"
+    ):
+        torch.fx.symbolic_trace(model)
+
+
+def test_models_are_traced_before_they_are_converted():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.LSTM(3, 2)), torch.randn(5, 2, 4)
+    of_trace, report = gx.convert(torch.fx.symbolic_trace(model), gx.presets.demo())
+    assert [row.runs for row in report.rows] == ["analog"] * 3
+    as_it_is, _ = gx.convert(model, gx.presets.demo())
+    for both in (of_trace, as_it_is):
+        gx.calibrate(both, [x], step=lambda x, both=both: both(x)[0].sum())
+    assert torch.equal(of_trace(x)[0], as_it_is(x)[0])
 
 
 @pytest.mark.parametrize("dac", [{}, {"bits": 8, "range": "fixed", "max": 1.0}], ids=["fitted", "fixed"])

@@ -28,7 +28,7 @@ from test_tile_mvm import (
 
 from gpuxbar import ops, reference
 from gpuxbar.bench.gpu.ceilings import KERNELS as CEILINGS
-from gpuxbar.launch import CudaDevice, In, Kernel, Out, Scalar
+from gpuxbar.launch import CudaDevice, In, Kernel, Out, Scalar, nvrtc
 from gpuxbar.launch import device as device_module
 from gpuxbar.launch.cubin import closure, cubin, options, resources
 from gpuxbar.launch.kernel import Array
@@ -305,6 +305,42 @@ def test_a_seal_breaks_with_what_it_vouches_for(tmp_path):
         (root / file).write_text(text.replace(old, new, 1))
         assert (seal("fold.cu", lines, root) == before) == same, file
         (root / file).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("installed", "driver", "chosen"),
+    [
+        (["cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"], None, "cu13/lib/libnvrtc.so.13"),
+        (["cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"], 13020, "cu13/lib/libnvrtc.so.13"),
+        (
+            ["cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"],
+            12090,
+            "cuda_nvrtc/lib/libnvrtc.so.12",
+        ),
+        (["cu9/lib/libnvrtc.so.11.2", "cu13/lib/libnvrtc.so.13"], 12090, "cu9/lib/libnvrtc.so.11.2"),
+        (
+            ["cu13/lib/libnvrtc.so.13"],
+            12090,
+            "cu13/lib/libnvrtc.so.13",
+        ),  # whose cubins the driver will refuse
+        ([], 12090, "libnvrtc.so"),
+    ],
+)
+def test_of_several_compilers_the_newest_that_the_driver_loads_is_taken(
+    installed, driver, chosen, tmp_path, monkeypatch
+):
+    def load(name):
+        if name != "libcuda.so.1" or driver is None:
+            raise OSError
+        return SimpleNamespace(cuDriverGetVersion=lambda version: setattr(version._obj, "value", driver))
+
+    for name in installed:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    packages = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda _: packages)
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", load)
+    assert nvrtc._library_path().endswith(chosen)
 
 
 def test_a_header_change_is_a_new_build(tmp_path, monkeypatch):

@@ -265,6 +265,23 @@ def test_layers_read_their_levels(name, monkeypatch):
         assert np.unique(mine).size > mine.size / 4
 
 
+@pytest.mark.parametrize("channels", [(16, 12), (12, 16)], ids=["forward", "backward"])
+def test_layers_that_no_kernel_reads_are_refused_by_name(channels, monkeypatch):
+    """Of a model they may be any; the CPU reads them."""
+    noisy = gx.CrossbarSpec.model_validate(LAYER).with_overrides({"read_noise": {"sigma": 1e-8}})
+    layer = AnalogConv2d(*channels, 1, groups=2, spec=noisy, name="stage.2")
+    x = torch.randn(1, channels[0], 2, 2, requires_grad=True)
+    layer(x).sum().backward()
+    with (
+        gpu_path(monkeypatch),
+        pytest.raises(
+            ValueError,
+            match=r"^stage\.2: `precision` must be possible, got 'int8' where the 6 sensed lines of a group are no multiple of 8, .*; choose",
+        ),
+    ):
+        layer(x).sum().backward()
+
+
 def test_layers_of_bytes_are_calibrated(monkeypatch):
     """To the ranges that the CPU finds, by reads without ADCs, of which no kernel multiplies bytes."""
     spec = gx.CrossbarSpec.model_validate(LAYER).with_overrides({"adc": {"range": "calibrated"}})

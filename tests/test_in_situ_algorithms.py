@@ -699,7 +699,7 @@ def test_errors():
     pulsed = AnalogLinear(4, 3, spec=spec(pulses={}))
     with pytest.raises(
         ValueError,
-        match=r"MixedPrecision: `spec\.pulses` must be None, got a pulse train for linear: changes add up digitally, .*; set pulses=None",
+        match=r"MixedPrecision: `spec\.pulses` must be None, got a pulse train for linear: this algorithm writes gradients, .*; set pulses=None",
     ):
         build_optimizer("mixed-precision", pulsed, lr=0.1)
     streamed = AnalogLinear(
@@ -779,8 +779,26 @@ def test_algorithms_of_ones_own_write_through_the_law_and_resume():
 class Pulsed(gx.optim.InSituOptimizer):
     """By pulse trains."""
 
+    in_array = ("pulses",)
+
     def _write(self, layer, weight, group):
         layer.update_in_array(*layer.take_operands(), group["lr"])
+
+
+@pytest.mark.parametrize("algorithm", [Sign, Pulsed])
+def test_algorithms_of_ones_own_are_given_no_products_that_they_do_not_make(algorithm):
+    """Such layers have no gradient, at which `_write` would fail."""
+    slices = {"mapping": {"slices": 2, "slice_bits": 2}, "carry": {"scheme": "streamed"}}
+    streamed = AnalogLinear(4, 3, spec=spec(**slices))
+    with pytest.raises(ValueError, match=rf"{algorithm.__name__}: `spec\.carry\.scheme` must be accumulate"):
+        algorithm(streamed.parameters(), 0.1)
+    pulsed = AnalogLinear(4, 3, spec=spec(pulses={}))
+    if algorithm is Pulsed:
+        algorithm(pulsed.parameters(), 0.1)
+        return
+    with pytest.raises(ValueError, match=r"Sign: `spec\.pulses` must be None, got a pulse train for linear"):
+        algorithm(pulsed.parameters(), 0.1)
+    assert not pulsed.in_situ
 
 
 def test_operands_of_a_scaled_loss_are_those_of_the_loss():

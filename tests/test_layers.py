@@ -242,6 +242,46 @@ class Experts(nn.Module):
         return torch.cat([self.chosen(x), self.left(x[:0])])
 
 
+class Blocks(nn.Module):
+    def __init__(self, hold):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        hold(self)
+
+
+HIDDEN = {
+    "list": (lambda m: setattr(m, "more", [nn.Linear(4, 4)]), "more"),
+    "dict of tuples": (lambda m: setattr(m, "more", {"a": (3, nn.Sequential(nn.LSTM(4, 4)))}), "more"),
+    "attribute": (lambda m: m.second.__dict__.update(twin=nn.Conv2d(1, 1, 1)), "second.twin"),
+    "on crossbars": (lambda m: setattr(m, "more", [AnalogLinear(4, 4, spec=gx.CrossbarSpec())]), "more"),
+    "what was replaced": (lambda m: setattr(m, "order", [m.second[0], m.first]), "order"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_warning_tells_of_layers_that_are_no_submodules(kind):
+    """They compute digitally, and the report has no row of them."""
+    hold, where = HIDDEN[kind]
+    with pytest.warns(
+        RuntimeWarning, match=f"^gpuxbar: `{where}` of the model hold layers that are none of"
+    ) as told:
+        _, report = gx.convert(Blocks(hold), gx.CrossbarSpec())
+    assert told[0].filename == __file__
+    assert [row.module for row in report.rows] == ["first", "second.0", "second.1"]
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda m: setattr(m, "more", nn.ModuleList([nn.Linear(4, 4)])),
+        lambda m: setattr(m, "norms", [m.second[1], nn.LayerNorm(4), {"model": m}]),
+    ],
+)
+def test_no_warning_tells_of_what_is_called_as_it_is(hold):
+    gx.convert(Blocks(hold), gx.CrossbarSpec())  # warnings are errors
+
+
 @pytest.mark.parametrize("more", [{}, {"pulses": {}}])
 def test_experts_of_no_sample_learn_nothing(more):
     model, _ = gx.convert(Experts(), spec(**NOISY, update={"law": "constant_step"}, **more))

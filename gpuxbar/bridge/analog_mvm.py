@@ -18,6 +18,7 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
+from gpuxbar.bridge.dac_clip import as_finite
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import call, gradient, operator, plan_of
 from gpuxbar.bridge.outer_product import Samples, conv_weight_gradient, weight_gradient
@@ -267,8 +268,7 @@ def driven_gradient(values: Tensor, w_max: Tensor, way: ReadPlan) -> tuple[Tenso
     read = way.backward
     if read.full:
         full = read.full * way.unit * w_max.amax().reshape(1)
-        # times 0 what is not finite is NaN, and stays so inside the range
-        values = values.clamp(-full, full).add_(values, alpha=0)
+        values = as_finite(values.clamp(-full, full), values)
     else:
         full = abs_max(values, read.per_sample)
     return values, full / max(read.code_max, 1)
@@ -362,14 +362,17 @@ def _read(
         more["drivers"] = ops.Drivers(read.v_max, error, read.v_sinh)
     vectors = {"noise_var": noise_var, "col_scale": None if transposed else scale, "bias": bias}
     more |= {name: array(vector) for name, vector in vectors.items() if vector is not None}
-    found = ops.tile_mvm(
-        array(v), array(g), transposed=transposed, groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits,
-        streams=read.streams, phases=read.phases, slice_scale=_slice_scale(way.slice_scale, v.device),
-        read_noise=read.noise, generator=way.generator, seed=way.seed, step=array(number),
-        row_offset=way.rank * len(v) * (1 if conv is None else conv.pixels), row_scale=array(lsb / read.v_lsb), conv=conv,
-        want_gate=want_gate, precision=way.precision if read.code_max else "fp32", g_range=way.g_range, g_step=way.g_step,
-        g_offset=way.g_offset, packed=packed, dac=dac, device=device, **more,
-    )  # fmt: skip
+    try:
+        found = ops.tile_mvm(
+            array(v), array(g), transposed=transposed, groups=way.groups, v_lsb=read.v_lsb, stream_bits=read.stream_bits,
+            streams=read.streams, phases=read.phases, slice_scale=_slice_scale(way.slice_scale, v.device),
+            read_noise=read.noise, generator=way.generator, seed=way.seed, step=array(number),
+            row_offset=way.rank * len(v) * (1 if conv is None else conv.pixels), row_scale=array(lsb / read.v_lsb), conv=conv,
+            want_gate=want_gate, precision=way.precision if read.code_max else "fp32", g_range=way.g_range, g_step=way.g_step,
+            g_offset=way.g_offset, packed=packed, dac=dac, device=device, **more,
+        )  # fmt: skip
+    except ValueError as error:  # as of settings that no kernel of this GPU reads
+        raise type(error)(f"{way.name}: {str(error).removeprefix('tile_mvm: ')}") from None
     if count:
         counter.copy_(number)
     y, gate = found if want_gate else (found, None)

@@ -12,12 +12,12 @@ from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, tensor
 from gpuxbar.bridge.operator import call, gradient, operator
 
-__all__ = ["dac_clip", "dac_clip_gradient", "slopes"]
+__all__ = ["as_finite", "dac_clip", "dac_clip_gradient", "slopes"]
 
 
 @operator(lambda x, top, code_max, signed: x.new_empty(x.shape))
 def dac_clip(x: Tensor, top: Tensor, code_max: int, signed: bool) -> Tensor:
-    """Values inside the range of a DAC: clip(x, -top if signed else 0, top).
+    """Values inside the range of a DAC: clip(x, -top if signed else 0, top); NaN where x is NaN or infinite.
 
     Gradient: straight-through inside the range and 0 beyond. That of `top` is `ops.dac_clip_gradient`'s, which is that of Learned
     Step Size Quantization (Esser et al., ICLR 2020), times code_max**1.5 / sqrt(values of a sample): a range moves as
@@ -31,8 +31,13 @@ def dac_clip(x: Tensor, top: Tensor, code_max: int, signed: bool) -> Tensor:
     """
     if on_cpu(x):  # numbers are several times as fast there; on a GPU they would be waited for
         most = top.item()
-        return x.clamp(-most if signed else 0.0, most)
-    return x.clamp(-top if signed else torch.zeros_like(top), top)
+        return as_finite(x.clamp(-most if signed else 0.0, most), x)
+    return as_finite(x.clamp(-top if signed else torch.zeros_like(top), top), x)
+
+
+def as_finite(clipped: Tensor, x: Tensor) -> Tensor:
+    """What is left of x inside a range; NaN where x is NaN or infinite, which a range would hide."""
+    return clipped.add_(x.detach(), alpha=0)  # times 0 it is NaN
 
 
 @operator(lambda grad, x, top, code_max, signed: (x.new_empty(x.shape), x.new_empty(1)))

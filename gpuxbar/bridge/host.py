@@ -126,7 +126,7 @@ def device_update(
     """Move pairs of devices, and read the weights out: see `ops.device_update`."""
     given = tuple(part is not None for part in (g_held, pulse_count, device_map))
     update, maps = _update(spec, seed, g.shape, dw.shape, given)
-    lowest, highest = w_max.min().item(), w_max.max().item()
+    lowest, highest = map(float, torch.aminmax(w_max))
     if not 0 < lowest <= highest < inf:
         raise ValueError(
             f"device_update: `w_max` must be finite and above 0, got {lowest:g} to {highest:g}; use the largest weight"

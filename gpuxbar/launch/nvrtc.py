@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +21,29 @@ class CompileError(RuntimeError):
 
 
 def _library_path() -> str:
-    """NVRTC of the pip packages if there, else the system's by name."""
+    """NVRTC of the pip packages: the newest, of those whose CUDA the driver loads if there are such. Else the system's, by name."""
     spec = importlib.util.find_spec("nvidia")
-    for root in spec.submodule_search_locations or [] if spec else []:
-        found = sorted(Path(root).glob("*/lib/libnvrtc.so.*"), reverse=True)
-        if found:
-            return str(found[0])
-    return "libnvrtc.so"
+    roots = spec.submodule_search_locations or [] if spec else []
+    found = [path for root in roots for path in Path(root).glob("*/lib/libnvrtc.so.*")]
+    newest = _newest_cuda()
+    loaded = [path for path in found if _cuda_of(path) <= newest]
+    return str(max(loaded or found, key=_cuda_of, default="libnvrtc.so"))
+
+
+def _cuda_of(path: Path) -> int:
+    """The major version in libnvrtc.so.13."""
+    return int(path.name.split(".")[2])
+
+
+def _newest_cuda() -> float:
+    """The newest major version that the driver knows; infinite without one, as where kernels are only compiled."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return inf
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000 or inf
 
 
 @lru_cache(maxsize=1)

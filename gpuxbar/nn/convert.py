@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -113,7 +114,8 @@ def convert(
     Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU, RNN and their
     cells, of Conv3d, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj`
     or `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Subclasses that compute as these do become what these do;
-    layers of other types stay digital and are named in the report.
+    layers of other types stay digital and are named in the report. So do layers that are no submodules, as those in a plain list, of
+    which a warning tells.
 
     Layers on other crossbars than `spec` and `rules` say move there with their weights (what was read of them, where trained in
     situ) and the DAC ranges that they learned, without other ranges, devices and counts: so a trained network is tried on other
@@ -173,6 +175,7 @@ def convert(
             rows.append(Row(label, kind, "analog", why, *_counts(layer, names, positions), layer.clip_rate()))
     choices.require_used([row.module for row in rows if row.why != NO_FORM])
     _call_layers(model)
+    _warn_of_hidden(model)
     return model, Report(tuple(rows))
 
 
@@ -459,6 +462,38 @@ def _call_layers(model: nn.Module) -> None:
                 module.activation_relu_or_gelu = 0
             elif isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False
+
+
+def _warn_of_hidden(model: nn.Module) -> None:
+    """Warn of layers that a module holds otherwise than as its submodules, as in a plain list."""
+    known = set(model.modules())
+    hidden = [
+        f"`{name + '.' if name else ''}{attribute}`"
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if any(held not in known and any(map(_on_crossbars, held.modules())) for held in _held(value))
+    ]
+    if hidden:
+        warnings.warn(
+            f"gpuxbar: {', '.join(hidden)} of the model hold layers that are none of its submodules, as lists and dicts of Python do; "
+            "these stay as they are, and out of the report: keep layers in nn.ModuleList or nn.ModuleDict",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _on_crossbars(module: nn.Module) -> bool:
+    """Whether a module is a layer on crossbars, or of a type that has a crossbar form."""
+    return isinstance(module, AnalogLayer) or _form(module) is not None
+
+
+def _held(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """Modules that a value is or, so many containers deep, holds."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _held(part, depth - 1)
 
 
 def _positions(

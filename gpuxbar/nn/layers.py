@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, abs_max, analog_mvm, driven_lines
-from gpuxbar.bridge.dac_clip import dac_clip
+from gpuxbar.bridge.dac_clip import as_finite, dac_clip
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import call
 from gpuxbar.bridge.outer_product import shared_weight
@@ -28,6 +28,7 @@ from gpuxbar.bridge.wires import weight_through_wires
 from gpuxbar.mapping import full_current, plan_reads, worst_current
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.nn.cells import Cells, Steady
+from gpuxbar.nn.dense import is_dense, refuse_other
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.wires import settings_checksum
 from gpuxbar.ops import PackedConductance
@@ -428,7 +429,7 @@ class AnalogLayer(InSitu):
         if dac.range in BOUNDED:
             x = call(dac_clip, x, top, dac.code_max, dac.signed)
         elif not dac.signed:
-            x = x.clamp_min(0)
+            x = as_finite(x.clamp_min(0), x)
         return x, top.detach() / max(dac.code_max, 1)
 
     def steady(self) -> Steady:
@@ -481,12 +482,8 @@ class AnalogLayer(InSitu):
         y = self.streams.watch(y, weight, x) if watched else y
         return y if y.dtype is weight.dtype else y.to(weight.dtype)
 
-    def refuse_input(self, x: Any, shape: str) -> NoReturn:
-        """Say what `x`, which is no input of the layer, must be."""
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"{self.name}: `x` must be a tensor, got {type(x).__name__}; convert it by torch.as_tensor(x)"
-            )
+    def refuse_input(self, x: Tensor, shape: str) -> NoReturn:
+        """Say of what shape `x`, which is no input of the layer, must be."""
         raise ValueError(
             f"{self.name}: `x` must have shape {shape} for the layer's weights, got {tuple(x.shape)}; look at the layer before it"
         )
@@ -777,7 +774,9 @@ class AnalogLinear(nn.Linear, AnalogLayer):
 
     def forward(self, input: Tensor, steady: Steady | None = None) -> Tensor:
         """As `nn.Linear`'s; `steady` see `read`."""
-        if not isinstance(input, Tensor) or not input.dim() or input.shape[-1] != self.in_features:
+        if not is_dense(input):
+            refuse_other(self.name, "x", input)
+        if not input.dim() or input.shape[-1] != self.in_features:
             self.refuse_input(input, f"[..., {self.in_features}]")
         if input.dim() == 2:
             return self.read(input, steady)
@@ -817,12 +816,10 @@ class AnalogConv(_ConvNd, AnalogLayer):
                     f"{self.name}: `{key}` must stay {self._planned[key]!r}, as the layer was made, got {value!r}; change it before "
                     "gpuxbar.convert"
                 )
+        if not is_dense(x):
+            refuse_other(self.name, "x", x)
         axes = len(self.kernel_size)
-        if (
-            not isinstance(x, Tensor)
-            or x.dim() not in (1 + axes, 2 + axes)
-            or x.shape[-1 - axes] != self.in_channels
-        ):
+        if x.dim() not in (1 + axes, 2 + axes) or x.shape[-1 - axes] != self.in_channels:
             size = ("height", "width")[-axes:]
             self.refuse_input(x, f"[N, {self.in_channels}, {', '.join(size)}], or without N,")
         x = self.batched(x)

@@ -40,10 +40,11 @@ class InSituOptimizer(torch.optim.Optimizer):
 
     A subclass adds to `rules` one for each setting of its own, and has `_write`, which turns a gradient into writes of a layer's
     cells: `layer.change_cells(change, factor)` moves them by factor * change, of the shape of the weight, through the law. Where
-    `layer.keeps_operands` there is no gradient, but what `layer.take_operands()` gives, for `layer.change_in_array`; or `_check`
-    refuses such a layer. What it keeps for a layer beyond its cells is the module that `_begin` returns, `self.parts[weight]` from
-    then on. At the end of a step all cells lose what `spec.retention` says, whether they were written or not. The state dict holds
-    these modules too: with the model's it resumes a run bit for bit.
+    `layer.keeps_operands` there is no gradient, but what `layer.take_operands()` gives, for `layer.change_in_array`: one that
+    deals with such layers says so by `in_array`, of "pulses" and "streamed"; else they are refused. What it keeps for a layer
+    beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a step all cells lose
+    what `spec.retention` says, whether they were written or not. The state dict holds these modules too: with the model's it
+    resumes a run bit for bit.
 
     Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
     scheduler: they end in one gradient and one rate at each step.
@@ -56,6 +57,7 @@ class InSituOptimizer(torch.optim.Optimizer):
     """
 
     rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
+    in_array: ClassVar[tuple[str, ...]] = ()  # products in the array that `_write` makes
     grad_scale: Any  # of a `GradScaler`, and there only while it steps with layers that keep operands; so is found_inf
     found_inf: Any
 
@@ -117,7 +119,14 @@ class InSituOptimizer(torch.optim.Optimizer):
     def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
         """Refuse a layer that this algorithm cannot train, before any begins, and settings that were changed since."""
         layer.require_law()
-        if layer.spec.updates_in_array and layer.spec.pulses is None:
+        if not layer.spec.updates_in_array:
+            return
+        if layer.spec.pulses is not None and "pulses" not in self.in_array:
+            raise ValueError(
+                f"{type(self).__name__}: `spec.pulses` must be None, got a pulse train for {layer.name}: this algorithm writes "
+                "gradients, which pulse trains make none of; set pulses=None, or train by another algorithm"
+            )
+        if layer.spec.pulses is None and "streamed" not in self.in_array:
             raise ValueError(
                 f"{type(self).__name__}: `spec.carry.scheme` must be accumulate or periodic, got 'streamed' for {layer.name}; "
                 "bit streams are InSituSGD's"

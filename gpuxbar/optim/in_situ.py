@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -39,11 +39,13 @@ class InSituSGD(InSituOptimizer):
         Agarwal et al., IJCNN 2016.
     """
 
+    in_array: ClassVar[tuple[str, ...]] = ("pulses", "streamed")
+
     def __init__(self, params: Any, lr: float, momentum: float = 0.0):
         super().__init__(params, lr=lr, momentum=momentum)
 
     def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
-        layer.require_law()
+        super()._check(layer, group)
         if layer.spec.updates_in_array and group["momentum"]:
             by, without = (
                 ("pulse trains", "set pulses=None")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.nn.auxiliary import pulse_weight
-from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
 
@@ -60,14 +59,6 @@ class MixedPrecision(InSituOptimizer):
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, transfer_every: int = 1):
         super().__init__(params, lr=lr, momentum=momentum, transfer_every=transfer_every)
-
-    def _check(self, layer: InSitu, group: dict[str, Any]) -> None:
-        super()._check(layer, group)
-        if layer.spec.pulses is not None:
-            raise ValueError(
-                f"MixedPrecision: `spec.pulses` must be None, got a pulse train for {layer.name}: changes add up digitally, before "
-                "there are pulses; set pulses=None, or train by another algorithm"
-            )
 
     def _begin(self, layer: AnalogLayer, group: dict[str, Any]) -> nn.Module:
         return Accumulator(layer)

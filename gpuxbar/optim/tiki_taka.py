@@ -177,6 +177,7 @@ class TikiTaka(InSituOptimizer):
     """
 
     rules: ClassVar[dict[str, Rule]] = FAST
+    in_array: ClassVar[tuple[str, ...]] = ("pulses",)
     buffers: tuple[str, ...] = ()
 
     def __init__(

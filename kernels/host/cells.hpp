@@ -129,7 +129,7 @@ struct LawTag {
 // Call work with the tag of a law known at run time.
 template <int KIND = 0, class Work>
 void with_law(i32 law, Work&& work) {
-  if constexpr (KIND <= LOOKUP_TABLE) {
+  if constexpr (KIND < Laws::COUNT) {
     if (law == KIND)
       work(LawTag<KIND>{});
     else

@@ -220,10 +220,10 @@ inline void read_few(const TileMvm& p, const Shape& s, float share) {
   const Drivers drivers(p, p.groups * s.drive);
   for (i64 group = 0; group < p.groups; ++group)
     for (i64 pass = 0; pass < s.passes; ++pass) {
-      const Driver drive(p, pass_of(p, pass));
+      const Digits digits(p, pass_of(p, pass));
       float* to = a + group * group_lines + pass * lines;
       for (i64 r = 0; r < p.batch; ++r) {
-        drive(line, (r * p.groups + group) * s.drive, s.drive);
+        digits(line, (r * p.groups + group) * s.drive, s.drive);
         if (p.bends()) drivers.of_lines(line, s.drive, group * s.drive);
         for (i64 k = 0; k < s.drive; ++k) to[k * p.batch + r] = line[k];
       }

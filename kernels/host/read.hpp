@@ -80,19 +80,19 @@ inline Pass pass_of(const TileMvm& p, i64 index) {
   return index < p.streams ? Pass{shift, 1, weight} : Pass{shift, -1, -weight};
 }
 
-// What the driven array drives in a pass, in units of v_lsb.
-struct Driver {
+// The digits of a pass, in units of v_lsb: of codes, or the values themselves.
+struct Digits {
   const TileMvm& p;
   Pass pass;
   u32 mask;
-  Driver(const TileMvm& p, Pass pass) : p(p), pass(pass), mask(p.stream_bits ? (1u << p.stream_bits) - 1 : 0xFFFFu) {}
-  // A hint that values about src are driven soon.
+  Digits(const TileMvm& p, Pass pass) : p(p), pass(pass), mask(p.stream_bits ? (1u << p.stream_bits) - 1 : 0xFFFFu) {}
+  // A hint that those of values about src are fetched soon.
   void ahead(i64 src) const {
     const char* at = (const char*)p.v + src * (p.is_code ? 2 : 4);
     __builtin_prefetch(at);
     __builtin_prefetch(at + 64);
   }
-  // `count` values from src on
+  // those of `count` values from src on
   void operator()(float* dst, i64 src, i64 count) const {
     if (!p.is_code) {
       const float* x = (const float*)p.v + src;

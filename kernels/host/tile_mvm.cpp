@@ -65,14 +65,14 @@ struct Panel {
 
 // a[i / LANES][k][i % LANES]: what drives wordline k for row `row0 + i` of a matrix. In this order what register tiles share
 // fits the first cache; whole rows of ROWS would meet there in few places.
-void pack_matrix(const TileMvm& p, const Shape& s, const Driver& drive, i64 group, i64 row0, i64 rows, float* a) {
+void pack_matrix(const TileMvm& p, const Shape& s, const Digits& digits, i64 group, i64 row0, i64 rows, float* a) {
   const i64 stride = p.groups * s.drive;
   float line[LANES][64];
   for (i64 i = 0; i < rows; i += LANES, a += s.drive * LANES) {
     const i64 n = std::min<i64>(LANES, rows - i);
     for (i64 k = 0; k < s.drive; k += 64) {
       const i64 m = std::min<i64>(64, s.drive - k);
-      for (i64 r = 0; r < n; ++r) drive(line[r], (row0 + i + r) * stride + group * s.drive + k, m);
+      for (i64 r = 0; r < n; ++r) digits(line[r], (row0 + i + r) * stride + group * s.drive + k, m);
       transpose(line[0], 64, n, m, a + k * LANES, LANES);
     }
   }
@@ -151,22 +151,22 @@ class Reader {
           vector[(run.first + i) / LANES] = patches->pixel(runs.front(), run) + i;
     for (i64 part = 0; part < bundle.groups * s.passes; ++part) {
       const i64 group = bundle.group + part / s.passes;
-      const Driver drive(p, pass_of(p, part % s.passes));
+      const Digits digits(p, pass_of(p, part % s.passes));
       float* to = values.get() + part * size;
       if (!p.conv)
-        pack_matrix(p, s, drive, group, row0, count, to);
+        pack_matrix(p, s, digits, group, row0, count, to);
       else if (!patches)
         pack_pixels<ROWS>(
             *p.conv,
             [&](float* to, i64 from, i64 count) {
-              drive.ahead(from + ROWS);
-              drive(to, from, count);
+              digits.ahead(from + ROWS);
+              digits(to, from, count);
             },
             p.groups, group, s.drive, row0, count, to);
       else if (direct)
-        patches->fill(drive, p.groups, group, runs.front(), runs.back(), to);
+        patches->fill(digits, p.groups, group, runs.front(), runs.back(), to);
       else
-        patches->pack(drive, p.groups, group, runs, to);
+        patches->pack(digits, p.groups, group, runs, to);
       if (p.bends()) bend(group, to);
       live[part] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
     }

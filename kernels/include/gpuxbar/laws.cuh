@@ -217,8 +217,16 @@ template <class First, class... Rest>
 struct Pick<0, First, Rest...> {
   using Type = First;
 };
+template <class... L>
+struct LawList {
+  static constexpr int COUNT = sizeof...(L);
+  template <int KIND>
+  using At = typename Pick<KIND, L...>::Type;
+};
+// In the order of `enum Law`.
+using Laws = LawList<LinearStep, SoftBounds, Agarwal, AgarwalSymmetric, NeuroSim, ExponentialStep, PowerStep,
+                     PiecewiseStep, LookupTable>;
 template <int KIND>
-using LawOf = typename Pick<KIND, LinearStep, SoftBounds, Agarwal, AgarwalSymmetric, NeuroSim, ExponentialStep,
-                            PowerStep, PiecewiseStep, LookupTable>::Type;
+using LawOf = Laws::At<KIND>;
 
 }  // namespace gpuxbar
