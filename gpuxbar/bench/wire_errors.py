@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from gpuxbar import ops, reference
-from gpuxbar.bench.record import append, environment, put_table, rows_of
+from gpuxbar.bench.record import append, environment, markdown, put_table, rows_of
 from gpuxbar.experiments.messages import show_error
 
 __all__ = ["CASES", "MARKERS", "Pair", "draw", "errors", "table"]
@@ -94,19 +94,15 @@ def errors(pair: Pair) -> dict[str, tuple[float, float]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown of recorded rows."""
-    out = [
-        "| cells | R_on | wires | " + " | ".join(reference.METHODS) + " |",
-        "|---" * (3 + len(reference.METHODS)) + "|",
-    ]
+    cells = []
     for row in rows:
         pair = Pair(**row["pair"])
-        methods = (row["errors"][method] for method in reference.METHODS)
-        cells = " | ".join(f"{single:.1e} ({double:.1e})" for single, double in methods)
-        out.append(
-            f"| {pair.cells}, {pair.size} x {pair.size} | {pair.r_on / 1e3:g} kohm "
-            f"| {pair.r_wire:g}, {pair.r_end:g} ohm | {cells} |"
-        )
-    return "\n".join(out)
+        of_methods = (row["errors"][method] for method in reference.METHODS)
+        cells.append((
+            f"{pair.cells}, {pair.size} x {pair.size}", f"{pair.r_on / 1e3:g} kohm", f"{pair.r_wire:g}, {pair.r_end:g} ohm",
+            *(f"{single:.1e} ({double:.1e})" for single, double in of_methods),
+        ))  # fmt: skip
+    return markdown(("cells", "R_on", "wires", *reference.METHODS), cells)
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
