@@ -16,7 +16,7 @@ from rich.console import Console
 
 from gpuxbar import ops, reference
 from gpuxbar.bench.record import append, environment, markdown, put_table, rows_of
-from gpuxbar.experiments.messages import show_error
+from gpuxbar.experiments.messages import ended_by
 
 __all__ = ["CASES", "MARKERS", "Pair", "draw", "errors", "table"]
 
@@ -139,7 +139,7 @@ def main(
 ) -> None:
     """Solve pairs of tiles and record the errors of every method, or show what is recorded."""
     console = Console()
-    try:
+    with ended_by(ValueError, OSError):
         if readme is None and picture is None:
             for pair in CASES:
                 if not sizes or pair.size in sizes:
@@ -153,9 +153,6 @@ def main(
             put_table(readme, table(rows), *MARKERS)
         if picture is not None:
             draw(rows).savefig(picture, dpi=120)
-    except (ValueError, OSError) as error:
-        show_error(error)
-        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":
