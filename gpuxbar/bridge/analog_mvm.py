@@ -18,7 +18,6 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
-from gpuxbar.bridge.host import Held
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import call, gradient, operator, plan_of
 from gpuxbar.bridge.outer_product import Samples, conv_weight_gradient, weight_gradient
@@ -110,7 +109,7 @@ def analog_mvm(
     if read.noise or noise_var is not None:
         require_first_pass(way.name)
     with on_device(x, way.name) as device:
-        held = Held(g, noise_var, w_max if plain else None, adc_range, adc_error, dac_error)
+        held = host.Held(g, noise_var, w_max if plain else None, adc_range, adc_error, dac_error)
         y, gate, codes, lsb, number = _read(
             x, dac_lsb, held, bias if plain else None, counter, count, plan, device, f"{way.name}: `x`",
             conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate, want_gate=want_gate and read.adc_bits > 0,
@@ -151,7 +150,7 @@ def analog_mvm_transposed(
     plan: str,
 ) -> Tensor:
     """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
-    held = Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
+    held = host.Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
     return _transposed(grad_y, weight, held, step, image, plan)
 
 
@@ -174,12 +173,12 @@ def analog_mvm_transposed_packed(
     version: Tensor,
 ) -> Tensor:
     """`analog_mvm_transposed` that keeps packed conductances in `packed`."""
-    held = Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
+    held = host.Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
     return _transposed(grad_y, weight, held, step, image, plan, (packed, packed_state, version))
 
 
 def _transposed(
-    grad_y: Tensor, weight: Tensor, held: Held, step: Tensor, image: list[int], plan: str,
+    grad_y: Tensor, weight: Tensor, held: host.Held, step: Tensor, image: list[int], plan: str,
     packing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     way, w_max = plan_of(plan), held.w_max
@@ -239,7 +238,7 @@ def matrix_gradients(
 
     What `analog_mvm` returned of the read, and what it was given for the transposed one, are `gate` to `number`.
     """
-    held = Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
+    held = host.Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
     found = host.layer_gradient(
         plan, grad_y, gate if gate.numel() else None, v, lsb, held, number,
         f"{plan_of(plan).name}: the gradient of the output", (want_x, want_weight, want_bias),
@@ -326,7 +325,7 @@ def _drive(
 
 
 def _read(
-    x: Tensor, dac_lsb: Tensor | None, held: Held, bias: Tensor | None, counter: Tensor, count: int, plan: str,
+    x: Tensor, dac_lsb: Tensor | None, held: host.Held, bias: Tensor | None, counter: Tensor, count: int, plan: str,
     device: Device | None, what: str, *,
     conv: ConvGeometry | None, packed: ops.PackedConductance | None, transposed: bool = False, keep: bool = False,
     want_gate: bool = False,
@@ -342,7 +341,7 @@ def _read(
         if dac_lsb is None and not read.code_max:
             dac_lsb = abs_max(x, read.per_sample)
         return host.layer_read(
-            plan, x, dac_lsb, Held(g, noise_var, *held[2:]), bias, counter, count, what,
+            plan, x, dac_lsb, host.Held(g, noise_var, *held[2:]), bias, counter, count, what,
             transposed=transposed, conv=conv, keep=keep, want_gate=want_gate,
         )  # fmt: skip
     number = counter + count
