@@ -22,7 +22,7 @@ from gpuxbar.bench.__main__ import bench
 from gpuxbar.bridge.arrays import array, explain_gpu, on_device, tensor
 from gpuxbar.experiments import Run, sweep
 from gpuxbar.experiments import train as run_training
-from gpuxbar.experiments.messages import show_error
+from gpuxbar.experiments.messages import ended_by
 from gpuxbar.experiments.networks import NETWORKS
 from gpuxbar.experiments.staircase import plot_staircases
 from gpuxbar.experiments.sweep import shown
@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train a network on labelled images: ideally, hardware-aware on crossbars, in situ; write runs/NAME."""
     console = Console()
-    try:
+    with ended_by(ValueError, OSError, CompileError):
         run = Run(
             folder=Path("runs") / (name or data.replace(":", "-")), spec=_settings(spec, preset_, set_ or []),
             modes=None if modes is None else tuple(modes.split(",")), epochs=epochs, batch=batch, lr=lr, in_situ_lr=in_situ_lr,
@@ -100,9 +100,6 @@ def train(
         if vary:
             return _sweep(run, vary, console)
         records = run_training(run)
-    except (ValueError, OSError, CompileError) as error:
-        show_error(error)
-        raise typer.Exit(2) from error
     table = Table("mode", "test accuracy", "seconds per epoch", title=str(run.folder))
     for mode in dict.fromkeys(r["mode"] for r in records):
         rows = [r for r in records if r["mode"] == mode]
@@ -162,7 +159,7 @@ def devices(
 ) -> None:
     """List devices of the literature, or show one: its law, sources and staircase."""
     console = Console()
-    try:
+    with ended_by(ValueError, OSError):
         chosen = [published_device(each) for each in (DEVICES if name is None else [name])]
         if plot is not None:
             plot_staircases({each.name: (each.law, each.window) for each in chosen}, plot)
@@ -170,9 +167,6 @@ def devices(
             if name is None:
                 raise ValueError(f"devices: `name` must be a device with --out, got none and {out}; name one")
             save_spec(chosen[0].spec(), out)
-    except (ValueError, OSError) as error:
-        show_error(error)
-        raise typer.Exit(2) from error
     if name is None:
         table = Table("device", "law", "window (uS)", "source", title="gpuxbar devices")
         for each in chosen:
@@ -216,7 +210,7 @@ def fit(
     from gpuxbar.experiments.measured import read_pulses
 
     console = Console()
-    try:
+    with ended_by(ValueError, OSError):
         pulses = read_pulses(csv)
         window: dict[str, Any] = {"g_min": g_min, "g_max": g_max}
         found = (
@@ -228,9 +222,6 @@ def fit(
             plot_fit(found, plot)
         if out is not None:
             save_spec(CrossbarSpec(device=found.window, update=found.law), out)
-    except (ValueError, OSError) as error:
-        show_error(error)
-        raise typer.Exit(2) from error
     table = Table(
         "hold-out",
         "pulses",

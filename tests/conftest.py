@@ -66,6 +66,13 @@ def same_on_threads():
     set_threads(before)
 
 
+@pytest.fixture(params=["host", "reference"])
+def backend(request, monkeypatch):
+    """The test runs on each backend of the CPU, whose name this is."""
+    monkeypatch.setattr("gpuxbar.launch.host.WANTED", request.param)
+    return request.param
+
+
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     """The test runs in a folder of its own, given here."""

@@ -131,10 +131,9 @@ def test_a_solved_tile_is_exact_and_reading_changes_nothing():
             np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
-def test_nothing_falls_below_zero(backend, monkeypatch):
+@pytest.mark.usefixtures("backend")
+def test_nothing_falls_below_zero():
     """Cells open after the last solution, which found them worth less than the approximation does."""
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
     g = np.random.default_rng(0).uniform(0, 1 / RON, (4, 32, 32)).astype(np.float32)
     anchor, settings = Anchor.new(g.shape), {"approximation": "mean_field", **STRONG}
     ops.anchored_conductance(g, anchor, **settings)

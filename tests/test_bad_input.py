@@ -79,10 +79,9 @@ DTYPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
 @pytest.mark.parametrize("name", READS)
-def test_reads(name, backend, monkeypatch):
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+@pytest.mark.usefixtures("backend")
+def test_reads(name):
     change, text = READS[name]
     with pytest.raises(ValueError, match=f"^tile_mvm: {text}"):
         ops.tile_mvm(**{"v": zeros(2, 3), "g": zeros(3, 4), **change})
@@ -135,18 +134,16 @@ DACS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
 @pytest.mark.parametrize("name", DACS)
-def test_dacs(name, backend, monkeypatch):
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+@pytest.mark.usefixtures("backend")
+def test_dacs(name):
     change, text = DACS[name]
     with pytest.raises(ValueError, match=f"^dac_quantize: {text}"):
         ops.dac_quantize(**{"x": zeros(3, 2), "lsb": 1.0, "code_max": 7, **change})
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
-def test_empty_batches_are_empty(backend, monkeypatch):
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+@pytest.mark.usefixtures("backend")
+def test_empty_batches_are_empty():
     g = zeros(8, 4)
     noisy = {"adc_bits": 8, "adc_lsb": 1.0, "read_noise": zeros(1) + 1}
     assert ops.tile_mvm(zeros(0, 8), g, row_scale=zeros(1), **noisy).shape == (0, 4)
@@ -416,11 +413,10 @@ WRITTEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in WRITTEN.items() for name in names])
-def test_what_must_not_be_written_is_not(op, name, backend, monkeypatch):
+@pytest.mark.usefixtures("backend")
+def test_what_must_not_be_written_is_not(op, name):
     """A kernel takes an address, and would write there."""
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
     arguments = writes()[op]
     call(op, arguments)
     arguments = writes()[op]
@@ -443,10 +439,9 @@ NUMBERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
 @pytest.mark.parametrize(("op", "change", "text"), NUMBERS)
-def test_settings_of_writes(op, change, text, backend, monkeypatch):
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+@pytest.mark.usefixtures("backend")
+def test_settings_of_writes(op, change, text):
     with pytest.raises(ValueError, match=f"^[a-z_]+: {text}"):
         call(op, writes()[op], **change)
 
@@ -487,9 +482,8 @@ def test_arguments_no_kernel_may_see():
     np.testing.assert_array_equal(ops.tile_mvm(v, g, tile_rows=2**70), ops.tile_mvm(v, g))
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
-def test_empty_batches_and_arrays_change_nothing(backend, monkeypatch):
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+@pytest.mark.usefixtures("backend")
+def test_empty_batches_and_arrays_change_nothing():
     two = writes()
     conv = ConvGeometry(2, 3, 3, (2, 2))
     assert not ops.conv_outer_product(zeros(0, 6, 2, 2), zeros(0, 4, 3, 3), zeros(1), conv, groups=2).any()

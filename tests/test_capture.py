@@ -206,11 +206,8 @@ def test_a_step_by_value_would_show(tape, monkeypatch):
     module = sys.modules["gpuxbar.bridge.analog_mvm"]
     read, count = module._read, iter(range(99))
 
-    def baked(x, lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, step, *more, **settings):
-        fixed = torch.full_like(step, next(count))
-        return read(
-            x, lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, fixed, *more, **settings
-        )
+    def baked(x, lsb, held, bias, step, *more, **settings):
+        return read(x, lsb, held, bias, torch.full_like(step, next(count)), *more, **settings)
 
     monkeypatch.setattr(module, "_read", baked)
     run = Run("digital", lr=1e-30)

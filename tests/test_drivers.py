@@ -229,16 +229,14 @@ def inputs_of(shape, batch, signed=True):
     return x if signed else x.abs(), torch.randn(grad_y)
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
 @pytest.mark.parametrize("batch", [1, 70], ids=["few", "block"])
 @pytest.mark.parametrize("shape", ["linear", "conv"])
 @pytest.mark.parametrize("converted", [{}, CONVERTED], ids=["as-they-are", "converted"])
 @pytest.mark.parametrize("way", WAYS)
-def test_layers_read_as_their_settings_say(way, converted, shape, batch, backend, monkeypatch):
+def test_layers_read_as_their_settings_say(way, converted, shape, batch, backend):
     """Against a simulation of those; ADCs are fine enough, and their range holds all."""
     if backend == "reference" and batch > 1 and shape == "conv":
         batch = 2
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
     layer = layer_of(shape, spec_of(WAYS[way], converted))
     x, grad_y = inputs_of(shape, batch, layer.spec.dac.signed)
     close = 3e-3 if converted or way == "noise" else 2e-6

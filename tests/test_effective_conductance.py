@@ -242,13 +242,10 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["host", "reference"])
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named(name, where, monkeypatch):
-    if where == "reference":
-        if name == "units":
-            pytest.skip("float64 does not overflow")
-        monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
+def test_bad_input_is_named(name, backend):
+    if (name, backend) == ("units", "reference"):
+        pytest.skip("float64 does not overflow")
     change, kind, text = BAD[name]
     values = {**GOOD, **change}
     with pytest.raises(kind, match=text):

@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from functools import partial
 
-import cuda_shim
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
@@ -22,7 +21,6 @@ from test_tile_mvm import (
 )
 
 from gpuxbar import ops, reference
-from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm, rates
 
@@ -255,17 +253,9 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
+def test_seeded_bugs_are_found(name, seeded):
     """Red in at least one of early and late copies; the unchanged kernel is green in both."""
-    old, new = MUTANTS[name]
-    text = (kernel_dir() / "fused_tile_mvm.cu").read_text()
-    assert text.count(old) == 1 or name == "none"
-    mutant = tmp_path / "fused_tile_mvm.cu"
-    mutant.write_text(text.replace(old, new))
-    build = cuda_shim.build
-    monkeypatch.setattr(
-        cuda_shim, "build", lambda file, *rest: build(mutant if file == mutant.name else file, *rest)
-    )
+    seeded("fused_tile_mvm.cu", *MUTANTS[name])
     codes, g = case(131, 300, 140)
     s = {"adc_bits": 8, "adc_lsb": 2e-7, "v_lsb": 1e-3, "read_noise": 2e-7, "seed": SEED}
     expected = reference.tile_mvm(codes, g, tile=100, **s)

@@ -6,7 +6,6 @@ import re
 from contextlib import nullcontext
 from dataclasses import replace
 
-import cuda_shim
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,6 @@ from test_tile_mvm import SEED, assert_matches
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
-from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
@@ -122,16 +120,8 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
-    file, old, new = MUTANTS[name]
-    text = (kernel_dir() / file).read_text()
-    assert text.count(old) == 1
-    mutant = tmp_path / file
-    mutant.write_text(text.replace(old, new))
-    build = cuda_shim.build
-    monkeypatch.setattr(
-        cuda_shim, "build", lambda found, *rest: build(mutant if found == file else found, *rest)
-    )
+def test_seeded_bugs_are_found(name, seeded):
+    seeded(*MUTANTS[name])
     with pytest.raises((AssertionError, RuntimeError)):
         test_int8_is_the_oracle_bit_for_bit("streams")
 

@@ -86,10 +86,9 @@ def pixels(y):
     "parts", [NOISY, OFFSET, SLICED, WIRED, GRADIENT], ids=["pairs", "offset", "sliced", "wires", "exact"]
 )
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("backend", ["host", "reference"])
-def test_a_convolution_is_the_linear_layer_of_its_patches(monkeypatch, backend, order, parts):
+@pytest.mark.usefixtures("backend")
+def test_a_convolution_is_the_linear_layer_of_its_patches(order, parts):
     """Forwards bit for bit; backwards up to the order in which patches fold."""
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
     conv, linear, x, rows = twins(order, **parts)
     y, expected = conv(x), linear(rows)
     torch.testing.assert_close(pixels(y), expected, rtol=0, atol=0)

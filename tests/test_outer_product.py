@@ -98,9 +98,8 @@ def test_units_of_another_number_are_named():
         ops.outer_product(d, x, scale=np.ones(2, np.float32))
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
-def test_operator_is_sound(backend, monkeypatch):
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+@pytest.mark.usefixtures("backend")
+def test_operator_is_sound():
     d, x = (torch.from_numpy(a) for a in case(7, 5, 3))
     codes, units, gate = (100 * x).short(), torch.rand(7), torch.rand(d.shape)
     outer_product = torch.ops.gpuxbar.outer_product.default

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import cuda_shim
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,6 @@ from test_tile_mvm import G_MAX, SEED, case, convolution
 
 import gpuxbar as gx
 from gpuxbar import ops
-from gpuxbar.launch.sources import kernel_dir
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
 READS = {  # strategy, settings
@@ -126,16 +124,8 @@ MUTANTS = {  # of pack_sensed.cu
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_seeded_bugs_are_found(name, tmp_path, monkeypatch):
-    old, new = MUTANTS[name]
-    text = (kernel_dir() / "pack_sensed.cu").read_text()
-    assert old in text
-    mutant = tmp_path / "pack_sensed.cu"
-    mutant.write_text(text.replace(old, new))
-    build = cuda_shim.build
-    monkeypatch.setattr(
-        cuda_shim, "build", lambda file, *rest: build(mutant if file == mutant.name else file, *rest)
-    )
+def test_seeded_bugs_are_found(name, seeded):
+    seeded("pack_sensed.cu", *MUTANTS[name])
     with pytest.raises(AssertionError):
         test_what_is_kept_is_read_until_the_version_is_another("two-halves")
 

@@ -423,9 +423,8 @@ def test_cuda_launches_do_not_depend_on_the_decision():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("full_weight", [None, 1.0])
-@pytest.mark.parametrize("backend", ["host", "reference"])
-def test_weights_that_are_not_finite_change_nothing(value, full_weight, backend, monkeypatch):
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
+@pytest.mark.usefixtures("backend")
+def test_weights_that_are_not_finite_change_nothing(value, full_weight):
     weight, _ = weights((2, 19, 7))
     array = Array(weight.shape)
     assert array.wrote(weight)

@@ -271,11 +271,9 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["host", "reference"])
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named(name, where, monkeypatch):
-    if where == "reference":
-        monkeypatch.setattr("gpuxbar.launch.host.WANTED", "reference")
+def test_bad_input_is_named(name):
     change, kind, text = BAD[name]
     values = {**GOOD, **WIRES["mild"], **change}
     v, g, grad_i = (values.pop(key) for key in ("v", "g", "grad_i"))

@@ -27,7 +27,7 @@ from gpuxbar.bench.record import (
     rows_of,
     summary_table,
 )
-from gpuxbar.experiments.messages import show_error
+from gpuxbar.experiments.messages import ended_by
 from gpuxbar.spec.errors import nearest
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def bench(
 ) -> None:
     """Time the library against the ideal product and against plain PyTorch, after checking its results."""
     console = Console()
-    try:
+    with ended_by(ValueError, OSError, OracleMismatch):
         if list_:
             for case in CASES:
                 console.print(f"{case.name:20} {case.size}", highlight=False, soft_wrap=True)
@@ -87,9 +87,6 @@ def bench(
             put_table(root / "examples/README.md", on_gpu, *markers("gpu"))
         else:
             _measure(console, _chosen(names or []), threads, rounds, record)
-    except (ValueError, OSError, OracleMismatch) as error:
-        show_error(error)
-        raise typer.Exit(2) from error
 
 
 def _explain(console: Console, arch: str, multiprocessors: int) -> None:

@@ -37,61 +37,39 @@ def exact(size: int, count: int, bound: float, others: bool = True) -> Contender
             run["badcrossbar"] = lambda: badcrossbar.compute(
                 inputs, ohms, r_i=WIRES["r_wordline"], node_voltages=False, all_currents=False
             )
-    run["gpuxbar"] = partial(ops.effective_conductance, g, **WIRES)
-
-    def check() -> float:
-        oracle: Any = by_sparse_lu if size <= 128 else reference.effective_conductance
-        return checked(run["gpuxbar"]()[0], oracle(g[0], **WIRES), bound)  # type: ignore[index]
-
-    return Contenders(run, check, {"gpuxbar": count})
+    run["gpuxbar"] = ours = partial(ops.effective_conductance, g, **WIRES)
+    oracle: Any = by_sparse_lu if size <= 128 else reference.effective_conductance
+    return Contenders(run, lambda: checked(ours()[0], oracle(g[0], **WIRES), bound), {"gpuxbar": count})
 
 
 def gradient(size: int, count: int) -> Contenders:
     """The gradient through the wires of every tile, against their exact solution."""
     g = tiles(count, size)
     grad = np.random.default_rng(1).normal(size=g.shape).astype(np.float32)
-    run: dict[str, Callable[[], object]] = {
-        "exact": partial(ops.effective_conductance, g, **WIRES),
-        "gpuxbar": partial(ops.effective_conductance_gradient, g, grad, **WIRES),
-    }
-
-    def check() -> float:
-        expected = reference.effective_conductance_gradient(g[:1], grad[:1], **WIRES)
-        return checked(run["gpuxbar"]()[:1], expected, 2e-5)  # type: ignore[index]
-
-    return Contenders(run, check, {"exact": count, "gpuxbar": count})
+    return _beside(
+        "exact", partial(ops.effective_conductance, g, **WIRES),
+        partial(ops.effective_conductance_gradient, g, grad, **WIRES), count,
+        lambda: reference.effective_conductance_gradient(g[:1], grad[:1], **WIRES), 2e-5,
+    )  # fmt: skip
 
 
 def inputs(size: int, count: int, batch: int) -> Contenders:
     """A few inputs of every tile, against forming their effective conductances and multiplying by these."""
     g = tiles(count, size)
     v = np.random.default_rng(1).uniform(-1, 1, (count, batch, size)).astype(np.float32)
-    run: dict[str, Callable[[], object]] = {
-        "exact": lambda: v @ ops.effective_conductance(g, **WIRES),
-        "gpuxbar": partial(ops.solve_for_inputs, v, g, **WIRES),
-    }
-
-    def check() -> float:
-        expected = v[:2] @ reference.effective_conductance(g[:2], **WIRES)
-        return checked(run["gpuxbar"]()[:2], expected, 5e-6)  # type: ignore[index]
-
-    return Contenders(run, check, {"exact": count, "gpuxbar": count})
+    return _beside(
+        "exact", lambda: v @ ops.effective_conductance(g, **WIRES), partial(ops.solve_for_inputs, v, g, **WIRES), count,
+        lambda: v[:2] @ reference.effective_conductance(g[:2], **WIRES), 5e-6,
+    )  # fmt: skip
 
 
 def approximate(method: Literal["ladder", "mean_field"], size: int = 128, count: int = 400) -> Contenders:
     """An approximation against a copy of the tiles, both into new memory and on all threads."""
     g = tiles(count, size)
-    copied = torch.from_numpy(g)
-    run: dict[str, Callable[[], object]] = {
-        "copy": copied.clone,
-        "gpuxbar": partial(ops.effective_conductance, g, method=method, **WIRES),
-    }
-
-    def check() -> float:
-        expected = reference.effective_conductance(g[:2], method=method, **WIRES)
-        return checked(run["gpuxbar"]()[:2], expected, 5e-6)  # type: ignore[index]
-
-    return Contenders(run, check, {"copy": count, "gpuxbar": count})
+    return _beside(
+        "copy", torch.from_numpy(g).clone, partial(ops.effective_conductance, g, method=method, **WIRES), count,
+        lambda: reference.effective_conductance(g[:2], method=method, **WIRES), 5e-6,
+    )  # fmt: skip
 
 
 def anchored(size: int = 128, count: int = 100, drift: float = 1e-3) -> Contenders:
@@ -112,14 +90,22 @@ def anchored(size: int = 128, count: int = 100, drift: float = 1e-3) -> Contende
         turns.reverse()
         return update(turns[0])
 
-    def check() -> float:
-        found = ours()
-        return checked(found[:2], reference.effective_conductance(turns[0][:2], **WIRES), 1e-2)
-
-    return Contenders(
-        {"exact": partial(ops.effective_conductance, g, **WIRES), "gpuxbar": ours}, check,
-        {"exact": count, "gpuxbar": count},
+    return _beside(
+        "exact", partial(ops.effective_conductance, g, **WIRES), ours, count,
+        lambda: reference.effective_conductance(turns[0][:2], **WIRES), 1e-2,
     )  # fmt: skip
+
+
+def _beside(
+    unit: str, other: Callable[[], object], ours: Callable[[], Any], count: int, expected: Callable[[], np.ndarray], bound: float
+) -> Contenders:  # fmt: skip
+    """What is done with `count` tiles beside another way, by tile; `expected`: what the oracle makes of the first ones then."""
+
+    def check() -> float:
+        found, first = ours(), expected()
+        return checked(found[: len(first)], first, bound)
+
+    return Contenders({unit: other, "gpuxbar": ours}, check, {unit: count, "gpuxbar": count})
 
 
 def tiles(count: int, size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "avx2_table",
     "environment",
     "lines_of",
+    "markdown",
     "markers",
     "other_ratios",
     "put_table",
@@ -117,33 +119,27 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def readme_tables(rows: list[dict[str, Any]]) -> str:
     """Markdown of the rows: times and ratios, speed-ups last, and memory."""
-    out = [
-        "| case | ideal, ms | gpuxbar / ideal | target | others / ideal | error |",
-        "|---|---|---|---|---|---|",
-    ]
+    times = []
     for row in sorted(rows, key=_is_cost, reverse=True):
         ideal = _ms(row["ms"]["ideal"][1]) if _is_cost(row) else ""
-        out.append(
-            f"| {row['case']}: {row['size']} | {ideal} | {_verdict(row)} | {_target(row)} | {other_ratios(row)} "
-            f"| {row['error']:.0e} |"
-        )
-    memory = [row for row in rows if row["extra_mb"]]
+        case, error = f"{row['case']}: {row['size']}", f"{row['error']:.0e}"
+        times.append((case, ideal, _verdict(row), _target(row), other_ratios(row), error))
+    memory = []
+    for row in (row for row in rows if row["extra_mb"]):
+        ideal, ours, plain = (_mb(row["extra_mb"][name]) for name in ("ideal", "gpuxbar", "plain torch"))
+        memory.append((row["case"], ideal, ours, f"<= {row['target_mb']:g}", plain))
+    parts = [markdown(("case", "ideal, ms", "gpuxbar / ideal", "target", "others / ideal", "error"), times)]
     if memory:
-        out += [
-            "",
-            "| extra memory of one call, MB | ideal | gpuxbar | target | plain PyTorch |",
-            "|---|---|---|---|---|",
-        ]
-        for row in memory:
-            mb = {
-                name: "not measured" if value is None else f"{value:.1f}"
-                for name, value in row["extra_mb"].items()
-            }
-            out.append(
-                f"| {row['case']} | {mb['ideal']} | {mb['gpuxbar']} | <= {row['target_mb']:g} | {mb['plain torch']} |"
-            )
-    out += ["", *_machines(rows)]
-    return "\n".join(out)
+        parts.append(
+            markdown(("extra memory of one call, MB", "ideal", "gpuxbar", "target", "plain PyTorch"), memory)
+        )
+    return "\n\n".join([*parts, _machines(rows)])
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, f"|{'---|' * len(head)}", *others])
 
 
 def other_ratios(row: dict[str, Any]) -> str:
@@ -154,6 +150,10 @@ def other_ratios(row: dict[str, Any]) -> str:
 
 def _ms(time: float) -> str:
     return f"{time:.1f}" if time >= 1 else f"{time:.2g}"
+
+
+def _mb(memory: float | None) -> str:
+    return "not measured" if memory is None else f"{memory:.1f}"
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -171,32 +171,30 @@ def _is_cost(row: dict[str, Any]) -> bool:
     return "ideal" in row["ms"]
 
 
-def _machines(rows: list[dict[str, Any]]) -> list[str]:
+def _machines(rows: list[dict[str, Any]]) -> str:
     """Where the rows come from, one line a machine and state of the code."""
     lines = {
         f"{row['cpu']}, {row['cores']} cores; torch {row['torch']}, numpy {row['numpy']}, gpuxbar {row['gpuxbar']} "
         f"at {row['commit']}, {row['date'][:10]}."
         for row in rows
     }
-    return sorted(lines)
+    return "\n".join(sorted(lines))
 
 
 def wires_table(rows: list[dict[str, Any]]) -> str:
     """Markdown of the rows about wires: milliseconds a tile, and how much longer the others take."""
-    out = [
-        "| case | gpuxbar, ms a tile | target | others, times as long | extra MB | error |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
         ms = row["ms"]["gpuxbar"][1]
         others = {name: t[1] / ms for name, t in row["ms"].items() if name != "gpuxbar"}
         text = ", ".join(f"{name} {float(f'{ratio:.2g}'):g}" for name, ratio in others.items())
         memory = row["extra_mb"].get("gpuxbar")
-        out.append(
-            f"| {row['case']}: {row['size']} | {_wires_verdict(row)} | {_wires_target(row)} | {text} "
-            f"| {'' if memory is None else f'{memory:.1f}'} | {row['error']:.0e} |"
-        )
-    return "\n".join([*out, "", *_machines(rows)])
+        cells.append((
+            f"{row['case']}: {row['size']}", _wires_verdict(row), _wires_target(row), text,
+            "" if memory is None else f"{memory:.1f}", f"{row['error']:.0e}",
+        ))  # fmt: skip
+    head = "case", "gpuxbar, ms a tile", "target", "others, times as long", "extra MB", "error"
+    return f"{markdown(head, cells)}\n\n{_machines(rows)}"
 
 
 def _wires_target(row: dict[str, Any]) -> str:
@@ -216,52 +214,47 @@ def _wires_verdict(row: dict[str, Any]) -> str:
 
 def avx2_table(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
     """Markdown of the rows of a CPU without AVX-512 beside those of one that has it."""
-    out = [
-        "| case | gpuxbar / ideal, or ms a tile of wires | with AVX-512 | target | others / ideal |",
-        "|---|---|---|---|---|",
-    ]
+    cells = []
     wide = {(row["case"], row["threads"]): row for row in others}
     for row in rows:
         other = wide.get((row["case"], row["threads"]))
         wires = _kind(row["case"]) == "wires"
         verdict, target = (_wires_verdict, _wires_target) if wires else (_verdict, _target)
-        out.append(
-            f"| {row['case']} | {verdict(row)} | {'' if other is None else verdict(other)} | {target(row)} "
-            f"| {'' if wires else other_ratios(row)} |"
-        )
-    return "\n".join([*out, "", *_machines(rows)])
+        beside = "" if other is None else verdict(other)
+        cells.append((row["case"], verdict(row), beside, target(row), "" if wires else other_ratios(row)))
+    head = "case", "gpuxbar / ideal, or ms a tile of wires", "with AVX-512", "target", "others / ideal"
+    return f"{markdown(head, cells)}\n\n{_machines(rows)}"
 
 
 def training_table(rows: list[dict[str, Any]]) -> str:
     """Markdown of the runs of examples/06_train_through_wires.py."""
-    out = [
-        "| trained with | accuracy there | on exact wires (lowest, highest) | ms a step | estimated error of a tile |",
-        "|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
         found = row["on_exact_wires"]
         error = f"{row['estimated_error']:.0e}" if row["estimated_error"] else ""
-        out.append(
-            f"| {row['trained']} | {row['accuracy']:.3f} | {sum(found) / len(found):.3f} ({min(found):.3f}, "
-            f"{max(found):.3f}) | {row['ms_a_step']:.0f} | {error} |"
-        )
+        exact = f"{sum(found) / len(found):.3f} ({min(found):.3f}, {max(found):.3f})"
+        cells.append((row["trained"], f"{row['accuracy']:.3f}", exact, f"{row['ms_a_step']:.0f}", error))
+    head = (
+        "trained with",
+        "accuracy there",
+        "on exact wires (lowest, highest)",
+        "ms a step",
+        "estimated error of a tile",
+    )
     first = rows[0]
     runs = f"{first['epochs']} epochs of digits on {first['threads']} CPU threads, {len(first['on_exact_wires'])} networks each."
-    return "\n".join([*out, "", runs, *_machines(rows)])
+    return f"{markdown(head, cells)}\n\n{runs}\n{_machines(rows)}"
 
 
 def summary_table(rows: list[dict[str, Any]]) -> str:
     """Markdown of what training steps cost, of the rows of all cases of `SUMMARY`."""
-    out = [
-        "| training step | as on crossbars | times the ideal step of PyTorch | others |",
-        "|---|---|---|---|",
-    ]
     found = {row["case"]: row for row in rows}
-    for case, (step, what) in SUMMARY.items():
-        out.append(
-            f"| {step} | {what} | {found[case]['ratio']['gpuxbar']:.2f} | {other_ratios(found[case])} |"
-        )
-    return "\n".join([*out, "", *_machines([found[case] for case in SUMMARY])])
+    cells = [
+        (step, what, f"{found[case]['ratio']['gpuxbar']:.2f}", other_ratios(found[case]))
+        for case, (step, what) in SUMMARY.items()
+    ]
+    head = "training step", "as on crossbars", "times the ideal step of PyTorch", "others"
+    return f"{markdown(head, cells)}\n\n{_machines([found[case] for case in SUMMARY])}"
 
 
 def rewrite_readmes(root: Path, rows: list[dict[str, Any]]) -> None:

@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from gpuxbar import ops, reference
-from gpuxbar.bench.record import append, environment, put_table, rows_of
-from gpuxbar.experiments.messages import show_error
+from gpuxbar.bench.record import append, environment, markdown, put_table, rows_of
+from gpuxbar.experiments.messages import ended_by
 
 __all__ = ["CASES", "MARKERS", "Pair", "draw", "errors", "table"]
 
@@ -94,19 +94,15 @@ def errors(pair: Pair) -> dict[str, tuple[float, float]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown of recorded rows."""
-    out = [
-        "| cells | R_on | wires | " + " | ".join(reference.METHODS) + " |",
-        "|---" * (3 + len(reference.METHODS)) + "|",
-    ]
+    cells = []
     for row in rows:
         pair = Pair(**row["pair"])
-        methods = (row["errors"][method] for method in reference.METHODS)
-        cells = " | ".join(f"{single:.1e} ({double:.1e})" for single, double in methods)
-        out.append(
-            f"| {pair.cells}, {pair.size} x {pair.size} | {pair.r_on / 1e3:g} kohm "
-            f"| {pair.r_wire:g}, {pair.r_end:g} ohm | {cells} |"
-        )
-    return "\n".join(out)
+        of_methods = (row["errors"][method] for method in reference.METHODS)
+        cells.append((
+            f"{pair.cells}, {pair.size} x {pair.size}", f"{pair.r_on / 1e3:g} kohm", f"{pair.r_wire:g}, {pair.r_end:g} ohm",
+            *(f"{single:.1e} ({double:.1e})" for single, double in of_methods),
+        ))  # fmt: skip
+    return markdown(("cells", "R_on", "wires", *reference.METHODS), cells)
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
@@ -143,7 +139,7 @@ def main(
 ) -> None:
     """Solve pairs of tiles and record the errors of every method, or show what is recorded."""
     console = Console()
-    try:
+    with ended_by(ValueError, OSError):
         if readme is None and picture is None:
             for pair in CASES:
                 if not sizes or pair.size in sizes:
@@ -157,9 +153,6 @@ def main(
             put_table(readme, table(rows), *MARKERS)
         if picture is not None:
             draw(rows).savefig(picture, dpi=120)
-    except (ValueError, OSError) as error:
-        show_error(error)
-        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

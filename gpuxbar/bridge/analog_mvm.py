@@ -110,10 +110,11 @@ def analog_mvm(
     if read.noise or noise_var is not None:
         require_first_pass(way.name)
     with on_device(x, way.name) as device:
+        held = host.Held(g, noise_var, w_max if plain else None, adc_range, adc_error, dac_error)
         y, gate, codes, lsb, number = _read(
-            x, dac_lsb, g, noise_var, w_max if plain else None, bias if plain else None, adc_range, adc_error, dac_error, counter, count,
-            plan, device, f"{way.name}: `x`", conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate,
-            want_gate=want_gate and read.adc_bits > 0, packed=_packed(packed, packed_state, version, 0, device),
+            x, dac_lsb, held, bias if plain else None, counter, count, plan, device, f"{way.name}: `x`",
+            conv=_kept_geometry(plan, weight.shape, x.shape), keep=want_gate, want_gate=want_gate and read.adc_bits > 0,
+            packed=_packed(packed, packed_state, version, 0, device),
         )  # fmt: skip
         if not plain:
             along = [-1, *[1] * (y.dim() - 2)]
@@ -150,9 +151,8 @@ def analog_mvm_transposed(
     plan: str,
 ) -> Tensor:
     """The same array read backwards: gradient of the input, [B, G * I] or images of shape `image`."""
-    return _transposed(
-        grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan
-    )
+    held = host.Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
+    return _transposed(grad_y, weight, held, step, image, plan)
 
 
 # apart from the one above: torch's inductor fails on an operator of one result that changes optional arguments, all None
@@ -174,35 +174,31 @@ def analog_mvm_transposed_packed(
     version: Tensor,
 ) -> Tensor:
     """`analog_mvm_transposed` that keeps packed conductances in `packed`."""
-    packing = packed, packed_state, version
-    return _transposed(
-        grad_y, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, image, plan, packing
-    )
+    held = host.Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
+    return _transposed(grad_y, weight, held, step, image, plan, (packed, packed_state, version))
 
 
 def _transposed(
-    grad_y: Tensor, weight: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor, adc_range: Tensor,
-    adc_error: Tensor | None, dac_error: Tensor | None, step: Tensor, image: list[int], plan: str,
+    grad_y: Tensor, weight: Tensor, held: host.Held, step: Tensor, image: list[int], plan: str,
     packing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    way = plan_of(plan)
+    way, w_max = plan_of(plan), held.w_max
+    assert w_max is not None
     read, plain = way.backward, way.reference == (0, 0)
     conv = _kept_geometry(plan, weight.shape, tuple(image)) if image else None
     with on_device(grad_y, f"{way.name} backward") as device:
         values, lsb = grad_y, None
-        scale: Tensor | None = w_max
         if device is not None or read.full or not read.code_max or (image and not plain):
             # what drives the lines is made here: no DAC of a layer on the CPU fits it
             values, lsb = driven_gradient(gradient_values(grad_y, w_max, way), w_max, way)
-            scale = None
+            held = held._replace(w_max=None)
             if conv is not None and not plain:
                 lsb = lsb.repeat_interleave(conv.pixels) if lsb.numel() > 1 else lsb
                 values, conv = values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]), None
         try:
             grad_x, *_ = _read(
-                values, lsb, g, noise_var, scale, None, adc_range, adc_error, dac_error, step, 0, plan, device,
-                f"{way.name}: the gradient of the output", transposed=True, conv=conv,
-                packed=None if packing is None else _packed(*packing, 1, device),
+                values, lsb, held, None, step, 0, plan, device, f"{way.name}: the gradient of the output", transposed=True,
+                conv=conv, packed=None if packing is None else _packed(*packing, 1, device),
             )  # fmt: skip
         except NotFiniteError:
             # as of a loss that was scaled too far: left to be found as a GradScaler finds it
@@ -243,8 +239,9 @@ def matrix_gradients(
 
     What `analog_mvm` returned of the read, and what it was given for the transposed one, are `gate` to `number`.
     """
+    held = host.Held(g, noise_var, w_max, adc_range, adc_error, dac_error)
     found = host.layer_gradient(
-        plan, grad_y, gate if gate.numel() else None, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, number,
+        plan, grad_y, gate if gate.numel() else None, v, lsb, held, number,
         f"{plan_of(plan).name}: the gradient of the output", (want_x, want_weight, want_bias),
     )  # fmt: skip
     grad_x, grad_w, grad_bias = (grad_y.new_empty(0) if each is None else each for each in found)
@@ -328,8 +325,7 @@ def _drive(
 
 
 def _read(
-    x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
-    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor, count: int, plan: str,
+    x: Tensor, dac_lsb: Tensor | None, held: host.Held, bias: Tensor | None, counter: Tensor, count: int, plan: str,
     device: Device | None, what: str, *,
     conv: ConvGeometry | None, packed: ops.PackedConductance | None, transposed: bool = False, keep: bool = False,
     want_gate: bool = False,
@@ -338,13 +334,14 @@ def _read(
     `keep` may be None."""
     way = plan_of(plan)
     read = way.backward if transposed else way.forward
+    g, noise_var, w_max, adc_range, adc_error, dac_error = held
     g = driven_lines(g, way, transposed)
     noise_var = None if noise_var is None or read.ideal else driven_lines(noise_var, way, transposed)
     if host.serves(device):
         if dac_lsb is None and not read.code_max:
             dac_lsb = abs_max(x, read.per_sample)
         return host.layer_read(
-            plan, x, dac_lsb, g, noise_var, w_max, bias, adc_range, adc_error, dac_error, counter, count, what,
+            plan, x, dac_lsb, host.Held(g, noise_var, *held[2:]), bias, counter, count, what,
             transposed=transposed, conv=conv, keep=keep, want_gate=want_gate,
         )  # fmt: skip
     number = counter + count
@@ -427,9 +424,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ) = inputs  # fmt: skip
     g = g if back_g is None else back_g
     _, v, gate, fitted, step = output
-    # A change of the weight, which alone changes g and w_max, is caught here.
     lsb = fitted if dac_lsb is None else dac_lsb
-    ctx.save_for_backward(v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, dac_error, step)
+    # A change of the weight, which alone changes g and w_max, is caught here.
+    ctx.save_for_backward(v, gate, lsb, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step)
     ctx.packing = packing[1:]  # not saved: reads change it in place, and look at what it is
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
     ctx.set_materialize_grads(False)
@@ -438,15 +435,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return None, None, None
-    v, gate, weight, g, noise_var, w_max, lsb, adc_range, adc_error, dac_error, step = ctx.saved_tensors
+    v, gate, lsb, weight, *held, step = ctx.saved_tensors
     way = plan_of(ctx.plan)
     grad_y = grad_y.float()
     samples = None if ctx.image else Samples.of(weight)
     if not ctx.image and samples is None and _at_once(grad_y, way):
         wanted = ctx.needs_input_grad[:3]
-        found = call(
-            matrix_gradients, grad_y, gate, v, lsb, g, noise_var, w_max, adc_range, adc_error, dac_error, step, ctx.plan, *wanted
-        )  # fmt: skip
+        found = call(matrix_gradients, grad_y, gate, v, lsb, *held, step, ctx.plan, *wanted)
         # which autograd gives the precision of the weight and the bias
         return tuple(each if asked else None for each, asked in zip(found, wanted, strict=True))
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
@@ -456,7 +451,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         of_product = None  # else the weight's gradient alone needs it, whose product does it on the way
     grad_x = grad_w = None
     if ctx.needs_input_grad[0]:
-        read = gated, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step, ctx.image, ctx.plan
+        read = gated, weight, *held, step, ctx.image, ctx.plan
         packed = ctx.packing[0] is not None
         grad_x = (
             call(analog_mvm_transposed_packed, *read, *ctx.packing)

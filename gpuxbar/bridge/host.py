@@ -33,6 +33,7 @@ from gpuxbar.ops.tile_mvm import tile_read
 
 __all__ = [
     "ADC_ERRORS",
+    "Held",
     "checksum",
     "dac_clip_gradient",
     "device_update",
@@ -216,9 +217,22 @@ def _like_pairs(spec: str, seed: int, g: torch.Size, given: tuple[bool, bool, bo
     return ops.Pairs(np.empty(shape, np.float32), **parts, seed=seed, **made_of(spec)), maps
 
 
+class Held(NamedTuple):
+    """What a layer holds for its reads in one direction, as the arguments of `bridge.analog_mvm` say.
+
+    `w_max`: the weights of full pairs, by which results are scaled, and backwards what is driven; None: nothing is.
+    """
+
+    g: Tensor
+    noise_var: Tensor | None
+    w_max: Tensor | None
+    adc_range: Tensor
+    adc_error: Tensor | None
+    dac_error: Tensor | None
+
+
 def layer_read(
-    plan: str, x: Tensor, dac_lsb: Tensor | None, g: Tensor, noise_var: Tensor | None, w_max: Tensor | None, bias: Tensor | None,
-    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor, count: int, what: str, *,
+    plan: str, x: Tensor, dac_lsb: Tensor | None, held: Held, bias: Tensor | None, counter: Tensor, count: int, what: str, *,
     transposed: bool, conv: ConvGeometry | None, keep: bool, want_gate: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """A read of digital values by a `mapping.ReadPlan`, through the DAC: see `ops.dac_quantize` and `ops.tile_mvm`.
@@ -226,7 +240,6 @@ def layer_read(
     Args:
         dac_lsb: Value of one code, float32 [1] or [len(x)]; None: that of a DAC whose range fits x, or, driven backwards, x times
             the weights of full pairs.
-        w_max: These weights, by which the result is scaled; None: nothing is.
         counter: Reads so far, int64 [1], which become `count` more: the number of this read.
         what: What the error about values that are not finite calls x.
 
@@ -235,10 +248,10 @@ def layer_read(
     """
     steps = None if dac_lsb is None else dac_lsb.numel()
     kept = _layer_read(
-        LayerRead, plan, transposed, x.shape, g.shape, conv, want_gate, steps, adc_range.numel()
+        LayerRead, plan, transposed, x.shape, held.g.shape, conv, want_gate, steps, held.adc_range.numel()
     )
     read: LayerRead = LayerRead.from_buffer_copy(kept.struct)
-    held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, dac_error, counter)
+    alive = _hold(read, kept, held, counter)
     x = x.contiguous()
     read.x, read.count = address("x", x, kept.values), count
     if bias is not None:
@@ -261,13 +274,12 @@ def layer_read(
         lsb = x.new_empty(kept.steps)
         read.dac_lsb = lsb.data_ptr()
     read.run(what)
-    del held
+    del alive
     return y, gate, driven, lsb, number
 
 
 def layer_gradient(
-    plan: str, d: Tensor, passed: Tensor | None, v: Tensor, v_unit: Tensor, g: Tensor, noise_var: Tensor | None, w_max: Tensor,
-    adc_range: Tensor, adc_error: Tensor | None, dac_error: Tensor | None, number: Tensor, what: str,
+    plan: str, d: Tensor, passed: Tensor | None, v: Tensor, v_unit: Tensor, held: Held, number: Tensor, what: str,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the inputs, the weights and the bias of a layer's read of a matrix, where they are wanted.
@@ -281,10 +293,12 @@ def layer_gradient(
         number: Its number, int64 [1].
         what: What an error calls d.
     """
-    kept = _layer_read(LayerGradient, plan, True, d.shape, g.shape, None, False, None, adc_range.numel())
+    kept = _layer_read(
+        LayerGradient, plan, True, d.shape, held.g.shape, None, False, None, held.adc_range.numel()
+    )
     d, v, v_unit = d.contiguous(), v.contiguous(), v_unit.contiguous()
     read: LayerGradient = LayerGradient.from_buffer_copy(kept.struct)
-    held = _hold(read, kept, g, w_max, noise_var, adc_range, adc_error, dac_error, number)
+    alive = _hold(read, kept, held, number)
     is_code, units = v.dtype is torch.int16, v_unit.numel()
     if units not in (1, len(d)):
         raise ValueError(f"gpuxbar: `v_unit` must have 1 or {len(d)} values, got {units}; give those of `v`")
@@ -310,33 +324,30 @@ def layer_gradient(
         # as of a loss that was scaled too far: left to be found as a GradScaler finds it
         assert dx is not None
         dx.fill_(torch.nan)
-    del held
+    del alive
     return dx, dw, dbias
 
 
-def _hold(
-    read: LayerRead, kept: Kept, g: Tensor, w_max: Tensor | None, noise_var: Tensor | None, adc_range: Tensor,
-    adc_error: Tensor | None, dac_error: Tensor | None, counter: Tensor,
-) -> list[Tensor]:  # fmt: skip
+def _hold(read: LayerRead, kept: Kept, held: Held, counter: Tensor) -> list[Tensor]:
     """Tell a read where that lies which a layer holds; returns what must live until then."""
-    held = []
+    alive = []
     for name, values, count in (
-        ("g", g, kept.cells), ("adc_range", adc_range, kept.ranges), ("w_max", w_max, kept.weights),
-        ("noise_var", noise_var, kept.cells), ("dac_error", dac_error, 3 * kept.lines),
+        ("g", held.g, kept.cells), ("adc_range", held.adc_range, kept.ranges), ("w_max", held.w_max, kept.weights),
+        ("noise_var", held.noise_var, kept.cells), ("dac_error", held.dac_error, 3 * kept.lines),
     ):  # fmt: skip
         if values is not None:
             values = values.contiguous()
             setattr(read, name, address(name, values, count))
-            held.append(values)
+            alive.append(values)
     read.counter = address("counter", counter, 1, torch.int64)
-    if adc_error is not None:
-        adc_error = adc_error.contiguous()
+    if held.adc_error is not None:
+        adc_error = held.adc_error.contiguous()
         kinds = ADC_ERRORS[: len(adc_error)]
         first = address("adc_error", adc_error, len(kinds) * kept.converters)
         for n, kind in enumerate(kinds):
             setattr(read, kind, first + n * kept.converters * adc_error.element_size())
-        held.append(adc_error)
-    return held
+        alive.append(adc_error)
+    return alive
 
 
 class Kept(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, analog_mvm, analog_mvm_transposed
+from gpuxbar.bridge.host import Held
 from gpuxbar.bridge.lstm_gates import lstm_gates, lstm_gates_gradient
 from gpuxbar.bridge.operator import once
 from gpuxbar.bridge.outer_product import weight_gradient
@@ -62,15 +63,16 @@ class _Sequence(torch.autograd.Function):
             outputs[t] = h
             kept += [v, lsb, gate, gates, before] if keep else []
         g, back_g, noise_var, w_max = cells
-        transposed = g if back_g is None else back_g, noise_var, w_max, *converters[1::2]
+        held = g if back_g is None else back_g, noise_var, w_max, *converters[1::2]
         # A change of the weight, which alone changes g and w_max, is caught here.
-        ctx.save_for_backward(weight, *transposed, *kept)
+        ctx.save_for_backward(weight, *held, *kept)
         return outputs, h, c
 
     @staticmethod
     @once
     def backward(ctx: Any, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor) -> tuple[Any, ...]:
-        weight, g, noise_var, w_max, adc_range, adc_error, dac_error, *kept = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
+        held, kept = saved[: len(Held._fields)], saved[len(Held._fields) :]
         codes, units, gates_of_adc, gates, cells = (kept[k::5] for k in range(5))
         grad_x = grad_outputs.new_empty(*grad_outputs.shape[:2], len(weight))
         gated = torch.empty_like(grad_x) if gates_of_adc[0].numel() else grad_x
@@ -82,9 +84,7 @@ class _Sequence(torch.autograd.Function):
             if gated is not grad_x:
                 torch.mul(grad_x[t], gates_of_adc[k], out=gated[t])
             if k or ctx.needs_input_grad[1]:
-                grad_h = analog_mvm_transposed.plain(
-                    gated[t], weight, g, noise_var, w_max, adc_range, adc_error, dac_error, ctx.steps[k], [], ctx.plan
-                )  # fmt: skip
+                grad_h = analog_mvm_transposed.plain(gated[t], weight, *held, ctx.steps[k], [], ctx.plan)
         grad_w = None
         if ctx.needs_input_grad[3]:
             d = gated[list(ctx.order)] if ctx.order.step < 0 else gated  # in the order of the codes

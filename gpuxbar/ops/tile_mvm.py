@@ -281,13 +281,6 @@ class TileRead:
     y_shape: tuple[int, ...]
     params: bytes
 
-    def run(self, **fields: Any) -> None:
-        """Read on the CPU, with these fields too; None is a null pointer."""
-        struct = TileMvm.from_buffer_copy(self.params)
-        for name, value in fields.items():
-            setattr(struct, name, value)
-        host_call(library(), "gpuxbar_tile_mvm", struct)
-
 
 @kept
 def tile_read(
@@ -549,7 +542,11 @@ def _host(read: TileRead, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> An
     if s["conv"] is not None:
         patches = Conv.of(s["conv"])
         fields["conv"] = ctypes.addressof(patches)
+    seed = s["seed"] & 0xFFFFFFFFFFFFFFFF
+    fields.update(seed=seed, row_offset=s["row_offset"], adc_per_column=adc_lsb.size > 1)
     if read.batch and y.size:
-        seed = s["seed"] & 0xFFFFFFFFFFFFFFFF
-        read.run(**fields, seed=seed, row_offset=s["row_offset"], adc_per_column=adc_lsb.size > 1)
+        struct = TileMvm.from_buffer_copy(read.params)
+        for name, value in fields.items():
+            setattr(struct, name, value)
+        host_call(library(), "gpuxbar_tile_mvm", struct)
     return y if gate is None else (y, gate)

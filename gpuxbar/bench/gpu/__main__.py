@@ -35,7 +35,7 @@ from gpuxbar.bench.gpu.steps import IDEAL, STEP_SIZE, STEP_TARGET, STEPS, check_
 from gpuxbar.bench.gpu.times import IDEAL_PRODUCT, conversions_us, measure_ceilings, replays_us, time_read
 from gpuxbar.bench.record import append, environment
 from gpuxbar.bridge.arrays import explain_gpu
-from gpuxbar.experiments.messages import show_error
+from gpuxbar.experiments.messages import ended_by, show_error
 from gpuxbar.launch import CudaDevice
 from gpuxbar.launch.nvrtc import nvrtc_version
 
@@ -68,13 +68,10 @@ def main(
     if not console.is_terminal:
         console.width = WIDTH
     report = Report(console, record)
-    try:
+    with ended_by(OSError, ValueError):
         arch = _arch()
         names = _sections(section or [], arch, checks)
         report.about = {**_machine(), **environment(ROOT)}
-    except (OSError, ValueError) as error:
-        show_error(error)
-        raise typer.Exit(2) from error
     if checks:
         for only in [name for name in names if name in FUSED] if section else [None]:
             _reads(report, only, checks=True)

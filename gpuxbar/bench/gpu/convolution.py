@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,16 +16,17 @@ __all__ = ["ideal_convolution_us", "weights"]
 
 
 def ideal_convolution_us(
-    conv: ConvGeometry, images: np.ndarray, kernels: np.ndarray, copies: int, rounds: int
-) -> float:
-    """Median microseconds of one convolution, in a CUDA graph of one for each of several copies of the images.
+    conv: ConvGeometry, images: np.ndarray, kernels: np.ndarray, copies: int,
+    time_us: Callable[[Callable[[], object]], float],
+) -> float:  # fmt: skip
+    """Microseconds of one convolution, in a CUDA graph of one for each of several copies of the images.
 
     Args:
         conv: Its geometry.
         images: Codes [N, channels, height, width].
         kernels: Weights [inputs, outputs], the inputs in the order of `reference.unfold`.
         copies: Convolutions of a graph.
-        rounds: Graphs to time.
+        time_us: Times a call on the current stream.
     """
     weight = weights(conv, kernels).to("cuda", torch.float16, memory_format=torch.channels_last)
     one = torch.from_numpy(images).to("cuda", torch.float16, memory_format=torch.channels_last)
@@ -42,15 +43,7 @@ def ideal_convolution_us(
         stream.synchronize()
         with torch.cuda.graph(graph):
             run()
-    times = []
-    for _ in range(rounds + 1):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return 1e3 * median(times[1:]) / copies
+    return time_us(graph.replay) / copies
 
 
 def weights(conv: ConvGeometry, kernels: np.ndarray) -> Tensor:

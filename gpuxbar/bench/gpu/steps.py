@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar.bench.cases import OracleMismatch
+from gpuxbar.bench.gpu.times import median_us
 from gpuxbar.experiments.networks import ResNet, resnet18
 from gpuxbar.nn import calibrate, convert
 from gpuxbar.optim import InSituSGD, capture_step
@@ -18,7 +18,7 @@ from gpuxbar.spec import CrossbarSpec
 
 __all__ = ["IDEAL", "STEPS", "STEP_SIZE", "STEP_TARGET", "Step", "check_steps", "time_step"]
 
-BATCH, REPLAYS = 128, 20
+BATCH = 128
 STEP_SIZE = f"batch {BATCH}, 32 x 32, 128 x 128 tiles, 8-bit DAC and ADC, noise of the fast generator, fp16"
 STEP_TARGET = 2.0  # times the ideal step
 IDEAL, DIGITAL, IN_SITU = STEPS = ("ideal, bf16", "non-ideal reads", "non-ideal reads and updates")
@@ -97,16 +97,4 @@ def check_steps(device: str = "cuda", steps: int = 3, widths: tuple[int, ...] = 
 
 def time_step(kind: str) -> float:
     """Median milliseconds of one of STEPS."""
-    return _milliseconds(Step(kind, resnet18(3, 10), BATCH, 32, "cuda").captured())
-
-
-def _milliseconds(run: Callable[[], Tensor]) -> float:
-    times = []
-    for _ in range(REPLAYS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return median(times)
+    return 1e-3 * median_us(Step(kind, resnet18(3, 10), BATCH, 32, "cuda").captured())

@@ -8,6 +8,7 @@ from typing import Any
 from gpuxbar.bench.gpu import device_ops
 from gpuxbar.bench.gpu.reads import CONVOLUTIONS, READS, Target
 from gpuxbar.bench.gpu.steps import IDEAL, STEP_SIZE, STEP_TARGET, STEPS
+from gpuxbar.bench.record import markdown
 
 __all__ = ["gpu_table"]
 
@@ -21,10 +22,10 @@ def gpu_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:  # a read has one of every section, with the times of its kernels
         before = found.get(row["case"], {}).get("us")
         found[row["case"]] = row | ({"us": before | row["us"]} if isinstance(before, dict) else {})
-    out = ["| what | kernel | target on an H200 | measured |", "|---|---|---|---|"]
-    out.extend(f"| {' | '.join(cells)} |" for cells in (*_reads(found), *_others(found), *_steps(found)))
+    cells = (*_reads(found), *_others(found), *_steps(found))
     machines = dict.fromkeys(row["gpu"] for row in rows if "gpu" in row)
-    return "\n".join([*out, *(f"\n{machine}." for machine in machines)])
+    table = markdown(("what", "kernel", "target on an H200", "measured"), cells)
+    return "\n\n".join([table, *(f"{machine}." for machine in machines)])
 
 
 def _reads(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -43,12 +44,8 @@ def _others(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     yield f"{behind}: {READS[0].size}", "", goal, _us(found.get(behind, {}).get("us"))
     for op in device_ops.TIMED:
         if op.target_us is not None:
-            yield (
-                f"{op.name}: {op.size}",
-                "",
-                f"<= {op.target_us:g} us",
-                _us(found.get(op.name, {}).get("us")),
-            )
+            us = found.get(op.name, {}).get("us")
+            yield f"{op.name}: {op.size}", "", f"<= {op.target_us:g} us", _us(us)
 
 
 def _steps(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:

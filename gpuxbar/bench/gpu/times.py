@@ -24,6 +24,7 @@ __all__ = [
     "Recorder",
     "conversions_us",
     "measure_ceilings",
+    "median_us",
     "replays_us",
     "time_read",
 ]
@@ -80,28 +81,34 @@ class Recorder:
                 step()
 
 
+def median_us(run: Callable[[], object]) -> float:
+    """Median time of a call, by events on the current stream, once it has been called."""
+    import cupy
+
+    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    run()
+    times = []
+    for _ in range(REPLAYS):
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, stop))
+    return 1e3 * median(times)
+
+
 def replays_us(calls: Sequence[Callable[[], object]]) -> float:
     """Median time of one call, in a CUDA graph of all of them."""
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
-    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
     with stream:
         for call in calls:
             call()
         stream.begin_capture()
         for call in calls:
             call()
-        graph = stream.end_capture()
-        graph.launch(stream)
-        times = []
-        for _ in range(REPLAYS):
-            start.record(stream)
-            graph.launch(stream)
-            stop.record(stream)
-            stop.synchronize()
-            times.append(cupy.cuda.get_elapsed_time(start, stop))
-    return 1e3 * median(times) / len(calls)
+        return median_us(partial(stream.end_capture().launch, stream)) / len(calls)
 
 
 def measure_ceilings(units: Sequence[str]) -> dict[str, float]:
@@ -153,7 +160,7 @@ def time_read(read: Read, kernels: Sequence[str]) -> dict[str, dict[str, float]]
         us = _ideal_product_us(read, inputs, g)
     else:
         us = ideal_convolution_us(
-            read.conv, cupy.asnumpy(inputs[0]), cupy.asnumpy(g) / G_STEP, count, REPLAYS
+            read.conv, cupy.asnumpy(inputs[0]), cupy.asnumpy(g) / G_STEP, count, median_us
         )
     times[IDEAL_PRODUCT] = {"read": us}
     return times
