@@ -76,6 +76,7 @@ SETTINGS = {
     **{f"asymmetric, nu {nu}": SINGLE.with_overrides({"update": {"law": "agarwal", "nu": nu}}) for nu in (1, 5)},
     "symmetric, alpha 5": SINGLE.with_overrides({"update": {"law": "agarwal_symmetric", "alpha": 5}}),
     **{f"taox-tio2{at}": pairs("taox-tio2", headroom) for at, headroom in CARRIES.items()},
+    **{f"ag-asi{at}": pairs("ag-asi", headroom) for at, headroom in CARRIES.items() if headroom != 1},
 }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ STATEMENTS = [
     ),
     Statement(
         "periodic carry", VLSI,
-        "noisy, non-linear TaOx devices train to 80 % (MNIST), to 97 % with periodic carry, ideal ones to 98 %", ("taox-tio2",),
+        "noisy, non-linear TaOx devices train to 80 % (MNIST), to 97 % with periodic carry, ideal ones to 98 %", ("taox-tio2", "ag-asi"),
     ),
 ]  # fmt: skip
 
