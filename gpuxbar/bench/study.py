@@ -67,15 +67,19 @@ def learn(
     epochs: int,
     batch: int,
     advance: Callable[[int], None],
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
 ) -> list[float]:
-    """Train on some images of `data`, by index; returns the accuracy on `judge` after every epoch."""
+    """Train on some images of `data`, by index; returns the accuracy on `judge` after every epoch.
+
+    `loss` is of outputs and classes.
+    """
     curve = []
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
         for part in images[order].split(batch):
             x, t = data.batch(part)
             optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x), t).backward()
+            loss(model(x), t).backward()
             optimiser.step()
             advance(len(part))
         with torch.no_grad():

@@ -17,7 +17,8 @@ class Carry(Part):
     With base b = 2**slice_bits, the pair of slice k holds a digit of digital weight b**k: a number, positive or negative,
     of units of which a full weight has b**slices - 1, so that digits of b - 1 make it. A device's window spans
     2**(slice_bits + headroom_bits) - 1 units, so that digits may outgrow their base between two carries; beyond the window
-    they saturate.
+    they saturate. Digits of asymmetric devices come to rest where steps up and down balance: short of their base they never carry, and
+    what asks for more is lost. More headroom puts the base nearer to the middle of the window, where steps are alike.
 
     `scheme`: "accumulate": a wanted change, of at most a full weight, is cut into signed digits, and every slice takes its own
     through its devices' law; what is below a unit goes to the lowest slice, whose devices are analog. "periodic": the lowest slice takes all
