@@ -53,8 +53,10 @@ class Study:
 
     def where(self) -> str:
         """The machines and commits of all lines."""
-        places = {f"{row['cpu']}; gpuxbar {row['gpuxbar']} at {row['commit']}" for row in self.rows}
-        return "; ".join(sorted(places))
+        commits: dict[str, set[str]] = {}
+        for row in self.rows:
+            commits.setdefault(f"{row['cpu']}; gpuxbar {row['gpuxbar']}", set()).add(row["commit"])
+        return "; ".join(f"{place} at {', '.join(sorted(commits[place]))}" for place in sorted(commits))
 
 
 def learn(
