@@ -202,11 +202,22 @@ def test_groups_read_together_match_oracle(
     assert_matches(y, expected, 1e-7, weight=16 if mode == "streams" else 2 * 3, share=2e-2)
 
 
+DRIVEN = {
+    "flawed": (True, None),
+    "drivers": (True, 0.1),
+    "sinh": (False, 0.1),
+    "nearly-ohmic": (True, 0.5),
+}
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
-@pytest.mark.parametrize("mode", ["plain", "streams", "bias", "state-noise", "drivers", "sinh"])
-def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
-    conv = ConvGeometry(3, 4, 32, (3, 5), (1, 1), (1, 4), (1, 2), line_order)
+@pytest.mark.parametrize("stride", [1, 2, 3])  # of 3, lines are not whole vectors
+@pytest.mark.parametrize(
+    "mode", ["plain", "streams", "bias", "state-noise", "flawed", "drivers", "sinh", "nearly-ohmic"]
+)
+def test_lines_of_whole_vectors_match_oracle(mode, stride, line_order, transposed):
+    conv = ConvGeometry(3, 4, 32, (3, 5), (1, stride), (1, 4), (1, 2), line_order)
     rng = np.random.default_rng(5)
     g = rng.uniform(-G_MAX, G_MAX, (2 if mode == "streams" else 1, conv.inputs, 9)).astype(np.float32)
     codes = rng.integers(-127, 128, (3, 9, *conv.out) if transposed else (3, 3, 4, 32)).astype(np.int16)
@@ -223,8 +234,8 @@ def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
         }
     elif mode == "state-noise":
         s["noise_var"] = rng.uniform(0, 1e-13, g.shape).astype(np.float32)
-    elif mode in ("drivers", "sinh"):
-        s |= drivers(mode == "drivers", 0.1, 9 if transposed else conv.inputs)
+    elif mode in DRIVEN:
+        s |= drivers(*DRIVEN[mode], 9 if transposed else conv.inputs)
     y = ops.tile_mvm(codes, g, tile_rows=20, tile_cols=20, **s)
     assert_convolution_matches(y, reference.tile_mvm(codes, g, tile=20, **s))
 

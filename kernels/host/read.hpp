@@ -146,9 +146,51 @@ struct Drivers {
   void conduct(float* steps, i64 count) const {
     if (ohmic) return;
     const Conduction own = device;
+    for (i64 done = 0, part; done < count; done += part, steps += part) {
+      part = std::min<i64>(64, count - done);
+      float most = 0.0f;
+#pragma omp simd reduction(max : most)
+      for (i64 i = 0; i < part; ++i) most = std::max(most, gpuxbar::abs(steps[i]));
+      if (own.bend * most < 1.0f) {  // a third of the time, as of low voltages and devices that are nearly ohmic
 #pragma omp simd
-    for (i64 i = 0; i < count; ++i) steps[i] = conducted(steps[i], own);
+        for (i64 i = 0; i < part; ++i) steps[i] = own.scale * sinh_near(own.bend * steps[i]);
+      } else {
+#pragma omp simd
+        for (i64 i = 0; i < part; ++i) steps[i] = conducted(steps[i], own);
+      }
+    }
   }
+};
+
+// What lines of patches see of digits where no DAC errs: they are alike, so that devices bend what patches share.
+struct AlikeLines : AsTheyAre {
+  const Drivers& drivers;
+  explicit AlikeLines(const Drivers& drivers) : drivers(drivers) {}
+  void touch(float* digits, i64 count) const { drivers.conduct(digits, count); }
+};
+
+// What the DACs of the lines of patches, from `first` on, make of digits, each with its errors. The bow of a digit is worked out once
+// for all lines that share it, and lies `apart` behind it.
+struct ErringLines {
+  const Drivers& drivers;
+  const i64 first, apart;
+  void touch(float* digits, i64 count) const {
+    float* bows = digits + apart;
+    const float most = drivers.digit_max;
+#pragma omp simd
+    for (i64 i = 0; i < count; ++i) bows[i] = bow(digits[i], most);
+  }
+  struct Line {
+    const DacError own;
+    const i64 apart;
+    template <int STRIDE, int N>
+    void put(const float* digits, float* to) const {
+      const float* bows = digits + apart;
+#pragma omp simd
+      for (int i = 0; i < N; ++i) to[i] = dac_steps(digits[i * STRIDE], bows[i * STRIDE], own);
+    }
+  };
+  Line line(i64 k) const { return {drivers.of(first + k), apart}; }
 };
 
 }  // namespace gpuxbar

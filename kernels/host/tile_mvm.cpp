@@ -115,7 +115,7 @@ class Reader {
         pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
     const bool spread = p.conv && !pointwise(*p.conv);
     if (spread && p.transposed) folded.emplace(*p.conv, images, groups);
-    if (spread && !p.transposed) patches.emplace(*p.conv);
+    if (spread && !p.transposed) patches.emplace(*p.conv, p.dac_error ? 2 : 1);
     // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie, unless every
     // line of the array makes something else of them
     direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0 && !p.dac_error;
@@ -125,7 +125,11 @@ class Reader {
     live.resize(groups * s.passes);
     if (p.noise_var) squares = Aligned(groups * s.passes * size);
     if (!direct) packed.resize(s.drive);
-    for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * (p.conv ? ROWS : LANES);
+    // vectors lie apart where they are whole, so that what register tiles share fits the first cache; whole rows of ROWS would meet
+    // there in few places
+    apart = !p.conv || (patches && p.conv->out_w % LANES == 0);
+    if (patches && apart) patches->line_step = LANES, patches->vector_step = s.drive * LANES;
+    for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * (apart ? LANES : ROWS);
   }
 
   // Rows of the block that begins at row0, before `end`.
@@ -144,7 +148,7 @@ class Reader {
       }
     const i64 driven = bundle.groups * s.passes * size;
     if (count < ROWS) std::fill_n(values.get(), driven, 0.0f);
-    for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * (p.conv ? 1 : s.drive) * LANES;
+    for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * (apart ? s.drive : 1) * LANES;
     if (direct)
       for (const Run& run : runs)
         for (i64 i = 0; i < run.count; i += LANES)
@@ -164,9 +168,11 @@ class Reader {
             },
             p.groups, group, s.drive, row0, count, to);
       else if (direct)
-        patches->fill(drive, p.groups, group, runs.front(), runs.back(), to);
+        patches->fill(drive, AlikeLines(drivers), p.groups, group, runs.front(), runs.back(), to);
+      else if (!p.dac_error)
+        patches->pack(drive, p.groups, group, runs, to, AlikeLines(drivers));
       else
-        patches->pack(drive, p.groups, group, runs, to);
+        patches->pack(drive, p.groups, group, runs, to, ErringLines{drivers, group * s.drive, patches->kind()});
       if (p.bends()) bend(group, to);
       live[part] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
     }
@@ -196,7 +202,10 @@ class Reader {
  private:
   // Puts what devices see of the lines of a group in the place of digits.
   void bend(i64 group, float* digits) const {
-    if (direct) return drivers.conduct(digits, size);
+    if (patches) {  // which have seen to all else
+      if (p.dac_error) drivers.conduct(digits, size);
+      return;
+    }
     const i64 together = p.conv ? lanes : LANES;  // rows of a line
     for (i64 k = 0; k < s.drive; ++k)
       for (i64 i = 0; i < lanes; i += together)
@@ -369,6 +378,7 @@ class Reader {
   std::optional<PatchLines<ROWS>> patches;
   std::optional<Folded> folded;
   bool direct;                    // lines of images drive, not packed patches
+  bool apart;                     // all lines of a vector of packed rows lie together, and the next vector behind them
   i64 size;                       // of the values of a group in a pass
   Aligned values{0}, squares{0};  // squares only where noise depends on them
   std::vector<char> live;   // of passes of groups: a phase of inputs of one sign, or a high bit, often drives nothing
