@@ -54,6 +54,13 @@ MODES = {
         "drivers": (True, 0.1),
         "read_noise": 1e-6,
     },
+    "summed-streams": {
+        "stream_bits": 2,
+        "streams": 4,
+        "phases": 2,
+        "drivers": (True, 0.1),
+        "read_noise": 2e-6,
+    },
     "streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4},
     "two-phase": {"adc_bits": 8, "stream_bits": 7, "streams": 1, "phases": 2, "read_noise": 1e-6},
 }
@@ -238,6 +245,22 @@ def test_lines_of_whole_vectors_match_oracle(mode, stride, line_order, transpose
         s |= drivers(*DRIVEN[mode], 9 if transposed else conv.inputs)
     y = ops.tile_mvm(codes, g, tile_rows=20, tile_cols=20, **s)
     assert_convolution_matches(y, reference.tile_mvm(codes, g, tile=20, **s))
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 70), (60, 70), (2, 3, 8, 16), (2, 3, 7, 9)], ids=["few", "block", "lines", "patches"]
+)
+def test_streams_are_summed_before_what_nothing_converts(shape):
+    """Digits times their weights are the codes again, so that both reads have the same bits."""
+    conv = ConvGeometry(*shape[1:], (3, 3), padding=(1, 1)) if len(shape) == 4 else None
+    rng = np.random.default_rng(0)
+    g = rng.uniform(-G_MAX, G_MAX, (2, conv.inputs if conv else 70, 9)).astype(np.float32)
+    codes = rng.integers(-127, 128, shape).astype(np.int16)
+    whole, summed = (
+        ops.tile_mvm(codes, g, tile_rows=20, conv=conv, **passes)
+        for passes in ({}, {"stream_bits": 2, "streams": 4, "phases": 2})
+    )
+    np.testing.assert_array_equal(summed, whole)
 
 
 def test_groups_read_together_are_driven_in_all_phases_that_one_of_them_has():

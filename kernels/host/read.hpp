@@ -46,9 +46,20 @@ struct TileMvm {
   bool bends() const { return dac_error || v_sinh > 0.0; }
 };
 
-// Lines a group drives and senses, tiles along the driven ones, passes of the DAC.
+// Lines a group drives and senses, tiles along the driven ones, and products of a plane, each of what some passes of the DAC drive
+// together.
 struct Shape {
-  i64 drive, sense, tiles, passes;
+  i64 drive, sense, tiles, products, together;
+  explicit Shape(const TileMvm& p)
+      : drive(p.transposed ? p.cols : p.inputs),
+        sense(p.transposed ? p.inputs : p.cols),
+        tiles((drive + p.tile - 1) / p.tile) {
+    // without an ADC, currents are linear in what is driven, so that sums over all passes drive the array once, unless noise depends on
+    // what each drives
+    const i64 passes = p.streams * p.phases;
+    together = p.adc_bits || p.noise_var ? 1 : passes;
+    products = passes / together;
+  }
 };
 
 // Converters of COUNT columns, of which those from `begin` to `end` - 1 are real.
@@ -78,6 +89,14 @@ inline Pass pass_of(const TileMvm& p, i64 index) {
   const float weight = (float)(1ull << shift);
   if (p.phases == 1) return Pass{shift, 0, weight};
   return index < p.streams ? Pass{shift, 1, weight} : Pass{shift, -1, -weight};
+}
+
+// Digital weight of a pass within its product, and of that within a plane.
+inline float weight_within(const TileMvm& p, const Shape& s, i64 pass) {
+  return s.together > 1 ? pass_of(p, pass).weight : 1.0f;
+}
+inline float weight_of(const TileMvm& p, const Shape& s, i64 product) {
+  return s.together > 1 ? 1.0f : pass_of(p, product).weight;
 }
 
 // What the driven array drives in a pass, in units of v_lsb.
