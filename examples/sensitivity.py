@@ -71,7 +71,7 @@ AXES = {
     "spread of DAC curves, steps of 127": ((0, 1, 3, 10, 20), lambda steps: {"dac": {"inl_std": steps}}),
     "spread of ADC gains, %": ((0, 1, 3, 10, 30), lambda percent: {"adc": {"gain_std": percent / 100}}),
     "spread of ADC offsets, % of a device's full current": (
-        (0, 3, 10, 30, 100),
+        (0, 0.3, 1, 3, 10),
         lambda percent: {"adc": {"offset_std": percent * 0.2 * 1e-5 / 100}},
     ),
     "spread of ADC curves, steps of 511": ((0, 1, 3, 10, 30), lambda steps: {"adc": {"inl_std": steps}}),
