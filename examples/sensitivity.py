@@ -64,13 +64,13 @@ AXES = {
         lambda percent: {"read_noise": {"sigma": percent * 0.2 * 1e-5 / 100}},
     ),
     "spread of DAC gains, %": ((0, 1, 3, 10, 30), lambda percent: {"dac": {"gain_std": percent / 100}}),
-    "spread of DAC offsets, % of the read voltage": (
+    "DAC offsets, % of the read voltage": (
         (0, 1, 3, 10, 30),
         lambda percent: {"dac": {"offset_std": percent * 0.2 / 100}},
     ),
     "spread of DAC curves, steps of 127": ((0, 1, 3, 10, 20), lambda steps: {"dac": {"inl_std": steps}}),
     "spread of ADC gains, %": ((0, 1, 3, 10, 30), lambda percent: {"adc": {"gain_std": percent / 100}}),
-    "spread of ADC offsets, % of a device's full current": (
+    "ADC offsets, % of a device's full current": (
         (0, 0.3, 1, 3, 10),
         lambda percent: {"adc": {"offset_std": percent * 0.2 * 1e-5 / 100}},
     ),
