@@ -38,6 +38,12 @@ def wires(ohm):
     return {"parasitics": {"r_wordline": ohm, "r_bitline": ohm}}
 
 
+def without_wires(steep):
+    """Devices over whose `v_sinh` the read voltage is `steep` times as high; wires are solved for ohmic ones alone."""
+    ohmless = dict.fromkeys(("r_wordline", "r_bitline", "r_source", "r_sink"), 0)
+    return {"device": {"v_sinh": 0.2 / steep if steep else None}, "parasitics": ohmless}
+
+
 def window(g_min, g_max):
     return {"device": {"g_min": g_min, "g_max": g_max}}
 
@@ -57,6 +63,19 @@ AXES = {
         (0, 1, 3, 10, 30),
         lambda percent: {"read_noise": {"sigma": percent * 0.2 * 1e-5 / 100}},
     ),
+    "spread of DAC gains, %": ((0, 1, 3, 10, 30), lambda percent: {"dac": {"gain_std": percent / 100}}),
+    "DAC offsets, % of the read voltage": (
+        (0, 1, 3, 10, 30),
+        lambda percent: {"dac": {"offset_std": percent * 0.2 / 100}},
+    ),
+    "spread of DAC curves, steps of 127": ((0, 1, 3, 10, 20), lambda steps: {"dac": {"inl_std": steps}}),
+    "spread of ADC gains, %": ((0, 1, 3, 10, 30), lambda percent: {"adc": {"gain_std": percent / 100}}),
+    "ADC offsets, % of a device's full current": (
+        (0, 0.3, 1, 3, 10),
+        lambda percent: {"adc": {"offset_std": percent * 0.2 * 1e-5 / 100}},
+    ),
+    "spread of ADC curves, steps of 511": ((0, 1, 3, 10, 30), lambda steps: {"adc": {"inl_std": steps}}),
+    "read voltage over v_sinh, no wires": ((0, 1, 2, 5, 10), without_wires),
     "wire segment, ohm": ((0, 2.5, 10, 30, 100), wires),
     "wordlines and bitlines of a tile": (
         (16, 32, 64, 128, 256),

@@ -53,6 +53,7 @@ SMALL = {
     "linear-one": partial(cases.linear, 1, 37, 300),
     "linear-fast": partial(cases.linear, 13, 300, 37, generator="fast"),
     "conv": partial(cases.conv, 2, 17, 9, 5),
+    "conv-drivers": partial(cases.conv, 2, 17, 9, 5, flawed=True),
     "mlp-step": partial(cases.mlp_step, 8, 2, 3),
     "lenet5-step": partial(cases.training_step, (1, 28, 28), 3),
     "mobilenet-step": partial(cases.mobilenet_step, 2, 16),

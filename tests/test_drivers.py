@@ -379,7 +379,7 @@ def test_what_knows_two_voltages_is_read_exactly():
     (why,) = layer_of(
         "linear", flawed.with_overrides({"adc": {"bits": None, "range": "calibrated", "i_max": None}})
     ).plan.why
-    assert why.endswith("; streams do not: digits are not driven in proportion")
+    assert why.endswith("; streams are driven apart, since digits are not driven in proportion")
 
 
 EVERYTHING = spec_of(

@@ -54,6 +54,13 @@ MODES = {
         "drivers": (True, 0.1),
         "read_noise": 1e-6,
     },
+    "summed-streams": {
+        "stream_bits": 2,
+        "streams": 4,
+        "phases": 2,
+        "drivers": (True, 0.1),
+        "read_noise": 2e-6,
+    },
     "streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4},
     "two-phase": {"adc_bits": 8, "stream_bits": 7, "streams": 1, "phases": 2, "read_noise": 1e-6},
 }
@@ -202,11 +209,22 @@ def test_groups_read_together_match_oracle(
     assert_matches(y, expected, 1e-7, weight=16 if mode == "streams" else 2 * 3, share=2e-2)
 
 
+DRIVEN = {
+    "flawed": (True, None),
+    "drivers": (True, 0.1),
+    "sinh": (False, 0.1),
+    "nearly-ohmic": (True, 0.5),
+}
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 @pytest.mark.parametrize("line_order", ["channel_position", "position_channel"])
-@pytest.mark.parametrize("mode", ["plain", "streams", "bias", "state-noise", "drivers", "sinh"])
-def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
-    conv = ConvGeometry(3, 4, 32, (3, 5), (1, 1), (1, 4), (1, 2), line_order)
+@pytest.mark.parametrize("stride", [1, 2, 3])  # of 3, lines are not whole vectors
+@pytest.mark.parametrize(
+    "mode", ["plain", "streams", "bias", "state-noise", "flawed", "drivers", "sinh", "nearly-ohmic"]
+)
+def test_lines_of_whole_vectors_match_oracle(mode, stride, line_order, transposed):
+    conv = ConvGeometry(3, 4, 32, (3, 5), (1, stride), (1, 4), (1, 2), line_order)
     rng = np.random.default_rng(5)
     g = rng.uniform(-G_MAX, G_MAX, (2 if mode == "streams" else 1, conv.inputs, 9)).astype(np.float32)
     codes = rng.integers(-127, 128, (3, 9, *conv.out) if transposed else (3, 3, 4, 32)).astype(np.int16)
@@ -223,10 +241,26 @@ def test_lines_of_whole_vectors_match_oracle(mode, line_order, transposed):
         }
     elif mode == "state-noise":
         s["noise_var"] = rng.uniform(0, 1e-13, g.shape).astype(np.float32)
-    elif mode in ("drivers", "sinh"):
-        s |= drivers(mode == "drivers", 0.1, 9 if transposed else conv.inputs)
+    elif mode in DRIVEN:
+        s |= drivers(*DRIVEN[mode], 9 if transposed else conv.inputs)
     y = ops.tile_mvm(codes, g, tile_rows=20, tile_cols=20, **s)
     assert_convolution_matches(y, reference.tile_mvm(codes, g, tile=20, **s))
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 70), (60, 70), (2, 3, 8, 16), (2, 3, 7, 9)], ids=["few", "block", "lines", "patches"]
+)
+def test_streams_are_summed_before_what_nothing_converts(shape):
+    """Digits times their weights are the codes again, so that both reads have the same bits."""
+    conv = ConvGeometry(*shape[1:], (3, 3), padding=(1, 1)) if len(shape) == 4 else None
+    rng = np.random.default_rng(0)
+    g = rng.uniform(-G_MAX, G_MAX, (2, conv.inputs if conv else 70, 9)).astype(np.float32)
+    codes = rng.integers(-127, 128, shape).astype(np.int16)
+    whole, summed = (
+        ops.tile_mvm(codes, g, tile_rows=20, conv=conv, **passes)
+        for passes in ({}, {"stream_bits": 2, "streams": 4, "phases": 2})
+    )
+    np.testing.assert_array_equal(summed, whole)
 
 
 def test_groups_read_together_are_driven_in_all_phases_that_one_of_them_has():

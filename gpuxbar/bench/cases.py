@@ -104,14 +104,19 @@ def linear(
     return Contenders(run, check)
 
 
-def conv(batch: int = 32, channels: int = 64, size: int = 32, outputs: int = 64) -> Contenders:
-    """A 3 x 3 convolution as `ops` computes it; the oracle looks at the first image."""
+def conv(
+    batch: int = 32, channels: int = 64, size: int = 32, outputs: int = 64, *, flawed: bool = False
+) -> Contenders:
+    """A 3 x 3 convolution as `ops` computes it; the oracle looks at the first image. `flawed`: DACs err, but not in plain torch."""
     rng = np.random.default_rng(0)
     geometry = ConvGeometry(channels, size, size, (3, 3), padding=(1, 1))
     g = rng.uniform(-G_MAX, G_MAX, (geometry.inputs, outputs)).astype(np.float32)
     x = rng.normal(size=(batch, channels, size, size)).astype(np.float32)
     top = 4.0
     settings = _settings(top, transposed=False, noise=NOISE, generator="exact") | {"conv": geometry}
+    if flawed:  # gain, offset in V, curve in steps
+        error = rng.normal([[1], [0], [0]], [[0.02], [0.002], [0.5]], (3, geometry.inputs)).astype(np.float32)
+        settings["drivers"] = ops.Drivers(V_READ, error)
     layer = nn.Conv2d(channels, outputs, 3, padding=1, bias=False).requires_grad_(False)
     layer.weight.copy_(torch.from_numpy(g.T.reshape(outputs, channels, 3, 3).copy()))
     plain = on_tiles(layer, Tiles(TILE, top, settings["adc_lsb"] * top / V_READ, NOISE))
@@ -280,6 +285,7 @@ CASES = (
     Case("linear-transposed", f"{LINEAR}, noise, driven backwards", 1.8, partial(linear, transposed=True)),
     Case("linear-one", f"{ONE}, noise", 2.5, partial(linear, batch=1)),
     Case("conv", CONV, 3.0, conv, memory_mb=32),
+    Case("conv-drivers", f"{CONV}, DACs with errors", 3.45, partial(conv, flawed=True)),
     Case("mlp-step", "six layers of 64, batch 8: training step", None, mlp_step),
     Case("lenet5-step", "28 x 28, batch 64: training step", 2.2, partial(training_step, (1, 28, 28), 64)),
     Case("resnet20-step", "32 x 32, batch 32: training step", 3.0, partial(training_step, (3, 32, 32), 32)),

@@ -4,7 +4,8 @@ Without an ADC a read is linear: planes, streams and tiles merge into one produc
 into one draw of the summed variance. With one, every conversion is computed, unless all are exact: where every current is
 a whole number of ADC steps inside the range, codes are the currents. Two things keep their place without an ADC:
 the streams of a read whose noise depends on what each of them drives, or whose digits are not driven in proportion (DACs with
-errors, devices that are not ohmic), and the reference lines of an offset mapping, whose noise all outputs of a tile share.
+errors, devices that are not ohmic; a CPU sums what they drive before its one product), and the reference lines of an offset
+mapping, whose noise all outputs of a tile share.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def plan_reads(
         if converted:
             why = "tiles, planes and streams merge: every current is a whole number of ADC steps, and none is cut off"
         if forward.stream_bits and not forward.straight:
-            why += "; streams do not: digits are not driven in proportion"
+            why += "; streams are driven apart, since digits are not driven in proportion"
         elif forward.streams > 1:
             why += "; streams do not: the noise depends on what each drives"
         if planes.merge == "offset":

@@ -50,7 +50,8 @@ class Device(Part):
     should, unless they are driven by streams of 1 bit. All devices have the one curve. Gradients are straight-through: those of
     inputs are read by such devices too, and those of weights, and pulses, follow the digital values. Not with `parasitics`.
 
-    Source of the curve: Guan, Yu, Wong, IEEE Electron Device Letters 33 (2012).
+    Source of the curve: Guan, Yu, Wong, IEEE Electron Device Letters 33, 1405 (2012), doi:10.1109/LED.2012.2210856; Jiang, Wong, Stanford
+    University RRAM Verilog-A model (2014), doi:10.4231/D37H1DN48, whose parameters have it at 0.25 V.
     """
 
     g_min: float = Field(1e-6, ge=0)

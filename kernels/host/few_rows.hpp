@@ -100,10 +100,9 @@ inline void by_column(const float (&z)[8][LANES], float* to) {
 // c[j] += deviation[j] z[j], or sigma z where `deviation` is null, of one row's strip from `column` on.
 template <bool FAST>
 inline void add_strip_noise(u32 third, const TileMvm& p, const WideKeys& keys, u32 column, u32 row, i64 begin, i64 end,
-                            const float* deviation, float* c) {
+                            float sigma, const float* deviation, float* c) {
   constexpr int EACH = FAST ? 8 : 4, PAIRS = EACH / 2,
                 WORTH = EACH * LANES;  // columns of a counter, pairs, of a vector
-  const float sigma = p.sigma();
   const Wide row_ = row + Wide{}, third_ = third + Wide{}, step = (u64)(u32)*p.step + Wide{};
   alignas(64) u32 words[4][LANES];
   alignas(64) float z[EACH][LANES];
@@ -126,9 +125,9 @@ inline void add_strip_noise(u32 third, const TileMvm& p, const WideKeys& keys, u
   }
 }
 
-// Adds read noise to the partial sums over `length` lines from k0, whose squared drives are a2.
-inline void strip_noise(const TileMvm& p, const Strip& strip, u32 slot, i64 plane, i64 k0, i64 length, const float* a2,
-                        StripWork& w) {
+// Adds read noise, times `weight`, to the partial sums over `length` lines from k0, whose squared drives are a2.
+inline void strip_noise(const TileMvm& p, const Strip& strip, u32 slot, float weight, i64 plane, i64 k0, i64 length,
+                        const float* a2, StripWork& w) {
   const float sigma = p.sigma();
   if (!(sigma > 0.0f) && !p.noise_var) return;
   if (p.noise_var) {
@@ -143,13 +142,13 @@ inline void strip_noise(const TileMvm& p, const Strip& strip, u32 slot, i64 plan
     const float* deviation = p.noise_var ? w.variance + r * STRIP : nullptr;
     (p.fast ? add_strip_noise<true> : add_strip_noise<false>)(third, p, w.keys, (u32)strip.column,
                                                               (u32)(p.row_offset + r), strip.begin, strip.end,
-                                                              deviation, w.psum + r * STRIP);
+                                                              weight * sigma, deviation, w.psum + r * STRIP);
   }
 }
 
-// Adds all tiles of one pass and plane to the strip's sums; `a`, `a2`: what drives the pass, and its squares, [drive][batch].
+// Adds all tiles of one product and plane to the strip's sums; `a`, `a2`: what drives the product, and its squares, [drive][batch].
 inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, const float* a, const float* a2,
-                          i64 plane, i64 pass, float weight, StripWork& w) {
+                          i64 plane, i64 product, float weight, StripWork& w) {
   const float code_max = p.code_max(), code_min = p.code_min(), share = gpuxbar::abs(weight);
   const float per_ampere = p.per_ampere();
   const Converters<STRIP> adc(p, strip.column, strip.begin, strip.end);
@@ -159,7 +158,9 @@ inline void convert_strip(const TileMvm& p, const Shape& s, const Strip& strip, 
   for (i64 t = 0; t < s.tiles; ++t) {
     const i64 k0 = t * p.tile, length = std::min(p.tile, s.drive - k0);
     multiply_strip(p, strip, p.g, plane, k0, length, a + k0 * p.batch, w.packed, w.psum);
-    strip_noise(p, strip, (u32)((pass * p.planes + plane) * s.tiles + t), plane, k0, length, a2 + k0 * p.batch, w);
+    for (i64 pass = product * s.together; pass < (product + 1) * s.together; ++pass)
+      strip_noise(p, strip, (u32)((pass * p.planes + plane) * s.tiles + t), weight_within(p, s, pass), plane, k0,
+                  length, a2 + k0 * p.batch, w);
     const i64 converters = (plane * s.tiles + t) * p.groups * s.sense + strip.column;
     for (i64 j = strip.begin; j < strip.end; ++j) {
       gain[j] = factor[j] * (p.adc_gain ? p.adc_gain[converters + j] : 1.0f);
@@ -213,19 +214,22 @@ inline void store_strip(const TileMvm& p, const Shape& s, const Strip& strip, bo
 
 // All of a read of at most FEW vectors, no convolution; `share` of a gate see gate_part.
 inline void read_few(const TileMvm& p, const Shape& s, float share) {
-  const i64 lines = s.drive * p.batch, group_lines = s.passes * lines;  // values: [groups][passes][drive][batch]
+  const i64 lines = s.drive * p.batch, group_lines = s.products * lines;  // values: [groups][products][drive][batch]
   std::unique_ptr<float[]> values(new float[p.groups * group_lines * (p.noise_var ? 2 : 1) + s.drive]);
   float *const a = values.get(), *const a2 = p.noise_var ? a + p.groups * group_lines : a;
   float* const line = a + p.groups * group_lines * (p.noise_var ? 2 : 1);
   const Drivers drivers(p, p.groups * s.drive);
   for (i64 group = 0; group < p.groups; ++group)
-    for (i64 pass = 0; pass < s.passes; ++pass) {
+    for (i64 pass = 0; pass < s.products * s.together; ++pass) {
       const Digits digits(p, pass_of(p, pass));
-      float* to = a + group * group_lines + pass * lines;
+      const float weight = weight_within(p, s, pass);
+      const bool first = pass % s.together == 0;
+      float* to = a + group * group_lines + pass / s.together * lines;
       for (i64 r = 0; r < p.batch; ++r) {
         digits(line, (r * p.groups + group) * s.drive, s.drive);
         if (p.bends()) drivers.of_lines(line, s.drive, group * s.drive);
-        for (i64 k = 0; k < s.drive; ++k) to[k * p.batch + r] = line[k];
+        for (i64 k = 0; k < s.drive; ++k)
+          to[k * p.batch + r] = fma(weight, line[k], first ? 0.0f : to[k * p.batch + r]);
       }
     }
   if (p.noise_var)
@@ -241,10 +245,10 @@ inline void read_few(const TileMvm& p, const Shape& s, float share) {
       for (i64 plane = 0; plane < p.planes; ++plane) {
         std::memset(work.sum, 0, sizeof(float) * p.batch * STRIP);
         if (p.gate) std::memset(work.gate, 0, sizeof(float) * p.batch * STRIP);
-        for (i64 pass = 0; pass < s.passes; ++pass) {
-          const float weight = pass_of(p, pass).weight * p.slice_scale[plane];
-          const i64 at = strip.group * group_lines + pass * lines;
-          convert_strip(p, s, strip, a + at, a2 + at, plane, pass, weight, work);
+        for (i64 product = 0; product < s.products; ++product) {
+          const float weight = weight_of(p, s, product) * p.slice_scale[plane];
+          const i64 at = strip.group * group_lines + product * lines;
+          convert_strip(p, s, strip, a + at, a2 + at, plane, product, weight, work);
         }
         store_strip(p, s, strip, plane == 0, share, work);
       }

@@ -46,9 +46,20 @@ struct TileMvm {
   bool bends() const { return dac_error || v_sinh > 0.0; }
 };
 
-// Lines a group drives and senses, tiles along the driven ones, passes of the DAC.
+// Lines a group drives and senses, tiles along the driven ones, and products of a plane, each of what some passes of the DAC drive
+// together.
 struct Shape {
-  i64 drive, sense, tiles, passes;
+  i64 drive, sense, tiles, products, together;
+  explicit Shape(const TileMvm& p)
+      : drive(p.transposed ? p.cols : p.inputs),
+        sense(p.transposed ? p.inputs : p.cols),
+        tiles((drive + p.tile - 1) / p.tile) {
+    // without an ADC, currents are linear in what is driven, so that sums over all passes drive the array once, unless noise depends on
+    // what each drives
+    const i64 passes = p.streams * p.phases;
+    together = p.adc_bits || p.noise_var ? 1 : passes;
+    products = passes / together;
+  }
 };
 
 // Converters of COUNT columns, of which those from `begin` to `end` - 1 are real.
@@ -78,6 +89,14 @@ inline Pass pass_of(const TileMvm& p, i64 index) {
   const float weight = (float)(1ull << shift);
   if (p.phases == 1) return Pass{shift, 0, weight};
   return index < p.streams ? Pass{shift, 1, weight} : Pass{shift, -1, -weight};
+}
+
+// Digital weight of a pass within its product, and of that within a plane.
+inline float weight_within(const TileMvm& p, const Shape& s, i64 pass) {
+  return s.together > 1 ? pass_of(p, pass).weight : 1.0f;
+}
+inline float weight_of(const TileMvm& p, const Shape& s, i64 product) {
+  return s.together > 1 ? 1.0f : pass_of(p, product).weight;
 }
 
 // The digits of a pass, in units of v_lsb: of codes, or the values themselves.
@@ -146,9 +165,51 @@ struct Drivers {
   void conduct(float* steps, i64 count) const {
     if (ohmic) return;
     const Conduction own = device;
+    for (i64 done = 0, part; done < count; done += part, steps += part) {
+      part = std::min<i64>(64, count - done);
+      float most = 0.0f;
+#pragma omp simd reduction(max : most)
+      for (i64 i = 0; i < part; ++i) most = std::max(most, gpuxbar::abs(steps[i]));
+      if (own.bend * most < 1.0f) {  // a third of the time, as of low voltages and devices that are nearly ohmic
 #pragma omp simd
-    for (i64 i = 0; i < count; ++i) steps[i] = conducted(steps[i], own);
+        for (i64 i = 0; i < part; ++i) steps[i] = own.scale * sinh_near(own.bend * steps[i]);
+      } else {
+#pragma omp simd
+        for (i64 i = 0; i < part; ++i) steps[i] = conducted(steps[i], own);
+      }
+    }
   }
+};
+
+// What lines of patches see of digits where no DAC errs: they are alike, so that devices bend what patches share.
+struct AlikeLines : AsTheyAre {
+  const Drivers& drivers;
+  explicit AlikeLines(const Drivers& drivers) : drivers(drivers) {}
+  void touch(float* digits, i64 count) const { drivers.conduct(digits, count); }
+};
+
+// What the DACs of the lines of patches, from `first` on, make of digits, each with its errors. The bow of a digit is worked out once
+// for all lines that share it, and lies `apart` behind it.
+struct ErringLines {
+  const Drivers& drivers;
+  const i64 first, apart;
+  void touch(float* digits, i64 count) const {
+    float* bows = digits + apart;
+    const float most = drivers.digit_max;
+#pragma omp simd
+    for (i64 i = 0; i < count; ++i) bows[i] = bow(digits[i], most);
+  }
+  struct Line {
+    const DacError own;
+    const i64 apart;
+    template <int STRIDE, int N>
+    void put(const float* digits, float* to) const {
+      const float* bows = digits + apart;
+#pragma omp simd
+      for (int i = 0; i < N; ++i) to[i] = dac_steps(digits[i * STRIDE], bows[i * STRIDE], own);
+    }
+  };
+  Line line(i64 k) const { return {drivers.of(first + k), apart}; }
 };
 
 }  // namespace gpuxbar

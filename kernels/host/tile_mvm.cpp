@@ -28,7 +28,7 @@ constexpr i64 DRIVEN = 1 << 15;  // floats that drive the groups of a bundle, a 
 // How many groups are read together, since their outputs lie side by side: as many as fill whole panels. Alone, one of few
 // outputs would leave most of a panel, and of what a counter draws, unused.
 i64 bundled(const TileMvm& p, const Shape& s) {
-  const i64 whole = COLS / std::gcd<i64>(s.sense, COLS), most = DRIVEN / (s.drive * s.passes * ROWS);
+  const i64 whole = COLS / std::gcd<i64>(s.sense, COLS), most = DRIVEN / (s.drive * s.products * ROWS);
   return std::clamp<i64>(std::min(whole, most), 1, p.groups);
 }
 
@@ -115,17 +115,22 @@ class Reader {
         pixels(p.conv ? p.conv->out_h * p.conv->out_w : 1) {
     const bool spread = p.conv && !pointwise(*p.conv);
     if (spread && p.transposed) folded.emplace(*p.conv, images, groups);
-    if (spread && !p.transposed) patches.emplace(*p.conv);
+    if (spread && !p.transposed) patches.emplace(*p.conv, p.dac_error ? 2 : 1);
     // vectors of patches that are parts of lines need no packing: the lines drive the array from where they lie, unless every
     // line of the array makes something else of them
     direct = patches && p.conv->stride_w == 1 && p.conv->out_w % LANES == 0 && pixels % ROWS == 0 && !p.dac_error;
     size = direct ? patches->size : s.drive * ROWS;
-    values = Aligned(groups * s.passes * size);
-    std::fill_n(values.get(), groups * s.passes * size, 0.0f);
-    live.resize(groups * s.passes);
-    if (p.noise_var) squares = Aligned(groups * s.passes * size);
+    values = Aligned(groups * s.products * size);
+    std::fill_n(values.get(), groups * s.products * size, 0.0f);
+    if (s.together > 1) one = Aligned(size), std::fill_n(one.get(), size, 0.0f);
+    live.resize(groups * s.products);
+    if (p.noise_var) squares = Aligned(groups * s.products * size);
     if (!direct) packed.resize(s.drive);
-    for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * (p.conv ? ROWS : LANES);
+    // vectors lie apart where they are whole, so that what register tiles share fits the first cache; whole rows of ROWS would meet
+    // there in few places
+    apart = !p.conv || (patches && p.conv->out_w % LANES == 0);
+    if (patches && apart) patches->line_step = LANES, patches->vector_step = s.drive * LANES;
+    for (i64 k = 0; k < (i64)packed.size(); ++k) packed[k] = k * (apart ? LANES : ROWS);
   }
 
   // Rows of the block that begins at row0, before `end`.
@@ -142,33 +147,27 @@ class Reader {
         run = std::min(count - i, p.rows_per_scale - (row0 + i) % p.rows_per_scale);
         std::fill_n(row_scale + i, run, p.row_scale[(row0 + i) / p.rows_per_scale]);
       }
-    const i64 driven = bundle.groups * s.passes * size;
+    const i64 driven = bundle.groups * s.products * size;
     if (count < ROWS) std::fill_n(values.get(), driven, 0.0f);
-    for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * (p.conv ? 1 : s.drive) * LANES;
+    for (i64 v = 0; v < VECTORS; ++v) vector[v] = v * (apart ? s.drive : 1) * LANES;
     if (direct)
       for (const Run& run : runs)
         for (i64 i = 0; i < run.count; i += LANES)
           vector[(run.first + i) / LANES] = patches->pixel(runs.front(), run) + i;
-    for (i64 part = 0; part < bundle.groups * s.passes; ++part) {
-      const i64 group = bundle.group + part / s.passes;
-      const Digits digits(p, pass_of(p, part % s.passes));
+    for (i64 part = 0; part < bundle.groups * s.products; ++part) {
+      const i64 group = bundle.group + part / s.products;
       float* to = values.get() + part * size;
-      if (!p.conv)
-        pack_matrix(p, s, digits, group, row0, count, to);
-      else if (!patches)
-        pack_pixels<ROWS>(
-            *p.conv,
-            [&](float* to, i64 from, i64 count) {
-              digits.ahead(from + ROWS);
-              digits(to, from, count);
-            },
-            p.groups, group, s.drive, row0, count, to);
-      else if (direct)
-        patches->fill(digits, p.groups, group, runs.front(), runs.back(), to);
-      else
-        patches->pack(digits, p.groups, group, runs, to);
-      if (p.bends()) bend(group, to);
-      live[part] = s.passes == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
+      if (s.together == 1) {
+        drive_pass(group, part % s.products, runs, to);
+      } else {
+        std::fill_n(to, size, 0.0f);
+        for (i64 pass = 0; pass < s.together; ++pass) {
+          drive_pass(group, pass, runs, one.get());
+          const float weight = weight_within(p, s, pass);
+          for (i64 e = 0; e < size; ++e) to[e] = fma(weight, one.get()[e], to[e]);
+        }
+      }
+      live[part] = s.products == 1 || std::any_of(to, to + size, [](float v) { return v != 0.0f; });
     }
     if (p.noise_var)
       for (i64 e = 0; e < driven; ++e) squares.get()[e] = values.get()[e] * values.get()[e];
@@ -178,12 +177,12 @@ class Reader {
   void read(const Panel& panel, const float* b, const float* b2, i64 plane) {
     const Converters<COLS> adc(p, panel.column, panel.begin, panel.end);
     const bool sent = send_to(panel, plane == 0);
-    if (s.passes > 1 || !p.adc_bits) std::fill_n(sum.at, COLS * ROWS, 0.0f);
+    if (s.products > 1 || !p.adc_bits) std::fill_n(sum.at, COLS * ROWS, 0.0f);
     if (p.gate) std::fill_n(gate.at, COLS * ROWS, 0.0f);
-    for (i64 pass = 0; pass < s.passes; ++pass)
+    for (i64 product = 0; product < s.products; ++product)
       for (i64 tile = 0; tile < s.tiles; ++tile) {
-        sum_currents(panel, b, b2, plane, pass, tile);
-        convert(panel, adc, plane, pass, tile);
+        sum_currents(panel, b, b2, plane, product, tile);
+        convert(panel, adc, plane, product, tile);
       }
     store(panel, plane == 0, sent);
   }
@@ -194,9 +193,34 @@ class Reader {
   }
 
  private:
+  // Drives the lines of a group in a pass of the DAC, for the block's rows.
+  void drive_pass(i64 group, i64 pass, const std::vector<Run>& runs, float* to) {
+    const Digits digits(p, pass_of(p, pass));
+    if (!p.conv)
+      pack_matrix(p, s, digits, group, first, rows, to);
+    else if (!patches)
+      pack_pixels<ROWS>(
+          *p.conv,
+          [&](float* to, i64 from, i64 count) {
+            digits.ahead(from + ROWS);
+            digits(to, from, count);
+          },
+          p.groups, group, s.drive, first, rows, to);
+    else if (direct)
+      patches->fill(digits, AlikeLines(drivers), p.groups, group, runs.front(), runs.back(), to);
+    else if (!p.dac_error)
+      patches->pack(digits, p.groups, group, runs, to, AlikeLines(drivers));
+    else
+      patches->pack(digits, p.groups, group, runs, to, ErringLines{drivers, group * s.drive, patches->kind()});
+    if (p.bends()) bend(group, to);
+  }
+
   // Puts what devices see of the lines of a group in the place of digits.
   void bend(i64 group, float* digits) const {
-    if (direct) return drivers.conduct(digits, size);
+    if (patches) {  // which have seen to all else
+      if (p.dac_error) drivers.conduct(digits, size);
+      return;
+    }
     const i64 together = p.conv ? lanes : LANES;  // rows of a line
     for (i64 k = 0; k < s.drive; ++k)
       for (i64 i = 0; i < lanes; i += together)
@@ -219,11 +243,11 @@ class Reader {
     return in_place;
   }
 
-  // The partial sums of a tile in a pass, with read noise.
-  void sum_currents(const Panel& panel, const float* b, const float* b2, i64 plane, i64 pass, i64 tile) {
+  // The partial sums of a tile in a product, with read noise.
+  void sum_currents(const Panel& panel, const float* b, const float* b2, i64 plane, i64 product, i64 tile) {
     const i64 k0 = tile * p.tile, length = std::min(p.tile, s.drive - k0);
     panel.by_group(s, [&](i64 group, i64, i64 begin, i64 end) {
-      const i64 part = group * s.passes + pass;
+      const i64 part = group * s.products + product;
       if (live[part])
         multiply_block(rows, begin, end, length, driven(values, part, k0), b + k0 * COLS, psum);
       else
@@ -232,36 +256,39 @@ class Reader {
     const float sigma = p.sigma();
     if (!(sigma > 0.0f) && !p.noise_var) return;
     const u32 purpose = p.transposed ? READ_TRANSPOSED : READ, row = (u32)(p.row_offset + first);
-    const u32 slot = (u32)((pass * p.planes + plane) * s.tiles + tile);
-    const Draws draws{purpose << 24 | slot, (u32)*p.step, keys};
     if (p.noise_var) {
       panel.by_group(s, [&](i64 group, i64, i64 begin, i64 end) {
-        multiply_block(rows, begin, end, length, driven(squares, group * s.passes + pass, k0), b2 + k0 * COLS,
+        multiply_block(rows, begin, end, length, driven(squares, group * s.products + product, k0), b2 + k0 * COLS,
                        variance);
       });
       for (i64 e = panel.begin * ROWS; e < panel.end * ROWS; ++e)
         variance.at[e] = sqrt_fast(fma(sigma, sigma, max(variance.at[e], 0.0f)));
     }
     const Plane* deviation = p.noise_var ? &variance : nullptr;
-    if (p.fast)
-      add_noise<true>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, sigma, deviation, psum);
-    else
-      add_noise<false>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, sigma, deviation, psum);
+    for (i64 pass = product * s.together; pass < (product + 1) * s.together; ++pass) {
+      const u32 slot = (u32)((pass * p.planes + plane) * s.tiles + tile);
+      const Draws draws{purpose << 24 | slot, (u32)*p.step, keys};
+      const float own = sigma * weight_within(p, s, pass);
+      if (p.fast)
+        add_noise<true>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, own, deviation, psum);
+      else
+        add_noise<false>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, own, deviation, psum);
+    }
   }
 
-  // What drives the lines from k0 on of a group in a pass, part group * passes + pass: `of` are values or their squares.
+  // What drives the lines from k0 on of a group in a product, part group * products + product: `of` are values or their squares.
   Rows driven(const Aligned& of, i64 part, i64 k0) const {
     Rows found{of.get() + part * size, (direct ? patches->places : packed).data() + k0, {}};
     std::copy_n(vector, VECTORS, found.vector);
     return found;
   }
 
-  // Converts partial sums; behind the last tile of the last pass, sums of all are sent on their way.
-  void convert(const Panel& panel, const Converters<COLS>& adc, i64 plane, i64 pass, i64 tile) {
-    const float weight = pass_of(p, pass).weight * p.slice_scale[plane];
+  // Converts partial sums; behind the last tile of the last product, sums of all are sent on their way.
+  void convert(const Panel& panel, const Converters<COLS>& adc, i64 plane, i64 product, i64 tile) {
+    const float weight = weight_of(p, s, product) * p.slice_scale[plane];
     const float code_max = p.code_max(), code_min = p.code_min(), part = gpuxbar::abs(weight);
     const i64 count = lanes;
-    const bool begun = tile > 0, last = tile == s.tiles - 1, done = last && pass == s.passes - 1;
+    const bool begun = tile > 0, last = tile == s.tiles - 1, done = last && product == s.products - 1;
     for (i64 j = panel.begin; j < panel.end; ++j) {
       float* current = psum.at + j * ROWS;
       float *total = sum.at + j * ROWS, *open = gate.at + j * ROWS;
@@ -289,7 +316,7 @@ class Reader {
       if (p.gate)
         for (i64 i = 0; i < count; ++i) open[i] += in_range(steps(i), code_min, code_max) ? part : 0.0f;
       const auto add = [&](const auto& codes) {
-        if (s.passes == 1) return send(panel, j, [=](i64 i) { return fma(step, codes(i), 0.0f); });
+        if (s.products == 1) return send(panel, j, [=](i64 i) { return fma(step, codes(i), 0.0f); });
         for (i64 i = 0; i < count; ++i) total[i] = fma(step, codes(i), total[i]);
         if (done) send(panel, j, [=](i64 i) { return total[i]; });
       };
@@ -369,9 +396,11 @@ class Reader {
   std::optional<PatchLines<ROWS>> patches;
   std::optional<Folded> folded;
   bool direct;                    // lines of images drive, not packed patches
-  i64 size;                       // of the values of a group in a pass
+  bool apart;                     // all lines of a vector of packed rows lie together, and the next vector behind them
+  i64 size;                       // of the values of a group in a product
   Aligned values{0}, squares{0};  // squares only where noise depends on them
-  std::vector<char> live;   // of passes of groups: a phase of inputs of one sign, or a high bit, often drives nothing
+  Aligned one{0};                 // what a pass drives, where it is one of several of a product
+  std::vector<char> live;   // of products of groups: a phase of inputs of one sign, or a high bit, often drives nothing
   std::vector<i64> packed;  // where packed lines begin
   i64 first = 0, rows = 0, lanes = 0;  // of the block; lanes: rows in whole vectors
   i64 vector[VECTORS] = {};            // where vectors of rows lie on a driven line
@@ -385,11 +414,7 @@ class Reader {
 
 extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   const TileMvm& p = *params;
-  Shape s;
-  s.drive = p.transposed ? p.cols : p.inputs;
-  s.sense = p.transposed ? p.inputs : p.cols;
-  s.tiles = (s.drive + p.tile - 1) / p.tile;
-  s.passes = p.streams * p.phases;
+  const Shape s(p);
   // a unit of work is whole images where results fold, so that no two threads meet in one
   const i64 pixels = p.conv ? p.conv->out_h * p.conv->out_w : 1;
   const bool folds = p.conv && p.transposed && !pointwise(*p.conv);
@@ -397,7 +422,7 @@ extern "C" void gpuxbar_tile_mvm(const TileMvm* params) {
   const i64 units = (p.batch + unit_rows - 1) / unit_rows;
   float weights = 0.0f;
   for (i64 plane = 0; plane < p.planes; ++plane)
-    for (i64 pass = 0; pass < s.passes; ++pass) weights += gpuxbar::abs(p.slice_scale[plane] * pass_of(p, pass).weight);
+    for (i64 k = 0; k < s.products; ++k) weights += gpuxbar::abs(p.slice_scale[plane] * weight_of(p, s, k));
   const float share = gpuxbar::gate_part(weights, s.tiles);
   if (!p.conv && p.batch <= FEW) {
     read_few(p, s, share);

@@ -6,11 +6,14 @@
 
 namespace gpuxbar {
 
-// Steps as a converter finds them, or makes them, whose curve is `inl` steps off at most: (3 sqrt(3) / 2) inl (u - u^3) with u the share
-// of the range, so that both ends and 0 stay where they are, and all beyond.
-GPUXBAR_FN float bent(float steps, float inl, float code_max) {
+// How all curves bend: u - u^3 with u the share of the range, so that both ends and 0 stay where they are, and all beyond.
+GPUXBAR_FN float bow(float steps, float code_max) {
   const float u = min(max(steps / code_max, -1.0f), 1.0f);
-  return fma(2.598076211f * inl, fma(-u * u, u, u), steps);
+  return fma(-u * u, u, u);
 }
+
+// Steps as a converter finds them, or makes them, whose curve is `inl` steps off at most: (3 sqrt(3) / 2) inl of their bow more.
+GPUXBAR_FN float bowed(float steps, float inl, float bow) { return fma(2.598076211f * inl, bow, steps); }
+GPUXBAR_FN float bent(float steps, float inl, float code_max) { return bowed(steps, inl, bow(steps, code_max)); }
 
 }  // namespace gpuxbar
