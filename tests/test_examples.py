@@ -20,7 +20,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import gpuxbar as gx
-from gpuxbar.bench.study import Study
+from gpuxbar.bench.study import Study, learn
+from gpuxbar.experiments.data import load_data
 from gpuxbar.launch import set_threads
 from gpuxbar.launch import threads as kernel_threads
 
@@ -121,6 +122,17 @@ def test_the_table_of_a_study_is_that_of_its_rows(name):
     script = runpy.run_path(str(ROOT / f"examples/{name}.py"))
     text = "\n\n".join([script["START"], script["table"](study.rows, study.where()), script["END"]])
     assert text in (ROOT / "examples/README.md").read_text()
+
+
+def test_a_study_learns_by_the_loss_that_it_is_given():
+    data = load_data("digits")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    before = model[1].weight.detach().clone()
+    learn(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), data, torch.arange(4), data.batch(slice(4), test=True), epochs=1, batch=2,
+        advance=lambda count: None, loss=lambda y, t: 0 * y.sum(),
+    )  # fmt: skip
+    assert torch.equal(model[1].weight, before)
 
 
 def test_the_table_of_sensitivities_is_that_of_its_rows():
