@@ -21,7 +21,7 @@ from rich.progress import Progress
 from torch import nn
 
 import gpuxbar as gx
-from gpuxbar.bench.record import put_table
+from gpuxbar.bench.record import markdown, put_table
 from gpuxbar.bench.study import Study, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.launch import set_threads
@@ -166,10 +166,10 @@ def train(data, simulator, pairing, epochs, seed, advance):
 
 
 def table(rows, where):
-    lines = [
-        f"| updates | {', % | '.join(SIMULATORS)}, % | last two differ by, % | CPU seconds an epoch: {' | '.join(SIMULATORS)} |",
-        f"|{'---|' * (2 + 2 * len(SIMULATORS))}",
-    ]
+    first, *others = SIMULATORS
+    accuracies = [f"{name}, %" for name in SIMULATORS]
+    head = "updates", *accuracies, "last two differ by, %", f"CPU seconds an epoch: {first}", *others
+    lines = []
     for pairing in PAIRINGS:
         found = {name: of_pairing(rows, name, pairing) for name in SIMULATORS}
         if not all(found.values()):
@@ -182,7 +182,7 @@ def table(rows, where):
         cells += [
             f"{median(row['cpu_seconds'] / len(row['curve']) for row in some):.1f}" for some in found.values()
         ]
-        lines.append(f"| {pairing} | {' | '.join(cells)} |")
+        lines.append((str(pairing), *cells))
     one = rows[0]["training"]
     seeds = 1 + max(row["training"]["seed"] for row in rows)
     version = next(row["training"]["version"] for row in rows if row["training"]["simulator"] == "aihwkit")
@@ -190,7 +190,7 @@ def table(rows, where):
         f"A network of 64 hidden units on {one['data']}, pooled by 2 x 2, after {one['epochs']} epochs, batch {BATCH}: mean and "
         f"standard deviation of {seeds} seeds, and the standard error of the difference; aihwkit {version}; "
     )
-    return "\n".join([*lines, "", note + where + "."])
+    return f"{markdown(head, lines)}\n\n{note}{where}."
 
 
 def of_pairing(rows, simulator, pairing):

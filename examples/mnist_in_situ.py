@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import gpuxbar as gx
-from gpuxbar.bench.record import put_table
+from gpuxbar.bench.record import markdown, put_table
 from gpuxbar.bench.study import Study, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.experiments.networks import network
@@ -88,15 +88,14 @@ def cell(results, device, algorithm):
 
 
 def table(results, chosen, where):
-    lines = ["| algorithm | " + " | ".join(DEVICES) + " |", "|---|" + "---|" * len(DEVICES)]
-    for algorithm in OPTIMIZERS:
-        cells = [cell(results, device, algorithm) for device in DEVICES]
-        lines.append(f"| {algorithm} | " + " | ".join(cells) + " |")
+    lines = [
+        (algorithm, *(cell(results, device, algorithm) for device in DEVICES)) for algorithm in OPTIMIZERS
+    ]
     note = (
         f"Test accuracy on {chosen.data} after {chosen.epochs} epochs, batch {chosen.batch}: mean and standard deviation of "
         f"{chosen.seeds} seeds, at the best of {chosen.tries} settings tried; "
     )
-    return "\n".join([*lines, "", note + where + "."])
+    return f"{markdown(('algorithm', *DEVICES), lines)}\n\n{note}{where}."
 
 
 def plot(results):

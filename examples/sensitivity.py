@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import gpuxbar as gx
-from gpuxbar.bench.record import put_table
+from gpuxbar.bench.record import markdown, put_table
 from gpuxbar.bench.study import Study, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.experiments.networks import network
@@ -116,15 +116,15 @@ def accuracies(study, data, axis, value, chosen):
 
 
 def table(results, chosen, where):
-    lines = ["| changed | value: test accuracy, % |", "|---|---|"]
-    for axis, points in results.items():
-        cells = [f"{value:g}: {mean(found):.1f}" for value, found in points.items()]
-        lines.append(f"| {axis} | {', '.join(cells)} |")
+    lines = [
+        (axis, ", ".join(f"{value:g}: {mean(found):.1f}" for value, found in points.items()))
+        for axis, points in results.items()
+    ]
     note = (
         f"LeNet-5 on {chosen.data} after {chosen.epochs} epochs of in-situ SGD, learning rate {RATE:g}, batch {BATCH}; mean of "
         f"{chosen.seeds} seeds; "
     )
-    return "\n".join([*lines, "", note + where + "."])
+    return f"{markdown(('changed', 'value: test accuracy, %'), lines)}\n\n{note}{where}."
 
 
 def plot(results):

@@ -174,12 +174,11 @@ def test_what_is_not_finite_stays_so_or_is_refused(value, adc, dac):
     assert not layer.weight.grad.isfinite().any()
 
 
-@pytest.mark.parametrize("backend", ["host", "reference"])
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("kind", ["tensor", "sample", "fixed", "ema", "learned"])
-def test_no_range_of_a_dac_hides_that_inputs_are_not_finite(kind, signed, backend, monkeypatch):
+def test_no_range_of_a_dac_hides_that_inputs_are_not_finite(kind, signed):
     """In training or not; one is refused that would be clipped, and leaves no trace."""
-    monkeypatch.setattr("gpuxbar.launch.host.WANTED", backend)
     most = {"max": 0.5} if kind in ("fixed", "learned") else {}
     dac = {"bits": 8, "signed": signed, "range": kind, **most}
     layer = AnalogLinear(4, 3, spec=gx.CrossbarSpec(dac=dac))
@@ -317,17 +316,21 @@ INPUTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR tensor support is in beta", "ignore:The PyTorch API of nested tensors"
+)
 @pytest.mark.parametrize("name", INPUTS)
 def test_sparse_and_nested_inputs_and_symbolic_traces_are_refused(name):
     module, shape, argument = INPUTS[name]
     model, _ = gx.convert(module, gx.CrossbarSpec())
     x = torch.ones(shape)
     times = 3 if name == "MultiheadAttention" else 1
+    nested = r"dense, got a nested tensor; pass .*padded_tensor\(x, 0\.0\)"
     for given, text in (
         (x.to_sparse(), r"dense, got torch\.sparse_coo; pass x\.to_dense\(\)"),
         (torch.ones(2, 4).to_sparse_csr(), r"dense, got torch\.sparse_csr; pass x"),
-        (torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), r"dense, got a nested tensor; pass .*padded_tensor\(x, 0\.0\)"),
+        (torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), nested),
+        (torch.nested.nested_tensor([x[0], x[0]]), nested),
     ):  # fmt: skip
         with pytest.raises(TypeError, match=f": `{argument}` must be {text}"):
             model(*[given] * times)
@@ -335,6 +338,15 @@ def test_sparse_and_nested_inputs_and_symbolic_traces_are_refused(name):
         TypeError, match=f"`{argument}` must be .*, got a Proxy of torch.fx; trace the model before gpuxbar"
     ):
         torch.fx.symbolic_trace(model)
+
+
+@pytest.mark.parametrize("argument", ["query", "key", "value"])
+def test_attention_names_the_input_that_is_sparse(argument):
+    model, _ = gx.convert(nn.MultiheadAttention(4, 2), gx.CrossbarSpec())
+    x = torch.ones(5, 2, 4)
+    given = {name: x.to_sparse() if name == argument else x for name in ("query", "key", "value")}
+    with pytest.raises(TypeError, match=f"^attention: `{argument}` must be dense, got torch.sparse_coo"):
+        model(**given)
 
 
 def test_models_are_traced_before_they_are_converted():

@@ -314,6 +314,11 @@ def test_a_seal_breaks_with_what_it_vouches_for(tmp_path):
         (["cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"], 13020, "cu13/lib/libnvrtc.so.13"),
         (
             ["cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"],
+            0,
+            "cu13/lib/libnvrtc.so.13",
+        ),  # it runs nothing
+        (
+            ["cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"],
             12090,
             "cuda_nvrtc/lib/libnvrtc.so.12",
         ),

@@ -97,6 +97,16 @@ def test_the_gradient_of_the_range_is_scaled_as_the_paper_scales_it():
     np.testing.assert_array_equal(values.grad, expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_what_is_not_finite_is_nan_inside_a_range(signed, device, monkeypatch):
+    if device == "gpu":
+        monkeypatch.setattr("gpuxbar.bridge.dac_clip.on_cpu", lambda x: False)
+    x = torch.tensor([-2.0, -0.25, 0.5, 2.0, torch.inf, -torch.inf, torch.nan])
+    inside = torch.tensor([-1.0 if signed else 0.0, -0.25 if signed else 0.0, 0.5, 1.0, *[torch.nan] * 3])
+    torch.testing.assert_close(dac_clip(x, torch.ones(1), 7, signed), inside, rtol=0, atol=0, equal_nan=True)
+
+
 def test_opcheck():
     grad, x = torch_of(*case((4, 6)))
     top = torch.tensor([0.9])

@@ -183,8 +183,8 @@ def test_some_networks_take_images_of_any_size(name, parameters):
 @pytest.mark.parametrize(
     ("shape", "name", "message"),
     [
-        ((3, 96, 96), None, "`name` must be given for images of 96 x 96, got none; choose one of mlp, resnet20, resnet18,"),
-        ((1, 28, 28), "cnn", "`name` must be a network for images of 28 x 28, got 'cnn', for 8 x 8; choose another"),
+        ((3, 96, 96), None, "`name` must be a network for images of 96 x 96, got none; choose one of mlp, resnet20, resnet18,"),
+        ((1, 28, 28), "cnn", "`name` must be a network for images of 28 x 28, got cnn; choose one of mlp, lenet5, resnet20,"),
         ((1, 28, 28), "resnet", "`name` must be a network, got 'resnet'; did you mean `resnet"),
     ],
 )  # fmt: skip

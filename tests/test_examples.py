@@ -10,6 +10,7 @@ import sys
 from collections import OrderedDict
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import gpuxbar as gx
-from gpuxbar.bench.study import Study
+from gpuxbar.bench.study import Study, learn
+from gpuxbar.experiments.data import load_data
 from gpuxbar.launch import set_threads
 from gpuxbar.launch import threads as kernel_threads
 
@@ -120,6 +122,56 @@ def test_the_table_of_a_study_is_that_of_its_rows(name):
     script = runpy.run_path(str(ROOT / f"examples/{name}.py"))
     text = "\n\n".join([script["START"], script["table"](study.rows, study.where()), script["END"]])
     assert text in (ROOT / "examples/README.md").read_text()
+
+
+def test_a_study_learns_by_the_loss_that_it_is_given():
+    data = load_data("digits")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    before = model[1].weight.detach().clone()
+    learn(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), data, torch.arange(4), data.batch(slice(4), test=True), epochs=1, batch=2,
+        advance=lambda count: None, loss=lambda y, t: 0 * y.sum(),
+    )  # fmt: skip
+    assert torch.equal(model[1].weight, before)
+
+
+def test_the_table_of_sensitivities_is_that_of_its_rows():
+    """All of which are there: without images none could be made."""
+    study = Study(ROOT / "examples/results/sensitivity.jsonl", ROOT, Progress())
+    script = runpy.run_path(str(ROOT / "examples/sensitivity.py"))
+    chosen, no_data = SimpleNamespace(data="mnist5k", epochs=4, seeds=2), SimpleNamespace(x=[])
+    results = {
+        axis: {value: script["accuracies"](study, no_data, axis, value, chosen) for value in values}
+        for axis, (values, _) in script["AXES"].items()
+    }
+    text = "\n\n".join([script["START"], script["table"](results, chosen, study.where()), script["END"]])
+    assert text in (ROOT / "examples/README.md").read_text()
+
+
+def test_the_table_of_published_findings_is_of_the_trainings_asked_for(in_tmp, monkeypatch, capsys, threads):
+    """Others of the same record are left out, and one seed is refused before any is made."""
+    recorded = (ROOT / "examples/results/published.jsonl").read_bytes()
+    (in_tmp / "rows.jsonl").write_bytes(recorded)
+    asked = [
+        "published.py", "--data", "digits", "--images", "1", "--epochs", "1", "--statements", "read noise", "--record", "rows.jsonl",
+        "--seeds",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*asked, "1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples/published.py"), run_name="__main__")
+    assert "--seeds must be at least 2, got 1" in capsys.readouterr().err
+    assert (in_tmp / "rows.jsonl").read_bytes() == recorded
+    monkeypatch.setattr(sys, "argv", [*asked, "2"])
+    runpy.run_path(str(ROOT / "examples/published.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert (
+        "Test accuracy on digits after 1 epochs of 1 images, rate 0.1: mean and its standard error, 2 seeds"
+        in said
+    )
+    assert [line.partition(" ")[2][:10] for line in said.splitlines() if line.startswith("| ")] == [
+        "published ",
+        "read noise",
+    ]
 
 
 def test_the_study_of_published_findings_says_what_its_digits_need(monkeypatch, capsys):

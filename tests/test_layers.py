@@ -252,7 +252,7 @@ class Blocks(nn.Module):
 
 HIDDEN = {
     "list": (lambda m: setattr(m, "more", [nn.Linear(4, 4)]), "more"),
-    "dict of tuples": (lambda m: setattr(m, "more", {"a": (3, nn.Sequential(nn.LSTM(4, 4)))}), "more"),
+    "dict of lists of tuples": (lambda m: setattr(m, "more", {"a": [(3, nn.Sequential(nn.LSTM(4, 4)))]}), "more"),
     "attribute": (lambda m: m.second.__dict__.update(twin=nn.Conv2d(1, 1, 1)), "second.twin"),
     "on crossbars": (lambda m: setattr(m, "more", [AnalogLinear(4, 4, spec=gx.CrossbarSpec())]), "more"),
     "what was replaced": (lambda m: setattr(m, "order", [m.second[0], m.first]), "order"),
@@ -271,9 +271,15 @@ def test_a_warning_tells_of_layers_that_are_no_submodules(kind):
     assert [row.module for row in report.rows] == ["first", "second.0", "second.1"]
 
 
+def in_itself(model):
+    model.parts = [model]
+    model.parts.append(model.parts)
+
+
 @pytest.mark.parametrize(
     "hold",
     [
+        in_itself,
         lambda m: setattr(m, "more", nn.ModuleList([nn.Linear(4, 4)])),
         lambda m: setattr(m, "norms", [m.second[1], nn.LayerNorm(4), {"model": m}]),
     ],

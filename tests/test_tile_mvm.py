@@ -61,6 +61,7 @@ MODES = {
         "drivers": (True, 0.1),
         "read_noise": 2e-6,
     },
+    "variance-of-streams": {"stream_bits": 2, "streams": 4, "phases": 2, "noise_var": True},
     "streams": {"adc_bits": 8, "stream_bits": 2, "streams": 4},
     "two-phase": {"adc_bits": 8, "stream_bits": 7, "streams": 1, "phases": 2, "read_noise": 1e-6},
 }

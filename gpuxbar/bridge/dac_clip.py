@@ -31,8 +31,10 @@ def dac_clip(x: Tensor, top: Tensor, code_max: int, signed: bool) -> Tensor:
     """
     if on_cpu(x):  # numbers are several times as fast there; on a GPU they would be waited for
         most = top.item()
-        return as_finite(x.clamp(-most if signed else 0.0, most), x)
-    return as_finite(x.clamp(-top if signed else torch.zeros_like(top), top), x)
+        clipped = x.clamp(-most if signed else 0.0, most)
+    else:
+        clipped = x.clamp(-top if signed else torch.zeros_like(top), top)
+    return as_finite(clipped, x)
 
 
 def as_finite(clipped: Tensor, x: Tensor) -> Tensor:

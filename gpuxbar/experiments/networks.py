@@ -28,23 +28,15 @@ def network(shape: Shape, classes: int, name: str | None = None) -> tuple[str, n
     size = shape[1:]
     if name is None:
         name = USUAL.get(size)
-    if name is None:
-        any_size = ", ".join(each for each in NETWORKS if each not in SIZES)
-        raise ValueError(
-            f"network: `name` must be given for images of {_text(size)}, got none; choose one of {any_size}, or convert a network of "
-            "yours with gpuxbar.convert"
-        )
-    if name not in NETWORKS:
+    if name is not None and name not in NETWORKS:
         raise ValueError(f"network: `name` must be a network, got {name!r}; {nearest(name, NETWORKS)}")
-    if SIZES.get(name, size) != size:
+    fitting = [each for each in NETWORKS if SIZES.get(each, size) == size]
+    if name not in fitting:
         raise ValueError(
-            f"network: `name` must be a network for images of {_text(size)}, got {name!r}, for {_text(SIZES[name])}; choose another"
+            f"network: `name` must be a network for images of {size[0]} x {size[1]}, got {name or 'none'}; choose one of "
+            f"{', '.join(fitting)}, or convert a network of yours with gpuxbar.convert"
         )
     return name, NETWORKS[name](shape, classes)
-
-
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
 
 
 def _mlp(shape: Shape, classes: int) -> nn.Module:

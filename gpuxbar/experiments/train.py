@@ -52,7 +52,8 @@ class Run:
     `modes`: among "ideal", "hardware-aware" and "in-situ"; None: all, in-situ only if the spec has an update law.
     `lr`: of AdamW, for the first two modes; `in_situ_lr`, `momentum`: of the in-situ `optimizer`, a
     name of `optim.build_optimizer`.
-    `data`, `data_dir`, `download`: see `load_data`; `network`: its `name`, what is usual for the images if None. `threads`: of the CPU; None leaves them as they are.
+    `data`, `data_dir`, `download`: see `load_data`. `network`: a name of `networks.NETWORKS`; None: what is usual for
+    the size of the images. `threads`: of the CPU; None leaves them as they are.
     """
 
     folder: Path

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from functools import lru_cache
-from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -35,15 +34,15 @@ def _cuda_of(path: Path) -> int:
     return int(path.name.split(".")[2])
 
 
-def _newest_cuda() -> float:
-    """The newest major version that the driver knows; infinite without one, as where kernels are only compiled."""
+def _newest_cuda() -> int:
+    """The newest major version that the driver knows; 0 without one, as where kernels are only compiled."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return inf
+        return 0
     version = ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
-    return version.value // 1000 or inf
+    return version.value // 1000
 
 
 @lru_cache(maxsize=1)

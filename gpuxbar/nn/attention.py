@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpuxbar.nn.dense import is_dense, refuse_other
+from gpuxbar.nn.dense import require_dense
 from gpuxbar.nn.linear import linear_of
 
 __all__ = ["UnfusedAttention"]
@@ -82,8 +82,7 @@ class UnfusedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`'s; `is_causal` is its hint that `attn_mask` is causal, and changes nothing."""
         for name, x in (("query", query), ("key", key), ("value", value)):
-            if not is_dense(x):
-                refuse_other("attention", name, x)
+            require_dense("attention", name, x)
         if is_causal and attn_mask is None:
             raise ValueError(
                 "attention: `attn_mask` must be given with `is_causal`, got None; pass the causal mask too"

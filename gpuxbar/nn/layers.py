@@ -28,7 +28,7 @@ from gpuxbar.bridge.wires import weight_through_wires
 from gpuxbar.mapping import full_current, plan_reads, worst_current
 from gpuxbar.mapping.plan import Read, ReadPlan
 from gpuxbar.nn.cells import Cells, Steady
-from gpuxbar.nn.dense import is_dense, refuse_other
+from gpuxbar.nn.dense import require_dense
 from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.wires import settings_checksum
 from gpuxbar.ops import PackedConductance
@@ -774,8 +774,7 @@ class AnalogLinear(nn.Linear, AnalogLayer):
 
     def forward(self, input: Tensor, steady: Steady | None = None) -> Tensor:
         """As `nn.Linear`'s; `steady` see `read`."""
-        if not is_dense(input):
-            refuse_other(self.name, "x", input)
+        require_dense(self.name, "x", input)
         if not input.dim() or input.shape[-1] != self.in_features:
             self.refuse_input(input, f"[..., {self.in_features}]")
         if input.dim() == 2:
@@ -816,8 +815,7 @@ class AnalogConv(_ConvNd, AnalogLayer):
                     f"{self.name}: `{key}` must stay {self._planned[key]!r}, as the layer was made, got {value!r}; change it before "
                     "gpuxbar.convert"
                 )
-        if not is_dense(x):
-            refuse_other(self.name, "x", x)
+        require_dense(self.name, "x", x)
         axes = len(self.kernel_size)
         if x.dim() not in (1 + axes, 2 + axes) or x.shape[-1 - axes] != self.in_channels:
             size = ("height", "width")[-axes:]

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from gpuxbar.bridge.lstm_gates import lstm_gates
 from gpuxbar.bridge.lstm_sequence import lstm_sequence
-from gpuxbar.nn.dense import is_dense, refuse_other
+from gpuxbar.nn.dense import require_dense
 from gpuxbar.nn.layers import CONVERTERS, AnalogLinear
 from gpuxbar.nn.linear import linear_of
 
@@ -228,9 +228,9 @@ def _called(module: UnfusedCell | UnfusedRNN) -> str:
 def _check_input(module: UnfusedCell | UnfusedRNN, x: Any, axes: tuple[str, ...]) -> None:
     """Refuse what is no input of a module, which has one of these groups of axes before that of its values."""
     size = module.input_size
-    if not is_dense(x):
-        also = " or a PackedSequence" if isinstance(module, UnfusedRNN) else ""
-        refuse_other(_called(module), "input", x, also)
+    require_dense(
+        _called(module), "input", x, " or a PackedSequence" if isinstance(module, UnfusedRNN) else ""
+    )
     if x.dim() not in [1 + each.count(",") for each in axes] or x.shape[-1] != size:
         shapes = " or ".join(f"[{each}{size}]" for each in axes)
         raise ValueError(

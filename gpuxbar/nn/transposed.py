@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpuxbar.nn.dense import is_dense, refuse_other
+from gpuxbar.nn.dense import require_dense
 
 __all__ = ["UnfusedConvTranspose"]
 
@@ -88,8 +88,7 @@ class UnfusedConvTranspose(nn.Module):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """As the module's."""
-        if not is_dense(input):
-            refuse_other("transposed convolution", "input", input)
+        require_dense("transposed convolution", "input", input)
         x = input.unsqueeze(-2) if self.flat else input
         x = x if x.dim() == 4 else x[None]
         size = self._size(x.shape[2:], output_size)

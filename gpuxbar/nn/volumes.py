@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpuxbar.nn.dense import is_dense, refuse_other
+from gpuxbar.nn.dense import require_dense
 
 __all__ = ["UnfusedConv3d"]
 
@@ -55,8 +55,7 @@ class UnfusedConv3d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the module's."""
-        if not is_dense(input):
-            refuse_other("convolution of volumes", "input", input)
+        require_dense("convolution of volumes", "input", input)
         x = input if input.dim() == 5 else input[None]
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = functional.pad(x, self.padding, mode=mode)
