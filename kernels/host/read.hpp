@@ -54,8 +54,8 @@ struct Shape {
       : drive(p.transposed ? p.cols : p.inputs),
         sense(p.transposed ? p.inputs : p.cols),
         tiles((drive + p.tile - 1) / p.tile) {
-    // without an ADC, currents are linear in what is driven, so that sums over all passes drive the array once, unless noise depends on
-    // what each drives
+    // without an ADC, currents are linear in what is driven, so that sums over all passes drive the array once, unless noise
+    // depends on what each drives
     const i64 passes = p.streams * p.phases;
     together = p.adc_bits || p.noise_var ? 1 : passes;
     products = passes / together;
@@ -188,8 +188,8 @@ struct AlikeLines : AsTheyAre {
   void touch(float* digits, i64 count) const { drivers.conduct(digits, count); }
 };
 
-// What the DACs of the lines of patches, from `first` on, make of digits, each with its errors. The bow of a digit is worked out once
-// for all lines that share it, and lies `apart` behind it.
+// What the DACs of the lines of patches, from `first` on, make of digits, each with its errors. The bow of a digit is worked out
+// once for all lines that share it, and lies `apart` behind it.
 struct ErringLines {
   const Drivers& drivers;
   const i64 first, apart;

@@ -122,7 +122,10 @@ class Reader {
     size = direct ? patches->size : s.drive * ROWS;
     values = Aligned(groups * s.products * size);
     std::fill_n(values.get(), groups * s.products * size, 0.0f);
-    if (s.together > 1) one = Aligned(size), std::fill_n(one.get(), size, 0.0f);
+    if (s.together > 1) {
+      one = Aligned(size);
+      std::fill_n(one.get(), size, 0.0f);
+    }
     live.resize(groups * s.products);
     if (p.noise_var) squares = Aligned(groups * s.products * size);
     if (!direct) packed.resize(s.drive);
@@ -210,17 +213,15 @@ class Reader {
       patches->fill(digits, AlikeLines(drivers), p.groups, group, runs.front(), runs.back(), to);
     else if (!p.dac_error)
       patches->pack(digits, p.groups, group, runs, to, AlikeLines(drivers));
-    else
+    else {
       patches->pack(digits, p.groups, group, runs, to, ErringLines{drivers, group * s.drive, patches->kind()});
-    if (p.bends()) bend(group, to);
+      drivers.conduct(to, size);
+    }
+    if (p.bends() && !patches) bend(group, to);
   }
 
   // Puts what devices see of the lines of a group in the place of digits.
   void bend(i64 group, float* digits) const {
-    if (patches) {  // which have seen to all else
-      if (p.dac_error) drivers.conduct(digits, size);
-      return;
-    }
     const i64 together = p.conv ? lanes : LANES;  // rows of a line
     for (i64 k = 0; k < s.drive; ++k)
       for (i64 i = 0; i < lanes; i += together)
