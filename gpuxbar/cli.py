@@ -104,8 +104,12 @@ def train(
     for mode in dict.fromkeys(r["mode"] for r in records):
         rows = [r for r in records if r["mode"] == mode]
         last, rate = rows[-1], "--in-situ-lr" if mode == "in-situ" else "--lr"
-        diverged = f"diverged in epoch {last['epoch'] + 1}; lower {rate}"
-        reached = diverged if last["accuracy"] is None else f"{last['accuracy']:.3f}"
+        if last["accuracy"] is None:
+            reached = f"diverged in epoch {last['epoch'] + 1}; lower {rate}"
+        else:
+            reached = f"{last['accuracy']:.3f}"
+            if last["loss"] > rows[0]["loss"]:
+                reached += f", loss rose; lower {rate}"
         table.add_row(mode, reached, f"{median(r['seconds'] for r in rows):.2f}")
     console.print(table)
 

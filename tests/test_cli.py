@@ -41,19 +41,20 @@ def test_the_table_shows_the_last_accuracy_and_the_median_time(monkeypatch):
     ]
 
 
-def test_the_table_tells_of_modes_that_diverged(monkeypatch):
-    ends = {"ideal": None, "hardware-aware": 0.9, "in-situ": None}
+def test_the_table_tells_of_modes_that_diverged_or_unlearnt(monkeypatch):
+    ends = {"ideal": (1.0, None), "hardware-aware": (0.3, 0.9), "in-situ": (2.3, 0.1)}
     records = [
-        {"mode": mode, "epoch": 2, "loss": 1.0, "accuracy": accuracy, "seconds": 1.0}
-        for mode, accuracy in ends.items()
+        {"mode": mode, "epoch": epoch, "loss": loss, "accuracy": accuracy, "seconds": 1.0}
+        for mode, (last, reached) in ends.items()
+        for epoch, loss, accuracy in ((0, 1.1, 0.7), (1, last, reached))
     ]
     monkeypatch.setattr("gpuxbar.cli.run_training", lambda settings: records)
     done = run(app, ["train"])
     assert done.exit_code == 0, done.output
     assert re.findall(r"│ ([a-z-]+)\W+((?:diverged|0)[^│]*?) +│", done.output) == [
-        ("ideal", "diverged in epoch 3; lower --lr"),
+        ("ideal", "diverged in epoch 2; lower --lr"),
         ("hardware-aware", "0.900"),
-        ("in-situ", "diverged in epoch 3; lower --in-situ-lr"),
+        ("in-situ", "0.100, loss rose; lower --in-situ-lr"),
     ]
 
 

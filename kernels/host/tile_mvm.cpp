@@ -265,16 +265,19 @@ class Reader {
       for (i64 e = panel.begin * ROWS; e < panel.end * ROWS; ++e)
         variance.at[e] = sqrt_fast(fma(sigma, sigma, max(variance.at[e], 0.0f)));
     }
+    for (i64 pass = product * s.together; pass < (product + 1) * s.together; ++pass)
+      add_pass_noise(panel, purpose << 24 | (u32)((pass * p.planes + plane) * s.tiles + tile), row,
+                     sigma * weight_within(p, s, pass));
+  }
+
+  // Adds the read noise of a pass, whose draws are those of `third`.
+  void add_pass_noise(const Panel& panel, u32 third, u32 row, float sigma) {
+    const Draws draws{third, (u32)*p.step, keys};
     const Plane* deviation = p.noise_var ? &variance : nullptr;
-    for (i64 pass = product * s.together; pass < (product + 1) * s.together; ++pass) {
-      const u32 slot = (u32)((pass * p.planes + plane) * s.tiles + tile);
-      const Draws draws{purpose << 24 | slot, (u32)*p.step, keys};
-      const float own = sigma * weight_within(p, s, pass);
-      if (p.fast)
-        add_noise<true>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, own, deviation, psum);
-      else
-        add_noise<false>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, own, deviation, psum);
-    }
+    if (p.fast)
+      add_noise<true>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, sigma, deviation, psum);
+    else
+      add_noise<false>(draws, (u32)panel.column, row, rows, panel.begin, panel.end, sigma, deviation, psum);
   }
 
   // What drives the lines from k0 on of a group in a product, part group * products + product: `of` are values or their squares.
