@@ -21,9 +21,8 @@ __all__ = ["shown", "sweep"]
 
 OPTION = "train."  # before keys of options of a training
 OPTIONS = ("network", "epochs", "batch", "lr", "in_situ_lr", "momentum", "optimizer", "seed")
-OF_IDEAL = [
-    OPTION + name for name in ("network", "epochs", "batch", "lr", "seed")
-]  # that change the mode "ideal" too
+# those that change the mode "ideal" too
+OF_IDEAL = [OPTION + name for name in ("network", "epochs", "batch", "lr", "seed")]
 REPEATED = "seed", OPTION + "seed"  # whose values repeat a point
 RESULTS = "loss", "accuracy"
 LINES = "-", "--", ":", "-."

@@ -170,7 +170,7 @@ struct Drivers {
       float most = 0.0f;
 #pragma omp simd reduction(max : most)
       for (i64 i = 0; i < part; ++i) most = std::max(most, gpuxbar::abs(steps[i]));
-      if (own.bend * most < 1.0f) {  // a third of the time, as of low voltages and devices that are nearly ohmic
+      if (own.bend * most < 1.0f) {  // as of low voltages and devices that are nearly ohmic: the series is enough
 #pragma omp simd
         for (i64 i = 0; i < part; ++i) steps[i] = own.scale * sinh_near(own.bend * steps[i]);
       } else {
