@@ -230,6 +230,27 @@ def test_settings_of_published_findings_are_what_they_say(setting, read, write):
     assert change.std().item() == pytest.approx(write, rel=0.06, abs=1e-6)
 
 
+@pytest.mark.parametrize("setting", ["ideal", "symmetric, alpha 5", "taox-tio2"])
+def test_weights_of_published_findings_end_where_their_simulator_has_them_end(setting, monkeypatch):
+    """Of single devices beside references as of pairs: a large update moves all weights there."""
+    script = runpy.run_path(str(ROOT / "examples/published.py"))
+    kept = {}
+    monkeypatch.setitem(
+        script["train"].__globals__,
+        "learn",
+        lambda model, optimiser, *_, **__: kept.update(model=model, optimiser=optimiser),
+    )
+    spec = script["SETTINGS"][setting].with_overrides(
+        {"update": {"cycle": 0.0}} if setting == "taox-tio2" else {}
+    )
+    script["train"](load_data("digits"), 1, spec, 1, None)
+    for name, end in zip(("1", "3"), script["LARGEST"], strict=True):
+        weight = kept["model"].get_submodule(name).weight
+        weight.grad = torch.full_like(weight, -100 * end)
+        kept["optimiser"].step()
+        assert weight.max().item() == pytest.approx(end, rel=1e-3)
+
+
 def test_snippets_of_the_readme():
     layers = {
         "layer1": nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 20)),
