@@ -58,6 +58,13 @@ def test_the_table_tells_of_modes_that_diverged_or_unlearnt(monkeypatch):
     ]
 
 
+def test_a_network_is_chosen_by_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr("gpuxbar.cli.run_training", lambda settings: asked.append(settings.network) or [])
+    assert run(app, ["train", "--network", "mlp"]).exit_code == run(app, ["train"]).exit_code == 0
+    assert asked == ["mlp", None]
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(in_tmp):
     whole = run(app, ["train", "--epochs", "2", "--batch", "256", "--name", "whole"])
     assert whole.exit_code == 0, whole.output
