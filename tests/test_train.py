@@ -66,15 +66,27 @@ def test_every_epoch_has_an_order_of_its_own_and_every_mode_the_same(data, tmp_p
     assert orders[:2] == orders[2:]
 
 
-def test_converters_are_calibrated_before_every_epoch_by_the_loss_of_the_same_images(
+def test_converters_are_calibrated_as_steps_double_and_before_every_epoch_by_the_loss_of_the_same_images(
     data, tmp_path, monkeypatch
 ):
+    """Resumed, at the same steps; the rest of the batches seen is those of training."""
     module, calls = import_module("gpuxbar.experiments.train"), []
-    monkeypatch.setattr(module, "calibrate", lambda model, loader, loss: calls.append((loader[0], loss)))
-    train(Run(tmp_path / "run", CrossbarSpec(), modes=("ideal", "hardware-aware"), epochs=2, batch=64))
-    assert len(calls) == 2
-    assert {loss for _, loss in calls} == {nn.functional.cross_entropy}
-    assert torch.equal(calls[0][0][0], calls[1][0][0])
+
+    def seen(model, loader, loss):
+        calls.append((len(BATCHES) - 1 - len(calls), loader[0], loss))
+
+    monkeypatch.setattr(module, "calibrate", seen)
+    run = Run(tmp_path / "run", CrossbarSpec(), modes=("hardware-aware",), epochs=3, batch=64)
+    train(replace(run, epochs=1))
+    train(replace(run, resume=True))
+    assert [step for step, *_ in calls] == [0, 1, 2, 3, 4, 6, 8]
+    assert {loss for *_, loss in calls} == {nn.functional.cross_entropy}
+    assert all(torch.equal(sample[0], calls[0][1][0]) for _, sample, _ in calls)
+
+
+def test_the_ideal_network_is_not_calibrated(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module("gpuxbar.experiments.train"), "calibrate", pytest.fail)
+    train(Run(tmp_path / "run", CrossbarSpec(), modes=("ideal",), epochs=1, batch=64))
 
 
 def test_a_mode_that_diverges_ends_there_and_the_others_go_on(data, tmp_path):

@@ -203,13 +203,15 @@ def _epoch(
     """One pass over the training part in an order of its own, whose share done `advance` hears; returns the mean loss, None where
     values are not finite."""
     order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(run.seed + epoch))
+    parts = order.split(run.batch)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
+    model.train()
     try:
-        if mode != "ideal":  # converter ranges follow the weights
-            sample = data.sample(256, device=run.device)
-            calibrate(model, [sample], loss=nn.functional.cross_entropy)
-        model.train()
-        for part in order.split(run.batch):
+        for step, part in enumerate(parts, epoch * len(parts)):
+            # converter ranges follow the weights: before every epoch, and after 1, 2, 4, 8, ... steps, the first of which change most
+            if mode != "ideal" and (step % len(parts) == 0 or step.bit_count() == 1):
+                sample = data.sample(256, device=run.device)
+                calibrate(model, [sample], loss=nn.functional.cross_entropy)
             x, t = data.batch(part, device=run.device)
             optimiser.zero_grad()
             loss = nn.functional.cross_entropy(model(x), t)

@@ -36,8 +36,9 @@ def calibrate(
     anew once training has begun. A learned DAC range that has not begun yet begins at the one with which rounding and clipping these
     inputs makes the least squared error; others stay.
 
-    Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: where
-    `conversion_errors` shows clipping, calibrate anew.
+    Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: calibrate anew after 1,
+    2, 4, 8, ... steps of training (`if step.bit_count() == 1`), each time from one batch. A layer of which more than a fifth of the
+    conversions clip warns of it; `conversion_errors` tells what clips in each.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.

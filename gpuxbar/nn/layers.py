@@ -51,6 +51,8 @@ CELLS = "cells", "noise_var", "full_pair", "written"  # buffers of what was prog
 # of the converters around it
 CONVERTERS = "adc_range", "back_adc_range", "adc_error", "back_adc_error", "dac_error", "back_dac_error"
 TEST_INPUTS = 32  # of a test read
+OUTGROWN = 0.2  # of a layer's conversions clip, beside those that its calibration left outside
+SETTLED = 64  # reads after which that is looked at: some clip while training begins, and soon no more
 BOUNDED = "fixed", "ema", "learned"  # DAC ranges that values may exceed
 DRIVEN = {"signed", "stream_bits", "polarity", "v_read"}  # what currents follow from, of a DAC,
 WINDOW = {"g_min", "g_max", "levels"}  # of devices,
@@ -257,6 +259,7 @@ class AnalogLayer(InSitu):
             )
         self.dac_begun = not learned or _is_set(self.dac_max.abs())
         self.calibrated, self.back_calibrated = ready[0] and self.dac_begun, ready[1]
+        self._reads = 0  # with these ranges
 
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
@@ -624,10 +627,37 @@ class AnalogLayer(InSitu):
             # a copy: backward reads the devices of now, whatever their number is then
             packing = self.packed, self.back_packed, self.packed_state, cells.version[:1].clone()
         weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # as of images
-        return call(
-            analog_mvm, x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, *errors, *self.counter(),
-            *packing, self.static[0], torch.is_grad_enabled(),
-        )[0]  # fmt: skip
+        args = (
+            x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, *errors, *self.counter(), *packing, self.static[0],
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+        if torch.compiler.is_compiling() or not self._looks_at_clipping():
+            return call(analog_mvm, *args)[0]
+        y, _, gate, *_ = analog_mvm(*args)  # which `call` shows to backward alone
+        self._warn_of_clipping(gate)
+        return y
+
+    def _looks_at_clipping(self) -> bool:
+        """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training with the ranges of a calibration."""
+        if not (self.training and torch.is_grad_enabled() and self.converters()[0].calibrated):
+            return False
+        self._reads += 1
+        return self._reads >= SETTLED and self._reads.bit_count() == 1
+
+    def _warn_of_clipping(self, gate: Tensor) -> None:
+        """Warn where a read clips far more than its calibration left outside; `gate` as `analog_mvm` returns it."""
+        if gate.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # nothing is computed yet
+        clipped = 1 - gate.mean().item()
+        if clipped > 1 - self.spec.adc.percentile / 100 + OUTGROWN:
+            # without the layer's name, so that a model of many says it once
+            warnings.warn(
+                f"gpuxbar: calibrated ADC ranges must follow currents as weights learn, got a layer whose conversions clip by more than "
+                f"{OUTGROWN:.0%}, where no gradient passes; call gpuxbar.calibrate anew, most often at first: after 1, 2, 4, 8, ... steps. "
+                "gpuxbar.conversion_errors tells what clips in each layer",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs, and a weight trained in situ is

@@ -22,7 +22,7 @@ class InSituSGD(InSituOptimizer):
 
     Layers begin in-situ training here unless they have begun (see `InSitu.begin_in_situ`): their weights are programmed onto
     pairs of other conductances, so "calibrated" ADC ranges must be calibrated afterwards. Currents grow with the weights from
-    then on; calibrate from time to time, each epoch, say. A layer that begins with zeros needs `mapping.w_max`, and its currents
+    then on: calibrate anew as `gpuxbar.calibrate` says. A layer that begins with zeros needs `mapping.w_max`, and its currents
     grow from nothing: a rule `{"lora_B": {"mapping": {"w_max": 0.1}, "adc": {"range": "worst_case"}}}` gives it both.
 
     Pulse trains and bit streams (see `InSituOptimizer`) multiply in the layer's own array; they go without momentum.
