@@ -55,6 +55,11 @@ EXPECTED = {
         "against_aihwkit.png",
         r"agad, reram-sb( \| \d+\.\d \+- \d+\.\d){3} \| [+-]\d+\.\d \+- \d+\.\d \|",
     ),
+    "fashion_mnist.py": (
+        ["--data", "digits", "--networks", "cnn", "--epochs", "1", "--seeds", "1", "--record", "rows.jsonl"],
+        "fashion_mnist.png",
+        r"\| cnn, 1 epochs \| \d+\.\d \| \d+\.\d \| \d+\.\d \| \d+\.\d \|\n\nTest accuracy, %, .* all 1347 images of digits",
+    ),
     "published.py": (
         ["--data", "digits", "--images", "60", "--epochs", "1", "--seeds", "2", "--statements", "non-linearity", "periodic carry",
          "--record", "rows.jsonl"],
