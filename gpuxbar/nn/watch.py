@@ -130,7 +130,9 @@ def watch(
         for handle in hooks:
             handle.remove()
     used = {p for p, each in grads_of.items() if not _is_penalty(*zip(*each, strict=True))}
-    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    holders: Counter[Tensor] = Counter(
+        p for module in model.modules() for p in module.parameters(recurse=False)
+    )
     alone = {p for p in used if holders[p] == 1}  # which no other module holds, as an embedding may
     passed_by = [
         layer for layer in layers if layer not in called and alone & {*layer.parameters(recurse=False)}
