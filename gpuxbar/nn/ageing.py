@@ -98,9 +98,10 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
         for layer in layers:
             layer.require_calibrated()
     for layer in layers:
-        layer.look_after(seconds)
         if compensate:
-            layer.compensate()
+            layer.look_compensated(seconds)
+        else:
+            layer.look_after(seconds)
 
 
 def unprogram(model: nn.Module) -> None:

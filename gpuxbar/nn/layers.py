@@ -352,14 +352,14 @@ class AnalogLayer(InSitu):
             self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed)
 
     @torch.no_grad()
-    def compensate(self) -> None:
-        """Set `gain` to what a test read gave as programmed over what it gives at the layer's age."""
-        assert self.age is not None
+    def look_compensated(self, seconds: float) -> None:
+        """Read the devices as they are that long after programming, with `gain` what a test read gives as programmed over what it
+        gives then."""
         assert self.gain is not None
-        now, seconds = self._test_read(), self.age.item()
         self.look_after(0.0)
         before = self._test_read()
         self.look_after(seconds)
+        now = self._test_read()
         if before.item() > 0 == now.item():
             raise ValueError(
                 f"{self.name}: `compensate` must be False where a test read finds nothing, got codes of 0 at an age of {seconds:g} "
