@@ -492,7 +492,10 @@ def test_heads_that_the_loss_leaves_out_or_only_training_has_are_calibrated():
     model.eval()(x)[0].sum().backward()
     with pytest.raises(ValueError, match=r"pooler: the ADC range of the transposed read must be calibrated"):
         model(x)[1].sum().backward()
-    with pytest.raises(ValueError, match=r"auxiliary: .* with a step that calls model.train\(\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"auxiliary: .* on batches that reach the layer, with a step that calls model.train\(\)",
+    ):
         model.train()(x)
     gx.calibrate(model.eval(), [x], step=lambda x: sum(y.sum() for y in model.train()(x)))
     assert not model.training

@@ -535,7 +535,8 @@ class AnalogLayer(InSitu):
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
-                "gpuxbar.calibrate(model, loader), with a step that calls model.train() if the layer runs in training alone"
+                "gpuxbar.calibrate(model, loader) on batches that reach the layer, with a step that calls model.train() if it runs in training "
+                "alone"
             )
 
     def require_ranks(self) -> None:
