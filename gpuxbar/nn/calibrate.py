@@ -35,7 +35,7 @@ def calibrate(
     on a layer yet, get the range of the worst case, which is coarse; a RuntimeWarning names layers that got nothing else: calibrate
     anew once training has begun. A learned DAC range that has not begun yet begins at the one with which rounding and clipping these
     inputs makes the least squared error; others stay. Layers that no batch reaches, as experts that are rarely chosen, keep what range
-    they have, and refuse reads without one: give more batches, or them a rule with
+    they have, and refuse reads without one: give more batches, or a rule with
     `adc={"range": "worst_case"}`.
 
     Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: where
