@@ -180,6 +180,18 @@ def test_a_compensation_is_of_its_age_alone():
     assert [model[0].gain.item(), model[3].gain.item()] == [1, 1]
 
 
+def test_a_compensated_age_solves_wires_for_its_two_test_reads_alone(monkeypatch):
+    model, solved = converted("wires"), []
+    gx.program(model)
+    whole = ops.effective_conductance
+    monkeypatch.setattr(
+        ops, "effective_conductance", lambda *args, **options: solved.append(args) or whole(*args, **options)
+    )
+    gx.age(model, "1d", compensate=True)
+    model(images())
+    assert len(solved) == 2 * len(gx.telemetry(model).layers)
+
+
 def test_anchors_of_wires_are_of_the_age_that_is_read():
     wires = {"r_wordline": 20.0, "anchor": "ladder", "refresh_interval": 10, "tolerance": 1.0}
     spec = gx.CrossbarSpec(tile={"rows": 8, "cols": 8}, drift={"nu": 0.1}, parasitics=wires)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cuda_shim import REVERSE, ShimDevice
 
+import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
 from gpuxbar.optim import InSituSGD
@@ -243,3 +244,109 @@ def test_a_layer_trains_its_measured_devices_and_saves_them():
         measured.set_device_map(devices[:, :, :3])
     with pytest.raises(ValueError, match=r"`devices` must be float16 .* got torch.float32"):
         measured.set_device_map(devices.astype(np.float32))
+
+
+def measured_conductances(*shape):
+    """Some beyond the nominal window, as devices are."""
+    return np.random.default_rng(1).uniform(0.5e-6, 1.1e-5, shape)
+
+
+def pair_weights(g, w_max=2.0):
+    return (w_max * (g[0] - g[1]) / SPAN).T
+
+
+@pytest.mark.parametrize("law", [{"law": "ideal"}, {"law": "constant_step", "write_noise": 1e-8}])
+@pytest.mark.parametrize(
+    "wires", [{}, {"r_wordline": 900.0, "r_bitline": 900.0, "anchor": "ladder", "refresh_interval": 8}]
+)
+def test_training_goes_on_from_measured_conductances(law, wires):
+    spec = CrossbarSpec.model_validate(
+        {"tile": {"cols": 2}, "device": WINDOW, "update": law, "mapping": {"w_max": 2.0}, "parasitics": wires}
+    )
+    model = AnalogLinear(5, 4, spec=spec, bias=False)
+    g = measured_conductances(2, 5, 4)
+    train(model, 1)
+    before = model(torch.eye(5))
+    model.set_conductances(g)
+    np.testing.assert_allclose(model.g_cells, g, rtol=1e-6)
+    np.testing.assert_allclose(model.weight.detach(), pair_weights(g), atol=1e-6)
+    seen = g
+    if wires:
+        tiles = np.ascontiguousarray(g.reshape(2, 5, 2, 2).swapaxes(1, 2), np.float32)
+        seen = (
+            ops.effective_conductance(tiles, r_wordline=900.0, r_bitline=900.0)
+            .swapaxes(1, 2)
+            .reshape(g.shape)
+        )
+    np.testing.assert_allclose(model(torch.eye(5)).detach().T, pair_weights(seen), atol=1e-5)
+    assert not torch.allclose(model(torch.eye(5)), before)
+    model.update_cells(torch.full_like(model.weight, 0.01).detach())
+    inside = (g > G_MIN).all(0) & (g < 0.99 * G_MAX).all(0)
+    moved = (model.weight.detach().numpy() - pair_weights(g))[inside.T]
+    np.testing.assert_allclose(moved, 0.01, atol=0.02 if law.get("write_noise") else 1e-5)
+    train(model, 2)
+
+
+@pytest.mark.parametrize("scheme", ["differential", "offset"])
+def test_programmed_layers_read_and_age_measured_conductances(scheme):
+    spec = CrossbarSpec.model_validate(
+        {"device": WINDOW, "mapping": {"scheme": scheme, "w_max": 2.0}, "drift": {"nu": 0.05}}
+    )
+    model = AnalogLinear(5, 4, spec=spec, bias=False)
+    weight = model.weight.detach().clone()
+    gx.program(model)
+    if scheme == "differential":
+        g = measured_conductances(2, 5, 4)
+        held = pair_weights(g)
+    else:  # behind the devices lie those of a reference wordline and bitline
+        g = measured_conductances(1, 6, 5)
+        g[:, 5] = g[:, :, 4] = 0.4 * G_MAX
+        held = 2 * pair_weights(np.stack([g[0], np.full((6, 5), 0.4 * G_MAX)]))[:4, :5]
+    gx.age(model, "1y")
+    model.set_conductances(torch.as_tensor(g))
+    np.testing.assert_allclose(model(torch.eye(5)).detach().T, held, atol=1e-5)
+    if scheme == "differential":
+        gx.age(model, "1d")
+        np.testing.assert_allclose(model(torch.eye(5)).detach().T, held * (86420 / 20) ** -0.05, atol=1e-5)
+    assert torch.equal(model.weight, weight)
+    loaded = AnalogLinear(5, 4, spec=spec, bias=False)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(torch.eye(5)), model(torch.eye(5)))
+
+
+def test_measured_conductances_that_no_layer_holds_are_refused():
+    model = layer()
+    g = measured_conductances(2, 5, 4)
+    with pytest.raises(
+        ValueError, match=r"linear: `set_conductances` must follow gpuxbar.program or begin_in_situ\(\), got"
+    ):
+        model.set_conductances(g)
+    gx.program(model)
+    with pytest.raises(
+        ValueError, match=r"`g` must be \(2, 5, 4\) for this layer, got \(2, 4, 5\); give all planes"
+    ):
+        model.set_conductances(g.transpose(0, 2, 1))
+    for wrong in (1e6 * g, -g, np.full_like(g, np.nan)):
+        with pytest.raises(
+            ValueError, match=r"`g` must be 0 to 0.0001 S, 10 times device.g_max, got .*; give it in S"
+        ):
+            model.set_conductances(wrong)
+    gx.unprogram(model)
+    model.begin_in_situ()
+    gx.program(model)
+    with pytest.raises(
+        ValueError, match=r"`g` must wait until the layer is free, got one that is programmed"
+    ):
+        model.set_conductances(g)
+    exact = {
+        "precision": "int8",
+        "device": {"levels": 16},
+        "dac": {"bits": 8},
+        "adc": {"bits": 8, "range": "worst_case"},
+    }
+    whole = AnalogLinear(5, 4, spec=CrossbarSpec.model_validate(exact))
+    gx.program(whole)
+    with pytest.raises(
+        ValueError, match=r"`precision` must hold conductances between levels for measured ones, got 'int8'"
+    ):
+        whole.set_conductances(g)

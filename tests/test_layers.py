@@ -413,6 +413,32 @@ def test_layers_that_a_model_passes_by_are_refused():
     gx.calibrate(model, [x])  # the embedding's use of it
 
 
+def test_layers_that_are_not_called_cost_no_walk_through_the_model_each():
+    """Of thousands of experts a batch calls a few."""
+
+    class Experts(nn.Module):
+        walks = 0
+
+        def __init__(self, count):
+            super().__init__()
+            self.each = nn.ModuleList(nn.Linear(6, 6) for _ in range(count))
+
+        def modules(self):
+            Experts.walks += 1
+            return super().modules()
+
+        def forward(self, x):
+            return self.each[0](x)
+
+    walks = []
+    for count in (2, 20):
+        model, _ = gx.convert(Experts(count), spec(adc={"bits": 8}))
+        Experts.walks = 0
+        gx.calibrate(model, [torch.randn(5, 6)])
+        walks.append(Experts.walks)
+    assert walks[0] == walks[1] > 0
+
+
 def test_penalties_of_layers_that_are_not_called_pass_none_by():
     """Their gradients are the same whatever the batch; one batch, or several alike, do not tell."""
     x, other = torch.randn(2, 5, 6)
@@ -466,7 +492,10 @@ def test_heads_that_the_loss_leaves_out_or_only_training_has_are_calibrated():
     model.eval()(x)[0].sum().backward()
     with pytest.raises(ValueError, match=r"pooler: the ADC range of the transposed read must be calibrated"):
         model(x)[1].sum().backward()
-    with pytest.raises(ValueError, match=r"auxiliary: .* with a step that calls model.train\(\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"auxiliary: .* on batches that reach the layer, with a step that calls model.train\(\)",
+    ):
         model.train()(x)
     gx.calibrate(model.eval(), [x], step=lambda x: sum(y.sum() for y in model.train()(x)))
     assert not model.training

@@ -881,9 +881,7 @@ def test_averaged_weights_are_read_once_they_are_written_to_cells():
         optimiser.step()
         averaged.update_parameters(layer)
     expected = averaged.module.weight.detach().clone()
-    with pytest.raises(
-        ValueError, match=r"or write it to the cells anew by the layer's begin_in_situ\(\), as averages"
-    ):
+    with pytest.raises(ValueError, match=r"or write it to them anew by its begin_in_situ\(\), as averages"):
         averaged(inputs())
     digital, _ = gx.convert(averaged.module, gx.CrossbarSpec(), rules={"*": None})
     averaged.module.begin_in_situ()

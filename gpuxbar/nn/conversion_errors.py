@@ -64,7 +64,7 @@ class ReadErrors:
 
 @dataclass(frozen=True)
 class ConversionErrors:
-    """Every read of a model; printed as a table."""
+    """Every read of a model, `reads`, a `ReadErrors` each; printed as a table."""
 
     reads: tuple[ReadErrors, ...]
 

@@ -85,7 +85,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Every module that holds parameters; printed as a table."""
+    """Every module that holds parameters; printed as a table.
+
+    `rows`: a `Row` each, with tiles, multiply-accumulates and conversions: those of a sample, if `convert` had an example.
+    """
 
     rows: tuple[Row, ...]
 

@@ -24,6 +24,7 @@ from gpuxbar.nn.streams import Streams
 
 __all__ = ["InSitu", "layer_of"]
 
+MEASURED = 10  # times g_max, which no measured device exceeds but in another unit
 ROUNDING = 16  # units in the last place of a full weight, by which one read-out may differ from another
 
 
@@ -190,6 +191,53 @@ class InSitu(Programmed):
                 f"{tuple(found.shape)}; make it by ops.device_map, positive devices first"
             )
         self.device_map = None if found is None else found.to(self.weight.device).contiguous()
+
+    @torch.no_grad()
+    def set_conductances(self, g: Any) -> None:
+        """Read measured devices from now on, in place of those that were written.
+
+        Cells trained in situ go on from them, and the weight becomes what they read. A layer that `gpuxbar.program` has written has
+        them at age 0, and its weight stays. A pair weighs (g_pos - g_neg) / (g_max - g_min) of `w_max`, in situ, or of
+        `w_programmed`; `mapping.w_max` sets both. ADC ranges stay: calibrate anew where currents are others.
+
+        Args:
+            g: Conductances of the devices alone, without wires, [2 slices, G * I, O], S; NumPy array or tensor; positive devices first,
+                least significant slice first, wordlines in the order of `mapping.line_order`. Of an offset mapping one plane, with
+                reference lines behind those of each group: a wordline for every row tile, a bitline for every column tile. They may
+                lie outside the window, but not below 0.
+        """
+        if self.in_situ:
+            self.require_unprogrammed("g")
+            self.require_own_weight("set_conductances")
+        here = self.g_cells if self.in_situ else self.g_programmed
+        if here is None:
+            raise ValueError(
+                f"{self.name}: `set_conductances` must follow gpuxbar.program or begin_in_situ(), got a layer that reads its weight; program "
+                "the model, or build its in-situ optimiser, first"
+            )
+        if self.spec.precision == "int8":
+            raise ValueError(
+                f"{self.name}: `precision` must hold conductances between levels for measured ones, got 'int8'; choose fp16 or fp16x2"
+            )
+        found = torch.as_tensor(g, device=here.device).to(torch.float32)
+        if found.shape != here.shape:
+            raise ValueError(
+                f"{self.name}: `g` must be {tuple(here.shape)} for this layer, got {tuple(found.shape)}; give all planes, positive devices "
+                "first, by wordline and bitline"
+            )
+        most = MEASURED * self.spec.device.g_max
+        if not bool(((found >= 0) & (found <= most)).all()):
+            raise ValueError(
+                f"{self.name}: `g` must be 0 to {most:g} S, {MEASURED} times device.g_max, got {found.min():g} to {found.max():g}; give it in S"
+            )
+        here.copy_(found)
+        if not self.in_situ:
+            self.look_after(0.0)
+            return
+        if self.g_held is not None:
+            self.g_held.copy_(found)
+        self.restart_wires()
+        self._move(torch.zeros_like(self.weight))
 
     def worn(self) -> float:
         """Share of the layer's devices that have failed."""
@@ -400,8 +448,8 @@ class InSitu(Programmed):
         if off.any():
             raise ValueError(
                 f"{self.name}: `weight` must be what the cells read once trained in situ, got {int(off.sum())} other "
-                "values; update it by an in-situ optimiser alone, or write it to the cells anew by the layer's begin_in_situ(), as averages "
-                "of weights must be"
+                "values; update it by an in-situ optimiser alone, set the cells by the layer's set_conductances(), or write it to them anew by "
+                "its begin_in_situ(), as averages of weights must be"
             )
         self._read = self.mark()
 

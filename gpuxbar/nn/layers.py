@@ -355,14 +355,14 @@ class AnalogLayer(InSitu):
             self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed)
 
     @torch.no_grad()
-    def compensate(self) -> None:
-        """Set `gain` to what a test read gave as programmed over what it gives at the layer's age."""
-        assert self.age is not None
+    def look_compensated(self, seconds: float) -> None:
+        """Read the devices as they are that long after programming, with `gain` what a test read gives as programmed over what it
+        gives then."""
         assert self.gain is not None
-        now, seconds = self._test_read(), self.age.item()
         self.look_after(0.0)
         before = self._test_read()
         self.look_after(seconds)
+        now = self._test_read()
         if before.item() > 0 == now.item():
             raise ValueError(
                 f"{self.name}: `compensate` must be False where a test read finds nothing, got codes of 0 at an age of {seconds:g} "
@@ -538,7 +538,8 @@ class AnalogLayer(InSitu):
         if not self.calibrated:
             raise ValueError(
                 f"{self.name}: the ADC range must be calibrated before use, and anew once an in-situ optimiser has begun; call "
-                "gpuxbar.calibrate(model, loader), with a step that calls model.train() if the layer runs in training alone"
+                "gpuxbar.calibrate(model, loader) on batches that reach the layer, with a step that calls model.train() if it runs in training "
+                "alone"
             )
 
     def require_ranks(self) -> None:

@@ -42,7 +42,7 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """Every crossbar layer of a model; printed as a table."""
+    """Every crossbar layer of a model, `layers`, a `LayerState` each; printed as a table."""
 
     layers: tuple[LayerState, ...]
 

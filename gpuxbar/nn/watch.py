@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -129,7 +130,13 @@ def watch(
         for handle in hooks:
             handle.remove()
     used = {p for p, each in grads_of.items() if not _is_penalty(*zip(*each, strict=True))}
-    passed_by = [layer for layer in layers if layer not in called and _owned(layer, model) & used]
+    holders: Counter[Tensor] = Counter(
+        p for module in model.modules() for p in module.parameters(recurse=False)
+    )
+    alone = {p for p in used if holders[p] == 1}  # which no other module holds, as an embedding may
+    passed_by = [
+        layer for layer in layers if layer not in called and alone & {*layer.parameters(recurse=False)}
+    ]
     if passed_by:
         raise ValueError(
             f"{op}: layers must be called for their arrays to be read, got a model that computes with the weights of "
@@ -328,12 +335,6 @@ def _spread(layer: AnalogLayer, count: int, like: Tensor, transposed: bool) -> T
 def _is_penalty(grads: Sequence[Tensor], losses: Sequence[float]) -> bool:
     """Whether gradients of a parameter are those of a penalty of weights: the same for batches of other losses."""
     return len(set(losses)) > 1 and bool(grads[0].any()) and all(torch.equal(g, grads[0]) for g in grads)
-
-
-def _owned(layer: AnalogLayer, model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a layer that no other module holds, as an embedding may."""
-    others = (module for module in model.modules() if module is not layer)
-    return set(layer.parameters()) - {p for module in others for p in module.parameters(recurse=False)}
 
 
 def _pair(op: str, batch: Any) -> tuple[Tensor, Any]:
