@@ -61,6 +61,13 @@ class InSituOptimizer(torch.optim.Optimizer):
     grad_scale: Any  # of a `GradScaler`, and there only while it steps with layers that keep operands; so is found_inf
     found_inf: Any
 
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if not set(cls.in_array) <= {"pulses", "streamed"}:
+            raise TypeError(
+                f'{cls.__name__}: `in_array` must hold names of "pulses" and "streamed", got {cls.in_array!r}; write ("pulses",)'
+            )
+
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, **settings: Any):
         unknown = sorted(settings.keys() - self.rules.keys())
         if unknown:
