@@ -51,8 +51,8 @@ def spec(**parts):
 
 
 class Array:
-    """Pairs of devices in float64; of sliced weights with a dumped carry, which comes before an update; with a dumped train, to pulse
-    them."""
+    """Pairs of devices in float64; of sliced weights with a dumped carry, which comes before an update; with a dumped train, to
+    pulse them."""
 
     def __init__(self, g, w_max, law, seed, carry=None, train=None):
         self.g, self.w_max, self.seed, self.law, self.carry = g.astype(np.float64), w_max, seed, law, carry

@@ -407,7 +407,7 @@ def test_nothing_in_another_precision_stays_so():
 
 
 class PassedBy(nn.Module):
-    """Computes with the weight of a layer that it never calls, as torchvision's shifted windows do; `tied`, an embedding holds it too."""
+    """Computes with the weight of a layer that it never calls, as torchvision's shifted windows do; `tied`: an embedding's too."""
 
     def __init__(self, tied):
         super().__init__()

@@ -119,9 +119,9 @@ def convert(
 
     Layers on other crossbars than `spec` and `rules` say move there with their weights (what was read of them, where trained in
     situ) and the DAC ranges that they learned, without other ranges, devices and counts: so a trained network is tried on other
-    crossbars, and `rules={"*": None}` makes modules of torch of it again, fused ones where all of their layers leave (but those with
-    hooks, tied to others, or frozen in part). Those whose crossbars are the same stay as they are, and so do subclasses of crossbar
-    layers.
+    crossbars, and `rules={"*": None}` makes modules of torch of it again, fused ones where all of their layers leave (but those
+    with hooks, tied to others, or frozen in part). Those whose crossbars are the same stay as they are, and so do subclasses of
+    crossbar layers.
 
     Args:
         model: Any model; it is not changed.
@@ -129,7 +129,8 @@ def convert(
         rules: Glob patterns of module names to overrides of the spec, or to None: digital. Of those that match a layer the last one
             counts, and overrides of the others do not add to it. The name of a module that becomes layers stands for them.
         example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
-            multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use digitally.
+            multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use
+            digitally.
 
     Returns:
         The model and the report.
@@ -230,7 +231,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _off_others(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, Tensor]]:
-    """The model with layers of torch where layers are on other crossbars than the rules want, and the DAC ranges that they learned."""
+    """The model with layers of torch where layers are on other crossbars than the rules want, and DAC ranges that they learned."""
     owners, learned = _owners(model), {}
     for module, names in _places(model).items():
         if not isinstance(module, AnalogLayer):
@@ -465,7 +466,7 @@ def _call_layers(model: nn.Module) -> None:
 
 
 def _warn_of_hidden(model: nn.Module, rules: _Rules) -> None:
-    """Warn of layers that a module holds otherwise than as its submodules, as in a plain list, if these are not as the rules want."""
+    """Warn of layers that a module holds otherwise than as submodules, as in a plain list, if these are not as the rules want."""
     known = set(model.modules())
     hidden = []
     for name, module in model.named_modules():

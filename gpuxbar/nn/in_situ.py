@@ -203,8 +203,8 @@ class InSitu(Programmed):
         return ((self.g_cells.max() - window.g_min) / (window.g_max - window.g_min)).item()
 
     def at_window_ends(self) -> float:
-        """Share of the positive devices of unsliced pairs that hold an end of the nominal window, where those beside references can go
-        no further, whatever their weight, unless their own window is another (`low_spread`, `high_spread`)."""
+        """Share of the positive devices of unsliced pairs that hold an end of the nominal window, where those beside references can
+        go no further, whatever their weight, unless their own window is another (`low_spread`, `high_spread`)."""
         held = self.g_cells if self.g_held is None else self.g_held
         assert held is not None
         window = self.spec.device

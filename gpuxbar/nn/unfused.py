@@ -12,7 +12,7 @@ __all__ = ["name_in_errors", "require_shape"]
 
 
 def name_in_errors(module: nn.Module, kind: str) -> str:
-    """What errors call a module: by the name that its layers on crossbars begin with, and the kind of torch's that it stands for."""
+    """What errors call a module: by the name that its layers on crossbars begin with, and the kind of torch's that it is."""
     names = (layer.name for layer in module.children() if isinstance(layer, AnalogLayer))
     name = next(names, "").rpartition(".")[0]
     return f"{name} ({kind})" if name else kind

@@ -51,8 +51,8 @@ class InSituOptimizer(torch.optim.Optimizer):
 
     A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in an array of the inputs and
     errors of its backward passes since the last step, of those that reach its weight. The weight gets no gradient, and one of
-    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands; that of a
-    module does not, nor does clipping gradients reach them. Those of a layer that no optimiser has any more pile up: freeze it by
+    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands; that of
+    a module does not, nor does clipping gradients reach them. Those of a layer that no optimiser has any more pile up: freeze it by
     `weight.requires_grad_(False)`. A `GradScaler` may scale the loss; its `unscale_`, which reaches gradients alone, is refused.
     """
 
@@ -266,8 +266,8 @@ class InSituOptimizer(torch.optim.Optimizer):
                 require_finite_gradient(error, f"{type(self).__name__}: the gradient of {layer.name}")
 
     def _require_no_gradient(self, layer: InSitu, grad: Tensor) -> None:
-        """Refuse a gradient that products in the array do not make. `DistributedDataParallel` makes zeros, at which a GPU would wait
-        to look."""
+        """Refuse a gradient that products in the array do not make. `DistributedDataParallel` makes zeros, at which a GPU would
+        wait to look."""
         if layer.streams.group is None or (grad.device.type == "cpu" and grad.any()):
             raise ValueError(
                 f"{type(self).__name__}: `weight` of {layer.name} must have no gradient with pulse trains or bit streams, which take "
