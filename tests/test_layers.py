@@ -1253,7 +1253,7 @@ def test_normalised_weights_stay_digital_or_are_normalised_on_crossbars(norm):
 
 class Renamed(nn.Conv3d):
     def __init__(self):
-        super().__init__(2, 3, 2)
+        super().__init__(2, 3, 2, bias=False)
 
     def reset_parameters(self):
         nn.init.ones_(self.weight)
