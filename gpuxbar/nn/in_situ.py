@@ -255,18 +255,18 @@ class InSitu(Programmed):
         return moved.abs().amax() > ROUNDING * torch.finfo(torch.float32).eps * self.spec.device.g_max
 
     @torch.no_grad()
-    def update_cells(self, change: Tensor, factor: float = 1.0) -> None:
-        """Move the cells by factor * change, of the shape of `weight`; the weight becomes what they read.
+    def update_cells(self, change: Tensor) -> None:
+        """Move the cells by `change`, of the shape of `weight`; the weight becomes what they read.
 
         Before that, slices carry and pairs are refreshed where it is time (see `spec.Carry`, `spec.Refresh`).
         """
         self.require_unprogrammed("weight")
         self.require_read_out()
-        self.change_cells(change, factor)
+        self.change_cells(change)
 
     @torch.no_grad()
     def change_cells(self, change: Tensor, factor: float = 1.0) -> None:
-        """`update_cells` for an optimiser, which has just looked whether the weight is what the cells read."""
+        """`update_cells` by factor * change for an optimiser, which has just looked whether the weight is what the cells read."""
         self._make_room()
         self._move(change, factor)
 
