@@ -92,9 +92,10 @@ class UnfusedConvTranspose(nn.Module):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """As the module's."""
-        require_dense(self._called(), "input", input)
+        name = self._called()
+        require_dense(name, "input", input)
         image = self.product.in_channels, *("height", "width")[self.flat :]
-        require_shape(self._called(), "input", input, image, ("N", *image))
+        require_shape(name, "input", input, image, ("N", *image))
         x = input.unsqueeze(-2) if self.flat else input
         x = x if x.dim() == 4 else x[None]
         size = self._size(x.shape[2:], output_size)
