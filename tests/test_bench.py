@@ -471,3 +471,16 @@ def test_a_study_makes_each_training_once(tmp_path):
             assert study.curve({"lr": 0.2}, "second", 5, make(0.75)) == [0.75]
     assert made == [0.5, 0.75]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(study.rows) == 2
+
+
+def test_a_study_tells_of_the_trainings_asked_for(tmp_path):
+    """Whatever else its file has, of other data or commits."""
+    lines = [
+        {"training": {"lr": lr}, "curve": [lr], "cpu": "a CPU", "gpuxbar": "0.1.0", "commit": commit}
+        for lr, commit in ((0.1, "0123"), (0.2, "4567"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    study = Study(tmp_path / "rows.jsonl", ROOT, Progress())
+    assert (study.rows, study.where()) == ([], "")
+    assert study.curve({"lr": 0.2}, "made", 1, None) == [0.2]
+    assert (study.rows, study.where()) == (lines[1:], "a CPU; gpuxbar 0.1.0 at 4567")

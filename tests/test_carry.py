@@ -507,8 +507,8 @@ def test_refreshing_keeps_digits_and_the_count():
 
 @pytest.mark.parametrize(("nu", "headroom", "units"), [(0.0, 1, 40.0), (1.5, 1, 4.7), (1.5, 3, 40.0)])
 def test_digits_of_asymmetric_devices_carry_with_enough_headroom(nu, headroom, units):
-    """2000 changes of 0.1 units, 60 % of them up, ask for 40 units. A digit rests where 0.6 f_up = 0.4 f_down, with f = nu (G1 - v) and
-    v = 1/2 +- digit / (2 window): in a window of 15 units at 4.7, where it does not carry at 8; in one of 63 beyond that."""
+    """2000 changes of 0.1 units, 60 % of them up, ask for 40 units. A digit rests where 0.6 f_up = 0.4 f_down, with f = nu (G1 - v)
+    and v = 1/2 +- digit / (2 window): in a window of 15 units at 4.7, where it does not carry at 8; in one of 63 beyond that."""
     mapping = {"scheme": "subtracted", "slices": 3, "slice_bits": 3, "w_max": 511.0}
     carry = {"scheme": "periodic", "interval": 10, "headroom_bits": headroom}
     spec = gx.CrossbarSpec(mapping=mapping, update={"law": "agarwal", "nu": nu}, carry=carry)

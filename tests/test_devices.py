@@ -13,7 +13,7 @@ from gpuxbar.experiments.fit import fit_table
 from gpuxbar.experiments.measured import read_pulses
 from gpuxbar.experiments.staircase import plot_staircases, staircase
 from gpuxbar.reference.device_update import Cells
-from gpuxbar.reference.laws import moved, symmetry_point
+from gpuxbar.reference.laws import moved
 from gpuxbar.spec import Device, Ideal, NeuroSim, SoftBounds, SpecError
 from gpuxbar.spec.devices import DEVICES, published_device
 
@@ -77,6 +77,18 @@ def test_neurosims_devices_bend_as_their_labels_say(name, labels, levels, r_on, 
     for label, path in zip(labels, (y[: levels + 1], y[levels:][::-1]), strict=True):
         off = path - line
         assert off[np.abs(off).argmax()] == pytest.approx(label / 10.1, rel=0.01)
+
+
+def symmetry_point(law):
+    """Share of the window where a small step up and one down are alike, for a device without spread."""
+    asymmetry, small = law.get("asymmetry", 0.0), 1e-6
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        up = moved(law, np.array(middle), np.array(small * (1 + asymmetry))) - middle
+        down = middle - moved(law, np.array(middle), np.array(-small * (1 - asymmetry)))
+        low, high = (middle, high) if up > down else (low, middle)
+    return (low + high) / 2
 
 
 @pytest.mark.parametrize("name", ["capacitor", "ecram", "ecram-mo", "reram-sb"])

@@ -74,7 +74,7 @@ def network(kind):
 
 
 def train(kind, model, run, x):
-    """The first outputs, and the weights after some steps: two, or as many as a fast array has been read before it is written by."""
+    """The first outputs, and the weights after some steps: two, or as many as a fast array is read before it is written by."""
     if kind == "agad":
         optimiser = gx.optim.AGAD(model.parameters(), lr=0.5, lines=64, period=1)
     else:
@@ -97,8 +97,8 @@ def batch():
 
 
 def apart(rank, before):
-    """What a network reads and converts by that was calibrated on each rank's own data, `before` it was distributed with the weights of
-    another or after."""
+    """What a network reads and converts by that was calibrated on each rank's own data, `before` it was distributed with the
+    weights of another or after."""
     wires = {"r_wordline": 100.0, "r_bitline": 100.0}
     settings = {**SPECS["in situ"], **READS, "adc": {"bits": 8}, "parasitics": wires}
     torch.manual_seed(rank if before else 0)
@@ -139,7 +139,7 @@ def read_apart():
 
 
 def warn():
-    """Of what some framework may share out, which no layer sees; not where nothing is trained or drawn, nor of what is distributed."""
+    """Of what some framework may share out, which no layer sees; not where nothing is trained or drawn, nor if distributed."""
     for kind, what in (("digital", "rows that draw read noise"), ("pulses", "pulse trains and bit streams")):
         model = network(kind)
         if kind == "pulses":

@@ -122,7 +122,7 @@ def converted(i, adc, largest, signed):
 
 
 def read(x, planes, spec, dac, adc, tile):
-    """Sums of products in units of a full pair, the share of conversions inside the range, what was driven, and which are certain."""
+    """Sums of products in units of a full pair, share of conversions inside the range, what was driven, and which are certain."""
     passes, values = driven(x, dac)
     lines, outputs = planes[0][1].shape
     one_sign = not dac.signed or (dac.polarity == "two_phase" and dac.bits is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ def spec(**parts):
 
 
 class Array:
-    """Pairs of devices in float64; of sliced weights with a dumped carry, which comes before an update; with a dumped train, to pulse
-    them."""
+    """Pairs of devices in float64; of sliced weights with a dumped carry, which comes before an update; with a dumped train, to
+    pulse them."""
 
     def __init__(self, g, w_max, law, seed, carry=None, train=None):
         self.g, self.w_max, self.seed, self.law, self.carry = g.astype(np.float64), w_max, seed, law, carry
@@ -799,6 +800,13 @@ def test_algorithms_of_ones_own_are_given_no_products_that_they_do_not_make(algo
     with pytest.raises(ValueError, match=r"Sign: `spec\.pulses` must be None, got a pulse train for linear"):
         algorithm(pulsed.parameters(), 0.1)
     assert not pulsed.in_situ
+
+
+@pytest.mark.parametrize("names", ["pulses", ("pulse",)])
+def test_products_that_an_algorithm_makes_are_named_in_a_tuple(names):
+    text = f'Own: `in_array` must hold names of "pulses" and "streamed", got {names!r}; write ("pulses",)'
+    with pytest.raises(TypeError, match=re.escape(text)):
+        type("Own", (gx.optim.InSituOptimizer,), {"in_array": names})
 
 
 def test_operands_of_a_scaled_loss_are_those_of_the_loss():

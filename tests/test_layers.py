@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -242,6 +243,13 @@ class Experts(nn.Module):
         return torch.cat([self.chosen(x), self.left(x[:0])])
 
 
+@dataclass
+class Pair:
+    teacher: nn.Module
+    student: list
+    later: nn.Module = field(init=False)
+
+
 class Blocks(nn.Module):
     def __init__(self, hold):
         super().__init__()
@@ -253,6 +261,7 @@ class Blocks(nn.Module):
 HIDDEN = {
     "list": (lambda m: setattr(m, "more", [nn.Linear(4, 4)]), "more"),
     "dict of lists of tuples": (lambda m: setattr(m, "more", {"a": [(3, nn.Sequential(nn.LSTM(4, 4)))]}), "more"),
+    "dataclass": (lambda m: setattr(m, "more", [Pair(nn.Identity(), [nn.Linear(4, 4)])]), "more"),
     "attribute": (lambda m: m.second.__dict__.update(twin=nn.Conv2d(1, 1, 1)), "second.twin"),
     "on crossbars": (lambda m: setattr(m, "more", [AnalogLinear(4, 4, spec=gx.CrossbarSpec())]), "more"),
     "what was replaced": (lambda m: setattr(m, "order", [m.second[0], m.first]), "order"),
@@ -282,10 +291,23 @@ def in_itself(model):
         in_itself,
         lambda m: setattr(m, "more", nn.ModuleList([nn.Linear(4, 4)])),
         lambda m: setattr(m, "norms", [m.second[1], nn.LayerNorm(4), {"model": m}]),
+        lambda m: setattr(m, "kinds", [Pair, Pair(m, [nn.LayerNorm(4)])]),
     ],
 )
 def test_no_warning_tells_of_what_is_called_as_it_is(hold):
     gx.convert(Blocks(hold), gx.CrossbarSpec())  # warnings are errors
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_rules_say_which_layers_are_kept_out_of_a_model(kind):
+    """That such a layer is on crossbars, no rule changes."""
+    hold, where = HIDDEN[kind]
+    with (
+        nullcontext()
+        if kind != "on crossbars"
+        else pytest.warns(RuntimeWarning, match=f"^gpuxbar: `{where}`")
+    ):
+        gx.convert(Blocks(hold), gx.CrossbarSpec(), rules={where: None})  # warnings are errors
 
 
 @pytest.mark.parametrize("more", [{}, {"pulses": {}}])
@@ -385,7 +407,7 @@ def test_nothing_in_another_precision_stays_so():
 
 
 class PassedBy(nn.Module):
-    """Computes with the weight of a layer that it never calls, as torchvision's shifted windows do; `tied`, an embedding holds it too."""
+    """Computes with the weight of a layer that it never calls, as torchvision's shifted windows do; `tied`: an embedding's too."""
 
     def __init__(self, tied):
         super().__init__()
@@ -1260,7 +1282,7 @@ def test_normalised_weights_stay_digital_or_are_normalised_on_crossbars(norm):
 
 class Renamed(nn.Conv3d):
     def __init__(self):
-        super().__init__(2, 3, 2)
+        super().__init__(2, 3, 2, bias=False)
 
     def reset_parameters(self):
         nn.init.ones_(self.weight)

@@ -157,6 +157,7 @@ def test_holds_of_the_ptx_too(name, monkeypatch):
     test(**settings)
 
 
+@pytest.mark.slow
 def test_every_kernel_of_another_architecture():
     device = BothDevice(order=5, workspace=1 << 16, arch="sm_100")
     every_kernel.run(device)

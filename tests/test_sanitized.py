@@ -52,8 +52,8 @@ int main() {
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers of other systems differ")
 @pytest.mark.parametrize("text", [FOLD, GRADIENT], ids=["fold", "gradient"])
 def test_vectors_lie_where_their_types_say(tmp_path, text):
-    """Lines of a patch begin at any float, and what a function takes by reference as it says: a vector that claimed more would crash
-    where the compiler believes it."""
+    """Lines of a patch begin at any float, and what a function takes by reference as it says: a vector that claimed more would
+    crash where the compiler believes it."""
     source, program = tmp_path / "main.cpp", tmp_path / "main"
     source.write_text(text)
     root = kernel_dir()

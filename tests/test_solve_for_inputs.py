@@ -73,7 +73,8 @@ def test_cuda_lines_of_their_own():
 
 
 def test_cuda_bits_do_not_depend_on_the_launch():
-    """Nor on the memory there is, on the chip or off it, on the order of threads, or on the inputs beside; a gradient is summed in their order."""
+    """Nor on the memory there is, on the chip or off it, on the order of threads, or on the inputs beside; a gradient is summed in
+    their order."""
     values = case(5, 20, 11)
     first = both(*values, ShimDevice(), **WIRES["strong"])
     cells = 4 * 20 * 11

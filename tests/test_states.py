@@ -409,8 +409,8 @@ def test_a_weight_that_was_read_can_be_exchanged():
 @pytest.mark.parametrize("settings", [{}, WIRED], ids=["ideal", "wired"])
 @pytest.mark.parametrize("other", ["weight", "devices", "age", "own"])
 def test_a_backward_pass_reads_the_devices_of_its_forward_pass(other, settings):
-    """Though another weight, or the same once more, was written to the array in between, or time has passed, or the layer reads its own
-    weights again."""
+    """Though another weight, or the same once more, was written to the array in between, or time has passed, or the layer reads its
+    own weights again."""
     spread = {"programming": {"write_noise": 5e-7, "device_spread": 0.1}, "drift": {"nu": 0.2}}
     layer = linear(**spread, **settings)
     if other in ("age", "own"):
@@ -610,8 +610,8 @@ def test_gradients_of_values_are_driven_in_one_phase():
 
 @pytest.mark.parametrize("last", [False, True])
 def test_gradients_of_gradients_are_refused(last):
-    """They would lack what goes through the arrays, where digital layers let the rest through; where the layer is the last one, all of
-    it."""
+    """They would lack what goes through the arrays, where digital layers let the rest through; where the layer is the last one, all
+    of it."""
     layer, x = linear(dac={"bits": 8}), inputs().requires_grad_()
     y = layer(x.sin())
     (grad,) = torch.autograd.grad((y if last else y.square()).sum(), x, create_graph=True)

@@ -59,7 +59,8 @@ def streamed(shape, input_bits, **rule):
 
 
 def exact(s, slices, batch, groups, inputs, outputs, seed=0):
-    """Inputs of whole codes, a sixteenth each, half of it but in the first group, and errors and full weights that ask for powers of two of units.
+    """Inputs of whole codes, a sixteenth each, half of it but in the first group, and errors and full weights that ask for powers
+    of two of units.
 
     At a rate of 1/2 a stream asks for a full weight at most, and of some outputs for digits of every slice.
     """

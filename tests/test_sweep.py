@@ -15,13 +15,19 @@ from gpuxbar.cli import app
 from gpuxbar.experiments import Run, sweep, train
 from gpuxbar.spec import CrossbarSpec, SpecError, nested
 
-pytestmark = pytest.mark.usefixtures("data")
+pytestmark = pytest.mark.usefixtures("data", "no_curves")
 SPEC = CrossbarSpec(read_noise={"sigma": 1e-6})
 VARY = {"adc.bits": [2, 8], "seed": [0, 1]}
 COMMON = {"epochs": 1, "batch": 64}
 SLICED = {
     "update.law": ["linear_step"], "mapping.scheme": ["subtracted"], "mapping.slices": [2], "mapping.slice_bits": [2],
 }  # fmt: skip
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """The pictures of single runs, which take longer than these: `test_train.py` looks at them."""
+    monkeypatch.setattr(import_module("gpuxbar.experiments.train"), "_plot", lambda *_: None)
 
 
 def table(folder):

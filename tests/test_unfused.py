@@ -290,7 +290,7 @@ def test_attention_broadcasts_nothing(name):
     change, kind, text = WRONG[name]
     parts = UnfusedAttention(nn.MultiheadAttention(8, 2, batch_first=True))
     arguments = {"query": torch.randn(2, 3, 8), "key": torch.randn(2, 4, 8), "value": torch.randn(2, 4, 8)}
-    with pytest.raises(kind, match=re.escape(f"attention: {text}")):
+    with pytest.raises(kind, match=re.escape(f"MultiheadAttention: {text}")):
         parts(**{**arguments, **change})
 
 

@@ -1,4 +1,4 @@
-"""What researchers train with otherwise, where it is installed: other libraries on the settings of a case, as far as they have them."""
+"""What researchers train with otherwise, where it is installed: other libraries on a case's settings, as far as they have them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lightning_steps(model: nn.Module, rate: float) -> Trained:
 
 
 def aihwkit_steps(model: nn.Module, rate: float, law: UpdateLaw, train: PulseTrain) -> Trained:
-    """The network in aihwkit, and its optimiser: tiles of 128 x 128 read both ways by 8-bit converters with noise, updated by pulse trains.
+    """The network in aihwkit, and its optimiser: 128 x 128 tiles read both ways by noisy 8-bit converters, updated by pulse trains.
 
     A weight is one device, and coincidences are not counted ahead.
     """

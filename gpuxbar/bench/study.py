@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from gpuxbar.bench.record import append, environment, lines_of
 from gpuxbar.experiments.data import Data
 
-__all__ = ["Study", "learn"]
+__all__ = ["Study", "learn", "several"]
 
 
 class Study:
-    """The lines of a file, one a training; those that are there, with the same key, are not made again.
+    """Trainings, which a file keeps, a line each; those that are there, with the same key, are not made again.
+
+    `rows` are the lines of the trainings that were asked for, whatever else the file has.
 
     Args:
         path: The file, JSON lines; made at the first training.
@@ -28,7 +31,7 @@ class Study:
 
     def __init__(self, path: Path, root: Path, progress: Progress):
         self.path, self.root, self.progress = path, root, progress
-        self.rows = lines_of(path)
+        self.kept, self.rows = lines_of(path), list[dict[str, Any]]()
 
     def curve(
         self, key: dict[str, Any], label: str, total: int, run: Callable[[Callable[[int], None]], list[float]]
@@ -37,10 +40,17 @@ class Study:
 
         `run` takes what counts its images, of which there are `total` in all.
         """
-        for row in self.rows:
-            if row["training"] == key:
-                found: list[float] = row["curve"]
-                return found
+        row = next((row for row in self.kept if row["training"] == key), None)
+        if row is None:
+            row = self._made(key, label, total, run)
+        self.rows.append(row)
+        curve: list[float] = row["curve"]
+        return curve
+
+    def _made(
+        self, key: dict[str, Any], label: str, total: int, run: Callable[[Callable[[int], None]], list[float]]
+    ) -> dict[str, Any]:
+        """The line of a training, written to the file."""
         bar = self.progress.add_task(label, total=total)
         started, of_processors = time.perf_counter(), time.process_time()
         curve = run(lambda count: self.progress.advance(bar, count))
@@ -48,11 +58,11 @@ class Study:
         self.progress.remove_task(bar)
         row = {"training": key, "curve": curve, **taken, **environment(self.root)}
         append(self.path, row)
-        self.rows.append(row)
-        return curve
+        self.kept.append(row)
+        return row
 
     def where(self) -> str:
-        """The machines and commits of all lines."""
+        """The machines and commits of `rows`."""
         commits: dict[str, set[str]] = {}
         for row in self.rows:
             commits.setdefault(f"{row['cpu']}; gpuxbar {row['gpuxbar']}", set()).add(row["commit"])
@@ -88,3 +98,10 @@ def learn(
             x, t = judge
             curve.append((model(x).argmax(1) == t).double().mean().item())
     return curve
+
+
+def several(text: str) -> int:
+    """The number of seeds that an option says, for argparse: two at least, since one has no standard error."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {text}; one has no standard error")
+    return int(text)

@@ -97,9 +97,10 @@ def analog_mvm(
         adc_range, back_adc_range: Current of the ADC's largest code forwards and backwards, A, float32 [1] or one per sensed line.
         adc_error, back_adc_error: Gain, offset in A and, where there is any, integral non-linearity in steps of every converter,
             float32 [2 or 3, S, tiles, sensed], or None.
-        dac_error, back_dac_error: Gain, offset in V and non-linearity in steps of every driven line's DAC, float32 [3, lines], or None.
-        counter: Reads so far, int64 [1], which become `count` more: the number of this read; same number, same noise. A read that is
-            refused leaves no trace.
+        dac_error, back_dac_error: Gain, offset in V and non-linearity in steps of every driven line's DAC, float32 [3, lines], or
+            None.
+        counter: Reads so far, int64 [1], which become `count` more: the number of this read; same number, same noise. A read that
+            is refused leaves no trace.
         packed, back_packed: Memory for packed conductances forwards and backwards, uint8 [bytes], or None; see
             `ops.PackedConductance`, whose states are `packed_state`, int64 [2, 2], and whose number is `version`, int64 [1].
         plan: `mapping.ReadPlan` as JSON.

@@ -80,7 +80,7 @@ def call(op: Any, *args: Any) -> Any:
 
 
 def _alone(args: tuple[Any, ...]) -> bool:
-    """Whether no mode, tracer, profiler or kind of tensor is to see an operator called; the first argument tells of batches, say."""
+    """Whether no mode, tracer, profiler or kind of tensor is to see an operator called; the first argument tells of batches."""
     first = args[0]
     return (
         ORDINARY.issuperset(map(type, args))
@@ -110,8 +110,8 @@ def gradient(
         backward: Gives the gradients of the arguments `wrt`, in their order, which is that of `ctx.needs_input_grad` too.
         setup_context: Called with the context, all arguments and the output.
         wrt: Places of the arguments that have a gradient.
-        results: How many there are but for those at the end that backward alone needs, which are not shown to autograd where an operator
-            that gives several runs at once, and not returned there; None: all.
+        results: How many there are but for those at the end that backward alone needs, which are not shown to autograd where an
+            operator that gives several runs at once, and not returned there; None: all.
     """
     name = op._schema.name.split("::")[1]
     first = once(backward)
@@ -154,8 +154,8 @@ def gradient(
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward function whose gradients refuse to be differentiated, even those in which a derivative would be missed in silence: of
-    a last layer, say, whose weight alone they depend on."""
+    """A backward function whose gradients refuse to be differentiated, even those in which a derivative would be missed in silence:
+    of a last layer, say, whose weight alone they depend on."""
 
     def wrap(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():

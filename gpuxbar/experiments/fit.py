@@ -39,8 +39,8 @@ class Fit:
         limit: Distance that a right law exceeds in any third in 1 % of cases, up and down.
         rank: Place of each held-out change in the law's distribution, 0 to 1; evenly spread for a right law.
         read_noise: Standard deviation of a measured conductance, S, by changes measured one after another on a device: a misread
-            conductance makes one too large and the next too small. 0 where that does not show; changes of a device that depend on one
-            another otherwise are taken for it, or hide it.
+            conductance makes one too large and the next too small. 0 where that does not show; changes of a device that depend on
+            one another otherwise are taken for it, or hide it.
         read_share: Share of the scatter of changes that this makes; the law takes all scatter for its own.
     """
 
@@ -142,7 +142,8 @@ def fit_law(
         law: "agarwal", "agarwal_symmetric", "constant_step", "exponential_step", "linear_step", "neurosim", "piecewise_step",
             "power_step", "soft_bounds".
         bins: Of a piecewise step: as for `fit_table`.
-        g_min, g_max, seed: As for `fit_table`. Soft bounds need the ends at which steps would be 0, which measurements seldom reach.
+        g_min, g_max, seed: As for `fit_table`. Soft bounds need the ends at which steps would be 0, which measurements seldom
+            reach.
 
     Returns:
         The law, its window, and how it does on what was held out.

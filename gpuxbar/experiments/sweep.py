@@ -1,4 +1,4 @@
-"""Trainings at every combination of some settings of a spec: a table and a picture; an interrupted sweep goes on where it stopped."""
+"""Trainings at every combination of settings of a spec: a table and a picture; an interrupted sweep goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def sweep(
 
     Each combination is a run of its own, in the folder `key=value,...` of `run.folder`; the mode "ideal", which no setting of a
     spec changes, is one in the folder `ideal`, or one for each combination of what changes it. After each, `sweep.csv` and
-    `sweep.png` are written anew: accuracies over the values of the first setting, a line for every combination of the others, through
-    the means over values of `seed` and `train.seed` that did not diverge.
+    `sweep.png` are written anew: accuracies over the values of the first setting, a line for every combination of the others,
+    through the means over values of `seed` and `train.seed` that did not diverge.
 
     Args:
         run: What all runs have in common. `run.resume` goes on with those that were begun, and begins those that are new; rows

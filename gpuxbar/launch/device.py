@@ -58,7 +58,7 @@ class Device(Protocol):
         macros: Mapping[str, int] | None = None,
         shared: int = 0,
     ) -> None:
-        """Check the arguments and run a kernel compiled with these macros; `shared`: bytes of dynamic shared memory."""  # fmt: skip
+        """Check the arguments and run a kernel compiled with these macros; `shared`: bytes of dynamic shared memory."""
 
     def matmul(
         self,

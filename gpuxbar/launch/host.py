@@ -170,8 +170,8 @@ def _refusal(command: list[str], done: subprocess.CompletedProcess[str]) -> str:
 
 
 def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
-    """Call a host kernel: arrays, structs, counters and sums go as pointers, None as a null pointer, integers as int64 or addresses,
-    floats as double."""
+    """Call a host kernel: arrays, structs, counters and sums go as pointers, None as a null pointer, integers as int64 or
+    addresses, floats as double."""
     assert lib is not None  # else `backend` had chosen the reference
     function = getattr(lib, name)
     if function.argtypes is None:

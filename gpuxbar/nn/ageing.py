@@ -39,13 +39,13 @@ def program(model: nn.Module, chip: int = 0) -> None:
 
     Args:
         model: A converted model.
-        chip: Which devices are written to: 0 are those of the model, as it was trained with if it is hardware-aware; each number up to
-            2**31 - 1 has others. Converters, with their errors and ranges, and wires stay.
+        chip: Which devices are written to: 0 are those of the model, as it was trained with if it is hardware-aware; each number up
+            to 2**31 - 1 has others. Converters, with their errors and ranges, and wires stay.
 
     Raises:
         TypeError: `model` is no module, or `chip` no whole number.
-        ValueError: The model has no crossbar layers or is sharded, a weight is not finite, `chip` is out of range, or not 0 for layers
-            trained in situ.
+        ValueError: The model has no crossbar layers or is sharded, a weight is not finite, `chip` is out of range, or not 0 for
+            layers trained in situ.
 
     Source:
         Joshi et al., Nature Communications 2020.
@@ -81,8 +81,8 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
 
     Raises:
         TypeError: `model` is no module, or `time` is neither a number nor text.
-        ValueError: The model has no crossbar layers or is not programmed, `time` is no time, an ADC range that a test read needs is not
-            calibrated, or a layer's test read finds nothing at that age.
+        ValueError: The model has no crossbar layers or is not programmed, `time` is no time, an ADC range that a test read needs is
+            not calibrated, or a layer's test read finds nothing at that age.
 
     Source:
         Joshi et al., Nature Communications 2020; the factor: Le Gallo et al., Advanced Electronic Materials 2018.

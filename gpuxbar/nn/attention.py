@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from gpuxbar.nn.dense import require_dense
 from gpuxbar.nn.linear import linear_of
+from gpuxbar.nn.unfused import name_in_errors, require_shape
 
 __all__ = ["UnfusedAttention"]
 
@@ -81,11 +82,17 @@ class UnfusedAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`'s; `is_causal` is its hint that `attn_mask` is causal, and changes nothing."""
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            require_dense("attention", name, x)
+        name = name_in_errors(self, "MultiheadAttention")
+        axes = [("T",), ("N", "T") if self.batch_first else ("T", "N")]
+        for argument, x, size in (
+            ("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim),
+        ):  # fmt: skip
+            require_dense(name, argument, x)
+            require_shape(name, argument, x, *((*before, size) for before in axes))
+            axes = [before for before in axes if len(before) == x.dim() - 1]  # of the queries'
         if is_causal and attn_mask is None:
             raise ValueError(
-                "attention: `attn_mask` must be given with `is_causal`, got None; pass the causal mask too"
+                f"{name}: `attn_mask` must be given with `is_causal`, got None; pass the causal mask too"
             )
         batched = query.dim() == 3
         inputs = query, key, value
@@ -94,7 +101,7 @@ class UnfusedAttention(nn.Module):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             inputs = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        self._check(*inputs, attn_mask, key_padding_mask)
+        self._check(name, *inputs, attn_mask, key_padding_mask)
         q, k, v = self.q_proj(inputs[0]), self.k_proj(inputs[1]), self.v_proj(inputs[2])
         batch = len(q)
         if self.bias_k is not None:
@@ -122,6 +129,7 @@ class UnfusedAttention(nn.Module):
 
     def _check(
         self,
+        name: str,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -130,25 +138,25 @@ class UnfusedAttention(nn.Module):
     ) -> None:
         """Refuse what would be broadcast, or added to scores where it was meant to hide some."""
         batch, length = len(query), key.shape[1]
-        for name, x in (("key", key), ("value", value)):
+        for argument, x in (("key", key), ("value", value)):
             if x.shape[:2] != (batch, length):
                 raise ValueError(
-                    f"attention: `{name}` must have {length} vectors for each of the {batch} samples of `query`, got "
+                    f"{name}: `{argument}` must have {length} vectors for each of the {batch} samples of `query`, got "
                     f"{x.shape[1]} for {len(x)}; expand it"
                 )
         pairs = (query.shape[1], length), (batch * self.num_heads, query.shape[1], length)
-        for name, mask, shapes in (
+        for argument, mask, shapes in (
             ("attn_mask", attn_mask, pairs), ("key_padding_mask", key_padding_mask, ((batch, length),)),
         ):  # fmt: skip
             if mask is None:
                 continue
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise TypeError(
-                    f"attention: `{name}` must be bool, where True hides, or floats, which are added, got {mask.dtype}; call .bool()"
+                    f"{name}: `{argument}` must be bool, where True hides, or floats, which are added, got {mask.dtype}; call .bool()"
                 )
             if tuple(mask.shape) not in shapes:
                 raise ValueError(
-                    f"attention: `{name}` must have shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}; expand it"
+                    f"{name}: `{argument}` must have shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}; expand it"
                 )
 
     def _mask(self, pairs: Tensor | None, keys: Tensor | None, extra: int, q: Tensor) -> Tensor | None:

@@ -31,12 +31,11 @@ def calibrate(
     Layers run without ADCs while what drives them, as their DACs do, is watched; of a batch and layer at least 64 rows are
     looked at, and more where these make few partial sums. The range of the transposed read comes from gradients; DACs, unless
     their range is fixed, scale them to their own range, so that their size does not matter, only their distribution over the
-    lines of a tile. Layers of zeros, whatever noise wrote of these, and lines that carry no current, as where a loss does not depend
-    on a layer yet, get the range of the worst case, which is coarse; a RuntimeWarning names layers that got nothing else: calibrate
-    anew once training has begun. A learned DAC range that has not begun yet begins at the one with which rounding and clipping these
-    inputs makes the least squared error; others stay. Layers that no batch reaches, as experts that are rarely chosen, keep what range
-    they have, and refuse reads without one: give more batches, or a rule with
-    `adc={"range": "worst_case"}`.
+    lines of a tile. Layers of zeros, whatever noise wrote of these, and lines that carry no current, as where a loss does not
+    depend on a layer yet, get the range of the worst case, which is coarse; a RuntimeWarning names layers that got nothing else:
+    calibrate anew once training has begun. A learned DAC range that has not begun yet begins at the one with which rounding and
+    clipping these inputs makes the least squared error; others stay. Layers that no batch reaches, as experts that are rarely chosen,
+    keep what range they have, and refuse reads without one: give more batches, or a rule with `adc={"range": "worst_case"}`.
 
     Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: calibrate anew after 1,
     2, 4, 8, ... steps of training (`if step.bit_count() == 1`), each time from one batch. A layer of which more than a fifth of the
@@ -54,10 +53,10 @@ def calibrate(
 
     Raises:
         TypeError: `model` is no module, `loader` is a tensor or one batch with its target, or a batch is not of these forms.
-        ValueError: The model has no crossbar layers, `batches` is below 1, `loader` gave no batch, a learned DAC range is to begin on
-            inputs of zeros, both `loss` and `step` are given, the model is sharded, a batch norm with the statistics that it began
-            with gets one value a channel, or the model computes with the weight of a layer that it does not call, as some fused
-            attentions do. One batch alone does not tell that from a penalty.
+        ValueError: The model has no crossbar layers, `batches` is below 1, `loader` gave no batch, a learned DAC range is to begin
+            on inputs of zeros, both `loss` and `step` are given, the model is sharded, a batch norm with the statistics that it
+            began with gets one value a channel, or the model computes with the weight of a layer that it does not call, as some
+            fused attentions do. One batch alone does not tell that from a penalty.
     """
     require_batches("calibrate", loader, batches, loss, step)
     found = converted_layers("calibrate", model)
@@ -153,7 +152,7 @@ def _range(currents: Tensor, percentile: float, per_column: bool) -> Tensor:
 
 
 def _currents(layer: AnalogLayer, backward: bool, lines: Lines) -> Tensor:
-    """Magnitudes of the partial sums of some rows, A: [conversions * rows, sensed lines]; 0 where offsets of DACs alone drive all."""
+    """Magnitudes of some rows' partial sums, A: [conversions * rows, sensed lines]; 0 where offsets of DACs alone drive all."""
     read = layer.plan.backward if backward else layer.plan.forward
     sums = tile_sums(layer, layer.conductances(), read, lines.driven / lines.lsb, backward)
     return torch.cat([tile.current.abs().flatten(0, 2) for tile in sums]) * lines.driven.any()

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from math import ceil
@@ -117,14 +117,14 @@ def convert(
     Linear, Conv1d and Conv2d run there, and so do the products with weights of MultiheadAttention, of LSTM, GRU, RNN and their
     cells, of Conv3d, and of ConvTranspose1d and ConvTranspose2d, which become layers of their own, such as `attention.q_proj`
     or `lstm.ih_l0`; Conv1D of the transformers library becomes a Linear. Subclasses that compute as these do become what these do;
-    layers of other types stay digital and are named in the report. So do layers that are no submodules, as those in a plain list, of
-    which a warning tells.
+    layers of other types stay digital and are named in the report. Layers that are no submodules, as those in a plain list, stay as
+    they are, of which a warning tells, unless a rule says that the attribute which holds them is to be digital.
 
     Layers on other crossbars than `spec` and `rules` say move there with their weights (what was read of them, where trained in
     situ) and the DAC ranges that they learned, without other ranges, devices and counts: so a trained network is tried on other
-    crossbars, and `rules={"*": None}` makes modules of torch of it again, fused ones where all of their layers leave (but those with
-    hooks, tied to others, or frozen in part). Those whose crossbars are the same stay as they are, and so do subclasses of crossbar
-    layers.
+    crossbars, and `rules={"*": None}` makes modules of torch of it again, fused ones where all of their layers leave (but those
+    with hooks, tied to others, or frozen in part). Those whose crossbars are the same stay as they are, and so do subclasses of
+    crossbar layers.
 
     Args:
         model: Any model; it is not changed.
@@ -132,7 +132,8 @@ def convert(
         rules: Glob patterns of module names to overrides of the spec, or to None: digital. Of those that match a layer the last one
             counts, and overrides of the others do not add to it. The name of a module that becomes layers stands for them.
         example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
-            multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use digitally.
+            multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use
+            digitally.
 
     Returns:
         The model and the report.
@@ -176,9 +177,9 @@ def convert(
                 layer.look_at_ranges()
             model = _replaced(model, names, layer)
             rows.append(Row(label, kind, "analog", why, *_counts(layer, names, positions), layer.clip_rate()))
+    _warn_of_hidden(model, choices)
     choices.require_used([row.module for row in rows if row.why != NO_FORM])
     _call_layers(model)
-    _warn_of_hidden(model)
     return model, Report(tuple(rows))
 
 
@@ -233,7 +234,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _off_others(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Module, Tensor]]:
-    """The model with layers of torch where layers are on other crossbars than the rules want, and the DAC ranges that they learned."""
+    """The model with layers of torch where layers are on other crossbars than the rules want, and DAC ranges that they learned."""
     owners, learned = _owners(model), {}
     for module, names in _places(model).items():
         if not isinstance(module, AnalogLayer):
@@ -467,35 +468,41 @@ def _call_layers(model: nn.Module) -> None:
                 module.use_nested_tensor = False
 
 
-def _warn_of_hidden(model: nn.Module) -> None:
-    """Warn of layers that a module holds otherwise than as its submodules, as in a plain list."""
+def _warn_of_hidden(model: nn.Module, rules: _Rules) -> None:
+    """Warn of layers that a module holds otherwise than as submodules, as in a plain list, if these are not as the rules want."""
     known = set(model.modules())
-    hidden = [
-        f"`{name + '.' if name else ''}{attribute}`"
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if any(held not in known and any(map(_on_crossbars, held.modules())) for held in _held(value))
-    ]
+    hidden = []
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            layers = [layer for held in _held(value) if held not in known for layer in held.modules()]
+            if any(isinstance(layer, AnalogLayer) or _form(layer) is not None for layer in layers):
+                where = f"{name}.{attribute}" if name else attribute
+                chosen, _ = rules.of([where])
+                if chosen is not None or any(isinstance(layer, AnalogLayer) for layer in layers):
+                    hidden.append(where)
     if hidden:
         warnings.warn(
-            f"gpuxbar: {', '.join(hidden)} of the model hold layers that are none of its submodules, as lists and dicts of Python do; "
-            "these stay as they are, and out of the report: keep layers in nn.ModuleList or nn.ModuleDict",
+            f"gpuxbar: {', '.join(f'`{where}`' for where in hidden)} of the model hold layers that are none of its submodules, as lists "
+            "and dicts of Python do; these stay as they are, and out of the report: keep layers in nn.ModuleList or nn.ModuleDict, or "
+            f"say by rules={{{hidden[0]!r}: None}} that they are to stay digital",
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def _on_crossbars(module: nn.Module) -> bool:
-    """Whether a module is a layer on crossbars, or of a type that has a crossbar form."""
-    return isinstance(module, AnalogLayer) or _form(module) is not None
 
 
 def _held(value: Any, depth: int = 3) -> Iterator[nn.Module]:
     """Modules that a value is or, so many containers deep, holds."""
     if isinstance(value, nn.Module):
         yield value
-    elif depth and isinstance(value, (list, tuple, set, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif depth:
+        parts: Iterable[Any] = ()
+        if isinstance(value, dict):
+            parts = value.values()
+        elif isinstance(value, (list, tuple, set)):
+            parts = value
+        elif is_dataclass(value):
+            parts = [getattr(value, field.name, None) for field in fields(value)]
+        for part in parts:
             yield from _held(part, depth - 1)
 
 

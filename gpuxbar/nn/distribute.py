@@ -28,9 +28,9 @@ def distribute(model: nn.Module, *, wrap: bool = True, **options: Any) -> nn.Mod
     Args:
         model: With its layers on their device; build the optimiser from its parameters.
         wrap: False returns the model itself, for a framework that wraps it: Lightning (call this on the LightningModule, in its
-            `setup`), accelerate and transformers' Trainer; or for `fully_shard`, which shards parameters alone: every rank holds all
-            conductances, and layers are calibrated before it and cannot be trained in situ. What such a model is only a part of sends
-            derived conductances too.
+            `setup`), accelerate and transformers' Trainer; or for `fully_shard`, which shards parameters alone: every rank holds
+            all conductances, and layers are calibrated before it and cannot be trained in situ. What such a model is only a part of
+            sends derived conductances too.
         options: Of `DistributedDataParallel`; without it, `process_group` alone.
 
     Raises:

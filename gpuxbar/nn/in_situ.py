@@ -251,8 +251,8 @@ class InSitu(Programmed):
         return ((self.g_cells.max() - window.g_min) / (window.g_max - window.g_min)).item()
 
     def at_window_ends(self) -> float:
-        """Share of the positive devices of unsliced pairs that hold an end of the nominal window, where those beside references can go
-        no further, whatever their weight, unless their own window is another (`low_spread`, `high_spread`)."""
+        """Share of the positive devices of unsliced pairs that hold an end of the nominal window, where those beside references can
+        go no further, whatever their weight, unless their own window is another (`low_spread`, `high_spread`)."""
         held = self.g_cells if self.g_held is None else self.g_held
         assert held is not None
         window = self.spec.device
@@ -303,18 +303,18 @@ class InSitu(Programmed):
         return moved.abs().amax() > ROUNDING * torch.finfo(torch.float32).eps * self.spec.device.g_max
 
     @torch.no_grad()
-    def update_cells(self, change: Tensor, factor: float = 1.0) -> None:
-        """Move the cells by factor * change, of the shape of `weight`; the weight becomes what they read.
+    def update_cells(self, change: Tensor) -> None:
+        """Move the cells by `change`, of the shape of `weight`; the weight becomes what they read.
 
         Before that, slices carry and pairs are refreshed where it is time (see `spec.Carry`, `spec.Refresh`).
         """
         self.require_unprogrammed("weight")
         self.require_read_out()
-        self.change_cells(change, factor)
+        self.change_cells(change)
 
     @torch.no_grad()
     def change_cells(self, change: Tensor, factor: float = 1.0) -> None:
-        """`update_cells` for an optimiser, which has just looked whether the weight is what the cells read."""
+        """`update_cells` by factor * change for an optimiser, which has just looked whether the weight is what the cells read."""
         self._make_room()
         self._move(change, factor)
 

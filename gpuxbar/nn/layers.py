@@ -77,12 +77,11 @@ class AnalogLayer(InSitu):
     """What the layers share: programming when the weights change, read counter, converter ranges.
 
     Buffers of the state dict: `read_step` counts reads in training mode, `eval_step` those in eval mode, downwards from 0, so that
-    these leave the noise of training as it is, and `write_step` rewritings (`rewrite`); with the spec's seed and the weights they fix
-    every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the currents of an ADC's
-    largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted;
-    `range_settings`, int64 [1], is a checksum of the settings by which lines carry currents: calibrated ranges of a checkpoint of
-    others are forgotten. `dac_max` is the DAC's range where it is fixed, running or learned: a parameter where learned, NaN
-    until it begins, whose magnitude counts.
+    these leave the noise of training as it is, and `write_step` rewritings (`rewrite`); with the spec's seed and the weights they
+    fix every random number, so a checkpoint resumes bit for bit. `adc_range` and `back_adc_range` are the currents of an ADC's
+    largest code forwards and backwards, A, NaN until calibrated, 0 where nothing is converted; `range_settings`, int64 [1], is a
+    checksum of the settings by which lines carry currents: calibrated ranges of a checkpoint of others are forgotten. `dac_max` is
+    the DAC's range where it is fixed, running or learned: a parameter where learned, NaN until it begins, whose magnitude counts.
     Reads are computed in float32 whatever the precision of the weights, which is that of the output.
     """
 
@@ -195,8 +194,8 @@ class AnalogLayer(InSitu):
         self.static = (plan.dumps(), self.spec.model_dump_json())
 
     def _converter_errors(self, way: str, adc: ADC, read: Read, lines: int, sensed: int) -> Tensor:
-        """Gain, offset in A and, where there is any, non-linearity in steps of every converter, float32 [2 or 3, S, tiles, sensed]; drawn
-        once per seed."""
+        """Gain, offset in A and, where there is any, non-linearity in steps of every converter, float32 [2 or 3, S, tiles, sensed];
+        drawn once per seed."""
         planes, tiles = len(self.plan.slice_scale), -(-lines // (read.tile or lines))
         back = int(way == "back_")
 
@@ -241,8 +240,8 @@ class AnalogLayer(InSitu):
         return None if read.straight else Drivers(read.v_max, error, read.v_sinh)
 
     def look_at_ranges(self) -> None:
-        """Remember which direction's ADC ranges are set, and whether a learned DAC range has begun, so that reads never wait for a GPU to
-        know it."""
+        """Remember which direction's ADC ranges are set, and whether a learned DAC range has begun, so that reads never wait for a
+        GPU to know it."""
         ready = []
         for full, read, *_ in self.converters():
             if read.adc_bits and full.is_meta:
@@ -341,8 +340,8 @@ class AnalogLayer(InSitu):
         return super().__getstate__() | {"_cells_of": None}  # nobody has read what is copied
 
     def program(self, chip: int = 0) -> None:
-        """Write the present weights once (not those of cells trained in situ) to the arrays of a chip, see `gpuxbar.program`, and read
-        these devices from now on."""
+        """Write the present weights once (not those of cells trained in situ) to the arrays of a chip, see `gpuxbar.program`, and
+        read these devices from now on."""
         self.require_own_weight("program")
         if self.in_situ:
             self.require_read_out()
@@ -661,8 +660,8 @@ class AnalogLayer(InSitu):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs, and a weight trained in situ is
-        what the cells read there."""
+        """Follow a model to another device; where it changes precision, arrays and ranges keep theirs, and a weight trained in situ
+        is what the cells read there."""
         if self.written.is_meta and not fn(self.written).is_meta:
             self._refuse_filling("empty memory instead of the meta device's")
         buffers, held = dict(self._buffers), self.is_held()

@@ -17,6 +17,7 @@ from gpuxbar.bridge.lstm_sequence import lstm_sequence
 from gpuxbar.nn.dense import require_dense
 from gpuxbar.nn.layers import CONVERTERS, AnalogLinear
 from gpuxbar.nn.linear import linear_of
+from gpuxbar.nn.unfused import name_in_errors, require_shape
 
 __all__ = ["UnfusedCell", "UnfusedRNN"]
 
@@ -55,7 +56,7 @@ class UnfusedCell(nn.Module):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the cell's: a step from state `hx`, which of an LSTM is (h, c)."""
-        _check_input(self, input, ("", "N, "))
+        _check_input(self, input, (), ("N",))
         batched = input.dim() == 2
         x = input if batched else input[None]
         if hx is None:
@@ -130,11 +131,11 @@ class UnfusedRNN(nn.Module):
         """As the module's: the output of every step, and the last state, which of an LSTM is (h, c)."""
         packed, lengths, batched = None, None, True
         if isinstance(input, PackedSequence):
-            _check_input(self, input.data, ("sum of lengths, ",))
+            _check_input(self, input.data, ("sum of lengths",))
             packed = input
             x, lengths = pad_packed_sequence(packed)
         else:
-            _check_input(self, input, ("T, ", "N, T, " if self.batch_first else "T, N, "))
+            _check_input(self, input, ("T",), ("N", "T") if self.batch_first else ("T", "N"))
             batched = input.dim() == 3
             x = input if batched else input[:, None]
             x = x.transpose(0, 1) if self.batch_first and batched else x
@@ -218,24 +219,16 @@ def _bend(mode: str) -> str:
 
 
 def _called(module: UnfusedCell | UnfusedRNN) -> str:
-    """What errors call a module: by the name that its layers on crossbars begin with, and its kind."""
-    kind = module.mode.partition("_")[0] + ("Cell" if isinstance(module, UnfusedCell) else "")
-    names = (layer.name for layer in module.children() if isinstance(layer, AnalogLinear))
-    name = next(names, "").rpartition(".")[0]
-    return f"{name} ({kind})" if name else kind
-
-
-def _check_input(module: UnfusedCell | UnfusedRNN, x: Any, axes: tuple[str, ...]) -> None:
-    """Refuse what is no input of a module, which has one of these groups of axes before that of its values."""
-    size = module.input_size
-    require_dense(
-        _called(module), "input", x, " or a PackedSequence" if isinstance(module, UnfusedRNN) else ""
+    return name_in_errors(
+        module, module.mode.partition("_")[0] + ("Cell" if isinstance(module, UnfusedCell) else "")
     )
-    if x.dim() not in [1 + each.count(",") for each in axes] or x.shape[-1] != size:
-        shapes = " or ".join(f"[{each}{size}]" for each in axes)
-        raise ValueError(
-            f"{_called(module)}: `input` must have shape {shapes}, got {tuple(x.shape)}; look at the layer before it"
-        )
+
+
+def _check_input(module: UnfusedCell | UnfusedRNN, x: Any, *axes: tuple[str, ...]) -> None:
+    """Refuse what is no input of a module, which has one of these groups of axes before that of its values."""
+    also = " or a PackedSequence" if isinstance(module, UnfusedRNN) else ""
+    require_dense(_called(module), "input", x, also)
+    require_shape(_called(module), "input", x, *((*before, module.input_size) for before in axes))
 
 
 def _checked_states(

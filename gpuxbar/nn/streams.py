@@ -37,8 +37,8 @@ class Streams:
         self.pairs = []
 
     def finite(self, weight: Tensor) -> Tensor:
-        """A gradient of nothing for a weight, in whose place a `GradScaler` can look at the errors: one value in a sparse tensor, 0, or
-        NaN where an error of any process is not finite."""
+        """A gradient of nothing for a weight, in whose place a `GradScaler` can look at the errors: one value in a sparse tensor,
+        0, or NaN where an error of any process is not finite."""
         value = torch.zeros(1, device=weight.device)
         for _, grad_y in self.pairs:
             value += 0 * grad_y.abs().amax()

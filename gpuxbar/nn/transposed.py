@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar.nn.dense import require_dense
+from gpuxbar.nn.unfused import name_in_errors, require_shape
 
 __all__ = ["UnfusedConvTranspose"]
 
@@ -39,6 +40,9 @@ class UnfusedConvTranspose(nn.Module):
         self.product.weight = nn.Parameter(self._by_output(weight.detach()), weight.requires_grad)
         self.register_parameter("bias", dict(conv.named_parameters()).get("bias"))
         self.train(conv.training)
+
+    def _called(self) -> str:
+        return name_in_errors(self, "ConvTranspose1d" if self.flat else "ConvTranspose2d")
 
     def fused(self) -> nn.ConvTranspose1d | nn.ConvTranspose2d:
         """The module of torch with these parameters."""
@@ -81,14 +85,17 @@ class UnfusedConvTranspose(nn.Module):
         most = [n + max(s, d) - 1 for n, s, d in zip(least, self.stride, self.dilation, strict=True)]
         if not all(low <= n <= high for low, n, high in zip(least, size, most, strict=True)):
             raise ValueError(
-                f"transposed convolution: `output_size` must be from {least[self.flat :]} to {most[self.flat :]}, got "
+                f"{self._called()}: `output_size` must be from {least[self.flat :]} to {most[self.flat :]}, got "
                 f"{list(wanted)}; stride and dilation set the range"
             )
         return size
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """As the module's."""
-        require_dense("transposed convolution", "input", input)
+        name = self._called()
+        require_dense(name, "input", input)
+        image = self.product.in_channels, *("height", "width")[self.flat :]
+        require_shape(name, "input", input, image, ("N", *image))
         x = input.unsqueeze(-2) if self.flat else input
         x = x if x.dim() == 4 else x[None]
         size = self._size(x.shape[2:], output_size)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar.nn.dense import require_dense
+from gpuxbar.nn.unfused import name_in_errors, require_shape
 
 __all__ = ["UnfusedConv3d"]
 
@@ -55,14 +56,17 @@ class UnfusedConv3d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the module's."""
-        require_dense("convolution of volumes", "input", input)
+        name = name_in_errors(self, "Conv3d")
+        require_dense(name, "input", input)
+        volume = self.product.in_channels // self.depth, "depth", "height", "width"
+        require_shape(name, "input", input, volume, ("N", *volume))
         x = input if input.dim() == 5 else input[None]
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = functional.pad(x, self.padding, mode=mode)
         reach = self.dilation * (self.depth - 1)
         if x.shape[2] <= reach:
             raise ValueError(
-                f"convolution of volumes: `input` must be at least {reach + 1} planes deep with its padding, got {x.shape[2]}; pad "
+                f"{name}: `input` must be at least {reach + 1} planes deep with its padding, got {x.shape[2]}; pad "
                 "it, or use a smaller kernel"
             )
         last = x.shape[2] - reach

@@ -2,8 +2,8 @@
 
 A merge is undone by fourteen batched products on what its level kept, the columns of its joined sides; leaves by
 one kernel in shared memory, which merges them anew. Of a whole tile, gradients between its left and lower ports alone are
-not 0: its own merge, a third of the work, takes less than half of it. Everything is float32, the number of launches depends on the tile's
-size only, and nothing waits for the device. Not yet run on a GPU.
+not 0: its own merge, a third of the work, takes less than half of it. Everything is float32, the number of launches depends on the
+tile's size only, and nothing waits for the device. Not yet run on a GPU.
 
 With D the gradient of a merged block, B = [[B1, 0], [0, B2]] the joined sides' columns of its parts and T = [[A F, -F'],
 [-F, -F Z]], the joined sides see B T of the merged block's ports. Their gradients are T' (B' D B) T among themselves and

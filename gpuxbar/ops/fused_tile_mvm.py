@@ -1,8 +1,8 @@
 """`tile_mvm` on a CUDA device in one kernel: tensor-core products with noise, conversion and integer sums in registers.
 
-Codes are packed once (fp16), conductances once or whenever they change; passes are cut out of the codes inside the kernel, so neither passes
-nor partial sums are ever written. A block that sees all tiles of its only pass and plane writes results; else sums of
-codes are added up in memory, exactly, and `shift_add` ends the read.
+Codes are packed once (fp16), conductances once or whenever they change; passes are cut out of the codes inside the kernel, so
+neither passes nor partial sums are ever written. A block that sees all tiles of its only pass and plane writes results; else sums
+of codes are added up in memory, exactly, and `shift_add` ends the read.
 """
 
 from __future__ import annotations

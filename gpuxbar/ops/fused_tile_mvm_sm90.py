@@ -1,7 +1,8 @@
 """`tile_mvm` on Hopper in one kernel: as `fused_tile_mvm`, with products of whole warpgroups fed by bulk copies.
 
 Codes and conductances are packed in panels of 128 rows by 64 driven lines, as the tensor cores read them; the digits of
-every pass are packed apart, or the patches of a convolution are gathered from its images. Same counters and same integer codes as the other ways of a read.
+every pass are packed apart, or the patches of a convolution are gathered from its images. Same counters and same integer codes as
+the other ways of a read.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ class PackedConductance(NamedTuple):
     ) -> int:  # fmt: skip
         """Bytes that hold conductances [S, G * I, O] in every layout that a read of these settings may take.
 
-        2 bytes a cell (fp16, bf16), 4 with two halves (fp16x2), 1 of levels (int8), and 2 more with `noise_var`; lines that are driven
-        are padded to 64 a tile (int8: 128) and lines that are sensed to 128, or eight channels are gathered at every
+        2 bytes a cell (fp16, bf16), 4 with two halves (fp16x2), 1 of levels (int8), and 2 more with `noise_var`; lines that are
+        driven are padded to 64 a tile (int8: 128) and lines that are sensed to 128, or eight channels are gathered at every
         position of a kernel.
         `positions`: of the kernel of a convolution read forwards in the line order channel_position; 0: another read.
         """

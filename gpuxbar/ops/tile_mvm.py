@@ -98,8 +98,8 @@ def tile_mvm(
         transposed: Read the same array backwards: v [B, O] on the bitlines, result [B, I].
         groups: Independent arrays side by side (grouped convolution).
         v_lsb: Voltage of one unit of `v`, V.
-        drivers: Errors of the lines' DACs, and how devices bend currents (`ops.Drivers`); None: DACs are exact, devices ohmic. On a GPU
-            what drives the lines is rounded to `precision`, which holds digits alone exactly; not for "int8".
+        drivers: Errors of the lines' DACs, and how devices bend currents (`ops.Drivers`); None: DACs are exact, devices ohmic. On a
+            GPU what drives the lines is rounded to `precision`, which holds digits alone exactly; not for "int8".
         stream_bits, streams, phases: Bits of a code driven at a time, number of such streams, and 2 to drive
             positive and negative codes one after the other; 0 bits drive the whole value at once. Bits above those of the
             streams drive nothing.
@@ -132,8 +132,8 @@ def tile_mvm(
             for the products, but for the patches of a convolution that are unfolded, which look at a value many times.
         packed: On a GPU, `g` (and `noise_var`) as the last read packed them, kept for the next one; None: packed anew.
         device: Where CuPy arrays are allocated and run; None: CuPy's current device and memory pool.
-        strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma", "implicit-wgmma", "cluster" or "epilogue" (see `ops.tile_mvm_plan`);
-            "auto" takes the fastest by `ops/tuning.tsv`, but never "cluster".
+        strategy: On a GPU, "collapsed", "fused", "implicit", "wgmma", "implicit-wgmma", "cluster" or "epilogue" (see
+            `ops.tile_mvm_plan`); "auto" takes the fastest by `ops/tuning.tsv`, but never "cluster".
 
     Returns:
         float32 [B, O], A unless scaled; transposed: [B, I]; with `conv` the images. With `want_gate`, (y, gate).

@@ -66,7 +66,8 @@ class Case:
     Attributes:
         noise: "none", "exact" or "fast".
         variance: Whether the noise depends on the state (`noise_var`).
-        converters: 0 one LSB for all columns, 1 an LSB a column, 2 also gain or offset of every converter, 3 also its non-linearity.
+        converters: 0 one LSB for all columns, 1 an LSB a column, 2 also gain or offset of every converter, 3 also its
+            non-linearity.
         codes: Whether int16 codes drive the lines.
         dac: Whether these are made on the way, which takes a pass of its own where patches are unfolded.
         drivers: Whether DACs have errors or devices are not ohmic (`reference.Drivers`).

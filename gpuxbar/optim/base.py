@@ -52,8 +52,8 @@ class InSituOptimizer(torch.optim.Optimizer):
 
     A layer whose spec has `pulses`, or a carry of scheme "streamed", is updated by products in an array of the inputs and
     errors of its backward passes since the last step, of those that reach its weight. The weight gets no gradient, and one of
-    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands; that of a
-    module does not, nor does clipping gradients reach them. Those of a layer that no optimiser has any more pile up: freeze it by
+    another use of it, as in a tied embedding or a penalty, is refused. `zero_grad` of this optimiser forgets the operands; that of
+    a module does not, nor does clipping gradients reach them. Those of a layer that no optimiser has any more pile up: freeze it by
     `weight.requires_grad_(False)`. A `GradScaler` may scale the loss; its `unscale_`, which reaches gradients alone, is refused.
     """
 
@@ -61,6 +61,13 @@ class InSituOptimizer(torch.optim.Optimizer):
     in_array: ClassVar[tuple[str, ...]] = ()  # products in the array that `_write` makes
     grad_scale: Any  # of a `GradScaler`, and there only while it steps with layers that keep operands; so is found_inf
     found_inf: Any
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if not set(cls.in_array) <= {"pulses", "streamed"}:
+            raise TypeError(
+                f'{cls.__name__}: `in_array` must hold names of "pulses" and "streamed", got {cls.in_array!r}; write ("pulses",)'
+            )
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, **settings: Any):
         unknown = sorted(settings.keys() - self.rules.keys())
@@ -260,8 +267,8 @@ class InSituOptimizer(torch.optim.Optimizer):
                 require_finite_gradient(error, f"{type(self).__name__}: the gradient of {layer.name}")
 
     def _require_no_gradient(self, layer: InSitu, grad: Tensor) -> None:
-        """Refuse a gradient that products in the array do not make. `DistributedDataParallel` makes zeros, at which a GPU would wait
-        to look."""
+        """Refuse a gradient that products in the array do not make. `DistributedDataParallel` makes zeros, at which a GPU would
+        wait to look."""
         if layer.streams.group is None or (grad.device.type == "cpu" and grad.any()):
             raise ValueError(
                 f"{type(self).__name__}: `weight` of {layer.name} must have no gradient with pulse trains or bit streams, which take "

@@ -160,9 +160,9 @@ class TikiTaka(InSituOptimizer):
     A <- A - fast_lr grad (scaled);  every `transfer_every` steps, for the next `lines` wordlines:  C <- C + lr v
 
     The network reads C alone (the paper's gamma is 0). A must read 0 at its symmetry point: `zero_shift` leads it there and
-    takes what it reads for its zero. Digital parameters: as in `InSituSGD`; crossbar weights have no momentum, the fast array is one.
-    With `spec.pulses` both writes are pulse trains; a transfer is one of inputs 1 on the line read, 0 on others, and errors -v, at
-    most `pulses.length` pulses.
+    takes what it reads for its zero. Digital parameters: as in `InSituSGD`; crossbar weights have no momentum, the fast array is
+    one. With `spec.pulses` both writes are pulse trains; a transfer is one of inputs 1 on the line read, 0 on others, and errors
+    -v, at most `pulses.length` pulses.
 
     Args:
         params, lr, momentum: As for `InSituSGD`.

@@ -7,7 +7,6 @@ from gpuxbar.reference.dac_quantize import SMALLEST_RANGE, dac_fit, dac_quantize
 from gpuxbar.reference.device_update import device_update, drawn_devices, read_out
 from gpuxbar.reference.drift import drift
 from gpuxbar.reference.effective_conductance import METHODS, effective_conductance
-from gpuxbar.reference.laws import symmetry_point
 from gpuxbar.reference.lstm_gates import lstm_gates, lstm_gates_gradient
 from gpuxbar.reference.nodal import nodal_conductance, node_voltages
 from gpuxbar.reference.outer_product import conv_outer_product, outer_product
@@ -60,7 +59,6 @@ __all__ = [
     "solve_for_inputs_gradient",
     "streamed_digits",
     "streamed_update",
-    "symmetry_point",
     "tile_mvm",
     "unfold",
     "uniforms",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["moved", "neurosim_rate", "nonlinearity_label", "scattered", "symmetry_point"]
+__all__ = ["moved", "neurosim_rate", "nonlinearity_label", "scattered"]
 
 Array = np.ndarray
 
@@ -64,18 +64,6 @@ def scattered(law: dict[str, Any], y: Array, z: Array, rising: Array) -> Array:
         )
         found.append((hats * at_node).sum(0))
     return np.where(rising, found[1], found[0])
-
-
-def symmetry_point(law: dict[str, Any]) -> float:
-    """Share of the window where a small step up and one down are alike, for a device without spread."""
-    asymmetry, small = law.get("asymmetry", 0.0), 1e-6
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        up = moved(law, np.array(middle), np.array(small * (1 + asymmetry))) - middle
-        down = middle - moved(law, np.array(middle), np.array(-small * (1 - asymmetry)))
-        low, high = (middle, high) if up > down else (low, middle)
-    return (low + high) / 2
 
 
 def _both(law: dict[str, Any], up: str, down: str, rising: bool) -> float:

@@ -109,8 +109,8 @@ def pulse_update(
 ) -> tuple[Array, Array]:
     """(conductances [2 slices, G * I, O], weights read out [G, O, I]); `law`, `train` and `carry` are dumped specs.
 
-    `pulse_count`, [2 slices, G * I, O], is updated in place where given; `device_map` as for `device_update`. With `conv`, x and d are
-    images. `sign`, [G * I], multiplies what drives each wordline.
+    `pulse_count`, [2 slices, G * I, O], is updated in place where given; `device_map` as for `device_update`. With `conv`, x and d
+    are images. `sign`, [G * I], multiplies what drives each wordline.
     """
     if conv is not None:
         x = unfold(x, conv)

@@ -173,8 +173,8 @@ class Drivers:
             [3, lines]. None: they have none.
         v_sinh: Voltage over which the current of a device bends, V; None: devices are ohmic.
 
-    Source: the current of filaments with a gap, I0 exp(-gap / g0) sinh(v / v_sinh): Guan, Yu, Wong, IEEE Electron Device Letters 33,
-    1405 (2012), doi:10.1109/LED.2012.2210856, as in the Verilog-A model of Jiang, Wong (2014), doi:10.4231/D37H1DN48.
+    Source: the current of filaments with a gap, I0 exp(-gap / g0) sinh(v / v_sinh): Guan, Yu, Wong, IEEE Electron Device Letters
+    33, 1405 (2012), doi:10.1109/LED.2012.2210856, as in the Verilog-A model of Jiang, Wong (2014), doi:10.4231/D37H1DN48.
     """
 
     v_read: float

@@ -17,17 +17,17 @@ class Carry(Part):
     With base b = 2**slice_bits, the pair of slice k holds a digit of digital weight b**k: a number, positive or negative,
     of units of which a full weight has b**slices - 1, so that digits of b - 1 make it. A device's window spans
     2**(slice_bits + headroom_bits) - 1 units, so that digits may outgrow their base between two carries; beyond the window
-    they saturate. Digits of asymmetric devices come to rest where steps up and down balance: short of their base they never carry, and
-    what asks for more is lost. More headroom puts the base nearer to the middle of the window, where steps are alike.
+    they saturate. Digits of asymmetric devices come to rest where steps up and down balance: short of their base they never carry,
+    and what asks for more is lost. More headroom puts the base nearer to the middle of the window, where steps are alike.
 
     `scheme`: "accumulate": a wanted change, of at most a full weight, is cut into signed digits, and every slice takes its own
-    through its devices' law; what is below a unit goes to the lowest slice, whose devices are analog. "periodic": the lowest slice takes all
-    of it, as far as its window goes, and the others only change by carries; so with pulse trains, which know no digits.
-    "streamed": nobody forms the wanted change. For every sample, the bits of the inputs' codes drive wordlines one after
-    the other, and bitlines are driven with the digits of what each bit asks for (see `ops.streamed_update`): slices gather
-    sums of digits, where "accumulate" gives them the digits of the sum, so they outgrow their base and saturate sooner, and
-    more of them are written. Layers keep inputs and errors of their backward passes and make no weight gradient. A change that
-    is given whole, as to `device_update`, is cut as by "accumulate".
+    through its devices' law; what is below a unit goes to the lowest slice, whose devices are analog. "periodic": the lowest slice
+    takes all of it, as far as its window goes, and the others only change by carries; so with pulse trains, which know no digits.
+    "streamed": nobody forms the wanted change. For every sample, the bits of the inputs' codes drive wordlines one after the other,
+    and bitlines are driven with the digits of what each bit asks for (see `ops.streamed_update`): slices gather sums of digits,
+    where "accumulate" gives them the digits of the sum, so they outgrow their base and saturate sooner, and more of them are
+    written. Layers keep inputs and errors of their backward passes and make no weight gradient. A change that is given whole, as to
+    `device_update`, is cut as by "accumulate".
 
     A carry moves excess up, from the lowest slice to the highest: of a digit of b or more in size, whole multiples of b
     leave, and the next slice gains as many units. Digits keep what they have beyond whole units, so a carry changes no

@@ -37,8 +37,9 @@ class PublishedDevice:
         source: Where the parameters are from.
         window_source: Where the window is from.
         valid: What the fit covers.
-        reference_at: Share of the window where weight 0 lies, of a source in which a device holds a whole weight beside a reference:
-            a setting of the update law, for `sides="reference"`. None: the source knows no such weights, or moves one way.
+        reference_at: Share of the window where weight 0 lies, of a source in which a device holds a whole weight beside a
+            reference: a setting of the update law, for `sides="reference"`. None: the source knows no such weights, or moves one
+            way.
     """
 
     name: str
@@ -281,8 +282,8 @@ DEVICES: dict[str, Callable[[], PublishedDevice]] = {
 def published_device(name: str) -> PublishedDevice:
     """A device of the literature by name, as `gpuxbar devices` lists them.
 
-    `published_device("pcm").spec(refresh={"interval": 40})` is a crossbar of them, otherwise ideal but for what is laid over it. Both
-    devices of a pair move in most; a device a weight, as the source may have it, is
+    `published_device("pcm").spec(refresh={"interval": 40})` is a crossbar of them, otherwise ideal but for what is laid over it.
+    Both devices of a pair move in most; a device a weight, as the source may have it, is
 
         device = published_device("ecram")
         spec = device.spec(update={"sides": "reference", "reference_at": device.reference_at})

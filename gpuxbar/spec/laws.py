@@ -47,8 +47,8 @@ class Law(Part):
     when touched. Laws go by the share of a device's own window; `SoftBounds` and `ExponentialStep` say how they differ.
 
     `sides`: which devices of a pair take a wanted change of its weight: "both" (half each, up and down), "reference"
-    (all on the first; the second is a reference that never moves, so that a weight has half the range), "one_sided" (gains on the first, losses on the
-    second, both by potentiation).
+    (all on the first; the second is a reference that never moves, so that a weight has half the range), "one_sided" (gains on the
+    first, losses on the second, both by potentiation).
     `reference_at`: share of the window at which all references lie, so that the first device holds the whole weight (with
     sides="reference"). Where up and down steps are alike, opposite pulses lead weights to 0. None: a pair begins with half of its
     weight above the middle of the window and half below, and the reference keeps that half.
@@ -222,7 +222,8 @@ class PiecewiseStep(Stepping):
 class LookupTable(Law):
     """A measured device: mean steps and their scatter, tabulated over the conductance.
 
-    Mean steps flow as `PiecewiseStep`; to that, n pulses add sqrt(n) times the scatter found where the device is. `gpuxbar.experiments.fit_table` makes one from a CSV of pulses.
+    Mean steps flow as `PiecewiseStep`; to that, n pulses add sqrt(n) times the scatter found where the device is.
+    `gpuxbar.experiments.fit_table` makes one from a CSV of pulses.
     `pulses`: nominal ones over the window. `up`, `down`: mean step at y = 0 .. 1 in nominal ones, positive.
     `scatter_up`, `scatter_down`: a row for each of those places: what a pulse's change differs from its mean, in nominal
     steps and signed as the conductance is, at the normal scores -4, -3.5 .. 4 (its quantiles at their probabilities).

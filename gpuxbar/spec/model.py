@@ -50,8 +50,8 @@ class Device(Part):
     should, unless they are driven by streams of 1 bit. All devices have the one curve. Gradients are straight-through: those of
     inputs are read by such devices too, and those of weights, and pulses, follow the digital values. Not with `parasitics`.
 
-    Source of the curve: Guan, Yu, Wong, IEEE Electron Device Letters 33, 1405 (2012), doi:10.1109/LED.2012.2210856; Jiang, Wong, Stanford
-    University RRAM Verilog-A model (2014), doi:10.4231/D37H1DN48, whose parameters have it at 0.25 V.
+    Source of the curve: Guan, Yu, Wong, IEEE Electron Device Letters 33, 1405 (2012), doi:10.1109/LED.2012.2210856; Jiang, Wong,
+    Stanford University RRAM Verilog-A model (2014), doi:10.4231/D37H1DN48, whose parameters have it at 0.25 V.
     """
 
     g_min: float = Field(1e-6, ge=0)
@@ -80,8 +80,8 @@ class Mapping(Part):
     `scale`: one weight scale per "tensor", or per output "column": its largest weight is a full pair. `w_max`: the
     weight of a full pair instead; larger ones are clipped.
     `headroom`: in-situ training begins with a weight scale of this times the largest weight, unless `w_max` is given, and weights
-    stay inside it. A layer that begins with zeros (LoRA's B, the last one of a residual branch, some heads) has no largest weight and
-    needs `w_max`: what its weights are to stay inside; torch's own initialisation would make it headroom / sqrt(inputs).
+    stay inside it. A layer that begins with zeros (LoRA's B, the last one of a residual branch, some heads) has no largest weight
+    and needs `w_max`: what its weights are to stay inside; torch's own initialisation would make it headroom / sqrt(inputs).
     `line_order`: of a convolution's weights on the wordlines of a group: "channel_position" (all positions of the kernel for
     one channel, then for the next: torch's own layout, flattened) or "position_channel" (all channels at one position, then
     at the next, as accelerators of channels-last images do). It decides which weights share a tile: 128 rows of a 3 x 3
@@ -244,8 +244,8 @@ class ADC(Part):
     before. `per`: one range per "layer" or per output "column".
     `gain_std`: relative spread of the converters' gain; `offset_std`: spread of their offset, A; `inl`, `inl_std`: mean and
     spread of their integral non-linearity, in steps: by how much the curve of a converter is off at most, at 58 % of the range
-    (outwards above 0; below 0 of signed codes it is as far off the other way, and right at 0 and at both ends). Errors are drawn once
-    per converter; a curve that would turn back is bent as far as none does.
+    (outwards above 0; below 0 of signed codes it is as far off the other way, and right at 0 and at both ends). Errors are drawn
+    once per converter; a curve that would turn back is bent as far as none does.
     """
 
     bits: int | None = Field(None, ge=1, le=16)

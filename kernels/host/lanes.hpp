@@ -1,8 +1,6 @@
 // lanes: the vector work of a block of ROWS driven vectors by COLS bitlines. Vectors run along the rows, so that
 // one Philox counter a lane makes the noise of neighbouring columns where it is needed, without a shuffle.
 #pragma once
-#include <algorithm>
-
 #include "draw.hpp"
 #include "wide.hpp"
 

@@ -85,7 +85,7 @@ def bf16(bits):
 
 
 class ShimDevice:
-    """Runs kernels on the CPU in a given thread order; products in float64, of rounded operands for "tf32". New memory is poisoned with NaN.
+    """Runs kernels on the CPU in a given thread order; products in float64, of rounded operands for "tf32". New memory holds NaN.
 
     `eager`: asynchronous copies land at the earliest moment, else at the latest. `arch` and `multiprocessors` are
     what the planner of `ops.tile_mvm` sees.

@@ -20,7 +20,9 @@ struct Lane {  // one CUDA thread
   bool (*ready)(const Lane&);      // of St::Poll, of val and res
   std::vector<Copy> open; std::vector<std::vector<Copy>> groups;
 };
-struct Hooks {  // of hopper.cpp, for each block: at its start, to let one event under way happen, at its end, when a thread's copy starts and lands, and when a warp reads its places
+// Of hopper.cpp, for each block: at its start, to let one event under way happen, at its end, when a thread's copy starts and lands,
+// and when a warp reads its places.
+struct Hooks {
   void (*begin)() = [] {};
   bool (*happen)() = [] { return false; };
   void (*end)() = [] {};

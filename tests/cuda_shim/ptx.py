@@ -63,7 +63,7 @@ class Program:
         self.approximate = ".approx" in text.split(f".entry {name}(")[1].split(".entry ")[0]
 
     def launch(self, grid, block, shared, most_shared, values, arrays, order, eager):
-        """`values`: the parameters' bytes; `arrays`: (address, bytes, of which an item, whether written) of all that may be touched."""
+        """`values`: the parameters' bytes; `arrays`: (address, bytes, of which an item, whether written) of what may be touched."""
         sizes = [(ctypes.c_uint * 3)(*(*size, 1, 1)[:3]) for size in (grid, block)]
         lengths = (ctypes.c_size_t * len(values))(*map(len, values))
         pointers = (ctypes.c_char_p * len(values))(*values)

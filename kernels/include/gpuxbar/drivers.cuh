@@ -1,8 +1,8 @@
 // drivers: what lines are driven with for digits by DACs with errors, and what devices that are not ohmic make of it.
 //
-// Source: IEEE Std 1241-2010 (integral non-linearity); the current of filaments with a gap, I0 exp(-gap / g0) sinh(v / v_sinh): Guan,
-// Yu, Wong, IEEE Electron Device Letters 33, 1405 (2012), doi:10.1109/LED.2012.2210856, as in the Verilog-A model of Jiang, Wong
-// (2014), doi:10.4231/D37H1DN48. Oracle: `Drivers` in gpuxbar/reference/tile_mvm.py.
+// Source: IEEE Std 1241-2010 (integral non-linearity); the current of filaments with a gap, I0 exp(-gap / g0) sinh(v / v_sinh):
+// Guan, Yu, Wong, IEEE Electron Device Letters 33, 1405 (2012), doi:10.1109/LED.2012.2210856, as in the Verilog-A model of Jiang,
+// Wong (2014), doi:10.4231/D37H1DN48. Oracle: `Drivers` in gpuxbar/reference/tile_mvm.py.
 #pragma once
 #include "gpuxbar/inl.cuh"
 

@@ -1,0 +1,31 @@
+"""What modules made of layers share: the name by which errors call them, and the shapes that they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gpuxbar.nn.layers import AnalogLayer
+
+__all__ = ["name_in_errors", "require_shape"]
+
+
+def name_in_errors(module: nn.Module, kind: str) -> str:
+    """What errors call a module: by the name that its layers on crossbars begin with, and the kind of torch's that it is."""
+    names = (layer.name for layer in module.children() if isinstance(layer, AnalogLayer))
+    name = next(names, "").rpartition(".")[0]
+    return f"{name} ({kind})" if name else kind
+
+
+def require_shape(called: str, argument: str, x: Tensor, *shapes: tuple[Any, ...]) -> None:
+    """Refuse an argument of none of these shapes, whose axes are sizes, or names of those that may have any."""
+    for shape in shapes:
+        if x.dim() == len(shape) and all(
+            isinstance(size, str) or n == size for n, size in zip(x.shape, shape, strict=True)
+        ):
+            return
+    wanted = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+    raise ValueError(
+        f"{called}: `{argument}` must have shape {wanted}, got {tuple(x.shape)}; look at the layer before it"
+    )
