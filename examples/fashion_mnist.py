@@ -1,8 +1,8 @@
-"""Train LeNet-5 and ResNet-20 on all of Fashion-MNIST, ideally and on crossbars, and record the accuracies. Writes fashion_mnist.png.
+"""Train LeNet-5 and ResNet-20 on all of Fashion-MNIST, ideally and on crossbars; record accuracies. Writes fashion_mnist.png.
 
-Each training is one of `gpuxbar train` with its own settings, in a folder under runs/, and a line of the record; those that are there
-already are not made again, and one that is interrupted goes on where it stopped. `--readme` puts the table between the markers of a
-README.
+Each training is one of `gpuxbar train` with its own settings, in a folder under runs/, and a line of the record; those that are
+there already are not made again, and one that is interrupted goes on where it stopped. `--readme` puts the table between the
+markers of a README.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def _epoch(
     model.train()
     try:
         for step, part in enumerate(parts, epoch * len(parts)):
-            # converter ranges follow the weights: before every epoch, and after 1, 2, 4, 8, ... steps, the first of which change most
+            # converter ranges follow the weights: before every epoch, and after 1, 2, 4, 8, ... steps, as first ones change most
             if mode != "ideal" and (step % len(parts) == 0 or step.bit_count() == 1):
                 sample = data.sample(256, device=run.device)
                 calibrate(model, [sample], loss=nn.functional.cross_entropy)

@@ -34,12 +34,13 @@ def calibrate(
     lines of a tile. Layers of zeros, whatever noise wrote of these, and lines that carry no current, as where a loss does not
     depend on a layer yet, get the range of the worst case, which is coarse; a RuntimeWarning names layers that got nothing else:
     calibrate anew once training has begun. A learned DAC range that has not begun yet begins at the one with which rounding and
-    clipping these inputs makes the least squared error; others stay. Layers that no batch reaches, as experts that are rarely chosen,
-    keep what range they have, and refuse reads without one: give more batches, or a rule with `adc={"range": "worst_case"}`.
+    clipping these inputs makes the least squared error; others stay. Layers that no batch reaches, as experts that are rarely
+    chosen, keep what range they have, and refuse reads without one: give more batches, or a rule with
+    `adc={"range": "worst_case"}`.
 
-    Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: calibrate anew after 1,
-    2, 4, 8, ... steps of training (`if step.bit_count() == 1`), each time from one batch. A layer of which more than a fifth of the
-    conversions clip warns of it; `conversion_errors` tells what clips in each.
+    Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: calibrate anew after
+    1, 2, 4, 8, ... steps of training (`if step.bit_count() == 1`), each time from one batch. A layer of which more than a fifth of
+    the conversions clip warns of it; `conversion_errors` tells what clips in each.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.

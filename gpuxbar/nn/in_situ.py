@@ -201,8 +201,8 @@ class InSitu(Programmed):
         `w_programmed`; `mapping.w_max` sets both. ADC ranges stay: calibrate anew where currents are others.
 
         Args:
-            g: Conductances of the devices alone, without wires, [2 slices, G * I, O], S; NumPy array or tensor; positive devices first,
-                least significant slice first, wordlines in the order of `mapping.line_order`. Of an offset mapping one plane, with
+            g: Conductances of the devices alone, without wires, [2 slices, G * I, O], S; NumPy array or tensor; positive devices
+                first, least significant slice first, wordlines in the order of `mapping.line_order`. Of an offset mapping one plane, with
                 reference lines behind those of each group: a wordline for every row tile, a bitline for every column tile. They may
                 lie outside the window, but not below 0.
         """

@@ -63,8 +63,8 @@ class Programmed(Wires):
     """The part of a crossbar layer that holds what `gpuxbar.program` wrote, and lets it age.
 
     Buffers, None unless programmed, then part of the state dict:
-    `g_programmed`: conductances of all devices as written, float32 [2 slices, G * I, O], S, or of an offset mapping one plane with its
-    reference lines.
+    `g_programmed`: conductances of all devices as written, float32 [2 slices, G * I, O], S, or of an offset mapping one plane with
+    its reference lines.
     `w_programmed`: weight of a full pair, float32 [G * O].
     `written_as`: the settings by which they hold weights, float32 [5]: window of a device, S, bits of a slice and of its room for
     carries (0 without), and place of the line order among those known (0 where all are one). A checkpoint of others is refused.

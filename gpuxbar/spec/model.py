@@ -295,8 +295,8 @@ class ReadNoise(Part):
 class Parasitics(Part):
     """Resistances of the wires of a tile, and how they are solved; 0 everywhere is ideal.
 
-    Wordlines are driven at their first column and bitlines sensed at their last row; the other ends are open. What fills no whole tile
-    lies in the corner by its drivers and sense amplifiers, without devices on the rest of its lines.
+    Wordlines are driven at their first column and bitlines sensed at their last row; the other ends are open. What fills no whole
+    tile lies in the corner by its drivers and sense amplifiers, without devices on the rest of its lines.
     `r_wordline`, `r_bitline`: of a wire segment between two cells, ohm. `r_source`: total before the first cell of a
     wordline, driver and wire, ohm; `r_sink`: total after the last cell of a bitline, ohm.
     `method`: "exact", or an approximation of `gpuxbar.ops.effective_conductance`.
