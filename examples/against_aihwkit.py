@@ -22,7 +22,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, learn, several
+from gpuxbar.bench.study import Study, count_from, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.launch import set_threads
 from gpuxbar.optim import OPTIMIZERS
@@ -219,7 +219,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--data", default="mnist5k", help="digits, mnist5k or torchvision:<Name>")
     options.add_argument("--epochs", type=int, default=6)
-    options.add_argument("--seeds", type=several, default=5, help="at least 2")
+    options.add_argument("--seeds", type=count_from(2), default=5, help="at least 2, for standard errors")
     options.add_argument("--algorithms", nargs="+", choices=["sgd", *COMPOUNDS], default=["sgd", *COMPOUNDS])
     options.add_argument("--record", type=Path, default=ROOT / "examples/results/against-aihwkit.jsonl")
     options.add_argument("--readme", type=Path, help="README whose table is rewritten")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study
+from gpuxbar.bench.study import Study, count_from
 from gpuxbar.experiments import Run, train
 from gpuxbar.experiments.data import load_data
 from gpuxbar.launch import set_threads
@@ -51,7 +51,8 @@ def curve(study, data, network, way, seed, epochs):
         run = Run(
             folder, spec, (mode,), epochs, BATCH, seed=seed, resume=folder.exists(), data=data.name, network=network
         )  # fmt: skip
-        return [record["accuracy"] for record in train(run, data)]
+        # a folder may have more of an earlier training
+        return [record["accuracy"] for record in train(run, data)][:epochs]
 
     return study.curve(key, way, epochs, learn)
 
@@ -63,18 +64,15 @@ def table(results, data, where):
         last = [100 * each[-1] for each in curves]
         return f"{mean(last):.1f}" + (f" ({min(last):.1f} to {max(last):.1f})" if len(last) > 1 else "")
 
-    lines = [
-        (f"{network}, {len(next(iter(ways.values()))[0])} epochs", *map(cell, ways.values()))
-        for network, ways in results.items()
-    ]
-    seeds = ", ".join(
-        f"{network} of {len(next(iter(ways.values())))} seeds" for network, ways in results.items()
-    )
+    lines = []
+    for network, ways in results.items():
+        epochs, seeds = max(len(each) for curves in ways.values() for each in curves), len(ways["ideal"])
+        lines.append((network, str(epochs), str(seeds), *map(cell, ways.values())))
     note = (
-        f"Test accuracy, %, after training on all {len(data.x)} images of {data.name}, batch {BATCH}, at the rates of `gpuxbar train`; "
-        f"{seeds}, with the lowest and highest of several; "
+        f"Test accuracy, %, with the lowest and highest of several seeds, after training on all {len(data.x)} images of {data.name}, "
+        f"batch {BATCH}, at the rates of `gpuxbar train`; "
     )
-    return f"{markdown(('network', *WAYS), lines)}\n\n{note}{where}."
+    return f"{markdown(('network', 'epochs', 'seeds', *WAYS), lines)}\n\n{note}{where}."
 
 
 def plot(results):
@@ -98,8 +96,8 @@ def main():
     options.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of torchvision's files")
     options.add_argument("--download", action="store_true", help="download what is missing there")
     options.add_argument("--networks", nargs="+", choices=TRAININGS, default=["lenet5", "resnet20"])
-    options.add_argument("--epochs", type=int, help="8 of LeNet-5, 1 of ResNet-20 if not given")
-    options.add_argument("--seeds", type=int, help="2 of LeNet-5, 1 of ResNet-20 if not given")
+    options.add_argument("--epochs", type=count_from(1), help="8 of LeNet-5, 1 of ResNet-20 if not given")
+    options.add_argument("--seeds", type=count_from(1), help="2 of LeNet-5, 1 of ResNet-20 if not given")
     options.add_argument("--record", type=Path, default=ROOT / "examples/results/fashion-mnist.jsonl")
     options.add_argument("--readme", type=Path, help="README whose table is rewritten")
     chosen = options.parse_args()

@@ -25,7 +25,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, learn, several
+from gpuxbar.bench.study import Study, count_from, learn
 from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.launch import set_threads
 from gpuxbar.spec import published_device
@@ -215,7 +215,7 @@ def main():
     )
     options.add_argument("--images", type=int, help="how many to train on; all if left out")
     options.add_argument("--epochs", type=int, default=5)
-    options.add_argument("--seeds", type=several, default=3, help="at least 2")
+    options.add_argument("--seeds", type=count_from(2), default=3, help="at least 2, for standard errors")
     options.add_argument(
         "--statements", nargs="+", choices=[one.name for one in STATEMENTS], metavar="STATEMENT"
     )

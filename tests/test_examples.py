@@ -58,7 +58,7 @@ EXPECTED = {
     "fashion_mnist.py": (
         ["--data", "digits", "--networks", "cnn", "--epochs", "1", "--seeds", "1", "--record", "rows.jsonl"],
         "fashion_mnist.png",
-        r"\| cnn, 1 epochs \| \d+\.\d \| \d+\.\d \| \d+\.\d \| \d+\.\d \|\n\nTest accuracy, %, .* all 1347 images of digits",
+        r"\| cnn \| 1 \| 1( \| \d+\.\d){4} \|\n\nTest accuracy, %, .* all 1347 images of digits",
     ),
     "published.py": (
         ["--data", "digits", "--images", "60", "--epochs", "1", "--seeds", "2", "--statements", "non-linearity", "periodic carry",
@@ -121,13 +121,30 @@ def test_the_study_against_aihwkit_says_where_that_is_missing(monkeypatch, capsy
     assert "aihwkit must be installed, got none; pip install aihwkit" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["against_aihwkit", "published"])
-def test_studies_that_give_errors_refuse_one_seed(name, in_tmp, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, "--seeds", "1", "--record", "rows.jsonl"])
+@pytest.mark.parametrize(
+    ("name", "option", "least", "got"),
+    [
+        ("against_aihwkit", "--seeds", 2, "1"),
+        ("published", "--seeds", 2, "1"),
+        ("fashion_mnist", "--seeds", 1, "0"),
+        ("fashion_mnist", "--epochs", 1, "one"),
+    ],
+)
+def test_studies_refuse_too_few_trainings(name, option, least, got, in_tmp, monkeypatch, capsys):
+    """Two seeds at least where they give standard errors."""
+    monkeypatch.setattr(sys, "argv", [name, option, got, "--record", "rows.jsonl"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
-    assert "--seeds: must be at least 2, got 1; one has no standard error" in capsys.readouterr().err
+    assert f"{option}: must be a whole number, at least {least}, got {got}" in capsys.readouterr().err
     assert not (in_tmp / "rows.jsonl").exists()
+
+
+def test_a_training_of_more_epochs_serves_for_fewer(in_tmp):
+    script = runpy.run_path(str(ROOT / "examples/fashion_mnist.py"))
+    study, data = Study(in_tmp / "rows.jsonl", ROOT, Progress()), load_data("digits")
+    two, one = (script["curve"](study, data, "cnn", "ideal", 0, epochs) for epochs in (2, 1))
+    assert len(two) == 2
+    assert one == two[:1]
 
 
 @pytest.mark.parametrize("name", ["against_aihwkit", "published"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gpuxbar.bench.record import append, environment, lines_of
 from gpuxbar.experiments.data import Data
 
-__all__ = ["Study", "learn", "several"]
+__all__ = ["Study", "count_from", "learn"]
 
 
 class Study:
@@ -100,8 +100,12 @@ def learn(
     return curve
 
 
-def several(text: str) -> int:
-    """The number of seeds that an option says, for argparse: two at least, since one has no standard error."""
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {text}; one has no standard error")
-    return int(text)
+def count_from(least: int) -> Callable[[str], int]:
+    """What reads an option of argparse that is a whole number of at least `least`."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text}")
+        return int(text)
+
+    return count
