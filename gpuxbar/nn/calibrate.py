@@ -39,8 +39,14 @@ def calibrate(
     `adc={"range": "worst_case"}`.
 
     Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: calibrate anew after
-    1, 2, 4, 8, ... steps of training (`if step.bit_count() == 1`), each time from one batch. A layer of which more than a fifth of
-    the conversions clip warns of it; `conversion_errors` tells what clips in each.
+    1, 2, 4, 8, ... steps of training, each time from one batch:
+
+        if step.bit_count() == 1:  # of `step` steps so far
+            gx.calibrate(model, [(x, target)], loss=loss)
+
+    In training, layers look at their 64th, 128th, 256th, ... read since, and warn where more than a fifth of the conversions clip
+    beyond what the percentile leaves outside; not in compiled graphs, nor within an LSTM's steps where they run at once.
+    `conversion_errors` tells what clips in each layer.
 
     Args:
         model: A converted model; its weights, statistics, gradients and random numbers stay as they are.

@@ -172,7 +172,8 @@ class InSitu(Programmed):
         self._program(self.by_line(self.weight.detach().float()), above)
 
     def set_device_map(self, devices: Any) -> None:
-        """Train measured devices in place of those that the seed draws, from the next update on.
+        """Train measured devices in place of those that the seed draws, from the next update on; `set_conductances` gives them
+        measured conductances.
 
         Args:
             devices: A map for the layer's law, float16 [K, 2 slices, G * I, O], NumPy array or tensor: see `ops.device_map`;
@@ -202,9 +203,13 @@ class InSitu(Programmed):
 
         Args:
             g: Conductances of the devices alone, without wires, [2 slices, G * I, O], S; NumPy array or tensor; positive devices
-                first, least significant slice first, wordlines in the order of `mapping.line_order`. Of an offset mapping one plane, with
-                reference lines behind those of each group: a wordline for every row tile, a bitline for every column tile. They may
-                lie outside the window, but not below 0.
+                first, least significant slice first, wordlines in the order of `mapping.line_order`. Of an offset mapping one
+                plane, with reference lines behind those of each group: a wordline for every row tile, a bitline for every column
+                tile. They may lie outside the window, but not below 0.
+
+        Raises:
+            ValueError: The layer reads its weight, is trained in situ and programmed, or has a precision of "int8"; its weight is
+                computed of other parameters; `g` has another shape, is below 0, above 10 times `device.g_max` or not finite.
         """
         if self.in_situ:
             self.require_unprogrammed("g")
@@ -228,7 +233,8 @@ class InSitu(Programmed):
         most = MEASURED * self.spec.device.g_max
         if not bool(((found >= 0) & (found <= most)).all()):
             raise ValueError(
-                f"{self.name}: `g` must be 0 to {most:g} S, {MEASURED} times device.g_max, got {found.min():g} to {found.max():g}; give it in S"
+                f"{self.name}: `g` must be 0 to {most:g} S, {MEASURED} times device.g_max, got {found.min():g} to "
+                f"{found.max():g} S; give it in S"
             )
         here.copy_(found)
         if not self.in_situ:

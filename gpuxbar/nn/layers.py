@@ -639,10 +639,10 @@ class AnalogLayer(InSitu):
 
     def _looks_at_clipping(self) -> bool:
         """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training with the ranges of a calibration."""
-        if not (self.training and torch.is_grad_enabled() and self.converters()[0].calibrated):
+        if not (self.training and torch.is_grad_enabled()):
             return False
         self._reads += 1
-        return self._reads >= SETTLED and self._reads.bit_count() == 1
+        return self._reads >= SETTLED and self._reads.bit_count() == 1 and self.converters()[0].calibrated
 
     def _warn_of_clipping(self, gate: Tensor) -> None:
         """Warn where a read clips far more than its calibration left outside; `gate` as `analog_mvm` returns it."""
@@ -650,11 +650,11 @@ class AnalogLayer(InSitu):
             return  # nothing is computed yet
         clipped = 1 - gate.mean().item()
         if clipped > 1 - self.spec.adc.percentile / 100 + OUTGROWN:
-            # without the layer's name, so that a model of many says it once
+            # without the layer's name and share, so that a model of many layers says it once
             warnings.warn(
-                f"gpuxbar: calibrated ADC ranges must follow currents as weights learn, got a layer whose conversions clip by more than "
-                f"{OUTGROWN:.0%}, where no gradient passes; call gpuxbar.calibrate anew, most often at first: after 1, 2, 4, 8, ... steps. "
-                "gpuxbar.conversion_errors tells what clips in each layer",
+                "gpuxbar: calibrated ADC ranges must follow currents as weights learn, got a layer of which more than "
+                f"{OUTGROWN:.0%} of the conversions clip, where no gradient passes; call gpuxbar.calibrate anew after 1, 2, 4, 8, ... "
+                "steps of training, or oftener. gpuxbar.conversion_errors tells what clips in each layer",
                 RuntimeWarning,
                 stacklevel=2,
             )
