@@ -468,7 +468,8 @@ def test_a_study_makes_each_training_once(tmp_path):
         with Progress(disable=True) as progress:
             study = Study(tmp_path / "rows.jsonl", ROOT, progress)
             assert study.curve({"lr": 0.1}, "first", 5, make(0.5)) == [0.5]
-            assert study.curve({"lr": 0.2}, "second", 5, make(0.75)) == [0.75]
+            for _ in range(2):
+                assert study.curve({"lr": 0.2}, "second", 5, make(0.75)) == [0.75]
     assert made == [0.5, 0.75]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(study.rows) == 2
 

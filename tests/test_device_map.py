@@ -338,6 +338,13 @@ def test_measured_conductances_that_no_layer_holds_are_refused():
         ValueError, match=r"`g` must wait until the layer is free, got one that is programmed"
     ):
         model.set_conductances(g)
+    pruned = layer()
+    pruned.begin_in_situ()
+    torch.nn.utils.prune.identity(pruned, "weight")
+    with pytest.raises(
+        ValueError, match=r"`weight` must be a parameter for set_conductances, got one that is"
+    ):
+        pruned.set_conductances(g)
     exact = {
         "precision": "int8",
         "device": {"levels": 16},

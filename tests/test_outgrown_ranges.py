@@ -47,10 +47,11 @@ def test_what_a_calibration_left_inside_or_outside_is_not():
     assert read(clipping, SMALL, 70) == []
 
 
-def test_a_tenth_that_clips_is_not_told_of():
-    model, some = layer(mapping={"scheme": "subtracted"}), torch.cat([SMALL, LARGE[:2]])
-    assert 0.1 < gx.conversion_errors(model, [some]).reads[0].adc_clipped < 0.2
-    assert read(model, some, 70) == []
+@pytest.mark.parametrize(("rows", "low", "high", "told"), [(2, 0.1, 0.2, []), (5, 0.2, 0.25, [64])])
+def test_more_than_a_fifth_that_clips_is_told_of(rows, low, high, told):
+    model, some = layer(mapping={"scheme": "subtracted"}), torch.cat([SMALL, LARGE[:1].expand(rows, 16)])
+    assert low < gx.conversion_errors(model, [some]).reads[0].adc_clipped < high
+    assert read(model, some, 70) == told
 
 
 def test_reads_are_counted_from_the_last_calibration():
@@ -68,6 +69,12 @@ def test_reads_without_gradients_or_of_evaluation_are_not_looked_at():
         assert read(model, LARGE, 70) == []
     assert read(model.eval(), LARGE, 70) == []
     assert read(model.train(), LARGE, 64) == [64]
+
+
+def test_compiled_graphs_do_not_look():
+    model = layer()
+    assert read(torch.compile(model, fullgraph=True, backend="eager"), LARGE, 70) == []
+    assert read(model, LARGE, 64) == [64]  # counts its own reads alone
 
 
 @pytest.mark.parametrize("adc", [{"bits": 8, "range": "fixed", "i_max": 1e-9}, {"bits": None}])

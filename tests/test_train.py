@@ -74,6 +74,7 @@ def test_converters_are_calibrated_as_steps_double_and_before_every_epoch_by_the
 
     def seen(model, loader, loss):
         calls.append((len(BATCHES) - 1 - len(calls), loader[0], loss))
+        assert model.training  # after an evaluation, too
 
     monkeypatch.setattr(module, "calibrate", seen)
     run = Run(tmp_path / "run", CrossbarSpec(), modes=("hardware-aware",), epochs=3, batch=64)

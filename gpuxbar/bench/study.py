@@ -43,7 +43,8 @@ class Study:
         row = next((row for row in self.kept if row["training"] == key), None)
         if row is None:
             row = self._made(key, label, total, run)
-        self.rows.append(row)
+        if row not in self.rows:
+            self.rows.append(row)
         curve: list[float] = row["curve"]
         return curve
 

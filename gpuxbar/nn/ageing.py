@@ -26,7 +26,7 @@ def program(model: nn.Module, chip: int = 0) -> None:
     flow as before. A weight that changed is refused at the next read, unless it is on a GPU and PyTorch does not count the change:
     one by an optimiser with fused=True, or in place through `weight.data`.
     The state dict keeps what was written and its age, so that an evaluation resumes bit for bit. `torch.distributed.checkpoint`
-    loads what a model asks for alone: program the model, whatever with, before it loads one that was.
+    loads only what the model has already: program it, with whatever weights, before it loads a programmed one.
 
     A network is judged on several chips by
 

@@ -483,8 +483,8 @@ def _warn_of_hidden(model: nn.Module, rules: _Rules) -> None:
     if hidden:
         warnings.warn(
             f"gpuxbar: {', '.join(f'`{where}`' for where in hidden)} of the model hold layers that are none of its submodules, as lists "
-            "and dicts of Python do; these stay as they are, and out of the report: keep layers in nn.ModuleList or nn.ModuleDict, or "
-            f"say by rules={{{hidden[0]!r}: None}} that they are to stay digital",
+            "and dicts of Python do; these stay as they are, and out of the report: keep layers in nn.ModuleList or nn.ModuleDict; where "
+            f"they are to stay digital, say so by rules={{{hidden[0]!r}: None}}",
             RuntimeWarning,
             stacklevel=3,
         )

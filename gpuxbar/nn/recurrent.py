@@ -227,8 +227,9 @@ def _called(module: UnfusedCell | UnfusedRNN) -> str:
 def _check_input(module: UnfusedCell | UnfusedRNN, x: Any, *axes: tuple[str, ...]) -> None:
     """Refuse what is no input of a module, which has one of these groups of axes before that of its values."""
     also = " or a PackedSequence" if isinstance(module, UnfusedRNN) else ""
-    require_dense(_called(module), "input", x, also)
-    require_shape(_called(module), "input", x, *((*before, module.input_size) for before in axes))
+    called = _called(module)
+    require_dense(called, "input", x, also)
+    require_shape(called, "input", x, *((*before, module.input_size) for before in axes))
 
 
 def _checked_states(

@@ -44,8 +44,8 @@ class InSituOptimizer(torch.optim.Optimizer):
     deals with such layers says so by `in_array`, of "pulses" and "streamed"; else they are refused. What it keeps for a layer
     beyond its cells is the module that `_begin` returns, `self.parts[weight]` from then on. At the end of a step all cells lose
     what `spec.retention` says, whether they were written or not. The state dict holds these modules too: with the model's it
-    resumes a run bit for bit. `torch.distributed.checkpoint` loads what a model asks for alone, and devices only once it has an
-    optimiser: make that before.
+    resumes a run bit for bit. `torch.distributed.checkpoint` loads only what a model has already, which devices are once it has
+    an optimiser: build that before.
 
     Gradients may be accumulated over several batches or scaled by a `GradScaler`, and `lr` may follow any
     scheduler: they end in one gradient and one rate at each step.
