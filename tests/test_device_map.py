@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_shim import REVERSE, ShimDevice
+from torch.nn.utils import prune
 
 import gpuxbar as gx
 from gpuxbar import ops, reference
@@ -340,7 +341,7 @@ def test_measured_conductances_that_no_layer_holds_are_refused():
         model.set_conductances(g)
     pruned = layer()
     pruned.begin_in_situ()
-    torch.nn.utils.prune.identity(pruned, "weight")
+    prune.identity(pruned, "weight")
     with pytest.raises(
         ValueError, match=r"`weight` must be a parameter for set_conductances, got one that is"
     ):
