@@ -639,7 +639,8 @@ class AnalogLayer(InSitu):
 
     def _looks_at_clipping(self) -> bool:
         """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training with the ranges of a calibration."""
-        if not (self.training and torch.is_grad_enabled() and self.converters()[0].calibrated):
+        adc = self.spec.adc.range == "calibrated" and self.plan.forward.adc_bits
+        if not (adc and self.training and torch.is_grad_enabled()):
             return False
         self._reads += 1
         return self._reads >= SETTLED and self._reads.bit_count() == 1
