@@ -38,10 +38,10 @@ def calibrate(
     chosen, keep what range they have, and refuse reads without one: give more batches, or a rule with
     `adc={"range": "worst_case"}`.
 
-    Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: calibrate anew after
-    1, 2, 4, 8, ... steps of training, each time from one batch:
+    Currents change as weights learn, most of all from the first ones, and what an ADC clips gets no gradient: calibrate before
+    the first step of training and anew after 1, 2, 4, 8, ... steps, each time from one batch:
 
-        if step.bit_count() == 1:  # of `step` steps so far
+        if step.bit_count() < 2:  # of `step` steps so far
             gx.calibrate(model, [(x, target)], loss=loss)
 
     In training, layers look at their 64th, 128th, 256th, ... read since, and warn where more than a fifth of the conversions clip
