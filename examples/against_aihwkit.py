@@ -218,7 +218,7 @@ def plot(rows):
 def main():
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--data", default="mnist5k", help="digits, mnist5k or torchvision:<Name>")
-    options.add_argument("--epochs", type=int, default=6)
+    options.add_argument("--epochs", type=count_from(1), default=6)
     options.add_argument("--seeds", type=count_from(2), default=5, help="at least 2, for standard errors")
     options.add_argument("--algorithms", nargs="+", choices=["sgd", *COMPOUNDS], default=["sgd", *COMPOUNDS])
     options.add_argument("--record", type=Path, default=ROOT / "examples/results/against-aihwkit.jsonl")

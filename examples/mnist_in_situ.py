@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, learn
+from gpuxbar.bench.study import Study, count_from, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import set_threads
@@ -115,11 +115,13 @@ def plot(results):
 def main():
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--data", default="mnist5k", help="digits, mnist5k or torchvision:<Name>")
-    options.add_argument("--epochs", type=int, default=8)
-    options.add_argument("--seeds", type=int, default=2)
-    options.add_argument("--tries", type=int, default=6, help="settings tried for each algorithm, at most 8")
-    options.add_argument("--try-epochs", type=int, default=4)
-    options.add_argument("--batch", type=int, default=10)
+    options.add_argument("--epochs", type=count_from(1), default=8)
+    options.add_argument("--seeds", type=count_from(1), default=2)
+    options.add_argument(
+        "--tries", type=count_from(1), default=6, help="settings tried for each algorithm, at most 8"
+    )
+    options.add_argument("--try-epochs", type=count_from(1), default=4)
+    options.add_argument("--batch", type=count_from(1), default=10)
     options.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
     options.add_argument("--algorithms", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     options.add_argument("--record", type=Path, default=ROOT / "examples/results/in-situ.jsonl")

@@ -213,8 +213,8 @@ def main():
     options.add_argument(
         "--data", choices=["optdigits", "digits"], default="optdigits", help="UCI's, or scikit-learn's part"
     )
-    options.add_argument("--images", type=int, help="how many to train on; all if left out")
-    options.add_argument("--epochs", type=int, default=5)
+    options.add_argument("--images", type=count_from(1), help="how many to train on; all if left out")
+    options.add_argument("--epochs", type=count_from(1), default=5)
     options.add_argument("--seeds", type=count_from(2), default=3, help="at least 2, for standard errors")
     options.add_argument(
         "--statements", nargs="+", choices=[one.name for one in STATEMENTS], metavar="STATEMENT"

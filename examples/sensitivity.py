@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, learn
+from gpuxbar.bench.study import Study, count_from, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.experiments.networks import network
 from gpuxbar.launch import set_threads
@@ -149,8 +149,8 @@ def plot(results):
 def main():
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--data", default="mnist5k", help="digits, mnist5k or torchvision:<Name>")
-    options.add_argument("--epochs", type=int, default=4)
-    options.add_argument("--seeds", type=int, default=2)
+    options.add_argument("--epochs", type=count_from(1), default=4)
+    options.add_argument("--seeds", type=count_from(1), default=2)
     options.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS")
     options.add_argument("--record", type=Path, default=ROOT / "examples/results/sensitivity.jsonl")
     options.add_argument("--readme", type=Path, help="README whose table is rewritten")

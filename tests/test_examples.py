@@ -126,6 +126,8 @@ def test_the_study_against_aihwkit_says_where_that_is_missing(monkeypatch, capsy
     [
         ("against_aihwkit", "--seeds", 2, "1"),
         ("published", "--seeds", 2, "1"),
+        ("sensitivity", "--seeds", 1, "0"),
+        ("mnist_in_situ", "--seeds", 1, "0"),
         ("fashion_mnist", "--seeds", 1, "0"),
         ("fashion_mnist", "--epochs", 1, "one"),
     ],
