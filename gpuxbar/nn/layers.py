@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.dac_clip import as_finite, dac_clip
 from gpuxbar.bridge.lines import image_shape
-from gpuxbar.bridge.operator import call
+from gpuxbar.bridge.operator import alone, call
 from gpuxbar.bridge.outer_product import shared_weight
 from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.bridge.reprogram import program_devices, reprogram
@@ -631,7 +631,8 @@ class AnalogLayer(InSitu):
             x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, *errors, *self.counter(), *packing, self.static[0],
             torch.is_grad_enabled(),
         )  # fmt: skip
-        if torch.compiler.is_compiling() or not self._looks_at_clipping():
+        # not where a tracer looks on, which gives no values
+        if torch.compiler.is_compiling() or not (self._looks_at_clipping() and alone(args)):
             return call(analog_mvm, *args)[0]
         y, _, gate, *_ = analog_mvm(*args)  # which `call` shows to backward alone
         self._warn_of_clipping(gate)
@@ -639,10 +640,10 @@ class AnalogLayer(InSitu):
 
     def _looks_at_clipping(self) -> bool:
         """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training with the ranges of a calibration."""
-        if not (self.training and torch.is_grad_enabled() and self.converters()[0].calibrated):
+        if not (self.training and torch.is_grad_enabled()):
             return False
         self._reads += 1
-        return self._reads >= SETTLED and self._reads.bit_count() == 1
+        return self._reads >= SETTLED and self._reads.bit_count() == 1 and self.converters()[0].calibrated
 
     def _warn_of_clipping(self, gate: Tensor) -> None:
         """Warn where a read clips far more than its calibration left outside; `gate` as `analog_mvm` returns it."""
