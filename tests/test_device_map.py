@@ -350,3 +350,26 @@ def test_measured_conductances_that_no_layer_holds_are_refused():
         ValueError, match=r"`precision` must hold conductances between levels for measured ones, got 'int8'"
     ):
         whole.set_conductances(g)
+
+
+def test_measured_conductances_are_converted_where_levels_need_not_be():
+    binary = {
+        "tile": {"rows": 15},
+        "device": {"g_min": 0.0, "g_max": G_MAX, "levels": 2},
+        "dac": {"bits": 4, "stream_bits": 1, "signed": False},
+        "adc": {"bits": 4, "range": "worst_case"},
+        "backward": {"mode": "ideal"},
+    }
+    g, x = np.zeros((2, 15, 4)), torch.zeros(1, 15)
+    g[0], x[0, 0] = 0.53 * G_MAX, 1.0
+    exact = AnalogLinear(15, 4, spec=CrossbarSpec.model_validate(binary), bias=False)
+    gx.program(exact)
+    with pytest.raises(
+        ValueError, match=r"`programming.write_noise` must be above 0 S for measured conductances, got 0"
+    ):
+        exact.set_conductances(g)
+    noise = {"programming": {"write_noise": 1e-9}, "mapping": {"w_max": 1.0}}
+    model = AnalogLinear(15, 4, spec=CrossbarSpec.model_validate(binary | noise), bias=False)
+    gx.program(model)
+    model.set_conductances(g)
+    np.testing.assert_allclose(model(x).detach(), 1.0, rtol=1e-6)  # a step of the ADC

@@ -219,6 +219,12 @@ class InSitu(Programmed):
             raise ValueError(
                 f"{self.name}: `precision` must hold conductances between levels for measured ones, got 'int8'; choose fp16 or fp16x2"
             )
+        ways = (self.spec.adc, self.plan.forward), (self.spec.backward_adc, self.plan.backward)
+        if any(adc.bits and not (read.adc_bits or read.ideal) for adc, read in ways):
+            raise ValueError(
+                f"{self.name}: `programming.write_noise` must be above 0 S for measured conductances, got 0 and an ADC whose steps levels "
+                "fit, so that none is computed; give some before gpuxbar.convert, as devices between levels have"
+            )
         found = torch.as_tensor(g, device=here.device).to(torch.float32)
         if found.shape != here.shape:
             raise ValueError(
