@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,16 @@ def test_studies_that_give_errors_refuse_one_seed(name, in_tmp, monkeypatch, cap
         runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
     assert "--seeds: must be at least 2, got 1; one has no standard error" in capsys.readouterr().err
     assert not (in_tmp / "rows.jsonl").exists()
+
+
+def test_a_training_of_fewer_epochs_than_its_folder_has_is_of_these_alone(in_tmp):
+    curve = runpy.run_path(str(ROOT / "examples/fashion_mnist.py"))["curve"]
+    digits = load_data("digits")
+    few = replace(digits, x=digits.x[:64], t=digits.t[:64])
+    study = Study(in_tmp / "rows.jsonl", ROOT, Progress())
+    long, short = (curve(study, few, "cnn", "ideal", 0, epochs) for epochs in (3, 2))
+    assert len(long) == 3
+    assert short == long[:2]
 
 
 @pytest.mark.parametrize("name", ["against_aihwkit", "published"])

@@ -21,7 +21,7 @@ __all__ = ["Study", "learn", "several"]
 class Study:
     """Trainings, which a file keeps, a line each; those that are there, with the same key, are not made again.
 
-    `rows` are the lines of the trainings that were asked for, whatever else the file has.
+    `rows` are the lines of the trainings that were asked for, once each, whatever else the file has.
 
     Args:
         path: The file, JSON lines; made at the first training.
@@ -43,7 +43,8 @@ class Study:
         row = next((row for row in self.kept if row["training"] == key), None)
         if row is None:
             row = self._made(key, label, total, run)
-        self.rows.append(row)
+        if row not in self.rows:
+            self.rows.append(row)
         curve: list[float] = row["curve"]
         return curve
 
