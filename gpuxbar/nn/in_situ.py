@@ -17,6 +17,7 @@ from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
 from gpuxbar.bridge.reprogram import program_pairs
 from gpuxbar.bridge.streamed_update import streamed_update
+from gpuxbar.bridge.wires import merged
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.programmed import Mark, Programmed
@@ -25,6 +26,7 @@ from gpuxbar.nn.streams import Streams
 __all__ = ["InSitu", "layer_of"]
 
 MEASURED = 10  # times g_max, which no measured device exceeds but in another unit
+HALVES = 3  # times the largest conductance that a plane is meant to hold, which half precisions hold without overflow
 ROUNDING = 16  # units in the last place of a full weight, by which one read-out may differ from another
 
 
@@ -235,6 +237,13 @@ class InSitu(Programmed):
         if not bool(((found >= 0) & (found <= most)).all()):
             raise ValueError(
                 f"{self.name}: `g` must be 0 to {most:g} S, {MEASURED} times device.g_max, got {found.min():g} to {found.max():g}; give it in S"
+            )
+        base = 2 ** (self.spec.mapping.slice_bits or 0)
+        plane = found if self.planes.merge == "offset" else merged(found, self.planes.merge, base)
+        if self.spec.precision in ("fp16", "fp16x2") and plane.abs().max() > HALVES * self.plan.g_range:
+            raise ValueError(
+                f"{self.name}: `precision` must hold the measured conductances, got {self.spec.precision!r}, which holds up to "
+                f"{HALVES * self.plan.g_range:g} S in a plane, for {plane.abs().max():g} S; choose fp32, tf32 or bf16"
             )
         here.copy_(found)
         if not self.in_situ:
