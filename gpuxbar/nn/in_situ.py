@@ -202,6 +202,9 @@ class InSitu(Programmed):
         them at age 0, and its weight stays. A pair weighs (g_pos - g_neg) / (g_max - g_min) of `w_max`, in situ, or of
         `w_programmed`; `mapping.w_max` sets both. ADC ranges stay: calibrate anew where currents are others.
 
+        Refused where levels fit an ADC's steps, so that none is computed, with precision "int8", and where "fp16" or "fp16x2" would
+        overflow.
+
         Args:
             g: Conductances of the devices alone, without wires, [2 slices, G * I, O], S; NumPy array or tensor; positive devices
                 first, least significant slice first, wordlines in the order of `mapping.line_order`. Of an offset mapping one plane, with
