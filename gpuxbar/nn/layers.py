@@ -258,7 +258,7 @@ class AnalogLayer(InSitu):
             )
         self.dac_begun = not learned or _is_set(self.dac_max.abs())
         self.calibrated, self.back_calibrated = ready[0] and self.dac_begun, ready[1]
-        self._reads = 0  # with these ranges
+        self._reads = [0]  # with these ranges; in a list, for nn.Module sets attributes slowly
 
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
@@ -640,10 +640,11 @@ class AnalogLayer(InSitu):
 
     def _looks_at_clipping(self) -> bool:
         """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training with the ranges of a calibration."""
-        if not (self.training and torch.is_grad_enabled()):
+        adc = self.spec.adc.range == "calibrated" and self.plan.forward.adc_bits
+        if not (adc and self.training and torch.is_grad_enabled()):
             return False
-        self._reads += 1
-        return self._reads >= SETTLED and self._reads.bit_count() == 1 and self.converters()[0].calibrated
+        self._reads[0] += 1
+        return self._reads[0] >= SETTLED and self._reads[0].bit_count() == 1
 
     def _warn_of_clipping(self, gate: Tensor) -> None:
         """Warn where a read clips far more than its calibration left outside; `gate` as `analog_mvm` returns it."""

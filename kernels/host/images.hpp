@@ -40,8 +40,10 @@ inline void copy(float* to, const float* from, i64 count) {
 template <int STRIDE, int N>
 inline typename Floats<N>::Vec every(const float* from) {
   using V = typename Floats<N>::Vec;
-  if constexpr (STRIDE == 1) return *(const V*)from;
-  return pick(*(const V*)from, *(const V*)(from + N), [](int k) { return 2 * k; });
+  if constexpr (STRIDE == 1 || N == 1)
+    return *(const V*)from;
+  else
+    return pick(*(const V*)from, *(const V*)(from + N), [](int k) { return 2 * k; });
 }
 
 // What lines of an array see of the values of patches: these as they are; see `PatchLines`.
@@ -50,10 +52,7 @@ struct AsTheyAre {
   struct Line {
     template <int STRIDE, int N>
     void put(const float* from, float* to) const {
-      if constexpr (N == 1)
-        *to = *from;
-      else
-        *(typename Floats<N>::Vec*)to = every<STRIDE, N>(from);
+      *(typename Floats<N>::Vec*)to = every<STRIDE, N>(from);
     }
   };
   Line line(i64) const { return {}; }

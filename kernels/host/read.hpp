@@ -155,10 +155,12 @@ struct Drivers {
   }
   // one digit each of `count` lines from `line` on
   void of_lines(float* digits, i64 count, i64 line) const {
-    if (error) {
-      const Drivers own = *this;
+    if (error) {  // not by `of`: g++ makes no vectors of what it returns
+      const float *gain = error + line, *offset = gain + lines, *inl = offset + lines;
+      const float most = digit_max, volt = per_volt;
 #pragma omp simd
-      for (i64 i = 0; i < count; ++i) digits[i] = dac_steps(digits[i], own.of(line + i), own.digit_max);
+      for (i64 i = 0; i < count; ++i)
+        digits[i] = dac_steps(digits[i], DacError{gain[i], offset[i] * volt, inl[i]}, most);
     }
     conduct(digits, count);
   }
@@ -205,8 +207,14 @@ struct ErringLines {
     template <int STRIDE, int N>
     void put(const float* digits, float* to) const {
       const float* bows = digits + apart;
+      float digit[N], bow[N];
+      if constexpr (STRIDE > 1) {  // next to each other, as vectors are made of
+        using V = typename Floats<N>::Vec;
+        *(V*)digit = every<STRIDE, N>(digits), *(V*)bow = every<STRIDE, N>(bows);
+        digits = digit, bows = bow;
+      }
 #pragma omp simd
-      for (int i = 0; i < N; ++i) to[i] = dac_steps(digits[i * STRIDE], bows[i * STRIDE], own);
+      for (int i = 0; i < N; ++i) to[i] = dac_steps(digits[i], bows[i], own);
     }
   };
   Line line(i64 k) const { return {drivers.of(first + k), apart}; }
