@@ -51,8 +51,7 @@ def curve(study, data, network, way, seed, epochs):
         run = Run(
             folder, spec, (mode,), epochs, BATCH, seed=seed, resume=folder.exists(), data=data.name, network=network
         )  # fmt: skip
-        # a folder may have more of an earlier training
-        return [record["accuracy"] for record in train(run, data)][:epochs]
+        return [record["accuracy"] for record in train(run, data)[:epochs]]  # of a folder that may have more
 
     return study.curve(key, way, epochs, learn)
 

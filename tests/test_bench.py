@@ -483,5 +483,6 @@ def test_a_study_tells_of_the_trainings_asked_for(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     study = Study(tmp_path / "rows.jsonl", ROOT, Progress())
     assert (study.rows, study.where()) == ([], "")
-    assert study.curve({"lr": 0.2}, "made", 1, None) == [0.2]
+    for _ in range(2):  # as of two algorithms that have it in common
+        assert study.curve({"lr": 0.2}, "made", 1, None) == [0.2]
     assert (study.rows, study.where()) == (lines[1:], "a CPU; gpuxbar 0.1.0 at 4567")

@@ -13,6 +13,7 @@ from torch.nn import functional
 import gpuxbar as gx
 from gpuxbar.bench import OracleMismatch
 from gpuxbar.bench.gpu import steps
+from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.ops import tile_mvm_plan
 
 capture = sys.modules["gpuxbar.optim.capture"]
@@ -130,6 +131,15 @@ def test_a_replay_is_the_step(tape, kind, monkeypatch):
         assert layer.packed_state is None or layer.packed_state[:, 0].any()
     # and goes on without the graph
     assert other.eager(*batches[0]) == eager.eager(*batches[0])
+
+
+def test_a_capture_looks_at_no_clipping(tape, monkeypatch):
+    """Not even at a read that would be looked at, for which the host would wait."""
+    monkeypatch.setattr(AnalogLayer, "_looks_at_clipping", lambda layer: True)
+    eager, other = Run("digital"), Run("digital")
+    step = other.captured()
+    assert step(*eager.batch) == eager.eager(*eager.batch)
+    assert same(other.state(), eager.state())
 
 
 def test_anchored_wires_are_solved_before_a_capture(tape):

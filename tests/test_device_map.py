@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
+from gpuxbar.nn.in_situ import HALVES
 from gpuxbar.optim import InSituSGD
 from gpuxbar.spec import (
     Agarwal,
@@ -358,3 +359,58 @@ def test_measured_conductances_that_no_layer_holds_are_refused():
         ValueError, match=r"`precision` must hold conductances between levels for measured ones, got 'int8'"
     ):
         whole.set_conductances(g)
+
+
+def test_measured_conductances_are_converted_where_levels_need_not_be():
+    binary = {
+        "tile": {"rows": 15},
+        "device": {"g_min": 0.0, "g_max": G_MAX, "levels": 2},
+        "dac": {"bits": 4, "stream_bits": 1, "signed": False},
+        "adc": {"bits": 4, "range": "worst_case"},
+        "backward": {"mode": "ideal"},
+    }
+    g, x = np.zeros((2, 15, 4)), torch.zeros(1, 15)
+    g[0], x[0, 0] = 0.53 * G_MAX, 1.0
+    exact = AnalogLinear(15, 4, spec=CrossbarSpec.model_validate(binary), bias=False)
+    gx.program(exact)
+    with pytest.raises(
+        ValueError, match=r"`programming.write_noise` must be above 0 S for measured conductances, got 0"
+    ):
+        exact.set_conductances(g)
+    noise = {"programming": {"write_noise": 1e-9}, "mapping": {"w_max": 1.0}}
+    model = AnalogLinear(15, 4, spec=CrossbarSpec.model_validate(binary | noise), bias=False)
+    gx.program(model)
+    model.set_conductances(g)
+    np.testing.assert_allclose(model(x).detach(), 1.0, rtol=1e-6)  # a step of the ADC
+
+
+@pytest.mark.parametrize(
+    "merge", [{"scheme": "differential"}, {"scheme": "subtracted"}, {"scheme": "offset"}]
+)
+@pytest.mark.parametrize("precision", ["fp16", "fp16x2", "bf16"])
+def test_half_precisions_refuse_measured_conductances_that_overflow_them(precision, merge):
+    converters = {"dac": {"bits": 8}, "adc": {"bits": 8, "range": "worst_case"}, "precision": precision}
+    spec = CrossbarSpec.model_validate({"device": WINDOW, "mapping": merge | {"w_max": 2.0}} | converters)
+    model = AnalogLinear(5, 4, spec=spec, bias=False)
+    gx.program(model)
+    inside = 1.4 * np.maximum(model.g_programmed.numpy(), 2 * SPAN)
+    inside[1:] = 0.0
+    model.set_conductances(inside)
+    if precision == "bf16":
+        model.set_conductances(3 * inside)
+        return
+    held = model.g_programmed.clone()
+    with pytest.raises(
+        ValueError, match=rf"`precision` must hold the measured conductances, got '{precision}'"
+    ):
+        model.set_conductances(3 * inside)
+    assert torch.equal(model.g_programmed, held)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16x2"])
+def test_half_precisions_hold_the_measured_conductances_they_take(precision):
+    g_range = 2.0**-17 * (1 - 2.0**-12)  # just below a power of 2: the largest that its scale makes
+    g = np.full((1, 5, 4), HALVES * g_range, np.float32)
+    device = {"precision": precision, "g_range": g_range, "device": ShimDevice()}
+    read = ops.tile_mvm(np.ones((1, 5), np.int16), g, v_lsb=0.1, slice_scale=np.ones(1, np.float32), **device)
+    np.testing.assert_allclose(read, 0.5 * g[:, 0], rtol=1e-3)

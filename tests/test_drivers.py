@@ -147,10 +147,10 @@ def spec_of(*parts):
     return spec
 
 
-def layer_of(shape, spec):
+def layer_of(shape, spec, stride=1):
     torch.manual_seed(0)
     if shape == "conv":
-        return AnalogConv2d(4, 6, 3, padding=1, groups=2, bias=False, spec=spec)
+        return AnalogConv2d(4, 6, 3, stride, padding=1, groups=2, bias=False, spec=spec)
     return AnalogLinear(20, 6, bias=False, spec=spec)
 
 
@@ -252,6 +252,13 @@ def test_images_of_whole_vectors_are_driven_as_others(way):
     x, grad_y = torch.randn(2, 4, 8, 16), torch.randn(2, 6, 8, 16)
     for found, wanted in zip(run(layer, x, grad_y), expected(layer, x, grad_y), strict=True):
         np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("way", ["whole", "sinh", "2-bits"])
+def test_strided_patches_are_driven_as_others(way):
+    every, some = (layer_of("conv", spec_of(WAYS[way]), stride) for stride in (1, 2))
+    x = torch.randn(2, 4, 16, 64)  # outputs of whole vectors
+    torch.testing.assert_close(some(x), every(x)[..., ::2, ::2])
 
 
 @pytest.mark.parametrize("shape", ["linear", "conv"])

@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gpuxbar as gx
 from gpuxbar.nn import AnalogLinear
@@ -92,3 +94,20 @@ def test_what_is_looked_at_changes_no_gradient():
     for grad_x, grad_w in grads[1:]:
         assert torch.equal(grad_x, grads[0][0])
         assert torch.equal(grad_w, grads[0][1])
+
+
+def traced(model):
+    return make_fx(model)(LARGE)
+
+
+def shaped(model):
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        return model(fake.from_tensor(LARGE))
+
+
+@pytest.mark.parametrize("read_once", [traced, shaped])
+def test_tracers_which_have_no_values_are_not_looked_at(read_once):
+    model = layer()
+    assert read(model, LARGE, 63) == []
+    read_once(model)
+    assert read(model, LARGE, 64) == [64]  # the 128th

@@ -21,7 +21,7 @@ __all__ = ["Study", "count_from", "learn"]
 class Study:
     """Trainings, which a file keeps, a line each; those that are there, with the same key, are not made again.
 
-    `rows` are the lines of the trainings that were asked for, whatever else the file has.
+    `rows` are the lines of the trainings that were asked for, once each, whatever else the file has.
 
     Args:
         path: The file, JSON lines; made at the first training.

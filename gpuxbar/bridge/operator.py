@@ -21,7 +21,7 @@ from gpuxbar.mapping.plan import ReadPlan
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
 
-__all__ = ["call", "conv_of", "gradient", "once", "operator", "plan_of", "spec_of"]
+__all__ = ["alone", "call", "conv_of", "gradient", "once", "operator", "plan_of", "spec_of"]
 
 ORDINARY = {Tensor, torch.nn.Parameter, NoneType, str, bool, int, float, list, tuple, torch.Size}
 LIBRARY = torch.library.Library("gpuxbar", "DEF")
@@ -76,10 +76,10 @@ def call(op: Any, *args: Any) -> Any:
     """Run an operator: at once where nothing looks on, since finding it takes longer than small layers compute."""
     if torch.compiler.is_dynamo_compiling():
         return op(*args)
-    return op.eager(*args) if _alone(args) else op(*args)
+    return op.eager(*args) if alone(args) else op(*args)
 
 
-def _alone(args: tuple[Any, ...]) -> bool:
+def alone(args: tuple[Any, ...]) -> bool:
     """Whether no mode, tracer, profiler or kind of tensor is to see an operator called; the first argument tells of batches."""
     first = args[0]
     return (
@@ -122,7 +122,7 @@ def gradient(
 
     def below(*args: Any) -> Any:
         # alone in a compiled graph, too: to dispatch once more takes longer than small layers compute
-        if _alone(args):
+        if alone(args):
             return op.plain(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

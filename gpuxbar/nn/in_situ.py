@@ -17,6 +17,7 @@ from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
 from gpuxbar.bridge.reprogram import program_pairs
 from gpuxbar.bridge.streamed_update import streamed_update
+from gpuxbar.bridge.wires import merged
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.programmed import Mark, Programmed
@@ -25,6 +26,7 @@ from gpuxbar.nn.streams import Streams
 __all__ = ["InSitu", "layer_of"]
 
 MEASURED = 10  # times g_max, which no measured device exceeds but in another unit
+HALVES = 3  # times the largest conductance that a plane is meant to hold, which half precisions hold without overflow
 ROUNDING = 16  # units in the last place of a full weight, by which one read-out may differ from another
 
 
@@ -208,8 +210,9 @@ class InSitu(Programmed):
                 tile. They may lie outside the window, but not below 0.
 
         Raises:
-            ValueError: The layer reads its weight, is trained in situ and programmed, or has a precision of "int8"; its weight is
-                computed of other parameters; `g` has another shape, is below 0, above 10 times `device.g_max` or not finite.
+            ValueError: The layer reads its weight, is trained in situ and programmed, or has a precision of "int8"; its levels fit an
+                ADC's steps, so that none is computed; its weight is computed of other parameters; `g` has another shape, is below 0,
+                above 10 times `device.g_max` or not finite, or overflows "fp16" or "fp16x2".
         """
         if self.in_situ:
             self.require_unprogrammed("g")
@@ -224,6 +227,12 @@ class InSitu(Programmed):
             raise ValueError(
                 f"{self.name}: `precision` must hold conductances between levels for measured ones, got 'int8'; choose fp16 or fp16x2"
             )
+        ways = (self.spec.adc, self.plan.forward), (self.spec.backward_adc, self.plan.backward)
+        if any(adc.bits and not (read.adc_bits or read.ideal) for adc, read in ways):
+            raise ValueError(
+                f"{self.name}: `programming.write_noise` must be above 0 S for measured conductances, got 0 and an ADC whose steps levels "
+                "fit, so that none is computed; give some before gpuxbar.convert, as devices between levels have"
+            )
         found = torch.as_tensor(g, device=here.device).to(torch.float32)
         if found.shape != here.shape:
             raise ValueError(
@@ -235,6 +244,13 @@ class InSitu(Programmed):
             raise ValueError(
                 f"{self.name}: `g` must be 0 to {most:g} S, {MEASURED} times device.g_max, got {found.min():g} to "
                 f"{found.max():g} S; give it in S"
+            )
+        base = 2 ** (self.spec.mapping.slice_bits or 0)
+        plane = found if self.planes.merge == "offset" else merged(found, self.planes.merge, base)
+        if self.spec.precision in ("fp16", "fp16x2") and plane.abs().max() > HALVES * self.plan.g_range:
+            raise ValueError(
+                f"{self.name}: `precision` must hold the measured conductances, got {self.spec.precision!r}, which holds up to "
+                f"{HALVES * self.plan.g_range:g} S in a plane, for {plane.abs().max():g} S; choose fp32, tf32 or bf16"
             )
         here.copy_(found)
         if not self.in_situ:

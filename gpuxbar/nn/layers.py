@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, abs_max, analog_mvm, driven_lines
 from gpuxbar.bridge.dac_clip import as_finite, dac_clip
 from gpuxbar.bridge.lines import image_shape
-from gpuxbar.bridge.operator import call
+from gpuxbar.bridge.operator import alone, call
 from gpuxbar.bridge.outer_product import shared_weight
 from gpuxbar.bridge.passes import require_first_pass
 from gpuxbar.bridge.reprogram import program_devices, reprogram
@@ -631,7 +631,8 @@ class AnalogLayer(InSitu):
             x, weight, *cells[:4], bias, lsb, adc_range, back_adc_range, *errors, *self.counter(), *packing, self.static[0],
             torch.is_grad_enabled(),
         )  # fmt: skip
-        if torch.compiler.is_compiling() or not self._looks_at_clipping():
+        # not where a tracer looks on, which gives no values
+        if torch.compiler.is_compiling() or not (self._looks_at_clipping() and alone(args)):
             return call(analog_mvm, *args)[0]
         y, _, gate, *_ = analog_mvm(*args)  # which `call` shows to backward alone
         self._warn_of_clipping(gate)
