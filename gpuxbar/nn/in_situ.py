@@ -210,9 +210,9 @@ class InSitu(Programmed):
                 tile. They may lie outside the window, but not below 0.
 
         Raises:
-            ValueError: The layer reads its weight, is trained in situ and programmed, or has a precision of "int8"; its levels fit an
-                ADC's steps, so that none is computed; its weight is computed of other parameters; `g` has another shape, is below 0,
-                above 10 times `device.g_max` or not finite, or overflows "fp16" or "fp16x2".
+            ValueError: The layer reads its weight, is trained in situ and programmed, or has a precision of "int8"; its levels fit
+                an ADC's steps, so that none is computed; its weight is computed of other parameters; `g` has another shape, is
+                below 0, above 10 times `device.g_max` or not finite, or overflows "fp16" or "fp16x2".
         """
         if self.in_situ:
             self.require_unprogrammed("g")
