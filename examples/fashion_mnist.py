@@ -13,6 +13,7 @@ from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.progress import Progress
 
 from gpuxbar.bench.record import markdown, put_table
@@ -56,16 +57,28 @@ def curve(study, data, network, way, seed, epochs):
     return study.curve(key, way, epochs, learn)
 
 
+def curves(study, data, network, chosen):
+    """Those of all seeds, by way."""
+    epochs, seeds = TRAININGS[network]
+    return {
+        way: [
+            curve(study, data, network, way, seed, chosen.epochs or epochs)
+            for seed in range(chosen.seeds or seeds)
+        ]
+        for way in WAYS
+    }
+
+
 def table(results, data, where):
-    def cell(curves):
-        if any(each[-1] is None for each in curves):
+    def cell(found):
+        if any(each[-1] is None for each in found):
             return "diverged"
-        last = [100 * each[-1] for each in curves]
+        last = [100 * each[-1] for each in found]
         return f"{mean(last):.1f}" + (f" ({min(last):.1f} to {max(last):.1f})" if len(last) > 1 else "")
 
     lines = []
     for network, ways in results.items():
-        epochs, seeds = max(len(each) for curves in ways.values() for each in curves), len(ways["ideal"])
+        epochs, seeds = max(len(each) for found in ways.values() for each in found), len(ways["ideal"])
         lines.append((network, str(epochs), str(seeds), *map(cell, ways.values())))
     note = (
         f"Test accuracy, %, with the lowest and highest of several seeds, after training on all {len(data.x)} images of {data.name}, "
@@ -78,10 +91,11 @@ def plot(results):
     figure = Figure(figsize=(4.5 * len(results), 3.2), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for panel, (network, ways) in zip(panels, results.items(), strict=True):
-        for way, curves in ways.items():
-            points = [mean(each) for each in zip(*curves, strict=False) if None not in each]
+        for way, found in ways.items():
+            points = [mean(each) for each in zip(*found, strict=False) if None not in each]
             panel.plot(range(1, len(points) + 1), points, "-o", markersize=3, label=way)
         panel.set(title=network, xlabel="epoch", ylabel="test accuracy")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     panels[-1].legend(fontsize=7)
     figure.savefig("fashion_mnist.png", dpi=110)
@@ -104,16 +118,7 @@ def main():
     set_threads(1)
     data = load_data(chosen.data, chosen.data_dir, chosen.download)
     study = Study(chosen.record, ROOT, Progress())  # whose bars stay hidden: trainings have their own
-    results = {}
-    for network in chosen.networks:
-        epochs, seeds = TRAININGS[network]
-        results[network] = {
-            way: [
-                curve(study, data, network, way, seed, chosen.epochs or epochs)
-                for seed in range(chosen.seeds or seeds)
-            ]
-            for way in WAYS
-        }
+    results = {network: curves(study, data, network, chosen) for network in chosen.networks}
     text = table(results, data, study.where())
     print(text)
     plot(results)

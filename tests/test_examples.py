@@ -186,6 +186,20 @@ def test_the_table_of_sensitivities_is_that_of_its_rows():
     assert text in (ROOT / "examples/README.md").read_text()
 
 
+def test_the_table_of_fashion_mnist_is_that_of_its_rows():
+    study = Study(ROOT / "examples/results/fashion-mnist.jsonl", ROOT, Progress())
+    script = runpy.run_path(str(ROOT / "examples/fashion_mnist.py"))
+    chosen, images = (
+        SimpleNamespace(epochs=None, seeds=None),
+        SimpleNamespace(name="torchvision:FashionMNIST", x=range(60000)),
+    )
+    results = {
+        network: script["curves"](study, images, network, chosen) for network in ("lenet5", "resnet20")
+    }
+    text = "\n\n".join([script["START"], script["table"](results, images, study.where()), script["END"]])
+    assert text in (ROOT / "examples/README.md").read_text()
+
+
 def test_the_table_of_published_findings_is_of_the_trainings_asked_for(in_tmp, monkeypatch, capsys, threads):
     """Others of the same record are left out."""
     (in_tmp / "rows.jsonl").write_bytes((ROOT / "examples/results/published.jsonl").read_bytes())
