@@ -160,6 +160,7 @@ class AnalogLayer(InSitu):
         # the weight that the cells are of, held so that no other takes its place in memory
         self._cells_of: Tensor | None = None
         self._setup_packing(device)
+        self._reads = [0]  # of training with the ranges of now; in a list, for nn.Module sets attributes slowly
         self.look_at_ranges()
         self.setup_programmed()
         self.setup_wires(shape, len(self.plan.slice_scale), device)
@@ -258,7 +259,7 @@ class AnalogLayer(InSitu):
             )
         self.dac_begun = not learned or _is_set(self.dac_max.abs())
         self.calibrated, self.back_calibrated = ready[0] and self.dac_begun, ready[1]
-        self._reads = [0]  # with these ranges; in a list, for nn.Module sets attributes slowly
+        self._reads[0] = 0
 
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
