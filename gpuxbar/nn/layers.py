@@ -160,9 +160,8 @@ class AnalogLayer(InSitu):
         # the weight that the cells are of, held so that no other takes its place in memory
         self._cells_of: Tensor | None = None
         self._setup_packing(device)
-        self._reads = [
-            0
-        ]  # of training with the ranges of now; in a list, for nn.Module sets attributes slowly
+        # of training with the ranges of now; in a list, for nn.Module sets attributes slowly
+        self._reads = [0]
         self.look_at_ranges()
         self.setup_programmed()
         self.setup_wires(shape, len(self.plan.slice_scale), device)
