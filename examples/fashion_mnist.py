@@ -34,7 +34,7 @@ WAYS = {  # what `gpuxbar train` calls it, on which crossbars
     "in situ": ("in-situ", "demo"),
     "in situ, TxSim's devices": ("in-situ", "txsim_in_situ"),
 }
-TRAININGS = {"lenet5": (8, 2), "resnet20": (1, 1), "cnn": (8, 2)}  # epochs and seeds unless others are given
+TRAININGS = {"lenet5": (8, 2), "resnet20": (3, 1), "cnn": (8, 2)}  # epochs and seeds unless others are given
 BATCH = 64
 
 
@@ -109,7 +109,7 @@ def main():
     options.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of torchvision's files")
     options.add_argument("--download", action="store_true", help="download what is missing there")
     options.add_argument("--networks", nargs="+", choices=TRAININGS, default=["lenet5", "resnet20"])
-    options.add_argument("--epochs", type=count_from(1), help="8 of LeNet-5, 1 of ResNet-20 if not given")
+    options.add_argument("--epochs", type=count_from(1), help="8 of LeNet-5, 3 of ResNet-20 if not given")
     options.add_argument("--seeds", type=count_from(1), help="2 of LeNet-5, 1 of ResNet-20 if not given")
     options.add_argument("--record", type=Path, default=ROOT / "examples/results/fashion-mnist.jsonl")
     options.add_argument("--readme", type=Path, help="README whose table is rewritten")
