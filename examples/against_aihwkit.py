@@ -22,9 +22,8 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, count_from, learn
+from gpuxbar.bench.study import Study, choose, count_from, learn
 from gpuxbar.experiments.data import load_data
-from gpuxbar.launch import set_threads
 from gpuxbar.optim import OPTIMIZERS
 from gpuxbar.spec import published_device
 
@@ -221,13 +220,9 @@ def main():
     options.add_argument("--epochs", type=count_from(1), default=6)
     options.add_argument("--seeds", type=count_from(2), default=5, help="at least 2, for standard errors")
     options.add_argument("--algorithms", nargs="+", choices=["sgd", *COMPOUNDS], default=["sgd", *COMPOUNDS])
-    options.add_argument("--record", type=Path, default=ROOT / "examples/results/against-aihwkit.jsonl")
-    options.add_argument("--readme", type=Path, help="README whose table is rewritten")
-    chosen = options.parse_args()
+    chosen = choose(options, ROOT / "examples/results/against-aihwkit.jsonl")
     if find_spec("aihwkit") is None:
         options.error("aihwkit must be installed, got none; pip install aihwkit")
-    torch.set_num_threads(1)  # layers this small gain nothing from more
-    set_threads(1)
     data = load_data(chosen.data)
     versions = dict.fromkeys(SIMULATORS, metadata.version("aihwkit")) | {"gpuxbar": gx.__version__}
     with Progress() as progress:

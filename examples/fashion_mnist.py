@@ -11,16 +11,14 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.progress import Progress
 
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, count_from
+from gpuxbar.bench.study import Study, choose, count_from
 from gpuxbar.experiments import Run, train
 from gpuxbar.experiments.data import load_data
-from gpuxbar.launch import set_threads
 from gpuxbar.spec import presets
 
 ROOT = Path(__file__).parent.parent
@@ -111,11 +109,7 @@ def main():
     options.add_argument("--networks", nargs="+", choices=TRAININGS, default=["lenet5", "resnet20"])
     options.add_argument("--epochs", type=count_from(1), help="8 of LeNet-5, 3 of ResNet-20 if not given")
     options.add_argument("--seeds", type=count_from(1), help="2 of LeNet-5, 1 of ResNet-20 if not given")
-    options.add_argument("--record", type=Path, default=ROOT / "examples/results/fashion-mnist.jsonl")
-    options.add_argument("--readme", type=Path, help="README whose table is rewritten")
-    chosen = options.parse_args()
-    torch.set_num_threads(1)  # layers this small gain nothing from more
-    set_threads(1)
+    chosen = choose(options, ROOT / "examples/results/fashion-mnist.jsonl")
     data = load_data(chosen.data, chosen.data_dir, chosen.download)
     study = Study(chosen.record, ROOT, Progress())  # whose bars stay hidden: trainings have their own
     results = {network: curves(study, data, network, chosen) for network in chosen.networks}

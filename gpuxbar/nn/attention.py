@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from gpuxbar.nn.dense import require_dense
 from gpuxbar.nn.linear import linear_of
-from gpuxbar.nn.unfused import name_in_errors, require_shape
+from gpuxbar.nn.unfused import Called, require_shape
 
 __all__ = ["UnfusedAttention"]
 
@@ -82,7 +82,7 @@ class UnfusedAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`'s; `is_causal` is its hint that `attn_mask` is causal, and changes nothing."""
-        name = name_in_errors(self, "MultiheadAttention")
+        name = Called(self, "MultiheadAttention")
         axes = [("T",), ("N", "T") if self.batch_first else ("T", "N")]
         for argument, x, size in (
             ("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim),
@@ -129,7 +129,7 @@ class UnfusedAttention(nn.Module):
 
     def _check(
         self,
-        name: str,
+        name: Called,
         query: Tensor,
         key: Tensor,
         value: Tensor,

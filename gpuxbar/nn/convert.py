@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
@@ -27,6 +26,7 @@ from gpuxbar.nn.layers import (
     AnalogConv2d,
     AnalogLayer,
     AnalogLinear,
+    holders,
     require_module,
 )
 from gpuxbar.nn.linear import linear_of
@@ -386,7 +386,7 @@ def _fuse(model: nn.Module, rules: _Rules) -> nn.Module:
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) in FUSED.values():
             owners.setdefault(module, []).append(name)
-    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    held = holders(model.modules())
     for module, names in owners.items():
         layers = dict(module.named_children())
         choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)])[0] for leaf in layers]
@@ -395,7 +395,7 @@ def _fuse(model: nn.Module, rules: _Rules) -> nn.Module:
         if any(not _is_layer(layer) or any(_hooks(layer).values()) for layer in layers.values()):
             continue
         whole: nn.Module | None = module.fused()  # type: ignore[operator]
-        if whole is None or any(holders[p] > 1 for p in set(module.parameters()) - set(whole.parameters())):
+        if whole is None or any(held[p] > 1 for p in set(module.parameters()) - set(whole.parameters())):
             continue
         model = _replaced(model, names, whole)
     return model
@@ -406,7 +406,7 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, set[nn.Module]]
     parameters than now, which another module holds too."""
     tied: set[nn.Module] = set()
     places = _places(model)
-    holders = Counter(parameter for module in places for parameter in module.parameters(recurse=False))
+    held = holders(places)
     for module, names in places.items():
         make = _as_layers(module)
         if make is None or _obstacle(module):
@@ -417,7 +417,7 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, set[nn.Module]]
         if all(chosen is None for chosen, _ in choices):
             continue
         remade = set(module.parameters()) - set(parts.parameters())
-        if any(holders[parameter] > 1 for parameter in remade):
+        if any(held[parameter] > 1 for parameter in remade):
             tied.add(module)
             continue
         model = _replaced(model, names, parts)

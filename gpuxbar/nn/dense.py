@@ -11,8 +11,8 @@ from torch.fx import Proxy
 __all__ = ["require_dense"]
 
 
-def require_dense(called: str, argument: str, x: Any, also: str = "") -> None:
-    """Refuse an argument that is no such tensor; `also`: what else may be given."""
+def require_dense(called: object, argument: str, x: Any, also: str = "") -> None:
+    """Refuse an argument that is no such tensor; `called`: what errors call its module; `also`: what else may be given."""
     if isinstance(x, Tensor):
         if x.layout is torch.strided and not x.is_nested:
             return

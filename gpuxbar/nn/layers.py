@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from math import ceil
@@ -744,6 +745,11 @@ def require_module(op: str, model: Any, argument: str = "model") -> None:
         raise TypeError(
             f"{op}: `{argument}` must be a torch.nn.Module, got {what}; pass the model itself, which gpuxbar.convert returns beside a report"
         )
+
+
+def holders(modules: Iterable[nn.Module]) -> Counter[Tensor]:
+    """How many of these modules hold each parameter themselves."""
+    return Counter(p for module in modules for p in module.parameters(recurse=False))
 
 
 def crossbar_layers(op: str, model: nn.Module) -> dict[str, AnalogLayer]:

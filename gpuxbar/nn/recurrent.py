@@ -17,7 +17,7 @@ from gpuxbar.bridge.lstm_sequence import lstm_sequence
 from gpuxbar.nn.dense import require_dense
 from gpuxbar.nn.layers import CONVERTERS, AnalogLinear
 from gpuxbar.nn.linear import linear_of
-from gpuxbar.nn.unfused import name_in_errors, require_shape
+from gpuxbar.nn.unfused import Called, require_shape
 
 __all__ = ["UnfusedCell", "UnfusedRNN"]
 
@@ -218,10 +218,8 @@ def _bend(mode: str) -> str:
     return mode.removeprefix("RNN_").lower()
 
 
-def _called(module: UnfusedCell | UnfusedRNN) -> str:
-    return name_in_errors(
-        module, module.mode.partition("_")[0] + ("Cell" if isinstance(module, UnfusedCell) else "")
-    )
+def _called(module: UnfusedCell | UnfusedRNN) -> Called:
+    return Called(module, module.mode.partition("_")[0] + ("Cell" if isinstance(module, UnfusedCell) else ""))
 
 
 def _check_input(module: UnfusedCell | UnfusedRNN, x: Any, *axes: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar.nn.dense import require_dense
-from gpuxbar.nn.unfused import name_in_errors, require_shape
+from gpuxbar.nn.unfused import Called, require_shape
 
 __all__ = ["UnfusedConvTranspose"]
 
@@ -41,8 +41,8 @@ class UnfusedConvTranspose(nn.Module):
         self.register_parameter("bias", dict(conv.named_parameters()).get("bias"))
         self.train(conv.training)
 
-    def _called(self) -> str:
-        return name_in_errors(self, "ConvTranspose1d" if self.flat else "ConvTranspose2d")
+    def _called(self) -> Called:
+        return Called(self, "ConvTranspose1d" if self.flat else "ConvTranspose2d")
 
     def fused(self) -> nn.ConvTranspose1d | nn.ConvTranspose2d:
         """The module of torch with these parameters."""

@@ -8,17 +8,23 @@ from torch import Tensor, nn
 
 from gpuxbar.nn.layers import AnalogLayer
 
-__all__ = ["name_in_errors", "require_shape"]
+__all__ = ["Called", "require_shape"]
 
 
-def name_in_errors(module: nn.Module, kind: str) -> str:
-    """What errors call a module: by the name that its layers on crossbars begin with, and the kind of torch's that it is."""
-    names = (layer.name for layer in module.children() if isinstance(layer, AnalogLayer))
-    name = next(names, "").rpartition(".")[0]
-    return f"{name} ({kind})" if name else kind
+class Called:
+    """What errors call a module: by the name that its layers on crossbars begin with, and the kind of torch's that it is. Looked for
+    when an error says it, not at every pass."""
+
+    def __init__(self, module: nn.Module, kind: str):
+        self.module, self.kind = module, kind
+
+    def __str__(self) -> str:
+        names = (layer.name for layer in self.module.children() if isinstance(layer, AnalogLayer))
+        name = next(names, "").rpartition(".")[0]
+        return f"{name} ({self.kind})" if name else self.kind
 
 
-def require_shape(called: str, argument: str, x: Tensor, *shapes: tuple[Any, ...]) -> None:
+def require_shape(called: Called, argument: str, x: Tensor, *shapes: tuple[Any, ...]) -> None:
     """Refuse an argument of none of these shapes, whose axes are sizes, or names of those that may have any."""
     for shape in shapes:
         if x.dim() == len(shape) and all(

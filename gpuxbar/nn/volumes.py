@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpuxbar.nn.dense import require_dense
-from gpuxbar.nn.unfused import name_in_errors, require_shape
+from gpuxbar.nn.unfused import Called, require_shape
 
 __all__ = ["UnfusedConv3d"]
 
@@ -56,7 +56,7 @@ class UnfusedConv3d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the module's."""
-        name = name_in_errors(self, "Conv3d")
+        name = Called(self, "Conv3d")
         require_dense(name, "input", input)
         volume = self.product.in_channels // self.depth, "depth", "height", "width"
         require_shape(name, "input", input, volume, ("N", *volume))

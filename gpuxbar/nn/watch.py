@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
+from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer, holders
 
 __all__ = [
     "Lines",
@@ -130,10 +129,8 @@ def watch(
         for handle in hooks:
             handle.remove()
     used = {p for p, each in grads_of.items() if not _is_penalty(*zip(*each, strict=True))}
-    holders: Counter[Tensor] = Counter(
-        p for module in model.modules() for p in module.parameters(recurse=False)
-    )
-    alone = {p for p in used if holders[p] == 1}  # which no other module holds, as an embedding may
+    held = holders(model.modules())
+    alone = {p for p in used if held[p] == 1}  # which no other module holds, as an embedding may
     passed_by = [
         layer for layer in layers if layer not in called and alone & {*layer.parameters(recurse=False)}
     ]
