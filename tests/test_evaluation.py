@@ -84,6 +84,30 @@ def test_training_is_the_same_however_often_a_model_is_evaluated(kind):
     assert torch.equal(evaluate(resumed), evaluate(watched))
 
 
+def test_ranges_are_calibrated_alike_however_often_a_model_was_evaluated():
+    spec = gx.CrossbarSpec(
+        tile={"rows": 4, "cols": 4}, dac={"bits": 8}, adc={"bits": 6}, read_noise={"sigma": 1e-6}
+    )
+    model, _ = gx.convert(Sequences(), spec)
+    batches = [*torch.randn(2, 4, 3, 6, generator=torch.Generator().manual_seed(1))]
+
+    def found():
+        gx.calibrate(model, batches)
+        ranges = [buffer.clone() for name, buffer in model.named_buffers() if name.endswith("adc_range")]
+        return ranges, str(gx.conversion_errors(model, batches))
+
+    def counts():
+        return [buffer.item() for name, buffer in model.named_buffers() if name.endswith("eval_step")]
+
+    ranges, errors = found()
+    evaluate(model)
+    before = counts()
+    again, same = found()
+    assert all(torch.equal(one, other) for one, other in zip(ranges, again, strict=True))
+    assert errors == same
+    assert counts() == before == [-1, -3, -1]
+
+
 def test_reads_of_evaluation_are_numbered_from_0_downwards():
     layer = AnalogLinear(6, 4, spec=gx.CrossbarSpec(read_noise=NOISE))
     x = torch.randn(3, 6)

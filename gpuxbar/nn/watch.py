@@ -181,7 +181,8 @@ def _is_batch(loader: Any) -> TypeGuard[Sequence[Tensor]]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model evaluates; afterwards modes are what they were, and buffers but for what reads found of the weights."""
+    """The model evaluates, by reads counted from 0, so that their noise is the same whatever was evaluated before; afterwards modes are
+    what they were, and buffers but for what reads found of the weights."""
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     modes = {module: module.training for module in model.modules()}
     buffers = {
@@ -192,6 +193,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     }
     pairs = {layer: list(layer.streams.pairs) for layer in layers}
     model.eval()
+    for layer in layers:
+        layer.eval_step.zero_()
     try:
         yield
     finally:
