@@ -55,7 +55,7 @@ GPUXBAR_FN void write_pairs(const Programming& p, const Slices& s, float* g, flo
     const u32 plane = (u32)(n * s.count + k);
     const i64 first = (i64)plane * cells + at.first;
     const Normals4 spread = draw(p.spread, DEVICE_SPREAD, at.group, at.row, plane, 0, p.seed);
-    const Normals4 noise = draw(noisy_writes(p) ? 1.0f : 0.0f, CARRY, at.group, at.row, plane, step, p.seed);
+    const Normals4 noise = draw(p.noise.any() ? 1.0f : 0.0f, CARRY, at.group, at.row, plane, step, p.seed);
     const Uniforms4 u = draw_stuck(stuck_rates(p), at.group, at.row, plane, p.seed);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {

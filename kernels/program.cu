@@ -16,7 +16,7 @@ namespace gpuxbar {
 // What a write leaves of four targets of a plane; (group, row): their column group and wordline.
 GPUXBAR_FN void write(const Programming& p, u32 group, u32 row, u32 slot, float g[4]) {
   const Normals4 spread = draw(p.spread, DEVICE_SPREAD, group, row, slot, 0, p.seed);
-  const Normals4 noise = draw(noisy_writes(p) ? 1.0f : 0.0f, WRITE, group, row, slot, (u32)p.step, p.seed);
+  const Normals4 noise = draw(p.noise.any() ? 1.0f : 0.0f, WRITE, group, row, slot, (u32)p.step, p.seed);
   const Uniforms4 u = draw_stuck(p.stuck_low + (1.0f - p.stuck_high), group, row, slot, p.seed);
 #pragma unroll
   for (int j = 0; j < 4; ++j) g[j] = written(p, g[j], spread.z[j], noise.z[j], u.u[j]);
@@ -43,13 +43,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             int scale_count,  // values of w_max
             int balanced, float digit_max,
             float steps,  // steps between levels, 0: continuous
-            float g_min, float g_max, float spread, float write_noise, float write_slope, float write_curve,
-            float stuck_low, float stuck_high, float read_var, float read_power) {
+            float g_min, float g_max, float spread, Deviation noise, float stuck_low, float stuck_high, float read_var,
+            float read_power) {
   if (state && state[0] == state[1] && state[1] != 0) return;
   const i64 now = state ? state[1] : step ? *step : step_value;
-  const Programming p{groups,      inputs,      outputs,   slices,     slice_bits, merge,     scale_count, now,
-                      balanced,    seed,        digit_max, steps,      g_min,      g_max,     spread,      write_noise,
-                      write_slope, write_curve, stuck_low, stuck_high, read_var,   read_power};
+  const Programming p{groups, inputs,   outputs,   slices,     slice_bits, merge,     scale_count,
+                      now,    balanced, seed,      digit_max,  steps,      g_min,     g_max,
+                      spread, noise,    stuck_low, stuck_high, read_var,   read_power};
   __shared__ float block[32][33];
   __shared__ double inverse[32];
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;

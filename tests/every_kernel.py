@@ -95,7 +95,8 @@ def updates(device, rng, x, cells):
 
 
 def programs(device, rng, cells):
-    ops.drift(cells, 60.0, law=presets.pcm().drift, g_max=1.0, device=device)
+    for aged in (presets.pcm(), presets.reram()):
+        ops.drift(cells, 60.0, law=aged.drift, g_max=1.0, device=device)
     weight = normal(rng, 3, 37, 11)
     writes = Programming(device_spread=0.1, write_noise=1e-7, stuck_at_g_min=0.1)
     window = {"g_min": 1e-6, "g_max": 1e-5, "programming": writes, "sigma_g": 1e-7, "device": device}

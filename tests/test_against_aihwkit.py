@@ -22,9 +22,11 @@ from gpuxbar.spec import (
     PulseTrain,
     SoftBounds,
 )
+from gpuxbar.spec import presets as spec_presets
 from gpuxbar.spec.devices import published_device
 
 pytest.importorskip("aihwkit", reason="aihwkit is not installed")
+from aihwkit.inference.noise.reram import ReRamWan2022NoiseModel
 from aihwkit.simulator import configs, tiles
 from aihwkit.simulator.presets import devices as presets
 
@@ -336,3 +338,17 @@ def assert_same_distribution(ours, theirs):
         assert (np.abs(off) < 4.5 * error + 1e-6).all(), (off / (error + 1e-9)).round(1)
     for array, o, i in np.ndindex(2, 3, 4):
         assert ks_2samp(ours[:, array, o, i], theirs[:, array, o, i]).pvalue > 1e-5, (array, o, i)
+
+
+def test_the_preset_of_reram_has_aihwkits_deviations():
+    """Of its write at 1 s, and of that with what drift adds at 1 and 2 days, at the shares of the preset's table."""
+    spec = spec_presets.reram()
+    for time, terms in ReRamWan2022NoiseModel(g_max=40.0).coeff_dic.items():
+        gained = spec.drift.at(0.0 if time == 1.0 else time)[1]
+        found = [
+            np.hypot(spec.programming.write_deviation(r), std)
+            for r, std in zip(spec.drift.shares, gained, strict=True)
+        ]
+        np.testing.assert_allclose(
+            found, 1e-6 * np.polynomial.polynomial.polyval(spec.drift.shares, terms), rtol=1e-6
+        )

@@ -347,9 +347,6 @@ def test_spread_and_stuck_cells_are_a_chips_and_write_noise_is_a_writings():
     quiet = {
         "device_spread": 0.2,
         "stuck_at_g_min": 0.1,
-        "write_noise": 0.0,
-        "write_noise_slope": 0.0,
-        "write_noise_curve": 0.0,
     }
     for noise, same in ((0.0, True), (1e-7, False)):
         model = converted(programming={**quiet, "write_noise": noise})
@@ -443,8 +440,8 @@ def test_the_pcm_preset_is_the_published_fit():
     """Programming noise at 0 and at g_max, in uS of a window of 25 uS."""
     spec = gx.presets.pcm()
     p = spec.programming
-    assert p.write_noise == pytest.approx(0.26348e-6)
-    assert p.write_noise + p.write_noise_slope + p.write_noise_curve == pytest.approx(1.05538e-6)
+    assert p.write_deviation(0) == pytest.approx(0.26348e-6)
+    assert p.write_deviation(1) == pytest.approx(1.05538e-6)
     layer = gx.nn.AnalogLinear(200, 200, bias=False, spec=spec)
     with torch.no_grad():
         layer.weight.fill_(1.0)
@@ -453,3 +450,33 @@ def test_the_pcm_preset_is_the_published_fit():
     assert full.std().item() == pytest.approx(1.05538e-6, rel=0.02)
     # half of the writes to 0 end there: E max(0, z) is 1 / sqrt(2 pi)
     assert empty.mean().item() == pytest.approx(0.26348e-6 / (2 * np.pi) ** 0.5, rel=0.03)
+
+
+def test_models_on_measured_devices_age_as_far_as_these_were_measured(tmp_path):
+    spec = gx.presets.reram().with_overrides(CONVERTERS)
+    model, resumed = (gx.convert(network(), spec)[0].eval() for _ in range(2))
+    gx.calibrate(model, [images()])
+    gx.program(model)
+    written, found = model[3].g_programmed, {}
+    for time in ("1h", "2d"):
+        gx.age(model, time, compensate=True)
+        found[time] = model(images())
+        how = {
+            "law": spec.drift,
+            "g_max": 40e-6,
+            "seed": model[3].plan.seed,
+            "step": model[3].write_step.item(),
+        }
+        aged = ops.drift(written.numpy(), model[3].age.item(), **how)
+        assert torch.equal(model[3].aged, torch.from_numpy(aged))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "model.pt"))
+    assert torch.equal(resumed[3].aged, model[3].aged)
+    with pytest.raises(
+        ValueError,
+        match=r"^age: `time` must be at most the last of the ages in `drift`, got 3\.1\d*e\+07 s for 0, 3;",
+    ):
+        gx.age(model, "1y")
+    gx.age(model, "1h", compensate=True)
+    assert torch.equal(model(images()), found["1h"])
+    assert not torch.equal(found["2d"], found["1h"])

@@ -308,7 +308,7 @@ def test_pairs_that_cannot_be_written_are_left_to_updates(device):
 def test_a_carry_writes_with_the_noise_of_programming():
     s = lie(2, 2, 2)
     g = from_digits(np.stack([np.full((50, 60), 9.0), np.zeros((50, 60))]), s)
-    more = {"write_noise": 1e-7, "write_noise_slope": 2e-7, "device_spread": 0.02}
+    more = {"write_noise": (1e-7, 2e-7), "device_spread": 0.02}
     once, twice, later = g.copy(), g.copy(), g.copy()
     for array, updates in ((once, 64), (twice, np.full(1, 64)), (later, 128)):
         ops.carry(pairs_of(array, s, **more), updates=updates)

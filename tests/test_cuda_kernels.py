@@ -40,7 +40,7 @@ from gpuxbar.ops.carry import KERNEL as CARRY
 from gpuxbar.ops.chop import KERNEL as CHOP
 from gpuxbar.ops.dac_quantize import KERNEL as DAC_QUANTIZE
 from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
-from gpuxbar.ops.drift import KERNEL as DRIFT
+from gpuxbar.ops.drift import KERNELS as DRIFT
 from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
 from gpuxbar.ops.effective_conductance_gradient_cuda import KERNELS as CONDUCTANCE_GRADIENT
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
@@ -66,7 +66,7 @@ KERNELS = {
         DAC_QUANTIZE,
         *PROGRAM,
         DEVICE_UPDATE,
-        DRIFT,
+        *DRIFT,
         RELAX,
         CARRY,
         CHOP,

@@ -8,10 +8,16 @@ from cuda_shim import FORWARD, REVERSE, ShimDevice
 
 from gpuxbar import ops, reference
 from gpuxbar.ops.drift import _flicker_step
-from gpuxbar.spec import Drift, presets
+from gpuxbar.spec import Drift, MeasuredDrift, presets
 
 G_MAX = 25e-6  # S
 YEAR = 3.15e7  # s
+MEASURED = MeasuredDrift(
+    ages=(100.0, 1e4, 4e7),
+    shares=(0.0, 0.2, 0.7),
+    shift=((0, 1e-7, -1e-7), (1e-7, 4e-7, -3e-7), (2e-7, 9e-7, -6e-7)),
+    std=((1e-8, 1e-7, 3e-7), (0, 5e-7, 1e-6), (1e-7, 1e-6, 2e-6)),
+)
 SEED = 2**40 + 7
 LAWS = {
     "ideal": Drift(),
@@ -19,6 +25,7 @@ LAWS = {
     "spread": Drift(nu=0.05, nu_std=0.02),
     "flicker": Drift(flicker=0.01, flicker_max=0.2),
     "pcm": presets.pcm().drift,
+    "measured": MEASURED,
 }
 
 
@@ -111,11 +118,66 @@ def test_an_age_is_one_draw_and_exponents_are_the_writes():
     assert abs(np.corrcoef(nu[0], nu[2])[0, 1]) < 4 / device.sum() ** 0.5
 
 
+@pytest.mark.parametrize(
+    ("age", "share", "shift", "std"),
+    [
+        (0.0, 0.2, 0.0, 0.0),
+        (100.0, 0.0, 0.0, 1e-8),
+        (100.0, 0.2, 1e-7, 1e-7),
+        (100.0, 0.45, 0.0, 2e-7),  # between shares
+        (1e4, 0.9, -3e-7, 1e-6),  # beyond them
+        (np.sqrt(101 * 10001) - 1, 0.2, 2.5e-7, 3e-7),  # half way between ages, by the logarithm
+        (np.sqrt(101) - 1, 0.2, 5e-8, 5e-8),  # and before the first
+        (4e7, 0.7, -6e-7, 2e-6),
+    ],
+)
+def test_measured_changes_have_the_mean_and_spread_of_the_table(age, share, shift, std):
+    g = np.full((4, 100, 100), share * G_MAX + 1e-5 * (share == 0), np.float32)
+    law = MEASURED.model_copy(update={"shares": (0.4, 0.5, 0.7)}) if share == 0 else MEASURED
+    change = aged(g, age, law).astype(np.float64) - g
+    assert change.mean() == pytest.approx(shift, abs=4 * std / 200 + 1e-11)
+    assert change.std() == pytest.approx(std, rel=0.02, abs=1e-11)
+
+
+def test_a_device_changes_one_way_at_all_ages_and_another_after_another_write():
+    g = np.full((1, 50, 50), 0.5 * G_MAX, np.float32)
+    found = [aged(g, age, MEASURED, step=step).ravel() for age, step in ((1e3, 9), (YEAR, 9), (1e3, 10))]
+    together = np.corrcoef(found)
+    assert together[0, 1] > 0.99999
+    assert abs(together[0, 2]) < 4 / g.size**0.5
+
+
+def test_the_preset_of_reram_has_the_measured_spread_around_what_was_aimed_at():
+    """aihwkit's polynomials, in uS, of 40,000 devices of one conductance; none falls below 0 S from these."""
+    spec = presets.reram()
+    for share in (0.4, 0.6, 0.9):
+        target = share * spec.device.g_max
+        weight = np.full((1, 200, 200), (target - 1e-6) / (spec.device.g_max - 1e-6), np.float32)
+        g = ops.program(
+            weight,
+            w_max=np.ones(1, np.float32),
+            g_min=1e-6,
+            g_max=spec.device.g_max,
+            programming=spec.programming,
+        )[:1]
+        for age, terms in (
+            (0.0, (0.348, 16.030, -43.853, 45.393, -16.815)),
+            (86400.0, (0.701, 22.086, -50.773, 47.095, -16.458)),
+            (172800.0, (0.782, 20.274, -43.507, 37.062, -11.934)),
+        ):
+            found = ops.drift(g, age, law=spec.drift, g_max=spec.device.g_max)
+            wanted = 1e-6 * np.polynomial.polynomial.polyval(share, terms)
+            # a device's change follows from what the write left, not from what it aimed at
+            assert found.std() == pytest.approx(wanted, rel=0.03)
+            assert found.mean() == pytest.approx(target, abs=4 * wanted / 200)
+
+
 ERRORS = {
     "text": ({"age": "1h"}, TypeError, "`age` must be a number of seconds, got '1h'; gpuxbar.age takes text"),
     "law": ({"law": {"nu": 0.1}}, TypeError, r"`law` must be a gpuxbar\.spec\.Drift, got dict; build one by Drift\(\.\.\.\)"),
     "age": ({"age": -1.0}, ValueError, "`age` must be finite and at least 0, got -1 s; count from programming"),
     "age-nan": ({"age": float("nan")}, ValueError, "`age` must be finite and at least 0, got nan s"),
+    "late": ({"law": MEASURED, "age": 5e7}, ValueError, r"`age` must be at most 4e\+07 s, the last that was measured, got 5e\+07 s"),
     "window": ({"g_max": 0.0}, ValueError, "`g_max` must be finite and above 0, got 0 S; give"),
     "axes": ({"g": np.zeros((2, 3), np.float32)}, ValueError, "`g` must have 3 axes, got 2"),
     "dtype": ({"g": np.zeros((1, 2, 3))}, TypeError, "`g` must be an array of float32, got float64"),

@@ -42,7 +42,7 @@ MAPPINGS = {
     "offset-even": {"merge": "offset", "levels": 16},
 }
 ORDERS = [FORWARD, REVERSE, 11, 12]
-CURVE = {"write_noise": 0.05e-6, "write_noise_slope": 0.4e-6, "write_noise_curve": -0.3e-6}
+CURVE = {"write_noise": (0.05e-6, 0.4e-6, -0.3e-6, 0.2e-6, -0.1e-6)}
 DEVICES = {"ideal": {}, "write": {"write_noise": 0.2e-6}, "curve": CURVE, "all": NOISE}
 
 

@@ -81,8 +81,8 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
 
     Raises:
         TypeError: `model` is no module, or `time` is neither a number nor text.
-        ValueError: The model has no crossbar layers or is not programmed, `time` is no time, an ADC range that a test read needs is
-            not calibrated, or a layer's test read finds nothing at that age.
+        ValueError: The model has no crossbar layers or is not programmed, `time` is no time or beyond what was measured of drift, an
+            ADC range that a test read needs is not calibrated, or a layer's test read finds nothing at that age.
 
     Source:
         Joshi et al., Nature Communications 2020; the factor: Le Gallo et al., Advanced Electronic Materials 2018.
@@ -93,6 +93,11 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
     if idle:
         raise ValueError(
             f"age: `model` must be programmed, got layers that are not: {', '.join(idle)}; call gpuxbar.program(model) first"
+        )
+    unknown = [layer.name for layer in layers if seconds > layer.spec.drift.last]
+    if unknown:
+        raise ValueError(
+            f"age: `time` must be at most the last of the ages in `drift`, got {seconds:g} s for {', '.join(unknown)}; measure longer"
         )
     if compensate:
         for layer in layers:

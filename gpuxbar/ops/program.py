@@ -22,7 +22,7 @@ from gpuxbar.ops.checks import (
     kept,
     require_finite,
 )
-from gpuxbar.ops.program_cuda import program_cuda, reprogram_cuda
+from gpuxbar.ops.program_cuda import Deviation, program_cuda, reprogram_cuda
 from gpuxbar.spec import Programming
 
 __all__ = [
@@ -69,7 +69,7 @@ def program(
     target = g_min + share (g_max - g_min), with share = |w| on its side of a pair (0 on the other), a digit of |w|
              over 2**(slice_bits + headroom_bits) - 1, or (1 + w) / 2 of a single device; rounded to levels
     g      = max(0, target (1 + device_spread z1) + noise z2), or g_min or g_max where stuck
-    noise  = write_noise + write_noise_slope r + write_noise_curve r**2, with r = target / g_max
+    noise  = write_noise, or sum_k write_noise[k] r**k with r = target / g_max
 
     Args:
         weight: Weights, float32 [G, O, I]; finite.
@@ -371,7 +371,9 @@ class Write(ctypes.Structure):
             "groups", "inputs", "outputs", "slices", "slice_bits", "merge", "scale_count", "step", "balanced")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in (
-            "digit_max", "steps", "g_min", "g_max", "spread", "write_noise", "write_slope", "write_curve", "stuck_low", "stuck_high", "read_var", "read_power")),
+            "digit_max", "steps", "g_min", "g_max", "spread")),
+        ("noise", Deviation),
+        *((name, ctypes.c_float) for name in ("stuck_low", "stuck_high", "read_var", "read_power")),
     ]  # fmt: skip
 
 
@@ -380,6 +382,6 @@ def write_values(s: dict[str, Any]) -> dict[str, Any]:
     return {
         "balanced": int(s["balanced"]), "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF,
         "digit_max": 2 ** ((s["slice_bits"] or 0) + s["headroom_bits"]) - 1, "g_min": s["g_min"], "g_max": s["g_max"],
-        "spread": s["device_spread"], "write_noise": s["write_noise"], "write_slope": s["write_noise_slope"],
-        "write_curve": s["write_noise_curve"], "stuck_low": s["stuck_at_g_min"], "stuck_high": 1.0 - s["stuck_at_g_max"],
+        "spread": s["device_spread"], "noise": Deviation.of(s["write_noise"]), "stuck_low": s["stuck_at_g_min"],
+        "stuck_high": 1.0 - s["stuck_at_g_max"],
     }  # fmt: skip

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
-from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
+from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
 
-__all__ = ["KERNELS", "program_cuda", "reprogram_cuda"]
+__all__ = ["KERNELS", "Deviation", "program_cuda", "reprogram_cuda"]
+
+
+class Deviation(ctypes.Structure):
+    """Twin of `struct Deviation` in kernels/include/gpuxbar/programming.cuh."""
+
+    _fields_ = [("terms", ctypes.c_float * 5)]
+
+    @classmethod
+    def of(cls, write_noise: float | tuple[float, ...]) -> Deviation:
+        """Of `spec.Programming.write_noise`."""
+        terms = write_noise if isinstance(write_noise, tuple) else (write_noise,)
+        return cls((ctypes.c_float * 5)(*terms))
+
 
 _INT, _LONG, _FLOAT = Scalar("int32"), Scalar("int64"), Scalar("float32")
 
@@ -16,7 +30,7 @@ PROGRAM = Kernel(
     noise_var=Out("float32", "P M O", optional=True), state=In("int64", "two", optional=True),
     step=In("int64", "one", optional=True), step_value=_LONG, seed=Scalar("uint64"), groups=_INT, inputs=_INT,
     outputs=_INT, slices=_INT, slice_bits=_INT, merge=_INT, scale_count=_INT, balanced=_INT, digit_max=_FLOAT, steps=_FLOAT, g_min=_FLOAT, g_max=_FLOAT,
-    spread=_FLOAT, write_noise=_FLOAT, write_slope=_FLOAT, write_curve=_FLOAT, stuck_low=_FLOAT, stuck_high=_FLOAT, read_var=_FLOAT, read_power=_FLOAT,
+    spread=_FLOAT, noise=Struct("Deviation", Deviation), stuck_low=_FLOAT, stuck_high=_FLOAT, read_var=_FLOAT, read_power=_FLOAT,
 )  # fmt: skip
 BEGIN_FINGERPRINT = Kernel(
     "fingerprint.cu", name="begin_fingerprint",

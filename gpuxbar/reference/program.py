@@ -72,17 +72,17 @@ def program(
 
 def written(
     target: np.ndarray, *, g_max: float, purpose: Purpose, slot: int, seed: int, step: int, device_spread: float = 0.0,
-    write_noise: float = 0.0, write_noise_slope: float = 0.0, write_noise_curve: float = 0.0,
+    write_noise: float | tuple[float, ...] = 0.0,
 ) -> np.ndarray:  # fmt: skip
     """What a write leaves of the targets of a plane, [R, C], where no cell is stuck."""
     rows, cols = np.arange(len(target)), target.shape[1]
     where: dict[str, Any] = {"slot": slot, "seed": seed}
-    r = target / g_max
-    deviation = write_noise + write_noise_slope * r + write_noise_curve * r**2
+    terms = np.atleast_1d(write_noise)
     g = target
     if device_spread:
         g = g * (1.0 + device_spread * normals(rows, cols, purpose=Purpose.DEVICE_SPREAD, **where))
-    if write_noise or write_noise_slope or write_noise_curve:
+    if terms.any():
+        deviation = sum(term * (target / g_max) ** power for power, term in enumerate(terms))
         g = g + deviation * normals(rows, cols, purpose=purpose, step=step, **where)
     return np.maximum(g, 0.0)
 

@@ -1,7 +1,7 @@
 """Frozen, validated descriptions of crossbar layers, in SI units."""
 
 from gpuxbar.spec import presets
-from gpuxbar.spec.ageing import Drift, Endurance, Retention
+from gpuxbar.spec.ageing import MOST_SHARES, Drift, DriftLaw, Endurance, MeasuredDrift, Retention
 from gpuxbar.spec.carry import Carry
 from gpuxbar.spec.devices import PublishedDevice, published_device
 from gpuxbar.spec.errors import SpecError
@@ -39,6 +39,7 @@ from gpuxbar.spec.refresh import Refresh
 __all__ = [
     "ADC",
     "DAC",
+    "MOST_SHARES",
     "Agarwal",
     "AgarwalSymmetric",
     "Backward",
@@ -47,6 +48,7 @@ __all__ = [
     "CrossbarSpec",
     "Device",
     "Drift",
+    "DriftLaw",
     "Endurance",
     "ExponentialStep",
     "Ideal",
@@ -54,6 +56,7 @@ __all__ = [
     "LinearStep",
     "LookupTable",
     "Mapping",
+    "MeasuredDrift",
     "NeuroSim",
     "Parasitics",
     "PiecewiseStep",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from bisect import bisect_left
+from itertools import pairwise
+from math import inf, log1p
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gpuxbar.spec.part import Part
 
-__all__ = ["Drift", "Endurance", "Retention"]
+__all__ = ["MOST_SHARES", "Drift", "DriftLaw", "Endurance", "MeasuredDrift", "Retention"]
+
+MOST_SHARES = 32  # that a kernel takes
 
 
 class Drift(Part):
@@ -20,6 +25,7 @@ class Drift(Part):
     std   = clip(nu_std - nu_std_slope ln r, nu_std_min, nu_std_max)
     share = min(flicker r**-flicker_exponent, flicker_max) sqrt(ln((t + t_read) / (2 t_read)))
 
+    `law`: "power"; see `MeasuredDrift` for another.
     `t_0`: s after programming at which conductances are what was programmed. `t_read`: duration of a read, s.
     `flicker`: relative fluctuation of a device at `g_max` in units of the root of the accumulated 1/f spectrum. It is
     slow against a read, so it is drawn once for an age, and is there at age 0 too; `read_noise` is the fast part.
@@ -30,6 +36,7 @@ class Drift(Part):
     `presets.pcm()` has the values.
     """
 
+    law: Literal["power"] = "power"
     nu: float = Field(0.0, ge=-1, le=1)
     nu_slope: float = Field(0.0, ge=-1, le=1)
     nu_min: float = Field(0.0, ge=0, le=1)
@@ -58,6 +65,115 @@ class Drift(Part):
                 f"Drift: `t_read` must be at most t_0, got {self.t_read:g} s and {self.t_0:g} s; a read is short"
             )
         return self
+
+    @property
+    def last(self) -> float:
+        """The greatest age that it is known for, s."""
+        return inf
+
+    @property
+    def moves(self) -> bool:
+        """Whether any device changes."""
+        return any((self.nu, self.nu_slope, self.nu_min, self.draws))
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything of it is random."""
+        return any((self.nu_std, self.nu_std_slope, self.nu_std_min, self.flicker))
+
+
+class MeasuredDrift(Part):
+    """How conductances change after programming, as it was measured on many devices at some ages, at `gpuxbar.age`.
+
+    With r = g / g_max of what the write left, and z a standard normal of a device:
+    g(age) = g + shift(r, age) + std(r, age) z, not below 0
+
+    `ages`: s since programming, from the first to the last. `shares`: 2 to 32 values of r, from 0 to 1. `shift`, `std`: mean
+    and standard deviation of what g has changed by since it was programmed, S: a row for each age, of a value for each share.
+    Between shares values lie on lines, and outside them they stay; between ages they lie on lines in the logarithm of the time
+    since `t_0` s before programming, from 0 at age 0; a greater age than the last is refused. A device has one z for all ages,
+    drawn at every programming: how the changes of a device at several ages go together is not in the table. Where standard
+    deviations were measured around what was aimed at, these of the changes are the roots of differences of variances to those of
+    `programming.write_noise`.
+
+    `presets.reram()` is an example.
+    """
+
+    law: Literal["measured"] = "measured"
+    ages: tuple[float, ...]
+    shares: tuple[float, ...]
+    shift: tuple[tuple[float, ...], ...]
+    std: tuple[tuple[float, ...], ...]
+    t_0: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _table(self) -> MeasuredDrift:
+        if not self.ages or not _rising((0.0, *self.ages)):
+            raise ValueError(
+                f"MeasuredDrift: `ages` must be one or more that rise from above 0 s, got {self.ages}; sort them with their rows"
+            )
+        shares = self.shares
+        if (
+            not 2 <= len(shares) <= MOST_SHARES
+            or not _rising(shares, 1e-4)
+            or shares[0] < 0
+            or shares[-1] > 1
+        ):
+            raise ValueError(
+                f"MeasuredDrift: `shares` must be 2 to {MOST_SHARES} that rise by 1e-4 or more within 0 to 1, got {shares}; sort "
+                "them with their columns, or leave some out"
+            )
+        for name in ("shift", "std"):
+            sizes = [len(row) for row in getattr(self, name)]
+            if sizes != [len(shares)] * len(self.ages):
+                raise ValueError(
+                    f"MeasuredDrift: `{name}` must have {len(self.ages)} rows of {len(shares)}, for each age a value for each share, "
+                    f"got rows of {sizes}; give all"
+                )
+        if min(map(min, self.std)) < 0:
+            raise ValueError(
+                f"MeasuredDrift: `std` must be at least 0, got {min(map(min, self.std)):g} S; it is a standard deviation"
+            )
+        return self
+
+    @property
+    def last(self) -> float:
+        """The greatest age that it is known for, s."""
+        return self.ages[-1]
+
+    @property
+    def moves(self) -> bool:
+        """Whether any device changes."""
+        return any(map(any, self.shift)) or self.draws
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything of it is random."""
+        return any(map(any, self.std))
+
+    def at(self, age: float) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation at an age of at most the last, S, for each of the shares."""
+        times = [log1p(t / self.t_0) for t in (0.0, *self.ages)]
+        now = log1p(age / self.t_0)
+        after = bisect_left(times, now, lo=1)
+        part = (now - times[after - 1]) / (times[after] - times[after - 1])
+        still = (0.0,) * len(self.shares)
+        shift, std = (
+            [a + part * (b - a) for a, b in zip((still, *rows)[after - 1], rows[after - 1], strict=True)]
+            for rows in (self.shift, self.std)
+        )
+        return shift, std
+
+
+def _rising(values: tuple[float, ...], by: float = 0.0) -> bool:
+    return all(b - a > by for a, b in pairwise(values))
+
+
+def _named(value: Any) -> Any:
+    return {"law": "power", **value} if isinstance(value, dict) else value
+
+
+DriftLaw = Annotated[Drift | MeasuredDrift, Field(discriminator="law"), BeforeValidator(_named)]
 
 
 class Endurance(Part):

@@ -87,7 +87,7 @@ def _locate(
             laws = {t.model_fields["law"].default: t for t in inner if "law" in t.model_fields}
         elif field is not None and step in laws:
             part = laws[step]
-        elif step not in ("int", "float", "none"):
+        elif step not in ("int", "float", "none", "tuple[float, ...]"):
             path.append(str(step))
     return part, field, path
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gpuxbar.spec.ageing import Drift, Endurance, Retention
+from gpuxbar.spec.ageing import Drift, DriftLaw, Endurance, Retention
 from gpuxbar.spec.carry import Carry
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.laws import UpdateLaw
@@ -32,6 +32,7 @@ __all__ = [
 
 ERRORS = "gain_std", "offset_std", "inl", "inl_std"  # of converters
 STEEPEST = 20  # v_read over v_sinh
+SHARES = [i / 100 for i in range(101)]  # of g_max, at which polynomials are looked at
 HELD = 1 + 1e-6  # of a range, by which rounding may leave currents beyond it
 
 
@@ -378,27 +379,28 @@ class Parasitics(Part):
 class Programming(Part):
     """What a write-verify leaves: drawn once per weight version, the spread and stuck cells once per device.
 
-    `write_noise`: standard deviation of the conductance, S, to which `write_noise_slope` r + `write_noise_curve` r**2 add,
-    S, with r = g / g_max of the conductance aimed at. `device_spread`: relative standard deviation between devices.
+    `write_noise`: standard deviation of the conductance, S; or up to five terms of a polynomial, of r**0, r**1, ... with
+    r = g / g_max of the conductance aimed at. `device_spread`: relative standard deviation between devices.
     `stuck_at_g_min`, `stuck_at_g_max`: rates of stuck cells.
     """
 
-    write_noise: float = Field(0.0, ge=0)
-    write_noise_slope: float = 0.0
-    write_noise_curve: float = 0.0
+    write_noise: float | tuple[float, ...] = 0.0
     device_spread: float = Field(0.0, ge=0)
     stuck_at_g_min: float = Field(0.0, ge=0, le=1)
     stuck_at_g_max: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _deviation(self) -> Programming:
-        level, slope, curve = self.write_noise, self.write_noise_slope, self.write_noise_curve
-        lowest = -slope / (2 * curve) if curve else 0.0
-        least, at = min((level + (slope + curve * r) * r, r) for r in (0.0, 1.0, min(max(lowest, 0.0), 1.0)))
-        if least < 0:
+        count = len(self.write_terms)
+        if not 1 <= count <= 5:
             raise ValueError(
-                "Programming: write_noise + write_noise_slope r + write_noise_curve r**2 must be at least 0 for r of 0 to 1, "
-                f"got {least:g} S at r = {at:g}; it is a standard deviation"
+                f"Programming: `write_noise` must be a number or have 1 to 5 terms, got {count}; a polynomial of the fourth degree has 5"
+            )
+        r = min(SHARES, key=self.write_deviation)
+        if self.write_deviation(r) < 0:
+            raise ValueError(
+                f"Programming: `write_noise` must be at least 0 for every r of 0 to 1, got {self.write_deviation(r):g} S at r = {r:g}; "
+                "it is a standard deviation"
             )
         return self
 
@@ -410,6 +412,15 @@ class Programming(Part):
                 f"{self.stuck_at_g_min:g} + {self.stuck_at_g_max:g}; they are shares of the cells"
             )
         return self
+
+    @property
+    def write_terms(self) -> tuple[float, ...]:
+        """The terms of `write_noise`, S."""
+        return self.write_noise if isinstance(self.write_noise, tuple) else (self.write_noise,)
+
+    def write_deviation(self, r: float) -> float:
+        """Standard deviation of a write to a share r of g_max, S."""
+        return sum(term * r**power for power, term in enumerate(self.write_terms))
 
 
 class Backward(Part):
@@ -439,7 +450,7 @@ class CrossbarSpec(Part):
     with int8, 2 more with `read_noise.sigma_g`); not with fp32 and tf32. `update`: the device's own law, by which
     `gpuxbar.optim` trains in situ; needs pairs. `carry`: how sliced ones are
     trained by it. `pulses`: how its steps are pulsed, None: as one step of the wanted size. `drift`: of conductances after
-    `gpuxbar.program`. `retention`: what
+    `gpuxbar.program`, `Drift` or `MeasuredDrift`. `retention`: what
     devices trained in situ lose between updates. `endurance`: pulses that they bear. `refresh`: when pairs of one-sided ones
     are written anew.
     """
@@ -462,7 +473,7 @@ class CrossbarSpec(Part):
     generator: Literal["exact", "fast"] = "exact"
     precision: Literal["fp32", "tf32", "fp16", "fp16x2", "bf16", "int8"] = "fp32"
     keep_packed: bool = False
-    drift: Drift = Drift()
+    drift: DriftLaw = Drift()
     retention: Retention = Retention()
     endurance: Endurance = Endurance()
     refresh: Refresh = Refresh()
@@ -537,7 +548,7 @@ class CrossbarSpec(Part):
             ("dac.offset_std", self.dac.offset_std, self.dac.v_read, "V", "the dac.v_read"),
             ("backward.dac.offset_std", self.backward_dac.offset_std, self.backward_dac.v_read, "V", "the v_read there"),
             ("read_noise.sigma_g", self.read_noise.sigma_g, g_max, "S", "the device.g_max"),
-            ("programming.write_noise", self.programming.write_noise, g_max, "S", "the device.g_max"),
+            ("programming.write_noise", max(map(self.programming.write_deviation, SHARES)), g_max, "S", "the device.g_max"),
             ("update.write_noise", self.update.write_noise if self.update else 0.0, g_max, "S", "the device.g_max"),
         ):  # fmt: skip
             if noise > most:
@@ -739,26 +750,12 @@ class CrossbarSpec(Part):
     def off_levels(self) -> str | None:
         """Why a read finds conductances between levels; None where it finds levels alone (stuck cells are such)."""
         programming, drift = self.programming, self.drift
-        left = (
-            programming.write_noise,
-            programming.write_noise_slope,
-            programming.write_noise_curve,
-            programming.device_spread,
-        )
-        drifts = (
-            drift.nu,
-            drift.nu_slope,
-            drift.nu_min,
-            drift.nu_std,
-            drift.nu_std_slope,
-            drift.nu_std_min,
-            drift.flicker,
-        )
+        left = (*programming.write_terms, programming.device_spread)
         reasons = {
             "devices are continuous (device.levels=None)": self.levels is None,
             "writes leave noise or spread between levels": any(left),
             "wires take from levels": self.parasitics.active,
-            "devices drift off their levels": any(drifts),
+            "devices drift off their levels": drift.moves,
             "in-situ updates end between levels": self.update is not None,
         }
         return next((reason for reason, found in reasons.items() if found), None)
@@ -767,11 +764,10 @@ class CrossbarSpec(Part):
     def draws(self) -> bool:
         """Whether anything about a layer is random: its devices, converters, reads or updates."""
         programming, drift, noise = self.programming, self.drift, self.read_noise
-        return self.update is not None or any(
+        return self.update is not None or drift.draws or any(
             (
-                noise.sigma, noise.sigma_g, programming.write_noise, programming.write_noise_slope,
-                programming.write_noise_curve, programming.device_spread, programming.stuck_at_g_min,
-                programming.stuck_at_g_max, drift.nu_std, drift.nu_std_slope, drift.nu_std_min, drift.flicker,
+                noise.sigma, noise.sigma_g, *programming.write_terms, programming.device_spread,
+                programming.stuck_at_g_min, programming.stuck_at_g_max,
                 *(error for part in (self.dac, self.backward_dac, self.adc, self.backward_adc)
                   for error in (part.gain_std, part.offset_std, part.inl_std)),
             )

@@ -7,13 +7,15 @@ Each says which values its source gives and which are chosen here. Change one wi
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
+from gpuxbar.spec.ageing import MOST_SHARES
 from gpuxbar.spec.devices import DEVICES
 from gpuxbar.spec.errors import SpecError, nearest
 from gpuxbar.spec.model import CrossbarSpec
 
-__all__ = ["PRESETS", "demo", "isaac", "pcm", "preset", "txsim", "txsim_in_situ"]
+__all__ = ["PRESETS", "demo", "isaac", "pcm", "preset", "reram", "txsim", "txsim_in_situ"]
 
 
 def demo() -> CrossbarSpec:
@@ -134,11 +136,7 @@ def pcm() -> CrossbarSpec:
     return CrossbarSpec.model_validate(
         {
             "device": {"g_min": 0.0, "g_max": 25e-6},
-            "programming": {
-                "write_noise": 0.26348e-6,
-                "write_noise_slope": 1.9650e-6,
-                "write_noise_curve": -1.1731e-6,
-            },
+            "programming": {"write_noise": (0.26348e-6, 1.9650e-6, -1.1731e-6)},
             "drift": {
                 "nu": 0.0244,
                 "nu_slope": 0.0155,
@@ -158,10 +156,48 @@ def pcm() -> CrossbarSpec:
     )
 
 
+def reram() -> CrossbarSpec:
+    """Inference on the ReRAM of the NeuRRAM chip within two days of programming, on exact converters.
+
+    From the fit: standard deviations around the conductance aimed at, after 1 s (`programming`), 1 day and 2 days (`drift`), of
+    conductances up to 40 uS. Chosen here: pairs from 1 to 40 uS; no shift of the mean; converters left out; give them with
+    `with_overrides`. Noise of reads is not in the fit: about a percent, `read_noise={"sigma_g": 4e-7, "exponent": 1}`. See
+    `gpuxbar.program` and `gpuxbar.age`.
+
+    Source: Wan et al., "A compute-in-memory chip based on resistive random-access memory", Nature 2022 (Extended Data Fig. 3), with
+    the coefficients of aihwkit's fit (`ReRamWan2022NoiseModel`).
+    """
+    shares = [i / (MOST_SHARES - 1) for i in range(MOST_SHARES)]
+
+    def deviation(terms: tuple[float, ...], r: float) -> float:
+        return sum(1e-6 * term * r**power for power, term in enumerate(terms))
+
+    def gained(terms: tuple[float, ...]) -> list[float]:
+        """What is to be added to the noise of the write."""
+        return [sqrt(deviation(terms, r) ** 2 - deviation(written, r) ** 2) for r in shares]
+
+    written = 0.348, 16.030, -43.853, 45.393, -16.815
+    days = (0.701, 22.086, -50.773, 47.095, -16.458), (0.782, 20.274, -43.507, 37.062, -11.934)
+    return CrossbarSpec.model_validate(
+        {
+            "device": {"g_min": 1e-6, "g_max": 40e-6},
+            "programming": {"write_noise": [1e-6 * term for term in written]},
+            "drift": {
+                "law": "measured",
+                "ages": [86400.0, 172800.0],
+                "shares": shares,
+                "shift": [[0.0] * MOST_SHARES] * 2,
+                "std": [gained(terms) for terms in days],
+            },
+        }
+    )
+
+
 PRESETS: dict[str, Callable[[], CrossbarSpec]] = {
     "demo": demo,
     "isaac": isaac,
     "pcm": pcm,
+    "reram": reram,
     "txsim": txsim,
     "txsim-in-situ": txsim_in_situ,
 }

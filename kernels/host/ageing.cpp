@@ -39,6 +39,17 @@ extern "C" void gpuxbar_drift(const Drift* law, const float* g, float* aged, i64
   });
 }
 
+extern "C" void gpuxbar_measured_drift(const MeasuredDrift* law, const float* g, float* aged, i64 planes, i64 rows,
+                                       i64 cols, i64 seed, i64 step) {
+  const MeasuredDrift d = *law;
+  const WideKeys keys((u64)seed);
+  for_rows(planes, rows, cols, [=, &keys](u32 plane, u32 row, i64 col0, i64 first, i64 count) {
+    alignas(64) float z[WIDE_ROW];
+    draw_normals(Draw{DRIFT, plane, (u32)step, keys}, row, col0, z);
+    for (i64 j = 0; j < count; ++j) aged[first + j] = changed(d, g[first + j], z[j]);
+  });
+}
+
 extern "C" void gpuxbar_relax(const Retention* law, float* g, const i32* pulse_count, i64 planes, i64 rows, i64 cols,
                               i64 seed) {
   const Retention s = *law;

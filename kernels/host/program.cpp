@@ -98,7 +98,7 @@ void load_block(const Programming& p, const float* weight, const float* w_max, i
 
 // Every cell of finite weights.
 void program_cells(const Programming& p, const float* weight, const float* w_max, float* g, float* noise_var) {
-  const bool pairs = p.merge != MERGE_OFFSET, ideal = p.spread == 0.0f && !noisy_writes(p) && !has_stuck(p);
+  const bool pairs = p.merge != MERGE_OFFSET, ideal = p.spread == 0.0f && !p.noise.any() && !has_stuck(p);
   const i64 row_blocks = (p.inputs + LINES - 1) / LINES, col_blocks = (p.outputs + WIDE_ROW - 1) / WIDE_ROW;
   const WideKeys keys(p.seed);
 #pragma omp parallel for collapse(3) schedule(static) if (p.groups * p.inputs * p.outputs >= WORTH_A_THREAD)

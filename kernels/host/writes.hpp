@@ -23,7 +23,7 @@ struct WriteDraws {
 
   WriteDraws(const Programming& p, const WideKeys& keys, Purpose purpose, u32 plane, u32 row, i64 col0) {
     if (p.spread > 0.0f) draw_normals(Draw{DEVICE_SPREAD, plane, 0, keys}, row, col0, spread);
-    if (noisy_writes(p)) draw_normals(Draw{(u32)purpose, plane, (u32)p.step, keys}, row, col0, noise);
+    if (p.noise.any()) draw_normals(Draw{(u32)purpose, plane, (u32)p.step, keys}, row, col0, noise);
     draw_stuck(p, keys, plane, row, col0, u);
   }
 };

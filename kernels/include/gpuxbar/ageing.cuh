@@ -29,6 +29,24 @@ GPUXBAR_FN float drifted(const Drift& d, float g, float z_nu, float z_flicker) {
   return max(fma(later * share, z_flicker, later), 0.0f);
 }
 
+// Twin of `Table` in gpuxbar/ops/drift.py: changes at an age, at rising shares of g_max.
+struct MeasuredDrift {
+  i32 count;
+  float inverse_g_max;                  // 1/S
+  float share[32], shift[32], std[32];  // mean and standard deviation, S
+};
+
+// Conductance after that age, S: z is a standard normal.
+GPUXBAR_FN float changed(const MeasuredDrift& d, float g, float z) {
+  const float r = between(g * d.inverse_g_max, d.share[0], d.share[d.count - 1]);
+  int k = 0;
+  for (int i = 1; i < d.count - 1; ++i) k += r >= d.share[i];
+  const float part = (r - d.share[k]) / (d.share[k + 1] - d.share[k]);
+  const float shift = fma(part, d.shift[k + 1] - d.shift[k], d.shift[k]);
+  const float deviation = fma(part, d.std[k + 1] - d.std[k], d.std[k]);
+  return max(fma(deviation, z, g + shift), 0.0f);
+}
+
 // Twin of `Settings` in gpuxbar/ops/relax.py.
 struct Retention {
   float g_rest;                 // S

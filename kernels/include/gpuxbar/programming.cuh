@@ -15,6 +15,18 @@ enum Merge : i64 { MERGE_NONE = 0, MERGE_SUBTRACT = 1, MERGE_ALL = 2, MERGE_OFFS
 // What gives the weight of a full pair: a setting, the largest weight of all, or the largest of each output.
 enum Measure : i32 { MEASURE_NOTHING = 0, MEASURE_ALL = 1, MEASURE_ROWS = 2 };
 
+// Standard deviation of what a write leaves, S: a polynomial in r = target / g_max. Mirrored in gpuxbar/ops/program_cuda.py.
+struct Deviation {
+  float terms[5];  // S, of r^0 to r^4
+
+  GPUXBAR_METHOD bool any() const {
+    return terms[0] != 0.0f || terms[1] != 0.0f || terms[2] != 0.0f || terms[3] != 0.0f || terms[4] != 0.0f;
+  }
+  GPUXBAR_METHOD float at(float r) const {
+    return fma(fma(fma(fma(terms[4], r, terms[3]), r, terms[2]), r, terms[1]), r, terms[0]);
+  }
+};
+
 // Mirrored field by field in gpuxbar/ops/program.py.
 struct Programming {
   i64 groups, inputs, outputs;
@@ -28,9 +40,7 @@ struct Programming {
   float steps;         // steps between levels over |w| (offset: over 1 + w), 0: continuous
   float g_min, g_max;  // S
   float spread;        // relative standard deviation between devices
-  float write_noise;   // S, of a write to 0
-  float write_slope;   // S, what it grows by with r = target / g_max,
-  float write_curve;   // S, and with r^2
+  Deviation noise;     // of a write
   float stuck_low;     // a uniform below: stuck at g_min
   float stuck_high;    // a uniform above: stuck at g_max
   float read_var;      // S^2, variance of a read of a device at g_max, per squared volt
@@ -76,20 +86,13 @@ GPUXBAR_FN float offset_target(const Programming& p, float w) {
   return fma(share, p.g_max - p.g_min, p.g_min);
 }
 
-// Whether writes are noisy at all.
-GPUXBAR_FN bool noisy_writes(const Programming& p) {
-  return p.write_noise != 0.0f || p.write_slope != 0.0f || p.write_curve != 0.0f;
-}
-
 // Whether a device of that uniform is stuck.
 GPUXBAR_FN bool stuck(const Programming& p, float u) { return u < p.stuck_low || u > p.stuck_high; }
 
 // Conductance left by a write, S: z_spread and z_write are standard normals, u uniform in (0, 1).
 GPUXBAR_FN float written(const Programming& p, float target, float z_spread, float z_write, float u) {
   const float device = fma(target * p.spread, z_spread, target);
-  const float r = target / p.g_max;
-  const float noise = fma(fma(p.write_curve, r, p.write_slope), r, p.write_noise);
-  const float noisy = max(fma(noise, z_write, device), 0.0f);
+  const float noisy = max(fma(p.noise.at(target / p.g_max), z_write, device), 0.0f);
   const float low = u < p.stuck_low ? p.g_min : noisy;
   return u > p.stuck_high ? p.g_max : low;
 }
