@@ -90,11 +90,10 @@ class MeasuredDrift(Part):
 
     `ages`: s since programming, from the first to the last. `shares`: 2 to 32 values of r, from 0 to 1. `shift`, `std`: mean
     and standard deviation of what g has changed by since it was programmed, S: a row for each age, of a value for each share.
-    Between shares values lie on lines, and outside them they stay; between ages they lie on lines in the logarithm of the time
-    since `t_0` s before programming, from 0 at age 0; a greater age than the last is refused. A device has one z for all ages,
-    drawn at every programming: how the changes of a device at several ages go together is not in the table. Where standard
-    deviations were measured around what was aimed at, these of the changes are the roots of differences of variances to those of
-    `programming.write_noise`.
+    Between shares values lie on lines, and outside them they stay; between ages they lie on lines in ln(1 + age / t_0), from 0 at
+    age 0; a greater age than the last is refused. A device has one z for all ages, drawn at every programming, since the table does
+    not say how its changes at several ages go together. `std` is of the change: where deviations were measured around what was
+    aimed at, it is the root of their variance less that of `programming.write_noise`.
 
     `presets.reram()` is an example.
     """
