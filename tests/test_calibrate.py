@@ -119,3 +119,9 @@ def test_one_batch_by_names_is_no_loader():
     model, batch = network(), {"x": X, "labels": TARGET}
     with pytest.raises(TypeError, match=re.escape(said)):
         gx.calibrate(model, batch, step=lambda each: cross_entropy(model(each["x"]), each["labels"]))
+
+
+def test_models_are_converted_by_an_example_in_inference_mode():
+    with torch.inference_mode():
+        model, report = gx.convert(nn.Sequential(nn.Linear(16, 32)), gx.presets.demo(), example=X)
+    assert "512" in str(report)

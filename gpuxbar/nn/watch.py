@@ -62,6 +62,7 @@ class TileSums(NamedTuple):
     variance: Tensor | float
 
 
+@torch.inference_mode(False)  # where no gradients are
 def watch(
     op: str,
     model: nn.Module,
@@ -183,7 +184,8 @@ def _is_batch(loader: Any) -> TypeGuard[Sequence[Tensor]]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model evaluates, as it is without `torch.compile`, whose graphs have no place for looks, nor has inference mode; afterwards modes are what they were, and buffers but for what reads found of the weights."""
+    """The model evaluates, as it is without `torch.compile`, whose graphs have no place for looks; afterwards modes are what they
+    were, and buffers but for what reads found of the weights."""
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     modes = {module: module.training for module in model.modules()}
     buffers = {
@@ -195,7 +197,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     pairs = {layer: list(layer.streams.pairs) for layer in layers}
     model.eval()
     try:
-        with torch.inference_mode(False), _uncompiled():
+        with _uncompiled():
             yield
     finally:
         for layer in layers:
