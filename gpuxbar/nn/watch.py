@@ -284,7 +284,7 @@ def _by_group(layer: AnalogLayer, part: Tensor, transposed: bool) -> Tensor:
 
 
 def _products(volts: Tensor, g: Tensor) -> Tensor:
-    with torch.autocast(volts.device.type, enabled=False):
+    with torch._C._DisableAutocast():
         return torch.einsum("pbgr,sgro->psbgo", volts, g).flatten(3)
 
 
