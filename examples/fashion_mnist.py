@@ -1,8 +1,8 @@
 """Train LeNet-5 and ResNet-20 on all of Fashion-MNIST, ideally and on crossbars; record accuracies. Writes fashion_mnist.png.
 
-Each training is one of `gpuxbar train` with its own settings, in a folder under runs/, and a line of the record; those that are
-there already are not made again, and one that is interrupted goes on where it stopped. `--readme` puts the table between the
-markers of a README.
+Each training is one of `gpuxbar train` with its own settings, in a folder under runs/ that names the commit, and a line of the
+record; those that are there already are not made again, and one that is interrupted goes on where it stopped. `--readme` puts the
+table between the markers of a README.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.progress import Progress
 
-from gpuxbar.bench.record import markdown, put_table
+from gpuxbar.bench.record import environment, markdown, put_table
 from gpuxbar.bench.study import Study, choose, count_from
 from gpuxbar.experiments import Run, train
 from gpuxbar.experiments.data import load_data
@@ -45,14 +45,17 @@ def curve(study, data, network, way, seed, epochs):
         "batch": BATCH, "epochs": epochs, "seed": seed,
     }  # fmt: skip
 
+    commit = environment(ROOT)["commit"]
+    folder = Path("runs") / f"{data.name.replace(':', '-')}-{network}-{mode}-{preset}-{seed}-{commit}"
+    begun = folder.exists()
+
     def learn(advance):
-        folder = Path("runs") / f"{data.name.replace(':', '-')}-{network}-{mode}-{preset}-{seed}"
         run = Run(
-            folder, spec, (mode,), epochs, BATCH, seed=seed, resume=folder.exists(), data=data.name, network=network
+            folder, spec, (mode,), epochs, BATCH, seed=seed, resume=begun, data=data.name, network=network
         )  # fmt: skip
         return [record["accuracy"] for record in train(run, data)[:epochs]]  # of a folder that may have more
 
-    return study.curve(key, way, epochs, learn)
+    return study.curve(key, way, epochs, learn, begun)
 
 
 def curves(study, data, network, chosen):

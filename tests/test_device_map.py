@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -314,6 +316,68 @@ def test_programmed_layers_read_and_age_measured_conductances(scheme):
     loaded = AnalogLinear(5, 4, spec=spec, bias=False)
     loaded.load_state_dict(model.state_dict())
     assert torch.equal(loaded(torch.eye(5)), model(torch.eye(5)))
+
+
+def test_measured_devices_have_the_1_f_noise_of_the_model_later_alone():
+    spec = CrossbarSpec.model_validate(
+        {"device": WINDOW, "mapping": {"w_max": 2.0}, "drift": {"flicker": 0.1}}
+    )
+    model, g = AnalogLinear(5, 4, spec=spec, bias=False), measured_conductances(2, 5, 4)
+    gx.program(model)
+    model.set_conductances(g)
+    for restored in (model, copy.deepcopy(model), AnalogLinear(5, 4, spec=spec, bias=False)):
+        restored.load_state_dict(model.state_dict())
+        np.testing.assert_allclose(restored(torch.eye(5)).detach().T, pair_weights(g), atol=1e-5)
+    gx.age(model, "1h")
+    off = model(torch.eye(5)).detach().numpy().T - pair_weights(g)
+    assert np.abs(off).mean() > 0.1
+    gx.age(model, 0)
+    np.testing.assert_allclose(model(torch.eye(5)).detach().T, pair_weights(g), atol=1e-5)
+    gx.program(model)  # what is written has it from the beginning
+    gx.age(model, 0)
+    off = model(torch.eye(5)).detach().T - model.weight.detach()
+    assert off.abs().mean() > 0.1
+
+
+def test_a_backward_pass_reads_what_was_measured_before():
+    spec = CrossbarSpec.model_validate({"device": WINDOW, "mapping": {"scheme": "offset"}})
+    model, g = AnalogLinear(5, 4, spec=spec, bias=False), measured_conductances(1, 6, 5)
+    g[:, 5] = g[:, :, 4] = 0.4 * G_MAX
+    x = torch.eye(5).requires_grad_()
+    gx.program(model)
+    model.set_conductances(g)
+    y = model(x)
+    model.set_conductances(0.5 * g)
+    y.sum().backward()
+    np.testing.assert_allclose(x.grad[0], y.detach().sum(1), rtol=1e-5, atol=1e-6)
+
+
+def test_measured_devices_of_a_layer_of_zeros_carry_currents_to_calibrate_by():
+    adc = {"adc": {"bits": 8}, "mapping": {"w_max": 2.0}}
+    model = AnalogLinear(5, 4, spec=CrossbarSpec.model_validate({"device": WINDOW} | adc), bias=False)
+    torch.nn.init.zeros_(model.weight)
+    gx.program(model)
+    with pytest.warns(RuntimeWarning, match="got none of linear forwards"):
+        gx.calibrate(model, [torch.eye(5)])
+    model.set_conductances(measured_conductances(2, 5, 4))
+    gx.calibrate(model, [torch.eye(5)])
+    assert model.adc_range < 0.5 * model.converters()[0].worst
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, "g", [[1.0], [1.0, 2.0]], np.ones((2, 5, 4), complex), torch.ones(2, 5, 4, device="meta"), torch.ones(2, 5, 4).to_sparse()],
+    ids=["none", "text", "ragged", "complex", "meta", "sparse"],
+)  # fmt: skip
+def test_what_is_no_array_of_real_numbers_was_not_measured(wrong):
+    model = layer()
+    gx.program(model)
+    said = r"must be a NumPy array or a dense tensor of real numbers, got .*; convert it"
+    with pytest.raises(TypeError, match=rf"linear: `g` {said}"):
+        model.set_conductances(wrong)
+    if wrong is not None:  # which takes a map away
+        with pytest.raises(TypeError, match=rf"linear: `devices` {said}"):
+            model.set_device_map(wrong)
 
 
 def test_measured_conductances_that_no_layer_holds_are_refused():

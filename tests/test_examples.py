@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import gpuxbar as gx
+from gpuxbar.bench import record
 from gpuxbar.bench.study import Study, learn
 from gpuxbar.experiments.data import load_data
 from gpuxbar.launch import set_threads
@@ -150,6 +151,18 @@ def test_a_training_of_fewer_epochs_than_its_folder_has_is_of_these_alone(in_tmp
     long, short = (curve(study, few, "cnn", "ideal", 0, epochs) for epochs in (3, 2))
     assert len(long) == 3
     assert short == long[:2]
+    assert ["seconds" in row for row in study.rows] == [True, False]
+
+
+def test_a_training_of_another_commit_is_made_anew(in_tmp, monkeypatch):
+    curve = runpy.run_path(str(ROOT / "examples/fashion_mnist.py"))["curve"]
+    digits = load_data("digits")
+    few = replace(digits, x=digits.x[:64], t=digits.t[:64])
+    for commit in ("0123", "4567"):
+        monkeypatch.setattr(record, "_commit", lambda root, commit=commit: commit)
+        study = Study(in_tmp / f"{commit}.jsonl", ROOT, Progress())
+        curve(study, few, "cnn", "ideal", 0, 1)
+        assert [(row["commit"], "seconds" in row) for row in study.rows] == [(commit, True)]
 
 
 @pytest.mark.parametrize("name", ["against_aihwkit", "published"])

@@ -64,15 +64,28 @@ def test_telemetry_tells_what_became_of_the_arrays():
 CONVERTED = {"dac": {"bits": 8}, "adc": {"bits": 8, "range": "worst_case"}}
 SOFT = {"update": {"law": "soft_bounds"}}
 SLICED = {"mapping": {"slices": 4, "slice_bits": 2}}
+NOISE = {"read_noise": {"sigma_g": 1e-8}}
+WIRED = {"parasitics": {"r_wordline": 1.0}}
+ANCHORED = {"parasitics": {"r_wordline": 1.0, "anchor": "ladder"}}
 BYTES = {
     "merged": ({}, None, 4),
     "subtracted": (CONVERTED | {"mapping": {"scheme": "subtracted"}}, None, 4),
     "differential": (CONVERTED, None, 8),
     "slices": (CONVERTED | SLICED, None, 32),
-    "wires": ({"parasitics": {"r_wordline": 1.0}}, None, 12),
-    "anchored": ({"parasitics": {"r_wordline": 1.0, "anchor": "ladder"}}, None, 28),
-    "sliced-wires": (SLICED | {"parasitics": {"r_wordline": 1.0}}, None, 36),
-    "sliced-anchored": (SLICED | {"parasitics": {"r_wordline": 1.0, "anchor": "ladder"}}, None, 100),
+    "noise": (CONVERTED | NOISE, None, 16),
+    "wires": (WIRED, None, 12),
+    "wires-noise": (WIRED | NOISE, None, 20),
+    "differential-wires": (CONVERTED | WIRED, None, 16),
+    "anchored": (ANCHORED, None, 28),
+    "sliced-wires": (SLICED | WIRED, None, 36),
+    "sliced-anchored": (SLICED | ANCHORED, None, 100),
+    "programmed": ({}, gx.program, 16),
+    "programmed-differential": (CONVERTED, gx.program, 24),
+    "programmed-noise": (CONVERTED | NOISE, gx.program, 40),
+    "programmed-wires": (WIRED, gx.program, 28),
+    "programmed-wires-noise": (WIRED | NOISE, gx.program, 44),
+    "programmed-differential-wires": (CONVERTED | WIRED, gx.program, 32),
+    "programmed-sliced-anchored": (SLICED | ANCHORED, gx.program, 164),
     "in-situ": (SOFT, "sgd", 12),
     "in-situ-slices": (SOFT | SLICED | {"carry": {}}, "sgd", 36),
     "mixed-precision": (SOFT, "mixed-precision", 16),
@@ -84,11 +97,13 @@ BYTES = {
 
 @pytest.mark.parametrize("name", BYTES)
 def test_arrays_take_the_memory_that_the_readme_tells(name):
-    settings, algorithm, wanted = BYTES[name]
+    settings, act, wanted = BYTES[name]
     model, _ = gx.convert(nn.Sequential(nn.Linear(256, 128, bias=False)), gx.CrossbarSpec(**settings))
     held = [model]
-    if algorithm:
-        held += gx.optim.build_optimizer(algorithm, model, lr=0.1).parts.values()
+    if isinstance(act, str):
+        held += gx.optim.build_optimizer(act, model, lr=0.1).parts.values()
+    elif act:
+        act(model)
     model(torch.ones(1, 256))
     tensors = [t for part in held for t in (*part.buffers(), *part.parameters())]
     beside = sum(t.numel() * t.element_size() for t in tensors) - 4 * 256 * 128

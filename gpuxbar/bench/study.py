@@ -35,22 +35,33 @@ class Study:
         self.kept, self.rows = lines_of(path), list[dict[str, Any]]()
 
     def curve(
-        self, key: dict[str, Any], label: str, total: int, run: Callable[[Callable[[int], None]], list[float]]
+        self,
+        key: dict[str, Any],
+        label: str,
+        total: int,
+        run: Callable[[Callable[[int], None]], list[float]],
+        begun: bool = False,
     ) -> list[float]:
         """Accuracies of the training that `key` describes, which `run` makes where no line has it.
 
-        `run` takes what counts its images, of which there are `total` in all.
+        `run` takes what counts its images, of which there are `total` in all. Where it goes on with a training that has `begun`
+        before, the line does not tell how long that took.
         """
         row = next((row for row in self.kept if row["training"] == key), None)
         if row is None:
-            row = self._made(key, label, total, run)
+            row = self._made(key, label, total, run, begun)
         if row not in self.rows:
             self.rows.append(row)
         curve: list[float] = row["curve"]
         return curve
 
     def _made(
-        self, key: dict[str, Any], label: str, total: int, run: Callable[[Callable[[int], None]], list[float]]
+        self,
+        key: dict[str, Any],
+        label: str,
+        total: int,
+        run: Callable[[Callable[[int], None]], list[float]],
+        begun: bool,
     ) -> dict[str, Any]:
         """The line of a training, written to the file."""
         bar = self.progress.add_task(label, total=total)
@@ -58,7 +69,7 @@ class Study:
         curve = run(lambda count: self.progress.advance(bar, count))
         taken = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - of_processors}
         self.progress.remove_task(bar)
-        row = {"training": key, "curve": curve, **taken, **environment(self.root)}
+        row = {"training": key, "curve": curve, **({} if begun else taken), **environment(self.root)}
         append(self.path, row)
         self.kept.append(row)
         return row

@@ -44,12 +44,12 @@ def calibrate(
         if step.bit_count() < 2:  # of `step` steps so far
             gx.calibrate(model, [(x, target)], loss=loss)
 
-    In training, layers look at their 64th, 128th, 256th, ... read since, and warn where more than a fifth of the conversions clip
+    In training, layers look at their 64th, 128th, 256th, ... read, and warn where more than a fifth of the conversions clip
     beyond what the percentile leaves outside; not in compiled or captured graphs, nor within an LSTM's steps that run at once.
     `conversion_errors` tells what clips in each layer.
 
     Args:
-        model: A converted model; its weights, statistics, gradients and random numbers stay as they are.
+        model: A converted model, compiled or not; its weights, statistics, gradients and random numbers stay as they are.
         loader: Batches, or (batch, target) pairs.
         batches: How many of them to use, at least 1.
         loss: Called as loss(output, target) for the gradients; None: a fixed random gradient of the output.
@@ -59,7 +59,8 @@ def calibrate(
             in training alone.
 
     Raises:
-        TypeError: `model` is no module, `loader` is a tensor or one batch with its target, or a batch is not of these forms.
+        TypeError: `model` is no module, `loader` is one batch, as a tensor, a dict or a pair with its target, or a batch is not of
+            these forms.
         ValueError: The model has no crossbar layers, `batches` is below 1, `loader` gave no batch, a learned DAC range is to begin
             on inputs of zeros, both `loss` and `step` are given, the model is sharded, a batch norm with the statistics that it
             began with gets one value a channel, or the model computes with the weight of a layer that it does not call, as some

@@ -187,7 +187,7 @@ class InSitu(Programmed):
         assert law is not None
         planes = 2 * self.spec.mapping.slices
         shape = (len(ops.spread_names(law)), planes, self.groups_ * self.inputs, self.outputs)
-        found = None if devices is None else torch.as_tensor(devices)
+        found = None if devices is None else self._tensor_of("devices", devices)
         if found is not None and (found.dtype != torch.float16 or found.shape != shape):
             raise ValueError(
                 f"{self.name}: `devices` must be float16 {shape} for this layer and its law, got {found.dtype} "
@@ -199,8 +199,8 @@ class InSitu(Programmed):
     def set_conductances(self, g: Any) -> None:
         """Read measured devices from now on, in place of those that were written.
 
-        Cells trained in situ go on from them, and the weight becomes what they read. A layer that `gpuxbar.program` has written has
-        them at age 0, and its weight stays. A pair weighs (g_pos - g_neg) / (g_max - g_min) of `w_max`, in situ, or of
+        Cells trained in situ go on from them, and the weight becomes what they read. A layer that `gpuxbar.program` has written reads
+        them as they are at age 0, and its weight stays; drift and 1/f noise of `spec.drift` come later. A pair weighs (g_pos - g_neg) / (g_max - g_min) of `w_max`, in situ, or of
         `w_programmed`; `mapping.w_max` sets both. ADC ranges stay: calibrate anew where currents are others.
 
         Args:
@@ -210,6 +210,7 @@ class InSitu(Programmed):
                 tile. They may lie outside the window, but not below 0.
 
         Raises:
+            TypeError: `g` is no array of real numbers.
             ValueError: The layer reads its weight, is trained in situ and programmed, or has a precision of "int8"; its levels fit
                 an ADC's steps, so that none is computed; its weight is computed of other parameters; `g` has another shape, is
                 below 0, above 10 times `device.g_max` or not finite, or overflows "fp16" or "fp16x2".
@@ -233,7 +234,7 @@ class InSitu(Programmed):
                 f"{self.name}: `programming.write_noise` must be above 0 S for measured conductances, got 0 and an ADC whose steps levels "
                 "fit, so that none is computed; give some before gpuxbar.convert, as devices between levels have"
             )
-        found = torch.as_tensor(g, device=here.device).to(torch.float32)
+        found = self._tensor_of("g", g).to(here.device, torch.float32)
         if found.shape != here.shape:
             raise ValueError(
                 f"{self.name}: `g` must be {tuple(here.shape)} for this layer, got {tuple(found.shape)}; give all planes, positive devices "
@@ -254,12 +255,28 @@ class InSitu(Programmed):
             )
         here.copy_(found)
         if not self.in_situ:
+            assert self.measured is not None
+            self.measured.fill_(True)
             self.look_after(0.0)
             return
         if self.g_held is not None:
             self.g_held.copy_(found)
         self.restart_wires()
         self._move(torch.zeros_like(self.weight))
+
+    def _tensor_of(self, argument: str, values: Any) -> Tensor:
+        """A tensor of measured values."""
+        try:
+            found = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):  # of text, say, or rows of several lengths
+            got = type(values).__name__
+        else:
+            if found.layout is torch.strided and not (found.is_complex() or found.is_meta):
+                return found
+            got = f"one of {found.dtype}, {found.layout}, on {found.device}"
+        raise TypeError(
+            f"{self.name}: `{argument}` must be a NumPy array or a dense tensor of real numbers, got {got}; convert it"
+        )
 
     def worn(self) -> float:
         """Share of the layer's devices that have failed."""
@@ -317,9 +334,10 @@ class InSitu(Programmed):
 
     def holds_weights(self) -> Tensor:
         """Whether the layer holds other weights than zeros, bool []: in situ, other cells than zeros were written to at first, with
-        their noise, since the weight is what these read."""
+        their noise, since the weight is what these read. Measured devices, which no weight tells of, do."""
         if self.g_cells is None or self.update_step is None:
-            return self.weight.detach().any()
+            written = self.weight.detach().any()
+            return written if self.measured is None else written | self.measured.any()
         zeros = self.g_cells.new_zeros(self.groups_, self.outputs, self.inputs)
         moved = self.g_cells - self._pairs_of(zeros, torch.zeros_like(self.update_step))
         return moved.abs().amax() > ROUNDING * torch.finfo(torch.float32).eps * self.spec.device.g_max

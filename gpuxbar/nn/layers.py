@@ -161,7 +161,7 @@ class AnalogLayer(InSitu):
         # the weight that the cells are of, held so that no other takes its place in memory
         self._cells_of: Tensor | None = None
         self._setup_packing(device)
-        # of training with the ranges of now; in a list, for nn.Module sets attributes slowly
+        # of training; in a list, for nn.Module sets attributes slowly
         self._reads = [0]
         self.look_at_ranges()
         self.setup_programmed()
@@ -261,7 +261,6 @@ class AnalogLayer(InSitu):
             )
         self.dac_begun = not learned or _is_set(self.dac_max.abs())
         self.calibrated, self.back_calibrated = ready[0] and self.dac_begun, ready[1]
-        self._reads[0] = 0
 
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
@@ -642,7 +641,8 @@ class AnalogLayer(InSitu):
         return y
 
     def _looks_at_clipping(self) -> bool:
-        """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training with the ranges of a calibration."""
+        """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training. Ranges that follow after 64, 128, 256,
+        ... steps do so behind it."""
         if not (self.training and torch.is_grad_enabled()):
             return False
         self._reads[0] += 1

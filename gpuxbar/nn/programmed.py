@@ -23,6 +23,7 @@ HELD = (
     "w_programmed",
     "written_as",
     "device_seed",
+    "measured",
     "age",
     "gain",
     "ageings",
@@ -68,6 +69,7 @@ class Programmed(Wires):
     `w_programmed`: weight of a full pair, float32 [G * O].
     `written_as`: the settings by which they hold weights, float32 [5]: window of a device, S, bits of a slice and of its room for
     carries (0 without), and place of the line order among those known (0 where all are one). A checkpoint of others is refused.
+    `measured`: whether they were measured in the place of what was written, bool [1]; at age 0 such are read as they are.
     `age`: time since, s, float32 [1]; `ageings`: how often the devices were looked at, int64 [1].
     `gain`: factor that compensates for drift, float32 [1]; 1 without compensation.
     `device_seed`: the seed of the layer that was programmed, int64 [1]; its devices age alike in a layer of another seed or name.
@@ -85,6 +87,7 @@ class Programmed(Wires):
     ageings: Tensor | None
     written_as: Tensor | None
     device_seed: Tensor | None
+    measured: Tensor | None
     aged: Tensor | None
     aged_variance: Tensor | None
 
@@ -133,6 +136,7 @@ class Programmed(Wires):
         self.g_programmed, self.w_programmed = g, w_max
         self.written_as = self._written_as().to(g.device)
         self.device_seed = torch.tensor([seed], device=g.device)
+        self.measured = torch.zeros(1, dtype=torch.bool, device=g.device)
         self.age = torch.zeros(1, dtype=torch.float32, device=g.device)
         self.gain = torch.ones(1, dtype=torch.float32, device=g.device)
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
@@ -173,9 +177,13 @@ class Programmed(Wires):
     def _make_aged(self) -> None:
         assert self.g_programmed is not None
         assert self.device_seed is not None
+        assert self.measured is not None
         assert self.age is not None
-        step, seed = int(self.write_step.item()), int(self.device_seed.item())
-        devices = drift(self.g_programmed, self.age.item(), step, self.static[1], seed)
+        step, seed, age = int(self.write_step.item()), int(self.device_seed.item()), self.age.item()
+        if self.measured.item() and age == 0:  # with the 1/f noise of that moment
+            devices = self.g_programmed.clone()
+        else:
+            devices = drift(self.g_programmed, age, step, self.static[1], seed)
         variance = self.device_variance(devices)
         if self.seen is None and self.planes.merge != "offset":
             base = 2 ** (self.spec.mapping.slice_bits or 0)
@@ -220,6 +228,7 @@ class Programmed(Wires):
             self._require_written_as(saved["written_as"])
         if saved and not self.programmed:
             self.device_seed = torch.tensor([self.plan.seed], device=self.weight.device)
+            self.measured = torch.zeros(1, dtype=torch.bool, device=self.weight.device)
             for name, value in saved.items():
                 setattr(self, name, torch.empty_like(value, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *more)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from math import ceil, prod
 from numbers import Integral
 from typing import Any, NamedTuple, TypeGuard
@@ -60,6 +62,7 @@ class TileSums(NamedTuple):
     variance: Tensor | float
 
 
+@torch.inference_mode(False)  # where no gradients are
 def watch(
     op: str,
     model: nn.Module,
@@ -105,15 +108,13 @@ def watch(
         if isinstance(norm, _BatchNorm):
             hooks.append(norm.register_forward_pre_hook(partial(_require_several, f"{op}: {name}")))
     try:
-        for index, batch in enumerate(loader):
-            if index == batches:
-                break
+        for batch in islice(loader, batches):
             followed: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
             with torch.enable_grad():
                 if step is not None:
                     y = step(batch)
                 else:
-                    x, target = _pair(op, batch)
+                    x, target = (_of_autograd(part) for part in _pair(op, batch))
                     if x.is_floating_point():  # so that gradients reach the layers of a frozen model too
                         followed.append(x.detach().requires_grad_())
                         x = followed[-1].clone()  # which the model may change in place
@@ -156,6 +157,8 @@ def require_batches(op: str, loader: Any, batches: Any, loss: object, step: obje
         raise TypeError(f"{op}: `loader` must give batches, got {type(loader).__name__}; pass a list of them")
     if loss is not None and step is not None:
         raise ValueError(f"{op}: `loss` must be None with `step`, got both; let `step` return the loss")
+    if isinstance(loader, Mapping):
+        raise TypeError(f"{op}: `loader` must give batches, got one: a {type(loader).__name__}; pass [batch]")
     if isinstance(loader, Tensor):
         raise TypeError(
             f"{op}: `loader` must give batches, got a tensor of shape {tuple(loader.shape)}; pass [tensor], or tensor.split(...)"
@@ -181,8 +184,9 @@ def _is_batch(loader: Any) -> TypeGuard[Sequence[Tensor]]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model evaluates, by reads counted from 0, so that their noise is the same whatever was evaluated before; afterwards modes are
-    what they were, and buffers but for what reads found of the weights."""
+    """The model evaluates, as it is without `torch.compile`, whose graphs have no place for looks, by reads counted from 0, so that
+    their noise is the same whatever was evaluated before; afterwards modes are what they were, and buffers but for what reads found
+    of the weights."""
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     modes = {module: module.training for module in model.modules()}
     buffers = {
@@ -196,7 +200,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.eval_step.zero_()
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         for layer in layers:
             layer.streams.pairs = pairs[layer]
@@ -204,6 +209,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Runs what `torch.compile` made as it was before. What it is part of takes seconds to import, as it has where there is such."""
+    compiling = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
 
 def _knows_no_data(module: nn.Module) -> bool:
@@ -214,6 +225,7 @@ def _knows_no_data(module: nn.Module) -> bool:
         and not isinstance(module, nn.SyncBatchNorm)
         and module.running_mean is not None
         and module.running_var is not None
+        and not module.running_mean.is_meta
         and bool((module.running_mean == 0).all() & (module.running_var == 1).all())
     )
 
@@ -275,7 +287,8 @@ def _by_group(layer: AnalogLayer, part: Tensor, transposed: bool) -> Tensor:
 
 
 def _products(volts: Tensor, g: Tensor) -> Tensor:
-    return torch.einsum("pbgr,sgro->psbgo", volts, g).flatten(3)
+    with torch._C._DisableAutocast():
+        return torch.einsum("pbgr,sgro->psbgo", volts, g).flatten(3)
 
 
 def passes(codes: Tensor, read: Read) -> list[Tensor]:
@@ -351,6 +364,11 @@ def _pair(op: str, batch: Any) -> tuple[Tensor, Any]:
             "step=lambda batch: ..., which runs the model on it"
         )
     return x, target
+
+
+def _of_autograd(part: Any) -> Any:
+    """What a batch was made of, for gradients, which those made in inference mode have not."""
+    return part.clone() if isinstance(part, Tensor) and part.is_inference() else part
 
 
 def _scalar(op: str, y: Any) -> Tensor:

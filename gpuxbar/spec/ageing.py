@@ -28,7 +28,8 @@ class Drift(Part):
     `law`: "power"; see `MeasuredDrift` for another.
     `t_0`: s after programming at which conductances are what was programmed. `t_read`: duration of a read, s.
     `flicker`: relative fluctuation of a device at `g_max` in units of the root of the accumulated 1/f spectrum. It is
-    slow against a read, so it is drawn once for an age, and is there at age 0 too; `read_noise` is the fast part.
+    slow against a read, so it is drawn once for an age, and is there at age 0 too, but for measured devices
+    (`layer.set_conductances`), which have their own; `read_noise` is the fast part.
     Exponents are drawn at every programming. The published fit of nu takes r of the conductance aimed at, which differs
     by the noise of the write; devices trained in situ have no other than the one they hold.
 
