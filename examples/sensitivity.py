@@ -43,6 +43,10 @@ def without_wires(steep):
     return {"device": {"v_sinh": 0.2 / steep if steep else None}, "parasitics": ohmless}
 
 
+def read_noise(percent):
+    return {"read_noise": {"sigma": percent * 0.2 * 1e-5 / 100}}
+
+
 def window(g_min, g_max):
     return {"device": {"g_min": g_min, "g_max": g_max}}
 
@@ -58,9 +62,10 @@ AXES = {
     ),
     "ADC, bits": ((7, 8, 9, 10, 12), lambda bits: {"adc": {"bits": bits}}),
     "DAC, bits": ((3, 4, 5, 6, 8), lambda bits: {"dac": {"bits": bits}}),
-    "read noise, % of a device's full current": (
+    "read noise, % of a device's full current": ((0, 1, 3, 10, 30), read_noise),
+    "the same, gradients ranged by image": (
         (0, 1, 3, 10, 30),
-        lambda percent: {"read_noise": {"sigma": percent * 0.2 * 1e-5 / 100}},
+        lambda percent: {**read_noise(percent), "backward": {"dac": {"bits": 8, "range": "sample"}}},
     ),
     "spread of DAC gains, %": ((0, 1, 3, 10, 30), lambda percent: {"dac": {"gain_std": percent / 100}}),
     "DAC offsets, % of the read voltage": (

@@ -130,6 +130,26 @@ def test_errors_of_a_transposed_read_are_those_of_the_gradient(backward, largest
     assert rows[1].largest == largest
 
 
+@pytest.mark.parametrize("shape", ["linear", "conv"])
+def test_noise_follows_the_gradients_of_each_sample_where_that_ranges_its_own(shape):
+    """Else those of the largest: by how much more is a matter of these alone."""
+    x = torch.zeros(50, 40) if shape == "linear" else torch.zeros(50, 4, 9, 9)
+    noise, largest = {}, torch.logspace(-2, 0, 50)
+    for kind in ("tensor", "sample"):
+        spec = settings(
+            FORMS["subtracted"], {"dac": {"bits": 8, "range": kind}, "read_noise": {"sigma": 1e-7}}
+        )
+        layer = layer_of(shape, spec)
+        grad = torch.randn(layer(x).shape, generator=torch.Generator().manual_seed(0))
+        tops = grad.abs().flatten(1).amax(1)
+        grad *= (largest / tops).view(-1, *[1] * (grad.dim() - 1))
+        rows = gx.conversion_errors(layer, [x], loss=lambda y, _, grad=grad: (y * grad).sum()).reads
+        noise[kind] = rows[1].noise
+        assert rows[1].largest == "noise"
+    expected = (len(x) / largest.square().sum()).sqrt().item()
+    assert noise["tensor"] / noise["sample"] == pytest.approx(expected, rel=0.02)
+
+
 @pytest.mark.parametrize("form", ["subtracted", "differential"])
 def test_conversions_that_clip_are_those_that_gradients_do_not_pass(form):
     """By the gate of the kernels: of planes and passes of one weight, its mean is the share of conversions inside the range."""

@@ -113,6 +113,9 @@ def conversion_errors(
     `gpuxbar.calibrate` does, and their errors computed beside the read, in float32, with noise of their own draws.
     Training steps pay nothing for it.
 
+    Noise and rounding that grow backwards as a network learns are those of gradients that lie far below the largest one of their
+    batch; `spec.Backward` says how to give each sample a range of its own.
+
     Args:
         model: A converted model, calibrated; its weights, statistics, gradients and random numbers stay as they are.
         loader, batches, loss, step: As of `gpuxbar.calibrate`; a step that returns an output without gradient leaves transposed

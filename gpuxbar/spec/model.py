@@ -429,6 +429,9 @@ class Backward(Part):
     `mode`: "analog" (the same array read backwards, with converters of its own) or "ideal" (the exact product
     with the programmed conductances). `dac`, `adc`: settings of that read; `None`: those of the forward read
     (inputs signed, since gradients are). A fixed DAC range is that of the gradient of the output whose weights are largest.
+    A range of "tensor", which one that is fixed, learned or a running mean forwards becomes here, is set by the largest gradient
+    of a batch: once most samples are learnt, those of the others lie in the read noise and between the steps of the converters.
+    With "sample" each image or row has its own, for the same work: {"dac": {"bits": 8, "range": "sample"}}.
     """
 
     mode: Literal["analog", "ideal"] = "analog"
