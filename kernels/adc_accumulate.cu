@@ -201,6 +201,9 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #if IMAGES
   // through shared memory, so that a warp writes consecutive pixels of one channel
   __shared__ float turned[8 * WIDTH][33];
+  const int r = blockIdx.y * 32 + (threadIdx.x & 31);
+  const i64 at = y_row0 + r, image = at / pixels;
+  const i64 to = (image * outputs + blockIdx.x * 8 * WIDTH) * pixels + (at - image * pixels);
   for (int which = 0; which < (GATE ? 2 : 1); ++which) {
     float* const images = which ? gate : y;
     __syncthreads();
@@ -208,13 +211,9 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
     for (int j = 0; j < WIDTH; ++j)
       turned[(threadIdx.x & 7) * WIDTH + j][threadIdx.x >> 3] = which ? inside[j] : total[j];
     __syncthreads();
-    const int r = blockIdx.y * 32 + (threadIdx.x & 31);
-    for (int i = threadIdx.x >> 5; i < 8 * WIDTH; i += 8) {
-      const int c = blockIdx.x * 8 * WIDTH + i;
-      if (r >= rows || c >= outputs) continue;
-      const i64 at = y_row0 + r;
-      images[(at / pixels * outputs + c) * pixels + at % pixels] = turned[i][threadIdx.x & 31];
-    }
+    if (r >= rows) continue;
+    for (int i = threadIdx.x >> 5; i < 8 * WIDTH; i += 8)
+      if (blockIdx.x * 8 * WIDTH + i < outputs) images[to + (i64)i * pixels] = turned[i][threadIdx.x & 31];
   }
 #else
   if (active) {

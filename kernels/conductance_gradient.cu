@@ -40,18 +40,28 @@ extern "C" __global__ void __launch_bounds__(256) conductance_gradient_parts(
   const int ports = 2 * (block_rows + block_cols), rest = ports - (along_rows ? block_rows : block_cols);
   const int rows = along_rows ? block_rows : 2 * block_rows, cols = along_rows ? 2 * block_cols : block_cols;
   const int wide = 2 * (rows + cols), others = wide - (next_along_rows ? rows : cols);
-  const i64 stride = (i64)gridDim.x * blockDim.x;
-  for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < size; e += stride) {
-    const i64 pair = e / ((i64)wide * wide);
-    const int row = (int)(e / wide % wide), col = (int)(e % wide);
-    const bool unwritten = row >= others && col < others;
-    const float value = unwritten ? whole[(pair * wide + col) * wide + row] : whole[e];
-    const Place i = source_of(row, rows, cols, next_along_rows, pair & alternate, along_rows);
-    const Place j = source_of(col, rows, cols, next_along_rows, pair & alternate, along_rows);
-    if (i.block == j.block)
-      parts[((2 * pair + i.block) * ports + i.at) * ports + j.at] = value;
-    else
-      cross[((2 * pair + i.block) * rest + i.at) * rest + j.at] = value;
+  const int x = threadIdx.x & 31, y = threadIdx.x >> 5, across = wide / 32;
+  const int squares = (int)(size / ((i64)wide * wide)) * across * across;
+  __shared__ Place of_rows[32];
+  for (int at = blockIdx.x; at < squares; at += gridDim.x) {
+    const int strip = at / across, pair = strip / across;
+    const int row0 = (strip - pair * across) * 32, col = (at - strip * across) * 32 + x;
+    const bool second = (pair & alternate) != 0;
+    if (y == 0) of_rows[x] = source_of(row0 + x, rows, cols, next_along_rows, second, along_rows);
+    const Place j = source_of(col, rows, cols, next_along_rows, second, along_rows);
+    __syncthreads();
+#pragma unroll
+    for (int step = y; step < y + 32; step += 8) {
+      const Place i = of_rows[step];
+      const int row = row0 + step;
+      const bool unwritten = row >= others && col < others;
+      const float value = whole[((i64)pair * wide + (unwritten ? col : row)) * wide + (unwritten ? row : col)];
+      if (i.block == j.block)
+        parts[((2 * (i64)pair + i.block) * ports + i.at) * ports + j.at] = value;
+      else
+        cross[((2 * (i64)pair + i.block) * rest + i.at) * rest + j.at] = value;
+    }
+    __syncthreads();
   }
 }
 

@@ -109,10 +109,12 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const u32 when = (u32)(step ? *step : step_value);
     const i64 row = (i64)group * inputs + i0 + line;
     const float inverse_range = 1.0f / range;
-    const float* const top = w_max + (i64)group * outputs + o0 + quad;
-    float change[4], weight[4] = {};
+    const bool whole =
+        count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)g_held | (u64)digits | (u64)w_max) & 15) == 0;
+    float top[4], change[4], weight[4] = {};
+    load(w_max + (i64)group * outputs + o0 + quad, top, count, whole, 1.0f);
+#pragma unroll
     for (int q = 0; q < 4; ++q) change[q] = !DIGITS && q < count ? block[line][quad + q] * (factor / top[q]) : 0.0f;
-    const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)g_held | (u64)digits) & 15) == 0;
     const i32 pairs = SLICED ? slices.count : 1;
     const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
     for (i32 k = 0; k < pairs; ++k) {
@@ -161,7 +163,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         for (int q = 0; q < 4; ++q) weight[q] = fma(cell[q], side ? -share : share, weight[q]);
       }
     }
-    for (int q = 0; q < count; ++q) block[line][quad + q] = weight[q] * top[q];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) block[line][quad + q] = weight[q] * top[q];
   }
   __syncthreads();
 

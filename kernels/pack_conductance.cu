@@ -35,12 +35,13 @@ extern "C" __global__ void __launch_bounds__(256)
                      int planes, int groups, int inputs, int cols, int tiles, int tile, int k, int ld) {
   __shared__ float block[32][33];
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
-  const int n0 = blockIdx.x * 32, k0 = blockIdx.y * 32, group = blockIdx.z / tiles, t = blockIdx.z % tiles;
+  const int n0 = blockIdx.x * 32, k0 = blockIdx.y * 32, group = blockIdx.z / tiles, t = blockIdx.z - group * tiles;
   const int sense = TRANSPOSED ? inputs : cols, drive = TRANSPOSED ? cols : inputs;
 
-  for (int i = y; i < 32; i += 8) {
+#pragma unroll
+  for (int i = y; i < y + 32; i += 8) {
     const int n = n0 + (TRANSPOSED ? i : x), line = k0 + (TRANSPOSED ? x : i);
-    const int plane = n / sense, s = n % sense, d = t * tile + line;
+    const int plane = n / sense, s = n - plane * sense, d = t * tile + line;
     float value = 0.0f;
     if (plane < planes && line < tile && d < drive) {
       const i64 wordline = (i64)(plane * groups + group) * inputs + (TRANSPOSED ? s : d);
@@ -55,8 +56,11 @@ extern "C" __global__ void __launch_bounds__(256)
 
   const int n = n0 + x;
   if (n >= ld) return;
-  for (int i = y; i < 32 && k0 + i < k; i += 8) {
-    const i64 to = ((i64)blockIdx.z * k + k0 + i) * ld + n;
+  const i64 first = ((i64)blockIdx.z * k + k0) * ld + n;
+#pragma unroll
+  for (int i = y; i < y + 32; i += 8) {
+    if (k0 + i >= k) break;
+    const i64 to = first + (i64)i * ld;
 #if HALF
     const float value = block[i][x] * scale;
     const u16 high = half_bits(value);

@@ -3,7 +3,7 @@
 // Axes    P passes (streams x phases), M rows of this call, G groups, T tiles of K lines (the last padded with 0):
 //         a [P, M, G, T, K]. The source is a matrix [rows, G, drive], the images of a convolution whose
 //         patches are the rows, or the images of its output gradient.
-// Launch  a 32 x 32 block of (row, line) each, 256 threads; grid (ceil(G T K / 32), ceil(M / 32)).
+// Launch  32 rows by 128 lines a block, 256 threads; grid (ceil(G T K / 128), ceil(M / 32)).
 // Macros  CODES source int16, else float32; DAC source float32, of which codes are made on the way (CODES; CONV 0 or 2, which
 //         look at a value once); HALF operand fp16 (digits exactly), BFLOAT bf16 (digits up to 256 exactly), INT8 int8
 //         (digits up to 127, beyond which they saturate), else float32;
@@ -76,6 +76,8 @@ using Operand = float;
 GPUXBAR_FN float operand(float x) { return x; }
 #endif
 
+constexpr int LINES = 128;  // of a block
+
 extern "C" __global__ void __launch_bounds__(256)
     pack_inputs(const Source* __restrict__ v,   // the source, C-contiguous
                 Operand* __restrict__ a,        // [P, M, G, T, K]  digits (or values without a DAC)
@@ -92,129 +94,144 @@ extern "C" __global__ void __launch_bounds__(256)
                 int channels, int height, int width, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
                 int pad_w, int dilation_h, int dilation_w, int out_h, int out_w, int channel_step,
                 int position_step) {  // lines of a patch: images.cuh
-  __shared__ Value block[32][33];
+  __shared__ Value block[32][LINES + 4 / sizeof(Value)];
   const int lines = groups * tiles * k;
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
-  const int line0 = blockIdx.x * 32, first = blockIdx.y * 32;
-  // The value at a place of row or image n.
-  const auto take = [&](i64 at, i64 n) -> Value {
+  const int line0 = blockIdx.x * LINES, first = blockIdx.y * 32;
+  const int here = lines - line0 < LINES ? lines - line0 : LINES;  // lines of this block
+  // The value at a place, of one over an LSB.
+  const auto take = [&](i64 at, float per_lsb) -> Value {
 #if DAC
-    const i16 code = (i16)(i32)dac_code(v[at], 1.0f / lsb[lsb_count > 1 ? n : 0], code_min, code_max);
+    const i16 code = (i16)(i32)dac_code(v[at], per_lsb, code_min, code_max);
     if (codes) codes[at] = code;
     return code;
 #else
     return v[at];
 #endif
   };
+  // One over the LSB of row or image n, where there is one.
+  const auto per_lsb_of = [&](i64 n, bool real) { return DAC && real ? 1.0f / lsb[lsb_count > 1 ? n : 0] : 0.0f; };
 
   // The driven line of a line of a, or -1 where that is padding; its group.
   const auto driven_line = [&](int line, int& group) {
-    const int at = line % (tiles * k), d = at / k * tile + at % k;
     group = line / (tiles * k);
-    return line < lines && at % k < tile && d < drive ? d : -1;
+    const int at = line - group * (tiles * k), t = at / k, within = at - t * k, d = t * tile + within;
+    return within < tile && d < drive ? d : -1;
   };
+
+  // Of every line: where its values are, from a row's or a pixel's on; where its position lies in a patch, or far over an edge
+  // if there is no such line.
+  struct alignas(16) Line {
+    i64 offset;
+    int down, right;
+  };
+  __shared__ Line of_lines[LINES];
+  const int tall = CONV == 1 ? height : out_h, wide = CONV == 1 ? width : out_w, planes = CONV == 1 ? channels : drive;
+  if (threadIdx.x < here) {
+    int group, down = 0, right = 0;
+    const int d = driven_line(line0 + threadIdx.x, group);
+#if CONV == 1
+    const int plane = d / channel_step % channels, position = d / position_step % (kernel_h * kernel_w);
+    const int below = position / kernel_w;
+    down = below * dilation_h - pad_h, right = (position - below * kernel_w) * dilation_w - pad_w;
+#else
+    const int plane = d;
+#endif
+    const i64 from = (i64)group * planes + plane;
+    of_lines[threadIdx.x] = Line{CONV ? (from * tall + down) * wide + right : from, d < 0 ? -(1 << 30) : down, right};
+  }
+  __syncthreads();
 
   // A matrix is read along its lines, images along their pixels: both coalesce.
 #if CONV == 0
-  int group;
-  const int d = driven_line(line0 + x, group);
+  const i64 row = row0 + first + y, pitch = (i64)groups * drive, from = row * pitch;
+  float per_lsb[4];
 #pragma unroll
-  for (int i = y; i < y + 32; i += 8) {
-    const i64 row = row0 + first + i;
-    block[i][x] = d >= 0 && first + i < rows ? take((row * groups + group) * drive + d, row) : (Value)0;
+  for (int step = 0; step < 4; ++step) per_lsb[step] = per_lsb_of(row + 8 * step, first + y + 8 * step < rows);
+  for (int i = x; i < here; i += 32) {
+    const Line line = of_lines[i];
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const bool real = line.down == 0 && first + y + 8 * step < rows;
+      block[y + 8 * step][i] = real ? take(from + line.offset + 8 * step * pitch, per_lsb[step]) : (Value)0;
+    }
   }
 #else
-  const int tall = CONV == 1 ? height : out_h, wide = CONV == 1 ? width : out_w, planes = CONV == 1 ? channels : drive;
-  // Of every line: where its position lies in a patch, far over an edge if there is no such line, and in an image.
-  __shared__ int down[32], right[32];
-  __shared__ i64 offset[32];
-  if (y == 0) {
-    int group;
-    const int d = driven_line(line0 + x, group);
-#if CONV == 1
-    const int plane = d / channel_step % channels, position = d / position_step % (kernel_h * kernel_w);
-    const int below = position / kernel_w * dilation_h - pad_h;
-    right[x] = position % kernel_w * dilation_w - pad_w;
-#else
-    const int plane = d, below = 0;
-    right[x] = 0;
-#endif
-    down[x] = d < 0 ? -(1 << 30) : below;
-    offset[x] = (((i64)group * planes + plane) * tall + below) * wide + right[x];
-  }
-  __syncthreads();
   const i64 row = row0 + first + x, image = row / (out_h * out_w);
-  const int pixel = (int)(row % (out_h * out_w));
-  const int top = first + x < rows ? pixel / out_w * (CONV == 1 ? stride_h : 1) : -(1 << 30);
-  const int left = pixel % out_w * (CONV == 1 ? stride_w : 1);
-  const i64 from = ((i64)image * groups * planes * tall + top) * wide + left;
-#pragma unroll
-  for (int i = y; i < y + 32; i += 8) {
-    const bool real = (u32)(top + down[i]) < (u32)tall && (u32)(left + right[i]) < (u32)wide;
-    block[x][i] = real ? take(from + offset[i], image) : (Value)0;
+  const int pixel = (int)(row - image * (out_h * out_w)), above = pixel / out_w;
+  const int top = first + x < rows ? above * (CONV == 1 ? stride_h : 1) : -(1 << 30);
+  const int left = (pixel - above * out_w) * (CONV == 1 ? stride_w : 1);
+  const i64 from = (image * groups * planes * tall + top) * wide + left;
+  const float per_lsb = per_lsb_of(image, first + x < rows);
+#pragma unroll 4
+  for (int i = y; i < here; i += 8) {
+    const Line line = of_lines[i];
+    const bool real = (u32)(top + line.down) < (u32)tall && (u32)(left + line.right) < (u32)wide;
+    block[x][i] = real ? take(from + line.offset, per_lsb) : (Value)0;
   }
 #endif
   __syncthreads();
 
-  const int line = line0 + x;
-  if (line >= lines) return;
+  for (int part = x; part < here; part += 32) {
+    const int line = line0 + part;
 #if DRIVERS
-  int own_group;
-  const int own = driven_line(line, own_group);
-  DacError error{1.0f, 0.0f, 0.0f};
+    int own_group;
+    const int own = driven_line(line, own_group);
+    DacError error{1.0f, 0.0f, 0.0f};
 #if DRIVERS != 2
-  if (own >= 0) {
-    const i64 at = (i64)own_group * drive + own, all = (i64)groups * drive;
-    error = DacError{dac_error[at], dac_error[all + at] * per_volt, dac_error[2 * all + at]};
-  }
+    if (own >= 0) {
+      const i64 at = (i64)own_group * drive + own, all = (i64)groups * drive;
+      error = DacError{dac_error[at], dac_error[all + at] * per_volt, dac_error[2 * all + at]};
+    }
 #endif
-  // What devices see of a digit; nothing drives what is no line.
-  const auto seen = [&](float digit) {
-    const float steps = DRIVERS == 2 ? digit : dac_steps(digit, error, digit_max);
-    return DRIVERS == 1 ? steps : conducted(steps, Conduction{bend, scale});
-  };
+    // What devices see of a digit; nothing drives what is no line.
+    const auto seen = [&](float digit) {
+      const float steps = DRIVERS == 2 ? digit : dac_steps(digit, error, digit_max);
+      return DRIVERS == 1 ? steps : conducted(steps, Conduction{bend, scale});
+    };
 #else
-  const auto seen = [](float digit) { return digit; };
+    const auto seen = [](float digit) { return digit; };
 #endif
-  const int stored = PANELS ? (int)gridDim.y * 32 : rows;
-  // Where the first row of a thread lies in a, in the first pass; the rows of a block are those of one panel.
-  i64 to = PANELS ? panel_place(first + y, line, lines) : (i64)(first + y) * lines + line;
+    const int stored = PANELS ? (int)gridDim.y * 32 : rows;
+    // Where the first row of a thread lies in a, in the first pass; the rows of a block are those of one panel.
+    i64 to = PANELS ? panel_place(first + y, line, lines) : (i64)(first + y) * lines + line;
 #if INT8
-  i64 sum_at = (i64)(first + y) * groups * tiles + line0 / k;
+    i64 sum_at = (i64)(first + y) * groups * tiles + (line0 + part) / k;
 #endif
-  for (int phase = 0; phase < phases; ++phase)
-    for (int stream = 0; stream < streams; ++stream) {
+    for (int phase = 0; phase < phases; ++phase)
+      for (int stream = 0; stream < streams; ++stream) {
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const int i = y + 8 * step;
-        if (first + i >= stored) break;
-        const Value value = block[i][x];
+        for (int step = 0; step < 4; ++step) {
+          const int i = y + 8 * step;
+          if (first + i >= stored) break;
+          const Value value = block[i][part];
 #if CODES
-        const float driven = stream_bits == 0 ? (float)value
-                                              : stream_digit(value, stream * stream_bits, (1u << stream_bits) - 1,
-                                                             phases == 1  ? 0
-                                                             : phase == 0 ? 1
-                                                                          : -1);
-        const float digit = seen(INT8 ? min(max(driven, -127.0f), 127.0f) : driven);
+          const float driven = stream_bits == 0 ? (float)value
+                                                : stream_digit(value, stream * stream_bits, (1u << stream_bits) - 1,
+                                                               phases == 1  ? 0
+                                                               : phase == 0 ? 1
+                                                                            : -1);
+          const float digit = seen(INT8 ? min(max(driven, -127.0f), 127.0f) : driven);
 #else
-        const float digit = seen(value);
+          const float digit = seen(value);
 #endif
-        const i64 at = to + (i64)8 * step * (PANELS ? PANEL_LINES : lines);
-        a[at] = operand(digit);
-        if (squares) squares[at] = digit * digit;
+          const i64 at = to + (i64)8 * step * (PANELS ? PANEL_LINES : lines);
+          a[at] = operand(digit);
+          if (squares) squares[at] = digit * digit;
 #if INT8
-        if (code_sums) {  // K is a multiple of 128, so the 32 lines of a warp belong to one tile
-          i32 sum = (i32)digit;
-          for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, far);
-          if (x == 0) atomicAdd(code_sums + sum_at + (i64)8 * step * groups * tiles, sum);
+          if (code_sums) {  // K is a multiple of 128, so the 32 lines of a warp belong to one tile
+            i32 sum = (i32)digit;
+            for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, far);
+            if (x == 0) atomicAdd(code_sums + sum_at + (i64)8 * step * groups * tiles, sum);
+          }
+#endif
         }
+        to += (i64)stored * lines;
+#if INT8
+        sum_at += (i64)rows * groups * tiles;
 #endif
       }
-      to += (i64)stored * lines;
-#if INT8
-      sum_at += (i64)rows * groups * tiles;
-#endif
-    }
+  }
 }
 
 }  // namespace gpuxbar

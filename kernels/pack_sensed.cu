@@ -58,22 +58,28 @@ extern "C" __global__ void __launch_bounds__(256)
   if (version && *version != 0 && state[0] == stamp) return;
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
   const int sense = TRANSPOSED ? inputs : cols, drive = TRANSPOSED ? cols : inputs, lines = tiles * k;
-  const int across = (lines + 31) / 32, down = (stored + 31) / 32;
-  const i64 squares = (i64)planes * groups * across * down;
+  const int across = (lines + 31) / 32, down = (stored + 31) / 32, squares = planes * groups * across * down;
+  __shared__ int driven[32];  // by the lines of a square: which line of the array, or -1
 
-  for (i64 at = blockIdx.x; at < squares; at += gridDim.x) {
-    const int line0 = (int)(at % across) * 32, n0 = (int)(at / across % down) * 32;
-    const i64 array = at / across / down;  // plane * groups + group
-    for (int i = y; i < 32; i += 8) {
-      const int line = line0 + (TRANSPOSED ? x : i), n = n0 + (TRANSPOSED ? i : x), first = line / k * tile;
+  for (int at = blockIdx.x; at < squares; at += gridDim.x) {
+    const int strip = at / across, array = strip / down;  // plane * groups + group
+    const int line0 = (at - strip * across) * 32, n0 = (strip - array * down) * 32;
+    if (y == 0) {
+      const int line = line0 + x, t = line / k, first = t * tile;
 #if IMPLICIT
-      const int d = patch_line(line % k, first, positions, chunks);
+      const int d = patch_line(line - t * k, first, positions, chunks);
 #else
-      const int d = first + line % k;
+      const int d = first + line - t * k;
 #endif
+      driven[x] = line < lines && d >= first && d < first + tile && d < drive ? d : -1;
+    }
+    __syncthreads();
+    const float* const from = g + (i64)array * inputs * cols;
+#pragma unroll
+    for (int i = y; i < y + 32; i += 8) {
+      const int n = n0 + (TRANSPOSED ? i : x), d = driven[TRANSPOSED ? x : i];
       float value = 0.0f;
-      if (n < sense && line < lines && d >= first && d < first + tile && d < drive)
-        value = g[(array * inputs + (TRANSPOSED ? n : d)) * cols + (TRANSPOSED ? d : n)] - offset;
+      if (n < sense && d >= 0) value = from[(i64)(TRANSPOSED ? n : d) * cols + (TRANSPOSED ? d : n)] - offset;
       if (TRANSPOSED)
         block[i][x] = value;
       else
@@ -82,23 +88,27 @@ extern "C" __global__ void __launch_bounds__(256)
     __syncthreads();
 
     const int line = line0 + x;
-    for (int i = y; i < 32 && line < lines && n0 + i < stored; i += 8) {
+    const i64 start = (i64)array * stored * lines;
+    if (line < lines)
+#pragma unroll
+      for (int i = y; i < y + 32; i += 8) {
+        if (n0 + i >= stored) break;
 #if PANELS
-      const i64 to = array * stored * lines + panel_place(panel_row(n0 + i), line, lines);
+        const i64 to = start + panel_place(panel_row(n0 + i), line, lines);
 #else
-      const i64 to = (array * stored + n0 + i) * lines + line;
+        const i64 to = start + (i64)(n0 + i) * lines + line;
 #endif
 #if BFLOAT
-      b[to] = bfloat_bits(block[i][x] * scale * scale);
+        b[to] = bfloat_bits(block[i][x] * scale * scale);
 #elif INT8
-      b[to] = (i8)(i32)round_even(min(max(block[i][x] * scale, -128.0f), 127.0f));
+        b[to] = (i8)(i32)round_even(min(max(block[i][x] * scale, -128.0f), 127.0f));
 #else
-      const float value = block[i][x] * scale;
-      const u16 high = half_bits(value);
-      b[to] = high;
-      if (low) low[to] = half_bits(value - half_value(high));
+        const float value = block[i][x] * scale;
+        const u16 high = half_bits(value);
+        b[to] = high;
+        if (low) low[to] = half_bits(value - half_value(high));
 #endif
-    }
+      }
     __syncthreads();
   }
 

@@ -119,6 +119,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const float inverse_range = 1.0f / range;
   const bool still = law.sides == REFERENCE;  // the second side
   const i32 pairs = SLICED ? slices.count : 1;
+  const bool whole = count == 4 && (outputs & 3) == 0 && ((u64)g & 15) == 0;
   float pair[4] = {};
 #if AGGREGATED
   int raise[4] = {}, all[4] = {};
@@ -134,14 +135,17 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const u32 plane = side * (u32)pairs;
     const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
     Quad cells;
-    float x[4];
+    float x[4], cell[4];
+    load(g + first, cell, count, whole, g_min);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) x[q] = q < count ? (g[first + q] - g_min) * inverse_range : 0.0f;
+    for (int q = 0; q < 4; ++q) x[q] = (cell[q] - g_min) * inverse_range;
     const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
     if (inside) cells.make(law, map, first, count, columns, (u32)row, plane, seed, stuck_low, stuck_high);
     i32 more[4] = {};
     if (COUNTED)
-      for (int q = 0; q < count; ++q) cells.free[q] = pulse_count[first + q] < 0 ? 0.0f : cells.free[q];
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+        if (q < count && pulse_count[first + q] < 0) cells.free[q] = 0.0f;
 #if AGGREGATED
     if (inside && !(side && still)) pulse(cells, x, law, raise, all, more, columns, (u32)row, side, 0, when, seed);
 #else
@@ -168,13 +172,17 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       }
     }
     const float share = SLICED ? inverse_range * slice_weight(slices, 0) : inverse_range;
+    load(g + first, cell, count, whole, g_min);  // anew: registers are scarce
+    bool moved = false;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      float cell = q < count ? g[first + q] : g_min;            // read anew: registers are scarce
-      if (q < count && x[q] != (cell - g_min) * inverse_range)  // a cell that did not move keeps its bits
-        g[first + q] = cell = fma(x[q], range, g_min);
-      pair[q] = fma(cell, side ? -share : share, pair[q]);
+      if (q < count && x[q] != (cell[q] - g_min) * inverse_range) {  // a cell that did not move keeps its bits
+        moved = true;
+        cell[q] = fma(x[q], range, g_min);
+      }
+      pair[q] = fma(cell[q], side ? -share : share, pair[q]);
     }
+    if (moved) store(g + first, cell, count, whole);
   }
 #pragma unroll 1
   for (i32 k = 1; k < pairs; ++k)
@@ -182,7 +190,10 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     for (u32 side = 0; side < 2; ++side) {
       const i64 first = (((i64)side * pairs + k) * groups * inputs + row) * outputs + o0 + quad;
       const float share = inverse_range * slice_weight(slices, k);
-      for (int q = 0; q < count; ++q) pair[q] = fma(g[first + q], side ? -share : share, pair[q]);
+      float cell[4];
+      load(g + first, cell, count, whole, 0.0f);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) pair[q] = fma(cell[q], side ? -share : share, pair[q]);
     }
 #pragma unroll
   for (int q = 0; q < 4; ++q)

@@ -68,10 +68,11 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 
   __syncthreads();  // so that a warp writes consecutive pixels of one channel
   const int r = first + x;
-  for (int i = y0; i < 32; i += 8) {
-    const int channel = blockIdx.x * 32 + i;
-    if (r >= rows || channel >= outputs) continue;
-    const i64 at = y_row0 + r, to = (at / pixels * outputs + channel) * pixels + at % pixels;
+  if (r >= rows) return;
+  const i64 at = y_row0 + r, image = at / pixels;
+  const i64 start = (image * outputs + blockIdx.x * 32) * pixels + (at - image * pixels);
+  for (int i = y0; i < 32 && blockIdx.x * 32 + i < outputs; i += 8) {
+    const i64 to = start + (i64)i * pixels;
     y[to] = turned[0][i][x];
     if (GATE) gate[to] = turned[GATE][i][x];
   }

@@ -115,7 +115,7 @@ MUTANTS = {
     "chunk-of-halves": ("fused_tile_mvm.cu", "CHUNK * chunk", "8 * chunk"),
     "sums-start-at-zero": ("fused_tile_mvm.cu", "INT8 == 1 ? 0x4B400000 : 0;", "0;"),
     "pass-of-another": ("fused_tile_mvm.cu", "INT8 || BFLOAT ? block.pass * rows : 0", "0"),
-    "sums-in-one-tile": ("pack_inputs.cu", "groups * tiles + line0 / k", "groups * tiles"),
+    "sums-in-one-tile": ("pack_inputs.cu", "groups * tiles + (line0 + part) / k", "groups * tiles"),
 }  # fmt: skip
 
 

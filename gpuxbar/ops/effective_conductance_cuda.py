@@ -297,7 +297,7 @@ class Level:
             bool(next_along_rows),
         )  # fmt: skip
         self.device.launch(
-            CONDUCTANCE_MERGE, grid(out.q.size), (256,),
+            CONDUCTANCE_MERGE, grid(out.q.size // 16), (256,),  # four squares a block
             {"q": self.q, "cross": cross[0], "merged": out.q, "block_rows": self.rows, "block_cols": self.cols,
              "along_rows": int(self.along_rows), "next_along_rows": int(out.along_rows),
              "alternate": int(next_along_rows is not None), "size": out.q.size},

@@ -149,7 +149,7 @@ def _parts(level: Level, whole: Any, above: Level | None) -> Any:
     if above is None:
         parts[0].fill(0.0)  # between the joined side and ports without a gradient
     device.launch(
-        PARTS, grid(whole.size), (256,),
+        PARTS, grid(whole.size // 16), (256,),  # four squares a block
         {"whole": whole, "parts": parts[0], "cross": cross[0], "block_rows": level.rows, "block_cols": level.cols,
          "along_rows": int(level.along_rows), "next_along_rows": int(above is not None and above.along_rows),
          "alternate": int(above is not None), "size": whole.size},

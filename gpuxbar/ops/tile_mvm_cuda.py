@@ -264,7 +264,7 @@ def pack_inputs(
     a = device.empty((streams * phases, stored, shape.groups, shape.tiles, shape.k), dtype)
     places = dict.fromkeys(_PLACES, 1) if conv is None else _places(conv)
     device.launch(
-        PACK_INPUTS, (-(-shape.batch * shape.k // 32), -(-stored // 32)), (256,),
+        PACK_INPUTS, (-(-shape.batch * shape.k // 128), -(-stored // 32)), (256,),
         {"v": v, "a": a, "squares": squares, "code_sums": code_sums, "row0": row0, "rows": rows, "groups": shape.groups, "drive": shape.drive,
          "tiles": shape.tiles, "tile": shape.tile, "k": shape.k, "stream_bits": stream_bits,
          "streams": streams, "phases": phases, "channels": 1 if conv is None else conv.channels, **places, **(dac.arguments() if dac else NO_DAC), **_driving(s["drivers"], s["v_lsb"])},

@@ -30,6 +30,17 @@ GPUXBAR_FN void load(const float* from, float to[4], int count, bool whole, floa
   }
 }
 
+// Halves, of which all exist at a multiple of 8 bytes; zeros for the others.
+GPUXBAR_FN void load(const u16* from, u16 to[4], int count, bool whole) {
+  if (whole) {
+    const ushort4 v = *(const ushort4*)from;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) to[q] = q < count ? from[q] : (u16)0;
+  }
+}
+
 GPUXBAR_FN void store(float* to, const float from[4], int count, bool whole) {
   if (whole) {
     *(float4*)to = make_float4(from[0], from[1], from[2], from[3]);

@@ -131,6 +131,12 @@ __device__ __forceinline__ void merge_level(const float* in, float* out, float* 
   float* const x = fz + PAIRS * K * K;  // [PAIRS, K, E]
   float* const y = x + PAIRS * K * E;
   float* const w = y + PAIRS * K * E;  // negative
+  constexpr int OUT = 2 * L::ROWS + 2 * L::COLS;
+  __shared__ u16 ports[2 * OUT];  // of even pairs, then of odd ones: block + 2 at
+  for_each<2 * OUT>([=](int e) {
+    const Place place = port_of<LEVEL>(e % OUT, e / OUT, next);
+    ports[e] = (u16)(place.block + 2 * place.at);
+  });
 
   for_each<PAIRS * K * K>([=](int e) {
     const float* const q1 = in + e / (K * K) * 2 * S * S + E * S + E;
@@ -156,10 +162,10 @@ __device__ __forceinline__ void merge_level(const float* in, float* out, float* 
   });
   __syncthreads();
 
-  constexpr int OUT = 2 * L::ROWS + 2 * L::COLS;
   for_each<PAIRS * OUT * OUT>([=](int e) {
     const int pair = e / (OUT * OUT);
-    const Place i = port_of<LEVEL>(e / OUT % OUT, pair, next), j = port_of<LEVEL>(e % OUT, pair, next);
+    const u16 row = ports[(pair & 1) * OUT + e / OUT % OUT], col = ports[(pair & 1) * OUT + e % OUT];
+    const Place i{row & 1, row >> 1}, j{col & 1, col >> 1};
     const float* const q = in + 2 * pair * S * S;
     const bool same = i.block == j.block;
     const Place& from = same || i.block ? i : j;  // across, from the second block

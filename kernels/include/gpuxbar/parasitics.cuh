@@ -63,24 +63,27 @@ GPUXBAR_FN void ladder_factors(int count, float end, float segment, Cell g, Take
   }
 }
 
+// What a cell adds to the walk along its line. ADDED: to first order in the resistances.
+template <bool ADDED>
+GPUXBAR_FN float walk_back(float g, float resistance, float& beyond) {  // from the last cell to the driven end
+  beyond += g;
+  if (ADDED) return resistance * beyond;
+  const float factor = ladder_factor(resistance, beyond);
+  beyond *= factor;
+  return factor;
+}
+template <bool ADDED>
+GPUXBAR_FN float walk_on(float back, float& reach) {  // and from there on; `reach` begins as nothing lost
+  return reach = ADDED ? reach + back : reach * back;
+}
+
 // One line: `count` cells from the driven end on, `step` apart; share: of the drive, what reaches each cell.
-// ADDED: the drop at each cell instead, to first order in the resistances.
+// ADDED: the drop at each cell instead.
 template <bool ADDED>
 GPUXBAR_FN void walk(const float* g, float* share, int count, i64 step, float end, float segment) {
-  float beyond = 0.0f;
-  const auto cell = [=](int i) { return g[i * step]; };
-  if (ADDED)
-    for (int i = count - 1; i >= 0; --i) share[i * step] = (i ? segment : end) * (beyond += cell(i));
-  else
-    ladder_factors(count, end, segment, cell, [=](int i, float factor) { share[i * step] = factor; });
-  float reach = ADDED ? 0.0f : 1.0f;
-  for (int i = 0; i < count; ++i) {
-    if (ADDED)
-      reach += share[i * step];
-    else
-      reach *= share[i * step];
-    share[i * step] = reach;
-  }
+  float beyond = 0.0f, reach = ADDED ? 0.0f : 1.0f;
+  for (int i = count - 1; i >= 0; --i) share[i * step] = walk_back<ADDED>(g[i * step], i ? segment : end, beyond);
+  for (int i = 0; i < count; ++i) share[i * step] = walk_on<ADDED>(share[i * step], reach);
 }
 
 // Powers of two that bring inputs, the largest of which is given (0 or above), to 1 to 2 and back: the squares of very large

@@ -45,11 +45,12 @@ struct Quad {
   }
 
   GPUXBAR_FN void read(const UpdateLaw& s, DeviceMap map, i64 first, int count) {
+    const bool whole = count == 4 && (((u64)map.normal >> 1 | (u64)first | (u64)map.cells) & 3) == 0;
     const auto next = [&](float spread, float Spreads::* parameter) {
+      u16 bits[4] = {};
+      if (spread != 0.0f) load(map.normal + first, bits, count, whole), first += map.cells;
 #pragma unroll
-      for (int q = 0; q < 4; ++q)
-        device[q].*parameter = spread != 0.0f && q < count ? half_value(map.normal[first + q]) : 0.0f;
-      if (spread != 0.0f) map.normal += map.cells;
+      for (int q = 0; q < 4; ++q) device[q].*parameter = half_value(bits[q]);
     };
     next(s.step_spread, &Spreads::step);
     next(s.asymmetry_spread, &Spreads::asymmetry);
