@@ -8,7 +8,8 @@ from numbers import Integral, Real
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer, converted_layers, require_apart, require_whole
+from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.models import converted_layers, require_apart, require_whole
 
 __all__ = ["age", "program", "unprogram"]
 

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import nn
 
 from gpuxbar.bridge.passes import repeated
-from gpuxbar.nn.layers import COUNTED, AnalogLayer, require_module
+from gpuxbar.nn.layers import COUNTED, AnalogLayer
+from gpuxbar.nn.models import require_module
 
 __all__ = ["same_reads"]
 

@@ -20,16 +20,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
-from gpuxbar.nn.layers import (
-    AnalogConv,
-    AnalogConv1d,
-    AnalogConv2d,
-    AnalogLayer,
-    AnalogLinear,
-    holders,
-    require_module,
-)
+from gpuxbar.nn.layers import AnalogConv, AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
 from gpuxbar.nn.linear import linear_of
+from gpuxbar.nn.models import holders, require_module
 from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
 from gpuxbar.nn.table import columns
 from gpuxbar.nn.transposed import UnfusedConvTranspose

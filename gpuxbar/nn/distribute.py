@@ -9,7 +9,8 @@ from torch import distributed, nn
 from torch.distributed.utils import _verify_param_shape_across_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from gpuxbar.nn.layers import AnalogLayer, require_apart, require_module, require_whole
+from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.models import require_apart, require_module, require_whole
 
 __all__ = ["distribute"]
 

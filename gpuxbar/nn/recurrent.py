@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from gpuxbar.bridge.lstm_gates import lstm_gates
 from gpuxbar.bridge.lstm_sequence import lstm_sequence
+from gpuxbar.nn.converters import CONVERTERS
 from gpuxbar.nn.dense import require_dense
-from gpuxbar.nn.layers import CONVERTERS, AnalogLinear
+from gpuxbar.nn.layers import AnalogLinear
 from gpuxbar.nn.linear import linear_of
 from gpuxbar.nn.unfused import Called, require_shape
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer, crossbar_layers
+from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.models import crossbar_layers
 from gpuxbar.nn.table import columns
 
 __all__ = ["LayerState", "Telemetry", "telemetry"]

@@ -21,7 +21,8 @@ from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer, holders
+from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
+from gpuxbar.nn.models import holders
 
 __all__ = [
     "Lines",

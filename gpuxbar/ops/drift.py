@@ -67,23 +67,26 @@ def drift(
     if where == "reference":
         draws: dict[str, int] = {"seed": seed, "step": number, "flicker_step": flicker_step}
         return reference.drift(g, age, law=law.model_dump(), g_max=g_max, **draws).astype(np.float32)
-    measured = isinstance(law, MeasuredDrift)
-    settings = Table.of(law, age, g_max) if measured else Settings.of(law, age, g_max)
-    flicker = {} if measured else {"flicker_step": flicker_step}
+    settings: Settings | Table
+    if isinstance(law, MeasuredDrift):
+        kernel, settings, flicker = MEASURED_DRIFT, Table.of(law, age, g_max), {}
+    else:
+        kernel, settings, flicker = DRIFT, Settings.of(law, age, g_max), {"flicker_step": flicker_step}
     planes, rows, cols = g.shape
     if where == "cuda":
         device = device or cuda_device()
         aged = device.empty(g.shape, "float32")
         size = planes * rows * -(-cols // 4)
         device.launch(
-            MEASURED_DRIFT if measured else DRIFT, (min(-(-size // 256), 1 << 16),), (256,),
+            kernel, (min(-(-size // 256), 1 << 16),), (256,),
             {"g": g, "aged": aged, "law": settings, "step": number, **flicker, "seed": seed, "rows": rows, "cols": cols,
              "size": size},
         )  # fmt: skip
         return aged
     aged = np.empty_like(g)
-    name = "gpuxbar_measured_drift" if measured else "gpuxbar_drift"
-    host_call(library(), name, settings, g, aged, planes, rows, cols, seed, number, *flicker.values())
+    host_call(
+        library(), f"gpuxbar_{kernel.name}", settings, g, aged, planes, rows, cols, seed, number, *flicker.values()
+    )  # fmt: skip
     return aged
 
 

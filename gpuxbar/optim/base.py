@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.nn.in_situ import InSitu, layer_of
-from gpuxbar.nn.layers import AnalogLayer, require_apart
+from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.models import require_apart
 
 __all__ = ["LR", "MOMENTUM", "InSituOptimizer", "Rule"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gpuxbar.nn.layers import require_module
+from gpuxbar.nn.models import require_module
 from gpuxbar.optim.base import InSituOptimizer
 from gpuxbar.optim.in_situ import InSituSGD
 from gpuxbar.optim.mixed_precision import MixedPrecision
