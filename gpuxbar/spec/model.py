@@ -416,7 +416,7 @@ class Backward(Part):
     """The transposed read that carries gradients back.
 
     `mode`: "analog" (the same array read backwards, with converters of its own) or "ideal" (the exact product
-    with the programmed conductances). `dac`, `adc`: settings of that read; `None`: those of the forward read
+    with the programmed conductances). `dac`, `adc`: all settings of that read, bits too; `None`: those of the forward read
     (inputs signed, since gradients are). A fixed DAC range is that of the gradient of the output whose weights are largest.
     A range of "tensor", which one that is fixed, learned or a running mean forwards becomes here, is set by the largest gradient
     of a batch: once most samples are learnt, those of the others lie in the read noise and between the steps of the converters.
