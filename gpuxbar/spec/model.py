@@ -142,10 +142,10 @@ class DAC(Part):
     joined by shift-and-add.
     `polarity`: signed inputs driven as one "bipolar" voltage or in "two_phase" (positive, then negative).
     `range`: the digital value of the largest code: "sample" (abs-max of each row of a linear layer, each
-    image of a convolution), "tensor" (abs-max of the call), "ema" (running mean of abs-max over training
-    calls, factor `momentum`; before the first, that of the call), "fixed" (`max`), "learned" (the layer's parameter `dac_max`,
-    which begins at `max`, or without it at what `gpuxbar.calibrate` finds to round and clip with the least squared error, and
-    which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020; that of the
+    image of a convolution), "tensor" (abs-max of the call; of gradients see `Backward`), "ema" (running mean of abs-max over
+    training calls, factor `momentum`; before the first, that of the call), "fixed" (`max`), "learned" (the layer's parameter
+    `dac_max`, which begins at `max`, or without it at what `gpuxbar.calibrate` finds to round and clip with the least squared error,
+    and which any optimiser trains by the gradient of Learned Step Size Quantization: Esser et al., ICLR 2020; that of the
     range is scaled by code_max**1.5 / sqrt(values of a sample), which is that paper's scale for a step). That gradient sees how
     inputs are rounded and clipped, not ADCs and noise; calibrate ADC ranges anew when it has moved.
     `v_read`: voltage of the largest digit, V.
@@ -427,7 +427,7 @@ class Backward(Part):
     """The transposed read that carries gradients back.
 
     `mode`: "analog" (the same array read backwards, with converters of its own) or "ideal" (the exact product
-    with the programmed conductances). `dac`, `adc`: settings of that read; `None`: those of the forward read
+    with the programmed conductances). `dac`, `adc`: all settings of that read, bits too; `None`: those of the forward read
     (inputs signed, since gradients are). A fixed DAC range is that of the gradient of the output whose weights are largest.
     A range of "tensor", which one that is fixed, learned or a running mean forwards becomes here, is set by the largest gradient
     of a batch: once most samples are learnt, those of the others lie in the read noise and between the steps of the converters.
