@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           const int i = y + 8 * step;
-          if (first + i >= stored) break;
+          if (first + i >= stored) continue;
           const Value value = block[i][part];
 #if CODES
           const float driven = stream_bits == 0 ? (float)value
@@ -221,7 +221,6 @@ extern "C" __global__ void __launch_bounds__(256)
 #if INT8
           if (code_sums) {  // K is a multiple of 128, so the 32 lines of a warp belong to one tile
             i32 sum = (i32)digit;
-#pragma unroll 1  // or registers that lanes meet by would spill
             for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, far);
             if (x == 0) atomicAdd(code_sums + sum_at + (i64)8 * step * groups * tiles, sum);
           }
