@@ -29,18 +29,24 @@ extern "C" __global__ void __launch_bounds__(256)
                 float code_min, float code_max, i64 lsb_count,
                 int code_bits,  // of a magnitude, from the lowest, that drive the lines
                 int groups, int channels, int padded, i64 pixels) {
-  __shared__ i16 block[32][33];
+  __shared__ i16 block[32][34];  // an odd number of words
+  __shared__ i64 plane[32];      // where the first pixel of a line lies, below 0 where that is padding
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
   const i64 pixel0 = (i64)blockIdx.x * 32;
-  const int line0 = blockIdx.y * 32, lines = groups * padded;
+  const int line0 = blockIdx.y * 32, line = line0 + x, lines = groups * padded;
 #if DAC
   const float inverse = 1.0f / lsb[lsb_count > 1 ? blockIdx.z : 0];
 #endif
-  for (int i = y; i < 32; i += 8) {
-    const int group = (line0 + i) / padded, channel = (line0 + i) % padded;
-    const bool real = line0 + i < lines && channel < channels && pixel0 + x < pixels;
-    const i64 plane = ((i64)blockIdx.z * groups + group) * channels + channel;
-    const i64 at = plane * pixels + pixel0 + x;
+  if (y == 0) {
+    const int group = line / padded, channel = line - group * padded;
+    plane[x] =
+        group < groups && channel < channels ? (((i64)blockIdx.z * groups + group) * channels + channel) * pixels : -1;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = y; i < y + 32; i += 8) {
+    const bool real = plane[i] >= 0 && pixel0 + x < pixels;
+    const i64 at = plane[i] + pixel0 + x;
     i16 code = 0;
 #if DAC
     if (real) code = (i16)(i32)dac_code(v[at], inverse, code_min, code_max);
@@ -51,10 +57,11 @@ extern "C" __global__ void __launch_bounds__(256)
     block[x][i] = code;
   }
   __syncthreads();
-  for (int i = y; i < 32 && pixel0 + i < pixels; i += 8)
-    if (line0 + x < lines)
-      a[((i64)blockIdx.z * pixels + pixel0 + i) * lines + line0 + x] =
-          half_bits(stream_digit(block[i][x], 0, (1u << code_bits) - 1, 0));
+  if (line >= lines) return;
+  const i64 to = ((i64)blockIdx.z * pixels + pixel0) * lines + line;
+#pragma unroll
+  for (int i = y; i < y + 32; i += 8)
+    if (pixel0 + i < pixels) a[to + (i64)i * lines] = half_bits(stream_digit(block[i][x], 0, (1u << code_bits) - 1, 0));
 }
 
 }  // namespace gpuxbar

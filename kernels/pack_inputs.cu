@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           const int i = y + 8 * step;
-          if (first + i >= stored) break;
+          if (first + i >= stored) continue;
           const Value value = block[i][part];
 #if CODES
           const float driven = stream_bits == 0 ? (float)value

@@ -9,7 +9,8 @@
 // that atomic instructions have reached); lanes of a warp apart at what a warp executes as one (.aligned, bar.sync).
 // Registers start as ones, NaN to a float. Dynamic shared memory follows the static arrays at a multiple of 16, all that
 // may be counted on. Approximate instructions are as far off as PTX ISA is taken to allow. What is asynchronous, and what warps,
-// blocks and clusters do together, is tensor.cpp's and hopper.cpp's. Not modelled: ptxas, ordering of memory, time.
+// blocks and clusters do together, is tensor.cpp's and hopper.cpp's; counts.hpp counts what is asked of memory. Not modelled:
+// ptxas, ordering of memory, time.
 #include <atomic>
 #include <cfenv>
 #include <memory>
@@ -17,6 +18,7 @@
 #include <string_view>
 #include <unordered_map>
 #include "block.hpp"
+#include "counts.hpp"
 #include "halves.hpp"
 #include "hopper.hpp"
 
@@ -50,6 +52,7 @@ struct Program {
   std::vector<Param> params;
   std::vector<std::string> inlined;  // inline assembly
   std::vector<char> ran;             // which of it
+  std::unique_ptr<Counts> counts;    // null: not asked for
   size_t param_bytes = 0, static_bytes = 0, local_bytes = 0;
   unsigned most_threads = 1024, cluster = 1;
   bool by_arrivals = false;  // whether it has barriers in shared memory, of which `touch_shared` knows nothing
@@ -93,12 +96,15 @@ thread_local std::vector<Place> places;  // of a block
 
 // ---- a thread
 
+thread_local std::vector<Trace> traces;  // of a block, where they are counted
+
 struct Thread {
   Launch& launch;
   uint64_t* r;
   std::vector<char> local;
   Lane& lane;
   Touch now;  // of what it does next
+  Trace* trace;
   size_t pc = 0;
 
   void fail(const Ins& i, const std::string& why) {
@@ -186,6 +192,7 @@ char* memory(Thread& t, const Ins& i, uint64_t address, size_t bytes, Access acc
     if (access >= STORES && !written) return t.fail(i, "array that is declared as only read"), nullptr;
     if (access == LOADS_CACHED && written) return t.fail(i, "array that the launch writes"), nullptr;
     if (written && !touch_global(t, i, found, p, bytes, access)) return nullptr;
+    if (t.trace) t.trace->pieces.push_back({uint32_t(found), uint32_t(bytes), uint64_t(p - t.launch.arrays[found].begin)});
     return p;
   }
   const size_t size = SPACE == SHARED ? tls.blk->dyn_size : SPACE == LOCAL ? t.local.size() : t.launch.params.size();
@@ -195,6 +202,7 @@ char* memory(Thread& t, const Ins& i, uint64_t address, size_t bytes, Access acc
                   "address " + std::to_string(address) + " outside the " + std::to_string(size) + " bytes there are"),
            nullptr;
   if (SPACE == SHARED && !touch_shared(t, i, address, bytes, access == STORES)) return nullptr;
+  if (SPACE == SHARED && t.trace) t.trace->pieces.push_back({ON_CHIP, uint32_t(bytes), address});
   char* const first = SPACE == SHARED  ? reinterpret_cast<char*>(gx_smem)
                       : SPACE == LOCAL ? t.local.data()
                                        : t.launch.params.data();
@@ -591,17 +599,23 @@ void run(void* of) {
   const auto registers = std::make_unique<uint64_t[]>(program.image.size());
   memcpy(registers.get(), program.image.data(), 8 * program.image.size());
   for (const auto& [place, name] : program.specials) registers[place] = special(name);
-  Thread t{
-      launch, registers.get(), std::vector<char>(program.local_bytes, char(0xFF)), *tls.lane, {tls.lin, tls.lin / 32}};
+  if (program.counts && tls.blk->next == 1) traces.assign(tls.blk->lane.size(), {});
+  Trace* const trace = program.counts ? &traces[tls.lin] : nullptr;
+  Thread t{launch,    registers.get(),       std::vector<char>(program.local_bytes, char(0xFF)),
+           *tls.lane, {tls.lin, tls.lin / 32}, trace};
   if (tls.blk->next == 1) places.assign(tls.blk->dyn_size / 2 + 1, {});  // the first thread of its block
   const size_t end = program.code.size();
   while (t.pc < end) {
     const Ins& i = program.code[t.pc++];
+    if (trace) trace->steps.push_back({uint32_t(&i - program.code.data()), 0});
     if ((t.r[i.guard] & 1) == i.wanted) {
+      const size_t step = trace ? trace->steps.size() - 1 : 0, before = trace ? trace->pieces.size() : 0;
       t.lane.at = i.at;
       i.run(t, i);
+      if (trace) trace->steps[step].pieces = uint32_t(trace->pieces.size() - before);
     }
   }
+  if (trace && tls.blk->alive == 1 && tls.blk->err.empty()) program.counts->add(traces);  // the last one of its block
 }
 
 // ---- reading a program
@@ -803,6 +817,21 @@ class Reader {
   }
 };
 
+// What may follow each instruction of a program.
+std::vector<std::vector<uint32_t>> followers(const Program& program) {
+  std::vector<std::vector<uint32_t>> of;
+  for (const Ins& i : program.code) {
+    const auto at = uint32_t(of.size());
+    const Text name = i.guard ? trimmed(i.text.substr(i.text.find_first_of(" \t"))) : i.text;
+    const bool branches = name.substr(0, 3) == "bra", ends = name.substr(0, 3) == "ret";
+    of.emplace_back();
+    if (branches) of.back().push_back(uint32_t(program.image[i.x[0]]));
+    if (ends) of.back().push_back(uint32_t(program.code.size()));
+    if (i.guard || !(branches || ends)) of.back().push_back(at + 1);
+  }
+  return of;
+}
+
 int report(const std::string& why, char* error, size_t room) { return snprintf(error, room, "%s", why.c_str()), 1; }
 }  // namespace
 }  // namespace shim
@@ -858,6 +887,22 @@ const char* ptx_inlined(void* of, size_t k, int* ran) {
   if (k >= program.inlined.size()) return nullptr;
   *ran = program.ran[k];
   return program.inlined[k].c_str();
+}
+
+// Whether launches of a program are counted from now on.
+void ptx_count(void* of, int whether) {
+  auto& program = *static_cast<shim::Program*>(of);
+  program.counts = whether ? std::make_unique<shim::Counts>(shim::followers(program)) : nullptr;
+}
+
+// The text of the k-th instruction and the numbers of its `Count`; null after the last.
+const char* ptx_counted(void* of, size_t k, uint64_t* numbers) {
+  static thread_local std::string text;
+  const auto& program = *static_cast<shim::Program*>(of);
+  if (k >= program.code.size()) return nullptr;
+  memcpy(numbers, &program.counts->of[k], sizeof(shim::Count));
+  text = program.code[k].text;
+  return text.c_str();
 }
 
 }  // extern "C"

@@ -7,6 +7,7 @@ memory are laid out, and what the compiler moved. ptx.cpp says which faults are 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -47,8 +48,23 @@ def _library():
     text = "".join(f'#include "{part}"\n' for part in parts)
     library = ctypes.CDLL(str(_compile("ptx", text, [*parts, *sorted(HERE.glob("*.hpp"))], ["-O1"])))
     library.ptx_load.restype = ctypes.c_void_p
-    library.ptx_inlined.restype = ctypes.c_char_p
+    library.ptx_inlined.restype = library.ptx_counted.restype = ctypes.c_char_p
     return library
+
+
+@dataclass(frozen=True)
+class Counted:
+    """An instruction of a launch: how often warps executed it, and lanes came to it; the array that it touches, the sectors of
+    32 bytes or wavefronts of shared memory that it takes, and the fewest for as many bytes. See counts.hpp."""
+
+    text: str
+    warps: int
+    lanes: int
+    array: int
+    sectors: int
+    fewest_sectors: int
+    waves: int
+    fewest_waves: int
 
 
 class Program:
@@ -76,6 +92,17 @@ class Program:
         ):  # fmt: skip
             raise RuntimeError(f"{self.name}: {error.value.decode()}")
 
+    def counting(self, whether):
+        """Whether launches are counted from now on; the next ones one after the other."""
+        _library().ptx_count(self._at, ctypes.c_int(whether))
+
+    def counted(self):
+        """Every instruction."""
+        numbers, found = (ctypes.c_uint64 * 7)(), []
+        while (text := _library().ptx_counted(self._at, ctypes.c_size_t(len(found)), numbers)) is not None:
+            found.append(Counted(text.decode(), *numbers))
+        return found
+
     def inlined(self):
         """(text, whether it has been run) of every piece of inline assembly."""
         ran, found = ctypes.c_int(), []
@@ -90,15 +117,19 @@ _program = cache(Program)
 
 
 class PtxDevice(ShimDevice):
-    """Launches as `CudaDevice` does, down to the parameters that it passes; `programs`: what has been launched."""
+    """Launches as `CudaDevice` does, down to the parameters that it passes.
+
+    `programs`: what has been launched. `counts`: whether its accesses to memory are counted; then `counted` has, for every
+    launch, its kernel, its macros, its instructions and the names of its arrays.
+    """
 
     _cupy = SimpleNamespace(
         ndarray=np.ndarray, cuda=SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0))
     )
 
-    def __init__(self, *args, **settings):
+    def __init__(self, *args, counts=False, **settings):
         super().__init__(*args, **settings)
-        self.programs = []
+        self.programs, self.counts, self.counted = [], counts, []
 
     def launch(self, kernel, grid, block, values, macros=None, shared=0):
         self.launches.append(kernel.name)
@@ -123,13 +154,21 @@ class _Function:
         self.max_dynamic_shared_size_bytes = 0
 
     def __call__(self, grid, block, arguments, shared_mem):
-        values, arrays = [], []
-        for declared, value in zip(self.kernel.arguments.values(), arguments, strict=True):
+        values, arrays, names = [], [], []
+        for (name, declared), value in zip(self.kernel.arguments.items(), arguments, strict=True):
             if isinstance(declared, Array) and isinstance(value, np.ndarray):
                 values.append(np.uint64(value.ctypes.data).tobytes())
                 arrays.append((value.ctypes.data, value.nbytes, value.itemsize, declared.written))
+                names.append(name)
             else:
                 values.append(value.tobytes())
+        if self.device.counts:
+            self.program.counting(True)
         self.program.launch(
             grid, block, shared_mem, self.max_dynamic_shared_size_bytes, values, arrays, self.device.order, self.device.eager
         )  # fmt: skip
+        if self.device.counts:
+            self.device.counted.append(
+                (self.kernel.name, self.device.macros[-1], self.program.counted(), names)
+            )
+            self.program.counting(False)
