@@ -31,7 +31,7 @@ def draw_dac(rng, backward):
 
 def draw_adc(rng):
     if rng.random() < 0.2:
-        return {}
+        return {"bits": None}
     kind = str(rng.choice(["fixed", "worst_case"]))
     adc = {"bits": int(rng.choice([4, 8, 11])), "range": kind}
     return adc | ({"i_max": rng.uniform(3e-6, 1e-5)} if kind == "fixed" else {})

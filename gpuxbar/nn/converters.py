@@ -247,7 +247,7 @@ class Converters(InSitu):
         raise ValueError(
             f"{self.name}: the ADC range of the transposed read must be calibrated before gradients pass the layer, and none passed it "
             "in gpuxbar.calibrate; give that a loss which depends on the layer, or a rule of gpuxbar.convert {'backward': {'adc': "
-            "{'range': 'worst_case'}}} if it is to be left out, as a compiled graph does not know"
+            f"{{'bits': {self.spec.backward_adc.bits}, 'range': 'worst_case'}}}}}} if it is to be left out, as a compiled graph does not know"
         )
 
     def _looks_at_clipping(self) -> bool:

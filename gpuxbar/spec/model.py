@@ -526,6 +526,20 @@ class CrossbarSpec(Part):
         return self
 
     @model_validator(mode="after")
+    def _given(self) -> CrossbarSpec:
+        """Converters of the transposed read that are not the forward one's are not left out unsaid."""
+        for name, own, forward in (
+            ("dac", self.backward.dac, self.dac),
+            ("adc", self.backward.adc, self.adc),
+        ):
+            if own is not None and forward.bits is not None and "bits" not in own.model_fields_set:
+                raise ValueError(
+                    f"CrossbarSpec: `backward.{name}.bits` must be given with other settings of that converter, got none; as forwards "
+                    f"it has {forward.bits}, with null it is left out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _converted(self) -> CrossbarSpec:
         """One bit holds no sign."""
         if self.adc.bits == 1 and self.both_signs(self.dac):
