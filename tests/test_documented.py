@@ -26,7 +26,7 @@ def draw_dac(rng, backward):
             dac["stream_bits"] = int(rng.choice([1, 2, 3]))
     if "bits" in dac and dac["range"] == "fixed" and rng.random() < 0.5:
         dac["range"] = "learned"
-    return dac | {"signed": bool(backward or rng.random() < 0.7)}
+    return {"bits": None} | dac | {"signed": bool(backward or rng.random() < 0.7)}
 
 
 def draw_adc(rng):
