@@ -136,17 +136,6 @@ void count_pulses(const Update& u, const WideKeys& keys, const Row& r, i32* puls
   for (int j = 0; j < WIDE_ROW; ++j) pulses[j] = r.d[j] > 0.0f ? whole_pulses(r.d[j] * most, part[j]) : 0;
 }
 
-// A cell that did not move keeps its bits.
-void write_back(float* cells, const float* x, const float* before, float g_min, float range, i64 count) {
-  each_cell(count, [=](i64 j) { cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j]; });
-}
-
-// Shares of the window of `count` cells, 0 in the others.
-void load_shares(const float* cells, float g_min, float inverse_range, i64 count, float* x, float* before) {
-  std::fill(x + count, x + WIDE_ROW, 0.0f);
-  each_cell(count, [=](i64 j) { x[j] = before[j] = (cells[j] - g_min) * inverse_range; });
-}
-
 // What pairs are asked for, in shares of their window, 0 behind the last one.
 void load_digits(const float* units, float window, i64 count, float* asked) {
   std::fill(asked + count, asked + WIDE_ROW, 0.0f);
