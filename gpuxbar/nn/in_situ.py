@@ -406,15 +406,15 @@ class InSitu(Programmed):
         call(pulse_update, *self._pairs(), x, d, read, *settings, sign)
         self._show(None if own else self.of_lines(read))
 
-    @torch.no_grad()
     def relax(self) -> None:
         """Let the cells decay for one step of `spec.retention`; the weight becomes what they read then."""
         if self.spec.retention.tau is None:
             return
         self.require_unprogrammed("weight")
         self.require_read_out()
-        call(relax, *self._pairs())
-        self._move(torch.zeros_like(self.weight))
+        with torch.no_grad():
+            call(relax, *self._pairs())
+            self._move(torch.zeros_like(self.weight))
 
     def _show(self, read: Tensor | None) -> None:
         """Count an update, after which the cells read as this weight; None: it has been written into the layer's."""
