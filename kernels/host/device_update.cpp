@@ -251,7 +251,7 @@ extern "C" void gpuxbar_device_update(float* g, float* g_held, i32* pulse_count,
   if (*bad) return;
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
   with_law(u.law.law, [&](auto law) {
-#pragma omp parallel for collapse(3) schedule(static)
+#pragma omp parallel for collapse(3) schedule(static) if (u.groups * row_blocks * col_blocks > 1)
     for (i64 group = 0; group < u.groups; ++group)
       for (i64 rb = 0; rb < row_blocks; ++rb)
         for (i64 cb = 0; cb < col_blocks; ++cb)

@@ -1,12 +1,12 @@
 // Rows of random numbers for the elementwise host kernels: stages split so that each loop vectorises.
 #pragma once
 #include "gpuxbar/normal.cuh"
+#include "threads.hpp"
 #include "wide.hpp"
 
 namespace gpuxbar {
 
-constexpr int WIDE_ROW = 64;             // columns handled at a time, from a multiple of 4
-constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
+constexpr int WIDE_ROW = 64;  // columns handled at a time, from a multiple of 4
 
 // Pair q of normals of counters, of whose words k is words[k]: fast ones take a word, exact ones two.
 template <bool FAST, int N>

@@ -930,7 +930,7 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
   const WideKeys keys(u.seed);
   const Arrays a{g,        pulse_count,   map,          x,   d, scale.data(), unit.data(), sign, w, w_max, wordlines,
                  bitlines, length.data(), slots.data(), keys};
-#pragma omp parallel
+#pragma omp parallel if (u.groups * u.samples() > SAMPLES)
   {
     Trainer trainer(u, a);
 #pragma omp for collapse(2) schedule(static)
@@ -945,7 +945,7 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
   const i64 row_blocks = blocks(u.inputs, rows), col_blocks = blocks(u.outputs, cols);
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;
-#pragma omp parallel for collapse(3) schedule(dynamic)
+#pragma omp parallel for collapse(3) schedule(dynamic) if (u.groups * row_blocks * col_blocks > 1)
     for (i64 group = 0; group < u.groups; ++group)
       for (i64 rb = 0; rb < row_blocks; ++rb)
         for (i64 cb = 0; cb < col_blocks; ++cb)
