@@ -337,6 +337,24 @@ def test_a_bent_converter_is_off_by_its_inl_at_most(read, batch, inl):
     assert (np.diff(code) >= 0).all()
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_few_vectors_that_threads_share_are_read_alike(transposed, same_on_threads):
+    lines = (300, 200)[:: -1 if transposed else 1]
+    _, g = case(1, 300, 200, planes=2, groups=2)
+    codes = np.random.default_rng(2).integers(-127, 128, (40, 2 * lines[0])).astype(np.int16)
+    s = {"adc_bits": 8, "adc_lsb": 1e-6, "read_noise": 1e-6, "v_lsb": 1e-3, "seed": SEED}
+    y = same_on_threads(lambda: ops.tile_mvm(codes, g, transposed=transposed, groups=2, **s), (2, 3, 8))
+    assert_matches(y, reference.tile_mvm(codes, g, transposed=transposed, groups=2, **s), 1e-6, weight=2)
+
+
+def test_values_that_threads_share_become_the_same_codes(same_on_threads):
+    x = np.random.default_rng(2).normal(0, 1, (300, 5000)).astype(np.float32)
+    codes, lsb = same_on_threads(lambda: ops.dac_fit(x, code_max=127, per_sample=True), (2, 3, 8))
+    again = same_on_threads(lambda: ops.dac_quantize(x, lsb=lsb, code_max=127), (2, 3, 8))
+    np.testing.assert_array_equal(lsb, np.abs(x).max(1) / np.float32(127))
+    np.testing.assert_array_equal(again, codes)
+
+
 @pytest.mark.parametrize("batch", [5, 60], ids=["few", "block"])
 def test_codes_of_one_sign_drive_every_stream(batch):
     """A stream of negative digits alone is not silent."""

@@ -62,7 +62,7 @@ def checksum(weight: Tensor) -> int | None:
     """Of the values of weights of any shape; None on a GPU, which would have to be waited for, and elsewhere."""
     if not on_cpu(weight):
         return None
-    values = weight.detach().float().contiguous()
+    values = weight.float().contiguous()
     return host.checksum(values) if host.serves(None) else checksum_of(array(values))
 
 

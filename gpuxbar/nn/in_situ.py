@@ -25,6 +25,7 @@ from gpuxbar.nn.streams import Streams
 
 __all__ = ["InSitu", "layer_of"]
 
+CELLS = "g_cells", "g_held", "pulse_count", "device_map"  # buffers, as operators of `bridge` take them
 MEASURED = 10  # times g_max, which no measured device exceeds but in another unit
 HALVES = 3  # times the largest conductance that a plane is meant to hold, which half precisions hold without overflow
 ROUNDING = 16  # units in the last place of a full weight, by which one read-out may differ from another
@@ -360,14 +361,16 @@ class InSitu(Programmed):
 
     def _make_room(self) -> None:
         """Carry and refresh where the updates so far say so, and count the one to come."""
-        if self.carry_step is not None:
-            call(carry, *self._pairs(), self.carry_step)
-            self.carry_step += 1
-        if self.refresh_step is not None:
-            refresh, so_far = self.spec.refresh, int(self.refresh_step)
+        held = self._buffers
+        carries, refreshes = held["carry_step"], held["refresh_step"]
+        if carries is not None:
+            call(carry, *self._pairs(), carries)
+            carries += 1
+        if refreshes is not None:
+            refresh, so_far = self.spec.refresh, int(refreshes)
             if so_far and so_far % (refresh.interval or 1) == 0:
                 self.refresh(refresh.above)
-            self.refresh_step += 1
+            refreshes += 1
 
     def take_operands(self) -> tuple[Tensor, Tensor]:
         """Inputs and errors of the backward passes since they were last taken, at least of one, one after another.
@@ -376,9 +379,11 @@ class InSitu(Programmed):
         width], but where these were of several sizes.
         """
         seen = self.streams.take()
+        if len(seen) == 1:
+            return seen[0]
         if len({x.shape[1:] for x, _ in seen}) > 1:  # images of several sizes have lines alone in common
             seen = [self.as_lines(x, d) for x, d in seen]
-        x, d = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*seen, strict=True))
+        x, d = map(torch.cat, zip(*seen, strict=True))
         return x, d
 
     @torch.no_grad()
@@ -404,15 +409,14 @@ class InSitu(Programmed):
             raise ValueError(
                 f"{self.name}: `sign` must be None with bit streams, got one; multiply the inputs by it"
             )
-        assert self.w_max is not None
-        assert self.update_step is not None
         self._make_room()
         if rate == 0:
             self._move(torch.zeros_like(self.weight))
             return
         x, d = (operand.float().contiguous() for operand in (x, d))
         patch = self.patch if x.dim() == 4 else None
-        settings = self.w_max, self.update_step, rate, self.groups_, patch
+        held: Any = self._buffers  # whose values nn.Module finds slowly
+        settings = held["w_max"], held["update_step"], rate, self.groups_, patch
         if self.spec.pulses is None:
             self._show(self.of_lines(call(streamed_update, *self._pairs(), x, d, *settings)))
             return
@@ -420,20 +424,20 @@ class InSitu(Programmed):
         call(pulse_update, *self._pairs(), x, d, read, *settings, sign)
         self._show(None if own else self.of_lines(read))
 
-    @torch.no_grad()
     def relax(self) -> None:
         """Let the cells decay for one step of `spec.retention`; the weight becomes what they read then."""
         if self.spec.retention.tau is None:
             return
         self.require_unprogrammed("weight")
         self.require_read_out()
-        call(relax, *self._pairs())
-        self._move(torch.zeros_like(self.weight))
+        with torch.no_grad():
+            call(relax, *self._pairs())
+            self._move(torch.zeros_like(self.weight))
 
     def _show(self, read: Tensor | None) -> None:
         """Count an update, after which the cells read as this weight; None: it has been written into the layer's."""
-        assert self.update_step is not None
-        self.update_step += 1
+        held: Any = self._buffers
+        held["update_step"] += 1
         if read is None:
             torch.autograd.graph.increment_version(self.weight)
         else:
@@ -448,12 +452,10 @@ class InSitu(Programmed):
 
     def trained_cells(self) -> Cells:
         """What reads find: both planes, or their analog difference, through the wires."""
-        assert self.g_cells is not None
-        assert self.w_max is not None
-        assert self.update_step is not None
         self.require_read_out()
-        variance = self.device_variance(self.g_cells)
-        return self.through_wires(self.g_cells, variance, self.w_max, self.update_step)
+        held: Any = self._buffers
+        variance = self.device_variance(held["g_cells"])
+        return self.through_wires(held["g_cells"], variance, held["w_max"], held["update_step"])
 
     def require_read_out(self) -> None:
         """Refuse a weight that something else than the cells has set, such as another optimiser."""
@@ -513,22 +515,13 @@ class InSitu(Programmed):
 
     def _update(self, change: Tensor, factor: float, read: Tensor) -> None:
         """Move the cells by factor * change, and put what they read into `read`, [G, O, I]."""
-        assert self.w_max is not None
-        assert self.update_step is not None
+        held: Any = self._buffers
         lines = self.by_line(change.float()).contiguous()
-        call(device_update, *self._pairs(), lines, factor, read, self.w_max, self.update_step)
+        call(device_update, *self._pairs(), lines, factor, read, held["w_max"], held["update_step"])
 
     def _pairs(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]:
         """The cells as the operators of `bridge` take them: see `bridge.pairs`."""
-        assert self.g_cells is not None
-        return (
-            self.g_cells,
-            self.g_held,
-            self.pulse_count,
-            self.device_map,
-            self.static[1],
-            self.seed_of_cells,
-        )
+        return *map(self._buffers.get, CELLS), self.static[1], self.seed_of_cells  # type: ignore[return-value]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)

@@ -25,6 +25,18 @@ inline void each_cell(i64 count, Work&& work) {
     for (i64 j = 0; j < count; ++j) work(j);
 }
 
+// Shares of the window of `count` cells, 0 in the others.
+static inline void load_shares(const float* cells, float g_min, float inverse_range, i64 count, float* x,
+                               float* before) {
+  std::fill(x + count, x + WIDE_ROW, 0.0f);
+  each_cell(count, [=](i64 j) { x[j] = before[j] = (cells[j] - g_min) * inverse_range; });
+}
+
+// A cell that did not move keeps its bits.
+static inline void write_back(float* cells, const float* x, const float* before, float g_min, float range, i64 count) {
+  each_cell(count, [=](i64 j) { cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j]; });
+}
+
 // Floats of `count` halves, at most a row.
 static inline void read_halves(const u16* from, i64 count, float* to) {
 #if defined(__F16C__)
@@ -43,32 +55,49 @@ static inline int map_planes(const UpdateLaw& s) {
          (s.spread_up != 0.0f) + (s.spread_down != 0.0f);
 }
 
+// Some devices of a row of cells, in an order of their own, in whole vectors.
+struct Chosen {
+  const u32* device;
+  int count;
+
+  // values[k] of device k so far; `to` may be `values`.
+  template <class T>
+  void pick(const T* values, T* to) const {
+    alignas(64) T own[WIDE_ROW];
+    for (int k = 0; k < count; ++k) own[k] = values[device[k]];
+    std::copy(own, own + count, to);
+  }
+};
+
 // The spreads of a row of devices; parameters without spread draw nothing.
 struct SpreadDraws {
   alignas(64) float normal[6][WIDE_ROW];  // in the order of `Spreads`
 
-  // `first`, `count`: index of the row's first cell in a plane of the map, and how many there are.
-  SpreadDraws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const RowPlace& at, const WideKeys& keys) {
+  // `first`, `count`: index of the row's first cell in a plane of the map, and how many there are. `chosen`: the devices that are
+  // asked for; null: all.
+  SpreadDraws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const RowPlace& at, const WideKeys& keys,
+              const Chosen* chosen = nullptr) {
     const float spread[6] = {s.step_spread, s.asymmetry_spread, s.low_spread,
                              s.high_spread, s.spread_up,        s.spread_down};
     if (map.normal)
-      read(spread, map, first, count);
+      read(spread, map, first, count, chosen);
     else
-      draw(spread, at, keys);
+      draw(spread, at, keys, chosen);
   }
 
-  void read(const float (&spread)[6], DeviceMap map, i64 first, i64 count) {
+  void read(const float (&spread)[6], DeviceMap map, i64 first, i64 count, const Chosen* chosen) {
     for (int k = 0; k < 6; ++k) {
       float* to = normal[k];
       std::fill(to, to + WIDE_ROW, 0.0f);
       if (spread[k] == 0.0f) continue;
       read_halves(map.normal + first, count, to);
+      if (chosen) chosen->pick(to, to);
       map.normal += map.cells;
     }
   }
 
   // All words first: many chains of rounds, then of normals, keep the processor busy.
-  void draw(const float (&spread)[6], const RowPlace& at, const WideKeys& keys) {
+  void draw(const float (&spread)[6], const RowPlace& at, const WideKeys& keys, const Chosen* chosen) {
     constexpr Purpose OF[3] = {UPDATE_SPREAD_STEP, UPDATE_SPREAD_WINDOW, UPDATE_SPREAD_SHAPE};
     alignas(64) u32 word[3][WIDE_ROW];
     const auto wanted = [&](int k) { return spread[2 * k] != 0.0f || spread[2 * k + 1] != 0.0f; };
@@ -76,10 +105,14 @@ struct SpreadDraws {
       if (wanted(k)) draw_words<7>(Draw{OF[k], at.plane, 0, keys}, at.row, at.col0, word[k]);
     for (int k = 0; k < 3; ++k) {
       float *a = normal[2 * k], *b = normal[2 * k + 1];
-      if (wanted(k))
-        make_pairs(word[k], a, b);
-      else
+      if (!wanted(k)) {
         std::fill(a, a + 2 * WIDE_ROW, 0.0f);
+      } else if (chosen) {
+        chosen->pick(word[k], word[k]);
+        make_pairs(word[k], chosen->count, a, b);
+      } else {
+        make_pairs(word[k], WIDE_ROW, a, b);
+      }
     }
   }
 };

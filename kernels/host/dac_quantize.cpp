@@ -8,6 +8,7 @@
 #include "calls.hpp"
 #include "finite.hpp"
 #include "gpuxbar/converter.cuh"
+#include "threads.hpp"
 
 using namespace gpuxbar;
 
@@ -41,7 +42,7 @@ extern "C" void gpuxbar_dac_quantize(const float* x, const float* lsb, i16* code
                                      i64 code_max, i64 is_signed, i64* bad) {
   const float top = (float)code_max, bottom = is_signed ? -top : 0.0f;
   i64 found = 0;
-#pragma omp parallel for reduction(+ : found) schedule(static)
+#pragma omp parallel for reduction(+ : found) schedule(static) if (rows * per_row >= WORTH_A_THREAD)
   for (i64 block = 0; block < (rows * per_row + 4095) / 4096; ++block) {
     const i64 end = std::min(rows * per_row, (block + 1) * 4096);
     for (i64 e = block * 4096; e < end;) {
@@ -68,7 +69,7 @@ extern "C" void gpuxbar_dac_fit(const float* x,      // [rows, channels, each]
   const Scaled values{x, scale, channels, each};
   const float top = (float)code_max, bottom = is_signed ? -top : 0.0f;
   std::vector<u32> largest(rows);  // as bits, which have the order of magnitudes
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * channels * each >= WORTH_A_THREAD)
   for (i64 row = 0; row < rows; ++row) {
     u32 most = 0;
     values.row(row, [&](i64, i64 count, const auto& value) {
@@ -87,7 +88,7 @@ extern "C" void gpuxbar_dac_fit(const float* x,      // [rows, channels, each]
   }
   for (i64 k = 0; k < lsb_count; ++k)
     lsb[k] = std::max(bits_float(lsb_count > 1 ? largest[k] : most), (float)smallest) / top;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * channels * each >= WORTH_A_THREAD)
   for (i64 row = 0; row < rows; ++row) {
     const float inverse = 1.0f / lsb[lsb_count > 1 ? row : 0];
     values.row(row, [&](i64 first, i64 count, const auto& value) {
@@ -105,7 +106,7 @@ extern "C" void gpuxbar_dac_clip_gradient(const float* grad, const float* x, dou
   const float inverse = most / high;
   const i64 blocks = (size + 4095) / 4096;
   std::vector<double> sums(blocks);  // added up in order, whatever thread made them
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (size >= WORTH_A_THREAD)
   for (i64 block = 0; block < blocks; ++block) {
     const i64 end = std::min(size, (block + 1) * 4096);
     float sum = 0.0f;

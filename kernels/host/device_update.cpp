@@ -136,17 +136,6 @@ void count_pulses(const Update& u, const WideKeys& keys, const Row& r, i32* puls
   for (int j = 0; j < WIDE_ROW; ++j) pulses[j] = r.d[j] > 0.0f ? whole_pulses(r.d[j] * most, part[j]) : 0;
 }
 
-// A cell that did not move keeps its bits.
-void write_back(float* cells, const float* x, const float* before, float g_min, float range, i64 count) {
-  each_cell(count, [=](i64 j) { cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j]; });
-}
-
-// Shares of the window of `count` cells, 0 in the others.
-void load_shares(const float* cells, float g_min, float inverse_range, i64 count, float* x, float* before) {
-  std::fill(x + count, x + WIDE_ROW, 0.0f);
-  each_cell(count, [=](i64 j) { x[j] = before[j] = (cells[j] - g_min) * inverse_range; });
-}
-
 // What pairs are asked for, in shares of their window, 0 behind the last one.
 void load_digits(const float* units, float window, i64 count, float* asked) {
   std::fill(asked + count, asked + WIDE_ROW, 0.0f);
@@ -262,7 +251,7 @@ extern "C" void gpuxbar_device_update(float* g, float* g_held, i32* pulse_count,
   if (*bad) return;
   const i64 row_blocks = (u.inputs + LINES - 1) / LINES, col_blocks = (u.outputs + WIDE_ROW - 1) / WIDE_ROW;
   with_law(u.law.law, [&](auto law) {
-#pragma omp parallel for collapse(3) schedule(static)
+#pragma omp parallel for collapse(3) schedule(static) if (u.groups * row_blocks * col_blocks > 1)
     for (i64 group = 0; group < u.groups; ++group)
       for (i64 rb = 0; rb < row_blocks; ++rb)
         for (i64 cb = 0; cb < col_blocks; ++cb)

@@ -1,12 +1,12 @@
 // Rows of random numbers for the elementwise host kernels: stages split so that each loop vectorises.
 #pragma once
 #include "gpuxbar/normal.cuh"
+#include "threads.hpp"
 #include "wide.hpp"
 
 namespace gpuxbar {
 
-constexpr int WIDE_ROW = 64;             // columns handled at a time, from a multiple of 4
-constexpr i64 WORTH_A_THREAD = 1 << 14;  // cells; fewer are done before a second thread wakes up
+constexpr int WIDE_ROW = 64;  // columns handled at a time, from a multiple of 4
 
 // Pair q of normals of counters, of whose words k is words[k]: fast ones take a word, exact ones two.
 template <bool FAST, int N>
@@ -103,10 +103,10 @@ static inline void draw_pairs_at(const Draw& d, u32 row, i64 count, const Lines&
   }
 }
 
-// Two normals of each word of a row by the fast generator.
-static inline void make_pairs(const u32* word, float* a, float* b) {
+// Two normals of each of `count` words by the fast generator, in whole vectors.
+static inline void make_pairs(const u32* word, int count, float* a, float* b) {
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
+  for (int j = 0; j < count; ++j) {
     const Pair pair = normal_pair_fast(word[j]);
     a[j] = pair.a;
     b[j] = pair.b;
@@ -117,7 +117,7 @@ static inline void make_pairs(const u32* word, float* a, float* b) {
 static inline void draw_pairs(const Draw& d, u32 row, i64 col0, float* a, float* b) {
   alignas(64) u32 word[WIDE_ROW];
   draw_words<7>(d, row, col0, word);
-  make_pairs(word, a, b);
+  make_pairs(word, WIDE_ROW, a, b);
 }
 
 }  // namespace gpuxbar

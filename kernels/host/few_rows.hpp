@@ -7,6 +7,7 @@
 
 #include "draw.hpp"
 #include "read.hpp"
+#include "threads.hpp"
 #include "wide.hpp"
 
 namespace gpuxbar {
@@ -235,7 +236,8 @@ inline void read_few(const TileMvm& p, const Shape& s, float share) {
   if (p.noise_var)
     for (i64 e = 0; e < p.groups * group_lines; ++e) a2[e] = a[e] * a[e];
   const i64 most = (s.sense + STRIP - 1) / STRIP + 1;
-#pragma omp parallel
+  const i64 products = p.batch * p.groups * s.drive * s.sense * p.planes * s.products;
+#pragma omp parallel if (products >= PRODUCTS_WORTH_A_THREAD)
   {
     StripWork work(p.batch, std::min(p.tile, s.drive), p.seed);
 #pragma omp for schedule(dynamic, 1)

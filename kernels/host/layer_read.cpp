@@ -42,7 +42,7 @@ struct LayerGradient : LayerRead {
 i64 in_units(const LayerRead& l, float* to) {
   const i64 per_row = l.channels * l.each;
   i64 bad = 0;
-#pragma omp parallel for reduction(+ : bad) schedule(static)
+#pragma omp parallel for reduction(+ : bad) schedule(static) if (l.rows * per_row >= WORTH_A_THREAD)
   for (i64 row = 0; row < l.rows; ++row) {
     const float lsb = l.dac_lsb[l.lsb_count > 1 ? row : 0];
     for (i64 e = row * per_row; e < (row + 1) * per_row; ++e) {

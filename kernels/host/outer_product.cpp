@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "calls.hpp"
+#include "threads.hpp"
 #include "wide.hpp"
 
 using namespace gpuxbar;
@@ -18,10 +19,9 @@ constexpr int DEEP = 4;  // vectors of inputs of a register tile
 #else
 constexpr int DEEP = 2;
 #endif
-constexpr i64 TALL = 24;                // outputs of a panel
-constexpr i64 WIDE = DEEP * LANES;      // inputs of a panel
-constexpr i64 PIECE = 256;              // samples whose products are summed in registers
-constexpr i64 WORTH_THREADS = 1 << 17;  // products; fewer are done before a second thread wakes up
+constexpr i64 TALL = 24;            // outputs of a panel
+constexpr i64 WIDE = DEEP * LANES;  // inputs of a panel
+constexpr i64 PIECE = 256;          // samples whose products are summed in registers
 static_assert(TALL % TILE == 0);
 
 constexpr i64 panels(i64 lines, i64 size) { return (lines + size - 1) / size; }
@@ -59,7 +59,7 @@ extern "C" void gpuxbar_outer_product(const float* d,      // [B, O]
   const i64 tall = panels(outputs, TALL), wide = panels(inputs, WIDE);
   const Aligned left(tall * TALL * batch), right(wide * WIDE * batch);
   const auto unit = [=](i64 b) { return scale[scale_count > 1 ? b : 0]; };
-#pragma omp parallel if (batch * outputs * inputs >= WORTH_THREADS)
+#pragma omp parallel if (batch * outputs * inputs >= PRODUCTS_WORTH_A_THREAD)
   {
 #pragma omp for schedule(static) nowait
     for (i64 p = 0; p < tall; ++p) {

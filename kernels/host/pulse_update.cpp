@@ -133,6 +133,7 @@ class Trainer {
 
   void fire(i64 group, i64 block) {
     const i64 b0 = block * SAMPLES, samples = std::min<i64>(SAMPLES, u.batch - b0);
+    lanes = (int)whole_vectors(samples);
     if (samples < SAMPLES) {
       std::fill(inputs.begin(), inputs.end(), 0.0f);
       std::fill(errors.begin(), errors.end(), 0.0f);
@@ -251,11 +252,11 @@ class Trainer {
     for (int l = 0; l < SAMPLES; ++l) eights[l] = eight, samples[l] = sample + (u32)l;
     for (u32 slot = 0; slot < (u32)most; ++slot) {
       std::fill(at, at + SAMPLES, slot);
-      draw_words_at<7>(purpose, (u32)u.step, a.keys, at, eights, samples, words);
+      draw_words_at<7>(purpose, (u32)u.step, a.keys, at, eights, samples, words, lanes);
       u32 open = 0;
       for (int q = 0; q < 4; ++q)
 #pragma omp simd reduction(| : open)
-        for (int l = 0; l < SAMPLES; ++l) {
+        for (int l = 0; l < lanes; ++l) {
           const u32 low = words[q][l] & 0xFFFFu, high = words[q][l] >> 16;
           const u32 chance_low = chances[2 * q][l], chance_high = chances[2 * q + 1][l];
           slots[2 * q][l] |= (u32)fires(chance_low, low) << slot;
@@ -272,7 +273,7 @@ class Trainer {
   // The few slots that the first random bits leave undecided.
   void settle(u32 purpose, u32 eight, const u32* samples, u32 slot, const u32 (*chances)[SAMPLES],
               const u32 (*words)[SAMPLES], u32 (*slots)[SAMPLES]) const {
-    for (int l = 0; l < SAMPLES; ++l) {
+    for (int l = 0; l < lanes; ++l) {
       const u32 first[4] = {words[0][l], words[1][l], words[2][l], words[3][l]};
       for (u32 k = 0; k < EIGHT; ++k) {
         if (!undecided(chances[k][l], half_word(first, k))) continue;
@@ -288,6 +289,7 @@ class Trainer {
   std::vector<float> inputs, errors;
   std::optional<PatchLines<SAMPLES>> patches;
   i32 most = 0;  // slots of the block
+  int lanes;     // its samples, in whole vectors
   alignas(64) i32 length[SAMPLES];
   alignas(64) float per_input[SAMPLES], per_error[SAMPLES];
 };
@@ -297,12 +299,15 @@ struct Row {
   SpreadDraws draws;
   alignas(64) float free[WIDE_ROW];
 
-  // `failed`: whether a device has, null where none can.
-  Row(const Update& u, const Arrays& a, const RowPlace& at, i64 count, const bool* failed)
-      : draws(u.law, a.map, (at.plane * u.groups * u.inputs + at.row) * u.outputs + at.col0, count, at, a.keys) {
+  // `failed`: whether a device has, null where none can. `chosen`: the devices that are asked for; null: all.
+  Row(const Update& u, const Arrays& a, const RowPlace& at, i64 count, const bool* failed,
+      const Chosen* chosen = nullptr)
+      : draws(u.law, a.map, (at.plane * u.groups * u.inputs + at.row) * u.outputs + at.col0, count, at, a.keys,
+              chosen) {
     draw_free(u.stuck_low, u.stuck_high, at, a.keys, free);
     if (failed)
       for (int j = 0; j < WIDE_ROW; ++j) free[j] = failed[j] ? 0.0f : free[j];
+    if (chosen) chosen->pick(free, free);
   }
 };
 
@@ -332,8 +337,8 @@ struct alignas(64) Events {
   static constexpr u32 ONCE = 1u << 16, MANY = 30 * ONCE;  // one coincidence; the bits of more
   static_assert(STRETCH <= ONCE && CHUNK <= ONCE);
   u32 of_device[WIDE_ROW][ROOM], in_turn[ROOM][WIDE_ROW];
-  i64 found[WIDE_ROW];
-  i64 moving;           // devices that have any
+  alignas(64) i32 found[WIDE_ROW];
+  i32 moving;           // devices that have any
   u32 order[WIDE_ROW];  // devices, those with most events first
 
   static u32 sample(u32 event) { return event & (ONCE - 1); }
@@ -341,7 +346,12 @@ struct alignas(64) Events {
   static bool raises(u32 event) { return (event & NEGATIVE) != 0; }
 
   void clear() { std::fill_n(found, WIDE_ROW, 0); }
-  i64 most() const { return *std::max_element(found, found + WIDE_ROW); }
+  i32 most() const {
+    i32 top = 0;
+#pragma omp simd reduction(max : top)
+    for (int j = 0; j < WIDE_ROW; ++j) top = found[j] > top ? found[j] : top;
+    return top;
+  }
 
   // In a chunk of samples from `first` on, for trains of a wordline and of `devices` bitlines, which lie `stride` apart.
   template <bool IMPLICIT>
@@ -355,7 +365,7 @@ struct alignas(64) Events {
         const u32 n = (u32)coincidences<IMPLICIT>(inputs[b], error[b], length[b]);
         all[b] = n ? (first + (u32)b) | n * ONCE | ((inputs[b] ^ error[b]) & NEGATIVE) : 0u;
       }
-      found[j] += keep(all, samples, of_device[j] + found[j]);
+      found[j] += (i32)keep(all, samples, of_device[j] + found[j]);
     }
   }
 
@@ -397,12 +407,21 @@ struct alignas(64) Events {
 
   // Bring devices in order, and their events in turns.
   void line_up() {
-    i64 place[ROOM] = {};
-    for (i64 n : found) ++place[n];
-    i64 before = 0;
-    for (i64 n = most(); n >= 0; --n) before += std::exchange(place[n], before);
-    moving = place[0];
-    for (u32 j = 0; j < WIDE_ROW; ++j) order[place[found[j]]++] = j;
+    alignas(64) u32 busy[WIDE_ROW], idle[WIDE_ROW], some[WIDE_ROW + LANES];  // marked, and so not 0
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) {
+      busy[j] = found[j] ? (u32)j | NEGATIVE : 0u;
+      idle[j] = found[j] ? 0u : (u32)j | NEGATIVE;
+    }
+    moving = (i32)keep(busy, WIDE_ROW, some);
+    keep(idle, WIDE_ROW, some + moving);
+    for (int k = 0; k < WIDE_ROW; ++k) some[k] &= SLOTS;
+    i32 place[ROOM], before = 0;
+    std::fill_n(place, most() + 1, 0);
+    for (i32 k = 0; k < moving; ++k) ++place[found[some[k]]];
+    for (i32 n = most(); n > 0; --n) before += std::exchange(place[n], before);
+    for (i32 k = 0; k < moving; ++k) order[place[found[some[k]]]++] = some[k];
+    std::copy(some + moving, some + WIDE_ROW, order + moving);
     for (i64 k = 0; k < moving; k += LANES) {
       const i64 whole = whole_vectors(found[order[k]]);
       for (i64 r = k; r < k + LANES; ++r)
@@ -447,22 +466,17 @@ struct alignas(64) Pulsed {
   float gain[2][WIDE_ROW], shape[2][WIDE_ROW];
   float from[2][WIDE_ROW], by[2][WIDE_ROW], fixed[2][WIDE_ROW], per_square[WIDE_ROW];  // effort of one pulse
   float x[WIDE_ROW];
-  i32 more[WIDE_ROW];  // pulses taken
+  i32 more[WIDE_ROW];  // pulses taken in these turns
 };
 
-// The first `count` of a row in some order, in whole vectors.
+// The first `count` of a row, in whole vectors.
 template <class L>
-void pulsed_row(const UpdateLaw& s, const Row& row, const u32* order, int count, Pulsed& p) {
-  alignas(64) float z[6][WIDE_ROW];
-  for (int k = 0; k < count; ++k) {
-    p.free[k] = row.free[order[k]];
-    for (int n = 0; n < 6; ++n) z[n][k] = row.draws.normal[n][order[k]];
-  }
+void pulsed_row(const UpdateLaw& s, const Row& row, int count, Pulsed& p) {
+  std::copy(row.free, row.free + count, p.free);
   for (int up = 0; up < 2; ++up)
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
-      const Spreads own{z[0][j], z[1][j], z[2][j], z[3][j], z[4][j], z[5][j]};
-      const Device device = device_under<L>(s, own, up != 0);
+      const Device device = device_under<L>(s, spreads(row.draws, j), up != 0);
       p.low[j] = device.low, p.width[j] = device.width, p.inverse_width[j] = device.inverse_width;
       p.gain[up][j] = device.gain, p.shape[up][j] = device.shape;
       const Effort effort = effort_of<L>(s, device, 1.0f / s.pulses, up != 0);
@@ -712,14 +726,16 @@ void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 
   const UpdateLaw s = u.law;
   const u32* order = events.order;
   const i64 moving = whole_vectors(events.moving), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+  const Chosen chosen{order, (int)moving};
   alignas(64) float z[2][WIDE_ROW] = {};
   alignas(64) Lines columns, samples;
   Pulsed devices[2];
   for (u32 side = 0; side < u.sides(); ++side) {
     Pulsed& p = devices[side];
-    pulsed_row<L>(s, Row(u, a, u.place(side, group, i0 + i, o0), count, block.failures(side, i)), order, (int)moving,
+    pulsed_row<L>(s, Row(u, a, u.place(side, group, i0 + i, o0), count, block.failures(side, i), &chosen), (int)moving,
                   p);
-    for (i64 k = 0; k < moving; ++k) p.x[k] = block.x[side][i][order[k]], p.more[k] = block.more[side][i][order[k]];
+    chosen.pick(block.x[side][i], p.x);
+    std::fill(p.more, p.more + moving, 0);
   }
   for (i64 k = 0; k < moving; ++k) columns[k] = (u32)o0 + order[k];
   i64 active = moving;
@@ -735,7 +751,9 @@ void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 
   }
   for (u32 side = 0; side < u.sides(); ++side) {
     const Pulsed& p = devices[side];
-    for (i64 k = 0; k < moving; ++k) block.x[side][i][order[k]] = p.x[k], block.more[side][i][order[k]] = p.more[k];
+    for (i64 k = 0; k < moving; ++k) block.x[side][i][order[k]] = p.x[k];
+    if (block.counted)
+      for (i64 k = 0; k < moving; ++k) block.more[side][i][order[k]] += p.more[k];
   }
   events.clear();
 }
@@ -753,7 +771,7 @@ void pulse_in_sequence(const Update& u, const Arrays& a, i64 group, i64 i0, i64 
       const i64 end = std::min(b0 + stretch, u.batch);
       for (i64 b = b0; b < end; b += CHUNK) {
         const u32* input = inputs.of_line(group, i0 + i) + b;
-        const i64 samples = std::min<i64>(CHUNK, end - b);
+        const i64 samples = whole_vectors(std::min<i64>(CHUNK, end - b));  // those behind the batch have no pulses
         if (rare)
           events.find_rare(input, errors.over_lines(group, o0, b), errors.row_words(o0), (u32)(b - b0), samples, count);
         else
@@ -779,7 +797,8 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
       float* x = block.x[side][i];
 #pragma omp simd
       for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[side][j]);
-      for (int j = 0; j < WIDE_ROW; ++j) block.more[side][i][j] = (i32)(ups[j] + downs[j]);
+      if (block.counted)
+        for (int j = 0; j < WIDE_ROW; ++j) block.more[side][i][j] = (i32)(ups[j] + downs[j]);
     }
   }
 }
@@ -797,12 +816,11 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
     for (i64 i = 0; i < lines; ++i) {
       const float* from = cells(side, 0, i);
       float *x = block.x[side][i], *before = block.before[side][i];
-      std::fill(x, x + WIDE_ROW, 0.0f);
-      for (i64 j = 0; j < count; ++j) before[j] = x[j] = (from[j] - u.g_min) * inverse_range;
+      load_shares(from, u.g_min, inverse_range, count, x, before);
+      if (!block.counted) continue;
       std::fill(block.more[side][i], block.more[side][i] + WIDE_ROW, 0);
       std::fill(block.failed[side][i], block.failed[side][i] + WIDE_ROW, false);
-      if (block.counted)
-        for (i64 j = 0; j < count; ++j) block.failed[side][i][j] = a.pulse_count[from - a.g + j] < 0;
+      for (i64 j = 0; j < count; ++j) block.failed[side][i][j] = a.pulse_count[from - a.g + j] < 0;
     }
   if (aggregated)
     pulse_at_once<L>(u, a, group, i0, o0, block);
@@ -814,9 +832,7 @@ void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, 
       if (block.counted)
         wear_row(u.endurance, u.place(side, group, i0 + i, o0), a.keys, block.more[side][i], count,
                  a.pulse_count + (to - a.g), x, nullptr);
-#pragma omp simd
-      for (i64 j = 0; j < count; ++j)
-        to[j] = x[j] != before[j] ? fma(x[j], u.range, u.g_min) : to[j];  // a cell that did not move keeps its bits
+      write_back(to, x, before, u.g_min, u.range, count);
     }
   const i64 output = group * u.outputs + o0;
   auto& weight = block.x[0];
@@ -914,7 +930,7 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
   const WideKeys keys(u.seed);
   const Arrays a{g,        pulse_count,   map,          x,   d, scale.data(), unit.data(), sign, w, w_max, wordlines,
                  bitlines, length.data(), slots.data(), keys};
-#pragma omp parallel
+#pragma omp parallel if (u.groups * u.samples() > SAMPLES)
   {
     Trainer trainer(u, a);
 #pragma omp for collapse(2) schedule(static)
@@ -929,7 +945,7 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
   const i64 row_blocks = blocks(u.inputs, rows), col_blocks = blocks(u.outputs, cols);
   with_law(u.law.law, [&](auto law) {
     using L = typename decltype(law)::Type;
-#pragma omp parallel for collapse(3) schedule(dynamic)
+#pragma omp parallel for collapse(3) schedule(dynamic) if (u.groups * row_blocks * col_blocks > 1)
     for (i64 group = 0; group < u.groups; ++group)
       for (i64 rb = 0; rb < row_blocks; ++rb)
         for (i64 cb = 0; cb < col_blocks; ++cb)

@@ -8,6 +8,10 @@
 
 namespace gpuxbar {
 
+// Fewer are done before a second thread wakes up.
+constexpr i64 WORTH_A_THREAD = 1 << 14;           // cells or values
+constexpr i64 PRODUCTS_WORTH_A_THREAD = 1 << 17;  // of values and cells, added up
+
 // Threads of the parallel region around the call, and of one that begins here.
 #if defined(_OPENMP)
 inline i64 threads_here() { return omp_get_num_threads(); }
