@@ -480,3 +480,16 @@ def test_models_on_measured_devices_age_as_far_as_these_were_measured(tmp_path):
     gx.age(model, "1h", compensate=True)
     assert torch.equal(model(images()), found["1h"])
     assert not torch.equal(found["2d"], found["1h"])
+
+
+@pytest.mark.parametrize("last", [0.1, 1e-3, 123456789.123])
+def test_the_last_age_is_known_though_ages_are_kept_as_float32(last, tmp_path):
+    one = {"law": "measured", "ages": [last], "shares": [0, 1], "shift": [[1e-6, -1e-6]], "std": [[0, 0]]}
+    spec = gx.CrossbarSpec.model_validate({"drift": one})
+    model, resumed = (gx.nn.AnalogLinear(3, 2, bias=False, spec=spec) for _ in range(2))
+    gx.program(model)
+    gx.age(model, last)
+    aged = model.g_programmed + 1e-6 * (1 - 2 * model.g_programmed / spec.device.g_max)
+    torch.testing.assert_close(model.aged[0], aged[0] - aged[1], rtol=1e-4, atol=1e-11)
+    resumed.load_state_dict(model.state_dict())
+    assert torch.equal(resumed.aged, model.aged)

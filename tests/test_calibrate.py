@@ -102,6 +102,14 @@ def test_currents_are_not_rounded_by_autocast():
         assert calibrated(network()) == right
 
 
+def test_errors_of_conversions_are_not_rounded_by_autocast():
+    model = network(mapping={"slices": 2, "slice_bits": 3})
+    calibrated(model)
+    found = gx.conversion_errors(model, [(X, TARGET)], loss=cross_entropy).reads
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gx.conversion_errors(model, [(X, TARGET)], loss=cross_entropy).reads == found
+
+
 def test_a_norm_of_the_meta_device_that_is_not_called_is_left_there():
     model = network()
     model[0].norm = nn.BatchNorm1d(3, device="meta")

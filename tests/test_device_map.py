@@ -339,6 +339,19 @@ def test_measured_devices_have_the_1_f_noise_of_the_model_later_alone():
     assert off.abs().mean() > 0.1
 
 
+@pytest.mark.parametrize("programmed", [False, True])
+def test_checkpoints_of_before_measured_devices_were_told_apart_hold_written_ones(programmed):
+    spec = CrossbarSpec.model_validate({"device": WINDOW, "drift": {"flicker": 0.1}})
+    model, restored = (AnalogLinear(5, 4, spec=spec, bias=False) for _ in range(2))
+    gx.program(model)
+    state = {name: value for name, value in model.state_dict().items() if name != "measured"}
+    if programmed:
+        gx.program(restored)
+        restored.set_conductances(measured_conductances(2, 5, 4))
+    restored.load_state_dict(state)
+    assert torch.equal(restored(torch.eye(5)), model(torch.eye(5)))
+
+
 def test_a_backward_pass_reads_what_was_measured_before():
     spec = CrossbarSpec.model_validate({"device": WINDOW, "mapping": {"scheme": "offset"}})
     model, g = AnalogLinear(5, 4, spec=spec, bias=False), measured_conductances(1, 6, 5)

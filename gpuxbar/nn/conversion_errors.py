@@ -142,7 +142,8 @@ def conversion_errors(
 
     def look(layer: AnalogLayer, backward: bool, lines: Lines) -> None:
         if not (backward and layer.plan.backward.ideal):
-            found.setdefault((layer, backward), _Sums(layer, backward)).add(lines)
+            with torch._C._DisableAutocast():
+                found.setdefault((layer, backward), _Sums(layer, backward)).add(lines)
 
     with undisturbed(model):
         watch("conversion_errors", model, list(names), loader, batches, loss, step, look)

@@ -179,7 +179,8 @@ class Programmed(Wires):
         assert self.device_seed is not None
         assert self.measured is not None
         assert self.age is not None
-        step, seed, age = int(self.write_step.item()), int(self.device_seed.item()), self.age.item()
+        step, seed, last = int(self.write_step.item()), int(self.device_seed.item()), self.spec.drift.last
+        age = last if self.age == last else self.age.item()  # as it was before it became float32
         if self.measured.item() and age == 0:  # with the 1/f noise of that moment
             devices = self.g_programmed.clone()
         else:
@@ -226,6 +227,8 @@ class Programmed(Wires):
         saved = {name: state_dict[f"{prefix}{name}"] for name in HELD if f"{prefix}{name}" in state_dict}
         if "written_as" in saved:
             self._require_written_as(saved["written_as"])
+        if saved and "measured" not in saved:  # of before measured devices were told apart
+            state_dict[f"{prefix}measured"] = torch.zeros(1, dtype=torch.bool, device=self.weight.device)
         if saved and not self.programmed:
             self.device_seed = torch.tensor([self.plan.seed], device=self.weight.device)
             self.measured = torch.zeros(1, dtype=torch.bool, device=self.weight.device)
