@@ -474,9 +474,18 @@ def test_models_on_measured_devices_age_as_far_as_these_were_measured(tmp_path):
     assert torch.equal(resumed[3].aged, model[3].aged)
     with pytest.raises(
         ValueError,
-        match=r"^age: `time` must be at most the last of the ages in `drift`, got 3\.1\d*e\+07 s for 0, 3;",
+        match=r"^age: `time` must be at most 172800 s, the last of the ages in `drift`, got 3\.1\d*e\+07 s; measure longer",
     ):
         gx.age(model, "1y")
     gx.age(model, "1h", compensate=True)
     assert torch.equal(model(images()), found["1h"])
     assert not torch.equal(found["2d"], found["1h"])
+
+
+@pytest.mark.parametrize("last", [0.1, 33333333.3])  # which float32 rounds up
+def test_devices_age_until_the_moment_of_the_last_measurement(last):
+    drift = {"law": "measured", "ages": [last], "shares": [0, 1], "shift": [[0, 0]], "std": [[0, 0]]}
+    model, _ = gx.convert(network(), gx.CrossbarSpec(drift=drift))
+    gx.program(model)
+    gx.age(model, last)
+    assert model[3].age.item() == last
