@@ -474,7 +474,7 @@ def test_models_on_measured_devices_age_as_far_as_these_were_measured(tmp_path):
     assert torch.equal(resumed[3].aged, model[3].aged)
     with pytest.raises(
         ValueError,
-        match=r"^age: `time` must be at most the last of the ages in `drift`, got 3\.1\d*e\+07 s for 0, 3;",
+        match=r"^age: `time` must be at most 172800 s, the last of the ages in `drift`, got 3\.1\d*e\+07 s; measure longer",
     ):
         gx.age(model, "1y")
     gx.age(model, "1h", compensate=True)
@@ -482,8 +482,8 @@ def test_models_on_measured_devices_age_as_far_as_these_were_measured(tmp_path):
     assert not torch.equal(found["2d"], found["1h"])
 
 
-@pytest.mark.parametrize("last", [0.1, 1e-3, 123456789.123])
-def test_the_last_age_is_known_though_ages_are_kept_as_float32(last, tmp_path):
+@pytest.mark.parametrize("last", [0.1, 1e-3, 33333333.3])
+def test_devices_age_until_the_moment_of_the_last_measurement(last):
     one = {"law": "measured", "ages": [last], "shares": [0, 1], "shift": [[1e-6, -1e-6]], "std": [[0, 0]]}
     spec = gx.CrossbarSpec.model_validate({"drift": one})
     model, resumed = (gx.nn.AnalogLinear(3, 2, bias=False, spec=spec) for _ in range(2))

@@ -17,6 +17,7 @@ MEASURED = MeasuredDrift(
     shares=(0.0, 0.2, 0.7),
     shift=((0, 1e-7, -1e-7), (1e-7, 4e-7, -3e-7), (2e-7, 9e-7, -6e-7)),
     std=((1e-8, 1e-7, 3e-7), (0, 5e-7, 1e-6), (1e-7, 1e-6, 2e-6)),
+    t_0=10.0,
 )
 SEED = 2**40 + 7
 LAWS = {
@@ -126,8 +127,8 @@ def test_an_age_is_one_draw_and_exponents_are_the_writes():
         (100.0, 0.2, 1e-7, 1e-7),
         (100.0, 0.45, 0.0, 2e-7),  # between shares
         (1e4, 0.9, -3e-7, 1e-6),  # beyond them
-        (np.sqrt(101 * 10001) - 1, 0.2, 2.5e-7, 3e-7),  # half way between ages, by the logarithm
-        (np.sqrt(101) - 1, 0.2, 5e-8, 5e-8),  # and before the first
+        (10 * (np.sqrt(11 * 1001) - 1), 0.2, 2.5e-7, 3e-7),  # half way between ages, by the logarithm
+        (10 * (np.sqrt(11) - 1), 0.2, 5e-8, 5e-8),  # and before the first
         (4e7, 0.7, -6e-7, 2e-6),
     ],
 )
@@ -174,10 +175,10 @@ def test_the_preset_of_reram_has_the_measured_spread_around_what_was_aimed_at():
 
 ERRORS = {
     "text": ({"age": "1h"}, TypeError, "`age` must be a number of seconds, got '1h'; gpuxbar.age takes text"),
-    "law": ({"law": {"nu": 0.1}}, TypeError, r"`law` must be a gpuxbar\.spec\.Drift, got dict; build one by Drift\(\.\.\.\)"),
+    "law": ({"law": {"nu": 0.1}}, TypeError, r"`law` must be a gpuxbar\.spec\.Drift or MeasuredDrift, got dict; build one by Drift\(\.\.\.\)"),
     "age": ({"age": -1.0}, ValueError, "`age` must be finite and at least 0, got -1 s; count from programming"),
     "age-nan": ({"age": float("nan")}, ValueError, "`age` must be finite and at least 0, got nan s"),
-    "late": ({"law": MEASURED, "age": 5e7}, ValueError, r"`age` must be at most 4e\+07 s, the last that was measured, got 5e\+07 s"),
+    "late": ({"law": MEASURED, "age": 5e7}, ValueError, r"`age` must be at most 4e\+07 s, the last of `law.ages`, got 5e\+07 s; measure longer"),
     "window": ({"g_max": 0.0}, ValueError, "`g_max` must be finite and above 0, got 0 S; give"),
     "axes": ({"g": np.zeros((2, 3), np.float32)}, ValueError, "`g` must have 3 axes, got 2"),
     "dtype": ({"g": np.zeros((1, 2, 3))}, TypeError, "`g` must be an array of float32, got float64"),

@@ -263,6 +263,7 @@ def test_a_wrong_setting_is_one_line(settings, message, tmp_path):
 
 WIRES = {"r_wordline": 1.0}
 IN_SITU = {"update": {"law": "constant_step"}}
+MEASURED = {"law": "measured", "ages": [1], "shares": [0, 1], "shift": [[0, 0]], "std": [[0, 0]]}
 
 
 @pytest.mark.parametrize(
@@ -313,17 +314,30 @@ IN_SITU = {"update": {"law": "constant_step"}}
         ({"programming": {"write_noise": [0, 4e-5, -4e-5]}, "device": {"g_max": 9e-6}}, "`programming.write_noise` must be at most 9e-06 S, the device.g_max, got 1e-05 S"),
         ({"programming": {"write_noise": "small"}}, "`programming.write_noise` must be a finite number, got 'small'"),
         ({"dac": {"bits": 8}, "backward": {"dac": {"range": "sample"}}},
-         "`backward.dac.bits` must be given with other settings of that converter, got none; as forwards it has 8, with null it is left out"),
-        ({"adc": {"bits": 6}, "backward": {"adc": {"range": "worst_case"}}}, "`backward.adc.bits` must be given with other settings of that converter, got none; as forwards it has 6"),
+         "`backward.dac.bits` must be given with other settings of that converter, got none; give 8, as forwards, or null to leave it out"),
+        ({"adc": {"bits": 6}, "backward": {"adc": {"range": "worst_case"}}}, "`backward.adc.bits` must be given with other settings of that converter, got none; give 6, as forwards"),
         ({"drift": {"law": "measured"}}, "`drift.ages` must be given, got none; see help(MeasuredDrift)"),
         ({"drift": {"law": "measure", "ages": [1]}}, "`drift.law` must be a known law, got 'measure'; did you mean `measured`?"),
         ({"drift": {"law": "measured", "ages": [3, 1], "shares": [0, 1], "shift": [], "std": []}}, "`drift`: `ages` must be one or more that rise from above 0 s, got (3.0, 1.0)"),
         ({"drift": {"law": "measured", "ages": [0, 1], "shares": [0, 1], "shift": [], "std": []}}, "`drift`: `ages` must be one or more that rise from above 0 s, got (0.0, 1.0)"),
         ({"drift": {"law": "measured", "ages": [], "shares": [0, 1], "shift": [], "std": []}}, "`drift`: `ages` must be one or more that rise from above 0 s, got ()"),
-        ({"drift": {"law": "measured", "ages": [1], "shares": [0], "shift": [[0]], "std": [[0]]}}, "`drift`: `shares` must be 2 to 32 that rise by 1e-4 or more within 0 to 1, got (0.0,)"),
+        ({"drift": {"law": "measured", "ages": [1], "shares": [0], "shift": [[0]], "std": [[0]]}}, "`drift`: `shares` must be 2 to 32 that rise by more than 1e-4 within 0 to 1, got (0.0,)"),
         ({"drift": {"law": "measured", "ages": [1], "shares": [0, 1.1], "shift": [[0, 0]], "std": [[0, 0]]}}, "within 0 to 1, got (0.0, 1.1)"),
         ({"drift": {"law": "measured", "ages": [1], "shares": [0, 1], "shift": [[0, 0]], "std": [[0]]}}, "`drift`: `std` must have 1 rows of 2, for each age a value for each share, got rows of [1]"),
         ({"drift": {"law": "measured", "ages": [1], "shares": [0, 1], "shift": [[0, 0]], "std": [[0, -1e-9]]}}, "`drift`: `std` must be at least 0, got -1e-09 S"),
+        ({"drift": MEASURED | {"shares": [-0.1, 1]}}, "within 0 to 1, got (-0.1, 1.0)"),
+        ({"drift": MEASURED | {"shares": [0, 1e-4]}}, "that rise by more than 1e-4 within 0 to 1, got (0.0, 0.0001)"),
+        ({"drift": MEASURED | {"shares": [i / 32 for i in range(33)]}}, "`drift`: `shares` must be 2 to 32 that rise"),
+        ({"drift": MEASURED | {"shift": [[0], [0]]}}, "`drift`: `shift` must have 1 rows of 2, for each age a value for each share, got rows of [1, 1]"),
+        ({"drift": MEASURED | {"shift": [[0, -0.1]]}}, "`drift.shift` must be at most 1e-05 S, the device.g_max, got 0.1 S; give it in S"),
+        ({"drift": MEASURED | {"std": [[0, 0.1]]}}, "`drift.std` must be at most 1e-05 S, the device.g_max, got 0.1 S; give it in S"),
+        ({"drift": MEASURED | {"ages": 1}}, "`drift.ages` must be a list, got 1; see help(MeasuredDrift)"),
+        ({"drift": MEASURED | {"shift": [0, 0]}}, "`drift.shift.0` must be a list, got 0; see help(MeasuredDrift)"),
+        ({"drift": MEASURED | {"ages": ["1h"]}}, "`drift.ages.0` must be a finite number, got '1h'; see help(MeasuredDrift)"),
+        ({"drift": {"ages": [1]}}, "`drift.ages` must be a known key; law='measured' has it"),
+        ({"drift": MEASURED | {"age": [1]}}, "`drift.age` must be a known key; did you mean `ages`?"),
+        ({"drift": "measured"}, "`drift` must name its law, got 'measured'; add `law`: power, measured"),
+        ({"update": {"law": "soft_bounds", "scatter_up": []}}, "`update.scatter_up` must be a known key; law='lookup_table' has it"),
         ({"programming": {"device_spread": float("nan")}}, "`programming.device_spread` must be a finite number of at least 0, got"),
         ({"programming": {"stuck_at_g_min": 0.6, "stuck_at_g_max": 0.5}},
          "`programming`: stuck_at_g_min + stuck_at_g_max must be at most 1, got 0.6 + 0.5; they are shares of the cells"),

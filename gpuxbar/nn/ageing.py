@@ -95,10 +95,10 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
         raise ValueError(
             f"age: `model` must be programmed, got layers that are not: {', '.join(idle)}; call gpuxbar.program(model) first"
         )
-    unknown = [layer.name for layer in layers if seconds > layer.spec.drift.last]
-    if unknown:
+    last = min(layer.spec.drift.last for layer in layers)
+    if seconds > last:
         raise ValueError(
-            f"age: `time` must be at most the last of the ages in `drift`, got {seconds:g} s for {', '.join(unknown)}; measure longer"
+            f"age: `time` must be at most {last:g} s, the last of the ages in `drift`, got {seconds:g} s; measure longer"
         )
     if compensate:
         for layer in layers:

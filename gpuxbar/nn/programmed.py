@@ -70,7 +70,7 @@ class Programmed(Wires):
     `written_as`: the settings by which they hold weights, float32 [5]: window of a device, S, bits of a slice and of its room for
     carries (0 without), and place of the line order among those known (0 where all are one). A checkpoint of others is refused.
     `measured`: whether they were measured in the place of what was written, bool [1]; at age 0 such are read as they are.
-    `age`: time since, s, float32 [1]; `ageings`: how often the devices were looked at, int64 [1].
+    `age`: time since, s, float64 [1]; `ageings`: how often the devices were looked at, int64 [1].
     `gain`: factor that compensates for drift, float32 [1]; 1 without compensation.
     `device_seed`: the seed of the layer that was programmed, int64 [1]; its devices age alike in a layer of another seed or name.
     With `write_step` they fix the aged devices, which are made anew when a checkpoint is loaded.
@@ -137,7 +137,7 @@ class Programmed(Wires):
         self.written_as = self._written_as().to(g.device)
         self.device_seed = torch.tensor([seed], device=g.device)
         self.measured = torch.zeros(1, dtype=torch.bool, device=g.device)
-        self.age = torch.zeros(1, dtype=torch.float32, device=g.device)
+        self.age = torch.zeros(1, dtype=torch.float64, device=g.device)
         self.gain = torch.ones(1, dtype=torch.float32, device=g.device)
         self.ageings = torch.zeros(1, dtype=torch.int64, device=g.device)
         self._held, self._loaded = self.mark(), None
@@ -179,8 +179,7 @@ class Programmed(Wires):
         assert self.device_seed is not None
         assert self.measured is not None
         assert self.age is not None
-        step, seed, last = int(self.write_step.item()), int(self.device_seed.item()), self.spec.drift.last
-        age = last if self.age == last else self.age.item()  # as it was before it became float32
+        step, seed, age = int(self.write_step.item()), int(self.device_seed.item()), self.age.item()
         if self.measured.item() and age == 0:  # with the 1/f noise of that moment
             devices = self.g_programmed.clone()
         else:

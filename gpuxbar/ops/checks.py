@@ -136,12 +136,13 @@ def check_written(op: str, **arrays: Any) -> None:
             raise ValueError(f"{op}: `{name}` must be writable, got a read-only array; pass a copy")
 
 
-def check_kind(op: str, name: str, value: Any, kind: type[Any]) -> None:
+def check_kind(op: str, name: str, value: Any, *kinds: type[Any]) -> None:
     """Refuse what is no such object of the library."""
-    if not isinstance(value, kind):
+    if not isinstance(value, kinds):
+        known = [kind.__name__ for kind in kinds]
         raise TypeError(
-            f"{op}: `{name}` must be a gpuxbar.{kind.__module__.split('.')[1]}.{kind.__name__}, got {type(value).__name__}; build "
-            f"one by {kind.__name__}(...)"
+            f"{op}: `{name}` must be a gpuxbar.{kinds[0].__module__.split('.')[1]}.{' or '.join(known)}, got {type(value).__name__}; "
+            f"build one by {known[0]}(...)"
         )
 
 

@@ -47,15 +47,14 @@ def drift(
         Joshi et al., Nature Communications 2020.
     """
     check_array(OP, "g", g, "float32", 3)
-    if not isinstance(law, MeasuredDrift):
-        check_kind(OP, "law", law, Drift)
+    check_kind(OP, "law", law, Drift, MeasuredDrift)
     if not isinstance(age, NUMBER):
         raise TypeError(f"{OP}: `age` must be a number of seconds, got {age!r}; gpuxbar.age takes text")
     if not 0 <= age < inf:
         raise ValueError(f"{OP}: `age` must be finite and at least 0, got {age:g} s; count from programming")
     if age > law.last:
         raise ValueError(
-            f"{OP}: `age` must be at most {law.last:g} s, the last that was measured, got {age:g} s"
+            f"{OP}: `age` must be at most {law.last:g} s, the last of `law.ages`, got {age:g} s; measure longer"
         )
     if not 0 < g_max < inf:
         raise ValueError(f"{OP}: `g_max` must be finite and above 0, got {g_max:g} S; give the window's end")
@@ -65,8 +64,10 @@ def drift(
     if where != "cuda":
         require_finite(OP, "g", int((~np.isfinite(g)).sum()), "bad data")
     if where == "reference":
-        draws: dict[str, int] = {"seed": seed, "step": number, "flicker_step": flicker_step}
-        return reference.drift(g, age, law=law.model_dump(), g_max=g_max, **draws).astype(np.float32)
+        found = reference.drift(
+            g, age, law=law.model_dump(), g_max=g_max, seed=seed, step=number, flicker_step=flicker_step
+        )
+        return found.astype(np.float32)
     settings: Settings | Table
     if isinstance(law, MeasuredDrift):
         kernel, settings, flicker = MEASURED_DRIFT, Table.of(law, age, g_max), {}

@@ -89,8 +89,9 @@ class MeasuredDrift(Part):
     With r = g / g_max of what the write left, and z a standard normal of a device:
     g(age) = g + shift(r, age) + std(r, age) z, not below 0
 
-    `ages`: s since programming, from the first to the last. `shares`: 2 to 32 values of r, from 0 to 1. `shift`, `std`: mean
-    and standard deviation of what g has changed by since it was programmed, S: a row for each age, of a value for each share.
+    `ages`: s since programming, from the first to the last. `shares`: 2 to 32 values of r within 0 to 1, more than 1e-4 apart.
+    `shift`, `std`: mean and standard deviation of what g has changed by since it was programmed, S: a row for each age, of a value
+    for each share.
     Between shares values lie on lines, and outside them they stay; between ages they lie on lines in ln(1 + age / t_0), from 0 at
     age 0; a greater age than the last is refused. A device has one z for all ages, drawn at every programming, since the table does
     not say how its changes at several ages go together. `std` is of the change: where deviations were measured around what was
@@ -120,7 +121,7 @@ class MeasuredDrift(Part):
             or shares[-1] > 1
         ):
             raise ValueError(
-                f"MeasuredDrift: `shares` must be 2 to {MOST_SHARES} that rise by 1e-4 or more within 0 to 1, got {shares}; sort "
+                f"MeasuredDrift: `shares` must be 2 to {MOST_SHARES} that rise by more than 1e-4 within 0 to 1, got {shares}; sort "
                 "them with their columns, or leave some out"
             )
         for name in ("shift", "std"):

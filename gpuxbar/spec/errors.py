@@ -44,19 +44,22 @@ def _line(model: type[BaseModel], found: dict[str, Any]) -> str:
     part, field, path = _locate(model, found["loc"])
     kind, value, context = found["type"], found["input"], found.get("ctx", {})
     where = f"{model.__name__}: `{'.'.join(path)}`" if path else f"{model.__name__}:"
+    laws = _laws(field)
     if kind == "value_error":  # a rule between settings, in the words of the model
         text = re.sub(rf"^{part.__name__}: ", "", str(context["error"]))
         return f"{where}: {text}" if path else f"{where} {text}"
     if kind == "extra_forbidden":
-        return f"{where} must be a known key; {nearest(path[-1], part.model_fields)}"
-    if kind == "union_tag_not_found":
-        laws = ", ".join(_laws(field))
-        return f"{where} must name its law, got {_short(value)}; add `law`: {laws}"
+        having = [f"law={law!r}" for law, settings in laws.items() if path[-1] in settings.model_fields]
+        way_out = f"{' or '.join(having)} has it" if having else nearest(path[-1], part.model_fields)
+        return f"{where} must be a known key; {way_out}"
+    unnamed = kind in ("model_type", "model_attributes_type", "dict_type")
+    if kind == "union_tag_not_found" or (unnamed and laws):
+        return f"{where} must name its law, got {_short(value)}; add `law`: {', '.join(laws)}"
     if kind == "union_tag_invalid":
         tag = context["tag"]
         where = f"{model.__name__}: `{'.'.join([*path, 'law'])}`"
-        return f"{where} must be a known law, got {tag!r}; {nearest(tag, _laws(field))}"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{where} must be a known law, got {tag!r}; {nearest(tag, laws)}"
+    if unnamed:
         return f"{where} must hold settings by name, got {_short(value)}; {nearest(value, part.model_fields)}"
     if kind == "missing":
         return f"{where} must be given, got none; see help({part.__name__})"
@@ -67,7 +70,12 @@ def _line(model: type[BaseModel], found: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(value), choices, n=1)
         way_out = f"did you mean `{near[0]}`?" if near else "choose one of these"
         return f"{where} must be {' or '.join(choices)}, got {_short(value)}; {way_out}"
-    return f"{where} must be {_rule(field)}, got {_short(value)}; the default is {_short(field.default)}"
+    of_tuple = kind == "tuple_type" and float not in _members(field.annotation)
+    rule = "a list" if of_tuple else _rule(field)
+    way_out = (
+        f"see help({part.__name__})" if field.is_required() else f"the default is {_short(field.default)}"
+    )
+    return f"{where} must be {rule}, got {_short(value)}; {way_out}"
 
 
 def _locate(
@@ -84,9 +92,8 @@ def _locate(
             ]
             if len(inner) == 1:
                 part = inner[0]
-            laws = {t.model_fields["law"].default: t for t in inner if "law" in t.model_fields}
-        elif field is not None and step in laws:
-            part = laws[step]
+        elif step in _laws(field):
+            part = _laws(field)[str(step)]
         elif step not in ("int", "float", "none", "tuple[float, ...]"):
             path.append(str(step))
     return part, field, path
@@ -105,9 +112,10 @@ def _choices(annotation: Any) -> list[Any]:
     return [c for t in _members(annotation) if get_origin(t) is Literal for c in get_args(t)]
 
 
-def _laws(field: FieldInfo | None) -> list[str]:
-    members = _members(field.annotation) if field is not None else []
-    return [t.model_fields["law"].default for t in members if hasattr(t, "model_fields")]
+def _laws(field: FieldInfo | None) -> dict[str, type[BaseModel]]:
+    """The parts that a field may be, by the laws that they name."""
+    parts = [t for t in _members(field.annotation) if hasattr(t, "model_fields")] if field is not None else []
+    return {t.model_fields["law"].default: t for t in parts if "law" in t.model_fields}
 
 
 def _rule(field: FieldInfo) -> str:

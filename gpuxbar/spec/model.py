@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gpuxbar.spec.ageing import Drift, DriftLaw, Endurance, Retention
+from gpuxbar.spec.ageing import Drift, DriftLaw, Endurance, MeasuredDrift, Retention
 from gpuxbar.spec.carry import Carry
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.laws import UpdateLaw
@@ -527,15 +527,15 @@ class CrossbarSpec(Part):
 
     @model_validator(mode="after")
     def _given(self) -> CrossbarSpec:
-        """Converters of the transposed read that are not the forward one's are not left out unsaid."""
+        """A converter of the transposed read with settings of its own has no bits by default, and so would be left out unsaid."""
         for name, own, forward in (
             ("dac", self.backward.dac, self.dac),
             ("adc", self.backward.adc, self.adc),
         ):
             if own is not None and forward.bits is not None and "bits" not in own.model_fields_set:
                 raise ValueError(
-                    f"CrossbarSpec: `backward.{name}.bits` must be given with other settings of that converter, got none; as forwards "
-                    f"it has {forward.bits}, with null it is left out"
+                    f"CrossbarSpec: `backward.{name}.bits` must be given with other settings of that converter, got none; give "
+                    f"{forward.bits}, as forwards, or null to leave it out"
                 )
         return self
 
@@ -558,8 +558,9 @@ class CrossbarSpec(Part):
     @model_validator(mode="after")
     def _measured(self) -> CrossbarSpec:
         """Noise in S, A and V, not in shares of a window or a range: it is no larger than what it is around."""
-        g_max = self.device.g_max
+        g_max, drift = self.device.g_max, self.drift
         bitline = self.tile.rows * g_max * self.dac.v_read
+        shift, std = (drift.shift, drift.std) if isinstance(drift, MeasuredDrift) else ((), ())
         for key, noise, most, unit, what in (
             ("read_noise.sigma", self.read_noise.sigma, bitline, "A", "what all cells of a bitline carry"),
             ("dac.offset_std", self.dac.offset_std, self.dac.v_read, "V", "the dac.v_read"),
@@ -567,6 +568,8 @@ class CrossbarSpec(Part):
             ("read_noise.sigma_g", self.read_noise.sigma_g, g_max, "S", "the device.g_max"),
             ("programming.write_noise", max(map(self.programming.write_deviation, SHARES)), g_max, "S", "the device.g_max"),
             ("update.write_noise", self.update.write_noise if self.update else 0.0, g_max, "S", "the device.g_max"),
+            ("drift.shift", max((abs(change) for row in shift for change in row), default=0.0), g_max, "S", "the device.g_max"),
+            ("drift.std", max((change for row in std for change in row), default=0.0), g_max, "S", "the device.g_max"),
         ):  # fmt: skip
             if noise > most:
                 raise ValueError(
