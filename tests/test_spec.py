@@ -552,6 +552,25 @@ def test_conversions_of_txsim_are_exact():
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "leaves", "draws"),
+    [
+        ({}, None, False),
+        ({"drift": {"nu": 0.1}}, "drift", False),
+        ({"drift": {"nu_min": 0.1}}, "drift", False),
+        ({"drift": {"flicker": 0.1}}, "drift", True),
+        ({"drift": MEASURED}, None, False),
+        ({"drift": MEASURED | {"shift": [[0, 1e-7]]}}, "drift", False),
+        ({"drift": MEASURED | {"std": [[0, 1e-7]]}}, "drift", True),
+        ({"programming": {"write_noise": [0, 1e-7]}}, "writes", True),
+    ],
+)
+def test_what_leaves_levels_and_what_is_random_is_known(settings, leaves, draws):
+    spec = gx.CrossbarSpec.model_validate({"device": {"levels": 4}} | settings)
+    assert (spec.off_levels is None) if leaves is None else (leaves in spec.off_levels)
+    assert spec.draws == draws
+
+
 def test_isaac_is_the_papers():
     spec = gx.presets.isaac()
     assert (spec.tile.rows, spec.tile.cols, spec.adc.bits) == (128, 128, 8)
