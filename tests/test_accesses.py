@@ -50,10 +50,11 @@ def test_sectors(step, width, sectors, fewest):
 
 @pytest.mark.parametrize(
     ("step", "width", "waves", "fewest"),
-    [(0, 1, 1, 1), (1, 1, 1, 1), (2, 1, 2, 1), (32, 1, 32, 1), (33, 1, 1, 1), (4, 4, 4, 4), (36, 4, 4, 4), (32, 4, 32, 4)],
+    [(0, 1, 1, 1), (1, 1, 1, 1), (2, 1, 2, 1), (32, 1, 32, 1), (33, 1, 1, 1), (2, 2, 2, 2), (34, 2, 2, 2), (32, 2, 32, 2),
+     (4, 4, 4, 4), (36, 4, 4, 4), (32, 4, 32, 4)],
 )  # fmt: skip
 def test_wavefronts(step, width, waves, fewest):
-    registers = "%r1" if width == 1 else "{%r1, %r2, %r3, %r4}"
+    registers = {1: "%r1", 2: "{%r1, %r2}", 4: "{%r1, %r2, %r3, %r4}"}[width]
     kind = "u32" if width == 1 else f"v{width}.u32"
     (load,) = counted(
         f"mov.u64 %rd5, gx_smem; mul.wide.u32 %rd3, %r5, {4 * step}; add.s64 %rd3, %rd3, %rd5; ld.shared.{kind} {registers}, [%rd3];",

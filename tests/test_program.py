@@ -82,6 +82,14 @@ def test_host_matches_oracle(shape, mapping, device, columns):
     assert_programmed(ops.program(weight, **told(s)), reference.program(weight, **s), s)
 
 
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "kernel"])
+@pytest.mark.parametrize("power", range(5))
+def test_every_term_of_write_noise_is_noise(power, device):
+    weight, w_max = weights((1, 37, 11))
+    s = {"w_max": w_max, **WINDOW, "write_noise": (0.0,) * power + (0.3e-6,), "seed": SEED, "step": 3}
+    assert_programmed(ops.program(weight, device=device, **told(s)), reference.program(weight, **s), s)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("mapping", MAPPINGS)
 @pytest.mark.parametrize("shape", SHAPES[1:])

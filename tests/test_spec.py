@@ -309,6 +309,7 @@ MEASURED = {"law": "measured", "ages": [1], "shares": [0, 1], "shift": [[0, 0]],
         ({**IN_SITU, "parasitics": {**WIRES, "gradient": "exact"}, "pulses": {}}, "`parasitics.gradient` must be straight_through with pulses, got 'exact'"),
         ({"programming": {"write_noise": [1e-7, -3e-7, 1e-7]}}, "`programming`: `write_noise` must be at least 0 for every r of 0 to 1, got -1e-07 S at r = 1"),
         ({"programming": {"write_noise": -1e-6}}, "`write_noise` must be at least 0 for every r of 0 to 1, got -1e-06 S at r = 0; it is a standard deviation"),
+        ({"programming": {"write_noise": [5.25e-9, -5e-8, 1e-7]}}, "got -1e-09 S at r = 0.25; it is a standard deviation"),
         ({"programming": {"write_noise": []}}, "`write_noise` must be a number or have 1 to 5 terms, got 0"),
         ({"programming": {"write_noise": [1e-8] * 6}}, "`write_noise` must be a number or have 1 to 5 terms, got 6; a polynomial"),
         ({"programming": {"write_noise": [0, 4e-5, -4e-5]}, "device": {"g_max": 9e-6}}, "`programming.write_noise` must be at most 9e-06 S, the device.g_max, got 1e-05 S"),
@@ -550,6 +551,32 @@ def test_conversions_of_txsim_are_exact():
     expected = torch.round(x / lsb) * lsb @ layer.weight.T
     # 32-bit weights: float32 rounding is all that remains
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_reads_need_no_bits_where_nothing_is_converted_forwards():
+    spec = gx.CrossbarSpec.model_validate(
+        {"backward": {"dac": {"range": "tensor"}, "adc": {"per": "column"}}}
+    )
+    assert (spec.backward_dac.bits, spec.backward_adc.bits) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "leaves", "draws"),
+    [
+        ({}, None, False),
+        ({"drift": {"nu": 0.1}}, "drift", False),
+        ({"drift": {"nu_min": 0.1}}, "drift", False),
+        ({"drift": {"flicker": 0.1}}, "drift", True),
+        ({"drift": MEASURED}, None, False),
+        ({"drift": MEASURED | {"shift": [[0, 1e-7]]}}, "drift", False),
+        ({"drift": MEASURED | {"std": [[0, 1e-7]]}}, "drift", True),
+        ({"programming": {"write_noise": [0, 1e-7]}}, "writes", True),
+    ],
+)
+def test_what_leaves_levels_and_what_is_random_is_known(settings, leaves, draws):
+    spec = gx.CrossbarSpec.model_validate({"device": {"levels": 4}} | settings)
+    assert (spec.off_levels is None) if leaves is None else (leaves in spec.off_levels)
+    assert spec.draws == draws
 
 
 def test_isaac_is_the_papers():

@@ -82,8 +82,8 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
 
     Raises:
         TypeError: `model` is no module, or `time` is neither a number nor text.
-        ValueError: The model has no crossbar layers or is not programmed, `time` is no time or beyond what was measured of drift, an
-            ADC range that a test read needs is not calibrated, or a layer's test read finds nothing at that age.
+        ValueError: The model has no crossbar layers or is not programmed, `time` is no time or beyond the last age of a table of
+            drift, an ADC range that a test read needs is not calibrated, or a layer's test read finds nothing at that age.
 
     Source:
         Joshi et al., Nature Communications 2020; the factor: Le Gallo et al., Advanced Electronic Materials 2018.

@@ -200,9 +200,10 @@ class InSitu(Programmed):
     def set_conductances(self, g: Any) -> None:
         """Read measured devices from now on, in place of those that were written.
 
-        Cells trained in situ go on from them, and the weight becomes what they read. A layer that `gpuxbar.program` has written reads
-        them as they are at age 0, and its weight stays; drift and 1/f noise of `spec.drift` come later. A pair weighs (g_pos - g_neg) / (g_max - g_min) of `w_max`, in situ, or of
-        `w_programmed`; `mapping.w_max` sets both. ADC ranges stay: calibrate anew where currents are others.
+        Cells trained in situ go on from them, and the weight becomes what they read. A layer that `gpuxbar.program` has written
+        keeps its weight, and reads them as they are at age 0; later with the drift and 1/f noise of `spec.drift`. A pair weighs
+        (g_pos - g_neg) / (g_max - g_min) of `w_max`, in situ, or of `w_programmed`; `mapping.w_max` sets both. ADC ranges stay:
+        calibrate anew where currents are others.
 
         Args:
             g: Conductances of the devices alone, without wires, [2 slices, G * I, O], S; NumPy array or tensor; positive devices

@@ -63,7 +63,7 @@ class TileSums(NamedTuple):
     variance: Tensor | float
 
 
-@torch.inference_mode(False)  # where no gradients are
+@torch.inference_mode(False)  # which makes tensors that no gradient passes
 def watch(
     op: str,
     model: nn.Module,
@@ -185,9 +185,9 @@ def _is_batch(loader: Any) -> TypeGuard[Sequence[Tensor]]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model evaluates, as it is without `torch.compile`, whose graphs have no place for looks, by reads counted from 0, so that
-    their noise is the same whatever was evaluated before; afterwards modes are what they were, and buffers but for what reads found
-    of the weights."""
+    """The model evaluates: not compiled, since graphs have no place for looks, and by reads counted from 0, so that their noise is
+    the same whatever was evaluated before. Afterwards modes and buffers are what they were, but for what reads found of the weights.
+    """
     layers = [m for m in model.modules() if isinstance(m, AnalogLayer)]
     modes = {module: module.training for module in model.modules()}
     buffers = {
@@ -213,7 +213,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Runs what `torch.compile` made as it was before. What it is part of takes seconds to import, as it has where there is such."""
+    """Models run without what `torch.compile` made of them. Where torch._dynamo is not imported, which takes seconds, it made none."""
     compiling = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
@@ -368,7 +368,7 @@ def _pair(op: str, batch: Any) -> tuple[Tensor, Any]:
 
 
 def _of_autograd(part: Any) -> Any:
-    """What a batch was made of, for gradients, which those made in inference mode have not."""
+    """A part of a batch, copied where it was made in inference mode, since autograd takes no such tensor."""
     return part.clone() if isinstance(part, Tensor) and part.is_inference() else part
 
 

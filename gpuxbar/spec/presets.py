@@ -173,7 +173,7 @@ def reram() -> CrossbarSpec:
         return sum(1e-6 * term * r**power for power, term in enumerate(terms))
 
     def gained(terms: tuple[float, ...]) -> list[float]:
-        """What is to be added to the noise of the write."""
+        """Standard deviation of the change since the write, S: variances add."""
         return [sqrt(deviation(terms, r) ** 2 - deviation(written, r) ** 2) for r in shares]
 
     written = 0.348, 16.030, -43.853, 45.393, -16.815
