@@ -168,7 +168,7 @@ def leaves(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int])
     count = len(g) << sum(bits)
     q = device.empty((count * 4096,), "float32")
     device.launch(
-        CONDUCTANCE_LEAF, (count,), (256,),
+        CONDUCTANCE_LEAF, (count,), (128,),
         {"g": g, "q": q, **wires, "rows": g.shape[1], "cols": g.shape[2], "high_bits": bits[0], "wide_bits": bits[1]},
     )  # fmt: skip
     return q
