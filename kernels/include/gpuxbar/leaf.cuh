@@ -43,11 +43,13 @@ __device__ __forceinline__ void load(const float* from, float (&to)[COUNT]) {
 template <int COUNT>
 __device__ __forceinline__ void store(float* to, const float (&from)[COUNT]) {
 #pragma unroll
-  for (int n = 0; n < COUNT; n += COUNT % 4 ? 2 : 4) {
+  for (int n = 0; n < COUNT; n += COUNT % 4 ? COUNT % 2 ? 1 : 2 : 4) {
     if constexpr (COUNT % 4 == 0)
       *(float4*)(to + n) = make_float4(from[n], from[n + 1], from[n + 2], from[n + 3]);
-    else
+    else if constexpr (COUNT % 2 == 0)
       *(float2*)(to + n) = make_float2(from[n], from[n + 1]);
+    else
+      to[n] = from[n];
   }
 }
 
@@ -65,6 +67,25 @@ __device__ __forceinline__ void apply(Row row, float (&v)[K]) {
   }
 #pragma unroll
   for (int i = 0; i < K; ++i) v[i] = product[i];
+}
+
+// sum[r][c] += a[k step_a + r apart] b[k step_b + c], k below DEPTH; rows that are not neighbours lie APART.
+template <int DEPTH, int APART = 1, int R, int C>
+__device__ __forceinline__ void multiply(const float* a, int step_a, const float* b, int step_b, float (&sum)[R][C]) {
+#pragma unroll 4
+  for (int k = 0; k < DEPTH; ++k) {
+    float left[R], right[C];
+    if constexpr (APART == 1)
+      load(a + k * step_a, left);
+    else
+#pragma unroll
+      for (int r = 0; r < R; ++r) left[r] = a[k * step_a + r * APART];
+    load(b + k * step_b, right);
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < C; ++c) sum[r][c] = fma(left[r], right[c], sum[r][c]);
+  }
 }
 
 // One of K steps by which a matrix becomes its inverse, without pivots, on one of its columns; `pivot`: the step's column before
@@ -330,19 +351,8 @@ __device__ __forceinline__ void merge_level(const float* in, float* out, float* 
     const int pair = e / (N * N) % PAIRS, kind = e / (PAIRS * N * N), i = e / N % N, j = e % N;
     const bool second_row = kind > 0, second_col = kind == 1, across = kind == 2;
     const float* const q = in + (2 * pair + second_row) * SIZE;
-    const float* const a = q + E * S + i * G;
-    const float* const b = solved + (kind * PAIRS + pair) * K * E + j * G;
     float sum[G][G] = {};
-#pragma unroll 4
-    for (int k = 0; k < K; ++k) {
-      float left[G], right[G];
-      load(a + k * S, left);
-      load(b + k * E, right);
-#pragma unroll
-      for (int r = 0; r < G; ++r)
-#pragma unroll
-        for (int c = 0; c < G; ++c) sum[r][c] = fma(left[r], right[c], sum[r][c]);
-    }
+    multiply<K>(q + E * S + i * G, S, solved + (kind * PAIRS + pair) * K * E + j * G, E, sum);
     const int row = places[pair & 1][second_row * N + i], col = places[pair & 1][second_col * N + j];
     float* const to = out + pair * (OUT * OUT + 4);
     if (!across)
