@@ -27,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(128, 5)
   const LeafCells cells{g + tile * rows * cols, wires, at, rows, cols, (LEAF << high_bits) - rows};
   low_level<2>(cells, (float*)even);
   merge_levels(LAST, (float*)even, (float*)odd, (float*)work);
-  merge_level<LAST>((float*)odd, (float*)((float4*)q + (i64)blockIdx.x * 1024), (float*)work, Next{wide_bits > 0, (leaf & 1) != 0});
+  merge_level<LAST>((float*)odd, (float*)((float4*)q + (i64)blockIdx.x * 1024), (float*)work,
+                    Next{wide_bits > 0, (leaf & 1) != 0});
 }
 
 }  // namespace gpuxbar

@@ -3,6 +3,7 @@
 //
 // CUDA only. Every result is the work of one thread in a fixed order.
 #pragma once
+#include "gpuxbar/inverse.cuh"
 #include "gpuxbar/parasitics.cuh"
 
 namespace gpuxbar {
@@ -86,16 +87,6 @@ __device__ __forceinline__ void multiply(const float* a, int step_a, const float
 #pragma unroll
       for (int c = 0; c < C; ++c) sum[r][c] = fma(left[r], right[c], sum[r][c]);
   }
-}
-
-// One of K steps by which a matrix becomes its inverse, without pivots, on one of its columns; `pivot`: the step's column before
-// it. The step's row is the first, and becomes the last.
-template <int K>
-__device__ __forceinline__ void eliminate(const float (&pivot)[K], bool is_pivot, float (&column)[K]) {
-  const float row = (is_pivot ? 1.0f : column[0]) * (1.0f / pivot[0]);
-#pragma unroll
-  for (int i = 1; i < K; ++i) column[i - 1] = fma(-pivot[i], row, is_pivot ? 0.0f : column[i]);
-  column[K - 1] = row;
 }
 
 constexpr int LAST = 7;  // level of a leaf's last merge, of its lower and its upper half
@@ -297,13 +288,7 @@ __device__ __forceinline__ void solve_joints(const float* in, float* f) {
     apply<K>([=](int i, float (&row)[K]) { load(joint + i * S, row); }, column);
 #pragma unroll
     for (int i = 0; i < K; ++i) column[i] = (i == j ? 1.0f : 0.0f) - column[i];
-#pragma unroll 1
-    for (int t = 0; t < K; ++t) {
-      float pivot[K];
-#pragma unroll
-      for (int i = 0; i < K; ++i) pivot[i] = __shfl_sync(LANES, column[i], t, K);
-      eliminate(pivot, j == t, column);
-    }
+    invert<LANES>(j, column);
 #pragma unroll
     for (int i = 0; i < K; ++i) f[(pair * K + i) * K + j] = column[i];
   });
