@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(128, 5)
                      float wordline_value, float bitline_value, float source_value, float sink_value, int rows,
                      int cols, int high_bits, int wide_bits)  // leaves: 2^high_bits x 2^wide_bits
 {
-  __shared__ float4 even[64 * Level<2>::SIZE / 4], odd[32 * Level<3>::SIZE / 4], work[1792 / 4];
+  __shared__ float4 even[64 * Level<2>::SIZE / 4], odd[32 * Level<3>::SIZE / 4], work[MERGE_WORK / 4];
   const i64 tile = blockIdx.x >> (high_bits + wide_bits);
   const int leaf = (int)(blockIdx.x & ((1u << (high_bits + wide_bits)) - 1));
   const Leaf at = leaf_place(leaf, high_bits, wide_bits);

@@ -13,6 +13,7 @@ namespace gpuxbar {
 
 constexpr int MOST = 5120;  // largest level of blocks
 constexpr int WORK = 2048;  // of a merge, and of the products below
+static_assert(MERGE_WORK <= WORK);
 
 // `grad`, gradients of all merged blocks, becomes those of their parts `q` (what a merge_level of the same arguments
 // reads); `q` and `other` are used up. With B = [[B1, 0], [0, B2]], the joined sides' columns, and T = [[A F, -F'], [-F,

@@ -89,7 +89,8 @@ __device__ __forceinline__ void multiply(const float* a, int step_a, const float
   }
 }
 
-constexpr int LAST = 7;  // level of a leaf's last merge, of its lower and its upper half
+constexpr int LAST = 7;           // level of a leaf's last merge, of its lower and its upper half
+constexpr int MERGE_WORK = 1792;  // floats that a merge works in
 
 // Pairs of blocks of P x Q cells that are joined at a level: ALONG_ROWS left (1) to right (2), else lower (1) to upper (2); S
 // ports of a block, K of them at the joined side, which are last, and E others. The pair is a block of ROWS x COLS. Blocks lie
@@ -294,7 +295,7 @@ __device__ __forceinline__ void solve_joints(const float* in, float* f) {
   });
 }
 
-// Joins all pairs of a level, 2 or above.
+// Joins all pairs of a level, 2 or above. At the last one, `out` need not be shared memory.
 template <int LEVEL>
 __device__ __forceinline__ void merge_level(const float* in, float* out, float* work, Next next) {
   using L = Level<LEVEL>;
@@ -302,7 +303,8 @@ __device__ __forceinline__ void merge_level(const float* in, float* out, float* 
   constexpr int G = L::P < 4 ? L::P : 4, N = E / G;  // ports by groups of neighbours, and groups of a block
   float* const f = work;                             // [PAIRS, K, K]
   float* const solved = f + PAIRS * K * K;           // [3, PAIRS, K, E] A F B1', -F Z B2' and -F B1'
-  __shared__ int places[2][2 * N];                   // of groups in the pair; of even pairs, then of odd ones
+  static_assert(PAIRS * K * (K + 3 * E) <= MERGE_WORK);
+  __shared__ int places[2][2 * N];  // of groups in the pair; of even pairs, then of odd ones
   if (const int e = THREADS - 1 - this_thread(); e < 2 * OUT / G) {
     const int odd = e / (OUT / G), port = e % (OUT / G) * G;
     const Place from = port_of<LEVEL>(port, odd, next);
@@ -339,7 +341,7 @@ __device__ __forceinline__ void merge_level(const float* in, float* out, float* 
     float sum[G][G] = {};
     multiply<K>(q + E * S + i * G, S, solved + (kind * PAIRS + pair) * K * E + j * G, E, sum);
     const int row = places[pair & 1][second_row * N + i], col = places[pair & 1][second_col * N + j];
-    float* const to = out + pair * (OUT * OUT + 4);
+    float* const to = out + pair * Level<LEVEL + 1>::SIZE;
     if (!across)
 #pragma unroll
       for (int r = 0; r < G; ++r) {
