@@ -81,6 +81,8 @@ EXCEPT = {  # and why
     ("adc_accumulate", "psum"): "eight columns a thread are two accesses, one behind the other, that share sectors",
     ("adc_accumulate", "y"): "the same",
     ("adc_accumulate", "on chip"): "results that are turned to images, once for all tiles",
+    ("conductance_leaf", "g"): "neighbouring cells of a thread are two accesses, one behind the other, that share sectors",
+    ("conductance_leaf", "on chip"): "squares of ports go to rows a multiple of 32 words apart; see MOST_LEAF_WAVES for all",
     ("fold", "patches"): "channels lie as far apart as the kernel has positions; the other positions are read next, from L1",
     ("fused_tile_mvm", "a"): "chunks of eight channels of neighbouring pixels, half a sector each",
     ("fused_tile_mvm", "words"): "atomic additions, where few blocks split the tiles",
@@ -104,7 +106,10 @@ MOST_INSTRUCTIONS = {  # of a value, in PTX: kernel, macro, how many values the 
     ("fold", "", 32 * 256): 360,
     ("device_update", "", 2 * 128 * 128): 335,
     ("ladder", "", 64 * 64): 92,
+    ("conductance_leaf", "", 32 * 32): 3300,
+    ("conductance_merge", "", 2 * 96 * 96): 17,
 }
+MOST_LEAF_WAVES = 9800  # for 16 x 16 cells
 CONV = ConvGeometry(32, 16, 16, (3, 3), (1, 1), (1, 1))
 READ = {"adc_bits": 8, "adc_lsb": 2.0**-27, "g_range": 2.0**-20, "read_noise": 2.0**-28, "generator": "fast",
         "precision": "fp16", "seed": 1, "step": 3}  # fmt: skip
@@ -143,10 +148,11 @@ def updates(device):
 
 
 def wires(device):
-    ops.effective_conductance(
-        np.full((1, 64, 64), 1e-4, np.float32), method="ladder", r_wordline=2.0, r_bitline=3.0, r_source=1.0, r_sink=0.5,
-        device=device,
-    )  # fmt: skip
+    for method, cells in ("ladder", 64), ("exact", 32):
+        ops.effective_conductance(
+            np.full((1, cells, cells), 1e-4, np.float32), method=method, r_wordline=2.0, r_bitline=3.0, r_source=1.0, r_sink=0.5,
+            device=device,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +189,8 @@ def test_a_value_takes_few_instructions(launches, launch):
         if kernel == name and (not macro or macro in [f"{key}={value}" for key, value in macros.items()])
     ]
     assert 0 < executed[0] / values <= MOST_INSTRUCTIONS[launch]
+
+
+def test_a_leaf_takes_few_wavefronts(launches):
+    (leaf,) = (instructions for kernel, _, instructions, _ in launches if kernel == "conductance_leaf")
+    assert 0 < sum(c.waves for c in leaf) / 4 <= MOST_LEAF_WAVES

@@ -101,6 +101,7 @@ VARIANTS = {
     "wire_currents.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
     "wire_currents_gradient.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
+    "gauss_jordan.cu": [{"SIZE": 16}, {"SIZE": 32}],
     "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in sorted(set(LAWS.values()))), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), *({"LAW": law, "COUNTED": 1, "SLICED": 1} for law in (0, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}, {"LAW": 8, "COUNTED": 1, "SLICED": 1, "DIGITS": 1}],
     "fused_tile_mvm_sm90.cu": [
         *({"IMPLICIT": 1, "BLOCK_N": 128, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": 4}

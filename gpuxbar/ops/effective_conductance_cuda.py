@@ -50,7 +50,7 @@ CONDUCTANCE_LEAF = Kernel(
     high_bits=_INT, wide_bits=_INT,
 )  # fmt: skip
 GAUSS_JORDAN = Kernel(
-    "gauss_jordan.cu", m=InOut("float32"), size=_INT, ld=_INT, stride=_LONG, count=_LONG, diagonal=_FLOAT
+    "gauss_jordan.cu", m=InOut("float32"), ld=_INT, stride=_LONG, count=_LONG, diagonal=_FLOAT
 )
 CONDUCTANCE_MERGE = Kernel(
     "conductance_merge.cu", q=In("float32"), cross=In("float32"), merged=Out("float32"), block_rows=_INT,
@@ -85,7 +85,7 @@ KERNELS = (
 LEAF = 16  # cells along the side of a leaf, and at most along that of the coarse tile of a mean field
 Operand = tuple[Any, int, int, int]  # array, offset, elements to a batch's next matrix and to the next row
 CHUNK = 8  # workspaces of the device for the exact solution of a chunk: 128 tiles of 128 x 128, 95 launches, in 512 MB
-BASE = 32  # largest matrix inverted in shared memory
+BASE = 32  # largest matrix inverted in registers
 
 
 def effective_conductance_cuda(
@@ -168,7 +168,7 @@ def leaves(device: Device, g: Any, wires: dict[str, Any], bits: tuple[int, int])
     count = len(g) << sum(bits)
     q = device.empty((count * 4096,), "float32")
     device.launch(
-        CONDUCTANCE_LEAF, (count,), (256,),
+        CONDUCTANCE_LEAF, (count,), (128,),
         {"g": g, "q": q, **wires, "rows": g.shape[1], "cols": g.shape[2], "high_bits": bits[0], "wide_bits": bits[1]},
     )  # fmt: skip
     return q
@@ -297,7 +297,7 @@ class Level:
             bool(next_along_rows),
         )  # fmt: skip
         self.device.launch(
-            CONDUCTANCE_MERGE, grid(out.q.size // 16), (256,),  # four squares a block
+            CONDUCTANCE_MERGE, grid(out.q.size // 16), (256,),  # a piece a warp
             {"q": self.q, "cross": cross[0], "merged": out.q, "block_rows": self.rows, "block_cols": self.cols,
              "along_rows": int(self.along_rows), "next_along_rows": int(out.along_rows),
              "alternate": int(next_along_rows is not None), "size": out.q.size},
@@ -356,8 +356,8 @@ def invert(
     """Inverses in place of `count` matrices m + diagonal, from element `at` on: by halves down to BASE."""
     if size <= BASE:
         device.launch(
-            GAUSS_JORDAN, (-(-count // 8),), (256,),
-            {"m": m[at:], "size": size, "ld": ld, "stride": stride, "count": count, "diagonal": diagonal},
+            GAUSS_JORDAN, (-(-count * size // 256),), (256,),
+            {"m": m[at:], "ld": ld, "stride": stride, "count": count, "diagonal": diagonal}, {"SIZE": size},
         )  # fmt: skip
         return
     half = size // 2

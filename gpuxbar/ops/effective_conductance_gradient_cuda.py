@@ -53,7 +53,7 @@ CONDUCTANCE_LEAF_GRADIENT = Kernel(
 )  # fmt: skip
 KERNELS = (TILE, PARTS, TURN, CONDUCTANCE_LEAF_GRADIENT)
 
-LEAF_BYTES = 4 * (3 * 4608 + 2048)  # of shared memory: two levels of blocks, one of gradients, products
+LEAF_BYTES = 4 * (3 * 5120 + 2048)  # of shared memory: two levels of blocks, one of gradients, products
 CHUNK = 4  # workspaces of the device for a chunk of tiles (23 of 128 x 128 in 256 MB): batches are small near the tile
 
 
@@ -96,7 +96,7 @@ def _tiles(
         level = levels.pop()
         whole, above = _parts(level, whole, above), level
     device.launch(
-        CONDUCTANCE_LEAF_GRADIENT, (tiles << sum(bits),), (256,),
+        CONDUCTANCE_LEAF_GRADIENT, (tiles << sum(bits),), (128,),
         {"g": g, **wires, "grad_q": whole, "grad_g": out, "rows": rows, "cols": cols, "high_bits": bits[0],
          "wide_bits": bits[1]},
         shared=LEAF_BYTES,
