@@ -33,7 +33,8 @@ __device__ __forceinline__ void split_level(float* q, float* other, float* grad,
   float* const f = work;                   // [PAIRS, K, K] F = (1 + Z A)^-1, before u
   float* const g = work;                   // [PAIRS, 2 K, 2 K] B' D B T, after u
   static_assert(2 * PAIRS * S * K + 8 * PAIRS * K * K <= MOST && PAIRS * N * 2 * K <= WORK);
-  __shared__ u16 ports[2][N];  // of even pairs, then of odd ones: where they lie in D
+  constexpr int G = L::G;
+  __shared__ u16 ports[2][N / G];  // of groups of neighbours, of even pairs, then of odd ones: where they lie in D
   const int me = this_thread();
 
   float own[EACH];
@@ -42,17 +43,20 @@ __device__ __forceinline__ void split_level(float* q, float* other, float* grad,
     const int e = n * THREADS + me;
     own[n] = q[e / (K * S) * L::SIZE + e / K % S * S + E + e % K];
   }
-  for_each<2 * N>([=](int e) {
-    const Place place = port_of<LEVEL>(e % N, e / N, next);
-    ports[e / N][e % N] = (u16)(place.block * E + place.at);
+  for_each<2 * N / G>([=](int e) {
+    const int odd = e / (N / G), group = e % (N / G);
+    const Place place = port_of<LEVEL>(group * G, odd, next);
+    ports[odd][group] = (u16)(place.block * E + place.at);
   });
   solve_joints<LEVEL>(q, f);
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < EACH; ++n) side[n * THREADS + me] = own[n];
-  for_each<PAIRS * N * N>([=](int e) {
-    const int pair = e / (N * N);
-    d[(pair * N + ports[pair & 1][e / N % N]) * N + ports[pair & 1][e % N]] = grad[e];
+  for_each<PAIRS * N * N / G>([=](int e) {
+    const int row = e / (N / G), pair = row / N, i = row % N, j = e % (N / G);
+    float own[G];
+    load(grad + e * G, own);
+    store(d + (pair * N + ports[pair & 1][i / G] + i % G) * N + ports[pair & 1][j], own);
   });
   __syncthreads();
 
@@ -91,9 +95,11 @@ __device__ __forceinline__ void split_level(float* q, float* other, float* grad,
 #pragma unroll
     for (int r = 0; r < HIGH; ++r) store(h + (row + r) * 2 * K + col, sum[r]);
   });
-  for_each<2 * PAIRS * E * E>([=](int e) {
-    const int row = e / E, block = row / E;
-    grad[block * S * S + row % E * S + e % E] = d[row * N + block % 2 * E + e % E];
+  for_each<2 * PAIRS * E * E / G>([=](int e) {
+    const int row = e / (E / G), block = row / E, j = e % (E / G) * G;
+    float own[G];
+    load(d + row * N + block % 2 * E + j, own);
+    store(grad + block * S * S + row % E * S + j, own);
   });
   for_each<2 * PAIRS * E * K / HIGH>([=](int e) {
     constexpr int ACROSS = K / HIGH;
@@ -122,9 +128,7 @@ __device__ __forceinline__ void split_level(float* q, float* other, float* grad,
     float sum[HIGH][HIGH] = {};
     multiply<2 * K>(t + from + to_row, 2 * K, g + from + col, 2 * K, sum);
 #pragma unroll
-    for (int r = 0; r < HIGH; ++r)
-#pragma unroll
-      for (int c = 0; c < HIGH; ++c) grad[(block * S + E + to_row + r) * S + E + col + c] = sum[r][c];
+    for (int r = 0; r < HIGH; ++r) store(grad + (block * S + E + to_row + r) * S + E + col, sum[r]);
   });
   __syncthreads();
 }

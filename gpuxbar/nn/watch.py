@@ -288,7 +288,7 @@ def _by_group(layer: AnalogLayer, part: Tensor, transposed: bool) -> Tensor:
 
 
 def _products(volts: Tensor, g: Tensor) -> Tensor:
-    with torch._C._DisableAutocast():
+    with torch._C._DisableAutocast():  # torch.autocast knows no device "meta"
         return torch.einsum("pbgr,sgro->psbgo", volts, g).flatten(3)
 
 

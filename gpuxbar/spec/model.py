@@ -532,7 +532,8 @@ class CrossbarSpec(Part):
             ("dac", self.backward.dac, self.dac),
             ("adc", self.backward.adc, self.adc),
         ):
-            if own is not None and forward.bits is not None and "bits" not in own.model_fields_set:
+            silent = own is not None and "bits" not in own.model_fields_set
+            if silent and forward.bits is not None and self.backward.mode == "analog":
                 raise ValueError(
                     f"CrossbarSpec: `backward.{name}.bits` must be given with other settings of that converter, got none; give "
                     f"{forward.bits}, as forwards, or null to leave it out"

@@ -495,6 +495,10 @@ Table instructions() {
   OP("bfi.b64", 5, set(t, i, 0, inserted(A(uint64_t, 1), A(uint64_t, 2), A(uint32_t, 3), A(uint32_t, 4))));
   OP("prmt.b32", 4, set(t, i, 0, permute(A(uint32_t, 1) | uint64_t(A(uint32_t, 2)) << 32, A(uint32_t, 3))));
 
+  ONE("cvt.s8.s32", int32_t, int8_t(a));
+  ONE("cvt.s16.s8", int8_t, int16_t(a));
+  ONE("cvt.s32.s8", int8_t, int32_t(a));
+  ONE("cvt.s64.s8", int8_t, int64_t(a));
   ONE("cvt.rni.f32.f32", float, rintf(a));
   ONE("cvt.rmi.f32.f32", float, floorf(a));
   ONE("cvt.rzi.s32.f32", float, saturated<int32_t>(truncf(a)));

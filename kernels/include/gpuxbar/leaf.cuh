@@ -93,13 +93,14 @@ constexpr int LAST = 7;           // level of a leaf's last merge, of its lower 
 constexpr int MERGE_WORK = 1792;  // floats that a merge works in
 
 // Pairs of blocks of P x Q cells that are joined at a level: ALONG_ROWS left (1) to right (2), else lower (1) to upper (2); S
-// ports of a block, K of them at the joined side, which are last, and E others. The pair is a block of ROWS x COLS. Blocks lie
-// SIZE apart: threads that each have one of their own meet different banks.
+// ports of a block, K of them at the joined side, which are last, and E others; G neighbours stay neighbours. The pair is a block
+// of ROWS x COLS. Blocks lie SIZE apart: threads that each have one of their own meet different banks.
 template <int LEVEL>
 struct Level {
   static constexpr int P = 1 << LEVEL / 2, Q = 1 << (LEVEL + 1) / 2, PAIRS = LEAF * LEAF / (2 * P * Q);
   static constexpr bool ALONG_ROWS = LEVEL % 2 == 0;
   static constexpr int S = 2 * P + 2 * Q, K = ALONG_ROWS ? P : Q, E = S - K, SIZE = S * S + 4;
+  static constexpr int G = P < 4 ? P : 4;
   static constexpr int ROWS = ALONG_ROWS ? P : 2 * P, COLS = ALONG_ROWS ? 2 * Q : Q;
 };
 
@@ -300,9 +301,9 @@ template <int LEVEL>
 __device__ __forceinline__ void merge_level(const float* in, float* out, float* work, Next next) {
   using L = Level<LEVEL>;
   constexpr int PAIRS = L::PAIRS, S = L::S, K = L::K, E = L::E, SIZE = L::SIZE, OUT = 2 * E;
-  constexpr int G = L::P < 4 ? L::P : 4, N = E / G;  // ports by groups of neighbours, and groups of a block
-  float* const f = work;                             // [PAIRS, K, K]
-  float* const solved = f + PAIRS * K * K;           // [3, PAIRS, K, E] A F B1', -F Z B2' and -F B1'
+  constexpr int G = L::G, N = E / G;        // groups of a block
+  float* const f = work;                    // [PAIRS, K, K]
+  float* const solved = f + PAIRS * K * K;  // [3, PAIRS, K, E] A F B1', -F Z B2' and -F B1'
   static_assert(PAIRS * K * (K + 3 * E) <= MERGE_WORK);
   __shared__ int places[2][2 * N];  // of groups in the pair; of even pairs, then of odd ones
   if (const int e = THREADS - 1 - this_thread(); e < 2 * OUT / G) {
