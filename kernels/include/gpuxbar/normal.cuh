@@ -51,7 +51,7 @@ GPUXBAR_FN Pair normal_pair(u32 radius_word, u32 phase_word) {
 
 // Two normals from one word: the low half makes the radius, the high half the phase.
 GPUXBAR_FN Pair normal_pair_fast(u32 word) {
-  const float k = bits_float(0x43000000u | (word & 0xFFFFu));  // 128 + radius / 2^16, without a conversion
+  const float k = bits_float(join_halves(word, 0x43000000u));  // 128 + radius / 2^16, without a conversion
   const float u = k - 127.99999237060546875f;                  // (radius + 1/2) / 2^16, exactly
   const float r = radius(u);
   const Pair p = turn(word & 0xFFFF0000u);
@@ -64,8 +64,9 @@ GPUXBAR_FN float uniform(u32 word) { return fma((float)(word >> 8), 5.9604644775
 struct Normals4 {
   float z[4];
 };
-GPUXBAR_FN Normals4 normals4(Counter c, u32 key_lo, u32 key_hi) {
-  const Counter w = philox<10>(c, key_lo, key_hi);
+template <class... Key>
+GPUXBAR_FN Normals4 normals4(Counter c, const Key&... key) {
+  const Counter w = philox<10>(c, key...);
   const Pair p = normal_pair(w.x, w.y), q = normal_pair(w.z, w.w);
   return Normals4{{p.a, p.b, q.a, q.b}};
 }
@@ -73,8 +74,9 @@ GPUXBAR_FN Normals4 normals4(Counter c, u32 key_lo, u32 key_hi) {
 struct Normals8 {
   float z[8];
 };
-GPUXBAR_FN Normals8 normals8_fast(Counter c, u32 key_lo, u32 key_hi) {
-  const Counter w = philox<7>(c, key_lo, key_hi);
+template <class... Key>
+GPUXBAR_FN Normals8 normals8_fast(Counter c, const Key&... key) {
+  const Counter w = philox<7>(c, key...);
   const Pair p = normal_pair_fast(w.x), q = normal_pair_fast(w.y);
   const Pair r = normal_pair_fast(w.z), s = normal_pair_fast(w.w);
   return Normals8{{p.a, p.b, q.a, q.b, r.a, r.b, s.a, s.b}};
