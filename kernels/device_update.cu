@@ -36,7 +36,11 @@ GPUXBAR_FN bool update_quad(const UpdateLaw& s, float x[4], float shown[4], floa
   if (COUNTED)
 #pragma unroll
     for (int q = 0; q < 4; ++q) wanted[q] = taken[q] < 0 ? 0.0f : wanted[q];
-  hold_stuck(wanted, stuck_low, stuck_high, group, row, plane, keys);
+  if (stuck_low + stuck_high > 0.0f) {
+    const u32 stuck = stuck_ones(stuck_low, stuck_high, group, row, plane, keys);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) wanted[q] = stuck >> q & 1u ? 0.0f : wanted[q];
+  }
   if (wanted[0] == 0.0f && wanted[1] == 0.0f && wanted[2] == 0.0f && wanted[3] == 0.0f) return false;
   Quad quad;
   quad.make(map, first, count, group, row, plane, keys);
@@ -123,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) device_update(
       const float share = SLICED ? inverse_range * slice_weight(slices, k) : inverse_range;
       float asked[4];  // units
       if (DIGITS) load(digits + ((i64)k * groups * inputs + row) * outputs + o0 + quad, asked, count, whole, 0.0f);
-#pragma unroll
+#pragma unroll COUNTED ? 1 : 2  // both would spill
       for (i32 side = 0; side < 2; ++side) {
         const u32 plane = (u32)(side * pairs + k);
         const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;

@@ -71,14 +71,14 @@ GPUXBAR_FN void coincide(const Trains& trains, int b, int line, int quad, int ra
 
 // Four cells of one side after coincidences, of which `raise` raise the weight; `sample` chooses the noise. Their pulses are
 // added to `more`.
-GPUXBAR_FN void pulse(const Quad& quad, const float free[4], float x[4], const UpdateLaw& s, const int raise[4],
-                      const int all[4], i32 more[4], u32 group, u32 row, u32 side, u32 sample, u32 step,
-                      const RoundKeys& keys) {
+GPUXBAR_FN void pulse(const Quad& quad, u32 still, float x[4], const UpdateLaw& s, const int raise[4], const int all[4],
+                      i32 more[4], u32 group, u32 row, u32 side, u32 sample, u32 step, const RoundKeys& keys) {
   const Normals8 z = draw_pairs((TRAITS & CYCLE_NOISE) != 0, PULSE_CYCLE, group, row, sample, step, keys);
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const float own = side == 0 ? z.z[2 * q] : z.z[2 * q + 1];
-    const float raising = free[q] * (float)raise[q], lowering = free[q] * (float)(all[q] - raise[q]);
+    const bool moves = (still >> q & 1u) == 0;
+    const float raising = moves ? (float)raise[q] : 0.0f, lowering = moves ? (float)(all[q] - raise[q]) : 0.0f;
     const float ups = pulses_up(s.sides, side == 0, raising, lowering);
     const float downs = pulses_down(s.sides, side == 0, raising, lowering);
     if (COUNTED) more[q] += (i32)(ups + downs);
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
   const i64 row = (i64)group * inputs + i0 + line;
   decltype(auto) s = compiled(law);
   const float inverse_range = divide_fast(1.0f, range);
-  const bool still = s.sides == REFERENCE;  // the second side
+  const bool one_side = s.sides == REFERENCE;  // the second side
   const i32 pairs = SLICED ? slices.count : 1;
   const bool whole = count == 4 && (outputs & 3) == 0 && ((u64)g & 15) == 0;
   float pair[4] = {};
@@ -135,25 +135,26 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
     const u32 plane = side * (u32)pairs;
     const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
     Quad cells;
+    const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
+    u32 still = 0;  // devices that do not move, a bit each
+    if (inside) {
+      still = stuck_ones(stuck_low, stuck_high, columns, (u32)row, plane, keys);
+      cells.make(map, first, count, columns, (u32)row, plane, keys);
+    }
     float x[4], cell[4];
     load(g + first, cell, count, whole, g_min);
 #pragma unroll
     for (int q = 0; q < 4; ++q) x[q] = (cell[q] - g_min) * inverse_range;
-    const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
-    float free[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    if (inside) {
-      cells.make(map, first, count, columns, (u32)row, plane, keys);
-      hold_stuck(free, stuck_low, stuck_high, columns, (u32)row, plane, keys);
-    }
     i32 more[4] = {};
     if (COUNTED)
 #pragma unroll
       for (int q = 0; q < 4; ++q)
-        if (q < count && pulse_count[first + q] < 0) free[q] = 0.0f;
+        if (q < count && pulse_count[first + q] < 0) still |= 1u << q;
 #if AGGREGATED
-    if (inside && !(side && still)) pulse(cells, free, x, s, raise, all, more, columns, (u32)row, side, 0, when, keys);
+    if (inside && !(side && one_side))
+      pulse(cells, still, x, s, raise, all, more, columns, (u32)row, side, 0, when, keys);
 #else
-    for (int b0 = 0; b0 < (side && still ? 0 : batch); b0 += CHUNK) {
+    for (int b0 = 0; b0 < (side && one_side ? 0 : batch); b0 += CHUNK) {
       const int samples =
           stage(trains, input_words, error_words, length, b0, batch, group, groups, i0, inputs, o0, outputs);
       if (!inside) continue;
@@ -161,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
         int raise[4] = {}, all[4] = {};
         coincide(trains, b, line, quad, raise, all);
         if (all[0] | all[1] | all[2] | all[3])
-          pulse(cells, free, x, s, raise, all, more, columns, (u32)row, side, (u32)(b0 + b), when, keys);
+          pulse(cells, still, x, s, raise, all, more, columns, (u32)row, side, (u32)(b0 + b), when, keys);
       }
     }
 #endif

@@ -40,13 +40,13 @@ GPUXBAR_FN Normals8 draw_pairs(bool wanted, u32 purpose, u32 group, u32 row, u32
   return normals8_fast(counter(group, row, purpose, slot, step), keys);
 }
 
-// Zero of those of four devices that are stuck.
-GPUXBAR_FN void hold_stuck(float of[4], float stuck_low, float stuck_high, u32 group, u32 row, u32 plane,
-                           const RoundKeys& keys) {
-  if (stuck_low + stuck_high <= 0.0f) return;
+// Which of four devices are stuck, a bit each; none where both rates are 0.
+GPUXBAR_FN u32 stuck_ones(float stuck_low, float stuck_high, u32 group, u32 row, u32 plane, const RoundKeys& keys) {
   const Uniforms4 stuck = draw_stuck(stuck_low + stuck_high, group, row, plane, keys);
+  u32 ones = 0;
 #pragma unroll
-  for (int q = 0; q < 4; ++q) of[q] = stuck.u[q] < stuck_low || stuck.u[q] > 1.0f - stuck_high ? 0.0f : of[q];
+  for (int q = 0; q < 4; ++q) ones |= (u32)(stuck.u[q] < stuck_low || stuck.u[q] > 1.0f - stuck_high) << q;
+  return ones;
 }
 
 // What the devices keep for all time. `first`, `count`: index of the first cell in a plane of the map, and how many there
