@@ -101,8 +101,8 @@ MOST_INSTRUCTIONS = {  # of a value, in PTX: kernel, macro, how many values the 
     ("pack_images", "", 32 * 256): 50,
     ("pack_sensed", "TRANSPOSED=1", 64 * 288): 62,
     ("fold", "", 32 * 256): 360,
-    ("device_update", "MAPPED=0", 2 * 128 * 128): 312,
-    ("device_update", "MAPPED=1", 2 * 128 * 128): 238,
+    ("device_update", "MAPPED=0", 2 * 128 * 128): 340,
+    ("device_update", "MAPPED=1", 2 * 128 * 128): 260,
     ("ladder", "", 64 * 64): 92,
 }
 CONV = ConvGeometry(32, 16, 16, (3, 3), (1, 1), (1, 1))
