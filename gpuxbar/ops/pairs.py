@@ -147,7 +147,7 @@ class Pairs:
             "stuck_high": self.programming.stuck_at_g_max,
         }  # fmt: skip
 
-    @property
+    @cached_property
     def on_device(self) -> dict[str, Any]:
         """The same for CUDA kernels, which take the keys that the seed makes."""
         return {

@@ -51,7 +51,7 @@ GPUXBAR_FN Pair normal_pair(u32 radius_word, u32 phase_word) {
 
 // Two normals from one word: the low half makes the radius, the high half the phase.
 GPUXBAR_FN Pair normal_pair_fast(u32 word) {
-  const float k = bits_float(join_halves(word, 0x43000000u));  // 128 + radius / 2^16, without a conversion
+  const float k = bits_float(0x43000000u | (word & 0xFFFFu));  // 128 + radius / 2^16, without a conversion
   const float u = k - 127.99999237060546875f;                  // (radius + 1/2) / 2^16, exactly
   const float r = radius(u);
   const Pair p = turn(word & 0xFFFF0000u);

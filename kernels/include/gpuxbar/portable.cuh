@@ -45,14 +45,8 @@ GPUXBAR_FN float half_value(u16 h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
   return x;
 }
-// Whether a compiler may leave out a product with x or its sum, which it must not where x may turn out to be infinite or -0.
+// Whether x is known to be 0. A compiler itself keeps products with 0 and their sums; the host's loops do, too.
 GPUXBAR_FN bool absent(float x) { return x == 0.0f; }
-// The low half of one word below the high half of another.
-GPUXBAR_FN u32 join_halves(u32 low, u32 high) {
-  u32 word;
-  asm("prmt.b32 %0, %1, %2, 0x7610;" : "=r"(word) : "r"(low), "r"(high));
-  return word;
-}
 // Of a word's halves, without taking them apart.
 GPUXBAR_FN void half_values(u32 word, float& low, float& high) {
   u16 a, b;
@@ -147,7 +141,6 @@ GPUXBAR_FN void half_values(u32 word, float& low, float& high) {
   low = half_value((u16)word), high = half_value((u16)(word >> 16));
 }
 GPUXBAR_FN bool absent(float) { return false; }
-GPUXBAR_FN u32 join_halves(u32 low, u32 high) { return (low & 0xFFFFu) | (high & 0xFFFF0000u); }
 GPUXBAR_FN float sqrt_fast(float x) { return __builtin_sqrtf(x); }
 GPUXBAR_FN float divide_fast(float a, float b) { return a / b; }
 // log2 of a positive normal number: exponent from the bits, mantissa in [sqrt(1/2), sqrt(2)) by the
