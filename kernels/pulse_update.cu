@@ -7,7 +7,7 @@
 //         in order, in registers. The result does not depend on the launch.
 // Random  normals and uniforms of (plane or side, wordline, bitline, sample): see philox.cuh; `step` is read from memory where
 //         given.
-// Macros  LAW  the law (enum Law)    AGGREGATED  coincidences are counted over the batch, and cells move once
+// Macros  those of quad.cuh    AGGREGATED  coincidences are counted over the batch, and cells move once
 //         IMPLIED  coincidences are the product of numbers of slots    COUNTED  pulses are counted, and devices fail
 //         SLICED  several pairs a weight
 // Wrapper gpuxbar/ops/pulse_update.py      Oracle gpuxbar/reference/pulse_update.py
@@ -18,9 +18,6 @@
 
 namespace gpuxbar {
 
-#ifndef LAW
-#define LAW 0
-#endif
 #ifndef AGGREGATED
 #define AGGREGATED 0
 #endif
@@ -74,14 +71,14 @@ GPUXBAR_FN void coincide(const Trains& trains, int b, int line, int quad, int ra
 
 // Four cells of one side after coincidences, of which `raise` raise the weight; `sample` chooses the noise. Their pulses are
 // added to `more`.
-GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const int raise[4], const int all[4],
-                      i32 more[4], u32 group, u32 row, u32 side, u32 sample, u32 step, u64 seed) {
-  const float noise = s.gamma2 + s.cycle2 + s.pulse_cycle2 + s.range_cycle2;
-  const Normals8 z = draw_pairs(noise, PULSE_CYCLE, group, row, sample, step, seed);
+GPUXBAR_FN void pulse(const Quad& quad, u32 still, float x[4], const UpdateLaw& s, const int raise[4], const int all[4],
+                      i32 more[4], u32 group, u32 row, u32 side, u32 sample, u32 step, const RoundKeys& keys) {
+  const Normals8 z = draw_pairs((TRAITS & CYCLE_NOISE) != 0, PULSE_CYCLE, group, row, sample, step, keys);
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const float own = side == 0 ? z.z[2 * q] : z.z[2 * q + 1];
-    const float raising = quad.free[q] * (float)raise[q], lowering = quad.free[q] * (float)(all[q] - raise[q]);
+    const bool moves = (still >> q & 1u) == 0;
+    const float raising = moves ? (float)raise[q] : 0.0f, lowering = moves ? (float)(all[q] - raise[q]) : 0.0f;
     const float ups = pulses_up(s.sides, side == 0, raising, lowering);
     const float downs = pulses_down(s.sides, side == 0, raising, lowering);
     if (COUNTED) more[q] += (i32)(ups + downs);
@@ -95,19 +92,21 @@ GPUXBAR_FN void pulse(const Quad& quad, float x[4], const UpdateLaw& s, const in
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
-    pulse_update(float* __restrict__ g,                // [2 slices, G * I, O] S
-                 int* __restrict__ pulse_count,        // like g, below 0: failed after so many; null unless COUNTED
-                 const u16* __restrict__ device_map,   // [K, 2 slices, G * I, O] normals of the devices; null: drawn
-                 const u32* __restrict__ input_words,  // [B, G * I]    trains
-                 const u32* __restrict__ error_words,  // [B, G * O]
-                 const float* __restrict__ length,     // [B, G]        slots of a train
-                 float* __restrict__ w,                // [G, O, I]     weight read out
-                 const float* __restrict__ w_max,      // [G * O]       weight of a full pair
-                 const i64* __restrict__ step,         // [1], or null: step_value
-                 UpdateLaw law, Endurance endurance, Slices slices, i64 step_value, u64 seed, float g_min,
-                 float range,  // g_max - g_min, S
-                 float stuck_low, float stuck_high, int batch, int groups, int inputs, int outputs) {
+extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
+    float* __restrict__ g,                // [2 slices, G * I, O] S
+    int* __restrict__ pulse_count,        // like g, below 0: failed after so many; null unless COUNTED
+    const u16* __restrict__ device_map,   // [K, 2 slices, G * I, O] normals of the devices; null unless MAPPED
+    const u32* __restrict__ input_words,  // [B, G * I]    trains
+    const u32* __restrict__ error_words,  // [B, G * O]
+    const float* __restrict__ length,     // [B, G]        slots of a train
+    float* __restrict__ w,                // [G, O, I]     weight read out
+    const float* __restrict__ w_max,      // [G * O]       weight of a full pair
+    const i64* __restrict__ step,         // [1], or null: step_value
+    UpdateLaw law, Endurance endurance, Slices slices, i64 step_value,
+    RoundKeys keys,  // of the seed
+    float g_min,
+    float range,  // g_max - g_min, S
+    float stuck_low, float stuck_high, int batch, int groups, int inputs, int outputs) {
   __shared__ Trains trains;
   __shared__ float weight[32][33];  // [wordline][bitline]
   const int group = blockIdx.z, i0 = blockIdx.y * 32, o0 = blockIdx.x * 32;
@@ -116,8 +115,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   const int count = !inside ? 0 : outputs - o0 - quad < 4 ? outputs - o0 - quad : 4;
   const u32 when = (u32)(step ? *step : step_value), columns = (u32)(o0 + quad) >> 2;
   const i64 row = (i64)group * inputs + i0 + line;
-  const float inverse_range = 1.0f / range;
-  const bool still = law.sides == REFERENCE;  // the second side
+  decltype(auto) s = compiled(law);
+  const float inverse_range = divide_fast(1.0f, range);
+  const bool one_side = s.sides == REFERENCE;  // the second side
   const i32 pairs = SLICED ? slices.count : 1;
   const bool whole = count == 4 && (outputs & 3) == 0 && ((u64)g & 15) == 0;
   float pair[4] = {};
@@ -135,21 +135,26 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const u32 plane = side * (u32)pairs;
     const i64 first = ((i64)plane * groups * inputs + row) * outputs + o0 + quad;
     Quad cells;
+    const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
+    u32 still = 0;  // devices that do not move, a bit each
+    if (inside) {
+      still = stuck_ones(stuck_low, stuck_high, columns, (u32)row, plane, keys);
+      cells.make(map, first, count, columns, (u32)row, plane, keys);
+    }
     float x[4], cell[4];
     load(g + first, cell, count, whole, g_min);
 #pragma unroll
     for (int q = 0; q < 4; ++q) x[q] = (cell[q] - g_min) * inverse_range;
-    const DeviceMap map{device_map, 2 * (i64)pairs * groups * inputs * outputs};
-    if (inside) cells.make(law, map, first, count, columns, (u32)row, plane, seed, stuck_low, stuck_high);
     i32 more[4] = {};
     if (COUNTED)
 #pragma unroll
       for (int q = 0; q < 4; ++q)
-        if (q < count && pulse_count[first + q] < 0) cells.free[q] = 0.0f;
+        if (q < count && pulse_count[first + q] < 0) still |= 1u << q;
 #if AGGREGATED
-    if (inside && !(side && still)) pulse(cells, x, law, raise, all, more, columns, (u32)row, side, 0, when, seed);
+    if (inside && !(side && one_side))
+      pulse(cells, still, x, s, raise, all, more, columns, (u32)row, side, 0, when, keys);
 #else
-    for (int b0 = 0; b0 < (side && still ? 0 : batch); b0 += CHUNK) {
+    for (int b0 = 0; b0 < (side && one_side ? 0 : batch); b0 += CHUNK) {
       const int samples =
           stage(trains, input_words, error_words, length, b0, batch, group, groups, i0, inputs, o0, outputs);
       if (!inside) continue;
@@ -157,12 +162,12 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         int raise[4] = {}, all[4] = {};
         coincide(trains, b, line, quad, raise, all);
         if (all[0] | all[1] | all[2] | all[3])
-          pulse(cells, x, law, raise, all, more, columns, (u32)row, side, (u32)(b0 + b), when, seed);
+          pulse(cells, still, x, s, raise, all, more, columns, (u32)row, side, (u32)(b0 + b), when, keys);
       }
     }
 #endif
     if (COUNTED) {
-      const Normals4 bears = draw(endurance.spread, ENDURANCE, columns, (u32)row, plane, 0, seed);
+      const Normals4 bears = draw(endurance.spread, ENDURANCE, columns, (u32)row, plane, 0, keys);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         if (q >= count || more[q] == 0) continue;

@@ -17,6 +17,7 @@ from gpuxbar.spec import (
     Programming,
     PulseTrain,
     Retention,
+    SoftBounds,
     presets,
 )
 
@@ -92,6 +93,11 @@ def updates(device, rng, x, cells):
             ops.pulse_update(pairs, inputs, errors, rate=0.1, train=PulseTrain(mode=mode), **how)
     ops.relax(counting, Retention(tau=3.0, spread=0.1), device=device)
     ops.chop(np.ones((2, 9), np.float32), np.arange(3, 8), flip=0.5, step=1, device=device)
+
+    soft, shape = SoftBounds(spread=0.1, low_spread=0.1), (2, 18, 8)
+    devices = ops.draw_device_map(soft, shape, seed=1)
+    mapped = ops.Pairs(np.abs(normal(rng, *shape)), law=soft, device_map=devices, **window)
+    ops.device_update(mapped, normal(rng, 1, 8, 18), w_max=np.ones(8, np.float32), device=device)
 
 
 def programs(device, rng, cells):

@@ -104,7 +104,8 @@ MOST_INSTRUCTIONS = {  # of a value, in PTX: kernel, macro, how many values the 
     ("pack_images", "", 32 * 256): 50,
     ("pack_sensed", "TRANSPOSED=1", 64 * 288): 62,
     ("fold", "", 32 * 256): 360,
-    ("device_update", "", 2 * 128 * 128): 335,
+    ("device_update", "MAPPED=0", 2 * 128 * 128): 340,
+    ("device_update", "MAPPED=1", 2 * 128 * 128): 260,
     ("ladder", "", 64 * 64): 92,
     ("conductance_leaf", "", 32 * 32): 3300,
     ("conductance_merge", "", 2 * 96 * 96): 17,
@@ -136,8 +137,9 @@ def reads(device):
 def updates(device):
     cells = 1e-6 + np.abs(normal(2, 128, 128)) * 1e-6
     how = {"w_max": np.ones(128, np.float32), "device": device}
-    pairs = ops.Pairs(cells, law=LAW, device_map=ops.draw_device_map(LAW, (2, 128, 128), seed=1), **WINDOW)
-    ops.device_update(pairs, 1e-3 * normal(1, 128, 128), **how)
+    for devices in (None, ops.draw_device_map(LAW, (2, 128, 128), seed=1)):
+        pairs = ops.Pairs(cells, law=LAW, device_map=devices, **WINDOW)
+        ops.device_update(pairs, 1e-3 * normal(1, 128, 128), **how)
     pairs = ops.Pairs(cells, law=COUNTED_SOFT, **WINDOW)
     train = PulseTrain(mode="aggregated")
     ops.pulse_update(pairs, normal(16, 128), normal(16, 128), rate=0.1, train=train, **how)

@@ -102,7 +102,7 @@ VARIANTS = {
     "wire_currents_gradient.cu": [{"ON_CHIP": 0}, {"ON_CHIP": 1}],
     "ladder.cu": [{"FIRST_ORDER": 0}, {"FIRST_ORDER": 1}],
     "gauss_jordan.cu": [{"SIZE": 16}, {"SIZE": 32}],
-    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in sorted(set(LAWS.values()))), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), *({"LAW": law, "COUNTED": 1, "SLICED": 1} for law in (0, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}, {"LAW": 8, "COUNTED": 1, "SLICED": 1, "DIGITS": 1}],
+    "device_update.cu": [*({"LAW": law, "COUNTED": 0} for law in sorted(set(LAWS.values()))), {"LAW": 0, "COUNTED": 1}, *({"LAW": law, "COUNTED": 0, "SLICED": 1} for law in (0, 2, 7)), *({"LAW": law, "COUNTED": 1, "SLICED": 1} for law in (0, 7)), {"LAW": 2, "COUNTED": 0, "SLICED": 1, "DIGITS": 1}, *({"LAW": 1, "TRAITS": 319, "MAPPED": mapped} for mapped in (0, 1)), {"LAW": 8, "COUNTED": 1, "SLICED": 1, "DIGITS": 1}],
     "fused_tile_mvm_sm90.cu": [
         *({"IMPLICIT": 1, "BLOCK_N": 128, "TERMS": terms, "NOISE": noise, "CONVERTERS": converters, "GATE": gate, "STAGES": 4}
           for terms, noise, converters, gate in [(1, 2, 0, 0), (2, 2, 1, 1)]),
@@ -122,7 +122,8 @@ VARIANTS = {
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit, "COUNTED": counted}
         for law, aggregated, implicit, counted in
         [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), *((law, 0, 0, 0) for law in range(1, 8)), (0, 0, 0, 1), (0, 1, 0, 1)]
-    ] + [{"LAW": law, "AGGREGATED": aggregated, "IMPLIED": 0, "COUNTED": 0, "SLICED": 1} for law, aggregated in [(0, 0), (0, 1), (1, 0)]],
+    ] + [{"LAW": law, "AGGREGATED": aggregated, "IMPLIED": 0, "COUNTED": 0, "SLICED": 1} for law, aggregated in [(0, 0), (0, 1), (1, 0)]]
+    + [{"LAW": 1, "AGGREGATED": 1, "TRAITS": 63, "MAPPED": mapped} for mapped in (0, 1)],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}, {"BFLOAT": 1, "TRANSPOSED": 0}],
     "fused_tile_mvm.cu": [
         *({"BLOCK_N": block_n, "TERMS": 1, "INT8": int8, "NOISE": noise, "VARIANCE": 0, "CONVERTERS": converters, "GATE": gate}

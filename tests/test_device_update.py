@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
 
 from gpuxbar import ops, reference
+from gpuxbar.ops.laws import TRAITS
 from gpuxbar.reference.device_update import Cells
 from gpuxbar.reference.laws import neurosim_rate, nonlinearity_label
 from gpuxbar.spec import (
@@ -26,6 +29,7 @@ from gpuxbar.spec import (
     SoftBounds,
 )
 
+HEADERS = Path(__file__).parent.parent / "kernels" / "include" / "gpuxbar"
 G_MIN, G_MAX = 1e-6, 10e-6  # S
 WINDOW = {"g_min": G_MIN, "g_max": G_MAX}
 SEED = 2**40 + 7
@@ -141,6 +145,28 @@ def test_a_factor_of_the_change_and_a_place_for_the_weights(where, monkeypatch):
 def test_kernel_matches_oracle(name, shape):
     """The CUDA kernel on the CPU; bitlines not a multiple of 4, and a multiple (16-byte accesses)."""
     assert_matches_oracle(name, shape, ShimDevice(order=ORDERS[(shape[0] + len(name)) % 4]))
+
+
+def test_traits_are_the_same_in_python_and_cuda():
+    body = re.search(r"enum Trait : u32 \{(.*?)\};", (HEADERS / "update.cuh").read_text(), re.DOTALL)
+    pairs = re.findall(r"^\s*(\w+) = (\d+),", body[1], re.MULTILINE)
+    assert [(name.lower(), int(value)) for name, value in pairs] == [
+        (t, 1 << k) for k, t in enumerate(TRAITS)
+    ]
+
+
+def test_a_kernel_is_compiled_for_what_its_law_has():
+    law = ConstantStep(pulses=60, lognormal_steps=True, low_spread=0.1, write_noise=1e-8)
+    pairs = ops.Pairs(
+        np.zeros((2, 3, 4), np.float32),
+        law=law,
+        g_held=np.zeros((2, 3, 4), np.float32),
+        g_min=1e-6,
+        g_max=1e-5,
+    )
+    traits = {name for bit, name in enumerate(TRAITS) if pairs.macros["TRAITS"] >> bit & 1}
+    assert traits == {"low_spread", "write_noise", "lognormal"}
+    assert (pairs.macros["MAPPED"], pairs.macros["SIDES"]) == (0, 0)
 
 
 @pytest.mark.parametrize("order", ORDERS)

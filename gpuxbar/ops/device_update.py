@@ -34,6 +34,7 @@ from gpuxbar.ops.checks import (
 )
 from gpuxbar.ops.laws import Parameters
 from gpuxbar.ops.pairs import Pairs, Slices, Wear
+from gpuxbar.ops.round_keys import RoundKeys
 
 __all__ = ["KERNEL", "device_update", "update_on_host"]
 
@@ -111,7 +112,7 @@ def device_update(
             KERNEL, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
             {"g": pairs.g, "g_held": pairs.g_held, "pulse_count": pairs.pulse_count, "device_map": pairs.device_map,
              "dw": dw, "digits": digits, "w": weights, "w_max": w_max, "factor": factor, **counter("step", step),
-             **pairs.settings, **size},
+             **pairs.on_device, **size},
             {**pairs.macros, "DIGITS": int(digits is not None)},
         )  # fmt: skip
         return weights
@@ -175,6 +176,6 @@ KERNEL = Kernel(
     pulse_count=InOut("int32", "S R O", optional=True), device_map=In("float16", "K S R O", optional=True), dw=In("float32", "G O I", optional=True),
     digits=In("float32", "D G I O", optional=True), w=Out("float32", "G O I"), w_max=In("float32", "C"),
     step=In("int64", "one", optional=True), law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), factor=Scalar("float32"), step_value=Scalar("int64"),
-    seed=Scalar("uint64"), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
+    keys=Struct("RoundKeys", RoundKeys), g_min=Scalar("float32"), range=Scalar("float32"), stuck_low=Scalar("float32"),
     stuck_high=Scalar("float32"), groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip

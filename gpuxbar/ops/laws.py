@@ -23,7 +23,7 @@ from gpuxbar.spec import (
     UpdateLaw,
 )
 
-__all__ = ["LAWS", "OWN", "Parameters", "parameters"]
+__all__ = ["LAWS", "OWN", "TRAITS", "Parameters", "parameters"]
 
 NODES, SCORES = 9, 17
 SIDES = {"both": 0, "reference": 1, "one_sided": 2}
@@ -43,13 +43,19 @@ OWN: dict[type, tuple[str, str, bool]] = {
     NeuroSim: ("nonlinearity_ltp", "nonlinearity_ltd", False),
 }
 
+# parameters that a law may lack: what CUDA kernels are compiled for
+TRAITS = (
+    "step_spread", "asymmetry_spread", "low_spread", "high_spread", "spread_up", "spread_down", "gamma2", "cycle2",
+    "pulse_cycle2", "range_cycle2", "write_noise", "lognormal", "integer_pulses",
+)  # fmt: skip
+
 
 class Parameters(ctypes.Structure):
     """Twin of `struct UpdateLaw` in kernels/include/gpuxbar/update.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_float) for name in (
-            "shape_up", "shape_down", "spread_up", "spread_down", "second_up", "second_down")),
+            "shape_up", "shape_down", "spread_up", "spread_down", "second_up", "second_down", "room_up", "room_down")),
         ("node_up", ctypes.c_float * NODES), ("node_down", ctypes.c_float * NODES),
         *((name, ctypes.c_float) for name in (
             "pulses", "step_spread", "asymmetry", "asymmetry_spread", "low_spread", "high_spread", "floor", "gamma2",
@@ -57,6 +63,11 @@ class Parameters(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("law", "lognormal", "integer_pulses", "sides")),
         ("scatter", ctypes.c_float * SCORES * NODES * 2),
     ]  # fmt: skip
+
+    @property
+    def traits(self) -> int:
+        """Bit by bit, which of TRAITS the law has."""
+        return sum(1 << bit for bit, name in enumerate(TRAITS) if getattr(self, name))
 
 
 @lru_cache(maxsize=1024)
@@ -114,7 +125,15 @@ def _shape(law: UpdateLaw) -> dict[str, Any]:
         up *= np.exp(law.rate_up * (law.b - law.a))
         down *= np.exp(-law.rate_down * (law.b + law.a))
         rates = {"second_up": 2 * law.a * law.rate_up, "second_down": 2 * law.a * law.rate_down}
-    return {**_ways(up, down, *(law.spread * (way if relative else 1.0) for way in (up, down))), **rates}
+    return {
+        **_ways(up, down, *(law.spread * (way if relative else 1.0) for way in (up, down))),
+        **rates,
+        **(_room(np.float32(up), np.float32(down)) if isinstance(law, SoftBounds) else {}),
+    }
+
+
+def _room(up: np.float32, down: np.float32) -> dict[str, Any]:
+    return {"room_up": down / (up + down), "room_down": up / (up + down)}
 
 
 def _ways(up: float, down: float, spread_up: float, spread_down: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from gpuxbar.ops.checks import (
 from gpuxbar.ops.device_map import spread_names
 from gpuxbar.ops.laws import parameters
 from gpuxbar.ops.program import IDEAL
+from gpuxbar.ops.round_keys import RoundKeys
 from gpuxbar.spec import Carry, Endurance, Law, Programming, UpdateLaw
 
 __all__ = ["Pairs", "Slices", "Wear"]
@@ -146,11 +147,23 @@ class Pairs:
             "stuck_high": self.programming.stuck_at_g_max,
         }  # fmt: skip
 
+    @cached_property
+    def on_device(self) -> dict[str, Any]:
+        """The same for CUDA kernels, which take the keys that the seed makes."""
+        return {
+            **{name: value for name, value in self.settings.items() if name != "seed"},
+            "keys": RoundKeys.of(self.seed),
+        }
+
     @property
     def macros(self) -> dict[str, int]:
         """What these kernels are compiled for."""
         counted, sliced = self.pulse_count is not None, self.carry is not None
-        return {"LAW": self.settings["law"].law, "COUNTED": int(counted), "SLICED": int(sliced)}
+        law, mapped = self.settings["law"], self.device_map is not None
+        return {
+            "LAW": law.law, "SIDES": law.sides, "TRAITS": law.traits, "MAPPED": int(mapped), "COUNTED": int(counted),
+            "SLICED": int(sliced),
+        }  # fmt: skip
 
     @property
     def plain(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from gpuxbar.ops.checks import (
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.laws import Parameters
 from gpuxbar.ops.pairs import Pairs, Slices, Wear
+from gpuxbar.ops.round_keys import RoundKeys
 from gpuxbar.reference.tile_mvm import ConvGeometry
 from gpuxbar.spec import PulseTrain, UpdateLaw, check_train
 
@@ -231,7 +232,7 @@ def _cuda(
     device.launch(
         PULSE_UPDATE, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
         {"g": pairs.g, "pulse_count": pairs.pulse_count, "device_map": pairs.device_map, "w": weights, "w_max": w_max,
-         **pairs.settings, **common},
+         **pairs.on_device, **common},
         {"AGGREGATED": int(aggregated), "IMPLIED": int(implicit), **pairs.macros},
     )  # fmt: skip
 
@@ -248,7 +249,7 @@ PULSE_UPDATE = Kernel(
     "pulse_update.cu",
     g=InOut("float32", "S X O"), pulse_count=InOut("int32", "S X O", optional=True), device_map=In("float16", "K S X O", optional=True), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
     w=Out("float32", "G O I"), w_max=In("float32", "D"), step=In("int64", "one", optional=True),
-    law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), step_value=Scalar("int64"), seed=Scalar("uint64"), g_min=Scalar("float32"),
+    law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), step_value=Scalar("int64"), keys=Struct("RoundKeys", RoundKeys), g_min=Scalar("float32"),
     range=Scalar("float32"), stuck_low=Scalar("float32"), stuck_high=Scalar("float32"), batch=Scalar("int32"),
     groups=Scalar("int32"), inputs=Scalar("int32"), outputs=Scalar("int32"),
 )  # fmt: skip

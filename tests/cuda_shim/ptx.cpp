@@ -261,6 +261,7 @@ float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysi
 // As far off as PTX ISA is taken to let a result be, one way or the other as the operand says.
 float approximate(float x, double (*f)(double), double relative, double absolute) {
   const double exact = f(double(flushed(x)));
+  if (std::isinf(exact)) return float(exact);
   const double off = std::max(std::fabs(exact) * relative, absolute);
   return flushed(float(uint32_t(bits(x)) * 0x9E3779B9u >> 31 ? exact + off : exact - off));
 }
@@ -511,6 +512,7 @@ Table instructions() {
   TWO("add.rn.f16x2", uint32_t, uint32_t(gpuxbar::add_halves(a, b)));
   THREE("fma.rm.f32", float, down(a, b, c));
   ONE("sqrt.approx.ftz.f32", float, approximate(a, sqrt, 0x1p-23, 0));
+  ONE("rcp.approx.ftz.f32", float, approximate(a, [](double x) { return 1 / x; }, 0x1p-23, 0));
   ONE("ex2.approx.ftz.f32", float, approximate(a, exp2, 0x1p-22, 0));
   ONE("lg2.approx.ftz.f32", float,
       approximate(a, log2, a > 0.5f && a < 2 ? 0 : 0x1p-22, a > 0.5f && a < 2 ? 0x1p-22 : 0));

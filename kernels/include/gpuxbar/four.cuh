@@ -30,14 +30,14 @@ GPUXBAR_FN void load(const float* from, float to[4], int count, bool whole, floa
   }
 }
 
-// Halves, of which all exist at a multiple of 8 bytes; zeros for the others.
-GPUXBAR_FN void load(const u16* from, u16 to[4], int count, bool whole) {
+// The same of halves; `whole`: at a multiple of 8 bytes.
+GPUXBAR_FN void load(const u16* from, float to[4], int count, bool whole, float otherwise) {
   if (whole) {
-    const ushort4 v = *(const ushort4*)from;
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    const uint2 v = *(const uint2*)from;
+    half_values(v.x, to[0], to[1]), half_values(v.y, to[2], to[3]);
   } else {
 #pragma unroll
-    for (int q = 0; q < 4; ++q) to[q] = q < count ? from[q] : (u16)0;
+    for (int q = 0; q < 4; ++q) to[q] = q < count ? half_value(from[q]) : otherwise;
   }
 }
 
@@ -51,10 +51,11 @@ GPUXBAR_FN void store(float* to, const float from[4], int count, bool whole) {
   }
 }
 
-// Normals of four cells, zeros where their standard deviation is 0.
-GPUXBAR_FN Normals4 draw(float deviation, u32 purpose, u32 group, u32 row, u32 slot, u32 step, u64 seed) {
+// Normals of four cells, zeros where their standard deviation is 0. `key`: the seed, or `RoundKeys` of it.
+template <class Key>
+GPUXBAR_FN Normals4 draw(float deviation, u32 purpose, u32 group, u32 row, u32 slot, u32 step, const Key& key) {
   if (deviation == 0.0f) return Normals4{};
-  return normals4(counter(group, row, purpose, slot, step), (u32)seed, (u32)(seed >> 32));
+  return normals4(counter(group, row, purpose, slot, step), key);
 }
 
 struct Uniforms4 {
@@ -62,9 +63,10 @@ struct Uniforms4 {
 };
 
 // Uniforms that say which of four cells are stuck, as compared with their rates; 1/2 where both rates are 0.
-GPUXBAR_FN Uniforms4 draw_stuck(float rates, u32 group, u32 row, u32 plane, u64 seed) {
+template <class Key>
+GPUXBAR_FN Uniforms4 draw_stuck(float rates, u32 group, u32 row, u32 plane, const Key& key) {
   if (rates <= 0.0f) return Uniforms4{{0.5f, 0.5f, 0.5f, 0.5f}};
-  const Counter w = philox<10>(counter(group, row, STUCK, plane, 0), (u32)seed, (u32)(seed >> 32));
+  const Counter w = philox<10>(counter(group, row, STUCK, plane, 0), key);
   return Uniforms4{{uniform(w.x), uniform(w.y), uniform(w.z), uniform(w.w)}};
 }
 

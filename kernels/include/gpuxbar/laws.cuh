@@ -37,7 +37,8 @@ struct Direction {
 
 // 1 - exp(-y), to float precision for small y too: with exp(-y) = 2^-k exp(-r), |r| <= ln(2) / 2.
 GPUXBAR_FN float gone(float y) {
-  const float bounded = min(max(y, -80.0f), 80.0f), k = round_even(bounded * 1.442695041f);
+  const float bounded = min(max(y, -80.0f), 80.0f);
+  const float high = fma(bounded, 1.442695041f, 12582912.0f), k = high - 12582912.0f;  // up there floats are integers
   const float r = fma(k, 2.12194440e-4f, fma(k, -0.693359375f, bounded));
   float p = fma(r, 1.9841270e-4f, -1.3888889e-3f);
   p = fma(p, r, 8.3333333e-3f);
@@ -45,16 +46,16 @@ GPUXBAR_FN float gone(float y) {
   p = fma(p, r, 0.16666667f);
   p = fma(p, r, -0.5f);
   p = fma(p, r, 1.0f);
-  const float scale = bits_float((u32)(127 - (i32)k) << 23);
+  const float scale = bits_float(0x3F800000u - (float_bits(high) << 23));
   return fma(scale, r * p, 1.0f - scale);
 }
 
 // (1 - exp(-y)) / y
-GPUXBAR_FN float decay_share(float y) { return y == 0.0f ? 1.0f : gone(y) / y; }
+GPUXBAR_FN float decay_share(float y) { return abs(y) < 1e-30f ? 1.0f : divide_fast(gone(y), y); }
 
 // -ln(1 - q) for q < 1, to float precision for small q too; beyond, as large as it gets.
 GPUXBAR_FN float minus_log_rest(float q) {
-  const float s = q / (2.0f - q), s2 = s * s;  // -ln(1 - q) = 2 artanh(s)
+  const float s = divide_fast(q, 2.0f - q), s2 = s * s;  // -ln(1 - q) = 2 artanh(s)
   float p = fma(s2, 0.22222222f, 0.28571429f);
   p = fma(p, s2, 0.4f);
   p = fma(p, s2, 0.66666667f);
@@ -97,7 +98,7 @@ struct SoftBounds {
 struct Agarwal {
   float nu;
   GPUXBAR_METHOD explicit Agarwal(const Direction& d) : nu(max(d.shape, 0.0f)) {}
-  GPUXBAR_METHOD Reach reach(float t) const { return approach(t, 1.0f / decay_share(nu), nu); }
+  GPUXBAR_METHOD Reach reach(float t) const { return approach(t, divide_fast(1.0f, decay_share(nu)), nu); }
   GPUXBAR_METHOD float change(float v, const Reach& reach) const { return covered(reach, v); }
 };
 
@@ -107,9 +108,9 @@ struct AgarwalSymmetric {
   GPUXBAR_METHOD explicit AgarwalSymmetric(const Direction& d) : alpha(max(d.shape, 1e-3f)) {}
   GPUXBAR_METHOD Reach reach(float t) const { return Reach{0.0f, gone(2.0f * alpha * t)}; }
   GPUXBAR_METHOD float change(float v, const Reach& reach) const {
-    const float b = exp(-alpha), a = (1.0f + b) / (1.0f - b);  // v = a u - b / (1 - b)
-    const float u = (v + b / (1.0f - b)) / a;
-    return a * u * (1.0f - u) * reach.by / fma(-reach.by, 1.0f - u, 1.0f);
+    const float b = exp(-alpha), a = divide_fast(1.0f + b, 1.0f - b);  // v = a u - b / (1 - b)
+    const float u = divide_fast(v + divide_fast(b, 1.0f - b), a);
+    return divide_fast(a * u * (1.0f - u) * reach.by, fma(-reach.by, 1.0f - u, 1.0f));
   }
 };
 
@@ -135,7 +136,7 @@ GPUXBAR_FN float rate_of_label(float label) {
 struct NeuroSim {
   float rate;
   GPUXBAR_METHOD explicit NeuroSim(const Direction& d) : rate(rate_of_label(d.shape)) {}
-  GPUXBAR_METHOD Reach reach(float t) const { return approach(t, 1.0f / decay_share(rate), rate); }
+  GPUXBAR_METHOD Reach reach(float t) const { return approach(t, divide_fast(1.0f, decay_share(rate)), rate); }
   GPUXBAR_METHOD float change(float v, const Reach& reach) const { return covered(reach, v); }
 };
 
@@ -146,7 +147,7 @@ struct ExponentialStep {
   GPUXBAR_METHOD Reach reach(float t) const { return Reach{0.0f, gone(rate * t)}; }
   GPUXBAR_METHOD float change(float v, const Reach& reach) const {
     const float f = max(fma(-amplitude, exp(min(rate * v, 80.0f)), 1.0f), 0.0f);
-    return minus_log_rest(f * reach.by) / rate;
+    return divide_fast(minus_log_rest(f * reach.by), rate);
   }
 };
 
@@ -160,7 +161,7 @@ struct PowerStep {
     float d = 1.0f - exponent;  // rest^d falls by d t
     d = abs(d) < 1e-7f ? 1e-7f : d;
     const float q = d * reach.from * exp(min(-d * 0.6931471806f * log2_fast(rest), 80.0f));
-    const float y = minus_log_rest(min(q, 1.0f)) / d;
+    const float y = divide_fast(minus_log_rest(min(q, 1.0f)), d);
     return rest * gone(y);
   }
 };
@@ -179,9 +180,9 @@ struct PiecewiseStep {
       const float end = (float)(k + 1) * WIDTH, pull = (node[k] - node[k + 1]) * (NODES - 1);
       const float f = fma(pull, end - at, node[k + 1]);  // at `at`; node[k + 1] at the segment's end
       // time to the end: ln(f / f_end) / pull
-      const float q = pull * (end - at) / max(f, 1e-9f);
+      const float q = divide_fast(pull * (end - at), max(f, 1e-9f));
       const float rest = end - at, x = min(q, 1.0f);
-      const float full = abs(x) < 1e-6f ? rest / max(f, 1e-9f) : minus_log_rest(x) / pull;
+      const float full = abs(x) < 1e-6f ? divide_fast(rest, max(f, 1e-9f)) : divide_fast(minus_log_rest(x), pull);
       const float taken = rest > 0.0f ? min(left, full) : 0.0f;
       at += rest > 0.0f ? min(approach(taken, f, pull).from, rest) : 0.0f;
       left -= taken;

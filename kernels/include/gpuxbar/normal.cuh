@@ -64,8 +64,9 @@ GPUXBAR_FN float uniform(u32 word) { return fma((float)(word >> 8), 5.9604644775
 struct Normals4 {
   float z[4];
 };
-GPUXBAR_FN Normals4 normals4(Counter c, u32 key_lo, u32 key_hi) {
-  const Counter w = philox<10>(c, key_lo, key_hi);
+template <class... Key>
+GPUXBAR_FN Normals4 normals4(Counter c, const Key&... key) {
+  const Counter w = philox<10>(c, key...);
   const Pair p = normal_pair(w.x, w.y), q = normal_pair(w.z, w.w);
   return Normals4{{p.a, p.b, q.a, q.b}};
 }
@@ -73,8 +74,9 @@ GPUXBAR_FN Normals4 normals4(Counter c, u32 key_lo, u32 key_hi) {
 struct Normals8 {
   float z[8];
 };
-GPUXBAR_FN Normals8 normals8_fast(Counter c, u32 key_lo, u32 key_hi) {
-  const Counter w = philox<7>(c, key_lo, key_hi);
+template <class... Key>
+GPUXBAR_FN Normals8 normals8_fast(Counter c, const Key&... key) {
+  const Counter w = philox<7>(c, key...);
   const Pair p = normal_pair_fast(w.x), q = normal_pair_fast(w.y);
   const Pair r = normal_pair_fast(w.z), s = normal_pair_fast(w.w);
   return Normals8{{p.a, p.b, q.a, q.b, r.a, r.b, s.a, s.b}};

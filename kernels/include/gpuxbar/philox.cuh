@@ -78,6 +78,11 @@ struct RoundKeys {
 };
 
 template <int ROUNDS>
+GPUXBAR_FN Counter philox(Counter c, u64 seed) {
+  return philox<ROUNDS>(c, (u32)seed, (u32)(seed >> 32));
+}
+
+template <int ROUNDS>
 GPUXBAR_FN Counter philox(Counter c, const RoundKeys& keys) {
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) c = philox_round(c, keys.low[round], keys.high[round]);

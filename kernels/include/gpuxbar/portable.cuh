@@ -45,6 +45,14 @@ GPUXBAR_FN float half_value(u16 h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
   return x;
 }
+// Whether x is known to be 0. A compiler itself keeps products with 0 and their sums; the host's loops do, too.
+GPUXBAR_FN bool absent(float x) { return x == 0.0f; }
+// Of a word's halves, without taking them apart.
+GPUXBAR_FN void half_values(u32 word, float& low, float& high) {
+  u16 a, b;
+  asm("mov.b32 {%0, %1}, %2;" : "=h"(a), "=h"(b) : "r"(word));
+  low = half_value(a), high = half_value(b);
+}
 // Special-function unit: absolute error about 2^-22 of log2, relative 2^-22 of the root. Arguments below 1.2e-38 count
 // as 0: keeping them would cost four more instructions a call. The root is that of |x|, for logarithms of nearly 1 may have
 // the wrong sign; it costs nothing.
@@ -57,6 +65,12 @@ GPUXBAR_FN float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+// a / b to 2^-22, where an exact division is ten instructions and a branch; b from 1.2e-38 to 8e37.
+GPUXBAR_FN float divide_fast(float a, float b) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+  return a * y;
 }
 
 #else
@@ -123,7 +137,12 @@ GPUXBAR_FN float half_value(u16 h) {
   const u32 bits = size >= 0x0F800000u ? size | 0x7F800000u : float_bits(finite);
   return bits_float(bits | (u32)(h & 0x8000u) << 16);
 }
+GPUXBAR_FN void half_values(u32 word, float& low, float& high) {
+  low = half_value((u16)word), high = half_value((u16)(word >> 16));
+}
+GPUXBAR_FN bool absent(float) { return false; }
 GPUXBAR_FN float sqrt_fast(float x) { return __builtin_sqrtf(x); }
+GPUXBAR_FN float divide_fast(float a, float b) { return a / b; }
 // log2 of a positive normal number: exponent from the bits, mantissa in [sqrt(1/2), sqrt(2)) by the
 // atanh series 2/ln2 (s + s^3/3 + s^5/5 + s^7/7 + s^9/9), s = (m - 1)/(m + 1). Branch-free, so that a host
 // compiler vectorises the loop around it; relative error below 3e-7.

@@ -15,6 +15,7 @@ struct UpdateLaw {
   float shape_up, shape_down;    // parameters of the law, each way; mirrored downwards
   float spread_up, spread_down;  // of shape
   float second_up, second_down;
+  float room_up, room_down;  // of soft bounds: from where steps are alike both ways to the nominal bound
   float node_up[NODES], node_down[NODES];
   float pulses;                          // nominal pulses over the window
   float step_spread;                     // relative, of both steps
@@ -28,6 +29,38 @@ struct UpdateLaw {
   i32 law, lognormal, integer_pulses, sides;
   float scatter[2][NODES * SCORES];  // of a measured law, up and down: what a pulse deviates by, in nominal steps
 };
+
+// What a law can have, as kernels are compiled for it. Twin of `TRAITS` in gpuxbar/ops/laws.py.
+enum Trait : u32 {
+  STEP_SPREAD = 1,
+  ASYMMETRY_SPREAD = 2,
+  LOW_SPREAD = 4,
+  HIGH_SPREAD = 8,
+  SPREAD_UP = 16,
+  SPREAD_DOWN = 32,
+  GAMMA2 = 64,
+  CYCLE2 = 128,
+  PULSE_CYCLE2 = 256,
+  RANGE_CYCLE2 = 512,
+  WRITE_NOISE = 1024,
+  LOGNORMAL = 2048,
+  INTEGER_PULSES = 4096,
+};
+constexpr u32 CYCLE_NOISE = GAMMA2 | CYCLE2 | PULSE_CYCLE2 | RANGE_CYCLE2;
+
+// A law that has these traits, so that a compiler leaves out what it has not.
+template <u32 HAS>
+GPUXBAR_FN UpdateLaw with_traits(UpdateLaw s) {
+  const auto only = [](float& value, u32 trait) { value = HAS & trait ? value : 0.0f; };
+  only(s.step_spread, STEP_SPREAD), only(s.asymmetry_spread, ASYMMETRY_SPREAD);
+  only(s.low_spread, LOW_SPREAD), only(s.high_spread, HIGH_SPREAD);
+  only(s.spread_up, SPREAD_UP), only(s.spread_down, SPREAD_DOWN);
+  only(s.gamma2, GAMMA2), only(s.cycle2, CYCLE2);
+  only(s.pulse_cycle2, PULSE_CYCLE2), only(s.range_cycle2, RANGE_CYCLE2);
+  only(s.write_noise, WRITE_NOISE);
+  s.lognormal = (HAS & LOGNORMAL) != 0, s.integer_pulses = (HAS & INTEGER_PULSES) != 0;
+  return s;
+}
 
 // Standard normals of one device, the same for all time.
 struct Spreads {
@@ -67,7 +100,8 @@ struct Device {
 GPUXBAR_FN Device device_of(const UpdateLaw& s, const Spreads& z, bool rising) {
   const Window window = device_window(s, z);
   const float up = fma(s.spread_up, z.up, s.shape_up), down = fma(s.spread_down, z.down, s.shape_down);
-  return Device{window.low, window.width, 1.0f / window.width, device_gain(s, z, rising), rising ? up : down};
+  return Device{window.low, window.width, divide_fast(1.0f, window.width), device_gain(s, z, rising),
+                rising ? up : down};
 }
 
 template <class A, class B>
@@ -86,9 +120,9 @@ template <class L>
 GPUXBAR_FN float fitted_shape(const UpdateLaw& s, const Device& device, bool rising) {
   const float above = device.low + device.width - 1.0f;
   if constexpr (SAME<L, SoftBounds>) {
-    const float room = (rising ? s.shape_down : s.shape_up) / (s.shape_up + s.shape_down);  // to the nominal bound
+    const float room = rising ? s.room_up : s.room_down;
     const float own = max(room + (rising ? above : -device.low), min(room, 0.01f));
-    return device.shape * (device.width * (room / own));
+    return device.shape * (device.width * divide_fast(room, own));
   } else if constexpr (SAME<L, ExponentialStep>) {
     const float off = 0.5f * (device.low + above) * device.inverse_width;  // of the middles, in widths
     return device.shape * exp(min(max((rising ? s.second_up : -s.second_down) * off, -80.0f), 80.0f));
@@ -136,7 +170,9 @@ template <class L>
 GPUXBAR_FN Effort effort_of(const UpdateLaw& s, const Device& device, float d, bool rising) {
   const float n = d * s.pulses;
   const Reach reach = L(direction(s, device.shape, rising)).reach(d * device.gain * device.inverse_width);
-  return Effort{reach, s.cycle2 + s.pulse_cycle2 / max(n, 1e-30f), n * s.range_cycle2 * device.gain * device.gain};
+  const float per_pulse = absent(s.pulse_cycle2) ? 0.0f : divide_fast(s.pulse_cycle2, max(n, 1e-30f));
+  const float fixed = absent(s.range_cycle2) ? 0.0f : n * s.range_cycle2 * device.gain * device.gain;
+  return Effort{reach, absent(s.cycle2) ? per_pulse : s.cycle2 + per_pulse, fixed};
 }
 
 // The same for the device at share y of its window.
@@ -155,7 +191,7 @@ GPUXBAR_FN float moved(const UpdateLaw& s, const Device& device, const Effort& e
   const Change change = change_of<L>(s, device, effort, y, rising);
   float noise;
   if constexpr (MEASURED<L>)
-    noise = sqrt_fast(d * s.pulses) * device.gain / s.pulses * scattered(scatter[rising ? 0 : 1], y, z);
+    noise = divide_fast(sqrt_fast(d * s.pulses) * device.gain, s.pulses) * scattered(scatter[rising ? 0 : 1], y, z);
   else
     noise = sqrt_fast(change.variance) * z;
   const float to = noise + (fma(y, device.width, device.low) + (rising ? change.size : -change.size));
