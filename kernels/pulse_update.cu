@@ -115,7 +115,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
   const int count = !inside ? 0 : outputs - o0 - quad < 4 ? outputs - o0 - quad : 4;
   const u32 when = (u32)(step ? *step : step_value), columns = (u32)(o0 + quad) >> 2;
   const i64 row = (i64)group * inputs + i0 + line;
+#if AGGREGATED && COUNTED
+  const UpdateLaw& s = law;  // what is known of it would spill
+#else
   decltype(auto) s = compiled(law);
+#endif
   const float inverse_range = divide_fast(1.0f, range);
   const bool one_side = s.sides == REFERENCE;  // the second side
   const i32 pairs = SLICED ? slices.count : 1;
