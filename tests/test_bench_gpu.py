@@ -27,6 +27,7 @@ from gpuxbar.bench.gpu.convolution import weights
 from gpuxbar.bench.gpu.reads import CONVOLUTIONS, READS, Target
 from gpuxbar.bench.gpu.steps import STEPS
 from gpuxbar.bench.gpu.times import FROM_CODES, PRODUCTS, Recorder
+from gpuxbar.ops.round_keys import RoundKeys
 
 run = CliRunner().invoke
 
@@ -337,7 +338,7 @@ def test_updates_and_wires_are_checked():
     class Changed(ShimDevice):
         def launch(self, kernel, grid, block, values, macros=None, shared=0):
             if kernel.name == "device_update":
-                values = {**values, "seed": values["seed"] ^ 1}
+                values = {**values, "keys": RoundKeys.of(1234)}
             super().launch(kernel, grid, block, values, macros, shared)
 
     there = np.copy  # updates are in place
