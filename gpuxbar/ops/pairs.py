@@ -155,7 +155,7 @@ class Pairs:
             "keys": RoundKeys.of(self.seed),
         }
 
-    @property
+    @cached_property
     def macros(self) -> dict[str, int]:
         """What these kernels are compiled for."""
         counted, sliced = self.pulse_count is not None, self.carry is not None
