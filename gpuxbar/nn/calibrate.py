@@ -45,7 +45,7 @@ def calibrate(
         if step.bit_count() < 2:  # of `step` steps so far
             gx.calibrate(model, [(x, target)], loss=loss)
 
-    In training, layers look at their 64th, 128th, 256th, ... read, and warn where more than a fifth of the conversions clip
+    In training, layers look at their 64th, 128th, 256th, ... read since, and warn where more than a fifth of the conversions clip
     beyond what the percentile leaves outside; not in compiled or captured graphs, nor within an LSTM's steps that run at once.
     `conversion_errors` tells what clips in each layer.
 

@@ -92,7 +92,7 @@ class Converters(InSitu):
             self.dac_max = nn.Parameter(dac_max if spec.dac.max else dac_max.fill_(torch.nan))
         else:
             self.register_buffer("dac_max", dac_max)
-        # those of training; in a list, for nn.Module sets attributes slowly
+        # of training with the ranges of now; in a list, for nn.Module sets attributes slowly
         self._reads = [0]
         self.look_at_ranges()
 
@@ -161,6 +161,7 @@ class Converters(InSitu):
             )
         self.dac_begun = not learned or _is_set(self.dac_max.abs())
         self.calibrated, self.back_calibrated = ready[0] and self.dac_begun, ready[1]
+        self._reads[0] = 0
 
     def converters(self) -> tuple[Converter, Converter]:
         """Those of the forward and of the transposed read."""
@@ -251,8 +252,8 @@ class Converters(InSitu):
         )
 
     def _looks_at_clipping(self) -> bool:
-        """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training. Ranges that follow after 64, 128, 256,
-        ... steps do so behind it."""
+        """Whether to look at what a read clips: at the 64th, 128th, 256th, ... of training with the ranges of a calibration. Looked at
+        sooner, ranges that are to follow in a few steps would be told of though training bears it."""
         if not (self.training and torch.is_grad_enabled()):
             return False
         self._reads[0] += 1
