@@ -227,10 +227,10 @@ class Programmed(Wires):
         if "written_as" in saved:
             self._require_written_as(saved["written_as"])
         if saved and "measured" not in saved:  # of before measured devices were told apart
-            state_dict[f"{prefix}measured"] = torch.zeros(1, dtype=torch.bool, device=self.weight.device)
+            saved["measured"] = torch.zeros(1, dtype=torch.bool, device=self.weight.device)
+            state_dict[f"{prefix}measured"] = saved["measured"]
         if saved and not self.programmed:
             self.device_seed = torch.tensor([self.plan.seed], device=self.weight.device)
-            self.measured = torch.zeros(1, dtype=torch.bool, device=self.weight.device)
             for name, value in saved.items():
                 setattr(self, name, torch.empty_like(value, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *more)

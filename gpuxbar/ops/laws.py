@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class Parameters(ctypes.Structure):
         ("scatter", ctypes.c_float * SCORES * NODES * 2),
     ]  # fmt: skip
 
-    @property
+    @cached_property
     def traits(self) -> int:
         """Bit by bit, which of TRAITS the law has."""
         return sum(1 << bit for bit, name in enumerate(TRAITS) if getattr(self, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 from gpuxbar.reference.random import round_keys
 
@@ -15,7 +16,9 @@ class RoundKeys(ctypes.Structure):
     _fields_ = [("low", ctypes.c_uint32 * 10), ("high", ctypes.c_uint32 * 10)]
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def of(cls, seed: int) -> RoundKeys:
+        """Those of a seed; shared by all calls, so only to be read."""
         keys = cls()
         for i, key in enumerate(round_keys(seed)):
             keys.low[i], keys.high[i] = key & 0xFFFFFFFF, key >> 32

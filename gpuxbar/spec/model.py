@@ -396,7 +396,7 @@ class Programming(Part):
             raise ValueError(
                 f"Programming: `write_noise` must be a number or have 1 to 5 terms, got {count}; a polynomial of the fourth degree has 5"
             )
-        r = min(SHARES, key=self.write_deviation)
+        r = min(self.write_shares, key=self.write_deviation)
         if self.write_deviation(r) < 0:
             raise ValueError(
                 f"Programming: `write_noise` must be at least 0 for every r of 0 to 1, got {self.write_deviation(r):g} S at r = {r:g}; "
@@ -417,6 +417,11 @@ class Programming(Part):
     def write_terms(self) -> tuple[float, ...]:
         """The terms of `write_noise`, S."""
         return self.write_noise if isinstance(self.write_noise, tuple) else (self.write_noise,)
+
+    @property
+    def write_shares(self) -> list[float]:
+        """The shares of g_max at which `write_deviation` is looked at; one where it is the same for all."""
+        return SHARES if len(self.write_terms) > 1 else SHARES[:1]
 
     def write_deviation(self, r: float) -> float:
         """Standard deviation of a write to a share r of g_max, S."""
@@ -559,7 +564,7 @@ class CrossbarSpec(Part):
     @model_validator(mode="after")
     def _measured(self) -> CrossbarSpec:
         """Noise in S, A and V, not in shares of a window or a range: it is no larger than what it is around."""
-        g_max, drift = self.device.g_max, self.drift
+        g_max, drift, programming = self.device.g_max, self.drift, self.programming
         bitline = self.tile.rows * g_max * self.dac.v_read
         shift, std = (drift.shift, drift.std) if isinstance(drift, MeasuredDrift) else ((), ())
         for key, noise, most, unit, what in (
@@ -567,7 +572,7 @@ class CrossbarSpec(Part):
             ("dac.offset_std", self.dac.offset_std, self.dac.v_read, "V", "the dac.v_read"),
             ("backward.dac.offset_std", self.backward_dac.offset_std, self.backward_dac.v_read, "V", "the v_read there"),
             ("read_noise.sigma_g", self.read_noise.sigma_g, g_max, "S", "the device.g_max"),
-            ("programming.write_noise", max(map(self.programming.write_deviation, SHARES)), g_max, "S", "the device.g_max"),
+            ("programming.write_noise", max(map(programming.write_deviation, programming.write_shares)), g_max, "S", "the device.g_max"),
             ("update.write_noise", self.update.write_noise if self.update else 0.0, g_max, "S", "the device.g_max"),
             ("drift.shift", max((abs(change) for row in shift for change in row), default=0.0), g_max, "S", "the device.g_max"),
             ("drift.std", max((change for row in std for change in row), default=0.0), g_max, "S", "the device.g_max"),
