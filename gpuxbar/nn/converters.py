@@ -18,7 +18,7 @@ from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.wires import settings_checksum
 from gpuxbar.reference import SMALLEST_RANGE, Drivers, Purpose, normals
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
-from gpuxbar.spec.model import ERRORS
+from gpuxbar.spec.converters import ERRORS
 
 __all__ = ["CONVERTERS", "Converter", "Converters"]
 

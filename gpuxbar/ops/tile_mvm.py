@@ -29,7 +29,7 @@ from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
 from gpuxbar.ops.tile_mvm_cuda import amperes_of_one, generator_of, tile_mvm_cuda
 from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
 from gpuxbar.reference.tile_mvm import ConvGeometry, Drivers
-from gpuxbar.spec.model import STEEPEST
+from gpuxbar.spec.array import STEEPEST
 
 __all__ = ["TileMvm", "TileRead", "tile_mvm", "tile_read"]
 

@@ -2,7 +2,9 @@
 
 from gpuxbar.spec import presets
 from gpuxbar.spec.ageing import MOST_SHARES, Drift, DriftLaw, Endurance, MeasuredDrift, Retention
+from gpuxbar.spec.array import Device, Mapping, Parasitics, Programming, Tile
 from gpuxbar.spec.carry import Carry
+from gpuxbar.spec.converters import ADC, DAC, ReadNoise
 from gpuxbar.spec.devices import PublishedDevice, published_device
 from gpuxbar.spec.errors import SpecError
 from gpuxbar.spec.io import load_spec, nested, parse_value, save_spec
@@ -21,18 +23,7 @@ from gpuxbar.spec.laws import (
     SoftBounds,
     UpdateLaw,
 )
-from gpuxbar.spec.model import (
-    ADC,
-    DAC,
-    Backward,
-    CrossbarSpec,
-    Device,
-    Mapping,
-    Parasitics,
-    Programming,
-    ReadNoise,
-    Tile,
-)
+from gpuxbar.spec.model import Backward, CrossbarSpec
 from gpuxbar.spec.pulses import PulseTrain, check_train
 from gpuxbar.spec.refresh import Refresh
 

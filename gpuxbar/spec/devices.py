@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import log1p
 from typing import Any
 
+from gpuxbar.spec.array import Device
 from gpuxbar.spec.errors import SpecError, nearest
 from gpuxbar.spec.laws import (
     Agarwal,
@@ -22,7 +23,7 @@ from gpuxbar.spec.laws import (
     SoftBounds,
     UpdateLaw,
 )
-from gpuxbar.spec.model import CrossbarSpec, Device
+from gpuxbar.spec.model import CrossbarSpec
 
 __all__ = ["DEVICES", "PublishedDevice", "published_device"]
 
