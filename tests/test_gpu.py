@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -52,9 +53,11 @@ REPEATS = 10
 
 
 def to_gpu(value):
-    """NumPy arrays as CuPy arrays on the current stream, anything else as it is."""
+    """NumPy arrays, those of `ops.Drivers` too, as CuPy arrays on the current stream, anything else as it is."""
     import cupy
 
+    if isinstance(value, ops.Drivers):
+        return replace(value, error=to_gpu(value.error))
     return cupy.asarray(value) if isinstance(value, np.ndarray) else value
 
 
