@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
+from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct
 from gpuxbar.ops.dac_quantize import NO_DAC
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand

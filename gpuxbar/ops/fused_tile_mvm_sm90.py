@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
+from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct
 from gpuxbar.ops.fused_tile_mvm import packed_images, read_fused
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PANEL_ROWS, Padded, right_operand
