@@ -8,7 +8,8 @@
 //         any launch and split of the rows.
 // Random  read noise of (row, column, conversion): normal.cuh; one counter a thread and conversion.
 // Macros  NOISE 0 none, 1 exact (4 columns a thread), 2 fast (8 columns); VARIANCE state-dependent part; ADC; GATE;
-//         INL converters bend; IMAGES y and gate in image layout; VECTOR sense is a multiple of WIDTH (16-byte loads)
+//         ERRORS converters have a gain or offset; INL they bend; IMAGES y and gate in image layout; VECTOR sense is a
+//         multiple of WIDTH (16-byte loads)
 // Wrapper gpuxbar/ops/tile_mvm_cuda.py      Oracle gpuxbar/reference/tile_mvm.py
 #include "gpuxbar/converter.cuh"
 #include "gpuxbar/inl.cuh"
@@ -25,6 +26,9 @@
 #endif
 #ifndef GATE
 #define GATE 0
+#endif
+#ifndef ERRORS
+#define ERRORS 0
 #endif
 #ifndef INL
 #define INL 0
@@ -80,7 +84,8 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
                    float* __restrict__ y,
                    float* __restrict__ gate,  // like y, or null: share of the conversions inside the range
                    float amperes,             // of a partial sum of 1
-                   float adc_lsb_value, float read_noise_value, i64 step_value, u64 seed,
+                   float adc_lsb_value, float read_noise_value, i64 step_value,
+                   RoundKeys keys,  // of the seed
                    i64 row0,        // first row of this call, in the whole product
                    i64 y_row0,      // and in y
                    i64 noise_row0,  // and in the counters
@@ -91,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
   const int column = (blockIdx.x * 8 + (threadIdx.x & 7)) * WIDTH;
   const int row = blockIdx.y * 32 + (threadIdx.x >> 3);
   const bool active = row < rows && column < outputs;
-  const int count = outputs - column < WIDTH ? outputs - column : WIDTH;
+  [[maybe_unused]] const int count = outputs - column < WIDTH ? outputs - column : WIDTH;
   float total[WIDTH], inside[WIDTH];
 #pragma unroll
   for (int j = 0; j < WIDTH; ++j) total[j] = inside[j] = 0.0f;
@@ -112,10 +117,10 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
       lsb[j] = adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value;
       factor[j] = steps_of_one(amperes, lsb[j]);
     }
-    const float per_ampere = 1.0f / amperes;
+    [[maybe_unused]] const float per_ampere = 1.0f / amperes;
 #if NOISE
     const float sigma = (read_noise ? *read_noise : read_noise_value) * per_ampere;  // in partial sums
-    const u32 now = (u32)(step ? *step : step_value), key_lo = (u32)seed, key_hi = (u32)(seed >> 32);
+    const u32 now = (u32)(step ? *step : step_value);
     const u32 noise_row = (u32)(noise_row0 + row);
 #endif
     float weights = 0.0f;
@@ -126,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
         const float stream = (float)(1ull << (pass % streams * stream_bits));
         const float weight = (pass < streams ? stream : -stream) * slice, share = abs(weight);
         weights += share;
-        i32 codes[WIDTH];
+        u32 codes[WIDTH];  // with ADC_BIAS in each
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) codes[j] = 0;
 #pragma unroll 2
@@ -138,9 +143,9 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
           const u32 slot = (u32)((pass * planes + plane) * tiles + t);
           const Counter counts = counter((u32)column / WIDTH, noise_row, purpose, slot, now);
 #if NOISE == 1
-          const Normals4 noise = normals4(counts, key_lo, key_hi);
+          const Normals4 noise = normals4(counts, keys);
 #else
-          const Normals8 noise = normals8_fast(counts, key_lo, key_hi);
+          const Normals8 noise = normals8_fast(counts, keys);
 #endif
 #if VARIANCE
           float var[WIDTH];
@@ -157,17 +162,24 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
           }
 #endif
 #if ADC
+#if ERRORS || INL
           const i64 converter = ((i64)plane * tiles + t) * outputs + column;
+#endif
 #pragma unroll
           for (int j = 0; j < WIDTH; ++j) {
+            float gain = factor[j], offset = 0.0f;
+#if ERRORS || INL
             const bool real = VECTOR || j < count;
-            const float gain = adc_gain && real ? factor[j] * adc_gain[converter + j] : factor[j];
-            const float offset = adc_offset && real ? adc_offset[converter + j] * per_ampere * factor[j] : 0.0f;
+#endif
+#if ERRORS
+            if (adc_gain && real) gain *= adc_gain[converter + j];
+            if (adc_offset && real) offset = adc_offset[converter + j] * per_ampere * factor[j];
+#endif
             float steps = fma(current[j], gain, offset);
 #if INL
             steps = bent(steps, real ? adc_inl[converter + j] : 0.0f, code_max);
 #endif
-            codes[j] += (i32)adc_code(steps, code_min, code_max);
+            codes[j] += adc_code_biased(steps, code_min, code_max);
 #if GATE
             inside[j] += in_range(steps, code_min, code_max) ? share : 0.0f;
 #endif
@@ -184,7 +196,10 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
         }
 #if ADC
 #pragma unroll
-        for (int j = 0; j < WIDTH; ++j) total[j] = fma(weight * lsb[j], (float)codes[j], total[j]);
+        for (int j = 0; j < WIDTH; ++j) {
+          const i32 sum = (i32)(codes[j] - (u32)tiles * ADC_BIAS);
+          total[j] = fma(weight * lsb[j], (float)sum, total[j]);
+        }
 #endif
       }
 

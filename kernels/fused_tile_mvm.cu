@@ -3,10 +3,10 @@
 //
 // Axes    G groups, T tiles of K driven lines (padded to a multiple of 64, of bytes 128), S planes, N sensed lines, M rows of this
 //         call, P passes; a [M, G, T, K] (IMPLICIT: images [N, height, width, G, C], C padded to a multiple of 8),
-//         b [S, G, N, T, K], words [P, S, M, G * N]; y and gate [rows, G * N], or images [N, G * N, pixels].
+//         b [S, G, N, T, K], words [P, S, X, M, G * N] of X splits; y and gate [rows, G * N], or images [N, G * N, pixels].
 // Launch  128 rows by BLOCK_N columns a block, 256 threads (8 warps of 64 x BLOCK_N / 4); grid (blocks, splits, P S G).
-//         Codes are integers: sums over tiles, and over splits of the tiles by atomics, have the same bits on any
-//         launch. Shared memory (dynamic): STAGES * stage_bytes, stages filled by asynchronous copies.
+//         Codes are integers: sums over tiles, and over splits of the tiles, have the same bits on any launch.
+//         Shared memory (dynamic): STAGES * stage_bytes, stages filled by asynchronous copies.
 // Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
 // Macros  BLOCK_N 128, or 256 with two 16-bit sums a register; STAGES of the pipeline; TERMS 1 fp16 conductances,
 //         2 high and low half; NOISE 0 none, 1 exact, 2 fast; VARIANCE state-dependent part (a second product, bf16);
@@ -135,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    const float* __restrict__ row_scale,    // [all rows / rows_per_scale] or null
                    const float* __restrict__ col_scale,    // [G * N] or null
                    const float* __restrict__ bias,         // [G * N] or null
-                   int* __restrict__ words,                // sums of codes, for shift_add; or null: y, P = S = 1
+                   int* __restrict__ words,                // sums of codes, for shift_add; or null: y, P = S = X = 1
                    float* __restrict__ y,                  // or null
                    float* __restrict__ gate,               // like y, or null (GATE)
                    float amperes,                          // A of a code 1 and conductance 1 of a and b
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #if IMPLICIT
   if (thread_index() < BLOCK_M) {
     const int row = block.m0 + (int)thread_index();
-    block.patches.locate(images, thread_index(), row0 + (row < rows ? row : 0), block.group);
+    block.patches.locate(images, thread_index(), row0 + row, block.group, row < rows);
   }
   __syncthreads();
 #endif
@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const u32 thread = thread_index(), row = thread >> 3, chunk = thread & 7, line = at * STEP + CHUNK * chunk;
     const u32 to = stages + stage * STAGE_BYTES;
     const u32 b_from = block.b_line + row * b_row + line;
-    const int a_rows = rows - block.m0 - (int)row, b_rows = sense - block.n0 - (int)row;
+    const int b_rows = sense - block.n0 - (int)row;
 #if IMPLICIT
     const int first = (block.first_tile + (int)line / k) * tile_lines, place = (int)line % k;
 #if IMPLICIT == 1
@@ -194,14 +194,15 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #else
     const int position = (first + place) / images.channels, channel = (first + place) % images.channels;
 #endif
-    const Tap tap(images, position, channel);
-    const bool driven = position < images.positions && channel < images.channels;
+    const Tap tap(images, position / images.kernel_w, position % images.kernel_w, channel);
+    const bool driven = channel < images.channels;
 #pragma unroll
     for (int i = 0; i < BLOCK_M; i += 32) {
-      const bool real = driven && block.patches.inside(images, row + i, tap) && i < a_rows;
+      const bool real = driven && block.patches.inside(row + i, tap);
       copy_async(to + place_a(row + i, chunk), a + (real ? block.patches.corner[row + i] + tap.offset : 0), real);
     }
 #else
+    const int a_rows = rows - block.m0 - (int)row;
     const u32 a_from = block.a_line + row * a_row + line;
 #pragma unroll
     for (int i = 0; i < BLOCK_M; i += 32)
@@ -415,13 +416,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
   for (int i = thread_index() / (BLOCK_N / 4); i < BLOCK_M && block.m0 + i < rows; i += 1024 / BLOCK_N) {
     const int word[4] = {word_at(i, j), word_at(i, j + 1), word_at(i, j + 2), word_at(i, j + 3)};
     if (words) {
-      int* const to = words + (((i64)block.pass * planes + block.plane) * rows + block.m0 + i) * outputs + c;
-      if (gridDim.y == 1)
-        store<int4>(to, word, real, 1, vector);
-      else
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-          if (q < real) atomicAdd(to + q, word[q]);
+      int* const to = words + (block.words_before(planes) * rows + block.m0 + i) * outputs + c;
+      store<int4>(to, word, real, 1, vector);
       continue;
     }
     const float by_row = scale_of(i);

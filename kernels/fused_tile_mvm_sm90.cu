@@ -4,10 +4,10 @@
 // Axes    G groups, T tiles of K driven lines (padded to a multiple of 64), S planes, N sensed lines, M rows of this
 //         call, P passes. In panels of 128 x 64 (panels.cuh), M and N padded to 128: a [P, M, G, T, K],
 //         b [S, G, N, T, K] (IMPLICIT: a images [N, height, width, G, C], C padded to a multiple of 8). words
-//         [P, S, M, G * N] not padded; y and gate [rows, G * N], or images [N, G * N, pixels].
+//         [P, S, X, M, G * N] of X splits, not padded; y and gate [rows, G * N], or images [N, G * N, pixels].
 // Launch  128 rows by BLOCK_N columns a block, 384 threads: warpgroups 0 and 1 multiply 64 rows each, one thread of the
 //         third copies (IMPLICIT: all of them gather); grid (blocks, splits, P S G). Codes are integers: sums over tiles,
-//         and over splits of the tiles by atomics, have the same bits on any launch. Shared memory (dynamic):
+//         and over splits of the tiles, have the same bits on any launch. Shared memory (dynamic):
 //         1024 + STAGES * (stage_bytes + 16).
 //         CLUSTER 2: an even number of row blocks; the two of a cluster copy half of each panel of b, for both
 // Random  read noise of (row, column, conversion), the draws of adc_accumulate.cu: normal.cuh
@@ -125,10 +125,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
                         const float* __restrict__ row_scale,    // [all rows / rows_per_scale] or null
                         const float* __restrict__ col_scale,    // [G * N] or null
                         const float* __restrict__ bias,         // [G * N] or null
-                        int* __restrict__ words,                // sums of codes, for shift_add; or null: y, P = S = 1
-                        float* __restrict__ y,                  // or null
-                        float* __restrict__ gate,               // like y, or null (GATE)
-                        float amperes,                          // A of a digit 1 and conductance 1 of a and b
+                        int* __restrict__ words,   // sums of codes, for shift_add; or null: y, P = S = X = 1
+                        float* __restrict__ y,     // or null
+                        float* __restrict__ gate,  // like y, or null (GATE)
+                        float amperes,             // A of a digit 1 and conductance 1 of a and b
                         float adc_lsb_value, float read_noise_value, i64 step_value,
                         RoundKeys keys,  // of the seed
                         i64 row0,        // first row of this call, in the whole product
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
 #if IMPLICIT
   if (thread_index() < BLOCK_M) {
     const int row = block.m0 + (int)thread_index();
-    block.patches.locate(images, thread_index(), row0 + (row < rows ? row : 0), block.group);
+    block.patches.locate(images, thread_index(), row0 + row, block.group, row < rows);
   }
 #endif
   __syncthreads();
@@ -180,6 +180,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     // past the last column the first half comes twice: nobody reads those sums
     const i64 next_half = block.n0 / PANEL_ROWS + 1 < column_blocks ? (i64)row_panels * PANEL : 0;
     const u32 steps = (block.last_tile - block.first_tile) * tile_panels;
+#if IMPLICIT
+    // Eight threads gather a row of 128 bytes, 16 rows at a time; their lines of the panel, and where these lie in a patch.
+    const int row = (int)(thread_index() - 256) >> 3, chunk = (int)thread_index() & 7;
+    const int line = block.first_tile * tile_lines + 8 * chunk, position = line / images.channels;
+    int panel = 0, kernel_y = position / images.kernel_w, kernel_x = position % images.kernel_w;
+    int channel = line % images.channels;
+#endif
     for (u32 at = 0; at < steps; ++at) {
       const u32 stage = at % STAGES, to = stages + stage * STAGE_BYTES, landed = full + 8 * stage;
       wait(empty + 8 * stage, at / STAGES & 1 ^ 1);
@@ -196,17 +203,18 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
       }
       a_from += PANEL, b_at += PANEL;
 #if IMPLICIT
-      // Eight threads gather a row of 128 bytes, 16 rows at a time.
-      const int row = (int)(thread_index() - 256) >> 3, chunk = (int)thread_index() & 7;
-      const int line =
-          (block.first_tile + (int)at / tile_panels) * tile_lines + (int)at % tile_panels * PANEL_LINES + 8 * chunk;
-      const Tap tap(images, line / images.channels, line % images.channels);
+      const Tap tap(images, kernel_y, kernel_x, channel);
       const u32 place = to + 2 * panel_chunk(row, chunk);
+#pragma unroll
       for (int i = 0; i < BLOCK_M; i += 16) {
-        const bool real = line < images.positions * images.channels && block.m0 + row + i < rows &&
-                          block.patches.inside(images, row + i, tap);
+        const bool real = block.patches.inside(row + i, tap);
         copy_async(place + i * 2 * PANEL_LINES, a + (real ? block.patches.corner[row + i] + tap.offset : 0), real);
       }
+      const bool next = ++panel == tile_panels;  // of another tile, the last lines of which may be padding here
+      channel += next ? tile_lines - (tile_panels - 1) * PANEL_LINES : PANEL_LINES;
+      if (next) panel = 0;
+      for (; channel >= images.channels; channel -= images.channels)
+        if (++kernel_x == images.kernel_w) kernel_x = 0, ++kernel_y;
       copy_commit();
       if (at < UNDER_WAY) continue;
       copy_wait<UNDER_WAY>();
@@ -355,13 +363,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
           word[q] = word_of(sum, q % 2, code_min);
         }
         if (words) {
-          int* const to = words + (((i64)block.pass * planes + block.plane) * rows + row) * outputs + c;
-          if (gridDim.y == 1)
-            store<int4>(to, word, real, 1, vector);
-          else
-#pragma unroll
-            for (int q = 0; q < 8; ++q)
-              if (q < real) atomicAdd(to + q, word[q]);
+          int* const to = words + (block.words_before(planes) * rows + row) * outputs + c;
+          store<int4>(to, word, real, 1, vector);
           continue;
         }
         const i64 stride = pixels ? pixels : 1, to = image + c * stride;

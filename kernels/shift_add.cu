@@ -1,8 +1,8 @@
 // shift_add: sums of codes of every pass and plane -> shift-and-add, scales, bias; the end of fused_tile_mvm where a
 // block could not finish its outputs alone.
 //
-// Axes    P passes, S planes, M rows of this call; words [P, S, M, outputs]; y is [rows, outputs], or images
-//         [N, outputs, pixels].
+// Axes    P passes, S planes, X splits of the tiles, M rows of this call; words [P, S, X, M, outputs]; y is [rows, outputs],
+//         or images [N, outputs, pixels].
 // Launch  32 rows by 32 columns a block, 256 threads; grid (ceil(outputs / 32), ceil(M / 32)). One thread owns an output:
 //         a fixed order of planes and passes, that of adc_accumulate.cu.
 // Macros  GATE words hold the number of conversions inside the range in their high halves
@@ -16,7 +16,7 @@
 namespace gpuxbar {
 
 extern "C" __global__ void __launch_bounds__(256, 4)
-    shift_add(const int* __restrict__ words,          // [P, S, M, outputs]
+    shift_add(const int* __restrict__ words,          // [P, S, X, M, outputs]
               const float* __restrict__ slice_scale,  // [S] or null: 1
               const float* __restrict__ adc_lsb,      // [1] or [outputs], or null: adc_lsb_value   A
               const float* __restrict__ row_scale,    // [all rows / rows_per_scale] or null
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
               float adc_lsb_value,
               i64 row0,    // first row of this call, in the whole product
               i64 y_row0,  // and in y
-              int rows, int outputs, int tiles, int planes, int streams, int phases, int stream_bits,
+              int rows, int outputs, int tiles, int planes, int splits, int streams, int phases, int stream_bits,
               int adc_per_column, float code_min, int rows_per_scale,
               int pixels)  // of an image, for y and gate in image layout; or 0
 {
@@ -46,7 +46,9 @@ extern "C" __global__ void __launch_bounds__(256, 4)
         const float slice = slice_scale ? slice_scale[plane] : 1.0f;
         const float stream = (float)(1ull << (pass % streams * stream_bits));
         const float weight = (pass < streams ? stream : -stream) * slice, share = abs(weight);
-        const int word = words[(((i64)pass * planes + plane) * rows + first + i) * outputs + c];
+        const i64 before = ((i64)pass * planes + plane) * splits;
+        int word = 0;
+        for (int split = 0; split < splits; ++split) word += words[((before + split) * rows + first + i) * outputs + c];
         const int low = code_min < 0.0f ? (int)(i16)word : word & 0xFFFF;
         total = fma(weight * lsb, (float)(GATE ? low : word), total);
         inside += share * (float)((u32)(word - low) >> 16);

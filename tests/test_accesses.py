@@ -88,6 +88,7 @@ EXCEPT = {  # and why
     ("fused_tile_mvm", "words"): "atomic additions, where few blocks split the tiles",
     ("fused_tile_mvm", "on chip"): "sums that are turned to images, once",
     ("pack_inputs", "on chip"): "where lines lie, 16 bytes each written by two accesses, once a block",
+    ("mean_field_coarsen", "parts"): "sums of neighbouring bitlines, an eighth of the cells; the others are read next, from L1",
     ("program", "on chip"): "scales in float64, once",
     ("pulse_update", "w_max"): "once, after hundreds of operations a cell",
     ("pulse_trains", "x"): "eight lines a thread; the generator takes ten times as long",
@@ -106,11 +107,15 @@ MOST_INSTRUCTIONS = {  # of a value, in PTX: kernel, macro, how many values the 
     ("fold", "", 32 * 256): 360,
     ("device_update", "MAPPED=0", 2 * 128 * 128): 340,
     ("device_update", "MAPPED=1", 2 * 128 * 128): 260,
-    ("ladder", "", 64 * 64): 92,
+    ("ladder", "", 128 * 128): 64,
+    ("mean_field_coarsen", "", 128 * 128): 44,
+    ("mean_field", "", 128 * 128): 36,
     ("conductance_leaf", "", 32 * 32): 3300,
     ("conductance_merge", "", 2 * 96 * 96): 17,
 }
 MOST_LEAF_WAVES = 9800  # for 16 x 16 cells
+# of global memory, a cell of a tile of 128 x 128
+MOST_BYTES = {"ladder": 18, "mean_field_coarsen": 18, "mean_field": 11}
 CONV = ConvGeometry(32, 16, 16, (3, 3), (1, 1), (1, 1))
 READ = {"adc_bits": 8, "adc_lsb": 2.0**-27, "g_range": 2.0**-20, "read_noise": 2.0**-28, "generator": "fast",
         "precision": "fp16", "seed": 1, "step": 3}  # fmt: skip
@@ -150,7 +155,7 @@ def updates(device):
 
 
 def wires(device):
-    for method, cells in ("ladder", 64), ("exact", 32):
+    for method, cells in ("exact", 32), ("mean_field", 128):  # which begins with the ladder
         ops.effective_conductance(
             np.full((1, cells, cells), 1e-4, np.float32), method=method, r_wordline=2.0, r_bitline=3.0, r_source=1.0, r_sink=0.5,
             device=device,
@@ -193,6 +198,12 @@ def test_a_value_takes_few_instructions(launches, launch):
     assert 0 < executed[0] / values <= MOST_INSTRUCTIONS[launch]
 
 
+@pytest.mark.parametrize("kernel", MOST_BYTES)
+def test_a_cell_moves_few_bytes(launches, kernel):
+    (instructions,) = (instructions for name, _, instructions, _ in launches if name == kernel)
+    assert 0 < sum(32 * c.sectors for c in instructions) / 128**2 <= MOST_BYTES[kernel]
+
+
 def test_a_leaf_takes_few_wavefronts(launches):
-    (leaf,) = (instructions for kernel, _, instructions, _ in launches if kernel == "conductance_leaf")
+    leaf, _ = (instructions for kernel, _, instructions, _ in launches if kernel == "conductance_leaf")
     assert 0 < sum(c.waves for c in leaf) / 4 <= MOST_LEAF_WAVES

@@ -94,7 +94,7 @@ VARIANTS = {
         {"NOISE": noise, "VARIANCE": variance, "GATE": gate, "IMAGES": images, "VECTOR": vector}
         for noise, variance, gate, images, vector in
         [(0, 0, 0, 0, 1), (1, 0, 0, 0, 1), (2, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 0, 0)]
-    ] + [{"NOISE": 2, "VARIANCE": 1, "GATE": 1, "INL": 1, "IMAGES": 0, "VECTOR": 0}],
+    ] + [{"NOISE": 2, "VARIANCE": 1, "GATE": 1, "ERRORS": 1, "INL": 1, "IMAGES": 0, "VECTOR": 0}],
     "pack_inputs.cu": [{"CODES": 1, "HALF": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 1, "PANELS": 1}, {"CODES": 0, "HALF": 0, "CONV": 2}, {"INT8": 1, "CONV": 1}, {"BFLOAT": 1, "CONV": 0}, {"CODES": 1, "HALF": 1, "CONV": 0, "DAC": 1}, {"CODES": 1, "HALF": 1, "CONV": 2, "DAC": 1, "PANELS": 1}, {"CODES": 1, "HALF": 1, "CONV": 1, "DRIVERS": 1}, {"CODES": 0, "HALF": 0, "CONV": 0, "DRIVERS": 2}, {"CODES": 1, "HALF": 0, "CONV": 2, "DAC": 1, "DRIVERS": 3}],
     "pack_images.cu": [{"DAC": 0}, {"DAC": 1}],
     "ceilings.cu": [{"UNIT": unit} for unit in range(5)],

@@ -21,7 +21,7 @@ from test_tile_mvm import (
 )
 
 from gpuxbar import ops, reference
-from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops import ConvGeometry, tile_mvm_plan
 from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm, rates
 
 SHAPES = [
@@ -174,7 +174,7 @@ def test_same_bits_for_any_schedule(eager):
          "seed": SEED, "precision": "fp16"}  # fmt: skip
     results, shapes = [], []
     for order, arch, multiprocessors, workspace in [
-        (FORWARD, "sm_90", 1, 1 << 26), (REVERSE, "sm_80", 9, 1 << 26), (11, "sm_86", 40, 1 << 26), (12, "sm_90", 8, 1),
+        (FORWARD, "sm_90", 1, 1 << 26), (REVERSE, "sm_80", 9, 1 << 26), (11, "sm_86", 40, 1 << 26), (12, "sm_90", 12, 1),
     ]:  # fmt: skip
         device = ShimDevice(
             order, eager=eager, arch=arch, multiprocessors=multiprocessors, workspace=workspace
@@ -310,6 +310,38 @@ def test_the_choice_follows_the_table():
     assert {rates(arch).source for arch in ("sm_75", "sm_86", "sm_90a", "sm_120")} <= {"estimate", "measured"}
     few = plan_tile_mvm(replace(BIG, rows=128, sense=256), "sm_90", 132, "fused")
     assert few.splits == 32
+
+
+def test_tiles_are_split_where_waves_of_blocks_would_be_half_empty():
+    """133 blocks of 128 columns are two waves on 132 multiprocessors; three splits of half as many wide blocks are as many waves of
+    a third of the tiles. Where a split gains no wave, it only writes more words."""
+    case = replace(BIG, rows=7 * 128, sense=19 * 128)
+    splits = {count: plan_tile_mvm(case, "sm_90", count).splits for count in (132, 133)}
+    assert splits[132] > 1
+    assert splits[133] == 1
+    layer3 = Case(
+        6272, 1, 2304, 256, 1, 128, noise="fast", images=(32, 16, 16, 9), line_order="position_channel"
+    )
+    assert (
+        plan_tile_mvm(layer3, "sm_90", 132).splits == 1
+    )  # 98 blocks: four splits would save 4 us, and write 51 MB of words
+
+
+def test_packing_takes_as_long_as_its_instructions(monkeypatch):
+    """Unfolding issues 53 for 4 bytes: a clock at half the rate takes longer; where it is fast, memory binds."""
+
+    def us(clock):
+        slower = replace(rates("sm_90"), clock_ghz=clock)
+        monkeypatch.setattr(tile_mvm_plan, "rates", lambda _: slower)
+        layer = Case(131072, 1, 576, 64, 1, 128, noise="fast", images=(128, 32, 32, 9))
+        why = plan_tile_mvm.__wrapped__(layer, "sm_90", 132).explain()
+        return {name: int(time) for name, time in re.findall(r"(\S+): (\d+) us", why)}
+
+    values, fast, usual, half = 131072 * 640, us(99.0), us(1.98), us(0.99)
+    once = values * 53 / (132 * 128e3 * 1.98)  # microseconds; 576 lines are five tiles of 128
+    assert half["wgmma"] - usual["wgmma"] == pytest.approx(once, abs=1.5)
+    assert usual["wgmma"] - fast["wgmma"] == pytest.approx(once - 4e-3 * values / 4300, abs=1.5)
+    assert half["implicit"] - usual["implicit"] < once / 3  # images are a ninth of their patches
 
 
 @pytest.mark.parametrize(

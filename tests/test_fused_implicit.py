@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cuda_shim import FORWARD, REVERSE, ShimDevice
+from cuda_shim.ptx import PtxDevice
 from test_tile_mvm import SEED, assert_matches
 
 from gpuxbar import ops, reference
@@ -75,6 +76,15 @@ def test_gathered_patches_are_the_unfolded_read_bit_for_bit(name, strategy):
     assert np.unique(mine).size > 50  # not all clipped, nor all zero
 
 
+@pytest.mark.parametrize("strategy", ["implicit", "implicit-wgmma"])
+def test_nothing_is_read_beyond_the_images(strategy):
+    """Neither for rows and lines that pad a block, nor where positions beyond the kernel reach 2^16 pixels down."""
+    conv = ConvGeometry(8, 9364, 1, (2, 1), (1, 1), (0, 0), (9363, 1), line_order="position_channel")
+    codes, g = convolution(conv, 1, 2, 8)
+    y = read(codes, g, conv, 16, strategy, PtxDevice(multiprocessors=1))
+    np.testing.assert_array_equal(y, read(codes, g, conv, 16, "epilogue", ShimDevice()))
+
+
 def test_state_dependent_noise_and_two_terms_match_the_oracle():
     """Variances that bf16 holds, conductances that fp16 does not."""
     conv = ConvGeometry(11, 5, 6, (3, 3), (1, 1), (1, 1))
@@ -96,13 +106,13 @@ MUTANTS = {  # file, text, what to put in its place
     "none": ("fused_tile_mvm.cu", "copy_commit", "copy_commit"),
     "the-first-channels-alone": (
         "fused_tile_mvm.cu",
-        "tap(images, position, channel)",
-        "tap(images, position, 0)",
+        "position % images.kernel_w, channel)",
+        "position % images.kernel_w, 0)",
     ),
     "no-zeros-over-an-edge": (
         "fused_tile_mvm.cu",
         "+ tap.offset : 0), real)",
-        "+ tap.offset : 0), i < a_rows)",
+        "+ tap.offset : 0), driven)",
     ),
     "stage-freed-early": ("fused_tile_mvm.cu", "fill(stage == 0 ? STAGES - 1 : stage - 1", "fill(stage"),
     "wait-too-weak": ("fused_tile_mvm.cu", "copy_wait<STAGES - 2>()", "copy_wait<STAGES - 1>()"),

@@ -4,8 +4,8 @@ Tiles are padded with open cells to powers of two, 16 cells at least, so that al
 one batch over all its pairs of blocks and all tiles of a chunk; the number of launches depends on the tile's size only.
 Nothing waits for the device.
 
-A mean field moves about 1.1 MB for a tile of 128 x 128, if no pass over its 64 KB finds them in a cache (12 of the ladder, 5
-of its own): 6000 tiles are 6.5 GB, an estimated 1.5 ms at 4.3 TB/s. Not yet run on a GPU.
+A ladder moves 18 bytes a cell, a mean field 41, if no pass over a tile finds it in a cache: of 6000 tiles of 128 x 128 an
+estimated 0.4 and 0.9 ms at 4.3 TB/s. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 LADDER = Kernel(
-    "ladder.cu", g=In("float32", "T R C"), **LINES, share=Out("float32", "T R C"), g_eff=Out("float32", "T R C"),
+    "ladder.cu", g=In("float32", "T R C"), **LINES, starts=Out("float32", "T two N"), g_eff=Out("float32", "T R C"),
     **VALUES, rows=_INT, cols=_INT,
 )  # fmt: skip
 CONDUCTANCE_LEAF = Kernel(
@@ -70,7 +70,7 @@ SPLIT_TF32 = Kernel(
 )  # fmt: skip
 MEAN_FIELD_COARSEN = Kernel(
     "mean_field.cu", name="mean_field_coarsen", g=In("float32", "T R C"), ladder=In("float32", "T R C"), **LINES,
-    coarse=Out("float32", "T P Q"), strength=Out("float32", "T L"), segments=Out("float32", "two S"),
+    parts=Out("float32", "T two P C"), coarse=Out("float32", "T P Q"), strength=Out("float32", "T L"), segments=Out("float32", "two S"),
     ends=Out("float32", "two S"), **VALUES, rows=_INT, cols=_INT, k=_INT,
 )  # fmt: skip
 MEAN_FIELD = Kernel(
@@ -103,8 +103,9 @@ def effective_conductance_cuda(
     bits = leaf_bits(rows, cols)
     # blocks of two levels, and the products between them: below four times the leaves
     tree = 4 * 4 * 4096 << sum(bits)
-    coarse = 4 * (4096 + LEAF * LEAF + rows + cols)
-    per_tile = {"exact": tree, "mean_field": 4 * rows * cols + coarse}.get(method, 4 * rows * cols)
+    coarse = 4 * (4096 + LEAF * LEAF + rows + cols + 2 * LEAF * cols)
+    ladder = 4 * 2 * _pieces(rows, cols)
+    per_tile = {"exact": tree, "mean_field": ladder + coarse}.get(method, ladder)
     room = device.workspace * (CHUNK if method == "exact" else 1)
     chunk = max(room // per_tile // (shared or 1), 1) * (shared or 1)
     for first in range(0, len(g), chunk):
@@ -134,12 +135,17 @@ def wire_values(lines: dict[str, Any]) -> dict[str, Any]:
 
 
 def _walk_lines(device: Device, g: Any, out: Any, wires: dict[str, Any], first_order: bool) -> None:
+    tiles, rows, cols = g.shape
+    starts = device.empty((tiles, 2, _pieces(rows, cols)), "float32")
     device.launch(
-        LADDER, (len(g),), (256,),
-        {"g": g, "share": device.empty(g.shape, "float32"), "g_eff": out, **wires, "rows": g.shape[1],
-         "cols": g.shape[2]},
+        LADDER, (tiles,), (256,), {"g": g, "starts": starts, "g_eff": out, **wires, "rows": rows, "cols": cols},
         {"FIRST_ORDER": int(first_order)},
     )  # fmt: skip
+
+
+def _pieces(rows: int, cols: int) -> int:
+    """Of 32 cells, that the lines of a tile are cut into."""
+    return -(-cols // 32) * rows + -(-rows // 32) * cols
 
 
 def _add_coupling(device: Device, g: Any, ladder: Any, wires: dict[str, Any]) -> None:
@@ -152,8 +158,9 @@ def _add_coupling(device: Device, g: Any, ladder: Any, wires: dict[str, Any]) ->
     segments, ends = (device.empty((2, LEAF), "float32") for _ in range(2))
     size = {"rows": rows, "cols": cols, "k": k}
     between = {"coarse": coarse, "strength": strength, "segments": segments, "ends": ends, **size}
+    parts = device.empty((tiles, 2, high, cols), "float32")
     device.launch(
-        MEAN_FIELD_COARSEN, (tiles,), (256,), {"g": g, "ladder": ladder, **wires, **between}
+        MEAN_FIELD_COARSEN, (tiles,), (256,), {"g": g, "ladder": ladder, **wires, "parts": parts, **between}
     )  # fmt: skip
     lines = {
         "r_wordline": segments[0, :high], "r_bitline": segments[1, :wide], "r_source": ends[0, :high],

@@ -1,8 +1,8 @@
 """`tile_mvm` on a CUDA device in one kernel: tensor-core products with noise, conversion and integer sums in registers.
 
 Codes are packed once (fp16), conductances once or whenever they change; passes are cut out of the codes inside the kernel, so
-neither passes nor partial sums are ever written. A block that sees all tiles of its only pass and plane writes results; else sums
-of codes are added up in memory, exactly, and `shift_add` ends the read.
+neither passes nor partial sums are ever written. A block that sees all tiles of its only pass and plane writes results; else it
+writes sums of codes, which `shift_add` adds up, exactly, to end the read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
+from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct
 from gpuxbar.ops.dac_quantize import NO_DAC
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand
@@ -44,7 +44,7 @@ FUSED_TILE_MVM = Kernel(
     adc_offset=In("float32", "S T C", optional=True), read_noise=In("float32", "one", optional=True),
     step=In("int64", "one", optional=True), row_scale=In("float32", "R", optional=True),
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True),
-    words=InOut("int32", "P S M C", optional=True), y=Out("float32", optional=True),
+    words=Out("int32", "P S X M C", optional=True), y=Out("float32", optional=True),
     gate=Out("float32", optional=True), amperes=_FLOAT, level_0=_FLOAT, adc_lsb_value=_FLOAT,
     read_noise_value=_FLOAT, step_value=_LONG, keys=Struct("RoundKeys", RoundKeys), row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG,
@@ -54,12 +54,12 @@ FUSED_TILE_MVM = Kernel(
 )  # fmt: skip
 SHIFT_ADD = Kernel(
     "shift_add.cu",
-    words=In("int32", "P S M C"), slice_scale=In("float32", "S", optional=True),
+    words=In("int32", "P S X M C"), slice_scale=In("float32", "S", optional=True),
     adc_lsb=In("float32", "L", optional=True), row_scale=In("float32", "R", optional=True),
     col_scale=In("float32", "C", optional=True), bias=In("float32", "C", optional=True), y=Out("float32"),
     gate=Out("float32", optional=True), adc_lsb_value=_FLOAT, row0=_LONG, y_row0=_LONG, rows=_INT, outputs=_INT,
-    tiles=_INT, planes=_INT, streams=_INT, phases=_INT, stream_bits=_INT, adc_per_column=_INT, code_min=_FLOAT,
-    rows_per_scale=_INT, pixels=_INT,
+    tiles=_INT, planes=_INT, splits=_INT, streams=_INT, phases=_INT, stream_bits=_INT, adc_per_column=_INT,
+    code_min=_FLOAT, rows_per_scale=_INT, pixels=_INT,
 )  # fmt: skip
 KERNELS = (PACK_SENSED, PACK_IMAGES, FUSED_TILE_MVM, SHIFT_ADD)
 
@@ -123,7 +123,7 @@ def read_fused(
     digits = dtype != "float16" or panel_rows > 0
     packed = 0 if images is not None else shape.passes if digits else 1
     per_row = (1 if int8 else 2) * packed * shape.batch * shape.k + (
-        4 * conversions * outputs if by_words else 0
+        4 * conversions * plan.splits * outputs if by_words else 0
     )
     code_min, code_max = code_range(s)
     lsb, lsb_value = split_value(s["adc_lsb"])
@@ -142,8 +142,7 @@ def read_fused(
             )  # fmt: skip
         words = None
         if by_words:
-            memory = device.zeros if plan.splits > 1 else device.empty
-            words = memory((shape.passes, shape.planes, rows, outputs), "int32")
+            words = device.empty((shape.passes, shape.planes, plan.splits, rows, outputs), "int32")
         shared = {
             "slice_scale": s["slice_scale"], "adc_lsb": lsb, "row_scale": row_scale, "col_scale": s["col_scale"],
             "bias": s["bias"], "words": words, "adc_lsb_value": lsb_value, "row0": row0, "y_row0": y_row0,
@@ -164,8 +163,8 @@ def read_fused(
         if by_words:
             device.launch(
                 SHIFT_ADD, (-(-outputs // 32), -(-rows // 32)), (256,),
-                {**shared, "y": y, "gate": gate, "outputs": outputs, "phases": s["phases"], "streams": s["streams"],
-                 "stream_bits": s["stream_bits"]},
+                {**shared, "y": y, "gate": gate, "outputs": outputs, "splits": plan.splits, "phases": s["phases"],
+                 "streams": s["streams"], "stream_bits": s["stream_bits"]},
                 {"GATE": int(gate is not None)},
             )  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
+from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct
 from gpuxbar.ops.fused_tile_mvm import packed_images, read_fused
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PANEL_ROWS, Padded, right_operand
@@ -28,7 +28,7 @@ FUSED_TILE_MVM_SM90 = Kernel(
     slice_scale=In("float32", "S", optional=True), adc_lsb=In("float32", "L", optional=True),
     read_noise=In("float32", "one", optional=True), step=In("int64", "one", optional=True),
     row_scale=In("float32", "R", optional=True), col_scale=In("float32", "C", optional=True),
-    bias=In("float32", "C", optional=True), words=InOut("int32", "P S rows C", optional=True),
+    bias=In("float32", "C", optional=True), words=Out("int32", "P S X M C", optional=True),
     y=Out("float32", optional=True), gate=Out("float32", optional=True), amperes=_FLOAT,
     adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, keys=Struct("RoundKeys", RoundKeys), row0=_LONG, y_row0=_LONG, noise_row0=_LONG,
     rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, k=_INT, adc_per_column=_INT, code_min=_FLOAT,

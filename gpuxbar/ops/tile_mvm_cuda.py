@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from math import floor, log2, sinh
 from typing import Any
 
-from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
+from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar, Struct
 from gpuxbar.launch.device import Precision
 from gpuxbar.ops.checks import NUMBER
 from gpuxbar.ops.dac_quantize import NO_DAC
 from gpuxbar.ops.images import line_steps
+from gpuxbar.ops.round_keys import RoundKeys
 from gpuxbar.reference.random import Purpose
 from gpuxbar.reference.tile_mvm import Drivers
 
@@ -55,7 +56,7 @@ ADC_ACCUMULATE = Kernel(
     read_noise=In("float32", "one", optional=True), step=In("int64", "one", optional=True),
     row_scale=In("float32", "R", optional=True), col_scale=In("float32", "C", optional=True),
     bias=In("float32", "C", optional=True), y=Out("float32"), gate=Out("float32", optional=True),
-    amperes=_FLOAT, adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, seed=Scalar("uint64"), row0=_LONG, y_row0=_LONG,
+    amperes=_FLOAT, adc_lsb_value=_FLOAT, read_noise_value=_FLOAT, step_value=_LONG, keys=Struct("RoundKeys", RoundKeys), row0=_LONG, y_row0=_LONG,
     noise_row0=_LONG, rows=_INT, groups=_INT, sense=_INT, tiles=_INT, planes=_INT, ld=_INT, streams=_INT, phases=_INT,
     stream_bits=_INT, adc_per_column=_INT, code_min=_FLOAT, code_max=_FLOAT, rows_per_scale=_INT, pixels=_INT,
     purpose=Scalar("uint32"),
@@ -309,7 +310,7 @@ def _accumulate(
          "adc_offset": s["adc_offset"], "adc_inl": s["adc_inl"], "read_noise": sigma, "step": step, "row_scale": row_scale,
          "col_scale": s["col_scale"], "bias": s["bias"],
          "y": y, "gate": gate, "amperes": amperes, "adc_lsb_value": lsb_value, "read_noise_value": sigma_value,
-         "step_value": step_value, "seed": s["seed"] & 0xFFFFFFFFFFFFFFFF, "row0": row0, "y_row0": y_row0,
+         "step_value": step_value, "keys": RoundKeys.of(s["seed"]), "row0": row0, "y_row0": y_row0,
          "noise_row0": s["row_offset"] + row0, "rows": rows, "groups": shape.groups, "sense": shape.sense,
          "tiles": shape.tiles, "planes": shape.planes, "ld": shape.ld, "streams": s["streams"], "phases": s["phases"],
          "stream_bits": s["stream_bits"], "adc_per_column": int(lsb is not None and lsb.size > 1),
@@ -317,7 +318,7 @@ def _accumulate(
          "rows_per_scale": 1 if row_scale is None else shape.rows // row_scale.size, "pixels": 1 if s["conv"] is None else s["conv"].pixels,
          "purpose": int(Purpose.READ_TRANSPOSED if s["transposed"] else Purpose.READ)},
         {"NOISE": noise, "VARIANCE": int(variance is not None), "ADC": int(bits > 0), "GATE": int(gate is not None),
-         "INL": int(s["adc_inl"] is not None), "IMAGES": int(images), "VECTOR": int(shape.sense % width == 0)},
+         "ERRORS": int(s["adc_gain"] is not None or s["adc_offset"] is not None), "INL": int(s["adc_inl"] is not None), "IMAGES": int(images), "VECTOR": int(shape.sense % width == 0)},
     )  # fmt: skip
 
 

@@ -57,6 +57,10 @@ SHARED = {
     "sm_120": 101376,
 }
 STATIC_SHARED = 2048  # constants of a block, rounded up
+BLOCK_US = 2.0  # an estimate: to start, to fill the pipeline, and to write results
+# Instructions of a lane for a value that is packed, as tests/test_accesses.py counts them in PTX: of a matrix, of patches, and of
+# images that patches are gathered from; and for one that a DAC makes a code of.
+PACK, UNFOLD, PACK_IMAGES, QUANTIZE = 40, 53, 45, 27
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ class Rates:
             conversions; 0 where there is no such instruction.
         none_gs, exact_gs, fast_gs: Conversions of the fused kernels by generator, 1e9/s.
         launch_us: One kernel launch.
+        clock_ghz: At which each multiprocessor issues four instructions of a warp a cycle.
     """
 
     architecture: str
@@ -173,6 +178,7 @@ class Rates:
     exact_gs: float
     fast_gs: float
     launch_us: float
+    clock_ghz: float
 
 
 def step_lines(precision: str) -> int:
@@ -291,7 +297,7 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
     if merges and strategy in ("auto", "collapsed"):
         return Plan("collapsed", ("no ADC quantises: planes and tiles merge into one product",))
     table = rates(arch)
-    epilogue_us = _epilogue_us(case, table)
+    epilogue_us = _epilogue_us(case, table, multiprocessors)
     epilogue = Plan("epilogue", (_line("cuBLAS + epilogue", epilogue_us, table),))
     if strategy == "epilogue":
         return epilogue
@@ -307,10 +313,9 @@ def plan_tile_mvm(case: Case, arch: str, multiprocessors: int, strategy: str = "
         shapes["cluster"] = _cluster
     for name, shape in shapes.items():
         if not obstacles[name]:
-            plans = [shape(case, arch, multiprocessors, block_n) for block_n in BLOCKS_N]
-            timed = [
-                (_fused_us(case, table, multiprocessors, plan), plan) for plan in plans if plan is not None
-            ]
+            whole = [shape(case, arch, block_n) for block_n in BLOCKS_N]
+            plans = [_split(case, table, multiprocessors, plan) for plan in whole if plan is not None]
+            timed = [(_fused_us(case, table, multiprocessors, plan), plan) for plan in plans]
             times[name] = min(timed, key=lambda pair: pair[0])
     chosen = min(times, key=lambda name: times[name][0]) if strategy == "auto" else strategy
     best, plan = times[chosen]
@@ -383,7 +388,7 @@ def _obstacle(case: Case, arch: str, implicit: bool = False) -> str | None:
         return "the operands are too large for its indices"
     if case.planes * case.groups * case.sense * lines >= 2**32:
         return "the operands are too large for its indices"
-    if _fused(case, arch, 1, 128) is None:
+    if _fused(case, arch, 128) is None:
         return f"its operands do not fit the shared memory of {arch}"
     return None
 
@@ -446,12 +451,13 @@ def _blocks(case: Case, plan: Plan) -> int:
     return plan.blocks(case.rows, case.sense) * case.planes * case.passes * case.groups
 
 
-def _split(case: Case, plan: Plan, multiprocessors: int) -> Plan:
-    """The tiles split so that blocks fill the multiprocessors."""
-    return replace(plan, splits=max(1, min(case.tiles, multiprocessors // max(_blocks(case, plan), 1))))
+def _split(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> Plan:
+    """The tiles split so that the kernel takes the least time: blocks fill the multiprocessors, in one wave or in several."""
+    plans = [replace(plan, splits=splits) for splits in range(1, case.tiles + 1)]
+    return min(plans, key=lambda plan: _kernel_us(case, table, multiprocessors, plan))
 
 
-def _fused(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+def _fused(case: Case, arch: str, block_n: int) -> Plan | None:
     """The pipeline of one block size, or None if it does not fit."""
     wide = case.terms == 1 and not (case.gate or case.variance or case.converters) and case.fits_16_bits
     if block_n == 256 and not wide:  # its registers hold no more
@@ -459,34 +465,34 @@ def _fused(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | 
     stages = pipeline(arch, block_n, case.terms + case.variance)
     if stages is None:
         return None
-    return _split(case, Plan("fused", (), block_n, stages), multiprocessors)
+    return Plan("fused", (), block_n, stages)
 
 
-def _implicit(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+def _implicit(case: Case, arch: str, block_n: int) -> Plan | None:
     """As `_fused`, with patches gathered inside."""
-    plan = _fused(case, arch, multiprocessors, block_n)
+    plan = _fused(case, arch, block_n)
     return None if plan is None else replace(plan, strategy="implicit", chunks=case.chunks)
 
 
-def _wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+def _wgmma(case: Case, arch: str, block_n: int) -> Plan | None:
     """The pipeline of one block size of the Hopper kernel, or None if its registers do not hold the sums."""
     if block_n == 256 and (case.gate or case.converters or case.variance or not case.fits_16_bits):
         return None
     free, panels = SHARED[arch] - STATIC_SHARED, case.terms + case.variance
     stages = next(count for count in (4, 3, 2) if wgmma_bytes(block_n, panels, count) <= free)
-    return _split(case, Plan("wgmma", (), block_n, stages), multiprocessors)
+    return Plan("wgmma", (), block_n, stages)
 
 
-def _implicit_wgmma(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+def _implicit_wgmma(case: Case, arch: str, block_n: int) -> Plan | None:
     """As `_wgmma`, with patches gathered inside, which leaves registers for 128 columns."""
-    plan = None if block_n == 256 else _wgmma(case, arch, multiprocessors, block_n)
+    plan = None if block_n == 256 else _wgmma(case, arch, block_n)
     return plan and replace(plan, strategy="implicit-wgmma")
 
 
-def _cluster(case: Case, arch: str, multiprocessors: int, block_n: int) -> Plan | None:
+def _cluster(case: Case, arch: str, block_n: int) -> Plan | None:
     """As `_wgmma`, two blocks a cluster."""
-    plan = _wgmma(case, arch, multiprocessors, block_n)
-    return plan and _split(case, replace(plan, strategy="cluster", cluster=2), multiprocessors)
+    plan = _wgmma(case, arch, block_n)
+    return plan and replace(plan, strategy="cluster", cluster=2)
 
 
 def wgmma_bytes(block_n: int, panels: int, stages: int) -> int:
@@ -507,43 +513,64 @@ def pipeline(arch: str, block_n: int, panels: int) -> int | None:
     return stages if stages >= 2 and stages * stage >= results else None
 
 
-def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> float:
-    """Products and conversions overlap, half (fused) or all but a quarter (wgmma), in whole waves of one block a
-    multiprocessor."""
-    blocks = _blocks(case, plan) * plan.splits
-    waves = -(-blocks // multiprocessors) * multiprocessors / max(blocks, 1)
-    outputs = _blocks(case, plan) * BLOCK_M * plan.block_n
+def _kernel_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> float:
+    """Of a fused kernel, and of the words that it writes and `shift_add` reads, one for each split. Products and conversions
+    overlap, half (fused) or all but a quarter (wgmma), in whole waves of one block a multiprocessor, each as long as its block
+    of most tiles."""
+    waves = -(-_blocks(case, plan) * plan.splits // multiprocessors)
+    turns = waves * -(-case.tiles // plan.splits)
+    outputs = BLOCK_M * plan.block_n * multiprocessors  # of a tile in turn
     tflops, alone = (table.wgmma_tflops, 0.25) if plan.strategy in HOPPER else (table.mma_tflops, 0.5)
-    gathers = plan.strategy in GATHERING
-    lines = case.tiles * _padded(case, gathers)
     tflops *= INT8_RATE if case.int8 else 1.0
+    lines = _padded(case, plan.strategy in GATHERING)
     product = 2e-6 * outputs * lines * (case.terms + case.variance) / tflops
-    convert = 1e-3 * outputs * case.tiles / getattr(table, f"{case.noise}_gs")
-    words = 0 if case.planes * case.passes * plan.splits == 1 else 8 * outputs
-    inputs = case.image_size if gathers else case.rows * case.groups * lines
-    apart = 0 if gathers else _dac_bytes(case)
-    digits = 2 if case.int8 else 4  # bytes written and read
-    moved = inputs * (2 + digits * case.passes if case.int8 or case.bf16 else 4) + words + apart
-    launches = 3 + (words > 0) * 2 + (apart > 0)
+    convert = 1e-3 * outputs / getattr(table, f"{case.noise}_gs")
+    words = _words(case, plan) * case.rows * case.groups * case.sense
     work = max(product, convert) + min(product, convert) * alone
-    return waves * work + 1e-3 * moved / table.memory_gbs + launches * table.launch_us
+    return turns * work + waves * BLOCK_US + 8e-3 * words / table.memory_gbs
 
 
-def _epilogue_us(case: Case, table: Rates) -> float:
+def _words(case: Case, plan: Plan) -> int:
+    """Of a result; 0 where a block can finish it."""
+    words = case.planes * case.passes * plan.splits
+    return words if words > 1 else 0
+
+
+def _fused_us(case: Case, table: Rates, multiprocessors: int, plan: Plan) -> float:
+    """The kernel, and what is packed for it."""
+    gathers = plan.strategy in GATHERING
+    packed = case.image_size if gathers else case.rows * case.groups * case.tiles * _padded(case)
+    packed *= case.passes if plan.strategy in HOPPER or case.int8 or case.bf16 else 1
+    pack = _pack_us(case, table, multiprocessors, packed, 1 if case.int8 else 2, gathers)
+    launches = 3 + (_words(case, plan) > 0)
+    return _kernel_us(case, table, multiprocessors, plan) + pack + launches * table.launch_us
+
+
+def _epilogue_us(case: Case, table: Rates, multiprocessors: int) -> float:
     """Products, then the partial sums written and read, and the packed inputs too."""
     rows, lines = case.rows * case.passes * case.groups, case.tiles * case.tile
     slow = {"tf32": 2.0, "fp32": 12.0}.get(case.precision, 1.0)
     product = 2e-6 * rows * lines * case.planes * case.sense * case.terms * slow / table.cublas_tflops
     psums = 4 * rows * case.tiles * case.planes * case.sense * (2 * case.terms)
-    inputs = 2 * rows * lines * (4 if slow > 1 else 2)
     if case.variance:
         product += 2e-6 * rows * lines * case.planes * case.sense * 12.0 / table.cublas_tflops
         psums *= 2
-    apart = _dac_bytes(case)
-    launches = 4 + (apart > 0)
-    return product + 1e-3 * (psums + inputs + apart) / table.memory_gbs + launches * table.launch_us
+    pack = _pack_us(case, table, multiprocessors, rows * lines, 4 if slow > 1 else 2)
+    return product + pack + 1e-3 * psums / table.memory_gbs + 4 * table.launch_us
 
 
-def _dac_bytes(case: Case) -> int:
-    """What a pass of the DAC before patches are unfolded moves."""
-    return 6 * case.image_size if case.dac else 0
+def _pack_us(
+    case: Case, table: Rates, multiprocessors: int, packed: int, size: int, gathers: bool = False
+) -> float:
+    """Codes packed, `packed` values of `size` bytes in all: what memory or the schedulers take, whichever is longer. Before patches
+    are unfolded a DAC takes a pass of its own."""
+    issued = multiprocessors * 128e3 * table.clock_ghz  # instructions of a lane in a microsecond
+
+    def us(values: int, moved: int, instructions: int) -> float:
+        return max(1e-3 * values * moved / table.memory_gbs, values * instructions / issued)
+
+    unfolds = case.images is not None and not gathers
+    time = us(packed, 2 + size, PACK_IMAGES if gathers else UNFOLD if unfolds else PACK)
+    if case.dac and unfolds:
+        time += us(case.image_size, 6, QUANTIZE) + table.launch_us
+    return time

@@ -129,6 +129,9 @@ struct Part {
       factor[j] = steps_of_one(amperes, scales.lsb(column + (n0 + j < sense ? j : 0)));
   }
 
+  // Arrays of words before the block's own.
+  GPUXBAR_FN i64 words_before(int planes) const { return ((i64)pass * planes + plane) * gridDim.y + blockIdx.y; }
+
   GPUXBAR_FN u32 biases() const { return (u32)(last_tile - first_tile) * ADC_BIAS; }  // in each sum
 };
 

@@ -68,7 +68,7 @@ template <bool ADDED>
 GPUXBAR_FN float walk_back(float g, float resistance, float& beyond) {  // from the last cell to the driven end
   beyond += g;
   if (ADDED) return resistance * beyond;
-  const float factor = ladder_factor(resistance, beyond);
+  const float factor = divide_fast(1.0f, 1.0f + resistance * beyond);
   beyond *= factor;
   return factor;
 }
@@ -78,12 +78,10 @@ GPUXBAR_FN float walk_on(float back, float& reach) {  // and from there on; `rea
 }
 
 // One line: `count` cells from the driven end on, `step` apart; share: of the drive, what reaches each cell.
-// ADDED: the drop at each cell instead.
-template <bool ADDED>
-GPUXBAR_FN void walk(const float* g, float* share, int count, i64 step, float end, float segment) {
-  float beyond = 0.0f, reach = ADDED ? 0.0f : 1.0f;
-  for (int i = count - 1; i >= 0; --i) share[i * step] = walk_back<ADDED>(g[i * step], i ? segment : end, beyond);
-  for (int i = 0; i < count; ++i) share[i * step] = walk_on<ADDED>(share[i * step], reach);
+GPUXBAR_FN void walk(const float* g, float* share, int count, int step, float end, float segment) {
+  ladder_factors(
+      count, end, segment, [=](int i) { return g[i * step]; }, [=](int i, float factor) { share[i * step] = factor; });
+  for (int i = 1; i < count; ++i) share[i * step] *= share[(i - 1) * step];
 }
 
 // Powers of two that bring inputs, the largest of which is given (0 or above), to 1 to 2 and back: the squares of very large

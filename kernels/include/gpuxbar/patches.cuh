@@ -29,31 +29,42 @@ struct Images {
   u32 pixel_size;  // G * channels
 };
 
-// Eight channels at a position of the kernel, seen from the first pixel of any patch.
-struct Tap {
-  int down, right;
-  u32 offset;
+// Row and column of a pixel side by side, from the corner of the padding on: sums of two are below 2^15 each.
+GPUXBAR_FN u32 pixel(int y, int x) { return (u32)y << 16 | (u32)x; }
+constexpr u32 GUARDS = 0x80008000u;  // above each
+constexpr int BELOW = 1 << 14;       // a row of pixels below any image: with their padding they are less high
 
-  GPUXBAR_FN Tap(const Images& of, int position, int channel)
-      : down(position / of.kernel_w * of.dilation_h), right(position % of.kernel_w * of.dilation_w) {
+// Eight channels at a position of the kernel, seen from the first pixel of any patch; none, if there is no such position.
+struct Tap {
+  u32 offset;
+  // Pixels past it are so far beyond the first of an image, and left until the last, both above GUARDS where there are any.
+  u32 past, left;
+
+  GPUXBAR_FN Tap(const Images& of, int kernel_y, int kernel_x, int channel) {
+    const int down = kernel_y * of.dilation_h, right = kernel_x * of.dilation_w;
     offset = (down * of.width + right) * of.pixel_size + channel;
+    const bool there = kernel_y * of.kernel_w + kernel_x < of.positions;
+    const u32 place = pixel(there ? down : BELOW, right);
+    past = place + GUARDS - pixel(of.pad_h, of.pad_w);
+    left = pixel(of.pad_h + of.height - 1, of.pad_w + of.width - 1) + GUARDS - place;
   }
 };
 
 // The patches of ROWS rows.
 template <int ROWS>
 struct Patches {
-  u32 corner[ROWS];      // where the first pixel lies in the images, modulo 2^32: it may lie over an edge
-  i16 y[ROWS], x[ROWS];  // of that pixel
+  u32 corner[ROWS];  // where the first pixel lies in the images, modulo 2^32: it may lie over an edge
+  u32 first[ROWS];   // that pixel
 
-  GPUXBAR_FN void locate(const Images& of, int i, i64 row, int group) {
-    const int pixel = (int)(row % of.pixels), top = pixel / of.out_w * of.stride_h - of.pad_h;
-    const int left = pixel % of.out_w * of.stride_w - of.pad_w;
-    y[i] = (i16)top, x[i] = (i16)left;
-    corner[i] = (((u32)(row / of.pixels) * of.height + top) * of.width + left) * of.pixel_size + group * of.channels;
+  // `real`: else a row without a patch, all over the edge.
+  GPUXBAR_FN void locate(const Images& of, int i, i64 row, int group, bool real) {
+    const int place = (int)(row % of.pixels), y = place / of.out_w * of.stride_h, x = place % of.out_w * of.stride_w;
+    first[i] = pixel(real ? y : BELOW, x);
+    const u32 line = (u32)(row / of.pixels) * of.height + y - of.pad_h;
+    corner[i] = (line * of.width + x - of.pad_w) * of.pixel_size + group * of.channels;
   }
-  GPUXBAR_FN bool inside(const Images& of, int i, const Tap& tap) const {
-    return (u32)(y[i] + tap.down) < (u32)of.height && (u32)(x[i] + tap.right) < (u32)of.width;
+  GPUXBAR_FN bool inside(int i, const Tap& tap) const {
+    return !(~((first[i] + tap.past) & (tap.left - first[i])) & GUARDS);
   }
 };
 
