@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "at_once.hpp"
 #include "coincidences.hpp"
 #include "finite.hpp"
 #include "pulse_trains.hpp"
@@ -36,44 +37,6 @@ struct Scratch {
 Scratch& scratch() {
   static thread_local const std::unique_ptr<Scratch> own(new Scratch);
   return *own;
-}
-
-// `after_pulses` for cell j of a row; a struct made in a simd loop itself would keep it from vectorising.
-template <class L>
-GPUXBAR_FN float both_ways(const UpdateLaw& s, const SpreadDraws& z, int j, float x, float ups, float downs,
-                           float noise) {
-  return after_pulses<L>(s, spreads(z, j), x, ups, downs, noise);
-}
-
-// Pulses of a row's devices, of one plane, for coincidences that raise the weight and all.
-void share_pulses(i32 sides, bool positive, const float* free, const i32* raise, const i32* all, float* ups,
-                  float* downs) {
-#pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    const float raising = free[j] * (float)raise[j], lowering = free[j] * (float)(all[j] - raise[j]);
-    ups[j] = pulses_up(sides, positive, raising, lowering);
-    downs[j] = pulses_down(sides, positive, raising, lowering);
-  }
-}
-
-template <class L>
-void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
-  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  const UpdateLaw s = u.law;
-  alignas(64) float z[2][WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW];
-  for (i64 i = 0; i < lines; ++i) {
-    if (noisy(s))
-      draw_pairs(Draw{PULSE_CYCLE, 0, (u32)u.step, a.keys}, (u32)(group * u.inputs + i0 + i), o0, z[0], z[1]);
-    for (u32 side = 0; side < u.sides(); ++side) {
-      const Row row(u, a, u.place(side, group, i0 + i, o0), count, block.failures(side, i));
-      share_pulses(s.sides, side == 0, row.free, block.raise[i], block.all[i], ups, downs);
-      float* x = block.x[side][i];
-#pragma omp simd
-      for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways<L>(s, row.draws, j, x[j], ups[j], downs[j], z[side][j]);
-      if (block.counted)
-        for (int j = 0; j < WIDE_ROW; ++j) block.more[side][i][j] = (i32)(ups[j] + downs[j]);
-    }
-  }
 }
 
 template <class L, bool IMPLICIT>
