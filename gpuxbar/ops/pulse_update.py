@@ -193,7 +193,7 @@ class Train(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
-    """Twin of `struct Update` in kernels/host/pulse_update.cpp."""
+    """Twin of `struct Update` in kernels/host/pulse_update.hpp."""
 
     _fields_ = [
         ("law", Parameters), ("train", Train), ("endurance", Wear), ("slices", Slices), ("conv", Conv),

@@ -1,0 +1,144 @@
+// events: the samples that move the devices of a wordline, found and brought in the order in which they are taken.
+#pragma once
+#include <algorithm>
+#include <utility>
+
+#include "pulse_update.hpp"
+
+namespace gpuxbar::pulses {
+
+constexpr int CHUNK = 256;     // samples whose coincidences are found together
+constexpr int STRETCH = 4096;  // samples after which devices move, where coincidences are rare
+
+// Samples that move the devices of a wordline, in order and of each device for itself: devices with few coincidences do not
+// wait for their neighbours. An event holds its sample (16 bits), its coincidences (5 bits) and, in the sign, whether they
+// raise the weight; 0 is none.
+struct alignas(64) Events {
+  static constexpr i64 ROOM = 2 * CHUNK + LANES;
+  static constexpr u32 ONCE = 1u << 16, MANY = 30 * ONCE;  // one coincidence; the bits of more
+  static_assert(STRETCH <= ONCE && CHUNK <= ONCE);
+  u32 of_device[WIDE_ROW][ROOM], in_turn[ROOM][WIDE_ROW];
+  alignas(64) i32 found[WIDE_ROW];
+  i32 moving;           // devices that have any
+  u32 order[WIDE_ROW];  // devices, those with most events first
+
+  static u32 sample(u32 event) { return event & (ONCE - 1); }
+  static float pulses(u32 event) { return (float)(i32)((event & ~NEGATIVE) / ONCE); }
+  static bool raises(u32 event) { return (event & NEGATIVE) != 0; }
+
+  void clear() { std::fill_n(found, WIDE_ROW, 0); }
+  i32 most() const {
+    i32 top = 0;
+#pragma omp simd reduction(max : top)
+    for (int j = 0; j < WIDE_ROW; ++j) top = found[j] > top ? found[j] : top;
+    return top;
+  }
+
+  // In a chunk of samples from `first` on, for trains of a wordline and of `devices` bitlines, which lie `stride` apart.
+  template <bool IMPLICIT>
+  void find(const u32* inputs, const u32* errors, i64 stride, const float* length, u32 first, i64 samples,
+            i64 devices) {
+    alignas(64) u32 all[CHUNK];
+    for (i64 j = 0; j < devices; ++j) {
+      const u32* error = errors + j * stride;
+#pragma omp simd
+      for (i64 b = 0; b < samples; ++b) {
+        const u32 n = (u32)coincidences<IMPLICIT>(inputs[b], error[b], length[b]);
+        all[b] = n ? (first + (u32)b) | n * ONCE | ((inputs[b] ^ error[b]) & NEGATIVE) : 0u;
+      }
+      found[j] += (i32)keep(all, samples, of_device[j] + found[j]);
+    }
+  }
+
+  // The same of bitlines held over lines: `bits` from their first sample on, in rows of `row` words. Goes through the slots in
+  // which the wordline fires.
+  void find_rare(const u32* inputs, const u32* bits, i64 row, u32 first, i64 samples, i64 devices) {
+    const u64 every = ~0ull >> (WIDE_ROW - devices);
+    alignas(64) u32 all[CHUNK], fired[CHUNK + LANES];
+#pragma omp simd
+    for (i64 b = 0; b < samples; ++b) all[b] = inputs[b] & SLOTS ? (u32)b | NEGATIVE : 0u;
+    const i64 count = keep(all, samples, fired);
+    for (i64 k = 0; k < count; ++k) {
+      const u32 b = fired[k] & SLOTS, event = (first + b) | ONCE;
+      const auto of_slot = [&](int slot) {
+        u64 lines;
+        __builtin_memcpy(&lines, bits + (b * WORD + slot) * row, sizeof lines);
+        return lines & every;
+      };
+      const u32 fires = inputs[b] & SLOTS;
+      u64 met = 0, again = 0;
+      for (u32 slots = fires; slots; slots &= slots - 1) {
+        const u64 meet = of_slot(__builtin_ctz(slots));
+        again |= met & meet;
+        met |= meet;
+      }
+      const u64 raising = of_slot(WORD - 1) ^ -(u64)(inputs[b] >> 31);
+      for (u64 lines = met; lines; lines &= lines - 1) {
+        const int j = __builtin_ctzll(lines);
+        of_device[j][found[j]++] = event | (u32)(raising >> j) << 31;
+      }
+      for (; again; again &= again - 1) {
+        const int j = __builtin_ctzll(again);
+        u32 more = 0;
+        for (u32 slots = fires; slots; slots &= slots - 1) more += (u32)(of_slot(__builtin_ctz(slots)) >> j & 1);
+        of_device[j][found[j] - 1] += (more - 1) * ONCE;
+      }
+    }
+  }
+
+  // Bring devices in order, and their events in turns.
+  void line_up() {
+    alignas(64) u32 busy[WIDE_ROW], idle[WIDE_ROW], some[WIDE_ROW + LANES];  // marked, and so not 0
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) {
+      busy[j] = found[j] ? (u32)j | NEGATIVE : 0u;
+      idle[j] = found[j] ? 0u : (u32)j | NEGATIVE;
+    }
+    moving = (i32)keep(busy, WIDE_ROW, some);
+    keep(idle, WIDE_ROW, some + moving);
+    for (int k = 0; k < WIDE_ROW; ++k) some[k] &= SLOTS;
+    i32 place[ROOM], before = 0;
+    std::fill_n(place, most() + 1, 0);
+    for (i32 k = 0; k < moving; ++k) ++place[found[some[k]]];
+    for (i32 n = most(); n > 0; --n) before += std::exchange(place[n], before);
+    for (i32 k = 0; k < moving; ++k) order[place[found[some[k]]]++] = some[k];
+    std::copy(some + moving, some + WIDE_ROW, order + moving);
+    for (i64 k = 0; k < moving; k += LANES) {
+      const i64 whole = whole_vectors(found[order[k]]);
+      for (i64 r = k; r < k + LANES; ++r)
+        std::fill(of_device[order[r]] + found[order[r]], of_device[order[r]] + whole, 0u);
+      for (i64 t = 0; t < whole; t += LANES)
+        transpose_tile<LANES>([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
+    }
+  }
+
+  // Copy the events among `samples` words, and perhaps some words behind them; how many they are.
+  static i64 keep(const u32* all, i64 samples, u32* to) {
+    i64 kept = 0, b = 0;
+#if defined(__AVX512F__)
+    for (; b + 16 <= samples; b += 16) {
+      const __m512i words = _mm512_load_si512(all + b);
+      const __mmask16 some = _mm512_test_epi32_mask(words, words);
+      _mm512_storeu_si512(to + kept, _mm512_maskz_compress_epi32(some, words));
+      kept += __builtin_popcount(some);
+    }
+#elif defined(__AVX2__) && defined(__BMI2__)
+    for (; b + 8 <= samples; b += 8) {
+      const __m256i words = _mm256_load_si256((const __m256i*)(all + b));
+      const __m256i none = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+      const u32 some = ~(u32)_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 0xFFu;
+      const u64 places = _pext_u64(0x0706050403020100u, 0xFFu * _pdep_u64(some, 0x0101010101010101u));
+      const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((i64)places));
+      _mm256_storeu_si256((__m256i*)(to + kept), _mm256_permutevar8x32_epi32(words, from));
+      kept += __builtin_popcount(some);
+    }
+#endif
+    for (; b < samples; ++b) {
+      to[kept] = all[b];
+      kept += all[b] != 0;
+    }
+    return kept;
+  }
+};
+
+}  // namespace gpuxbar::pulses

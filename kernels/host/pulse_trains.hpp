@@ -1,0 +1,201 @@
+// pulse_trains: makes the trains of all lines, those of 32 samples of a line together; patches of images are gathered on
+// the way.
+#pragma once
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "images.hpp"
+#include "pulse_update.hpp"
+
+namespace gpuxbar::pulses {
+
+constexpr int EIGHT = 8;  // lines that a counter draws a slot of
+
+// words[p][l] bit k = words[k][l] bit p before.
+template <int STRIDE = WORD / 2>
+void turn_bits(u32 (&words)[WORD][SAMPLES], u32 low = 0x0000FFFFu) {
+  for (int k = 0; k < WORD; ++k) {
+    if (k & STRIDE) continue;
+#pragma omp simd
+    for (int l = 0; l < SAMPLES; ++l) {
+      const u32 swap = (words[k][l] >> STRIDE ^ words[k + STRIDE][l]) & low;
+      words[k + STRIDE][l] ^= swap;
+      words[k][l] ^= swap << STRIDE;
+    }
+  }
+  if constexpr (STRIDE > 1) turn_bits<STRIDE / 2>(words, low ^ low << STRIDE / 2);
+}
+
+// Makes the trains of blocks of samples.
+class Trainer {
+ public:
+  Trainer(const Update& u, const Arrays& a)
+      : u(u), a(a), inputs(a.inputs.lines * SAMPLES), errors(a.errors.lines * SAMPLES) {
+    if (u.conv.out_h) patches.emplace(u.conv);
+  }
+
+  void fire(i64 group, i64 block) {
+    const i64 b0 = block * SAMPLES, samples = std::min<i64>(SAMPLES, u.batch - b0);
+    lanes = (int)whole_vectors(samples);
+    if (samples < SAMPLES) {
+      std::fill(inputs.begin(), inputs.end(), 0.0f);
+      std::fill(errors.begin(), errors.end(), 0.0f);
+    }
+    gather(group, b0, samples);
+    multiply(errors, a.scale + group * u.outputs, u.outputs);
+    if (a.sign) multiply(inputs, a.sign + group * u.inputs, u.inputs);
+    alignas(64) float top_input[SAMPLES], top_error[SAMPLES];
+    largest(inputs.data(), u.inputs, top_input);
+    largest(errors.data(), u.outputs, top_error);
+    most = 0;
+    for (int l = 0; l < SAMPLES; ++l) {
+      const Sample sample = sample_train(u.train, top_input[l], top_error[l], a.unit[group]);
+      length[l] = sample.length;
+      per_input[l] = sample.per_input;
+      per_error[l] = sample.per_error;
+      most = std::max(most, sample.per_input > 0.0f ? sample.length : 0);
+      a.length[group * u.samples() + b0 + l] = (float)sample.length;
+    }
+    a.slots[group * (u.samples() / SAMPLES) + block] = most;
+    fire_lines(a.inputs, PULSE_INPUT, group, block, inputs.data(), per_input);
+    fire_lines(a.errors, PULSE_ERROR, group, block, errors.data(), per_error);
+  }
+
+ private:
+  // Inputs and errors of samples from b0 on, [lines][SAMPLES].
+  void gather(i64 group, i64 b0, i64 samples) {
+    if (u.conv.out_h) {
+      const auto from = [](const float* images) {
+        return [=](float* to, i64 first, i64 count) { std::copy_n(images + first, count, to); };
+      };
+      patches->pack(from(a.x), u.groups, group, runs_of(u.conv, b0, samples), inputs.data());
+      pack_pixels<SAMPLES>(u.conv, from(a.d), u.groups, group, u.outputs, b0, samples, errors.data());
+    } else {
+      const i64 first = b0 * u.groups + group, by_input = u.groups * u.inputs, by_output = u.groups * u.outputs;
+      transpose(a.x + first * u.inputs, by_input, samples, u.inputs, inputs.data(), SAMPLES);
+      transpose(a.d + first * u.outputs, by_output, samples, u.outputs, errors.data(), SAMPLES);
+    }
+  }
+
+  // Values of lines by a factor of each.
+  static void multiply(std::vector<float>& values, const float* factor, i64 lines) {
+    for (i64 line = 0; line < lines; ++line)
+      for (int l = 0; l < SAMPLES; ++l) values[line * SAMPLES + l] *= factor[line];
+  }
+
+  // The largest magnitude of each sample.
+  static void largest(const float* values, i64 lines, float* top) {
+    std::fill(top, top + SAMPLES, 0.0f);
+    for (i64 line = 0; line < lines; ++line)
+#pragma omp simd
+      for (int l = 0; l < SAMPLES; ++l) top[l] = max(top[l], gpuxbar::abs(values[line * SAMPLES + l]));
+  }
+
+  // `per`: each sample's probability of a pulse for a value of 1.
+  void fire_lines(const Trains& to, u32 purpose, i64 group, i64 block, const float* values, const float* per) {
+    alignas(64) u32 words[WORD][SAMPLES];
+    const i64 eights = (to.count + EIGHT - 1) / EIGHT, b0 = block * SAMPLES;
+    for (i64 eight = 0; eight < eights; ++eight) {
+      const float* value = values + eight * EIGHT * SAMPLES;
+      const i64 line = eight * EIGHT, in_word = line % WORD;
+      auto* slots = words + in_word;
+      if (u.train.implicit)
+        for (int k = 0; k < EIGHT; ++k)
+#pragma omp simd
+          for (int l = 0; l < SAMPLES; ++l)
+            slots[k][l] = implied_slots(length[l], gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
+      else
+        draw(purpose, (u32)(group * eights + eight), (u32)b0, value, per, slots);
+      for (int k = 0; k < EIGHT; ++k)
+#pragma omp simd
+        for (int l = 0; l < SAMPLES; ++l) slots[k][l] = signed_word(slots[k][l], value[k * SAMPLES + l]);
+      if (to.held == Held::WHOLE) {
+        for (int k = 0; k < EIGHT; ++k) std::copy_n(slots[k], SAMPLES, to.of_line(group, line + k) + b0);
+      } else if (in_word + EIGHT == WORD || eight + 1 == eights) {
+        std::fill_n(slots[0] + EIGHT * SAMPLES, (WORD - EIGHT - in_word) * SAMPLES, 0u);
+        hold_bits(to, group, block, line - in_word, words);
+      }
+    }
+  }
+
+  // The slots that fire, and the signs, of WORD lines.
+  void hold_bits(const Trains& to, i64 group, i64 block, i64 line, u32 (&words)[WORD][SAMPLES]) const {
+    if (to.held == Held::OVER_SAMPLES) {
+      alignas(64) u32 turned[SAMPLES][WORD];
+      transpose(words[0], SAMPLES, WORD, SAMPLES, turned[0], WORD);
+      turn_bits(turned);
+      transpose(turned[0], WORD, WORD, WORD, words[0], WORD);  // words[line][slot]
+      for (int k = 0; k < WORD; ++k) {
+        u32* bits = to.over_samples(group, block, line + k, most);
+        bits[0] = words[k][WORD - 1];
+        bits[words_of_line(most) - 1] = 0;
+        std::copy_n(words[k], most, bits + 1);
+      }
+    } else {
+      const i64 first = line / to.across * to.across, row = to.row_words(first);
+      u32* bits = to.over_lines(group, first, block * SAMPLES) + (line - first) / WORD;
+      turn_bits(words);
+      const auto hold = [&](int slot) {
+        for (int l = 0; l < SAMPLES; ++l) bits[(l * WORD + slot) * row] = words[slot][l];
+      };
+      for (int slot = 0; slot < most; ++slot) hold(slot);
+      hold(WORD - 1);
+    }
+  }
+
+  // Independent slots, see stochastic_slots.
+  void draw(u32 purpose, u32 eight, u32 sample, const float* value, const float* per, u32 (*slots)[SAMPLES]) const {
+    alignas(64) u32 chances[EIGHT][SAMPLES], words[4][SAMPLES], at[SAMPLES], eights[SAMPLES], samples[SAMPLES];
+    for (int k = 0; k < EIGHT; ++k)
+#pragma omp simd
+      for (int l = 0; l < SAMPLES; ++l) {
+        chances[k][l] = chance(gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
+        slots[k][l] = 0;
+      }
+    for (int l = 0; l < SAMPLES; ++l) eights[l] = eight, samples[l] = sample + (u32)l;
+    for (u32 slot = 0; slot < (u32)most; ++slot) {
+      std::fill(at, at + SAMPLES, slot);
+      draw_words_at<7>(purpose, (u32)u.step, a.keys, at, eights, samples, words, lanes);
+      u32 open = 0;
+      for (int q = 0; q < 4; ++q)
+#pragma omp simd reduction(| : open)
+        for (int l = 0; l < lanes; ++l) {
+          const u32 low = words[q][l] & 0xFFFFu, high = words[q][l] >> 16;
+          const u32 chance_low = chances[2 * q][l], chance_high = chances[2 * q + 1][l];
+          slots[2 * q][l] |= (u32)fires(chance_low, low) << slot;
+          slots[2 * q + 1][l] |= (u32)fires(chance_high, high) << slot;
+          open |= (u32)undecided(chance_low, low) | (u32)undecided(chance_high, high);
+        }
+      if (open) settle(purpose, eight, samples, slot, chances, words, slots);
+    }
+    for (int k = 0; k < EIGHT; ++k)
+#pragma omp simd
+      for (int l = 0; l < SAMPLES; ++l) slots[k][l] &= (1u << length[l]) - 1u;
+  }
+
+  // The few slots that the first random bits leave undecided.
+  void settle(u32 purpose, u32 eight, const u32* samples, u32 slot, const u32 (*chances)[SAMPLES],
+              const u32 (*words)[SAMPLES], u32 (*slots)[SAMPLES]) const {
+    for (int l = 0; l < lanes; ++l) {
+      const u32 first[4] = {words[0][l], words[1][l], words[2][l], words[3][l]};
+      for (u32 k = 0; k < EIGHT; ++k) {
+        if (!undecided(chances[k][l], half_word(first, k))) continue;
+        u32 last[4];
+        slot_words(LAST_BITS + slot, eight, purpose, samples[l], (u32)u.step, u.seed, last);
+        slots[k][l] |= (u32)fires_at_last(chances[k][l], half_word(last, k)) << slot;
+      }
+    }
+  }
+
+  const Update& u;
+  const Arrays& a;
+  std::vector<float> inputs, errors;
+  std::optional<PatchLines<SAMPLES>> patches;
+  i32 most = 0;  // slots of the block
+  int lanes;     // its samples, in whole vectors
+  alignas(64) i32 length[SAMPLES];
+  alignas(64) float per_input[SAMPLES], per_error[SAMPLES];
+};
+
+}  // namespace gpuxbar::pulses

@@ -1,0 +1,121 @@
+// What the parts of pulse_update.cpp share: its settings and arrays, trains as they are held, rows and blocks of devices.
+#pragma once
+#include <algorithm>
+
+#include "cells.hpp"
+#include "gpuxbar/images.cuh"
+#include "gpuxbar/pulses.cuh"
+#include "gpuxbar/slices.cuh"
+
+namespace gpuxbar::pulses {
+
+constexpr int LINES = 64;    // wordlines of a block
+constexpr int SAMPLES = 32;  // whose trains are made together
+constexpr int WORD = 32;     // lines that a word holds a bit of, slots of a train and its sign
+
+// Twin of `Update` in gpuxbar/ops/pulse_update.py.
+struct Update {
+  UpdateLaw law;
+  Train train;
+  Endurance endurance;
+  Slices slices;
+  Conv conv;  // whose patches and pixels drive the lines; without pixels, matrices do
+  i64 batch, groups, inputs, outputs, step, aggregated;
+  u64 seed;
+  float g_min, range;  // S
+  float stuck_low, stuck_high;
+  float pulses;  // wanted for an input, an error and a full weight of 1
+
+  i64 x_size() const {
+    if (!conv.out_h) return batch * groups * inputs;
+    return batch / (conv.out_h * conv.out_w) * groups * conv.channels * conv.height * conv.width;
+  }
+  i64 d_size() const { return batch * groups * outputs; }
+  // In whole blocks.
+  i64 samples() const { return (batch + SAMPLES - 1) / SAMPLES * SAMPLES; }
+  // Planes of devices that can move: of the lowest slice, both sides or the positive one.
+  u32 sides() const { return law.sides == REFERENCE ? 1u : 2u; }
+  // A row of devices of the lowest slice.
+  RowPlace place(u32 side, i64 group, i64 line, i64 col0) const {
+    return RowPlace{side * (u32)slices.count, (u32)(group * inputs + line), col0};
+  }
+};
+
+// How trains are held: as they are, a word for each line and sample; or as words of a slot's bits, over the samples of a
+// block (a line's signs and then its slots behind each other) or over lines (the signs in the place of the last slot).
+enum class Held { WHOLE, OVER_SAMPLES, OVER_LINES };
+
+// Words that a line takes of a block whose longest train that fires has so many slots; even, as they are read by twos.
+inline i64 words_of_line(i32 slots) { return (slots + 2) / 2 * 2; }
+
+// Trains of `count` lines on one side of an array.
+struct Trains {
+  // [G, lines, samples], [G, samples / SAMPLES, lines, words_of_line] or for every `across` lines
+  // [samples, WORD, row_words]
+  u32* words;
+  i64 count, lines, samples;
+  Held held;
+  i64 across;  // lines of a row of bits over lines
+
+  u32* of_line(i64 group, i64 line) const { return words + (group * lines + line) * samples; }
+  u32* over_samples(i64 group, i64 block, i64 line, i32 slots) const {
+    return words + (group * samples + block * SAMPLES) * lines + line * words_of_line(slots);
+  }
+  // From a multiple of `across` on.
+  u32* over_lines(i64 group, i64 line, i64 sample) const {
+    return of_line(group, line) + sample * WORD * row_words(line);
+  }
+  i64 row_words(i64 line) const { return std::min(across, lines - line) / WORD; }
+};
+
+struct Arrays {
+  float* g;            // [2 slices, G * I, O] S
+  i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
+  DeviceMap map;       // planes like g
+  const float* x;      // [B, G * I], or images [N, G * channels, height, width]
+  const float* d;      // [B, G * O], or images [N, G * O, out_h, out_w]
+  const float* scale;  // [G * O]     wanted pulses for an input and an error of 1
+  const float* unit;   // [G]         the least of them
+  const float* sign;   // [G * I], or null: 1   what an input is driven with
+  float* w;            // [G, O, I]
+  const float* w_max;  // [G * O]
+  Trains inputs, errors;
+  float* length;  // [G, blocks * SAMPLES]
+  i32* slots;     // [G, blocks]  of a block's longest train that fires
+  const WideKeys& keys;
+};
+
+inline i64 whole_vectors(i64 count) { return (count + LANES - 1) / LANES * LANES; }
+
+// A row of devices with what they keep for all time.
+struct Row {
+  SpreadDraws draws;
+  alignas(64) float free[WIDE_ROW];
+
+  // `failed`: whether a device has, null where none can. `chosen`: the devices that are asked for; null: all.
+  Row(const Update& u, const Arrays& a, const RowPlace& at, i64 count, const bool* failed,
+      const Chosen* chosen = nullptr)
+      : draws(u.law, a.map, (at.plane * u.groups * u.inputs + at.row) * u.outputs + at.col0, count, at, a.keys,
+              chosen) {
+    draw_free(u.stuck_low, u.stuck_high, at, a.keys, free);
+    if (failed)
+      for (int j = 0; j < WIDE_ROW; ++j) free[j] = failed[j] ? 0.0f : free[j];
+    if (chosen) chosen->pick(free, free);
+  }
+};
+
+using Counts = i32[LINES][WIDE_ROW];
+
+// Devices of LINES wordlines by WIDE_ROW bitlines.
+struct alignas(64) Block {
+  // of the lowest slice, [side]
+  float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
+  alignas(64) Counts raise, all;  // coincidences over the batch
+  bool counted;                   // whether devices can fail, which the next three are for
+  bool failed[2][LINES][WIDE_ROW];
+  i32 more[2][LINES][WIDE_ROW];  // pulses of this update
+
+  const bool* failures(u32 side, i64 line) const { return counted ? failed[side][line] : nullptr; }
+};
+
+}  // namespace gpuxbar::pulses
