@@ -146,7 +146,8 @@ def test_dacs(name):
 def test_empty_batches_are_empty():
     g = zeros(8, 4)
     noisy = {"adc_bits": 8, "adc_lsb": 1.0, "read_noise": zeros(1) + 1}
-    assert ops.tile_mvm(zeros(0, 8), g, row_scale=zeros(1), **noisy).shape == (0, 4)
+    for scales in (0, 1):
+        assert ops.tile_mvm(zeros(0, 8), g, row_scale=zeros(scales), **noisy).shape == (0, 4)
     assert ops.tile_mvm(zeros(0, 4), g, transposed=True, **noisy).shape == (0, 8)
     for order in ("channel_position", "position_channel"):
         conv = ConvGeometry(2, 3, 3, (2, 2), line_order=order)

@@ -398,6 +398,24 @@ def test_a_resumed_run_continues_bit_for_bit(name, parts):
         assert_same(a, b)
 
 
+def test_compiled_steps_are_those_of_python():
+    x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    states = []
+    for compiled in (False, True):
+        model, opt = build("sgd")
+
+        def step(model=model, opt=opt):
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x), t).backward()
+            opt.step()
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        for _ in range(3):
+            run()
+        states.append([model.state_dict(), opt.state_dict()])
+    assert_same(*states)
+
+
 def assert_same(a, b):
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):

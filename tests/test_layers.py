@@ -1212,7 +1212,9 @@ def float64_default():
 def test_a_default_of_float64_changes_weights_alone(float64_default, name):
     wires = {"r_wordline": 1.0, "r_bitline": 1.0}
     settings = spec(
-        **{**NOISY, "read_noise": {"sigma_g": 1e-8}}, parasitics=wires, update={"law": "soft_bounds"}
+        **{**NOISY, "mapping": {}, "read_noise": {"sigma_g": 1e-8}},
+        parasitics=wires,
+        update={"law": "soft_bounds"},
     )
     model, _ = gx.convert(small_network(), settings)
     x, t = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
@@ -1221,6 +1223,7 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, name):
     gx.calibrate(model, [x])
     step_of(model, x, t)
     optimiser.step()
+    gx.conversion_errors(model, [x])
     resumed, _ = gx.convert(small_network(), settings)
     resumed.load_state_dict(model.state_dict())
     assert torch.equal(resumed(x), model(x))
@@ -1230,6 +1233,42 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, name):
     assert model(x).dtype == torch.float64
     held = {key: b.dtype for key, b in model.named_buffers() if b.is_floating_point()}
     assert {dtype for key, dtype in held.items() if not key.endswith(".age")} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["linear", "lstm", "packed"])
+def test_a_default_device_holds_nothing_of_layers_elsewhere(kind):
+    settings = spec(
+        **{**NOISY, "dac": {"bits": 8, "gain_std": 0.01}},
+        backward={"adc": {"bits": 8, "range": "worst_case"}},
+        update={"law": "soft_bounds"},
+    )
+    layers = nn.Linear(8, 6) if kind == "linear" else nn.LSTM(8, 6)
+    x = torch.randn(5, 3, 8)
+    x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3, 1])) if kind == "packed" else x
+    with torch.device("meta"):  # which holds no values
+        model, _ = gx.convert(nn.Sequential(layers), settings)
+
+        def outputs(x):
+            return model(x) if kind == "linear" else model(x)[1][0]
+
+        gx.calibrate(model, [x], step=outputs)
+        gx.conversion_errors(model, [x], step=outputs)
+        gx.program(model)
+        gx.age(model, "1h", compensate=True)
+        outputs(x).sum().backward()
+        gx.unprogram(model)
+        optimiser = gx.optim.build_optimizer("agad", model, lr=0.01)
+        gx.calibrate(model, [x], step=outputs)
+        outputs(x).sum().backward()
+        optimiser.step()
+        model.load_state_dict(model.state_dict())
+        assert outputs(x).isfinite().all()
+    held = [
+        *model.parameters(),
+        *model.buffers(),
+        *(t for p in optimiser.parts.values() for t in p.buffers()),
+    ]
+    assert {tensor.device.type for tensor in held} == {"cpu"}
 
 
 def test_converted_layers_keep_hooks_and_computed_weights_stay_digital():

@@ -303,6 +303,23 @@ def test_as_many_compilers_run_as_the_process_may_use_processors(fake_compiler, 
     assert workers == [3]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_a_process_forked_after_a_read_reads_on():
+    script = (
+        "import multiprocessing, numpy as np\n"
+        "from gpuxbar import launch, ops\n"
+        "launch.set_threads(2)\n"
+        "v, g = np.ones((256, 256), np.float32), np.full((256, 256), 1e-6, np.float32)\n"
+        "read = lambda step: float(ops.tile_mvm(v, g, read_noise=1e-7, step=step).sum())\n"
+        "here = read(0)\n"
+        "with multiprocessing.get_context('fork').Pool(1, initializer=lambda: read(0)) as pool:\n"
+        "    there = pool.apply_async(launch.threads).get(60), launch.threads()\n"
+        "print(there, read(0) == here)"
+    )
+    done = in_a_process(script)
+    assert done.stdout == "(2, 2) True\n", done.stderr
+
+
 def test_without_a_compiler_the_reference_serves_after_one_warning(tmp_path):
     script = (
         "import warnings, numpy as np; warnings.simplefilter('always')\n"

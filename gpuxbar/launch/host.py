@@ -94,6 +94,8 @@ def library() -> ctypes.CDLL | None:
             RuntimeWarning,
             stacklevel=2,
         )
+    if hasattr(os, "register_at_fork"):  # else a forked process waits forever for threads that it has not
+        os.register_at_fork(before=lambda: host_call(lib, "gpuxbar_end_threads"))
     return lib
 
 

@@ -190,7 +190,7 @@ class _Sums:
             for part in (lines.values, lines.driven - lines.values, held - lines.driven, seen - held)
         ]
         scales = (
-            torch.tensor(scale, device=codes.device)
+            torch.tensor(scale, dtype=torch.float32, device=codes.device)
             for scale in (_stream_scale(read), layer.plan.slice_scale)
         )
         weights = torch.outer(*scales)
@@ -209,7 +209,7 @@ class _Sums:
         """Errors of a tile's conversions, A, by noise, clipping and rounding: [3, passes, planes, rows, sensed lines]; and how many
         clip."""
         read, current = converter.read, sums.current
-        z = torch.randn(current.shape, generator=self.generator, device=current.device)
+        z = torch.randn(current.shape, generator=self.generator, dtype=current.dtype, device=current.device)
         arrived = current + z * torch.as_tensor(sums.variance, device=current.device).sqrt()
         if not read.adc_bits:
             none = torch.zeros_like(current)
@@ -232,7 +232,7 @@ class _Sums:
     def _product(self, cells: Cells, values: Tensor) -> Tensor:
         """What the conductances make of values exactly."""
         (sums,) = tile_sums(self.layer, cells, IDEAL, values, self.backward)
-        scale = torch.tensor(self.layer.plan.slice_scale, device=values.device)
+        scale = torch.tensor(self.layer.plan.slice_scale, dtype=torch.float32, device=values.device)
         return self._digital(cells, torch.einsum("s,psbo->bo", scale, sums.current))
 
     def _digital(self, cells: Cells, y: Tensor) -> Tensor:

@@ -130,7 +130,8 @@ class Converters(InSitu):
         if error is None:
             return worst_current(read, self.spec, lines)
         most = round(read.v_max / read.v_lsb)
-        digits = torch.arange(0 if read.phases == 2 or not read.signed else -most, most + 1)
+        least = 0 if read.phases == 2 or not read.signed else -most
+        digits = torch.arange(least, most + 1, device=error.device)
         drivers = Drivers(read.v_max, error.unsqueeze(1), read.v_sinh)
         volts = drivers.driven(digits[:, None], read.v_lsb).abs().amax(0).view(self.groups_, lines)
         of_tiles = [part.sum(1).max() for part in volts.split(read.tile or lines, 1)]
@@ -280,7 +281,9 @@ class Converters(InSitu):
         saved, here = state_dict.get(f"{prefix}range_settings"), _carrying(self.spec)
         programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
         others = saved is not None and (programmed or saved.item() != here)
-        kept = {"range_settings": torch.tensor([here])}  # the spec says them, whatever was saved
+        kept = {
+            "range_settings": torch.full_like(self.range_settings, here)
+        }  # of the spec, whatever was saved
         for name, converter in zip(("adc_range", "back_adc_range"), self.converters(), strict=True):
             if not converter.calibrated:
                 kept[name] = converter.full.clone()

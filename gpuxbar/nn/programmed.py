@@ -152,7 +152,7 @@ class Programmed(Wires):
         device, mapping = self.spec.device, self.spec.mapping
         order = LINE_ORDERS.index(self.plan.line_order) if self.weight.dim() > 2 else 0
         settings = device.g_min, device.g_max, mapping.slice_bits or 0, self.spec.headroom_bits, order
-        return torch.tensor(settings, dtype=torch.float32)
+        return torch.tensor(settings, dtype=torch.float32, device="cpu")
 
     def release(self) -> None:
         """Read the layer's own weights again."""

@@ -198,7 +198,7 @@ class UnfusedRNN(nn.Module):
         gates = products.unbind()
         alive = None
         if lengths is not None:
-            alive = (torch.arange(len(x))[:, None] < lengths)[..., None].to(x.device)
+            alive = (torch.arange(len(x), device=lengths.device)[:, None] < lengths)[..., None].to(x.device)
         outputs = [h] * len(x)
         for t in order:
             new_h, new_c = _step(self.mode, gates[t], hh(h), h, c)
@@ -292,7 +292,7 @@ def _lstm_at_once(
     layer.require_ranks()
     cells = layer.conductances()
     counter, way = layer.counter()
-    steps = counter + way * torch.arange(1, len(order) + 1)
+    steps = counter + way * torch.arange(1, len(order) + 1, device=counter.device)
     converters = tuple(getattr(layer, name) for name in CONVERTERS)
     outputs, h, c = lstm_sequence(
         products, h, c, layer.weight, layer.bias, cells[:4], converters, steps, layer.static[0], order

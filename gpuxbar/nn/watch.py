@@ -379,5 +379,7 @@ def _scalar(op: str, y: Any) -> Tensor:
             f"{op}: what gradients are taken of must be a tensor, got {type(y).__name__}; pass loss=lambda output, target: ..., "
             "or a step, which returns one"
         )
-    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
-    return y if y.dim() == 0 else (y * noise).sum()
+    if y.dim() == 0:
+        return y
+    drawn = torch.Generator("cpu").manual_seed(0)
+    return (y * torch.randn(y.shape, generator=drawn, dtype=torch.float32, device="cpu").to(y)).sum()

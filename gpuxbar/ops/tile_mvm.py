@@ -199,7 +199,7 @@ def tile_mvm(
         "streams": streams, "phases": phases, "slice_scale": slice_scale, "adc_bits": adc_bits or 0,
         "adc_signed": adc_signed, "adc_lsb": adc_lsb, "adc_gain": adc_gain, "adc_offset": adc_offset, "adc_inl": adc_inl,
         "read_noise": read_noise, "noise_var": noise_var, "generator": generator, "seed": seed, "step": step,
-        "row_offset": row_offset, "row_scale": row_scale, "col_scale": col_scale, "bias": bias, "conv": conv,
+        "row_offset": row_offset, "row_scale": row_scale if read.batch else None, "col_scale": col_scale, "bias": bias, "conv": conv,
         "want_gate": want_gate,
     }  # fmt: skip
     if where != "cuda" and v.dtype != INT16 and not np.isfinite(v).all():
@@ -407,7 +407,7 @@ def _check_drivers(drivers: Drivers, shape: tuple[int, ...], precision: str) -> 
 
 def _check_row_scale(scale: Any, batch: int) -> None:
     count = 1 if scale is None else np.size(scale)
-    if not count or batch % count:
+    if batch % count if count else batch:
         raise ValueError(
             f"{OP}: `row_scale` must have a length that divides the {batch} rows, got {count}; see the axes of the result"
         )

@@ -149,6 +149,7 @@ class InSituOptimizer(torch.optim.Optimizer):
         """Write a layer's cells after `weight.grad`, or after the operands of one that keeps these."""
         raise NotImplementedError
 
+    @torch._disable_dynamo  # as torch's own zero_grad; torch.compiler.disable takes seconds at import
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update what has a gradient, or whose layer kept inputs and errors; returns the loss of `closure`, if given."""
@@ -214,6 +215,7 @@ class InSituOptimizer(torch.optim.Optimizer):
             layer.streams.pairs = [(x, grad_y / scale) for x, grad_y in layer.streams.pairs]
         return True
 
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._forget_operands()

@@ -12,6 +12,13 @@ extern "C" void gpuxbar_set_threads(i64 count) {
 #endif
 }
 
+// End the threads that kernels called from here left waiting, which a fork would not copy: the next kernel begins new ones.
+extern "C" void gpuxbar_end_threads() {
+#if defined(_OPENMP)
+  omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
 // How many threads kernels called from here run on.
 extern "C" i64 gpuxbar_threads() { return threads_to_come(); }
 
