@@ -354,9 +354,9 @@ class InSitu(Programmed):
         self.require_read_out()
         self.change_cells(change)
 
-    @torch.no_grad()
     def change_cells(self, change: Tensor, factor: float = 1.0) -> None:
-        """`update_cells` by factor * change for an optimiser, which has just looked whether the weight is what the cells read."""
+        """`update_cells` by factor * change for an optimiser's step, which records no gradients and has just looked whether the
+        weight is what the cells read."""
         self._make_room()
         self._move(change, factor)
 
@@ -403,9 +403,9 @@ class InSitu(Programmed):
         self.require_read_out()
         self.change_in_array(x, d, rate, sign)
 
-    @torch.no_grad()
     def change_in_array(self, x: Tensor, d: Tensor, rate: float, sign: Tensor | None = None) -> None:
-        """`update_in_array` for an optimiser, which has just looked whether the weight is what the cells read."""
+        """`update_in_array` for an optimiser's step, which records no gradients and has just looked whether the weight is what the
+        cells read."""
         if sign is not None and self.spec.pulses is None:
             raise ValueError(
                 f"{self.name}: `sign` must be None with bit streams, got one; multiply the inputs by it"
@@ -443,7 +443,7 @@ class InSitu(Programmed):
             torch.autograd.graph.increment_version(self.weight)
         else:
             self.weight.copy_(read)
-        self._read = self.mark()
+        self._mark_read()
 
     def as_lines(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and errors as the lines of the array see them: [B, G * I] and [B, G * O]."""
@@ -471,7 +471,7 @@ class InSitu(Programmed):
     def read_out(self) -> None:
         """Set the weight to what the cells read, in its precision."""
         self.weight.copy_(self.of_lines(self._cells_read()))
-        self._read = self.mark()
+        self._mark_read()
 
     @torch.no_grad()
     def _cells_read(self) -> Tensor:
@@ -494,7 +494,11 @@ class InSitu(Programmed):
                 "values; update it by an in-situ optimiser alone, set the cells by the layer's set_conductances(), or write it to them anew by "
                 "its begin_in_situ(), as averages of weights must be"
             )
-        self._read = self.mark()
+        self._mark_read()
+
+    def _mark_read(self) -> None:
+        """Know that the weight of now is what the cells read."""
+        vars(self)["_read"] = self.mark()  # nn.Module sets attributes slowly
 
     def _move(self, change: Tensor, factor: float = 1.0) -> None:
         """Move the cells by factor * change; the weight becomes what they read. A change of 0 moves nothing."""
