@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gpuxbar import ops
 from gpuxbar.bridge.carry import carry
 from gpuxbar.bridge.device_update import device_update
-from gpuxbar.bridge.lines import by_line, image_shape, of_lines, unfold_lines
+from gpuxbar.bridge.lines import by_line, image_shape, in_order, of_lines, unfold_lines
 from gpuxbar.bridge.operator import call
 from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
@@ -507,11 +507,11 @@ class InSitu(Programmed):
         self._show(None if own else self.of_lines(read))
 
     def _read_out(self) -> tuple[Tensor, bool]:
-        """Where the cells are to be read out, float32 [G, O, I], and whether it is the memory of the weight itself."""
-        weight = self.weight.detach()
-        lines = self.by_line(weight)
-        own = lines.is_contiguous() and lines.dtype == torch.float32 and lines.data_ptr() == weight.data_ptr()
-        return (lines if own else self._blank()), own
+        """Where the cells are to be read out, float32 with the values of [G, O, I] in this order, and whether it is the memory of the
+        weight itself."""
+        weight = in_order(self.weight.detach(), self.plan.line_order)
+        own = weight.dtype is torch.float32 and weight.is_contiguous()
+        return (weight if own else self._blank()), own
 
     def _blank(self) -> Tensor:
         """Room for a weight as the array reads it, float32 [G, O, I]."""
@@ -519,7 +519,7 @@ class InSitu(Programmed):
         return torch.empty(shape, dtype=torch.float32, device=self.weight.device)
 
     def _update(self, change: Tensor, factor: float, read: Tensor) -> None:
-        """Move the cells by factor * change, and put what they read into `read`, [G, O, I]."""
+        """Move the cells by factor * change, and put what they read into `read`, as of `_read_out`."""
         held: Any = self._buffers
         lines = self.by_line(change.float()).contiguous()
         call(device_update, *self._pairs(), lines, factor, read, held["w_max"], held["update_step"])
