@@ -663,6 +663,17 @@ def test_a_gradient_of_the_input_alone_pulses_nothing():
     assert torch.equal(model[1].streams.pairs[0][1], torch.full((4, 2), 2.0))
 
 
+@pytest.mark.filterwarnings("ignore")  # which torch's compiler does itself where graphs break
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_of_one_weight_alone_keeps_the_operands_of_its_layer(compiled, asked):
+    """As autograd asks for no other; there is none of the weight itself."""
+    model, _ = pulsed(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), CrossbarSpec(**PULSED))
+    y = (torch.compile(model, backend="aot_eager") if compiled else model)(torch.ones(4, 3)).sum()
+    assert torch.autograd.grad(y, model[asked].weight, allow_unused=True) == (None,)
+    assert [len(layer.streams.pairs) for layer in model] == [asked == 0, asked == 1]
+
+
 @pytest.mark.parametrize("use", ["tied", "penalty"])
 def test_gradients_of_other_uses_of_a_pulsed_weight_are_refused(use):
     embedding = nn.Embedding(5, 3)

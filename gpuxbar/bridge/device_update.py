@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
@@ -20,8 +18,9 @@ __all__ = ["device_update", "require_finite_gradient"]
 def require_finite_gradient(grad: Tensor, what: str) -> None:
     """Refuse a gradient that is not finite, on a CPU; on a GPU, looking would wait for the device."""
     with on_device(grad, "update") as device:
-        if device is None and not isfinite(grad.sum().item()):
-            # a sum of finite values may overflow
+        if host.serves(device):
+            require_finite_values(what, host.not_finite(grad.float().contiguous()), "bad data")
+        elif device is None:
             require_finite_values(what, int((~torch.isfinite(grad)).sum()), "bad data")
 
 
@@ -45,7 +44,7 @@ def device_update(
         g, ..., seed: The pairs, as `bridge.pairs` says; `g`, `g_held` and `pulse_count` are changed in place.
         dw: Wanted weight changes over `factor`, float32 [G, O, I]; finite.
         factor: What `dw` is multiplied by.
-        weight: What the pairs read as afterwards, like `dw`; set in place.
+        weight: What the pairs read as afterwards, float32 with the values of [G, O, I] in this order; set in place.
         w_max: Weight of a full pair, float32 [G * O].
         step: Update counter, int64 [1]; same value, same noise.
     """
@@ -57,5 +56,5 @@ def device_update(
             return
         pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)
         ops.device_update(
-            pairs, array(dw), factor=factor, out=array(weight), w_max=array(w_max), step=array(step), device=device
+            pairs, array(dw), factor=factor, out=array(weight.view(dw.shape)), w_max=array(w_max), step=array(step), device=device
         )  # fmt: skip

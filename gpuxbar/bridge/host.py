@@ -18,7 +18,7 @@ from torch import Tensor
 from gpuxbar import ops
 from gpuxbar.bridge.operator import plan_of, spec_of
 from gpuxbar.bridge.pairs import made_of
-from gpuxbar.launch import Device, host_library
+from gpuxbar.launch import Device, host_call, host_library
 from gpuxbar.ops import ConvGeometry, NotFiniteError
 from gpuxbar.ops.dac_clip import clip_gradient_on_host
 from gpuxbar.ops.device_map import spread_names
@@ -39,6 +39,7 @@ __all__ = [
     "device_update",
     "layer_gradient",
     "layer_read",
+    "not_finite",
     "outer_product",
     "pulse_update",
     "reprogram",
@@ -118,6 +119,11 @@ def reprogram(
 def checksum(x: Tensor) -> int:
     """See `ops.program.checksum`."""
     return checksum_on_host(address("x", x, x.numel()), x.numel())
+
+
+def not_finite(x: Tensor) -> int:
+    """How many values of x are NaN or infinite."""
+    return host_call(host_library(), "gpuxbar_not_finite", address("x", x, x.numel()), x.numel())
 
 
 def device_update(

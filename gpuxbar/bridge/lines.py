@@ -18,6 +18,7 @@ __all__ = [
     "by_line",
     "fold_lines",
     "image_shape",
+    "in_order",
     "largest_on_lines",
     "of_lines",
     "some_lines",
@@ -28,9 +29,12 @@ __all__ = [
 
 def by_line(weight: Tensor, groups: int, line_order: str) -> Tensor:
     """A weight [G * O, I] or [G * O, channels, *kernel] by the lines of its array, [G, O, I]."""
-    if _permuted(weight.shape, line_order):
-        weight = weight.movedim(1, -1)
-    return weight.reshape(groups, len(weight) // groups, -1)
+    return in_order(weight, line_order).reshape(groups, len(weight) // groups, -1)
+
+
+def in_order(weight: Tensor, line_order: str) -> Tensor:
+    """A view of a weight whose values follow each other as those of `by_line`."""
+    return weight.movedim(1, -1) if _permuted(weight.shape, line_order) else weight
 
 
 def written(weight: Tensor, way: ReadPlan) -> Tensor:

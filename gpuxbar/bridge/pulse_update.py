@@ -38,7 +38,7 @@ def pulse_update(
             `pulse_count` are changed in place.
         x: Inputs, float32 [B, G * I], or images [N, G * channels, height, width] with `patch`; finite.
         d: Gradient of the outputs, float32 [B, G * O] or images [N, G * O, height, width]; finite.
-        weight: What the pairs read as afterwards, float32 [G, O, I]; set in place.
+        weight: What the pairs read as afterwards, float32 with the values of [G, O, I] in this order; set in place.
         w_max: Weight of a full pair, float32 [G * O].
         step: Update counter, int64 [1]; same value, same trains and noise.
         rate: Learning rate.
@@ -49,6 +49,7 @@ def pulse_update(
     crossbar = spec_of(spec)
     assert crossbar.pulses is not None
     conv = conv_of(patch, x, groups, crossbar)
+    shape = groups, g.shape[2], g.shape[1] // groups
     with on_device(g, "pulses") as device:
         if host.serves(device):
             host.pulse_update(
@@ -58,5 +59,5 @@ def pulse_update(
         pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)
         ops.pulse_update(
             pairs, array(x), array(d), rate=rate, train=crossbar.pulses, w_max=array(w_max), groups=groups, conv=conv,
-            sign=None if sign is None else array(sign), out=array(weight), step=array(step), device=device,
+            sign=None if sign is None else array(sign), out=array(weight.view(shape)), step=array(step), device=device,
         )  # fmt: skip

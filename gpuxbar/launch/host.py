@@ -171,16 +171,17 @@ def _refusal(command: list[str], done: subprocess.CompletedProcess[str]) -> str:
     )
 
 
-def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> None:
+def host_call(lib: ctypes.CDLL | None, name: str, *args: object) -> int:
     """Call a host kernel: arrays, structs, counters and sums go as pointers, None as a null pointer, integers as int64 or
-    addresses, floats as double."""
+    addresses, floats as double. Returns the int64 that the kernel gives, if it gives one."""
     assert lib is not None  # else `backend` had chosen the reference
     function = getattr(lib, name)
     if function.argtypes is None:
         # integers of 64 bits go as pointers do, and one kernel takes arrays of one call and addresses or None of the next
         kinds = [ctypes.c_double if isinstance(arg, float) else ctypes.c_void_p for arg in args]
-        function.restype, function.argtypes = None, kinds
-    function(*[arg if type(arg) in PLAIN else _c_value(arg) for arg in args])
+        function.restype, function.argtypes = ctypes.c_int64, kinds
+    found: int = function(*[arg if type(arg) in PLAIN else _c_value(arg) for arg in args])
+    return found
 
 
 def address(array: np.ndarray) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gpuxbar import ops
 from gpuxbar.bridge.carry import carry
 from gpuxbar.bridge.device_update import device_update
-from gpuxbar.bridge.lines import by_line, image_shape, of_lines, unfold_lines
+from gpuxbar.bridge.lines import by_line, image_shape, in_order, of_lines, unfold_lines
 from gpuxbar.bridge.operator import call
 from gpuxbar.bridge.pulse_update import pulse_update
 from gpuxbar.bridge.relax import relax
@@ -354,9 +354,9 @@ class InSitu(Programmed):
         self.require_read_out()
         self.change_cells(change)
 
-    @torch.no_grad()
     def change_cells(self, change: Tensor, factor: float = 1.0) -> None:
-        """`update_cells` by factor * change for an optimiser, which has just looked whether the weight is what the cells read."""
+        """`update_cells` by factor * change for an optimiser's step, which records no gradients and has just looked whether the
+        weight is what the cells read."""
         self._make_room()
         self._move(change, factor)
 
@@ -403,9 +403,9 @@ class InSitu(Programmed):
         self.require_read_out()
         self.change_in_array(x, d, rate, sign)
 
-    @torch.no_grad()
     def change_in_array(self, x: Tensor, d: Tensor, rate: float, sign: Tensor | None = None) -> None:
-        """`update_in_array` for an optimiser, which has just looked whether the weight is what the cells read."""
+        """`update_in_array` for an optimiser's step, which records no gradients and has just looked whether the weight is what the
+        cells read."""
         if sign is not None and self.spec.pulses is None:
             raise ValueError(
                 f"{self.name}: `sign` must be None with bit streams, got one; multiply the inputs by it"
@@ -443,7 +443,7 @@ class InSitu(Programmed):
             torch.autograd.graph.increment_version(self.weight)
         else:
             self.weight.copy_(read)
-        self._read = self.mark()
+        self._mark_read()
 
     def as_lines(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and errors as the lines of the array see them: [B, G * I] and [B, G * O]."""
@@ -471,7 +471,7 @@ class InSitu(Programmed):
     def read_out(self) -> None:
         """Set the weight to what the cells read, in its precision."""
         self.weight.copy_(self.of_lines(self._cells_read()))
-        self._read = self.mark()
+        self._mark_read()
 
     @torch.no_grad()
     def _cells_read(self) -> Tensor:
@@ -494,7 +494,11 @@ class InSitu(Programmed):
                 "values; update it by an in-situ optimiser alone, set the cells by the layer's set_conductances(), or write it to them anew by "
                 "its begin_in_situ(), as averages of weights must be"
             )
-        self._read = self.mark()
+        self._mark_read()
+
+    def _mark_read(self) -> None:
+        """Know that the weight of now is what the cells read."""
+        vars(self)["_read"] = self.mark()  # nn.Module sets attributes slowly
 
     def _move(self, change: Tensor, factor: float = 1.0) -> None:
         """Move the cells by factor * change; the weight becomes what they read. A change of 0 moves nothing."""
@@ -503,11 +507,11 @@ class InSitu(Programmed):
         self._show(None if own else self.of_lines(read))
 
     def _read_out(self) -> tuple[Tensor, bool]:
-        """Where the cells are to be read out, float32 [G, O, I], and whether it is the memory of the weight itself."""
-        weight = self.weight.detach()
-        lines = self.by_line(weight)
-        own = lines.is_contiguous() and lines.dtype == torch.float32 and lines.data_ptr() == weight.data_ptr()
-        return (lines if own else self._blank()), own
+        """Where the cells are to be read out, float32 with the values of [G, O, I] in this order, and whether it is the memory of the
+        weight itself."""
+        weight = in_order(self.weight.detach(), self.plan.line_order)
+        own = weight.dtype is torch.float32 and weight.is_contiguous()
+        return (weight if own else self._blank()), own
 
     def _blank(self) -> Tensor:
         """Room for a weight as the array reads it, float32 [G, O, I]."""
@@ -515,7 +519,7 @@ class InSitu(Programmed):
         return torch.empty(shape, dtype=torch.float32, device=self.weight.device)
 
     def _update(self, change: Tensor, factor: float, read: Tensor) -> None:
-        """Move the cells by factor * change, and put what they read into `read`, [G, O, I]."""
+        """Move the cells by factor * change, and put what they read into `read`, as of `_read_out`."""
         held: Any = self._buffers
         lines = self.by_line(change.float()).contiguous()
         call(device_update, *self._pairs(), lines, factor, read, held["w_max"], held["update_step"])

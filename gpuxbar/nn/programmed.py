@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +36,7 @@ WRITTEN_AS = (
 )  # what conductances mean by a weight
 
 
-@dataclass(frozen=True, eq=False)
-class Mark:
+class Mark(NamedTuple):
     """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, where
     it lay, since a parameter gets another `data` without a count, and a checksum of its values, since these change without a
     count too: through `data`, or by a fused optimiser. On a GPU, which would have to be waited for, that is None."""
@@ -55,9 +53,12 @@ class Mark:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
-        if self.weight is not weight or (self.version, self.place) != (weight._version, weight.data_ptr()):
-            return False
-        return self.checksum is None or self.checksum == checksum(weight)
+        return (
+            self.weight is weight
+            and self.version == weight._version
+            and self.place == weight.data_ptr()
+            and (self.checksum is None or self.checksum == checksum(weight))
+        )
 
 
 class Programmed(Wires):

@@ -19,9 +19,9 @@ class Streams:
 
     def watch(self, y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """`y`, whose gradient will be kept beside `x` by backward passes that go on to `weight`, which gets none."""
-        found: list[Tensor] = []  # of the latest backward pass
-        mark = _Keep.apply(weight, self, found)  # type: ignore[no-untyped-call]
-        watched: Tensor = _Watch.apply(y, mark, x.detach(), found)  # type: ignore[no-untyped-call]
+        # has a node: whether it gets to a parameter's own the engine does not tell where gradients of that are asked for alone
+        mark = weight.view_as(weight)
+        watched: Tensor = _Watch.apply(y, mark, x.detach(), self)  # type: ignore[no-untyped-call]
         return watched
 
     def take(self) -> list[tuple[Tensor, Tensor]]:
@@ -62,30 +62,16 @@ def _of_all(part: Tensor, group: Any) -> Tensor:
 
 class _Watch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, mark: Tensor, x: Tensor, found: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, mark: Tensor, x: Tensor, streams: Streams) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.found = found
+        ctx.streams = streams
         ctx.mark_dirty(y)  # as if changed, not a view: what follows may work in place
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,), (grad_y,) = ctx.saved_tensors, grads
-        ctx.found[:] = x, grad_y
-        return grad_y, grad_y.new_empty(0), None, None
-
-
-class _Keep(torch.autograd.Function):
-    """Apart from `_Watch`, since autograd skips it where the gradient of the weight is not asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, streams: Streams, found: list[Tensor]) -> Tensor:
-        ctx.streams, ctx.found = streams, found
-        return weight.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        x, grad_y = ctx.found
-        ctx.found.clear()
-        ctx.streams.pairs.append((x, grad_y))
-        return None, None, None
+        _, (mark, _), *_ = ctx.next_functions
+        if torch._C._will_engine_execute_node(mark):
+            ctx.streams.pairs.append((x, grad_y))
+        return grad_y, None, None, None

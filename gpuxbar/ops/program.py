@@ -259,9 +259,7 @@ def checksum(weight: np.ndarray) -> int:
 
 def checksum_on_host(weight: Any, size: int) -> int:
     """`checksum` of an array or address."""
-    found = ctypes.c_int64()
-    host_call(library(), "gpuxbar_checksum", weight, size, found)
-    return found.value
+    return host_call(library(), "gpuxbar_checksum", weight, size)
 
 
 @dataclass(frozen=True)

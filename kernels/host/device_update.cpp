@@ -258,3 +258,6 @@ extern "C" void gpuxbar_device_update(float* g, float* g_held, i32* pulse_count,
           update_block<typename decltype(law)::Type>(u, a, group, rb * LINES, cb * WIDE_ROW);
   });
 }
+
+// How many of the values are NaN or infinite.
+extern "C" i64 gpuxbar_not_finite(const float* values, i64 size) { return count_not_finite(values, size); }

@@ -170,7 +170,7 @@ extern "C" void gpuxbar_fingerprint(const float* x, i64 count, i64* fingerprint)
 // A number that any single change of x changes, as nearly all others do, at the speed of memory. A lane of a chunk is a
 // polynomial of its values, whose odd base has an inverse; lanes and chunks are added up times odd numbers of their places. The
 // upper bits of a value are mixed into the lower ones: those of round numbers would be zeros, which powers of the base make more.
-extern "C" void gpuxbar_checksum(const float* x, i64 count, i64* checksum) {
+extern "C" i64 gpuxbar_checksum(const float* x, i64 count) {
   constexpr i64 SIDE = 64, CHUNK = 1 << 14;
   const auto next = [](u32 lane, float value) {
     const u32 bits = float_bits(value);
@@ -188,7 +188,7 @@ extern "C" void gpuxbar_checksum(const float* x, i64 count, i64* checksum) {
     for (i64 j = 0; e < end; ++e, ++j) lane[j] = next(lane[j], x[e]);
     for (i64 j = 0; j < SIDE; ++j) sum += lane[j] * (0x9E3779B97F4A7C15u * (u64)(first + j + 1) | 1u);
   }
-  *checksum = (i64)sum;
+  return (i64)sum;
 }
 
 // The step of `settings` is the write step. A full_weight of 0 measures: the largest weight of each output where
