@@ -1,6 +1,7 @@
 """A layer against a simulation of it in a few lines, written from what the settings say and from nothing else.
 
-Every case draws its settings: mapping, slices, levels, tiles, DACs and ADCs of both directions, whole or streamed inputs.
+Every case draws its settings: mapping, slices, levels, tiles, DACs and ADCs of both directions, whole or streamed inputs, and the
+curve of devices.
 """
 
 from __future__ import annotations
@@ -50,9 +51,13 @@ def draw_spec(rng, scheme):
         "mode": str(rng.choice(["analog", "ideal"])),
         "dac": draw_dac(rng, True) | {"range": "sample", "max": None},
     }
-    tile = {"rows": int(rng.choice([3, 8, 64])), "cols": int(rng.choice([3, 8, 64]))}
+    dac = draw_dac(rng, False)
+    if rng.random() < 0.3:
+        device["v_sinh"] = rng.uniform(0.3, 2) * dac["v_read"]
+        backward["dac"]["v_read"] = dac["v_read"]
+    tile = {"rows": int(rng.choice([1, 3, 8, 64])), "cols": int(rng.choice([1, 3, 8, 64]))}
     return gx.CrossbarSpec(
-        tile=tile, device=device, mapping=mapping, dac=draw_dac(rng, False), adc=draw_adc(rng),
+        tile=tile, device=device, mapping=mapping, dac=dac, adc=draw_adc(rng),
         backward=backward | {"adc": draw_adc(rng)},
     )  # fmt: skip
 
@@ -129,7 +134,10 @@ def read(x, planes, spec, dac, adc, tile):
     signed = spec.mapping.scheme == "subtracted" or not one_sign
     largest = adc.i_max or dac.v_read * spec.device.g_max * min(tile, lines)
     y, inside, weight, certain = 0, 0, 0, True
+    v_sinh = spec.device.v_sinh
     for value, volts in passes:
+        if v_sinh is not None:
+            volts = dac.v_read * np.sinh(volts / v_sinh) / np.sinh(dac.v_read / v_sinh)
         for first in range(0, lines, tile):
             at = slice(first, first + tile)
             for unit, plane, other in planes:

@@ -119,6 +119,8 @@ def convert(
     with hooks, tied to others, or frozen in part). Those whose crossbars are the same stay as they are, and so do subclasses of
     crossbar layers.
 
+    State dicts of `model` load into the converted one with strict=False: they lack its counts and ranges, which stay.
+
     Args:
         model: Any model; it is not changed.
         spec: The crossbars of every layer.

@@ -37,7 +37,8 @@ class InSituOptimizer(torch.optim.Optimizer):
     finite, is refused before it changes anything. Nothing else may set a crossbar weight: that is refused at the next read or step,
     unless it is on a GPU and PyTorch does not count the change, as one by an optimiser with fused=True, or in place through
     `weight.data`. Averages of weights, as of `torch.optim.swa_utils.AveragedModel`, are on no array: `begin_in_situ()` of a
-    layer writes them to cells, and `gpuxbar.convert(model, spec, rules={"*": None})` makes a digital model of them.
+    layer writes them to cells, and `gpuxbar.convert(model, spec, rules={"*": None})` makes a digital model of them. Make the
+    averaged model once there is an optimiser, which gives layers the buffers of their cells.
 
     A subclass adds to `rules` one for each setting of its own, and has `_write`, which turns a gradient into writes of a layer's
     cells: `layer.change_cells(change, factor)` moves them by factor * change, of the shape of the weight, through the law. Where

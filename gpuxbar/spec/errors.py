@@ -87,9 +87,7 @@ def _locate(
         if step in part.model_fields:
             field = part.model_fields[str(step)]
             path.append(str(step))
-            inner = [
-                t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)
-            ]
+            inner = [t for t in _members(field.annotation) if hasattr(t, "model_fields")]
             if len(inner) == 1:
                 part = inner[0]
         elif step in _laws(field):
