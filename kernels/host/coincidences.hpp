@@ -92,7 +92,7 @@ struct Tally {
 // The slots in which a line fires, in a block of samples from `sample` on: 64 sample + 2 slot, and 1 where the line's sign
 // is negative. `bits`: its words over samples. How many there are.
 inline i64 find_slots(const u32* bits, i32 slots, u32 sample, u32* fired) {
-  constexpr int TOGETHER = 8;  // are written without a look at whether there are so many
+  constexpr int TOGETHER = 4;  // are written without a look at whether there are so many
   const u32 negative = bits[0];
   i64 count = 0;
   for (i64 word = 0; word < words_of_line(slots); word += 2) {

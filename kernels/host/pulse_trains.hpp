@@ -12,6 +12,8 @@ namespace gpuxbar::pulses {
 
 constexpr int EIGHT = 8;  // lines that a counter draws a slot of
 
+typedef u16 Halves __attribute__((vector_size(4 * LANES), may_alias));  // of a vector of words
+
 // words[p][l] bit k = words[k][l] bit p before.
 template <int STRIDE = WORD / 2>
 void turn_bits(u32 (&words)[WORD][SAMPLES], u32 low = 0x0000FFFFu) {
@@ -144,46 +146,57 @@ class Trainer {
     }
   }
 
-  // Independent slots, see stochastic_slots.
+  // Independent slots, see stochastic_slots. Half words are compared as they lie in their words, sixteen slots together.
   void draw(u32 purpose, u32 eight, u32 sample, const float* value, const float* per, u32 (*slots)[SAMPLES]) const {
     alignas(64) u32 chances[EIGHT][SAMPLES], words[4][SAMPLES], at[SAMPLES], eights[SAMPLES], samples[SAMPLES];
+    alignas(64) u32 below[4][SAMPLES],
+        fired[2][4][SAMPLES] = {};  // of line 2 q the low halves, of 2 q + 1 the high ones
     for (int k = 0; k < EIGHT; ++k)
 #pragma omp simd
       for (int l = 0; l < SAMPLES; ++l) {
         chances[k][l] = chance(gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
         slots[k][l] = 0;
       }
+    for (int q = 0; q < 4; ++q)
+#pragma omp simd
+      for (int l = 0; l < SAMPLES; ++l)  // a slot that fires for certain is left open by the largest half
+        below[q][l] = std::min(chances[2 * q][l] >> 8, 0xFFFFu) | std::min(chances[2 * q + 1][l] >> 8, 0xFFFFu) << 16;
     for (int l = 0; l < SAMPLES; ++l) eights[l] = eight, samples[l] = sample + (u32)l;
     for (u32 slot = 0; slot < (u32)most; ++slot) {
       std::fill(at, at + SAMPLES, slot);
       draw_words_at<7>(purpose, (u32)u.step, a.keys, at, eights, samples, words, lanes);
-      u32 open = 0;
+      Halves open = {};
       for (int q = 0; q < 4; ++q)
-#pragma omp simd reduction(| : open)
-        for (int l = 0; l < lanes; ++l) {
-          const u32 low = words[q][l] & 0xFFFFu, high = words[q][l] >> 16;
-          const u32 chance_low = chances[2 * q][l], chance_high = chances[2 * q + 1][l];
-          slots[2 * q][l] |= (u32)fires(chance_low, low) << slot;
-          slots[2 * q + 1][l] |= (u32)fires(chance_high, high) << slot;
-          open |= (u32)undecided(chance_low, low) | (u32)undecided(chance_high, high);
+        for (int l = 0; l < lanes; l += LANES) {
+          const Halves half = *(const Halves*)(words[q] + l), limit = *(const Halves*)(below[q] + l);
+          *(Halves*)(fired[slot / 16][q] + l) |= (Halves)(half < limit) & (u16)(1u << slot % 16);
+          open |= (Halves)(half == limit);
         }
-      if (open) settle(purpose, eight, samples, slot, chances, words, slots);
+      u64 any = 0;
+      for (int k = 0; k < LANES / 2; ++k) any |= ((Wide)open)[k];
+      if (any) settle(purpose, eight, samples, slot, chances, words, slots);
     }
-    for (int k = 0; k < EIGHT; ++k)
+    for (int q = 0; q < 4; ++q)
 #pragma omp simd
-      for (int l = 0; l < SAMPLES; ++l) slots[k][l] &= (1u << length[l]) - 1u;
+      for (int l = 0; l < SAMPLES; ++l) {
+        const u32 first = fired[0][q][l], second = fired[1][q][l], all = (1u << length[l]) - 1u;
+        slots[2 * q][l] = (slots[2 * q][l] | (first & 0xFFFFu) | second << 16) & all;
+        slots[2 * q + 1][l] = (slots[2 * q + 1][l] | first >> 16 | (second & 0xFFFF0000u)) & all;
+      }
   }
 
-  // The few slots that the first random bits leave undecided.
+  // The few slots that the first random bits leave open.
   void settle(u32 purpose, u32 eight, const u32* samples, u32 slot, const u32 (*chances)[SAMPLES],
               const u32 (*words)[SAMPLES], u32 (*slots)[SAMPLES]) const {
     for (int l = 0; l < lanes; ++l) {
       const u32 first[4] = {words[0][l], words[1][l], words[2][l], words[3][l]};
       for (u32 k = 0; k < EIGHT; ++k) {
-        if (!undecided(chances[k][l], half_word(first, k))) continue;
+        const u32 half = half_word(first, k), wanted = chances[k][l];
+        slots[k][l] |= (u32)fires(wanted, half) << slot;
+        if (!undecided(wanted, half)) continue;
         u32 last[4];
         slot_words(LAST_BITS + slot, eight, purpose, samples[l], (u32)u.step, u.seed, last);
-        slots[k][l] |= (u32)fires_at_last(chances[k][l], half_word(last, k)) << slot;
+        slots[k][l] |= (u32)fires_at_last(wanted, half_word(last, k)) << slot;
       }
     }
   }

@@ -2,7 +2,7 @@
 //
 // A sliced weight is pulsed on its lowest slice. First the trains of every line (pulse_trains.hpp), then blocks of 64
 // wordlines by 64 bitlines: exact, samples in sequence, every device at its own pace (events.hpp, turns.hpp); aggregated,
-// coincidences are counted over the batch (coincidences.hpp), and the devices move once. Every train and cell is a function
+// coincidences are counted over the batch (coincidences.hpp), and the devices move once (at_once.hpp). Every train and cell is a function
 // of its own place, so the bits do not depend on threads.
 // Meaning and oracle: gpuxbar/reference/pulse_update.py.
 #include "pulse_update.hpp"
