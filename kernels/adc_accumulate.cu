@@ -42,7 +42,7 @@
 #define WIDTH (NOISE == 2 ? 8 : 4)
 // Blocks a multiprocessor must hold: what the registers of each variant allow without a spill.
 #if VECTOR && !VARIANCE && !GATE
-#define RESIDENT (NOISE == 2 ? 3 : 4)
+#define RESIDENT (NOISE == 2 ? 2 : 4)
 #else
 #define RESIDENT (VECTOR ? 2 : 1)
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -85,7 +86,6 @@ EXCEPT = {  # and why
     ("conductance_leaf", "on chip"): "squares of ports go to rows a multiple of 32 words apart; see MOST_LEAF_WAVES for all",
     ("fold", "patches"): "channels lie as far apart as the kernel has positions; the other positions are read next, from L1",
     ("fused_tile_mvm", "a"): "chunks of eight channels of neighbouring pixels, half a sector each",
-    ("fused_tile_mvm", "words"): "atomic additions, where few blocks split the tiles",
     ("fused_tile_mvm", "on chip"): "sums that are turned to images, once",
     ("pack_inputs", "on chip"): "where lines lie, 16 bytes each written by two accesses, once a block",
     ("mean_field_coarsen", "parts"): "sums of neighbouring bitlines, an eighth of the cells; the others are read next, from L1",
@@ -107,6 +107,8 @@ MOST_INSTRUCTIONS = {  # of a value, in PTX: kernel, macro, how many values the 
     ("fold", "", 32 * 256): 360,
     ("device_update", "MAPPED=0", 2 * 128 * 128): 340,
     ("device_update", "MAPPED=1", 2 * 128 * 128): 260,
+    ("adc_accumulate", "NOISE=0", 16 * 32 * 128): 12.5,
+    ("fused_tile_mvm_sm90", "IMPLICIT=1", 256 * 128 * 3): 44,
     ("ladder", "", 128 * 128): 64,
     ("mean_field_coarsen", "", 128 * 128): 44,
     ("mean_field", "", 128 * 128): 36,
@@ -133,8 +135,11 @@ def reads(device):
     ops.dac_quantize(normal(64, 256), lsb=0.02, code_max=127, device=device)
     read = partial(ops.tile_mvm, device=device, **READ)
     read(codes(128, 256), 2e-7 * normal(1, 256, 128), tile_rows=128, strategy="epilogue")
+    read(codes(32, 1024), 2e-7 * normal(1, 1024, 128), tile_rows=64, strategy="epilogue", read_noise=0.0)
     g = 2e-7 * normal(1, 288, 64)
     read(codes(1, 32, 16, 16), g, tile_rows=128, conv=CONV, strategy="implicit")
+    by_position = replace(CONV, line_order="position_channel")
+    read(codes(1, 32, 16, 16), g, tile_rows=128, conv=by_position, strategy="implicit-wgmma")
     read(codes(1, 32, 16, 16), g, tile_rows=128, conv=CONV, strategy="epilogue")
     read(codes(1, 64, 16, 16), g, tile_cols=128, conv=CONV, strategy="fused", transposed=True)
 
