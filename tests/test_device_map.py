@@ -259,6 +259,15 @@ def pair_weights(g, w_max=2.0):
     return (w_max * (g[0] - g[1]) / SPAN).T
 
 
+def test_measured_conductances_go_where_the_layer_is():
+    model = AnalogLinear(5, 4, spec=CrossbarSpec(device=WINDOW, update={"law": "ideal"}), bias=False)
+    g = measured_conductances(2, 5, 4)
+    model.begin_in_situ()
+    with torch.device("meta"):  # which holds no values
+        model.set_conductances(g)
+    np.testing.assert_allclose(model.g_cells, g, rtol=1e-6)
+
+
 @pytest.mark.parametrize("law", [{"law": "ideal"}, {"law": "constant_step", "write_noise": 1e-8}])
 @pytest.mark.parametrize(
     "wires", [{}, {"r_wordline": 900.0, "r_bitline": 900.0, "anchor": "ladder", "refresh_interval": 8}]

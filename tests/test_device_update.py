@@ -254,6 +254,20 @@ def test_small_steps_one_way_add_up_to_a_large_one(law, change):
     assert abs(whole - 0.45) > 0.05
 
 
+@pytest.mark.parametrize("device", [None, ShimDevice()], ids=["host", "kernel"])
+@pytest.mark.parametrize("alpha", [8.0, 14.0, 20.0])
+def test_a_steep_device_leaves_the_ends_of_its_window(alpha, device):
+    """Where it hardly moves at first: shares of 1e-9 of the window decide where a large change leads."""
+    g_min, g_max = 2.0**-20, 2.0**-20 + 2.0**-17  # exact in float32
+    changes = np.array([[[0.2, 0.3, 0.5, 0.7, 1.0]]], np.float32)
+    g, one = np.stack([np.full((5, 1), end, np.float32) for end in (g_min, g_max)]), np.ones(1, np.float32)
+    pairs = ops.Pairs(g.copy(), law=AgarwalSymmetric(alpha=alpha), g_min=g_min, g_max=g_max)
+    expected, *_ = reference.device_update(g, 2 * changes, w_max=one, **pairs.plain)
+    ops.device_update(pairs, 2 * changes, w_max=one, device=device)
+    np.testing.assert_allclose(pairs.g, expected, rtol=0, atol=1e-5 * (g_max - g_min))
+    assert (pairs.g != g).mean() > 0.5
+
+
 def test_agarwal_is_its_formula():
     nu, x, d = 1.3, 0.3, 0.25
     g1 = 1 / (1 - np.exp(-nu))

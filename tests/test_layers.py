@@ -1235,6 +1235,28 @@ def test_a_default_of_float64_changes_weights_alone(float64_default, name):
     assert {dtype for key, dtype in held.items() if not key.endswith(".age")} == {torch.float32}
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def other_default(request):
+    yield lambda: torch.set_default_dtype(request.param)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_default_precision_changes_no_number_of_layers(other_default):
+    """Of worst-case ADC ranges under DACs with errors, and of read noise."""
+    errors = spec(dac={"bits": 8, "gain_std": 0.1}, adc={"bits": 8, "range": "worst_case"})
+    noise = spec(dac={"bits": 8}, adc={"bits": 6}, read_noise={"sigma": 1e-7})
+    layer, x, found = nn.Linear(12, 9), torch.randn(7, 12), []
+    for default in (lambda: None, other_default):
+        default()
+        told = []
+        for settings in (errors, noise):
+            model, _ = gx.convert(nn.Sequential(copy.deepcopy(layer)), settings)
+            gx.calibrate(model, [x])
+            told += [repr(gx.conversion_errors(model, [x])), model[0].adc_range.tolist()]
+        found.append(told)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kind", ["linear", "lstm", "packed"])
 def test_a_default_device_holds_nothing_of_layers_elsewhere(kind):
     settings = spec(

@@ -742,6 +742,16 @@ def test_a_scaled_loss_pulses_alike():
         scaler.step(optimiser)
 
 
+def test_errors_are_looked_at_whatever_the_default_device():
+    streams = Streams()
+    streams.pairs = [(torch.zeros(2, 3), torch.full((2, 4), torch.inf))]
+    weight = torch.zeros(4, 3)
+    with torch.device("meta"):  # which holds no values
+        looked_at = streams.finite(weight)
+    assert looked_at.device == weight.device
+    assert looked_at.to_dense().isnan().any()
+
+
 def test_an_error_that_is_not_finite_is_seen_among_others():
     x, weight = torch.zeros(2, 3), torch.zeros(4, 3)
     for pairs, finite in (([1.0, 2.0], True), ([torch.inf, 1.0], False), ([1.0, torch.nan], False)):

@@ -210,7 +210,9 @@ class _Sums:
         clip."""
         read, current = converter.read, sums.current
         z = torch.randn(current.shape, generator=self.generator, dtype=current.dtype, device=current.device)
-        arrived = current + z * torch.as_tensor(sums.variance, device=current.device).sqrt()
+        arrived = (
+            current + z * torch.as_tensor(sums.variance, dtype=current.dtype, device=current.device).sqrt()
+        )
         if not read.adc_bits:
             none = torch.zeros_like(current)
             return torch.stack([arrived - current, none, none]), none.sum()

@@ -131,7 +131,7 @@ class Converters(InSitu):
             return worst_current(read, self.spec, lines)
         most = round(read.v_max / read.v_lsb)
         least = 0 if read.phases == 2 or not read.signed else -most
-        digits = torch.arange(least, most + 1, device=error.device)
+        digits = torch.arange(least, most + 1, dtype=error.dtype, device=error.device)
         drivers = Drivers(read.v_max, error.unsqueeze(1), read.v_sinh)
         volts = drivers.driven(digits[:, None], read.v_lsb).abs().amax(0).view(self.groups_, lines)
         of_tiles = [part.sum(1).max() for part in volts.split(read.tile or lines, 1)]

@@ -269,7 +269,7 @@ class InSitu(Programmed):
     def _tensor_of(self, argument: str, values: Any) -> Tensor:
         """A tensor of measured values."""
         try:
-            found = torch.as_tensor(values)
+            found = torch.as_tensor(values, device=None if isinstance(values, Tensor) else self.weight.device)
         except (TypeError, ValueError, RuntimeError):  # of text, say, or rows of several lengths
             got = type(values).__name__
         else:

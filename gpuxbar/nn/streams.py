@@ -46,7 +46,9 @@ class Streams:
             distributed.all_reduce(value, group=self.group)
         at = torch.zeros(weight.dim(), 1, dtype=torch.int64, device=weight.device)
         value = value.to(weight.dtype)
-        return torch.sparse_coo_tensor(at, value, weight.shape, is_coalesced=True, check_invariants=False)
+        return torch.sparse_coo_tensor(
+            at, value, weight.shape, device=weight.device, is_coalesced=True, check_invariants=False
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"pairs": self.pairs, "group": None}  # a copied or saved layer is this process's alone

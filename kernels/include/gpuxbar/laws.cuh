@@ -35,8 +35,13 @@ struct Direction {
   const float* node;
 };
 
-// 1 - exp(-y), to float precision for small y too: with exp(-y) = 2^-k exp(-r), |r| <= ln(2) / 2.
-GPUXBAR_FN float gone(float y) {
+// exp(-y) and 1 - exp(-y), both to float precision for small and large y too: with exp(-y) = 2^-k exp(-r),
+// |r| <= ln(2) / 2.
+struct Decay {
+  float rest, gone;
+};
+
+GPUXBAR_FN Decay decay(float y) {
   const float bounded = min(max(y, -80.0f), 80.0f);
   const float high = fma(bounded, 1.442695041f, 12582912.0f), k = high - 12582912.0f;  // up there floats are integers
   const float r = fma(k, 2.12194440e-4f, fma(k, -0.693359375f, bounded));
@@ -47,8 +52,10 @@ GPUXBAR_FN float gone(float y) {
   p = fma(p, r, -0.5f);
   p = fma(p, r, 1.0f);
   const float scale = bits_float(0x3F800000u - (float_bits(high) << 23));
-  return fma(scale, r * p, 1.0f - scale);
+  return Decay{fma(-scale, r * p, scale), fma(scale, r * p, 1.0f - scale)};
 }
+
+GPUXBAR_FN float gone(float y) { return decay(y).gone; }
 
 // (1 - exp(-y)) / y
 GPUXBAR_FN float decay_share(float y) { return abs(y) < 1e-30f ? 1.0f : divide_fast(gone(y), y); }
@@ -106,11 +113,14 @@ struct Agarwal {
 struct AgarwalSymmetric {
   float alpha;
   GPUXBAR_METHOD explicit AgarwalSymmetric(const Direction& d) : alpha(max(d.shape, 1e-3f)) {}
-  GPUXBAR_METHOD Reach reach(float t) const { return Reach{0.0f, gone(2.0f * alpha * t)}; }
+  GPUXBAR_METHOD Reach reach(float t) const {  // what is left, and what is gone
+    const Decay share = decay(2.0f * alpha * t);
+    return Reach{share.rest, share.gone};
+  }
   GPUXBAR_METHOD float change(float v, const Reach& reach) const {
     const float b = exp(-alpha), a = divide_fast(1.0f + b, 1.0f - b);  // v = a u - b / (1 - b)
     const float u = divide_fast(v + divide_fast(b, 1.0f - b), a);
-    return divide_fast(a * u * (1.0f - u) * reach.by, fma(-reach.by, 1.0f - u, 1.0f));
+    return divide_fast(a * u * (1.0f - u) * reach.by, fma(reach.by, u, reach.from));
   }
 };
 
