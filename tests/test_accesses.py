@@ -85,7 +85,6 @@ EXCEPT = {  # and why
     ("conductance_leaf", "on chip"): "squares of ports go to rows a multiple of 32 words apart; see MOST_LEAF_WAVES for all",
     ("fold", "patches"): "channels lie as far apart as the kernel has positions; the other positions are read next, from L1",
     ("fused_tile_mvm", "a"): "chunks of eight channels of neighbouring pixels, half a sector each",
-    ("fused_tile_mvm", "words"): "atomic additions, where few blocks split the tiles",
     ("fused_tile_mvm", "on chip"): "sums that are turned to images, once",
     ("pack_inputs", "on chip"): "where lines lie, 16 bytes each written by two accesses, once a block",
     ("mean_field_coarsen", "parts"): "sums of neighbouring bitlines, an eighth of the cells; the others are read next, from L1",
