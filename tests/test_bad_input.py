@@ -48,6 +48,7 @@ READS = {
     "variance-axes": ({"noise_var": zeros(1, 3, 4)}, "`noise_var` must have 2 axes, got 3"),
     "variance-shape": ({"noise_var": zeros(4, 3)}, r"`noise_var` must have shape \(1, 3, 4\), got \(1, 4, 3\)"),
     "row-scale": ({"row_scale": zeros(3)}, "`row_scale` must have a length that divides the 2 rows, got 3"),
+    "no-row-scale": ({"row_scale": zeros(0)}, "`row_scale` must have a length that divides the 2 rows, got 0"),
     "stream-bits": ({**CODES, "stream_bits": 16}, "`stream_bits` must be 0 to 15, got 16; 0 drives the whole value"),
     "no-streams": ({**CODES, "stream_bits": 2, "streams": 0}, "`streams` must cover up to 15 bits of a code, got 0"),
     "streams": ({**CODES, "stream_bits": 8, "streams": 3}, "`streams` must cover up to 15 bits of a code, got 3 of 8"),

@@ -1257,6 +1257,16 @@ def test_a_default_precision_changes_no_number_of_layers(other_default):
     assert found[0] == found[1]
 
 
+def test_the_gradients_that_calibrate_follow_no_default(float64_default):
+    model, _ = gx.convert(nn.Sequential(nn.Linear(8, 6, dtype=torch.float32)), spec(**NOISY))
+    x, ranges = torch.randn(16, 8, dtype=torch.float32), []
+    for dtype in (torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        gx.calibrate(model, [x])
+        ranges.append(model[0].back_adc_range.clone())
+    assert torch.equal(*ranges)
+
+
 @pytest.mark.parametrize("kind", ["linear", "lstm", "packed"])
 def test_a_default_device_holds_nothing_of_layers_elsewhere(kind):
     settings = spec(

@@ -43,20 +43,19 @@ def read(way, codes, levels, **s):
 
 LSB = VOLTS * UNIT * 37.7  # a current of 37.7 sums of 1
 LSBS = np.linspace(0.7, 1.6, COLUMNS, dtype=np.float32) * np.float32(LSB)
+GAINS = {"adc_gain": np.linspace(0.8, 1.3, 3 * COLUMNS, dtype=np.float32).reshape(1, 3, COLUMNS)}
+OFFSETS = {"adc_offset": np.linspace(-9 * LSB, 7 * LSB, 3 * COLUMNS, dtype=np.float32).reshape(1, 3, COLUMNS)}
+APART = [way for way in WAYS if way != "wgmma"]  # whose converters may differ
 CASES = {  # the ways that can, settings
     "quiet": (WAYS, {"adc_lsb": LSB}),
     "exact": (WAYS, {"adc_lsb": LSB, "read_noise": 1.3 * LSB}),
     "columns": (WAYS, {"adc_lsb": LSBS, "read_noise": 1.3 * LSB, "generator": "fast", "want_gate": True}),
-    "converters": (
-        [way for way in WAYS if way != "wgmma"],
-        {
-            "adc_lsb": LSBS, "read_noise": 1.3 * LSB, "adc_gain": np.linspace(0.8, 1.3, 3 * COLUMNS, dtype=np.float32).reshape(1, 3, COLUMNS),
-            "adc_offset": np.linspace(-9 * LSB, 7 * LSB, 3 * COLUMNS, dtype=np.float32).reshape(1, 3, COLUMNS),
-        },
-    ),
+    "converters": (APART, {"adc_lsb": LSBS, "read_noise": 1.3 * LSB, **GAINS, **OFFSETS}),
+    "gains": (APART, {"adc_lsb": LSB, **GAINS}),
+    "offsets": (APART, {"adc_lsb": LSB, **OFFSETS}),
     "streams": (WAYS, {"adc_lsb": LSB / 8, "stream_bits": 3, "streams": 3, "phases": 2}),
     "no-adc": (["fp32", "epilogue"], {"adc_bits": None, "read_noise": LSB}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -48,18 +48,20 @@ TRAINS = {
 CONSTANT = ConstantStep(pulses=200, cycle=0.3, step_spread=0.3, asymmetry=0.1, asymmetry_spread=0.1)
 LAWS = {
     "constant": CONSTANT,
+    "constant-one-sided": ConstantStep(pulses=200, cycle=0.3, sides="one_sided"),
     "constant-reference": ConstantStep(pulses=100, sides="reference", low_spread=0.1, high_spread=0.1),
     "linear": LinearStep(slope_up=0.4, slope_down=-0.7, spread=0.1, cycle=0.5, cycle_of="nominal", pulses=150),
     "soft": SoftBounds(pulses=200, cycle=0.3, spread=0.2, low_spread=0.1, high_spread=0.15),
     "agarwal": Agarwal(nu=2.0, gamma=0.01, pulses=300),
     "agarwal-one-sided": Agarwal(nu=2.0, spread=0.2, pulses=300, sides="one_sided"),
+    "soft-one-sided": SoftBounds(pulses=200, spread=0.2, low_spread=0.1, high_spread=0.15, sides="one_sided"),
     "symmetric": AgarwalSymmetric(alpha=3.0, gamma=0.02, pulses=300),
     "neurosim": NeuroSim(nonlinearity_ltp=1.75, nonlinearity_ltd=-2.4, levels=64, cycle=0.005),
     "exponential": ExponentialStep(pulses=200, spread=0.1, cycle=1.0, low_spread=0.1),
     "power": PowerStep(exponent_up=0.6, exponent_down=2.3, pulses=200, spread=0.1),
     "piecewise": PiecewiseStep(up=(1.5, 1.2, 0.8), down=(0.2, 1.7), pulses=200, spread=0.1),
 }  # fmt: skip
-COUNTED = ("constant", "constant-reference", "agarwal-one-sided")
+COUNTED = ("constant", "constant-one-sided", "constant-reference", "agarwal-one-sided", "soft-one-sided")
 
 
 def case(batch, groups, inputs, outputs, seed=0):
@@ -100,6 +102,7 @@ PAIRS = [
 KERNEL_PAIRS = [
     *((law, "managed") for law in LAWS),
     *(("constant", train) for train in TRAINS if train != "managed"),
+    ("soft-one-sided", "counted"),
 ]
 
 
@@ -663,7 +666,10 @@ def test_a_gradient_of_the_input_alone_pulses_nothing():
     assert torch.equal(model[1].streams.pairs[0][1], torch.full((4, 2), 2.0))
 
 
-@pytest.mark.filterwarnings("ignore")  # which torch's compiler does itself where graphs break
+# torch's compiler does both itself where graphs break
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated", "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
 @pytest.mark.parametrize("asked", [0, 1])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gradient_of_one_weight_alone_keeps_the_operands_of_its_layer(compiled, asked):

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import gpuxbar as gx
 from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
+from gpuxbar.nn.programmed import Mark
 from gpuxbar.nn.recurrent import UnfusedRNN
 
 TRAINED = {"update": {"law": "constant_step"}}
@@ -262,6 +263,19 @@ def test_another_weight_in_the_place_of_a_freed_one_is_refused(programmed):
             layer.weight.add_(1)
     with pytest.raises(ValueError, match="`weight` must"):
         layer(inputs())
+
+
+@pytest.mark.parametrize("change", ["another", "values", "place"])
+def test_a_mark_without_a_checksum_tells_weights_apart(change):
+    """As one of a GPU, which would have to be waited for."""
+    weight = nn.Parameter(torch.ones(2))
+    mark = Mark.of(weight)._replace(checksum=None)
+    assert mark.is_of(weight)
+    if change == "values":
+        weight.detach().add_(1)
+    if change == "place":
+        weight.data = weight.detach().clone()
+    assert not mark.is_of(weight.view_as(weight) if change == "another" else weight)
 
 
 def test_a_weight_of_nan_is_not_what_cells_read():

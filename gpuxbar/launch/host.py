@@ -95,7 +95,7 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
     if hasattr(os, "register_at_fork"):  # else a forked process waits forever for threads that it has not
-        os.register_at_fork(before=lambda: host_call(lib, "gpuxbar_end_threads"))
+        os.register_at_fork(before=lib.gpuxbar_end_threads)
     return lib
 
 

@@ -281,9 +281,8 @@ class Converters(InSitu):
         saved, here = state_dict.get(f"{prefix}range_settings"), _carrying(self.spec)
         programmed = self.in_situ and f"{prefix}g_cells" not in state_dict  # there, and with other currents
         others = saved is not None and (programmed or saved.item() != here)
-        kept = {
-            "range_settings": torch.full_like(self.range_settings, here)
-        }  # of the spec, whatever was saved
+        # of the spec, whatever was saved
+        kept = {"range_settings": torch.full_like(self.range_settings, here)}
         for name, converter in zip(("adc_range", "back_adc_range"), self.converters(), strict=True):
             if not converter.calibrated:
                 kept[name] = converter.full.clone()

@@ -19,7 +19,7 @@ class Streams:
 
     def watch(self, y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """`y`, whose gradient will be kept beside `x` by backward passes that go on to `weight`, which gets none."""
-        # has a node: whether it gets to a parameter's own the engine does not tell where gradients of that are asked for alone
+        # a node to ask the engine about: of a parameter's own it does not tell where only that gradient is asked for
         mark = weight.view_as(weight)
         watched: Tensor = _Watch.apply(y, mark, x.detach(), self)  # type: ignore[no-untyped-call]
         return watched

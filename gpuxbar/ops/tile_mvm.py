@@ -407,7 +407,7 @@ def _check_drivers(drivers: Drivers, shape: tuple[int, ...], precision: str) -> 
 
 def _check_row_scale(scale: Any, batch: int) -> None:
     count = 1 if scale is None else np.size(scale)
-    if batch % count if count else batch:
+    if batch and (not count or batch % count):
         raise ValueError(
             f"{OP}: `row_scale` must have a length that divides the {batch} rows, got {count}; see the axes of the result"
         )

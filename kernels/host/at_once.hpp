@@ -22,38 +22,26 @@ GPUXBAR_FN float both_ways(const UpdateLaw& s, const SpreadDraws& z, int j, floa
   return after_pulses<ConstantStep>(s, spreads(z, j), x, ups, downs, noise);
 }
 
-// Where cell j of a row is in its window, and how far pulses upwards move it, in shares of the nominal window.
+// The same after pulses upwards without noise.
 template <class L>
-GPUXBAR_FN void upwards(const UpdateLaw& s, const SpreadDraws& z, int j, float x, float ups, Window& window,
-                        float& place, float& size) {
+GPUXBAR_FN float upwards(const UpdateLaw& s, const SpreadDraws& z, int j, float x, float ups) {
   const Device device = device_under<L>(s, spreads(z, j), true);
-  window = Window{device.low, device.width};
-  place = min(max((x - device.low) * device.inverse_width, 0.0f), 1.0f);
-  size = change_of<L>(s, device, effort_of<L>(s, device, ups * (1.0f / s.pulses), true), place, true).size;
+  const float y = min(max((x - device.low) * device.inverse_width, 0.0f), 1.0f);
+  const float size = change_of<L>(s, device, effort_of<L>(s, device, ups * (1.0f / s.pulses), true), y, true).size;
+  const float to = fma(y, device.width, device.low) + size;
+  return ups > 0.0f ? min(max(to, device.low), device.low + device.width) : x;
 }
 
-// Constant pulses both ways.
 inline void move_both_ways(const UpdateLaw& s, const SpreadDraws& z, const float* ups, const float* downs,
                            const float* noise, float* x) {
 #pragma omp simd
   for (int j = 0; j < WIDE_ROW; ++j) x[j] = both_ways(s, z, j, x[j], ups[j], downs[j], noise[j]);
 }
 
-// Pulses upwards without noise.
 template <class L>
 void move_upwards(const UpdateLaw& s, const SpreadDraws& z, const float* ups, float* x) {
-  alignas(64) float low[WIDE_ROW], width[WIDE_ROW], place[WIDE_ROW], size[WIDE_ROW];
 #pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    Window window;
-    upwards<L>(s, z, j, x[j], ups[j], window, place[j], size[j]);
-    low[j] = window.low, width[j] = window.width;
-  }
-#pragma omp simd
-  for (int j = 0; j < WIDE_ROW; ++j) {
-    const float to = fma(place[j], width[j], low[j]) + size[j];
-    x[j] = ups[j] > 0.0f ? min(max(to, low[j]), low[j] + width[j]) : x[j];
-  }
+  for (int j = 0; j < WIDE_ROW; ++j) x[j] = upwards<L>(s, z, j, x[j], ups[j]);
 }
 
 // Pulses of a row's devices, of one plane, for coincidences that raise the weight and all.
