@@ -75,6 +75,6 @@ def _require(status: int, name: str) -> None:
 @cache
 def _library() -> ctypes.CDLL:
     """The library that CuPy has loaded."""
-    from cuda import pathfinder  # type: ignore[import-not-found,unused-ignore]
+    from cuda import pathfinder  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     return ctypes.CDLL(pathfinder.load_nvidia_dynamic_lib("cublas").abs_path)
