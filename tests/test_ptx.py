@@ -145,6 +145,7 @@ CASES = {  # tests of other modules
     "pulses": (test_pulse_update.test_kernel_matches_oracle, {"law": "soft", "train": "managed", "shape": (5, 2, 37, 71)}),
     "signed-pulses": (test_pulse_update.test_signs_of_wordlines_are_those_of_their_inputs, {"geometry": "strided", "train": "managed"}),
     "wires": (test_effective_conductance.test_cuda_kernels_match_oracle, {"shape": (16, 20), "order": 11, "method": "exact"}),
+    "wires-approximated": (test_effective_conductance.test_cuda_kernels_match_oracle, {"shape": (37, 50), "order": 11, "method": "mean_field"}),
     "wires-inputs": (test_solve_for_inputs.test_cuda_matches_oracle, {"shape": (1, 140, 3), "name": "strong", "order": 11}),
     "wires-gradient": (test_wires_gradient.test_cuda_matches_oracle, {"shape": (16, 13), "name": "strong", "order": 11}),
 }  # fmt: skip
