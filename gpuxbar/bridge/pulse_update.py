@@ -49,7 +49,6 @@ def pulse_update(
     crossbar = spec_of(spec)
     assert crossbar.pulses is not None
     conv = conv_of(patch, x, groups, crossbar)
-    shape = groups, g.shape[2], g.shape[1] // groups
     with on_device(g, "pulses") as device:
         if host.serves(device):
             host.pulse_update(
@@ -57,6 +56,7 @@ def pulse_update(
             )
             return
         pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)
+        shape = groups, g.shape[2], g.shape[1] // groups
         ops.pulse_update(
             pairs, array(x), array(d), rate=rate, train=crossbar.pulses, w_max=array(w_max), groups=groups, conv=conv,
             sign=None if sign is None else array(sign), out=array(weight.view(shape)), step=array(step), device=device,

@@ -13,7 +13,14 @@ __all__ = ["ADC", "DAC", "ReadNoise"]
 ERRORS = "gain_std", "offset_std", "inl", "inl_std"
 
 
-class DAC(Part):
+class _Converter(Part):
+    @property
+    def flawed(self) -> bool:
+        """Whether converters have errors of their own."""
+        return any(getattr(self, name) for name in ERRORS)
+
+
+class DAC(_Converter):
     """Digital input to wordline voltage.
 
     `bits`: resolution with the sign bit if `signed` (`None`: no quantisation). Without `signed`, inputs below 0 are
@@ -85,11 +92,6 @@ class DAC(Part):
         return self.digit_max / 6
 
     @property
-    def flawed(self) -> bool:
-        """Whether DACs have errors of their own."""
-        return any(getattr(self, name) for name in ERRORS)
-
-    @property
     def digit_max(self) -> int:
         """Largest digit, driven with `v_read`; 1 when nothing is quantised."""
         return 2**self.stream_bits - 1 if self.stream_bits else max(self.code_max, 1)
@@ -113,7 +115,7 @@ class DAC(Part):
         return 2 if self.polarity == "two_phase" and self.signed else 1
 
 
-class ADC(Part):
+class ADC(_Converter):
     """Bitline current to code, once per tile, plane, stream and column.
 
     `bits`: resolution (`None`: no conversion). `range`: the current of the largest code: "calibrated" (the
@@ -152,11 +154,6 @@ class ADC(Part):
     def inl_most(self) -> float:
         """Largest magnitude of an integral non-linearity with which no curve turns back, in steps."""
         return 2 ** ((self.bits or 1) - 1) / 6
-
-    @property
-    def flawed(self) -> bool:
-        """Whether converters have errors of their own."""
-        return any(getattr(self, name) for name in ERRORS)
 
 
 class ReadNoise(Part):
