@@ -327,6 +327,12 @@ def test_tiles_are_split_where_waves_of_blocks_would_be_half_empty():
     )  # 98 blocks: four splits would save 4 us, and write 51 MB of words
 
 
+def test_a_wave_takes_as_long_as_its_block_of_most_tiles():
+    """Of nine tiles, four splits have as many in one as three, and would write more words."""
+    case = replace(BIG, rows=128, drive=9 * 128, sense=33 * 128)
+    assert plan_tile_mvm(case, "sm_90", 132, "fused").splits == 3
+
+
 def test_packing_takes_as_long_as_its_instructions(monkeypatch):
     """Unfolding issues 53 for 4 bytes: a clock at half the rate takes longer; where it is fast, memory binds."""
 
