@@ -29,7 +29,7 @@ from gpuxbar.ops.outer_product import outer_product_on_host
 from gpuxbar.ops.program import Writing, checksum_on_host, reprogram_on_host
 from gpuxbar.ops.pulse_update import Update as Pulses
 from gpuxbar.ops.pulse_update import check_pulses, check_sign, pulse_on_host, pulses_of
-from gpuxbar.ops.tile_mvm import tile_read
+from gpuxbar.ops.tile_read import tile_read
 
 __all__ = [
     "ADC_ERRORS",

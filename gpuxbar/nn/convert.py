@@ -1,102 +1,42 @@
-"""Replacing the layers of a model by crossbar layers, by rules, with a report of every module."""
+"""Replacing the layers of a model by crossbar layers, by rules."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
-from fractions import Fraction
-from math import ceil
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import is_parametrized
 
-from gpuxbar.mapping import Planes
-from gpuxbar.nn.attention import UnfusedAttention
-from gpuxbar.nn.layers import AnalogConv, AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear
-from gpuxbar.nn.linear import linear_of
+from gpuxbar.nn.forms import (
+    ANALOG,
+    FUSED,
+    LAYERS,
+    analog,
+    as_layers,
+    form_of,
+    is_layer,
+    obstacle,
+    of_torch,
+    type_of,
+)
+from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import holders, require_module
-from gpuxbar.nn.recurrent import UnfusedCell, UnfusedRNN
-from gpuxbar.nn.table import columns
-from gpuxbar.nn.transposed import UnfusedConvTranspose
-from gpuxbar.nn.volumes import UnfusedConv3d
-from gpuxbar.nn.watch import without_adcs
+from gpuxbar.nn.report import Report, Row, counts, macs, positions_of
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
 
-__all__ = ["Report", "Row", "convert"]
+__all__ = ["convert"]
 
 NO_FORM = "no crossbar form of this type"
 TIED = "its weight is another module's too, and would be laid out otherwise: untie it"
-LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d
-ANALOG = {AnalogLinear: nn.Linear, AnalogConv1d: nn.Conv1d, AnalogConv2d: nn.Conv2d}
-FUSED: dict[type[nn.Module], Any] = {
-    nn.MultiheadAttention: UnfusedAttention,
-    **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), UnfusedRNN),
-    **dict.fromkeys((nn.LSTMCell, nn.GRUCell, nn.RNNCell), UnfusedCell),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), UnfusedConvTranspose),
-    nn.Conv3d: UnfusedConv3d,
-}
-# subclasses of these may compute as they do
-PLAIN = *LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv3d
 # parameters that scale, shift or are looked up, and are multiplied by no matrix
 NO_PRODUCTS = _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one module that holds parameters.
-
-    Attributes:
-        module, type: Its name (names, where a model holds it in several places) and class.
-        runs: "analog" or "digital".
-        why: Why so.
-        tiles: Tiles, all planes counted.
-        macs: Multiply-accumulates of a sample (one place on the first axis of the example), or of one output position where no
-            example was given; None, printed as unknown, of modules that may compute with their parameters in any way.
-        conversions: Of currents by ADCs (or what stands for them, where the spec has none) for these, forwards: one a tile, plane,
-            stream, phase and bitline.
-        clipped: Share of the weights beyond `mapping.w_max`.
-    """
-
-    module: str
-    type: str
-    runs: str
-    why: str
-    tiles: int = 0
-    macs: int | None = 0
-    conversions: int = 0
-    clipped: float = 0.0
-
-
-@dataclass(frozen=True)
-class Report:
-    """Every module that holds parameters; printed as a table.
-
-    `rows`: a `Row` each, with tiles, multiply-accumulates and conversions: those of a sample, if `convert` had an example.
-    """
-
-    rows: tuple[Row, ...]
-
-    def __repr__(self) -> str:
-        cells = [
-            {
-                **asdict(row),
-                "macs": "unknown" if row.macs is None else row.macs,
-                "clipped": f"{row.clipped:.2%}",
-            }
-            for row in self.rows
-        ]
-        return columns(
-            [field.name for field in fields(Row)], [tuple(map(str, row.values())) for row in cells]
-        )
 
 
 def convert(
@@ -147,16 +87,16 @@ def convert(
     model, learned = _off_others(_copied(model), choices)
     model, tied = _unfuse(_fuse(model, choices), choices)
     owners = _owners(model)
-    positions = _positions(model, example)
+    positions = positions_of(model, example)
     rows = []
     for module, names in _places(model).items():
         label, kind = ", ".join(names), type(module).__name__
         if type(module) in FUSED.values():  # a bias, beside layers that follow
             continue
         if isinstance(module, AnalogLayer):
-            why = "already so" if _type(module) in ANALOG else "of a type that stays as it is"
-            rows.append(Row(label, kind, "analog", why, *_counts(module, names, positions)))
-        elif not _is_layer(module):
+            why = "already so" if type_of(module) in ANALOG else "of a type that stays as it is"
+            rows.append(Row(label, kind, "analog", why, *counts(module, names, positions)))
+        elif not is_layer(module):
             why = TIED if module in tied else _why_not(module, names, choices)
             rows.append(Row(label, kind, "digital", why, macs=0 if isinstance(module, NO_PRODUCTS) else None))
         else:
@@ -164,14 +104,14 @@ def convert(
             if positions is not None and names[0] not in positions:
                 why += ", but not called by the example"
             if chosen is None:
-                rows.append(Row(label, kind, "digital", why, macs=_macs(module, names, positions)))
+                rows.append(Row(label, kind, "digital", why, macs=macs(module, names, positions)))
                 continue
-            layer = _analog(module, chosen, names[0])
+            layer = analog(module, chosen, names[0])
             if chosen.dac.range == "learned" and module in learned:
                 layer.dac_max = learned[module]
                 layer.look_at_ranges()
             model = _replaced(model, names, layer)
-            rows.append(Row(label, kind, "analog", why, *_counts(layer, names, positions), layer.clip_rate()))
+            rows.append(Row(label, kind, "analog", why, *counts(layer, names, positions), layer.clip_rate()))
     _warn_of_hidden(model, choices)
     choices.require_used([row.module for row in rows if row.why != NO_FORM])
     _call_layers(model)
@@ -234,126 +174,29 @@ def _off_others(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Mod
     for module, names in _places(model).items():
         if not isinstance(module, AnalogLayer):
             continue
-        kind = _type(module)
+        kind = type_of(module)
         chosen, _ = rules.of([*names, *owners.get(module, ())])
         if kind not in ANALOG or chosen == module.spec:
             continue
-        obstacle = _obstacle(module)
-        if obstacle:
+        why_not = obstacle(module)
+        if why_not:
             raise ValueError(
-                f"convert: `model` must let its layers leave their crossbars, got {names[0]}: {obstacle}"
+                f"convert: `model` must let its layers leave their crossbars, got {names[0]}: {why_not}"
             )
-        plain = _of_torch(module, ANALOG[kind])
+        plain = of_torch(module, ANALOG[kind])
         if module.spec.dac.range == "learned" and module.dac_begun:
             learned[plain] = module.dac_max
         model = _replaced(model, names, plain)
     return model, learned
 
 
-def _of_torch(layer: Any, kind: Any) -> nn.Module:
-    """The layer of torch that takes over the parameters of an analog one."""
-    weight, bias = layer.release_weight(), layer.bias
-    if kind is nn.Linear:
-        plain: nn.Module = linear_of(weight, bias)
-    else:
-        plain = kind(*_options(layer, bias is not None), device="meta")
-        plain.weight = weight
-        plain.register_parameter("bias", bias)
-    return plain.train(layer.training)
-
-
-def _type(module: nn.Module) -> Any:
-    """The type of a module, whose parametrizations make another one of it."""
-    return type(module).__base__ if is_parametrized(module) else type(module)
-
-
-def _form(module: nn.Module) -> type[nn.Module] | None:
-    """The type with a crossbar form that a module is of, or computes as: a subclass that changes nothing but how it is made."""
-    kind = _type(module)
-    if kind in LAYERS or kind in FUSED:
-        return kind
-    base = next((plain for plain in PLAIN if isinstance(module, plain)), None)
-    # the weight of a NonDynamicallyQuantizableLinear is used by its owner
-    if base is None or isinstance(module, (LazyModuleMixin, NonDynamicallyQuantizableLinear)):
-        return None
-    added = [item for part in kind.__mro__[: kind.__mro__.index(base)] for item in vars(part).items()]
-    silent = all(
-        name in ("reset_parameters", "extra_repr")
-        or isinstance(value, staticmethod)
-        or (name.startswith("__") and name != "__call__")
-        for name, value in added
-    )
-    plain = base(1, 1, 1, device="meta")  # type: ignore[arg-type]
-    held = ("_parameters", "_buffers", "_modules")
-    alike = vars(module).keys() <= vars(plain).keys() and all(
-        vars(module)[part].keys() <= vars(plain)[part].keys() for part in held
-    )
-    return base if silent and alike else None
-
-
 def _why_not(module: nn.Module, names: list[str], rules: _Rules) -> str:
     """Why a module of another type stays digital."""
     if isinstance(module, LazyModuleMixin):
         return "lazy: pass a batch through it first"
-    if _form(module) not in LAYERS and _as_layers(module) is None:
+    if form_of(module) not in LAYERS and as_layers(module) is None:
         return NO_FORM
-    return _obstacle(module) or rules.of(names)[1]
-
-
-def _obstacle(module: nn.Module) -> str | None:
-    """What keeps a module of a type that has a crossbar form digital, if anything does."""
-    if "forward" in vars(module):
-        return "its forward was replaced: undo that first"
-    if any(weight.is_complex() for weight in module.parameters()):
-        return "its weights are complex: take real and imaginary parts apart"
-    computed = any(
-        is_parametrized(part)
-        or any(
-            type(hook).__module__.startswith("torch.nn.utils.") for hook in part._forward_pre_hooks.values()
-        )
-        for part in module.modules()
-    )
-    if computed or (_form(module) in LAYERS and "weight" not in module._parameters):
-        return (
-            "its weight is computed anew: make it a parameter, as torch.nn.utils.prune.remove and "
-            "torch.nn.utils.parametrize.remove_parametrizations do, or convert before"
-        )
-    return None
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether a module becomes an analog layer: one of the types, with a weight and a forward of its own."""
-    return _form(module) in LAYERS and _obstacle(module) is None
-
-
-def _counts(
-    layer: AnalogLayer, names: list[str], positions: dict[str, Fraction] | None
-) -> tuple[int, int, int]:
-    """Tiles, multiply-accumulates and conversions: see `Row`."""
-    spec = layer.spec
-    arrays = layer.groups_ * len(Planes.of(spec, collapse=False).slice_scale)
-    rows = ceil(layer.inputs / spec.tile.rows)
-    bitlines = layer.outputs + layer.plan.reference_lines[1]
-    conversions = arrays * rows * bitlines * spec.dac.streams * spec.dac.phases
-    return (
-        arrays * rows * ceil(layer.outputs / spec.tile.cols), _macs(layer, names, positions),
-        round(conversions * _called(names, positions)),
-    )  # fmt: skip
-
-
-def _macs(layer: nn.Module, names: list[str], positions: dict[str, Fraction] | None) -> int:
-    return round(_weight(layer).numel() * _called(names, positions))
-
-
-def _called(names: list[str], positions: dict[str, Fraction] | None) -> Fraction:
-    return Fraction(1) if positions is None else positions.get(names[0], Fraction(0))
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    """A layer's weight: of an analog one perhaps no parameter, but pruned."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return obstacle(module) or rules.of(names)[1]
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -385,9 +228,9 @@ def _fuse(model: nn.Module, rules: _Rules) -> nn.Module:
     for module, names in owners.items():
         layers = dict(module.named_children())
         choices = [rules.of([*names, *(f"{name}.{leaf}" for name in names)])[0] for leaf in layers]
-        if any(choice is not None for choice in choices) or _obstacle(module):
+        if any(choice is not None for choice in choices) or obstacle(module):
             continue
-        if any(not _is_layer(layer) or any(_hooks(layer).values()) for layer in layers.values()):
+        if any(not is_layer(layer) or any(_hooks(layer).values()) for layer in layers.values()):
             continue
         whole: nn.Module | None = module.fused()  # type: ignore[operator]
         if whole is None or any(held[p] > 1 for p in set(module.parameters()) - set(whole.parameters())):
@@ -403,8 +246,8 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, set[nn.Module]]
     places = _places(model)
     held = holders(places)
     for module, names in places.items():
-        make = _as_layers(module)
-        if make is None or _obstacle(module):
+        make = as_layers(module)
+        if make is None or obstacle(module):
             continue
         parts = make(module)
         layers = {leaf: layer for leaf, layer in parts.named_modules() if type(layer) in LAYERS}
@@ -417,22 +260,6 @@ def _unfuse(model: nn.Module, rules: _Rules) -> tuple[nn.Module, set[nn.Module]]
             continue
         model = _replaced(model, names, parts)
     return model, tied
-
-
-def _as_layers(module: nn.Module) -> Callable[[Any], nn.Module] | None:
-    """What makes layers of a module, None where nothing does."""
-    kind = type(module)
-    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return _transposed_linear
-    form = _form(module)
-    return None if form is None else FUSED.get(form)
-
-
-def _transposed_linear(module: nn.Module) -> nn.Linear:
-    """The layer of GPT-2 in the transformers library, whose weight is [I, O], as a Linear."""
-    weight = module.get_parameter("weight")
-    by_output = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
-    return linear_of(by_output, module.get_parameter("bias")).train(module.training)
 
 
 def _replaced(model: nn.Module, names: list[str], module: nn.Module) -> nn.Module:
@@ -470,7 +297,7 @@ def _warn_of_hidden(model: nn.Module, rules: _Rules) -> None:
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             layers = [layer for held in _held(value) if held not in known for layer in held.modules()]
-            if any(isinstance(layer, AnalogLayer) or _form(layer) is not None for layer in layers):
+            if any(isinstance(layer, AnalogLayer) or form_of(layer) is not None for layer in layers):
                 where = f"{name}.{attribute}" if name else attribute
                 chosen, _ = rules.of([where])
                 if chosen is not None or any(isinstance(layer, AnalogLayer) for layer in layers):
@@ -499,53 +326,3 @@ def _held(value: Any, depth: int = 3) -> Iterator[nn.Module]:
             parts = [getattr(value, field.name, None) for field in fields(value)]
         for part in parts:
             yield from _held(part, depth - 1)
-
-
-def _positions(
-    model: nn.Module, example: Tensor | tuple[Any, ...] | dict[str, Any] | None
-) -> dict[str, Fraction] | None:
-    """Output positions of every layer that an example calls, for one sample, by module name; None without an example."""
-    if example is None:
-        return None
-    watched = copy.deepcopy(model).eval()
-    found: dict[str, Fraction] = {}
-    args = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
-    options = example if isinstance(example, dict) else {}
-    samples = next((len(x) for x in (*args, *options.values()) if isinstance(x, Tensor) and x.dim()), 1)
-
-    def count(name: str, layer: nn.Module, y: Tensor) -> None:
-        found[name] = found.get(name, Fraction(0)) + Fraction(y.numel() // len(_weight(layer)), samples)
-
-    for name, module in watched.named_modules():
-        if _is_layer(module) or isinstance(module, AnalogLayer):
-            module.register_forward_hook(lambda layer, _, y, name=name: count(name, layer, y))
-    with torch.no_grad(), without_adcs(watched):  # of layers that stay, ranges may not be calibrated yet
-        watched(*args, **options)
-    return found
-
-
-def _analog(module: nn.Module, spec: CrossbarSpec, name: str) -> AnalogLinear | AnalogConv:
-    weight, bias = module.get_parameter("weight"), dict(module.named_parameters()).get("bias")
-    where: dict[str, Any] = {"spec": spec, "device": weight.device, "dtype": weight.dtype}
-    if name:  # else it is the whole model, and has the name of a layer by itself
-        where["name"] = name
-    layer: AnalogLinear | AnalogConv
-    if isinstance(module, nn.Linear):
-        layer = AnalogLinear(module.in_features, module.out_features, bias is not None, **where)
-    else:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-        options = _options(module, bias is not None)
-        layer = (AnalogConv1d if isinstance(module, nn.Conv1d) else AnalogConv2d)(*options, **where)
-    # the same Parameter objects, so that weights shared with other modules stay shared
-    layer.weight = weight
-    layer.bias = bias
-    layer.train(module.training)
-    return layer
-
-
-def _options(conv: Any, bias: bool) -> tuple[Any, ...]:
-    """What a convolution like this one is made by."""
-    return (
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, bias,
-        conv.padding_mode,
-    )  # fmt: skip

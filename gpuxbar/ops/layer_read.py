@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from gpuxbar.launch import host_call, library
 from gpuxbar.ops.checks import require_finite_values
-from gpuxbar.ops.tile_mvm import TileMvm
+from gpuxbar.ops.tile_read import TileMvm
 from gpuxbar.reference import SMALLEST_RANGE
 
 __all__ = ["LayerGradient", "LayerRead"]

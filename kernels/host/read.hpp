@@ -8,7 +8,7 @@
 
 namespace gpuxbar {
 
-// Mirrored field by field in gpuxbar/ops/tile_mvm.py.
+// Mirrored field by field in gpuxbar/ops/tile_read.py.
 struct TileMvm {
   const void* v;             // driven values, int16 codes or float32
   const float* g;            // [planes, groups * inputs, cols] S
