@@ -38,6 +38,9 @@ def program(model: nn.Module, chip: int = 0) -> None:
         gx.unprogram(model)
         print(statistics.mean(found), statistics.stdev(found))
 
+    Processes that begin with copies of one model, as forked workers do, may judge a chip each: devices, write noise and the read
+    noise of eval mode are a chip's own. On the same chip, and in training mode, such copies draw the same.
+
     Args:
         model: A converted model.
         chip: Which devices are written to: 0 are those of the model, as it was trained with if it is hardware-aware; each number up

@@ -198,11 +198,11 @@ class AnalogLayer(Converters):
             self.require_read_out()
         self.write_step += 1
         if self.g_cells is not None and self.w_max is not None:
-            self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
+            self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells, chip)
         else:
             seed = self.plan.seed ^ chip
             plan = replace(self.plan, seed=seed).dumps()
-            self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed)
+            self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed, chip)
 
     @torch.no_grad()
     def look_compensated(self, seconds: float) -> None:
@@ -340,6 +340,10 @@ class AnalogLayer(Converters):
         said += [f"in_situ={law.law}"] if self.in_situ and law is not None else []
         said += ["programmed=True"] if self.programmed else []
         return ", ".join(said)
+
+    def reads(self) -> int:
+        """How often the layer's arrays were read forwards, in training and in eval mode."""
+        return int(self.read_step - self.eval_step) - self.counted_apart()
 
     def counter(self) -> tuple[Tensor, int]:
         """Number of the last read, int64 [1], which fixed its noise, and what the next one adds to it: reads of training count up,
