@@ -33,7 +33,7 @@ class ReadErrors:
     mean square over root mean square.
 
     Attributes:
-        layer: Its name in the model.
+        layer: Its name in the model, before this was compiled or wrapped.
         read: "forward" or "backward".
         dac_clipped: Share of the values beyond the DAC's range.
         dac_clipping: Error by what is cut off of these values.

@@ -18,7 +18,7 @@ class LayerState:
     """One crossbar layer.
 
     Attributes:
-        layer: Its name in the model.
+        layer: Its name in the model, before this was compiled or wrapped.
         state: "hardware-aware" (written at every change of its weight), "in situ" or "programmed".
         reads, updates: How often its arrays were read forwards, and updated in situ (its beginning, refreshes and steps of
             `spec.retention` count too).

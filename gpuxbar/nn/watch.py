@@ -22,7 +22,7 @@ from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
-from gpuxbar.nn.models import holders
+from gpuxbar.nn.models import holders, known_name
 
 __all__ = [
     "Lines",
@@ -107,7 +107,9 @@ def watch(
     hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     for name, norm in fresh.items():
         if isinstance(norm, _BatchNorm):
-            hooks.append(norm.register_forward_pre_hook(partial(_require_several, f"{op}: {name}")))
+            hooks.append(
+                norm.register_forward_pre_hook(partial(_require_several, f"{op}: {known_name(model, name)}"))
+            )
     try:
         for batch in islice(loader, batches):
             followed: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
