@@ -214,7 +214,7 @@ class InSitu(Programmed):
         Raises:
             TypeError: `g` is no array of real numbers.
             ValueError: The layer reads its weight, is trained in situ and programmed, or has a precision of "int8"; its levels fit
-                an ADC's steps, so that none is computed; its weight is computed of other parameters; `g` has another shape, is
+                an ADC's steps, so that it was converted without one (any `programming.write_noise` keeps it); its weight is computed of other parameters; `g` has another shape, is
                 below 0, above 10 times `device.g_max` or not finite, or overflows "fp16" or "fp16x2".
         """
         if self.in_situ:
@@ -233,8 +233,8 @@ class InSitu(Programmed):
         ways = (self.spec.adc, self.plan.forward), (self.spec.backward_adc, self.plan.backward)
         if any(adc.bits and not (read.adc_bits or read.ideal) for adc, read in ways):
             raise ValueError(
-                f"{self.name}: `programming.write_noise` must be above 0 S for measured conductances, got 0 and an ADC whose steps levels "
-                "fit, so that none is computed; give some before gpuxbar.convert, as devices between levels have"
+                f"{self.name}: `programming.write_noise` must be above 0 S for measured conductances, got 0, with which an ADC whose "
+                "steps the levels fit is left out; give some before gpuxbar.convert, of which 1e-15 S are enough"
             )
         found = self._tensor_of("g", g).to(here.device, torch.float32)
         if found.shape != here.shape:
