@@ -99,6 +99,7 @@ class Report:
         )
 
 
+@torch.inference_mode(False)  # whose tensors nothing could train elsewhere
 def convert(
     model: nn.Module,
     spec: CrossbarSpec,
@@ -487,7 +488,7 @@ def _warn_of_hidden(model: nn.Module, rules: _Rules) -> None:
             "and dicts of Python do; these stay as they are, and out of the report: keep layers in nn.ModuleList or nn.ModuleDict; where "
             f"they are to stay digital, say so by rules={{{hidden[0]!r}: None}}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

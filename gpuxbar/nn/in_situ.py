@@ -103,6 +103,7 @@ class InSitu(Programmed):
                 'update={"law": "agarwal"}, or keep the layer digital by a rule'
             )
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def begin_in_situ(self) -> None:
         """Program the present weights onto pairs once, and train the pairs from now on.
 
@@ -174,6 +175,7 @@ class InSitu(Programmed):
             )
         self._program(self.by_line(self.weight.detach().float()), above)
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def set_device_map(self, devices: Any) -> None:
         """Train measured devices in place of those that the seed draws, from the next update on; `set_conductances` gives them
         measured conductances.
@@ -196,6 +198,7 @@ class InSitu(Programmed):
             )
         self.device_map = None if found is None else found.to(self.weight.device).contiguous()
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     @torch.no_grad()
     def set_conductances(self, g: Any) -> None:
         """Read measured devices from now on, in place of those that were written.

@@ -448,6 +448,7 @@ class AnalogLayer(Converters):
             "to_empty() and load the model before gpuxbar.convert"
         )
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         if self.written.is_meta:
             self._refuse_filling("a state dict for one of the meta device")

@@ -88,6 +88,7 @@ class InSituOptimizer(torch.optim.Optimizer):
                 "remove_parametrizations or remove_weight_norm) nor shards (use gpuxbar.distribute in place of fully_shard)"
             )
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
