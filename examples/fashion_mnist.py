@@ -65,9 +65,8 @@ def curve(study, images, network, way, seed, epochs):
         run = Run(
             folder, spec, (mode,), epochs, BATCH, seed=seed, resume=begun, data=images.name, network=network
         )  # fmt: skip
-        return [
-            record["accuracy"] for record in train(run, images.load())[:epochs]
-        ]  # of a folder that may have more
+        records = train(run, images.load())[:epochs]  # of a folder that may have more
+        return [record["accuracy"] for record in records]
 
     return study.curve(key, way, lambda: epochs, learn, begun)
 
