@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
+from gpuxbar.bridge.internals import _NormBase
 from gpuxbar.mapping import Planes
 from gpuxbar.nn.attention import UnfusedAttention
 from gpuxbar.nn.layers import AnalogConv, AnalogConv1d, AnalogConv2d, AnalogLayer, AnalogLinear

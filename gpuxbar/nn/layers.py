@@ -11,12 +11,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, analog_mvm, driven_lines
+from gpuxbar.bridge.internals import _ConvNd, is_functorch_wrapped_tensor
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import alone, call
 from gpuxbar.bridge.outer_product import shared_weight

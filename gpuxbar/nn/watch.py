@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
 from gpuxbar.bridge.device_update import require_finite_gradient
+from gpuxbar.bridge.internals import _BatchNorm, _DisableAutocast, _NormBase
 from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
@@ -290,7 +290,7 @@ def _by_group(layer: AnalogLayer, part: Tensor, transposed: bool) -> Tensor:
 
 
 def _products(volts: Tensor, g: Tensor) -> Tensor:
-    with torch._C._DisableAutocast():  # torch.autocast knows no device "meta"
+    with _DisableAutocast():  # torch.autocast knows no device "meta"
         return torch.einsum("pbgr,sgro->psbgo", volts, g).flatten(3)
 
 
