@@ -8,8 +8,11 @@ table between the markers of a README.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -34,43 +37,53 @@ WAYS = {  # what `gpuxbar train` calls it, on which crossbars
 }
 TRAININGS = {"lenet5": (8, 2), "resnet20": (3, 1), "cnn": (8, 2)}  # epochs and seeds unless others are given
 BATCH = 64
+IMAGES = {"torchvision:FashionMNIST": 60000}  # to train on, of data that need not be there to know
 
 
-def curve(study, data, network, way, seed, epochs):
+class Images(NamedTuple):
+    """Data by name, how many images it has to train on, and what loads it."""
+
+    name: str
+    count: int
+    load: Callable
+
+
+def curve(study, images, network, way, seed, epochs):
     """Test accuracy after every epoch."""
     mode, preset = WAYS[way]
     spec = getattr(presets, preset)().with_overrides({"seed": seed})
     key = {
-        "data": data.name, "images": len(data.x), "network": network, "mode": mode, "spec": spec.model_dump(exclude_defaults=True),
+        "data": images.name, "images": images.count, "network": network, "mode": mode, "spec": spec.model_dump(exclude_defaults=True),
         "batch": BATCH, "epochs": epochs, "seed": seed,
     }  # fmt: skip
 
     commit = environment(ROOT)["commit"]
-    folder = Path("runs") / f"{data.name.replace(':', '-')}-{network}-{mode}-{preset}-{seed}-{commit}"
+    folder = Path("runs") / f"{images.name.replace(':', '-')}-{network}-{mode}-{preset}-{seed}-{commit}"
     begun = folder.exists()
 
     def learn(advance):
         run = Run(
-            folder, spec, (mode,), epochs, BATCH, seed=seed, resume=begun, data=data.name, network=network
+            folder, spec, (mode,), epochs, BATCH, seed=seed, resume=begun, data=images.name, network=network
         )  # fmt: skip
-        return [record["accuracy"] for record in train(run, data)[:epochs]]  # of a folder that may have more
+        records = train(run, images.load())[:epochs]  # of a folder that may have more
+        return [record["accuracy"] for record in records]
 
-    return study.curve(key, way, epochs, learn, begun)
+    return study.curve(key, way, lambda: epochs, learn, begun)
 
 
-def curves(study, data, network, chosen):
+def curves(study, images, network, chosen):
     """Those of all seeds, by way."""
     epochs, seeds = TRAININGS[network]
     return {
         way: [
-            curve(study, data, network, way, seed, chosen.epochs or epochs)
+            curve(study, images, network, way, seed, chosen.epochs or epochs)
             for seed in range(chosen.seeds or seeds)
         ]
         for way in WAYS
     }
 
 
-def table(results, data, where):
+def table(results, images, where):
     def cell(found):
         if any(each[-1] is None for each in found):
             return "diverged"
@@ -82,7 +95,7 @@ def table(results, data, where):
         epochs, seeds = max(len(each) for found in ways.values() for each in found), len(ways["ideal"])
         lines.append((network, str(epochs), str(seeds), *map(cell, ways.values())))
     note = (
-        f"Test accuracy, %, with the lowest and highest of several seeds, after training on all {len(data.x)} images of {data.name}, "
+        f"Test accuracy, %, with the lowest and highest of several seeds, after training on all {images.count} images of {images.name}, "
         f"batch {BATCH}, at the rates of `gpuxbar train`; "
     )
     return f"{markdown(('network', 'epochs', 'seeds', *WAYS), lines)}\n\n{note}{where}."
@@ -113,10 +126,11 @@ def main():
     options.add_argument("--epochs", type=count_from(1), help="8 of LeNet-5, 3 of ResNet-20 if not given")
     options.add_argument("--seeds", type=count_from(1), help="2 of LeNet-5, 1 of ResNet-20 if not given")
     chosen = choose(options, ROOT / "examples/results/fashion-mnist.jsonl")
-    data = load_data(chosen.data, chosen.data_dir, chosen.download)
+    load = cache(lambda: load_data(chosen.data, chosen.data_dir, chosen.download))
+    images = Images(chosen.data, IMAGES.get(chosen.data) or len(load().x), load)
     study = Study(chosen.record, ROOT, Progress())  # whose bars stay hidden: trainings have their own
-    results = {network: curves(study, data, network, chosen) for network in chosen.networks}
-    text = table(results, data, study.where())
+    results = {network: curves(study, images, network, chosen) for network in chosen.networks}
+    text = table(results, images, study.where())
     print(text)
     plot(results)
     if chosen.readme:

@@ -9,6 +9,7 @@ stopped. `--readme` puts the table of all results between the markers of a READM
 from __future__ import annotations
 
 import argparse
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -55,28 +56,34 @@ def train(data, images, judge, device, algorithm, settings, epochs, batch, seed,
 
 def compare(study, data, device, algorithm, chosen):
     """Curves of the best settings of an algorithm on a device, one a seed."""
-    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(9))
-    apart, rest = order.split([len(order) // 7, len(order) - len(order) // 7])
     same = {
         "data": chosen.data, "device": device, "algorithm": algorithm, "batch": chosen.batch, "crossbars": CROSSBARS,
     }  # fmt: skip
 
-    def curve(purpose, settings, epochs, seed, images, judge):
+    @cache
+    def parts(purpose):
+        """Indices of images to train on, and those that judge."""
+        if purpose == "test":
+            return torch.arange(len(data().x)), data().batch(slice(None), test=True)
+        order = torch.randperm(len(data().x), generator=torch.Generator().manual_seed(9))
+        apart, rest = order.split([len(order) // 7, len(order) - len(order) // 7])
+        return rest, data().batch(apart)
+
+    def curve(purpose, settings, epochs, seed):
         key = {**same, "purpose": purpose, "settings": settings, "epochs": epochs, "seed": seed}
         label = f"{device}: {algorithm}, {purpose} {settings} {seed}"
         return study.curve(
-            key, label, epochs * len(images),
+            key, label, lambda: epochs * len(parts(purpose)[0]),
             lambda advance: train(
-                data, images, judge, device, algorithm, settings, epochs, chosen.batch, seed, advance
+                data(), *parts(purpose), device, algorithm, settings, epochs, chosen.batch, seed, advance
             ),
         )  # fmt: skip
 
     def held_out(settings):
-        return mean(curve("try", settings, chosen.try_epochs, 0, rest, data.batch(apart))[-2:])
+        return mean(curve("try", settings, chosen.try_epochs, 0)[-2:])
 
     best = max(TRIES[algorithm][: chosen.tries], key=held_out)
-    every, test = torch.arange(len(data.x)), data.batch(slice(None), test=True)
-    return best, [curve("test", best, chosen.epochs, seed, every, test) for seed in range(chosen.seeds)]
+    return best, [curve("test", best, chosen.epochs, seed) for seed in range(chosen.seeds)]
 
 
 def cell(results, device, algorithm):
@@ -124,7 +131,7 @@ def main():
     options.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
     options.add_argument("--algorithms", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     chosen = choose(options, ROOT / "examples/results/in-situ.jsonl")
-    data, results = load_data(chosen.data), {}
+    data, results = cache(lambda: load_data(chosen.data)), {}
     with Progress() as progress:
         study = Study(chosen.record, ROOT, progress)
         for device in chosen.devices:

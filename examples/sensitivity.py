@@ -8,6 +8,7 @@ asks again rather than reproduces. A line of the record is one training; those t
 from __future__ import annotations
 
 import argparse
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -112,8 +113,8 @@ def accuracies(study, data, axis, value, chosen):
             "epochs": chosen.epochs,
         }  # fmt: skip
         curve = study.curve(
-            key, f"{axis} {value}, {seed}", chosen.epochs * len(data.x),
-            lambda advance, spec=spec: train(data, spec, chosen.epochs, advance),
+            key, f"{axis} {value}, {seed}", lambda: chosen.epochs * len(data().x),
+            lambda advance, spec=spec: train(data(), spec, chosen.epochs, advance),
         )  # fmt: skip
         found.append(100 * curve[-1])
     return found
@@ -157,7 +158,7 @@ def main():
     options.add_argument("--seeds", type=count_from(1), default=2)
     options.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS")
     chosen = choose(options, ROOT / "examples/results/sensitivity.jsonl")
-    data = load_data(chosen.data)
+    data = cache(lambda: load_data(chosen.data))
     with Progress() as progress:
         study = Study(chosen.record, ROOT, progress)
         results = {

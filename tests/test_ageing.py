@@ -369,6 +369,28 @@ def test_a_chip_ages_as_such_in_another_model(tmp_path):
     assert torch.equal(model(images()), other(images()))
 
 
+def test_copies_of_a_model_read_their_chips_with_noise_of_their_own():
+    """As forked processes have them."""
+    model = converted(read_noise={"sigma": 1e-6})
+    for _ in range(2):
+        model.eval()(images())
+    found = {}
+    for chip in (0, 1, 2**31 - 1):
+        copied = copy.deepcopy(model)
+        gx.program(copied, chip)
+        found[chip] = [copied(images()) for _ in range(2)]
+        assert [row.reads for row in gx.telemetry(copied).layers] == [4, 4]
+        resumed = converted(read_noise={"sigma": 1e-6}).eval()
+        resumed.load_state_dict(copied.state_dict())
+        assert torch.equal(resumed(images()), copied(images()))
+        gx.program(copied, chip)  # which goes on where it was
+        assert [row.reads for row in gx.telemetry(copied).layers] == [5, 5]
+        gx.unprogram(copied)
+        assert [layer.eval_step.item() for layer in (copied[0], copied[3])] == [-5, -5]
+    noise = torch.stack([(each[0] - each[1]).flatten() for each in found.values()])
+    assert (torch.corrcoef(noise) - torch.eye(len(noise))).abs().max() < 5 * noise.shape[1] ** -0.5
+
+
 def test_what_is_no_chip_is_refused():
     model = converted()
     for chip in (-1, 2**31):

@@ -117,6 +117,30 @@ def test_refused(name):
         )
 
 
+class Cupy(np.ndarray):
+    """An array that says it is on a GPU."""
+
+    __module__ = "cupy"
+
+
+@pytest.mark.parametrize("name", ["drivers.error", "adc_gain", "g"])
+def test_what_is_not_on_the_gpu_is_named_as_the_caller_names_it(name):
+    error, gain, g = (np.ones(shape, np.float32).view(Cupy) for shape in ((3, 5), (1, 1, 3), (5, 3)))
+    here = {"drivers.error": error, "adc_gain": gain, "g": g}
+    here[name] = here[name].view(np.ndarray)
+    with pytest.raises(
+        TypeError, match=rf"tile_mvm: `{name}` must be a CuPy array, as `v` is, got ndarray; move it by cupy"
+    ):
+        ops.tile_mvm(
+            np.zeros((2, 5), np.int16).view(Cupy),
+            here["g"],
+            adc_bits=8,
+            adc_lsb=1e-6,
+            adc_gain=here["adc_gain"],
+            drivers=ops.Drivers(V_READ, here["drivers.error"]),
+        )
+
+
 ERRORS = {"gain_std": 0.05, "offset_std": 0.004, "inl": 0.2, "inl_std": 0.2}
 WAYS = {
     "whole": {"dac": {**ERRORS, "inl": -6.0, "inl_std": 2.0}},

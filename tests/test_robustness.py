@@ -539,3 +539,26 @@ def test_a_backend_of_another_name_is_refused(monkeypatch):
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert f"none, {message}" in " ".join(re.sub("[│\n]", "", result.output).split())
+
+
+@pytest.mark.parametrize("name", ["_disable_dynamo", "_C._will_engine_execute_node"])
+def test_a_torch_without_what_the_library_takes_of_it_is_refused_at_once(name):
+    done = in_a_process(f"import torch; del torch.{name}; import gpuxbar")
+    short = name.rpartition(".")[2]
+    assert re.search(
+        rf"ImportError: gpuxbar: torch must have what 2\.11 to 2\.13 have, got {re.escape(torch.__version__)}: cannot import name "
+        rf"'{short}'.*; install one of these, or a later gpuxbar",
+        done.stderr,
+    ), done.stderr
+
+
+def test_what_is_private_to_torch_is_imported_in_one_place():
+    private = re.compile(
+        r"\btorch\.(\w+\.)*_(?!_|dynamo)\w+|from torch\b.* import .*\b_[a-zA-Z]|from torch(\.\w+)*\._"
+    )
+    found = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "gpuxbar").rglob("*.py")
+        if private.search(path.read_text())
+    }
+    assert found == {"gpuxbar/bridge/internals.py"}

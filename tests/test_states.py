@@ -842,6 +842,67 @@ def test_a_layer_trains_after_it_was_written_anew_in_inference_mode():
     assert layer.weight.grad is not None
 
 
+def images_and_loss(model):
+    return model(torch.linspace(-1, 1, 60).view(5, 12)).square().mean()
+
+
+@pytest.mark.parametrize("spec", [gx.presets.pcm(), gx.presets.reram()], ids=["pcm", "reram"])
+@pytest.mark.parametrize("wires", [{}, {"r_wordline": 1.0, "anchor": "ladder", "refresh_interval": 2}])
+def test_what_is_made_in_inference_mode_trains_elsewhere(spec, wires):
+    spec = spec.with_overrides({"parasitics": wires})
+    with torch.inference_mode():
+        model, _ = gx.convert(nn.Sequential(nn.Linear(12, 4)), spec)
+        gx.program(model, 1)
+        images_and_loss(model)
+    images_and_loss(model).backward()  # to its bias
+    with torch.inference_mode():
+        gx.age(model, "1h")
+    images_and_loss(model).backward()
+    with torch.inference_mode():
+        model[0].set_conductances(model[0].g_programmed)
+    images_and_loss(model).backward()
+    with torch.inference_mode():
+        saved = {name: value.clone() for name, value in model.state_dict().items()}
+        gx.unprogram(model)
+        images_and_loss(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    images_and_loss(model).backward()
+    optimiser.step()
+    with torch.inference_mode():
+        model.load_state_dict(saved)
+    images_and_loss(model).backward()
+    gx.age(model, "1d")
+
+
+@pytest.mark.parametrize("name", ["sgd", "mixed-precision", "tiki-taka-v2", "agad"])
+def test_in_situ_training_begins_and_resumes_in_inference_mode(name):
+    spec = gx.CrossbarSpec(update={"law": "soft_bounds"})
+    with torch.inference_mode():
+        plain = nn.Sequential(nn.Linear(12, 4))
+        models = [gx.convert(plain, spec)[0] for _ in range(3)]
+        optimisers = [gx.optim.build_optimizer(name, model, lr=0.1, momentum=0.5) for model in models[:2]]
+        models[2][0].begin_in_situ()
+    optimisers.append(gx.optim.build_optimizer(name, models[2], lr=0.1, momentum=0.5))
+    for _ in range(2):
+        for model, optimiser in zip(models, optimisers, strict=True):
+            optimiser.zero_grad()
+            images_and_loss(model).backward()
+            optimiser.step()
+        with torch.inference_mode():
+            models[1].load_state_dict(models[0].state_dict())
+            optimisers[1].load_state_dict(optimisers[0].state_dict())
+    assert all(torch.equal(models[0][0].weight, model[0].weight) for model in models[1:])
+
+
+def test_a_device_map_of_inference_mode_is_loaded_elsewhere():
+    spec = gx.CrossbarSpec(update={"law": "soft_bounds", "step_spread": 0.1})
+    model, _ = gx.convert(nn.Sequential(nn.Linear(12, 4)), spec)
+    drawn = gx.ops.draw_device_map(spec.update, (2, 12, 4), seed=1)
+    with torch.inference_mode():
+        model[0].set_device_map(drawn)
+    model.load_state_dict(model.state_dict())
+
+
 @pytest.mark.parametrize("assign", [True, False])
 def test_a_layer_without_memory_is_not_loaded(assign):
     """It would have no memory for its devices."""

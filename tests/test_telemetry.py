@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.optim.swa_utils import AveragedModel
 
 import gpuxbar as gx
 
@@ -19,6 +20,46 @@ def test_tables_show_where_a_prompt_echoes_them():
     for table, head in ((report, "module"), (gx.telemetry(model), "layer"), (errors, "layer")):
         assert repr(table) == str(table)
         assert repr(table).split()[0] == head
+
+
+def compiled_within(model):
+    model[2] = torch.compile(model[2], backend="eager")
+    return model
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled within": compiled_within,
+    "in parallel": nn.DataParallel,
+    "average of a compiled one": lambda model: AveragedModel(torch.compile(model, backend="eager")),
+    "across processes": gx.distribute,
+}
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.usefixtures("one_process")
+def test_tables_and_rules_name_layers_as_before_a_model_was_compiled_or_wrapped(kind):
+    spec = gx.CrossbarSpec(read_noise={"sigma": 1e-8})
+    plain = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
+    model, rows = gx.convert(plain, spec, rules={"2.1": None})
+    names = [layer.name for layer in (model[0], model[2][0])]
+    wrapped = WRAPPED[kind](model)
+    assert [row.layer for row in gx.telemetry(wrapped).layers] == names
+    errors = gx.conversion_errors(wrapped, [torch.rand(5, 4)]).reads
+    assert [row.layer for row in errors] == [name for name in names for _ in range(2)]
+    if kind != "across processes":  # which takes converted models
+        wrapped = WRAPPED[kind](plain)
+    again, found = gx.convert(wrapped, spec, rules={"2.1": None})
+    assert [row.module for row in found.rows] == [row.module for row in rows.rows] == ["0", "2.0", "2.1"]
+    layers = [layer for layer in again.modules() if isinstance(layer, gx.nn.AnalogLinear)]
+    assert [layer.name for layer in layers] == names  # and so draw the same
 
 
 def test_telemetry_tells_what_became_of_the_arrays():

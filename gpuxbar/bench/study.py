@@ -38,13 +38,14 @@ class Study:
         self,
         key: dict[str, Any],
         label: str,
-        total: int,
+        total: Callable[[], int],
         run: Callable[[Callable[[int], None]], list[float]],
         begun: bool = False,
     ) -> list[float]:
         """Accuracies of the training that `key` describes, which `run` makes where no line has it.
 
-        `run` takes what counts its images, of which there are `total` in all. Where it goes on with a training that has `begun`
+        `run` takes what counts its images, of which there are `total()` in all; neither is called where a line has it, so that no
+        data need be there. Where it goes on with a training that has `begun`
         before, the line does not tell how long that took.
         """
         row = next((row for row in self.kept if row["training"] == key), None)
@@ -59,12 +60,12 @@ class Study:
         self,
         key: dict[str, Any],
         label: str,
-        total: int,
+        total: Callable[[], int],
         run: Callable[[Callable[[int], None]], list[float]],
         begun: bool,
     ) -> dict[str, Any]:
         """The line of a training, written to the file."""
-        bar = self.progress.add_task(label, total=total)
+        bar = self.progress.add_task(label, total=total())
         started, of_processors = time.perf_counter(), time.process_time()
         curve = run(lambda count: self.progress.advance(bar, count))
         taken = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - of_processors}

@@ -13,10 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import is_legacy_batchedtensor
 
+from gpuxbar.bridge.internals import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _profiler_enabled,
+    is_legacy_batchedtensor,
+)
 from gpuxbar.mapping.plan import ReadPlan
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.spec import CrossbarSpec
@@ -124,7 +129,7 @@ def gradient(
         # alone in a compiled graph, too: to dispatch once more takes longer than small layers compute
         if alone(args):
             return op.plain(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             return op(*args)
 
     def differentiable(run: Callable[..., Any], results: int | None) -> Callable[..., Any]:

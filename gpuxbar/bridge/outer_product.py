@@ -12,6 +12,7 @@ from torch.nn.grad import conv2d_weight
 from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, tensor
+from gpuxbar.bridge.internals import _current_graph_task_id
 from gpuxbar.bridge.operator import call, once, operator
 from gpuxbar.mapping import ReadPlan
 from gpuxbar.ops import ConvGeometry
@@ -59,7 +60,7 @@ class Samples:
 
     def leave(self, d: Tensor, codes: Tensor, scale: Tensor) -> None:
         """A product's gradients [B, O] of outputs, and its inputs as codes [B, I] in units of `scale`, [1] or [B]."""
-        now = torch._C._current_graph_task_id()
+        now = _current_graph_task_id()
         if now != self.backward_pass:  # an earlier one did not go on to the weight
             self.parts, self.backward_pass = [], now
         self.parts.append((d, codes, scale.expand(len(d))))
@@ -67,7 +68,7 @@ class Samples:
     def gradient(self) -> Tensor | None:
         """Of the weight, [O, I], from what this backward pass has left; None: nothing."""
         parts, self.parts = self.parts, []
-        if not parts or self.backward_pass != torch._C._current_graph_task_id():
+        if not parts or self.backward_pass != _current_graph_task_id():
             return None
         return weight_gradient(*(torch.cat(part) for part in zip(*parts, strict=True)))
 

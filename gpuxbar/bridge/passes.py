@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
+from gpuxbar.bridge.internals import _current_graph_task_id
 
 __all__ = ["repeated", "require_first_pass"]
 
@@ -25,7 +25,7 @@ def repeated() -> Iterator[None]:
 
 def require_first_pass(name: str) -> None:
     """Refuse a layer's read within a backward pass that would find new noise or another DAC range than the first time."""
-    if torch._C._current_graph_task_id() != -1 and not _AGAIN.get():
+    if _current_graph_task_id() != -1 and not _AGAIN.get():
         raise ValueError(
             f"{name}: a read within a backward pass, as checkpoints make, must find what the first one found, got new noise or a new DAC "
             "range; give torch's checkpoint use_reentrant=False and context_fn=lambda: gpuxbar.same_reads(model), outside "

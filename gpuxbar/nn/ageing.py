@@ -6,6 +6,7 @@ import re
 from math import inf
 from numbers import Integral, Real
 
+import torch
 from torch import nn
 
 from gpuxbar.nn.layers import AnalogLayer
@@ -18,6 +19,7 @@ UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0, "y": 3
 CHIPS = 1 << 31  # seeds of layers differ from there on
 
 
+@torch.inference_mode(False)  # whose tensors nothing could train elsewhere
 def program(model: nn.Module, chip: int = 0) -> None:
     """Write a model's weights to its arrays once; from now on its crossbar layers read these devices, at age 0.
 
@@ -37,6 +39,9 @@ def program(model: nn.Module, chip: int = 0) -> None:
             found.append(accuracy(model))
         gx.unprogram(model)
         print(statistics.mean(found), statistics.stdev(found))
+
+    Processes that begin with copies of one model, as forked workers do, may judge a chip each: devices, write noise and the read
+    noise of eval mode are a chip's own. On the same chip, and in training mode, such copies draw the same.
 
     Args:
         model: A converted model.
@@ -67,6 +72,7 @@ def program(model: nn.Module, chip: int = 0) -> None:
         layer.program(int(chip))
 
 
+@torch.inference_mode(False)  # whose tensors nothing could train elsewhere
 def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
     """Let a programmed model grow older: reads find its devices `time` after they were programmed.
 

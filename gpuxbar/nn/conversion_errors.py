@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.bridge.analog_mvm import less_reference
+from gpuxbar.bridge.internals import _DisableAutocast
 from gpuxbar.mapping.plan import IDEAL, Read
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.converters import Converter
@@ -33,7 +34,7 @@ class ReadErrors:
     mean square over root mean square.
 
     Attributes:
-        layer: Its name in the model.
+        layer: Its name in the model, before this was compiled or wrapped.
         read: "forward" or "backward".
         dac_clipped: Share of the values beyond the DAC's range.
         dac_clipping: Error by what is cut off of these values.
@@ -142,7 +143,7 @@ def conversion_errors(
 
     def look(layer: AnalogLayer, backward: bool, lines: Lines) -> None:
         if not (backward and layer.plan.backward.ideal):
-            with torch._C._DisableAutocast():
+            with _DisableAutocast():
                 found.setdefault((layer, backward), _Sums(layer, backward)).add(lines)
 
     with undisturbed(model):

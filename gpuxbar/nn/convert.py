@@ -9,10 +9,11 @@ from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from gpuxbar.bridge.internals import _NormBase
 from gpuxbar.nn.forms import (
     ANALOG,
     FUSED,
@@ -26,7 +27,7 @@ from gpuxbar.nn.forms import (
     type_of,
 )
 from gpuxbar.nn.layers import AnalogLayer
-from gpuxbar.nn.models import holders, require_module
+from gpuxbar.nn.models import holders, known_name, require_module
 from gpuxbar.nn.report import Report, Row, counts, macs, positions_of
 from gpuxbar.spec import CrossbarSpec
 from gpuxbar.spec.errors import nearest
@@ -39,6 +40,7 @@ TIED = "its weight is another module's too, and would be laid out otherwise: unt
 NO_PRODUCTS = _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU
 
 
+@torch.inference_mode(False)  # whose tensors nothing could train elsewhere
 def convert(
     model: nn.Module,
     spec: CrossbarSpec,
@@ -64,8 +66,9 @@ def convert(
     Args:
         model: Any model; it is not changed.
         spec: The crossbars of every layer.
-        rules: Glob patterns of module names to overrides of the spec, or to None: digital. Of those that match a layer the last one
-            counts, and overrides of the others do not add to it. The name of a module that becomes layers stands for them.
+        rules: Glob patterns of module names, as they are before a model is compiled or wrapped, to overrides of the spec, or to
+            None: digital. Of those that match a layer the last one counts, and overrides of the others do not add to it. The name of
+            a module that becomes layers stands for them.
         example: A batch, or a tuple or dict of the model's arguments; one pass of it through `model` counts the
             multiply-accumulates of a sample, and finds layers that are never called, whose weights something else may use
             digitally.
@@ -83,14 +86,14 @@ def convert(
         raise TypeError(
             f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
         )
-    choices = _Rules(spec, rules or {})
+    choices = _Rules(model, spec, rules or {})
     model, learned = _off_others(_copied(model), choices)
     model, tied = _unfuse(_fuse(model, choices), choices)
     owners = _owners(model)
     positions = positions_of(model, example)
     rows = []
     for module, names in _places(model).items():
-        label, kind = ", ".join(names), type(module).__name__
+        label, kind = ", ".join(map(choices.known, names)), type(module).__name__
         if type(module) in FUSED.values():  # a bias, beside layers that follow
             continue
         if isinstance(module, AnalogLayer):
@@ -106,7 +109,7 @@ def convert(
             if chosen is None:
                 rows.append(Row(label, kind, "digital", why, macs=macs(module, names, positions)))
                 continue
-            layer = analog(module, chosen, names[0])
+            layer = analog(module, chosen, choices.known(names[0]))
             if chosen.dac.range == "learned" and module in learned:
                 layer.dac_max = learned[module]
                 layer.look_at_ranges()
@@ -119,9 +122,9 @@ def convert(
 
 
 class _Rules:
-    """Which spec a layer gets, and which of the rules said so of any layer."""
+    """Which spec a layer of a model gets, and which of the rules said so of any layer."""
 
-    def __init__(self, spec: CrossbarSpec, rules: dict[str, dict[str, Any] | None]):
+    def __init__(self, model: nn.Module, spec: CrossbarSpec, rules: dict[str, dict[str, Any] | None]):
         if not isinstance(rules, dict):
             raise TypeError(
                 f"convert: `rules` must be a dict of patterns of names, got {type(rules).__name__}; for instance "
@@ -137,14 +140,19 @@ class _Rules:
                     f"convert: `rules` must hold overrides of the spec or None, got {type(change).__name__} for {pattern!r}; for "
                     'instance {"adc": {"bits": 6}}, or None to stay digital'
                 )
-        self.spec, self.rules = spec, rules
+        self.model, self.spec, self.rules = model, spec, rules
         self.used: set[str] = set()
+
+    def known(self, name: str) -> str:
+        """A name as rules and the report have it."""
+        return known_name(self.model, name)
 
     def of(self, names: Iterable[str]) -> tuple[CrossbarSpec | None, str]:
         """The spec of a layer with these names, None to be digital, and why."""
         found: tuple[dict[str, Any] | None, str] = {}, "default"
+        known = [self.known(name) for name in names]
         for pattern, change in self.rules.items():
-            if any(fnmatchcase(name, pattern) for name in names):
+            if any(fnmatchcase(name, pattern) for name in known):
                 self.used.add(pattern)
                 found = change, f"rule {pattern}"
         overrides, why = found
@@ -181,7 +189,7 @@ def _off_others(model: nn.Module, rules: _Rules) -> tuple[nn.Module, dict[nn.Mod
         why_not = obstacle(module)
         if why_not:
             raise ValueError(
-                f"convert: `model` must let its layers leave their crossbars, got {names[0]}: {why_not}"
+                f"convert: `model` must let its layers leave their crossbars, got {rules.known(names[0])}: {why_not}"
             )
         plain = of_torch(module, ANALOG[kind])
         if module.spec.dac.range == "learned" and module.dac_begun:
@@ -298,7 +306,7 @@ def _warn_of_hidden(model: nn.Module, rules: _Rules) -> None:
         for attribute, value in vars(module).items():
             layers = [layer for held in _held(value) if held not in known for layer in held.modules()]
             if any(isinstance(layer, AnalogLayer) or form_of(layer) is not None for layer in layers):
-                where = f"{name}.{attribute}" if name else attribute
+                where = rules.known(f"{name}.{attribute}" if name else attribute)
                 chosen, _ = rules.of([where])
                 if chosen is not None or any(isinstance(layer, AnalogLayer) for layer in layers):
                     hidden.append(where)
@@ -308,7 +316,7 @@ def _warn_of_hidden(model: nn.Module, rules: _Rules) -> None:
             "and dicts of Python do; these stay as they are, and out of the report: keep layers in nn.ModuleList or nn.ModuleDict; where "
             f"they are to stay digital, say so by rules={{{hidden[0]!r}: None}}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

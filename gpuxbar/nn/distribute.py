@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import distributed, nn
-from torch.distributed.utils import _verify_param_shape_across_processes
 from torch.nn.parallel import DistributedDataParallel
 
+from gpuxbar.bridge.internals import _verify_param_shape_across_processes
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import require_apart, require_module, require_whole
 

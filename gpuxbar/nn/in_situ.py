@@ -103,6 +103,7 @@ class InSitu(Programmed):
                 'update={"law": "agarwal"}, or keep the layer digital by a rule'
             )
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def begin_in_situ(self) -> None:
         """Program the present weights onto pairs once, and train the pairs from now on.
 
@@ -174,6 +175,7 @@ class InSitu(Programmed):
             )
         self._program(self.by_line(self.weight.detach().float()), above)
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def set_device_map(self, devices: Any) -> None:
         """Train measured devices in place of those that the seed draws, from the next update on; `set_conductances` gives them
         measured conductances.
@@ -196,6 +198,7 @@ class InSitu(Programmed):
             )
         self.device_map = None if found is None else found.to(self.weight.device).contiguous()
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     @torch.no_grad()
     def set_conductances(self, g: Any) -> None:
         """Read measured devices from now on, in place of those that were written.
@@ -214,7 +217,7 @@ class InSitu(Programmed):
         Raises:
             TypeError: `g` is no array of real numbers.
             ValueError: The layer reads its weight, is trained in situ and programmed, or has a precision of "int8"; its levels fit
-                an ADC's steps, so that none is computed; its weight is computed of other parameters; `g` has another shape, is
+                an ADC's steps, so that it was converted without one (any `programming.write_noise` keeps it); its weight is computed of other parameters; `g` has another shape, is
                 below 0, above 10 times `device.g_max` or not finite, or overflows "fp16" or "fp16x2".
         """
         if self.in_situ:
@@ -233,8 +236,8 @@ class InSitu(Programmed):
         ways = (self.spec.adc, self.plan.forward), (self.spec.backward_adc, self.plan.backward)
         if any(adc.bits and not (read.adc_bits or read.ideal) for adc, read in ways):
             raise ValueError(
-                f"{self.name}: `programming.write_noise` must be above 0 S for measured conductances, got 0 and an ADC whose steps levels "
-                "fit, so that none is computed; give some before gpuxbar.convert, as devices between levels have"
+                f"{self.name}: `programming.write_noise` must be above 0 S for measured conductances, got 0, with which an ADC whose "
+                "steps the levels fit is left out; give some before gpuxbar.convert, of which 1e-15 S are enough"
             )
         found = self._tensor_of("g", g).to(here.device, torch.float32)
         if found.shape != here.shape:

@@ -11,12 +11,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, analog_mvm, driven_lines
+from gpuxbar.bridge.internals import _ConvNd, is_functorch_wrapped_tensor
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import alone, call
 from gpuxbar.bridge.outer_product import shared_weight
@@ -198,11 +197,11 @@ class AnalogLayer(Converters):
             self.require_read_out()
         self.write_step += 1
         if self.g_cells is not None and self.w_max is not None:
-            self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells)
+            self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells, chip)
         else:
             seed = self.plan.seed ^ chip
             plan = replace(self.plan, seed=seed).dumps()
-            self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed)
+            self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed, chip)
 
     @torch.no_grad()
     def look_compensated(self, seconds: float) -> None:
@@ -341,6 +340,10 @@ class AnalogLayer(Converters):
         said += ["programmed=True"] if self.programmed else []
         return ", ".join(said)
 
+    def reads(self) -> int:
+        """How often the layer's arrays were read forwards, in training and in eval mode."""
+        return int(self.read_step - self.eval_step) - self.counted_apart()
+
     def counter(self) -> tuple[Tensor, int]:
         """Number of the last read, int64 [1], which fixed its noise, and what the next one adds to it: reads of training count up,
         others down."""
@@ -444,6 +447,7 @@ class AnalogLayer(Converters):
             "to_empty() and load the model before gpuxbar.convert"
         )
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         if self.written.is_meta:
             self._refuse_filling("a state dict for one of the meta device")

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from gpuxbar.nn.layers import AnalogLayer
 
@@ -14,10 +16,14 @@ __all__ = [
     "converted_layers",
     "crossbar_layers",
     "holders",
+    "known_name",
     "require_apart",
     "require_module",
     "require_whole",
 ]
+
+WRAPPERS = DataParallel, DistributedDataParallel, AveragedModel  # which call what they wrap `module`
+COMPILED = "_orig_mod"  # as torch.compile does, of whose class torch._dynamo would take seconds to tell
 
 
 def require_module(op: str, model: Any, argument: str = "model") -> None:
@@ -34,10 +40,25 @@ def holders(modules: Iterable[nn.Module]) -> Counter[Tensor]:
     return Counter(p for module in modules for p in module.parameters(recurse=False))
 
 
+def known_name(model: nn.Module, name: str) -> str:
+    """A name inside a model as it was before the model, or a part of it, was compiled or wrapped."""
+    known = []
+    at: Any = model
+    for leaf in name.split("."):
+        if leaf != COMPILED and not (leaf == "module" and isinstance(at, WRAPPERS)):
+            known.append(leaf)
+        at = getattr(at, leaf, None)
+    return ".".join(known)
+
+
 def crossbar_layers(op: str, model: nn.Module) -> dict[str, AnalogLayer]:
-    """The crossbar layers of a model, by name."""
+    """The crossbar layers of a model, by name as it was before it was compiled or wrapped."""
     require_module(op, model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, AnalogLayer)}
+    return {
+        known_name(model, name): module
+        for name, module in model.named_modules()
+        if isinstance(module, AnalogLayer)
+    }
 
 
 def converted_layers(op: str, model: nn.Module) -> list[AnalogLayer]:
@@ -67,6 +88,6 @@ def require_whole(op: str, model: nn.Module) -> None:
     shard = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
     if shard is not None:
         raise ValueError(
-            f"{op}: `model` must be whole, got shards of {shard}; call gpuxbar.{op} before fully_shard, or on another model that loads "
+            f"{op}: `model` must be whole, got shards of {known_name(model, shard)}; call gpuxbar.{op} before fully_shard, or on another model that loads "
             "its whole state"
         )

@@ -22,6 +22,7 @@ HELD = (
     "w_programmed",
     "written_as",
     "device_seed",
+    "chip",
     "measured",
     "age",
     "gain",
@@ -34,6 +35,7 @@ WRITTEN_AS = (
     "headroom_bits",
     "line_order",
 )  # what conductances mean by a weight
+APART = 1 << 16  # reads, by which the counts of neighbouring chips are apart
 
 
 class Mark(NamedTuple):
@@ -75,11 +77,14 @@ class Programmed(Wires):
     `gain`: factor that compensates for drift, float32 [1]; 1 without compensation.
     `device_seed`: the seed of the layer that was programmed, int64 [1]; its devices age alike in a layer of another seed or name.
     With `write_step` they fix the aged devices, which are made anew when a checkpoint is loaded.
+    `chip`: its number, int64 [1]; reads in eval mode are counted so many times 65536 further down while it is read, so that chips
+    that are judged from the same state, as by several processes, have read noise of their own.
     """
 
     weight: Tensor
     plan: ReadPlan
     name: str
+    eval_step: Tensor
     write_step: Tensor
     g_programmed: Tensor | None
     w_programmed: Tensor | None
@@ -88,6 +93,7 @@ class Programmed(Wires):
     ageings: Tensor | None
     written_as: Tensor | None
     device_seed: Tensor | None
+    chip: Tensor | None
     measured: Tensor | None
     aged: Tensor | None
     aged_variance: Tensor | None
@@ -132,8 +138,11 @@ class Programmed(Wires):
                 "as torch.nn.utils.prune.remove and torch.nn.utils.parametrize.remove_parametrizations do"
             )
 
-    def hold(self, g: Tensor, w_max: Tensor, seed: int) -> None:
-        """Read these devices from now on, which the seed draws, and start their time."""
+    def hold(self, g: Tensor, w_max: Tensor, seed: int, chip: int) -> None:
+        """Read these devices of a chip from now on, which the seed draws, and start their time."""
+        self.eval_step += self.counted_apart()
+        self.chip = torch.tensor([chip], device=g.device)
+        self.eval_step -= self.counted_apart()
         self.g_programmed, self.w_programmed = g, w_max
         self.written_as = self._written_as().to(g.device)
         self.device_seed = torch.tensor([seed], device=g.device)
@@ -155,9 +164,14 @@ class Programmed(Wires):
         settings = device.g_min, device.g_max, mapping.slice_bits or 0, self.spec.headroom_bits, order
         return torch.tensor(settings, dtype=torch.float32, device="cpu")
 
+    def counted_apart(self) -> int:
+        """Reads by which `eval_step` is further down than they were, since a chip's are counted apart."""
+        return 0 if self.chip is None else APART * int(self.chip)
+
     def release(self) -> None:
         """Read the layer's own weights again."""
         self.leave_cells()
+        self.eval_step += self.counted_apart()
         for name in (*HELD, "aged", "aged_variance"):
             setattr(self, name, None)
         self.restart_wires()

@@ -9,9 +9,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from gpuxbar.bridge.internals import _has_any_global_hook
 from gpuxbar.bridge.lstm_gates import lstm_gates
 from gpuxbar.bridge.lstm_sequence import lstm_sequence
 from gpuxbar.nn.converters import CONVERTERS

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from gpuxbar.bridge.internals import _will_engine_execute_node
+
 __all__ = ["Streams"]
 
 
@@ -74,6 +76,6 @@ class _Watch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,), (grad_y,) = ctx.saved_tensors, grads
         _, (mark, _), *_ = ctx.next_functions
-        if torch._C._will_engine_execute_node(mark):
+        if _will_engine_execute_node(mark):
             ctx.streams.pairs.append((x, grad_y))
         return grad_y, None, None, None

@@ -18,7 +18,7 @@ class LayerState:
     """One crossbar layer.
 
     Attributes:
-        layer: Its name in the model.
+        layer: Its name in the model, before this was compiled or wrapped.
         state: "hardware-aware" (written at every change of its weight), "in situ" or "programmed".
         reads, updates: How often its arrays were read forwards, and updated in situ (its beginning, refreshes and steps of
             `spec.retention` count too).
@@ -84,7 +84,7 @@ def _state(name: str, layer: AnalogLayer) -> LayerState:
     return LayerState(
         layer=name,
         state="programmed" if layer.programmed else "in situ" if layer.in_situ else "hardware-aware",
-        reads=int(layer.read_step - layer.eval_step),
+        reads=layer.reads(),
         updates=0 if layer.update_step is None else int(layer.update_step),
         clipped=layer.clip_rate(),
         saturation=layer.saturation(),

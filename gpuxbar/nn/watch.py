@@ -14,15 +14,15 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gpuxbar.bridge.analog_mvm import driven_gradient, gradient_values
 from gpuxbar.bridge.device_update import require_finite_gradient
+from gpuxbar.bridge.internals import _BatchNorm, _DisableAutocast, _NormBase
 from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
-from gpuxbar.nn.models import holders
+from gpuxbar.nn.models import holders, known_name
 
 __all__ = [
     "Lines",
@@ -107,7 +107,9 @@ def watch(
     hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     for name, norm in fresh.items():
         if isinstance(norm, _BatchNorm):
-            hooks.append(norm.register_forward_pre_hook(partial(_require_several, f"{op}: {name}")))
+            hooks.append(
+                norm.register_forward_pre_hook(partial(_require_several, f"{op}: {known_name(model, name)}"))
+            )
     try:
         for batch in islice(loader, batches):
             followed: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
@@ -288,7 +290,7 @@ def _by_group(layer: AnalogLayer, part: Tensor, transposed: bool) -> Tensor:
 
 
 def _products(volts: Tensor, g: Tensor) -> Tensor:
-    with torch._C._DisableAutocast():  # torch.autocast knows no device "meta"
+    with _DisableAutocast():  # torch.autocast knows no device "meta"
         return torch.einsum("pbgr,sgro->psbgo", volts, g).flatten(3)
 
 

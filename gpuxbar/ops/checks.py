@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, wraps
 from math import inf
 from types import NoneType
@@ -21,6 +21,7 @@ __all__ = [
     "check_kind",
     "check_lines",
     "check_numbers",
+    "check_place",
     "check_shape",
     "check_window",
     "check_written",
@@ -111,6 +112,15 @@ def host_backend(op: str, name: str, array: Any, on_gpu: str) -> Backend:
     if where == "cuda":
         raise TypeError(f"{op}: `{name}` must be a NumPy array, got CuPy's; on a GPU, {on_gpu}")
     return where
+
+
+def check_place(op: str, like: str, arrays: Mapping[str, Any]) -> None:
+    """Refuse what is no CuPy array beside `like`, which is one, before a kernel tells of it by a name of its own."""
+    for name, array in arrays.items():
+        if array is not None and not is_cupy(array):
+            raise TypeError(
+                f"{op}: `{name}` must be a CuPy array, as `{like}` is, got {type(array).__name__}; move it by cupy.asarray"
+            )
 
 
 def check_numbers(op: str, name: str, value: Any, unit: str, way_out: str, *, zero: bool = False) -> None:

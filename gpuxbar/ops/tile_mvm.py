@@ -14,6 +14,7 @@ from gpuxbar.ops.checks import (
     check_array,
     check_integers,
     check_numbers,
+    check_place,
     check_shape,
     require_finite,
     scalar_array,
@@ -189,6 +190,9 @@ def tile_mvm(
     _check_row_scale(row_scale, read.batch)
     if drivers is not None:
         _check_drivers(drivers, read.shapes["drivers.error"], precision)
+    if where == "cuda" and device is None:
+        error = None if drivers is None else drivers.error
+        check_place(OP, "v", {"g": g, **vectors, "drivers.error": error})
     if packed is not None:
         check_packed(OP, packed)
     settings = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.bridge.device_update import require_finite_gradient
+from gpuxbar.bridge.internals import _disable_dynamo
 from gpuxbar.nn.in_situ import InSitu, layer_of
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import require_apart
@@ -88,6 +89,7 @@ class InSituOptimizer(torch.optim.Optimizer):
                 "remove_parametrizations or remove_weight_norm) nor shards (use gpuxbar.distribute in place of fully_shard)"
             )
 
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -150,7 +152,7 @@ class InSituOptimizer(torch.optim.Optimizer):
         """Write a layer's cells after `weight.grad`, or after the operands of one that keeps these."""
         raise NotImplementedError
 
-    @torch._disable_dynamo  # as torch's own zero_grad; torch.compiler.disable takes seconds at import
+    @_disable_dynamo  # as torch's own zero_grad
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update what has a gradient, or whose layer kept inputs and errors; returns the loss of `closure`, if given."""
@@ -216,7 +218,7 @@ class InSituOptimizer(torch.optim.Optimizer):
             layer.streams.pairs = [(x, grad_y / scale) for x, grad_y in layer.streams.pairs]
         return True
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._forget_operands()
