@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
-from gpuxbar.nn.in_situ import HALVES
+from gpuxbar.nn.measured import HALVES
 from gpuxbar.optim import InSituSGD
 from gpuxbar.spec import (
     Agarwal,

@@ -14,7 +14,7 @@ from gpuxbar.bridge.dac_clip import as_finite, dac_clip
 from gpuxbar.bridge.operator import call
 from gpuxbar.mapping import full_current, worst_current
 from gpuxbar.mapping.plan import Read
-from gpuxbar.nn.in_situ import InSitu
+from gpuxbar.nn.measured import Measured
 from gpuxbar.nn.wires import settings_checksum
 from gpuxbar.reference import SMALLEST_RANGE, Drivers, Purpose, normals
 from gpuxbar.spec import ADC, DAC, CrossbarSpec
@@ -46,7 +46,7 @@ class Converter(NamedTuple):
         return bool(self.read.adc_bits) and self.adc.range == "calibrated"
 
 
-class Converters(InSitu):
+class Converters(Measured):
     """The part of a crossbar layer that drives its lines and converts their currents.
 
     Buffers of the state dict: `adc_range` and `back_adc_range` are the currents of an ADC's largest code forwards and backwards, A,

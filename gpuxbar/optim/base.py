@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.bridge.internals import _disable_dynamo
-from gpuxbar.nn.in_situ import InSitu, layer_of
+from gpuxbar.nn.in_situ import InSitu
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import require_apart
+from gpuxbar.nn.owners import layer_of
 
 __all__ = ["LR", "MOMENTUM", "InSituOptimizer", "Rule"]
 
