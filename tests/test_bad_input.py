@@ -159,6 +159,20 @@ def test_empty_batches_are_empty():
         assert ops.dac_quantize(zeros(*shape), lsb=1.0, code_max=7).shape == shape
 
 
+@pytest.mark.parametrize("parasitics", [{}, {"r_wordline": 1.0}])
+def test_weights_that_diverged_are_refused_by_the_name_of_their_layer(parasitics):
+    model, _ = gx.convert(nn.Sequential(nn.Linear(4, 3)), gx.CrossbarSpec(parasitics=parasitics))
+    with torch.no_grad():
+        model[0].weight[1, :2] = float("nan")
+    for act in (lambda: model(torch.ones(2, 4)), lambda: gx.program(model)):
+        with pytest.raises(
+            gx.ops.NotFiniteError,
+            match=r"^0: `weight` must be finite, got 2 NaN or infinite values; look for .* lower the rate",
+        ):
+            act()
+    assert not model[0].programmed
+
+
 @pytest.mark.parametrize("dac", [None, 8], ids=["no-dac", "dac"])
 @pytest.mark.parametrize("adc", [{}, {"bits": 8, "range": "worst_case"}], ids=["no-adc", "adc"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -371,7 +371,10 @@ def test_calibrate_and_convert_refuse_by_name():
             gx.calibrate(model, pair, loss=nn.functional.cross_entropy)
     gx.calibrate(model, torch.randn(4, 8).split(2))
     gx.calibrate(model, (images, labels), step=lambda batch: model(batch.float().view(2, -1).expand(2, 8)))
-    with pytest.raises(TypeError, match="`spec` must be a CrossbarSpec, got dict"):
+    with pytest.raises(
+        TypeError,
+        match=r"`spec` must be a CrossbarSpec, got dict; make .* or call one of gpuxbar.presets, as demo",
+    ):
         gx.convert(nn.Linear(2, 2), {"tile": {"rows": 64}})
 
 

@@ -14,7 +14,8 @@ from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
 from gpuxbar.bridge.lines import written
 from gpuxbar.bridge.operator import operator, plan_of, spec_of
 from gpuxbar.mapping import ReadPlan
-from gpuxbar.ops.program import Writing, writing
+from gpuxbar.ops.checks import NotFiniteError, require_finite_values
+from gpuxbar.ops.program import LOWER, Writing, writing
 from gpuxbar.ops.program import checksum as checksum_of
 
 __all__ = ["checksum", "program_devices", "program_pairs", "reprogram"]
@@ -47,15 +48,19 @@ def reprogram(
     """
     way = plan_of(plan)
     values = written(weight, way)
-    with on_device(weight, "program") as device:
-        if host.serves(device):
-            writes, scale, full_weight = _writing(spec, merge, plan)
-            host.reprogram(writes, values, g, noise_var, w_max, state, write_step, scale, full_weight)
-            return
-        ops.reprogram(
-            array(values.view(_shape(way))), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
-            write_step=array(write_step), seed=way.seed, device=device, merge=merge, **_settings(spec), **_scale(spec),
-        )  # fmt: skip
+    try:
+        with on_device(weight, "program") as device:
+            if host.serves(device):
+                writes, scale, full_weight = _writing(spec, merge, plan)
+                host.reprogram(writes, values, g, noise_var, w_max, state, write_step, scale, full_weight)
+                return
+            ops.reprogram(
+                array(values.view(_shape(way))), array(g), array(w_max), array(state), None if noise_var is None else array(noise_var),
+                write_step=array(write_step), seed=way.seed, device=device, merge=merge, **_settings(spec), **_scale(spec),
+            )  # fmt: skip
+    except NotFiniteError:
+        _require_finite(weight, way)
+        raise
 
 
 def checksum(weight: Tensor) -> int | None:
@@ -106,6 +111,8 @@ def program_devices(weight: Tensor, write_step: Tensor, spec: str, plan: str) ->
     mapping = spec_of(spec).mapping
     offset, way = mapping.scheme == "offset", plan_of(plan)
     groups, outputs, inputs = shape = _shape(way)
+    if on_cpu(weight):
+        _require_finite(weight, way)
     weight = written(weight, way).view(shape)
     g = weight.new_zeros(1 if offset else 2 * mapping.slices, groups * inputs, outputs)
     w_max = weight.new_zeros(groups * outputs)
@@ -117,6 +124,11 @@ def program_devices(weight: Tensor, write_step: Tensor, spec: str, plan: str) ->
             **settings, **_scale(spec),
         )  # fmt: skip
     return g, w_max
+
+
+def _require_finite(weight: Tensor, way: ReadPlan) -> None:
+    """Refuse weights that are not finite by the name of their layer."""
+    require_finite_values(f"{way.name}: `weight`", int((~torch.isfinite(weight)).sum()), LOWER)
 
 
 @lru_cache(maxsize=4096)

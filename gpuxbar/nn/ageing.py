@@ -44,7 +44,7 @@ def program(model: nn.Module, chip: int = 0) -> None:
     noise of eval mode are a chip's own. On the same chip, and in training mode, such copies draw the same.
 
     Args:
-        model: A converted model.
+        model: A converted model, or parts of one: others train on beside those that are programmed.
         chip: Which devices are written to: 0 are those of the model, as it was trained with if it is hardware-aware; each number up
             to 2**31 - 1 has others. Converters, with their errors and ranges, and wires stay.
 

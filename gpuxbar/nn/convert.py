@@ -84,7 +84,8 @@ def convert(
     require_module("convert", model)
     if not isinstance(spec, CrossbarSpec):
         raise TypeError(
-            f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings)"
+            f"convert: `spec` must be a CrossbarSpec, got {type(spec).__name__}; make one of settings by CrossbarSpec(**settings), or call "
+            "one of gpuxbar.presets, as demo()"
         )
     choices = _Rules(model, spec, rules or {})
     model, learned = _off_others(_copied(model), choices)
