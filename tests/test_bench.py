@@ -467,9 +467,9 @@ def test_a_study_makes_each_training_once(tmp_path):
     for _ in range(2):  # an interrupted study is begun anew
         with Progress(disable=True) as progress:
             study = Study(tmp_path / "rows.jsonl", ROOT, progress)
-            assert study.curve({"lr": 0.1}, "first", 5, make(0.5)) == [0.5]
+            assert study.curve({"lr": 0.1}, "first", lambda: 5, make(0.5)) == [0.5]
             for _ in range(2):
-                assert study.curve({"lr": 0.2}, "second", 5, make(0.75)) == [0.75]
+                assert study.curve({"lr": 0.2}, "second", lambda: 5, make(0.75)) == [0.75]
     assert made == [0.5, 0.75]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(study.rows) == 2
 
@@ -484,5 +484,5 @@ def test_a_study_tells_of_the_trainings_asked_for(tmp_path):
     study = Study(tmp_path / "rows.jsonl", ROOT, Progress())
     assert (study.rows, study.where()) == ([], "")
     for _ in range(2):  # as of two algorithms that have it in common
-        assert study.curve({"lr": 0.2}, "made", 1, None) == [0.2]
+        assert study.curve({"lr": 0.2}, "made", None, None) == [0.2]
     assert (study.rows, study.where()) == (lines[1:], "a CPU; gpuxbar 0.1.0 at 4567")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
 import gpuxbar as gx
@@ -22,6 +23,12 @@ def test_tables_show_where_a_prompt_echoes_them():
         assert repr(table).split()[0] == head
 
 
+def checkpointed_within(model):
+    part = model[2]
+    model[2] = checkpoint_wrapper(part, context_fn=lambda: gx.same_reads(part))
+    return model
+
+
 def compiled_within(model):
     model[2] = torch.compile(model[2], backend="eager")
     return model
@@ -30,6 +37,7 @@ def compiled_within(model):
 WRAPPED = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "compiled within": compiled_within,
+    "checkpointed within": checkpointed_within,
     "in parallel": nn.DataParallel,
     "average of a compiled one": lambda model: AveragedModel(torch.compile(model, backend="eager")),
     "across processes": gx.distribute,

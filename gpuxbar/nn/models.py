@@ -23,7 +23,8 @@ __all__ = [
 ]
 
 WRAPPERS = DataParallel, DistributedDataParallel, AveragedModel  # which call what they wrap `module`
-COMPILED = "_orig_mod"  # as torch.compile does, of whose class torch._dynamo would take seconds to tell
+# as do torch.compile, FSDP and wrappers of checkpoints, whose classes would take long to import, and their names are nobody else's
+WRAPPED = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 
 
 def require_module(op: str, model: Any, argument: str = "model") -> None:
@@ -45,7 +46,7 @@ def known_name(model: nn.Module, name: str) -> str:
     known = []
     at: Any = model
     for leaf in name.split("."):
-        if leaf != COMPILED and not (leaf == "module" and isinstance(at, WRAPPERS)):
+        if leaf not in WRAPPED and not (leaf == "module" and isinstance(at, WRAPPERS)):
             known.append(leaf)
         at = getattr(at, leaf, None)
     return ".".join(known)
