@@ -58,7 +58,14 @@ struct Tally {
     constexpr int LEVEL = 3;
     i64 k = 0;
     for (; k + (1 << LEVEL) <= count; k += 1 << LEVEL) add<LEVEL>(carry<LEVEL>(slot, k));
-    for (; k < count; ++k) add<0>(slot(k));
+    if (k < count) {
+      const auto last = [&](i64 k) {
+        const Pair bits = slot(std::min(k, count - 1));
+        const u64 there = -(u64)(k < count);
+        return Pair{bits.raise & there, bits.all & there};
+      };
+      add<LEVEL>(carry<LEVEL>(last, k));
+    }
   }
 
   // Add the counts to those of the lines.
