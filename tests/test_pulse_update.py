@@ -210,7 +210,9 @@ def test_counted_pulses_of_few_pairs_match_the_oracle(law, stored):
     np.testing.assert_allclose(new, cells, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
     np.testing.assert_allclose(read, weights, rtol=0, atol=6e-6 * w_max.max())
     moved = (cells != g).any(0)[:, :64].sum(1)
-    assert (moved == 0).any() and (moved > 40).any() and moved[(moved > 0) & (moved < 20)].sum() > 128
+    assert (moved == 0).any()
+    assert (moved > 40).any()
+    assert moved[(moved > 0) & (moved < 20)].sum() > 128
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 530), (530, 3)])

@@ -126,7 +126,7 @@ void pulse_some(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, con
     for (i64 k = 0; k < WIDE_ROW; ++k) x[k] = before[k] = (a.g[at.cells[k]] - u.g_min) * (1.0f / u.range);
     move_devices<L>(u.law, side == 0, Row(u, a, at), raising, together, z[side], x, more);
     for (i64 k = 0; k < count; ++k)
-      if (x[k] != before[k]) a.g[at.cells[k]] = fma(x[k], u.range, u.g_min);
+      a.g[at.cells[k]] = x[k] != before[k] ? fma(x[k], u.range, u.g_min) : a.g[at.cells[k]];
   }
 }
 
