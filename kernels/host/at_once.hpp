@@ -59,7 +59,7 @@ inline void share_pulses(i32 sides, bool positive, const float* free, const i32*
   }
 }
 
-// Moves 64 devices of a plane to shares x; `more`: the pulses that they take.
+// Moves 64 devices of a plane from their shares x; `more`: the pulses that they take.
 template <class L>
 void move_devices(const UpdateLaw& s, bool positive, const Row& row, const i32* raise, const i32* all,
                   const float* noise, float* x, i32* more) {
