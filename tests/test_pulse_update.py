@@ -191,6 +191,30 @@ def test_rare_coincidences_are_found_as_frequent_ones_are():
     assert (alone != g[:, :inputs]).mean() > 0.5
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("law", ["constant", "constant-reference", "soft-one-sided"])
+def test_counted_pulses_of_few_pairs_match_the_oracle(law, stored):
+    """Wordlines of whose pairs none, few or most see a coincidence; few are gathered from the lines of a block."""
+    g, x, d, w_max = case(6, 2, 70, 90)
+    x[:, ::3] = 0
+    x[:, 1::3] *= 0.1
+    x[:, 2::3] += 5
+    known = ops.draw_device_map(LAWS[law], g.shape, seed=3) if stored else None
+    stuck = Programming(stuck_at_g_min=0.05, stuck_at_g_max=0.03)
+    new, how = g.copy(), {"rate": 0.05, "w_max": w_max, "groups": 2, "step": 9}
+    pairs = ops.Pairs(new, law=LAWS[law], programming=stuck, device_map=known, seed=SEED, **WINDOW)
+    train = PulseTrain(mode="aggregated", bound_management=False)
+    cells, weights = reference.pulse_update(g, x, d, train=train.model_dump(), **pairs.plain, **how)
+    read = ops.pulse_update(pairs, x, d, train=train, **how)
+    # as of `assert_matches_oracle`
+    np.testing.assert_allclose(new, cells, rtol=0, atol=3e-6 * (G_MAX - G_MIN))
+    np.testing.assert_allclose(read, weights, rtol=0, atol=6e-6 * w_max.max())
+    moved = (cells != g).any(0)[:, :64].sum(1)
+    assert (moved == 0).any()
+    assert (moved > 40).any()
+    assert moved[(moved > 0) & (moved < 20)].sum() > 128
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 530), (530, 3)])
 def test_coincidences_of_many_slots_are_counted(inputs, outputs, same_on_threads):
     """Of more samples than are counted together, on lines in blocks of 256 and of a word."""

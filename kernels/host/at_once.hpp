@@ -9,6 +9,10 @@
 
 namespace gpuxbar::pulses {
 
+// Pairs that move of a wordline's 64, from which on all are moved together: a counter then draws for four neighbours. Fewer are
+// gathered from the lines of a block, and each draws for itself.
+constexpr i64 TOGETHER = 28;
+
 // f = 1: a LinearStep without slope, and its bits.
 struct ConstantStep {
   GPUXBAR_METHOD explicit ConstantStep(const Direction&) {}
@@ -55,27 +59,105 @@ inline void share_pulses(i32 sides, bool positive, const float* free, const i32*
   }
 }
 
+// Moves 64 devices of a plane from their shares x; `more`: the pulses that they take.
 template <class L>
-void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Block& block) {
+void move_devices(const UpdateLaw& s, bool positive, const Row& row, const i32* raise, const i32* all,
+                  const float* noise, float* x, i32* more) {
+  alignas(64) float ups[WIDE_ROW], downs[WIDE_ROW];
+  share_pulses(s.sides, positive, row.free, raise, all, ups, downs);
+  if (s.sides == ONE_SIDED && !noisy(s))
+    move_upwards<L>(s, row.draws, ups, x);
+  else
+    move_both_ways(s, row.draws, ups, downs, noise, x);
+#pragma omp simd
+  for (int j = 0; j < WIDE_ROW; ++j) more[j] = (i32)(ups[j] + downs[j]);
+}
+
+// Moves the pairs of a wordline.
+template <class L>
+void pulse_line(const Update& u, const Arrays& a, i64 group, i64 line, i64 o0, i64 count, const i32* raise,
+                const i32* all) {
+  alignas(64) float z[2][WIDE_ROW] = {}, x[WIDE_ROW], before[WIDE_ROW];
+  alignas(64) i32 more[WIDE_ROW];
+  bool failed[WIDE_ROW] = {};
+  if (noisy(u.law))
+    draw_pairs(Draw{PULSE_CYCLE, 0, (u32)u.step, a.keys}, (u32)(group * u.inputs + line), o0, z[0], z[1]);
+  for (u32 side = 0; side < u.sides(); ++side) {
+    const RowPlace at = u.place(side, group, line, o0);
+    float* cells = a.g + u.cell(at.plane, at.row, o0);
+    i32* taken = a.pulse_count ? a.pulse_count + (cells - a.g) : nullptr;
+    if (taken)
+      for (i64 j = 0; j < count; ++j) failed[j] = taken[j] < 0;
+    load_shares(cells, u.g_min, 1.0f / u.range, count, x, before);
+    const Row row(u, a, at, count, taken ? failed : nullptr);
+    move_devices<L>(u.law, side == 0, row, raise, all, z[side], x, more);
+    if (taken) wear_row(u.endurance, at, a.keys, more, count, taken, x, nullptr);
+    write_back(cells, x, before, u.g_min, u.range, count);
+  }
+}
+
+// Moves up to 64 pairs of a block, of which none can fail: line * WIDE_ROW + column of each.
+template <class L>
+void pulse_some(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, const u32* pairs, i64 count,
+                const Counts& raise, const Counts& all) {
+  Places at;
+  alignas(64) u32 pair[WIDE_ROW], word[WIDE_ROW];
+  alignas(64) i32 raising[WIDE_ROW], together[WIDE_ROW], more[WIDE_ROW];
+  alignas(64) float z[2][WIDE_ROW] = {}, x[WIDE_ROW], before[WIDE_ROW];
+  for (i64 k = 0; k < WIDE_ROW; ++k) {
+    pair[k] = pairs[k < count ? k : 0];
+    raising[k] = raise[0][pair[k]], together[k] = all[0][pair[k]];
+    at.rows[k] = (u32)(group * u.inputs + i0) + pair[k] / WIDE_ROW;
+    at.columns[k] = (u32)o0 + pair[k] % WIDE_ROW;
+  }
+  const auto set_plane = [&](u32 plane) {
+    for (i64 k = 0; k < WIDE_ROW; ++k) {
+      at.planes[k] = plane;
+      at.cells[k] = u.cell(plane, at.rows[k], at.columns[k]);
+    }
+  };
+  if (noisy(u.law)) {
+    set_plane(0);
+    draw_words<7>(PULSE_CYCLE, (u32)u.step, a.keys, at, word);
+    make_pairs(word, WIDE_ROW, z[0], z[1]);
+  }
+  for (u32 side = 0; side < u.sides(); ++side) {
+    set_plane(side * (u32)u.slices.count);
+    for (i64 k = 0; k < WIDE_ROW; ++k) x[k] = before[k] = (a.g[at.cells[k]] - u.g_min) * (1.0f / u.range);
+    move_devices<L>(u.law, side == 0, Row(u, a, at), raising, together, z[side], x, more);
+    for (i64 k = 0; k < count; ++k)
+      a.g[at.cells[k]] = x[k] != before[k] ? fma(x[k], u.range, u.g_min) : a.g[at.cells[k]];
+  }
+}
+
+// `raise`, `all`: coincidences of a block's pairs over the batch.
+template <class L>
+void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, const Counts& raise,
+                   const Counts& all) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  const UpdateLaw s = u.law;
-  const bool one_way = s.sides == ONE_SIDED && !noisy(s);
-  alignas(64) float z[2][WIDE_ROW] = {}, ups[WIDE_ROW], downs[WIDE_ROW];
+  const i64 together = a.pulse_count ? 1 : TOGETHER;
+  alignas(64) u32 moving[WIDE_ROW], few[2 * WIDE_ROW + LANES];
+  i64 kept = 0;
   for (i64 i = 0; i < lines; ++i) {
-    if (noisy(s))
-      draw_pairs(Draw{PULSE_CYCLE, 0, (u32)u.step, a.keys}, (u32)(group * u.inputs + i0 + i), o0, z[0], z[1]);
-    for (u32 side = 0; side < u.sides(); ++side) {
-      const Row row(u, a, u.place(side, group, i0 + i, o0), count, block.failures(side, i));
-      share_pulses(s.sides, side == 0, row.free, block.raise[i], block.all[i], ups, downs);
-      float* x = block.x[side][i];
-      if (one_way)
-        move_upwards<L>(s, row.draws, ups, x);
-      else
-        move_both_ways(s, row.draws, ups, downs, z[side], x);
-      if (block.counted)
-        for (int j = 0; j < WIDE_ROW; ++j) block.more[side][i][j] = (i32)(ups[j] + downs[j]);
+    if (i + AHEAD < lines)
+      for (u32 side = 0; side < u.sides(); ++side)
+        fetch(a.g + u.cell(side * u.slices.count, group * u.inputs + i0 + i + AHEAD, o0));
+#pragma omp simd
+    for (i64 j = 0; j < WIDE_ROW; ++j) moving[j] = j < count && all[i][j] ? (u32)(i * WIDE_ROW + j) | NEGATIVE : 0u;
+    const i64 more = keep(moving, WIDE_ROW, few + kept);
+    if (more >= together) {
+      pulse_line<L>(u, a, group, i0 + i, o0, count, raise[i], all[i]);
+      continue;
+    }
+    for (i64 k = kept; k < kept + more; ++k) few[k] &= SLOTS;
+    kept += more;
+    if (kept >= WIDE_ROW) {
+      pulse_some<L>(u, a, group, i0, o0, few, WIDE_ROW, raise, all);
+      kept -= WIDE_ROW;
+      std::copy_n(few + WIDE_ROW, kept, few);
     }
   }
+  if (kept) pulse_some<L>(u, a, group, i0, o0, few, kept, raise, all);
 }
 
 }  // namespace gpuxbar::pulses

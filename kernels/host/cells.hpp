@@ -1,6 +1,7 @@
 // Rows of cells for the host kernels that write devices: their spreads, and the choice of the law.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "draw.hpp"
@@ -14,6 +15,32 @@ struct RowPlace {
   u32 plane, row;
   i64 col0;
 };
+
+// 64 cells of one plane, in any order.
+struct alignas(64) Places {
+  Lines rows, columns, planes;  // the last all alike
+  i64 cells[WIDE_ROW];          // places in arrays of all planes
+};
+
+template <int ROUNDS>
+static inline void draw_words(Purpose purpose, u32 step, const WideKeys& keys, const RowPlace& at, u32* word) {
+  draw_words<ROUNDS>(Draw{purpose, at.plane, step, keys}, at.row, at.col0, word);
+}
+template <int ROUNDS>
+static inline void draw_words(Purpose purpose, u32 step, const WideKeys& keys, const Places& at, u32* word) {
+  draw_words_at<ROUNDS>(purpose, step, keys, WIDE_ROW, at.rows, at.columns, at.planes, word);
+}
+
+constexpr int AHEAD = 4;  // rows between asking for cells and moving them; many would push each other out of a cache
+
+// Ask for the cells of a row ahead of their use: rows of a block lie too far apart to be foreseen. Cells that do not begin
+// with a line of the caches end in one more.
+template <class T>
+inline void fetch(T* cells) {
+  constexpr int LINE = 64 / sizeof(T), WRITTEN = !std::is_const_v<T>;
+  for (int j = 0; j < WIDE_ROW; j += LINE) __builtin_prefetch(cells + j, WRITTEN);
+  __builtin_prefetch(cells + WIDE_ROW - 1, WRITTEN);
+}
 
 // Do work for each of `count` cells of a row, in vectors.
 template <class Work>
@@ -34,7 +61,10 @@ static inline void load_shares(const float* cells, float g_min, float inverse_ra
 
 // A cell that did not move keeps its bits.
 static inline void write_back(float* cells, const float* x, const float* before, float g_min, float range, i64 count) {
-  each_cell(count, [=](i64 j) { cells[j] = x[j] != before[j] ? fma(x[j], range, g_min) : cells[j]; });
+  each_cell(count, [=](i64 j) {
+    const float kept = cells[j], moved = fma(x[j], range, g_min);  // both at once: without branches, as vectors need it
+    cells[j] = x[j] != before[j] ? moved : kept;
+  });
 }
 
 // Floats of `count` halves, at most a row.
@@ -77,32 +107,51 @@ struct SpreadDraws {
   // asked for; null: all.
   SpreadDraws(const UpdateLaw& s, DeviceMap map, i64 first, i64 count, const RowPlace& at, const WideKeys& keys,
               const Chosen* chosen = nullptr) {
+    const auto halves = [&](const u16* plane, float* to) { read_halves(plane + first, count, to); };
+    make(s, map, halves, at, keys, chosen);
+  }
+
+  // Of cells in any order.
+  SpreadDraws(const UpdateLaw& s, DeviceMap map, const Places& at, const WideKeys& keys) {
+    const auto halves = [&](const u16* plane, float* to) {
+      for (int j = 0; j < WIDE_ROW; ++j) to[j] = half_value(plane[at.cells[j]]);
+    };
+    make(s, map, halves, at, keys, nullptr);
+  }
+
+ private:
+  // halves(plane, to): what a plane of the map holds of the cells.
+  template <class Halves, class Place>
+  void make(const UpdateLaw& s, DeviceMap map, const Halves& halves, const Place& at, const WideKeys& keys,
+            const Chosen* chosen) {
     const float spread[6] = {s.step_spread, s.asymmetry_spread, s.low_spread,
                              s.high_spread, s.spread_up,        s.spread_down};
     if (map.normal)
-      read(spread, map, first, count, chosen);
+      read(spread, map, halves, chosen);
     else
       draw(spread, at, keys, chosen);
   }
 
-  void read(const float (&spread)[6], DeviceMap map, i64 first, i64 count, const Chosen* chosen) {
+  template <class Halves>
+  void read(const float (&spread)[6], DeviceMap map, const Halves& halves, const Chosen* chosen) {
     for (int k = 0; k < 6; ++k) {
       float* to = normal[k];
       std::fill(to, to + WIDE_ROW, 0.0f);
       if (spread[k] == 0.0f) continue;
-      read_halves(map.normal + first, count, to);
+      halves(map.normal, to);
       if (chosen) chosen->pick(to, to);
       map.normal += map.cells;
     }
   }
 
   // All words first: many chains of rounds, then of normals, keep the processor busy.
-  void draw(const float (&spread)[6], const RowPlace& at, const WideKeys& keys, const Chosen* chosen) {
+  template <class Place>
+  void draw(const float (&spread)[6], const Place& at, const WideKeys& keys, const Chosen* chosen) {
     constexpr Purpose OF[3] = {UPDATE_SPREAD_STEP, UPDATE_SPREAD_WINDOW, UPDATE_SPREAD_SHAPE};
     alignas(64) u32 word[3][WIDE_ROW];
     const auto wanted = [&](int k) { return spread[2 * k] != 0.0f || spread[2 * k + 1] != 0.0f; };
     for (int k = 0; k < 3; ++k)
-      if (wanted(k)) draw_words<7>(Draw{OF[k], at.plane, 0, keys}, at.row, at.col0, word[k]);
+      if (wanted(k)) draw_words<7>(OF[k], 0, keys, at, word[k]);
     for (int k = 0; k < 3; ++k) {
       float *a = normal[2 * k], *b = normal[2 * k + 1];
       if (!wanted(k)) {
@@ -126,10 +175,16 @@ static inline bool noisy(const UpdateLaw& s) {
 }
 
 // 1 for cells that move, 0 for stuck ones.
-static inline void draw_free(float stuck_low, float stuck_high, const RowPlace& at, const WideKeys& keys, float* free) {
+template <class Place>
+static inline void draw_free(float stuck_low, float stuck_high, const Place& at, const WideKeys& keys, float* free) {
   if (stuck_low + stuck_high > 0.0f) {
-    draw_uniforms(Draw{STUCK, at.plane, 0, keys}, at.row, at.col0, free);
-    for (int j = 0; j < WIDE_ROW; ++j) free[j] = free[j] < stuck_low || free[j] > 1.0f - stuck_high ? 0.0f : 1.0f;
+    alignas(64) Lines word;
+    draw_words<10>(STUCK, 0, keys, at, word);
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) {
+      const float u = uniform(word[j]);
+      free[j] = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : 1.0f;
+    }
   } else {
     std::fill(free, free + WIDE_ROW, 1.0f);
   }

@@ -8,7 +8,6 @@
 #pragma GCC optimize("no-thread-jumps", "no-split-paths")
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cells.hpp"
 #include "finite.hpp"
@@ -19,7 +18,6 @@ using namespace gpuxbar;
 namespace {
 
 constexpr int LINES = 64;
-constexpr int AHEAD = 4;  // rows between asking for cells and moving them; many would push each other out of a cache
 
 // Twin of `Update` in gpuxbar/ops/device_update.py.
 struct Update {
@@ -140,15 +138,6 @@ void count_pulses(const Update& u, const WideKeys& keys, const Row& r, i32* puls
 void load_digits(const float* units, float window, i64 count, float* asked) {
   std::fill(asked + count, asked + WIDE_ROW, 0.0f);
   each_cell(count, [=](i64 j) { asked[j] = units[j] / window; });
-}
-
-// Ask for the cells of a row ahead of their use: rows of a block lie too far apart to be foreseen. Cells that do not begin
-// with a line of the caches end in one more.
-template <class T>
-void fetch(T* cells) {
-  constexpr int LINE = 64 / sizeof(T), WRITTEN = !std::is_const_v<T>;
-  for (int j = 0; j < WIDE_ROW; j += LINE) __builtin_prefetch(cells + j, WRITTEN);
-  __builtin_prefetch(cells + WIDE_ROW - 1, WRITTEN);
 }
 
 bool any(const float* change) {

@@ -88,18 +88,17 @@ static inline void draw_words_at(u32 purpose, u32 step, const WideKeys& keys, co
 
 typedef u32 Lines[WIDE_ROW];
 
-// Two normals of each of `count` columns of a row by the fast generator, in whole vectors, every column in a slot of its own.
-static inline void draw_pairs_at(const Draw& d, u32 row, i64 count, const Lines& columns, const Lines& slots, float* a,
-                                 float* b) {
-  alignas(64) Lines words[4], group, line;
-  for (i64 j = 0; j < count; ++j) group[j] = columns[j] / 4, line[j] = row;
-  draw_words_at<7>(d.purpose, d.step, d.keys, group, line, slots, words, count);
+// One word of each of `count` cells, in whole vectors, each in a row, a column and a slot of its own.
+template <int ROUNDS>
+static inline void draw_words_at(u32 purpose, u32 step, const WideKeys& keys, i64 count, const Lines& rows,
+                                 const Lines& columns, const Lines& slots, u32* word) {
+  alignas(64) Lines words[4], group;
+  for (i64 j = 0; j < count; ++j) group[j] = columns[j] / 4;
+  draw_words_at<ROUNDS>(purpose, step, keys, group, rows, slots, words, count);
 #pragma omp simd
   for (i64 j = 0; j < count; ++j) {
     const u32 even = columns[j] & 2 ? words[2][j] : words[0][j], odd = columns[j] & 2 ? words[3][j] : words[1][j];
-    const Pair pair = normal_pair_fast(columns[j] & 1 ? odd : even);
-    a[j] = pair.a;
-    b[j] = pair.b;
+    word[j] = columns[j] & 1 ? odd : even;
   }
 }
 

@@ -111,34 +111,6 @@ struct alignas(64) Events {
         transpose_tile<LANES>([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
     }
   }
-
-  // Copy the events among `samples` words, and perhaps some words behind them; how many they are.
-  static i64 keep(const u32* all, i64 samples, u32* to) {
-    i64 kept = 0, b = 0;
-#if defined(__AVX512F__)
-    for (; b + 16 <= samples; b += 16) {
-      const __m512i words = _mm512_load_si512(all + b);
-      const __mmask16 some = _mm512_test_epi32_mask(words, words);
-      _mm512_storeu_si512(to + kept, _mm512_maskz_compress_epi32(some, words));
-      kept += __builtin_popcount(some);
-    }
-#elif defined(__AVX2__) && defined(__BMI2__)
-    for (; b + 8 <= samples; b += 8) {
-      const __m256i words = _mm256_load_si256((const __m256i*)(all + b));
-      const __m256i none = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
-      const u32 some = ~(u32)_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 0xFFu;
-      const u64 places = _pext_u64(0x0706050403020100u, 0xFFu * _pdep_u64(some, 0x0101010101010101u));
-      const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((i64)places));
-      _mm256_storeu_si256((__m256i*)(to + kept), _mm256_permutevar8x32_epi32(words, from));
-      kept += __builtin_popcount(some);
-    }
-#endif
-    for (; b < samples; ++b) {
-      to[kept] = all[b];
-      kept += all[b] != 0;
-    }
-    return kept;
-  }
 };
 
 }  // namespace gpuxbar::pulses

@@ -29,6 +29,41 @@ void turn_bits(u32 (&words)[WORD][SAMPLES], u32 low = 0x0000FFFFu) {
   if constexpr (STRIDE > 1) turn_bits<STRIDE / 2>(words, low ^ low << STRIDE / 2);
 }
 
+// The words of slots of eight lines, for a block's samples. Of a counter {slot, eight, sample} the samples alone change from
+// lane to lane: of the first two rounds what they make is worked out once for all slots, and what a slot makes once for all
+// samples.
+class SlotWords {
+ public:
+  SlotWords(u32 purpose, u32 step, const WideKeys& keys, u32 eight, u32 sample) : keys(keys), step(step) {
+    const Wide first = (u64)(purpose << 24 | sample) + even_lanes();  // blocks of samples do not carry into the purpose
+    for (int l = 0; l < SAMPLES; l += LANES)
+      for (int odd = 0; odd < 2; ++odd) {
+        const Wide p1 = multiply_low(first + (u64)(l + odd), PHILOX_Z + Wide{});
+        const Wide p0 = multiply_low(high_halves(p1) ^ (eight ^ keys.low[0]), PHILOX_X + Wide{});
+        begun[l / LANES][odd] = Begun{p1 ^ keys.low[1], high_halves(p0) ^ keys.high[1], p0};
+      }
+  }
+
+  // Of `samples` in whole vectors.
+  void draw(u32 slot, int samples, u32 (&words)[4][SAMPLES]) const {
+    const u64 p0 = PHILOX_X * slot, p1 = PHILOX_Z * (u32)(p0 >> 32 ^ step ^ keys.high[0][0]);
+    const Wide x = p1 >> 32 ^ Wide {}, y = p1 ^ Wide{}, z = p0 ^ Wide{};
+    for (int l = 0; l < samples; l += LANES) {
+      const auto counter = [&](const Begun& b) { return WideCounter{b.x ^ x, y, b.z ^ z, b.w}; };
+      WideCounter c[2] = {counter(begun[l / LANES][0]), counter(begun[l / LANES][1])};
+      philox_lanes<7, 2>(c, keys, words[0] + l, words[1] + l, words[2] + l, words[3] + l);
+    }
+  }
+
+ private:
+  struct Begun {
+    Wide x, z, w;  // after two rounds, but for what the slot brings
+  };
+  const WideKeys& keys;
+  u32 step;
+  Begun begun[SAMPLES / LANES][2];
+};
+
 // Makes the trains of blocks of samples.
 class Trainer {
  public:
@@ -148,23 +183,25 @@ class Trainer {
 
   // Independent slots, see stochastic_slots. Half words are compared as they lie in their words, sixteen slots together.
   void draw(u32 purpose, u32 eight, u32 sample, const float* value, const float* per, u32 (*slots)[SAMPLES]) const {
-    alignas(64) u32 chances[EIGHT][SAMPLES], words[4][SAMPLES], at[SAMPLES], eights[SAMPLES], samples[SAMPLES];
+    alignas(64) u32 chances[EIGHT][SAMPLES], words[4][SAMPLES];
     alignas(64) u32 below[4][SAMPLES],
         fired[2][4][SAMPLES] = {};  // of line 2 q the low halves, of 2 q + 1 the high ones
+    u32 any = 0;
     for (int k = 0; k < EIGHT; ++k)
-#pragma omp simd
+#pragma omp simd reduction(| : any)
       for (int l = 0; l < SAMPLES; ++l) {
         chances[k][l] = chance(gpuxbar::abs(value[k * SAMPLES + l]) * per[l]);
         slots[k][l] = 0;
+        any |= chances[k][l];
       }
+    if (!any) return;  // as of pixels at the edge of all images
     for (int q = 0; q < 4; ++q)
 #pragma omp simd
       for (int l = 0; l < SAMPLES; ++l)  // a slot that fires for certain is left open by the largest half
         below[q][l] = std::min(chances[2 * q][l] >> 8, 0xFFFFu) | std::min(chances[2 * q + 1][l] >> 8, 0xFFFFu) << 16;
-    for (int l = 0; l < SAMPLES; ++l) eights[l] = eight, samples[l] = sample + (u32)l;
+    const SlotWords draws(purpose, (u32)u.step, a.keys, eight, sample);
     for (u32 slot = 0; slot < (u32)most; ++slot) {
-      std::fill(at, at + SAMPLES, slot);
-      draw_words_at<7>(purpose, (u32)u.step, a.keys, at, eights, samples, words, lanes);
+      draws.draw(slot, lanes, words);
       Halves open = {};
       for (int q = 0; q < 4; ++q)
         for (int l = 0; l < lanes; l += LANES) {
@@ -172,9 +209,9 @@ class Trainer {
           *(Halves*)(fired[slot / 16][q] + l) |= (Halves)(half < limit) & (u16)(1u << slot % 16);
           open |= (Halves)(half == limit);
         }
-      u64 any = 0;
-      for (int k = 0; k < LANES / 2; ++k) any |= ((Wide)open)[k];
-      if (any) settle(purpose, eight, samples, slot, chances, words, slots);
+      u64 some = 0;
+      for (int k = 0; k < LANES / 2; ++k) some |= ((Wide)open)[k];
+      if (some) settle(purpose, eight, sample, slot, chances, words, slots);
     }
     for (int q = 0; q < 4; ++q)
 #pragma omp simd
@@ -186,8 +223,8 @@ class Trainer {
   }
 
   // The few slots that the first random bits leave open.
-  void settle(u32 purpose, u32 eight, const u32* samples, u32 slot, const u32 (*chances)[SAMPLES],
-              const u32 (*words)[SAMPLES], u32 (*slots)[SAMPLES]) const {
+  void settle(u32 purpose, u32 eight, u32 sample, u32 slot, const u32 (*chances)[SAMPLES], const u32 (*words)[SAMPLES],
+              u32 (*slots)[SAMPLES]) const {
     for (int l = 0; l < lanes; ++l) {
       const u32 first[4] = {words[0][l], words[1][l], words[2][l], words[3][l]};
       for (u32 k = 0; k < EIGHT; ++k) {
@@ -195,7 +232,7 @@ class Trainer {
         slots[k][l] |= (u32)fires(wanted, half) << slot;
         if (!undecided(wanted, half)) continue;
         u32 last[4];
-        slot_words(LAST_BITS + slot, eight, purpose, samples[l], (u32)u.step, u.seed, last);
+        slot_words(LAST_BITS + slot, eight, purpose, sample + (u32)l, (u32)u.step, u.seed, last);
         slots[k][l] |= (u32)fires_at_last(wanted, half_word(last, k)) << slot;
       }
     }

@@ -30,6 +30,7 @@ constexpr double RARE = LANES == 16 ? 1.0 / 64 : 0.2;
 struct Scratch {
   Events events;
   Coincidences together;
+  alignas(64) Counts raise, all;  // of a block
   Block block;
 };
 
@@ -39,52 +40,49 @@ Scratch& scratch() {
   return *own;
 }
 
+// The devices of a block, moved by the samples one after the other.
 template <class L, bool IMPLICIT>
-void update_block(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, Scratch& own) {
-  Block& block = own.block;
+void pulse_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Events& events, Block& block) {
   block.counted = a.pulse_count != nullptr;
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  const float inverse_range = 1.0f / u.range;
-  const auto cells = [&](u32 side, i32 slice, i64 i) {
-    const i64 plane = side * u.slices.count + slice;
-    return a.g + ((plane * u.groups + group) * u.inputs + i0 + i) * u.outputs + o0;
+  const auto each_row = [&](auto&& work) {
+    for (u32 side = 0; side < 2; ++side)
+      for (i64 i = 0; i < lines; ++i) {
+        const RowPlace at = u.place(side, group, i0 + i, o0);
+        work(side, i, at, u.cell(at.plane, at.row, o0));
+      }
   };
-  for (u32 side = 0; side < 2; ++side)
-    for (i64 i = 0; i < lines; ++i) {
-      const float* from = cells(side, 0, i);
-      float *x = block.x[side][i], *before = block.before[side][i];
-      load_shares(from, u.g_min, inverse_range, count, x, before);
-      if (!block.counted) continue;
-      std::fill(block.more[side][i], block.more[side][i] + WIDE_ROW, 0);
-      std::fill(block.failed[side][i], block.failed[side][i] + WIDE_ROW, false);
-      for (i64 j = 0; j < count; ++j) block.failed[side][i][j] = a.pulse_count[from - a.g + j] < 0;
-    }
-  if (aggregated)
-    pulse_at_once<L>(u, a, group, i0, o0, block);
-  else
-    pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, own.events, block);
-  for (u32 side = 0; side < 2; ++side)
-    for (i64 i = 0; i < lines; ++i) {
-      float *to = cells(side, 0, i), *x = block.x[side][i], *before = block.before[side][i];
-      if (block.counted)
-        wear_row(u.endurance, u.place(side, group, i0 + i, o0), a.keys, block.more[side][i], count,
-                 a.pulse_count + (to - a.g), x, nullptr);
-      write_back(to, x, before, u.g_min, u.range, count);
-    }
+  each_row([&](u32 side, i64 i, const RowPlace&, i64 first) {
+    load_shares(a.g + first, u.g_min, 1.0f / u.range, count, block.x[side][i], block.before[side][i]);
+    if (!block.counted) return;
+    std::fill(block.more[side][i], block.more[side][i] + WIDE_ROW, 0);
+    std::fill(block.failed[side][i], block.failed[side][i] + WIDE_ROW, false);
+    for (i64 j = 0; j < count; ++j) block.failed[side][i][j] = a.pulse_count[first + j] < 0;
+  });
+  pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, events, block);
+  each_row([&](u32 side, i64 i, const RowPlace& at, i64 first) {
+    float* x = block.x[side][i];
+    if (block.counted) wear_row(u.endurance, at, a.keys, block.more[side][i], count, a.pulse_count + first, x, nullptr);
+    write_back(a.g + first, x, block.before[side][i], u.g_min, u.range, count);
+  });
+}
+
+// The weights of a block.
+void read_out(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
+  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const i64 output = group * u.outputs + o0;
-  auto& weight = block.x[0];
+  alignas(64) float weight[LINES][WIDE_ROW];
   for (i64 i = 0; i < lines; ++i) {
     float* sum = weight[i];
     std::fill(sum, sum + count, 0.0f);
     for (i32 slice = 0; slice < u.slices.count; ++slice)
       for (u32 side = 0; side < 2; ++side) {
-        const float share = inverse_range * slice_weight(u.slices, slice), by = side ? -share : share;
-        const float* from = cells(side, slice, i);
-#pragma omp simd
-        for (i64 j = 0; j < count; ++j) sum[j] = fma(from[j], by, sum[j]);
+        const float share = 1.0f / u.range * slice_weight(u.slices, slice), by = side ? -share : share;
+        const float* from = a.g + u.cell(side * u.slices.count + slice, group * u.inputs + i0 + i, o0);
+        each_cell(count, [=](i64 j) { sum[j] = fma(from[j], by, sum[j]); });
       }
-#pragma omp simd
-    for (i64 j = 0; j < count; ++j) sum[j] *= a.w_max[output + j];
+    const float* top = a.w_max + output;
+    each_cell(count, [=](i64 j) { sum[j] *= top[j]; });
   }
   transpose(weight[0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
 }
@@ -94,7 +92,6 @@ template <class L, bool IMPLICIT>
 void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group, i64 i0, i64 o0, i64 rows, i64 cols) {
   Scratch& own = scratch();
   Coincidences& together = own.together;
-  Block& block = own.block;
   const bool many_outputs = aggregated && a.errors.held == Held::OVER_LINES,
              many_inputs = a.inputs.held == Held::OVER_LINES;
   if (many_outputs) together.count(a, u.batch, a.inputs, a.errors, group, i0, o0);
@@ -103,16 +100,20 @@ void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group,
     for (i64 o = o0; o < std::min(o0 + cols, u.outputs); o += WIDE_ROW) {
       if (many_outputs) {
         for (i64 line = 0; line < LINES; ++line) {
-          std::copy_n(together.raise[line] + (o - o0), WIDE_ROW, block.raise[line]);
-          std::copy_n(together.all[line] + (o - o0), WIDE_ROW, block.all[line]);
+          std::copy_n(together.raise[line] + (o - o0), WIDE_ROW, own.raise[line]);
+          std::copy_n(together.all[line] + (o - o0), WIDE_ROW, own.all[line]);
         }
       } else if (many_inputs) {
-        transpose(together.raise[0] + (i - i0), ACROSS, WIDE_ROW, LINES, block.raise[0], WIDE_ROW);
-        transpose(together.all[0] + (i - i0), ACROSS, WIDE_ROW, LINES, block.all[0], WIDE_ROW);
+        transpose(together.raise[0] + (i - i0), ACROSS, WIDE_ROW, LINES, own.raise[0], WIDE_ROW);
+        transpose(together.all[0] + (i - i0), ACROSS, WIDE_ROW, LINES, own.all[0], WIDE_ROW);
       } else if (aggregated) {
-        count_implied(u, a, group, i, o, block.raise, block.all);
+        count_implied(u, a, group, i, o, own.raise, own.all);
       }
-      update_block<L, IMPLICIT>(u, a, aggregated, group, i, o, own);
+      if (aggregated)
+        pulse_at_once<L>(u, a, group, i, o, own.raise, own.all);
+      else
+        pulse_block<L, IMPLICIT>(u, a, group, i, o, own.events, own.block);
+      read_out(u, a, group, i, o);
     }
 }
 

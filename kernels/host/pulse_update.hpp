@@ -35,6 +35,8 @@ struct Update {
   i64 samples() const { return (batch + SAMPLES - 1) / SAMPLES * SAMPLES; }
   // Planes of devices that can move: of the lowest slice, both sides or the positive one.
   u32 sides() const { return law.sides == REFERENCE ? 1u : 2u; }
+  // Place of a device in arrays like g.
+  i64 cell(i64 plane, i64 row, i64 column) const { return (plane * groups * inputs + row) * outputs + column; }
   // A row of devices of the lowest slice.
   RowPlace place(u32 side, i64 group, i64 line, i64 col0) const {
     return RowPlace{side * (u32)slices.count, (u32)(group * inputs + line), col0};
@@ -85,6 +87,34 @@ struct Arrays {
   const WideKeys& keys;
 };
 
+// Copy those of `count` words that are not 0, and perhaps some words behind them; how many they are.
+inline i64 keep(const u32* all, i64 count, u32* to) {
+  i64 kept = 0, b = 0;
+#if defined(__AVX512F__)
+  for (; b + 16 <= count; b += 16) {
+    const __m512i words = _mm512_load_si512(all + b);
+    const __mmask16 some = _mm512_test_epi32_mask(words, words);
+    _mm512_storeu_si512(to + kept, _mm512_maskz_compress_epi32(some, words));
+    kept += __builtin_popcount(some);
+  }
+#elif defined(__AVX2__) && defined(__BMI2__)
+  for (; b + 8 <= count; b += 8) {
+    const __m256i words = _mm256_load_si256((const __m256i*)(all + b));
+    const __m256i none = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+    const u32 some = ~(u32)_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 0xFFu;
+    const u64 places = _pext_u64(0x0706050403020100u, 0xFFu * _pdep_u64(some, 0x0101010101010101u));
+    const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((i64)places));
+    _mm256_storeu_si256((__m256i*)(to + kept), _mm256_permutevar8x32_epi32(words, from));
+    kept += __builtin_popcount(some);
+  }
+#endif
+  for (; b < count; ++b) {
+    to[kept] = all[b];
+    kept += all[b] != 0;
+  }
+  return kept;
+}
+
 inline i64 whole_vectors(i64 count) { return (count + LANES - 1) / LANES * LANES; }
 
 // A row of devices with what they keep for all time.
@@ -95,23 +125,26 @@ struct Row {
   // `failed`: whether a device has, null where none can. `chosen`: the devices that are asked for; null: all.
   Row(const Update& u, const Arrays& a, const RowPlace& at, i64 count, const bool* failed,
       const Chosen* chosen = nullptr)
-      : draws(u.law, a.map, (at.plane * u.groups * u.inputs + at.row) * u.outputs + at.col0, count, at, a.keys,
-              chosen) {
+      : draws(u.law, a.map, u.cell(at.plane, at.row, at.col0), count, at, a.keys, chosen) {
     draw_free(u.stuck_low, u.stuck_high, at, a.keys, free);
     if (failed)
       for (int j = 0; j < WIDE_ROW; ++j) free[j] = failed[j] ? 0.0f : free[j];
     if (chosen) chosen->pick(free, free);
   }
+
+  // The same of devices in any order, of which none can fail.
+  Row(const Update& u, const Arrays& a, const Places& at) : draws(u.law, a.map, at, a.keys) {
+    draw_free(u.stuck_low, u.stuck_high, at, a.keys, free);
+  }
 };
 
 using Counts = i32[LINES][WIDE_ROW];
 
-// Devices of LINES wordlines by WIDE_ROW bitlines.
+// Devices of LINES wordlines by WIDE_ROW bitlines, as they are moved one sample after the other.
 struct alignas(64) Block {
   // of the lowest slice, [side]
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
-  alignas(64) Counts raise, all;  // coincidences over the batch
-  bool counted;                   // whether devices can fail, which the next three are for
+  bool counted;  // whether devices can fail, which the next three are for
   bool failed[2][LINES][WIDE_ROW];
   i32 more[2][LINES][WIDE_ROW];  // pulses of this update
 

@@ -100,7 +100,7 @@ void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 
   const i64 moving = whole_vectors(events.moving), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const Chosen chosen{order, (int)moving};
   alignas(64) float z[2][WIDE_ROW] = {};
-  alignas(64) Lines columns, samples;
+  alignas(64) Lines rows, columns, samples, word;
   Pulsed devices[2];
   for (u32 side = 0; side < u.sides(); ++side) {
     Pulsed& p = devices[side];
@@ -109,15 +109,15 @@ void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 
     chosen.pick(block.x[side][i], p.x);
     std::fill(p.more, p.more + moving, 0);
   }
-  for (i64 k = 0; k < moving; ++k) columns[k] = (u32)o0 + order[k];
+  for (i64 k = 0; k < moving; ++k) rows[k] = (u32)(group * u.inputs + i0 + i), columns[k] = (u32)o0 + order[k];
   i64 active = moving;
   for (i64 turn = 0; turn < events.found[order[0]]; ++turn) {
     while (events.found[order[active - LANES]] <= turn) active -= LANES;
     const u32* event = events.in_turn[turn];
     if (noisy(s)) {
       for (i64 k = 0; k < active; ++k) samples[k] = (u32)b0 + Events::sample(event[k]);
-      draw_pairs_at(Draw{PULSE_CYCLE, 0, (u32)u.step, a.keys}, (u32)(group * u.inputs + i0 + i), active, columns,
-                    samples, z[0], z[1]);
+      draw_words_at<7>(PULSE_CYCLE, (u32)u.step, a.keys, active, rows, columns, samples, word);
+      make_pairs(word, (int)active, z[0], z[1]);
     }
     for (u32 side = 0; side < u.sides(); ++side) pulse_row<L>(s, side == 0, (int)active, event, z[side], devices[side]);
   }

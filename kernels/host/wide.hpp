@@ -94,12 +94,14 @@ struct WideKeys {
   }
 };
 
-// philox.cuh's rounds on N times LANES / 2 counters, in turns, since a round waits for the one before.
-template <int ROUNDS, int N>
+constexpr u64 PHILOX_X = 0xD2511F53u, PHILOX_Z = 0xCD9E8D57u;  // factors of philox.cuh's rounds
+
+// philox.cuh's rounds on N times LANES / 2 counters, in turns, since a round waits for the one before. FROM: rounds already gone.
+template <int ROUNDS, int FROM = 0, int N>
 inline void philox_wide(WideCounter (&c)[N], const WideKeys& keys) {
-  const Wide m0 = 0xD2511F53u + Wide{}, m1 = 0xCD9E8D57u + Wide{};
+  const Wide m0 = PHILOX_X + Wide{}, m1 = PHILOX_Z + Wide{};
 #pragma GCC unroll 10
-  for (int round = 0; round < ROUNDS; ++round)
+  for (int round = FROM; round < ROUNDS; ++round)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const Wide p0 = multiply_low(c[n].x, m0), p1 = multiply_low(c[n].z, m1);
@@ -112,9 +114,9 @@ inline void philox_wide(WideCounter (&c)[N], const WideKeys& keys) {
 inline Wide join(Wide even, Wide odd) { return (even & 0xFFFFFFFFu) | odd << 32; }
 
 // The words of vectors of counters, of each the even ones and then the odd ones, behind each other at a pointer a word.
-template <int ROUNDS, int N>
+template <int ROUNDS, int FROM = 0, int N>
 inline void philox_lanes(WideCounter (&c)[N], const WideKeys& keys, u32* x, u32* y, u32* z, u32* w) {
-  philox_wide<ROUNDS>(c, keys);
+  philox_wide<ROUNDS, FROM>(c, keys);
 #pragma GCC unroll 2
   for (int n = 0; n < N; n += 2, x += LANES, y += LANES, z += LANES, w += LANES) {
     *(Wide*)x = join(c[n].x, c[n + 1].x);
