@@ -165,11 +165,12 @@ class Trainer {
     for (u32 slot = 0; slot < (u32)most; ++slot) {
       std::fill(at, at + SAMPLES, slot);
       draw_words_at<7>(purpose, (u32)u.step, a.keys, at, eights, samples, words, lanes);
+      const u16 bit = (u16)(1u << slot % 16);
       Halves open = {};
       for (int q = 0; q < 4; ++q)
         for (int l = 0; l < lanes; l += LANES) {
           const Halves half = *(const Halves*)(words[q] + l), limit = *(const Halves*)(below[q] + l);
-          *(Halves*)(fired[slot / 16][q] + l) |= (Halves)(half < limit) & (u16)(1u << slot % 16);
+          *(Halves*)(fired[slot / 16][q] + l) |= (Halves)(half < limit) & bit;
           open |= (Halves)(half == limit);
         }
       u64 any = 0;
