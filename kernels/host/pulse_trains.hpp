@@ -202,11 +202,12 @@ class Trainer {
     const SlotWords draws(purpose, (u32)u.step, a.keys, eight, sample);
     for (u32 slot = 0; slot < (u32)most; ++slot) {
       draws.draw(slot, lanes, words);
+      const u16 bit = (u16)(1u << slot % 16);
       Halves open = {};
       for (int q = 0; q < 4; ++q)
         for (int l = 0; l < lanes; l += LANES) {
           const Halves half = *(const Halves*)(words[q] + l), limit = *(const Halves*)(below[q] + l);
-          *(Halves*)(fired[slot / 16][q] + l) |= (Halves)(half < limit) & (u16)(1u << slot % 16);
+          *(Halves*)(fired[slot / 16][q] + l) |= (Halves)(half < limit) & bit;
           open |= (Halves)(half == limit);
         }
       u64 some = 0;
