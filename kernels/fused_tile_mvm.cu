@@ -153,6 +153,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    u32 purpose) {
   __shared__ Block block;
   const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
+  const Adc adc{code_min, code_max};
   const u32 stages = shared_address(gx_smem);
   const int outputs = groups * sense;
   const u32 b_row = tiles * k, a_row = groups * b_row;
@@ -299,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         const int n = column + 32 * part + q;  // first column, in the block
 #if NOISE
         const u32 slot = block.slot + tile, now = block.now;
-        const float sigma = block.sigma;
+        const float spread = block.spread;
 #endif
         float gain[WIDTH], offset[WIDTH];  // ADC steps of a partial sum of 1, and of nothing
 #pragma unroll
@@ -329,12 +330,14 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot,
                                            IMPLICIT == 2 ? block.now : now);
             const Counter words4 = philox<ROUNDS>(counts, keys);
-            const u32 random[4] = {words4.x, words4.y, words4.z, words4.w};
 #endif
 #pragma unroll
             for (int e = 0; e < WIDTH; e += 2) {
 #if NOISE
-              const Pair noise = noise_of(random, e);
+              const Polar noise = polar_of<NOISE == 2>(words4, e / 2);
+#if !VARIANCE
+              const float deviation = radius(spread, noise);
+#endif
 #endif
               u32 code[2];
 #pragma unroll
@@ -342,21 +345,20 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                 Sum& sum = sums[i][4 * part + (q + e) / 2][2 * h + f];
                 float current = value_of(sum);
                 sum = ZERO;
-#if NOISE
-                float deviation = sigma;
 #if VARIANCE
                 float& variance = variances[i][4 * part + (q + e) / 2][2 * h + f];
-                deviation = sqrt_fast(fma(sigma, sigma, max(variance, 0.0f)));
+                const float deviation = radius(fma(SPREAD, max(variance, 0.0f), spread), noise);
                 variance = 0.0f;
 #endif
-                current = fma(deviation, f ? noise.b : noise.a, current);
+#if NOISE
+                current = fma(deviation, f ? noise.turn.b : noise.turn.a, current);
 #endif
 #if INT8
                 const float rest = ground * gain[e + f] + offset[e + f];  // the same for all columns of one LSB
 #else
                 const float rest = offset[e + f];
 #endif
-                code[f] = counted_code(fma(current, gain[e + f], rest), code_min, code_max);
+                code[f] = counted_code(adc, fma(current, gain[e + f], rest));
               }
               add_codes(codes[i][4 * part + (q + e) / 2], h, code);
             }
@@ -387,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         }
       }
   __syncthreads();
-  const u32 biases = block.biases();
+  const u32 biases = block.biases(adc);
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
   const float part_of_all = gate_part(share, tiles);
   const auto word_at = [&](int i, int j) {

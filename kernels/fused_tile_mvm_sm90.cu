@@ -141,6 +141,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
                         u32 purpose) {
   __shared__ Block block;
   const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
+  const Adc adc{code_min, code_max};
   const u32 stages = (shared_address(gx_smem) + 1023) & ~1023u;
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;  // a barrier a stage
   const int outputs = groups * sense;
@@ -284,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
 
     const float factor = block.factor[0];
 #if NOISE
-    const float sigma = block.sigma;
+    const float spread = block.spread;
     const u32 slot = block.slot + tile, now = block.now;  // VARIANCE leaves no registers for them
 #endif
 
@@ -309,28 +310,29 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
             const u32 group = (block.column + column) / WIDTH;
             const Counter counts = VARIANCE ? counter(group, row, purpose, block.slot + tile, block.now)
                                             : counter(group, row, purpose, slot, now);
-            const Counter four = philox<ROUNDS>(counts, keys);
-            const u32 random[4] = {four.x, four.y, four.z, four.w};
+            const Counter words4 = philox<ROUNDS>(counts, keys);
 #endif
 #pragma unroll
             for (int e = 0; e < WIDTH; e += 2) {
 #if NOISE
-              const Pair noise = noise_of(random, e);
+              const Polar noise = polar_of<NOISE == 2>(words4, e / 2);
+#if !VARIANCE
+              const float deviation = radius(spread, noise);
+#endif
 #endif
               const int j = 4 * part + (q + e) / 2;
               u32 code[2];
 #pragma unroll
               for (int f = 0; f < 2; ++f) {
                 float current = sums[half][4 * j + 2 * h + f];
-#if NOISE
-                float deviation = sigma;
 #if VARIANCE
-                deviation = sqrt_fast(fma(sigma, sigma, max(variances[4 * j + 2 * h + f], 0.0f)));
+                const float deviation = radius(fma(SPREAD, max(variances[4 * j + 2 * h + f], 0.0f), spread), noise);
 #endif
-                current = fma(deviation, f ? noise.b : noise.a, current);
+#if NOISE
+                current = fma(deviation, f ? noise.turn.b : noise.turn.a, current);
 #endif
-                const float steps = fma(current, CONVERTERS ? block.gain(column + e + f) : factor, 0.0f);
-                code[f] = counted_code(steps, code_min, code_max);
+                current = fma(current, CONVERTERS ? block.gain(column + e + f) : factor, 0.0f);
+                code[f] = counted_code(adc, current);
               }
               add_codes(codes[half] + (PAIRED ? 2 : 4) * j, h, code);
             }
@@ -339,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
   }
 
   // ---- results: a thread's eight neighbours fill a sector of memory
-  const u32 biases = block.biases();
+  const u32 biases = block.biases(adc);
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
   const float part_of_all = gate_part(share, tiles);
   const bool vector = sense % 4 == 0;

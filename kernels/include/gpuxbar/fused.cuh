@@ -92,10 +92,10 @@ struct Part {
   u32 column;  // of the counters: of n0
   // volatile: read at each use, so as not to stay in registers
   volatile u32 slot, now;  // of the counters: of tile 0, and the step
-  volatile float sigma;    // of the noise, in partial sums
+  volatile float spread;   // of the noise, in partial sums squared: normal.cuh
   float amperes;           // of a partial sum of 1
   volatile float per_ampere;
-  float factor[CONVERTERS ? BLOCK_N : 1];  // ADC steps in a partial sum of 1 of a column
+  float factor[CONVERTERS ? BLOCK_N : 1];  // of a column: a partial sum of 1 as its ADC takes it (converter.cuh)
 
   // By one thread, before a barrier.
   GPUXBAR_FN void locate(int rows, int groups, int sense, int tiles, int planes) {
@@ -118,7 +118,8 @@ struct Part {
   GPUXBAR_FN void measure(float unit, float noise, i64 step) {
     amperes = unit;
     per_ampere = 1.0f / unit;
-    sigma = noise * per_ampere;
+    const float sigma = noise * per_ampere;
+    spread = SPREAD * (sigma * sigma);
     now = (u32)step;
   }
 
@@ -126,37 +127,30 @@ struct Part {
   GPUXBAR_FN void set_factors(const Scales& scales, int sense, int threads) {
 #pragma unroll 1
     for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += threads)
-      factor[j] = steps_of_one(amperes, scales.lsb(column + (n0 + j < sense ? j : 0)));
+      factor[j] = ADC_STEP * steps_of_one(amperes, scales.lsb(column + (n0 + j < sense ? j : 0)));
   }
 
   // Arrays of words before the block's own.
   GPUXBAR_FN i64 words_before(int planes) const { return ((i64)pass * planes + plane) * gridDim.y + blockIdx.y; }
 
-  GPUXBAR_FN u32 biases() const { return (u32)(last_tile - first_tile) * ADC_BIAS; }  // in each sum
+  // In each sum of codes.
+  GPUXBAR_FN u32 biases(const Adc& adc) const {
+    const u32 bias = adc.bias();
+    return (u32)(last_tile - first_tile) * (PAIRED ? bias + (bias << 16) : bias);
+  }
 };
 
-#if NOISE
-// The normals of columns e and e + 1 of the WIDTH that share a counter.
-GPUXBAR_FN Pair noise_of(const u32 (&random)[4], int e) {
-#if NOISE == 1
-  return normal_pair(random[e], random[e + 1]);
-#else
-  return normal_pair_fast(random[e / 2]);
-#endif
-}
-#endif
-
-// Code of a current in steps of the ADC plus ADC_BIAS; under GATE 2^16 more inside the range.
-GPUXBAR_FN u32 counted_code(float steps, float code_min, float code_max) {
-  u32 code = adc_code_biased(steps, code_min, code_max);
-  if (GATE && in_range(steps, code_min, code_max)) code += 1u << 16;
+// Code of a current, with its bias; under GATE 2^16 more inside the range.
+GPUXBAR_FN u32 counted_code(const Adc& adc, float current) {
+  u32 code = adc.code(current);
+  if (GATE && adc.in_range(current)) code += 1u << 16;
   return code;
 }
 
 // Adds the codes of two neighbours to the sums of a part of a fragment, in its row h (0, or 8 lines below).
 GPUXBAR_FN void add_codes(u32* sums, int h, const u32 (&code)[2]) {
 #if PAIRED
-  sums[h] += code[0] + (code[1] << 16);  // the bias leaves the high half by itself
+  sums[h] += code[0] + (code[1] << 16);
 #else
   sums[2 * h] += code[0];
   sums[2 * h + 1] += code[1];
