@@ -201,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #if ADC
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
-          const i32 sum = (i32)(codes[j] - (u32)tiles * adc.bias());
+          const i32 sum = (i32)(codes[j] + (u32)tiles * ((u32)adc.lowest() - adc.bias()));
           total[j] = fma(weight * lsb[j], (float)sum, total[j]);
         }
 #endif

@@ -390,10 +390,11 @@ extern "C" __global__ void __launch_bounds__(256, 1)
       }
   __syncthreads();
   const u32 biases = block.biases(adc);
+  const i32 lowest = block.lowest(adc);
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
   const float part_of_all = gate_part(share, tiles);
   const auto word_at = [&](int i, int j) {
-    return word_of(results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases, j % 2, code_min);
+    return word_of(results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases, j % 2, lowest);
   };
   const auto scale_of = [&](int i) { return row_scale ? row_scale[(row0 + block.m0 + i) / rows_per_scale] : 1.0f; };
   if (pixels && !words) {  // a row a thread: a warp writes pixels of one column

@@ -358,6 +358,13 @@ def test_roots_are_of_magnitudes():
     assert {f"abs.f32 \t{root}," in text for root in roots} == {True}
 
 
+@pytest.mark.parametrize(("noise", "variance", "each"), [(1, 0, 2), (2, 0, 2), (2, 1, 2.5)])
+def test_noise_takes_few_special_functions(noise, variance, each):
+    """A conversion, of the 64 of a thread: what binds fast noise. State-dependent deviations have no root of their own."""
+    text = cuda_shim.ptx.ptx("fused_tile_mvm_sm90.cu", "sm_90a", {"NOISE": noise, "VARIANCE": variance})
+    assert len(re.findall(r"\b(?:lg2|sqrt|cos|sin)\.approx", text)) == 64 * each
+
+
 FAULTS = {
     "misaligned": ("ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd2+4];", "misaligned address", {}),
     "outside": ("ld.global.u32 %r1, [%rd2+32];", "outside every array", {}),

@@ -49,24 +49,28 @@ constexpr float ADC_STEP = 5.9604644775390625e-8f;  // 2^-24
 struct Adc {
   float code_min, code_max;
 
-  // The code, plus `bias`, of a current.
+  GPUXBAR_METHOD i32 lowest() const { return (i32)code_min; }
+
+  // The code of a current, counted from the lowest one, plus `bias`.
   GPUXBAR_METHOD u32 code(float current) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     return float_bits(min(max(current, code_min), code_max) + 12582912.0f);
 #else
-    const i32 zero = 0x3F400000 + (i32)code_min;
-    return (u32)least_positive((i32)float_bits(add_saturated(current, 0.75f)) - zero, (i32)code_max - (i32)code_min);
+    const i32 above = (i32)float_bits(add_saturated(current, 0.75f)) - (0x3F400000 + lowest());
+    return (u32)least_positive(above, (i32)code_max - lowest());
 #endif
   }
   GPUXBAR_METHOD u32 bias() const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    return 0x4B400000u;
+    return 0x4B400000u + (u32)lowest();
 #else
-    return (u32)-(i32)code_min;
+    return 0;
 #endif
   }
+  // As above, without a branch.
   GPUXBAR_METHOD bool in_range(float current) const {
-    return current <= ADC_STEP * (code_max + 0.5f) && (code_min == 0.0f || current >= ADC_STEP * (code_min - 0.5f));
+    const float least = code_min < 0.0f ? ADC_STEP * (code_min - 0.5f) : bits_float(0xFF800000u);
+    return (current <= ADC_STEP * (code_max + 0.5f)) & (current >= least);
   }
 };
 

@@ -64,6 +64,7 @@ struct Scales {
 struct ColumnScale {
   float unit, scale, bias;
 
+  ColumnScale() = default;
   GPUXBAR_FN ColumnScale(const Scales& of, float weight, int c)
       : unit(weight * of.lsb(c)), scale(of.col_scale ? of.col_scale[c] : 1.0f), bias(of.bias ? of.bias[c] : 0.0f) {}
   GPUXBAR_FN float result(int code, float by_row) const {
@@ -133,18 +134,17 @@ struct Part {
   // Arrays of words before the block's own.
   GPUXBAR_FN i64 words_before(int planes) const { return ((i64)pass * planes + plane) * gridDim.y + blockIdx.y; }
 
-  // In each sum of codes.
+  // What each sum of codes has beside codes counted from the lowest one, and that one itself, as often.
   GPUXBAR_FN u32 biases(const Adc& adc) const {
     const u32 bias = adc.bias();
     return (u32)(last_tile - first_tile) * (PAIRED ? bias + (bias << 16) : bias);
   }
+  GPUXBAR_FN i32 lowest(const Adc& adc) const { return (last_tile - first_tile) * adc.lowest(); }
 };
 
 // Code of a current, with its bias; under GATE 2^16 more inside the range.
 GPUXBAR_FN u32 counted_code(const Adc& adc, float current) {
-  u32 code = adc.code(current);
-  if (GATE && adc.in_range(current)) code += 1u << 16;
-  return code;
+  return adc.code(current) + (GATE && adc.in_range(current) ? 1u << 16 : 0u);
 }
 
 // Adds the codes of two neighbours to the sums of a part of a fragment, in its row h (0, or 8 lines below).
@@ -157,21 +157,16 @@ GPUXBAR_FN void add_codes(u32* sums, int h, const u32 (&code)[2]) {
 #endif
 }
 
-// The low half of a word; codes below 0 are possible if code_min is.
-GPUXBAR_FN int low_half(u32 word, float code_min) { return code_min < 0.0f ? (i16)word : (int)(word & 0xFFFFu); }
-
-// What stands above the low half.
-GPUXBAR_FN u32 high_half(u32 word, float code_min) { return (word - (u32)low_half(word, code_min)) >> 16; }
-
-// A column's sum of codes, under GATE with the count in the high half; of the two columns of a PAIRED register, less
-// its biases, the first or the second.
-GPUXBAR_FN int word_of(u32 sum, bool second, float code_min) {
-  if (!PAIRED) return (int)sum;
-  return second ? low_half(high_half(sum, code_min), code_min) : low_half(sum, code_min);
+// A column's sum of codes, under GATE with the count in the high half, of a sum less its biases; of the two columns of a
+// PAIRED register the first or the second, neither of them negative there. `lowest`: of the sum.
+GPUXBAR_FN int word_of(u32 sum, bool second, i32 lowest) {
+  return (int)(!PAIRED ? sum : second ? sum >> 16 : sum & 0xFFFFu) + lowest;
 }
 
-// The sum of codes in such a word, and the conversions inside the range.
-GPUXBAR_FN int code_of(int word, float code_min) { return GATE ? low_half((u32)word, code_min) : word; }
-GPUXBAR_FN u32 inside_of(int word, float code_min) { return high_half((u32)word, code_min); }
+// The sum of codes in such a word, and the conversions inside the range. Codes below 0 are possible if code_min is.
+GPUXBAR_FN int code_of(int word, float code_min) {
+  return !GATE ? word : code_min < 0.0f ? (i16)word : (int)((u32)word & 0xFFFFu);
+}
+GPUXBAR_FN u32 inside_of(int word, float code_min) { return (u32)(word - code_of(word, code_min)) >> 16; }
 
 }  // namespace gpuxbar

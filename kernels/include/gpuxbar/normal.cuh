@@ -68,8 +68,9 @@ GPUXBAR_FN Polar polar(u32 radius_word, u32 phase_word) {
 
 // From one word: the low half makes the radius, the high half the phase.
 GPUXBAR_FN Polar polar_fast(u32 word) {
-  const float k = bits_float(0x43000000u | (word & 0xFFFFu));         // 128 + radius / 2^16, without a conversion
-  return Polar{log2_fast(k - 127.99999237060546875f), turn_fast(word)};  // of (radius + 1/2) / 2^16, exactly
+  const float k = bits_float(0x43000000u | (word & 0xFFFFu));  // 128 + radius / 2^16, without a conversion
+  const float u = k - 127.99999237060546875f;                  // (radius + 1/2) / 2^16, exactly
+  return Polar{log2_fast(u), turn_fast(word)};
 }
 
 // A pair of neighbours of those that share a counter, of which these are the words.
