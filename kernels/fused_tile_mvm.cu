@@ -292,7 +292,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     if (at + 1 < (tile + 1 - block.first_tile) * (k / STEP)) continue;
 
     // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time
-    const u32 row = (u32)noise_row0 + block.m0 + Warp().row(), column = Warp().column();
+    const auto first_row = [&] { return (u32)noise_row0 + block.m0 + Warp().row(); };
+    const u32 row = first_row(), column = Warp().column();
 #pragma unroll
     for (int part = 0; part < GROUPS_OF_32; ++part)
 #pragma unroll
@@ -326,9 +327,10 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             }
 #endif
 #if NOISE
-            // the step is read anew where IMPLICIT 2 leaves no register for it
-            const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot,
-                                           IMPLICIT == 2 ? block.now : now);
+            // row and step are found anew where no register is left for them
+            const u32 own = (INT8 ? row : first_row()) + 16 * i + 8 * h;
+            const Counter counts =
+                counter((block.column + n) / WIDTH, own, purpose, slot, IMPLICIT == 2 ? block.now : now);
             const Counter words4 = philox<ROUNDS>(counts, keys);
 #endif
 #pragma unroll

@@ -247,7 +247,7 @@ MUTANTS = {
     "rows-of-b-in-plain-order": ("8 * (w.lane >> 1 & 3) + (w.lane & 1)", "(w.lane & 7)"),
     "sums-not-cleared": ("sum = ZERO;", ""),
     "one-tile-early": ("(tile + 1 - block.first_tile) * (k / STEP)", "(tile - block.first_tile) * (k / STEP) + 1"),
-    "row-of-noise": ("row + 16 * i + 8 * h, purpose", "row + 16 * i, purpose"),
+    "row-of-noise": ("first_row()) + 16 * i + 8 * h;", "first_row()) + 16 * i;"),
     "low-half-dropped": ("place + B_BYTES, low + from", "place + B_BYTES, b + from"),
 }  # fmt: skip
 
