@@ -49,6 +49,8 @@
 
 namespace gpuxbar {
 
+constexpr float STEP = ADC && !INL ? ADC_STEP : 1.0f;  // in which the steps of a conversion are counted
+
 // Where the outputs of a thread lie in the partial sums of plane 0, pass 0 and tile 0; a call has fewer than
 // 2^31.
 struct Places {
@@ -102,10 +104,11 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
   for (int j = 0; j < WIDTH; ++j) total[j] = inside[j] = 0.0f;
 
   if (active) {
+    [[maybe_unused]] const Adc adc{code_min, code_max};
     const int passes = streams * phases;
     const i64 pass_size = (i64)rows * ld, tile_size = passes * pass_size;
     Places places;
-    float lsb[WIDTH], factor[WIDTH];  // of a column: A of a step; steps that a partial sum of 1 makes
+    float lsb[WIDTH], factor[WIDTH];  // of a column: A of a step; a partial sum of 1 in `STEP` steps
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) {
       const int c = column + j < outputs ? column + j : column;
@@ -115,11 +118,12 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
         continue;
       }
       lsb[j] = adc_lsb ? adc_lsb[adc_per_column ? c : 0] : adc_lsb_value;
-      factor[j] = steps_of_one(amperes, lsb[j]);
+      factor[j] = STEP * steps_of_one(amperes, lsb[j]);
     }
     [[maybe_unused]] const float per_ampere = 1.0f / amperes;
 #if NOISE
     const float sigma = (read_noise ? *read_noise : read_noise_value) * per_ampere;  // in partial sums
+    const float spread = SPREAD * (sigma * sigma);
     const u32 now = (u32)(step ? *step : step_value);
     const u32 noise_row = (u32)(noise_row0 + row);
 #endif
@@ -131,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
         const float stream = (float)(1ull << (pass % streams * stream_bits));
         const float weight = (pass < streams ? stream : -stream) * slice, share = abs(weight);
         weights += share;
-        u32 codes[WIDTH];  // with ADC_BIAS in each
+        u32 codes[WIDTH];  // with the bias of each
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) codes[j] = 0;
 #pragma unroll 2
@@ -142,23 +146,23 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #if NOISE
           const u32 slot = (u32)((pass * planes + plane) * tiles + t);
           const Counter counts = counter((u32)column / WIDTH, noise_row, purpose, slot, now);
-#if NOISE == 1
-          const Normals4 noise = normals4(counts, keys);
-#else
-          const Normals8 noise = normals8_fast(counts, keys);
-#endif
+          const Counter words = philox<NOISE == 1 ? 10 : 7>(counts, keys);
 #if VARIANCE
           float var[WIDTH];
           load(variance + from, places, var);
 #endif
 #pragma unroll
-          for (int j = 0; j < WIDTH; ++j) {
+          for (int j = 0; j < WIDTH; j += 2) {
+            const Polar noise = polar_of<NOISE == 2>(words, j / 2);
+#pragma unroll
+            for (int f = 0; f < 2; ++f) {
 #if VARIANCE
-            const float deviation = sqrt_fast(fma(sigma, sigma, max(var[j], 0.0f)));
+              const float deviation = radius(fma(SPREAD, max(var[j + f], 0.0f), spread), noise);
 #else
-            const float deviation = sigma;
+              const float deviation = radius(spread, noise);
 #endif
-            current[j] = fma(deviation, noise.z[j], current[j]);
+              current[j + f] = fma(deviation, f ? noise.turn.b : noise.turn.a, current[j + f]);
+            }
           }
 #endif
 #if ADC
@@ -177,11 +181,11 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #endif
             float steps = fma(current[j], gain, offset);
 #if INL
-            steps = bent(steps, real ? adc_inl[converter + j] : 0.0f, code_max);
+            steps = ADC_STEP * bent(steps, real ? adc_inl[converter + j] : 0.0f, code_max);
 #endif
-            codes[j] += adc_code_biased(steps, code_min, code_max);
+            codes[j] += adc.code(steps);
 #if GATE
-            inside[j] += in_range(steps, code_min, code_max) ? share : 0.0f;
+            inside[j] += adc.in_range(steps) ? share : 0.0f;
 #endif
           }
 #else
@@ -197,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT)
 #if ADC
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
-          const i32 sum = (i32)(codes[j] - (u32)tiles * ADC_BIAS);
+          const i32 sum = (i32)(codes[j] + (u32)tiles * ((u32)adc.lowest() - adc.bias()));
           total[j] = fma(weight * lsb[j], (float)sum, total[j]);
         }
 #endif

@@ -153,6 +153,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                    u32 purpose) {
   __shared__ Block block;
   const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
+  const Adc adc{code_min, code_max};
   const u32 stages = shared_address(gx_smem);
   const int outputs = groups * sense;
   const u32 b_row = tiles * k, a_row = groups * b_row;
@@ -291,7 +292,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     if (at + 1 < (tile + 1 - block.first_tile) * (k / STEP)) continue;
 
     // ---- the end of a tile: noise, conversion, integer sum; WIDTH neighbouring columns at a time
-    const u32 row = (u32)noise_row0 + block.m0 + Warp().row(), column = Warp().column();
+    const auto first_row = [&] { return (u32)noise_row0 + block.m0 + Warp().row(); };
+    const u32 row = first_row(), column = Warp().column();
 #pragma unroll
     for (int part = 0; part < GROUPS_OF_32; ++part)
 #pragma unroll
@@ -299,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         const int n = column + 32 * part + q;  // first column, in the block
 #if NOISE
         const u32 slot = block.slot + tile, now = block.now;
-        const float sigma = block.sigma;
+        const float spread = block.spread;
 #endif
         float gain[WIDTH], offset[WIDTH];  // ADC steps of a partial sum of 1, and of nothing
 #pragma unroll
@@ -325,16 +327,19 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             }
 #endif
 #if NOISE
-            // the step is read anew where IMPLICIT 2 leaves no register for it
-            const Counter counts = counter((block.column + n) / WIDTH, row + 16 * i + 8 * h, purpose, slot,
-                                           IMPLICIT == 2 ? block.now : now);
+            // row and step are found anew where no register is left for them
+            const u32 own = (INT8 ? row : first_row()) + 16 * i + 8 * h;
+            const Counter counts =
+                counter((block.column + n) / WIDTH, own, purpose, slot, IMPLICIT == 2 ? block.now : now);
             const Counter words4 = philox<ROUNDS>(counts, keys);
-            const u32 random[4] = {words4.x, words4.y, words4.z, words4.w};
 #endif
 #pragma unroll
             for (int e = 0; e < WIDTH; e += 2) {
 #if NOISE
-              const Pair noise = noise_of(random, e);
+              const Polar noise = polar_of<NOISE == 2>(words4, e / 2);
+#if !VARIANCE
+              const float deviation = radius(spread, noise);
+#endif
 #endif
               u32 code[2];
 #pragma unroll
@@ -342,21 +347,20 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                 Sum& sum = sums[i][4 * part + (q + e) / 2][2 * h + f];
                 float current = value_of(sum);
                 sum = ZERO;
-#if NOISE
-                float deviation = sigma;
 #if VARIANCE
                 float& variance = variances[i][4 * part + (q + e) / 2][2 * h + f];
-                deviation = sqrt_fast(fma(sigma, sigma, max(variance, 0.0f)));
+                const float deviation = radius(fma(SPREAD, max(variance, 0.0f), spread), noise);
                 variance = 0.0f;
 #endif
-                current = fma(deviation, f ? noise.b : noise.a, current);
+#if NOISE
+                current = fma(deviation, f ? noise.turn.b : noise.turn.a, current);
 #endif
 #if INT8
                 const float rest = ground * gain[e + f] + offset[e + f];  // the same for all columns of one LSB
 #else
                 const float rest = offset[e + f];
 #endif
-                code[f] = counted_code(fma(current, gain[e + f], rest), code_min, code_max);
+                code[f] = counted_code(adc, fma(current, gain[e + f], rest));
               }
               add_codes(codes[i][4 * part + (q + e) / 2], h, code);
             }
@@ -387,11 +391,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         }
       }
   __syncthreads();
-  const u32 biases = block.biases();
+  const u32 biases = block.biases(adc);
+  const i32 lowest = block.lowest(adc);
   const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
   const float part_of_all = gate_part(share, tiles);
   const auto word_at = [&](int i, int j) {
-    return word_of(results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases, j % 2, code_min);
+    return word_of(results[i * BLOCK_LD + (PAIRED ? j / 2 : j)] - biases, j % 2, lowest);
   };
   const auto scale_of = [&](int i) { return row_scale ? row_scale[(row0 + block.m0 + i) / rows_per_scale] : 1.0f; };
   if (pixels && !words) {  // a row a thread: a warp writes pixels of one column

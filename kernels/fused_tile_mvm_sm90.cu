@@ -57,9 +57,17 @@ constexpr int SUMS = 64, CODES = PAIRED ? 32 : 64;  // registers of a thread, fo
 
 // What is the same for all threads of a block.
 struct Block : Part {
+  alignas(16) ColumnScale scales[BLOCK_N];
 #if IMPLICIT
   Patches<BLOCK_M> patches;
 #endif
+
+  // By all threads, after the same barrier; `weight`: of the plane.
+  GPUXBAR_FN void set_scales(const Scales& of, float weight, int sense, int threads) {
+#pragma unroll 1
+    for (int j = thread_index(); j < BLOCK_N; j += threads)
+      scales[j] = ColumnScale(of, weight, column + (n0 + j < sense ? j : 0));
+  }
 
   // The factor of a column, read anew too.
   GPUXBAR_FN float gain(int column) const { return *(const volatile float*)(factor + (CONVERTERS ? column : 0)); }
@@ -141,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
                         u32 purpose) {
   __shared__ Block block;
   const Scales scales{adc_lsb, col_scale, bias, adc_lsb_value, adc_per_column};
+  const Adc adc{code_min, code_max};
   const u32 stages = (shared_address(gx_smem) + 1023) & ~1023u;
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;  // a barrier a stage
   const int outputs = groups * sense;
@@ -157,6 +166,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
   }
   everyone();
   block.set_factors(scales, sense, 384);
+  const float weight = slice_scale ? slice_scale[block.plane] : 1.0f;
+  if (!words) block.set_scales(scales, weight, sense, 384);
 #if IMPLICIT
   if (thread_index() < BLOCK_M) {
     const int row = block.m0 + (int)thread_index();
@@ -284,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
 
     const float factor = block.factor[0];
 #if NOISE
-    const float sigma = block.sigma;
+    const float spread = block.spread;
     const u32 slot = block.slot + tile, now = block.now;  // VARIANCE leaves no registers for them
 #endif
 
@@ -309,28 +320,29 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
             const u32 group = (block.column + column) / WIDTH;
             const Counter counts = VARIANCE ? counter(group, row, purpose, block.slot + tile, block.now)
                                             : counter(group, row, purpose, slot, now);
-            const Counter four = philox<ROUNDS>(counts, keys);
-            const u32 random[4] = {four.x, four.y, four.z, four.w};
+            const Counter words4 = philox<ROUNDS>(counts, keys);
 #endif
 #pragma unroll
             for (int e = 0; e < WIDTH; e += 2) {
 #if NOISE
-              const Pair noise = noise_of(random, e);
+              const Polar noise = polar_of<NOISE == 2>(words4, e / 2);
+#if !VARIANCE
+              const float deviation = radius(spread, noise);
+#endif
 #endif
               const int j = 4 * part + (q + e) / 2;
               u32 code[2];
 #pragma unroll
               for (int f = 0; f < 2; ++f) {
                 float current = sums[half][4 * j + 2 * h + f];
-#if NOISE
-                float deviation = sigma;
 #if VARIANCE
-                deviation = sqrt_fast(fma(sigma, sigma, max(variances[4 * j + 2 * h + f], 0.0f)));
+                const float deviation = radius(fma(SPREAD, max(variances[4 * j + 2 * h + f], 0.0f), spread), noise);
 #endif
-                current = fma(deviation, f ? noise.b : noise.a, current);
+#if NOISE
+                current = fma(deviation, f ? noise.turn.b : noise.turn.a, current);
 #endif
-                const float steps = fma(current, CONVERTERS ? block.gain(column + e + f) : factor, 0.0f);
-                code[f] = counted_code(steps, code_min, code_max);
+                current = fma(current, CONVERTERS ? block.gain(column + e + f) : factor, 0.0f);
+                code[f] = counted_code(adc, current);
               }
               add_codes(codes[half] + (PAIRED ? 2 : 4) * j, h, code);
             }
@@ -338,41 +350,50 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
     }
   }
 
-  // ---- results: a thread's eight neighbours fill a sector of memory
-  const u32 biases = block.biases();
-  const float weight = slice_scale ? slice_scale[block.plane] : 1.0f, share = abs(weight);
-  const float part_of_all = gate_part(share, tiles);
-  const bool vector = sense % 4 == 0;
+  // ---- results: a thread's eight neighbours fill a sector of memory; both its rows go by the same scales of columns
+  const u32 biases = block.biases(adc);
+  const i32 lowest = block.lowest(adc);
+  const float share = abs(weight), part_of_all = gate_part(share, tiles);
+  const bool vector = sense % 4 == 0, by_pixels = pixels && !words;
+  const i64 stride = by_pixels ? pixels : 1;
+  const int row = block.m0 + Place().row();
+  i64 start[2];     // of both rows, in words or y
+  float by_row[2];  // their scales
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int own = row + 8 * h;
+    const i64 r = words ? block.words_before(planes) * rows + own : y_row0 + own;
+    start[h] = by_pixels ? r / pixels * outputs * pixels + r % pixels : r * outputs;
+    by_row[h] = row_scale && own < rows ? row_scale[(row0 + own) / rows_per_scale] : 1.0f;
+  }
 #pragma unroll
   for (int half = 0; half < HALVES; ++half)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = block.m0 + Place().row() + 8 * h;
-      if (row >= rows) continue;
-      const i64 r = y_row0 + row, image = pixels ? r / pixels * outputs * pixels + r % pixels : r * outputs;
-      const float by_row = row_scale ? row_scale[(row0 + row) / rows_per_scale] : 1.0f;
+    for (int part = 0; part < 4; ++part) {
+      const int column = Place().column() + 128 * half + 32 * part;
+      const int real = sense - block.n0 - column;  // columns that exist, from this one on
+      const i64 across = (block.column + column) * stride;
+      ColumnScale scale[8];
 #pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const int column = Place().column() + 128 * half + 32 * part, c = block.column + column;
-        const int real = sense - block.n0 - column;  // columns that exist, from this one on
-        int word[8];                                 // sums of codes, under GATE with counts in the high half
+      for (int q = 0; q < 8; ++q) scale[q] = block.scales[column + q];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (row + 8 * h >= rows) continue;
+        const i64 to = start[h] + across;
+        int word[8];  // sums of codes, under GATE with counts in the high half
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
           const int j = 4 * part + q / 2;
-          const u32 sum = codes[half][PAIRED ? 2 * j + h : 4 * j + 2 * h + q % 2] - biases;
-          word[q] = word_of(sum, q % 2, code_min);
+          word[q] = word_of(codes[half][PAIRED ? 2 * j + h : 4 * j + 2 * h + q % 2] - biases, q % 2, lowest);
         }
         if (words) {
-          int* const to = words + (block.words_before(planes) * rows + row) * outputs + c;
-          store<int4>(to, word, real, 1, vector);
+          store<int4>(words + to, word, real, 1, vector);
           continue;
         }
-        const i64 stride = pixels ? pixels : 1, to = image + c * stride;
         float value[8], inside[8];
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
-          const ColumnScale column_scale(scales, weight, q < real ? c + q : block.column);
-          value[q] = column_scale.result(code_of(word[q], code_min), by_row);
+          value[q] = scale[q].result(code_of(word[q], code_min), by_row[h]);
           inside[q] = share * (float)inside_of(word[q], code_min) * part_of_all;
         }
         store<float4>(y + to, value, real, stride, vector && !pixels);

@@ -247,7 +247,7 @@ MUTANTS = {
     "rows-of-b-in-plain-order": ("8 * (w.lane >> 1 & 3) + (w.lane & 1)", "(w.lane & 7)"),
     "sums-not-cleared": ("sum = ZERO;", ""),
     "one-tile-early": ("(tile + 1 - block.first_tile) * (k / STEP)", "(tile - block.first_tile) * (k / STEP) + 1"),
-    "row-of-noise": ("row + 16 * i + 8 * h, purpose", "row + 16 * i, purpose"),
+    "row-of-noise": ("first_row()) + 16 * i + 8 * h;", "first_row()) + 16 * i;"),
     "low-half-dropped": ("place + B_BYTES, low + from", "place + B_BYTES, b + from"),
 }  # fmt: skip
 
@@ -372,3 +372,63 @@ def test_collapsed_is_one_product():
     many = ShimDevice()
     other = ops.tile_mvm(codes, g, tile_rows=8, v_lsb=1e-3, device=many, strategy="epilogue")
     np.testing.assert_allclose(y, other, rtol=1e-5, atol=1e-12)
+
+
+@pytest.fixture
+def microseconds(monkeypatch):
+    """What the planner expects of every strategy where all is free but what is given."""
+
+    def us(case, **cost):
+        free = {name: 1e18 for name, rate in vars(rates("sm_90")).items() if isinstance(rate, float)}
+        table = replace(rates("sm_90"), **{**free, "launch_us": 0.0, **cost})
+        monkeypatch.setattr(tile_mvm_plan, "rates", lambda _: table)
+        why = plan_tile_mvm.__wrapped__(case, "sm_90", 132).explain()
+        return {name: int(time) for name, time in re.findall(r"(\S+): (\d+) us", why)}
+
+    return us
+
+
+def test_every_wave_of_blocks_has_a_start(microseconds):
+    """Two microseconds, with however many tiles: 500 waves of 132 blocks of 128 x 256."""
+    wide = replace(BIG, rows=500 * 128, sense=132 * 256)
+    for drive in (4096, 128):
+        us = microseconds(replace(wide, drive=drive))
+        assert us["fused"] == us["wgmma"] == 1000
+
+
+def test_a_pass_of_the_dac_takes_as_long_as_its_instructions(microseconds):
+    """27 for each pixel, before patches are unfolded."""
+    layer = Case(2**23, 1, 576, 64, 1, 128, noise="fast", images=(2**13, 32, 32, 9))
+    pixels = 2**13 * 32 * 32 * 64
+    without, of_its_own = (microseconds(replace(layer, dac=dac), clock_ghz=1.0) for dac in (False, True))
+    for strategy in ("fused", "wgmma"):
+        assert of_its_own[strategy] - without[strategy] == pytest.approx(pixels * 27 / (132 * 128e3), abs=1.5)
+    assert of_its_own["implicit"] == without["implicit"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_digits_are_packed_for_every_pass(microseconds, precision):
+    """But where the kernel takes whole codes apart: `mma.sync` of fp16."""
+    once = replace(BIG, rows=2**17, precision=precision, stream_bits=2)
+    for streams, phases in ((1, 1), (4, 1), (2, 2)):
+        us = microseconds(replace(once, streams=streams, phases=phases), clock_ghz=1.0)
+        passes = streams * phases
+        packed = 2**17 * 4096 * 40 / (132 * 128e3)  # microseconds
+        starts = 2 * -(-(2**10 * 16 * passes) // 132)  # of blocks of 256 columns
+        assert us["fused"] == pytest.approx(packed * (1 if precision == "fp16" else passes) + starts, abs=1.5)
+        if precision == "fp16":
+            assert us["wgmma"] == pytest.approx(packed * passes + starts, abs=1.5)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "wgmma"])
+def test_the_words_of_all_splits_fit_the_workspace(strategy):
+    """Beside the packed codes; nine tiles are split nine ways."""
+    codes, g = case(300, 9 * 64, 16)
+    row = 2 * 9 * 64 + 4 * 9 * 16  # bytes
+    for workspace, launches in ((128 * row, 3), (300 * row, 1), (300 * row - 1, 2)):
+        device = ShimDevice(arch="sm_90", multiprocessors=100, workspace=workspace)
+        s = {"tile_rows": 64, "adc_bits": 7, "adc_lsb": 2e-7, "v_lsb": 1e-3, "precision": "fp16"}
+        fused(codes, g, device, strategy=strategy, **s)
+        kernel = "fused_tile_mvm" if strategy == "fused" else "fused_tile_mvm_sm90"
+        grids = [grid for name, grid in zip(device.launches, device.grids, strict=True) if name == kernel]
+        assert [grid[1] for grid in grids] == [9] * launches

@@ -249,6 +249,12 @@ INSTRUCTIONS = {  # what they leave in the 32 bits of %r1, %f1 or %p1; by PTX IS
     "cvt.rni.f32.f32 %f1, 0f40200000": 0x40000000,  # 2.5
     "cvt.rmi.f32.f32 %f1, 0fBF000000": 0xBF800000,  # -0.5
     "cvt.sat.f32.f32 %f1, 0f7FC00000": 0,
+    "add.rn.sat.f32 %f1, 0f7FC00000, 0f3F400000": 0,
+    "add.rn.sat.f32 %f1, 0fBF800000, 0f3F400000": 0,
+    "add.rn.sat.f32 %f1, 0f3F800000, 0f3F400000": 0x3F800000,
+    "add.rn.sat.f32 %f1, 0f33C00000, 0f3F400000": 0x3F400002,  # half to even
+    "min.relu.s32 %r1, -1, 1": 0,
+    "min.relu.s32 %r1, 3, 2": 2,
     "cvt.rn.f32.s32 %f1, 16777217": 0x4B800000,
     "cvt.rn.f32.u32 %f1, -1": 0x4F800000,
     "cvt.rn.bf16x2.f32 %r1, 0f3F800000, 0f40000000": 0x3F804000,
@@ -350,6 +356,13 @@ def test_roots_are_of_magnitudes():
     roots = re.findall(r"sqrt\.approx\.ftz\.f32 %f\d+, (%f\d+);", text)
     assert roots
     assert {f"abs.f32 \t{root}," in text for root in roots} == {True}
+
+
+@pytest.mark.parametrize(("noise", "variance", "each"), [(1, 0, 2), (2, 0, 2), (2, 1, 2.5)])
+def test_noise_takes_few_special_functions(noise, variance, each):
+    """A conversion, of the 64 of a thread: what binds fast noise. State-dependent deviations have no root of their own."""
+    text = cuda_shim.ptx.ptx("fused_tile_mvm_sm90.cu", "sm_90a", {"NOISE": noise, "VARIANCE": variance})
+    assert len(re.findall(r"\b(?:lg2|sqrt|cos|sin)\.approx", text)) == 64 * each
 
 
 FAULTS = {

@@ -56,7 +56,7 @@ SHARED = {
     "sm_100": 232448,
     "sm_120": 101376,
 }
-STATIC_SHARED = 2048  # constants of a block, rounded up
+STATIC_SHARED, WGMMA_STATIC_SHARED = 2048, 4096  # constants of a block of both kernels, rounded up
 BLOCK_US = 2.0  # an estimate: to start, to fill the pipeline, and to write results
 # Instructions of a lane for a value that is packed, as tests/test_accesses.py counts them in PTX: of a matrix, of patches, and of
 # images that patches are gathered from; and for one that a DAC makes a code of.
@@ -478,7 +478,7 @@ def _wgmma(case: Case, arch: str, block_n: int) -> Plan | None:
     """The pipeline of one block size of the Hopper kernel, or None if its registers do not hold the sums."""
     if block_n == 256 and (case.gate or case.converters or case.variance or not case.fits_16_bits):
         return None
-    free, panels = SHARED[arch] - STATIC_SHARED, case.terms + case.variance
+    free, panels = SHARED[arch] - WGMMA_STATIC_SHARED, case.terms + case.variance
     stages = next(count for count in (4, 3, 2) if wgmma_bytes(block_n, panels, count) <= free)
     return Plan("wgmma", (), block_n, stages)
 

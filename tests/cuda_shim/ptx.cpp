@@ -504,6 +504,8 @@ Table instructions() {
   ONE("cvt.rmi.f32.f32", float, floorf(a));
   ONE("cvt.rzi.s32.f32", float, saturated<int32_t>(truncf(a)));
   ONE("cvt.sat.f32.f32", float, a > 0 ? a < 1 ? a : 1.0f : 0.0f);
+  TWO("add.rn.sat.f32", float, a + b > 0 ? a + b < 1 ? a + b : 1.0f : 0.0f);
+  TWO("min.relu.s32", int32_t, most(least(a, b), 0));
   ONE("cvt.f64.f32", float, double(a));
   ONE("cvt.rn.f32.f64", double, float(a));
   ONE("cvt.f32.f16", uint16_t, half_to_float(a));

@@ -29,19 +29,50 @@ GPUXBAR_FN float adc_code(float steps, float code_min, float code_max) {
   return round_even(min(max(steps, code_min), code_max));
 }
 
-// The same code as an integer plus ADC_BIAS, without an instruction of the conversion pipe: 1.5 * 2^23 + code is a
-// float whose low bits are the code, and whose rounding is half to even.
-constexpr u32 ADC_BIAS = 0x4B400000u;
-GPUXBAR_FN u32 adc_code_biased(float steps, float code_min, float code_max) {
-  return float_bits(min(max(steps, code_min), code_max) + 12582912.0f);
-}
-
 // Whether a current in ADC steps is inside the range, to rounding. One-sided currents are never below it but by noise or an
 // offset, which shut no gate: else noise alone would shut half of the gates of lines that nothing drives.
 GPUXBAR_FN bool in_range(float steps, float code_min, float code_max) {
   const float beyond = steps - min(max(steps, code_min), code_max);
   return (code_min < 0.0f ? abs(beyond) : beyond) <= 0.5f;
 }
+
+// The same conversion, to integers that are added up, by the fewest instructions of a GPU, none of them the conversion
+// pipe's. It takes currents in units of ADC_STEP steps. Floats from 1/2 to 1 are multiples of 2^-24, so that adding 3/4 to
+// a count of those rounds it half to even, and saturating leaves bits without a sign, in order; before sm_90, which clamps
+// integers at both ends at once, 1.5 * 2^23 is added to steps that were clamped.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr float ADC_STEP = 1.0f;
+#else
+constexpr float ADC_STEP = 5.9604644775390625e-8f;  // 2^-24
+#endif
+
+struct Adc {
+  float code_min, code_max;
+
+  GPUXBAR_METHOD i32 lowest() const { return (i32)code_min; }
+
+  // The code of a current, counted from the lowest one, plus `bias`.
+  GPUXBAR_METHOD u32 code(float current) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    return float_bits(min(max(current, code_min), code_max) + 12582912.0f);
+#else
+    const i32 above = (i32)float_bits(add_saturated(current, 0.75f)) - (0x3F400000 + lowest());
+    return (u32)least_positive(above, (i32)code_max - lowest());
+#endif
+  }
+  GPUXBAR_METHOD u32 bias() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    return 0x4B400000u + (u32)lowest();
+#else
+    return 0;
+#endif
+  }
+  // As above, without a branch.
+  GPUXBAR_METHOD bool in_range(float current) const {
+    const float least = code_min < 0.0f ? ADC_STEP * (code_min - 0.5f) : bits_float(0xFF800000u);
+    return (current <= ADC_STEP * (code_max + 0.5f)) & (current >= least);
+  }
+};
 
 // Part of a gate that one unit of digital weight inside the range makes, of `weights` on every tile. Without any weight no
 // conversion counts, and the gate is 0.

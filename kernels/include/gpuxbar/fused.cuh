@@ -64,6 +64,7 @@ struct Scales {
 struct ColumnScale {
   float unit, scale, bias;
 
+  ColumnScale() = default;
   GPUXBAR_FN ColumnScale(const Scales& of, float weight, int c)
       : unit(weight * of.lsb(c)), scale(of.col_scale ? of.col_scale[c] : 1.0f), bias(of.bias ? of.bias[c] : 0.0f) {}
   GPUXBAR_FN float result(int code, float by_row) const {
@@ -92,10 +93,10 @@ struct Part {
   u32 column;  // of the counters: of n0
   // volatile: read at each use, so as not to stay in registers
   volatile u32 slot, now;  // of the counters: of tile 0, and the step
-  volatile float sigma;    // of the noise, in partial sums
+  volatile float spread;   // of the noise, in partial sums squared: normal.cuh
   float amperes;           // of a partial sum of 1
   volatile float per_ampere;
-  float factor[CONVERTERS ? BLOCK_N : 1];  // ADC steps in a partial sum of 1 of a column
+  float factor[CONVERTERS ? BLOCK_N : 1];  // of a column: a partial sum of 1 as its ADC takes it (converter.cuh)
 
   // By one thread, before a barrier.
   GPUXBAR_FN void locate(int rows, int groups, int sense, int tiles, int planes) {
@@ -118,7 +119,8 @@ struct Part {
   GPUXBAR_FN void measure(float unit, float noise, i64 step) {
     amperes = unit;
     per_ampere = 1.0f / unit;
-    sigma = noise * per_ampere;
+    const float sigma = noise * per_ampere;
+    spread = SPREAD * (sigma * sigma);
     now = (u32)step;
   }
 
@@ -126,58 +128,45 @@ struct Part {
   GPUXBAR_FN void set_factors(const Scales& scales, int sense, int threads) {
 #pragma unroll 1
     for (int j = thread_index(); j < (CONVERTERS ? BLOCK_N : 1); j += threads)
-      factor[j] = steps_of_one(amperes, scales.lsb(column + (n0 + j < sense ? j : 0)));
+      factor[j] = ADC_STEP * steps_of_one(amperes, scales.lsb(column + (n0 + j < sense ? j : 0)));
   }
 
   // Arrays of words before the block's own.
   GPUXBAR_FN i64 words_before(int planes) const { return ((i64)pass * planes + plane) * gridDim.y + blockIdx.y; }
 
-  GPUXBAR_FN u32 biases() const { return (u32)(last_tile - first_tile) * ADC_BIAS; }  // in each sum
+  // What each sum of codes has beside codes counted from the lowest one, and that one itself, as often.
+  GPUXBAR_FN u32 biases(const Adc& adc) const {
+    const u32 bias = adc.bias();
+    return (u32)(last_tile - first_tile) * (PAIRED ? bias + (bias << 16) : bias);
+  }
+  GPUXBAR_FN i32 lowest(const Adc& adc) const { return (last_tile - first_tile) * adc.lowest(); }
 };
 
-#if NOISE
-// The normals of columns e and e + 1 of the WIDTH that share a counter.
-GPUXBAR_FN Pair noise_of(const u32 (&random)[4], int e) {
-#if NOISE == 1
-  return normal_pair(random[e], random[e + 1]);
-#else
-  return normal_pair_fast(random[e / 2]);
-#endif
-}
-#endif
-
-// Code of a current in steps of the ADC plus ADC_BIAS; under GATE 2^16 more inside the range.
-GPUXBAR_FN u32 counted_code(float steps, float code_min, float code_max) {
-  u32 code = adc_code_biased(steps, code_min, code_max);
-  if (GATE && in_range(steps, code_min, code_max)) code += 1u << 16;
-  return code;
+// Code of a current, with its bias; under GATE 2^16 more inside the range.
+GPUXBAR_FN u32 counted_code(const Adc& adc, float current) {
+  return adc.code(current) + (GATE && adc.in_range(current) ? 1u << 16 : 0u);
 }
 
 // Adds the codes of two neighbours to the sums of a part of a fragment, in its row h (0, or 8 lines below).
 GPUXBAR_FN void add_codes(u32* sums, int h, const u32 (&code)[2]) {
 #if PAIRED
-  sums[h] += code[0] + (code[1] << 16);  // the bias leaves the high half by itself
+  sums[h] += code[0] + (code[1] << 16);
 #else
   sums[2 * h] += code[0];
   sums[2 * h + 1] += code[1];
 #endif
 }
 
-// The low half of a word; codes below 0 are possible if code_min is.
-GPUXBAR_FN int low_half(u32 word, float code_min) { return code_min < 0.0f ? (i16)word : (int)(word & 0xFFFFu); }
-
-// What stands above the low half.
-GPUXBAR_FN u32 high_half(u32 word, float code_min) { return (word - (u32)low_half(word, code_min)) >> 16; }
-
-// A column's sum of codes, under GATE with the count in the high half; of the two columns of a PAIRED register, less
-// its biases, the first or the second.
-GPUXBAR_FN int word_of(u32 sum, bool second, float code_min) {
-  if (!PAIRED) return (int)sum;
-  return second ? low_half(high_half(sum, code_min), code_min) : low_half(sum, code_min);
+// A column's sum of codes, under GATE with the count in the high half, of a sum less its biases; of the two columns of a
+// PAIRED register the first or the second, neither of them negative there. `lowest`: of the sum.
+GPUXBAR_FN int word_of(u32 sum, bool second, i32 lowest) {
+  return (int)(!PAIRED ? sum : second ? sum >> 16 : sum & 0xFFFFu) + lowest;
 }
 
-// The sum of codes in such a word, and the conversions inside the range.
-GPUXBAR_FN int code_of(int word, float code_min) { return GATE ? low_half((u32)word, code_min) : word; }
-GPUXBAR_FN u32 inside_of(int word, float code_min) { return high_half((u32)word, code_min); }
+// The sum of codes in such a word, and the conversions inside the range. Codes below 0 are possible if code_min is.
+GPUXBAR_FN int code_of(int word, float code_min) {
+  return !GATE ? word : code_min < 0.0f ? (i16)word : (int)((u32)word & 0xFFFFu);
+}
+GPUXBAR_FN u32 inside_of(int word, float code_min) { return (u32)(word - code_of(word, code_min)) >> 16; }
 
 }  // namespace gpuxbar

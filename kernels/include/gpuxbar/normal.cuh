@@ -13,15 +13,21 @@ struct Pair {
   float a, b;
 };
 
+#if defined(__CUDA_ARCH__)
+// Special-function unit: absolute errors 2^-20.5 for less than a turn (PTX ISA).
+GPUXBAR_FN Pair cos_sin_fast(float angle) {
+  Pair p;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(p.a) : "f"(angle));
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(p.b) : "f"(angle));
+  return p;
+}
+#endif
+
 // cos and sin of 2 pi phase / 2^32. The host goes by half the angle, where no quadrants need be told apart: with
 // S = sqrt(2) sin and C = sqrt(2) cos of it, 1 - S^2 and S C; branch-free, vectorises, absolute error below 3e-7.
 GPUXBAR_FN Pair turn(u32 phase) {
 #if defined(__CUDA_ARCH__)
-  Pair p;
-  const float angle = (float)(i32)phase * 1.4629180792671596e-9f;  // in [-pi, pi)
-  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(p.a) : "f"(angle));
-  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(p.b) : "f"(angle));
-  return p;
+  return cos_sin_fast((float)(i32)phase * 1.4629180792671596e-9f);  // in [-pi, pi)
 #else
   const float t = (float)(i32)phase * 4.6566128730773926e-10f;  // half turns, in [-1, 1]
   const float t2 = t * t;
@@ -37,26 +43,55 @@ GPUXBAR_FN Pair turn(u32 phase) {
 #endif
 }
 
-// sqrt(-2 ln u)
-GPUXBAR_FN float radius(float u) { return sqrt_fast(-1.3862943611198906f * log2_fast(u)); }
-
-// Two normals from a radius word and a phase word; u = (radius_word + 1/2) / 2^32 is never 0, and at most 1: the largest
-// words are 2^32 as floats, and 1 + 2^-33 rounds to 1.
-GPUXBAR_FN Pair normal_pair(u32 radius_word, u32 phase_word) {
-  const float u = fma((float)radius_word, 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  const float r = radius(u);
-  const Pair p = turn(phase_word);
-  return Pair{r * p.a, r * p.b};
+// The same of the high half of a word. On a GPU the half becomes 128 + phase / 2^16 without a conversion, and its angle, in
+// [0, 2 pi), has the one rounding of a product.
+GPUXBAR_FN Pair turn_fast(u32 word) {
+#if defined(__CUDA_ARCH__)
+  return cos_sin_fast(fma(bits_float(0x43000000u | word >> 16), 6.2831855f, -128.0f * 6.2831855f));
+#else
+  return turn(word & 0xFFFF0000u);
+#endif
 }
 
-// Two normals from one word: the low half makes the radius, the high half the phase.
-GPUXBAR_FN Pair normal_pair_fast(u32 word) {
+// Two normals by Box-Muller, but for their deviation: log2 of the radius' uniform, and the direction.
+struct Polar {
+  float log;
+  Pair turn;
+};
+
+// The uniform is (radius_word + 1/2) / 2^32: never 0, and at most 1: the largest words are 2^32 as floats, and 1 + 2^-33
+// rounds to 1.
+GPUXBAR_FN Polar polar(u32 radius_word, u32 phase_word) {
+  const float u = fma((float)radius_word, 2.3283064365386963e-10f, 1.1641532182693481e-10f);
+  return Polar{log2_fast(u), turn(phase_word)};
+}
+
+// From one word: the low half makes the radius, the high half the phase.
+GPUXBAR_FN Polar polar_fast(u32 word) {
   const float k = bits_float(0x43000000u | (word & 0xFFFFu));  // 128 + radius / 2^16, without a conversion
   const float u = k - 127.99999237060546875f;                  // (radius + 1/2) / 2^16, exactly
-  const float r = radius(u);
-  const Pair p = turn(word & 0xFFFF0000u);
-  return Pair{r * p.a, r * p.b};
+  return Polar{log2_fast(u), turn_fast(word)};
 }
+
+// A pair of neighbours of those that share a counter, of which these are the words.
+template <bool FAST>
+GPUXBAR_FN Polar polar_of(const Counter& words, int pair) {
+  const u32 word[4] = {words.x, words.y, words.z, words.w};
+  if (FAST) return polar_fast(word[pair]);
+  return polar(word[2 * pair & 2], word[2 * pair & 2 | 1]);
+}
+
+// Makes normals of a variance: sqrt(-2 variance ln u), the factor of both directions. The product with -2 ln 2, `spread`, is
+// for the caller to make once.
+constexpr float SPREAD = -1.3862943611198906f;
+GPUXBAR_FN float radius(float spread, const Polar& of) { return sqrt_fast(spread * of.log); }
+
+GPUXBAR_FN Pair normals_of(const Polar& of) {
+  const float r = radius(SPREAD, of);
+  return Pair{r * of.turn.a, r * of.turn.b};
+}
+GPUXBAR_FN Pair normal_pair(u32 radius_word, u32 phase_word) { return normals_of(polar(radius_word, phase_word)); }
+GPUXBAR_FN Pair normal_pair_fast(u32 word) { return normals_of(polar_fast(word)); }
 
 // Uniform in (0, 1) from one word.
 GPUXBAR_FN float uniform(u32 word) { return fma((float)(word >> 8), 5.9604644775390625e-8f, 2.98023223876953125e-8f); }

@@ -66,6 +66,23 @@ GPUXBAR_FN float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// a + b, at least 0 and at most 1; 0 for NaN.
+GPUXBAR_FN float add_saturated(float a, float b) {
+  float y;
+  asm("add.rn.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+// The lesser of both, at least 0.
+GPUXBAR_FN i32 least_positive(i32 a, i32 b) {
+#if __CUDA_ARCH__ >= 900
+  i32 y;
+  asm("min.relu.s32 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+#else
+  const i32 least = a < b ? a : b;
+  return least > 0 ? least : 0;
+#endif
+}
 // a / b to 2^-22, where an exact division is ten instructions and a branch; b from 1.2e-38 to 8e37.
 GPUXBAR_FN float divide_fast(float a, float b) {
   float y;
@@ -141,6 +158,14 @@ GPUXBAR_FN void half_values(u32 word, float& low, float& high) {
   low = half_value((u16)word), high = half_value((u16)(word >> 16));
 }
 GPUXBAR_FN bool absent(float) { return false; }
+GPUXBAR_FN float add_saturated(float a, float b) {
+  const float sum = a + b;
+  return sum > 0.0f ? sum < 1.0f ? sum : 1.0f : 0.0f;
+}
+GPUXBAR_FN i32 least_positive(i32 a, i32 b) {
+  const i32 least = a < b ? a : b;
+  return least > 0 ? least : 0;
+}
 GPUXBAR_FN float sqrt_fast(float x) { return __builtin_sqrtf(x); }
 GPUXBAR_FN float divide_fast(float a, float b) { return a / b; }
 // log2 of a positive normal number: exponent from the bits, mantissa in [sqrt(1/2), sqrt(2)) by the
