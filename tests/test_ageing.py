@@ -380,6 +380,7 @@ def test_copies_of_a_model_read_their_chips_with_noise_of_their_own():
         gx.program(copied, chip)
         found[chip] = [copied(images()) for _ in range(2)]
         assert [row.reads for row in gx.telemetry(copied).layers] == [4, 4]
+        assert copied[0].eval_step.item() == -4 - 65536 * chip
         resumed = converted(read_noise={"sigma": 1e-6}).eval()
         resumed.load_state_dict(copied.state_dict())
         assert torch.equal(resumed(images()), copied(images()))
@@ -515,3 +516,24 @@ def test_devices_age_until_the_moment_of_the_last_measurement(last):
     torch.testing.assert_close(model.aged[0], aged[0] - aged[1], rtol=1e-4, atol=1e-11)
     resumed.load_state_dict(model.state_dict())
     assert torch.equal(resumed.aged, model.aged)
+
+
+def test_counts_of_no_chip_are_loaded_beside_one():
+    """Which a layer may be on that takes weights to program next, or a state of before chips were counted apart."""
+    model = converted(read_noise={"sigma": 1e-6}).eval()
+    model(images())
+    plain = copy.deepcopy(model.state_dict())
+    gx.program(model, 5)
+    before = copy.deepcopy(model.state_dict())
+    model.load_state_dict(plain, strict=False)
+    assert [row.reads for row in gx.telemetry(model).layers] == [1, 1]
+    gx.program(model, 6)
+    gx.unprogram(model)
+    assert [layer.eval_step.item() for layer in (model[0], model[3])] == [-1, -1]
+    older = {name: value for name, value in before.items() if not name.endswith("chip")}
+    for name in older:
+        if name.endswith("eval_step"):
+            older[name] = torch.tensor([-1])
+    gx.program(model, 7)
+    model.load_state_dict(older)
+    assert [row.reads for row in gx.telemetry(model).layers] == [1, 1]

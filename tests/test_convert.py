@@ -174,7 +174,7 @@ def test_a_warning_tells_of_layers_that_are_no_submodules(kind):
     with pytest.warns(
         RuntimeWarning, match=f"^gpuxbar: `{where}` of the model hold layers that are none of"
     ) as told:
-        _, report = gx.convert(Blocks(hold), gx.CrossbarSpec())
+        _, report = gx.convert(nn.DataParallel(Blocks(hold)), gx.CrossbarSpec())  # as without it
     assert told[0].filename == __file__
     assert [row.module for row in report.rows] == ["first", "second.0", "second.1"]
 

@@ -202,7 +202,7 @@ def test_computed_weights_do_not_move():
             ValueError,
             match="let its layers leave their crossbars, got 5: its weight is computed anew: make it a parameter",
         ):
-            gx.convert(one, spec(FINE))
+            gx.convert(nn.DataParallel(one), spec(FINE))  # which names it as the model does
 
 
 def test_subclasses_of_crossbar_layers_stay():

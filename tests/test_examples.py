@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +209,33 @@ def test_a_study_learns_by_the_loss_that_it_is_given():
         advance=lambda count: None, loss=lambda y, t: 0 * y.sum(),
     )  # fmt: skip
     assert torch.equal(model[1].weight, before)
+
+
+def test_studies_know_how_many_images_there_are():
+    script = runpy.run_path(str(ROOT / "examples/published.py"))
+    assert script["IMAGES"]["digits"] == len(load_data("digits").x)
+
+
+@pytest.mark.parametrize(("purpose", "trained", "judged"), [("try", 6, 1), ("test", 7, 2)])
+def test_settings_are_chosen_by_images_held_out(purpose, trained, judged, monkeypatch):
+    script = runpy.run_path(str(ROOT / "examples/mnist_in_situ.py"))
+    digits = load_data("digits")
+    few = replace(digits, x=digits.x[:7], t=digits.t[:7], x_test=digits.x_test[:2], t_test=digits.t_test[:2])
+    seen = []
+
+    class Asked:
+        def curve(self, key, label, total, run):
+            if key["purpose"] == purpose:
+                run(None)
+            return [0.5]
+
+    def train(data, images, judge, *_):
+        seen.append((len(images), len(judge[0])))
+
+    monkeypatch.setitem(script["compare"].__globals__, "train", train)
+    chosen = SimpleNamespace(data="digits", batch=1, tries=1, try_epochs=1, epochs=1, seeds=1)
+    script["compare"](Asked(), lambda: few, "ideal", "sgd", chosen)
+    assert seen == [(trained, judged)]
 
 
 def test_the_table_of_published_findings_is_of_the_trainings_asked_for(in_tmp, monkeypatch, capsys, threads):

@@ -438,7 +438,7 @@ def test_norms_that_know_no_data_yet_need_several_values_a_channel(op):
     gx.calibrate(model, [torch.randn(1, 1, 3, 4)])
     text = rf"^{op.__name__}: 1, a batch norm with .* must get several values a channel, got .* \(1, 6, 1, 1\); give larger"
     with pytest.raises(ValueError, match=text):
-        op(model, [torch.randn(1, 1, 3, 3)])
+        op(nn.DataParallel(model), [torch.randn(1, 1, 3, 3)])  # which names it as the model does
     op(model, [torch.randn(2, 1, 3, 3)])
 
 

@@ -546,7 +546,7 @@ def test_a_torch_without_what_the_library_takes_of_it_is_refused_at_once(name):
     done = in_a_process(f"import torch; del torch.{name}; import gpuxbar")
     short = name.rpartition(".")[2]
     assert re.search(
-        rf"ImportError: gpuxbar: torch must have what 2\.11 to 2\.13 have, got {re.escape(torch.__version__)}: cannot import name "
+        rf"ImportError: gpuxbar: torch must have what 2\.11 to 2\.14 have, got {re.escape(torch.__version__)}: cannot import name "
         rf"'{short}'.*; install one of these, or a later gpuxbar",
         done.stderr,
     ), done.stderr

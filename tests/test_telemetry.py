@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import gpuxbar as gx
@@ -34,7 +35,13 @@ def compiled_within(model):
     return model
 
 
+def in_parallel_within(model):
+    model[2] = nn.DataParallel(model[2])
+    return model
+
+
 WRAPPED = {
+    "in parallel within": in_parallel_within,
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "compiled within": compiled_within,
     "checkpointed within": checkpointed_within,
@@ -157,3 +164,18 @@ def test_arrays_take_the_memory_that_the_readme_tells(name):
     tensors = [t for part in held for t in (*part.buffers(), *part.parameters())]
     beside = sum(t.numel() * t.element_size() for t in tensors) - 4 * 256 * 128
     assert beside / (256 * 128) == pytest.approx(wanted, abs=0.1)
+
+
+def test_names_of_children_that_are_called_as_wrapped_ones_stay():
+    model, report = gx.convert(nn.ModuleDict({"module": nn.Linear(4, 3)}), gx.CrossbarSpec(), {"module": {}})
+    assert [row.module for row in report.rows] == ["module"]
+    assert [row.layer for row in gx.telemetry(model).layers] == ["module"]
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")  # with one process
+@pytest.mark.usefixtures("one_process")
+def test_names_within_what_fsdp_wraps_stay():
+    model, _ = gx.convert(nn.Sequential(nn.Linear(4, 3)), gx.CrossbarSpec())
+    cpu = {"device_id": torch.device("cpu")}
+    model = FullyShardedDataParallel(gx.distribute(model, wrap=False), use_orig_params=True, **cpu)
+    assert [row.layer for row in gx.telemetry(model).layers] == ["0"]

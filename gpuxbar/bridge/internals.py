@@ -1,4 +1,4 @@
-"""What the library takes of PyTorch that is not public, since nothing public does the same: here alone, so that a PyTorch without
+"""Private names of PyTorch that the library imports, since nothing public does the same: here alone, so that a PyTorch without
 one of these names is refused when the library is imported, and not amid a training.
 
 What each is for, and why the public way is none:

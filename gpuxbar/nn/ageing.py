@@ -41,7 +41,8 @@ def program(model: nn.Module, chip: int = 0) -> None:
         print(statistics.mean(found), statistics.stdev(found))
 
     Processes that begin with copies of one model, as forked workers do, may judge a chip each: devices, write noise and the read
-    noise of eval mode are a chip's own. On the same chip, and in training mode, such copies draw the same.
+    noise of eval mode are a chip's own (read noise where numbers are less than 65536 apart, and for so many reads). On the same
+    chip, and in training mode, such copies draw the same.
 
     Args:
         model: A converted model, or parts of one: others train on beside those that are programmed.

@@ -241,9 +241,15 @@ class Programmed(Wires):
         saved = {name: state_dict[f"{prefix}{name}"] for name in HELD if f"{prefix}{name}" in state_dict}
         if "written_as" in saved:
             self._require_written_as(saved["written_as"])
-        if saved and "measured" not in saved:  # of before measured devices were told apart
-            saved["measured"] = torch.zeros(1, dtype=torch.bool, device=self.weight.device)
-            state_dict[f"{prefix}measured"] = saved["measured"]
+        # of before measured devices were told apart, and reads of chips counted so
+        for name, dtype in (("measured", torch.bool), ("chip", torch.int64)):
+            if saved and name not in saved:
+                state_dict[f"{prefix}{name}"] = saved[name] = torch.zeros(
+                    1, dtype=dtype, device=self.weight.device
+                )
+        counted = f"{prefix}eval_step"
+        if not saved and counted in state_dict:  # of no chip, while the layer stays on its own
+            state_dict[counted] = state_dict[counted] - self.counted_apart()
         if saved and not self.programmed:
             self.device_seed = torch.tensor([self.plan.seed], device=self.weight.device)
             for name, value in saved.items():
