@@ -201,7 +201,7 @@ def test_counted_pulses_of_few_pairs_match_the_oracle(law, stored):
     x[:, 2::3] += 5
     known = ops.draw_device_map(LAWS[law], g.shape, seed=3) if stored else None
     stuck = Programming(stuck_at_g_min=0.05, stuck_at_g_max=0.03)
-    new, how = g.copy(), {"rate": 0.05, "w_max": w_max, "groups": 2, "step": 9}
+    new, how = g.copy(), {"rate": 0.05, "w_max": w_max, "groups": 2, "step": 2**32 - 5}
     pairs = ops.Pairs(new, law=LAWS[law], programming=stuck, device_map=known, seed=SEED, **WINDOW)
     train = PulseTrain(mode="aggregated", bound_management=False)
     cells, weights = reference.pulse_update(g, x, d, train=train.model_dump(), **pairs.plain, **how)
