@@ -99,6 +99,37 @@ def test_fused_is_the_epilogue_bit_for_bit(way, planes):
     assert np.unique(y).size > y.size / 4  # not all clipped, nor all zero
 
 
+ENDS = {  # bits of the ADC, whether signed, tiles, code, level, levels of a step: currents at the ends of the range
+    "32766": (15, True, 2, 127, 129, 1),  # and as much below 0: the largest sums of two columns in a register
+    "65535": (16, False, 1, 255, 257, 1),
+    "half a step beyond": (8, True, 1, 255, 1, 2),  # is inside
+    "half a step above": (8, False, 1, 73, 7, 2),
+    "2^24 steps": (8, True, 1, 127, 129, 2.0**-10),
+}
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("name", ENDS)
+def test_codes_at_the_ends_of_the_range(name, gate):
+    bits, signed, tiles, code, level, step = ENDS[name]
+    codes = np.array([[code], [-code], [code - 1], [code + 1]], np.int16).repeat(tiles, 1)
+    g = (np.array([level, -level, 0, 2 * level]) * 2.0**-26).astype(np.float32)
+    g = np.tile(g, (1, tiles, 63))
+    s = {
+        "v_lsb": 2.0**-10,
+        "adc_bits": bits,
+        "adc_signed": signed,
+        "adc_lsb": step * 2.0**-36,
+        "want_gate": gate,
+    }
+    expected = np.stack(reference.tile_mvm(codes, g, tile=1, **s))
+    for strategy in ("fused", "epilogue"):
+        device = ShimDevice(multiprocessors=1)
+        y = fused(codes, g, device, precision="fp16", g_range=2.0**-16, tile_rows=1, strategy=strategy, **s)
+        np.testing.assert_array_equal(np.stack(y), expected.astype(np.float32))
+        assert strategy == "epilogue" or device.macros[-1]["BLOCK_N"] == (128 if gate else 256)
+
+
 @pytest.mark.parametrize("planes", [1, 2])
 def test_a_gate_without_any_weight_is_0(planes):
     """As written by every kernel: the fused one, shift_add behind it, adc_accumulate and the host's; never NaN."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import sys
+from functools import partial
 
 import cuda_shim.ptx
 import every_kernel
@@ -166,8 +167,28 @@ def test_every_kernel_of_another_architecture():
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])  # of the two compilers that NVRTC holds
-def test_reads_the_ptx_of_every_compiler(arch):
+def test_reads_the_ptx_of_every_compiler(arch, monkeypatch):
     assert levels(PtxDevice(arch=arch))
+    monkeypatch.setattr(test_fused, "ShimDevice", partial(PtxDevice, arch=arch))
+    for name in test_fused.ENDS:
+        for gate in (False, True):
+            test_fused.test_codes_at_the_ends_of_the_range(name, gate)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "wgmma"])
+def test_no_scale_is_read_of_columns_that_are_not(strategy):
+    """Of a block with fewer lines than columns; the PTX reads no word beyond an array."""
+    codes, g = np.full((3, 64), 5, np.int16), np.full((1, 64, 20), 2.0**-20, np.float32)
+    ends = np.linspace(1, 2, 20, dtype=np.float32)
+    s = {
+        "v_lsb": 2.0**-10,
+        "adc_bits": 8,
+        "adc_lsb": 2.0**-26 * ends,
+        "col_scale": ends.copy(),
+        "bias": 2.0**-24 * ends,
+    }
+    y = test_fused.fused(codes, g, PtxDevice(multiprocessors=1), strategy=strategy, tile_rows=64, **s)
+    np.testing.assert_allclose(y, reference.tile_mvm(codes, g, tile=64, **s), rtol=1e-6)
 
 
 MMA, WGMMA = "include/gpuxbar/mma.cuh", "include/gpuxbar/wgmma.cuh"

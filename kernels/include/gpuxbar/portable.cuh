@@ -72,17 +72,14 @@ GPUXBAR_FN float add_saturated(float a, float b) {
   asm("add.rn.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
+#if __CUDA_ARCH__ >= 900
 // The lesser of both, at least 0.
 GPUXBAR_FN i32 least_positive(i32 a, i32 b) {
-#if __CUDA_ARCH__ >= 900
   i32 y;
   asm("min.relu.s32 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
-#else
-  const i32 least = a < b ? a : b;
-  return least > 0 ? least : 0;
-#endif
 }
+#endif
 // a / b to 2^-22, where an exact division is ten instructions and a branch; b from 1.2e-38 to 8e37.
 GPUXBAR_FN float divide_fast(float a, float b) {
   float y;
