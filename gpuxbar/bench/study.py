@@ -45,8 +45,7 @@ class Study:
         """Accuracies of the training that `key` describes, which `run` makes where no line has it.
 
         `run` takes what counts its images, of which there are `total()` in all; neither is called where a line has it, so that no
-        data need be there. Where it goes on with a training that has `begun`
-        before, the line does not tell how long that took.
+        data need be there. Where it goes on with a training that has `begun` before, the line does not tell how long that took.
         """
         row = next((row for row in self.kept if row["training"] == key), None)
         if row is None:

@@ -89,6 +89,6 @@ def require_whole(op: str, model: nn.Module) -> None:
     shard = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
     if shard is not None:
         raise ValueError(
-            f"{op}: `model` must be whole, got shards of {known_name(model, shard)}; call gpuxbar.{op} before fully_shard, or on another model that loads "
-            "its whole state"
+            f"{op}: `model` must be whole, got shards of {known_name(model, shard)}; call gpuxbar.{op} before fully_shard, or on "
+            "another model that loads its whole state"
         )
