@@ -16,7 +16,8 @@ from test_tile_mvm import G_MAX, assert_convolution_matches, assert_matches, cas
 import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogLinear
-from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_case import Case
+from gpuxbar.ops.tile_mvm_plan import plan_tile_mvm
 
 
 def rounded(g):

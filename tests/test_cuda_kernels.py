@@ -43,6 +43,14 @@ from gpuxbar.ops.device_update import KERNEL as DEVICE_UPDATE
 from gpuxbar.ops.drift import KERNELS as DRIFT
 from gpuxbar.ops.effective_conductance_cuda import KERNELS as EFFECTIVE_CONDUCTANCE
 from gpuxbar.ops.effective_conductance_gradient_cuda import KERNELS as CONDUCTANCE_GRADIENT
+from gpuxbar.ops.fused_layout import (
+    SHARED,
+    STATIC_SHARED,
+    WGMMA_STATIC_SHARED,
+    pipeline,
+    stage_bytes,
+    wgmma_bytes,
+)
 from gpuxbar.ops.fused_tile_mvm import KERNELS as FUSED
 from gpuxbar.ops.fused_tile_mvm_sm90 import KERNELS as WGMMA
 from gpuxbar.ops.laws import LAWS
@@ -55,14 +63,6 @@ from gpuxbar.ops.solve_for_inputs_cuda import Work
 from gpuxbar.ops.streamed_update import KERNELS as STREAMED
 from gpuxbar.ops.tile_mvm_cuda import KERNELS as TILE_MVM
 from gpuxbar.ops.tile_mvm_cuda import chunks, split_value
-from gpuxbar.ops.tile_mvm_plan import (
-    SHARED,
-    STATIC_SHARED,
-    WGMMA_STATIC_SHARED,
-    pipeline,
-    stage_bytes,
-    wgmma_bytes,
-)
 
 KERNELS = {
     k.name: k

@@ -22,7 +22,9 @@ from test_tile_mvm import (
 
 from gpuxbar import ops, reference
 from gpuxbar.ops import ConvGeometry, tile_mvm_plan
-from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm, rates
+from gpuxbar.ops.tile_mvm_case import Case
+from gpuxbar.ops.tile_mvm_plan import plan_tile_mvm
+from gpuxbar.ops.tile_mvm_times import rates
 
 SHAPES = [
     pytest.param((1, 1, 1, None), id="one-cell"),

@@ -13,7 +13,8 @@ from test_tile_mvm import SEED, assert_matches
 
 from gpuxbar import ops, reference
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_case import Case
+from gpuxbar.ops.tile_mvm_plan import plan_tile_mvm
 
 LSB = 2.0**-23
 

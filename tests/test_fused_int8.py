@@ -17,7 +17,8 @@ import gpuxbar as gx
 from gpuxbar import ops, reference
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.ops.tile_mvm_plan import Case, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_case import Case
+from gpuxbar.ops.tile_mvm_plan import plan_tile_mvm
 
 STEP = 2.0**-24  # S between levels: every product and sum below is a whole number of 2^-34 A
 OFFSET = 133 * STEP  # S of level 0, whole too, though nothing but the tests needs that

@@ -11,8 +11,10 @@ from test_tile_mvm import G_MAX, SEED, assert_matches, case, settings
 
 from gpuxbar import ops, reference
 from gpuxbar.ops import ConvGeometry
+from gpuxbar.ops.fused_layout import SHARED, WGMMA_STATIC_SHARED, wgmma_bytes
 from gpuxbar.ops.packed_conductance import PACK_SENSED
-from gpuxbar.ops.tile_mvm_plan import SHARED, WGMMA_STATIC_SHARED, Case, Plan, plan_tile_mvm, wgmma_bytes
+from gpuxbar.ops.tile_mvm_case import Case, Plan
+from gpuxbar.ops.tile_mvm_plan import plan_tile_mvm
 
 ORDERS = [FORWARD, REVERSE, 11, 12]
 

@@ -12,9 +12,11 @@ from typing import Any
 
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct
 from gpuxbar.ops.dac_quantize import NO_DAC
+from gpuxbar.ops.fused_layout import BLOCK_M, padded_channels, stage_bytes
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PACK_SENSED, Padded, RightOperand, right_operand
 from gpuxbar.ops.round_keys import RoundKeys
+from gpuxbar.ops.tile_mvm_case import Plan
 from gpuxbar.ops.tile_mvm_cuda import (
     amperes_of_one,
     chunks,
@@ -24,7 +26,6 @@ from gpuxbar.ops.tile_mvm_cuda import (
     pack_inputs,
     split_value,
 )
-from gpuxbar.ops.tile_mvm_plan import BLOCK_M, Plan, padded_channels, stage_bytes
 from gpuxbar.reference.random import Purpose
 
 __all__ = ["KERNELS", "fused_tile_mvm", "packed_images", "read_fused"]

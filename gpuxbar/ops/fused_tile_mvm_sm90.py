@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from gpuxbar.launch import Device, In, Kernel, Out, Scalar, Struct
+from gpuxbar.ops.fused_layout import padded_channels, wgmma_bytes
 from gpuxbar.ops.fused_tile_mvm import packed_images, read_fused
 from gpuxbar.ops.images import Images
 from gpuxbar.ops.packed_conductance import PANEL_ROWS, Padded, right_operand
 from gpuxbar.ops.round_keys import RoundKeys
+from gpuxbar.ops.tile_mvm_case import Plan
 from gpuxbar.ops.tile_mvm_cuda import generator_of
-from gpuxbar.ops.tile_mvm_plan import Plan, padded_channels, wgmma_bytes
 
 __all__ = ["KERNELS", "fused_tile_mvm_sm90"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 
-from gpuxbar.ops.tile_mvm_plan import padded_channels
+from gpuxbar.ops.fused_layout import padded_channels
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = ["Conv", "Images", "line_steps"]

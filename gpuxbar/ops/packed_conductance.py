@@ -15,8 +15,8 @@ import numpy as np
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 from gpuxbar.ops.checks import check_array, check_shape
+from gpuxbar.ops.fused_layout import STEP, gathered_chunks, step_lines
 from gpuxbar.ops.tile_mvm_cuda import Shape, conductance_scale
-from gpuxbar.ops.tile_mvm_plan import STEP, gathered_chunks, step_lines
 
 __all__ = [
     "PACK_SENSED",

@@ -14,7 +14,7 @@ from typing import Any
 
 from gpuxbar.launch import Device, In, InOut, Kernel, Out, Scalar
 from gpuxbar.ops.effective_conductance_cuda import LINES, VALUES, grid, wire_values
-from gpuxbar.ops.tile_mvm_plan import shared_memory
+from gpuxbar.ops.fused_layout import shared_memory
 
 __all__ = ["KERNELS", "solve_for_inputs_cuda", "solve_for_inputs_gradient_cuda"]
 

@@ -24,8 +24,9 @@ from gpuxbar.ops.fused_tile_mvm import fused_tile_mvm
 from gpuxbar.ops.fused_tile_mvm_sm90 import fused_tile_mvm_sm90
 from gpuxbar.ops.images import Conv
 from gpuxbar.ops.packed_conductance import PackedConductance, check_packed
+from gpuxbar.ops.tile_mvm_case import GATHERING, HOPPER, Case
 from gpuxbar.ops.tile_mvm_cuda import generator_of, tile_mvm_cuda
-from gpuxbar.ops.tile_mvm_plan import GATHERING, HOPPER, Case, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_plan import plan_tile_mvm
 from gpuxbar.ops.tile_read import OP, TileMvm, TileRead, tile_read
 from gpuxbar.reference.tile_mvm import ConvGeometry, Drivers
 from gpuxbar.spec.array import STEEPEST

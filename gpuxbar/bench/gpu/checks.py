@@ -15,7 +15,7 @@ from gpuxbar.bench.gpu import ceilings
 from gpuxbar.bench.gpu.reads import COMMON, FUSED, G_STEP, LSB, gathering, kernels_of
 from gpuxbar.launch import Device
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.ops.tile_mvm_plan import HOPPER
+from gpuxbar.ops.tile_mvm_case import HOPPER
 
 __all__ = ["CHECKS", "FAILURES", "Subject", "check"]
 

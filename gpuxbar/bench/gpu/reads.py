@@ -8,7 +8,9 @@ from math import isqrt, prod
 from typing import Any
 
 from gpuxbar.ops import ConvGeometry
-from gpuxbar.ops.tile_mvm_plan import HOPPER, INT8_RATE, Case, Plan, plan_tile_mvm
+from gpuxbar.ops.tile_mvm_case import HOPPER, Case, Plan
+from gpuxbar.ops.tile_mvm_plan import plan_tile_mvm
+from gpuxbar.ops.tile_mvm_times import INT8_RATE
 
 __all__ = [
     "COMMON",
