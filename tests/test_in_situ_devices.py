@@ -55,6 +55,34 @@ def test_layers_train_on_every_published_device(name):
     assert (layer.g_held is not None) == (layer.spec.update.write_noise > 0)
 
 
+@pytest.mark.parametrize("pulses", [None, {"length": 31}])
+def test_a_step_takes_its_gradients_of_a_closure(pulses):
+    """As after a backward pass of its own, whose loss it returns; with pulse trains, of operands kept meanwhile."""
+    settings = {} if pulses is None else {"pulses": pulses}
+    layers = [layer_on("capacitor", **settings) for _ in range(2)]
+    x = torch.randn(16, 12)
+    losses = []
+    for layer, closed in zip(layers, (False, True), strict=True):
+        optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)
+
+        def backward(layer=layer, optimiser=optimiser):
+            optimiser.zero_grad()
+            loss = (layer(x) - x[:, :7]).square().mean()
+            loss.backward()
+            return loss
+
+        before = layer.weight.detach().clone()
+        if closed:
+            losses.append(optimiser.step(backward))
+        else:
+            losses.append(backward())
+            assert optimiser.step() is None
+        assert not torch.equal(layer.weight, before)
+    assert torch.equal(*losses)
+    for key, value in layers[0].state_dict().items():
+        assert torch.equal(value, layers[1].state_dict()[key]), key
+
+
 def test_weights_lie_in_memory_as_they_like():
     layers = [layer_on("reram-sb") for _ in range(2)]
     layers[1].weight = nn.Parameter(layers[1].weight.detach().t().contiguous().t())

@@ -26,6 +26,7 @@ from gpuxbar.spec import (
     ExponentialStep,
     Ideal,
     LinearStep,
+    LookupTable,
     NeuroSim,
     PiecewiseStep,
     PowerStep,
@@ -540,6 +541,9 @@ GOOD = {
     "x": np.ones((2, 3), np.float32), "d": np.ones((2, 4), np.float32), "rate": 0.1, "train": PulseTrain(),
     "w_max": np.ones(4, np.float32),
 }  # fmt: skip
+TABLE = LookupTable(
+    up=(1.0, 1.0), down=(1.0, 1.0), scatter_up=((0.0,) * 17,) * 2, scatter_down=((0.0,) * 17,) * 2
+)
 BAD = {
     "dtype": ({"x": np.ones((2, 3))}, TypeError, "`x` must be an array of float32, got float64"),
     "shape": ({"d": np.ones((3, 4), np.float32)}, ValueError, r"`d` must have shape \(2, 4\)"),
@@ -560,6 +564,7 @@ BAD = {
     "nan": ({"d": np.full((2, 4), np.nan, np.float32)}, ValueError, "`d` must be finite, got 8 NaN"),
     "infinity": ({"x": np.full((2, 3), np.inf, np.float32)}, ValueError, "`x` must be finite, got 6 NaN or inf"),
     "ideal": ({"law": Ideal()}, ValueError, "`law` must be one with pulses to follow a pulse train, got ideal"),
+    "table": ({"law": TABLE}, ValueError, "`law` must have a closed form to follow a pulse train, got 'lookup_table'; fit a law"),
     "write-noise": (
         {"law": ConstantStep(write_noise=1e-7), "g_held": np.full((2, 3, 4), 5e-6, np.float32)}, ValueError,
         "`write_noise` must be 0 S with pulse trains, got 1e-07 S",
@@ -584,6 +589,16 @@ def test_bad_input_is_named_and_changes_nothing(name):
     with pytest.raises(error, match=f"^pulse_update: .*{text}"):
         ops.pulse_update(pairs, **values)
     assert (pairs.g == np.float32(5e-6)).all()
+
+
+def test_more_samples_than_draws_tell_apart_are_refused():
+    x, d = (np.zeros((2**23 + 1, lines), np.float32) for lines in (3, 4))
+    pairs = ops.Pairs(np.full((2, 3, 4), 5e-6, np.float32), law=CONSTANT, **WINDOW)
+    with pytest.raises(
+        ValueError,
+        match=r"^pulse_update: `x` must hold at most 8388608 samples, got 8388609; split the batch",
+    ):
+        ops.pulse_update(pairs, **{**GOOD, "x": x, "d": d})
 
 
 def pulsed(layer, spec, name="layer"):
