@@ -321,11 +321,13 @@ def _check_noise(read_noise: Any, step: Any, read: TileRead) -> None:
         raise ValueError(
             f"{OP}: `read_noise` must be one value, got {np.size(read_noise)}; noise_var takes one for each cell"
         )
-    if not is_cupy(read_noise) and np.max(read_noise) > read.loudest:
-        raise ValueError(
-            f"{OP}: `read_noise` must be at most {read.loudest:g} A for its v_lsb and conductances, got {np.max(read_noise):g} A; "
-            "float32 does not hold its square: use SI units"
-        )
+    if not is_cupy(read_noise):
+        sigma = read_noise if isinstance(read_noise, (int, float)) else np.asarray(read_noise).item()
+        if sigma > read.loudest:
+            raise ValueError(
+                f"{OP}: `read_noise` must be at most {read.loudest:g} A for its v_lsb and conductances, got {sigma:g} A; float32 does "
+                "not hold its square: use SI units"
+            )
     if type(step) is int:
         return
     kind = step.dtype.kind if hasattr(step, "dtype") else np.asarray(step).dtype.kind
