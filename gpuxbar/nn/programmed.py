@@ -42,7 +42,8 @@ APART = 1 << 16  # reads, by which the counts of neighbouring chips are apart
 class Mark(NamedTuple):
     """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, where
     it lay, since a parameter gets another `data` without a count, and a checksum of its values, since these change without a
-    count too: through `data`, or by a fused optimiser. On a GPU, which would have to be waited for, that is None."""
+    count too: through `data`, or by a fused optimiser. On a GPU, which would have to be waited for, that is None. Tensors of inference
+    mode, as copies made there are, count no changes: 0."""
 
     weight: Tensor
     version: int
@@ -52,16 +53,20 @@ class Mark(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> Mark:
         """That of a weight as it is now."""
-        return cls(weight, weight._version, weight.data_ptr(), checksum(weight))
+        return cls(weight, _version(weight), weight.data_ptr(), checksum(weight))
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
         return (
             self.weight is weight
-            and self.version == weight._version
+            and self.version == _version(weight)
             and self.place == weight.data_ptr()
             and (self.checksum is None or self.checksum == checksum(weight))
         )
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 class Programmed(Wires):
