@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.progress import Progress
 
 from gpuxbar.bench.record import environment, markdown, put_table
-from gpuxbar.bench.study import Study, choose, count_from
+from gpuxbar.bench.study import Study, choose, count_from, of_count
 from gpuxbar.experiments import Run, train
 from gpuxbar.experiments.data import load_data
 from gpuxbar.spec import presets
@@ -127,7 +127,8 @@ def main():
     options.add_argument("--seeds", type=count_from(1), help="2 of LeNet-5, 1 of ResNet-20 if not given")
     chosen = choose(options, ROOT / "examples/results/fashion-mnist.jsonl")
     load = cache(lambda: load_data(chosen.data, chosen.data_dir, chosen.download))
-    images = Images(chosen.data, IMAGES.get(chosen.data) or len(load().x), load)
+    count = IMAGES.get(chosen.data) or len(load().x)
+    images = Images(chosen.data, count, lambda: of_count(load(), count))
     study = Study(chosen.record, ROOT, Progress())  # whose bars stay hidden: trainings have their own
     results = {network: curves(study, images, network, chosen) for network in chosen.networks}
     text = table(results, images, study.where())

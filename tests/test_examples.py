@@ -216,6 +216,30 @@ def test_studies_know_how_many_images_there_are():
     assert script["IMAGES"]["digits"] == len(load_data("digits").x)
 
 
+@pytest.mark.parametrize("name", ["fashion_mnist", "published"])
+def test_studies_record_no_other_images_than_they_name(name, in_tmp, monkeypatch, threads):
+    few = few_digits()
+    monkeypatch.setattr("gpuxbar.experiments.data.load_data", lambda *_: few)
+    arguments = ["--data", "digits"] if name == "published" else ["--networks", "lenet5"]
+    monkeypatch.setattr(
+        sys, "argv", [name, *arguments, "--record", "rows.jsonl", "--epochs", "1", "--seeds", "2"]
+    )
+    with pytest.raises(
+        ValueError, match=r"study: `data` must be the \d+ images of digits to train on, got 64; where"
+    ):
+        runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
+    assert not (in_tmp / "rows.jsonl").exists()
+
+
+def test_a_study_trains_on_no_more_images_than_there_are(in_tmp, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["published.py", "--data", "digits", "--images", "1348", "--record", "rows.jsonl"]
+    )
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples/published.py"), run_name="__main__")
+    assert "--images must be at most 1347, all of digits, got 1348" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("purpose", "trained", "judged"), [("try", 6, 1), ("test", 7, 2)])
 def test_settings_are_chosen_by_images_held_out(purpose, trained, judged, monkeypatch):
     script = runpy.run_path(str(ROOT / "examples/mnist_in_situ.py"))

@@ -675,7 +675,7 @@ def test_agad_learns_less_in_periods_of_few_steps():
 def test_errors():
     layer = AnalogLinear(4, 3, spec=spec())
     for name, setting, text in (
-        ("agad", {"period": 0}, "AGAD: `period` must be at least 1, got 0; try 1"),
+        ("agad", {"period": 0}, "AGAD: `period` must be a whole number of at least 1, got 0; try 1"),
         (
             "tiki-taka",
             {"fast_lr": 1.5},
@@ -686,11 +686,15 @@ def test_errors():
             {"flip": 0.6},
             "ChoppedTikiTakaV2: `flip` must be 0 to 0.5, got 0.6; try 0.02",
         ),
-        ("tiki-taka-v2", {"max_pulses": 0}, "TikiTakaV2: `max_pulses` must be at least 1, got 0"),
+        (
+            "tiki-taka-v2",
+            {"max_pulses": 0},
+            "TikiTakaV2: `max_pulses` must be a whole number of at least 1, got 0",
+        ),
         (
             "mixed-precision",
             {"transfer_every": 0},
-            "MixedPrecision: `transfer_every` must be at least 1, got 0",
+            "MixedPrecision: `transfer_every` must be a whole number of at least 1, got 0",
         ),
         ("sgd", {"momentum": 1.0}, "InSituSGD: `momentum` must be at least 0 and below 1, got 1.0; try 0.9"),
         ("agad", {"lr": 0.0}, "AGAD: `lr` must be above 0, got 0.0; try 0.05"),

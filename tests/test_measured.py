@@ -38,7 +38,8 @@ def measurement(law, *, count=6000, devices=1, skewed=False, gamma=0.0, of_step=
     y, rising = rng.uniform(0, 1, count), rng.random(count) < 0.5
     device = rng.integers(devices, size=count)
     gain = np.maximum(1 + law.step_spread * rng.normal(size=devices), 0.05)[device]
-    t = gain * np.where(rising, 1 + law.asymmetry, law.asymmetry - 1) * nominal
+    lean = law.asymmetry + law.asymmetry_spread * np.random.default_rng((seed, 1)).normal(size=devices)
+    t = gain * np.where(rising, 1 + lean[device], lean[device] - 1) * nominal
     step = reference.laws.moved(dumped, y, t) - y
     noise = rng.exponential(size=count) - 1 if skewed else rng.normal(size=count)
     scale = 0.3 * (np.abs(step) if of_step else nominal * gain)
@@ -253,6 +254,24 @@ def test_a_law_that_is_right_on_average_alone_fails(tmp_path):
 def test_noise_by_the_square_root_of_a_step_is_found_again(tmp_path):
     fit = fit_law(fitted(tmp_path, Agarwal(nu=3.0, pulses=150), count=20000, gamma=0.02), "agarwal", **WINDOW)
     assert fit.law.gamma == pytest.approx(0.02, rel=0.03)
+    assert fit.passed
+
+
+@pytest.mark.parametrize("kind", ["table", "constant_step", "piecewise_step"])
+@pytest.mark.parametrize(("asymmetry", "apart"), [(0.0, 0.2), (0.3, 0.2), (0.3, 0.0)])
+def test_devices_differ_in_each_direction_as_measured(tmp_path, kind, asymmetry, apart):
+    """40 pulses of a device each way, less those held out, leave these means off by 0.05."""
+    law = ConstantStep(pulses=200, step_spread=0.15, asymmetry=asymmetry, asymmetry_spread=apart)
+    pulses = fitted(tmp_path, law, count=40000, devices=500)
+    fit = fit_table(pulses, bins=3, **WINDOW) if kind == "table" else fit_law(pulses, kind, bins=3, **WINDOW)
+    apart_of_shares = apart / (1 - asymmetry**2)  # of each direction's own mean, which tables hold
+    if kind == "constant_step":
+        assert fit.law.asymmetry == pytest.approx(asymmetry, abs=0.02)
+        spreads = 0.15, apart
+    else:
+        assert (fit.law.up[1] - fit.law.down[1]) / 2 == pytest.approx(asymmetry, abs=0.02)
+        spreads = (0.15**2 + (asymmetry * apart_of_shares) ** 2) ** 0.5, apart_of_shares
+    assert (fit.law.step_spread, fit.law.asymmetry_spread) == pytest.approx(spreads, rel=0.08)
     assert fit.passed
 
 

@@ -131,6 +131,16 @@ def test_values_of_a_command_line(text, value):
             "CrossbarSpec: `update.write_noise` must be at most 1e-05 S, the device.g_max, got 0.01 S; give it in S, not as a share",
         ),
         (
+            {"device": {"g_min": 1, "g_max": 10}, "parasitics": {"r_wordline": 1.0}},
+            "CrossbarSpec: `parasitics.r_wordline` must be at most 0.1 ohm, which a device at device.g_max has, got 1 ohm between two "
+            "cells; give wires in ohm and devices in S",
+        ),
+        (
+            {"parasitics": {"r_bitline": 1.01e5}},
+            "CrossbarSpec: `parasitics.r_bitline` must be at most 100000 ohm, which a device at device.g_max has, got 101000 ohm between "
+            "two cells; give wires in ohm and devices in S",
+        ),
+        (
             {"mapping": {"scheme": "ofset"}},
             "CrossbarSpec: `mapping.scheme` must be differential or subtracted or offset, got 'ofset'; "
             "did you mean `offset`?",

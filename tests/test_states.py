@@ -874,6 +874,23 @@ def test_what_is_made_in_inference_mode_trains_elsewhere(spec, wires):
     gx.age(model, "1d")
 
 
+@pytest.mark.parametrize("way", ["programmed", "in situ"])
+def test_a_layer_is_copied_in_inference_mode(way):
+    """Whose tensors count no changes; that another weight is there is seen all the same."""
+    model, _ = gx.convert(nn.Sequential(nn.Linear(12, 4)), gx.CrossbarSpec(update={"law": "soft_bounds"}))
+    if way == "programmed":
+        gx.program(model)
+    else:
+        gx.optim.InSituSGD(model.parameters(), lr=0.1)
+    model.eval()
+    with torch.inference_mode():
+        copied = copy.deepcopy(model)
+        assert torch.equal(images_and_loss(copied), images_and_loss(model))
+        copied[0].weight += 1
+        with pytest.raises(ValueError, match="0: `weight` must"):
+            images_and_loss(copied)
+
+
 @pytest.mark.parametrize("name", ["sgd", "mixed-precision", "tiki-taka-v2", "agad"])
 def test_in_situ_training_begins_and_resumes_in_inference_mode(name):
     spec = gx.CrossbarSpec(update={"law": "soft_bounds"})

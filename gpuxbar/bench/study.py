@@ -16,7 +16,7 @@ from gpuxbar.bench.record import append, environment, lines_of
 from gpuxbar.experiments.data import Data
 from gpuxbar.launch import set_threads
 
-__all__ = ["Study", "choose", "count_from", "learn"]
+__all__ = ["Study", "choose", "count_from", "learn", "of_count"]
 
 
 class Study:
@@ -111,6 +111,16 @@ def learn(
             x, t = judge
             curve.append((model(x).argmax(1) == t).double().mean().item())
     return curve
+
+
+def of_count(data: Data, count: int) -> Data:
+    """Data that has as many images to train on as a record says of it, whose table is made where no data is."""
+    if len(data.x) != count:
+        raise ValueError(
+            f"study: `data` must be the {count} images of {data.name} to train on, got {len(data.x)}; where files of it were cut short, "
+            "delete them and load it again"
+        )
+    return data
 
 
 def count_from(least: int) -> Callable[[str], int]:

@@ -18,7 +18,7 @@ from gpuxbar.ops.checks import NotFiniteError, require_finite_values
 from gpuxbar.ops.program import LOWER, Writing, writing
 from gpuxbar.ops.program import checksum as checksum_of
 
-__all__ = ["checksum", "program_devices", "program_pairs", "reprogram"]
+__all__ = ["checksum", "program_devices", "program_pairs", "reprogram", "require_finite_weight"]
 
 
 @operator(lambda *_: None, mutates_args=("g", "noise_var", "w_max", "state"))
@@ -59,7 +59,7 @@ def reprogram(
                 write_step=array(write_step), seed=way.seed, device=device, merge=merge, **_settings(spec), **_scale(spec),
             )  # fmt: skip
     except NotFiniteError:
-        _require_finite(weight, way)
+        require_finite_weight(weight, way.name)
         raise
 
 
@@ -111,8 +111,6 @@ def program_devices(weight: Tensor, write_step: Tensor, spec: str, plan: str) ->
     mapping = spec_of(spec).mapping
     offset, way = mapping.scheme == "offset", plan_of(plan)
     groups, outputs, inputs = shape = _shape(way)
-    if on_cpu(weight):
-        _require_finite(weight, way)
     weight = written(weight, way).view(shape)
     g = weight.new_zeros(1 if offset else 2 * mapping.slices, groups * inputs, outputs)
     w_max = weight.new_zeros(groups * outputs)
@@ -126,9 +124,9 @@ def program_devices(weight: Tensor, write_step: Tensor, spec: str, plan: str) ->
     return g, w_max
 
 
-def _require_finite(weight: Tensor, way: ReadPlan) -> None:
+def require_finite_weight(weight: Tensor, name: str) -> None:
     """Refuse weights that are not finite by the name of their layer."""
-    require_finite_values(f"{way.name}: `weight`", int((~torch.isfinite(weight)).sum()), LOWER)
+    require_finite_values(f"{name}: `weight`", int((~torch.isfinite(weight)).sum()), LOWER)
 
 
 @lru_cache(maxsize=4096)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -65,8 +65,10 @@ def fit_table(
     """Tabulate mean steps and scatter at `bins` conductances, evenly spaced over the window.
 
     Means are the piecewise linear least squares through the pulses; scatter is the quantiles of what is left around
-    them; the spread between devices is what their mean steps differ by beyond the error of the mean. A fifth of the
-    pulses is held out and judged by the table made of the others.
+    them; the spread between devices is what their mean steps differ by beyond the error of the mean, and so is that of their
+    asymmetry where it shows: every law has these two, and none has a spread for each direction, so that up and down steps which
+    scatter by different shares get what they have in common. A fifth of the pulses is held out and judged by the table made of
+    the others.
 
     Args:
         pulses: Measured single pulses.
@@ -90,16 +92,17 @@ def fit_table(
     _require_filled("fit_table", train, y, window, bins)
     flows, nominal = _flows("fit_table", train, y, step, bins)
     mean = _mean_step(flows, nominal, y, train.rising)
-    ratio, spread = _device_ratios(train, step, mean)
-    rest = (step - ratio[train.device] * mean) / (nominal * np.maximum(ratio[train.device], 1e-3))
+    devices = _devices(train, step, mean)
+    ratio = devices.of(train)
+    rest = (step - ratio * mean) / (nominal * np.maximum(ratio, 1e-3))
     scatter = {
         way: _quantiles(y[train.rising == way], rest[train.rising == way], bins) for way in (True, False)
     }
     law = LookupTable(
         pulses=1 / nominal, up=tuple(flows[True].tolist()), down=tuple(flows[False].tolist()),
-        scatter_up=scatter[True], scatter_down=scatter[False], step_spread=min(spread, 2.0),
+        scatter_up=scatter[True], scatter_down=scatter[False], **devices.spreads,
     )  # fmt: skip
-    return _judged(law, window, pulses, test, ratio)
+    return _judged(law, window, pulses, test, devices)
 
 
 SHAPES: dict[str, dict[str, tuple[float, float, float]]] = {  # start, least and largest
@@ -133,7 +136,7 @@ def fit_law(
     g_max: float | None = None,
     seed: int = 0,
 ) -> Fit:
-    """Fit a parametric law by least squares to the same pulses, with its asymmetry, spread and cycle noise.
+    """Fit a parametric law by least squares to the same pulses, with its asymmetry, spreads and cycle noise.
 
     Noise of laws with a `cycle_of` is that of the nominal step or of the step itself, whichever is likelier.
 
@@ -172,17 +175,17 @@ def fit_law(
     else:
         found = _shaped(law, y, step, train.rising, size)
     mean = _predicted(found, y, train.rising)
-    ratio, spread = _device_ratios(train, step, mean)
-    rest = step - ratio[train.device] * mean
+    devices = _devices(train, step, mean, found["asymmetry"])
+    ratio = devices.of(train)
+    rest = step - ratio * mean
     noise = float(np.mean(rest**2))
     if law.startswith("agarwal"):
         found["gamma"] = np.sqrt(noise / np.mean(np.abs(mean)))
     elif law == "neurosim":
         found["cycle"], found["levels"] = np.sqrt(noise), max(round(found["levels"]), 2)
     else:
-        found |= _cycle(rest, ratio[train.device] * mean, found["pulses"])
-    found["step_spread"] = min(spread, 2.0)
-    return _judged(_lawful(found), window, pulses, test, ratio)
+        found |= _cycle(rest, ratio * mean, found["pulses"])
+    return _judged(_lawful(found | devices.spreads), window, pulses, test, devices)
 
 
 def _lawful(found: dict[str, Any]) -> UpdateLaw:
@@ -338,21 +341,71 @@ def _mean_step(
     return nominal * np.where(rising, at[True], -at[False])
 
 
-def _device_ratios(pulses: Pulses, step: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float]:
-    """Step of each device over the mean device's, and their spread beyond the error of each."""
+class Devices(NamedTuple):
+    """How devices differ: the steps of each over the mean device's, [devices, 2], down and up, and the spreads of a law that these
+    say, beyond the error of each."""
+
+    ratio: np.ndarray
+    step_spread: float
+    asymmetry_spread: float
+
+    def of(self, pulses: Pulses) -> np.ndarray:
+        """Ratios of the device and direction of every pulse; what was not fitted is the last."""
+        known: np.ndarray = self.ratio[
+            np.minimum(pulses.device, len(self.ratio) - 1), pulses.rising.astype(int)
+        ]
+        return known
+
+    @property
+    def spreads(self) -> dict[str, float]:
+        return {
+            "step_spread": min(self.step_spread, 2.0),
+            "asymmetry_spread": min(self.asymmetry_spread, 1.0),
+        }
+
+
+def _devices(pulses: Pulses, step: np.ndarray, mean: np.ndarray, asymmetry: float = 0.0) -> Devices:
+    """How devices differ from steps of this mean and asymmetry: in the size of their steps, and in the asymmetry of these where
+    that shows."""
     count = int(pulses.device.max()) + 1
     if count < 3:
-        return np.ones(count), 0.0
-    weight = np.maximum(np.bincount(pulses.device, mean**2, count), 1e-30)
-    ratio = np.bincount(pulses.device, step * mean, count) / weight
-    rest = (step - ratio[pulses.device] * mean) * mean
-    pulsed = np.bincount(pulses.device, minlength=count)
-    known = pulsed > 1  # a single pulse tells no error
-    if known.sum() < 3:
-        return ratio, 0.0
-    own = pulsed[known] / (pulsed[known] - 1)  # each ratio is fitted to its device's own pulses
-    error = own * np.bincount(pulses.device, rest**2, count)[known] / weight[known] ** 2
-    return ratio, float(np.sqrt(max(ratio[known].var(ddof=1) - error.mean(), 0.0)))
+        return Devices(np.ones((count, 2)), 0.0, 0.0)
+    both, error, known = _ratios(pulses.device, step, mean, count)
+    ratio = np.stack([both, both], 1)
+    size = _variance(both[known], error[known])
+    each, errors, told = (
+        part.reshape(count, 2) for part in _ratios(2 * pulses.device + pulses.rising, step, mean, 2 * count)
+    )
+    both_ways = told.all(1)
+    if both_ways.sum() < 3:
+        return Devices(ratio, size**0.5, 0.0)
+    # steps are (1 + s) (1 + a + d) up and (1 + s) (1 - a - d) down, of which a is the mean device's; up / (1 + a) less
+    # down / (1 - a) is 2 d / (1 - a**2), and their sum as the mean device's is 2 (1 + s)
+    whole, half = np.array([1 - asymmetry, 1 + asymmetry]) / 2, np.array([-1, 1]) * (1 - asymmetry**2) / 2
+    steps, errors = each[both_ways], errors[both_ways]
+    noise = errors @ half**2
+    apart = _variance(steps @ half, noise)
+    if apart <= SIGNIFICANT * noise.mean() * (2 / (both_ways.sum() - 1)) ** 0.5:
+        return Devices(ratio, size**0.5, 0.0)
+    ratio[both_ways] = steps
+    return Devices(ratio, _variance(steps @ whole, errors @ whole**2) ** 0.5, apart**0.5)
+
+
+def _ratios(
+    group: np.ndarray, step: np.ndarray, mean: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Step of each group of pulses over the mean one, its squared error, and whether it has one: a single pulse tells none."""
+    weight = np.maximum(np.bincount(group, mean**2, count), 1e-30)
+    ratio = np.bincount(group, step * mean, count) / weight
+    rest = (step - ratio[group] * mean) * mean
+    pulsed = np.bincount(group, minlength=count)
+    own = pulsed / np.maximum(pulsed - 1, 1)  # each ratio is fitted to its group's own pulses
+    return ratio, own * np.bincount(group, rest**2, count) / weight**2, pulsed > 1
+
+
+def _variance(values: np.ndarray, errors: np.ndarray) -> float:
+    """Of values beyond that of their errors."""
+    return max(float(values.var(ddof=1) - errors.mean()), 0.0) if len(values) > 2 else 0.0
 
 
 def _quantiles(y: np.ndarray, rest: np.ndarray, bins: int) -> tuple[tuple[float, ...], ...]:
@@ -360,11 +413,11 @@ def _quantiles(y: np.ndarray, rest: np.ndarray, bins: int) -> tuple[tuple[float,
     return tuple(tuple(np.quantile(rest[node == k], ndtr(SCORES)).tolist()) for k in range(bins))
 
 
-def _read_noise(law: UpdateLaw, window: Device, pulses: Pulses, ratio: np.ndarray) -> tuple[float, float]:
+def _read_noise(law: UpdateLaw, window: Device, pulses: Pulses, devices: Devices) -> tuple[float, float]:
     """Standard deviation of a read, S, and its share of the scatter of all pulses."""
     one = pulses[np.argsort(pulses.device, kind="stable")]
     y, step = _shares(one, window)
-    rest = step - _predicted(law.model_dump(), y, one.rising, ratio[np.minimum(one.device, len(ratio) - 1)])
+    rest = step - _predicted(law.model_dump(), y, one.rising, devices.of(one))
     way = 2 * one.device + one.rising
     rest -= (np.bincount(way, rest) / np.maximum(np.bincount(way), 1))[
         way
@@ -379,10 +432,10 @@ def _read_noise(law: UpdateLaw, window: Device, pulses: Pulses, ratio: np.ndarra
     return variance**0.5 * (window.g_max - window.g_min), min(2 * variance / float(rest.var()), 1.0)
 
 
-def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, ratio: np.ndarray) -> Fit:
+def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, devices: Devices) -> Fit:
     """How the law foretells held-out pulses: mean, and distribution by its probability integral transform."""
     y, step = _shares(test, window)
-    gain = ratio[np.minimum(test.device, len(ratio) - 1)]
+    gain = devices.of(test)
     dumped = law.model_dump()
     nominal = 1 / dumped[_count(law.law)]
     mean = _predicted(dumped, y, test.rising, gain)
@@ -410,7 +463,7 @@ def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, ratio:
         limit.append(worst[1])
     return Fit(
         law, window, test, (explained[0], explained[1]), (distance[0], distance[1]), (limit[0], limit[1]), ndtr(z),
-        *_read_noise(law, window, pulses, ratio),
+        *_read_noise(law, window, pulses, devices),
     )  # fmt: skip
 
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import converted_layers, require_apart, require_whole
+from gpuxbar.nn.programmed import APART
 
 __all__ = ["age", "program", "unprogram"]
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0, "y": 365.25 * 86400.0}  # s
 
-CHIPS = 1 << 31  # seeds of layers differ from there on
+CHIPS = APART  # those beyond would be counted as others are, and have their read noise
 
 
 @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
@@ -41,13 +42,13 @@ def program(model: nn.Module, chip: int = 0) -> None:
         print(statistics.mean(found), statistics.stdev(found))
 
     Processes that begin with copies of one model, as forked workers do, may judge a chip each: devices, write noise and the read
-    noise of eval mode are a chip's own (read noise where numbers are less than 65536 apart, and for so many reads). On the same
-    chip, and in training mode, such copies draw the same.
+    noise of eval mode are a chip's own (read noise for 65536 reads). On the same chip, and in training mode, such copies draw the
+    same.
 
     Args:
         model: A converted model, or parts of one: others train on beside those that are programmed.
-        chip: Which devices are written to: 0 are those of the model, as it was trained with if it is hardware-aware; each number up
-            to 2**31 - 1 has others. Converters, with their errors and ranges, and wires stay.
+        chip: Which devices are written to: 0 are those of the model, as it was trained with if it is hardware-aware; each number
+            up to 65535 has others. Converters, with their errors and ranges, and wires stay.
 
     Raises:
         TypeError: `model` is no module, or `chip` no whole number.
@@ -62,7 +63,9 @@ def program(model: nn.Module, chip: int = 0) -> None:
     if not isinstance(chip, Integral):
         raise TypeError(f"program: `chip` must be a whole number, got {type(chip).__name__}; give one")
     if not 0 <= chip < CHIPS:
-        raise ValueError(f"program: `chip` must be at least 0 and below {CHIPS}, got {chip}; give another")
+        raise ValueError(
+            f"program: `chip` must be at least 0 and below {CHIPS}, got {chip}; more of them have a spec of another seed"
+        )
     trained = [layer.name for layer in layers if layer.in_situ]
     if chip and trained:
         raise ValueError(
@@ -70,7 +73,9 @@ def program(model: nn.Module, chip: int = 0) -> None:
             f"{', '.join(trained)}; gpuxbar.convert(model, spec.with_overrides({{'seed': {chip}}})) moves what they read to others"
         )
     for layer in layers:
-        layer.program(int(chip))
+        layer.require_writable()  # before any is written
+    for layer in layers:
+        layer.write_once(int(chip))
 
 
 @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
@@ -110,11 +115,17 @@ def age(model: nn.Module, time: float | str, compensate: bool = False) -> None:
     if compensate:
         for layer in layers:
             layer.require_calibrated()
-    for layer in layers:
-        if compensate:
-            layer.look_compensated(seconds)
-        else:
-            layer.look_after(seconds)
+    before = [layer.time() for layer in layers]
+    try:
+        for layer in layers:
+            if compensate:
+                layer.look_compensated(seconds)
+            else:
+                layer.look_after(seconds)
+    except BaseException:
+        for layer, time_of_layer in zip(layers, before, strict=True):
+            layer.go_back(time_of_layer)
+        raise
 
 
 def unprogram(model: nn.Module) -> None:

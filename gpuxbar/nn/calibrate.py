@@ -85,10 +85,11 @@ def calibrate(
 
     with without_adcs(model):
         watch("calibrate", model, layers, loader, batches, loss, step, look)
-        for layer, each in to_begin.items():
-            if each:
-                _begin(layer, each)
-                seen[layer, False] = [_currents(layer, False, _driven_anew(layer, lines)) for lines in each]
+        tops = {layer: _beginning(layer, each) for layer, each in to_begin.items() if each}
+        for layer, top in tops.items():  # of all, once none is refused
+            layer.begin_dac(top)
+            driven = (_driven_anew(layer, lines) for lines in to_begin[layer])
+            seen[layer, False] = [_currents(layer, False, lines) for lines in driven]
     coarse: list[str] = []
     for (layer, backward), currents in seen.items():
         converter = layer.converters()[backward]
@@ -117,8 +118,8 @@ def _wanted(layer: AnalogLayer) -> bool:
 
 
 @torch.no_grad()
-def _begin(layer: AnalogLayer, each: list[Lines]) -> None:
-    """Begin a learned DAC range at the one that rounds and clips these inputs with the least squared error.
+def _beginning(layer: AnalogLayer, each: list[Lines]) -> Tensor:
+    """The learned DAC range that rounds and clips these inputs with the least squared error.
 
     Source: Bhalgat et al., LSQ+, CVPR Workshops 2020 (the beginning of learned ranges).
     """
@@ -137,8 +138,7 @@ def _begin(layer: AnalogLayer, each: list[Lines]) -> None:
         )
     tops = most * torch.arange(1, RANGES + 1, device=values.device) / RANGES
     errors = [(_rounded(values, top / dac.code_max, dac.code_max) - values).square().sum() for top in tops]
-    layer.dac_max.copy_(tops[torch.stack(errors).argmin()])
-    layer.dac_begun = True
+    return tops[torch.stack(errors).argmin()]
 
 
 def _rounded(values: Tensor, lsb: Tensor, code_max: int) -> Tensor:

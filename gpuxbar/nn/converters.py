@@ -212,6 +212,12 @@ class Converters(Measured):
             x = as_finite(x.clamp_min(0), x)
         return x, top.detach() / max(dac.code_max, 1)
 
+    @torch.no_grad()
+    def begin_dac(self, top: Tensor) -> None:
+        """Begin a learned DAC range."""
+        self.dac_max.copy_(top)
+        self.dac_begun = True
+
     def require_calibrated(self) -> None:
         """Refuse to read without an ADC range."""
         if not self.calibrated and not torch.compiler.is_compiling():

@@ -20,7 +20,7 @@ from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import alone, call
 from gpuxbar.bridge.outer_product import shared_weight
 from gpuxbar.bridge.passes import require_first_pass
-from gpuxbar.bridge.reprogram import program_devices, reprogram
+from gpuxbar.bridge.reprogram import program_devices, reprogram, require_finite_weight
 from gpuxbar.bridge.wires import weight_through_wires
 from gpuxbar.mapping import plan_reads
 from gpuxbar.mapping.plan import ReadPlan
@@ -192,16 +192,27 @@ class AnalogLayer(Converters):
     def program(self, chip: int = 0) -> None:
         """Write the present weights once (not those of cells trained in situ) to the arrays of a chip, see `gpuxbar.program`, and
         read these devices from now on."""
-        self.require_own_weight("program")
-        if self.in_situ:
-            self.require_read_out()
-        self.write_step += 1
+        self.require_writable()
+        self.write_once(chip)
+
+    def write_once(self, chip: int) -> None:
+        """`program` what is known to be writable."""
         if self.g_cells is not None and self.w_max is not None:
             self.hold(self.g_cells.clone(), self.w_max.clone(), self.seed_of_cells, chip)
         else:
             seed = self.plan.seed ^ chip
             plan = replace(self.plan, seed=seed).dumps()
-            self.hold(*program_devices(self.weight, self.write_step, self.static[1], plan), seed, chip)
+            devices = program_devices(self.weight, self.write_step + 1, self.static[1], plan)
+            self.hold(*devices, seed, chip)
+
+    def require_writable(self) -> None:
+        """Refuse what `program` cannot write: a weight that is computed of others, that is not what cells trained in situ read, or, on
+        a CPU, that is not finite."""
+        self.require_own_weight("program")
+        if self.in_situ:
+            self.require_read_out()
+        elif self.weight.is_cpu:
+            require_finite_weight(self.weight, self.name)
 
     @torch.no_grad()
     def look_compensated(self, seconds: float) -> None:
@@ -454,7 +465,11 @@ class AnalogLayer(Converters):
         counted = state_dict.get(f"{prefix}read_step")
         if counted is not None:  # perhaps of before reads in eval mode were counted apart
             state_dict.setdefault(f"{prefix}eval_step", torch.zeros_like(counted))
+        errors, before = more[-1], dict(self._buffers)
+        known = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *more)
+        if len(errors) > known:  # which torch raises: what was made to be filled holds nothing
+            self._buffers.update({name: None for name, buffer in before.items() if buffer is None})
 
 
 class AnalogLinear(nn.Linear, AnalogLayer):

@@ -35,13 +35,15 @@ WRITTEN_AS = (
     "headroom_bits",
     "line_order",
 )  # what conductances mean by a weight
+TIME = "age", "gain", "ageings", "read_step", "eval_step"  # buffers that ageing and its test reads change
 APART = 1 << 16  # reads, by which the counts of neighbouring chips are apart
 
 
 class Mark(NamedTuple):
     """Which weight a layer had, which is held so that no other takes its place in memory, how often it was changed in place, where
     it lay, since a parameter gets another `data` without a count, and a checksum of its values, since these change without a
-    count too: through `data`, or by a fused optimiser. On a GPU, which would have to be waited for, that is None."""
+    count too: through `data`, or by a fused optimiser. On a GPU, which would have to be waited for, that is None. Tensors of inference
+    mode, as copies made there are, count no changes: 0."""
 
     weight: Tensor
     version: int
@@ -51,16 +53,20 @@ class Mark(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> Mark:
         """That of a weight as it is now."""
-        return cls(weight, weight._version, weight.data_ptr(), checksum(weight))
+        return cls(weight, _version(weight), weight.data_ptr(), checksum(weight))
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
         return (
             self.weight is weight
-            and self.version == weight._version
+            and self.version == _version(weight)
             and self.place == weight.data_ptr()
             and (self.checksum is None or self.checksum == checksum(weight))
         )
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 class Programmed(Wires):
@@ -140,6 +146,7 @@ class Programmed(Wires):
 
     def hold(self, g: Tensor, w_max: Tensor, seed: int, chip: int) -> None:
         """Read these devices of a chip from now on, which the seed draws, and start their time."""
+        self.write_step += 1
         self.eval_step += self.counted_apart()
         self.chip = torch.tensor([chip], device=g.device)
         self.eval_step -= self.counted_apart()
@@ -174,6 +181,18 @@ class Programmed(Wires):
         self.eval_step += self.counted_apart()
         for name in (*HELD, "aged", "aged_variance"):
             setattr(self, name, None)
+        self.restart_wires()
+
+    def time(self) -> dict[str, Tensor]:
+        """The layer's age and the counts of its reads, to `go_back` to."""
+        return {name: self.get_buffer(name).clone() for name in TIME}
+
+    def go_back(self, time: dict[str, Tensor]) -> None:
+        """Be as at a `time`."""
+        self.leave_cells()
+        for name, value in time.items():
+            self.get_buffer(name).copy_(value)
+        self._make_aged()
         self.restart_wires()
 
     @torch.no_grad()
@@ -239,6 +258,8 @@ class Programmed(Wires):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         saved = {name: state_dict[f"{prefix}{name}"] for name in HELD if f"{prefix}{name}" in state_dict}
+        errors: list[str] = more[-1]
+        known = len(errors)
         if "written_as" in saved:
             self._require_written_as(saved["written_as"])
         # of before measured devices were told apart, and reads of chips counted so
@@ -247,18 +268,36 @@ class Programmed(Wires):
                 state_dict[f"{prefix}{name}"] = saved[name] = torch.zeros(
                     1, dtype=dtype, device=self.weight.device
                 )
+        lacking = sorted({*HELD} - {*saved, "device_seed"}) if saved else []
+        if lacking:
+            raise ValueError(
+                f"{self.name}: `state_dict` must hold all of a programmed layer, got one that lacks {', '.join(lacking)}; save the whole "
+                "of model.state_dict()"
+            )
         counted = f"{prefix}eval_step"
         if not saved and counted in state_dict:  # of no chip, while the layer stays on its own
             state_dict[counted] = state_dict[counted] - self.counted_apart()
         if saved and not self.programmed:
             self.device_seed = torch.tensor([self.plan.seed], device=self.weight.device)
+            shapes = self._shapes()
             for name, value in saved.items():
-                setattr(self, name, torch.empty_like(value, device=self.weight.device))
+                shape = shapes.get(name, value.shape)  # not of other devices, which torch refuses
+                setattr(self, name, torch.empty(shape, dtype=value.dtype, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *more)
-        if saved:
+        if saved and len(errors) == known:
             self._held, self._loaded = self.mark(), self.weight.detach().clone()
             self._make_aged()
         self.forget_wires()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what the layer's weights are written to."""
+        plan, mapping = self.plan, self.spec.mapping
+        rows, cols = plan.inputs + plan.reference_lines[0], plan.outputs + plan.reference_lines[1]
+        planes = 1 if mapping.scheme == "offset" else 2 * mapping.slices
+        return {
+            "g_programmed": (planes, plan.groups * rows, cols),
+            "w_programmed": (plan.groups * cols,),
+        }
 
     def _require_written_as(self, saved: Tensor) -> None:
         """Refuse programmed devices that would mean other weights here."""

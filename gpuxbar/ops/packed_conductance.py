@@ -148,7 +148,7 @@ def right_operand(
     """
     kept: PackedConductance | None = s["packed"]
     int8, variance = s["precision"] == "int8", s["noise_var"] is not None
-    scale = 1.0 / s["g_step"] if int8 else conductance_scale(s)
+    scale = conductance_scale(s["precision"], s["g_range"], s["g_step"])
     stored = -(-shape.sense // PANEL_ROWS) * PANEL_ROWS if panels else shape.sense
     size = (shape.planes, shape.groups, stored, shape.tiles, shape.k)
     dtypes = {"int8": ["int8"], "bf16": ["int16"], "fp16x2": ["float16"] * 2}.get(s["precision"], ["float16"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpuxbar import reference
-from gpuxbar.launch import Device, address, backend, cuda_device, host_call, library
+from gpuxbar.launch import Device, address, backend, cuda_device, host_call, is_cupy, library
 from gpuxbar.ops.checks import (
     check_array,
     check_integers,
@@ -109,7 +109,8 @@ def tile_mvm(
         adc_lsb: Current of one ADC step, A, above 0: a number or float32 [outputs].
         adc_gain, adc_offset, adc_inl: Gain, offset in A, and integral non-linearity in steps of every converter: by how much its
             curve is off at most, at 58 % of the range, and the other way below 0; float32 [S, tiles, outputs].
-        read_noise: Standard deviation of the current of one conversion, A.
+        read_noise: Standard deviation of the current of one conversion, A; at most about 1e18 times what a digit of 1 drives through
+            the unit in which conductances are computed with (1 S of fp32, a level of int8).
         noise_var: Added variance per squared volt, float32 shape of `g`, A**2/V**2.
         generator: "exact" or "fast" normals.
         seed, step: Same pair, same noise; `step` is an integer or an int64 array of one element.
@@ -176,7 +177,7 @@ def tile_mvm(
         _refuse_converters(adc_lsb=adc_lsb, adc_gain=adc_gain, adc_offset=adc_offset, adc_inl=adc_inl)
     else:
         _check_adc_lsb(adc_bits, adc_lsb, read.outputs)
-    _check_noise(read_noise, step)
+    _check_noise(read_noise, step, read)
     check_integers(OP, seed=seed, row_offset=row_offset)
     vectors = {
         "col_scale": col_scale, "bias": bias, "slice_scale": slice_scale, "adc_gain": adc_gain, "adc_offset": adc_offset,
@@ -315,12 +316,19 @@ def _check_row_scale(scale: Any, batch: int) -> None:
         )
 
 
-def _check_noise(read_noise: Any, step: Any) -> None:
+def _check_noise(read_noise: Any, step: Any, read: TileRead) -> None:
     check_numbers(OP, "read_noise", read_noise, "A", "it is a standard deviation", zero=True)
     if np.size(read_noise) != 1:
         raise ValueError(
             f"{OP}: `read_noise` must be one value, got {np.size(read_noise)}; noise_var takes one for each cell"
         )
+    if not is_cupy(read_noise):
+        sigma = read_noise if isinstance(read_noise, (int, float)) else np.asarray(read_noise).item()
+        if sigma > read.loudest:
+            raise ValueError(
+                f"{OP}: `read_noise` must be at most {read.loudest:g} A for its v_lsb and conductances, got {sigma:g} A; float32 does "
+                "not hold its square: use SI units"
+            )
     if type(step) is int:
         return
     kind = step.dtype.kind if hasattr(step, "dtype") else np.asarray(step).dtype.kind

@@ -178,7 +178,7 @@ def _right_operand(
     device: Device, g: Any, shape: Shape, inputs: int, cols: int, s: dict[str, Any]
 ) -> RightOperand:
     dtype, _ = Precision[s["precision"]]
-    scale = conductance_scale(s)
+    scale = conductance_scale(s["precision"], s["g_range"], s["g_step"])
     size = (shape.batch, shape.k, shape.ld)
 
     def pack(source: Any, dtype: str, low: Any, scale: float) -> Any:
@@ -201,10 +201,14 @@ def _right_operand(
     return RightOperand(pack(g, dtype, low, scale), low, variance, scale)
 
 
-def conductance_scale(s: dict[str, Any]) -> float:
-    """For fp16 the power of 2 that puts the largest conductance in [2^13, 2^14): far from overflow, and 28 binary orders
-    above its smallest number; else 1."""
-    return 2.0 ** (13 - floor(log2(s["g_range"]))) if s["precision"] in ("fp16", "fp16x2") else 1.0
+def conductance_scale(precision: str, g_range: float | None, g_step: float | None) -> float:
+    """What conductances are multiplied by: for fp16 the power of 2 that puts the largest in [2^13, 2^14), far from overflow, and
+    28 binary orders above its smallest number; for int8 what makes levels of them; else 1."""
+    if precision == "int8" and g_step is not None:
+        return 1.0 / g_step
+    return (
+        2.0 ** (13 - floor(log2(g_range))) if precision in ("fp16", "fp16x2") and g_range is not None else 1.0
+    )
 
 
 def amperes_of_one(v_lsb: float, scale: float = 1.0) -> float:

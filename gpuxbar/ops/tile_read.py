@@ -10,12 +10,13 @@ from types import NoneType
 import numpy as np
 
 from gpuxbar.ops.checks import check_integers, check_numbers, kept
-from gpuxbar.ops.tile_mvm_cuda import amperes_of_one
+from gpuxbar.ops.tile_mvm_cuda import amperes_of_one, conductance_scale
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = ["OP", "TileMvm", "TileRead", "tile_read"]
 
 OP = "tile_mvm"
+LOUDEST = 1e18  # partial sums of 1, of which float32 holds the square, and that of what is drawn
 
 
 class TileMvm(ctypes.Structure):
@@ -42,6 +43,7 @@ class TileRead:
     Attributes:
         shapes: Of the vectors, by name.
         y_shape: Of the result.
+        loudest: Standard deviation of read noise that a GPU holds the square of, A.
         params: `struct TileMvm` with all but addresses, random numbers and counts of values, as bytes.
     """
 
@@ -51,6 +53,7 @@ class TileRead:
     tile: int
     shapes: dict[str, tuple[int, ...]]
     y_shape: tuple[int, ...]
+    loudest: float
     params: bytes
 
 
@@ -95,6 +98,7 @@ def tile_read(
         )
     if precision == "int8":
         _check_levels(g_step, g_offset)
+    scale = conductance_scale(precision, g_range, g_step)
     outputs = groups * sense
     batch = v[0] * (1 if conv is None else conv.pixels)
     whole = max(drive, 1)
@@ -121,7 +125,8 @@ def tile_read(
         is_code=codes, transposed=transposed, stream_bits=stream_bits, streams=streams, phases=phases,
         adc_bits=adc_bits or 0, adc_signed=adc_signed, fast=generator == "fast", v_lsb=v_lsb,
     )  # fmt: skip
-    return TileRead(batch, inputs, outputs, tile, shapes, y_shape, bytes(params))
+    loudest = LOUDEST * amperes_of_one(v_lsb, scale)
+    return TileRead(batch, inputs, outputs, tile, shapes, y_shape, loudest, bytes(params))
 
 
 def _check_adc(bits: int | None, signed: bool) -> None:

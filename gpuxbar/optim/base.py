@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import require_apart
 from gpuxbar.nn.owners import layer_of
 
-__all__ = ["LR", "MOMENTUM", "InSituOptimizer", "Rule"]
+__all__ = ["COUNT", "LR", "MOMENTUM", "InSituOptimizer", "Rule", "is_count"]
 
 
 class Rule(NamedTuple):
@@ -26,8 +27,21 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     example: str
 
+    def broken_by(self, value: Any) -> type[Exception] | None:
+        """The error that a value is, if it is one."""
+        try:
+            return None if self.holds(value) else ValueError
+        except (TypeError, RuntimeError):  # of text, say, or a tensor of several values
+            return TypeError
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(value, Integral)
+
 
 LR = Rule("above 0", lambda value: value > 0, "0.05")
+COUNT = Rule("a whole number of at least 1", lambda value: is_count(value) and value >= 1, "1")
 OTHERS = ("weight_decay", "dampening", "nesterov", "maximize")  # settings of torch's SGD
 MOMENTUM = Rule("at least 0 and below 1", lambda value: 0 <= value < 1, "0.9")
 
@@ -63,6 +77,7 @@ class InSituOptimizer(torch.optim.Optimizer):
 
     rules: ClassVar[dict[str, Rule]] = {"lr": LR, "momentum": MOMENTUM}
     in_array: ClassVar[tuple[str, ...]] = ()  # products in the array that `_write` makes
+    _begins = True  # what is added
     grad_scale: Any  # of a `GradScaler`, and there only while it steps with layers that keep operands; so is found_inf
     found_inf: Any
 
@@ -81,6 +96,7 @@ class InSituOptimizer(torch.optim.Optimizer):
                 "has none for"
             )
         self.parts: dict[Tensor, nn.Module] = {}
+        self._begins = False  # until all groups are known to be right
         super().__init__(params, {"lr": lr, "momentum": momentum, **settings})
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         if all(layer_of(parameter) is None for parameter in parameters):
@@ -89,8 +105,10 @@ class InSituOptimizer(torch.optim.Optimizer):
                 "gpuxbar.convert returned, with weights that are neither computed of other parameters (undo weight_norm by "
                 "remove_parametrizations or remove_weight_norm) nor shards (use gpuxbar.distribute in place of fully_shard)"
             )
+        self._begins = True
+        for group in self.param_groups:
+            self._begin_group(group)
 
-    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -101,10 +119,16 @@ class InSituOptimizer(torch.optim.Optimizer):
             for layer in layers:
                 if not layer.in_situ:
                     layer.full_weights()  # refuses what cannot begin, before any does
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        for layer in layers:
+        if self._begins:
+            self._begin_group(group)
+
+    @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
+    def _begin_group(self, group: dict[str, Any]) -> None:
+        """Begin in-situ training of a group's layers, unless they have begun."""
+        for layer in filter(None, map(layer_of, group["params"])):
             if not layer.in_situ:
                 layer.begin_in_situ()
             assert isinstance(layer, AnalogLayer)
@@ -115,9 +139,10 @@ class InSituOptimizer(torch.optim.Optimizer):
     def _checked(self, group: dict[str, Any]) -> list[InSitu]:
         """The crossbar layers of a group, whose settings and layers are those that this algorithm can train."""
         for key, rule in self.rules.items():
-            if not rule.holds(group[key]):
-                raise ValueError(
-                    f"{type(self).__name__}: `{key}` must be {rule.text}, got {group[key]}; try {rule.example}"
+            error = rule.broken_by(group[key])
+            if error is not None:
+                raise error(
+                    f"{type(self).__name__}: `{key}` must be {rule.text}, got {group[key]!r}; try {rule.example}"
                 )
         for key in OTHERS:
             if group.get(key):

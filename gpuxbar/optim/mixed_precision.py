@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gpuxbar.nn.auxiliary import pulse_weight
 from gpuxbar.nn.layers import AnalogLayer
-from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
+from gpuxbar.optim.base import COUNT, LR, MOMENTUM, InSituOptimizer, Rule
 
 __all__ = ["MixedPrecision"]
 
@@ -54,7 +54,7 @@ class MixedPrecision(InSituOptimizer):
     rules: ClassVar[dict[str, Rule]] = {
         "lr": LR,
         "momentum": MOMENTUM,
-        "transfer_every": Rule("at least 1", lambda value: value >= 1, "1"),
+        "transfer_every": COUNT,
     }
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, transfer_every: int = 1):

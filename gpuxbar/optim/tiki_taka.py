@@ -33,7 +33,7 @@ from gpuxbar.bridge.chop import chop
 from gpuxbar.bridge.lines import largest_on_lines
 from gpuxbar.nn.auxiliary import AuxiliaryArray, pulse_weight
 from gpuxbar.nn.layers import AnalogLayer
-from gpuxbar.optim.base import LR, MOMENTUM, InSituOptimizer, Rule
+from gpuxbar.optim.base import COUNT, LR, MOMENTUM, InSituOptimizer, Rule, is_count
 
 __all__ = ["AGAD", "ChoppedTikiTakaV2", "TikiTaka", "TikiTakaV2"]
 
@@ -41,16 +41,15 @@ SCALE_MEMORY = 0.99  # of the running mean of the largest gradient
 LEAST = 1e-30  # to divide by
 TAIL = 5  # AGAD's offset is measured over about the last fifth of a period
 
-POSITIVE = Rule("at least 1", lambda value: value >= 1, "1")
 FAST = {
     "lr": LR,
     "momentum": MOMENTUM,
     "fast_lr": Rule("above 0 and at most 1", lambda value: 0 < value <= 1, "0.1"),
-    "transfer_every": POSITIVE,
-    "lines": POSITIVE,
-    "zero_shift": Rule("at least 0", lambda value: value >= 0, "100"),
+    "transfer_every": COUNT,
+    "lines": COUNT,
+    "zero_shift": Rule("a whole number of at least 0", lambda value: is_count(value) and value >= 0, "100"),
 }
-BUFFERED = {**FAST, "max_pulses": POSITIVE}
+BUFFERED = {**FAST, "max_pulses": COUNT}
 
 
 class Lines(NamedTuple):
@@ -312,7 +311,7 @@ class AGAD(TikiTakaV2):
         Rasch et al., "Fast and robust analog in-memory deep neural network training", Nature Communications 2024.
     """
 
-    rules: ClassVar[dict[str, Rule]] = {**BUFFERED, "period": POSITIVE}
+    rules: ClassVar[dict[str, Rule]] = {**BUFFERED, "period": COUNT}
     buffers: tuple[str, ...] = ("waiting", "offset", "mean")
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, *, period: int = 10, **settings: Any):

@@ -187,6 +187,14 @@ class CrossbarSpec(Part):
                 "CrossbarSpec: `mapping.scheme` must be differential or subtracted with parasitics, got 'offset'; the wires "
                 "of its reference lines are not modelled: choose one of these"
             )
+        wires, device = self.parasitics, 1 / self.device.g_max
+        for name in ("r_wordline", "r_bitline"):
+            ohms = getattr(wires, name)
+            if wires.active and ohms > device:
+                raise ValueError(
+                    f"CrossbarSpec: `parasitics.{name}` must be at most {device:g} ohm, which a device at device.g_max has, got {ohms:g} "
+                    "ohm between two cells; give wires in ohm and devices in S"
+                )
         return self
 
     @model_validator(mode="after")

@@ -29,11 +29,12 @@ GPUXBAR_FN float adc_code(float steps, float code_min, float code_max) {
   return round_even(min(max(steps, code_min), code_max));
 }
 
-// Whether a current in ADC steps is inside the range, to rounding. One-sided currents are never below it but by noise or an
-// offset, which shut no gate: else noise alone would shut half of the gates of lines that nothing drives.
-GPUXBAR_FN bool in_range(float steps, float code_min, float code_max) {
-  const float beyond = steps - min(max(steps, code_min), code_max);
-  return (code_min < 0.0f ? abs(beyond) : beyond) <= 0.5f;
+// Whether a current in units of `unit` ADC steps is inside the range, to rounding, without a branch. One-sided currents are never
+// below it but by noise or an offset, which shut no gate: else noise alone would shut half of the gates of lines that nothing
+// drives.
+GPUXBAR_FN bool in_range(float current, float code_min, float code_max, float unit = 1.0f) {
+  const float least = code_min < 0.0f ? unit * (code_min - 0.5f) : bits_float(0xFF800000u);
+  return (current <= unit * (code_max + 0.5f)) & (current >= least);
 }
 
 // The same conversion, to integers that are added up, by the fewest instructions of a GPU, none of them the conversion
@@ -67,11 +68,7 @@ struct Adc {
     return 0;
 #endif
   }
-  // As above, without a branch.
-  GPUXBAR_METHOD bool in_range(float current) const {
-    const float least = code_min < 0.0f ? ADC_STEP * (code_min - 0.5f) : bits_float(0xFF800000u);
-    return (current <= ADC_STEP * (code_max + 0.5f)) & (current >= least);
-  }
+  GPUXBAR_METHOD bool in_range(float current) const { return gpuxbar::in_range(current, code_min, code_max, ADC_STEP); }
 };
 
 // Part of a gate that one unit of digital weight inside the range makes, of `weights` on every tile. Without any weight no
