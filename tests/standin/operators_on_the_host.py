@@ -145,6 +145,8 @@ class Tape:
 def replace_operators(library):
     global replaced  # must live on
     replaced, tape = torch.library.Library("aten", "IMPL"), Tape(library)
+    for fused in ("flash", "mem_efficient", "cudnn"):  # attention, which is done by products then
+        getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
     listed = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns of each that is replaced
