@@ -6,7 +6,7 @@ read, each alone), and reads as replays of CUDA graphs over inputs that do not f
 products and convolutions. Two more sections are steps of ResNet-18, and updates and wires, each after a check of its own: of a
 captured step against the same without capture, and of small ones against the oracle. At most 370 s.
 
-What is found is printed and recorded as it comes. A section is a process of its own, of so many seconds at most: an
+What is found is recorded and printed as it comes, a line each, below 12,000 characters in all. A section is a process of its own, of so many seconds at most: an
 illegal address, after which CUDA refuses everything in a process, or a kernel that never ends takes nothing with it but
 the rest of its section. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.gpu --checks` (and memcheck,
 initcheck, synccheck) looks at the same small cases, in one process. Not yet run on a GPU; the checks run on the CPU build
@@ -25,12 +25,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from gpuxbar.bench.cases import OracleMismatch
 from gpuxbar.bench.gpu import device_ops
 from gpuxbar.bench.gpu.checks import FAILURES, Subject, check
-from gpuxbar.bench.gpu.reads import CONVOLUTIONS, FUSED, READS, Target, kernels_of
+from gpuxbar.bench.gpu.reads import CONVOLUTIONS, FUSED, READS, Read, kernels_of
 from gpuxbar.bench.gpu.steps import IDEAL, STEP_SIZE, STEP_TARGET, STEPS, check_steps, time_step
 from gpuxbar.bench.gpu.times import IDEAL_PRODUCT, conversions_us, measure_ceilings, replays_us, time_read
 from gpuxbar.bench.record import append, environment
@@ -43,7 +42,6 @@ ROOT = Path(__file__).parents[3]
 # What is measured, most wanted first: reads by a fused kernel, training steps, updates and wires; seconds each may take.
 SECTIONS = {"fused": 90, "wgmma": 90, "steps": 80, "updates": 50, "cluster": 60}
 COMMAND = (sys.executable, "-m", "gpuxbar.bench.gpu")
-WIDTH = 250  # columns, where no terminal has a width of its own: tables in full
 
 app = typer.Typer(add_completion=False)
 
@@ -64,10 +62,7 @@ def main(
     ] = None,
 ) -> None:
     """Prove and time the fused reads, updates, wires and a training step on this machine's GPU."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH
-    report = Report(console, record)
+    report = Report(Console(), record)
     with ended_by(OSError, ValueError):
         arch = _arch()
         names = _sections(section or [], arch, checks)
@@ -212,14 +207,7 @@ def _time_reads(report: Report, subject: Subject) -> None:
     """Print and record the ceilings, and every read beside them."""
     limits = measure_ceilings(subject.units)
     report.about["ceilings"] = limits
-    bounds = Table("ceiling", "rate", title=f"{report.about['gpu']}: each alone")
-    for name, rate in limits.items():
-        bounds.add_row(name, f"{rate:.0f}")
-    report.console.print(bounds)
-    reads = Table(
-        "read", "size", "kernel", "us", "target (H200)", "of its ceiling", "x cuBLAS + epilogue", "x ideal", "from codes",
-        "call", "plan", title="reads, us",
-    )  # fmt: skip
+    report.say("ceilings: " + ", ".join(f"{name} {rate:.0f}" for name, rate in limits.items()))
     device = subject.device
     for read in (*READS, *CONVOLUTIONS):
         kernels = read.kernels(subject.kernels)
@@ -228,35 +216,27 @@ def _time_reads(report: Report, subject: Subject) -> None:
         us = report.attempt(read.name, partial(time_read, read, kernels))
         if us is None:
             continue
-        report.say(f"{read.name}: " + ", ".join(f"{way} {times['read']:.0f} us" for way, times in us.items()))
         plan = read.plan(device.arch, device.multiprocessors)
         floors = {kernel: read.floors(limits, kernel) for kernel in kernels}
-        for kernel in kernels:
-            cells = _cells(us, kernel, read.targets.get(kernel), floors[kernel])
-            reads.add_row(read.name, read.size, kernel, *cells, plan.strategy)
         targets = {kernel: vars(target) for kernel, target in read.targets.items()}
         report.add(
             {"case": read.name, "size": read.size, "us": us, "floors": floors, "targets": targets, "plan": plan.strategy}
         )  # fmt: skip
-    report.console.print(reads)
+        for kernel in kernels:
+            report.say(_read_line(read, us, kernel, floors[kernel], plan.strategy))
 
 
 def _time_others(report: Report, subject: Subject) -> None:
     """Print and record what noise and ADC behind cuBLAS's product, updates and wires take."""
-    table = Table("what", "size", "us", "target (H200)", title="conversions, updates and wires")
     timed: list[tuple[str, str, float | None, Callable[[], float]]]
     timed = [("noise and ADC behind the product", READS[0].size, None, partial(conversions_us, READS[0]))]
     timed += [(op.name, op.size, op.target_us, partial(_op_us, op, subject)) for op in device_ops.TIMED]
     for name, size, target, run in timed:
         us = report.attempt(name, run)
         if us is not None:
-            missed = target is not None and us > target
-            table.add_row(
-                name, size, f"{us:.0f}{' (missed)' * missed}", "" if target is None else f"<= {target:g}"
-            )
-            report.say(f"{name}: {us:.0f} us")
             report.add({"case": name, "size": size, "us": us, "target": target})
-    report.console.print(table)
+            goal = "" if target is None else _goal(f"<= {target:g}", us > target)
+            report.say(f"{name}: {us:.0f} us{goal}")
 
 
 def _op_us(op: device_ops.Timed, subject: Subject) -> float:
@@ -265,37 +245,43 @@ def _op_us(op: device_ops.Timed, subject: Subject) -> float:
 
 def _time_steps(report: Report) -> None:
     """Print and record every step of ResNet-18."""
-    steps = Table(title="training steps of ResNet-18 (32 x 32) in CUDA graphs")
-    for head in ("step", "ms", "of ideal", "target (H200)"):
-        steps.add_column(head)
     found: dict[str, float] = {}
     for kind in STEPS:
         ms = report.attempt(kind, partial(time_step, kind))
         if ms is None:
             continue
         found[kind] = ms
-        ratio, target = "", ""
+        report.add({"case": f"resnet18-step, {kind}", "size": STEP_SIZE, "ms": ms, "target": STEP_TARGET})
+        beside = ""
         if kind != IDEAL and IDEAL in found:
             times = ms / found[IDEAL]
-            ratio, target = f"{times:.2f}{' (missed)' * (times > STEP_TARGET)}", f"<= {STEP_TARGET:g}"
-        steps.add_row(kind, f"{ms:.2f}", ratio, target)
-        report.add({"case": f"resnet18-step, {kind}", "size": STEP_SIZE, "ms": ms, "target": STEP_TARGET})
-    report.console.print(steps)
+            beside = f", {times:.2f} x ideal{_goal(f'<= {STEP_TARGET:g}', times > STEP_TARGET)}"
+        report.say(f"{kind}: {ms:.2f} ms{beside}")
 
 
-def _cells(
-    us: dict[str, dict[str, float]], kernel: str, target: Target | None, floors: dict[str, float]
-) -> tuple[str, ...]:
+def _goal(goal: str, missed: bool) -> str:
+    """The target on an H200, after what was measured."""
+    return f" ({'missed ' * missed}{goal})"
+
+
+def _read_line(
+    read: Read, us: dict[str, dict[str, float]], kernel: str, floors: dict[str, float], plan: str
+) -> str:
     """Time, target, share of the highest floor, speed relative to cuBLAS + epilogue and to the ideal product, and times
     with codes and with conductances packed too."""
-    mine, bound = us[kernel]["read"], max(floors, key=lambda name: floors[name])
-    speedup, share = us["epilogue"]["read"] / mine, us[IDEAL_PRODUCT]["read"] / mine
-    goal = "" if target is None else f"<= {target.us:g}" + f", {target.speedup:g} x" * (target.speedup > 1)
-    missed = target is not None and (mine > target.us or speedup < target.speedup)
+    mine, bound, target = (
+        us[kernel]["read"],
+        max(floors, key=lambda name: floors[name]),
+        read.targets.get(kernel),
+    )
+    speedup, share, goal = us["epilogue"]["read"] / mine, us[IDEAL_PRODUCT]["read"] / mine, ""
+    if target is not None:
+        missed = mine > target.us or speedup < target.speedup
+        goal = _goal(f"<= {target.us:g}" + f", {target.speedup:g} x" * (target.speedup > 1), missed)
     return (
-        f"{mine:.0f}{' (missed)' * missed}", goal, f"{floors[bound] / mine:.0%} of {bound}", f"{speedup:.2f}",
-        f"{share:.2f}", f"{us[kernel]['from codes']:.0f}", f"{us[kernel]['call']:.0f}",
-    )  # fmt: skip
+        f"{read.name}, {kernel}: {mine:.0f} us{goal}, {floors[bound] / mine:.0%} of {bound}, {speedup:.2f} x epilogue, "
+        f"{share:.2f} x ideal; from codes {us[kernel]['from codes']:.0f}, call {us[kernel]['call']:.0f}; planned {plan}"
+    )
 
 
 if __name__ == "__main__":
