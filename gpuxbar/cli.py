@@ -193,18 +193,28 @@ def fit(
     csv: Annotated[
         Path,
         typer.Argument(
-            help=r"A line a pulse: columns g_before \[uS], dg \[uS], direction (+1 or -1), and device if several; units S to nS; "
+            help=r"A line a pulse: columns g_before \[uS], dg \[uS], direction (+1 or -1), and device if several; or of trains g \[uS], the "
+            "conductance after each pulse, empty where not read, direction, device, and cycle where trains begin anew; units S to nS; "
             "parted by commas, semicolons or tabs, comments behind #."
         ),
     ],
     law: Annotated[str, typer.Option(help="table, or a parametric law such as soft_bounds.")] = "table",
     bins: Annotated[int, typer.Option(help="Conductances of a table or piecewise_step: 2, 3, 5 or 9.")] = 9,
     g_min: Annotated[
-        float | None, typer.Option(help="Window, S; the smallest g_before if not given.")
+        float | None,
+        typer.Option(
+            help="Window, S; the smallest g_before if not given. Pulses that begin outside it, or end far from it, are left out."
+        ),
     ] = None,
     g_max: Annotated[
         float | None,
         typer.Option(help="Window, S; the largest g_before if not given; of soft bounds, where steps end."),
+    ] = None,
+    misread: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave out conductances that depart from those before and after by more than this many median changes, such as 10."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="YAML of an otherwise ideal spec of it.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG of the fit.")] = None,
@@ -216,7 +226,7 @@ def fit(
     console = Console()
     with ended_by(ValueError, OSError):
         pulses = read_pulses(csv)
-        window: dict[str, Any] = {"g_min": g_min, "g_max": g_max}
+        window: dict[str, Any] = {"g_min": g_min, "g_max": g_max, "misread": misread}
         found = (
             fit_table(pulses, bins=bins, **window)
             if law == "table"
@@ -242,6 +252,10 @@ def fit(
     if found.law.law != "lookup_table":
         console.print(f"[bold]law[/bold] {escape(repr(found.law))}", highlight=False, soft_wrap=True)
     console.print(table)
+    if found.left_out:
+        console.print(
+            f"{found.left_out} pulses that were misread or outside the window are left out", highlight=False
+        )
     outcome = "passes" if found.passed else "fails"
     console.print(f"the law's distribution {outcome} the hold-out check at 1 %", highlight=False)
     if found.read_share:

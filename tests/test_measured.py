@@ -90,6 +90,30 @@ def test_a_file_may_be_of_another_hand(tmp_path, text):
     np.testing.assert_array_equal(pulses.device, [0, 0])
 
 
+TRAINS = """Device,Cycle,V [V],g [uS],direction
+a,1,1.2,2,1
+b,1,1.2,5,1
+a,1,1.2,2.5,1
+a,1,1.2,,1
+b,1,1.2,6,1
+a,1,1.2,3.5,1
+a,1,-1.1,3.25,-1
+a,2,1.2,1,1
+a,2,1.2,1.5,1
+"""
+
+
+def test_trains_are_read_by_the_conductance_after_each_pulse(tmp_path):
+    (tmp_path / "m.csv").write_text(TRAINS)
+    pulses = read_pulses(tmp_path / "m.csv")
+    np.testing.assert_allclose(pulses.g_before * 1e6, [2, 3.5, 1, 5])
+    np.testing.assert_allclose(pulses.dg * 1e6, [0.5, -0.25, 0.5, 1])
+    np.testing.assert_array_equal(pulses.rising, [True, False, True, True])
+    np.testing.assert_array_equal(pulses.device, [0, 0, 0, 1])
+    (tmp_path / "m.csv").write_text(TRAINS.replace("Cycle", "Run").replace("Device", "Die"))
+    assert len(read_pulses(tmp_path / "m.csv")) == 6  # of one device, and on through the second run
+
+
 def fitted(tmp_path, law, **settings):
     return read_pulses(written(tmp_path / "m.csv", measurement(law, **settings)))
 
@@ -138,6 +162,33 @@ def in_a_row(read_noise, gains, scatter, block=50, pulses=3000, seed=0):
 def fitted_in_a_row(*measurement):
     g, dg, way, device = in_a_row(*measurement)
     return fit_law(Pulses(g, dg, way > 0, device), "soft_bounds", g_min=G_MIN / 2, g_max=G_MAX + G_MIN / 2)
+
+
+def test_misread_conductances_are_left_out_where_asked(tmp_path):
+    """A train as `g` has it; 12 of its reads are off, 6 of them beyond the window."""
+    g, dg, way, device = in_a_row(0.0, [1.0] * 3, lambda y: 0.002)
+    one = device == 1
+    read = np.append(g[one], g[one][-1] + dg[one][-1])
+    right = Pulses(read[:-1], np.diff(read), way[one] > 0, device[one] * 0)
+    at = 7 + 100 * np.arange(12)
+    wrong = read.copy()
+    wrong[at[:6]] = G_MAX * 1.5
+    wrong[at[6:]] = np.where(read[at[6:]] > 6e-6, 1.5e-6, 10e-6)
+    lines = [f"{1e6 * x:.9g},{w}" for x, w in zip(wrong, [1, *way[one]], strict=True)]
+    (tmp_path / "m.csv").write_text("\n".join(["g [uS],direction", *lines]))
+    pulses = read_pulses(tmp_path / "m.csv")
+    for window in ({}, WINDOW):
+        clean = fit_law(right, "soft_bounds", **window)
+        found = fit_law(pulses, "soft_bounds", misread=10.0, **window)
+        assert (clean.left_out, found.left_out) == (0, 24)
+        assert found.law.cycle == pytest.approx(clean.law.cycle, rel=0.05)
+    beyond = fit_law(pulses, "soft_bounds", **WINDOW)
+    assert beyond.left_out == 12
+    assert beyond.law.cycle > 1.5 * clean.law.cycle
+    shown = CliRunner().invoke(
+        app, ["fit", str(tmp_path / "m.csv"), "--law", "soft_bounds", "--misread", "10"]
+    )
+    assert "24 pulses that were misread or outside the window are left out" in shown.output
 
 
 @pytest.mark.parametrize(("read_noise", "told"), [(0.0, False), (1e-7, True)])
@@ -315,6 +366,11 @@ def test_what_is_held_out_takes_no_part_in_the_fit(tmp_path):
         ("g_before [uS],dg [uS],direction\n", "`m.csv` must hold a line a pulse, got none; measure first"),
         ("g_before [uS],dg [uS],direction\n1,0.1,1\n1,x,1\n", "column 'dg [uS]' must hold finite numbers, got 'x' in line 3 of m.csv"),
         ("# one\n\ng_before [uS];dg [uS];direction\n# two\n1;0,1;1\n1;0,1,2;1\n", "must hold finite numbers, got '0.1.2' in line 6 of m.csv"),
+        ("g_before [uS],dg [uS],direction\n1,,1\n1,2,1\n1,,1\n", "got '' in line 2 of m.csv, and 1 more of such lines; remove or mend"),
+        ("g [uS],direction\n1,1\n,1\n?,1\n", "column 'g [uS]' must hold finite numbers, got '?' in line 4 of m.csv; empty the cell"),
+        ("g [uS],direction\n1,1\n,1\n2,1\n", "`m.csv` must hold pulses of a device one after another, each with its 'g' read, got none"),
+        ("g,direction\n1,1\n", "column 'g' of m.csv must name its unit"),
+        ("G_uS,direction\n1,1\n", "rename the column, for instance 'g_before [uS]', or of trains have one 'g [uS]', the conductance after"),
         ("g_before [uS],dg [uS],direction\n1,0.1,3\n", "column 'direction' must be +1 or -1, got '3' in line 2 of m.csv; write +1"),
         ("g_before [uS],dg [uS],direction\n1,0.1,+1\n1,0.1,up\n", "column 'direction' must be +1 or -1, got 'up' in line 3 of m.csv; write"),
         ("g_before [uS],dg [uS],direction\n1,0.1\n", "column 'direction' must be +1 or -1, got '' in line 2 of m.csv; write"),
@@ -345,11 +401,13 @@ def test_a_table_that_cannot_be_filled_is_refused_by_bin(tmp_path):
          "fit_table: bin 1 of 9 (1e-06 to 1.625e-06 S) must hold at least 20 pulses of direction +1 to fit, got 0; measure"),
         (lambda: fit_table(pulses[:300], bins=9, **WINDOW), "; measure there, take 3 bins or narrow g_min and g_max"),
         (lambda: fit_table(pulses[:30], bins=9, **WINDOW), "; measure there or narrow g_min and g_max"),
-        (lambda: fit_table(pulses, bins=5, g_min=2e-6, g_max=G_MAX),
-         "fit_table: column 'g_before' must lie in the window of 2e-06 to 1.1e-05 S, got"),
+        (lambda: fit_table(pulses, bins=5, g_min=8e-6, g_max=G_MAX),
+         "fit_table: column 'g_before' must lie in the window of 8e-06 to 1.1e-05 S, but where it was misread, got 2"),
+        (lambda: fit_table(pulses, bins=5, misread=1.0),
+         "fit_table: `misread` must be above 1, got 1; it counts median changes, and 10 is a large one"),
         (lambda: fit_table(pulses, bins=5, g_min=2e-6, g_max=1e-6),
          "fit_table: column 'g_before' must span a window of conductances of at least 0, got 2e-06 to 1e-06 S; give g_min"),
-        (lambda: fit_table(type(pulses)(pulses.g_before - 1.2e-6, pulses.dg, pulses.rising, pulses.device), g_min=0.0),
+        (lambda: fit_table(type(pulses)(pulses.g_before - 1.2e-6, pulses.dg, pulses.rising, pulses.device)),
          "fit_table: column 'g_before' must hold conductances of at least 0, got -1.981e-07 S among 70 below 0; where"),
         (lambda: fit_law(pulses, "soft_bounds", g_min=0.0, g_max=11.0),
          "fit_law: `law` must fit these pulses by settings in its range, got 'soft_bounds' and: CrossbarSpec: `update.pulses` must"),

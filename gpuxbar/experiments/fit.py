@@ -26,6 +26,7 @@ FEWEST = 20  # pulses of one direction in a bin
 HOLD_OUT = 0.2  # of the pulses
 SAME = 1e-3  # of the window, by which a conductance may differ from where the pulse before led to
 SIGNIFICANT = 3.0  # standard errors
+FAR = 0.1  # of the window, from it
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Fit:
             conductance makes one too large and the next too small. 0 where that does not show; changes of a device that depend on
             one another otherwise are taken for it, or hide it.
         read_share: Share of the scatter of changes that this makes; the law takes all scatter for its own.
+        left_out: How many pulses begin outside the window or end far from it: misread, and neither fitted nor held out.
     """
 
     law: UpdateLaw
@@ -53,6 +55,7 @@ class Fit:
     rank: np.ndarray
     read_noise: float
     read_share: float
+    left_out: int
 
     @property
     def passed(self) -> bool:
@@ -60,7 +63,13 @@ class Fit:
 
 
 def fit_table(
-    pulses: Pulses, *, bins: int = 9, g_min: float | None = None, g_max: float | None = None, seed: int = 0
+    pulses: Pulses,
+    *,
+    bins: int = 9,
+    g_min: float | None = None,
+    g_max: float | None = None,
+    misread: float | None = None,
+    seed: int = 0,
 ) -> Fit:
     """Tabulate mean steps and scatter at `bins` conductances, evenly spaced over the window.
 
@@ -73,21 +82,25 @@ def fit_table(
     Args:
         pulses: Measured single pulses.
         bins: 2, 3, 5 or 9.
-        g_min, g_max: Window, S; the extremes of `g_before` if None.
+        g_min, g_max: Window, S; the extremes of `g_before` if None. Pulses that begin outside a given one, or end more than a
+            tenth of it away, are taken for misread and left out.
+        misread: Left out, too, are pulses before and after a conductance that departs from those read before and after it, the same
+            way, by more than this many median changes; None: none are.
         seed: Of the choice of the held-out pulses.
 
     Returns:
         The law, its window, and how it does on what was held out.
 
     Raises:
-        ValueError: `bins` is another number, a bin has too few pulses, pulses lie outside the window, or changes do not go the
+        ValueError: `bins` is another number, a bin has too few pulses, most pulses lie outside the window, or changes do not go the
             way of their direction.
 
     Source:
         Agarwal et al., IJCNN 2016 (tables of measured changes).
     """
     _require_bins("fit_table", bins)
-    window, train, test = _prepared("fit_table", pulses, g_min, g_max, seed)
+    window, inside = _prepared("fit_table", pulses, g_min, g_max, misread)
+    train, test = _held_out(inside, seed)
     y, step = _shares(train, window)
     _require_filled("fit_table", train, y, window, bins)
     flows, nominal = _flows("fit_table", train, y, step, bins)
@@ -102,7 +115,7 @@ def fit_table(
         pulses=1 / nominal, up=tuple(flows[True].tolist()), down=tuple(flows[False].tolist()),
         scatter_up=scatter[True], scatter_down=scatter[False], **devices.spreads,
     )  # fmt: skip
-    return _judged(law, window, pulses, test, devices)
+    return _judged(law, window, inside, test, devices, left_out=len(pulses) - len(inside))
 
 
 SHAPES: dict[str, dict[str, tuple[float, float, float]]] = {  # start, least and largest
@@ -134,6 +147,7 @@ def fit_law(
     bins: int = 9,
     g_min: float | None = None,
     g_max: float | None = None,
+    misread: float | None = None,
     seed: int = 0,
 ) -> Fit:
     """Fit a parametric law by least squares to the same pulses, with its asymmetry, spreads and cycle noise.
@@ -145,7 +159,7 @@ def fit_law(
         law: "agarwal", "agarwal_symmetric", "constant_step", "exponential_step", "linear_step", "neurosim", "piecewise_step",
             "power_step", "soft_bounds".
         bins: Of a piecewise step: as for `fit_table`.
-        g_min, g_max, seed: As for `fit_table`. Soft bounds need the ends at which steps would be 0, which measurements seldom
+        g_min, g_max, misread, seed: As for `fit_table`. Soft bounds need the ends at which steps would be 0, which measurements seldom
             reach.
 
     Returns:
@@ -161,7 +175,8 @@ def fit_law(
         )
     if law == "piecewise_step":
         _require_bins("fit_law", bins)
-    window, train, test = _prepared("fit_law", pulses, g_min, g_max, seed)
+    window, inside = _prepared("fit_law", pulses, g_min, g_max, misread)
+    train, test = _held_out(inside, seed)
     y, step = _shares(train, window)
     size = float(np.where(train.rising, step, -step).mean())
     _require_rising("fit_law", size)
@@ -185,7 +200,8 @@ def fit_law(
         found["cycle"], found["levels"] = np.sqrt(noise), max(round(found["levels"]), 2)
     else:
         found |= _cycle(rest, ratio * mean, found["pulses"])
-    return _judged(_lawful(found | devices.spreads), window, pulses, test, devices)
+    law_found = _lawful(found | devices.spreads)
+    return _judged(law_found, window, inside, test, devices, left_out=len(pulses) - len(inside))
 
 
 def _lawful(found: dict[str, Any]) -> UpdateLaw:
@@ -251,31 +267,64 @@ def _predicted(
 
 
 def _prepared(
-    op: str, pulses: Pulses, g_min: float | None, g_max: float | None, seed: int
-) -> tuple[Device, Pulses, Pulses]:
-    """The window, the pulses to fit, and the held-out ones."""
-    negative = pulses.g_before < 0
-    if negative.any():
-        raise ValueError(
-            f"{op}: column 'g_before' must hold conductances of at least 0, got {pulses.g_before.min():g} S among {negative.sum()} "
-            "below 0; where small conductances were misread, leave out these lines"
-        )
+    op: str, given: Pulses, g_min: float | None, g_max: float | None, misread: float | None
+) -> tuple[Device, Pulses]:
+    """The window, and the pulses that begin in it, do not end far from it, and have no end that stands apart."""
+    pulses = given if misread is None else given[~_apart(op, given, misread)]
     low = float(pulses.g_before.min()) if g_min is None else g_min
     high = float(pulses.g_before.max()) if g_max is None else g_max
+    if g_min is None and low < 0:
+        raise ValueError(
+            f"{op}: column 'g_before' must hold conductances of at least 0, got {low:g} S among {(pulses.g_before < 0).sum()} "
+            "below 0; where small conductances were misread, give g_min, which leaves these pulses out"
+        )
     if not 0 <= low < high:
         raise ValueError(
             f"{op}: column 'g_before' must span a window of conductances of at least 0, got {low:g} to {high:g} S; give g_min "
             "and g_max"
         )
-    outside = (pulses.g_before < low) | (pulses.g_before > high)
-    if outside.any():
+    after, far = pulses.g_before + pulses.dg, FAR * (high - low)
+    left_out = (pulses.g_before < low) | (pulses.g_before > high)
+    if g_min is not None:
+        left_out |= after < low - far
+    if g_max is not None:
+        left_out |= after > high + far
+    if 2 * left_out.sum() > len(pulses):
         raise ValueError(
-            f"{op}: column 'g_before' must lie in the window of {low:g} to {high:g} S, got {int(outside.sum())} pulses outside; "
-            "widen g_min and g_max or leave these out"
+            f"{op}: column 'g_before' must lie in the window of {low:g} to {high:g} S, but where it was misread, got "
+            f"{left_out.sum()} of {len(pulses)} pulses outside; widen g_min and g_max, which are in S"
         )
+    return Device(g_min=low, g_max=high), pulses[~left_out]
+
+
+def _apart(op: str, pulses: Pulses, times: float) -> np.ndarray:
+    """Which pulses lead to or from a conductance that stands apart from those read before and after it."""
+    if not times > 1:
+        raise ValueError(
+            f"{op}: `misread` must be above 1, got {times:g}; it counts median changes, and 10 is a large one"
+        )
+    order = np.argsort(pulses.device, kind="stable")
+    one = pulses[order]
+    far = np.abs(one.dg) > times * np.median(np.abs(one.dg))
+    back = _in_a_row(one, SAME * float(np.ptp(one.g_before)))
+    back &= far[:-1] & far[1:] & (one.dg[:-1] * one.dg[1:] < 0)
+    apart = np.zeros(len(one), bool)
+    apart[order] = np.append(back, False) | np.append(False, back)
+    return apart
+
+
+def _in_a_row(pulses: Pulses, same: float) -> np.ndarray:
+    """Of pulses sorted by device: which of them, but the last, ends where the next begins, to within `same`, S."""
+    ends = pulses.g_before[:-1] + pulses.dg[:-1]
+    one: np.ndarray = pulses.device[1:] == pulses.device[:-1]
+    return one & (np.abs(ends - pulses.g_before[1:]) < same)
+
+
+def _held_out(pulses: Pulses, seed: int) -> tuple[Pulses, Pulses]:
+    """The pulses to fit, and those to judge the fit by."""
     # of a stream of its own: a simulated measurement may use the plain seed
     chosen = np.random.default_rng((seed, len(pulses))).random(len(pulses)) < HOLD_OUT
-    return Device(g_min=low, g_max=high), pulses[~chosen], pulses[chosen]
+    return pulses[~chosen], pulses[chosen]
 
 
 def _shares(pulses: Pulses, window: Device) -> tuple[np.ndarray, np.ndarray]:
@@ -422,17 +471,19 @@ def _read_noise(law: UpdateLaw, window: Device, pulses: Pulses, devices: Devices
     rest -= (np.bincount(way, rest) / np.maximum(np.bincount(way), 1))[
         way
     ]  # what a device does otherwise than the law is no noise
-    after = (one.device[1:] == one.device[:-1]) & (np.abs(y[:-1] + step[:-1] - y[1:]) < SAME)
-    products = -(rest[:-1] * rest[1:])[after]
+    span = window.g_max - window.g_min
+    products = -(rest[:-1] * rest[1:])[_in_a_row(one, SAME * span)]
     if not products.size:
         return 0.0, 0.0
     variance = float(products.mean())
     if variance <= SIGNIFICANT * products.std() / products.size**0.5:
         return 0.0, 0.0
-    return variance**0.5 * (window.g_max - window.g_min), min(2 * variance / float(rest.var()), 1.0)
+    return variance**0.5 * span, min(2 * variance / float(rest.var()), 1.0)
 
 
-def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, devices: Devices) -> Fit:
+def _judged(
+    law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, devices: Devices, left_out: int
+) -> Fit:
     """How the law foretells held-out pulses: mean, and distribution by its probability integral transform."""
     y, step = _shares(test, window)
     gain = devices.of(test)
@@ -463,7 +514,7 @@ def _judged(law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, device
         limit.append(worst[1])
     return Fit(
         law, window, test, (explained[0], explained[1]), (distance[0], distance[1]), (limit[0], limit[1]), ndtr(z),
-        *_read_noise(law, window, pulses, devices),
+        *_read_noise(law, window, pulses, devices), left_out,
     )  # fmt: skip
 
 

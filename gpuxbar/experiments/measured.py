@@ -7,6 +7,15 @@ The file has a header and a line a pulse; lines that begin with # are comments. 
     direction       +1 potentiation, -1 depression
     device          optional: a name, for the spread between devices
 
+or, of trains of pulses, in the order in which they were given:
+
+    g [uS]          conductance after the pulse; empty where it was not read
+    direction       as above
+    device          as above; trains of several devices may alternate
+    cycle           optional: where it changes, the device was brought elsewhere before the pulse, by other means
+
+There a change is counted from the line before of the same device and cycle; a pulse without a read before or after it tells none.
+
 Commas part the columns, or what the header has between them: semicolons or tabs, and then numbers may have decimal commas.
 """
 
@@ -17,7 +26,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -55,30 +63,79 @@ def read_pulses(path: str | Path) -> Pulses:
     with StringIO(content, newline="") as file:
         lines = _cells(file)
         _, header = next(lines, (0, []))
-        columns = {name: _column(path, header, name) for name in ("g_before", "dg")}
         names = [_name(title) for title in header]
+        train = "g" in names and not {"g_before", "dg"} & set(names)
+        columns = {name: _column(path, header, name) for name in (("g",) if train else ("g_before", "dg"))}
         if "direction" not in names:
             raise ValueError(
                 f"read_pulses: `{path}` must have a column 'direction' (+1 or -1), got {header}; the sign of a noisy change "
                 "does not tell the pulse's"
             )
-        direction, device = names.index("direction"), names.index("device") if "device" in names else None
-        found: dict[str, list[Any]] = {"g_before": [], "dg": [], "direction": [], "device": []}
-        for number, row in lines:
-            for name, (at, scale) in columns.items():
-                found[name].append(scale * _number(path, number, header[at], row, at))
-            text, way = _cell(row, direction)
-            if way not in (1.0, -1.0):
-                raise ValueError(
-                    f"read_pulses: column 'direction' must be +1 or -1, got {text!r} in line {number} of {path}; write +1 for "
-                    "potentiation, -1 for depression, and a line for each pulse of a train"
-                )
-            found["direction"].append(way)
-            found["device"].append("" if device is None or device >= len(row) else row[device])
-    if not found["dg"]:
+        rows = list(lines)
+    if not rows:
         raise ValueError(f"read_pulses: `{path}` must hold a line a pulse, got none; measure first")
-    _, index = np.unique(found["device"], return_inverse=True)
-    return Pulses(np.array(found["g_before"]), np.array(found["dg"]), np.array(found["direction"]) > 0, index)
+    rising = _directions(path, rows, names.index("direction"))
+    values = [scale * _numbers(path, rows, header[at], at, train) for at, scale in columns.values()]
+    device = _texts(rows, names, "device")
+    if train:
+        return _changes(path, values[0], rising, device, _texts(rows, names, "cycle"))
+    return Pulses(values[0], values[1], rising, np.unique(device, return_inverse=True)[1])
+
+
+def _changes(
+    path: str | Path, g: np.ndarray, rising: np.ndarray, device: np.ndarray, cycle: np.ndarray
+) -> Pulses:
+    """Of conductances after each pulse, NaN where not read."""
+    order = np.argsort(device, kind="stable")  # device by device, each in its order
+    before, after = order[:-1], order[1:]
+    known = np.isfinite(g[before]) & np.isfinite(g[after])
+    known &= (device[before] == device[after]) & (cycle[before] == cycle[after])
+    before, after = before[known], after[known]
+    if not len(after):
+        raise ValueError(
+            f"read_pulses: `{path}` must hold pulses of a device one after another, each with its 'g' read, got none such; sort "
+            "the lines by time, and see that 'cycle' does not change at every pulse"
+        )
+    return Pulses(
+        g[before], g[after] - g[before], rising[after], np.unique(device[after], return_inverse=True)[1]
+    )
+
+
+def _texts(rows: list[tuple[int, list[str]]], names: list[str], name: str) -> np.ndarray:
+    """The cells of an optional column; empty ones where there is none."""
+    at = names.index(name) if name in names else None
+    return np.array(["" if at is None or at >= len(row) else row[at] for _, row in rows])
+
+
+def _directions(path: str | Path, rows: list[tuple[int, list[str]]], at: int) -> np.ndarray:
+    cells = [_cell(row, at) for _, row in rows]
+    for (text, way), (number, _) in zip(cells, rows, strict=True):
+        if way not in (1.0, -1.0):
+            raise ValueError(
+                f"read_pulses: column 'direction' must be +1 or -1, got {text!r} in line {number} of {path}; write +1 for "
+                "potentiation, -1 for depression, and a line for each pulse of a train"
+            )
+    return np.array([way > 0 for _, way in cells])
+
+
+def _numbers(
+    path: str | Path, rows: list[tuple[int, list[str]]], title: str, at: int, may_be_empty: bool
+) -> np.ndarray:
+    """A column of finite numbers; NaN where a cell is empty, if it may be."""
+    cells = [_cell(row, at) for _, row in rows]
+    wrong = [
+        (number, text)
+        for (number, _), (text, value) in zip(rows, cells, strict=True)
+        if not (np.isfinite(value) or (may_be_empty and not text))
+    ]
+    if wrong:
+        number, text = wrong[0]
+        more = f", and {len(wrong) - 1} more of such lines" if len(wrong) > 1 else ""
+        way_out = "empty the cell" if may_be_empty else "remove or mend the line"
+        raise ValueError(
+            f"read_pulses: column '{title}' must hold finite numbers, got {text!r} in line {number} of {path}{more}; {way_out}"
+        )
+    return np.array([value for _, value in cells])
 
 
 def _cells(file: StringIO) -> Iterator[tuple[int, list[str]]]:
@@ -116,7 +173,7 @@ def _column(path: str | Path, header: list[str], name: str) -> tuple[int, float]
         return at, UNITS[unit]
     raise ValueError(
         f"read_pulses: `{path}` must have a column '{name} [unit]', got {header}; rename the column, for instance "
-        f"'{name} [uS]'"
+        f"'{name} [uS]', or of trains have one 'g [uS]', the conductance after each pulse"
     )
 
 
@@ -127,13 +184,3 @@ def _cell(row: list[str], at: int) -> tuple[str, float]:
         return text, float(text)
     except ValueError:
         return text, float("nan")
-
-
-def _number(path: str | Path, line: int, column: str, row: list[str], at: int) -> float:
-    text, value = _cell(row, at)
-    if not np.isfinite(value):
-        raise ValueError(
-            f"read_pulses: column '{column}' must hold finite numbers, got {text!r} in line {line} of {path}; remove or "
-            "mend the line"
-        )
-    return value
