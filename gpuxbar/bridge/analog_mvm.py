@@ -19,6 +19,7 @@ from gpuxbar import ops
 from gpuxbar.bridge import host
 from gpuxbar.bridge.arrays import array, on_cpu, on_device, tensor
 from gpuxbar.bridge.dac_clip import as_finite
+from gpuxbar.bridge.internals import _will_engine_execute_node
 from gpuxbar.bridge.lines import fold_lines
 from gpuxbar.bridge.operator import call, gradient, operator, plan_of
 from gpuxbar.bridge.outer_product import Samples, conv_weight_gradient, weight_gradient
@@ -85,7 +86,8 @@ def analog_mvm(
 
     Args:
         x: Inputs inside the DAC range, float32 [B, G * I] or images [N, channels, height, width].
-        weight: The layer's weight; receives the gradient, its values are not used.
+        weight: The layer's weight; receives the gradient, its values are not used. Where it has an attribute `operands`, that is
+            left x and the gradient of y instead (`leave`), by backward passes that go on to the weight.
         g: Programmed conductances, float32 [S, G * I, O], S, with the reference lines of an offset mapping; the wordlines of a
             convolution in the order of its plan.
         back_g: The same where the transposed read sees another matrix, or None.
@@ -427,31 +429,42 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     _, v, gate, fitted, step = output
     lsb = fitted if dac_lsb is None else dac_lsb
     # A change of the weight, which alone changes g and w_max, is caught here.
-    ctx.save_for_backward(v, gate, lsb, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step)
+    ctx.operands = getattr(weight, "operands", None)
+    read = None if ctx.operands is None else x.detach()
+    ctx.save_for_backward(
+        v, gate, lsb, read, weight, g, noise_var, w_max, adc_range, adc_error, dac_error, step
+    )
     ctx.packing = packing[1:]  # not saved: reads change it in place, and look at what it is
     ctx.plan, ctx.image, ctx.has_bias = plan, list(x.shape) if x.dim() == 4 else [], bias is not None
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(ctx.operands is not None)
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return None, None, None
-    v, gate, lsb, weight, *held, step = ctx.saved_tensors
+    v, gate, lsb, x, weight, *held, step = ctx.saved_tensors
     way = plan_of(ctx.plan)
+    want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
+    if ctx.operands is not None:
+        if _will_engine_execute_node(ctx.next_functions[1][0]):
+            ctx.operands.leave(x, grad_y)
+        want_weight = False
+        if not (want_x or want_bias):
+            return None, None, None
     grad_y = grad_y.float()
     samples = None if ctx.image else Samples.of(weight)
     if not ctx.image and samples is None and _at_once(grad_y, way):
-        wanted = ctx.needs_input_grad[:3]
+        wanted = want_x, want_weight, want_bias
         found = call(matrix_gradients, grad_y, gate, v, lsb, *held, step, ctx.plan, *wanted)
         # which autograd gives the precision of the weight and the bias
         return tuple(each if asked else None for each, asked in zip(found, wanted, strict=True))
     grad_bias = grad_y.sum([0, *range(2, grad_y.dim())]) if ctx.has_bias else None
     gated, of_product = grad_y.contiguous(), gate if gate.numel() else None
-    if of_product is not None and (ctx.needs_input_grad[0] or ctx.image or samples):
+    if of_product is not None and (want_x or ctx.image or samples):
         gated = gated * gate
         of_product = None  # else the weight's gradient alone needs it, whose product does it on the way
     grad_x = grad_w = None
-    if ctx.needs_input_grad[0]:
+    if want_x:
         read = gated, weight, *held, step, ctx.image, ctx.plan
         packed = ctx.packing[0] is not None
         grad_x = (
@@ -459,7 +472,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
             if packed
             else call(analog_mvm_transposed, *read)
         )
-    if ctx.needs_input_grad[1]:
+    if want_weight:
         if ctx.image:
             grad_w = conv_weight_gradient(gated, v, lsb, weight.shape, way).to(weight.dtype)
         elif samples is not None:

@@ -132,8 +132,8 @@ def gradient(
         with _AutoDispatchBelowAutograd():
             return op(*args)
 
-    def differentiable(run: Callable[..., Any], results: int | None) -> Callable[..., Any]:
-        """What runs an operator so, with its gradient where one is wanted."""
+    def differentiable(run: Callable[..., Any], results: int | None, seen: bool) -> Callable[..., Any]:
+        """What runs an operator so, with its gradient where one is wanted; `seen`: transforms of functorch may look on."""
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             args = inputs[-1]
@@ -143,19 +143,21 @@ def gradient(
 
         body = {"forward": staticmethod(forward), "backward": staticmethod(with_none)}
         function: Any = type(f"{name}_gradient", (torch.autograd.Function,), body)
+        # else without a look for them at every argument
+        apply = function.apply if seen else super(torch.autograd.Function, function).apply
 
         def call_it(*args: Any) -> Any:
             if torch.is_grad_enabled():
                 inputs = [args[place] for place in wrt]
                 for x in inputs:
                     if x is not None and x.requires_grad:
-                        return function.apply(*inputs, args)
+                        return apply(*inputs, args)
             return run(*args)
 
         return call_it
 
-    op.eager = differentiable(op.plain, results)
-    LIBRARY.impl(name, differentiable(below, None), "Autograd")
+    op.eager = differentiable(op.plain, results, seen=False)
+    LIBRARY.impl(name, differentiable(below, None, seen=True), "Autograd")
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

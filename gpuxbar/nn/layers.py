@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.analog_mvm import NOT_PACKED, analog_mvm, driven_lines
-from gpuxbar.bridge.internals import _ConvNd, is_functorch_wrapped_tensor
+from gpuxbar.bridge.internals import _ConvNd, _disable_dynamo, is_functorch_wrapped_tensor
 from gpuxbar.bridge.lines import image_shape
 from gpuxbar.bridge.operator import alone, call
 from gpuxbar.bridge.outer_product import shared_weight
@@ -308,12 +308,12 @@ class AnalogLayer(Converters):
         bias = self.bias
         bias = None if bias is None else bias.float()
         watched = self.keeps_operands and weight.requires_grad and torch.is_grad_enabled()
-        y = self._products(x, weight.detach() if watched else weight, lsb, bias, cells)
+        products = self._watched_products if watched else self._products
+        y = products(x, weight, lsb, bias, cells)
         if passes_gradients:
             self.await_gradient(y)
         if follows:
             self.dac_max.copy_(top)
-        y = self.streams.watch(y, weight, x) if watched else y
         return y if y.dtype is weight.dtype else y.to(weight.dtype)
 
     def refuse_input(self, x: Tensor, shape: str) -> NoReturn:
@@ -433,6 +433,13 @@ class AnalogLayer(Converters):
         y, _, gate, *_ = analog_mvm(*args)  # which `call` shows to backward alone
         self._warn_of_clipping(gate)
         return y
+
+    @_disable_dynamo  # a compiled graph knows no more of a weight than its values
+    def _watched_products(
+        self, x: Tensor, weight: Tensor, lsb: Tensor | None, bias: Tensor | None, cells: Cells
+    ) -> Tensor:
+        """`_products` whose backward passes leave operands in place of a gradient."""
+        return self._products(x, self.streams.taking(weight), lsb, bias, cells)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow a model to another device; where it changes precision, arrays and ranges keep theirs, and a weight trained in situ

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from gpuxbar.bridge.internals import _will_engine_execute_node
+from gpuxbar.bridge.lines import image_shape
 
 __all__ = ["Streams"]
 
@@ -19,12 +19,16 @@ class Streams:
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.group: Any = None  # of processes whose samples count together; None: this one's alone
 
-    def watch(self, y: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        """`y`, whose gradient will be kept beside `x` by backward passes that go on to `weight`, which gets none."""
+    def taking(self, weight: Tensor) -> Tensor:
+        """A weight for `bridge.analog_mvm`, whose backward passes, where they go on to it, leave operands here and no gradient."""
         # a node to ask the engine about: of a parameter's own it does not tell where only that gradient is asked for
-        mark = weight.view_as(weight)
-        watched: Tensor = _Watch.apply(y, mark, x.detach(), self)  # type: ignore[no-untyped-call]
-        return watched
+        taken = weight.view(image_shape(weight.shape))
+        taken.operands = self  # type: ignore[attr-defined]
+        return taken
+
+    def leave(self, x: Tensor, grad_y: Tensor) -> None:
+        """Keep the pair of a backward pass."""
+        self.pairs.append((x, grad_y))
 
     def take(self) -> list[tuple[Tensor, Tensor]]:
         """All pairs so far, of all processes of the group, which are forgotten."""
@@ -62,20 +66,3 @@ def _of_all(part: Tensor, group: Any) -> Tensor:
     parts = [torch.empty_like(part) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(parts, part, group=group)
     return torch.cat(parts)
-
-
-class _Watch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, mark: Tensor, x: Tensor, streams: Streams) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.streams = streams
-        ctx.mark_dirty(y)  # as if changed, not a view: what follows may work in place
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), (grad_y,) = ctx.saved_tensors, grads
-        _, (mark, _), *_ = ctx.next_functions
-        if _will_engine_execute_node(mark):
-            ctx.streams.pairs.append((x, grad_y))
-        return grad_y, None, None, None

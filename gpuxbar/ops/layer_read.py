@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import addressof, c_double, c_int64, c_void_p
 from typing import ClassVar
 
 from gpuxbar.launch import host_call, library
@@ -28,7 +28,7 @@ class LayerRead(TileMvm):
     def run(self, what: str) -> None:
         """Read; the error about values that are not finite calls them `what`."""
         bad = c_int64()
-        host_call(library(), self.kernel, self, SMALLEST_RANGE, bad)
+        host_call(library(), self.kernel, addressof(self), SMALLEST_RANGE, addressof(bad))
         require_finite_values(what, bad.value, "bad data")
 
 

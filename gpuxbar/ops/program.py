@@ -30,7 +30,6 @@ __all__ = [
     "Write",
     "Writing",
     "checksum",
-    "checksum_on_host",
     "program",
     "reprogram",
     "reprogram_on_host",
@@ -254,12 +253,7 @@ def checksum(weight: np.ndarray) -> int:
     several are."""
     if backend(weight) == "reference":
         return reference.fingerprint(weight)
-    return checksum_on_host(weight, weight.size)
-
-
-def checksum_on_host(weight: Any, size: int) -> int:
-    """`checksum` of an array or address."""
-    return host_call(library(), "gpuxbar_checksum", weight, size)
+    return host_call(library(), "gpuxbar_checksum", weight, weight.size)
 
 
 @dataclass(frozen=True)

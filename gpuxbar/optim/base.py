@@ -188,11 +188,10 @@ class InSituOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._require_ready(group)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                layer, grad = layer_of(parameter), parameter.grad
+        ready = [self._require_ready(group) for group in self.param_groups]
+        for group, layers in zip(self.param_groups, ready, strict=True):
+            for parameter, layer in zip(group["params"], layers, strict=True):
+                grad = parameter.grad
                 if layer is None:
                     if grad is not None:
                         parameter.add_(self._velocity(parameter, group["momentum"]), alpha=-group["lr"])
@@ -276,14 +275,15 @@ class InSituOptimizer(torch.optim.Optimizer):
         velocity: Tensor = state["momentum"]
         return velocity
 
-    def _require_ready(self, group: dict[str, Any]) -> None:
-        """Refuse a rate that is none, a layer that cannot be written, and a gradient that cannot be written to it."""
+    def _require_ready(self, group: dict[str, Any]) -> list[InSitu | None]:
+        """Refuse a rate that is none, a layer that cannot be written, and a gradient that cannot be written to it. The layers of the
+        group's parameters, where they have one."""
         if not 0 <= group["lr"] < inf:
             raise ValueError(
                 f"{type(self).__name__}: `lr` must be finite and at least 0, got {group['lr']}; look at the scheduler"
             )
-        for parameter in group["params"]:
-            layer = layer_of(parameter)
+        layers = [layer_of(parameter) for parameter in group["params"]]
+        for parameter, layer in zip(group["params"], layers, strict=True):
             if layer is None:
                 continue
             self._check(layer, group)
@@ -297,6 +297,7 @@ class InSituOptimizer(torch.optim.Optimizer):
                 layer.require_read_out()
             for error in errors:
                 require_finite_gradient(error, f"{type(self).__name__}: the gradient of {layer.name}")
+        return layers
 
     def _require_no_gradient(self, layer: InSitu, grad: Tensor) -> None:
         """Refuse a gradient that products in the array do not make. `DistributedDataParallel` makes zeros, at which a GPU would

@@ -106,7 +106,7 @@ struct alignas(64) Events {
     for (i64 k = 0; k < moving; k += LANES) {
       const i64 whole = whole_vectors(found[order[k]]);
       for (i64 r = k; r < k + LANES; ++r)
-        std::fill(of_device[order[r]] + found[order[r]], of_device[order[r]] + whole, 0u);
+        for (i64 t = found[order[r]]; t < whole; t += LANES) std::fill_n(of_device[order[r]] + t, LANES, 0u);
       for (i64 t = 0; t < whole; t += LANES)
         transpose_tile<LANES>([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
     }
