@@ -220,7 +220,8 @@ def fit(
     plot: Annotated[Path | None, typer.Option(help="PNG of the fit.")] = None,
 ) -> None:
     """Fit a device law to measured pulses, and judge it by pulses that were held out."""
-    from gpuxbar.experiments.fit import fit_law, fit_table, plot_fit  # SciPy is slow to start
+    from gpuxbar.experiments.fit import fit_law, fit_table  # SciPy is slow to start
+    from gpuxbar.experiments.fit_check import plot_fit
     from gpuxbar.experiments.measured import read_pulses
 
     console = Console()

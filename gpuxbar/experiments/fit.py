@@ -1,65 +1,28 @@
-"""Device laws fitted to measured pulses: a lookup table or a parametric law, with a hold-out check and its picture."""
+"""Device laws fitted to measured pulses: a lookup table or a parametric law."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 from scipy.optimize import least_squares
 from scipy.special import ndtr
 
-from gpuxbar import reference
+from gpuxbar.experiments.chosen_pulses import held_out, prepared, shares
+from gpuxbar.experiments.device_spread import devices_of
+from gpuxbar.experiments.fit_check import Fit, judged, predicted, pulse_count
 from gpuxbar.experiments.measured import Pulses
 from gpuxbar.spec import CrossbarSpec, Device, LookupTable, PiecewiseStep, SpecError, UpdateLaw
 from gpuxbar.spec.errors import nearest
 
-__all__ = ["Fit", "fit_law", "fit_table", "plot_fit"]
+__all__ = ["fit_law", "fit_table"]
 
 LAW: TypeAdapter[UpdateLaw] = TypeAdapter(UpdateLaw)
 SCORES = np.linspace(-4.0, 4.0, 17)
 BINS = 2, 3, 5, 9
 FEWEST = 20  # pulses of one direction in a bin
-HOLD_OUT = 0.2  # of the pulses
-SAME = 1e-3  # of the window, by which a conductance may differ from where the pulse before led to
-SIGNIFICANT = 3.0  # standard errors
-FAR = 0.1  # of the window, from it
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A law fitted to measured pulses, and how well it foretells those that were held out.
-
-    Attributes:
-        explained: Share of the variance of held-out changes that the mean step explains, up and down.
-        distance: Kolmogorov-Smirnov distance of the held-out changes to the law's distribution, up and down: in the low, the middle
-            or the high third of their conductances, whichever is worst.
-        limit: Distance that a right law exceeds in any third in 1 % of cases, up and down.
-        rank: Place of each held-out change in the law's distribution, 0 to 1; evenly spread for a right law.
-        read_noise: Standard deviation of a measured conductance, S, by changes measured one after another on a device: a misread
-            conductance makes one too large and the next too small. 0 where that does not show; changes of a device that depend on
-            one another otherwise are taken for it, or hide it.
-        read_share: Share of the scatter of changes that this makes; the law takes all scatter for its own.
-        left_out: How many pulses begin outside the window or end far from it: misread, and neither fitted nor held out.
-    """
-
-    law: UpdateLaw
-    window: Device
-    held_out: Pulses
-    explained: tuple[float, float]
-    distance: tuple[float, float]
-    limit: tuple[float, float]
-    rank: np.ndarray
-    read_noise: float
-    read_share: float
-    left_out: int
-
-    @property
-    def passed(self) -> bool:
-        return all(d <= limit for d, limit in zip(self.distance, self.limit, strict=True))
 
 
 def fit_table(
@@ -99,13 +62,13 @@ def fit_table(
         Agarwal et al., IJCNN 2016 (tables of measured changes).
     """
     _require_bins("fit_table", bins)
-    window, inside = _prepared("fit_table", pulses, g_min, g_max, misread)
-    train, test = _held_out(inside, seed)
-    y, step = _shares(train, window)
+    window, inside = prepared("fit_table", pulses, g_min, g_max, misread)
+    train, test = held_out(inside, seed)
+    y, step = shares(train, window)
     _require_filled("fit_table", train, y, window, bins)
     flows, nominal = _flows("fit_table", train, y, step, bins)
     mean = _mean_step(flows, nominal, y, train.rising)
-    devices = _devices(train, step, mean)
+    devices = devices_of(train, step, mean)
     ratio = devices.of(train)
     rest = (step - ratio * mean) / (nominal * np.maximum(ratio, 1e-3))
     scatter = {
@@ -115,7 +78,7 @@ def fit_table(
         pulses=1 / nominal, up=tuple(flows[True].tolist()), down=tuple(flows[False].tolist()),
         scatter_up=scatter[True], scatter_down=scatter[False], **devices.spreads,
     )  # fmt: skip
-    return _judged(law, window, inside, test, devices, left_out=len(pulses) - len(inside))
+    return judged(law, window, inside, test, devices, left_out=len(pulses) - len(inside))
 
 
 SHAPES: dict[str, dict[str, tuple[float, float, float]]] = {  # start, least and largest
@@ -175,9 +138,9 @@ def fit_law(
         )
     if law == "piecewise_step":
         _require_bins("fit_law", bins)
-    window, inside = _prepared("fit_law", pulses, g_min, g_max, misread)
-    train, test = _held_out(inside, seed)
-    y, step = _shares(train, window)
+    window, inside = prepared("fit_law", pulses, g_min, g_max, misread)
+    train, test = held_out(inside, seed)
+    y, step = shares(train, window)
     size = float(np.where(train.rising, step, -step).mean())
     _require_rising("fit_law", size)
     if law == "piecewise_step":
@@ -189,8 +152,8 @@ def fit_law(
         found = shape.model_dump()
     else:
         found = _shaped(law, y, step, train.rising, size)
-    mean = _predicted(found, y, train.rising)
-    devices = _devices(train, step, mean, found["asymmetry"])
+    mean = predicted(found, y, train.rising)
+    devices = devices_of(train, step, mean, found["asymmetry"])
     ratio = devices.of(train)
     rest = step - ratio * mean
     noise = float(np.mean(rest**2))
@@ -201,7 +164,7 @@ def fit_law(
     else:
         found |= _cycle(rest, ratio * mean, found["pulses"])
     law_found = _lawful(found | devices.spreads)
-    return _judged(law_found, window, inside, test, devices, left_out=len(pulses) - len(inside))
+    return judged(law_found, window, inside, test, devices, left_out=len(pulses) - len(inside))
 
 
 def _lawful(found: dict[str, Any]) -> UpdateLaw:
@@ -237,11 +200,11 @@ def _shaped(law: str, y: np.ndarray, step: np.ndarray, rising: np.ndarray, size:
     target = np.bincount(way.ravel(), step) / weight
 
     def settings(p: np.ndarray, fixed: dict[str, float]) -> dict[str, Any]:
-        scale = {_count(law): float(1 / (size * np.exp(p[0]))), "asymmetry": np.tanh(p[1])}
+        scale = {pulse_count(law): float(1 / (size * np.exp(p[0]))), "asymmetry": np.tanh(p[1])}
         return base | scale | fixed | dict(zip(shapes, map(float, p[2:]), strict=True))
 
     def off(p: np.ndarray, fixed: dict[str, float]) -> np.ndarray:
-        return np.sqrt(weight) * (_predicted(settings(p, fixed), shown[0], shown[1] > 0) - target) / size
+        return np.sqrt(weight) * (predicted(settings(p, fixed), shown[0], shown[1] > 0) - target) / size
 
     bounds = [(-3.0, 3.0), (-3.0, 3.0), *((low, high) for _, low, high in shapes.values())]
     start = [0.0, 0.0, *(first for first, _, _ in shapes.values())]
@@ -250,87 +213,6 @@ def _shaped(law: str, y: np.ndarray, step: np.ndarray, rising: np.ndarray, size:
     found = [(fit(args=(fixed,)), fixed) for fixed in FIXED.get(law, ({},))]
     best, fixed = min(found, key=lambda one: one[0].cost)
     return settings(best.x, fixed)
-
-
-def _count(law: str) -> str:
-    """The setting that holds how many nominal pulses span the window."""
-    return "levels" if law == "neurosim" else "pulses"
-
-
-def _predicted(
-    law: dict[str, Any], y: np.ndarray, rising: np.ndarray | bool, ratio: np.ndarray | float = 1.0
-) -> np.ndarray:
-    """Mean changes by a pulse, in shares of the window, of devices that make this ratio of the law's steps."""
-    step = ratio * np.where(rising, 1 + law["asymmetry"], law["asymmetry"] - 1) / law[_count(law["law"])]
-    moved: np.ndarray = reference.laws.moved(law, y, np.broadcast_to(step, y.shape))
-    return moved - y
-
-
-def _prepared(
-    op: str, given: Pulses, g_min: float | None, g_max: float | None, misread: float | None
-) -> tuple[Device, Pulses]:
-    """The window, and the pulses that begin in it, do not end far from it, and have no end that stands apart."""
-    pulses = given if misread is None else given[~_apart(op, given, misread)]
-    low = float(pulses.g_before.min()) if g_min is None else g_min
-    high = float(pulses.g_before.max()) if g_max is None else g_max
-    if g_min is None and low < 0:
-        raise ValueError(
-            f"{op}: column 'g_before' must hold conductances of at least 0, got {low:g} S among {(pulses.g_before < 0).sum()} "
-            "below 0; where small conductances were misread, give g_min, which leaves these pulses out"
-        )
-    if not 0 <= low < high:
-        raise ValueError(
-            f"{op}: column 'g_before' must span a window of conductances of at least 0, got {low:g} to {high:g} S; give g_min "
-            "and g_max"
-        )
-    after, far = pulses.g_before + pulses.dg, FAR * (high - low)
-    left_out = (pulses.g_before < low) | (pulses.g_before > high)
-    if g_min is not None:
-        left_out |= after < low - far
-    if g_max is not None:
-        left_out |= after > high + far
-    if 2 * left_out.sum() > len(pulses):
-        raise ValueError(
-            f"{op}: column 'g_before' must lie in the window of {low:g} to {high:g} S, but where it was misread, got "
-            f"{left_out.sum()} of {len(pulses)} pulses outside; widen g_min and g_max, which are in S"
-        )
-    return Device(g_min=low, g_max=high), pulses[~left_out]
-
-
-def _apart(op: str, pulses: Pulses, times: float) -> np.ndarray:
-    """Which pulses lead to or from a conductance that stands apart from those read before and after it."""
-    if not times > 1:
-        raise ValueError(
-            f"{op}: `misread` must be above 1, got {times:g}; it counts median changes, and 10 is a large one"
-        )
-    order = np.argsort(pulses.device, kind="stable")
-    one = pulses[order]
-    far = np.abs(one.dg) > times * np.median(np.abs(one.dg))
-    back = _in_a_row(one, SAME * float(np.ptp(one.g_before)))
-    back &= far[:-1] & far[1:] & (one.dg[:-1] * one.dg[1:] < 0)
-    apart = np.zeros(len(one), bool)
-    apart[order] = np.append(back, False) | np.append(False, back)
-    return apart
-
-
-def _in_a_row(pulses: Pulses, same: float) -> np.ndarray:
-    """Of pulses sorted by device: which of them, but the last, ends where the next begins, to within `same`, S."""
-    ends = pulses.g_before[:-1] + pulses.dg[:-1]
-    one: np.ndarray = pulses.device[1:] == pulses.device[:-1]
-    return one & (np.abs(ends - pulses.g_before[1:]) < same)
-
-
-def _held_out(pulses: Pulses, seed: int) -> tuple[Pulses, Pulses]:
-    """The pulses to fit, and those to judge the fit by."""
-    # of a stream of its own: a simulated measurement may use the plain seed
-    chosen = np.random.default_rng((seed, len(pulses))).random(len(pulses)) < HOLD_OUT
-    return pulses[~chosen], pulses[chosen]
-
-
-def _shares(pulses: Pulses, window: Device) -> tuple[np.ndarray, np.ndarray]:
-    """Conductance before and change, in shares of the window."""
-    span = window.g_max - window.g_min
-    return (pulses.g_before - window.g_min) / span, pulses.dg / span
 
 
 def _require_bins(op: str, bins: int) -> None:
@@ -390,169 +272,6 @@ def _mean_step(
     return nominal * np.where(rising, at[True], -at[False])
 
 
-class Devices(NamedTuple):
-    """How devices differ: the steps of each over the mean device's, [devices, 2], down and up, and the spreads of a law that these
-    say, beyond the error of each."""
-
-    ratio: np.ndarray
-    step_spread: float
-    asymmetry_spread: float
-
-    def of(self, pulses: Pulses) -> np.ndarray:
-        """Ratios of the device and direction of every pulse; what was not fitted is the last."""
-        known: np.ndarray = self.ratio[
-            np.minimum(pulses.device, len(self.ratio) - 1), pulses.rising.astype(int)
-        ]
-        return known
-
-    @property
-    def spreads(self) -> dict[str, float]:
-        return {
-            "step_spread": min(self.step_spread, 2.0),
-            "asymmetry_spread": min(self.asymmetry_spread, 1.0),
-        }
-
-
-def _devices(pulses: Pulses, step: np.ndarray, mean: np.ndarray, asymmetry: float = 0.0) -> Devices:
-    """How devices differ from steps of this mean and asymmetry: in the size of their steps, and in the asymmetry of these where
-    that shows."""
-    count = int(pulses.device.max()) + 1
-    if count < 3:
-        return Devices(np.ones((count, 2)), 0.0, 0.0)
-    both, error, known = _ratios(pulses.device, step, mean, count)
-    ratio = np.stack([both, both], 1)
-    size = _variance(both[known], error[known])
-    each, errors, told = (
-        part.reshape(count, 2) for part in _ratios(2 * pulses.device + pulses.rising, step, mean, 2 * count)
-    )
-    both_ways = told.all(1)
-    if both_ways.sum() < 3:
-        return Devices(ratio, size**0.5, 0.0)
-    # steps are (1 + s) (1 + a + d) up and (1 + s) (1 - a - d) down, of which a is the mean device's; up / (1 + a) less
-    # down / (1 - a) is 2 d / (1 - a**2), and their sum as the mean device's is 2 (1 + s)
-    whole, half = np.array([1 - asymmetry, 1 + asymmetry]) / 2, np.array([-1, 1]) * (1 - asymmetry**2) / 2
-    steps, errors = each[both_ways], errors[both_ways]
-    noise = errors @ half**2
-    apart = _variance(steps @ half, noise)
-    if apart <= SIGNIFICANT * noise.mean() * (2 / (both_ways.sum() - 1)) ** 0.5:
-        return Devices(ratio, size**0.5, 0.0)
-    ratio[both_ways] = steps
-    return Devices(ratio, _variance(steps @ whole, errors @ whole**2) ** 0.5, apart**0.5)
-
-
-def _ratios(
-    group: np.ndarray, step: np.ndarray, mean: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Step of each group of pulses over the mean one, its squared error, and whether it has one: a single pulse tells none."""
-    weight = np.maximum(np.bincount(group, mean**2, count), 1e-30)
-    ratio = np.bincount(group, step * mean, count) / weight
-    rest = (step - ratio[group] * mean) * mean
-    pulsed = np.bincount(group, minlength=count)
-    own = pulsed / np.maximum(pulsed - 1, 1)  # each ratio is fitted to its group's own pulses
-    return ratio, own * np.bincount(group, rest**2, count) / weight**2, pulsed > 1
-
-
-def _variance(values: np.ndarray, errors: np.ndarray) -> float:
-    """Of values beyond that of their errors."""
-    return max(float(values.var(ddof=1) - errors.mean()), 0.0) if len(values) > 2 else 0.0
-
-
 def _quantiles(y: np.ndarray, rest: np.ndarray, bins: int) -> tuple[tuple[float, ...], ...]:
     node = np.rint(y * (bins - 1)).astype(int)
     return tuple(tuple(np.quantile(rest[node == k], ndtr(SCORES)).tolist()) for k in range(bins))
-
-
-def _read_noise(law: UpdateLaw, window: Device, pulses: Pulses, devices: Devices) -> tuple[float, float]:
-    """Standard deviation of a read, S, and its share of the scatter of all pulses."""
-    one = pulses[np.argsort(pulses.device, kind="stable")]
-    y, step = _shares(one, window)
-    rest = step - _predicted(law.model_dump(), y, one.rising, devices.of(one))
-    way = 2 * one.device + one.rising
-    rest -= (np.bincount(way, rest) / np.maximum(np.bincount(way), 1))[
-        way
-    ]  # what a device does otherwise than the law is no noise
-    span = window.g_max - window.g_min
-    products = -(rest[:-1] * rest[1:])[_in_a_row(one, SAME * span)]
-    if not products.size:
-        return 0.0, 0.0
-    variance = float(products.mean())
-    if variance <= SIGNIFICANT * products.std() / products.size**0.5:
-        return 0.0, 0.0
-    return variance**0.5 * span, min(2 * variance / float(rest.var()), 1.0)
-
-
-def _judged(
-    law: UpdateLaw, window: Device, pulses: Pulses, test: Pulses, devices: Devices, left_out: int
-) -> Fit:
-    """How the law foretells held-out pulses: mean, and distribution by its probability integral transform."""
-    y, step = _shares(test, window)
-    gain = devices.of(test)
-    dumped = law.model_dump()
-    nominal = 1 / dumped[_count(law.law)]
-    mean = _predicted(dumped, y, test.rising, gain)
-    rest = step - mean
-    if isinstance(law, LookupTable):
-        scale = np.maximum(gain, 1e-3) * nominal
-        grid = np.linspace(-4, 4, 161)
-        curve = np.stack([reference.laws.scattered(dumped, y, np.full_like(y, z), test.rising) for z in grid])
-        below = (curve < rest / scale).mean(0)
-        z = np.clip(below * 8 - 4, -4, 4)
-    elif "gamma" in dumped:
-        z = rest / np.maximum(dumped["gamma"] * np.sqrt(np.abs(mean)), 1e-30)
-    else:
-        # of the window where a law knows no `cycle_of`
-        scale = {"step": np.abs(mean), "nominal": nominal}.get(dumped.get("cycle_of", ""), 1.0)
-        z = rest / np.maximum(dumped["cycle"] * scale, 1e-30)
-    explained, distance, limit = [], [], []
-    for way in (True, False):
-        mine = test.rising == way
-        explained.append(float(1 - rest[mine].var() / max(step[mine].var(), 1e-30)) if mine.any() else 0.0)
-        worst = max(
-            (_off_uniform(ndtr(part)) for part in _thirds(y[mine], z[mine])), key=lambda off: off[0] / off[1]
-        )
-        distance.append(worst[0])
-        limit.append(worst[1])
-    return Fit(
-        law, window, test, (explained[0], explained[1]), (distance[0], distance[1]), (limit[0], limit[1]), ndtr(z),
-        *_read_noise(law, window, pulses, devices), left_out,
-    )  # fmt: skip
-
-
-def _thirds(y: np.ndarray, z: np.ndarray) -> list[np.ndarray]:
-    """z of low, of middling and of high y, as many of each: a law may be right over all and wrong in every one."""
-    return np.array_split(z[np.argsort(y, kind="stable")], 3)
-
-
-def _off_uniform(u: np.ndarray) -> tuple[float, float]:
-    """Kolmogorov-Smirnov distance of values to an even spread over 0 .. 1, and what chance exceeds in one of 300 cases."""
-    n = max(len(u), 1)
-    ranks, u = np.arange(len(u) + 1) / n, np.sort(u)
-    distance = float(max((ranks[1:] - u).max(), (u - ranks[:-1]).max())) if len(u) else 0.0
-    return distance, 1.79 / float(np.sqrt(n))
-
-
-def plot_fit(fit: Fit, path: str | Path) -> None:
-    """Draw held-out changes over the law's mean, and their ranks in its distribution, to a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    up, down, ranks = figure.subplots(1, 3)
-    y, _ = _shares(fit.held_out, fit.window)
-    at = np.linspace(0, 1, 101)
-    span = fit.window.g_max - fit.window.g_min
-    g = fit.window.g_min + at * span
-    for axis, way, name in ((up, True, "potentiation"), (down, False, "depression")):
-        mine = fit.held_out.rising == way
-        axis.plot(
-            fit.held_out.g_before[mine] * 1e6, fit.held_out.dg[mine] * 1e9, ".", markersize=2, alpha=0.3
-        )
-        axis.plot(
-            g * 1e6, _predicted(fit.law.model_dump(), at, way) * span * 1e9, color="black", label=fit.law.law
-        )
-        axis.set(xlabel="conductance before (uS)", ylabel="change (nS)", title=name)
-        axis.legend()
-        ranks.hist(fit.rank[mine], bins=20, range=(0, 1), density=True, histtype="step", label=name)
-    ranks.axhline(1, color="black", linewidth=0.7)
-    ranks.set(xlabel="rank in the law's distribution", ylabel="density", title="hold-out")
-    ranks.legend()
-    figure.savefig(path, dpi=120)
