@@ -723,5 +723,13 @@ def test_arrays_of_a_gpu_are_refused_among_those_of_the_host():
     text = r"arrays must be all NumPy's or all CuPy's, got NumPy's and a cupy\.ArrayElsewhere; move them by"
     with pytest.raises(TypeError, match=text):
         ops.tile_mvm(zeros(2, 3), ArrayElsewhere(zeros(1, 3, 4)))
+    scale = ArrayElsewhere(zeros(1))
+    for name, more in (("adc_lsb", {"adc_bits": 8}), ("read_noise", {}), ("row_scale", {})):
+        with pytest.raises(TypeError, match=text):
+            ops.tile_mvm(zeros(2, 3), zeros(3, 4), **{name: scale}, **more)
+    with pytest.raises(TypeError, match=text):
+        ops.dac_quantize(zeros(2, 3), lsb=scale, code_max=7)
+    with pytest.raises(TypeError, match=text):
+        ops.chop(zeros(2, 5) + 1, np.arange(3), flip=0.1, step=ArrayElsewhere(np.zeros(1, np.int64)), seed=7)
     with pytest.raises(TypeError, match=text):  # not its value for an address
         host_call(library, "gpuxbar_set_threads", ArrayElsewhere(np.zeros(1, np.int64)))

@@ -2,7 +2,7 @@
 
 from gpuxbar.launch.backend import Backend, backend, explain, host_library, is_cupy
 from gpuxbar.launch.device import CudaDevice, Device, cuda_device
-from gpuxbar.launch.host import address, host_call, library, set_threads, threads
+from gpuxbar.launch.host import address, elsewhere, host_call, library, set_threads, threads
 from gpuxbar.launch.kernel import In, InOut, Kernel, Out, Scalar, Struct
 from gpuxbar.launch.trace import span
 
@@ -19,6 +19,7 @@ __all__ = [
     "address",
     "backend",
     "cuda_device",
+    "elsewhere",
     "explain",
     "host_call",
     "host_library",

@@ -26,7 +26,7 @@ import numpy as np
 from gpuxbar.launch.nvrtc import CompileError
 from gpuxbar.launch.sources import UNFINISHED, cached, kernel_dir, once
 
-__all__ = ["address", "build", "compiler", "host_call", "library", "set_threads", "threads"]
+__all__ = ["address", "build", "compiler", "elsewhere", "host_call", "library", "set_threads", "threads"]
 
 WANTED = os.environ.get("GPUXBAR_BACKEND") or "host"  # looked at once: every read of a layer asks
 FLAGS = (
@@ -190,11 +190,17 @@ def address(array: np.ndarray) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     except (TypeError, ValueError):  # not to be written to, or empty
         if not isinstance(array, np.ndarray):
-            raise TypeError(
-                f"gpuxbar: arrays must be all NumPy's or all CuPy's, got NumPy's and a {type(array).__module__}.{type(array).__name__}; "
-                "move them by cupy.asarray or cupy.asnumpy"
-            ) from None
+            raise elsewhere(array) from None
         return array.ctypes.data
+
+
+def elsewhere(array: Any) -> TypeError:
+    """What to raise of an array that is not NumPy's among those that are."""
+    kind = type(array)
+    return TypeError(
+        f"gpuxbar: arrays must be all NumPy's or all CuPy's, got NumPy's and a {kind.__module__}.{kind.__name__}; "
+        "move them by cupy.asarray or cupy.asnumpy"
+    )
 
 
 def _c_value(arg: Any) -> Any:

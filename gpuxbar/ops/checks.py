@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gpuxbar.launch import Backend, backend, is_cupy
+from gpuxbar.launch import Backend, backend, elsewhere, is_cupy
 from gpuxbar.reference.tile_mvm import ConvGeometry
 
 __all__ = [
@@ -164,7 +164,9 @@ def check_integers(op: str, **values: Any) -> None:
 
 
 def integer(op: str, name: str, value: Any) -> int:
-    """A count given as an integer or as an array of one."""
+    """A count given as an integer or as an array of one, of the host."""
+    if is_cupy(value):
+        raise elsewhere(value)
     array = np.asarray(value)
     if array.dtype.kind not in "iu" or array.size != 1:
         raise ValueError(f"{op}: `{name}` must be one integer, got {value!r}; count the calls")
@@ -227,14 +229,15 @@ def require_finite_values(what: str, bad: int, way_out: str) -> None:
         )
 
 
-def scalar_array(xp: Any, value: Any, dtype: str = "float32") -> Any:
-    """A one-dimensional array of a number or an array, so that kernels read every scalar from memory."""
+def scalar_array(value: Any, dtype: str = "float32") -> np.ndarray:
+    """A one-dimensional array of a number or an array of the host, so that kernels read every scalar from memory."""
     if (
-        xp is np
-        and isinstance(value, np.ndarray)
+        isinstance(value, np.ndarray)
         and value.ndim == 1
         and value.dtype == dtype
         and value.flags.c_contiguous
     ):
         return value
-    return xp.ascontiguousarray(xp.asarray(value, dtype=dtype)).reshape(-1)
+    if is_cupy(value):
+        raise elsewhere(value)
+    return np.ascontiguousarray(value, dtype).reshape(-1)

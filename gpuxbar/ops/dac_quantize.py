@@ -122,7 +122,7 @@ def dac_quantize(
         if not isinstance(lsb, NUMBER):
             _check_count("dac_quantize", lsb, x)
         return _cuda(device or cuda_device(), x, Dac(lsb, code_max, signed))
-    lsb = scalar_array(np, lsb)
+    lsb = scalar_array(lsb)
     _check_count("dac_quantize", lsb, x)
     if where == "reference":
         require_finite("dac_quantize", "x", int((~np.isfinite(x)).sum()), "bad data")

@@ -353,12 +353,12 @@ def _check_bfloat(v: Any, dac: Dac | None) -> None:
 def _host(read: TileRead, v: np.ndarray, g: np.ndarray, s: dict[str, Any]) -> Any:
     y = np.empty(read.y_shape, dtype=np.float32)
     gate = np.empty(read.y_shape, dtype=np.float32) if s["want_gate"] else None
-    row_scale = None if s["row_scale"] is None else scalar_array(np, s["row_scale"])
-    adc_lsb = scalar_array(np, s["adc_lsb"]) if s["adc_bits"] else ONE
+    row_scale = None if s["row_scale"] is None else scalar_array(s["row_scale"])
+    adc_lsb = scalar_array(s["adc_lsb"]) if s["adc_bits"] else ONE
     arrays = {
         "v": v, "g": g, "noise_var": s["noise_var"], "adc_gain": s["adc_gain"], "adc_offset": s["adc_offset"],
-        "adc_inl": s["adc_inl"], "adc_lsb": adc_lsb, "read_noise": scalar_array(np, s["read_noise"]),
-        "step": scalar_array(np, s["step"], "int64"), "col_scale": s["col_scale"], "bias": s["bias"], "y": y, "gate": gate,
+        "adc_inl": s["adc_inl"], "adc_lsb": adc_lsb, "read_noise": scalar_array(s["read_noise"]),
+        "step": scalar_array(s["step"], "int64"), "col_scale": s["col_scale"], "bias": s["bias"], "y": y, "gate": gate,
         "row_scale": row_scale,
         "slice_scale": np.ones(len(g), np.float32) if s["slice_scale"] is None else s["slice_scale"],
     }  # fmt: skip

@@ -2,8 +2,8 @@
 //
 // Memory of the device is memory of the host, new bytes of which are 0xFF. Everything runs when it is called, on one device, an H200
 // by its properties; kernels are those that cuda_shim has built, found by a callback. A stream that is being captured runs nothing:
-// its work is taped, and a graph plays the tape. What CUDA refuses is refused where it would show: work of other devices'
-// memory, waiting during a capture, more dynamic shared memory than was asked for, more threads than a kernel was built for.
+// its work is taped, and a graph plays the tape. Refused is what CUDA refuses: copies and products beyond what was allocated, waiting
+// during a capture, more dynamic shared memory than was asked for, more threads than a kernel was built for.
 // Not modelled: several devices, what happens at a time, and errors that show later than their call.
 #include <cublas_v2.h>
 #include <cuda.h>
