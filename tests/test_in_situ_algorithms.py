@@ -732,6 +732,12 @@ def test_errors():
         ValueError, match=r"AGAD: `spec\.carry\.scheme` must be accumulate or periodic, got 'streamed'"
     ):
         build_optimizer("agad", streamed, lr=0.1)
+    for wrong in (None, layer.state_dict()):
+        with pytest.raises(
+            ValueError,
+            match=r"InSituSGD: `state_dict` must be what .* got .* without param_groups; pass that, not",
+        ):
+            build_optimizer("sgd", AnalogLinear(4, 3, spec=spec()), lr=0.1).load_state_dict(wrong)
     saved = build_optimizer("agad", copy.deepcopy(layer), lr=0.1).state_dict()
     with pytest.raises(
         ValueError, match=r"`state_dict` must be of the same algorithm and layers, got .* \[0\] where \[\]"

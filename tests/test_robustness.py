@@ -377,7 +377,7 @@ FOREIGN = {
     "tensor": (save_other(torch.zeros(3)), "must be a checkpoint of gpuxbar train, got another file"),
     "weights": (save_other({"0.weight": torch.zeros(3)}), "must be a checkpoint of gpuxbar train, got another file"),
     "older": (save_other({"format": "gpuxbar-run-1"}), "must be a checkpoint of gpuxbar train, got another file"),
-    "missing": (lambda path: path.unlink(), "must exist to resume, got none; start the run without --resume"),
+    "missing": (lambda path: path.unlink(), "must exist to resume, got none; delete runs/a, which has none yet, and start the run without"),
 }  # fmt: skip
 
 
@@ -408,6 +408,36 @@ def test_a_checkpoint_of_other_settings_is_refused(options, text, run_folder):
     assert result.exit_code == 2
     assert text in result.output
     assert (run_folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_seed_has_64_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = train("--seed", str(2**63))
+    assert result.exit_code == 2
+    assert f"error train: `seed` must be an int of 64 bits, got {2**63}; try 0" in result.output
+
+
+def test_a_full_disk_leaves_the_spec_that_is_there(tmp_path):
+    path, part = tmp_path / "spec.yaml", tmp_path / ".spec.yaml.part"
+    gx.save_spec(gx.CrossbarSpec(), path)
+    before = path.read_bytes()
+    part.symlink_to("/dev/full")
+    with pytest.raises(
+        OSError, match=r"save_spec: cannot write .*/spec\.yaml \(No space left on device\); nothing"
+    ):
+        gx.save_spec(gx.presets.demo(), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["spec.yaml"]
+
+
+def test_a_spec_goes_to_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    gx.save_spec(gx.CrossbarSpec(), pipe)
+    assert b"tile:" in os.read(reader, 1 << 16)
+    assert pipe.is_fifo()
+    os.close(reader)
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl"])

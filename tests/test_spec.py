@@ -47,6 +47,10 @@ def test_a_spec_survives_copies():
     spec = gx.CrossbarSpec(**CHANGED)
     assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
     assert spec.with_overrides({"adc": {"bits": 6}}).adc.bits == 6
+    with pytest.raises(
+        TypeError, match="CrossbarSpec: `overrides` must be a dict of settings by name, got list; for"
+    ):
+        spec.with_overrides(["adc.bits=6"])
     assert spec.adc.bits == 5
 
 

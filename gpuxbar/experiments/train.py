@@ -37,7 +37,7 @@ RATE = Rule(
 NUMBERS = {
     "epochs": COUNT,
     "batch": COUNT,
-    "seed": Rule("an int", lambda value: type(value) is int, "0"),
+    "seed": Rule("an int of 64 bits", lambda value: type(value) is int and -(2**63) <= value < 2**63, "0"),
     "lr": RATE,
     "in_situ_lr": RATE,
     "momentum": Rule("a float", lambda value: type(value) in (int, float), "0.9"),
@@ -270,7 +270,10 @@ def _open(run: Run, data: Data) -> dict[str, Any]:
         save_spec(run.spec, run.folder / "spec.yaml")
         return fresh
     if not path.exists():
-        raise ValueError(f"train: `{path}` must exist to resume, got none; start the run without --resume")
+        begun = f"delete {run.folder}, which has none yet, and " if run.folder.exists() else ""
+        raise ValueError(
+            f"train: `{path}` must exist to resume, got none; {begun}start the run without --resume"
+        )
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # an arbitrary file can fail its reader in any way

@@ -321,6 +321,11 @@ class InSituOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; the model's own state dict holds the layers' cells."""
+        if not isinstance(state_dict, dict) or "param_groups" not in state_dict:
+            raise ValueError(
+                f"{type(self).__name__}: `state_dict` must be what state_dict() of an optimiser gave, got {type(state_dict).__name__} "
+                "without param_groups; pass that, not the model's"
+            )
         saved, parts = state_dict.get("parts", {}), self._named_parts()
         if saved.keys() != parts.keys():
             raise ValueError(

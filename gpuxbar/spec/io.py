@@ -60,17 +60,28 @@ def save_spec(spec: CrossbarSpec, path: str | Path) -> None:
 
     Args:
         spec: What to write.
-        path: A file, in a folder that exists; written over.
+        path: A file, in a folder that exists; written over, or left as it was where that fails.
 
     Raises:
         TypeError: `spec` is not a CrossbarSpec, or `path` is neither text nor a path.
+        OSError: The file cannot be written.
     """
     if not isinstance(spec, CrossbarSpec):
         raise TypeError(
             f"save_spec: `spec` must be a CrossbarSpec, got {type(spec).__name__}; call save_spec(spec, path)"
         )
-    text = yaml.safe_dump(spec.model_dump(), sort_keys=False)
-    _path("save_spec", path).write_text(HEADER + text, encoding="utf-8")
+    text = HEADER + yaml.safe_dump(spec.model_dump(), sort_keys=False)
+    whole = _path("save_spec", path).resolve()
+    # beside it, and in its place once it is whole; what is no file, as /dev/stdout, is written to itself
+    part = whole.with_name(f".{whole.name}.part") if whole.is_file() or not whole.exists() else whole
+    try:
+        part.write_text(text, encoding="utf-8")
+        if part != whole:
+            part.replace(whole)
+    except OSError as error:
+        if part != whole:
+            part.unlink(missing_ok=True)
+        raise OSError(f"save_spec: cannot write {path} ({error.strerror}); nothing was changed") from error
 
 
 def _path(op: str, path: Any) -> Path:

@@ -340,6 +340,11 @@ class CrossbarSpec(Part):
 
         A fixed ADC range that holds every current is to be given with tiles, windows or voltages by which it would not any more.
         """
+        if not isinstance(overrides, dict):
+            raise TypeError(
+                f"CrossbarSpec: `overrides` must be a dict of settings by name, got {type(overrides).__name__}; for instance "
+                '{"adc": {"bits": 6}}'
+            )
         changed = CrossbarSpec.model_validate(_merged(self.model_dump(), overrides))
         for (key, adc, most, converts), (_, old, before, _) in zip(
             changed._conversions(), self._conversions(), strict=True
