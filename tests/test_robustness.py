@@ -377,7 +377,7 @@ FOREIGN = {
     "tensor": (save_other(torch.zeros(3)), "must be a checkpoint of gpuxbar train, got another file"),
     "weights": (save_other({"0.weight": torch.zeros(3)}), "must be a checkpoint of gpuxbar train, got another file"),
     "older": (save_other({"format": "gpuxbar-run-1"}), "must be a checkpoint of gpuxbar train, got another file"),
-    "missing": (lambda path: path.unlink(), "must exist to resume, got none; delete runs/a, which has none yet, and start the run without"),
+    "missing": (lambda path: path.unlink(), "must exist to resume, got none; start the run without --resume, under another --name"),
 }  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
         ({"train.lr": ["fast"]}, None, "train: `lr` must be a finite float of at least 0, got 'fast'"),
         ({"train.batch": [2.5]}, None, "train: `batch` must be an int of at least 1, got 2.5"),
         ({"train.epochs": [0]}, None, "train: `epochs` must be an int of at least 1, got 0"),
-        ({"train.seed": ["a"]}, None, "train: `seed` must be an int, got 'a'"),
+        ({"train.seed": ["a"]}, None, "train: `seed` must be an int of 64 bits, got 'a'"),
         ({"train.momentum": ["a"]}, None, "train: `momentum` must be a float, got 'a'"),
         ({"train.optimizer": ["agadd"]}, None, "train: `optimizer` must be an in-situ algorithm, got 'agadd'"),
         ({"train.network": ["mlp", "resnet19"]}, None, "network: `name` must be a network, got 'resnet19'"),

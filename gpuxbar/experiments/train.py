@@ -270,10 +270,8 @@ def _open(run: Run, data: Data) -> dict[str, Any]:
         save_spec(run.spec, run.folder / "spec.yaml")
         return fresh
     if not path.exists():
-        begun = f"delete {run.folder}, which has none yet, and " if run.folder.exists() else ""
-        raise ValueError(
-            f"train: `{path}` must exist to resume, got none; {begun}start the run without --resume"
-        )
+        anew = "start the run without --resume" + ", under another --name" * run.folder.exists()
+        raise ValueError(f"train: `{path}` must exist to resume, got none; {anew}")
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # an arbitrary file can fail its reader in any way
