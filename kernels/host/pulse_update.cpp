@@ -23,8 +23,9 @@ using namespace gpuxbar::pulses;
 
 namespace {
 
-// Coincidences of a device and sample below which to go through slots that fire, in place of comparing all words.
-constexpr double RARE = 0.2;
+// Coincidences of a device and sample below which to go through slots that fire; comparing all words pays sooner where
+// vectors are wide.
+constexpr double RARE = LANES == 16 ? 0.05 : 0.2;
 
 struct Scratch {
   Events events;
