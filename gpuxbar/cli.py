@@ -258,7 +258,14 @@ def fit(
             f"{found.left_out} pulses that were misread or outside the window are left out", highlight=False
         )
     outcome = "passes" if found.passed else "fails"
-    console.print(f"the law's distribution {outcome} the hold-out check at 1 %", highlight=False)
+    hint = (
+        ""
+        if found.passed or misread
+        else "; try another --law, or --misread 10 where some conductances were misread"
+    )
+    console.print(
+        f"the law's distribution {outcome} the hold-out check at 1 %{hint}", highlight=False, soft_wrap=True
+    )
     if found.read_share:
         console.print(
             f"{100 * found.read_share:.0f} % of the scatter of changes is read noise, of about {found.read_noise:.2g} S; the law takes "
