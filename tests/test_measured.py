@@ -193,6 +193,22 @@ def test_misread_conductances_are_left_out_where_asked(tmp_path):
     assert "; try" not in shown.output
 
 
+@pytest.mark.parametrize("end", [4.4e-6, 10.6e-6])
+def test_pulses_that_end_far_from_a_given_window_are_left_out(end):
+    g = np.linspace(5e-6, 10e-6, 101)
+    after = np.append(g[1:], end)
+    pulses = Pulses(g, after - g, after > g, np.zeros(101, int))
+    assert fit_law(pulses, "constant_step", g_min=5e-6, g_max=10e-6).left_out == 1
+    assert fit_law(pulses, "constant_step").left_out == 0
+
+
+def test_large_changes_one_after_another_are_no_misread_conductance():
+    """Nor is one, after which the device goes on from where it is."""
+    g = 1e-6 * np.array([*range(1, 40), *range(60, 100), 120, 140, *range(141, 160)], float)
+    pulses = Pulses(g[:-1], np.diff(g), np.ones(len(g) - 1, bool), np.zeros(len(g) - 1, int))
+    assert fit_law(pulses, "constant_step", misread=5.0).left_out == 0
+
+
 @pytest.mark.parametrize(("read_noise", "told"), [(0.0, False), (1e-7, True)])
 def test_the_command_tells_of_read_noise(tmp_path, read_noise, told):
     path = written(tmp_path / "m.csv", in_a_row(read_noise, [1.0] * 3, lambda y: 0.002))
@@ -335,6 +351,7 @@ def test_the_error_of_few_pulses_is_no_spread_of_devices(tmp_path, spread, devic
     law = ConstantStep(pulses=200, step_spread=spread)
     fit = fit_law(fitted(tmp_path, law, count=15000, devices=devices), "constant_step", **WINDOW)
     assert fit.law.step_spread == pytest.approx(spread, rel=0.05, abs=0.03)
+    assert fit.law.asymmetry_spread == 0
 
 
 @pytest.mark.parametrize("cycle_of", ["step", "nominal"])

@@ -115,6 +115,17 @@ def test_a_layer_holds_no_devices_of_a_state_that_does_not_fit(make):
         assert network(torch.ones(2, 4)).shape == y.shape
 
 
+def test_a_programmed_layer_does_not_read_its_devices_as_those_of_another_weight():
+    """Which a state dict left it whose devices do not fit."""
+    network, state = programmed(), programmed().state_dict()
+    state["0.weight"] = state["0.weight"] + 1
+    state["0.g_programmed"] = torch.zeros(2, 2, 3)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.g_programmed"):
+        network.load_state_dict(state)
+    with pytest.raises(ValueError, match="0: `weight` must stay as it was"):
+        network(torch.ones(2, 4))
+
+
 @pytest.mark.parametrize(
     ("make", "missing"),
     [(programmed, "age"), (programmed, "g_programmed"), (programmed, "written_as"), (trained, "w_max")],
