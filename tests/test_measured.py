@@ -92,10 +92,10 @@ def test_a_file_may_be_of_another_hand(tmp_path, text):
 
 TRAINS = """Device,Cycle,V [V],g [uS],direction
 a,1,1.2,2,1
-b,1,1.2,5,1
+b,2,1.2,5,1
 a,1,1.2,2.5,1
 a,1,1.2,,1
-b,1,1.2,6,1
+b,2,1.2,6,1
 a,1,1.2,3.5,1
 a,1,-1.1,3.25,-1
 a,2,1.2,1,1
@@ -172,7 +172,7 @@ def test_misread_conductances_are_left_out_where_asked(tmp_path):
     right = Pulses(read[:-1], np.diff(read), way[one] > 0, device[one] * 0)
     at = 7 + 100 * np.arange(12)
     wrong = read.copy()
-    wrong[at[:6]] = G_MAX * 1.5
+    wrong[at[:3]], wrong[at[3:6]] = -0.5e-6, G_MAX * 1.5
     wrong[at[6:]] = np.where(read[at[6:]] > 6e-6, 1.5e-6, 10e-6)
     lines = [f"{1e6 * x:.9g},{w}" for x, w in zip(wrong, [1, *way[one]], strict=True)]
     (tmp_path / "m.csv").write_text("\n".join(["g [uS],direction", *lines]))
@@ -182,12 +182,15 @@ def test_misread_conductances_are_left_out_where_asked(tmp_path):
         found = fit_law(pulses, "soft_bounds", misread=10.0, **window)
         assert (clean.left_out, found.left_out) == (0, 24)
         assert found.law.cycle == pytest.approx(clean.law.cycle, rel=0.05)
+    steps = ([1.2e-6, 2.6e-6], [1.4e-6] * 2, [True] * 2, [0] * 2)
+    steep = Pulses(*map(np.append, steps, vars(right).values()))
+    assert fit_law(steep, "soft_bounds", misread=10.0).left_out == 0  # far, but not back
     beyond = fit_law(pulses, "soft_bounds", **WINDOW)
     assert beyond.left_out == 12
     assert beyond.law.cycle > 1.5 * clean.law.cycle
     plain = ["fit", str(tmp_path / "m.csv"), "--law", "soft_bounds"]
     hint = "fails the hold-out check at 1 %; try another --law, or --misread 10 where some conductances were misread"
-    assert hint in CliRunner().invoke(app, plain).output
+    assert hint in CliRunner().invoke(app, [*plain, "--g-min", str(G_MIN)]).output
     shown = CliRunner().invoke(app, [*plain, "--misread", "10"])
     assert "24 pulses that were misread or outside the window are left out" in shown.output
     assert "; try" not in shown.output
