@@ -13,7 +13,7 @@ from torch.nn import functional
 import gpuxbar as gx
 from gpuxbar.bench import OracleMismatch
 from gpuxbar.bench.gpu import steps
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.ops import tile_mvm_plan
 
 capture = sys.modules["gpuxbar.optim.capture"]

@@ -17,7 +17,7 @@ import gpuxbar as gx
 from gpuxbar import reference
 from gpuxbar.launch import set_threads
 from gpuxbar.nn import AnalogConv2d, AnalogLinear
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.optim import OPTIMIZERS, build_optimizer
 from gpuxbar.reference import Purpose
 

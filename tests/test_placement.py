@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gpuxbar as gx
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.in_situ import InSitu
-from gpuxbar.nn.layers import AnalogLayer
 
 aten = torch.ops.aten
 capture = sys.modules["gpuxbar.optim.capture"]

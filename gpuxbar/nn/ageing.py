@@ -9,7 +9,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.models import converted_layers, require_apart, require_whole
 from gpuxbar.nn.programmed import APART
 

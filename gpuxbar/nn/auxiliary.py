@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.bridge.passes import repeated
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.in_situ import InSitu
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.ops.pairs import Slices
 from gpuxbar.spec import CrossbarSpec
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.models import converted_layers, require_apart, require_whole
 from gpuxbar.nn.watch import Lines, require_batches, tile_sums, watch, without_adcs
 

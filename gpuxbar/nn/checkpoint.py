@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import nn
 
 from gpuxbar.bridge.passes import repeated
-from gpuxbar.nn.layers import COUNTED, AnalogLayer
+from gpuxbar.nn.analog_layer import COUNTED, AnalogLayer
 from gpuxbar.nn.models import require_module
 
 __all__ = ["same_reads"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gpuxbar.bridge.analog_mvm import less_reference
 from gpuxbar.bridge.internals import _DisableAutocast
 from gpuxbar.mapping.plan import IDEAL, Read
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.cells import Cells
 from gpuxbar.nn.converters import Converter
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import crossbar_layers, require_apart, require_whole
 from gpuxbar.nn.table import columns
 from gpuxbar.nn.watch import Lines, TileSums, passes, require_batches, tile_sums, undisturbed, watch

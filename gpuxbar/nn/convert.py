@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from gpuxbar.bridge.internals import _NormBase
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.forms import (
     ANALOG,
     FUSED,
@@ -26,7 +27,6 @@ from gpuxbar.nn.forms import (
     of_torch,
     type_of,
 )
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import holders, known_name, require_module
 from gpuxbar.nn.report import Report, Row, counts, macs, positions_of
 from gpuxbar.spec import CrossbarSpec

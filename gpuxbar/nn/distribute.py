@@ -9,7 +9,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpuxbar.bridge.internals import _verify_param_shape_across_processes
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.models import require_apart, require_module, require_whole
 
 __all__ = ["distribute"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 
 __all__ = [
     "converted_layers",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gpuxbar.mapping import Planes
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.forms import is_layer
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.table import columns
 from gpuxbar.nn.watch import without_adcs
 

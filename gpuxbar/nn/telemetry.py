@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.models import crossbar_layers
 from gpuxbar.nn.table import columns
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 
 __all__ = ["Called", "require_shape"]
 

@@ -20,8 +20,9 @@ from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.bridge.internals import _BatchNorm, _DisableAutocast, _NormBase
 from gpuxbar.bridge.lines import some_lines
 from gpuxbar.mapping.plan import Read
+from gpuxbar.nn.analog_layer import COUNTED, AnalogLayer
 from gpuxbar.nn.cells import Cells
-from gpuxbar.nn.layers import COUNTED, AnalogConv, AnalogLayer
+from gpuxbar.nn.layers import AnalogConv
 from gpuxbar.nn.models import holders, known_name
 
 __all__ = [

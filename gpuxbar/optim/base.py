@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gpuxbar.bridge.device_update import require_finite_gradient
 from gpuxbar.bridge.internals import _disable_dynamo
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.in_situ import InSitu
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.nn.models import require_apart
 from gpuxbar.nn.owners import layer_of
 

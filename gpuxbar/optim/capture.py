@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpuxbar.nn.layers import AnalogLayer
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.models import require_module
 from gpuxbar.optim.base import InSituOptimizer
 from gpuxbar.optim.in_situ import InSituSGD

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.in_situ import InSitu
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import InSituOptimizer
 
 __all__ = ["InSituSGD"]

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.auxiliary import pulse_weight
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import COUNT, LR, MOMENTUM, InSituOptimizer, Rule
 
 __all__ = ["MixedPrecision"]

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from gpuxbar.bridge.chop import chop
 from gpuxbar.bridge.lines import largest_on_lines
+from gpuxbar.nn.analog_layer import AnalogLayer
 from gpuxbar.nn.auxiliary import AuxiliaryArray, pulse_weight
-from gpuxbar.nn.layers import AnalogLayer
 from gpuxbar.optim.base import COUNT, LR, MOMENTUM, InSituOptimizer, Rule, is_count
 
 __all__ = ["AGAD", "ChoppedTikiTakaV2", "TikiTaka", "TikiTakaV2"]
