@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import gpuxbar
 from gpuxbar import circuit, ops, reference
+from gpuxbar.nn import AnalogConv2d, AnalogLinear
 
 # one line a circuit: what ngspice 39 and badcrossbar 1.1.0 found, with all digits they print
 CASES = json.loads((Path(__file__).parent / "circuits.json").read_text())
@@ -150,3 +152,76 @@ def test_only_a_cell_of_0_S_is_left_out():
     text = circuit.netlist(np.ones(1), np.array([[1e-12, 0.0]]), r_wordline=1.0, r_bitline=1.0)
     assert f"rd0_0 w0_0 b0_0 {1 / 1e-12!r}" in text
     assert "rd0_1" not in text
+
+
+WIRED = {
+    "tile": {"rows": 16, "cols": 12},
+    "device": {"g_min": 1e-6, "g_max": 1e-4},
+    "mapping": {"slices": 2, "slice_bits": 2},
+    "parasitics": {"r_wordline": 5.0, "r_bitline": 8.0, "r_source": 40.0, "r_sink": 40.0},
+}
+
+
+def by_circuits(layer, v):
+    """Currents of a group's bitlines, A: those of every tile's circuit, of all planes, [groups, N, O]."""
+    total = np.zeros((layer.groups_, len(v), layer.outputs))
+    for group, plane in np.ndindex(layer.groups_, 4):
+        for row, col in np.ndindex(3, 2):
+            tile = layer.tile_circuit(plane, row, col, group=group)
+            lines = v[:, group, 16 * row : 16 * row + len(tile["g"])]
+            digit = (1, 4, -1, -4)[plane]
+            current = circuit.node_voltages(lines, **tile).current
+            total[group, :, 12 * col : 12 * col + tile["g"].shape[1]] += digit * current
+    return total
+
+
+@pytest.mark.parametrize("way", ["read", "programmed", "in situ"])
+def test_circuits_of_a_layers_tiles_make_its_products(way):
+    """Of a convolution of 2 groups, 36 lines and 20 columns each: 3 x 2 tiles, with rests along both."""
+    extra = {"update": {"law": "soft_bounds"}, "carry": {}} if way == "in situ" else {}
+    if way == "programmed":
+        extra = {"programming": {"write_noise": 1e-6}}
+    torch.manual_seed(0)
+    layer = AnalogConv2d(
+        8, 40, 3, groups=2, bias=False, spec=gpuxbar.CrossbarSpec.model_validate({**WIRED, **extra})
+    )
+    if way == "programmed":
+        layer.program()
+    elif way == "in situ":
+        layer.begin_in_situ()
+    x = torch.rand(4, 8, 3, 3)
+    v = x.view(4, 2, 36).numpy().astype(np.float64)  # V of weight units: reads are linear
+    currents = by_circuits(layer, v)
+    y = layer(x).detach().view(4, 2, 20).transpose(0, 1).numpy()
+    unit = (y * currents).sum() / (currents**2).sum()
+    near = {"rtol": 0, "atol": 1e-5 * np.abs(y).max()}  # differences of pairs
+    np.testing.assert_allclose(currents * unit, y, **near)
+    if way == "read":  # which writes what the weights are by then
+        layer.weight.data.mul_(-1)
+        np.testing.assert_allclose(by_circuits(layer, v) * unit, -y, **near)
+
+
+TILES = {
+    "plane": ({"plane": 4}, {}, "`plane` must be 0 to 3, got 4"),
+    "row": ({"row": 3}, {}, "`row` must be 0 to 2, got 3"),
+    "col": ({"col": -1}, {}, "`col` must be 0 to 1, got -1"),
+    "group": ({"group": 1}, {}, "`group` must be 0 to 0, got 1"),
+    "ideal": ({}, {"parasitics": {}}, "`parasitics` must give .* got ideal wires"),
+    "shared": ({}, {"parasitics": {**WIRED["parasitics"], "shared_drivers": True}}, "`parasitics` must give .* got drivers that column tiles share"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_a_tile_that_is_no_circuit_is_refused(name):
+    place, change, text = TILES[name]
+    layer = AnalogLinear(36, 20, spec=gpuxbar.CrossbarSpec.model_validate({**WIRED, **change}), name="fc")
+    with pytest.raises(ValueError, match=f"^fc: {text}"):
+        layer.tile_circuit(**place)
+
+
+def test_resistances_must_be_numbers():
+    for function in (circuit.netlist, circuit.node_voltages):
+        with pytest.raises(
+            TypeError, match="`r_bitline` must be a number or one per line, got 'a'; give ohm"
+        ):
+            function(**{**GOOD, "r_bitline": "a"})

@@ -246,6 +246,43 @@ class AnalogLayer(Converters):
         """The cells that a read drives, [S, G * I, O]: without the other side's reference lines."""
         return driven_lines(cells, self.plan, transposed)
 
+    @torch.no_grad()
+    def tile_circuit(self, plane: int = 0, row: int = 0, col: int = 0, *, group: int = 0) -> dict[str, Any]:
+        """One tile's devices and wires as `gpuxbar.circuit` takes them: `circuit.draw_ir_drop(v, **layer.tile_circuit())`.
+
+        Args:
+            plane: Of 2 `mapping.slices`: positive devices first, least significant slice first.
+            row, col: Row tile and column tile of the plane; `repr(layer)` says how many there are.
+            group: Of a convolution with `groups`.
+
+        Returns:
+            `g`, float32 [R, C], S, as devices are now, without the empty rest of an edge tile; `r_wordline`, `r_bitline`, `r_source`
+            and `r_sink`, ohm, of a forward read.
+
+        Raises:
+            ValueError: There is no such tile; the layer's wires are ideal, or share drivers with other tiles.
+        """
+        wires, size = self.spec.parasitics, self.spec.tile
+        if not wires.active or wires.shared_drivers:
+            got = "drivers that column tiles share" if wires.active else "ideal wires"
+            raise ValueError(
+                f"{self.name}: `parasitics` must give every tile wires of its own for tile_circuit, got {got}; set a resistance, and "
+                "shared_drivers=False"
+            )
+        self.conductances()  # written, where weights changed since the last read
+        planes = self._devices().unflatten(1, (self.groups_, -1))
+        counts = {
+            "plane": len(planes), "row": ceil(self.inputs / size.rows), "col": ceil(self.outputs / size.cols), "group": self.groups_,
+        }  # fmt: skip
+        for (name, count), index in zip(counts.items(), (plane, row, col, group), strict=True):
+            if index not in range(count):
+                raise ValueError(
+                    f"{self.name}: `{name}` must be 0 to {count - 1}, got {index!r}; choose one of the layer's"
+                )
+        g = planes[plane, group].split(size.rows)[row].split(size.cols, 1)[col]
+        ohms = ("r_wordline", "r_bitline", "r_source", "r_sink")
+        return {"g": g.cpu().numpy().copy(), **{name: getattr(wires, name) for name in ohms}}
+
     def clip_rate(self) -> float:
         """Share of the weights beyond `mapping.w_max`, or at the bounds of cells trained in situ."""
         law, mapping = self.spec.update, self.spec.mapping

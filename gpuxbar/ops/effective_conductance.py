@@ -210,7 +210,10 @@ def _check_count(op: str, name: str, value: Any, rows: int, cols: int) -> int:
 
 def per_line(op: str, name: str, value: Any, rows: int, cols: int) -> np.ndarray:
     """A resistance for every line, float32 [R] or [C], from one number or one per line."""
-    resistance = np.asarray(value, np.float32)
+    try:
+        resistance = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: `{name}` must be a number or one per line, got {value!r}; give ohm") from None
     count = _check_count(op, name, resistance, rows, cols)
     wrong = ~(np.isfinite(resistance) & (resistance >= 0))
     if wrong.any():
