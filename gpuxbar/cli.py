@@ -53,7 +53,8 @@ def train(
         list[str] | None,
         typer.Option(
             help="Train once for each value, such as adc.bits=4,6,8; given again, for every combination; seed=0,1,2 repeats with other "
-            "devices and noise, train.seed=0,1,2 with other first weights; train.lr, train.batch and so on vary options of this command."
+            "devices and noise, train.seed=0,1,2 with other first weights; train.lr, train.batch and so on vary options of this command; "
+            "tile.rows+tile.cols=64,128 varies two settings together."
         ),
     ] = None,
     modes: Annotated[

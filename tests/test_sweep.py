@@ -88,6 +88,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
         ({"train.momentum": ["a"]}, None, "train: `momentum` must be a float, got 'a'"),
         ({"train.optimizer": ["agadd"]}, None, "train: `optimizer` must be an in-situ algorithm, got 'agadd'"),
         ({"train.network": ["mlp", "resnet19"]}, None, "network: `name` must be a network, got 'resnet19'"),
+        ({"adc.bits": [6], "tile.rows+adc.bits": [8]}, None, r"sweep: `vary` must name a key once, got adc.bits in adc.bits, tile.rows\+adc.bits"),
+        ({"tile.rows+train.lrr": [8]}, None, "sweep: `vary` must hold options of a training behind train., got train.lrr"),
+        ({"tile.rows+tile.colz": [8]}, None, "CrossbarSpec: `tile.colz` must be a known key"),
         ({"adc.bits": []}, None, r"sweep: `vary` must hold values that differ, got \[\] for adc.bits"),
         ({"adc.bits": [6]}, ("in-situ",), "`update` of the spec must be an update law"),
         ({"update": [{"law": "ideal"}, None]}, ("in-situ",), "`update` of the spec must be an update law"),
@@ -110,7 +113,19 @@ def test_a_folder_is_begun_or_resumed_as_wanted(tmp_path):
         sweep(run, VARY)
 
 
-@pytest.mark.parametrize("seed", ["seed", "train.seed"])
+def test_settings_are_varied_together(tmp_path):
+    vary = {"tile.rows+tile.cols": [16, 64], "train.seed+seed": [0, 1]}
+    rows = sweep(Run(tmp_path / "all", SPEC, **COMMON), vary)
+    assert [(row["mode"], *(row.get(key) for key in vary)) for row in rows] == [
+        ("ideal", None, 0), ("hardware-aware", 16, 0), ("ideal", None, 1), ("hardware-aware", 16, 1),
+        ("hardware-aware", 64, 0), ("hardware-aware", 64, 1),
+    ]  # fmt: skip
+    spec = SPEC.with_overrides({"tile": {"rows": 64, "cols": 64}, "seed": 1})
+    (found,) = train(Run(tmp_path / "alone", spec, modes=("hardware-aware",), seed=1, **COMMON))
+    assert {key: found[key] for key in ("mode", "loss", "accuracy")}.items() <= rows[-1].items()
+
+
+@pytest.mark.parametrize("seed", ["seed", "train.seed", "train.seed+seed"])
 def test_the_picture_has_a_line_for_every_combination_of_what_is_not_along_it(seed, tmp_path, monkeypatch):
     """Means over seeds that did not diverge; where all did there is a gap; the ideal accuracy all along."""
     module, drawn = import_module("gpuxbar.experiments.sweep"), []

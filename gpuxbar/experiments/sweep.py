@@ -20,10 +20,11 @@ from gpuxbar.spec.errors import nearest
 __all__ = ["shown", "sweep"]
 
 OPTION = "train."  # before keys of options of a training
+TIE = "+"  # between keys that take the same values
 OPTIONS = ("network", "epochs", "batch", "lr", "in_situ_lr", "momentum", "optimizer", "seed")
 # those that change the mode "ideal" too
 OF_IDEAL = [OPTION + name for name in ("network", "epochs", "batch", "lr", "seed")]
-REPEATED = "seed", OPTION + "seed"  # whose values repeat a point
+REPEATED = {"seed", OPTION + "seed"}  # whose values repeat a point
 RESULTS = "loss", "accuracy"
 LINES = "-", "--", ":", "-."
 LEGEND = 8  # lines that one inside the axes has room for
@@ -44,7 +45,7 @@ def sweep(
             of others stay in `sweep.csv`.
         vary: Values by keys of the spec, {"adc.bits": [6, 8], "seed": [0, 1]}, or of options of the training behind `train.`:
             `train.network`, `train.epochs`, `train.batch`, `train.lr`, `train.in_situ_lr`, `train.momentum`, `train.optimizer` and
-            `train.seed`.
+            `train.seed`. Keys joined by `+` take each value together: {"tile.rows+tile.cols": [64, 128]}.
         announce: Hears of every run before it begins.
 
     Raises:
@@ -54,6 +55,12 @@ def sweep(
         if not values or any(value in values[:place] for place, value in enumerate(values)):
             raise ValueError(
                 f"sweep: `vary` must hold values that differ, got {values} for {key}; for instance adc.bits=6,8"
+            )
+    keys = [one for key in vary for one in key.split(TIE)]
+    for place, key in enumerate(keys):
+        if key in keys[:place]:
+            raise ValueError(
+                f"sweep: `vary` must name a key once, got {key} in {', '.join(vary)}; leave one out"
             )
         if key.startswith(OPTION) and key.removeprefix(OPTION) not in OPTIONS:
             known = [OPTION + name for name in OPTIONS]
@@ -88,7 +95,7 @@ def _runs(run: Run, vary: dict[str, list[Any]]) -> list[tuple[dict[str, Any], Ru
     for values in itertools.product(*vary.values()):
         point = dict(zip(vary, values, strict=True))
         modes = modes_of(_at(run, point, run.modes))
-        own = {key: value for key, value in point.items() if key in OF_IDEAL}
+        own = {key: value for key, value in point.items() if set(key.split(TIE)) & set(OF_IDEAL)}
         ideal = own, _at(run, own, ("ideal",))
         if "ideal" in modes and ideal not in runs:
             runs.append(ideal)
@@ -100,8 +107,9 @@ def _runs(run: Run, vary: dict[str, list[Any]]) -> list[tuple[dict[str, Any], Ru
 
 def _at(run: Run, point: dict[str, Any], modes: tuple[str, ...] | None) -> Run:
     """The run of some modes at a point."""
-    options = {key.removeprefix(OPTION): value for key, value in point.items() if key.startswith(OPTION)}
-    settings = {key: value for key, value in point.items() if not key.startswith(OPTION)}
+    each = {one: value for key, value in point.items() for one in key.split(TIE)}
+    options = {key.removeprefix(OPTION): value for key, value in each.items() if key.startswith(OPTION)}
+    settings = {key: value for key, value in each.items() if not key.startswith(OPTION)}
     spec = run.spec.with_overrides(nested(settings))
     names = ["ideal"] * (modes == ("ideal",)) + [f"{key}={shown(value)}" for key, value in point.items()]
     folder = run.folder / ",".join(names).replace(os.sep, "-")
@@ -141,7 +149,7 @@ def _write(rows: list[dict[str, Any]], keys: list[str], path: Path) -> None:
 def _plot(rows: list[dict[str, Any]], vary: dict[str, list[Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    along, *others = [key for key in vary if key not in REPEATED] or vary
+    along, *others = [key for key in vary if not set(key.split(TIE)) <= REPEATED] or vary
     lines: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if row["accuracy"] is None:
