@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from gpuxbar import ops, reference
 from gpuxbar.cli import app
+from gpuxbar.experiments.chosen_pulses import prepared
+from gpuxbar.experiments.device_spread import devices_of
 from gpuxbar.experiments.fit import fit_law, fit_table
 from gpuxbar.experiments.measured import Pulses, read_pulses
 from gpuxbar.spec import (
@@ -355,6 +357,90 @@ def test_the_error_of_few_pulses_is_no_spread_of_devices(tmp_path, spread, devic
     fit = fit_law(fitted(tmp_path, law, count=15000, devices=devices), "constant_step", **WINDOW)
     assert fit.law.step_spread == pytest.approx(spread, rel=0.05, abs=0.03)
     assert fit.law.asymmetry_spread == 0
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.3])
+def test_few_pulses_of_a_device_hide_no_noise_of_cycles(tmp_path, apart):
+    """Ratios of devices that follow their own few pulses would."""
+    law = ConstantStep(pulses=200, step_spread=0.1, asymmetry_spread=apart)
+    fit = fit_law(fitted(tmp_path, law, count=10000, devices=1000), "constant_step", **WINDOW)
+    assert fit.law.cycle == pytest.approx(0.3, rel=0.05)
+
+
+def test_devices_of_few_and_of_many_pulses_do_not_differ_by_their_errors():
+    spreads = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        share = rng.lognormal(0, 1.2, 100)
+        device, rising = rng.choice(100, 1200, p=share / share.sum()), rng.random(1200) < 0.5
+        step = np.where(rising, 1, -1) + rng.normal(size=1200)
+        pulses = Pulses(np.zeros(1200), step, rising, device)
+        spreads.append(devices_of(pulses, step, np.where(rising, 1.0, -1.0)).asymmetry_spread)
+    assert np.count_nonzero(spreads) <= 2
+
+
+@pytest.mark.parametrize("asymmetry", [0.0, 0.5])
+@pytest.mark.parametrize("apart", [0.1, 0.3])
+def test_spreads_are_what_devices_differ_by_beyond_their_errors(asymmetry, apart):
+    """Of 40 pulses of a device, each with noise of a nominal step: errors as large as what they are of."""
+    rng = np.random.default_rng(0)
+    device, rising = rng.integers(2000, size=80000), rng.random(80000) < 0.5
+    mean = np.where(rising, 1 + asymmetry, asymmetry - 1)
+    gain, lean = 1 + 0.2 * rng.normal(size=2000), apart * rng.normal(size=2000)
+    step = gain[device] * (mean + lean[device]) + rng.normal(size=80000)
+    found = devices_of(Pulses(np.zeros(80000), step, rising, device), step, mean, asymmetry)
+    assert found.spreads == pytest.approx({"step_spread": 0.2, "asymmetry_spread": apart}, rel=0.1)
+
+
+def test_spreads_are_no_larger_than_a_law_takes():
+    rng = np.random.default_rng(0)
+    device, rising = rng.integers(100, size=20000), rng.random(20000) < 0.5
+    gain, lean = 1 + 5 * rng.normal(size=100), 5 * rng.normal(size=100)
+    mean = np.where(rising, 1.0, -1.0)
+    step = gain[device] * (mean + lean[device])
+    found = devices_of(Pulses(np.zeros(20000), step, rising, device), step, mean)
+    assert found.spreads == {"step_spread": 2.0, "asymmetry_spread": 1.0}
+
+
+@pytest.mark.parametrize("both_ways", [0, 2])
+def test_devices_that_are_pulsed_one_way_differ_in_size(both_ways):
+    rng = np.random.default_rng(0)
+    device = rng.integers(500, size=20000)
+    rising = (device >= both_ways) | (rng.random(20000) < 0.5)
+    mean = np.where(rising, 1.0, -1.0)
+    step = (1 + 0.2 * rng.normal(size=500))[device] * mean + 0.1 * rng.normal(size=20000)
+    found = devices_of(Pulses(np.zeros(20000), step, rising, device), step, mean)
+    assert found.spreads == pytest.approx({"step_spread": 0.2, "asymmetry_spread": 0.0}, rel=0.1)
+
+
+def test_a_single_pulse_of_a_device_tells_nothing_of_it(tmp_path):
+    """Some of which are held out."""
+    pulses = fitted(tmp_path, ConstantStep(pulses=200), count=2000)
+    pulses = Pulses(pulses.g_before, pulses.dg, pulses.rising, np.arange(2000))
+    for seed in range(10):
+        fit = fit_law(pulses, "constant_step", seed=seed, **WINDOW)
+        assert fit.law.cycle == pytest.approx(0.3, rel=0.1)
+        assert min(fit.explained) == pytest.approx(0, abs=0.01)  # of steps that are all the same
+
+
+def test_conductances_are_misread_among_those_of_their_device():
+    """Of two whose pulses alternate; large changes elsewhere, of which one does not lead to the other, stay."""
+    g = np.stack([np.linspace(2e-6, 4e-6, 101), np.linspace(6e-6, 9e-6, 101)], 1)
+    g[50, 1] = 3e-6
+    before, dg = g[:-1].ravel(), np.diff(g, axis=0).ravel()
+    before, dg = np.append(before, [5e-6, 8e-6]), np.append(dg, [2e-6, -2e-6])
+    device = np.append(np.tile([0, 1], 100), [2, 2])
+    pulses = Pulses(before, dg, dg > 0, device)
+    _, kept = prepared("fit", pulses, None, None, 10.0)
+    np.testing.assert_array_equal(kept.g_before, np.delete(before, [2 * 49 + 1, 2 * 50 + 1]))
+
+
+def test_changes_that_coarse_reads_tell_are_not_misread():
+    rng = np.random.default_rng(0)
+    way = np.tile([1, -1], 500)
+    g = 5e-6 + 1e-7 * np.append(0, np.cumsum(way * (rng.random(1000) < 0.4)))
+    pulses = Pulses(g[:-1], np.diff(g), way > 0, np.zeros(1000, int))
+    assert fit_law(pulses, "constant_step", misread=10.0).left_out == 0
 
 
 @pytest.mark.parametrize("cycle_of", ["step", "nominal"])

@@ -1,5 +1,7 @@
 """What is refused leaves a model as it was, however many of its layers it is about."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -137,3 +139,65 @@ def test_a_state_that_lacks_a_part_of_its_devices_is_refused(make, missing):
         ValueError, match=f"1: `state_dict` must hold all of a .*, got one that lacks {missing}"
     ):
         model(**TRAINED).load_state_dict(state, strict=False)
+
+
+def trained_and_programmed(**settings):
+    network = trained(**settings)
+    gx.program(network)
+    return network
+
+
+@pytest.mark.parametrize("settings", [{}, {"device": {"g_min": 1e-6, "g_max": 2e-5}}])
+def test_a_layer_holds_no_cells_of_a_state_whose_programmed_devices_are_refused(settings):
+    """Which in-situ training would otherwise go on from."""
+    state = trained_and_programmed().state_dict()
+    if not settings:
+        del state["0.age"]
+    network = model(**TRAINED, **settings)
+    with pytest.raises(ValueError, match="0: `state_dict` must"):
+        network.load_state_dict(state, strict=False)
+    assert not network[0].in_situ
+    gx.optim.InSituSGD(network.parameters(), lr=0.1)
+    assert torch.equal(network[0].w_max, trained(**settings)[0].w_max)
+
+
+@pytest.mark.parametrize("name", ["written_as", "device_seed", "chip", "measured", "age", "gain", "ageings"])
+def test_a_layer_holds_no_devices_whose_time_does_not_fit(name):
+    state = programmed().state_dict()
+    state[f"0.{name}"] = torch.cat([state[f"0.{name}"]] * 2)
+    network = model()
+    with pytest.raises((RuntimeError, ValueError), match=r"size mismatch for 0\.|argument 2 is longer"):
+        network.load_state_dict(state)
+    assert not network[0].programmed
+    network(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("make", [programmed, trained])
+def test_states_may_come_in_parts_to_a_layer_that_holds_devices(make):
+    """As large checkpoints do, which are cut anywhere."""
+    source, x = make(), torch.ones(2, 4)
+    with torch.no_grad():
+        source[0].weight.mul_(0.5)
+    if make is programmed:
+        gx.program(source)
+        gx.age(source, "1d")
+    else:
+        source[0].begin_in_situ()
+    state = [*source.state_dict().items()]
+    for cut in range(1, len(state)):
+        network = make()
+        for part in (state[:cut], state[cut:]):
+            network.load_state_dict(dict(part), strict=False)
+        for name, value in state:
+            assert torch.equal(network.state_dict()[name], value), (cut, name)
+        assert torch.equal(network(x), copy.deepcopy(source)(x))
+
+
+def test_devices_of_before_their_seed_was_saved_are_those_of_the_layer():
+    source = programmed(drift={"nu": 0.05})
+    state = source.state_dict()
+    for name in ("0.device_seed", "1.device_seed"):
+        del state[name]
+    network = model(drift={"nu": 0.05})
+    network.load_state_dict(state, strict=False)
+    assert torch.equal(network(torch.ones(2, 4)), source(torch.ones(2, 4)))

@@ -430,6 +430,22 @@ def test_a_full_disk_leaves_the_spec_that_is_there(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["spec.yaml"]
 
 
+def test_a_spec_that_others_may_not_read_stays_so(tmp_path):
+    path = tmp_path / "spec.yaml"
+    gx.save_spec(gx.CrossbarSpec(), path)
+    path.chmod(0o600)
+    gx.save_spec(gx.presets.demo(), path)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_spec_in_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=r"save_spec: cannot write .*/file/spec\.yaml \(Not a directory\); nothing"
+    ):
+        gx.save_spec(gx.CrossbarSpec(), tmp_path / "file" / "spec.yaml")
+
+
 def test_a_spec_goes_to_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -53,7 +53,9 @@ def _apart(op: str, pulses: Pulses, times: float) -> np.ndarray:
         )
     order = np.argsort(pulses.device, kind="stable")
     one = pulses[order]
-    far = np.abs(one.dg) > times * np.median(np.abs(one.dg))
+    change = np.abs(one.dg)
+    moved = change[change > 0]  # of coarse reads most may tell no change
+    far = change > times * (np.median(moved) if len(moved) else 0.0)
     back = in_a_row(one, float(np.ptp(one.g_before)))
     back &= far[:-1] & far[1:] & (one.dg[:-1] * one.dg[1:] < 0)
     apart = np.zeros(len(one), bool)

@@ -43,8 +43,9 @@ def devices_of(pulses: Pulses, step: np.ndarray, mean: np.ndarray, asymmetry: fl
     if count < 3:
         return Devices(np.ones((count, 2)), 0.0, 0.0)
     both, error, known = _ratios(pulses.device, step, mean, count)
-    ratio = np.stack([both, both], 1)
     size = _variance(both[known], error[known])
+    likely = _drawn_in(both, np.where(known, error, np.inf), size)
+    ratio = np.stack([likely, likely], 1)
     each, errors, told = (
         part.reshape(count, 2) for part in _ratios(2 * pulses.device + pulses.rising, step, mean, 2 * count)
     )
@@ -57,10 +58,13 @@ def devices_of(pulses: Pulses, step: np.ndarray, mean: np.ndarray, asymmetry: fl
     steps, errors = each[both_ways], errors[both_ways]
     noise = errors @ half**2
     apart = _variance(steps @ half, noise)
-    if apart <= SIGNIFICANT * noise.mean() * (2 / (both_ways.sum() - 1)) ** 0.5:
+    if apart <= SIGNIFICANT * (2 * np.mean(noise**2) / (both_ways.sum() - 1)) ** 0.5:
         return Devices(ratio, size**0.5, 0.0)
-    ratio[both_ways] = steps
-    return Devices(ratio, _variance(steps @ whole, errors @ whole**2) ** 0.5, apart**0.5)
+    spread = _variance(steps @ whole, errors @ whole**2)
+    size_of = _drawn_in(steps @ whole, errors @ whole**2, spread)
+    lean = _drawn_in(steps @ half, noise, apart, 0.0)
+    ratio[both_ways] = np.stack([size_of - lean / (1 - asymmetry), size_of + lean / (1 + asymmetry)], 1)
+    return Devices(ratio, spread**0.5, apart**0.5)
 
 
 def _ratios(
@@ -73,6 +77,11 @@ def _ratios(
     pulsed = np.bincount(group, minlength=count)
     own = pulsed / np.maximum(pulsed - 1, 1)  # each ratio is fitted to its group's own pulses
     return ratio, own * np.bincount(group, rest**2, count) / weight**2, pulsed > 1
+
+
+def _drawn_in(values: np.ndarray, errors: np.ndarray, variance: float, mean: float = 1.0) -> np.ndarray:
+    """Values of this mean and variance nearest to those measured with squared errors."""
+    return mean + (values - mean) * variance / np.maximum(variance + errors, 1e-30)
 
 
 def _variance(values: np.ndarray, errors: np.ndarray) -> float:

@@ -32,7 +32,8 @@ class Fit:
             conductance makes one too large and the next too small. 0 where that does not show; changes of a device that depend on
             one another otherwise are taken for it, or hide it.
         read_share: Share of the scatter of changes that this makes; the law takes all scatter for its own.
-        left_out: How many pulses begin outside the window or end far from it: misread, and neither fitted nor held out.
+        left_out: How many pulses begin outside the window, end far from it, or lead to or from a conductance that stands apart:
+            misread, and neither fitted nor held out.
     """
 
     law: UpdateLaw

@@ -501,8 +501,12 @@ class AnalogLayer(Converters):
         counted = state_dict.get(f"{prefix}read_step")
         if counted is not None:  # perhaps of before reads in eval mode were counted apart
             state_dict.setdefault(f"{prefix}eval_step", torch.zeros_like(counted))
-        errors, before = more[-1], dict(self._buffers)
-        known = len(errors)
-        super()._load_from_state_dict(state_dict, prefix, *more)
-        if len(errors) > known:  # which torch raises: what was made to be filled holds nothing
-            self._buffers.update({name: None for name, buffer in before.items() if buffer is None})
+        absent = [name for name, buffer in self._buffers.items() if buffer is None]
+        errors: list[str] = more[-1]
+        known, fits = len(errors), False
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *more)
+            fits = len(errors) == known  # which torch raises otherwise
+        finally:
+            if not fits:  # what was made to be filled holds nothing
+                self._buffers.update(dict.fromkeys(absent))

@@ -496,7 +496,7 @@ class InSitu(Programmed):
             raise ValueError(
                 f"{self.name}: `spec.update` must be an update law to load cells trained in situ, got None; {way}"
             )
-        if f"{prefix}w_max" not in state_dict:
+        if self.w_max is None and f"{prefix}w_max" not in state_dict:
             raise ValueError(
                 f"{self.name}: `state_dict` must hold all of a layer trained in situ, got one that lacks w_max; save the whole of "
                 "model.state_dict()"

@@ -268,7 +268,7 @@ class Programmed(Wires):
                 state_dict[f"{prefix}{name}"] = saved[name] = torch.zeros(
                     1, dtype=dtype, device=self.weight.device
                 )
-        lacking = sorted({*HELD} - {*saved, "device_seed"}) if saved else []
+        lacking = sorted({*HELD} - {*saved, "device_seed"}) if saved and not self.programmed else []
         if lacking:
             raise ValueError(
                 f"{self.name}: `state_dict` must hold all of a programmed layer, got one that lacks {', '.join(lacking)}; save the whole "
@@ -281,7 +281,7 @@ class Programmed(Wires):
             self.device_seed = torch.tensor([self.plan.seed], device=self.weight.device)
             shapes = self._shapes()
             for name, value in saved.items():
-                shape = shapes.get(name, value.shape)  # not of other devices, which torch refuses
+                shape = shapes.get(name, (1,))  # not that of the state dict, of which torch refuses another
                 setattr(self, name, torch.empty(shape, dtype=value.dtype, device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *more)
         if saved and len(errors) == known:
@@ -290,13 +290,14 @@ class Programmed(Wires):
         self.forget_wires()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of what the layer's weights are written to."""
+        """Of buffers that hold more than one number."""
         plan, mapping = self.plan, self.spec.mapping
         rows, cols = plan.inputs + plan.reference_lines[0], plan.outputs + plan.reference_lines[1]
         planes = 1 if mapping.scheme == "offset" else 2 * mapping.slices
         return {
             "g_programmed": (planes, plan.groups * rows, cols),
             "w_programmed": (plan.groups * cols,),
+            "written_as": (len(WRITTEN_AS),),
         }
 
     def _require_written_as(self, saved: Tensor) -> None:

@@ -153,8 +153,8 @@ class Parasitics(Part):
 
     Wordlines are driven at their first column and bitlines sensed at their last row; the other ends are open. What fills no whole
     tile lies in the corner by its drivers and sense amplifiers, without devices on the rest of its lines.
-    `r_wordline`, `r_bitline`: of a wire segment between two cells, ohm. `r_source`: total before the first cell of a
-    wordline, driver and wire, ohm; `r_sink`: total after the last cell of a bitline, ohm.
+    `r_wordline`, `r_bitline`: of a wire segment between two cells, at most 1 / `device.g_max`, ohm. `r_source`: total before the
+    first cell of a wordline, driver and wire, ohm; `r_sink`: total after the last cell of a bitline, ohm.
     `method`: "exact", or an approximation of `gpuxbar.ops.effective_conductance`.
     `terminations`: what a transposed read finds at the ends. "line": every line keeps its resistance, so bitlines are
     driven through `r_sink` and the array is exactly the transpose; "role": drivers keep `r_source` and sense amplifiers

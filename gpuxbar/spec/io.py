@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable
+from contextlib import suppress
 from pathlib import Path
+from shutil import copymode
 from typing import Any
 
 import yaml
@@ -77,10 +79,13 @@ def save_spec(spec: CrossbarSpec, path: str | Path) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         if part != whole:
+            if whole.exists():
+                copymode(whole, part)
             part.replace(whole)
     except OSError as error:
         if part != whole:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
         raise OSError(f"save_spec: cannot write {path} ({error.strerror}); nothing was changed") from error
 
 
