@@ -452,7 +452,7 @@ def recorded(path, *arguments):
 
 @pytest.mark.parametrize("which", ["read", "step"])
 @pytest.mark.parametrize("error", [OracleMismatch, RuntimeError])
-def test_a_failed_check_voids_its_table(tmp_path, emulated, monkeypatch, which, error):
+def test_a_failed_check_voids_its_rows(tmp_path, emulated, monkeypatch, which, error):
     def red(*_):
         raise error("off by one")
 
@@ -497,7 +497,7 @@ def test_what_fails_takes_nothing_else_with_it(tmp_path, emulated, monkeypatch):
     ]
 
 
-def test_a_mistake_shows_its_trace_and_voids_its_table_alone(tmp_path, emulated, monkeypatch):
+def test_a_mistake_shows_its_trace_and_voids_its_rows_alone(tmp_path, emulated, monkeypatch):
     monkeypatch.setattr(device_ops, "check", lambda *_: None.shape)
     status, text, cases = recorded(tmp_path / "rows.jsonl", *HERE)
     assert status == 2

@@ -145,6 +145,11 @@ def test_the_planner_says_why():
     for case_, strategy, reason in (
         (BIG, "wgmma", "it multiplies no bf16"),
         (images, "implicit", "codes are gathered from images as fp16"),
+        (
+            replace(BIG, drive=2**22, sense=512, stream_bits=2, streams=4, phases=2),
+            "fused",
+            "the operands are too large for its indices",
+        ),
     ):
         with pytest.raises(ValueError, match=f"got '{strategy}' where {reason}; choose 'auto'"):
             plan_tile_mvm(case_, "sm_90", 132, strategy)

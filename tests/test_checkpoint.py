@@ -108,3 +108,13 @@ def test_checkpoints_that_read_the_same_by_themselves_need_no_context(reentrant)
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
     assert torch.equal(x.grad, expected)
+
+
+def test_a_retained_graph_is_computed_again_by_each_backward_pass():
+    model, _ = gx.convert(
+        nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), spec(read_noise={"sigma": 1e-8})
+    )
+    x = torch.randn(3, 6, requires_grad=True)
+    y = checkpoint(model, x, use_reentrant=False, context_fn=lambda: gx.same_reads(model)).square().sum()
+    first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)

@@ -130,6 +130,9 @@ def test_codes_at_the_ends_of_the_range(name, gate):
         y = fused(codes, g, device, precision="fp16", g_range=2.0**-16, tile_rows=1, strategy=strategy, **s)
         np.testing.assert_array_equal(np.stack(y), expected.astype(np.float32))
         assert strategy == "epilogue" or device.macros[-1]["BLOCK_N"] == (128 if gate else 256)
+    for count in (1, 13):  # the host has a loop for few rows, and one for many
+        y = np.stack(ops.tile_mvm(np.tile(codes, (count, 1)), g, tile_rows=1, **s))
+        np.testing.assert_array_equal(y, np.concatenate([expected.astype(np.float32)] * count, axis=-2))
 
 
 @pytest.mark.parametrize("planes", [1, 2])
@@ -316,6 +319,7 @@ CHOICES = {
     "streams": (replace(BIG, streams=4, stream_bits=3), "sm_90", "epilogue", r"streams \* stream_bits = 12 bits"),
     "indices": (replace(BIG, planes=512), "sm_90", "epilogue", "operands are too large"),
     "memory": (replace(BIG, precision="fp16x2", variance=True), "sm_86", "epilogue", "do not fit the shared memory of sm_86"),
+    "blocks": (replace(BIG, groups=2**12, planes=16, drive=8, tile=8, sense=8), "sm_90", "epilogue", "operands are too large"),
     "little": (replace(BIG, rows=1, drive=128, sense=16), "sm_100", "fused", "tiles split 1 ways"),
     "newer": (BIG, "sm_103", "fused", "rates of sm_100: estimate"),
 }  # fmt: skip
@@ -341,6 +345,7 @@ def test_the_choice_follows_the_table():
     """A read whose partial sums are few is as well off with cuBLAS; every number is marked as estimate or measured."""
     assert plan_tile_mvm(replace(BIG, tile=4096, rows=65536), "sm_90", 132).strategy == "epilogue"
     assert {rates(arch).source for arch in ("sm_75", "sm_86", "sm_90a", "sm_120")} <= {"estimate", "measured"}
+    assert rates("sm_75").architecture == "sm_80"  # older than all in the table
     few = plan_tile_mvm(replace(BIG, rows=128, sense=256), "sm_90", 132, "fused")
     assert few.splits == 32
 
@@ -381,6 +386,15 @@ def test_packing_takes_as_long_as_its_instructions(monkeypatch):
     assert half["wgmma"] - usual["wgmma"] == pytest.approx(once, abs=1.5)
     assert usual["wgmma"] - fast["wgmma"] == pytest.approx(once - 4e-3 * values / 4300, abs=1.5)
     assert half["implicit"] - usual["implicit"] < once / 3  # images are a ninth of their patches
+
+
+def test_lines_that_fill_a_tile_up_are_packed_too(microseconds):
+    """Of 72 lines a tile, 128."""
+    padded, whole = (
+        microseconds(replace(BIG, rows=2**18, drive=32 * tile, tile=tile), clock_ghz=1.0)
+        for tile in (72, 128)
+    )
+    assert padded["fused"] == whole["fused"]
 
 
 @pytest.mark.parametrize(
@@ -425,8 +439,9 @@ def test_every_wave_of_blocks_has_a_start(microseconds):
     """Two microseconds, with however many tiles: 500 waves of 132 blocks of 128 x 256."""
     wide = replace(BIG, rows=500 * 128, sense=132 * 256)
     for drive in (4096, 128):
-        us = microseconds(replace(wide, drive=drive))
-        assert us["fused"] == us["wgmma"] == 1000
+        for groups in (1, 4):
+            us = microseconds(replace(wide, drive=drive, groups=groups, sense=132 * 256 // groups))
+            assert us["fused"] == us["wgmma"] == 1000
 
 
 def test_a_pass_of_the_dac_takes_as_long_as_its_instructions(microseconds):

@@ -865,3 +865,23 @@ def test_a_rate_of_numpy_is_as_one_of_python():
     ]
     for weights in read[1:]:
         np.testing.assert_array_equal(weights, read[0])
+
+
+def test_an_error_of_nothing_is_kept_as_zeros():
+    """As of a function that gives no gradient; the ranks of a model share as many operands each."""
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    model, _ = pulsed(nn.Sequential(nn.Linear(3, 2)), CrossbarSpec(**PULSED))
+    x = torch.ones(4, 3, requires_grad=True)
+    Cut.apply(model(x)).sum().backward()
+    ((kept, error),) = model[0].streams.pairs
+    assert not kept.requires_grad
+    assert torch.equal(error, torch.zeros(4, 2))

@@ -1,6 +1,7 @@
 """What is refused leaves a model as it was, however many of its layers it is about."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -55,9 +56,11 @@ def test_no_layer_ages_where_the_test_read_of_one_is_refused():
 def test_no_layer_trains_in_situ_where_a_later_group_is_wrong():
     network = model(**TRAINED)
     first, second = ({"params": [*layer.parameters()]} for layer in network)
-    for rate, error in ((-1.0, ValueError), ("fast", TypeError)):
+    several = torch.tensor([0.1, 0.2])
+    wrong = (-1.0, ValueError), ("fast", TypeError), (several, TypeError), (several.numpy(), TypeError)
+    for rate, error in wrong:
         refused(
-            network, error, f"InSituSGD: `lr` must be above 0, got {rate!r}; try 0.05",
+            network, error, re.escape(f"InSituSGD: `lr` must be above 0, got {rate!r}; try 0.05"),
             lambda rate=rate: gx.optim.InSituSGD([first, {**second, "lr": rate}], lr=0.1),
         )  # fmt: skip
     refused(

@@ -669,7 +669,8 @@ def test_products_with_a_hessian_through_a_frozen_layer_are_refused():
 def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
     forgets = {"retention": {"tau": 50.0}} if bad == "idle" else {}
     model = nn.Sequential(linear(**TRAINED), nn.Linear(8, 8), linear(**TRAINED, **forgets, seed=1))
-    optimiser = getattr(gx.optim, algorithm)(model.parameters(), lr=0.1, momentum=0.9)
+    groups = [{"params": [*part.parameters()]} for part in model]  # looked at before any is written
+    optimiser = getattr(gx.optim, algorithm)(groups, lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimiser.step()
@@ -680,7 +681,7 @@ def test_a_step_is_refused_before_it_changes_anything(algorithm, bad):
         last.weight.data[0, 0] += 1.0
         torch.autograd.graph.increment_version(last.weight)
     elif bad == "rate":
-        optimiser.param_groups[0]["lr"], text = torch.inf, f"{algorithm}: `lr` must be finite and at least 0"
+        optimiser.param_groups[-1]["lr"], text = torch.inf, f"{algorithm}: `lr` must be finite and at least 0"
     else:
         gx.program(last)
         if bad == "idle":  # not updated, but its devices would decay
@@ -748,6 +749,8 @@ def test_a_refused_group_does_not_stay():
     optimiser = gx.optim.InSituSGD([model[0].weight], lr=0.1)
     with pytest.raises(ValueError, match="`lr` must be above 0, got -1"):
         optimiser.add_param_group({"params": [model[1].weight], "lr": -1})
+    with pytest.raises(TypeError, match="`lr` must be above 0, got 'fast'"):
+        optimiser.add_param_group({"params": [model[1].weight], "lr": "fast"})
     with pytest.raises(ValueError, match=r"crossbar layers must each have a name, .*, got 'linear' twice"):
         optimiser.add_param_group({"params": [model[1].weight]})
     assert len(optimiser.param_groups) == 1

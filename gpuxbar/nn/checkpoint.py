@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -58,4 +59,18 @@ def same_reads(module: nn.Module) -> tuple[AbstractContextManager[None], Abstrac
             for counter, value in zip(counters, after, strict=True):
                 counter.copy_(value)
 
-    return first(), second()
+    return first(), _Anew(second)
+
+
+class _Anew(AbstractContextManager[None]):
+    """A context made at every entry: a graph that is retained is computed again in each of its backward passes."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]):
+        self.make = make
+
+    def __enter__(self) -> None:
+        self.entered = self.make()
+        self.entered.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.__exit__(*error)

@@ -161,9 +161,10 @@ def _check_precision(precision: str, g_range: float | None, codes: bool) -> None
         )
     if precision in ("fp32", "tf32"):
         return
-    if precision in ("fp16", "fp16x2") and (g_range is None or not g_range > 0):
+    if precision in ("fp16", "fp16x2") and (g_range is None or not 2.0**-126 <= g_range < inf):
         raise ValueError(
-            f"{OP}: `g_range` must be above 0 S with precision={precision!r}, got {g_range}; give the largest conductance"
+            f"{OP}: `g_range` must be a normal number of float32 above 0 S with precision={precision!r}, got {g_range}; give the largest "
+            "conductance"
         )
     if not codes:
         raise TypeError(

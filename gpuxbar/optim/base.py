@@ -31,7 +31,7 @@ class Rule(NamedTuple):
         """The error that a value is, if it is one."""
         try:
             return None if self.holds(value) else ValueError
-        except (TypeError, RuntimeError):  # of text, say, or a tensor of several values
+        except (TypeError, RuntimeError, ValueError):  # of text, say, or of several values
             return TypeError
 
 

@@ -6,11 +6,11 @@ read, each alone), and reads as replays of CUDA graphs over inputs that do not f
 products and convolutions. Two more sections are steps of ResNet-18, and updates and wires, each after a check of its own: of a
 captured step against the same without capture, and of small ones against the oracle. At most 370 s.
 
-What is found is recorded and printed as it comes, a line each, below 12,000 characters in all. A section is a process of its own, of so many seconds at most: an
-illegal address, after which CUDA refuses everything in a process, or a kernel that never ends takes nothing with it but
-the rest of its section. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.gpu --checks` (and memcheck,
-initcheck, synccheck) looks at the same small cases, in one process. Not yet run on a GPU; the checks run on the CPU build
-of the kernels in the tests.
+What is found is recorded and printed as it comes, a line each, below 12,000 characters in all. A section is a process of its
+own, of so many seconds at most: an illegal address, after which CUDA refuses everything in a process, or a kernel that never
+ends takes nothing with it but the rest of its section. `compute-sanitizer --tool racecheck python -m gpuxbar.bench.gpu
+--checks` (and memcheck, initcheck, synccheck) looks at the same small cases, in one process. Not yet run on a GPU; the checks
+run on the CPU build of the kernels in the tests.
 """
 
 from __future__ import annotations
