@@ -885,3 +885,42 @@ def test_an_error_of_nothing_is_kept_as_zeros():
     ((kept, error),) = model[0].streams.pairs
     assert not kept.requires_grad
     assert torch.equal(error, torch.zeros(4, 2))
+
+
+OFTEN_READ_OUT = {
+    "pulses": {},
+    "counted": {"update": {"law": "constant_step", "pulses": 100, "cycle": 0.3}, "pulses": {"mode": "aggregated"}},
+    "endurance": {"endurance": {"pulses": 5, "failed": "g_min"}},
+    "carry": {
+        "mapping": {"scheme": "subtracted", "slices": 2, "slice_bits": 2},
+        "carry": {"scheme": "periodic", "interval": 2, "headroom_bits": 2},
+    },
+    "refresh": {"update": {"law": "soft_bounds", "pulses": 50, "sides": "one_sided"}, "refresh": {"interval": 2}},
+    "retention": {"retention": {"tau": 20.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", [5, 60], ids=["few lines", "many lines"])
+@pytest.mark.parametrize("name", OFTEN_READ_OUT)
+def test_the_weight_is_what_the_cells_read_after_every_sample(name, lines):
+    """Also of wordlines that are not driven, whose weights need not be written."""
+    spec = {
+        "update": {"law": "soft_bounds", "pulses": 100, "cycle": 0.3, "spread": 0.1},
+        "pulses": {},
+        "seed": 3,
+    }
+    model, optimiser = pulsed(
+        nn.Sequential(nn.Linear(130, 70)), CrossbarSpec.model_validate(spec | OFTEN_READ_OUT[name])
+    )
+    layer, generator, moved = model[0], torch.Generator().manual_seed(4), 0
+    for _ in range(5):
+        x = torch.zeros(1, 130)
+        x[:, torch.randperm(130, generator=generator)[:lines]] = 1
+        before = layer.weight.detach().clone()
+        model(x).square().sum().backward()
+        optimiser.step()
+        shown = layer.weight.detach().clone()
+        moved += int((shown != before).sum())
+        layer.read_out()
+        assert torch.equal(shown, layer.weight)
+    assert moved > 100

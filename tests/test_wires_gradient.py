@@ -175,6 +175,8 @@ def test_tensors_match_arrays_and_have_the_gradient():
     compiled = torch.compile(bridge.effective_conductance, backend="aot_eager", fullgraph=True)
     again = torch.autograd.grad(compiled(x, **lines), x, torch.from_numpy(grad))[0]
     assert torch.equal(again, x.grad)
+    with pytest.raises(RuntimeError, match="functorch"):  # and no gradient of another function
+        torch.func.grad(lambda of: bridge.effective_conductance(of, **lines).sum())(x.detach())
 
 
 def test_tensors_on_a_gpu_have_it_too(monkeypatch):

@@ -172,13 +172,14 @@ def _update(
 
 def pulse_update(
     g: Tensor, pulse_count: Tensor | None, device_map: Tensor | None, spec: str, seed: int, x: Tensor, d: Tensor, weight: Tensor,
-    w_max: Tensor, step: Tensor, rate: float, groups: int, conv: ConvGeometry | None, sign: Tensor | None,
+    w_max: Tensor, step: Tensor, rate: float, groups: int, conv: ConvGeometry | None, sign: Tensor | None, weight_held: bool,
 ) -> None:  # fmt: skip
     """Pulse pairs of devices, and read the weights out: see `ops.pulse_update`."""
     given = False, pulse_count is not None, device_map is not None
     update, maps = _pulses(spec, seed, g.shape, x.shape, d.shape, groups, conv, given)
     now = Pulses.from_buffer_copy(update)
     now.step, now.pulses = int(step), pulses_of(made_of(spec)["law"], now.slices, rate)
+    now.weights_held = weight_held
     if sign is not None:
         check_sign(sign.numpy(), groups * now.inputs)
     cells = g.numel()

@@ -30,6 +30,7 @@ def pulse_update(
     groups: int,
     patch: list[int] | None = None,
     sign: Tensor | None = None,
+    weight_held: bool = False,
 ) -> None:
     """Pulse pairs of devices for a batch of inputs and errors, and read the weights out.
 
@@ -45,6 +46,7 @@ def pulse_update(
         groups: Arrays side by side, G.
         patch: Kernel, stride, padding and dilation, two numbers each, of a convolution; None for a matrix.
         sign: What the driver of each wordline multiplies its inputs by, 1 or -1, float32 [G * I]; None: 1.
+        weight_held: Whether `weight` is what the pairs read as before, so that where none moves it may stay.
     """
     crossbar = spec_of(spec)
     assert crossbar.pulses is not None
@@ -52,8 +54,8 @@ def pulse_update(
     with on_device(g, "pulses") as device:
         if host.serves(device):
             host.pulse_update(
-                g, pulse_count, device_map, spec, seed, x, d, weight, w_max, step, rate, groups, conv, sign
-            )
+                g, pulse_count, device_map, spec, seed, x, d, weight, w_max, step, rate, groups, conv, sign, weight_held
+            )  # fmt: skip
             return
         pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)
         shape = groups, g.shape[2], g.shape[1] // groups

@@ -313,7 +313,10 @@ class InSitu(Programmed):
             self._show(self.of_lines(call(streamed_update, *self._pairs(), x, d, *settings)))
             return
         read, own = self._read_out()
-        call(pulse_update, *self._pairs(), x, d, read, *settings, sign)
+        as_it_was = (
+            held["carry_step"] is None and held["refresh_step"] is None
+        )  # since the weight was read out
+        call(pulse_update, *self._pairs(), x, d, read, *settings, sign, own and as_it_was)
         self._show(None if own else self.of_lines(read))
 
     def relax(self) -> None:

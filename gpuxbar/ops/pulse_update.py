@@ -197,7 +197,7 @@ class Update(ctypes.Structure):
 
     _fields_ = [
         ("law", Parameters), ("train", Train), ("endurance", Wear), ("slices", Slices), ("conv", Conv),
-        *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step", "aggregated")),
+        *((name, ctypes.c_int64) for name in ("batch", "groups", "inputs", "outputs", "step", "aggregated", "weights_held")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("g_min", "range", "stuck_low", "stuck_high", "pulses")),
     ]  # fmt: skip

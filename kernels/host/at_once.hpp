@@ -100,40 +100,29 @@ void pulse_line(const Update& u, const Arrays& a, i64 group, i64 line, i64 o0, i
 template <class L>
 void pulse_some(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, const u32* pairs, i64 count,
                 const Counts& raise, const Counts& all) {
-  Places at;
-  alignas(64) u32 pair[WIDE_ROW], word[WIDE_ROW];
-  alignas(64) i32 raising[WIDE_ROW], together[WIDE_ROW], more[WIDE_ROW];
-  alignas(64) float z[2][WIDE_ROW] = {}, x[WIDE_ROW], before[WIDE_ROW];
-  for (i64 k = 0; k < WIDE_ROW; ++k) {
-    pair[k] = pairs[k < count ? k : 0];
-    raising[k] = raise[0][pair[k]], together[k] = all[0][pair[k]];
-    at.rows[k] = (u32)(group * u.inputs + i0) + pair[k] / WIDE_ROW;
-    at.columns[k] = (u32)o0 + pair[k] % WIDE_ROW;
-  }
-  const auto set_plane = [&](u32 plane) {
-    for (i64 k = 0; k < WIDE_ROW; ++k) {
-      at.planes[k] = plane;
-      at.cells[k] = u.cell(plane, at.rows[k], at.columns[k]);
-    }
-  };
+  PairsOfBlock at(u, group, i0, o0, pairs, count);
+  alignas(64) u32 word[WIDE_ROW];
+  alignas(64) i32 raising[WIDE_ROW] = {}, together[WIDE_ROW] = {}, more[WIDE_ROW];
+  alignas(64) float z[2][WIDE_ROW] = {}, x[WIDE_ROW] = {}, before[WIDE_ROW];
+  for (i64 k = 0; k < count; ++k) raising[k] = raise[0][pairs[k]], together[k] = all[0][pairs[k]];
   if (noisy(u.law)) {
-    set_plane(0);
+    at.lie_in(u, 0);
     draw_words<7>(PULSE_CYCLE, (u32)u.step, a.keys, at, word);
-    make_pairs(word, WIDE_ROW, z[0], z[1]);
+    make_pairs(word, at.count, z[0], z[1]);
   }
   for (u32 side = 0; side < u.sides(); ++side) {
-    set_plane(side * (u32)u.slices.count);
-    for (i64 k = 0; k < WIDE_ROW; ++k) x[k] = before[k] = (a.g[at.cells[k]] - u.g_min) * (1.0f / u.range);
+    at.lie_in(u, side);
+    for (i64 k = 0; k < at.count; ++k) x[k] = before[k] = (a.g[at.cells[k]] - u.g_min) * (1.0f / u.range);
     move_devices<L>(u.law, side == 0, Row(u, a, at), raising, together, z[side], x, more);
     for (i64 k = 0; k < count; ++k)
       a.g[at.cells[k]] = x[k] != before[k] ? fma(x[k], u.range, u.g_min) : a.g[at.cells[k]];
   }
 }
 
-// `raise`, `all`: coincidences of a block's pairs over the batch.
+// `raise`, `all`: coincidences of a block's pairs over the batch. `moved`: which wordlines have any.
 template <class L>
-void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, const Counts& raise,
-                   const Counts& all) {
+void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, const Counts& raise, const Counts& all,
+                   bool* moved) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const i64 together = a.pulse_count ? 1 : TOGETHER;
   alignas(64) u32 moving[WIDE_ROW], few[2 * WIDE_ROW + LANES];
@@ -145,6 +134,7 @@ void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, 
 #pragma omp simd
     for (i64 j = 0; j < WIDE_ROW; ++j) moving[j] = j < count && all[i][j] ? (u32)(i * WIDE_ROW + j) | NEGATIVE : 0u;
     const i64 more = keep(moving, WIDE_ROW, few + kept);
+    moved[i] = more > 0;
     if (more >= together) {
       pulse_line<L>(u, a, group, i0 + i, o0, count, raise[i], all[i]);
       continue;

@@ -16,10 +16,11 @@ struct RowPlace {
   i64 col0;
 };
 
-// 64 cells of one plane, in any order.
+// Up to 64 cells of one plane, in any order; `count` of them in whole vectors.
 struct alignas(64) Places {
   Lines rows, columns, planes;  // the last all alike
   i64 cells[WIDE_ROW];          // places in arrays of all planes
+  int count;
 };
 
 template <int ROUNDS>
@@ -28,8 +29,11 @@ static inline void draw_words(Purpose purpose, u32 step, const WideKeys& keys, c
 }
 template <int ROUNDS>
 static inline void draw_words(Purpose purpose, u32 step, const WideKeys& keys, const Places& at, u32* word) {
-  draw_words_at<ROUNDS>(purpose, step, keys, WIDE_ROW, at.rows, at.columns, at.planes, word);
+  draw_words_at<ROUNDS>(purpose, step, keys, at.count, at.rows, at.columns, at.planes, word);
 }
+
+inline int count_of(const RowPlace&) { return WIDE_ROW; }
+inline int count_of(const Places& at) { return at.count; }
 
 constexpr int AHEAD = 4;  // rows between asking for cells and moving them; many would push each other out of a cache
 
@@ -114,7 +118,7 @@ struct SpreadDraws {
   // Of cells in any order.
   SpreadDraws(const UpdateLaw& s, DeviceMap map, const Places& at, const WideKeys& keys) {
     const auto halves = [&](const u16* plane, float* to) {
-      for (int j = 0; j < WIDE_ROW; ++j) to[j] = half_value(plane[at.cells[j]]);
+      for (int j = 0; j < at.count; ++j) to[j] = half_value(plane[at.cells[j]]);
     };
     make(s, map, halves, at, keys, nullptr);
   }
@@ -160,7 +164,7 @@ struct SpreadDraws {
         chosen->pick(word[k], word[k]);
         make_pairs(word[k], chosen->count, a, b);
       } else {
-        make_pairs(word[k], WIDE_ROW, a, b);
+        make_pairs(word[k], count_of(at), a, b);
       }
     }
   }
@@ -181,7 +185,7 @@ static inline void draw_free(float stuck_low, float stuck_high, const Place& at,
     alignas(64) Lines word;
     draw_words<10>(STUCK, 0, keys, at, word);
 #pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
+    for (int j = 0; j < count_of(at); ++j) {
       const float u = uniform(word[j]);
       free[j] = u < stuck_low || u > 1.0f - stuck_high ? 0.0f : 1.0f;
     }

@@ -12,9 +12,9 @@ constexpr int STRETCH = 4096;  // samples after which devices move, where coinci
 
 // Samples that move the devices of a wordline, in order and of each device for itself: devices with few coincidences do not
 // wait for their neighbours. An event holds its sample (16 bits), its coincidences (5 bits) and, in the sign, whether they
-// raise the weight; 0 is none.
-struct alignas(64) Events {
-  static constexpr i64 ROOM = 2 * CHUNK + LANES;
+// raise the weight; 0 is none. `ROOM`: events that a device can have, and a vector more.
+template <i64 ROOM>
+struct alignas(64) EventsOf {
   static constexpr u32 ONCE = 1u << 16, MANY = 30 * ONCE;  // one coincidence; the bits of more
   static_assert(STRETCH <= ONCE && CHUNK <= ONCE);
   u32 of_device[WIDE_ROW][ROOM], in_turn[ROOM][WIDE_ROW];
@@ -32,6 +32,13 @@ struct alignas(64) Events {
 #pragma omp simd reduction(max : top)
     for (int j = 0; j < WIDE_ROW; ++j) top = found[j] > top ? found[j] : top;
     return top;
+  }
+
+  i64 how_many() const {
+    i64 some = 0;
+#pragma omp simd reduction(+ : some)
+    for (int j = 0; j < WIDE_ROW; ++j) some += found[j] > 0;
+    return some;
   }
 
   // In a chunk of samples from `first` on, for trains of a wordline and of `devices` bitlines, which lie `stride` apart.
@@ -86,18 +93,22 @@ struct alignas(64) Events {
     }
   }
 
+  // The devices that have any or, else, those that have none; returns how many.
+  i64 devices(bool any, u32* which) const {
+    alignas(64) u32 marked[WIDE_ROW];
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) marked[j] = (found[j] > 0) == any ? (u32)j | NEGATIVE : 0u;
+    const i64 count = keep(marked, WIDE_ROW, which);
+    for (i64 k = 0; k < count; ++k) which[k] &= SLOTS;
+    return count;
+  }
+
   // Bring devices in order, and their events in turns.
   void line_up() {
-    alignas(64) u32 busy[WIDE_ROW], idle[WIDE_ROW], some[WIDE_ROW + LANES];  // marked, and so not 0
-#pragma omp simd
-    for (int j = 0; j < WIDE_ROW; ++j) {
-      busy[j] = found[j] ? (u32)j | NEGATIVE : 0u;
-      idle[j] = found[j] ? 0u : (u32)j | NEGATIVE;
-    }
-    moving = (i32)keep(busy, WIDE_ROW, some);
-    keep(idle, WIDE_ROW, some + moving);
-    for (int k = 0; k < WIDE_ROW; ++k) some[k] &= SLOTS;
-    i32 place[ROOM], before = 0;
+    u32 some[WIDE_ROW + LANES];
+    moving = (i32)devices(true, some);
+    devices(false, some + moving);
+    i32 place[ROOM + 1], before = 0;
     std::fill_n(place, most() + 1, 0);
     for (i32 k = 0; k < moving; ++k) ++place[found[some[k]]];
     for (i32 n = most(); n > 0; --n) before += std::exchange(place[n], before);
@@ -110,6 +121,35 @@ struct alignas(64) Events {
       for (i64 t = 0; t < whole; t += LANES)
         transpose_tile<LANES>([&](int r) { return of_device[order[k + r]] + t; }, in_turn[t] + k, WIDE_ROW);
     }
+  }
+};
+
+using Events = EventsOf<2 * CHUNK + LANES>;
+
+// Devices of a block that few samples move, gathered from its wordlines.
+struct Gathered {
+  static constexpr i64 MOST = LANES;  // events of a device
+  EventsOf<MOST + LANES> events;
+  u32 pair[WIDE_ROW];  // line * WIDE_ROW + column
+  i64 count = 0;
+
+  void clear() {
+    count = 0;
+    events.clear();
+  }
+
+  // The devices of a line that move, whose events are none of theirs then. `take`: moves what there is where no room is left.
+  template <class Take>
+  void add(Events& of, u32 line, Take&& take) {
+    u32 some[WIDE_ROW + LANES];
+    const i64 more = of.devices(true, some);
+    for (i64 k = 0; k < more; ++k) {
+      if (count == WIDE_ROW) take();
+      std::copy_n(of.of_device[some[k]], MOST, events.of_device[count]);
+      events.found[count] = of.found[some[k]];
+      pair[count++] = line * WIDE_ROW + some[k];
+    }
+    of.clear();
   }
 };
 

@@ -27,8 +27,12 @@ namespace {
 // vectors are wide.
 constexpr double RARE = LANES == 16 ? 0.05 : 0.2;
 
+// Wordlines of a block that moved, up to which their weights alone are read out, and not all of the block.
+constexpr i64 BY_LINE = 16;
+
 struct Scratch {
   Events events;
+  Gathered few;
   Coincidences together;
   alignas(64) Counts raise, all;  // of a block
   Block block;
@@ -42,37 +46,33 @@ Scratch& scratch() {
 
 // The devices of a block, moved by the samples one after the other.
 template <class L, bool IMPLICIT>
-void pulse_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Events& events, Block& block) {
+void pulse_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Scratch& own) {
+  Block& block = own.block;
   block.counted = a.pulse_count != nullptr;
-  const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  const auto each_row = [&](auto&& work) {
-    for (u32 side = 0; side < 2; ++side)
-      for (i64 i = 0; i < lines; ++i) {
-        const RowPlace at = u.place(side, group, i0 + i, o0);
-        work(side, i, at, u.cell(at.plane, at.row, o0));
-      }
-  };
-  each_row([&](u32 side, i64 i, const RowPlace&, i64 first) {
-    load_shares(a.g + first, u.g_min, 1.0f / u.range, count, block.x[side][i], block.before[side][i]);
-    if (!block.counted) return;
-    std::fill(block.more[side][i], block.more[side][i] + WIDE_ROW, 0);
-    std::fill(block.failed[side][i], block.failed[side][i] + WIDE_ROW, false);
-    for (i64 j = 0; j < count; ++j) block.failed[side][i][j] = a.pulse_count[first + j] < 0;
-  });
-  pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, events, block);
-  each_row([&](u32 side, i64 i, const RowPlace& at, i64 first) {
-    float* x = block.x[side][i];
-    if (block.counted) wear_row(u.endurance, at, a.keys, block.more[side][i], count, a.pulse_count + first, x, nullptr);
-    write_back(a.g + first, x, block.before[side][i], u.g_min, u.range, count);
-  });
+  std::fill_n(block.moved, LINES, false);
+  pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, own.events, own.few, block);
+  const i64 count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+  for (u32 side = 0; side < u.sides(); ++side)
+    for (i64 i = 0; i < LINES; ++i) {
+      if (!block.moved[i]) continue;
+      const RowPlace at = u.place(side, group, i0 + i, o0);
+      const i64 first = u.cell(at.plane, at.row, o0);
+      float* x = block.x[side][i];
+      if (block.counted)
+        wear_row(u.endurance, at, a.keys, block.more[side][i], count, a.pulse_count + first, x, nullptr);
+      write_back(a.g + first, x, block.before[side][i], u.g_min, u.range, count);
+    }
 }
 
-// The weights of a block.
-void read_out(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
+// The weights of a block; `moved`: wordlines whose devices may have moved.
+void read_out(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, const bool* moved) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   const i64 output = group * u.outputs + o0;
+  float* const w = a.w + output * u.inputs + i0;
+  const bool by_line = u.weights_held && std::count(moved, moved + lines, true) <= BY_LINE;
   alignas(64) float weight[LINES][WIDE_ROW];
   for (i64 i = 0; i < lines; ++i) {
+    if (by_line && !moved[i]) continue;
     float* sum = weight[i];
     std::fill(sum, sum + count, 0.0f);
     for (i32 slice = 0; slice < u.slices.count; ++slice)
@@ -83,8 +83,10 @@ void read_out(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0) {
       }
     const float* top = a.w_max + output;
     each_cell(count, [=](i64 j) { sum[j] *= top[j]; });
+    if (by_line)
+      for (i64 j = 0; j < count; ++j) w[j * u.inputs + i] = sum[j];
   }
-  transpose(weight[0], WIDE_ROW, lines, count, a.w + output * u.inputs + i0, u.inputs);
+  if (!by_line) transpose(weight[0], WIDE_ROW, lines, count, w, u.inputs);
 }
 
 // All blocks of rows x cols devices from a corner on, whose coincidences are counted together.
@@ -110,10 +112,10 @@ void update_blocks(const Update& u, const Arrays& a, bool aggregated, i64 group,
         count_implied(u, a, group, i, o, own.raise, own.all);
       }
       if (aggregated)
-        pulse_at_once<L>(u, a, group, i, o, own.raise, own.all);
+        pulse_at_once<L>(u, a, group, i, o, own.raise, own.all, own.block.moved);
       else
-        pulse_block<L, IMPLICIT>(u, a, group, i, o, own.events, own.block);
-      read_out(u, a, group, i, o);
+        pulse_block<L, IMPLICIT>(u, a, group, i, o, own);
+      read_out(u, a, group, i, o, own.block.moved);
     }
 }
 
@@ -162,7 +164,9 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
   const auto counted = [&](u32* words, i64 count, bool many) {
     return trains(words, count, many ? Held::OVER_LINES : Held::OVER_SAMPLES, ACROSS);
   };
-  const bool rare = !aggregated && !u.train.implicit && coincidences_expected(u, x, d, scale.data()) < RARE;
+  // samples are compared by whole vectors, and gone through one by one
+  const double filled = (double)u.batch / (double)whole_vectors(u.batch);
+  const bool rare = !aggregated && !u.train.implicit && filled * coincidences_expected(u, x, d, scale.data()) < RARE;
   const Trains wordlines = bits ? counted(inputs, u.inputs, many_inputs) : trains(inputs, u.inputs, Held::WHOLE, 0),
                bitlines = bits ? counted(errors, u.outputs, !many_inputs)
                                : trains(errors, u.outputs, rare ? Held::OVER_LINES : Held::WHOLE, WIDE_ROW);

@@ -21,6 +21,7 @@ struct Update {
   Slices slices;
   Conv conv;  // whose patches and pixels drive the lines; without pixels, matrices do
   i64 batch, groups, inputs, outputs, step, aggregated;
+  i64 weights_held;  // whether the weights are what devices read before, so that those of others than move may stay
   u64 seed;
   float g_min, range;  // S
   float stuck_low, stuck_high;
@@ -140,8 +141,28 @@ struct Row {
 
 using Counts = i32[LINES][WIDE_ROW];
 
+// Up to 64 pairs of a block, line * WIDE_ROW + column of each; in the place of what fills the last vector, the first one again.
+struct PairsOfBlock : Places {
+  PairsOfBlock(const Update& u, i64 group, i64 i0, i64 o0, const u32* pairs, i64 pairs_there) {
+    count = (int)whole_vectors(pairs_there);
+    for (i64 k = 0; k < count; ++k) {
+      const u32 pair = pairs[k < pairs_there ? k : 0];
+      rows[k] = (u32)(group * u.inputs + i0) + pair / WIDE_ROW, columns[k] = (u32)o0 + pair % WIDE_ROW;
+    }
+  }
+
+  // Their devices of one side, of the lowest slice.
+  void lie_in(const Update& u, u32 side) {
+    for (int k = 0; k < count; ++k) {
+      planes[k] = side * (u32)u.slices.count;
+      cells[k] = u.cell(planes[k], rows[k], columns[k]);
+    }
+  }
+};
+
 // Devices of LINES wordlines by WIDE_ROW bitlines, as they are moved one sample after the other.
 struct alignas(64) Block {
+  bool moved[LINES];  // wordlines with coincidences so far, whose devices are loaded
   // of the lowest slice, [side]
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
   bool counted;  // whether devices can fail, which the next three are for
@@ -149,6 +170,32 @@ struct alignas(64) Block {
   i32 more[2][LINES][WIDE_ROW];  // pulses of this update
 
   const bool* failures(u32 side, i64 line) const { return counted ? failed[side][line] : nullptr; }
+  // Devices by line * WIDE_ROW + column.
+  float* of_side(u32 side) { return &x[side][0][0]; }
+
+  // Ask for the devices of a wordline ahead of their use.
+  void ask_for(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 o0) const {
+    for (u32 side = 0; side < u.sides() && !moved[i]; ++side) {
+      const RowPlace at = u.place(side, group, i0 + i, o0);
+      fetch(a.g + u.cell(at.plane, at.row, o0));
+    }
+  }
+
+  // The devices of a wordline, if they are not there yet.
+  void load(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 o0) {
+    if (moved[i]) return;
+    moved[i] = true;
+    const i64 count = std::min<i64>(WIDE_ROW, u.outputs - o0);
+    for (u32 side = 0; side < u.sides(); ++side) {
+      const RowPlace at = u.place(side, group, i0 + i, o0);
+      const i64 first = u.cell(at.plane, at.row, o0);
+      load_shares(a.g + first, u.g_min, 1.0f / u.range, count, x[side][i], before[side][i]);
+      if (!counted) continue;
+      std::fill(more[side][i], more[side][i] + WIDE_ROW, 0);
+      std::fill(failed[side][i], failed[side][i] + WIDE_ROW, false);
+      for (i64 j = 0; j < count; ++j) failed[side][i][j] = a.pulse_count[first + j] < 0;
+    }
+  }
 };
 
 }  // namespace gpuxbar::pulses
