@@ -250,6 +250,33 @@ def test_a_layer_trains_its_measured_devices_and_saves_them():
         measured.set_device_map(devices.astype(np.float32))
 
 
+@pytest.mark.parametrize("name", ["tiki-taka", "tiki-taka-v2", "chopped-tiki-taka-v2", "agad"])
+def test_a_fast_array_trains_its_own_measured_devices_and_saves_them(name):
+    def begin(seed=0):
+        slow = layer(seed)
+        return slow, gx.optim.build_optimizer(name, slow, lr=0.05, lines=1)
+
+    def gather(slow, optimiser):
+        """What the fast array, and it alone, makes of a gradient."""
+        slow.weight.grad = torch.ones_like(slow.weight)
+        optimiser.step()
+        return optimiser.parts[slow.weight].array.weight.detach().clone()
+
+    slow, optimiser = begin()
+    step = np.full((2, 5, 4), 0.25)
+    devices = ops.device_map(slow.spec.update, g_min=0.0, g_max=1.0, step_up=step, step_down=step)
+    optimiser.parts[slow.weight].array.set_device_map(devices)
+    drawn, measured = gather(*begin()), gather(slow, optimiser)
+    # all devices alike move alike
+    torch.testing.assert_close(measured, measured[:1, :1].expand_as(measured), rtol=0, atol=1e-5)
+    assert drawn.std() > 0.05 * drawn.abs().mean()
+    assert slow.device_map is None
+    again, resumed = begin(1)
+    again.load_state_dict(slow.state_dict())
+    resumed.load_state_dict(optimiser.state_dict())
+    assert torch.equal(gather(again, resumed), gather(slow, optimiser))
+
+
 def measured_conductances(*shape):
     """Some beyond the nominal window, as devices are."""
     return np.random.default_rng(1).uniform(0.5e-6, 1.1e-5, shape)

@@ -591,11 +591,12 @@ def test_digits_are_learnt(name, learn):
 
 
 def test_transfer_reads_go_through_the_converters_noise_and_wires():
-    """An ADC of few bits shows as few values; noise and wires as what they do to a line."""
+    """An ADC of few bits shows as few values; a DAC's error, noise and wires as what they do to a line."""
     found = {}
     for key, parts in {
         "exact": {},
         "adc": {"adc": {"bits": 4}},
+        "dac": {"dac": {"bits": 6, "gain_std": 0.1}},
         "noise": {"read_noise": {"sigma": 1e-8}},
         "wires": {"parasitics": {"r_wordline": 2000.0, "r_bitline": 10.0}},
     }.items():
@@ -613,6 +614,9 @@ def test_transfer_reads_go_through_the_converters_noise_and_wires():
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
     assert codes.round().unique().diff().min() == 1
     assert (found["adc"][0][0] - exact).abs().max() < 1.01 * step / 2
+    gain = found["dac"][0][0] / exact
+    torch.testing.assert_close(gain, gain[:1].expand_as(gain), rtol=0, atol=1e-3)  # of a line
+    assert 0.01 < (gain[0] - 1).abs().min() < (gain[0] - 1).abs().max() < 0.4
     assert not torch.equal(*found["noise"][0])
     # one of 30 columns' wires and more of its line lie before the last cell than before the first
     loss = 1 - found["wires"][0][0] / exact

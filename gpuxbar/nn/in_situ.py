@@ -176,7 +176,8 @@ class InSitu(Programmed):
         return 0.0 if self.pulse_count is None else (self.pulse_count < 0).float().mean().item()
 
     def saturation(self) -> float:
-        """Largest share of the window that a device of the layer shows; `refresh` a one-sided pair as it nears 1."""
+        """Largest share of the window that a device of the layer shows; `refresh` a one-sided pair as it nears 1. More than 1 where a
+        device's own window ends higher (`update.high_spread`)."""
         if self.g_cells is None:
             return 0.0
         window = self.spec.device

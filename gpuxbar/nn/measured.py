@@ -23,7 +23,7 @@ class Measured(InSitu):
     @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def set_device_map(self, devices: Any) -> None:
         """Train measured devices in place of those that the seed draws, from the next update on; `set_conductances` gives them
-        measured conductances.
+        measured conductances. The fast array of Tiki-Taka and AGAD, `optimizer.parts[layer.weight].array`, has both for its own.
 
         Args:
             devices: A map for the layer's law, float16 [K, 2 slices, G * I, O], NumPy array or tensor: see `ops.device_map`;
