@@ -805,7 +805,7 @@ def test_algorithms_of_ones_own_write_through_the_law_and_resume():
         Kept(model.parameters(), 0.01, wait=-1)
     with pytest.raises(ValueError, match=r"Sign: `momentum` must be at least 0 and below 1, got 2; try 0\.9"):
         Sign(model.parameters(), 0.01, momentum=2)
-    with pytest.raises(TypeError, match=r"Sign: settings must be of lr, momentum, got wait; leave out what"):
+    with pytest.raises(TypeError, match=r"Sign: settings must be of lr, momentum, got wait; leave that out"):
         Sign(model.parameters(), 0.01, wait=2)
 
 

@@ -92,8 +92,7 @@ class InSituOptimizer(torch.optim.Optimizer):
         unknown = sorted(settings.keys() - self.rules.keys())
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}: settings must be of {', '.join(self.rules)}, got {', '.join(unknown)}; leave out what `rules` "
-                "has none for"
+                f"{type(self).__name__}: settings must be of {', '.join(self.rules)}, got {', '.join(unknown)}; leave that out"
             )
         self.parts: dict[Tensor, nn.Module] = {}
         self._begins = False  # until all groups are known to be right
