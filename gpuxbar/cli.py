@@ -73,7 +73,9 @@ def train(
     batch: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate of AdamW.")] = 3e-3,
     in_situ_lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate in situ.")] = 0.05,
-    momentum: Annotated[float, typer.Option(min=0, help="Momentum in situ, below 1.")] = 0.9,
+    momentum: Annotated[
+        float, typer.Option(min=0, help="Momentum in situ, below 1; of sgd by pulse trains, 0.")
+    ] = 0.9,
     optimizer: Annotated[str, typer.Option(help=f"Algorithm in situ: {', '.join(OPTIMIZERS)}.")] = "sgd",
     seed: Annotated[
         int,
