@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpuxbar import ops
 from gpuxbar.bridge.wires import merged
 from gpuxbar.nn.in_situ import InSitu
 
@@ -31,10 +30,7 @@ class Measured(InSitu):
                 captured step keeps the map it was captured with.
         """
         self.require_law()
-        law = self.spec.update
-        assert law is not None
-        planes = 2 * self.spec.mapping.slices
-        shape = (len(ops.spread_names(law)), planes, self.groups_ * self.inputs, self.outputs)
+        shape = self.map_shape()
         found = None if devices is None else self._tensor_of("devices", devices)
         if found is not None and (found.dtype != torch.float16 or found.shape != shape):
             raise ValueError(
