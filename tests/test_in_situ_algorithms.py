@@ -749,7 +749,17 @@ def test_errors():
         build_optimizer("sgd", AnalogLinear(4, 3, spec=spec()), lr=0.1).load_state_dict(saved)
     saved = build_optimizer("tiki-taka-v2", copy.deepcopy(layer), lr=0.1).state_dict()
     with pytest.raises(ValueError, match=r"ChoppedTikiTakaV2: `state_dict` must be .* got one without flip"):
-        build_optimizer("chopped-tiki-taka-v2", layer, lr=0.1).load_state_dict(saved)
+        build_optimizer("chopped-tiki-taka-v2", copy.deepcopy(layer), lr=0.1).load_state_dict(saved)
+    for other, setting in (("agad", "period"), ("chopped-tiki-taka-v2", "flip")):
+        saved = build_optimizer(other, copy.deepcopy(layer), lr=0.1).state_dict()
+        plain = build_optimizer("tiki-taka-v2", copy.deepcopy(layer), lr=0.1)
+        before = copy.deepcopy(plain.state_dict())
+        with pytest.raises(
+            ValueError,
+            match=rf"TikiTakaV2: `state_dict` must be of the same algorithm, got one with {setting}; build",
+        ):
+            plain.load_state_dict(saved)
+        assert_same(plain.state_dict(), before)
 
 
 class Sign(gx.optim.InSituOptimizer):
