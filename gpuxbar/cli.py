@@ -231,7 +231,9 @@ def fit(
             "parted by commas, semicolons or tabs, comments behind #."
         ),
     ],
-    law: Annotated[str, typer.Option(help="table, or a parametric law such as soft_bounds.")] = "table",
+    law: Annotated[
+        str, typer.Option(help="table, or a parametric law such as soft_bounds, which pulse trains need.")
+    ] = "table",
     bins: Annotated[int, typer.Option(help="Conductances of a table or piecewise_step: 2, 3, 5 or 9.")] = 9,
     g_min: Annotated[
         float | None,
