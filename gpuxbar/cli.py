@@ -31,7 +31,7 @@ from gpuxbar.launch.host import compiler
 from gpuxbar.launch.nvrtc import CompileError, nvrtc_version
 from gpuxbar.launch.sources import cache_dir
 from gpuxbar.optim import OPTIMIZERS
-from gpuxbar.spec import CrossbarSpec, SpecError, load_spec, nested, parse_value, save_spec
+from gpuxbar.spec import CrossbarSpec, Device, SpecError, load_spec, nested, parse_value, save_spec
 from gpuxbar.spec.devices import DEVICES, published_device
 from gpuxbar.spec.presets import PRESETS, preset
 
@@ -74,7 +74,9 @@ def train(
     batch: Annotated[int, typer.Option(min=1)] = 64,
     lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate of AdamW.")] = 3e-3,
     in_situ_lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate in situ.")] = 0.05,
-    momentum: Annotated[float, typer.Option(min=0, help="Momentum in situ, below 1.")] = 0.9,
+    momentum: Annotated[
+        float, typer.Option(min=0, help="Momentum in situ, below 1; of sgd by pulse trains, 0.")
+    ] = 0.9,
     optimizer: Annotated[str, typer.Option(help=f"Algorithm in situ: {', '.join(OPTIMIZERS)}.")] = "sgd",
     seed: Annotated[
         int,
@@ -159,12 +161,17 @@ def _pairs(option: str, what: str, items: list[str], example: str) -> list[tuple
 @app.command()
 def devices(
     name: Annotated[str | None, typer.Argument(help="A device; all are listed if none is given.")] = None,
+    spec: Annotated[
+        Path | None, typer.Option(help="YAML file of a CrossbarSpec, whose device is shown instead.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG of its staircases, or of those of all.")] = None,
     out: Annotated[Path | None, typer.Option(help="YAML of an otherwise ideal spec of it.")] = None,
 ) -> None:
-    """List devices of the literature, or show one: its law, sources and staircase."""
+    """List devices of the literature, or show one, or your own: its law, sources and staircase."""
     console = Console()
     with ended_by(ValueError, OSError):
+        if spec is not None:
+            return _own_device(spec, name, plot, out, console)
         chosen = [published_device(each) for each in (DEVICES if name is None else [name])]
         if plot is not None:
             plot_staircases({each.name: (each.law, each.window) for each in chosen}, plot)
@@ -180,11 +187,37 @@ def devices(
         console.print(table)
         return
     [device] = chosen
-    window = f"{device.window.g_min:g} to {device.window.g_max:g} S ({device.window_source})"
+    window = f"{_window(device.window)} ({device.window_source})"
     zero = "" if device.reference_at is None else f"at {device.reference_at:g} of the window"
-    for what, is_ in (
-        ("source", device.source), ("window", window), ("valid", device.valid), ("weight 0", zero), ("law", repr(device.law)),
-    ):  # fmt: skip
+    _print_facts(
+        console,
+        {"source": device.source, "window": window, "valid": device.valid, "weight 0": zero, "law": repr(device.law)},
+    )  # fmt: skip
+
+
+def _own_device(path: Path, name: str | None, plot: Path | None, out: Path | None, console: Console) -> None:
+    """Show the device of a spec."""
+    for what, other in (("name", name), ("--out", out)):
+        if other is not None:
+            raise SpecError(
+                f"devices: `{what}` must be left out with --spec, got {other} and {path}; leave one out"
+            )
+    settings = load_spec(path)
+    if settings.update is None:
+        raise SpecError(
+            f"devices: `update` must be a law to show a device, got None in {path}; give it one, as gpuxbar fit does"
+        )
+    if plot is not None:
+        plot_staircases({path.stem: (settings.update, settings.device)}, plot)
+    _print_facts(console, {"window": _window(settings.device), "law": repr(settings.update)})
+
+
+def _window(device: Device) -> str:
+    return f"{device.g_min:g} to {device.g_max:g} S"
+
+
+def _print_facts(console: Console, facts: dict[str, str]) -> None:
+    for what, is_ in facts.items():
         if is_:
             console.print(f"[bold]{what}[/bold] {escape(is_)}", highlight=False, soft_wrap=True)
 
@@ -199,7 +232,9 @@ def fit(
             "parted by commas, semicolons or tabs, comments behind #."
         ),
     ],
-    law: Annotated[str, typer.Option(help="table, or a parametric law such as soft_bounds.")] = "table",
+    law: Annotated[
+        str, typer.Option(help="table, or a parametric law such as soft_bounds, which pulse trains need.")
+    ] = "table",
     bins: Annotated[int, typer.Option(help="Conductances of a table or piecewise_step: 2, 3, 5 or 9.")] = 9,
     g_min: Annotated[
         float | None,

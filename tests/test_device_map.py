@@ -181,6 +181,7 @@ def test_a_device_with_a_measured_shape_follows_the_law_with_it(name, pulses):
 
 SMALL = (2, 3, 4)
 STEP = ConstantStep(step_spread=0.1)
+ENDS = ConstantStep(low_spread=0.1, high_spread=0.1)
 ERRORS = {
     "missing": (STEP, {"step_up": np.ones(SMALL)}, "`step_down` must be given for a law that spreads in step, got none"),
     "more": (STEP, {"step_up": np.ones(SMALL), "step_down": np.ones(SMALL), "g_low": np.ones(SMALL)}, "`g_low` must not be given .* got one; give the law the spread of it"),
@@ -189,6 +190,9 @@ ERRORS = {
     "finite": (STEP, {"step_up": np.full(SMALL, np.nan), "step_down": np.ones(SMALL)}, "`step_up` must be finite, got nan"),
     "sign": (STEP, {"step_up": np.ones(SMALL), "step_down": -np.ones(SMALL)}, "must be at least 0, got -1; both are sizes"),
     "asymmetry": (STEP, {"step_up": np.ones(SMALL), "step_down": np.full(SMALL, 0.8)}, "asymmetry_spread=0 and a deviation of 0.1; set asymmetry_spread"),
+    "unit": (ENDS, {"g_low": np.full(SMALL, G_MIN), "g_high": np.full(SMALL, 11.0)}, "`g_high` must be 0 to 0.0001 S, 10 times g_max, got 11 to 11; give it in S"),
+    "crossed": (ENDS, {"g_low": np.full(SMALL, 6e-6), "g_high": np.linspace(4e-6, 9e-6, 24).reshape(SMALL)}, "`g_low` must be below `g_high` .* got 10 of .* swap them"),
+    "above": (ConstantStep(low_spread=0.1), {"g_low": np.full(SMALL, G_MAX)}, "`g_low` must be below `g_high` .* got 24 of"),
     "far": (ConstantStep(low_spread=1e-7), {"g_low": np.full(SMALL, 1e-6)}, "within 65504 spreads of the nominal one, got .*; set the"),
 }  # fmt: skip
 
@@ -240,6 +244,12 @@ def test_a_layer_trains_its_measured_devices_and_saves_them():
     for model in (measured, loaded):
         train(model, 2)
     assert torch.equal(loaded.weight, measured.weight)
+    other = AnalogLinear(5, 4, spec=CrossbarSpec(update={"law": "constant_step"}), bias=False)
+    with pytest.raises(
+        ValueError, match=r"`state_dict` must hold a device_map of \(0, 2, 5, 4\) .* got \(1, 2, 5, 4\)"
+    ):
+        other.load_state_dict(measured.state_dict())
+    assert not other.in_situ
     measured.set_device_map(None)
     assert "device_map" not in measured.state_dict()
     with pytest.raises(
@@ -248,6 +258,33 @@ def test_a_layer_trains_its_measured_devices_and_saves_them():
         measured.set_device_map(devices[:, :, :3])
     with pytest.raises(ValueError, match=r"`devices` must be float16 .* got torch.float32"):
         measured.set_device_map(devices.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["tiki-taka", "tiki-taka-v2", "chopped-tiki-taka-v2", "agad"])
+def test_a_fast_array_trains_its_own_measured_devices_and_saves_them(name):
+    def begin(seed=0):
+        slow = layer(seed)
+        return slow, gx.optim.build_optimizer(name, slow, lr=0.05, lines=1)
+
+    def gather(slow, optimiser):
+        """What the fast array, and it alone, makes of a gradient."""
+        slow.weight.grad = torch.ones_like(slow.weight)
+        optimiser.step()
+        return optimiser.parts[slow.weight].array.weight.detach().clone()
+
+    slow, optimiser = begin()
+    step = np.full((2, 5, 4), 0.25)
+    devices = ops.device_map(slow.spec.update, g_min=0.0, g_max=1.0, step_up=step, step_down=step)
+    optimiser.parts[slow.weight].array.set_device_map(devices)
+    drawn, measured = gather(*begin()), gather(slow, optimiser)
+    # all devices alike move alike
+    torch.testing.assert_close(measured, measured[:1, :1].expand_as(measured), rtol=0, atol=1e-5)
+    assert drawn.std() > 0.05 * drawn.abs().mean()
+    assert slow.device_map is None
+    again, resumed = begin(1)
+    again.load_state_dict(slow.state_dict())
+    resumed.load_state_dict(optimiser.state_dict())
+    assert torch.equal(gather(again, resumed), gather(slow, optimiser))
 
 
 def measured_conductances(*shape):

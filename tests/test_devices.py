@@ -14,7 +14,7 @@ from gpuxbar.experiments.measured import read_pulses
 from gpuxbar.experiments.staircase import plot_staircases, staircase
 from gpuxbar.reference.device_update import Cells
 from gpuxbar.reference.laws import moved
-from gpuxbar.spec import Device, Ideal, NeuroSim, SoftBounds, SpecError
+from gpuxbar.spec import CrossbarSpec, Device, Ideal, NeuroSim, SoftBounds, SpecError, save_spec
 from gpuxbar.spec.devices import DEVICES, published_device
 
 # normalised steps at weight 0, up and down, and the window: figures of the sources
@@ -172,6 +172,25 @@ def test_devices_are_listed_and_drawn(tmp_path, monkeypatch):
     wrong = CliRunner().invoke(app, ["devices", "ecramm"])
     assert wrong.exit_code == 2
     assert "did you mean `ecram`?" in wrong.output
+
+
+def test_a_device_of_ones_own_is_shown_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpuxbar.experiments.staircase.MOST", 8)
+    mine, lawless, plot = tmp_path / "mine.yaml", tmp_path / "lawless.yaml", tmp_path / "mine.png"
+    save_spec(CrossbarSpec(device=Device(g_min=2e-6, g_max=9e-6), update=SoftBounds(up=1.7)), mine)
+    save_spec(CrossbarSpec(), lawless)
+    shown = CliRunner().invoke(app, ["devices", "--spec", str(mine), "--plot", str(plot)])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.splitlines() == ["window 2e-06 to 9e-06 S", "law SoftBounds(up=1.7)"]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    for arguments, text in (
+        (["--spec", str(lawless)], "`update` must be a law to show a device, got None"),
+        (["ecram", "--spec", str(mine)], "`name` must be left out with --spec, got ecram"),
+        (["--spec", str(mine), "--out", str(plot)], "`--out` must be left out with --spec"),
+    ):
+        refused = CliRunner().invoke(app, ["devices", *arguments])
+        assert refused.exit_code == 2
+        assert text in refused.output
 
 
 def test_a_measurement_is_fitted_reported_and_saved(tmp_path):

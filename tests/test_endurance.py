@@ -175,6 +175,14 @@ def test_arrays_beside_a_layer_wear_out_too():
     assert optimiser.parts[layer.weight].array.worn() > layer.worn()
 
 
+def test_pulses_that_lead_an_array_to_its_symmetry_points_count():
+    layer = layer_on(endurance={"pulses": 1e6})
+    optimiser = gx.optim.build_optimizer("tiki-taka-v2", layer, lr=0.01, zero_shift=2)
+    count = optimiser.parts[layer.weight].array.pulse_count
+    assert (count - 2 * 170).abs().max() <= 2 * 8  # each update's are rounded to whole ones
+    assert not layer.pulse_count.any()
+
+
 def test_without_an_endurance_nothing_is_counted():
     layer = layer_on(endurance={})
     train(layer, gx.optim.InSituSGD(layer.parameters(), lr=0.3), 3)

@@ -32,7 +32,7 @@ EXPECTED = {
     "01_read_a_tile.py": ([], "read_a_tile.png", r"largest rounding error 0\.[45]\d* codes"),
     "02_call_a_kernel.py": ([], "read_noise.png", r"same step, same noise: True; another step: False"),
     "03_convert_and_train.py": (["1"], "convert_and_train.png", r"6 +Linear +analog +rule 6"),
-    "04_your_own_device_law.py": ([], "device_laws.png", r"linear +halfway up:  50% of the window; .* 0%"),
+    "04_your_own_device_law.py": ([], "device_laws.png", r"ideal +halfway up:  50% of the window; .* 0%"),
     "05_calibrate_converters.py": (["1"], "calibrate_converters.png", r"(?ms)^ +99\.9( +0\.\d{3}){6}$.*ADC rounding$"),
     "06_train_through_wires.py": (["1", "1"], "train_through_wires.png", r"ladder +0\.\d{3} +0\.\d{3} +\d"),
     "07_in_situ_algorithms.py": (["200"], "in_situ_algorithms.png", r"agad +error of the weights 0\.\d\d"),

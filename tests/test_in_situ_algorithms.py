@@ -591,11 +591,12 @@ def test_digits_are_learnt(name, learn):
 
 
 def test_transfer_reads_go_through_the_converters_noise_and_wires():
-    """An ADC of few bits shows as few values; noise and wires as what they do to a line."""
+    """An ADC of few bits shows as few values; a DAC's error, noise and wires as what they do to a line."""
     found = {}
     for key, parts in {
         "exact": {},
         "adc": {"adc": {"bits": 4}},
+        "dac": {"dac": {"bits": 6, "gain_std": 0.1}},
         "noise": {"read_noise": {"sigma": 1e-8}},
         "wires": {"parasitics": {"r_wordline": 2000.0, "r_bitline": 10.0}},
     }.items():
@@ -613,6 +614,9 @@ def test_transfer_reads_go_through_the_converters_noise_and_wires():
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
     assert codes.round().unique().diff().min() == 1
     assert (found["adc"][0][0] - exact).abs().max() < 1.01 * step / 2
+    gain = found["dac"][0][0] / exact
+    torch.testing.assert_close(gain, gain[:1].expand_as(gain), rtol=0, atol=1e-3)  # of a line
+    assert 0.01 < (gain[0] - 1).abs().min() < (gain[0] - 1).abs().max() < 0.4
     assert not torch.equal(*found["noise"][0])
     # one of 30 columns' wires and more of its line lie before the last cell than before the first
     loss = 1 - found["wires"][0][0] / exact
@@ -745,7 +749,17 @@ def test_errors():
         build_optimizer("sgd", AnalogLinear(4, 3, spec=spec()), lr=0.1).load_state_dict(saved)
     saved = build_optimizer("tiki-taka-v2", copy.deepcopy(layer), lr=0.1).state_dict()
     with pytest.raises(ValueError, match=r"ChoppedTikiTakaV2: `state_dict` must be .* got one without flip"):
-        build_optimizer("chopped-tiki-taka-v2", layer, lr=0.1).load_state_dict(saved)
+        build_optimizer("chopped-tiki-taka-v2", copy.deepcopy(layer), lr=0.1).load_state_dict(saved)
+    for other, setting in (("agad", "period"), ("chopped-tiki-taka-v2", "flip")):
+        saved = build_optimizer(other, copy.deepcopy(layer), lr=0.1).state_dict()
+        plain = build_optimizer("tiki-taka-v2", copy.deepcopy(layer), lr=0.1)
+        before = copy.deepcopy(plain.state_dict())
+        with pytest.raises(
+            ValueError,
+            match=rf"TikiTakaV2: `state_dict` must be of the same algorithm, got one with {setting}; build",
+        ):
+            plain.load_state_dict(saved)
+        assert_same(plain.state_dict(), before)
 
 
 class Sign(gx.optim.InSituOptimizer):
@@ -801,7 +815,7 @@ def test_algorithms_of_ones_own_write_through_the_law_and_resume():
         Kept(model.parameters(), 0.01, wait=-1)
     with pytest.raises(ValueError, match=r"Sign: `momentum` must be at least 0 and below 1, got 2; try 0\.9"):
         Sign(model.parameters(), 0.01, momentum=2)
-    with pytest.raises(TypeError, match=r"Sign: settings must be of lr, momentum, got wait; leave out what"):
+    with pytest.raises(TypeError, match=r"Sign: settings must be of lr, momentum, got wait; leave that out"):
         Sign(model.parameters(), 0.01, wait=2)
 
 

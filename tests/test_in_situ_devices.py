@@ -95,6 +95,33 @@ def test_weights_lie_in_memory_as_they_like():
     torch.testing.assert_close(layers[1].weight, layers[0].weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("settings", "more"), [
+    ({}, 0),
+    ({"update": {"law": "soft_bounds", "step_spread": 0.1, "low_spread": 0.1, "high_spread": 0.1, "spread": 0.1}}, 0),
+    ({"update": {"law": "soft_bounds", "write_noise": 1e-7}}, 8),
+    ({"endurance": {"pulses": 1e6}}, 8),
+    ({"retention": {"tau": 100.0, "spread": 0.1}}, 0),
+], ids=["plain", "spread", "write noise", "endurance", "retention"])  # fmt: skip
+def test_devices_take_the_memory_that_is_documented(settings, more):
+    """Bytes a weight, in a checkpoint too; of measured devices 4 for each parameter."""
+    spec = {"update": {"law": "soft_bounds", "step_spread": 0.1}, **settings}
+    sliced = {"mapping": {"slices": 3, "slice_bits": 2}, "carry": {}}
+    for parts, slices in ((spec, 1), (spec | sliced, 3)):
+        layer = AnalogLinear(128, 128, bias=False, spec=gx.CrossbarSpec.model_validate(parts))
+        digital = bytes_of(layer)
+        gx.optim.InSituSGD(layer.parameters(), lr=0.1)
+        assert (bytes_of(layer) - digital) / 128**2 == pytest.approx((8 + more) * slices, abs=0.1)
+        before, law = bytes_of(layer), layer.spec.update
+        if gx.ops.spread_names(law):
+            layer.set_device_map(gx.ops.draw_device_map(law, tuple(layer.g_cells.shape), seed=0))
+            measured = 4 * len(gx.ops.spread_names(law)) * slices
+            assert (bytes_of(layer) - before) / 128**2 == measured
+
+
+def bytes_of(layer):
+    return sum(kept.nbytes for kept in layer.state_dict().values() if isinstance(kept, torch.Tensor))
+
+
 def test_devices_with_write_noise_hold_what_they_do_not_show():
     layer = layer_on("reram-sb")
     optimiser = gx.optim.InSituSGD(layer.parameters(), lr=0.05)

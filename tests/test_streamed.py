@@ -484,7 +484,7 @@ def test_signs_of_wordlines_are_refused():
 
 def test_what_streams_cannot_do_is_named():
     layer = layer_of()
-    with pytest.raises(ValueError, match=r"InSituSGD: `momentum` must be 0 for layers with bit streams, got 0\.9 for layer; leave it out, or set carry\.scheme='accumulate'"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"InSituSGD: `momentum` must be 0 for layers with bit streams, got 0\.9 for layer; set it to 0, or set carry\.scheme='accumulate'"):  # fmt: skip
         gx.optim.InSituSGD(layer.parameters(), lr=0.1, momentum=0.9)
     for name in ("mixed-precision", "tiki-taka"):
         settings = {"fast_lr": 0.1} if name == "tiki-taka" else {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpuxbar import ops
 from gpuxbar.bridge.carry import carry
 from gpuxbar.bridge.device_update import device_update
 from gpuxbar.bridge.lines import by_line, image_shape, in_order, of_lines, unfold_lines
@@ -176,7 +177,8 @@ class InSitu(Programmed):
         return 0.0 if self.pulse_count is None else (self.pulse_count < 0).float().mean().item()
 
     def saturation(self) -> float:
-        """Largest share of the window that a device of the layer shows; `refresh` a one-sided pair as it nears 1."""
+        """Largest share of the window that a device of the layer shows; `refresh` a one-sided pair as it nears 1. More than 1 where a
+        device's own window ends higher (`update.high_spread`)."""
         if self.g_cells is None:
             return 0.0
         window = self.spec.device
@@ -468,6 +470,9 @@ class InSitu(Programmed):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         if f"{prefix}g_cells" in state_dict:
             self._require_trained_as(state_dict, prefix)
+        devices = state_dict.get(f"{prefix}device_map")
+        if devices is not None:
+            self._require_map(devices)
         if self.g_cells is None and f"{prefix}g_cells" in state_dict:
             device = self.weight.device
             planes = 2 * self.spec.mapping.slices
@@ -479,7 +484,6 @@ class InSitu(Programmed):
                 self.pulse_count = torch.zeros_like(self.g_cells, dtype=torch.int32)
             self.w_max = torch.empty(self.groups_ * self.outputs, dtype=torch.float32, device=device)
             self._start_counting()
-        devices = state_dict.get(f"{prefix}device_map")
         if devices is not None and self.device_map is None:
             self.device_map = torch.empty_like(devices, device=self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *more)
@@ -489,6 +493,20 @@ class InSitu(Programmed):
         """Know the seed of the cells, which were set from outside."""
         if self.cell_seed is not None:
             self.seed_of_cells = int(self.cell_seed)
+
+    def map_shape(self) -> tuple[int, ...]:
+        """Of a map of the layer's devices, whose law says by what they differ."""
+        law, planes = self.spec.update, 2 * self.spec.mapping.slices
+        names = () if law is None else ops.spread_names(law)
+        return len(names), planes, self.groups_ * self.inputs, self.outputs
+
+    def _require_map(self, devices: Tensor) -> None:
+        """Refuse a saved map of devices that differ by other parameters, or are others."""
+        if devices.shape != self.map_shape():
+            raise ValueError(
+                f"{self.name}: `state_dict` must hold a device_map of {self.map_shape()} for this layer and the spreads of its law, got "
+                f"{tuple(devices.shape)}; convert with the spec that they were trained with"
+            )
 
     def _require_trained_as(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Refuse cells that were trained by what the layer's spec has not, or without what it has."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpuxbar import ops
 from gpuxbar.bridge.wires import merged
 from gpuxbar.nn.in_situ import InSitu
 
@@ -23,7 +22,7 @@ class Measured(InSitu):
     @torch.inference_mode(False)  # whose tensors nothing could train elsewhere
     def set_device_map(self, devices: Any) -> None:
         """Train measured devices in place of those that the seed draws, from the next update on; `set_conductances` gives them
-        measured conductances.
+        measured conductances. The fast array of Tiki-Taka and AGAD, `optimizer.parts[layer.weight].array`, has both for its own.
 
         Args:
             devices: A map for the layer's law, float16 [K, 2 slices, G * I, O], NumPy array or tensor: see `ops.device_map`;
@@ -31,10 +30,7 @@ class Measured(InSitu):
                 captured step keeps the map it was captured with.
         """
         self.require_law()
-        law = self.spec.update
-        assert law is not None
-        planes = 2 * self.spec.mapping.slices
-        shape = (len(ops.spread_names(law)), planes, self.groups_ * self.inputs, self.outputs)
+        shape = self.map_shape()
         found = None if devices is None else self._tensor_of("devices", devices)
         if found is not None and (found.dtype != torch.float16 or found.shape != shape):
             raise ValueError(

@@ -14,6 +14,7 @@ from gpuxbar.spec import UpdateLaw
 __all__ = ["device_map", "draw_device_map", "spread_names"]
 
 OP = "device_map"
+LARGEST = 10  # times g_max, above which no device's window ends but in another unit
 # each a field of `Parameters` that is above 0 where its device parameter spreads, in the order of `struct Spreads`
 SPREADS = {
     "step": "step_spread", "asymmetry": "asymmetry_spread", "low": "low_spread", "high": "high_spread", "up": "spread_up",
@@ -61,7 +62,8 @@ def device_map(
 
     Raises:
         ValueError: A parameter with a spread is missing, or one without is given; shapes differ; values are not finite or
-            beyond 65504 spreads; steps differ up and down in another way than the law's asymmetry has a spread for.
+            beyond 65504 spreads; ends of a window cross, or lie outside 0 to 10 g_max; steps differ up and down in another way
+            than the law's asymmetry has a spread for.
     """
     check_window(OP, g_min, g_max)
     names = spread_names(law)
@@ -99,6 +101,7 @@ def device_map(
                 f"{OP}: `{name}` must be finite, got {array[~np.isfinite(array)].flat[0]:g}; give a device that does not "
                 "answer a step of 0"
             )
+    _check_ends(arrays, g_min, g_max)
     found: dict[str, np.ndarray] = {}
     if steps:
         found |= _steps(law, arrays["step_up"], arrays["step_down"])
@@ -139,6 +142,23 @@ def draw_device_map(law: UpdateLaw, shape: tuple[int, int, int], *, seed: int) -
     return np.array([[each[name] for each in drawn] for name in names], np.float16).reshape(
         len(names), *shape
     )
+
+
+def _check_ends(arrays: dict[str, np.ndarray], g_min: float, g_max: float) -> None:
+    """Windows of devices, of which one end may be the nominal one."""
+    for name in ("g_low", "g_high"):
+        ends = arrays.get(name, np.empty(0))
+        if ends.min(initial=0.0) < 0 or ends.max(initial=0.0) > LARGEST * g_max:
+            raise ValueError(
+                f"{OP}: `{name}` must be 0 to {LARGEST * g_max:g} S, {LARGEST} times g_max, got {ends.min():g} to {ends.max():g}; give "
+                "it in S"
+            )
+    crossed = np.greater_equal(arrays.get("g_low", g_min), arrays.get("g_high", g_max))
+    if crossed.any():
+        raise ValueError(
+            f"{OP}: `g_low` must be below `g_high` of each device, or g_min and g_max where these are not given, got "
+            f"{crossed.sum()} of which it is not; swap them"
+        )
 
 
 def _steps(law: UpdateLaw, up: np.ndarray, down: np.ndarray) -> dict[str, np.ndarray]:

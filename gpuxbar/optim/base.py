@@ -92,8 +92,7 @@ class InSituOptimizer(torch.optim.Optimizer):
         unknown = sorted(settings.keys() - self.rules.keys())
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}: settings must be of {', '.join(self.rules)}, got {', '.join(unknown)}; leave out what `rules` "
-                "has none for"
+                f"{type(self).__name__}: settings must be of {', '.join(self.rules)}, got {', '.join(unknown)}; leave that out"
             )
         self.parts: dict[Tensor, nn.Module] = {}
         self._begins = False  # until all groups are known to be right
@@ -315,9 +314,9 @@ class InSituOptimizer(torch.optim.Optimizer):
         return {i: self.parts[parameter] for i, parameter in enumerate(parameters) if parameter in self.parts}
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the state of `parts` under its own key."""
+        """torch's, with the state of `parts` under its own key, and the settings that go with it."""
         parts = {i: part.state_dict() for i, part in self._named_parts().items()}
-        return super().state_dict() | ({"parts": parts} if parts else {})
+        return super().state_dict() | ({"parts": parts, "settings": sorted(self.rules)} if parts else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; the model's own state dict holds the layers' cells."""
@@ -332,13 +331,17 @@ class InSituOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: `state_dict` must be of the same algorithm and layers, got arrays of parameters "
                 f"{sorted(saved)} where {sorted(parts)} have them; build the optimiser that was saved"
             )
-        for group in state_dict["param_groups"]:
-            missing = sorted(self.rules.keys() - group.keys())
-            if missing:
-                raise ValueError(
-                    f"{type(self).__name__}: `state_dict` must be of the same algorithm, got one without {', '.join(missing)}; build the "
-                    "optimiser that was saved"
-                )
+        more = sorted(
+            {*state_dict.get("settings", ())} - self.rules.keys()
+        )  # groups have those of schedulers too
+        missing = sorted(
+            {key for group in state_dict["param_groups"] for key in self.rules.keys() - group.keys()}
+        )
+        if more or missing:
+            got = f"one without {', '.join(missing)}" if missing else f"one with {', '.join(more)}"
+            raise ValueError(
+                f"{type(self).__name__}: `state_dict` must be of the same algorithm, got {got}; build the optimiser that was saved"
+            )
         for i, part in parts.items():
             part.load_state_dict(saved[i])
         super().load_state_dict(state_dict)

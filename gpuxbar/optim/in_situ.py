@@ -54,7 +54,7 @@ class InSituSGD(InSituOptimizer):
             )
             raise ValueError(
                 f"InSituSGD: `momentum` must be 0 for layers with {by}, got {group['momentum']} for {layer.name}; "
-                f"leave it out, or {without}"
+                f"set it to 0, or {without}"
             )
 
     def _write(self, layer: AnalogLayer, weight: Tensor, group: dict[str, Any]) -> None:

@@ -168,7 +168,8 @@ class TikiTaka(InSituOptimizer):
         fast_lr: Share of the range of A that the largest gradient of a layer moves a weight by.
         transfer_every: Steps between transfers.
         lines: Wordlines read at a transfer; all, where a layer has fewer. In hardware, about as many as samples are written.
-        zero_shift: Pairs of up and down trains that lead A to its symmetry points first; 0: none.
+        zero_shift: Pairs of up and down trains that lead A to its symmetry points first; 0: none. Each is 170 pulses, which
+            `spec.endurance` counts.
 
     Source:
         Gokmen and Haensch, "Algorithm for training neural networks on resistive device arrays", Frontiers in

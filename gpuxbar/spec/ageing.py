@@ -206,7 +206,7 @@ class Retention(Part):
 
     `tau`: median time constant, s; None: nothing is lost. `step_time`: from one step to the next, s, at least a millionth of
     tau: float32 conductances resolve no less. `spread`: standard deviation of ln tau between devices. `g_rest`: where devices
-    settle, S; None: at `g_min`. Both sides of a pair settle there, so that weights decay to 0. Stuck devices stay.
+    settle, S, at most `g_max`; None: at `g_min`. Both sides of a pair settle there, so that weights decay to 0. Stuck devices stay.
 
     Source: Rasch et al., aihwkit, AICAS 2021 (its `lifetime` is tau / step_time); Li et al., VLSI 2018 (leaking capacitors).
     """

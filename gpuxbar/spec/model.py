@@ -159,7 +159,7 @@ class CrossbarSpec(Part):
 
     @model_validator(mode="after")
     def _measured(self) -> CrossbarSpec:
-        """Noise in S, A and V, not in shares of a window or a range: it is no larger than what it is around."""
+        """Noise and the like in S, A and V, not in shares of a window or a range: it is no larger than what it is around."""
         g_max, drift, programming = self.device.g_max, self.drift, self.programming
         bitline = self.tile.rows * g_max * self.dac.v_read
         shift, std = (drift.shift, drift.std) if isinstance(drift, MeasuredDrift) else ((), ())
@@ -170,6 +170,7 @@ class CrossbarSpec(Part):
             ("read_noise.sigma_g", self.read_noise.sigma_g, g_max, "S", "the device.g_max"),
             ("programming.write_noise", max(map(programming.write_deviation, programming.write_shares)), g_max, "S", "the device.g_max"),
             ("update.write_noise", self.update.write_noise if self.update else 0.0, g_max, "S", "the device.g_max"),
+            ("retention.g_rest", self.retention.g_rest or 0.0, g_max, "S", "the device.g_max"),
             ("drift.shift", max((abs(change) for row in shift for change in row), default=0.0), g_max, "S", "the device.g_max"),
             ("drift.std", max((change for row in std for change in row), default=0.0), g_max, "S", "the device.g_max"),
         ):  # fmt: skip
@@ -275,6 +276,11 @@ class CrossbarSpec(Part):
             raise ValueError(
                 f"CrossbarSpec: `update` must be a law with pulses where endurance counts them, got {got}; choose "
                 "law='constant_step', say, or leave endurance.pulses out"
+            )
+        if self.retention.tau is not None and self.update is None:
+            raise ValueError(
+                "CrossbarSpec: `update` must be a law where devices lose what they were trained to (retention.tau), got None; choose one, or "
+                "leave retention.tau out: what was programmed once loses by `drift`"
             )
         if self.pulses is not None:
             check_train("CrossbarSpec", self.pulses, self.update, self.carry)
