@@ -315,7 +315,9 @@ class InSitu(Programmed):
             self._show(self.of_lines(call(streamed_update, *self._pairs(), x, d, *settings)))
             return
         read, own = self._read_out()
-        as_read = own and held["carry_step"] is None and held["refresh_step"] is None  # which move cells first
+        as_read = (
+            own and held["carry_step"] is None and held["refresh_step"] is None
+        )  # which move cells first
         call(pulse_update, *self._pairs(), x, d, read, *settings, sign, as_read)
         self._show(None if own else self.of_lines(read))
 

@@ -43,8 +43,9 @@ class Law(Part):
 
     Between devices: `step_spread` (relative standard deviation of the step; of its logarithm if
     `lognormal_steps`), `asymmetry_spread` (standard deviation of the asymmetry), `low_spread` and `high_spread` (of
-    the ends of the window, in shares of the nominal one; no end is below 0 S, and no window narrower than a hundredth of the nominal
-    one). A device outside its own window enters it when touched. Laws go by the share of a device's own window; `SoftBounds` and `ExponentialStep` say how they differ.
+    the ends of the window, in shares of the nominal one; no end is below 0 S, and no window narrower than a hundredth of the
+    nominal one). A device outside its own window enters it when touched. Laws go by the share of a device's own window;
+    `SoftBounds` and `ExponentialStep` say how they differ.
 
     `sides`: which devices of a pair take a wanted change of its weight: "both" (half each, up and down), "reference"
     (all on the first; the second is a reference that never moves, so that a weight has half the range), "one_sided" (gains on the
