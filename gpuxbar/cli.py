@@ -75,8 +75,12 @@ def train(
     lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate of AdamW.")] = 3e-3,
     in_situ_lr: Annotated[float, typer.Option(min=1e-12, help="Learning rate in situ.")] = 0.05,
     momentum: Annotated[
-        float, typer.Option(min=0, help="Momentum in situ, below 1; of sgd by pulse trains, 0.")
-    ] = 0.9,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Momentum in situ, below 1; 0.9 if not given, and 0 of sgd by pulse trains or bit streams.",
+        ),
+    ] = None,
     optimizer: Annotated[str, typer.Option(help=f"Algorithm in situ: {', '.join(OPTIMIZERS)}.")] = "sgd",
     seed: Annotated[
         int,
@@ -232,9 +236,7 @@ def fit(
             "parted by commas, semicolons or tabs, comments behind #."
         ),
     ],
-    law: Annotated[
-        str, typer.Option(help="table, or a parametric law such as soft_bounds, which pulse trains need.")
-    ] = "table",
+    law: Annotated[str, typer.Option(help="table, or a parametric law such as soft_bounds.")] = "table",
     bins: Annotated[int, typer.Option(help="Conductances of a table or piecewise_step: 2, 3, 5 or 9.")] = 9,
     g_min: Annotated[
         float | None,

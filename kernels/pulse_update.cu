@@ -32,7 +32,8 @@ namespace gpuxbar {
 #define SLICED 0
 #endif
 
-constexpr int CHUNK = 32;  // samples
+constexpr int CHUNK = 32;                            // samples
+constexpr bool SHOWN = (TRAITS & WRITE_NOISE) != 0;  // with write noise, which what is held has not
 
 // Trains of a chunk of samples on the lines of a block.
 struct Trains {
@@ -72,8 +73,10 @@ GPUXBAR_FN void coincide(const Trains& trains, int b, int line, int quad, int ra
 // Four cells of one side after coincidences, of which `raise` raise the weight; `sample` chooses the noise. Their pulses are
 // added to `more`.
 GPUXBAR_FN void pulse(const Quad& quad, u32 still, float x[4], const UpdateLaw& s, const int raise[4], const int all[4],
-                      i32 more[4], u32 group, u32 row, u32 side, u32 sample, u32 step, const RoundKeys& keys) {
-  const Normals8 z = draw_pairs((TRAITS & CYCLE_NOISE) != 0, PULSE_CYCLE, group, row, sample, step, keys);
+                      i32 more[4], u32 group, u32 row, u32 side, u32 sample, u32 step, const RoundKeys& keys,
+                      const float (*scatter)[NODES * SCORES]) {
+  const bool noisy = MEASURED<LawOf<LAW>> || (TRAITS & CYCLE_NOISE);
+  const Normals8 z = draw_pairs(noisy, PULSE_CYCLE, group, row, sample, step, keys);
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const float own = side == 0 ? z.z[2 * q] : z.z[2 * q + 1];
@@ -81,19 +84,20 @@ GPUXBAR_FN void pulse(const Quad& quad, u32 still, float x[4], const UpdateLaw& 
     const float raising = moves ? (float)raise[q] : 0.0f, lowering = moves ? (float)(all[q] - raise[q]) : 0.0f;
     const float ups = pulses_up(s.sides, side == 0, raising, lowering);
     const float downs = pulses_down(s.sides, side == 0, raising, lowering);
-    if (COUNTED) more[q] += (i32)(ups + downs);
+    if (COUNTED || SHOWN) more[q] += (i32)(ups + downs);
 #if AGGREGATED
     x[q] = after_pulses<LawOf<LAW>>(s, quad.device[q], x[q], ups, downs, own);
 #else
     const float d = (ups + downs) * (1.0f / s.pulses);
     const bool rising = ups > 0.0f;
-    x[q] = moved<LawOf<LAW>>(s, device_under<LawOf<LAW>>(s, quad.device[q], rising), x[q], d, rising, own, s.scatter);
+    x[q] = moved<LawOf<LAW>>(s, device_under<LawOf<LAW>>(s, quad.device[q], rising), x[q], d, rising, own, scatter);
 #endif
   }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
     float* __restrict__ g,                // [2 slices, G * I, O] S
+    float* __restrict__ g_held,           // like g, what devices with write noise hold; null without
     int* __restrict__ pulse_count,        // like g, below 0: failed after so many; null unless COUNTED
     const u16* __restrict__ device_map,   // [K, 2 slices, G * I, O] normals of the devices; null unless MAPPED
     const u32* __restrict__ input_words,  // [B, G * I]    trains
@@ -109,6 +113,13 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
     float stuck_low, float stuck_high, int batch, int groups, int inputs, int outputs) {
   __shared__ Trains trains;
   __shared__ float weight[32][33];  // [wordline][bitline]
+  const float (*scatter)[NODES * SCORES] = nullptr;
+  if constexpr (MEASURED<LawOf<LAW>>) {  // seen after the first samples are staged
+    __shared__ float table[2][NODES * SCORES];
+    for (int k = threadIdx.x; k < 2 * NODES * SCORES; k += 256)
+      table[k / (NODES * SCORES)][k % (NODES * SCORES)] = law.scatter[k / (NODES * SCORES)][k % (NODES * SCORES)];
+    scatter = table;
+  }
   const int group = blockIdx.z, i0 = blockIdx.y * 32, o0 = blockIdx.x * 32;
   const int line = threadIdx.x >> 3, quad = 4 * (threadIdx.x & 7);
   const bool inside = i0 + line < inputs && o0 + quad < outputs;
@@ -123,7 +134,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
   const float inverse_range = divide_fast(1.0f, range);
   const bool one_side = s.sides == REFERENCE;  // the second side
   const i32 pairs = SLICED ? slices.count : 1;
-  const bool whole = count == 4 && (outputs & 3) == 0 && ((u64)g & 15) == 0;
+  const bool whole = count == 4 && (outputs & 3) == 0 && (((u64)g | (u64)g_held) & 15) == 0;
+  float* const held = SHOWN ? g_held : g;
   float pair[4] = {};
 #if AGGREGATED
   int raise[4] = {}, all[4] = {};
@@ -146,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
       cells.make(map, first, count, columns, (u32)row, plane, keys);
     }
     float x[4], cell[4];
-    load(g + first, cell, count, whole, g_min);
+    load(held + first, cell, count, whole, g_min);
 #pragma unroll
     for (int q = 0; q < 4; ++q) x[q] = (cell[q] - g_min) * inverse_range;
     i32 more[4] = {};
@@ -156,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
         if (q < count && pulse_count[first + q] < 0) still |= 1u << q;
 #if AGGREGATED
     if (inside && !(side && one_side))
-      pulse(cells, still, x, s, raise, all, more, columns, (u32)row, side, 0, when, keys);
+      pulse(cells, still, x, s, raise, all, more, columns, (u32)row, side, 0, when, keys, scatter);
 #else
     for (int b0 = 0; b0 < (side && one_side ? 0 : batch); b0 += CHUNK) {
       const int samples =
@@ -166,10 +178,16 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
         int raise[4] = {}, all[4] = {};
         coincide(trains, b, line, quad, raise, all);
         if (all[0] | all[1] | all[2] | all[3])
-          pulse(cells, still, x, s, raise, all, more, columns, (u32)row, side, (u32)(b0 + b), when, keys);
+          pulse(cells, still, x, s, raise, all, more, columns, (u32)row, side, (u32)(b0 + b), when, keys, scatter);
       }
     }
 #endif
+    float shown[4];
+    if (SHOWN) {
+      const Normals4 write = draw(1.0f, UPDATE_WRITE, columns, (u32)row, plane, when, keys);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) shown[q] = max(fma(s.write_noise, write.z[q], x[q]), s.floor);
+    }
     if (COUNTED) {
       const Normals4 bears = draw(endurance.spread, ENDURANCE, columns, (u32)row, plane, 0, keys);
 #pragma unroll
@@ -177,11 +195,13 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
         if (q >= count || more[q] == 0) continue;
         const i32 taken = after_wear(endurance, pulse_count[first + q], more[q], bears.z[q]);
         pulse_count[first + q] = taken;
-        if (taken < 0) x[q] = failed_share(endurance, x[q]);
+        if (taken >= 0) continue;
+        x[q] = failed_share(endurance, x[q]);
+        if (SHOWN) shown[q] = failed_share(endurance, shown[q]);
       }
     }
     const float share = SLICED ? inverse_range * slice_weight(slices, 0) : inverse_range;
-    load(g + first, cell, count, whole, g_min);  // anew: registers are scarce
+    load(held + first, cell, count, whole, g_min);  // anew: registers are scarce
     bool moved = false;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
@@ -189,9 +209,21 @@ extern "C" __global__ void __launch_bounds__(256, 2) pulse_update(
         moved = true;
         cell[q] = fma(x[q], range, g_min);
       }
-      pair[q] = fma(cell[q], side ? -share : share, pair[q]);
     }
-    if (moved) store(g + first, cell, count, whole);
+    if (moved) store(held + first, cell, count, whole);
+    if (SHOWN) {
+      load(g + first, cell, count, whole, g_min);
+      bool pulsed = false;
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+        if (more[q] > 0) {
+          pulsed = true;
+          cell[q] = fma(shown[q], range, g_min);
+        }
+      if (pulsed) store(g + first, cell, count, whole);
+    }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) pair[q] = fma(cell[q], side ? -share : share, pair[q]);
   }
 #pragma unroll 1
   for (i32 k = 1; k < pairs; ++k)

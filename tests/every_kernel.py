@@ -91,6 +91,8 @@ def updates(device, rng, x, cells):
     for mode in ("exact", "aggregated"):
         for pairs in (ops.Pairs(cells, law=step, **wear, **window), slices(Carry(scheme="periodic"), step)):
             ops.pulse_update(pairs, inputs, errors, rate=0.1, train=PulseTrain(mode=mode), **how)
+    shown = ops.Pairs(cells, law=ConstantStep(write_noise=0.01), g_held=cells.copy(), **wear, **window)
+    ops.pulse_update(shown, inputs, errors, rate=0.1, train=PulseTrain(), **how)
     ops.relax(counting, Retention(tau=3.0, spread=0.1), device=device)
     ops.chop(np.ones((2, 9), np.float32), np.arange(3, 8), flip=0.5, step=1, device=device)
 

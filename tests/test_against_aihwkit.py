@@ -187,8 +187,13 @@ PRESETS = {
 FEW = {"pcm": 0.03, "reram-array-hfo2": 0.04, "reram-array-om": 0.02}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_published_devices_are_the_presets(name):
+SHOW_NOISE = "reram-array-hfo2", "reram-array-om", "reram-es", "reram-sb"
+
+
+@pytest.mark.parametrize(
+    ("name", "by"), [*((name, "changes") for name in PRESETS), *((name, "trains") for name in SHOW_NOISE)]
+)
+def test_published_devices_are_the_presets(name, by):
     """Weights shown by many devices, from weight 0, after pulses up and as many down: their median and spread."""
     theirs = getattr(presets, PRESETS[name] + "PresetDevice")()
     left_out = {
@@ -225,7 +230,13 @@ def test_published_devices_are_the_presets(name):
     for way in (1, -1) if low else (1,):  # their one-sided devices only rise
         for _ in range(count):
             step += 1
-            ops.device_update(pairs, way * change, w_max=np.ones(REPEATS, np.float32), step=step)
+            how = {"w_max": np.ones(REPEATS, np.float32), "step": step}
+            if by == "changes":
+                ops.device_update(pairs, way * change, **how)
+            else:
+                one_slot = PulseTrain(length=1, update_management=False, bound_management=False)
+                x, d = np.ones((1, 1), np.float32), np.full((1, REPEATS), -way, np.float32)
+                ops.pulse_update(pairs, x, d, rate=1.001 / law.pulses, train=one_slot, **how)
             tile.update(torch.ones(1, 1), torch.full((1, REPEATS), -float(way)))
         a = (g[0, 0].astype(float) - g_min) / span * width + low
         b = tile.get_weights(realistic=False)[0].numpy()[:, 0]

@@ -128,7 +128,7 @@ VARIANTS = {
     "pulse_update.cu": [
         {"LAW": law, "AGGREGATED": aggregated, "IMPLIED": implicit, "COUNTED": counted}
         for law, aggregated, implicit, counted in
-        [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), *((law, 0, 0, 0) for law in range(1, 8)), (0, 0, 0, 1), (0, 1, 0, 1)]
+        [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 1, 0), *((law, 0, 0, 0) for law in range(1, 9)), (0, 0, 0, 1), (0, 1, 0, 1)]
     ] + [{"LAW": law, "AGGREGATED": aggregated, "IMPLIED": 0, "COUNTED": 0, "SLICED": 1} for law, aggregated in [(0, 0), (0, 1), (1, 0)]]
     + [{"LAW": 1, "AGGREGATED": 1, "TRAITS": 63, "MAPPED": mapped} for mapped in (0, 1)],
     "pack_conductance.cu": [{"HALF": 1, "TRANSPOSED": 1}, {"HALF": 0, "TRANSPOSED": 0}, {"BFLOAT": 1, "TRANSPOSED": 0}],

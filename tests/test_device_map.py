@@ -95,7 +95,7 @@ def test_pulses_match_oracle(mode, where):
     d = rng.normal(0, 1, (3, GROUPS * OUTPUTS)).astype(np.float32)
     how = {**HOW, "rate": 0.02, "groups": GROUPS}
     planes = dict(zip(ops.spread_names(law), devices, strict=True))
-    expected, _ = reference.pulse_update(
+    expected, *_ = reference.pulse_update(
         g, x, d, law=law.model_dump(), device_map=planes, train=train.model_dump(), **MADE, **how
     )
     new = ops.Pairs(g.copy(), law=law, device_map=devices, **MADE)

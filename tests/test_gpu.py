@@ -398,7 +398,9 @@ def test_slices_are_pulsed_as_the_oracle_says(cuda_device, mode):
     x, d = (rng.normal(size=(40, n)).astype(np.float32) for n in (74, 70))
     law, train = ConstantStep(pulses=200, cycle=0.3, step_spread=0.3), PulseTrain(mode=mode)
     how, plain = {"rate": 0.01, "groups": 2, "step": 3}, pairs_of(g, s, law, seed=7).plain
-    expected, weights = reference.pulse_update(g, x, d, train=train.model_dump(), w_max=w_max, **plain, **how)
+    expected, _, weights = reference.pulse_update(
+        g, x, d, train=train.model_dump(), w_max=w_max, **plain, **how
+    )
     pairs = pairs_of(to_gpu(g), s, law, seed=7)
     read = ops.pulse_update(
         pairs, to_gpu(x), to_gpu(d), train=train, w_max=to_gpu(w_max), device=cuda_device, **how
@@ -426,10 +428,14 @@ def test_slices_are_streamed_as_the_oracle_says(cuda_device, images):
     np.testing.assert_allclose(from_gpu(read), weights, rtol=0, atol=1e-4 * 63)
 
 
+@pytest.mark.parametrize("write_noise", [0.0, 1e-7])
 @pytest.mark.parametrize("op", ["device_update", "pulse_update"])
-def test_devices_wear_out_as_the_oracle_says(cuda_device, op):
+def test_devices_wear_out_as_the_oracle_says(cuda_device, op, write_noise):
     rng, g, count, w_max = wear_case(2, 37, 35)
-    law, endurance = ConstantStep(pulses=50), Endurance(pulses=100, spread=0.5, failed="g_max")
+    law, endurance = (
+        ConstantStep(pulses=50, write_noise=write_noise),
+        Endurance(pulses=100, spread=0.5, failed="g_max"),
+    )
     made, how = {"law": law, "endurance": endurance, **WINDOW, "seed": 7}, {"w_max": w_max, "step": 3}
     if op == "device_update":
         arrays, trains = [rng.normal(0, 0.6, (2, 37, 35)).astype(np.float32)], ({}, {})
@@ -440,10 +446,11 @@ def test_devices_wear_out_as_the_oracle_says(cuda_device, op):
         trains = {"train": train}, {"train": train.model_dump()}
     taken, cells, wanted_count = to_gpu(count), to_gpu(g), count.copy()
     there = {name: to_gpu(value) for name, value in how.items()}
-    pairs = ops.Pairs(cells, pulse_count=taken, **made)
+    held = g + np.float32(5e-8) if write_noise else None
+    pairs = ops.Pairs(cells, pulse_count=taken, g_held=None if held is None else to_gpu(held), **made)
     getattr(ops, op)(pairs, *map(to_gpu, arrays), device=cuda_device, **there, **trains[0])
-    plain = ops.Pairs(g, pulse_count=wanted_count, **made).plain
-    wanted = getattr(reference, op)(g, *arrays, **plain, **how, **trains[1])[0]
+    plain = ops.Pairs(g, pulse_count=wanted_count, g_held=held, **made).plain
+    wanted = getattr(reference, op)(g, *arrays, g_held=held, **plain, **how, **trains[1])[0]
     off = from_gpu(taken) != wanted_count
     assert off.mean() < 2e-3  # parts of a pulse on a rounding edge
     np.testing.assert_allclose(from_gpu(cells)[~off], wanted[~off], rtol=0, atol=1e-4 * 9e-6)
@@ -459,7 +466,7 @@ def test_images_pulse_as_the_oracle_says(cuda_device, mode):
     law, train = ConstantStep(pulses=200, step_spread=0.3), PulseTrain(mode=mode)
     how = {"rate": 0.1, "w_max": np.ones(10, np.float32), "groups": 2, "conv": conv}
     plain = ops.Pairs(g, law=law, seed=7, **WINDOW).plain
-    wanted, _ = reference.pulse_update(g, x, d, train=train.model_dump(), **plain, **how)
+    wanted, *_ = reference.pulse_update(g, x, d, train=train.model_dump(), **plain, **how)
     pairs = ops.Pairs(to_gpu(g), law=law, seed=7, **WINDOW)
     there = {name: to_gpu(value) for name, value in how.items()}
     ops.pulse_update(pairs, to_gpu(x), to_gpu(d), train=train, device=cuda_device, **there)

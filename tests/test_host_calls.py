@@ -66,6 +66,7 @@ SPECS = {
         "pulses": {"mode": "aggregated"},
         "endurance": {"pulses": 1e4},
     },
+    "pulsed held": {**TILES, "update": {**SOFT, "write_noise": 1e-8}, "pulses": {}},
     "held": {**TILES, "update": {**SOFT, "write_noise": 1e-8}, "endurance": {"pulses": 1e4, "spread": 0.1}},
 }
 

@@ -69,7 +69,7 @@ class Array:
         """By inputs [B, G, I] and errors [B, G, O]."""
         how, groups = self._make_room(), x.shape[1]
         lines = x.reshape(len(x), -1), d.reshape(len(x), -1)
-        self.g, self.w = reference.pulse_update(
+        self.g, _, self.w = reference.pulse_update(
             self.g, *lines, rate=rate, train=self.train, groups=groups, **how
         )
 

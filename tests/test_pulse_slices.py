@@ -59,7 +59,7 @@ def test_updates_match_the_oracle(shape, law, mode, worn, device):
     before, taken = g.copy(), None if count is None else count.copy()
     pairs = pairs_of(g, s, law, endurance=limit, pulse_count=taken, seed=SEED, **STUCK)
     at, plain = {"w_max": w_max, "step": 9}, {**pairs.plain, "pulse_count": count}
-    expected, weights = reference.pulse_update(g, x, d, train=train.model_dump(), **plain, **how, **at)
+    expected, _, weights = reference.pulse_update(g, x, d, train=train.model_dump(), **plain, **how, **at)
     read = ops.pulse_update(pairs, x, d, train=train, device=device, **how, **at)
     np.testing.assert_allclose(g, expected, rtol=0, atol=3e-6 * RANGE)
     if worn:

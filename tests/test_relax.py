@@ -134,7 +134,9 @@ def test_arrays_beside_a_layer_decay_too():
     torch.testing.assert_close(fast.weight.detach(), before.detach() * np.exp(-0.1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("pulses", "write_noise"), [(None, 0.0), (None, 1e-8), ({"length": 15}, 0.0)])
+@pytest.mark.parametrize(
+    ("pulses", "write_noise"), [(None, 0.0), (None, 1e-8), ({"length": 15}, 0.0), ({}, 1e-8)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(pulses, write_noise):
     overrides = {
         "update": {"law": "soft_bounds", "cycle": 0.1, "write_noise": write_noise}, "pulses": pulses,

@@ -116,3 +116,16 @@ def test_weights_that_the_last_step_made_infinite_are_told_of(data, tmp_path, mo
     )
     assert (record["epoch"], record["accuracy"]) == (0, None)
     assert 0 < record["loss"] < 10
+
+
+@pytest.mark.parametrize(
+    ("spec", "optimizer", "momentum"),
+    [({}, "sgd", 0.9), ({"pulses": {}}, "sgd", 0.0), ({"pulses": {}}, "agad", 0.9)],
+    ids=["changes", "trains", "trains to a fast array"],
+)
+def test_momentum_is_what_the_updates_allow_unless_it_is_said(data, tmp_path, spec, optimizer, momentum):
+    spec = CrossbarSpec.model_validate({"update": {"law": "constant_step"}, **spec})
+    run = Run(tmp_path / "left out", spec, modes=("in-situ",), epochs=1, optimizer=optimizer)
+    (found,) = train(run)
+    (told,) = train(Run(**vars(run) | {"folder": tmp_path / "told", "momentum": momentum}))
+    assert found["loss"] == told["loss"]

@@ -141,13 +141,7 @@ def device_update(
         )
     now = Update.from_buffer_copy(update)
     now.step, now.factor = int(step), factor
-    cells = g.numel()
-    devices = (
-        address("g", g, cells),
-        None if g_held is None else address("g_held", g_held, cells),
-        None if pulse_count is None else address("pulse_count", pulse_count, cells, torch.int32),
-        None if device_map is None else address("device_map", device_map, maps * cells, torch.float16),
-    )
+    devices = _devices(g, g_held, pulse_count, device_map, maps)
     update_on_host(
         now, devices, address("dw", dw, dw.numel()), None, address("weight", weight, dw.numel()),
         address("w_max", w_max, dw.shape[0] * dw.shape[1]),
@@ -171,23 +165,19 @@ def _update(
 
 
 def pulse_update(
-    g: Tensor, pulse_count: Tensor | None, device_map: Tensor | None, spec: str, seed: int, x: Tensor, d: Tensor, weight: Tensor,
-    w_max: Tensor, step: Tensor, rate: float, groups: int, conv: ConvGeometry | None, sign: Tensor | None, weight_held: bool,
+    g: Tensor, g_held: Tensor | None, pulse_count: Tensor | None, device_map: Tensor | None, spec: str, seed: int, x: Tensor,
+    d: Tensor, weight: Tensor, w_max: Tensor, step: Tensor, rate: float, groups: int, conv: ConvGeometry | None,
+    sign: Tensor | None, weight_held: bool,
 ) -> None:  # fmt: skip
     """Pulse pairs of devices, and read the weights out: see `ops.pulse_update`."""
-    given = False, pulse_count is not None, device_map is not None
+    given = g_held is not None, pulse_count is not None, device_map is not None
     update, maps = _pulses(spec, seed, g.shape, x.shape, d.shape, groups, conv, given)
     now = Pulses.from_buffer_copy(update)
     now.step, now.pulses = int(step), pulses_of(made_of(spec)["law"], now.slices, rate)
     now.weights_held = weight_held
     if sign is not None:
         check_sign(sign.numpy(), groups * now.inputs)
-    cells = g.numel()
-    devices = (
-        address("g", g, cells),
-        None if pulse_count is None else address("pulse_count", pulse_count, cells, torch.int32),
-        None if device_map is None else address("device_map", device_map, maps * cells, torch.float16),
-    )
+    devices = _devices(g, g_held, pulse_count, device_map, maps)
     pulse_on_host(
         now, devices, address("x", x, x.numel()), address("d", d, d.numel()),
         None if sign is None else address("sign", sign, groups * now.inputs),
@@ -207,6 +197,19 @@ def _pulses(
     inputs, errors = np.empty(x, np.float32), np.empty(d, np.float32)
     size = check_pulses(pairs, inputs, errors, train, np.ones(d[1], np.float32), groups, conv)
     return bytes(Pulses.of(pairs, train, conv, size)), maps
+
+
+def _devices(
+    g: Tensor, g_held: Tensor | None, pulse_count: Tensor | None, device_map: Tensor | None, maps: int
+) -> tuple[int, int | None, int | None, int | None]:
+    """Where the arrays of pairs lie; `maps`: planes of a map of them."""
+    cells = g.numel()
+    return (
+        address("g", g, cells),
+        None if g_held is None else address("g_held", g_held, cells),
+        None if pulse_count is None else address("pulse_count", pulse_count, cells, torch.int32),
+        None if device_map is None else address("device_map", device_map, maps * cells, torch.float16),
+    )
 
 
 def _like_pairs(spec: str, seed: int, g: torch.Size, given: tuple[bool, bool, bool]) -> tuple[ops.Pairs, int]:

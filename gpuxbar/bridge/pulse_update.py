@@ -13,7 +13,7 @@ from gpuxbar.bridge.pairs import pairs_of
 __all__ = ["pulse_update"]
 
 
-@operator(lambda *_: None, mutates_args=("g", "pulse_count", "weight"))
+@operator(lambda *_: None, mutates_args=("g", "g_held", "pulse_count", "weight"))
 def pulse_update(
     g: Tensor,
     g_held: Tensor | None,
@@ -35,8 +35,8 @@ def pulse_update(
     """Pulse pairs of devices for a batch of inputs and errors, and read the weights out.
 
     Args:
-        g, ..., seed: The pairs, as `bridge.pairs` says; of a spec with pulse trains, without `g_held`; `g` and
-            `pulse_count` are changed in place.
+        g, ..., seed: The pairs, as `bridge.pairs` says, of a spec with pulse trains; `g`, `g_held` and `pulse_count` are changed in
+            place.
         x: Inputs, float32 [B, G * I], or images [N, G * channels, height, width] with `patch`; finite.
         d: Gradient of the outputs, float32 [B, G * O] or images [N, G * O, height, width]; finite.
         weight: What the pairs read as afterwards, float32 with the values of [G, O, I] in this order; set in place.
@@ -54,7 +54,7 @@ def pulse_update(
     with on_device(g, "pulses") as device:
         if host.serves(device):
             host.pulse_update(
-                g, pulse_count, device_map, spec, seed, x, d, weight, w_max, step, rate, groups, conv, sign, weight_held
+                g, g_held, pulse_count, device_map, spec, seed, x, d, weight, w_max, step, rate, groups, conv, sign, weight_held
             )  # fmt: skip
             return
         pairs = pairs_of(g, g_held, pulse_count, device_map, spec, seed)

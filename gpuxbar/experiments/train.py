@@ -40,7 +40,7 @@ NUMBERS = {
     "seed": Rule("an int of 64 bits", lambda value: type(value) is int and -(2**63) <= value < 2**63, "0"),
     "lr": RATE,
     "in_situ_lr": RATE,
-    "momentum": Rule("a float", lambda value: type(value) in (int, float), "0.9"),
+    "momentum": Rule("a float", lambda value: value is None or type(value) in (int, float), "0.9"),
 }
 STYLES = {"ideal": "k--", "hardware-aware": "C0-o", "in-situ": "C1-s"}
 
@@ -50,8 +50,8 @@ class Run:
     """What to train, on what, and where to record it.
 
     `modes`: among "ideal", "hardware-aware" and "in-situ"; None: all, in-situ only if the spec has an update law.
-    `lr`: of AdamW, for the first two modes; `in_situ_lr`, `momentum`: of the in-situ `optimizer`, a
-    name of `optim.build_optimizer`.
+    `lr`: of AdamW, for the first two modes; `in_situ_lr`, `momentum`: of the in-situ `optimizer`, a name of
+    `optim.build_optimizer`; None: 0.9, and 0 of sgd where arrays multiply inputs and errors by pulse trains or bit streams.
     `data`, `data_dir`, `download`: see `load_data`. `network`: a name of `networks.NETWORKS`; None: what is usual for
     the size of the images. `threads`: of the CPU; None leaves them as they are.
     """
@@ -63,7 +63,7 @@ class Run:
     batch: int = 64
     lr: float = 3e-3
     in_situ_lr: float = 0.05
-    momentum: float = 0.9
+    momentum: float | None = None
     optimizer: str = "sgd"
     seed: int = 0
     resume: bool = False
@@ -173,8 +173,14 @@ def _begin(run: Run, mode: str, data: Data) -> tuple[nn.Module, torch.optim.Opti
     if mode != "ideal":
         model, _ = convert(model, run.spec)
     if mode == "in-situ":
-        return model, build_optimizer(run.optimizer, model, lr=run.in_situ_lr, momentum=run.momentum)
+        return model, build_optimizer(run.optimizer, model, lr=run.in_situ_lr, momentum=_momentum(run))
     return model, torch.optim.AdamW(model.parameters(), lr=run.lr)
+
+
+def _momentum(run: Run) -> float:
+    if run.momentum is not None:
+        return run.momentum
+    return 0.0 if run.spec.updates_in_array and run.optimizer == "sgd" else 0.9
 
 
 def _check_numbers(run: Run) -> None:
@@ -250,7 +256,7 @@ def _identity(run: Run, data: Data) -> dict[str, Any]:
         "batch": run.batch,
         "lr": run.lr,
         "in_situ_lr": run.in_situ_lr,
-        "momentum": run.momentum,
+        "momentum": _momentum(run),
         "optimizer": run.optimizer,
         "seed": run.seed,
     }

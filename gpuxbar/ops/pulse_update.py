@@ -71,8 +71,7 @@ def pulse_update(
     product of the batch is never formed.
 
     Args:
-        pairs: The devices, of a law with pulses and without write noise, slices with a carry of scheme "periodic"; changed
-            in place.
+        pairs: The devices, of a law with pulses, slices with a carry of scheme "periodic"; changed in place.
         x: Inputs, float32 [B, G * I]; finite. With `conv` the images [N, G * channels, height, width] whose patches are the
             samples, image by image.
         d: Errors, the gradient of the loss by the outputs, float32 [B, G * O]; finite. With `conv` images of the outputs,
@@ -118,16 +117,19 @@ def pulse_update(
     if where == "reference" and pairs.g.size:
         for name, array in (("x", x), ("d", d)):
             require_finite(OP, name, int((~np.isfinite(array)).sum()), "bad data")
-        cells, _ = reference.pulse_update(
+        shown, held, _ = reference.pulse_update(
             pairs.g, x, d, rate=rate, train=train.model_dump(), w_max=w_max, groups=groups, conv=conv, sign=sign, step=step,
-            **pairs.plain,
+            g_held=pairs.g_held, **pairs.plain,
         )  # fmt: skip
-        pairs.g[...] = cells
+        pairs.g[...] = shown
+        if pairs.g_held is not None:
+            pairs.g_held[...] = held
         weights[...] = pairs.read_out(w_max, groups)
     elif weights.size:
         update = Update.of(pairs, train, conv, size)
         update.step, update.pulses = step, pulses
-        pulse_on_host(update, (pairs.g, pairs.pulse_count, pairs.device_map), x, d, sign, weights, w_max)
+        devices = pairs.g, pairs.g_held, pairs.pulse_count, pairs.device_map
+        pulse_on_host(update, devices, x, d, sign, weights, w_max)
     return weights
 
 
@@ -156,9 +158,9 @@ def pulses_of(law: UpdateLaw, slices: Slices, rate: float) -> float:
 
 
 def pulse_on_host(
-    update: Update, devices: tuple[Any, Any, Any], x: Any, d: Any, sign: Any, weights: Any, w_max: Any
+    update: Update, devices: tuple[Any, Any, Any, Any], x: Any, d: Any, sign: Any, weights: Any, w_max: Any
 ) -> None:  # fmt: skip
-    """`pulse_update` of arrays or addresses; `devices` are g, pulse_count and device_map."""
+    """`pulse_update` of arrays or addresses; `devices` are g, g_held, pulse_count and device_map."""
     bad = (ctypes.c_int64 * 3)()
     host_call(library(), "gpuxbar_pulse_update", *devices, x, d, sign, weights, w_max, update, bad)
     require_finite(OP, "x", bad[0], "bad data")
@@ -231,7 +233,7 @@ def _cuda(
     implicit, aggregated = train.scheme == "deterministic_implicit", train.mode == "aggregated"
     device.launch(
         PULSE_UPDATE, (-(-outputs // 32), -(-inputs // 32), groups), (256,),
-        {"g": pairs.g, "pulse_count": pairs.pulse_count, "device_map": pairs.device_map, "w": weights, "w_max": w_max,
+        {"g": pairs.g, "g_held": pairs.g_held, "pulse_count": pairs.pulse_count, "device_map": pairs.device_map, "w": weights, "w_max": w_max,
          **pairs.on_device, **common},
         {"AGGREGATED": int(aggregated), "IMPLIED": int(implicit), **pairs.macros},
     )  # fmt: skip
@@ -247,7 +249,7 @@ PULSE_TRAINS = Kernel(
 )  # fmt: skip
 PULSE_UPDATE = Kernel(
     "pulse_update.cu",
-    g=InOut("float32", "S X O"), pulse_count=InOut("int32", "S X O", optional=True), device_map=In("float16", "K S X O", optional=True), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
+    g=InOut("float32", "S X O"), g_held=InOut("float32", "S X O", optional=True), pulse_count=InOut("int32", "S X O", optional=True), device_map=In("float16", "K S X O", optional=True), input_words=In("uint32", "B X"), error_words=In("uint32", "B D"), length=In("float32", "B G"),
     w=Out("float32", "G O I"), w_max=In("float32", "D"), step=In("int64", "one", optional=True),
     law=Struct("UpdateLaw", Parameters), endurance=Struct("Endurance", Wear), slices=Struct("Slices", Slices), step_value=Scalar("int64"), keys=Struct("RoundKeys", RoundKeys), g_min=Scalar("float32"),
     range=Scalar("float32"), stuck_low=Scalar("float32"), stuck_high=Scalar("float32"), batch=Scalar("int32"),

@@ -99,6 +99,7 @@ def pulse_update(
     slices: int = 1,
     slice_bits: int | None = None,
     carry: dict[str, Any] | None = None,
+    g_held: Array | None = None,
     endurance: dict[str, Any] | None = None,
     pulse_count: Array | None = None,
     device_map: dict[str, Array] | None = None,
@@ -106,8 +107,9 @@ def pulse_update(
     stuck_at_g_max: float = 0.0,
     seed: int = 0,
     step: int = 0,
-) -> tuple[Array, Array]:
-    """(conductances [2 slices, G * I, O], weights read out [G, O, I]); `law`, `train` and `carry` are dumped specs.
+) -> tuple[Array, Array, Array]:
+    """(conductances shown and held, [2 slices, G * I, O] each, weights read out [G, O, I]); `law`, `train` and `carry` are dumped
+    specs.
 
     `pulse_count`, [2 slices, G * I, O], is updated in place where given; `device_map` as for `device_update`. With `conv`, x and d
     are images. `sign`, [G * I], multiplies what drives each wordline.
@@ -140,7 +142,7 @@ def pulse_update(
     else:
         bursts = [(np.maximum(c, 0), np.maximum(-c, 0)) for c in counts]
     rows = np.arange(groups * n_in)
-    cells = np.array(g, np.float64)
+    held, shown = np.array(g if g_held is None else g_held, np.float64), np.array(g, np.float64)
     for side, plane in enumerate((0, slices)):  # of the lowest slice
         devices = Cells.draw(law, rows, n_out, plane, seed, -g_min / span, device_map)
         u = uniforms(rows, n_out, purpose=Purpose.STUCK, slot=plane, seed=seed)
@@ -150,7 +152,7 @@ def pulse_update(
         if pulse_count is not None:
             free &= pulse_count[plane] >= 0
         taken = np.zeros(free.shape, np.int64)
-        share = (cells[plane] - g_min) / span
+        before = share = (held[plane] - g_min) / span
         for sample, (raising, lowering) in enumerate(bursts):
             up, down = (lowering, raising) if side else (raising, lowering)
             if law["sides"] == "one_sided":
@@ -161,18 +163,27 @@ def pulse_update(
             new = _after(devices, share, up / pulses, down / pulses, z[:, side::2])
             share = np.where(free & (up + down > 0), new, share)
             taken += np.where(free, up + down, 0).astype(np.int64)
+        if g_held is not None:
+            write = normals(rows, n_out, purpose=Purpose.UPDATE_WRITE, slot=plane, step=step, seed=seed)
+            written = np.maximum(g_min + span * share + law["write_noise"] * write, 0.0)
+            shown[plane] = np.where(taken > 0, written, shown[plane])
         if pulse_count is not None and endurance is not None:
             pulse_count[plane], fails = wear(pulse_count[plane], taken, endurance, plane, seed)
             if endurance["failed"] != "held":
-                share = np.where(fails, {"g_min": 0.0, "g_max": 1.0}[endurance["failed"]], share)
-        cells[plane] = np.where(share != (cells[plane] - g_min) / span, g_min + span * share, cells[plane])
+                end = {"g_min": 0.0, "g_max": 1.0}[endurance["failed"]]
+                share = np.where(fails, end, share)
+                shown[plane] = np.where(fails, g_min + span * end, shown[plane])
+        held[plane] = np.where(share != before, g_min + span * share, held[plane])
+    if g_held is None:
+        shown = held
     lie: dict[str, Any] = {"slices": slices, "slice_bits": slice_bits, "carry": carry}
-    weights = read_out(cells, w_max=w_max, groups=groups, g_min=g_min, g_max=g_max, **lie)
-    return cells, weights
+    return shown, held, read_out(shown, w_max=w_max, groups=groups, g_min=g_min, g_max=g_max, **lie)
 
 
 def _after(cells: Cells, x: Array, up: Array, down: Array, z: Array) -> Array:
     """Shares after nominal changes both ways from where the device is, with one normal for the noise of all."""
+    if cells.law["law"] == "lookup_table":  # of which no sample moves a device both ways
+        return cells.change(x, up - down, z)
     x = np.clip(x, cells.low, cells.high)
     to, variance = x, np.zeros_like(x)
     for change, gain, sign in ((up, cells.gain_up, 1.0), (down, cells.gain_down, -1.0)):

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from gpuxbar.spec.carry import Carry
-from gpuxbar.spec.laws import ConstantStep, Ideal, LinearStep, LookupTable, UpdateLaw
+from gpuxbar.spec.laws import ConstantStep, Ideal, LinearStep, UpdateLaw
 from gpuxbar.spec.part import Part
 
 __all__ = ["PulseTrain", "check_train"]
@@ -31,7 +31,8 @@ class PulseTrain(Part):
     Gokmen et al. 2017 call bound management keeps the outputs of reads within an ADC's range.
     `mode`: "exact" (samples in sequence, each moving every device) or "aggregated" (the same trains, counted over the
     batch; a device moves once, up and down). Both are alike where the order of pulses does not matter: for constant
-    steps off the bounds of the window, and for any noiseless law with one-sided devices, which pulses only raise.
+    steps off the bounds of the window, and for any noiseless law with one-sided devices, which pulses only raise. Devices with
+    `write_noise` that took pulses show it anew after the batch, as the last pulse would leave it.
 
     A sliced weight takes pulses on its lowest slice, and the others change by carries of scheme "periodic". A pulse there is a
     small step (see `ops.pulse_update`), and a sample makes at most `length` of them. The scheme "accumulate" is refused: it
@@ -54,15 +55,6 @@ def check_train(op: str, train: PulseTrain, law: UpdateLaw | None, carry: Carry 
         raise ValueError(
             f"{op}: `law` must be one with pulses to follow a pulse train, got {'none' if law is None else 'ideal'}; "
             "use law='constant_step'"
-        )
-    if isinstance(law, LookupTable):
-        raise ValueError(
-            f"{op}: `law` must have a closed form to follow a pulse train, got 'lookup_table'; fit a law to the measurement"
-        )
-    if law.write_noise:
-        raise ValueError(
-            f"{op}: `write_noise` must be 0 S with pulse trains, got {law.write_noise:g} S; leave it out, or update "
-            "without pulses"
         )
     if carry is not None and carry.scheme != "periodic":
         raise ValueError(

@@ -88,15 +88,14 @@ void pulse_line(const Update& u, const Arrays& a, i64 group, i64 line, i64 o0, i
     i32* taken = a.pulse_count ? a.pulse_count + (cells - a.g) : nullptr;
     if (taken)
       for (i64 j = 0; j < count; ++j) failed[j] = taken[j] < 0;
-    load_shares(cells, u.g_min, 1.0f / u.range, count, x, before);
+    load_shares(a.held() + (cells - a.g), u.g_min, 1.0f / u.range, count, x, before);
     const Row row(u, a, at, count, taken ? failed : nullptr);
     move_devices<L>(u.law, side == 0, row, raise, all, z[side], x, more);
-    if (taken) wear_row(u.endurance, at, a.keys, more, count, taken, x, nullptr);
-    write_back(cells, x, before, u.g_min, u.range, count);
+    keep_row(u, a, at, count, more, before, x);
   }
 }
 
-// Moves up to 64 pairs of a block, of which none can fail: line * WIDE_ROW + column of each.
+// Moves up to 64 pairs of a block, of which none is tracked: line * WIDE_ROW + column of each.
 template <class L>
 void pulse_some(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, const u32* pairs, i64 count,
                 const Counts& raise, const Counts& all) {
@@ -124,7 +123,7 @@ template <class L>
 void pulse_at_once(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, const Counts& raise, const Counts& all,
                    bool* moved) {
   const i64 lines = std::min<i64>(LINES, u.inputs - i0), count = std::min<i64>(WIDE_ROW, u.outputs - o0);
-  const i64 together = a.pulse_count ? 1 : TOGETHER;
+  const i64 together = a.tracked() ? 1 : TOGETHER;
   alignas(64) u32 moving[WIDE_ROW], few[2 * WIDE_ROW + LANES];
   i64 kept = 0;
   for (i64 i = 0; i < lines; ++i) {

@@ -48,19 +48,15 @@ Scratch& scratch() {
 template <class L, bool IMPLICIT>
 void pulse_block(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, Scratch& own) {
   Block& block = own.block;
-  block.counted = a.pulse_count != nullptr;
+  block.counted = a.pulse_count != nullptr, block.tracked = a.tracked();
   std::fill_n(block.moved, LINES, false);
   pulse_in_sequence<L, IMPLICIT>(u, a, group, i0, o0, own.events, own.few, block);
   const i64 count = std::min<i64>(WIDE_ROW, u.outputs - o0);
   for (u32 side = 0; side < u.sides(); ++side)
     for (i64 i = 0; i < LINES; ++i) {
       if (!block.moved[i]) continue;
-      const RowPlace at = u.place(side, group, i0 + i, o0);
-      const i64 first = u.cell(at.plane, at.row, o0);
-      float* x = block.x[side][i];
-      if (block.counted)
-        wear_row(u.endurance, at, a.keys, block.more[side][i], count, a.pulse_count + first, x, nullptr);
-      write_back(a.g + first, x, block.before[side][i], u.g_min, u.range, count);
+      keep_row(u, a, u.place(side, group, i0 + i, o0), count, block.more[side][i], block.before[side][i],
+               block.x[side][i]);
     }
 }
 
@@ -134,8 +130,9 @@ double coincidences_expected(const Update& u, const float* x, const float* d, co
 }  // namespace
 
 // `bad`, [3]: how many values of x and d are not finite, and of w_max not finite or not above 0; nothing moves then.
-extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* device_map, const float* x, const float* d,
-                                     const float* sign, float* w, const float* w_max, const Update* update, i64* bad) {
+extern "C" void gpuxbar_pulse_update(float* g, float* g_held, i32* pulse_count, const u16* device_map, const float* x,
+                                     const float* d, const float* sign, float* w, const float* w_max,
+                                     const Update* update, i64* bad) {
   const Update u = *update;
   const i64 bitlines_of_all = u.groups * u.outputs;
   bad[0] = count_not_finite(x, u.x_size());
@@ -171,8 +168,8 @@ extern "C" void gpuxbar_pulse_update(float* g, i32* pulse_count, const u16* devi
                bitlines = bits ? counted(errors, u.outputs, !many_inputs)
                                : trains(errors, u.outputs, rare ? Held::OVER_LINES : Held::WHOLE, WIDE_ROW);
   const WideKeys keys(u.seed);
-  const Arrays a{g,        pulse_count,   map,          x,   d, scale.data(), unit.data(), sign, w, w_max, wordlines,
-                 bitlines, length.data(), slots.data(), keys};
+  const Arrays a{g,         g_held,   pulse_count,   map,          x,   d, scale.data(), unit.data(), sign, w, w_max,
+                 wordlines, bitlines, length.data(), slots.data(), keys};
 #pragma omp parallel if (u.groups * u.samples() > SAMPLES)
   {
     Trainer trainer(u, a);

@@ -73,6 +73,7 @@ struct Trains {
 
 struct Arrays {
   float* g;            // [2 slices, G * I, O] S
+  float* g_held;       // like g: what devices with write noise hold, where g is what they show; null without
   i32* pulse_count;    // like g: pulses taken, below 0 by failed devices; null where none fail
   DeviceMap map;       // planes like g
   const float* x;      // [B, G * I], or images [N, G * channels, height, width]
@@ -86,6 +87,10 @@ struct Arrays {
   float* length;  // [G, blocks * SAMPLES]
   i32* slots;     // [G, blocks]  of a block's longest train that fires
   const WideKeys& keys;
+
+  float* held() const { return g_held ? g_held : g; }
+  // Whether to know which devices took pulses: those that can fail, or show others than they hold.
+  bool tracked() const { return pulse_count || g_held; }
 };
 
 // Copy those of `count` words that are not 0, and perhaps some words behind them; how many they are.
@@ -165,9 +170,10 @@ struct alignas(64) Block {
   bool moved[LINES];  // wordlines with coincidences so far, whose devices are loaded
   // of the lowest slice, [side]
   float x[2][LINES][WIDE_ROW], before[2][LINES][WIDE_ROW];
-  bool counted;  // whether devices can fail, which the next three are for
+  bool counted;  // whether devices can fail
   bool failed[2][LINES][WIDE_ROW];
-  i32 more[2][LINES][WIDE_ROW];  // pulses of this update
+  bool tracked;                  // whether their pulses are to be known
+  i32 more[2][LINES][WIDE_ROW];  // of this update
 
   const bool* failures(u32 side, i64 line) const { return counted ? failed[side][line] : nullptr; }
   // Devices by line * WIDE_ROW + column.
@@ -177,7 +183,7 @@ struct alignas(64) Block {
   void ask_for(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 o0) const {
     for (u32 side = 0; side < u.sides() && !moved[i]; ++side) {
       const RowPlace at = u.place(side, group, i0 + i, o0);
-      fetch(a.g + u.cell(at.plane, at.row, o0));
+      fetch(a.held() + u.cell(at.plane, at.row, o0));
     }
   }
 
@@ -189,13 +195,32 @@ struct alignas(64) Block {
     for (u32 side = 0; side < u.sides(); ++side) {
       const RowPlace at = u.place(side, group, i0 + i, o0);
       const i64 first = u.cell(at.plane, at.row, o0);
-      load_shares(a.g + first, u.g_min, 1.0f / u.range, count, x[side][i], before[side][i]);
+      load_shares(a.held() + first, u.g_min, 1.0f / u.range, count, x[side][i], before[side][i]);
+      if (tracked) std::fill(more[side][i], more[side][i] + WIDE_ROW, 0);
       if (!counted) continue;
-      std::fill(more[side][i], more[side][i] + WIDE_ROW, 0);
       std::fill(failed[side][i], failed[side][i] + WIDE_ROW, false);
       for (i64 j = 0; j < count; ++j) failed[side][i][j] = a.pulse_count[first + j] < 0;
     }
   }
 };
+
+// Keep a row of devices that were moved to `x` by `more` pulses, from what they held `before`. Those that were pulsed show anew,
+// and may fail.
+inline void keep_row(const Update& u, const Arrays& a, const RowPlace& at, i64 count, const i32* more,
+                     const float* before, float* x) {
+  const i64 first = u.cell(at.plane, at.row, at.col0);
+  alignas(64) float shown[WIDE_ROW], shown_before[WIDE_ROW], noise[WIDE_ROW];
+  if (a.g_held) {
+    const float write_noise = u.law.write_noise, floor = u.law.floor;
+    load_shares(a.g + first, u.g_min, 1.0f / u.range, count, shown, shown_before);
+    draw_normals(Draw{UPDATE_WRITE, at.plane, (u32)u.step, a.keys}, at.row, at.col0, noise);
+#pragma omp simd
+    for (int j = 0; j < WIDE_ROW; ++j) shown[j] = more[j] > 0 ? max(fma(write_noise, noise[j], x[j]), floor) : shown[j];
+  }
+  if (a.pulse_count)
+    wear_row(u.endurance, at, a.keys, more, count, a.pulse_count + first, x, a.g_held ? shown : nullptr);
+  write_back(a.held() + first, x, before, u.g_min, u.range, count);
+  if (a.g_held) write_back(a.g + first, shown, shown_before, u.g_min, u.range, count);
+}
 
 }  // namespace gpuxbar::pulses

@@ -136,7 +136,7 @@ void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 i, i64 
   for (u32 side = 0; side < u.sides(); ++side) {
     const Pulsed& p = devices[side];
     for (i64 k = 0; k < moving; ++k) block.x[side][i][order[k]] = p.x[k];
-    if (block.counted)
+    if (block.tracked)
       for (i64 k = 0; k < moving; ++k) block.more[side][i][order[k]] += p.more[k];
   }
   events.clear();
@@ -158,7 +158,10 @@ void take_turns(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, i64
   }
   turn_by_turn<L>(u, a, b0, few.events, at.rows, at.columns, devices);
   for (u32 side = 0; side < u.sides(); ++side)
-    for (i64 k = 0; k < few.count; ++k) block.of_side(side)[pair[k]] = devices[side].x[k];
+    for (i64 k = 0; k < few.count; ++k) {
+      block.of_side(side)[pair[k]] = devices[side].x[k];
+      if (block.tracked) block.more[side][pair[k] / WIDE_ROW][pair[k] % WIDE_ROW] += devices[side].more[k];
+    }
   few.clear();
 }
 

@@ -98,7 +98,7 @@ def _compare_pulses(device: Device, there: There) -> Pair:
     g, _, w_max = _cells(37, 35)
     x, d, rate = _vectors(9, 37, 35)
     plain = ops.Pairs(g, law=COUNTED_SOFT, **MADE).plain
-    expected, _ = reference.pulse_update(
+    expected, *_ = reference.pulse_update(
         g, x, d, rate=rate, train=TRAIN.model_dump(), w_max=w_max, step=3, **plain
     )
     pairs = ops.Pairs(there(g), law=COUNTED_SOFT, **MADE)
