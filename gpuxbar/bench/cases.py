@@ -24,7 +24,7 @@ from gpuxbar.mapping.plan import Read
 from gpuxbar.nn import AnalogConv2d, AnalogLinear, calibrate, convert
 from gpuxbar.ops import ConvGeometry
 from gpuxbar.optim import OPTIMIZERS
-from gpuxbar.spec import CrossbarSpec, presets
+from gpuxbar.spec import CrossbarSpec, PulseTrain, presets
 
 __all__ = ["CASES", "Case", "Contenders", "OracleMismatch", "threads"]
 
@@ -161,6 +161,24 @@ def mlp_step(width: int = 64, layers: int = 6, batch: int = 8) -> Contenders:
     return _beside_others(ideal, *_labelled((batch, width), batch), compiled=True)
 
 
+def mlp_in_situ_step(batch: int) -> Contenders:
+    """A step of 784-256-128-10 by pulse trains, whose inputs are 0 but for a fifth, as those of digits."""
+    torch.manual_seed(0)
+    sizes = (784, 256), (256, 128), (128, 10)
+    ideal = nn.Sequential(*[part for size in sizes for part in (nn.Linear(*size), nn.Sigmoid())][:-1])
+    x, target = _labelled((batch, 784), batch)
+    x = x.abs() * (torch.rand(x.shape) < 0.2)
+    # ranges that one batch, learnt over and over, does not outgrow
+    parts = {
+        "device": updates.WINDOW,
+        "update": updates.LAW,
+        "pulses": EXACT,
+        "adc": {"bits": 8, "range": "worst_case"},
+    }
+    spec = CrossbarSpec.model_validate({**SPEC, **parts})
+    return _steps(ideal, x, target, aihwkit_steps(ideal, RATE, updates.LAW, EXACT), spec)
+
+
 def _beside_others(ideal: nn.Module, x: Tensor, target: Tensor, compiled: bool = False) -> Contenders:
     plain = on_tiles(ideal, Tiles(TILE, noise=NOISE))
     others: Trained = {"plain torch": (plain, torch.optim.SGD(plain.parameters(), RATE))}
@@ -275,6 +293,7 @@ SLICES = {"mapping": {"slices": 16, "slice_bits": 2}, "carry": {"scheme": "accum
 PULSED = CrossbarSpec.model_validate(
     {**SPEC, "device": updates.WINDOW, "update": updates.CONSTANT, "pulses": {"mode": "aggregated"}}
 )
+EXACT = PulseTrain()
 WIRES = "training step with TxSim's law, and wires of 2.5 ohm a segment, a tenth of the tiles solved a step"
 PAIR, SLICED = "one pair a weight", "16 slices of 2 bits"
 AIHWKIT = 36.0, 43.0  # its exact sequence in outer products: constant step, soft bounds
@@ -351,6 +370,10 @@ CASES = (
         "pulse-exact-dense", f"{PULSES}: soft bounds with cycle noise, in sequence; {DENSE}", None,
         partial(update, updates.pulse_update, updates.LAW, "exact", 1.0),
     ),
+    Case(
+        "mlp-in-situ-step", "784-256-128-10, batch 10: training step by pulses, in sequence", None, partial(mlp_in_situ_step, 10)
+    ),
+    Case("mlp-online-step", "784-256-128-10, one sample: training step by pulses", None, partial(mlp_in_situ_step, 1)),
     Case(
         "lenet5-in-situ-step", "28 x 28, batch 64: training step by pulses, counted over the batch", 4.0,
         partial(spec_step, PULSED),
