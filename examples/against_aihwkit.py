@@ -71,11 +71,11 @@ PAIRINGS = [
 
 
 def their_device(name):
-    """A preset without what pulse trains and our devices of that name leave out."""
+    """A preset without what our devices of that name leave out."""
     from aihwkit.simulator.presets import devices
 
     device = getattr(devices, f"{PRESETS[name]}PresetDevice")()
-    for key in ("write_noise_std", "lifetime", "reference_std", "subtract_symmetry_point"):
+    for key in ("lifetime", "reference_std", "subtract_symmetry_point"):
         if hasattr(device, key):
             setattr(device, key, type(getattr(device, key))(0))
     return device
@@ -117,8 +117,7 @@ def our_training(model, pairing, seed):
         return model, torch.optim.SGD(model.parameters(), lr=pairing.lr)
     theirs = their_device(pairing.device)
     device = published_device(pairing.device)
-    update = {"sides": "reference", "reference_at": device.reference_at, "write_noise": 0.0}
-    spec = device.spec(**reads, update=update, pulses={})
+    spec = device.spec(**reads, update={"sides": "reference", "reference_at": device.reference_at}, pulses={})
     model, _ = gx.convert(model, spec)
     weights, biases = ([p for p in model.parameters() if p.dim() == dims] for dims in (2, 1))
     settings = {"lr": pairing.lr}

@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncthreads();
   barrier_wait(landed, 0);
   const u64 left = descriptor(panel + threadIdx.x / 128 * PANEL), right = descriptor(panel);
-  float sums[64];
+  float sums[64] = {};
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
     products_fence();

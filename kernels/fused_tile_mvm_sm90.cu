@@ -240,9 +240,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) CLUSTERED
   }
 
   registers_claim<CONSUMER_REGISTERS>();
-  float sums[HALVES][SUMS];
+  float sums[HALVES][SUMS] = {};  // NVRTC up to 12.8 runs products into sums of no value one after the other
 #if VARIANCE
-  float variances[SUMS];
+  float variances[SUMS] = {};
   u32 squares[PANEL_LINES / 16][4];  // of the digits of a step, bf16
 #endif
   u32 codes[HALVES][CODES];
