@@ -103,7 +103,8 @@ void pulse_some(const Update& u, const Arrays& a, i64 group, i64 i0, i64 o0, con
   alignas(64) u32 word[WIDE_ROW];
   alignas(64) i32 raising[WIDE_ROW] = {}, together[WIDE_ROW] = {}, more[WIDE_ROW];
   alignas(64) float z[2][WIDE_ROW] = {}, x[WIDE_ROW] = {}, before[WIDE_ROW];
-  for (i64 k = 0; k < count; ++k) raising[k] = raise[0][pairs[k]], together[k] = all[0][pairs[k]];
+  const i32 *ups = raise[0], *both = all[0];
+  for (i64 k = 0; k < count; ++k) raising[k] = ups[pairs[k]], together[k] = both[pairs[k]];
   if (noisy(u.law)) {
     at.lie_in(u, 0);
     draw_words<7>(PULSE_CYCLE, (u32)u.step, a.keys, at, word);
